@@ -1,0 +1,229 @@
+"""The Eagle3 draft: one decoder layer over fused target features (EAGLE-3, arXiv 2503.01840).
+
+The pair (state h_t, token x_{t+1}) stands at position t and predicts x_{t+2}. At the first draft step h is the
+target's fused taps; afterwards it is the draft's own pre-norm output.
+
+Shape legend: N packed tokens (any leading shape), H hidden size of the draft, F hidden size of the target,
+K taps, V target vocabulary, D draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from redraft.drafts.experts import SharedPrivateMLP
+from redraft.drafts.layers import Attend, Attention, Rotary
+from redraft.errors import UserError
+
+
+@dataclass(frozen=True)
+class Eagle3Config:
+    """The shape of an Eagle3 draft and the options that public checkpoints carry."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    target_hidden_size: int
+    target_vocab_size: int
+    draft_vocab_size: int
+    taps: tuple[int, ...]
+    rms_norm_eps: float = 1e-5
+    rope_parameters: dict[str, Any] = field(default_factory=lambda: {"rope_theta": 10000.0, "rope_type": "default"})
+    max_position_embeddings: int = 2048
+    attention_bias: bool = False
+    norm_before_residual: bool = False
+    norm_before_fc: bool = False
+    fc_norm: bool = False
+    norm_output: bool = False
+    own_embedding: bool = False
+    private_width: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "taps": list(self.taps)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Eagle3Config:
+        """Raises ``UserError`` for unknown or missing keys."""
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise UserError(f"draft config has unknown keys: {', '.join(unknown)}; was it written by a newer redraft?")
+        try:
+            return cls(**{**values, "taps": tuple(values["taps"])})
+        except (KeyError, TypeError) as error:
+            raise UserError(f"draft config is incomplete: {error}") from None
+
+
+class Eagle3Layer(nn.Module):
+    """A decoder layer whose attention reads [norm(embedding); norm(state)] and whose residual stream is the state."""
+
+    def __init__(self, config: Eagle3Config) -> None:
+        super().__init__()
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.norm_before_residual = config.norm_before_residual
+        self.self_attn = Attention(
+            2 * hidden,
+            hidden,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+            config.attention_bias,
+        )
+        self.mlp = SharedPrivateMLP(hidden, config.intermediate_size, config.private_width)
+        self.input_layernorm = nn.RMSNorm(hidden, eps=eps)
+        self.hidden_norm = nn.RMSNorm(hidden, eps=eps)
+        self.post_attention_layernorm = nn.RMSNorm(hidden, eps=eps)
+
+    def inputs(self, embeds: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+        """What attention reads [N, 2H] and the residual stream [N, H]."""
+        normed = self.hidden_norm(states)
+        residual = normed if self.norm_before_residual else states
+        return torch.cat([self.input_layernorm(embeds), normed], -1), residual
+
+    def finish(self, residual: Tensor, mixed_NAD: Tensor) -> Tensor:
+        """Output projection, MLP and both residual additions."""
+        states = residual + self.self_attn.o_proj(mixed_NAD.flatten(-2))
+        return states + self.mlp(self.post_attention_layernorm(states))
+
+    def forward(self, embeds: Tensor, states: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        x, residual = self.inputs(embeds, states)
+        keys, values = self.self_attn.keys_values(x, rope)
+        return self.finish(residual, attend(self.self_attn.queries(x, rope), keys, values))
+
+
+class Eagle3Draft(nn.Module):
+    """Weights and forward of an Eagle3 draft. Embeddings are the target's unless the checkpoint ships its own."""
+
+    d2t: Tensor
+    t2d: Tensor
+
+    def __init__(self, config: Eagle3Config, vocabulary: Tensor | None = None) -> None:
+        """``vocabulary`` [D]: sorted target ids of the draft vocabulary; by default the first D ids."""
+        super().__init__()
+        self.config = config
+        hidden, fused = config.hidden_size, len(config.taps) * config.target_hidden_size
+        self.fc = nn.Linear(fused, hidden, bias=False)
+        self.input_norm = nn.RMSNorm(fused, eps=config.rms_norm_eps) if config.norm_before_fc else None
+        self.fc_norm = (
+            nn.ModuleList(nn.RMSNorm(config.target_hidden_size, eps=config.rms_norm_eps) for _ in config.taps)
+            if config.fc_norm
+            else None
+        )
+        self.midlayer = Eagle3Layer(config)
+        self.norm = nn.RMSNorm(hidden, eps=config.rms_norm_eps)
+        self.lm_head = nn.Linear(hidden, config.draft_vocab_size, bias=False)
+        self.embed_tokens = nn.Embedding(config.target_vocab_size, hidden) if config.own_embedding else None
+        if config.draft_vocab_size < config.target_vocab_size:
+            self.set_vocabulary(torch.arange(config.draft_vocab_size) if vocabulary is None else vocabulary)
+        self.rotary = Rotary(config.rope_parameters, config.head_dim, config.max_position_embeddings)
+
+    # -- vocabulary --------------------------------------------------------------------------------------------
+    @property
+    def reduced(self) -> bool:
+        """Whether the draft speaks a part of the target's vocabulary."""
+        return self.config.draft_vocab_size < self.config.target_vocab_size
+
+    def set_vocabulary(self, ids_D: Tensor) -> None:
+        """Set the map buffers: ``d2t`` holds offsets (target id = i + d2t[i]), ``t2d`` the membership."""
+        ids_D = ids_D.long()
+        if len(ids_D) != self.config.draft_vocab_size or not bool((ids_D[1:] > ids_D[:-1]).all()):
+            raise ValueError(f"the vocabulary must hold {self.config.draft_vocab_size} ascending target ids")
+        member = torch.zeros(self.config.target_vocab_size, dtype=torch.bool, device=ids_D.device)
+        member[ids_D] = True
+        self.register_buffer("d2t", ids_D - torch.arange(len(ids_D), device=ids_D.device))
+        self.register_buffer("t2d", member)
+
+    def vocabulary(self) -> Tensor:
+        """Target ids [D] of the draft vocabulary, ascending."""
+        index = torch.arange(self.config.draft_vocab_size, device=self.lm_head.weight.device)
+        return index + self.d2t if self.reduced else index
+
+    # -- forward -----------------------------------------------------------------------------------------------
+    def fuse(self, taps: Tensor) -> Tensor:
+        """States [N, H] from the target's taps side by side [N, K*F]."""
+        if self.input_norm is not None:
+            taps = self.input_norm(taps)
+        if self.fc_norm is not None:
+            parts = taps.chunk(len(self.config.taps), -1)
+            taps = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], -1)
+        return self.fc(taps)
+
+    def embed(self, ids: Tensor, target_embedding: nn.Module) -> Tensor:
+        return self.embed_tokens(ids) if self.embed_tokens is not None else target_embedding(ids)
+
+    def forward(self, embeds: Tensor, states: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """Pre-norm states [N, H] for tokens whose embeddings [N, H] stand beside the previous states [N, H]."""
+        return self.midlayer(embeds, states, self.rotary(positions), attend)
+
+    def carry(self, states: Tensor) -> Tensor:
+        """What the next draft step takes in place of the target's features."""
+        return self.norm(states) if self.config.norm_output else states
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Logits [N, D] over the draft vocabulary of pre-norm states [N, H]."""
+        return self.lm_head(self.norm(states))
+
+    @property
+    def parameters_per_token(self) -> int:
+        """Parameters that one drafted token multiplies (``fc`` runs once a verified token, and is counted)."""
+        return sum(p.numel() for n, p in self.named_parameters() if not n.startswith("embed_tokens"))
+
+
+def check_fit(config: Eagle3Config, target: Any) -> None:
+    """Raise ``UserError`` when a draft of this shape cannot sit on ``target`` (sizes, taps, vocabulary)."""
+    problems: list[str] = []
+    if config.target_hidden_size != target.hidden_size:
+        problems.append(f"draft expects features of width {config.target_hidden_size}, target has {target.hidden_size}")
+    if config.target_vocab_size != target.vocab_size:
+        problems.append(f"draft maps a vocabulary of {config.target_vocab_size}, target has {target.vocab_size}")
+    deepest = max(config.taps)
+    if deepest > target.layers:
+        problems.append(f"draft taps layer {deepest}, target has {target.layers} layers")
+    if not config.own_embedding and config.hidden_size != target.hidden_size:
+        problems.append(f"draft width {config.hidden_size} cannot use the target's embeddings of {target.hidden_size}")
+    if problems:
+        raise UserError(f"this draft does not fit the target: {'; '.join(problems)}; give the draft made for it")
+
+
+def fresh_draft(target: Any, vocabulary: Sequence[int], seed: int = 0, intermediate: int | None = None) -> Eagle3Draft:
+    """A new draft for ``target`` that starts from what the target knows.
+
+    ``norm`` and the head rows are the target's own, ``fc`` passes the last tap through, and both projections into
+    the residual stream start small, so that training begins from the target's late features.
+    """
+    source = target.config
+    heads = source.num_attention_heads
+    config = Eagle3Config(
+        hidden_size=target.hidden_size,
+        intermediate_size=intermediate or source.intermediate_size,
+        num_attention_heads=heads,
+        num_key_value_heads=getattr(source, "num_key_value_heads", heads),
+        head_dim=getattr(source, "head_dim", None) or target.hidden_size // heads,
+        target_hidden_size=target.hidden_size,
+        target_vocab_size=target.vocab_size,
+        draft_vocab_size=len(vocabulary),
+        taps=target.taps,
+        rms_norm_eps=float(getattr(source, "rms_norm_eps", 1e-5)),
+        rope_parameters=dict(source.rope_parameters),
+        max_position_embeddings=target.context,
+    )
+    ids_D = torch.tensor(sorted(vocabulary))
+    draft = Eagle3Draft(config, ids_D)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in draft.named_parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(0.0, 0.02, generator=generator)
+                if name.endswith(("o_proj.weight", "down_proj.weight")):
+                    parameter.mul_(0.1)
+        draft.fc.weight[:, -config.target_hidden_size :] += torch.eye(config.hidden_size)
+        draft.norm.weight.copy_(target.backbone.norm.weight.float())
+        draft.lm_head.weight.copy_(target.head.weight[ids_D.to(target.device)].float())
+    return draft

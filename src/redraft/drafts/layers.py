@@ -1,0 +1,97 @@
+"""Building blocks of a draft: rotary positions, attention over any store of keys, the gated MLP.
+
+A layer knows how to make queries, keys and values; *which* keys a query sees is the business of the ``attend``
+callable that the caller passes: a fixed buffer while decoding, the training-time-test pattern while training.
+
+Shape legend: N packed tokens (any leading shape), H hidden size, A query heads, K key heads, D head width,
+I inner width of an MLP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(query [N, A, D], key [N, K, D], value [N, K, D]) -> mixed values [N, A, D]."""
+
+
+class Rotary:
+    """Cosines and sines of rotary positions, from transformers' own initialisers, tabulated once.
+
+    The table is not part of the module's state: it follows from the configuration.
+    """
+
+    def __init__(self, rope_parameters: dict[str, Any], head_dim: int, max_position_embeddings: int) -> None:
+        config = LlamaConfig(
+            head_dim=head_dim,
+            hidden_size=head_dim,
+            num_attention_heads=1,
+            max_position_embeddings=max_position_embeddings,
+            rope_parameters=dict(rope_parameters),
+        )
+        self.embedding = LlamaRotaryEmbedding(config=config)
+        self.table: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, positions_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [N, D] in float32 for integer positions [N]."""
+        needed = int(positions_N.max()) + 1 if positions_N.numel() else 1
+        if self.table is None or len(self.table[0]) < needed or self.table[0].device != positions_N.device:
+            self.grow(max(512, 2 * needed), positions_N.device)
+        assert self.table is not None
+        return self.table[0][positions_N], self.table[1][positions_N]
+
+    def grow(self, length: int, device: torch.device) -> None:
+        """Tabulate positions 0 to ``length`` - 1."""
+        embedding = self.embedding.to(device)
+        positions = torch.arange(length, device=device)[None]
+        with torch.no_grad():
+            cosines, sines = embedding(torch.zeros(1, dtype=torch.float32, device=device), positions)
+        self.table = (cosines[0].clone(), sines[0].clone())
+
+
+def rotate(x_NHD: Tensor, cosines_ND: Tensor, sines_ND: Tensor) -> Tensor:
+    """Rotate pairs (i, i + D/2) of every head by its position's angle, in float32."""
+    half = x_NHD.shape[-1] // 2
+    x = x_NHD.float()
+    turned = torch.cat([-x[..., half:], x[..., :half]], -1)
+    return (x * cosines_ND[..., None, :] + turned * sines_ND[..., None, :]).to(x_NHD.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention whose input is an embedding and a state side by side (EAGLE-3)."""
+
+    def __init__(self, inputs: int, hidden: int, heads: int, key_heads: int, head_dim: int, bias: bool) -> None:
+        super().__init__()
+        self.heads, self.key_heads, self.head_dim = heads, key_heads, head_dim
+        self.q_proj = nn.Linear(inputs, heads * head_dim, bias=bias)
+        self.k_proj = nn.Linear(inputs, key_heads * head_dim, bias=bias)
+        self.v_proj = nn.Linear(inputs, key_heads * head_dim, bias=bias)
+        self.o_proj = nn.Linear(heads * head_dim, hidden, bias=bias)
+
+    def keys_values(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Rotated keys and values [N, K, D]; positions that nothing is predicted from need no more than these."""
+        shape = (*x.shape[:-1], self.key_heads, self.head_dim)
+        return rotate(self.k_proj(x).view(shape), *rope), self.v_proj(x).view(shape)
+
+    def queries(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        return rotate(self.q_proj(x).view(*x.shape[:-1], self.heads, self.head_dim), *rope)
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU: ``down(silu(gate(x)) * up(x))``."""
+
+    def __init__(self, hidden: int, inner: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden, inner, bias=False)
+        self.up_proj = nn.Linear(hidden, inner, bias=False)
+        self.down_proj = nn.Linear(inner, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

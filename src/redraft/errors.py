@@ -1,0 +1,9 @@
+"""The one exception that a user's mistake raises.
+
+The command line prints ``UserError`` as one line and exits with code 2; everything else is a defect of ours
+and keeps its traceback.
+"""
+
+
+class UserError(Exception):
+    """Bad input. The message is one line that says what is wrong, where, and how to mend it."""

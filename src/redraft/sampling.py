@@ -1,0 +1,86 @@
+"""The only place where logits are warped into probabilities.
+
+Decoding, verification and regeneration all call :func:`warp`, so that a draft token is accepted against exactly
+the distribution that plain decoding would have drawn from.
+
+Shape legend: N rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from redraft.errors import UserError
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A sampling rule. ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 switch those filters off.
+
+    Raises ``UserError`` when a value lies outside its range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise UserError(f"temperature must be 0 (greedy) or above, not {self.temperature}")
+        if self.top_k < 0:
+            raise UserError(f"top-k must be 0 (off) or above, not {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top-p must lie in (0, 1], not {self.top_p}")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    def describe(self) -> str:
+        """The name that goes beside every published figure."""
+        if self.greedy:
+            return "greedy"
+        parts = [f"temperature {self.temperature:g}"]
+        if self.top_k:
+            parts.append(f"top-k {self.top_k}")
+        if self.top_p < 1:
+            parts.append(f"top-p {self.top_p:g}")
+        return ", ".join(parts)
+
+
+def warp(logits_NV: Tensor, sampler: Sampler) -> Tensor:
+    """Probabilities [N, V] in float32 after temperature, top-k and top-p, in that order.
+
+    Greedy gives the one-hot of the argmax, so that every rule that is written for probabilities holds at
+    temperature 0 too. Top-p keeps the smallest set whose mass reaches ``top_p`` and always the likeliest token.
+    """
+    if sampler.greedy:
+        one_hot = torch.zeros(logits_NV.shape, dtype=torch.float32, device=logits_NV.device)
+        return one_hot.scatter_(-1, logits_NV.argmax(-1, keepdim=True), 1.0)
+    logits_NV = logits_NV.float() / sampler.temperature
+    if sampler.top_k and sampler.top_k < logits_NV.shape[-1]:
+        threshold = logits_NV.topk(sampler.top_k, dim=-1).values[..., -1:]
+        logits_NV = logits_NV.masked_fill(logits_NV < threshold, float("-inf"))
+    probs_NV = logits_NV.softmax(-1)
+    if sampler.top_p < 1:
+        ordered, order = probs_NV.sort(-1, descending=True)
+        outside = ordered.cumsum(-1) - ordered >= sampler.top_p
+        probs_NV = torch.zeros_like(probs_NV).scatter_(-1, order, ordered.masked_fill(outside, 0.0))
+        probs_NV = probs_NV / probs_NV.sum(-1, keepdim=True)
+    return probs_NV
+
+
+def draw(probs_NV: Tensor, uniform_N: Tensor) -> Tensor:
+    """Token ids [N] by inversion of the cumulated probabilities with the given uniforms in [0, 1).
+
+    Inversion needs one uniform a row, so a row's draw does not depend on what it is batched with. Tokens of
+    probability zero are never drawn, whatever the rounding of the cumulated sum.
+    """
+    cumulated = probs_NV.double().cumsum(-1)
+    target = uniform_N.double().unsqueeze(-1) * cumulated[..., -1:]
+    chosen = torch.searchsorted(cumulated, target, right=True).clamp_(max=probs_NV.shape[-1] - 1)
+    return chosen.squeeze(-1)
