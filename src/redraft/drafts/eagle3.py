@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from redraft.artifact import FAMILIES
 from redraft.drafts.experts import SharedPrivateMLP
 from redraft.drafts.layers import Attend, Attention, Rotary
 from redraft.errors import UserError
@@ -174,6 +175,12 @@ class Eagle3Draft(nn.Module):
     def parameters_per_token(self) -> int:
         """Parameters that one drafted token multiplies (``fc`` runs once a verified token, and is counted)."""
         return sum(p.numel() for n, p in self.named_parameters() if not n.startswith("embed_tokens"))
+
+
+@FAMILIES.register("eagle3")
+def build(config: dict[str, Any]) -> Eagle3Draft:
+    """An untrained draft of this configuration, for a loader to fill."""
+    return Eagle3Draft(Eagle3Config.from_dict(config))
 
 
 def check_fit(config: Eagle3Config, target: Any) -> None:

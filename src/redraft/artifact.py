@@ -1,0 +1,341 @@
+"""redraft's own format: a draft, or the private part of one, as a folder of ``redraft.json`` and safetensors.
+
+Loading is strict in both directions: every missing, extra, misshaped or non-finite tensor is named. Nothing here
+reads or writes pickle. Writing is all or nothing: a new folder is filled beside the old one and takes its place at
+the end, after the free space of the disk has been checked. See docs/formats.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from redraft.errors import UserError
+from redraft.registry import Registry
+
+SCHEMA = 1
+META_FILE = "redraft.json"
+DRAFT_FILE = "draft.safetensors"
+PRIVATE_FILE = "private.safetensors"
+OWN_FILES = {META_FILE, DRAFT_FILE, PRIVATE_FILE, "README.md"}
+
+# A draft family files the function that builds an untrained draft from the ``config`` entry of redraft.json. The
+# draft must keep that entry as ``draft.config`` with a ``to_dict`` method.
+FAMILIES: Registry[Callable[[dict[str, Any]], nn.Module]] = Registry("draft family", package="redraft.drafts")
+
+# Room for file headers, the metadata file and what the file system itself needs.
+SLACK_BYTES = 1 << 20
+
+
+# -- atomic writes ---------------------------------------------------------------------------------------------------
+def atomic_write_bytes(path: str | Path, data: bytes) -> None:
+    """Write ``data`` to ``path`` so that a reader sees the old file or the new one, never a part.
+
+    Raises ``UserError`` when the disk cannot hold it or the folder cannot be written.
+    """
+    path = Path(path)
+    require_free_space(path.parent, len(data))
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def atomic_write_text(path: str | Path, text: str) -> None:
+    """:func:`atomic_write_bytes` for text, as UTF-8."""
+    atomic_write_bytes(path, text.encode())
+
+
+def atomic_write_json(path: str | Path, value: Any) -> None:
+    """:func:`atomic_write_bytes` for a JSON value, indented, with a line break at the end."""
+    atomic_write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def require_free_space(folder: str | Path, needed: int) -> None:
+    """Raise ``UserError`` when the disk that holds ``folder`` (which need not exist) has fewer bytes free."""
+    place = Path(folder).absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed + SLACK_BYTES:
+        raise UserError(
+            f"no room on the disk for {folder}: {(needed + SLACK_BYTES) / 1e6:.1f} MB are needed and "
+            f"{free / 1e6:.1f} MB are free; free some or choose another folder"
+        )
+
+
+@contextmanager
+def atomic_folder(folder: str | Path, needed: int, replaceable: Iterable[str]) -> Iterator[Path]:
+    """Yield an empty sibling folder to fill; it takes the place of ``folder`` when the block ends without an error.
+
+    ``needed`` is the number of bytes that will be written. An existing ``folder`` is replaced only when it holds
+    nothing but the ``replaceable`` file names, so that no slip in a path deletes other work. Raises ``UserError``.
+    """
+    folder = Path(folder).absolute()
+    settle(folder)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; name a folder")
+    strangers = sorted({entry.name for entry in folder.iterdir()} - set(replaceable)) if folder.exists() else []
+    if strangers:
+        raise UserError(f"{folder} holds other files ({', '.join(strangers[:3])}); name a new or empty folder")
+    require_free_space(folder, needed)
+    new, old = folder.with_name(f".{folder.name}.{os.getpid()}.new"), _old(folder)
+    try:
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+        yield new
+        for file in new.iterdir():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(new, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def settle(folder: str | Path) -> None:
+    """Finish a replacement that was killed between its two renames: bring the old folder back."""
+    folder = Path(folder).absolute()
+    if _old(folder).exists():
+        if folder.exists():
+            shutil.rmtree(_old(folder), ignore_errors=True)
+        else:
+            os.replace(_old(folder), folder)
+
+
+def _old(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
+
+
+# -- tensors ---------------------------------------------------------------------------------------------------------
+def tensors_hash(state: Mapping[str, Tensor]) -> str:
+    """A fingerprint of named tensors: names, dtypes, shapes and every byte, in name order (16 hex digits)."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous().reshape(-1)
+        digest.update(f"{name}|{tensor.dtype}|{tuple(state[name].shape)}|".encode())
+        digest.update(tensor.view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def tensors_bytes(state: Mapping[str, Tensor]) -> int:
+    """How many bytes the tensors take on disk, headers not counted."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Every tensor of one safetensors file, on the CPU. Raises ``UserError`` when it is missing or damaged."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is not a whole safetensors file ({error}); copy or download it again") from error
+
+
+def write_tensors(path: str | Path, state: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write the tensors to one safetensors file. ``metadata`` goes into its header."""
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+    save_file(plain, str(path), metadata={"format": "pt"} | (metadata or {}))
+
+
+def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str | Path) -> None:
+    """Raise ``UserError`` that names every missing, extra, misshaped, wrongly typed or non-finite tensor.
+
+    ``expected`` gives names, shapes and kinds; a floating-point tensor may have any of float32, float16, bfloat16.
+    """
+    faults = []
+    missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    if missing:
+        faults.append(f"missing {', '.join(missing)}")
+    if extra:
+        faults.append(f"extra {', '.join(extra)}")
+    for name in sorted(set(found) & set(expected)):
+        faults.extend(_faults(name, found[name], expected[name]))
+    if faults:
+        raise UserError(f"{where} does not hold the tensors that its config asks for: {'; '.join(faults)}")
+
+
+def _faults(name: str, tensor: Tensor, wanted: Tensor) -> list[str]:
+    if tensor.shape != wanted.shape:
+        return [f"{name} has shape {list(tensor.shape)} instead of {list(wanted.shape)}"]
+    if wanted.is_floating_point():
+        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            return [f"{name} is {_short(tensor.dtype)} instead of float32, float16 or bfloat16"]
+        if not torch.isfinite(tensor).all():
+            return [f"{name} holds NaN or infinity"]
+    elif tensor.dtype != wanted.dtype:
+        return [f"{name} is {_short(tensor.dtype)} instead of {_short(wanted.dtype)}"]
+    return []
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def fill(draft: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Give a draft these tensors in their own dtypes. Call :func:`check_tensors` first."""
+    draft.load_state_dict(dict(state), strict=True, assign=True)
+
+
+# -- redraft.json ----------------------------------------------------------------------------------------------------
+def read_json(path: str | Path) -> dict[str, Any]:
+    """One JSON object from a file. Raises ``UserError`` with the file and line when there is none."""
+    path = Path(path)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON: line {error.lineno}: {error.msg}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} must hold a JSON object, not a {type(value).__name__}")
+    return value
+
+
+def read_meta(folder: str | Path, kind: str) -> dict[str, Any]:
+    """``redraft.json`` of an artifact of this kind ("draft" or "private"), checked. Raises ``UserError``."""
+    folder = Path(folder)
+    settle(folder)
+    if not folder.exists():
+        raise UserError(f"{folder} does not exist; name a folder that holds {META_FILE}")
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; name one that holds {META_FILE}")
+    path = folder / META_FILE
+    meta = read_json(path)
+    schema = meta.get("schema")
+    if not isinstance(schema, int) or schema < 1:
+        raise UserError(f"{path} has no schema number; it was not written by redraft")
+    if schema > SCHEMA:
+        raise UserError(f"{path} has schema {schema} and this redraft reads up to {SCHEMA}; upgrade redraft")
+    if meta.get("kind") != kind:
+        hint = "load it onto its base draft" if meta.get("kind") == "private" else "name a private part"
+        raise UserError(f"{folder} holds a {meta.get('kind')} artifact where a {kind} is needed; {hint}")
+    wanted = ["family", "config", "content_hash"] + (["base_draft_hash", "tensors"] if kind == "private" else [])
+    absent = [key for key in wanted if key not in meta]
+    if absent:
+        raise UserError(f"{path} lacks {', '.join(absent)}; copy the artifact again")
+    return meta
+
+
+def _build(meta: Mapping[str, Any], where: Path) -> Any:
+    """An untrained draft of the family and config in ``meta``."""
+    if not isinstance(meta["config"], dict):
+        raise UserError(f"{where / META_FILE} has a config that is no JSON object; copy the artifact again")
+    try:
+        return FAMILIES.get(str(meta["family"]))(dict(meta["config"]))
+    except UserError as error:
+        raise UserError(f"{where / META_FILE}: {error}") from error
+    except (TypeError, KeyError, ValueError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{where / META_FILE} has a config that builds no draft: {error}") from error
+
+
+def _meta(kind: str, draft: nn.Module, content_hash: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """``given`` (family, method, target, tokenizer_hash, provenance, ...) under the keys that the format fixes."""
+    config: Any = draft.config
+    fixed = {"schema": SCHEMA, "kind": kind, "family": given.get("family", "eagle3"), "config": config.to_dict()}
+    fixed["content_hash"] = content_hash
+    defaults = {"method": None, "target": {"name": None, "hash": None}, "tokenizer_hash": None, "provenance": {}}
+    return fixed | {key: value for key, value in (defaults | dict(given)).items() if key not in fixed}
+
+
+def _verify_hash(state: Mapping[str, Tensor], meta: Mapping[str, Any], path: Path) -> None:
+    if tensors_hash(state) != meta["content_hash"]:
+        raise UserError(f"{path} is not the file that {META_FILE} describes (content hash differs); copy both again")
+
+
+# -- drafts ----------------------------------------------------------------------------------------------------------
+def save_draft(folder: str | Path, draft: nn.Module, meta: Mapping[str, Any]) -> None:
+    """Write a whole draft. ``meta`` holds what the caller knows: method, target, tokenizer_hash, provenance.
+
+    Raises ``UserError`` on NaN, a full disk, or a folder that holds other files.
+    """
+    state = draft.state_dict()
+    check_tensors(state, state, "the draft to be saved")
+    with atomic_folder(folder, tensors_bytes(state), OWN_FILES) as new:
+        write_tensors(new / DRAFT_FILE, state)
+        atomic_write_json(new / META_FILE, _meta("draft", draft, tensors_hash(state), meta))
+
+
+def load_draft(folder: str | Path) -> tuple[Any, dict[str, Any]]:
+    """The draft in a folder, in the dtypes of its file, and its metadata. Raises ``UserError``."""
+    folder = Path(folder)
+    meta = read_meta(folder, "draft")
+    draft = _build(meta, folder)
+    path = folder / DRAFT_FILE
+    state = read_tensors(path)
+    check_tensors(state, draft.state_dict(), path)
+    _verify_hash(state, meta, path)
+    fill(draft, state)
+    return draft, meta
+
+
+def save_private(
+    folder: str | Path, draft: nn.Module, names: Iterable[str], base_hash: str, meta: Mapping[str, Any]
+) -> None:
+    """Write only the tensors ``names`` of ``draft``: what a method trained on top of a shared base draft.
+
+    ``base_hash`` is :func:`tensors_hash` of the base draft's state. Raises ``UserError`` as :func:`save_draft`, and
+    ``ValueError`` for a name that the draft does not have.
+    """
+    whole, names = draft.state_dict(), sorted(names)
+    unknown = [name for name in names if name not in whole]
+    if unknown or not names:
+        raise ValueError(f"a private part needs tensors of the draft; unknown: {unknown}")
+    state = {name: whole[name] for name in names}
+    check_tensors(state, state, "the private part to be saved")
+    entry = _meta("private", draft, tensors_hash(state), meta) | {"base_draft_hash": base_hash, "tensors": names}
+    with atomic_folder(folder, tensors_bytes(state), OWN_FILES) as new:
+        write_tensors(new / PRIVATE_FILE, state)
+        atomic_write_json(new / META_FILE, entry)
+
+
+def load_private(folder: str | Path, base_draft: nn.Module, base_hash: str) -> tuple[Any, dict[str, Any]]:
+    """A new draft: the base draft's tensors with the private part's put over them. The base is left as it is.
+
+    Raises ``UserError`` when the part belongs to another base draft, or its tensors are not exactly those listed.
+    """
+    folder = Path(folder)
+    meta = read_meta(folder, "private")
+    if meta["base_draft_hash"] != base_hash:
+        raise UserError(
+            f"{folder} belongs to the base draft {meta['base_draft_hash']} and was given {base_hash}; "
+            "name the draft that it was trained on"
+        )
+    draft = _build(meta, folder)
+    whole, path = draft.state_dict(), folder / PRIVATE_FILE
+    listed = {name: whole[name] for name in meta["tensors"] if name in whole}
+    part = read_tensors(path)
+    check_tensors(part, listed, path)
+    _verify_hash(part, meta, path)
+    base = {name: tensor.detach().clone() for name, tensor in base_draft.state_dict().items()}
+    joined = base | part
+    check_tensors(joined, whole, f"{folder} over its base draft")
+    fill(draft, joined)
+    return draft, meta

@@ -1,0 +1,217 @@
+"""redraft's own format: exact round trips, strictness both ways, atomic writes, disk space, schema."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import namedtuple
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from redraft import artifact
+from redraft.drafts.eagle3 import Eagle3Config, Eagle3Draft
+from redraft.drafts.experts import attach_private, is_private
+from redraft.errors import UserError
+
+CONFIG = Eagle3Config(
+    hidden_size=16,
+    intermediate_size=24,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=6,
+    target_hidden_size=16,
+    target_vocab_size=40,
+    draft_vocab_size=10,
+    taps=(1, 2, 4),
+    rms_norm_eps=1e-5,
+    max_position_embeddings=64,
+)
+META = {"method": "eda+fc", "target": {"name": "tiny", "hash": "0123"}, "provenance": {"seed": 1}}
+
+
+@pytest.fixture
+def draft() -> Eagle3Draft:
+    torch.manual_seed(0)
+    return Eagle3Draft(CONFIG, torch.arange(0, 40, 4))
+
+
+@pytest.fixture
+def saved(tmp_path, draft):
+    artifact.save_draft(tmp_path / "d", draft, META)
+    return tmp_path / "d"
+
+
+def same(left, right) -> bool:
+    left, right = left.state_dict(), right.state_dict()
+    return set(left) == set(right) and all(
+        left[k].dtype == right[k].dtype and torch.equal(left[k], right[k]) for k in left
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_draft_comes_back_bit_for_bit(tmp_path, draft, dtype):
+    draft = draft.to(dtype)
+    artifact.save_draft(tmp_path / "d", draft, META)
+    back, meta = artifact.load_draft(tmp_path / "d")
+    assert same(back, draft) and back.config == draft.config
+    assert meta["kind"] == "draft" and meta["family"] == "eagle3" and meta["target"] == META["target"]
+    assert meta["method"] == "eda+fc" and meta["provenance"] == {"seed": 1}
+    assert meta["content_hash"] == artifact.tensors_hash(draft.state_dict())
+    assert all(p.requires_grad for p in back.parameters())
+
+
+def test_a_private_part_holds_only_its_tensors_and_loads_onto_the_base(tmp_path, draft):
+    split = attach_private(draft, 8)
+    torch.nn.init.normal_(split.midlayer.mlp.private.down_proj.weight)
+    torch.nn.init.normal_(split.fc.weight)
+    names = [n for n in split.state_dict() if is_private(n)] + ["fc.weight"]
+    base_hash = artifact.tensors_hash(draft.state_dict())
+    artifact.save_private(tmp_path / "p", split, names, base_hash, META)
+    assert set(load_file(tmp_path / "p" / artifact.PRIVATE_FILE)) == set(names)
+    before = artifact.tensors_hash(draft.state_dict())
+    back, meta = artifact.load_private(tmp_path / "p", draft, base_hash)
+    assert same(back, split) and back.config.private_width == 8 and meta["base_draft_hash"] == base_hash
+    back.fc.weight.data.zero_()
+    assert artifact.tensors_hash(draft.state_dict()) == before
+    with pytest.raises(UserError, match="belongs to the base draft"):
+        artifact.load_private(tmp_path / "p", draft, "ffff")
+    with pytest.raises(UserError, match="private artifact where a draft is needed"):
+        artifact.load_draft(tmp_path / "p")
+
+
+def test_a_private_part_without_its_expert_is_refused(tmp_path, draft):
+    split = attach_private(draft, 8)
+    artifact.save_private(tmp_path / "p", split, ["fc.weight"], "base", META)
+    with pytest.raises(UserError, match="missing midlayer.mlp.private.down_proj.weight"):
+        artifact.load_private(tmp_path / "p", draft, "base")
+
+
+@pytest.mark.parametrize("name", sorted(Eagle3Draft(CONFIG).state_dict()))
+def test_every_missing_tensor_is_named(saved, name):
+    state = load_file(saved / artifact.DRAFT_FILE)
+    del state[name]
+    save_file(state, saved / artifact.DRAFT_FILE)
+    with pytest.raises(UserError, match=f"missing {name}"):
+        artifact.load_draft(saved)
+
+
+@pytest.mark.parametrize("name", sorted(Eagle3Draft(CONFIG).state_dict()))
+def test_every_misshaped_or_wrongly_typed_tensor_is_named(saved, name):
+    whole = load_file(saved / artifact.DRAFT_FILE)
+    save_file(whole | {name: torch.cat([whole[name], whole[name][:1]])}, saved / artifact.DRAFT_FILE)
+    with pytest.raises(UserError, match=f"{name} has shape"):
+        artifact.load_draft(saved)
+    save_file(whole | {name: whole[name].to(torch.int8)}, saved / artifact.DRAFT_FILE)
+    with pytest.raises(UserError, match=f"{name} is int8 instead of"):
+        artifact.load_draft(saved)
+
+
+def test_extra_tensors_and_nan_are_named_together(saved):
+    state = load_file(saved / artifact.DRAFT_FILE)
+    state["fc.weight"][0, 0] = float("nan")
+    state["fc.bias"] = torch.zeros(16)
+    save_file(state, saved / artifact.DRAFT_FILE)
+    with pytest.raises(UserError, match="extra fc.bias; fc.weight holds NaN or infinity"):
+        artifact.load_draft(saved)
+
+
+def test_a_changed_byte_and_a_torn_file_are_noticed(saved):
+    path = saved / artifact.DRAFT_FILE
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="t2d|content hash"):
+        artifact.load_draft(saved)
+    path.write_bytes(data[:-20])
+    with pytest.raises(UserError, match="not a whole safetensors file"):
+        artifact.load_draft(saved)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema": artifact.SCHEMA + 1}, "upgrade redraft"),
+        ({"schema": None}, "no schema number"),
+        ({"family": "eagle9"}, "unknown draft family"),
+        ({"kind": "private"}, "where a draft is needed"),
+        ({"content_hash": "0"}, "content hash differs"),
+        ({"config": 3}, "no JSON object"),
+        ({"config": {"taps": [1]}}, "draft config is incomplete"),
+    ],
+)
+def test_a_wrong_metadata_file_gives_one_clear_line(saved, change, message):
+    path = saved / artifact.META_FILE
+    artifact.atomic_write_json(path, json.loads(path.read_text()) | change)
+    with pytest.raises(UserError, match=message) as caught:
+        artifact.load_draft(saved)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_and_broken_files(tmp_path, saved):
+    with pytest.raises(UserError, match="does not exist"):
+        artifact.load_draft(tmp_path / "nowhere")
+    (saved / artifact.META_FILE).write_text('{"schema": 1,\n"kind" }')
+    with pytest.raises(UserError, match="not JSON: line 2"):
+        artifact.load_draft(saved)
+    (saved / artifact.META_FILE).unlink()
+    with pytest.raises(UserError, match="redraft.json does not exist"):
+        artifact.load_draft(saved)
+
+
+def test_nothing_is_written_when_the_disk_is_too_small(tmp_path, draft, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage(10**9, 10**9, 1000))
+    with pytest.raises(UserError, match="no room on the disk"):
+        artifact.save_draft(tmp_path / "d", draft, META)
+    with pytest.raises(UserError, match="no room on the disk"):
+        artifact.atomic_write_text(tmp_path / "note", "hello")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_draft_with_nan_is_not_saved_and_the_old_one_stays(saved, draft):
+    other = Eagle3Draft(replace(CONFIG, norm_before_fc=True))
+    other.norm.weight.data[0] = float("nan")
+    with pytest.raises(UserError, match="norm.weight holds NaN"):
+        artifact.save_draft(saved, other, META)
+    back, _ = artifact.load_draft(saved)
+    assert same(back, draft)
+
+
+def test_an_error_while_writing_leaves_the_old_folder(saved, draft, monkeypatch):
+    def tear(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(artifact, "save_file", tear)
+    with pytest.raises(UserError, match="No space left on device"):
+        artifact.save_draft(saved, draft, META)
+    assert same(artifact.load_draft(saved)[0], draft)
+    assert [entry.name for entry in saved.parent.iterdir()] == ["d"]
+
+
+def test_a_replacement_killed_between_its_renames_is_undone(saved, draft):
+    saved.rename(saved.with_name(".d.old"))
+    assert same(artifact.load_draft(saved)[0], draft)
+
+
+def test_a_folder_with_other_work_is_not_replaced(tmp_path, draft):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="holds other files .thesis.tex."):
+        artifact.save_draft(tmp_path, draft, META)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_the_hash_sees_names_shapes_dtypes_and_values():
+    base = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor([True, False])}
+    variants = [
+        {"a": base["a"], "c": base["b"]},
+        {"a": base["a"].view(3, 2), "b": base["b"]},
+        {"a": base["a"].double(), "b": base["b"]},
+        {"a": base["a"] + 1, "b": base["b"]},
+        {"a": base["a"], "b": ~base["b"]},
+    ]
+    hashes = [artifact.tensors_hash(state) for state in [base, *variants]]
+    assert len(set(hashes)) == len(hashes)
+    assert artifact.tensors_hash(dict(reversed(base.items()))) == hashes[0]
