@@ -1,0 +1,1 @@
+"""Lossless speculative decoding: the verification rule and the engines around it."""

@@ -1,0 +1,146 @@
+"""Bootstrap intervals over prompts.
+
+Prompts, not rounds, are resampled: the rounds of one response depend on each other. Whatever is compared (drafts
+with each other, a draft with plain decoding) is measured on the same prompts and resampled together, so the
+interval of a difference or ratio is the paired one.
+
+Shape legend: D bootstrap draws, P prompts, F measured quantities of one prompt (tokens, rounds, seconds, ...).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A statistic on the sample itself and the bounds of its percentile bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def to_dict(self) -> dict[str, float]:
+        """{"value", "low", "high"} as plain floats, the form of every result file."""
+        return asdict(self)
+
+    def excludes(self, number: float) -> bool:
+        """Whether ``number`` lies outside the interval."""
+        return not self.low <= number <= self.high
+
+
+def resample_counts(prompts: int, draws: int, seed: int) -> Array:
+    """How often each prompt occurs in each resample [D, P]; a function of the three arguments alone.
+
+    The same seed gives the same resamples, so statistics that are computed in separate calls are still paired.
+    """
+    if prompts < 1:
+        raise ValueError("a bootstrap needs at least one prompt")
+    even = np.full(prompts, 1 / prompts)
+    return np.random.default_rng(seed).multinomial(prompts, even, size=draws).astype(np.float64)
+
+
+def _interval(value: float, drawn_D: Array, level: float) -> Interval:
+    """Percentiles of the finite draws: a resample whose statistic does not exist (0/0) says nothing about it."""
+    finite = drawn_D[np.isfinite(drawn_D)]
+    if not finite.size:
+        return Interval(float(value), float("nan"), float("nan"))
+    low, high = np.quantile(finite, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(value), float(low), float(high))
+
+
+def bootstrap(
+    values_per_prompt: Sequence[T],
+    statistic: Callable[[list[T]], float],
+    draws: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Interval:
+    """Percentile bootstrap (Efron 1979) of any statistic of a list with one entry a prompt.
+
+    Entries may be anything, for instance a pair of measurements of two drafts: they are resampled whole, hence
+    paired. With one prompt the interval is a point and says nothing. Raises ``ValueError`` for no prompts.
+    """
+    values = list(values_per_prompt)
+    counts_DP = resample_counts(len(values), draws, seed).astype(np.int64)
+    everyone = np.arange(len(values))
+    drawn = [statistic([values[i] for i in np.repeat(everyone, counts_P)]) for counts_P in counts_DP]
+    return _interval(statistic(values), np.asarray(drawn, dtype=np.float64), level)
+
+
+def bootstrap_sums(
+    values_PF: npt.ArrayLike,
+    statistic: Callable[[Array], Any],
+    draws: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Interval:
+    """Bootstrap of a statistic that needs only the sums over prompts; one matrix product, no loop.
+
+    ``statistic`` maps sums [..., F] to [...] and is called once for the sample and once for all draws. Uses the
+    same resamples as :func:`bootstrap` at the same seed.
+    """
+    values = np.asarray(values_PF, dtype=np.float64)
+    if values.ndim != 2:
+        raise ValueError(f"expected one row a prompt, got shape {values.shape}")
+    counts_DP = resample_counts(len(values), draws, seed)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        drawn = np.asarray(statistic(counts_DP @ values), dtype=np.float64)
+        value = float(np.asarray(statistic(values.sum(0))))
+    return _interval(value, drawn, level)
+
+
+def ratio_of_sums(numerator_P: npt.ArrayLike, denominator_P: npt.ArrayLike, **options: Any) -> Interval:
+    """sum(numerator) / sum(denominator): ``tau_pooled`` from tokens and rounds, tokens/s from tokens and seconds."""
+    return bootstrap_sums(np.column_stack([numerator_P, denominator_P]), lambda s: s[..., 0] / s[..., 1], **options)
+
+
+def mean(values_P: npt.ArrayLike, **options: Any) -> Interval:
+    """Mean over prompts; ``tau_macro`` from each prompt's tokens / rounds."""
+    ones = np.ones(len(np.asarray(values_P)))
+    return ratio_of_sums(values_P, ones, **options)
+
+
+def paired_difference(
+    new_P: tuple[npt.ArrayLike, npt.ArrayLike], old_P: tuple[npt.ArrayLike, npt.ArrayLike], **options: Any
+) -> Interval:
+    """Ratio of sums of ``new`` minus that of ``old``; each is (numerators, denominators) on the same prompts."""
+    return bootstrap_sums(
+        np.column_stack([*new_P, *old_P]), lambda s: s[..., 0] / s[..., 1] - s[..., 2] / s[..., 3], **options
+    )
+
+
+def paired_ratio(
+    new_P: tuple[npt.ArrayLike, npt.ArrayLike], old_P: tuple[npt.ArrayLike, npt.ArrayLike], **options: Any
+) -> Interval:
+    """Ratio of sums of ``new`` over that of ``old``: a speed-up, from (tokens, seconds) of each on the same prompts."""
+    return bootstrap_sums(
+        np.column_stack([*new_P, *old_P]), lambda s: s[..., 0] / s[..., 1] / (s[..., 2] / s[..., 3]), **options
+    )
+
+
+def paired_recovery(
+    new_P: tuple[npt.ArrayLike, npt.ArrayLike],
+    stale_P: tuple[npt.ArrayLike, npt.ArrayLike],
+    full_P: tuple[npt.ArrayLike, npt.ArrayLike],
+    **options: Any,
+) -> Interval:
+    """``metrics.recovery`` of pooled tau, from (tokens, rounds) of the three drafts on the same prompts.
+
+    The denominator may come near zero in some resamples when full retraining gains little; the interval is then
+    wide, as it should be.
+    """
+
+    def statistic(sums: Array) -> Array:
+        tau, stale, full = (sums[..., 2 * i] / sums[..., 2 * i + 1] for i in range(3))
+        return (tau - stale) / (full - stale)
+
+    return bootstrap_sums(np.column_stack([*new_P, *stale_P, *full_P]), statistic, **options)
