@@ -1,0 +1,35 @@
+"""Total variation distance: what acceptance itself measures.
+
+    TV(target, draft) = 0.5 * sum_x |target(x) - draft(x)| = 1 - sum_x min(target(x), draft(x))
+
+so that 1 - TV is the chance that a sampled draft token is accepted (arXiv 2211.17192, theorem 3.5). With
+s(x) = sign(draft(x) - target(x)) its gradient with respect to the draft's logits is
+0.5 * draft(x) * (s(x) - sum_y draft(y) s(y)). As a training loss: Goel et al. (arXiv 2403.00858), who note that
+its gradient vanishes where the draft is far off, so it serves better to finish than to start.
+
+Shape legend: N positions, D draft vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from redraft.losses import LOSSES
+from redraft.losses.rows import computing_dtype, weighted_sum, with_gradient
+
+
+@LOSSES.register("tv")
+def tv(draft_logits_ND: Tensor, teacher_logits_ND: Tensor, weight_N: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(sum, count) of TV(target, draft) over positions; see ``redraft.losses`` for the contract."""
+    with torch.no_grad():
+        dtype = computing_dtype(draft_logits_ND, teacher_logits_ND)
+        draft_ND = draft_logits_ND.to(dtype).softmax(-1)
+        difference_ND = draft_ND - teacher_logits_ND.to(dtype).softmax(-1)
+        loss_N = 0.5 * difference_ND.abs().sum(-1)
+        if not draft_logits_ND.requires_grad:
+            return weighted_sum(loss_N, weight_N)
+        sign_ND = difference_ND.sign_()
+        mean_N1 = (draft_ND * sign_ND).sum(-1, keepdim=True)
+        gradient_ND = sign_ND.sub_(mean_N1).mul_(draft_ND).mul_(0.5)
+    return weighted_sum(with_gradient(draft_logits_ND, loss_N, gradient_ND), weight_N)
