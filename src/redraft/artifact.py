@@ -157,10 +157,11 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         raise UserError(f"{path} is not a whole safetensors file ({error}); copy or download it again") from error
 
 
-def write_tensors(path: str | Path, state: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write the tensors to one safetensors file. ``metadata`` goes into its header."""
+def write_tensors(path: str | Path, state: Mapping[str, Tensor]) -> None:
+    """Write the tensors to one safetensors file, byte for byte the same for the same tensors."""
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-    save_file(plain, str(path), metadata={"format": "pt"} | (metadata or {}))
+    # One entry only: the writer shuffles the order of several. Hugging Face's loaders ask for this one.
+    save_file(plain, str(path), metadata={"format": "pt"})
 
 
 def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str | Path) -> None:
@@ -335,7 +336,8 @@ def load_private(folder: str | Path, base_draft: nn.Module, base_hash: str) -> t
     check_tensors(part, listed, path)
     _verify_hash(part, meta, path)
     base = {name: tensor.detach().clone() for name, tensor in base_draft.state_dict().items()}
-    joined = base | part
+    device = next(iter(base.values())).device
+    joined = base | {name: tensor.to(device) for name, tensor in part.items()}
     check_tensors(joined, whole, f"{folder} over its base draft")
     fill(draft, joined)
     return draft, meta

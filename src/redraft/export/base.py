@@ -1,0 +1,234 @@
+"""What every exporter shares: facts about the target, the checks before a file is written, and the report.
+
+An exporter is a function ``export(draft, folder, target, *, speculative_tokens) -> ExportReport``, registered by
+name. It writes a complete checkpoint or raises ``UserError`` and leaves nothing behind: engines fill what is absent
+with zeros or noise and say nothing, so completeness is checked here.
+
+Shape legend: D draft vocabulary, V target vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from redraft.artifact import (
+    atomic_folder,
+    atomic_write_json,
+    check_tensors,
+    tensors_bytes,
+    tensors_hash,
+    write_tensors,
+)
+from redraft.drafts.eagle3 import Eagle3Config, Eagle3Draft, check_fit
+from redraft.drafts.experts import merge_private
+from redraft.errors import UserError
+from redraft.registry import Registry
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+EXPORTED_FILES = {CONFIG_FILE, WEIGHTS_FILE, "README.md"}
+
+# Parts of a path that change which speculative method vLLM takes the draft for.
+TELLING_PATH_PARTS = ("eagle-", "eagle3", "dflash", "dspark")
+
+# Rotary types whose angles do not depend on max_position_embeddings, so that it may be raised.
+FREE_ROPE_TYPES = ("default", "linear", "llama3")
+
+
+@dataclass(frozen=True)
+class TargetInfo:
+    """The facts about a target that fitting, importing and exporting a draft need."""
+
+    name: str
+    hidden_size: int
+    layers: int
+    vocab_size: int
+    context: int
+    architectures: tuple[str, ...] = ("LlamaForCausalLM",)
+
+    @classmethod
+    def of(cls, source: Any, name: str = "") -> TargetInfo:
+        """From a ``redraft.target.Target``, a Hugging Face config (also of a model with a text part), or itself."""
+        if isinstance(source, TargetInfo):
+            return source
+        config = getattr(source, "config", source)
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        return cls(
+            name=name or getattr(source, "name", "") or getattr(config, "_name_or_path", "") or "",
+            hidden_size=int(text.hidden_size),
+            layers=int(text.num_hidden_layers),
+            vocab_size=int(text.vocab_size),
+            context=int(text.max_position_embeddings),
+            architectures=tuple(getattr(config, "architectures", None) or ("LlamaForCausalLM",)),
+        )
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written, and what the reader should know. ``serve`` is the command that loads it."""
+
+    format: str
+    folder: Path
+    tensors: int
+    parameters: int
+    bytes: int
+    merged_private: bool
+    serve: str
+    warnings: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**self.__dict__, "folder": str(self.folder), "warnings": list(self.warnings)}
+
+
+class Exporter(Protocol):
+    """``target`` is whatever :meth:`TargetInfo.of` takes."""
+
+    def __call__(
+        self, draft: Eagle3Draft, folder: str | Path, target: Any, *, speculative_tokens: int = 5
+    ) -> ExportReport: ...
+
+
+EXPORTERS: Registry[Exporter] = Registry("export format", package="redraft.export")
+
+
+# -- checks ----------------------------------------------------------------------------------------------------------
+def prepare(draft: Eagle3Draft, target: TargetInfo) -> tuple[Eagle3Draft, list[str]]:
+    """A dense draft that fits ``target`` and is sound in every tensor, and notes. Raises ``UserError``."""
+    notes = []
+    if draft.config.private_width:
+        notes.append(f"the private expert of width {draft.config.private_width} was merged into the MLP")
+    dense = merge_private(draft)
+    check_fit(dense.config, target)
+    check_taps(dense.config.taps)
+    if dense.config.norm_before_fc and dense.config.fc_norm:
+        raise UserError("norm_before_fc and fc_norm exclude each other in every engine; train a draft with one of them")
+    state = {name: tensor.detach().cpu() for name, tensor in dense.state_dict().items()}
+    check_tensors(state, type(dense)(dense.config).state_dict(), "the draft to be exported")
+    check_vocabulary_map(state, dense.config, "the draft to be exported")
+    dense, raised = cover_context(dense, target)
+    return dense, notes + raised
+
+
+def check_taps(taps: tuple[int, ...]) -> None:
+    """Engines collect features in layer order and once each, so ids must ascend strictly. Raises ``UserError``."""
+    if not taps or any(after <= before for before, after in zip(taps, taps[1:], strict=False)):
+        raise UserError(f"taps {list(taps)} do not ascend strictly; engines read each layer once and in layer order")
+
+
+def check_vocabulary_map(state: Mapping[str, Tensor], config: Eagle3Config, where: str | Path) -> None:
+    """The maps must describe one ascending set of target ids. Raises ``UserError``.
+
+    ``d2t`` [D] holds offsets (target id = i + d2t[i]); ``t2d`` [V] marks the ids that the draft can say.
+    """
+    if config.draft_vocab_size > config.target_vocab_size:
+        raise UserError(f"{where}: a draft vocabulary of {config.draft_vocab_size} exceeds the target's")
+    if config.draft_vocab_size == config.target_vocab_size:
+        return
+    ids_D = state["d2t"] + torch.arange(config.draft_vocab_size)
+    if int(ids_D.min()) < 0 or int(ids_D.max()) >= config.target_vocab_size:
+        raise UserError(f"{where}: d2t points outside the target's vocabulary of {config.target_vocab_size}")
+    if not bool((ids_D[1:] > ids_D[:-1]).all()):
+        raise UserError(f"{where}: d2t must hold offsets that give ascending target ids (id = i + d2t[i])")
+    member_V = torch.zeros(config.target_vocab_size, dtype=torch.bool)
+    member_V[ids_D] = True
+    if not torch.equal(member_V, state["t2d"].bool()):
+        raise UserError(f"{where}: t2d does not mark the same target ids as d2t")
+
+
+def cover_context(draft: Eagle3Draft, target: TargetInfo) -> tuple[Eagle3Draft, list[str]]:
+    """Raise ``max_position_embeddings`` to the target's where that changes no angle; else raise ``UserError``."""
+    config = draft.config
+    if config.max_position_embeddings >= target.context:
+        return draft, []
+    kind = config.rope_parameters.get("rope_type", "default")
+    if kind not in FREE_ROPE_TYPES:
+        raise UserError(
+            f"the draft covers {config.max_position_embeddings} positions and the target {target.context}; raising it "
+            f"would change the {kind} rotary angles, so train the draft with the target's length"
+        )
+    note = f"max_position_embeddings was raised from {config.max_position_embeddings} to the target's {target.context}"
+    longer = Eagle3Draft(replace(config, max_position_embeddings=target.context))
+    longer.load_state_dict(draft.state_dict(), strict=True, assign=True)
+    return longer, [note]
+
+
+def path_warnings(folder: Path) -> list[str]:
+    """vLLM guesses the method from the draft's path when none is given."""
+    found = [part for part in TELLING_PATH_PARTS if part in str(folder).lower()]
+    if not found:
+        return []
+    return [f"vLLM reads a method out of the {', '.join(found)} in this path; give method eagle3 or rename the folder"]
+
+
+# -- writing ---------------------------------------------------------------------------------------------------------
+def layer_config(draft: Eagle3Draft) -> dict[str, Any]:
+    """The keys that describe the decoder layer in the terms of a Hugging Face Llama config, none left to defaults."""
+    config = draft.config
+    return {
+        "model_type": "llama",
+        "vocab_size": config.target_vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": 1,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_position_embeddings,
+        "rms_norm_eps": config.rms_norm_eps,
+        "attention_bias": config.attention_bias,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+        # Engines assume three features unless told otherwise here.
+        "num_aux_hidden_states": len(config.taps),
+    }
+
+
+def options(config: Eagle3Config) -> dict[str, bool]:
+    """The four switches, always written: their defaults differ between the formats."""
+    names = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+    return {name: getattr(config, name) for name in names}
+
+
+def dtype_name(draft: Eagle3Draft) -> str:
+    return str(draft.lm_head.weight.dtype).removeprefix("torch.")
+
+
+def serve_command(folder: Path, target: TargetInfo, tokens: int) -> str:
+    """The vLLM command that serves the target with this draft."""
+    draft = json.dumps({"model": str(folder), "method": "eagle3", "num_speculative_tokens": tokens})
+    return shlex.join(["vllm", "serve", target.name, "--speculative-config", draft])
+
+
+def write_checkpoint(
+    name: str,
+    draft: Eagle3Draft,
+    folder: Path,
+    target: TargetInfo,
+    config: dict[str, Any],
+    rename: Callable[[str], str],
+    read_back: Callable[[Path, TargetInfo], tuple[Eagle3Draft, dict[str, Any]]],
+) -> tuple[int, int, int]:
+    """Write config and weights, read them back with the importer, and only then put the folder in place.
+
+    Returns the counts of tensors, parameters and bytes. Raises ``UserError`` on a full disk or a folder that holds
+    other files, and ``RuntimeError`` when the importer does not give the same draft (a defect of ours).
+    """
+    state = draft.state_dict()
+    renamed = {rename(key): tensor for key, tensor in state.items()}
+    with atomic_folder(folder, tensors_bytes(renamed), EXPORTED_FILES) as new:
+        write_tensors(new / WEIGHTS_FILE, renamed)
+        atomic_write_json(new / CONFIG_FILE, config)
+        back, _ = read_back(new, target)
+        if back.config != draft.config or tensors_hash(back.state_dict()) != tensors_hash(state):
+            raise RuntimeError(f"the {name} export does not read back as the draft that was written")
+    parameters = sum(p.numel() for p in draft.parameters())
+    return len(renamed), parameters, tensors_bytes(renamed)

@@ -1,0 +1,117 @@
+"""The plain format of SafeAILab and SpecForge, which vLLM and SGLang load; and its subset that SGLang computes right.
+
+The files of ``plain`` and ``sglang`` are the same. ``plain`` writes whatever vLLM loads from them and warns where
+SGLang would compute something else; ``sglang`` refuses there. Facts: vLLM 0.32, SGLang 0.5.23; docs/formats.md.
+"""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from redraft.drafts.eagle3 import Eagle3Config, Eagle3Draft
+from redraft.errors import UserError
+from redraft.export.base import (
+    EXPORTERS,
+    ExportReport,
+    TargetInfo,
+    dtype_name,
+    layer_config,
+    options,
+    path_warnings,
+    prepare,
+    serve_command,
+    write_checkpoint,
+)
+from redraft.export.importer import import_checkpoint
+
+
+@EXPORTERS.register("plain")
+def export_plain(
+    draft: Eagle3Draft, folder: str | Path, target: Any, *, speculative_tokens: int = 5
+) -> ExportReport:
+    """Write the draft as a plain ``LlamaForCausalLMEagle3`` checkpoint, private expert merged.
+
+    The format does not hold a draft length; ``speculative_tokens`` goes into the command of the report. Raises
+    ``UserError`` where the draft does not fit the target or is incomplete.
+    """
+    return _export("plain", draft, Path(folder), TargetInfo.of(target), speculative_tokens)
+
+
+@EXPORTERS.register("sglang")
+def export_sglang(
+    draft: Eagle3Draft, folder: str | Path, target: Any, *, speculative_tokens: int = 5
+) -> ExportReport:
+    """:func:`export_plain`, refused with ``UserError`` for a draft that SGLang would compute wrongly in silence."""
+    return _export("sglang", draft, Path(folder), TargetInfo.of(target), speculative_tokens)
+
+
+def _export(name: str, draft: Eagle3Draft, folder: Path, info: TargetInfo, tokens: int) -> ExportReport:
+    dense, notes = prepare(draft, info)
+    limits = sglang_limits(dense.config, info)
+    if limits and name == "sglang":
+        raise UserError(f"SGLang cannot run this draft: {'; '.join(limits)}; export it for vLLM instead")
+    if limits:
+        notes.append(f"not for SGLang: {'; '.join(limits)}")
+    counts = write_checkpoint(name, dense, folder, info, plain_config(dense), str, import_checkpoint)
+    serve = serve_command(folder, info, tokens) if name == "plain" else _sglang_command(folder, info, tokens)
+    return ExportReport(
+        name,
+        folder,
+        *counts,
+        merged_private=bool(draft.config.private_width),
+        serve=serve,
+        warnings=(*notes, *(path_warnings(folder.absolute()) if name == "plain" else [])),
+    )
+
+
+def sglang_limits(config: Eagle3Config, target: TargetInfo) -> list[str]:
+    """What SGLang would not compute as the draft does; it says nothing when that happens."""
+    limits = []
+    if config.norm_before_residual:
+        limits.append("norm_before_residual is ignored")
+    if config.attention_bias:
+        limits.append("attention biases are dropped")
+    if config.own_embedding:
+        limits.append("the draft's own embeddings are replaced with the target's")
+    if config.taps[0] < 1 or config.taps[-1] >= target.layers:
+        limits.append(f"features can be read after layers 1 to {target.layers - 1} only")
+    if len(config.taps) * config.target_hidden_size == config.hidden_size:
+        limits.append("fc is skipped when its input is as wide as its output")
+    return limits
+
+
+def plain_config(draft: Eagle3Draft) -> dict[str, Any]:
+    """The whole config.json. Feature ids stand twice: vLLM reads those on top (after k layers), SGLang adds one."""
+    config = draft.config
+    theta, scaling = legacy_rope(config.rope_parameters)
+    return {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        **layer_config(draft),
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "torch_dtype": dtype_name(draft),
+        "draft_vocab_size": config.draft_vocab_size,
+        "target_hidden_size": config.target_hidden_size,
+        **options(config),
+        "eagle_aux_hidden_state_layer_ids": list(config.taps),
+        "eagle_config": {
+            "use_aux_hidden_state": True,
+            "eagle_aux_hidden_state_layer_ids": [k - 1 for k in config.taps],
+        },
+    }
+
+
+def legacy_rope(parameters: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
+    """``rope_theta`` and ``rope_scaling``, which older engines read and newer ones turn into ``rope_parameters``."""
+    rest = {key: value for key, value in parameters.items() if key != "rope_theta"}
+    plain = rest.get("rope_type", "default") == "default" and set(rest) <= {"rope_type"}
+    return parameters.get("rope_theta", 10000.0), None if plain else rest
+
+
+def _sglang_command(folder: Path, target: TargetInfo, tokens: int) -> str:
+    words = ["python", "-m", "sglang.launch_server", "--model-path", target.name, "--speculative-algorithm", "EAGLE3"]
+    words += ["--speculative-draft-model-path", str(folder), "--speculative-num-steps", str(tokens)]
+    words += ["--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", str(tokens + 1)]
+    return shlex.join(words)

@@ -1,0 +1,85 @@
+"""The speculators format, which vLLM loads with every option of an Eagle3 draft.
+
+Config keys and tensor names follow the speculators package (0.9) and vLLM (0.32); see docs/formats.md.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from redraft.drafts.eagle3 import Eagle3Draft
+from redraft.errors import UserError
+from redraft.export.base import (
+    EXPORTERS,
+    ExportReport,
+    TargetInfo,
+    dtype_name,
+    layer_config,
+    options,
+    path_warnings,
+    prepare,
+    serve_command,
+    write_checkpoint,
+)
+from redraft.export.importer import import_checkpoint
+
+
+@EXPORTERS.register("vllm")
+def export_vllm(
+    draft: Eagle3Draft, folder: str | Path, target: Any, *, speculative_tokens: int = 5
+) -> ExportReport:
+    """Write the draft in the speculators format, private expert merged, for the fine-tuned ``target``.
+
+    ``speculative_tokens`` is the draft length that vLLM takes by default. Raises ``UserError`` where the draft does
+    not fit the target, is incomplete, or the target has no name for the engine to load.
+    """
+    info, folder = TargetInfo.of(target), Path(folder)
+    if not info.name:
+        raise UserError("the export names the target for the engine; give the target's path or model id")
+    if speculative_tokens < 1:
+        raise UserError(f"speculative tokens must be 1 or more, not {speculative_tokens}")
+    dense, notes = prepare(draft, info)
+    config = speculators_config(dense, info, speculative_tokens)
+    counts = write_checkpoint("vllm", dense, folder, info, config, to_layers, import_checkpoint)
+    return ExportReport(
+        "vllm",
+        folder,
+        *counts,
+        merged_private=bool(draft.config.private_width),
+        serve=serve_command(folder, info, speculative_tokens),
+        warnings=(*notes, *path_warnings(folder.absolute())),
+    )
+
+
+def to_layers(name: str) -> str:
+    """This format numbers its layers: ``midlayer.x`` is ``layers.0.x``."""
+    return "layers.0." + name.removeprefix("midlayer.") if name.startswith("midlayer.") else name
+
+
+def speculators_config(draft: Eagle3Draft, target: TargetInfo, speculative_tokens: int) -> dict[str, Any]:
+    """The whole config.json. It must carry no top-level ``model_type``: vLLM tells the format by that."""
+    config = draft.config
+    layer = layer_config(draft) | {"rope_parameters": dict(config.rope_parameters), "dtype": dtype_name(draft)}
+    proposal = {
+        "proposal_type": "greedy",
+        "speculative_tokens": speculative_tokens,
+        "verifier_accept_k": 1,
+        "accept_tolerance": 0.0,
+    }
+    return {
+        "architectures": ["Eagle3Speculator"],
+        "speculators_model_type": "eagle3",
+        "draft_vocab_size": config.draft_vocab_size,
+        "target_hidden_size": config.target_hidden_size,
+        "eagle_aux_hidden_state_layer_ids": list(config.taps),
+        **options(config),
+        "tie_word_embeddings": False,
+        "transformer_layer_config": layer,
+        "speculators_config": {
+            "algorithm": "eagle3",
+            "default_proposal_method": "greedy",
+            "proposal_methods": [proposal],
+            "verifier": {"name_or_path": target.name, "architectures": list(target.architectures)},
+        },
+    }
