@@ -28,9 +28,7 @@ from redraft.export.importer import import_checkpoint
 
 
 @EXPORTERS.register("plain")
-def export_plain(
-    draft: Eagle3Draft, folder: str | Path, target: Any, *, speculative_tokens: int = 5
-) -> ExportReport:
+def export_plain(draft: Eagle3Draft, folder: str | Path, target: Any, *, speculative_tokens: int = 5) -> ExportReport:
     """Write the draft as a plain ``LlamaForCausalLMEagle3`` checkpoint, private expert merged.
 
     The format does not hold a draft length; ``speculative_tokens`` goes into the command of the report. Raises
@@ -40,9 +38,7 @@ def export_plain(
 
 
 @EXPORTERS.register("sglang")
-def export_sglang(
-    draft: Eagle3Draft, folder: str | Path, target: Any, *, speculative_tokens: int = 5
-) -> ExportReport:
+def export_sglang(draft: Eagle3Draft, folder: str | Path, target: Any, *, speculative_tokens: int = 5) -> ExportReport:
     """:func:`export_plain`, refused with ``UserError`` for a draft that SGLang would compute wrongly in silence."""
     return _export("sglang", draft, Path(folder), TargetInfo.of(target), speculative_tokens)
 

@@ -26,9 +26,7 @@ from redraft.export.importer import import_checkpoint
 
 
 @EXPORTERS.register("vllm")
-def export_vllm(
-    draft: Eagle3Draft, folder: str | Path, target: Any, *, speculative_tokens: int = 5
-) -> ExportReport:
+def export_vllm(draft: Eagle3Draft, folder: str | Path, target: Any, *, speculative_tokens: int = 5) -> ExportReport:
     """Write the draft in the speculators format, private expert merged, for the fine-tuned ``target``.
 
     ``speculative_tokens`` is the draft length that vLLM takes by default. Raises ``UserError`` where the draft does
