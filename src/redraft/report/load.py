@@ -1,0 +1,217 @@
+"""Reads the JSON that other rooms write, and says what is wrong with it in one line.
+
+The classes state only what a report needs; unknown fields pass through, so that a result may grow without
+breaking the page.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from redraft.errors import UserError
+
+BENCH_SCHEMA = "redraft.bench/1"
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class _Open(BaseModel):
+    """Base of every record: unknown fields are kept."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class Interval(_Open):
+    """A figure with the two ends of its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class PhaseSeconds(_Open):
+    """Seconds of one benchmark run, by what they were spent on."""
+
+    draft: float = Field(ge=0)
+    verify: float = Field(ge=0)
+    other: float = Field(ge=0)
+
+
+class DraftResult(_Open):
+    """One draft's measurements. ``acceptance_*`` hold one probability a drafted position."""
+
+    dtype: str = "float32"
+    parameters: int | None = None
+    tau_pooled: Interval
+    tau_macro: Interval | None = None
+    alpha: Interval | None = None
+    acceptance_conditional: list[float | None] = []
+    acceptance_unconditional: list[float | None] = []
+    tokens_per_second: Interval
+    speedup: Interval
+    time: PhaseSeconds
+    rounds: int = Field(gt=0)
+    tokens: int = Field(gt=0)
+    identical_to_plain: int | None = None
+
+
+class Plain(_Open):
+    """Plain decoding by number format; ``fastest`` names the one that speed-ups are measured against."""
+
+    fastest: str
+    rates: dict[str, Interval]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or "rates" in data:
+            return data
+        rates = {
+            name: entry["tokens_per_second"]
+            for name, entry in data.items()
+            if isinstance(entry, dict) and "tokens_per_second" in entry
+        }
+        return {"fastest": data.get("fastest"), "rates": rates}
+
+    @model_validator(mode="after")
+    def _known(self) -> Plain:
+        if self.fastest not in self.rates:
+            raise ValueError(f"'fastest' names {self.fastest!r}, which was not measured")
+        return self
+
+    @property
+    def tokens_per_second(self) -> Interval:
+        """The rate of the fastest plain decoding."""
+        return self.rates[self.fastest]
+
+
+class Setup(_Open):
+    """What was run: target, sampler and shape of the proposal."""
+
+    target: str
+    sampler: str
+    gamma: int = Field(gt=0)
+    shape: str = "chain"
+    prompts: int
+    max_new_tokens: int
+    batch: int = 1
+    seed: int = 0
+
+
+class BenchResult(_Open):
+    """A whole benchmark result, schema ``redraft.bench/1``."""
+
+    setup: Setup
+    plain: Plain
+    drafts: dict[str, DraftResult] = Field(min_length=1)
+    gains: dict[str, dict[str, Interval]] = {}
+    per_prompt: list[dict[str, Any]] = []
+    provenance: dict[str, Any] = {}
+
+
+class Summary(_Open):
+    """The quickstart's summary; ``full`` may be absent when nothing was trained in full."""
+
+    tau: dict[str, float | None]
+    speedup: dict[str, float | None]
+    trained_fraction_of_full: float | None = None
+    minutes: float | None = None
+    provenance: dict[str, Any] = {}
+
+
+class CurvePoint(_Open):
+    """One logged step of training."""
+
+    step: int
+    loss: float
+    tokens: int = 0
+    seconds: float = 0.0
+    heldout_tau: float | None = None
+
+
+class Stage(_Open):
+    """One stage of the cost ledger."""
+
+    stage: str
+    tokens: int | None = None
+    flops: float | None = None
+    formula: str | None = None
+    seconds: float | None = None
+    peak_memory_bytes: int | None = None
+    bytes_written: int | None = None
+
+
+class Costs(_Open):
+    """The cost ledger."""
+
+    stages: list[Stage]
+
+
+def read_json(path: Path) -> Any:
+    """The JSON in ``path``. Raises ``UserError`` that names the file, and the line where it is broken."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UserError(f"{path}: cannot be read: {reason}") from error
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: broken JSON at line {error.lineno}: {error.msg}") from error
+
+
+def parse(model: type[Model], data: Any, where: str) -> Model:
+    """``data`` as ``model``. Raises ``UserError`` with ``where`` and the first field that does not fit."""
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "top level"
+        raise UserError(f"{where}: {field}: {first['msg']}") from error
+
+
+def read_bench(path: Path) -> BenchResult:
+    """A benchmark result. Raises ``UserError`` for an unreadable file, another schema or a missing field."""
+    data = read_json(path)
+    schema = data.get("schema") if isinstance(data, dict) else None
+    if schema != BENCH_SCHEMA:
+        raise UserError(
+            f"{path}: schema is {schema!r}, this redraft reads {BENCH_SCHEMA!r}; measure again with `redraft bench`"
+        )
+    return parse(BenchResult, data, str(path))
+
+
+def read_summary(path: Path) -> Summary:
+    """A quickstart summary. Raises ``UserError`` when the file is not one."""
+    return parse(Summary, read_json(path), str(path))
+
+
+def read_ledger(path: Path) -> Costs:
+    """A cost ledger. Raises ``UserError`` when the file is not one."""
+    return parse(Costs, read_json(path), str(path))
+
+
+def read_curve(path: Path) -> list[CurvePoint]:
+    """A training curve, one JSON object a line; a torn last line of a run in progress is left out.
+
+    Raises ``UserError`` with file and line for damage anywhere else.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as text") from error
+    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    points = []
+    for number, line in lines:
+        try:
+            data = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == lines[-1][0] and not text.endswith("\n"):
+                break
+            raise UserError(f"{path}:{number}: broken JSON: {error.msg}") from error
+        points.append(parse(CurvePoint, data, f"{path}:{number}"))
+    return points

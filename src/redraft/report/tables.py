@@ -1,0 +1,133 @@
+"""The same figures as the page, as tables for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.panel import Panel
+from rich.table import Table
+
+from redraft.report import format as form
+from redraft.report.load import BenchResult, Costs, Interval, Summary, parse
+from redraft.report.page import ledger_cells, recovery, sampler_line, total_of
+
+
+def _cell(interval: Interval | None, digits: int, unit: str = "") -> str:
+    if interval is None:
+        return form.DASH
+    ends = form.bounds(interval, digits)
+    return f"{form.number(interval.value, digits)}{unit}" + (f" [dim]({ends})[/dim]" if ends else "")
+
+
+def bench_table(result: Mapping[str, Any] | BenchResult) -> Table:
+    """All drafts of a benchmark result (its JSON as read, or parsed) with 95% intervals.
+
+    Raises ``UserError`` when a field is missing.
+    """
+    bench = result if isinstance(result, BenchResult) else parse(BenchResult, dict(result), "benchmark result")
+    table = Table(
+        title=f"{bench.setup.target}: {sampler_line(bench)}",
+        title_justify="left",
+        caption_justify="left",
+        caption="95% intervals over prompts; speed-up over the fastest plain decoding",
+    )
+    table.add_column("draft", style="bold")
+    for name in ("tau", "tau macro", "alpha", "tokens/s", "speed-up", "same as plain"):
+        table.add_column(name, justify="right")
+    for kind, rate in bench.plain.rates.items():
+        relative = form.times(rate.value / bench.plain.tokens_per_second.value)
+        table.add_row(f"plain {kind}", "1.00", "1.00", form.DASH, _cell(rate, 1), relative, form.DASH, style="dim")
+    for name, draft in bench.drafts.items():
+        same = form.DASH if draft.identical_to_plain is None else f"{draft.identical_to_plain}/{bench.setup.prompts}"
+        table.add_row(
+            name,
+            _cell(draft.tau_pooled, 2),
+            _cell(draft.tau_macro, 2),
+            _cell(draft.alpha, 3),
+            _cell(draft.tokens_per_second, 1),
+            _cell(draft.speedup, 2, "\N{MULTIPLICATION SIGN}"),
+            same,
+        )
+    return table
+
+
+def acceptance_table(result: Mapping[str, Any] | BenchResult) -> Table:
+    """Acceptance by drafted position: given that it was reached, and of all rounds."""
+    bench = result if isinstance(result, BenchResult) else parse(BenchResult, dict(result), "benchmark result")
+    table = Table(title="acceptance by position", title_justify="left")
+    table.add_column("draft", style="bold")
+    table.add_column("of")
+    for position in range(1, bench.setup.gamma + 1):
+        table.add_column(str(position), justify="right")
+    for name, draft in bench.drafts.items():
+        table.add_row(name, "rounds that reach it", *(form.number(v) for v in draft.acceptance_conditional))
+        table.add_row("", "all rounds", *(form.number(v) for v in draft.acceptance_unconditional))
+    return table
+
+
+def probe_panel(verdict: str, lines: Mapping[str, str], healthy: bool) -> Panel:
+    """What `redraft probe` found: a verdict on top, one line a figure below."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim")
+    grid.add_column()
+    for key, value in lines.items():
+        grid.add_row(key, value)
+    return Panel(
+        grid,
+        title=f"[bold]{verdict}[/bold]",
+        title_align="left",
+        expand=False,
+        border_style="green" if healthy else "yellow",
+    )
+
+
+def ledger_table(ledger: Mapping[str, Any] | Costs) -> Table:
+    """The cost ledger (its JSON as read, or parsed) with its total. Raises ``UserError`` when it is not one."""
+    costs = ledger if isinstance(ledger, Costs) else parse(Costs, dict(ledger), "cost ledger")
+    table = Table(title="cost", title_justify="left", show_footer=True)
+    total = ledger_cells(total_of(costs))
+    heads = {
+        "stage": "stage",
+        "time": "time",
+        "tokens": "tokens",
+        "flops": "compute",
+        "memory": "peak memory",
+        "written": "written",
+    }
+    for key, head in heads.items():
+        table.add_column(head, footer=total[key], justify="left" if key == "stage" else "right")
+    for stage in costs.stages:
+        cells = ledger_cells(stage)
+        table.add_row(*(cells[key] for key in heads))
+    return table
+
+
+def summary_table(summary: Mapping[str, Any] | Summary) -> Table:
+    """The quickstart's outcome: acceptance length and speed-up of the stale, the aligned and the full draft."""
+    facts = summary if isinstance(summary, Summary) else parse(Summary, dict(summary), "summary")
+    table = Table(
+        title="stale draft in, aligned draft out",
+        title_justify="left",
+        caption_justify="left",
+        min_width=72,
+        caption=_summary_caption(facts),
+    )
+    table.add_column("draft", style="bold")
+    table.add_column("tau", justify="right")
+    table.add_column("speed-up", justify="right")
+    for name in dict.fromkeys([*facts.tau, *facts.speedup]):
+        table.add_row(name, form.number(facts.tau.get(name)), form.times(facts.speedup.get(name)))
+    return table
+
+
+def _summary_caption(facts: Summary) -> str:
+    parts = []
+    share = recovery(facts)
+    if share is not None:
+        parts.append(f"{form.percent(share)} of the gain of training every weight")
+    if facts.trained_fraction_of_full is not None:
+        parts.append(f"with {form.percent(facts.trained_fraction_of_full, 1)} of the parameters")
+    if facts.minutes is not None:
+        parts.append(f"in {form.number(facts.minutes, 1)} minutes")
+    return ", ".join(parts)
