@@ -1,0 +1,136 @@
+"""Budgets, and the rule that turns scores and a budget into a selection.
+
+A budget is written as a fraction (``25%``, ``0.25``), as a number of rows (``400``, ``4k``) or as a number of
+tokens (``60000 tokens``, ``60k tokens``). A plain whole number is rows; ``1.0`` and ``100%`` are everything.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, Literal
+
+from redraft.errors import UserError
+from redraft.select import ScorableRow, scored_tokens
+from redraft.select.manifest import Entry, Manifest, file_hash
+
+Kind = Literal["fraction", "rows", "tokens"]
+Order = Literal["highest", "lowest"]
+
+_FORM = re.compile(
+    r"(?P<number>\d[\d_,]*(?:\.\d+)?|\.\d+)\s*(?P<scale>[km]?)\s*(?P<unit>%|tokens?|rows?)?", re.IGNORECASE
+)
+_SCALES = {"": 1, "k": 1_000, "m": 1_000_000}
+_EXAMPLES = "write a share (25% or 0.25), a number of rows (400) or of tokens (60k tokens)"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What may be selected. ``amount`` is a share in (0, 1] for ``fraction``, else a whole number."""
+
+    kind: Kind
+    amount: Decimal
+    text: str
+
+    def rows_of(self, total: int) -> int | None:
+        """Rows that the budget allows of ``total``, rounded down; ``None`` for a budget of tokens."""
+        if self.kind == "tokens":
+            return None
+        return min(total, int(self.amount if self.kind == "rows" else self.amount * total))
+
+
+def parse_budget(text: str) -> Budget:
+    """Read a budget. Raises ``UserError`` when it is malformed, above 100% or zero, whatever the data."""
+    found = _FORM.fullmatch(text.strip())
+    if found is None:
+        raise UserError(f"budget {text!r} is not understood; {_EXAMPLES}")
+    written, scale, unit = found["number"], found["scale"].lower(), (found["unit"] or "").lower().rstrip("s")
+    amount = Decimal(written.replace("_", "").replace(",", "")) * _SCALES[scale]
+    kind: Kind = "rows"
+    if unit == "token":
+        kind = "tokens"
+    elif unit == "%":
+        kind, amount = "fraction", amount / 100
+    elif "." in written and not scale and not unit:
+        kind = "fraction"
+    if kind == "fraction" and (scale or amount > 1):
+        raise UserError(f"budget {text!r} is more than everything; {_EXAMPLES}")
+    if kind != "fraction" and amount != int(amount):
+        raise UserError(f"budget {text!r} is not a whole number of {kind}; {_EXAMPLES}")
+    if amount == 0:
+        raise UserError(f"budget {text!r} selects nothing; {_EXAMPLES}")
+    return Budget(kind, amount, text.strip())
+
+
+def select(
+    rows: Sequence[ScorableRow],
+    scores: Sequence[float],
+    budget: Budget | str,
+    order: Order = "highest",
+    *,
+    scorer: str = "",
+    settings: dict[str, Any] | None = None,
+    source: str | Path | None = None,
+) -> Manifest:
+    """Rank the rows and take them from the top until the budget is used up.
+
+    ``order`` says which end of the scores is the top; equal scores are ranked by key, so the order of the rows
+    changes nothing. A budget of tokens stops before the first row that would overrun it; what counts is the
+    response, or the prompt of a row without one. ``source`` is the file of the rows, whose hash is recorded.
+    Raises ``UserError`` when nothing is selected, ``ValueError`` for a score that is not finite: it has no rank.
+    """
+    if not all(map(math.isfinite, scores)):
+        raise ValueError("scores must be finite")
+    if order not in ("highest", "lowest"):
+        raise UserError(f"unknown order {order!r}; choose highest or lowest")
+    budget = parse_budget(budget) if isinstance(budget, str) else budget
+    sign = -1 if order == "highest" else 1
+    ranked = sorted(zip(rows, scores, strict=True), key=lambda pair: (sign * pair[1], pair[0].key))
+    sizes = [scored_tokens(row) for row, _ in ranked]
+    taken = _how_many(budget, sizes)
+    entries = [
+        Entry(row.key, float(score), rank, size, rank <= taken, _reason(budget, rank, taken, sizes))
+        for rank, ((row, score), size) in enumerate(zip(ranked, sizes, strict=True), start=1)
+    ]
+    return Manifest(
+        scorer=scorer,
+        settings=dict(settings or {}),
+        budget={"text": budget.text, "kind": budget.kind, "amount": float(budget.amount)},
+        order=order,
+        source=str(source) if source is not None else None,
+        source_sha256=file_hash(source) if source is not None else None,
+        entries=entries,
+    )
+
+
+def _how_many(budget: Budget, sizes: Sequence[int]) -> int:
+    """Length of the ranked prefix that the budget allows; ``UserError`` when it is empty."""
+    if not sizes:
+        raise UserError("there are no rows to select from; regenerate some first")
+    allowed = budget.rows_of(len(sizes))
+    if allowed is None:
+        allowed, used = 0, 0
+        for size in sizes:
+            used += size
+            if used > budget.amount:
+                break
+            allowed += 1
+        if not allowed:
+            raise UserError(f"budget {budget.text!r} selects nothing: the first row alone has {sizes[0]} tokens")
+    if not allowed:
+        raise UserError(f"budget {budget.text!r} selects nothing of {len(sizes)} rows; raise it")
+    return allowed
+
+
+def _reason(budget: Budget, rank: int, taken: int, sizes: Sequence[int]) -> str:
+    where = f"rank {rank} of {len(sizes)}"
+    if rank <= taken:
+        return f"{where}, within the budget of {budget.text} ({taken} rows)"
+    if budget.kind == "tokens" and rank == taken + 1:
+        total = sum(sizes[:rank])
+        return f"{where}, would bring the selection to {total} tokens, over the budget of {budget.text}"
+    return f"{where}, after the budget of {budget.text} was used up ({taken} rows)"
