@@ -1,0 +1,143 @@
+"""Progress of long work: a bar on a terminal, a plain line now and then elsewhere.
+
+Library code takes a :class:`Progress` (or nothing) and calls ``update``; only the command line makes one, so that
+the library neither prints nor imports rich.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import IO, Any, Protocol
+
+LINE_SECONDS = 10.0
+
+
+class Progress(Protocol):
+    """``update(done, **fields)``: the amount done so far, and anything else worth a reader's eye."""
+
+    def update(self, done: int, **fields: Any) -> None: ...
+
+
+def fields_text(fields: dict[str, Any]) -> str:
+    """Fields in one line: ``loss 1.234  held-out tau 2.10``. Underscores are spaces, absent figures are left out."""
+    words = []
+    for name, value in fields.items():
+        if value is not None:
+            shown = f"{value:.3f}" if isinstance(value, float) else str(value)
+            words.append(f"{name.replace('_', ' ').replace('heldout', 'held-out')} {shown}")
+    return "  ".join(words)
+
+
+def clock(seconds: float) -> str:
+    """``3:07`` or ``1:02:09``."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class Meter:
+    """Rate and time left. The rate counts from the first report on, so that a resumed run does not flatter itself."""
+
+    def __init__(self, total: int | None, now: Callable[[], float] = time.monotonic) -> None:
+        self.total, self.now = total, now
+        self.first: tuple[float, int] | None = None
+        self.began, self.done = now(), 0
+
+    def update(self, done: int) -> None:
+        self.done = done
+        if self.first is None:
+            self.first = (self.now(), done)
+
+    @property
+    def rate(self) -> float | None:
+        """Units a second, or ``None`` before there are two reports."""
+        if self.first is None or self.done <= self.first[1] or self.now() <= self.first[0]:
+            return None
+        return (self.done - self.first[1]) / (self.now() - self.first[0])
+
+    def text(self, unit: str) -> str:
+        """``840 tokens/s, 3:07 left``, as far as it is known."""
+        rate = self.rate
+        if rate is None:
+            return ""
+        words = [f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.1f} {unit}/s"]
+        if self.total:
+            words.append(f"{clock(max(0, self.total - self.done) / rate)} left")
+        return ", ".join(words)
+
+
+class PlainProgress:
+    """A line at most every ``every`` seconds, for logs and pipes."""
+
+    def __init__(
+        self,
+        description: str,
+        total: int | None,
+        unit: str,
+        stream: IO[str],
+        every: float = LINE_SECONDS,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.description, self.unit, self.stream, self.every, self.now = description, unit, stream, every, now
+        self.meter = Meter(total, now)
+        self.written = now()
+        self.last: dict[str, Any] = {}
+
+    def update(self, done: int, **fields: Any) -> None:
+        self.meter.update(done)
+        self.last.update(fields)
+        if self.now() - self.written >= self.every:
+            self.write()
+
+    def write(self) -> None:
+        """The line as it stands now."""
+        self.written = self.now()
+        share = f"{100 * self.meter.done / self.meter.total:.0f}%" if self.meter.total else f"{self.meter.done:,}"
+        parts = [f"{self.description}: {share}", self.meter.text(self.unit), fields_text(self.last)]
+        print("  ".join(part for part in parts if part), file=self.stream, flush=True)
+
+
+class _BarProgress:
+    """Drives one task of a rich bar."""
+
+    def __init__(self, bar: Any, task: Any, total: int | None, unit: str) -> None:
+        self.bar, self.task, self.unit, self.meter = bar, task, unit, Meter(total)
+        self.last: dict[str, Any] = {}
+
+    def update(self, done: int, **fields: Any) -> None:
+        self.meter.update(done)
+        self.last.update(fields)
+        self.bar.update(self.task, completed=done, rate=self.meter.text(self.unit), fields=fields_text(self.last))
+
+
+@contextmanager
+def progress_bar(
+    description: str, total: int | None = None, unit: str = "tokens", stream: IO[str] | None = None
+) -> Iterator[Progress]:
+    """A progress for the body of ``with``: a bar when ``stream`` (standard error) is a terminal, else plain lines.
+
+    ``total`` is the amount that ``update`` counts up to, in ``unit``; ``None`` when it is not known.
+    """
+    stream = stream if stream is not None else sys.stderr
+    if not stream.isatty():
+        plain = PlainProgress(description, total, unit, stream)
+        yield plain
+        plain.write()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, SpinnerColumn, TaskProgressColumn, TextColumn
+    from rich.progress import Progress as RichProgress
+
+    columns = [
+        SpinnerColumn(),
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=30),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TextColumn("[cyan]{task.fields[fields]}"),
+    ]
+    with RichProgress(*columns, console=Console(file=stream)) as bar:
+        yield _BarProgress(bar, bar.add_task(description, total=total, rate="", fields=""), total, unit)
