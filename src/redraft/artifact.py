@@ -263,7 +263,9 @@ def _meta(kind: str, draft: nn.Module, content_hash: str, given: Mapping[str, An
     fixed = {"schema": SCHEMA, "kind": kind, "family": given.get("family", "eagle3"), "config": config.to_dict()}
     fixed["content_hash"] = content_hash
     defaults = {"method": None, "target": {"name": None, "hash": None}, "tokenizer_hash": None, "provenance": {}}
-    return fixed | {key: value for key, value in (defaults | dict(given)).items() if key not in fixed}
+    # Metadata that was loaded with one artifact may be handed on to another: what ties it to the first is dropped.
+    stale = {"base_draft_hash", "tensors", *fixed}
+    return fixed | {key: value for key, value in (defaults | dict(given)).items() if key not in stale}
 
 
 def _verify_hash(state: Mapping[str, Tensor], meta: Mapping[str, Any], path: Path) -> None:

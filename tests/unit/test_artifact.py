@@ -74,6 +74,9 @@ def test_a_private_part_holds_only_its_tensors_and_loads_onto_the_base(tmp_path,
     before = artifact.tensors_hash(draft.state_dict())
     back, meta = artifact.load_private(tmp_path / "p", draft, base_hash)
     assert same(back, split) and back.config.private_width == 8 and meta["base_draft_hash"] == base_hash
+    artifact.save_draft(tmp_path / "whole", back, meta)
+    again, handed_on = artifact.load_draft(tmp_path / "whole")
+    assert same(again, split) and "base_draft_hash" not in handed_on and handed_on["method"] == "eda+fc"
     back.fc.weight.data.zero_()
     assert artifact.tensors_hash(draft.state_dict()) == before
     with pytest.raises(UserError, match="belongs to the base draft"):
