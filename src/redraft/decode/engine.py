@@ -1,0 +1,258 @@
+"""Lossless decoding at batch 1: plain, and with an Eagle3 draft's chain.
+
+A round: the draft proposes up to gamma tokens, the target verifies them in one pass, the verification rule of
+:mod:`redraft.decode.accept` decides, both caches are rolled back to what was kept. All buffers are allocated once
+for the longest sequence. The draft's keys of verified positions come from the target's real features; those that
+it made for its own guesses are overwritten in the next round.
+
+Shape legend: T new tokens, H draft width, K key heads, W head width, D draft vocabulary, V target vocabulary,
+G proposed tokens.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from redraft.decode.accept import accept_chain, accept_greedy
+from redraft.drafts.eagle3 import Eagle3Draft, check_fit
+from redraft.errors import UserError
+from redraft.sampling import Sampler, draw, warp
+from redraft.target import KeyValueCache, Target
+
+
+@dataclass
+class Round:
+    """One proposal and its verification. ``overlap`` is sum_x min(target, draft) at each drafted position."""
+
+    proposed: list[int]
+    accepted: int
+    kept: list[int]
+    draft_seconds: float
+    verify_seconds: float
+    overlap: list[float] = field(default_factory=list)
+
+
+@dataclass
+class Generation:
+    """Response ids (the end token included), how it ended, what it took, and the rounds where there were any."""
+
+    ids: list[int]
+    finish_reason: str
+    prefill_seconds: float
+    decode_seconds: float
+    rounds: list[Round] = field(default_factory=list)
+
+
+class DraftCache:
+    """Fixed buffers for the keys and values [C, K, W] of the draft's one layer."""
+
+    def __init__(self, draft: Eagle3Draft, capacity: int) -> None:
+        config, like = draft.config, draft.fc.weight
+        self.keys = like.new_empty(config.num_key_value_heads, capacity, config.head_dim)
+        self.values = torch.empty_like(self.keys)
+        self.length = 0
+
+    def attend(self, query_TQW: Tensor, key_TKW: Tensor, value_TKW: Tensor) -> Tensor:
+        """Append the new keys and let each query see everything up to its own position."""
+        new = len(query_TQW)
+        end = self.length + new
+        self.keys[:, self.length : end] = key_TKW.transpose(0, 1)
+        self.values[:, self.length : end] = value_TKW.transpose(0, 1)
+        mask = None
+        if new > 1:
+            mask = torch.ones(new, end, dtype=torch.bool, device=query_TQW.device).tril(self.length)
+        mixed = F.scaled_dot_product_attention(
+            query_TQW.transpose(0, 1)[None],
+            self.keys[None, :, :end],
+            self.values[None, :, :end],
+            attn_mask=mask,
+            enable_gqa=True,
+        )
+        self.length = end
+        return mixed[0].transpose(0, 1)
+
+
+class _Uniforms:
+    """Uniforms in [0, 1) of one request, drawn in blocks."""
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.device = device
+
+    def take(self, count: int) -> Tensor:
+        return torch.rand(count, generator=self.generator, dtype=torch.float64).to(self.device)
+
+
+def _trim(ids: list[int], ends: frozenset[int], room: int) -> tuple[list[int], str | None]:
+    """The tokens up to an end token or the limit, and the reason if one of them struck."""
+    for i, token in enumerate(ids[:room]):
+        if token in ends:
+            return ids[: i + 1], "stop"
+    return (ids[:room], "length") if len(ids) >= room else (ids, None)
+
+
+class PlainDecoder:
+    """Cached decoding by the target alone: the baseline of every speed-up."""
+
+    def __init__(self, target: Target, sampler: Sampler | None = None) -> None:
+        self.target, self.sampler = target, sampler or Sampler()
+        self.ends = frozenset(target.eos_ids)
+
+    def choose(self, logits_V: Tensor, uniforms: _Uniforms) -> int:
+        if self.sampler.greedy:
+            return int(logits_V.argmax())
+        return int(draw(warp(logits_V[None], self.sampler), uniforms.take(1)))
+
+    @torch.inference_mode()
+    def generate(self, prompt_ids: Sequence[int], max_new_tokens: int, seed: int = 0) -> Generation:
+        """Decode one prompt. Raises ``ValueError`` when prompt and response do not fit the context."""
+        _check_room(self.target, prompt_ids, max_new_tokens)
+        began = time.perf_counter()
+        target, uniforms = self.target, _Uniforms(seed, self.target.device)
+        cache = target.new_cache(len(prompt_ids) + max_new_tokens)
+        step = target.forward(torch.tensor([list(prompt_ids)], device=target.device), cache, taps=False)
+        ids = [self.choose(target.logits(step.hidden_BTH[0, -1]), uniforms)]
+        prefilled = time.perf_counter()
+        reason = _trim(ids, self.ends, max_new_tokens)[1]
+        while reason is None:
+            step = target.forward(torch.tensor([[ids[-1]]], device=target.device), cache, taps=False)
+            ids.append(self.choose(target.logits(step.hidden_BTH[0, -1]), uniforms))
+            reason = "stop" if ids[-1] in self.ends else "length" if len(ids) == max_new_tokens else None
+        return Generation(ids, reason, prefilled - began, time.perf_counter() - prefilled)
+
+
+class ChainDecoder(PlainDecoder):
+    """Speculative decoding with a chain of ``gamma`` drafted tokens a round.
+
+    Greedy output equals plain decoding's token for token wherever the target's own arithmetic does not depend on
+    how many tokens it is given at once; sampled output follows the same distribution.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        draft: Eagle3Draft,
+        gamma: int = 5,
+        sampler: Sampler | None = None,
+        measure_overlap: bool = False,
+    ) -> None:
+        """``measure_overlap`` records alpha's terms at every drafted position; it costs a softmax a position.
+
+        Raises ``UserError`` when the draft does not fit the target.
+        """
+        super().__init__(target, sampler)
+        check_fit(draft.config, target)
+        if gamma < 1:
+            raise UserError(f"gamma must be at least 1, not {gamma}")
+        self.draft = draft.eval().to(target.device, target.dtype)
+        self.gamma, self.measure_overlap = gamma, measure_overlap
+        self.vocabulary = self.draft.vocabulary()
+
+    @torch.inference_mode()
+    def generate(self, prompt_ids: Sequence[int], max_new_tokens: int, seed: int = 0) -> Generation:
+        """Decode one prompt. Raises ``ValueError`` when prompt and response do not fit the context."""
+        _check_room(self.target, prompt_ids, max_new_tokens)
+        began = time.perf_counter()
+        target, uniforms = self.target, _Uniforms(seed, self.target.device)
+        if target.taps != self.draft.config.taps:
+            target.tap(self.draft.config.taps)
+        capacity = len(prompt_ids) + max_new_tokens + self.gamma + 1
+        cache, draft_cache = target.new_cache(capacity), DraftCache(self.draft, capacity)
+        prompt = torch.tensor(list(prompt_ids), device=target.device)
+        step = target.forward(prompt[None], cache)
+        assert step.taps_BTKH is not None
+        ids = [self.choose(target.logits(step.hidden_BTH[0, -1]), uniforms)]
+        # The pairs (h_t, x_{t+1}) of the prompt, the first response token included.
+        known_ids, known_taps = torch.cat([prompt[1:], prompt.new_tensor(ids)]), step.taps_BTKH[0]
+        prefilled = time.perf_counter()
+        generation = Generation(ids, "length", prefilled - began, 0.0)
+        reason = _trim(ids, self.ends, max_new_tokens)[1]
+        while reason is None:
+            gamma = min(self.gamma, max_new_tokens - len(ids))
+            start = time.perf_counter()
+            proposed, draft_probs = self.propose(known_ids, known_taps, draft_cache, gamma, uniforms)
+            drafted = time.perf_counter()
+            record, known_ids, known_taps = self.verify(ids[-1], proposed, draft_probs, cache, uniforms)
+            record.draft_seconds = drafted - start
+            record.verify_seconds = time.perf_counter() - drafted
+            record.kept, reason = _trim(record.kept, self.ends, max_new_tokens - len(ids))
+            ids.extend(record.kept)
+            generation.rounds.append(record)
+        generation.finish_reason = reason
+        generation.decode_seconds = time.perf_counter() - prefilled
+        return generation
+
+    def propose(
+        self, ids_T: Tensor, taps_T: Tensor, cache: DraftCache, gamma: int, uniforms: _Uniforms
+    ) -> tuple[list[int], Tensor | None]:
+        """Feed the newly verified pairs, then draft ``gamma`` tokens; also their warped probabilities [G, D]."""
+        draft, embedding = self.draft, self.target.embedding
+        verified = cache.length + len(ids_T)
+        positions = torch.arange(cache.length, verified, device=ids_T.device)
+        states = draft(draft.embed(ids_T, embedding), draft.fuse(taps_T), positions, cache.attend)[-1:]
+        tokens: list[Tensor] = []
+        probs: list[Tensor] = []
+        for i in range(gamma):
+            logits_1D = draft.logits(states)
+            if self.sampler.greedy:
+                index = logits_1D.argmax(-1)
+                if self.measure_overlap:
+                    probs.append(logits_1D.float().softmax(-1))
+            else:
+                probs.append(warp(logits_1D, self.sampler))
+                index = draw(probs[-1], uniforms.take(1))
+            tokens.append(self.vocabulary[index])
+            if i + 1 < gamma:
+                position = positions[-1:] + i + 1
+                states = draft(draft.embed(tokens[-1], embedding), draft.carry(states), position, cache.attend)
+        cache.length = verified
+        return torch.cat(tokens).tolist(), torch.cat(probs) if probs else None
+
+    def verify(
+        self, last: int, proposed: list[int], draft_probs: Tensor | None, cache: KeyValueCache, uniforms: _Uniforms
+    ) -> tuple[Round, Tensor, Tensor]:
+        """One target pass over the last token and the proposals; keeps what the rule accepts.
+
+        Returns the round, and the ids and taps of the newly verified pairs.
+        """
+        target = self.target
+        ids_T = torch.tensor([last, *proposed], device=target.device)
+        before = cache.length
+        step = target.forward(ids_T[None], cache)
+        assert step.taps_BTKH is not None
+        logits_TV = target.logits(step.hidden_BTH[0])
+        overlap: list[float] = []
+        if self.sampler.greedy:
+            accepted, following = accept_greedy(logits_TV.argmax(-1), ids_T[1:])
+            if self.measure_overlap and draft_probs is not None:
+                overlap = self.overlap(logits_TV[:-1].float().softmax(-1), draft_probs)
+        else:
+            assert draft_probs is not None
+            target_probs = warp(logits_TV, self.sampler)
+            full = target_probs.new_zeros(len(proposed), target_probs.shape[-1])
+            full[:, self.vocabulary] = draft_probs
+            accepted, following = accept_chain(target_probs, full, ids_T[1:], uniforms.take(len(proposed) + 1))
+            if self.measure_overlap:
+                overlap = self.overlap(target_probs[:-1], draft_probs)
+        kept = [*proposed[:accepted], following]
+        cache.rollback(before + accepted + 1)
+        record = Round(proposed, accepted, kept, 0.0, 0.0, overlap)
+        return record, torch.tensor(kept, device=target.device), step.taps_BTKH[0, : accepted + 1]
+
+    def overlap(self, target_probs_GV: Tensor, draft_probs_GD: Tensor) -> list[float]:
+        """sum_x min(target, draft) at each drafted position; outside the draft vocabulary the draft has none."""
+        return torch.minimum(target_probs_GV[:, self.vocabulary], draft_probs_GD).sum(-1).tolist()
+
+
+def _check_room(target: Target, prompt_ids: Sequence[int], max_new_tokens: int) -> None:
+    if not prompt_ids or max_new_tokens < 1 or len(prompt_ids) + max_new_tokens > target.context:
+        raise ValueError(
+            f"a prompt of {len(prompt_ids)} and a response of {max_new_tokens} tokens do not fit "
+            f"a context of {target.context}"
+        )

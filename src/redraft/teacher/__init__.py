@@ -1,0 +1,1 @@
+"""Teacher-forced passes over stored responses: features, the unroll, simulated acceptance."""

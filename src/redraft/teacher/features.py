@@ -1,0 +1,136 @@
+"""Target features of stored responses, computed once and shared by every epoch and every method.
+
+For a row of P prompt and R response tokens x_0 .. x_{P+R-1} the pair (h_t, x_{t+1}) stands at position t. A draft
+predicts response tokens only, and the first one comes from prefill, so there are R - 1 *anchors*
+t = P - 1 .. P + R - 3. Kept are the taps at positions 0 .. P + R - 3 (earlier ones serve as keys) and the target's
+final-norm states at t + 1 of every anchor, from which the teacher's logits follow.
+
+Shape legend: B rows, T tokens, K taps, F target width.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from redraft.artifact import atomic_write_json
+from redraft.data.store import Row
+from redraft.errors import UserError
+from redraft.target import Target
+
+SHARD_BYTES = 256 * 2**20
+
+
+def anchors(row: Row) -> int:
+    """How many positions of a row can be supervised."""
+    return max(0, len(row.response_ids) - 1)
+
+
+def feature_bytes(rows: Sequence[Row], target: Target) -> int:
+    """Bytes that the features of ``rows`` take on disk."""
+    width = target.hidden_size * target.head.weight.element_size()
+    positions = sum(len(r.prompt_ids) + anchors(r) - 1 for r in rows if anchors(r))
+    return positions * len(target.taps) * width + sum(anchors(r) for r in rows) * width
+
+
+def length_batches(rows: Sequence[Row], batch_tokens: int) -> Iterator[list[Row]]:
+    """Rows of similar length together, at most ``batch_tokens`` padded tokens a batch."""
+    batch: list[Row] = []
+    for row in sorted(rows, key=lambda r: len(r.prompt_ids) + len(r.response_ids)):
+        longest = len(row.prompt_ids) + len(row.response_ids)
+        if batch and (len(batch) + 1) * longest > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+class FeatureStore:
+    """Features on disk in safetensors shards; a killed build goes on with the rows that are missing."""
+
+    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
+        """``identity`` says which target and taps the features come from.
+
+        Raises ``UserError`` when the folder holds the features of another target.
+        """
+        self.folder, self.identity = folder, identity
+        self.index: dict[str, str] = {}
+        self._open: dict[str, Any] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "index.json"
+        if path.exists():
+            stored = json.loads(path.read_text())
+            if stored["identity"] != identity:
+                raise UserError(f"{folder} holds features of another target or other taps; remove it or choose another")
+            self.index = stored["index"]
+
+    def build(
+        self, target: Target, rows: Sequence[Row], batch_tokens: int = 4096, progress: Callable[[int], None] | None = None
+    ) -> int:
+        """Compute what is missing; returns the tokens that went through the target.
+
+        Raises ``UserError`` before the start when the disk cannot hold the result.
+        """
+        missing = [r for r in rows if anchors(r) and r.key not in self.index]
+        needed, free = feature_bytes(missing, target), shutil.disk_usage(self.folder).free
+        if needed * 1.05 > free:
+            raise UserError(
+                f"features of {len(missing)} rows need {needed / 2**30:.1f} GiB in {self.folder}, "
+                f"{free / 2**30:.1f} GiB are free; use fewer rows or another disk"
+            )
+        shard: dict[str, Tensor] = {}
+        done = size = 0
+        # Batches are cut from all rows, so that a resumed build computes each row among the same neighbours and
+        # gets the same bits.
+        for batch in length_batches([r for r in rows if anchors(r)], batch_tokens):
+            if all(row.key in self.index for row in batch):
+                continue
+            for row, taps_TKF, hidden_AF in self._compute(target, batch):
+                shard[f"{row.key}/taps"], shard[f"{row.key}/hidden"] = taps_TKF, hidden_AF
+                size += taps_TKF.nbytes + hidden_AF.nbytes
+                done += len(row.prompt_ids) + len(row.response_ids)
+            if size >= SHARD_BYTES:
+                self._write(shard)
+                shard, size = {}, 0
+            if progress:
+                progress(done)
+        if shard:
+            self._write(shard)
+        return done
+
+    def _compute(self, target: Target, batch: Sequence[Row]) -> Iterator[tuple[Row, Tensor, Tensor]]:
+        lengths = [len(r.prompt_ids) + len(r.response_ids) - 1 for r in batch]
+        ids_BT = torch.zeros(len(batch), max(lengths), dtype=torch.long)
+        for i, row in enumerate(batch):
+            ids_BT[i, : lengths[i]] = torch.tensor([*row.prompt_ids, *row.response_ids][: lengths[i]])
+        # Right padding: causal attention never looks at it.
+        step = target.forward(ids_BT.to(target.device))
+        assert step.taps_BTKH is not None
+        for i, row in enumerate(batch):
+            first, end = len(row.prompt_ids), lengths[i]
+            yield row, step.taps_BTKH[i, : end - 1].cpu().clone(), step.hidden_BTH[i, first:end].cpu().clone()
+
+    def _write(self, shard: dict[str, Tensor]) -> None:
+        name = f"shard-{len(set(self.index.values())):05d}.safetensors"
+        temporary = self.folder / f".{name}.partial"
+        save_file(shard, temporary)
+        temporary.replace(self.folder / name)
+        self.index.update({key.removesuffix("/taps"): name for key in shard if key.endswith("/taps")})
+        atomic_write_json(self.folder / "index.json", {"identity": self.identity, "index": self.index})
+
+    def get(self, row: Row) -> tuple[Tensor, Tensor]:
+        """Taps [P + R - 2, K*F] and final-norm states [R - 1, F] of a row. Raises ``KeyError`` if not built."""
+        name = self.index[row.key]
+        if name not in self._open:
+            self._open[name] = safe_open(self.folder / name, "pt")
+        shard = self._open[name]
+        return shard.get_tensor(f"{row.key}/taps"), shard.get_tensor(f"{row.key}/hidden")
