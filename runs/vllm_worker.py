@@ -1,0 +1,111 @@
+"""One configuration served by vLLM, offline, one prompt at a time; run by ``vllm_check.py`` in vLLM's environment.
+
+A process of its own per configuration frees the engine's memory in between and keeps redraft out of vLLM's
+environment: this file imports vLLM and the standard library only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+PREFIX = "vllm:spec_decode_num_"
+
+
+def read_counters(llm: Any) -> dict[str, Any]:
+    """vLLM's speculative counters since the engine started; zeros when it drafts nothing."""
+    found: dict[str, Any] = {"drafts": 0, "draft_tokens": 0, "accepted_tokens": 0, "accepted_tokens_per_pos": []}
+    for metric in llm.get_metrics():
+        name = metric.name.removeprefix(PREFIX)
+        if name in found and metric.name.startswith(PREFIX):
+            found[name] = list(metric.values) if hasattr(metric, "values") else int(metric.value)
+    return found
+
+
+def difference(after: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+    """What the counters gained between two readings."""
+    earlier = before["accepted_tokens_per_pos"] or [0] * len(after["accepted_tokens_per_pos"])
+    return {
+        "rounds": after["drafts"] - before["drafts"],
+        "drafted": after["draft_tokens"] - before["draft_tokens"],
+        "accepted": after["accepted_tokens"] - before["accepted_tokens"],
+        "per_position": [a - b for a, b in zip(after["accepted_tokens_per_pos"], earlier, strict=True)],
+    }
+
+
+def start_engine(options: argparse.Namespace) -> Any:
+    """The engine at batch 1, bfloat16, without prefix caching, so that every prompt pays its own prefill."""
+    from vllm import LLM
+
+    speculative = None
+    if options.draft:
+        speculative = {
+            "model": options.draft,
+            "method": "eagle3",
+            "num_speculative_tokens": options.speculative_tokens,
+        }
+    return LLM(
+        model=options.target,
+        dtype="bfloat16",
+        max_model_len=options.max_model_len,
+        max_num_seqs=1,
+        enable_prefix_caching=False,
+        speculative_config=speculative,
+        disable_log_stats=False,
+        seed=0,
+    )
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Warm up, then decode every prompt greedily; returns the record that ``vllm_check.py`` reads."""
+    import vllm
+    from vllm import SamplingParams
+    from vllm.inputs import TokensPrompt
+
+    prompts = [json.loads(line) for line in Path(options.prompts).read_text().splitlines() if line.strip()]
+    began = time.perf_counter()
+    llm = start_engine(options)
+    load_seconds = time.perf_counter() - began
+
+    def decode(prompt_ids: list[int], tokens: int) -> Any:
+        sampling = SamplingParams(temperature=0.0, max_tokens=tokens, detokenize=False)
+        return llm.generate([TokensPrompt(prompt_token_ids=prompt_ids)], sampling, use_tqdm=False)[0].outputs[0]
+
+    for prompt in prompts[: options.warmup]:
+        decode(prompt["prompt_ids"], min(32, options.max_new_tokens))
+    rows = []
+    for prompt in prompts:
+        before = read_counters(llm)
+        start = time.perf_counter()
+        output = decode(prompt["prompt_ids"], options.max_new_tokens)
+        seconds = time.perf_counter() - start
+        row = {"id": prompt["id"], "seconds": seconds, "ids": list(output.token_ids)}
+        row |= {"finish_reason": output.finish_reason} | difference(read_counters(llm), before)
+        rows.append(row)
+        print(f"{prompt['id']}: {len(row['ids'])} tokens, {row['rounds']} rounds, {seconds:.2f} s", flush=True)
+    return {"vllm": vllm.__version__, "load_seconds": load_seconds, "prompts": rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--target", required=True)
+    parser.add_argument("--draft", default="")
+    parser.add_argument("--prompts", required=True)
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--speculative-tokens", type=int, required=True)
+    parser.add_argument("--max-new-tokens", type=int, required=True)
+    parser.add_argument("--max-model-len", type=int, required=True)
+    parser.add_argument("--warmup", type=int, default=2)
+    options = parser.parse_args()
+    record = run(options)
+    partial = Path(options.out + ".part")
+    partial.write_text(json.dumps(record))
+    os.replace(partial, options.out)
+
+
+if __name__ == "__main__":
+    main()
