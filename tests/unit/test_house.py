@@ -1,0 +1,178 @@
+"""The rules of the house: imports point down, functions and files stay readable, nothing private to a workplace."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "src" / "redraft"
+
+# From the roof to the ground. A room may import rooms of lower rows, and itself.
+ROWS: tuple[tuple[str, ...], ...] = (
+    ("cli",),
+    ("pipeline",),
+    ("train", "evaluate", "export", "report"),
+    ("select", "decode"),
+    ("teacher",),
+    ("data",),
+    ("drafts", "target", "losses"),
+    ("metrics", "sampling", "artifact", "provenance"),
+    ("registry", "progress"),
+    ("errors",),
+)
+HEIGHT = {room: len(ROWS) - i for i, row in enumerate(ROWS) for room in row}
+
+FILE_LINES = 450
+FUNCTION_LINES = 80
+
+# Assembled from parts, so that this file does not trip over itself.
+FORBIDDEN = [
+    re.compile(
+        "|".join([r"py" + r"pi\.org", r"python" + r"hosted\.org", r"download\.py" + r"torch\.org", r"npm" + r"js\."])
+    ),
+    re.compile(r"(?<![\w.])/" + r"(?:work|root|tmp/w)/[\w.]"),
+]
+TEXT = {".py", ".md", ".toml", ".txt", ".sh", ".yaml", ".yml", ".json", ".jsonl", ".html", ".cfg", ".j2", ""}
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def room_of(path: Path) -> str:
+    """The first folder or file name below the package; the package's own ``__init__`` is no room."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_rooms(tree: ast.AST) -> list[tuple[int, str]]:
+    """(line, room) of every import from redraft, also those inside functions."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            found.append((node.lineno, "<relative>"))
+        elif isinstance(node, ast.ImportFrom) and node.module == "redraft":
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("redraft."):
+            found.append((node.lineno, str(node.module).split(".")[1]))
+        elif isinstance(node, ast.Import):
+            parts = [alias.name.split(".") for alias in node.names]
+            found += [(node.lineno, p[1]) for p in parts if p[0] == "redraft" and len(p) > 1]
+    return found
+
+
+def wrong_imports(room: str, tree: ast.AST) -> list[str]:
+    """What ``room`` imports against the rules. ``__version__`` is the one name that anybody may take."""
+    wrong = []
+    for line, other in imported_rooms(tree):
+        if other in (room, "__version__"):
+            continue
+        if other not in HEIGHT:
+            wrong.append(f"line {line}: {other} has no place in ROWS")
+        elif HEIGHT[other] >= HEIGHT[room]:
+            wrong.append(f"line {line}: {room} may not import {other}")
+    return wrong
+
+
+def tracked_files() -> list[Path]:
+    """Files under version control; everything that is not ignored where there is no git."""
+    listing = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-z"], capture_output=True, text=True)
+    if listing.returncode:
+        pytest.skip("not a git checkout")
+    return [ROOT / name for name in listing.stdout.split("\0") if name]
+
+
+def test_the_package_init_holds_the_version_only() -> None:
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    kinds = [type(node) for node in tree.body]
+    assert kinds == [ast.Expr, ast.Assign]
+
+
+def test_every_room_has_its_place() -> None:
+    rooms = {room_of(path) for path in modules()} - {"__init__"}
+    assert rooms <= set(HEIGHT), f"add to ROWS: {sorted(rooms - set(HEIGHT))}"
+
+
+def test_imports_point_down() -> None:
+    wrong = []
+    for path in modules():
+        room = room_of(path)
+        if room != "__init__":
+            wrong += [f"{path.relative_to(ROOT)} {text}" for text in wrong_imports(room, ast.parse(path.read_text()))]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    ("room", "code", "allowed"),
+    [
+        ("train", "from redraft.drafts.eagle3 import Eagle3Draft", True),
+        ("train", "from redraft.train.loop import fit", True),
+        ("train", "from redraft import __version__", True),
+        ("train", "from redraft.evaluate import speed", False),
+        ("drafts", "import redraft.target", False),
+        ("drafts", "def f():\n    from redraft.train import loop", False),
+        ("drafts", "from ..target import Target", False),
+        ("drafts", "from redraft import target", False),
+        ("drafts", "from redraft.attic import x", False),
+        ("registry", "from redraft.artifact import x", False),
+    ],
+)
+def test_the_import_rule_itself(room: str, code: str, allowed: bool) -> None:
+    assert (not wrong_imports(room, ast.parse(code))) == allowed
+
+
+def test_files_and_functions_are_readable() -> None:
+    long = []
+    for path in [*modules(), *sorted((ROOT / "runs").glob("*.py"))]:
+        text = path.read_text()
+        if text.count("\n") > FILE_LINES:
+            long.append(f"{path.relative_to(ROOT)} has {text.count(chr(10))} lines, limit {FILE_LINES}")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = (node.end_lineno or node.lineno) - node.lineno + 1
+                if lines > FUNCTION_LINES:
+                    where = f"{path.relative_to(ROOT)}:{node.lineno}"
+                    long.append(f"{where} {node.name} has {lines} lines, limit {FUNCTION_LINES}")
+    assert not long, "\n".join(long)
+
+
+def test_no_pickle_in_the_package() -> None:
+    found = [
+        str(path.relative_to(ROOT))
+        for path in modules()
+        if re.search(
+            r"^\s*(?:import|from) (?:pickle|dill|cloudpickle)\b|torch\.(?:load|save)\(", path.read_text(), re.M
+        )
+    ]
+    assert not found, f"pickle in {found}"
+
+
+def test_tracked_text_names_no_registry_host_and_no_workplace_path() -> None:
+    found = []
+    for path in tracked_files():
+        if path.suffix not in TEXT or not path.is_file():
+            continue
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+            for pattern in FORBIDDEN:
+                if match := pattern.search(line):
+                    found.append(f"{path.relative_to(ROOT)}:{number}: {match.group()}")
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("line", "caught"),
+    [
+        ("see https://" + "py" + "pi.org/project/x", True),
+        ("open('/" + "work/main/x')", True),
+        ("cd /" + "tmp/w/smol", True),
+        ("https://example.org/" + "work/life", False),
+        ("the frame" + "work/ folder", False),
+        ("/tmp/redraft", False),
+    ],
+)
+def test_the_text_rule_itself(line: str, caught: bool) -> None:
+    assert any(pattern.search(line) for pattern in FORBIDDEN) == caught
