@@ -1,0 +1,196 @@
+"""The embedded target served by vLLM plain, with the stale draft and with the aligned draft, side by side.
+
+Each configuration runs in a process of its own (``vllm_worker.py``, in vLLM's environment) on the same prompts,
+greedy, batch 1, bfloat16. tau comes from vLLM's own counters; beside it stands our chain engine's tau on the same
+prompts, where the caller gives it. Both engines' texts part where bfloat16 rounding differs, so agreement is asked
+of the bootstrap interval over prompts, not of every round.
+
+Two ways to count, both printed:
+  tau          tokens that the rounds produced, after the stop rule's cut, / rounds (the definition in metrics.py);
+  tau_counters 1 + accepted / rounds, straight from the counters: the last round is not cut.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from redraft.artifact import atomic_write_json
+from redraft.errors import UserError
+from redraft.evaluate.statistics import Interval, paired_ratio, ratio_of_sums
+from redraft.provenance import collect
+
+WORKER = Path(__file__).with_name("vllm_worker.py")
+LOG_LINES = 25
+
+
+def serve(name: str, draft: str, options: argparse.Namespace, work: Path) -> dict[str, Any]:
+    """One configuration in a process of its own; its output goes to ``work/NAME.log``."""
+    record = work / f"{name}.json"
+    record.unlink(missing_ok=True)
+    command = [options.vllm_python, str(WORKER), "--target", options.target, "--draft", draft]
+    command += ["--prompts", options.prompts, "--out", str(record), "--max-model-len", str(options.max_model_len)]
+    command += ["--speculative-tokens", str(options.speculative_tokens)]
+    command += ["--max-new-tokens", str(options.max_new_tokens)]
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
+    }
+    # The worker must see vLLM's environment alone.
+    environment.pop("PYTHONPATH", None)
+    log = work / f"{name}.log"
+    with log.open("w") as stream:
+        code = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env=environment).returncode
+    if code or not record.is_file():
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_LINES:])
+        raise UserError(f"vLLM failed on the {name} configuration (exit {code}); the end of {log}:\n{tail}")
+    return json.loads(record.read_text())
+
+
+def figures(record: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
+    """What the result file says of one configuration. Intervals are paired over prompts with ``plain``."""
+    rows, base = record["prompts"], plain["prompts"]
+    tokens, seconds = [len(row["ids"]) for row in rows], [row["seconds"] for row in rows]
+    rate = ratio_of_sums(tokens, seconds)
+    found: dict[str, Any] = {
+        "tok_s": rate.value,
+        "tok_s_interval": rate.to_dict(),
+        "tokens": sum(tokens),
+        "load_seconds": record["load_seconds"],
+    }
+    rounds = [row["rounds"] for row in rows]
+    if not sum(rounds):
+        return found
+    accepted = [row["accepted"] for row in rows]
+    tau = ratio_of_sums([count - 1 for count in tokens], rounds)
+    counted = ratio_of_sums([a + r for a, r in zip(accepted, rounds, strict=True)], rounds)
+    speedup = paired_ratio((tokens, seconds), ([len(row["ids"]) for row in base], [row["seconds"] for row in base]))
+    per_position = [sum(column) / sum(rounds) for column in zip(*(row["per_position"] for row in rows), strict=True)]
+    return found | {
+        "tau": tau.value,
+        "tau_interval": tau.to_dict(),
+        "tau_counters": counted.to_dict(),
+        "speedup": speedup.to_dict(),
+        "rounds": sum(rounds),
+        "drafted": sum(row["drafted"] for row in rows),
+        "accepted": sum(accepted),
+        "acceptance_unconditional": per_position,
+        "identical_to_plain": sum(row["ids"] == other["ids"] for row, other in zip(rows, base, strict=True)),
+    }
+
+
+def agreement(found: dict[str, Any], ours: dict[str, float]) -> dict[str, Any]:
+    """Whether each engine's tau lies within the other's interval or the intervals meet; all three are told."""
+    theirs, mine = Interval(**found["tau_interval"]), Interval(**ours)
+    return {
+        "ours": mine.to_dict(),
+        "vllm_in_our_interval": not mine.excludes(theirs.value),
+        "ours_in_vllm_interval": not theirs.excludes(mine.value),
+        "intervals_meet": theirs.low <= mine.high and mine.low <= theirs.high,
+    }
+
+
+def show(result: dict[str, Any], console: Console) -> None:
+    """The table for a reader."""
+    title = f"vLLM {result['vllm']} on this machine's CPU: {result['prompts']} prompts, greedy, batch 1, bfloat16"
+    table = Table(title=f"{title}, {result['speculative_tokens']} drafted tokens")
+    for heading in ("", "tau (vLLM)", "tau (our chain)", "1 + accepted/rounds", "tokens/s", "speed-up", "same text"):
+        table.add_column(heading, justify="left" if not heading else "right")
+
+    def span(interval: dict[str, float] | None, digits: int = 2) -> str:
+        if interval is None:
+            return "-"
+        value, low, high = (f"{interval[key]:.{digits}f}" for key in ("value", "low", "high"))
+        return f"{value} [{low}, {high}]"
+
+    for name in ("plain", "stale", "aligned"):
+        row = result[name]
+        same = f"{row['identical_to_plain']} of {result['prompts']}" if "rounds" in row else "-"
+        table.add_row(
+            name,
+            span(row.get("tau_interval")),
+            span(row.get("agreement", {}).get("ours")),
+            span(row.get("tau_counters")),
+            span(row["tok_s_interval"], 1),
+            span(row.get("speedup")) if "rounds" in row else "1",
+            same,
+        )
+    console.print(table)
+
+
+def check(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Run the three configurations and gather the result. Raises ``UserError`` on bad input or a failed server."""
+    for label in ("target", "stale", "aligned"):
+        if not (Path(getattr(options, label)) / "config.json").is_file():
+            raise UserError(f"--{label} {getattr(options, label)} holds no config.json; export it first")
+    try:
+        prompts = [json.loads(line) for line in Path(options.prompts).read_text().splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"--prompts {options.prompts} cannot be read: {error}") from error
+    if not prompts:
+        raise UserError(f"--prompts {options.prompts} holds no prompts")
+    ours = json.loads(Path(options.ours).read_text()) if options.ours else {}
+    work = Path(options.out).parent / "vllm"
+    work.mkdir(parents=True, exist_ok=True)
+    records = {}
+    for name, draft in (("plain", ""), ("stale", options.stale), ("aligned", options.aligned)):
+        console.print(f"vLLM: {name} ...")
+        records[name] = serve(name, draft, options, work)
+    result: dict[str, Any] = {name: figures(record, records["plain"]) for name, record in records.items()}
+    for name in ("stale", "aligned"):
+        if "tau" not in result[name]:
+            raise UserError(
+                f"vLLM counted no drafts for {name}: it served the target without it; see {work}/{name}.log"
+            )
+        if name in ours:
+            result[name]["agreement"] = agreement(result[name], ours[name]["tau"])
+    return result | {
+        "prompts": len(prompts),
+        "max_new_tokens": options.max_new_tokens,
+        "speculative_tokens": options.speculative_tokens,
+        "sampler": "greedy",
+        "batch": 1,
+        "dtype": "bfloat16",
+        "vllm": records["plain"]["vllm"],
+        "provenance": collect(seed=0, device="cpu"),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", required=True, help="checkpoint folder of the fine-tuned target")
+    parser.add_argument("--stale", required=True, help="export folder of the stale draft")
+    parser.add_argument("--aligned", required=True, help="export folder of the aligned draft")
+    parser.add_argument("--prompts", required=True, help='JSONL of {"id", "prompt_ids": [...]}')
+    parser.add_argument("--ours", help='JSON of our chain\'s tau: {"stale": {"tau": {value, low, high}}, ...}')
+    parser.add_argument("--out", default="out/vllm-check.json")
+    parser.add_argument("--speculative-tokens", type=int, default=3)
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--max-model-len", type=int, default=1024)
+    parser.add_argument("--vllm-python", default=sys.executable, help="the interpreter that has vLLM")
+    options = parser.parse_args()
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    try:
+        result = check(options, console)
+    except UserError as error:
+        console.print(f"error: {error}", markup=False, soft_wrap=True)
+        return 2
+    atomic_write_json(Path(options.out), result)
+    show(result, console)
+    console.print(f"written: {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
