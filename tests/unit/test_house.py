@@ -20,6 +20,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("select", "decode"),
     ("teacher",),
     ("data",),
+    ("loading",),
     ("drafts", "target", "losses"),
     ("metrics", "sampling", "artifact", "provenance"),
     ("registry", "progress"),
