@@ -13,7 +13,7 @@ from rich.console import Console
 from redraft.errors import UserError
 from redraft.report import build_report, headline_png, tables
 from redraft.report.costs import round_cost
-from redraft.report.load import BENCH_SCHEMA, BenchResult, CurvePoint, read_curve
+from redraft.report.load import BENCH_SCHEMA, BenchResult, read_curve
 
 
 def _interval(value: float, half: float) -> dict[str, float]:
@@ -35,7 +35,7 @@ def _draft(tau: float, speed: float, curve: list[float]) -> dict:
         "acceptance_unconditional": unconditional[1:],
         "tokens_per_second": _interval(25 * speed, 1.4),
         "speedup": _interval(speed, 0.06),
-        "time": {"draft": rounds * 0.011, "verify": rounds * 0.043, "other": rounds * 0.0021},
+        "time": {"draft": rounds * 0.011, "verify": rounds * 0.043, "other": rounds * 0.0021, "prefill": 0.9},
         "rounds": rounds,
         "tokens": 2400,
         "identical_to_plain": 22,
@@ -149,7 +149,7 @@ def test_page_shows_every_figure(page: str) -> None:
         "16.9 TFLOP",
         "4 min 13 s",
         "6 * trained * tokens",
-        "aligned over stale: 1.15",
+        "aligned over stale: acceptance length higher by 1.15",
     ):
         assert figure in text, figure
 
@@ -191,7 +191,8 @@ def test_round_cost_and_ideal(made_up: dict[str, Path]) -> None:
     assert cost.c == pytest.approx(0.011 / 0.04 / 5)
     assert cost.verify == pytest.approx(0.043 / 0.04)
     assert cost.ideal == pytest.approx(2.58 / (1 + 0.275))
-    assert cost.round_ms == pytest.approx(56.1)
+    assert cost.round_ms == pytest.approx(56.1 + 900 / 930)
+    assert cost.total == pytest.approx(cost.round_ms / 40)
 
 
 def _edit(made_up: dict[str, Path], edit) -> Path:
@@ -248,7 +249,8 @@ def test_curve_keeps_whole_lines_only(tmp_path: Path) -> None:
     path.write_text('{"step": 1}\n')
     with pytest.raises(UserError, match=r"curve\.jsonl:1: loss"):
         read_curve(path)
-    assert CurvePoint(step=1, loss=1.0).heldout_tau is None
+    path.write_text('{"step": 2, "loss": 3.0}\n{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
+    assert [(p.step, p.loss) for p in read_curve(path)] == [(1, 2.0), (2, 1.0)]
 
 
 def test_headline_png(made_up: dict[str, Path], tmp_path: Path) -> None:

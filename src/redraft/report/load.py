@@ -38,7 +38,8 @@ class PhaseSeconds(_Open):
 
     draft: float = Field(ge=0)
     verify: float = Field(ge=0)
-    other: float = Field(ge=0)
+    other: float
+    prefill: float = Field(default=0.0, ge=0)
 
 
 class DraftResult(_Open):
@@ -198,14 +199,15 @@ def read_ledger(path: Path) -> Costs:
 def read_curve(path: Path) -> list[CurvePoint]:
     """A training curve, one JSON object a line; a torn last line of a run in progress is left out.
 
-    Raises ``UserError`` with file and line for damage anywhere else.
+    A step that is there twice (a run that was killed between writing its line and its checkpoint, and resumed)
+    counts once, as written last. Raises ``UserError`` with file and line for damage anywhere else.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as text") from error
     lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-    points = []
+    points: dict[int, CurvePoint] = {}
     for number, line in lines:
         try:
             data = json.loads(line)
@@ -213,5 +215,6 @@ def read_curve(path: Path) -> list[CurvePoint]:
             if number == lines[-1][0] and not text.endswith("\n"):
                 break
             raise UserError(f"{path}:{number}: broken JSON: {error.msg}") from error
-        points.append(parse(CurvePoint, data, f"{path}:{number}"))
-    return points
+        point = parse(CurvePoint, data, f"{path}:{number}")
+        points[point.step] = point
+    return [points[step] for step in sorted(points)]

@@ -165,9 +165,9 @@ def _tiles(result: BenchResult) -> list[dict[str, Any]]:
 
 def _gains(result: BenchResult) -> list[str]:
     """One sentence a measured gain, with its paired interval."""
-    units = {"tau": "in acceptance length", "speed": "in tokens a second"}
+    words = {"tau": "acceptance length higher by {}", "speed": "{} times the tokens a second"}
     return [
-        f"{pair}: {form.number(gain.value)} {units.get(kind, kind)} (95% interval {form.bounds(gain)})"
+        f"{pair}: {words.get(kind, kind + ' {}').format(form.number(gain.value))} (95% interval {form.bounds(gain)})"
         for pair, kinds in result.gains.items()
         for kind, gain in kinds.items()
     ]
@@ -177,9 +177,11 @@ def _training(points: list[CurvePoint], result: BenchResult) -> dict[str, Any] |
     """The training section; nothing for an empty curve. ``heldout_tau`` of step 0 is the stale draft's where given."""
     if not points:
         return None
-    stale = points[0].heldout_tau if points[0].step == 0 else None
-    if stale is None and "stale" in result.drafts:
-        stale = result.drafts["stale"].tau_pooled.value
+    stale = None
+    if points[0].step == 0 and points[0].heldout_tau is not None:
+        stale = ("before training", points[0].heldout_tau)
+    elif "stale" in result.drafts:
+        stale = ("stale draft, on the benchmark's prompts", result.drafts["stale"].tau_pooled.value)
     held = [p.heldout_tau for p in points if p.heldout_tau is not None]
     return {
         "pictures": plots.training_svgs(points, stale),

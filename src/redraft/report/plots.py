@@ -21,7 +21,7 @@ from redraft.report.load import BenchResult, CurvePoint, Interval
 INK, GRID = "#010203", "#010204"
 COLOURS = {"stale": "#c8702a", "aligned": "#3a7fc8", "full": "#2f9461"}
 OTHERS = ("#a65fb0", "#8a8420", "#c25069", "#4f8a94")
-PHASES = {"draft": "#8067c0", "verify": "#3a8f8f", "other": "#85888f"}
+PHASES = {"draft": "#8067c0", "verify": "#3a8f8f", "other": "#85888f", "prefill": "#b08a3c"}
 MARKERS = "osD^vP"
 WIDTH = 4.6
 
@@ -180,7 +180,7 @@ def acceptance_svgs(result: BenchResult, name: str) -> list[str]:
 
 
 def time_svg(result: BenchResult, name: str) -> str:
-    """One bar a draft: what a round costs in plain steps, and a tick at tau, the tokens it yields."""
+    """One bar a draft: what a round costs in plain tokens, and a tick at tau, the tokens it yields."""
     costs: dict[str, RoundCost] = {key: round_cost(result, draft) for key, draft in result.drafts.items()}
     with _figure(WIDTH * 1.3, 1.35 + 0.55 * len(costs)) as (figure, axes):
         for row, cost in enumerate(costs.values()):
@@ -201,21 +201,21 @@ def time_svg(result: BenchResult, name: str) -> str:
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="y", visible=False)
         axes.set_xlim(0, 1.06 * max(max(cost.total, cost.tau) for cost in costs.values()))
-        axes.set_xlabel("plain decoding steps a round")
-        figure.legend(loc="outside upper left", ncols=4, handlelength=1.0, columnspacing=1.2, fontsize=9)
+        axes.set_xlabel("cost of a round, in tokens of plain decoding")
+        figure.legend(loc="outside upper left", ncols=5, handlelength=1.0, columnspacing=1.2, fontsize=9)
         about = "; ".join(
-            f"{key}: a round costs {number(cost.total)} plain steps and yields {number(cost.tau)} tokens"
+            f"{key}: a round costs {number(cost.total)} plain tokens and yields {number(cost.tau)} tokens"
             for key, cost in costs.items()
         )
         return _svg(figure, f"{name}-time", about)
 
 
-def training_svgs(points: Sequence[CurvePoint], stale_tau: float | None) -> list[str]:
-    """Training loss and held-out acceptance length over tokens seen, the stale draft's as a dashed line."""
+def training_svgs(points: Sequence[CurvePoint], stale: tuple[str, float] | None) -> list[str]:
+    """Training loss and held-out acceptance length over tokens seen, and ``stale`` (label, tau) as a dashed line."""
     pictures = []
     by_tokens = points[-1].tokens > 0
     label, at = (
-        ("tokens seen (thousands)", [p.tokens / 1000 for p in points])
+        ("supervised tokens (thousands)", [p.tokens / 1000 for p in points])
         if by_tokens
         else ("step", [float(p.step) for p in points])
     )
@@ -228,8 +228,8 @@ def training_svgs(points: Sequence[CurvePoint], stale_tau: float | None) -> list
     if held:
         with _figure(WIDTH, 2.7) as (figure, axes):
             axes.plot(*zip(*held, strict=True), "o-", color=COLOURS["aligned"], label="in training")
-            if stale_tau is not None:
-                axes.axhline(stale_tau, color=COLOURS["stale"], linestyle="--", label="stale draft")
+            if stale is not None:
+                axes.axhline(stale[1], color=COLOURS["stale"], linestyle="--", label=stale[0])
             axes.legend()
             axes.set_title("held-out acceptance length \N{GREEK SMALL LETTER TAU}")
             axes.set_xlabel(label)
