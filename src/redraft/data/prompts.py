@@ -1,0 +1,240 @@
+"""Prompt files of every common shape, brought to one: conversations of system, user and assistant turns.
+
+Read are JSON lines and JSON arrays of ``{"id", "messages": [{"role", "content"}]}``, ShareGPT
+(``conversations`` of ``from`` and ``value``) and Alpaca (``instruction``, ``input``, ``output``); plain text with
+one prompt a line (``.txt``); any of these with ``.gz``; and ``datasets:NAME`` or ``datasets:NAME@SPLIT`` for a
+data set that the ``datasets`` library can load.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from redraft.errors import UserError
+
+Message = dict[str, str]
+
+ROLES = ("system", "user", "assistant")
+ROLE_NAMES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
+HUB_PREFIX = "datasets:"
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns in order, each ``{"role", "content"}`` with the role ``system``, ``user`` or ``assistant``."""
+
+    id: str
+    messages: list[Message]
+
+
+def read_conversations(path: str | Path) -> list[Conversation]:
+    """Every conversation of a prompt file or ``datasets:`` name, in order; shapes are told apart item by item.
+
+    Items without an id are called after the file and their line. Raises ``UserError`` with file and line for: a
+    missing or empty file, broken JSON, an unknown shape or role, a conversation with no user turn, an id that is
+    there twice.
+    """
+    if str(path).startswith(HUB_PREFIX):
+        name = str(path).removeprefix(HUB_PREFIX)
+        stem, items = name, _hub_items(name)
+    else:
+        path = Path(path)
+        stem, items = _stem(path), _file_items(path)
+    found: list[Conversation] = []
+    places: dict[str, str] = {}
+    for number, place, item in items:
+        try:
+            conversation = parse_conversation(item, f"{stem}/{number}")
+        except ValueError as error:
+            raise UserError(f"{place}: {error}") from error
+        if conversation.id in places:
+            raise UserError(f"{place}: id {conversation.id!r} is already at {places[conversation.id]}; ids must differ")
+        places[conversation.id] = place
+        found.append(conversation)
+    if not found:
+        raise UserError(f"{path} is empty; it must hold at least one prompt")
+    return found
+
+
+# -- one item --------------------------------------------------------------------------------------------------------
+def parse_conversation(item: Any, default_id: str) -> Conversation:
+    """The conversation of one item of any known shape. Raises ``ValueError`` that says what is wrong with it."""
+    if isinstance(item, str):
+        return Conversation(default_id, _checked([{"role": "user", "content": item}]))
+    if not isinstance(item, dict):
+        raise ValueError(f"a prompt must be a JSON object, not {json.dumps(item)[:40]}")
+    id = item.get("id")
+    if isinstance(id, bool) or not isinstance(id, (str, int, type(None))):
+        raise ValueError(f"the id must be text or a number, not {json.dumps(id)[:40]}")
+    turns = item.get("messages", item.get("conversations"))
+    if turns is not None:
+        messages = _turns(turns)
+    elif "instruction" in item:
+        messages = _alpaca(item)
+    else:
+        raise ValueError(
+            'no "messages" (or ShareGPT "conversations", or Alpaca "instruction") among its keys: '
+            + (", ".join(sorted(map(str, item))[:8]) or "none")
+        )
+    return Conversation(default_id if id is None or id == "" else str(id), _checked(messages))
+
+
+def _turns(turns: Any) -> list[Message]:
+    if not isinstance(turns, list):
+        raise ValueError("the turns of a conversation must be a list")
+    messages = []
+    for turn in turns:
+        if not isinstance(turn, dict):
+            raise ValueError(f"a turn must be a JSON object, not {json.dumps(turn)[:40]}")
+        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        messages.append({"role": _role(role), "content": _text(content)})
+    return messages
+
+
+def _role(role: Any) -> str:
+    plain = ROLE_NAMES.get(role, role) if isinstance(role, str) else role
+    if plain not in ROLES:
+        raise ValueError(f"unknown role {json.dumps(role)}; use {', '.join(ROLES)}")
+    return str(plain)
+
+
+def _text(content: Any) -> str:
+    """Plain text, or the joined text parts of the list form of content."""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
+        return "".join(part["text"] for part in content)
+    raise ValueError(f"the content of a turn must be text, not {json.dumps(content)[:40]}")
+
+
+def _alpaca(item: dict[str, Any]) -> list[Message]:
+    question = _text(item["instruction"])
+    if item.get("input"):
+        question += "\n\n" + _text(item["input"])
+    messages = [{"role": "system", "content": _text(item["system"])}] if item.get("system") else []
+    messages.append({"role": "user", "content": question})
+    if item.get("output"):
+        messages.append({"role": "assistant", "content": _text(item["output"])})
+    return messages
+
+
+def _checked(messages: list[Message]) -> list[Message]:
+    users = [message for message in messages if message["role"] == "user"]
+    if not users:
+        raise ValueError("the conversation has no user turn")
+    if not all(message["content"].strip() for message in users):
+        raise ValueError("a user turn is empty")
+    return messages
+
+
+# -- files -----------------------------------------------------------------------------------------------------------
+def _stem(path: Path) -> str:
+    name = path.name.removesuffix(".gz")
+    return name[: name.rfind(".")] if name.rfind(".") > 0 else name
+
+
+def _read_text(path: Path) -> str:
+    try:
+        data = path.read_bytes()
+        return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist; name a prompt file or datasets:NAME") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+
+
+def _file_items(path: Path) -> Iterator[tuple[int, str, Any]]:
+    """Number, place (for messages) and value of every item."""
+    text = _read_text(path)
+    # split("\n"), not splitlines(): JSON text may hold U+2028 and its like unescaped
+    lines = text.split("\n")
+    if path.name.removesuffix(".gz").endswith(".txt"):
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield number, f"{path}:{number}", line.strip()
+        return
+    if text.lstrip().startswith("["):
+        for number, item in enumerate(_parse(text, path, 1), 1):
+            yield number, f"{path}: item {number}", item
+        return
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            yield number, f"{path}:{number}", _parse(line, path, number)
+
+
+def _parse(text: str, path: Path, first_line: int) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = first_line + error.lineno - 1
+        raise UserError(f"{path}:{line}: not JSON: {error.msg} (column {error.colno})") from error
+    except RecursionError as error:
+        raise UserError(f"{path}:{first_line}: not JSON that can be read: nested too deeply") from error
+
+
+def _hub_items(name: str) -> Iterator[tuple[int, str, Any]]:
+    repository, _, split = name.partition("@")
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(
+            f"reading {HUB_PREFIX}{name} needs the package datasets: pip install redraft[datasets]"
+        ) from error
+    try:
+        rows = datasets.load_dataset(repository, split=split or "train")
+    except Exception as error:  # the library raises whatever its file systems raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"cannot load the data set {name}: {reason}; check its name, its split and the network"
+        ) from error
+    for number, item in enumerate(rows, 1):
+        yield number, f"{HUB_PREFIX}{name}: row {number}", item
+
+
+# -- prompts ---------------------------------------------------------------------------------------------------------
+def prompt_turns(conversation: Conversation) -> list[Message]:
+    """The turns to be answered: system and user turns in order. Reference answers are left out.
+
+    The model's own reply belongs behind every user turn, also where two user turns follow each other.
+    """
+    return [message for message in conversation.messages if message["role"] != "assistant"]
+
+
+def user_turns(conversation: Conversation) -> int:
+    """How many replies a conversation asks for."""
+    return sum(message["role"] == "user" for message in conversation.messages)
+
+
+def prompt_messages(conversation: Conversation, replies: Sequence[str]) -> list[Message]:
+    """The messages that lead to reply number ``len(replies)``, with the earlier ``replies`` in their places.
+
+    Raises ``ValueError`` when the conversation has no further user turn.
+    """
+    messages: list[Message] = []
+    answered = 0
+    for message in prompt_turns(conversation):
+        messages.append(message)
+        if message["role"] != "user":
+            continue
+        if answered == len(replies):
+            return messages
+        messages.append({"role": "assistant", "content": replies[answered]})
+        answered += 1
+    raise ValueError(f"conversation {conversation.id} has no user turn after {len(replies)} replies")
+
+
+def check_length(key: str, prompt_tokens: int, max_new_tokens: int, context: int | None) -> None:
+    """Raise ``UserError`` when a prompt and its response may not fit into the target's context."""
+    if context is not None and prompt_tokens + max_new_tokens > context:
+        raise UserError(
+            f"prompt {key} has {prompt_tokens} tokens; with up to {max_new_tokens} new ones it does not fit into the "
+            f"context of {context}; shorten it or lower the number of new tokens"
+        )
