@@ -1,0 +1,312 @@
+"""``redraft adapt``: regenerate, select, train, export, bench, report; every stage resumes after a kill."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from redraft import provenance
+from redraft.artifact import atomic_write_json, save_draft, save_private
+from redraft.data.prompts import Conversation, read_conversations
+from redraft.data.regenerate import InProcessEngine, ServerEngine, regenerate
+from redraft.data.store import Row, read_rows
+from redraft.drafts.eagle3 import Eagle3Draft
+from redraft.drafts.experts import merge_private
+from redraft.drafts.groups import METHODS, prepare, trained_parameters
+from redraft.errors import UserError
+from redraft.evaluate.speed import BenchConfig, Prompt, bench
+from redraft.export import EXPORTERS
+from redraft.loading import tokenizer_hash
+from redraft.pipeline.config import AdaptConfig, claim_run
+from redraft.pipeline.models import OpenDraft, open_draft, open_target, refuse_overlap, split_prompts
+from redraft.progress import progress_bar
+from redraft.report.page import build_report
+from redraft.sampling import Sampler
+from redraft.select import SCORERS, ScoringContext, score_rows
+from redraft.select.manifest import Manifest, file_hash, read_manifest
+from redraft.select.rules import parse_budget, select
+from redraft.target import Target
+from redraft.teacher.features import FeatureStore, anchors
+from redraft.teacher.simulate import row_alphas
+from redraft.train.loop import Trainer, TrainResult
+
+Say = Callable[[str], None]
+
+
+class AdaptRun:
+    """One run directory and the stages that fill it. What a stage needs is opened when it is first asked for."""
+
+    def __init__(self, config: AdaptConfig, say: Say = print) -> None:
+        """Raises ``UserError`` when the run directory belongs to other settings."""
+        claim_run(config)
+        self.config, self.say, self.folder = config, say, config.out
+        self.ledger = provenance.Ledger.load(self.folder / "ledger.json")
+
+    # -- what the stages work on -------------------------------------------------------------------------------
+    @cached_property
+    def target(self) -> Target:
+        c = self.config
+        return open_target(c.target, c.dtype, c.device, c.adapter)
+
+    @cached_property
+    def stale(self) -> OpenDraft:
+        opened = open_draft(self.config.draft, self.target)
+        self.target.tap(opened.draft.config.taps)
+        for note in opened.meta.get("notes", []):
+            self.say(f"note on {self.config.draft}: {note}")
+        return opened
+
+    @cached_property
+    def prompts(self) -> tuple[list[Conversation], list[Conversation], list[Conversation]]:
+        """(train, heldout, evaluation)."""
+        c = self.config
+        conversations = read_conversations(c.prompts)
+        if c.eval_prompts is None:
+            return split_prompts(conversations, c.heldout_prompts, c.bench_prompts, c.seed)
+        evaluation = read_conversations(c.eval_prompts)[: c.bench_prompts]
+        refuse_overlap(conversations, evaluation, c.eval_prompts)
+        train, heldout, _ = split_prompts(conversations, c.heldout_prompts, 0, c.seed)
+        return train, heldout, evaluation
+
+    @cached_property
+    def store(self) -> FeatureStore:
+        identity = {"target": self.target.content_hash(), "taps": list(self.stale.draft.config.taps)}
+        return FeatureStore(self.folder / "features", identity)
+
+    # -- stages ------------------------------------------------------------------------------------------------
+    def run(self) -> dict[str, Any]:
+        """All stages; returns the benchmark's result."""
+        self.stale  # noqa: B018 - a draft that does not fit must be refused before anything is spent
+        self.regenerate()
+        self.select()
+        self.train()
+        self.export()
+        result = self.bench()
+        self.report()
+        return result
+
+    def regenerate(self) -> None:
+        """The target writes the training text, and greedy held-out responses for early stopping."""
+        c = self.config
+        train, heldout, _ = self.prompts
+        samplers = [Sampler(t, 0, c.top_p if t else 1.0) for t in c.temperatures]
+        self._regenerate("regenerate", train, samplers, self.folder / "responses.jsonl", c.server)
+        self._regenerate("regenerate held-out", heldout, [Sampler()], self.folder / "heldout.jsonl", None)
+
+    def _regenerate(
+        self, name: str, prompts: Sequence[Conversation], samplers: list[Sampler], path: Path, server: str | None
+    ) -> None:
+        c, target = self.config, self.target
+        engine: Any = ServerEngine(server, c.server_model) if server else InProcessEngine(target, c.batch_size)
+        with self.ledger.stage(name) as entry, progress_bar(name, len(prompts) * len(samplers), "rows") as progress:
+            report = regenerate(
+                engine,
+                prompts,
+                target.tokenizer,
+                samplers,
+                path,
+                c.max_new_tokens,
+                c.seed,
+                target.content_hash(),
+                lambda done, **fields: progress.update(done, **fields),
+                eos_ids=target.eos_ids,
+                context=target.context,
+            )
+            tokens = report.prompt_tokens + report.response_tokens
+            flops = provenance.forward_flops(target.parameters_per_token, tokens)
+            entry.add(tokens=tokens, flops=flops, formula=provenance.FORWARD_FORMULA, bytes_written=report.bytes_written)
+        self.say(f"{name}: {report.summary()}")
+
+    def select(self) -> Manifest:
+        """Score every response and keep the budget's worth."""
+        c, path = self.config, self.folder / "selection.json"
+        source = self.folder / "responses.jsonl"
+        if path.exists():
+            return read_manifest(path)
+        rows = [r for r in read_rows(source) if anchors(r)]
+        with self.ledger.stage("select") as entry:
+            scorer = SCORERS.get(c.scorer)()
+            context = self._scoring_context(scorer.needs)
+            scores = score_rows(scorer, rows, context)
+            manifest = select(
+                rows,
+                scores,
+                parse_budget(c.budget),
+                scorer=c.scorer,
+                settings=scorer.settings,
+                source={"file": source.name, "hash": file_hash(source)},
+            )
+            manifest.write(path)
+            entry.add(tokens=sum(len(r.prompt_ids) + len(r.response_ids) for r in rows), bytes_written=path.stat().st_size)
+        self.say(f"select: {len(manifest.selected_keys)} of {len(rows)} rows by {c.scorer}, budget {c.budget}")
+        return manifest
+
+    def _scoring_context(self, needs: frozenset[str]) -> ScoringContext:
+        c = self.config
+        base = None
+        if "base_target" in needs and c.base_target:
+            base = open_target(c.base_target, c.dtype, c.device)
+        return ScoringContext(
+            target=self.target,
+            base_target=base,
+            draft=self.stale.draft,
+            alpha_of=self._alpha_of if "alpha_of" in needs else None,
+            device=c.device,
+            seed=c.seed,
+            scratch=self.folder,
+        )
+
+    def _alpha_of(self, rows: Sequence[Row]) -> list[float]:
+        self._features("features", rows)
+        return row_alphas(self.stale.draft.to(self.target.device), self.target, rows, self.store)
+
+    def _features(self, name: str, rows: Sequence[Row]) -> None:
+        total = sum(len(r.prompt_ids) + len(r.response_ids) for r in rows)
+        if all(r.key in self.store.index for r in rows if anchors(r)):
+            return
+        with self.ledger.stage(name) as entry, progress_bar(name, total, "tokens") as progress:
+            tokens = self.store.build(self.target, rows, progress=lambda done: progress.update(done))
+            flops = provenance.forward_flops(self.target.parameters_per_token, tokens)
+            entry.add(tokens=tokens, flops=flops, formula=provenance.FORWARD_FORMULA)
+
+    def train(self) -> TrainResult | None:
+        """Train what the method names; save the private part (or the whole draft) and the merged draft."""
+        c, done = self.config, self.folder / "train.json"
+        if done.exists():
+            return TrainResult(**json.loads(done.read_text()))
+        rows = self.select().apply([r for r in read_rows(self.folder / "responses.jsonl") if anchors(r)])
+        heldout = [r for r in read_rows(self.folder / "heldout.jsonl") if anchors(r)]
+        draft, names = prepare(self.stale.draft, c.method, c.private_width, c.seed)
+        result = None
+        if names:
+            self._features("features", rows)
+            self._features("features held-out", heldout)
+            trainer = Trainer(draft, self.target, self.store, rows, heldout, c.train_config(), self.folder / "train")
+            result = self._run(trainer, draft, names)
+            draft = trainer.draft
+        self._save(draft, names)
+        if result:
+            atomic_write_json(done, asdict(result))
+        return result
+
+    def _run(self, trainer: Trainer, draft: Eagle3Draft, names: list[str]) -> TrainResult:
+        per_epoch = sum(anchors(r) for r in trainer.rows)
+        with self.ledger.stage("train") as entry:
+            with progress_bar("train", round(per_epoch * trainer.config.epochs), "tokens") as progress:
+                result = trainer.run(progress)
+            trained = sum(p.numel() for n, p in draft.named_parameters() if n in set(names))
+            steps = result.anchors * trainer.config.unroll
+            flops = provenance.train_flops(trained, steps, draft.parameters_per_token - trained)
+            entry.add(tokens=result.anchors, flops=flops, formula=f"({provenance.TRAIN_FORMULA}) * unroll")
+        why = "stopped early" if result.stopped_early else "whole budget"
+        self.say(f"train: held-out tau {result.start_tau:.3f} -> {result.best_tau:.3f} in {result.steps} steps ({why})")
+        return result
+
+    def _save(self, draft: Eagle3Draft, names: list[str]) -> None:
+        """Only what was trained goes into the private part, so that one shared draft serves many targets."""
+        draft = draft.to(next(iter(self.stale.draft.parameters())).dtype)
+        meta = {
+            "method": self.config.method,
+            "target": {"name": self.target.name, "hash": self.target.content_hash()},
+            "tokenizer_hash": tokenizer_hash(self.target.tokenizer),
+            "provenance": provenance.collect(seed=self.config.seed, device=self.config.device),
+        }
+        share = trained_parameters(draft, self.config.method)
+        if names and METHODS[self.config.method].groups != METHODS["full"].groups:
+            save_private(self.folder / "private", half(draft), names, self.stale.base_hash, meta)
+        save_draft(self.folder / "merged", half(merge_private(draft)), meta)
+        total = sum(p.numel() for p in draft.parameters())
+        self.say(f"saved: {share:,} trained of {total:,} parameters in {self.folder / 'merged'}")
+
+    @cached_property
+    def aligned(self) -> Eagle3Draft:
+        return open_draft(self.folder / "merged", self.target).draft
+
+    def export(self) -> list[Path]:
+        """Write the merged draft for every engine asked for."""
+        found = []
+        for name in self.config.exports:
+            folder = self.folder / f"export-{name}"
+            with self.ledger.stage(f"export {name}") as entry:
+                report = EXPORTERS.get(name)(half(self.aligned), folder, self.target, speculative_tokens=self.config.gamma)
+                entry.add(bytes_written=report.bytes)
+            for warning in report.warnings:
+                self.say(f"note on {folder}: {warning}")
+            self.say(f"export {name}: {folder}; serve with: {report.serve}")
+            found.append(folder)
+        return found
+
+    def bench(self, extra: dict[str, Eagle3Draft] | None = None) -> dict[str, Any]:
+        """Plain decoding, the stale and the aligned draft on the evaluation prompts."""
+        c, path = self.config, self.folder / "bench.json"
+        if path.exists():
+            return json.loads(path.read_text())
+        drafts = {"stale": self.stale.draft, "aligned": self.aligned, **(extra or {})}
+        prompts = template_prompts(self.prompts[2], self.target, c.bench_tokens)
+        began = time.monotonic()
+        with self.ledger.stage("bench") as entry, progress_bar("bench", None, "tokens") as progress:
+            result = bench(
+                bench_targets(self.target, c),
+                drafts,
+                prompts,
+                BenchConfig(gamma=c.gamma, max_new_tokens=c.bench_tokens, seed=c.seed),
+                provenance.collect(seed=c.seed, device=c.device),
+                lambda tokens, what: progress.update(tokens, now=what),
+            )
+            entry.add(tokens=sum(d["tokens"] for d in result["drafts"].values()))
+        atomic_write_json(path, result)
+        self.say(f"bench: {len(prompts)} prompts in {time.monotonic() - began:.0f} s")
+        return result
+
+    def report(self) -> Path:
+        """The HTML page of this run."""
+        curve = self.folder / "train" / "curve.jsonl"
+        return build_report(
+            [self.folder / "bench.json"],
+            self.folder / "report.html",
+            curve=curve if curve.exists() else None,
+            ledger=self.folder / "ledger.json",
+        )
+
+
+def half(draft: Eagle3Draft) -> Eagle3Draft:
+    """The draft in bfloat16, the type that it is stored and served in."""
+    import copy
+
+    import torch
+
+    return copy.deepcopy(draft).to(torch.bfloat16)
+
+
+def bench_targets(target: Target, config: AdaptConfig) -> dict[str, Target]:
+    """The target in float32 and bfloat16: the faster in plain decoding is the baseline. On a GPU only as it is."""
+    if target.device.type != "cpu":
+        return {config.dtype: target}
+    other = "float32" if config.dtype == "bfloat16" else "bfloat16"
+    return {config.dtype: target, other: open_target(config.target, other, config.device, config.adapter)}
+
+
+def template_prompts(conversations: Sequence[Conversation], target: Target, new_tokens: int) -> list[Prompt]:
+    """First turns through the target's chat template. Raises ``UserError`` for one that leaves no room to answer."""
+    found = []
+    for conversation in conversations:
+        turns = []
+        for message in conversation.messages:
+            if message["role"] == "assistant":
+                break
+            turns.append(message)
+            if message["role"] == "user":
+                break
+        ids = list(target.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))
+        if len(ids) + new_tokens > target.context:
+            raise UserError(
+                f"prompt {conversation.id} has {len(ids)} tokens; with a response of {new_tokens} that is more than the "
+                f"target's context of {target.context}; shorten or remove it"
+            )
+        found.append(Prompt(conversation.id, ids))
+    return found

@@ -1,0 +1,104 @@
+"""Opening what a job works on: the target in its data types, the draft in any format, the prompts by purpose."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from redraft.artifact import META_FILE, load_private, read_json, tensors_hash
+from redraft.data.prompts import Conversation
+from redraft.drafts.eagle3 import Eagle3Config, Eagle3Draft, check_fit
+from redraft.errors import UserError
+from redraft.export import import_checkpoint
+from redraft.loading import load_target, tokenizer_hash
+from redraft.target import Target
+
+
+@dataclass
+class OpenDraft:
+    """A draft with what is known of it. ``base_hash`` identifies the tensors as they were on disk."""
+
+    draft: Eagle3Draft
+    meta: dict[str, Any]
+    base_hash: str
+
+
+def open_target(spec: str, dtype: str, device: str, adapter: str | None = None) -> Target:
+    """Raises ``UserError`` when it cannot be loaded."""
+    return load_target(spec, getattr(torch, dtype), device, adapter=adapter)
+
+
+def open_draft(source: str | Path, target: Target, base: str | Path | None = None) -> OpenDraft:
+    """A draft in float32, checked against the target's sizes and tokenizer; notes of an import go along in ``meta``.
+
+    A folder with a private part needs ``base``, the draft that it was trained on. An embedding that a public
+    checkpoint ships is dropped where the target's own fits: the teacher is always the target at hand.
+    Raises ``UserError``.
+    """
+    folder = Path(source)
+    if (folder / META_FILE).is_file() and read_json(folder / META_FILE).get("kind") == "private":
+        if base is None:
+            raise UserError(f"{source} is a private part; name the draft it belongs to with --base-draft")
+        shared = open_draft(base, target)
+        draft, meta = load_private(folder, shared.draft, shared.base_hash)
+        check_fit(draft.config, target)
+        return OpenDraft(draft.float(), meta, tensors_hash(draft.state_dict()))
+    draft, meta = import_checkpoint(source, target)
+    base_hash = tensors_hash(draft.state_dict())
+    expected = meta.get("tokenizer_hash")
+    if expected and target.tokenizer is not None and expected != tokenizer_hash(target.tokenizer):
+        raise UserError(f"{source} was made for another tokenizer than the target's; give the draft of this model family")
+    return OpenDraft(use_target_embedding(draft.float(), target), meta, base_hash)
+
+
+def use_target_embedding(draft: Eagle3Draft, target: Target) -> Eagle3Draft:
+    """The same draft on the target's own embeddings, where the widths allow it."""
+    if draft.embed_tokens is None or draft.config.hidden_size != target.hidden_size:
+        return draft
+    state = {k: v for k, v in draft.state_dict().items() if k != "embed_tokens.weight"}
+    bare = Eagle3Draft(Eagle3Config.from_dict({**draft.config.to_dict(), "own_embedding": False}), draft.vocabulary())
+    bare.load_state_dict(state)
+    return bare
+
+
+def text_of(conversation: Conversation) -> str:
+    """What makes two prompts the same prompt: the user turns, without differences of spacing."""
+    return "\n".join(" ".join(m["content"].split()) for m in conversation.messages if m["role"] == "user")
+
+
+def split_prompts(
+    conversations: Sequence[Conversation], heldout: int, evaluation: int, seed: int
+) -> tuple[list[Conversation], list[Conversation], list[Conversation]]:
+    """(train, heldout, evaluation), disjoint in text, by a hash of the text: the order of the file plays no part.
+
+    Raises ``UserError`` when too few prompts are left to train on.
+    """
+    unique = {text_of(c): c for c in reversed(conversations)}
+
+    def place(text: str) -> str:
+        return hashlib.sha256(f"{seed}|{text}".encode()).hexdigest()
+
+    ordered = [unique[text] for text in sorted(unique, key=place)]
+    rest = ordered[heldout + evaluation :]
+    if len(rest) < max(8, heldout // 4):
+        raise UserError(
+            f"{len(ordered)} different prompts are too few: {heldout} are held out for early stopping and {evaluation} "
+            f"for the benchmark, {len(rest)} are left to train on; give more prompts, or fewer --heldout-prompts"
+        )
+    return rest, ordered[:heldout], ordered[heldout : heldout + evaluation]
+
+
+def refuse_overlap(train: Sequence[Conversation], evaluation: Sequence[Conversation], where: str) -> None:
+    """Raises ``UserError`` when a prompt to be measured on is also to be trained on."""
+    seen = {text_of(c): c.id for c in train}
+    twice = [(seen[text_of(c)], c.id) for c in evaluation if text_of(c) in seen]
+    if twice:
+        raise UserError(
+            f"{len(twice)} prompts of {where} are also in the training prompts (first: {twice[0][1]} is {twice[0][0]}); "
+            "remove them from one of the two, or the figures would be too good"
+        )

@@ -1,0 +1,246 @@
+"""Features, the unroll, simulated acceptance and the training loop on tiny models."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+from redraft.data.store import Row
+from redraft.decode.engine import ChainDecoder, PlainDecoder
+from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
+from redraft.drafts.experts import attach_private, merge_private
+from redraft.drafts.groups import prepare
+from redraft.errors import UserError
+from redraft.target import Target
+from redraft.teacher.features import FeatureStore, anchors
+from redraft.teacher.simulate import row_alphas, simulate_greedy_chain, tau_of
+from redraft.teacher.unroll import collate, supervised, unroll
+from redraft.train.loop import TrainConfig, Trainer, batch_order
+
+
+def answers(target: Target, count: int, tokens: int = 24, seed: int = 0) -> list[Row]:
+    """Greedy responses of the target to random prompts."""
+    generator, plain, rows = torch.Generator().manual_seed(seed), PlainDecoder(target), []
+    for i in range(count):
+        prompt = torch.randint(4, 128, (2 + i % 7,), generator=generator).tolist()
+        done = plain.generate(prompt, tokens)
+        rows.append(Row(f"p{seed}/{i}", prompt, done.ids, 0.0, 0, 1.0, 0, done.finish_reason, "hash"))
+    return rows
+
+
+@pytest.fixture
+def target(tiny_target) -> Target:
+    return tiny_target("llama")
+
+
+@pytest.fixture
+def rows(target) -> list[Row]:
+    return answers(target, 24)
+
+
+@pytest.fixture
+def draft(target) -> Eagle3Draft:
+    return fresh_draft(target, range(0, 120), seed=2)
+
+
+@pytest.fixture
+def store(target, rows, tmp_path) -> FeatureStore:
+    store = FeatureStore(tmp_path / "features", {"target": "tiny"})
+    store.build(target, rows)
+    return store
+
+
+def test_features_equal_the_target_alone_and_survive_a_restart(target, rows, store, tmp_path):
+    again = FeatureStore(tmp_path / "features", {"target": "tiny"})
+    for row in filter(anchors, rows):
+        taps, hidden = again.get(row)
+        full = torch.tensor([[*row.prompt_ids, *row.response_ids]])
+        step = target.forward(full)
+        end = full.shape[1]
+        torch.testing.assert_close(taps, step.taps_BTKH[0, : end - 2])
+        torch.testing.assert_close(hidden, step.hidden_BTH[0, len(row.prompt_ids) : end - 1])
+    assert again.build(target, rows) == 0
+
+
+def test_features_of_another_target_are_refused(store, tmp_path):
+    with pytest.raises(UserError, match="another target"):
+        FeatureStore(tmp_path / "features", {"target": "other"})
+
+
+def test_features_that_the_disk_cannot_hold_are_refused(target, rows, tmp_path, monkeypatch):
+    import shutil
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+    with pytest.raises(UserError, match="GiB are free"):
+        FeatureStore(tmp_path / "none", {}).build(target, rows)
+
+
+@pytest.mark.parametrize("kind", ["dense", "split", "merged"])
+def test_the_simulated_chain_is_the_decoded_one(kind, target, rows, store, draft):
+    torch.nn.init.normal_(draft.midlayer.mlp.down_proj.weight, std=0.2)
+    if kind != "dense":
+        draft = attach_private(draft, 16)
+        torch.nn.init.normal_(draft.midlayer.mlp.private.down_proj.weight, std=0.2)
+    if kind == "merged":
+        draft = merge_private(draft)
+    # A head fitted to the rows, so that rounds accept something.
+    fit(draft, target, rows, store)
+    simulated = simulate_greedy_chain(draft, target, rows, store, gamma=4, batch_anchors=60)
+    decoder = ChainDecoder(target, draft, gamma=4)
+    decoded = {r.key: [x.accepted for x in decoder.generate(r.prompt_ids, 24).rounds] for r in rows if anchors(r)}
+    assert simulated == decoded
+    assert max(max(a) for a in simulated.values() if a) >= 2
+    assert tau_of(simulated, rows) > 1.2
+
+
+def fit(draft: Eagle3Draft, target: Target, rows: list[Row], store: FeatureStore, steps: int = 60) -> None:
+    draft.train()
+    batch = collate(rows, store, 3)
+    optimizer = torch.optim.Adam(draft.parameters(), lr=5e-3)
+    inside = supervised(draft, batch)
+    place = torch.full((target.vocab_size,), -1)
+    place[draft.vocabulary()] = torch.arange(draft.config.draft_vocab_size)
+    for _ in range(steps):
+        loss = torch.zeros(())
+        for step, states in enumerate(unroll(draft, target.embedding, batch, 3)):
+            keep = inside[:, step]
+            logits = draft.logits(states[keep])
+            loss = loss + torch.nn.functional.cross_entropy(logits, place[batch.future_MJ[keep, step]])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def test_an_unroll_does_not_depend_on_what_a_row_is_packed_with(target, rows, store, draft):
+    together = [s for s in unroll(draft, target.embedding, collate(rows, store, 3), 3)]
+    at = 0
+    for row in rows:
+        if not anchors(row):
+            continue
+        alone = unroll(draft, target.embedding, collate([row], store, 3), 3)
+        for step, states in enumerate(alone):
+            torch.testing.assert_close(together[step][at : at + anchors(row)], states, atol=1e-5, rtol=1e-4)
+        at += anchors(row)
+
+
+def test_tokens_outside_the_vocabulary_end_supervision(target, rows, store, draft):
+    batch = collate(rows, store, 3)
+    inside = supervised(draft, batch)
+    future = batch.future_MJ
+    sayable = (future >= 0) & (future < 120)
+    assert torch.equal(inside[:, 0], sayable[:, 0])
+    assert torch.equal(inside[:, 2], sayable.all(1))
+
+
+def test_alpha_of_a_row_counts_what_the_draft_cannot_say(target, rows, store, draft):
+    row = next(r for r in rows if anchors(r))
+    taps, hidden = store.get(row)
+    states = next(unroll(draft, target.embedding, collate([row], store, 1), 1))
+    full = torch.zeros(anchors(row), target.vocab_size)
+    full[:, draft.vocabulary()] = draft.logits(states).softmax(-1).detach()
+    expected = torch.minimum(target.logits(hidden).softmax(-1), full).sum(-1).mean()
+    torch.testing.assert_close(torch.tensor(row_alphas(draft, target, [row], store)[0]), expected)
+
+
+# -- the loop --------------------------------------------------------------------------------------------------------
+CONFIG = TrainConfig(epochs=4, batch_anchors=120, evaluate_every=4, learning_rate=3e-3, patience=100)
+
+
+def trainer(target, draft, store, rows, folder, method="eda+fc", config=CONFIG) -> Trainer:
+    ready, _ = prepare(copy.deepcopy(draft), method, 16)
+    return Trainer(ready, target, store, rows[:18], rows[18:], config, folder)
+
+
+@pytest.mark.parametrize("method", ["eda", "fc", "eda+fc", "full"])
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_only_the_trained_groups_move_and_the_loss_falls(method, optimizer, target, draft, store, rows, tmp_path):
+    config = replace(CONFIG, optimizer=optimizer)
+    work = trainer(target, draft, store, rows, tmp_path / "run", method, config)
+    before = {n: p.detach().clone() for n, p in work.draft.named_parameters()}
+    batch = collate(work.rows, store, config.unroll)
+    first = float(work.batch_loss(batch).detach())
+    result = work.run()
+    work.checkpoint.load(work.trained, make(work))
+    assert float(work.batch_loss(batch).detach()) < first
+    trained = {n for n, _ in work.trained}
+    for name, parameter in work.draft.named_parameters():
+        assert torch.equal(before[name], parameter.detach()) == (name not in trained), name
+    assert result.steps == work.total_steps
+
+
+def make(work: Trainer):
+    from redraft.train.optimizer import make_optimizers
+
+    return make_optimizers(work.trained, work.config.optimizer, work.config.weight_decay)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_killed_run_resumes_to_the_same_bits(optimizer, target, draft, store, rows, tmp_path):
+    config = replace(CONFIG, optimizer=optimizer)
+    whole = trainer(target, draft, store, rows, tmp_path / "whole", config=config)
+    expected = whole.run()
+
+    class Killed(BaseException):
+        pass
+
+    class Killer:
+        def __init__(self, at: int) -> None:
+            self.at = at
+
+        def update(self, done, **fields) -> None:
+            if fields["step"] == self.at:
+                raise Killed
+
+    for at in (2, 5, 11):
+        work = trainer(target, draft, store, rows, tmp_path / "killed", config=config)
+        with pytest.raises(Killed):
+            work.run(Killer(at))
+    work = trainer(target, draft, store, rows, tmp_path / "killed", config=config)
+    result = work.run()
+    assert result.history == expected.history
+    for (name, a), (_, b) in zip(whole.trained, work.trained, strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_a_run_directory_of_another_config_is_refused(target, draft, store, rows, tmp_path):
+    trainer(target, draft, store, rows, tmp_path / "run").run()
+    with pytest.raises(UserError, match="another config"):
+        trainer(target, draft, store, rows, tmp_path / "run", config=replace(CONFIG, seed=1))
+    with pytest.raises(UserError, match="another trained"):
+        trainer(target, draft, store, rows, tmp_path / "run", method="fc")
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(target, draft, store, rows, tmp_path):
+    work = trainer(target, draft, store, rows, tmp_path / "run")
+    work.loss = lambda d, t, w: (d.sum() * float("nan"), torch.tensor(1.0))
+    with pytest.raises(UserError, match="loss became nan at step 0"):
+        work.run()
+    assert (tmp_path / "run" / "state.json").exists()
+    assert all(torch.isfinite(p).all() for p in work.draft.parameters())
+
+
+def test_early_stop_keeps_the_best_weights(target, draft, store, rows, tmp_path):
+    config = replace(CONFIG, learning_rate=10.0, patience=1, epochs=50)
+    work = trainer(target, draft, store, rows, tmp_path / "run", config=config)
+    result = work.run()
+    assert result.stopped_early
+    assert work.evaluate() == pytest.approx(result.best_tau)
+    assert result.best_tau == max(tau for _, tau in result.history)
+
+
+def test_batches_cover_every_row_once_an_epoch(rows):
+    for epoch in range(3):
+        keys = [r.key for batch in batch_order(rows, CONFIG, epoch) for r in batch]
+        assert sorted(keys) == sorted(r.key for r in rows if anchors(r))
+    assert batch_order(rows, CONFIG, 0) != batch_order(rows, CONFIG, 1)
+    assert batch_order(rows, CONFIG, 1) == batch_order(list(reversed(rows)), CONFIG, 1)
+
+
+def test_no_rows_to_train_on_is_one_clear_line(target, draft, store, rows, tmp_path):
+    short = [replace(r, response_ids=r.response_ids[:1]) for r in rows]
+    ready, _ = prepare(copy.deepcopy(draft), "fc", 16)
+    with pytest.raises(UserError, match="two or more response tokens"):
+        Trainer(ready, target, store, short, rows, CONFIG, tmp_path / "run")
