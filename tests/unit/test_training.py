@@ -38,7 +38,7 @@ def target(tiny_target) -> Target:
 
 @pytest.fixture
 def rows(target) -> list[Row]:
-    return answers(target, 24)
+    return [row for row in answers(target, 32) if anchors(row)][:24]
 
 
 @pytest.fixture

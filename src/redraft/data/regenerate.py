@@ -1,0 +1,309 @@
+"""The target answers the prompts in its own words: the training text of a draft.
+
+Token ids in, token ids out. Conversations go turn by turn: first the first turn of all of them, then the second, and
+so on. For the next turn the *text* of a reply is put back through the chat template, which is what a chat server
+does with the history it is sent; reference answers in the prompt file are not used.
+
+A run that was killed goes on where it stopped. Every draw depends on the prompt, the sampler and the seed alone, so
+the outcome is the same as of a run that was not.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from redraft.data.generate import Completion, Request, generate
+from redraft.data.prompts import Conversation, check_length, prompt_messages, user_turns
+from redraft.data.server import ServerEngine
+from redraft.data.store import Failure, Row, RowWriter, failures_path, row_key, write_failures
+from redraft.errors import UserError
+from redraft.sampling import Sampler
+from redraft.target import Target
+
+__all__ = ["Engine", "InProcessEngine", "RegenerationReport", "ServerEngine", "expected_rows", "regenerate"]
+
+FLUSH_ROWS, FLUSH_SECONDS = 32, 2.0
+
+
+class Engine(Protocol):
+    """Answers prompts of token ids with token ids, in any order."""
+
+    def answer(
+        self, requests: Sequence[Request], max_new_tokens: int, tokenizer: Any, eos_ids: Sequence[int]
+    ) -> Iterator[Completion | Failure]: ...
+
+
+class InProcessEngine:
+    """The target in this process, ``batch_size`` sequences at a time."""
+
+    def __init__(self, target: Target, batch_size: int = 64) -> None:
+        self.target, self.batch_size = target, batch_size
+
+    def answer(
+        self, requests: Sequence[Request], max_new_tokens: int, tokenizer: Any, eos_ids: Sequence[int]
+    ) -> Iterator[Completion | Failure]:
+        yield from generate(self.target, requests, max_new_tokens, self.batch_size)
+
+
+@dataclass
+class RegenerationReport:
+    """What a run did. Tokens are those of new rows; ``kept`` rows were there already."""
+
+    path: Path
+    new: int = 0
+    kept: int = 0
+    prompt_tokens: int = 0
+    response_tokens: int = 0
+    seconds: float = 0.0
+    bytes_written: int = 0
+    failures: list[Failure] = field(default_factory=list)
+
+    def summary(self) -> str:
+        """One line for a person."""
+        parts = [f"{self.new + self.kept:,} responses"]
+        if self.kept:
+            parts.append(f"{self.kept:,} of them already there")
+        if self.new:
+            rate = self.response_tokens / max(self.seconds, 1e-9)
+            parts.append(f"{self.response_tokens:,} new tokens at {rate:,.0f} a second")
+        if self.failures:
+            parts.append(f"{len(self.failures):,} failed, listed in {failures_path(self.path)}")
+        return ", ".join(parts)
+
+
+@dataclass
+class _Chain:
+    """One conversation under one sampler, with the replies so far."""
+
+    conversation: Conversation
+    sampler: Sampler
+    replies: list[str] = field(default_factory=list)
+    broken: bool = False
+
+    @property
+    def key(self) -> str:
+        return row_key(self.conversation.id, self.sampler.temperature, len(self.replies))
+
+    @property
+    def open(self) -> bool:
+        return not self.broken and len(self.replies) < user_turns(self.conversation)
+
+
+def expected_rows(conversations: Sequence[Conversation], samplers: Sequence[Sampler]) -> int:
+    """How many rows a run ends with when nothing fails."""
+    return sum(user_turns(conversation) for conversation in conversations) * len(samplers)
+
+
+def regenerate(
+    engine: Engine,
+    conversations: Sequence[Conversation],
+    tokenizer: Any,
+    samplers: Sequence[Sampler],
+    out_path: str | Path,
+    max_new_tokens: int,
+    seed: int,
+    target_hash: str,
+    progress: Callable[..., None] | None = None,
+    *,
+    eos_ids: Sequence[int] = (),
+    context: int | None = None,
+) -> RegenerationReport:
+    """Answer every user turn under every sampler and append the rows to ``out_path``.
+
+    Rows that are there already are kept, and the run goes on behind them; they must come from the same target,
+    prompts, sampling settings and token limit. ``progress(rows done, tokens=new tokens)`` is called as rows
+    come in. ``eos_ids`` are the ids that end a response (the tokenizer's own where none are given), ``context`` is
+    the target's longest sequence. Whatever could not be answered is in the report and in
+    ``<name>.failures.jsonl``; the next run tries it again.
+
+    Raises ``UserError`` for prompts that do not fit, stored rows that do not belong here, a server that stops
+    answering (what was answered is kept), and when nothing at all could be answered.
+    """
+    _check_arguments(conversations, samplers, max_new_tokens)
+    ends = tuple(eos_ids) or (int(tokenizer.eos_token_id),)
+    chains = [_Chain(conversation, sampler) for sampler in samplers for conversation in conversations]
+    with RowWriter(out_path) as writer:
+        run = _Run(engine, tokenizer, ends, context, max_new_tokens, seed, target_hash, writer, progress)
+        run.check_stored()
+        return run.finish(chains)
+
+
+def _check_arguments(conversations: Sequence[Conversation], samplers: Sequence[Sampler], max_new_tokens: int) -> None:
+    if not conversations:
+        raise UserError("there are no prompts to answer")
+    if max_new_tokens < 1:
+        raise UserError(f"the number of new tokens must be 1 or more, not {max_new_tokens}")
+    temperatures = [row_key("", sampler.temperature) for sampler in samplers]
+    if not samplers or len(set(temperatures)) < len(temperatures):
+        raise UserError("give at least one temperature, and every temperature once")
+    if len({conversation.id for conversation in conversations}) < len(conversations):
+        raise UserError("two conversations have the same id; ids must differ")
+
+
+class _Run:
+    """The state of one run."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Any,
+        eos_ids: tuple[int, ...],
+        context: int | None,
+        max_new_tokens: int,
+        seed: int,
+        target_hash: str,
+        writer: RowWriter,
+        progress: Callable[..., None] | None,
+    ) -> None:
+        self.engine, self.tokenizer, self.eos_ids, self.context = engine, tokenizer, eos_ids, context
+        self.max_new_tokens, self.seed, self.target_hash = max_new_tokens, seed, target_hash
+        self.writer, self.progress = writer, progress
+        self.stored = {row.key: row for row in writer.rows}
+        self.report = RegenerationReport(writer.path)
+        self.buffer: list[Row] = []
+        self.flushed = time.monotonic()
+
+    def check_stored(self) -> None:
+        """Rows of another target in the file would be trained on as if they were this one's."""
+        for row in self.stored.values():
+            if row.target_hash != self.target_hash:
+                raise UserError(
+                    f"{self.writer.path} holds responses of another target ({row.target_hash}, this one is "
+                    f"{self.target_hash}); name another file, or delete this one"
+                )
+
+    def finish(self, chains: Sequence[_Chain]) -> RegenerationReport:
+        """All turns of all chains. Whatever happens, finished rows and the list of failures reach the disk."""
+        began, size = time.monotonic(), self.writer.path.stat().st_size
+        try:
+            while any(chain.open for chain in chains):
+                self._round([chain for chain in chains if chain.open])
+        except UserError as error:
+            done = self.report.new + self.report.kept
+            if not done:
+                raise
+            raise UserError(f"{error}; {done} responses are kept, the same command goes on from there") from error
+        finally:
+            self._flush()
+            write_failures(self.writer.path, self.report.failures)
+            self.report.seconds = time.monotonic() - began
+            self.report.bytes_written = self.writer.path.stat().st_size - size
+        if self.report.failures and not self.report.new + self.report.kept:
+            raise UserError(f"none of the prompts could be answered; the first: {self.report.failures[0].reason}")
+        return self.report
+
+    # -- one turn of every conversation ------------------------------------------------------------------------------
+    def _round(self, chains: Sequence[_Chain]) -> None:
+        requests: list[Request] = []
+        waiting: dict[str, _Chain] = {}
+        templated: dict[tuple[str, ...], list[int]] = {}
+        for chain in chains:
+            again = (chain.conversation.id, *chain.replies)
+            if again not in templated:
+                templated[again] = self._template(chain)
+            prompt_ids, key = templated[again], chain.key
+            if key in self.stored:
+                self._keep(chain, self.stored[key], prompt_ids)
+            elif self._fits(chain, prompt_ids):
+                waiting[key] = chain
+                requests.append(Request(key, prompt_ids, chain.sampler, self.seed))
+        self._tell()
+        try:
+            for outcome in self.engine.answer(requests, self.max_new_tokens, self.tokenizer, self.eos_ids):
+                if isinstance(outcome, Failure):
+                    self._break(waiting.pop(outcome.key), outcome)
+                else:
+                    self._take(waiting.pop(outcome.request.key), outcome)
+        except UserError as error:
+            self.report.failures += [Failure(key, f"not asked: {error}", permanent=False) for key in waiting]
+            raise
+
+    def _template(self, chain: _Chain) -> list[int]:
+        """Token ids of the prompt through the tokenizer's chat template."""
+        id, messages = chain.conversation.id, prompt_messages(chain.conversation, chain.replies)
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise UserError("the target's tokenizer has no chat template; add one to its tokenizer_config.json")
+        try:
+            ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        except Exception as error:  # templates raise what they like, among it their own errors of the template engine
+            raise UserError(f"the chat template refuses conversation {id}: {error}") from error
+        return list(ids)
+
+    def _fits(self, chain: _Chain, prompt_ids: Sequence[int]) -> bool:
+        """A first prompt that does not fit is the user's to mend; a later one grew by replies and ends its chain."""
+        try:
+            check_length(chain.key, len(prompt_ids), self.max_new_tokens, self.context)
+        except UserError as error:
+            if not chain.replies:
+                raise
+            self._break(chain, Failure(chain.key, str(error)))
+            return False
+        return True
+
+    def _keep(self, chain: _Chain, row: Row, prompt_ids: Sequence[int]) -> None:
+        sampler, limit = chain.sampler, self.max_new_tokens
+        differs = [
+            name
+            for name, same in (
+                ("prompt", row.prompt_ids == list(prompt_ids)),
+                ("top-k", row.top_k == sampler.top_k),
+                ("top-p", row.top_p == sampler.top_p),
+                ("seed", row.seed == self.seed),
+                ("number of new tokens", len(row.response_ids) == limit or row.finish_reason == "stop"),
+            )
+            if not same
+        ]
+        if differs or len(row.response_ids) > limit:
+            what = " and ".join(differs or ["number of new tokens"])
+            raise UserError(
+                f"{self.writer.path}: row {row.key} was made with another {what}; name another file, or delete this one"
+            )
+        self.report.kept += 1
+        self._reply(chain, row.response_ids)
+
+    def _take(self, chain: _Chain, completion: Completion) -> None:
+        request, sampler = completion.request, chain.sampler
+        row = Row(
+            id=chain.conversation.id,
+            prompt_ids=list(request.prompt_ids),
+            response_ids=completion.response_ids,
+            temperature=sampler.temperature,
+            top_k=sampler.top_k,
+            top_p=sampler.top_p,
+            seed=self.seed,
+            finish_reason=completion.finish_reason,
+            target_hash=self.target_hash,
+            turn=len(chain.replies),
+        )
+        self.buffer.append(row)
+        self.report.new += 1
+        self.report.prompt_tokens += len(row.prompt_ids)
+        self.report.response_tokens += len(row.response_ids)
+        self._reply(chain, row.response_ids)
+        if len(self.buffer) >= FLUSH_ROWS or time.monotonic() - self.flushed >= FLUSH_SECONDS:
+            self._flush()
+        self._tell()
+
+    def _reply(self, chain: _Chain, response_ids: Sequence[int]) -> None:
+        chain.replies.append(self.tokenizer.decode(response_ids, skip_special_tokens=True))
+
+    def _break(self, chain: _Chain, failure: Failure) -> None:
+        """A turn that fails takes the later turns of its conversation with it; all of them are listed."""
+        self.report.failures.append(failure)
+        chain.broken = True
+        for turn in range(len(chain.replies) + 1, user_turns(chain.conversation)):
+            key = row_key(chain.conversation.id, chain.sampler.temperature, turn)
+            self.report.failures.append(Failure(key, f"an earlier turn failed ({failure.key})", failure.permanent))
+
+    def _flush(self) -> None:
+        rows, self.buffer = self.buffer, []
+        self.flushed = time.monotonic()
+        self.writer.append(rows)
+
+    def _tell(self) -> None:
+        if self.progress is not None:
+            self.progress(self.report.new + self.report.kept, tokens=self.report.response_tokens)

@@ -1,0 +1,425 @@
+"""The single steps behind ``redraft regenerate | select | train | merge | export | probe | bench``: files in, files out.
+
+``redraft adapt`` chains the same library calls over one run directory; these serve who wants one of them alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from redraft import provenance
+from redraft.artifact import (
+    META_FILE,
+    atomic_write_json,
+    atomic_write_text,
+    load_draft,
+    load_private,
+    read_json,
+    read_meta,
+    save_draft,
+    save_private,
+    tensors_hash,
+)
+from redraft.data.prompts import read_conversations
+from redraft.data.regenerate import InProcessEngine, ServerEngine, regenerate
+from redraft.data.store import Row, encode_row, read_rows
+from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
+from redraft.drafts.experts import merge_private
+from redraft.drafts.groups import METHODS, method, prepare
+from redraft.errors import UserError
+from redraft.evaluate.speed import BenchConfig, Prompt, bench
+from redraft.export import EXPORTERS, ExportReport, import_checkpoint
+from redraft.loading import tokenizer_hash
+from redraft.losses import LOSSES
+from redraft.pipeline.adapt import template_prompts
+from redraft.pipeline.models import OpenDraft, open_draft, open_target
+from redraft.pipeline.probe import ProbeResult, probe
+from redraft.progress import Progress, progress_bar
+from redraft.sampling import Sampler
+from redraft.select import SCORERS, ScoringContext, score_rows
+from redraft.select.manifest import Manifest, read_manifest
+from redraft.select.rules import parse_budget, select
+from redraft.target import Target
+from redraft.teacher.features import FeatureStore, anchors
+from redraft.teacher.simulate import row_alphas
+from redraft.train.loop import TrainConfig, Trainer, TrainResult
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class TargetSpec:
+    """A target as the command line names it."""
+
+    name: str
+    dtype: str = "bfloat16"
+    device: str = "cpu"
+    adapter: str | None = None
+
+    def open(self, dtype: str | None = None) -> Target:
+        """Load it, in another ``dtype`` if one is given. Raises ``UserError``."""
+        dtype = dtype or self.dtype
+        if dtype not in ("bfloat16", "float32"):
+            raise UserError(f"dtype must be bfloat16 or float32, not {dtype!r}")
+        return open_target(self.name, dtype, self.device, self.adapter)
+
+
+def check_output(path: Path, suffix: str = "") -> None:
+    """Raise ``UserError`` before any work when ``path`` cannot be the file that the work ends with."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name a file{f' ending in {suffix}' if suffix else ''}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+# -- regenerate ------------------------------------------------------------------------------------------------------
+def regenerate_file(
+    spec: TargetSpec,
+    prompts: str,
+    out: Path,
+    samplers: Sequence[Sampler],
+    max_new_tokens: int,
+    seed: int = 0,
+    batch_size: int = 64,
+    server: str | None = None,
+    server_model: str | None = None,
+) -> Any:
+    """The target's own answers to a prompt file, appended to ``out``; returns the report of the regeneration.
+
+    A killed run goes on where it stopped. Raises ``UserError`` for bad prompts, a server that cannot be used and an
+    output that cannot be written.
+    """
+    check_output(out, ".jsonl")
+    conversations = read_conversations(prompts)
+    target = spec.open()
+    engine: Any = ServerEngine(server, server_model) if server else InProcessEngine(target, batch_size)
+    with progress_bar("regenerate", len(conversations) * len(samplers), "rows") as progress:
+        return regenerate(
+            engine,
+            conversations,
+            target.tokenizer,
+            list(samplers),
+            out,
+            max_new_tokens,
+            seed,
+            target.content_hash(),
+            progress.update,
+            eos_ids=target.eos_ids,
+            context=target.context,
+        )
+
+
+# -- select ----------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class PromptRow:
+    """A prompt without an answer, for selection before generation."""
+
+    key: str
+    prompt_ids: list[int]
+    response_ids: tuple[int, ...] = ()
+
+
+def select_file(
+    rows_path: Path | None,
+    prompts: str | None,
+    out: Path,
+    scorer_name: str,
+    budget: str,
+    *,
+    order: str = "highest",
+    target: TargetSpec | None = None,
+    base_target: TargetSpec | None = None,
+    draft: str | None = None,
+    keep: Path | None = None,
+    seed: int = 0,
+) -> Manifest:
+    """Score responses (or prompts alone), write the manifest to ``out`` and what it keeps to ``keep``.
+
+    Raises ``UserError`` for an unknown scorer, a bad budget, and what the scorer needs and was not given.
+    """
+    scorer = SCORERS.get(scorer_name)()
+    wanted = parse_budget(budget)
+    if (rows_path is None) == (prompts is None):
+        raise UserError("give either --rows (responses) or --prompts (before generation)")
+    check_output(out, ".json")
+    needs_target = bool({"target", "alpha_of"} & scorer.needs) or rows_path is None
+    if needs_target and target is None:
+        raise UserError(f"scorer {scorer_name} needs the fine-tuned target here; give --target")
+    if "alpha_of" in scorer.needs and (rows_path is None or draft is None):
+        raise UserError(f"scorer {scorer_name} measures the present draft on responses; give --rows and --draft")
+    opened = target.open() if target and needs_target else None
+    rows = _rows_to_score(rows_path, prompts, opened)
+    base = base_target.open() if base_target and "base_target" in scorer.needs else None
+    with progress_bar("select", len(rows), "rows") as progress:
+        context = ScoringContext(
+            target=opened,
+            base_target=base,
+            alpha_of=_alphas(opened, draft, out.parent) if "alpha_of" in scorer.needs else None,
+            device=target.device if target else "cpu",
+            seed=seed,
+            progress=lambda done, total: progress.update(done),
+            scratch=out.parent,
+        )
+        scores = score_rows(scorer, rows, context)
+    source = rows_path if rows_path is not None else _local(prompts)
+    settings = scorer.settings
+    manifest = select(rows, scores, wanted, order, scorer=scorer_name, settings=settings, source=source)  # type: ignore[arg-type]
+    manifest.write(out)
+    if keep is not None:
+        _write_kept(manifest, rows, prompts, keep)
+    return manifest
+
+
+def _local(prompts: str | None) -> Path | None:
+    """The prompt file, where it is one (and not the name of a data set)."""
+    return Path(prompts) if prompts is not None and Path(prompts).is_file() else None
+
+
+def _rows_to_score(rows_path: Path | None, prompts: str | None, target: Target | None) -> list[Any]:
+    if rows_path is not None:
+        return [row for row in read_rows(rows_path) if anchors(row)]
+    assert prompts is not None and target is not None
+    return [PromptRow(p.id, p.ids) for p in template_prompts(read_conversations(prompts), target, 1)]
+
+
+def _alphas(target: Target | None, draft: str | None, scratch: Path) -> Callable[[Sequence[Any]], list[float]]:
+    """Mean acceptance of the present draft on each row; features go into a temporary folder."""
+    import tempfile
+
+    assert target is not None and draft is not None
+    opened = open_draft(draft, target)
+    target.tap(opened.draft.config.taps)
+
+    def measure(rows: Sequence[Any]) -> list[float]:
+        with tempfile.TemporaryDirectory(prefix="redraft-select-", dir=scratch) as folder:
+            store = FeatureStore(Path(folder), {})
+            store.build(target, rows)
+            return row_alphas(opened.draft.to(target.device), target, rows, store)
+
+    return measure
+
+
+def _write_kept(manifest: Manifest, rows: Sequence[Any], prompts: str | None, keep: Path) -> None:
+    """The selected rows as a response file, or the selected prompts as a prompt file."""
+    if prompts is None:
+        atomic_write_text(keep, b"".join(encode_row(row) for row in manifest.apply(rows)).decode())
+        return
+    chosen = set(manifest.selected_keys)
+    lines = [json.dumps({"id": c.id, "messages": c.messages}) for c in read_conversations(prompts) if c.id in chosen]
+    atomic_write_text(keep, "\n".join(lines) + "\n")
+
+
+# -- train -----------------------------------------------------------------------------------------------------------
+def train_files(
+    spec: TargetSpec,
+    draft: str | None,
+    rows_path: Path,
+    heldout_path: Path,
+    out: Path,
+    config: TrainConfig,
+    *,
+    method_name: str = "eda+fc",
+    private_width: int = 768,
+    manifest_path: Path | None = None,
+    fresh_vocabulary: int | None = None,
+    say: Say = print,
+) -> TrainResult:
+    """Train on stored responses; ``out/merged`` is the draft, ``out/private`` the trained part where there is one.
+
+    ``fresh_vocabulary`` starts a new draft (all weights trained) whose vocabulary is that many of the most frequent
+    ids in the responses. Raises ``UserError``; a killed run, started again with the same arguments, goes on.
+    """
+    method(method_name)
+    LOSSES.get(config.loss)
+    if (draft is None) == (fresh_vocabulary is None):
+        raise UserError("give either --draft (adapt it) or --fresh SIZE (a new draft with a vocabulary of that size)")
+    rows = [row for row in read_rows(rows_path) if anchors(row)]
+    heldout = [row for row in read_rows(heldout_path) if anchors(row)]
+    if any(row.temperature for row in heldout):
+        raise UserError(f"{heldout_path} holds sampled responses; held-out ones must be greedy (--temperature 0)")
+    if manifest_path is not None:
+        manifest = read_manifest(manifest_path)
+        manifest.check_source(rows_path)
+        rows = manifest.apply(rows)
+    target = spec.open()
+    opened = open_draft(draft, target) if draft is not None else _fresh(target, rows, fresh_vocabulary, config.seed)
+    method_name = method_name if draft is not None else "full"
+    target.tap(opened.draft.config.taps)
+    trained, names = prepare(copy.deepcopy(opened.draft), method_name, private_width, config.seed)
+    if not names:
+        raise UserError(f"method {method_name} trains nothing; choose another")
+    identity = {"target": target.content_hash(), "taps": list(opened.draft.config.taps)}
+    store = FeatureStore(out / "features", identity)
+    _build(store, target, [*rows, *heldout])
+    trainer = Trainer(trained, target, store, rows, heldout, config, out / "train")
+    with progress_bar("train", round(sum(map(anchors, trainer.rows)) * config.epochs)) as progress:
+        result = trainer.run(progress)
+    _save_trained(out, trainer.draft, names, opened, method_name, target, spec, config)
+    atomic_write_json(out / "train.json", asdict(result))
+    say(f"held-out tau {result.start_tau:.3f} -> {result.best_tau:.3f} in {result.steps} steps; draft in {out / 'merged'}")
+    return result
+
+
+def _fresh(target: Target, rows: Sequence[Row], size: int | None, seed: int) -> OpenDraft:
+    assert size is not None
+    counts = Counter(token for row in rows for token in row.response_ids)
+    frequent = [token for token, _ in counts.most_common(size)]
+    if len(frequent) < size:
+        # Fewer ids occur than are asked for: the rest is filled with the lowest ids, which tokenizers give to
+        # their most frequent pieces.
+        frequent += [token for token in range(target.vocab_size) if token not in counts][: size - len(frequent)]
+    draft = fresh_draft(target, sorted(frequent), seed)
+    return OpenDraft(draft, {"family": "eagle3"}, tensors_hash(draft.state_dict()))
+
+
+def _build(store: FeatureStore, target: Target, rows: Sequence[Row]) -> None:
+    total = sum(len(row.prompt_ids) + len(row.response_ids) for row in rows)
+    with progress_bar("features", total) as progress:
+        store.build(target, rows, progress=progress.update)
+
+
+def _save_trained(
+    out: Path,
+    draft: Eagle3Draft,
+    names: list[str],
+    base: OpenDraft,
+    method_name: str,
+    target: Target,
+    spec: TargetSpec,
+    config: TrainConfig,
+) -> None:
+    meta = {
+        "method": method_name,
+        "target": {"name": target.name, "hash": target.content_hash()},
+        "tokenizer_hash": tokenizer_hash(target.tokenizer),
+        "provenance": provenance.collect(seed=config.seed, device=spec.device),
+    }
+    stored = copy.deepcopy(draft).to(torch.bfloat16)
+    if METHODS[method_name].groups != METHODS["full"].groups:
+        save_private(out / "private", stored, names, base.base_hash, meta)
+    save_draft(out / "merged", merge_private(stored), meta)
+
+
+# -- merge and export ------------------------------------------------------------------------------------------------
+def read_draft(source: str, info: Any | None, base: str | None = None) -> tuple[Eagle3Draft, dict[str, Any]]:
+    """A draft in the types of its file: own format, a private part on ``base``, or a public checkpoint.
+
+    ``info`` (anything that ``TargetInfo.of`` takes) is needed for public checkpoints alone. Raises ``UserError``.
+    """
+    folder = Path(source)
+    if (folder / META_FILE).is_file():
+        if read_json(folder / META_FILE).get("kind") != "private":
+            return load_draft(folder)
+        read_meta(folder, "private")
+        if base is None:
+            raise UserError(f"{source} is a private part; name the draft that it belongs to with --base-draft")
+        shared, _ = read_draft(base, info)
+        return load_private(folder, shared, tensors_hash(shared.state_dict()))
+    if info is None:
+        raise UserError(f"{source} is not in redraft's own format; give --target, whose sizes it must fit")
+    return import_checkpoint(source, info)
+
+
+def merge_folder(private: str, base: str, out: Path, info: Any | None = None) -> dict[str, Any]:
+    """Write the shared draft and a private part as one dense draft in ``out``; returns its metadata."""
+    draft, meta = read_draft(private, info, base)
+    merged = merge_private(draft)
+    kept = {k: meta[k] for k in ("method", "target", "tokenizer_hash", "provenance") if k in meta}
+    save_draft(out, merged, kept | {"merged_from": {"base": base, "private": private}})
+    return kept | {"parameters": sum(p.numel() for p in merged.parameters())}
+
+
+def export_folder(
+    draft: str, info: Any, name: str, out: Path, base: str | None = None, gamma: int = 5
+) -> ExportReport:
+    """Write a draft in the format of an engine. Raises ``UserError`` where the engine could not compute it alike."""
+    exporter = EXPORTERS.get(name)
+    found, _ = read_draft(draft, info, base)
+    return exporter(found, out, info, speculative_tokens=gamma)
+
+
+# -- probe and bench -------------------------------------------------------------------------------------------------
+def asked_prompts(prompts: str, target: Target, limit: int, max_new_tokens: int) -> list[Prompt]:
+    """The first ``limit`` prompts of a file through the target's chat template. Raises ``UserError``."""
+    return template_prompts(read_conversations(prompts)[:limit], target, max_new_tokens)
+
+
+def probe_files(
+    spec: TargetSpec,
+    draft: str,
+    prompts: str,
+    *,
+    base_draft: str | None = None,
+    base_target: TargetSpec | None = None,
+    limit: int = 16,
+    gamma: int = 5,
+    max_new_tokens: int = 128,
+) -> ProbeResult:
+    """Measure and judge a draft on the first ``limit`` prompts of a file. Raises ``UserError``."""
+    target = spec.open()
+    opened = open_draft(draft, target, base_draft)
+    asked = asked_prompts(prompts, target, limit, max_new_tokens)
+    base = base_target.open() if base_target else None
+    with progress_bar("probe", len(asked) * (2 if base else 1), "prompts") as progress:
+        return probe(target, opened.draft, asked, gamma, max_new_tokens, base, progress=_counting(progress))
+
+
+def _counting(progress: Progress) -> Callable[..., None]:
+    """One count over the two passes of a probe, each of which starts from one again."""
+    state = {"before": 0, "last": 0}
+
+    def update(done: int, **fields: Any) -> None:
+        if done < state["last"]:
+            state["before"] += state["last"]
+        state["last"] = done
+        progress.update(state["before"] + done, **fields)
+
+    return update
+
+
+def bench_files(
+    spec: TargetSpec,
+    drafts: dict[str, str],
+    prompts: str,
+    out: Path,
+    *,
+    base_draft: str | None = None,
+    limit: int = 24,
+    sampler: Sampler | None = None,
+    gamma: int = 5,
+    max_new_tokens: int = 128,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """The paired benchmark of drafts by name; writes the result to ``out`` and returns it. Raises ``UserError``.
+
+    On a CPU plain decoding competes in float32 and bfloat16; on a GPU the target runs as ``spec`` says.
+    """
+    check_output(out, ".json")
+    target = spec.open()
+    opened = {name: open_draft(source, target, base_draft).draft for name, source in drafts.items()}
+    taps = {draft.config.taps for draft in opened.values()}
+    if len(taps) > 1:
+        raise UserError("these drafts read different layers of the target; measure them in runs of their own")
+    asked = asked_prompts(prompts, target, limit, max_new_tokens)
+    targets = {spec.dtype: target}
+    if target.device.type == "cpu":
+        other = "float32" if spec.dtype == "bfloat16" else "bfloat16"
+        targets[other] = spec.open(other)
+    for each in targets.values():
+        each.tap(next(iter(taps)))
+    config = BenchConfig(gamma=gamma, sampler=sampler or Sampler(), max_new_tokens=max_new_tokens, seed=seed)
+    record = provenance.collect(seed=seed, device=spec.device)
+    with progress_bar("bench") as progress:
+        result = bench(targets, opened, asked, config, record, lambda tokens, what: progress.update(tokens, now=what))
+    atomic_write_json(out, result)
+    return result
