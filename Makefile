@@ -31,7 +31,7 @@ PIP_INSTALL = pip install --quiet --quiet --no-compile --prefer-binary --disable
 BIN := $(VENV)/bin
 VLLM_BIN := $(VLLM_VENV)/bin
 
-.PHONY: quickstart test lint types vllm-check clean
+.PHONY: quickstart test lint vllm-check clean
 .DEFAULT_GOAL := test
 
 # -- environments -----------------------------------------------------------------------------------------------
@@ -74,9 +74,9 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# The quick parts first, whole commands last.
 test: lint
-	$(BIN)/python -m pytest -q -m "not e2e" tests
-	$(BIN)/python -m pytest -q -m e2e tests
+	$(BIN)/python -m pytest -q $(wildcard tests/unit tests/contracts tests/artifacts tests/e2e)
 
 vllm-check: $(VLLM_VENV)/.made $(VENV)/.quickstart
 	PYTHON=$(BIN)/python VLLM_PYTHON=$(VLLM_BIN)/python OUT=$(OUT) bash runs/vllm-check.sh

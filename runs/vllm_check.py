@@ -40,6 +40,7 @@ def serve(name: str, draft: str, options: argparse.Namespace, work: Path) -> dic
     command += ["--prompts", options.prompts, "--out", str(record), "--max-model-len", str(options.max_model_len)]
     command += ["--speculative-tokens", str(options.speculative_tokens)]
     command += ["--max-new-tokens", str(options.max_new_tokens)]
+    command += ["--eager"] if options.eager else []
     environment = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
@@ -162,6 +163,7 @@ def check(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         "sampler": "greedy",
         "batch": 1,
         "dtype": "bfloat16",
+        "compiled": not options.eager,
         "vllm": records["plain"]["vllm"],
         "provenance": collect(seed=0, device="cpu"),
     }
@@ -178,6 +180,7 @@ def main() -> int:
     parser.add_argument("--speculative-tokens", type=int, default=3)
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--max-model-len", type=int, default=1024)
+    parser.add_argument("--eager", action="store_true", help="without compilation: starts at once, speeds mean little")
     parser.add_argument("--vllm-python", default=sys.executable, help="the interpreter that has vLLM")
     options = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 140)

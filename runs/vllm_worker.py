@@ -56,6 +56,7 @@ def start_engine(options: argparse.Namespace) -> Any:
         enable_prefix_caching=False,
         speculative_config=speculative,
         disable_log_stats=False,
+        enforce_eager=options.eager,
         seed=0,
     )
 
@@ -100,6 +101,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, required=True)
     parser.add_argument("--max-model-len", type=int, required=True)
     parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--eager", action="store_true", help="skip compilation: starts at once, decodes more slowly")
     options = parser.parse_args()
     record = run(options)
     partial = Path(options.out + ".part")
