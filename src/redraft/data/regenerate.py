@@ -5,7 +5,7 @@ so on. For the next turn the *text* of a reply is put back through the chat temp
 does with the history it is sent; reference answers in the prompt file are not used.
 
 A run that was killed goes on where it stopped. Every draw depends on the prompt, the sampler and the seed alone, so
-the outcome is the same as of a run that was not.
+the outcome is that of a run that was not killed, but for rounding that depends on what shares a batch.
 """
 
 from __future__ import annotations

@@ -205,10 +205,14 @@ class RowWriter:
 
 @dataclass(frozen=True)
 class Failure:
-    """A response that could not be had, by the key its row would have, and why."""
+    """A response that could not be had, by the key its row would have, and why.
+
+    ``permanent`` is false where asking again later may help.
+    """
 
     key: str
     reason: str
+    permanent: bool = True
 
 
 def failures_path(path: str | Path) -> Path:
