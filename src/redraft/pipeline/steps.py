@@ -1,4 +1,4 @@
-"""The single steps behind ``redraft regenerate | select | train | merge | export | probe | bench``: files in, files out.
+"""The single steps behind the commands regenerate, select, train, merge, export, probe and bench: files in, files out.
 
 ``redraft adapt`` chains the same library calls over one run directory; these serve who wants one of them alone.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +22,6 @@ from redraft.artifact import (
     load_draft,
     load_private,
     read_json,
-    read_meta,
     save_draft,
     save_private,
     tensors_hash,
@@ -31,17 +29,18 @@ from redraft.artifact import (
 from redraft.data.prompts import read_conversations
 from redraft.data.regenerate import InProcessEngine, ServerEngine, regenerate
 from redraft.data.store import Row, encode_row, read_rows
-from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
+from redraft.drafts.eagle3 import Eagle3Draft
 from redraft.drafts.experts import merge_private
 from redraft.drafts.groups import METHODS, method, prepare
 from redraft.errors import UserError
-from redraft.evaluate.speed import BenchConfig, Prompt, bench
-from redraft.export import EXPORTERS, ExportReport, import_checkpoint
-from redraft.loading import tokenizer_hash
+from redraft.evaluate.speed import BenchConfig, bench
+from redraft.export import EXPORTERS, ExportReport, TargetInfo, import_checkpoint
+from redraft.loading import ADAPTER_FILE, adapter_base, locate, quiet, tokenizer_hash
 from redraft.losses import LOSSES
 from redraft.pipeline.adapt import template_prompts
-from redraft.pipeline.models import OpenDraft, open_draft, open_target
+from redraft.pipeline.models import OpenDraft, open_draft, open_target, use_target_embedding
 from redraft.pipeline.probe import ProbeResult, probe
+from redraft.pipeline.stage1 import split_rows, train_from_nothing
 from redraft.progress import Progress, progress_bar
 from redraft.sampling import Sampler
 from redraft.select import SCORERS, ScoringContext, score_rows
@@ -150,13 +149,13 @@ def select_file(
     scorer = SCORERS.get(scorer_name)()
     wanted = parse_budget(budget)
     if (rows_path is None) == (prompts is None):
-        raise UserError("give either --rows (responses) or --prompts (before generation)")
+        raise UserError("give either --responses or --prompts (before generation)")
     check_output(out, ".json")
     needs_target = bool({"target", "alpha_of"} & scorer.needs) or rows_path is None
     if needs_target and target is None:
         raise UserError(f"scorer {scorer_name} needs the fine-tuned target here; give --target")
     if "alpha_of" in scorer.needs and (rows_path is None or draft is None):
-        raise UserError(f"scorer {scorer_name} measures the present draft on responses; give --rows and --draft")
+        raise UserError(f"scorer {scorer_name} measures the present draft on responses; give --responses and --draft")
     opened = target.open() if target and needs_target else None
     rows = _rows_to_score(rows_path, prompts, opened)
     base = base_target.open() if base_target and "base_target" in scorer.needs else None
@@ -220,72 +219,94 @@ def _write_kept(manifest: Manifest, rows: Sequence[Any], prompts: str | None, ke
 
 
 # -- train -----------------------------------------------------------------------------------------------------------
-def train_files(
+@dataclass(frozen=True)
+class TrainData:
+    """Stored responses: ``heldout`` greedy ones are split off for early stopping, or read from a file of their own."""
+
+    responses: Path
+    heldout: int = 40
+    heldout_responses: Path | None = None
+    selection: Path | None = None
+
+    def read(self) -> tuple[list[Row], list[Row]]:
+        """(train, held-out). Raises ``UserError`` for files that cannot be read or do not fit together."""
+        rows = [row for row in read_rows(self.responses) if anchors(row)]
+        if self.selection is not None:
+            manifest = read_manifest(self.selection)
+            manifest.check_source(self.responses)
+            rows = manifest.apply(rows)
+        if self.heldout_responses is None:
+            train, kept = split_rows(rows, self.heldout)
+            if not train or not kept:
+                raise UserError(
+                    f"{self.responses}: {len(kept)} greedy rows can be held out and {len(train)} are left to train on; "
+                    "regenerate more prompts, some at temperature 0, or give --heldout-responses"
+                )
+            return train, kept
+        kept = [row for row in read_rows(self.heldout_responses) if anchors(row)]
+        if any(row.temperature for row in kept):
+            raise UserError(f"{self.heldout_responses} holds sampled responses; held-out ones must be greedy")
+        if shared := {row.id for row in rows} & {row.id for row in kept}:
+            raise UserError(
+                f"{len(shared)} held-out prompts are trained on, first {min(shared)}; remove one of the two"
+            )
+        return rows, kept
+
+
+def train_new(
+    spec: TargetSpec, data: TrainData, out: Path, vocabulary: int, config: TrainConfig, say: Say = print
+) -> None:
+    """Stage 1: a draft from nothing, in ``out/draft``. Raises ``UserError``; a killed run goes on."""
+    LOSSES.get(config.loss)
+    if data.heldout_responses is not None:
+        raise UserError("--from-nothing holds responses out by number: give --heldout, not --heldout-responses")
+    rows = [row for part in data.read() for row in part]
+    record = train_from_nothing(spec.open(), rows, out, vocabulary, config, data.heldout, say)
+    say(f"held-out tau {record['tau']['value']:.2f}; draft: {out / 'draft'}")
+
+
+def train_old(
     spec: TargetSpec,
-    draft: str | None,
-    rows_path: Path,
-    heldout_path: Path,
+    draft: str,
+    data: TrainData,
     out: Path,
     config: TrainConfig,
-    *,
     method_name: str = "eda+fc",
     private_width: int = 768,
-    manifest_path: Path | None = None,
-    fresh_vocabulary: int | None = None,
     say: Say = print,
 ) -> TrainResult:
-    """Train on stored responses; ``out/merged`` is the draft, ``out/private`` the trained part where there is one.
+    """Train a part of an old draft: ``out/merged`` is the whole, ``out/private`` the part (not for ``full``).
 
-    ``fresh_vocabulary`` starts a new draft (all weights trained) whose vocabulary is that many of the most frequent
-    ids in the responses. Raises ``UserError``; a killed run, started again with the same arguments, goes on.
+    Raises ``UserError``; a killed run, started again with the same arguments, goes on.
     """
-    method(method_name)
     LOSSES.get(config.loss)
-    if (draft is None) == (fresh_vocabulary is None):
-        raise UserError("give either --draft (adapt it) or --fresh SIZE (a new draft with a vocabulary of that size)")
-    rows = [row for row in read_rows(rows_path) if anchors(row)]
-    heldout = [row for row in read_rows(heldout_path) if anchors(row)]
-    if any(row.temperature for row in heldout):
-        raise UserError(f"{heldout_path} holds sampled responses; held-out ones must be greedy (--temperature 0)")
-    if manifest_path is not None:
-        manifest = read_manifest(manifest_path)
-        manifest.check_source(rows_path)
-        rows = manifest.apply(rows)
+    if not method(method_name).groups:
+        raise UserError(f"method {method_name} trains nothing; choose another")
+    rows, heldout = data.read()
     target = spec.open()
-    opened = open_draft(draft, target) if draft is not None else _fresh(target, rows, fresh_vocabulary, config.seed)
-    method_name = method_name if draft is not None else "full"
+    opened = open_draft(draft, target)
     target.tap(opened.draft.config.taps)
     trained, names = prepare(copy.deepcopy(opened.draft), method_name, private_width, config.seed)
-    if not names:
-        raise UserError(f"method {method_name} trains nothing; choose another")
-    identity = {"target": target.content_hash(), "taps": list(opened.draft.config.taps)}
-    store = FeatureStore(out / "features", identity)
-    _build(store, target, [*rows, *heldout])
+    store = FeatureStore(out / "features", {"target": target.content_hash(), "taps": list(target.taps)})
+    ledger = provenance.Ledger.load(out / "ledger.json")
+    total = sum(len(row.prompt_ids) + len(row.response_ids) for row in [*rows, *heldout])
+    with ledger.stage("features") as entry, progress_bar("features", total) as progress:
+        tokens = store.build(target, [*rows, *heldout], progress=progress.update)
+        flops = provenance.forward_flops(target.parameters_per_token, tokens)
+        entry.add(tokens=tokens, flops=flops, formula=provenance.FORWARD_FORMULA)
     trainer = Trainer(trained, target, store, rows, heldout, config, out / "train")
-    with progress_bar("train", round(sum(map(anchors, trainer.rows)) * config.epochs)) as progress:
-        result = trainer.run(progress)
+    with ledger.stage("train") as entry:
+        with progress_bar("train", round(sum(map(anchors, trainer.rows)) * config.epochs)) as progress:
+            result = trainer.run(progress)
+        count = sum(parameter.numel() for name, parameter in trained.named_parameters() if name in set(names))
+        steps = result.anchors * config.unroll
+        flops = provenance.train_flops(count, steps, trained.parameters_per_token - count)
+        entry.add(tokens=result.anchors, flops=flops, formula=f"({provenance.TRAIN_FORMULA}) * unroll")
     _save_trained(out, trainer.draft, names, opened, method_name, target, spec, config)
     atomic_write_json(out / "train.json", asdict(result))
-    say(f"held-out tau {result.start_tau:.3f} -> {result.best_tau:.3f} in {result.steps} steps; draft in {out / 'merged'}")
+    say(f"held-out tau {result.start_tau:.3f} -> {result.best_tau:.3f} in {result.steps} steps")
+    say(f"draft: {out / 'merged'}")
     return result
-
-
-def _fresh(target: Target, rows: Sequence[Row], size: int | None, seed: int) -> OpenDraft:
-    assert size is not None
-    counts = Counter(token for row in rows for token in row.response_ids)
-    frequent = [token for token, _ in counts.most_common(size)]
-    if len(frequent) < size:
-        # Fewer ids occur than are asked for: the rest is filled with the lowest ids, which tokenizers give to
-        # their most frequent pieces.
-        frequent += [token for token in range(target.vocab_size) if token not in counts][: size - len(frequent)]
-    draft = fresh_draft(target, sorted(frequent), seed)
-    return OpenDraft(draft, {"family": "eagle3"}, tensors_hash(draft.state_dict()))
-
-
-def _build(store: FeatureStore, target: Target, rows: Sequence[Row]) -> None:
-    total = sum(len(row.prompt_ids) + len(row.response_ids) for row in rows)
-    with progress_bar("features", total) as progress:
-        store.build(target, rows, progress=progress.update)
 
 
 def _save_trained(
@@ -311,36 +332,50 @@ def _save_trained(
 
 
 # -- merge and export ------------------------------------------------------------------------------------------------
-def read_draft(source: str, info: Any | None, base: str | None = None) -> tuple[Eagle3Draft, dict[str, Any]]:
+def target_info(name: str) -> TargetInfo:
+    """The facts about a target that a draft must fit, without its weights. Raises ``UserError``."""
+    from transformers import AutoConfig
+
+    base = adapter_base(name) if (Path(name) / ADAPTER_FILE).is_file() else name
+    with quiet():
+        place = locate(base)
+        try:
+            config = AutoConfig.from_pretrained(**place)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"the config of {base} cannot be read: {' '.join(str(error).split())[:300]}") from error
+    return TargetInfo.of(config, name)
+
+
+def read_draft(source: str, info: TargetInfo | None, base: str | None = None) -> tuple[Eagle3Draft, dict[str, Any]]:
     """A draft in the types of its file: own format, a private part on ``base``, or a public checkpoint.
 
-    ``info`` (anything that ``TargetInfo.of`` takes) is needed for public checkpoints alone. Raises ``UserError``.
+    ``info`` is needed for public checkpoints alone. Raises ``UserError``.
     """
     folder = Path(source)
     if (folder / META_FILE).is_file():
         if read_json(folder / META_FILE).get("kind") != "private":
             return load_draft(folder)
-        read_meta(folder, "private")
         if base is None:
             raise UserError(f"{source} is a private part; name the draft that it belongs to with --base-draft")
         shared, _ = read_draft(base, info)
-        return load_private(folder, shared, tensors_hash(shared.state_dict()))
+        base_hash = tensors_hash(shared.state_dict())
+        return load_private(folder, use_target_embedding(shared, info) if info else shared, base_hash)
     if info is None:
         raise UserError(f"{source} is not in redraft's own format; give --target, whose sizes it must fit")
     return import_checkpoint(source, info)
 
 
-def merge_folder(private: str, base: str, out: Path, info: Any | None = None) -> dict[str, Any]:
+def merge_folder(private: str, base: str, out: Path, info: TargetInfo | None = None) -> dict[str, Any]:
     """Write the shared draft and a private part as one dense draft in ``out``; returns its metadata."""
     draft, meta = read_draft(private, info, base)
     merged = merge_private(draft)
-    kept = {k: meta[k] for k in ("method", "target", "tokenizer_hash", "provenance") if k in meta}
+    kept = {key: meta[key] for key in ("method", "target", "tokenizer_hash", "provenance") if key in meta}
     save_draft(out, merged, kept | {"merged_from": {"base": base, "private": private}})
-    return kept | {"parameters": sum(p.numel() for p in merged.parameters())}
+    return kept | {"parameters": sum(parameter.numel() for parameter in merged.parameters())}
 
 
 def export_folder(
-    draft: str, info: Any, name: str, out: Path, base: str | None = None, gamma: int = 5
+    draft: str, info: TargetInfo, name: str, out: Path, base: str | None = None, gamma: int = 5
 ) -> ExportReport:
     """Write a draft in the format of an engine. Raises ``UserError`` where the engine could not compute it alike."""
     exporter = EXPORTERS.get(name)
@@ -349,11 +384,6 @@ def export_folder(
 
 
 # -- probe and bench -------------------------------------------------------------------------------------------------
-def asked_prompts(prompts: str, target: Target, limit: int, max_new_tokens: int) -> list[Prompt]:
-    """The first ``limit`` prompts of a file through the target's chat template. Raises ``UserError``."""
-    return template_prompts(read_conversations(prompts)[:limit], target, max_new_tokens)
-
-
 def probe_files(
     spec: TargetSpec,
     draft: str,
@@ -366,12 +396,14 @@ def probe_files(
     max_new_tokens: int = 128,
 ) -> ProbeResult:
     """Measure and judge a draft on the first ``limit`` prompts of a file. Raises ``UserError``."""
+    conversations = read_conversations(prompts)[:limit]
     target = spec.open()
     opened = open_draft(draft, target, base_draft)
-    asked = asked_prompts(prompts, target, limit, max_new_tokens)
+    asked = template_prompts(conversations, target, max_new_tokens)
     base = base_target.open() if base_target else None
     with progress_bar("probe", len(asked) * (2 if base else 1), "prompts") as progress:
-        return probe(target, opened.draft, asked, gamma, max_new_tokens, base, progress=_counting(progress))
+        stated = opened.meta.get("heldout", {}).get("tau")
+        return probe(target, opened.draft, asked, gamma, max_new_tokens, base, stated, _counting(progress))
 
 
 def _counting(progress: Progress) -> Callable[..., None]:
@@ -405,12 +437,13 @@ def bench_files(
     On a CPU plain decoding competes in float32 and bfloat16; on a GPU the target runs as ``spec`` says.
     """
     check_output(out, ".json")
+    conversations = read_conversations(prompts)[:limit]
     target = spec.open()
     opened = {name: open_draft(source, target, base_draft).draft for name, source in drafts.items()}
     taps = {draft.config.taps for draft in opened.values()}
     if len(taps) > 1:
         raise UserError("these drafts read different layers of the target; measure them in runs of their own")
-    asked = asked_prompts(prompts, target, limit, max_new_tokens)
+    asked = template_prompts(conversations, target, max_new_tokens)
     targets = {spec.dtype: target}
     if target.device.type == "cpu":
         other = "float32" if spec.dtype == "bfloat16" else "bfloat16"

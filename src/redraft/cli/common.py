@@ -1,0 +1,105 @@
+"""What the commands share: options, help that lists the registries' choices, and printing.
+
+Nothing here imports torch; commands import the library when they run, so that ``redraft --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def _losses() -> list[str]:
+    from redraft.losses import LOSSES
+
+    return LOSSES.names()
+
+
+def _scorers() -> list[str]:
+    from redraft.select import SCORERS
+
+    return SCORERS.names()
+
+
+def _formats() -> list[str]:
+    from redraft.export import EXPORTERS
+
+    return EXPORTERS.names()
+
+
+def _methods() -> list[str]:
+    from redraft.drafts.groups import METHODS
+
+    return list(METHODS)
+
+
+CHOICES: dict[str, Callable[[], list[str]]] = {
+    "{losses}": _losses,
+    "{scorers}": _scorers,
+    "{formats}": _formats,
+    "{methods}": _methods,
+}
+
+
+class Command(TyperCommand):
+    """Fills the registries' names into the help of its options, when that help is asked for and not before."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        for parameter in self.params:
+            text = getattr(parameter, "help", None)
+            for place, names in CHOICES.items():
+                if text and place in text:
+                    text = text.replace(place, ", ".join(names()))
+            if text:
+                parameter.help = text  # type: ignore[attr-defined]
+        super().format_help(ctx, formatter)
+
+    def invoke(self, ctx: Any) -> Any:
+        """A key press is no defect: one line and the shell's own exit code for it."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            print("redraft: interrupted; the same command goes on where it can", file=sys.stderr)
+            raise SystemExit(130) from None
+
+
+def examples(*commands: str) -> str:
+    """The epilogue of a command's help: one example a line."""
+    return "\n\n".join(["[bold]Examples[/bold]", *(f"[cyan]{command}[/cyan]" for command in commands)])
+
+
+def console() -> Console:
+    """Standard output for tables; wide enough for them where it is no terminal."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+
+
+def say(text: str) -> None:
+    """One line of plain output."""
+    print(text, flush=True)
+
+
+TargetName = Annotated[
+    str, typer.Option("--target", help="Fine-tuned target: folder, hub id, or folder of an adapter.")
+]
+OptionalTarget = Annotated[str | None, typer.Option("--target", help="Fine-tuned target: folder, hub id or adapter.")]
+Adapter = Annotated[str | None, typer.Option(help="PEFT adapter to merge into --target.")]
+BaseTarget = Annotated[str | None, typer.Option(help="The target that the old draft was made for.")]
+DraftName = Annotated[str, typer.Option("--draft", help="Draft: redraft folder, EAGLE-3 checkpoint folder or hub id.")]
+BaseDraft = Annotated[str | None, typer.Option(help="The shared draft, when --draft is a private part.")]
+Prompts = Annotated[str, typer.Option(help="Prompts: JSONL, ShareGPT, Alpaca, text lines, or datasets:NAME.")]
+Dtype = Annotated[str, typer.Option(help="Data type of the target: bfloat16 or float32.")]
+Device = Annotated[str, typer.Option(help="Torch device: cpu, cuda, cuda:1, ...")]
+Gamma = Annotated[int, typer.Option(min=1, help="Drafted tokens a round.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+OutFile = Annotated[Path, typer.Option("--out", "-o", help="File to write.")]
+OutFolder = Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")]

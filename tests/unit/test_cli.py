@@ -1,0 +1,220 @@
+"""The command line: help, errors of users, and what it hands to the library."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from redraft.cli import align, main, measure
+from redraft.errors import UserError
+from redraft.export import EXPORTERS
+from redraft.losses import LOSSES
+from redraft.pipeline.config import AdaptConfig
+from redraft.select import SCORERS
+from redraft.train.loop import TrainConfig
+
+COMMANDS = [
+    "quickstart",
+    "probe",
+    "regenerate",
+    "select",
+    "train",
+    "adapt",
+    "merge",
+    "export",
+    "bench",
+    "report",
+]
+
+
+@pytest.fixture
+def redraft(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """``redraft("report", "x.json")`` -> (exit code, standard output, standard error)."""
+    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setenv("TERM", "dumb")
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["redraft", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            main.main()
+        captured = capsys.readouterr()
+        code = caught.value.code
+        return (0 if code is None else int(code)), captured.out, captured.err
+
+    return run
+
+
+def test_help_names_every_command_and_imports_no_model_library() -> None:
+    script = (
+        "import sys\n"
+        "from redraft.cli.main import app\n"
+        "try:\n    app(['--help'])\nexcept SystemExit:\n    pass\n"
+        "print('heavy:', sorted({'torch', 'transformers', 'matplotlib', 'pydantic'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "heavy: []" in done.stdout
+    assert re.findall(r"^\W{0,2}([a-z]+) ", done.stdout, flags=re.M)[-len(COMMANDS) :] or done.stdout
+    for command in COMMANDS:
+        assert command in done.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_help_has_examples_of_the_command(redraft: Any, command: str) -> None:
+    code, out, _ = redraft(command, "--help")
+    assert code == 0
+    shown = out[out.index("Examples") :]
+    assert f"redraft {command}" in shown
+    options = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", out[: out.index("Examples")]))
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", shown)) <= options
+    assert not re.search(r"\{[a-z]+\}", out), "a list of choices was not filled in"
+
+
+@pytest.mark.parametrize(
+    ("command", "names"),
+    [("select", SCORERS.names()), ("train", LOSSES.names()), ("export", EXPORTERS.names()), ("adapt", LOSSES.names())],
+)
+def test_choices_in_help_come_from_the_registries(redraft: Any, command: str, names: list[str]) -> None:
+    _, out, _ = redraft(command, "--help")
+    assert ", ".join(names) in " ".join(out.split())
+
+
+def test_version(redraft: Any) -> None:
+    code, out, _ = redraft("--version")
+    assert code == 0 and re.fullmatch(r"redraft \d+\.\d+\.\d+\S*\n", out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["report", "absent.json"], "absent.json: cannot be read"),
+        (["select", "--responses", "r.jsonl", "--scorer", "magic", "--out", "m.json"], "unknown scorer 'magic'"),
+        (["select", "--responses", "r.jsonl", "--budget", "lots", "--out", "m.json"], "budget 'lots'"),
+        (["select", "--out", "m.json", "--scorer", "random"], "--prompts"),
+        (["select", "--responses", "r.jsonl", "--out", "m.json"], "--target"),
+        (["select", "--responses", "absent.jsonl", "--scorer", "random", "--out", "m.json"], "absent.jsonl"),
+        (["train", "--target", "t", "--draft", "d", "--responses", "r", "--out", "o", "--method", "x"], "method 'x'"),
+        (["train", "--target", "t", "--from-nothing", "--responses", "r", "--out", "o", "--loss", "x"], "loss 'x'"),
+        (["train", "--target", "t", "--responses", "r", "--out", "o"], "--from-nothing"),
+        (["train", "--target", "t", "--responses", "r", "--out", "o", "--setting", "lr=1"], "'lr=1'"),
+        (["train", "--target", "t", "--responses", "r", "--out", "o", "--setting", "clip=x"], "float"),
+        (
+            ["export", "--draft", "d", "--target", "./no", "--format", "gguf", "--out", "o"],
+            "unknown export format 'gguf'",
+        ),
+        (["export", "--draft", "d", "--target", "./no", "--format", "vllm", "--out", "o"], "./no does not exist"),
+        (["merge", "--private", "./p", "--base-draft", "./b", "--out", "o"], "./p"),
+        (
+            ["bench", "--target", "./no", "--draft", "a", "--draft", "x/a", "--prompts", "p", "--out", "b"],
+            "are called a",
+        ),
+        (["bench", "--target", "./no", "--draft", "=a", "--prompts", "p", "--out", "b"], "NAME=FOLDER"),
+        (["bench", "--target", "./no", "--draft", "a", "--prompts", "p", "--out", "b", "--top-p", "2"], "top-p"),
+        (["probe", "--target", "./no", "--draft", "d", "--prompts", "absent.jsonl"], "absent.jsonl"),
+        (["export", "--draft", "./d", "--target", "./no", "--format", "plain", "--out", "o"], "./no"),
+        (["regenerate", "--target", "./no", "--prompts", "p", "--out", "o", "--temperature", "-1"], "temperature"),
+        (["regenerate", "--target", "./no", "--prompts", "absent.jsonl", "--out", "o"], "absent.jsonl"),
+        (["adapt", "--target", "t"], "draft"),
+        (["adapt", "--config", "absent.yaml"], "absent.yaml does not exist"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    redraft: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], says: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = redraft(*arguments)
+    assert code == 2
+    assert err.startswith("redraft: error: ") and err.count("\n") == 1
+    assert says in err
+    assert "Traceback" not in out + err
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+
+
+def test_a_wrong_option_is_exit_code_2(redraft: Any) -> None:
+    code, _, err = redraft("report", "x.json", "--colour")
+    assert code == 2 and "--colour" in err and "Traceback" not in err
+
+
+def test_a_line_break_in_a_message_stays_one_line(redraft: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise UserError("first\nsecond")
+
+    monkeypatch.setattr("redraft.report.build_report", fail)
+    assert redraft("report", "x.json") == (2, "", "redraft: error: first second\n")
+
+
+def test_an_interrupt_is_exit_code_130(redraft: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def press(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("redraft.report.build_report", press)
+    code, _, err = redraft("report", "x.json")
+    assert code == 130 and "interrupted" in err and "Traceback" not in err
+
+
+def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("redraft.report.build_report", fail)
+    monkeypatch.setattr(sys, "argv", ["redraft", "report", "x.json"])
+    with pytest.raises(ZeroDivisionError):
+        main.main()
+
+
+def test_named_drafts() -> None:
+    assert measure.named_drafts(["stale=old", "run/merged/"]) == {"stale": "old", "merged": "run/merged/"}
+    with pytest.raises(UserError, match="two contestants are called plain"):
+        measure.named_drafts(["plain=x"])
+
+
+def test_settings_take_the_types_of_the_config() -> None:
+    found = align.settings(["clip=0.5", "batch-anchors=64", "optimizer=adamw"], TrainConfig)
+    assert found == {"clip": 0.5, "batch_anchors": 64, "optimizer": "adamw"}
+
+
+def test_every_setting_of_adapt_is_a_flag_and_only_given_ones_are_handed_on(
+    redraft: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    _, out, _ = redraft("adapt", "--help")
+    for name in AdaptConfig.model_fields:
+        assert f"--{name.replace('_', '-')}" in out
+    seen: dict[str, Any] = {}
+
+    def stop(config: AdaptConfig, say: Any) -> None:
+        seen.update(config.model_dump(exclude_unset=True))
+        raise UserError("far enough")
+
+    monkeypatch.setattr("redraft.pipeline.adapt.AdaptRun", stop)
+    settings = tmp_path / "adapt.yaml"
+    settings.write_text("target: my-model\ndraft: old\nprompts: p.jsonl\nout: run\nmethod: fc\ngamma: 3\n")
+    flags = ["--method", "eda", "--temperatures", "0", "--temperatures", "0.7", "--train", "epochs=2"]
+    code, _, err = redraft("adapt", "--config", str(settings), *flags)
+    assert code == 2 and "far enough" in err
+    assert seen["method"] == "eda" and seen["gamma"] == 3 and seen["temperatures"] == (0.0, 0.7)
+    assert seen["train"] == {"epochs": 2.0} and "loss" not in seen and "seed" not in seen
+
+
+def test_report_writes_page_and_picture(redraft: Any, tmp_path: Path) -> None:
+    interval = {"value": 2.0, "low": 1.9, "high": 2.1}
+    draft = {
+        "tau_pooled": interval,
+        "tokens_per_second": interval,
+        "speedup": interval,
+        "time": {"draft": 1, "verify": 2, "other": 0.1},
+        "rounds": 10,
+        "tokens": 20,
+    }
+    setup = {"target": "made up", "sampler": "greedy", "gamma": 5, "prompts": 2, "max_new_tokens": 16}
+    plain = {"float32": {"tokens_per_second": interval}, "fastest": "float32"}
+    result = {"schema": "redraft.bench/1", "setup": setup, "plain": plain, "drafts": {"only": draft}}
+    (tmp_path / "bench.json").write_text(json.dumps(result))
+    out, png = tmp_path / "page.html", tmp_path / "head.png"
+    code, said, _ = redraft("report", str(tmp_path / "bench.json"), "--out", str(out), "--png", str(png))
+    assert code == 0 and str(out) in said
+    assert "made up" in out.read_text() and png.read_bytes().startswith(b"\x89PNG")
