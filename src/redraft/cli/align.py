@@ -134,7 +134,7 @@ def settings(given: list[str], config: Any) -> dict[str, Any]:
     """``NAME=VALUE`` texts as values of the types of a config's defaults. Raises ``UserError``."""
     from dataclasses import fields
 
-    known = {field.name: type(field.default) for field in fields(config)}
+    known: dict[str, Any] = {field.name: type(field.default) for field in fields(config)}
     found: dict[str, Any] = {}
     for text in given:
         name, equals, value = text.partition("=")

@@ -359,7 +359,8 @@ def read_draft(source: str, info: TargetInfo | None, base: str | None = None) ->
             raise UserError(f"{source} is a private part; name the draft that it belongs to with --base-draft")
         shared, _ = read_draft(base, info)
         base_hash = tensors_hash(shared.state_dict())
-        return load_private(folder, use_target_embedding(shared, info) if info else shared, base_hash)
+        sizes: Any = info  # of the target's facts, only its width is read
+        return load_private(folder, use_target_embedding(shared, sizes) if info else shared, base_hash)
     if info is None:
         raise UserError(f"{source} is not in redraft's own format; give --target, whose sizes it must fit")
     return import_checkpoint(source, info)

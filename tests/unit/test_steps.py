@@ -1,0 +1,206 @@
+"""The steps behind the commands, run through the command line on a tiny random model: files in, files out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from redraft.artifact import load_draft, save_draft
+from redraft.cli import main
+from redraft.data.store import read_rows
+from redraft.drafts.eagle3 import fresh_draft
+from redraft.export import import_checkpoint
+from redraft.loading import tokenizer_hash
+from redraft.pipeline.steps import TargetSpec, read_draft, regenerate_file, target_info
+from redraft.sampling import Sampler
+from redraft.select.manifest import read_manifest
+from redraft.target import Target
+
+WORDS = "the rain in the north is on the river and the stone is in the hand of one man".split()
+
+
+def furnish(folder: Path, target: Target) -> None:
+    """A fine-tuned target, its base, a draft, prompts and the target's responses to them."""
+    folder.mkdir()
+    target.save(folder / "base")
+    generator = torch.Generator().manual_seed(1)
+    for weight in target.model.parameters():
+        weight.data += 0.02 * torch.randn(weight.shape, generator=generator)
+    target.save(folder / "target")
+    draft = fresh_draft(target, list(range(4, 100)), seed=0, intermediate=32)
+    meta = {"target": {"name": "target", "hash": target.content_hash()}, "method": "scratch"}
+    save_draft(folder / "draft", draft, meta | {"tokenizer_hash": tokenizer_hash(target.tokenizer)})
+    lines = [{"id": f"p{i}", "messages": [{"role": "user", "content": " ".join(WORDS[i : i + 4])}]} for i in range(12)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    samplers = [Sampler()]
+    regenerate_file(
+        TargetSpec(str(folder / "target"), "float32"),
+        str(folder / "prompts.jsonl"),
+        folder / "responses.jsonl",
+        samplers,
+        max_new_tokens=12,
+    )
+
+
+@pytest.fixture
+def place(
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_target: Callable[..., Target],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Path:
+    """The working folder, with a copy of what :func:`furnish` makes once."""
+    made = tmp_path_factory.getbasetemp() / "steps"
+    if not made.exists():
+        furnish(made, tiny_target(seed=0, taps=(1, 3, 5)))
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def redraft(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """``redraft("report x.json")`` -> (exit code, standard output, standard error)."""
+
+    def run(command: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["redraft", *command.split()])
+        try:
+            main.main()
+            code = 0
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+REGENERATE = "regenerate --target target --prompts prompts.jsonl --max-new-tokens 12 --dtype float32 --out"
+
+
+def test_regenerate_goes_on_where_it_stopped(place: Path, redraft: Any) -> None:
+    responses = place / "responses.jsonl"
+    whole = read_rows(responses)
+    assert {row.id for row in whole} == {f"p{i}" for i in range(12)}
+    responses.write_bytes(b"".join(responses.read_bytes().splitlines(keepends=True)[:5]))
+    code, out, _ = redraft(f"{REGENERATE} responses.jsonl")
+    assert code == 0 and "12 responses, 5 of them already there" in out
+    assert sorted(read_rows(responses), key=lambda r: r.key) == sorted(whole, key=lambda r: r.key)
+
+
+@pytest.mark.parametrize(
+    "scorer", ["random", "rejection --target target --draft draft", "shift --target target --base-target base"]
+)
+def test_select_from_responses(place: Path, redraft: Any, scorer: str) -> None:
+    command = "select --responses responses.jsonl --budget 4 --out m.json --keep kept.jsonl --dtype float32 --scorer"
+    code, out, err = redraft(f"{command} {scorer}")
+    assert code == 0, err
+    manifest = read_manifest(place / "m.json")
+    assert len(manifest.selected_keys) == 4 and out.startswith("4 of ")
+    assert {row.key for row in read_rows(place / "kept.jsonl")} == set(manifest.selected_keys)
+
+
+def test_select_from_prompts_alone(place: Path, redraft: Any) -> None:
+    command = "select --prompts prompts.jsonl --scorer shift --target target --base-target base --budget 3"
+    code, _, err = redraft(f"{command} --dtype float32 --out m.json --keep kept.jsonl")
+    assert code == 0, err
+    kept = [json.loads(line) for line in (place / "kept.jsonl").read_text().splitlines()]
+    assert {item["id"] for item in kept} == set(read_manifest(place / "m.json").selected_keys)
+    assert redraft(f"{REGENERATE.replace('prompts.jsonl', 'kept.jsonl')} few.jsonl")[0] == 0
+    assert len(read_rows(place / "few.jsonl")) == 3
+
+
+TRAIN = (
+    "train --target target --responses responses.jsonl --heldout 3 --epochs 1 --batch-anchors 40 --dtype float32 "
+    "--private-width 8 --setting optimizer=adamw --out run"
+)
+
+
+def test_train_merge_export_and_back(place: Path, redraft: Any) -> None:
+    code, out, err = redraft(f"{TRAIN} --draft draft --method eda")
+    assert code == 0, err
+    assert "held-out tau" in out
+    stages = {entry["stage"]: entry for entry in json.loads((place / "run/ledger.json").read_text())["stages"]}
+    assert stages["features"]["tokens"] > 0 and stages["train"]["flops"] > 0
+    assert (place / "run/private/private.safetensors").stat().st_size < 20_000
+
+    code, _, err = redraft("merge --private run/private --base-draft draft --out merged")
+    assert code == 0, err
+    merged, _ = load_draft(place / "merged")
+    trained, _ = load_draft(place / "run/merged")
+    assert merged.config == trained.config and merged.config.private_width == 0
+    for name, tensor in merged.state_dict().items():
+        torch.testing.assert_close(tensor.float(), trained.state_dict()[name].float(), rtol=0, atol=0.02)
+
+    exported = "export --draft run/private --base-draft draft --target target --format"
+    for name in ("vllm", "plain"):
+        code, out, err = redraft(f"{exported} {name} --out {name}")
+        assert code == 0, err
+        assert "serve with: vllm serve target" in out
+        back, _ = import_checkpoint(place / name, target_info("target"))
+        for key, tensor in back.state_dict().items():
+            assert torch.equal(tensor, merged.state_dict()[key]), key
+
+
+def test_train_from_nothing(place: Path, redraft: Any) -> None:
+    code, out, err = redraft(f"{TRAIN} --from-nothing --vocabulary 64")
+    assert code == 0, err
+    draft, meta = load_draft(place / "run/draft")
+    assert draft.config.draft_vocab_size == 64
+    assert f"{meta['heldout']['tau']['value']:.2f}" in out
+
+
+def test_probe_bench_and_report(place: Path, redraft: Any) -> None:
+    common = "--target target --prompts prompts.jsonl --max-new-tokens 12 --limit 4 --gamma 3 --dtype float32"
+    code, out, err = redraft(f"probe {common} --draft draft --base-target base --json probe.json")
+    assert code == 0, err
+    found = json.loads((place / "probe.json").read_text())
+    assert found["prompts"] == 4 and found["reference_tau"]["value"] >= 1
+    assert found["verdict"] in out and found["advice"][:30] in " ".join(out.split())
+
+    code, out, err = redraft(f"bench {common} --draft one=draft --draft two=draft --out bench.json")
+    assert code == 0, err
+    result = json.loads((place / "bench.json").read_text())
+    assert list(result["drafts"]) == ["one", "two"] and result["setup"]["prompts"] == 4
+    assert "two over one" in result["gains"] and "speed-up" in out
+    code, _, err = redraft("report bench.json --out page.html")
+    assert code == 0, err
+    assert "two over one" in (place / "page.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (f"{TRAIN} --draft draft --method none", "trains nothing"),
+        (f"{TRAIN.replace('--heldout 3', '--heldout 99')} --draft draft", "0 are left to train on"),
+        (f"{TRAIN} --draft draft --heldout-responses responses.jsonl", "held-out prompts are trained on"),
+        (f"{TRAIN} --from-nothing --heldout-responses responses.jsonl", "--heldout"),
+        ("export --draft run/private --target target --format vllm --out x", "run/private"),
+        ("bench --target target --draft gone --prompts prompts.jsonl --out b.json", "gone"),
+        ("select --prompts prompts.jsonl --scorer rejection --target target --draft draft --out m.json", "--responses"),
+        ("regenerate --target draft --prompts prompts.jsonl --out r.jsonl", "draft"),
+    ],
+)
+def test_mistakes(place: Path, redraft: Any, command: str, says: str) -> None:
+    code, _, err = redraft(command)
+    assert code == 2
+    last = err.splitlines()[-1]
+    assert last.startswith("redraft: error: ") and says in last
+
+
+def test_a_private_part_needs_its_base_and_a_public_draft_a_target(place: Path, redraft: Any) -> None:
+    assert redraft(f"{TRAIN} --draft draft --method fc")[0] == 0
+    code, _, err = redraft("export --draft run/private --target target --format vllm --out x")
+    assert code == 2 and "--base-draft" in err
+    assert redraft("export --draft draft --target target --format plain --out public")[0] == 0
+    code, _, err = redraft("merge --private run/private --base-draft public --out x")
+    assert code == 2 and "--target" in err
+    draft, _ = read_draft("public", target_info("target"))
+    assert draft.config.draft_vocab_size == 96
