@@ -134,7 +134,7 @@ def _measure(
 
 
 def _alphas(target: Target, draft: Eagle3Draft, prompts: Sequence[Prompt], config: BenchConfig) -> list[list[float]]:
-    """sum_x min(target, draft) of every drafted position, a list a prompt; distributions at temperature 1 for greedy."""
+    """sum_x min(target, draft) of every drafted position, a list a prompt; at temperature 1 when decoding is greedy."""
     decoder = ChainDecoder(target, draft, config.gamma, config.sampler, measure_overlap=True)
     limit = min(64, config.max_new_tokens)
     return [

@@ -119,7 +119,7 @@ class AdaptRun:
             )
             tokens = report.prompt_tokens + report.response_tokens
             flops = provenance.forward_flops(target.parameters_per_token, tokens)
-            entry.add(tokens=tokens, flops=flops, formula=provenance.FORWARD_FORMULA, bytes_written=report.bytes_written)
+            entry.add(tokens, flops, provenance.FORWARD_FORMULA, report.bytes_written)
         self.say(f"{name}: {report.summary()}")
 
     def select(self) -> Manifest:
@@ -142,7 +142,8 @@ class AdaptRun:
                 source={"file": source.name, "hash": file_hash(source)},
             )
             manifest.write(path)
-            entry.add(tokens=sum(len(r.prompt_ids) + len(r.response_ids) for r in rows), bytes_written=path.stat().st_size)
+            tokens = sum(len(r.prompt_ids) + len(r.response_ids) for r in rows)
+            entry.add(tokens=tokens, bytes_written=path.stat().st_size)
         self.say(f"select: {len(manifest.selected_keys)} of {len(rows)} rows by {c.scorer}, budget {c.budget}")
         return manifest
 
@@ -162,10 +163,11 @@ class AdaptRun:
         )
 
     def _alpha_of(self, rows: Sequence[Row]) -> list[float]:
-        self._features("features", rows)
+        self.features("features", rows)
         return row_alphas(self.stale.draft.to(self.target.device), self.target, rows, self.store)
 
-    def _features(self, name: str, rows: Sequence[Row]) -> None:
+    def features(self, name: str, rows: Sequence[Row]) -> None:
+        """Build what is missing of the features of ``rows``."""
         total = sum(len(r.prompt_ids) + len(r.response_ids) for r in rows)
         if all(r.key in self.store.index for r in rows if anchors(r)):
             return
@@ -184,8 +186,8 @@ class AdaptRun:
         draft, names = prepare(self.stale.draft, c.method, c.private_width, c.seed)
         result = None
         if names:
-            self._features("features", rows)
-            self._features("features held-out", heldout)
+            self.features("features", rows)
+            self.features("features held-out", heldout)
             trainer = Trainer(draft, self.target, self.store, rows, heldout, c.train_config(), self.folder / "train")
             result = self._run(trainer, draft, names)
             draft = trainer.draft
@@ -233,7 +235,8 @@ class AdaptRun:
         for name in self.config.exports:
             folder = self.folder / f"export-{name}"
             with self.ledger.stage(f"export {name}") as entry:
-                report = EXPORTERS.get(name)(half(self.aligned), folder, self.target, speculative_tokens=self.config.gamma)
+                export = EXPORTERS.get(name)
+                report = export(half(self.aligned), folder, self.target, speculative_tokens=self.config.gamma)
                 entry.add(bytes_written=report.bytes)
             for warning in report.warnings:
                 self.say(f"note on {folder}: {warning}")
@@ -305,8 +308,8 @@ def template_prompts(conversations: Sequence[Conversation], target: Target, new_
         ids = list(target.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))
         if len(ids) + new_tokens > target.context:
             raise UserError(
-                f"prompt {conversation.id} has {len(ids)} tokens; with a response of {new_tokens} that is more than the "
-                f"target's context of {target.context}; shorten or remove it"
+                f"prompt {conversation.id} has {len(ids)} tokens; with a response of {new_tokens} that is more than "
+                f"the target's context of {target.context}; shorten or remove it"
             )
         found.append(Prompt(conversation.id, ids))
     return found

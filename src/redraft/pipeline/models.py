@@ -52,7 +52,9 @@ def open_draft(source: str | Path, target: Target, base: str | Path | None = Non
     base_hash = tensors_hash(draft.state_dict())
     expected = meta.get("tokenizer_hash")
     if expected and target.tokenizer is not None and expected != tokenizer_hash(target.tokenizer):
-        raise UserError(f"{source} was made for another tokenizer than the target's; give the draft of this model family")
+        raise UserError(
+            f"{source} was made for another tokenizer than the target's; give the draft of this model family"
+        )
     return OpenDraft(use_target_embedding(draft.float(), target), meta, base_hash)
 
 
@@ -99,6 +101,6 @@ def refuse_overlap(train: Sequence[Conversation], evaluation: Sequence[Conversat
     twice = [(seen[text_of(c)], c.id) for c in evaluation if text_of(c) in seen]
     if twice:
         raise UserError(
-            f"{len(twice)} prompts of {where} are also in the training prompts (first: {twice[0][1]} is {twice[0][0]}); "
-            "remove them from one of the two, or the figures would be too good"
+            f"{len(twice)} prompts of {where} are also in the training prompts "
+            f"(first: {twice[0][1]} is {twice[0][0]}); remove them from one of the two, or the figures would be too good"
         )

@@ -33,7 +33,8 @@ def asset(name: str) -> Path:
 
 def write_prompts(path: Path, conversations: list[Conversation]) -> None:
     """A prompt file of the user turns alone."""
-    lines = [json.dumps({"id": c.id, "messages": [m for m in c.messages if m["role"] == "user"]}) for c in conversations]
+    asked = [(c.id, [m for m in c.messages if m["role"] == "user"]) for c in conversations]
+    lines = [json.dumps({"id": id, "messages": messages}) for id, messages in asked]
     atomic_write_text(path, "\n".join(lines) + "\n")
 
 

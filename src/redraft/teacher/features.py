@@ -74,7 +74,11 @@ class FeatureStore:
             self.index = stored["index"]
 
     def build(
-        self, target: Target, rows: Sequence[Row], batch_tokens: int = 4096, progress: Callable[[int], None] | None = None
+        self,
+        target: Target,
+        rows: Sequence[Row],
+        batch_tokens: int = 2048,
+        progress: Callable[[int], None] | None = None,
     ) -> int:
         """Compute what is missing; returns the tokens that went through the target.
 

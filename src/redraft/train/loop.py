@@ -73,7 +73,8 @@ def batch_order(rows: Sequence[Row], config: TrainConfig, epoch: int) -> list[li
     shuffled = sorted((r for r in rows if anchors(r)), key=lambda r: r.key)
     order.shuffle(shuffled)
     pool = 16 * max(1, config.batch_anchors // max(1, sum(map(anchors, shuffled)) // max(1, len(shuffled))))
-    batches = [b for i in range(0, len(shuffled), pool) for b in anchor_batches(shuffled[i : i + pool], config.batch_anchors)]
+    pools = [shuffled[i : i + pool] for i in range(0, len(shuffled), pool)]
+    batches = [batch for rows in pools for batch in anchor_batches(rows, config.batch_anchors)]
     order.shuffle(batches)
     return batches
 
@@ -101,7 +102,11 @@ class Trainer:
         vocabulary = draft.vocabulary().to(target.device)
         self.head_DF = target.head.weight[vocabulary]
         self.trained = [(n, p) for n, p in draft.named_parameters() if p.requires_grad]
-        identity = {"config": asdict(config), "trained": [n for n, _ in self.trained], "rows": rows_digest([r.key for r in self.rows])}
+        identity = {
+            "config": asdict(config),
+            "trained": [n for n, _ in self.trained],
+            "rows": rows_digest([r.key for r in self.rows]),
+        }
         self.checkpoint = Checkpoint(folder, identity)
         self.curve = folder / "curve.jsonl"
         per_epoch = len(batch_order(self.rows, config, 0))
@@ -178,7 +183,8 @@ class Trainer:
             state["step"] += 1
             state["anchors"] += size
             if reporter:
-                reporter.update(state["anchors"], loss=losses[-1], heldout_tau=state["history"][-1][1], step=state["step"])
+                tau = state["history"][-1][1]
+                reporter.update(state["anchors"], loss=losses[-1], heldout_tau=tau, step=state["step"])
         tau = self.evaluate()
         state["seconds"] = time.monotonic() - began
         state["history"].append([state["step"], tau])
@@ -207,7 +213,7 @@ class Trainer:
             loss = self.batch_loss(batch)
         value = float(loss.detach())
         if value != value or value in (float("inf"), float("-inf")):
-            raise UserError(f"loss became {value} at step {step}; lower the learning rate (the last checkpoint is kept)")
+            raise UserError(f"loss became {value} at step {step}; lower the learning rate (the last checkpoint stays)")
         loss.backward()
         torch.nn.utils.clip_grad_norm_([p for _, p in self.trained], self.config.clip)
         optimizers.step(learning_rate(step, self.total_steps, self.config.learning_rate))
