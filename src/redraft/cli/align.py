@@ -114,7 +114,8 @@ def train(
     seed: Seed = 0,
 ) -> None:
     """Train a small part of an old draft, or a new draft, on the target's own responses. A stopped run goes on."""
-    from redraft.pipeline.steps import TargetSpec, TrainData, train_new, train_old
+    from redraft.pipeline.steps import TargetSpec
+    from redraft.pipeline.training import TrainData, train_new, train_old
     from redraft.train.loop import TrainConfig
 
     values = {"loss": loss, "gamma": gamma, "seed": seed, **settings(setting or [], TrainConfig)}
