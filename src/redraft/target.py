@@ -151,7 +151,7 @@ class Target:
     @property
     def eos_ids(self) -> tuple[int, ...]:
         """Ids that end a response: those of the generation config, the config and the tokenizer."""
-        found: list[int] = []
+        found: list[Any] = []
         generation = getattr(self.model, "generation_config", None)
         for value in (getattr(generation, "eos_token_id", None), self.config.eos_token_id):
             found.extend(value if isinstance(value, (list, tuple)) else [value])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from redraft.artifact import FAMILIES
 from redraft.drafts.experts import SharedPrivateMLP
-from redraft.drafts.layers import Attend, Attention, Rotary
+from redraft.drafts.layers import Attend, Attention, RMSNorm, Rotary
 from redraft.errors import UserError
 
 
@@ -78,9 +78,9 @@ class Eagle3Layer(nn.Module):
             config.attention_bias,
         )
         self.mlp = SharedPrivateMLP(hidden, config.intermediate_size, config.private_width)
-        self.input_layernorm = nn.RMSNorm(hidden, eps=eps)
-        self.hidden_norm = nn.RMSNorm(hidden, eps=eps)
-        self.post_attention_layernorm = nn.RMSNorm(hidden, eps=eps)
+        self.input_layernorm = RMSNorm(hidden, eps=eps)
+        self.hidden_norm = RMSNorm(hidden, eps=eps)
+        self.post_attention_layernorm = RMSNorm(hidden, eps=eps)
 
     def inputs(self, embeds: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
         """What attention reads [N, 2H] and the residual stream [N, H]."""
@@ -111,14 +111,14 @@ class Eagle3Draft(nn.Module):
         self.config = config
         hidden, fused = config.hidden_size, len(config.taps) * config.target_hidden_size
         self.fc = nn.Linear(fused, hidden, bias=False)
-        self.input_norm = nn.RMSNorm(fused, eps=config.rms_norm_eps) if config.norm_before_fc else None
+        self.input_norm = RMSNorm(fused, eps=config.rms_norm_eps) if config.norm_before_fc else None
         self.fc_norm = (
-            nn.ModuleList(nn.RMSNorm(config.target_hidden_size, eps=config.rms_norm_eps) for _ in config.taps)
+            nn.ModuleList(RMSNorm(config.target_hidden_size, eps=config.rms_norm_eps) for _ in config.taps)
             if config.fc_norm
             else None
         )
         self.midlayer = Eagle3Layer(config)
-        self.norm = nn.RMSNorm(hidden, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(hidden, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(hidden, config.draft_vocab_size, bias=False)
         self.embed_tokens = nn.Embedding(config.target_vocab_size, hidden) if config.own_embedding else None
         if config.draft_vocab_size < config.target_vocab_size:

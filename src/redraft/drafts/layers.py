@@ -22,6 +22,13 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(query [N, A, D], key [N, K, D], value [N, K, D]) -> mixed values [N, A, D]."""
 
 
+class RMSNorm(nn.RMSNorm):
+    """torch's, with its weight in the type of its input, so that the fused kernel runs under autocast too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class Rotary:
     """Cosines and sines of rotary positions, from transformers' own initialisers, tabulated once.
 

@@ -28,7 +28,7 @@ from redraft.progress import progress_bar
 from redraft.report.page import build_report
 from redraft.sampling import Sampler
 from redraft.select import SCORERS, ScoringContext, score_rows
-from redraft.select.manifest import Manifest, file_hash, read_manifest
+from redraft.select.manifest import Manifest, read_manifest
 from redraft.select.rules import parse_budget, select
 from redraft.target import Target
 from redraft.teacher.features import FeatureStore, anchors
@@ -139,7 +139,7 @@ class AdaptRun:
                 parse_budget(c.budget),
                 scorer=c.scorer,
                 settings=scorer.settings,
-                source={"file": source.name, "hash": file_hash(source)},
+                source=source,
             )
             manifest.write(path)
             tokens = sum(len(r.prompt_ids) + len(r.response_ids) for r in rows)

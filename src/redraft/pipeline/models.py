@@ -102,5 +102,5 @@ def refuse_overlap(train: Sequence[Conversation], evaluation: Sequence[Conversat
     if twice:
         raise UserError(
             f"{len(twice)} prompts of {where} are also in the training prompts "
-            f"(first: {twice[0][1]} is {twice[0][0]}); remove them from one of the two, or the figures would be too good"
+            f"(first: {twice[0][1]} is {twice[0][0]}); remove them from one, or the figures would be too good"
         )

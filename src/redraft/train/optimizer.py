@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ OPTIMIZERS = ("muon", "adamw")
 class Optimizers:
     """One or two torch optimisers that step together."""
 
-    def __init__(self, parts: list[torch.optim.Optimizer], names: dict[nn.Parameter, str]) -> None:
+    def __init__(self, parts: list[torch.optim.Optimizer], names: dict[Any, str]) -> None:
         self.parts, self.names = parts, names
 
     def step(self, learning_rate: float) -> None:
