@@ -100,9 +100,7 @@ class TargetStep:
 class Target:
     """A frozen causal LM behind the few calls that decoding, training and regeneration need."""
 
-    def __init__(
-        self, model: Any, tokenizer: Any = None, name: str = "", taps: Sequence[int] | None = None
-    ) -> None:
+    def __init__(self, model: Any, tokenizer: Any = None, name: str = "", taps: Sequence[int] | None = None) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name

@@ -18,6 +18,7 @@ from redraft.data.store import read_rows
 
 pytestmark = pytest.mark.e2e
 
+
 def command(world: Path, out: Path) -> list[str]:
     arguments = {
         "target": world / "target",

@@ -236,5 +236,3 @@ def tau_interval(accepted: Mapping[str, Sequence[int]], tokens: Mapping[str, int
     """tau_pooled with its interval from a simulation: accepted tokens of every round and tokens, by row key."""
     keys = [key for key in accepted if accepted[key]]
     return ratio_of_sums([tokens[k] for k in keys], [len(accepted[k]) for k in keys]).to_dict()
-
-

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from redraft import provenance
-from redraft.artifact import atomic_write_json, save_draft, save_private
+from redraft.artifact import atomic_write_json
 from redraft.data.prompts import Conversation, read_conversations
 from redraft.data.regenerate import InProcessEngine, ServerEngine, regenerate
 from redraft.data.store import Row, read_rows
 from redraft.drafts.eagle3 import Eagle3Draft
-from redraft.drafts.experts import merge_private
-from redraft.drafts.groups import METHODS, prepare, trained_parameters
+from redraft.drafts.groups import prepare, trained_parameters
 from redraft.errors import UserError
 from redraft.evaluate.speed import BenchConfig, Prompt, bench
 from redraft.export import EXPORTERS
-from redraft.loading import tokenizer_hash
 from redraft.pipeline.config import AdaptConfig, claim_run
 from redraft.pipeline.models import OpenDraft, open_draft, open_target, refuse_overlap, split_prompts
+from redraft.pipeline.stages import Say, build_features, half, run_training, save_trained
 from redraft.progress import progress_bar
 from redraft.report.page import build_report
 from redraft.sampling import Sampler
@@ -34,8 +34,6 @@ from redraft.target import Target
 from redraft.teacher.features import FeatureStore, anchors
 from redraft.teacher.simulate import row_alphas
 from redraft.train.loop import Trainer, TrainResult
-
-Say = Callable[[str], None]
 
 
 class AdaptRun:
@@ -129,8 +127,10 @@ class AdaptRun:
         if path.exists():
             return read_manifest(path)
         rows = [r for r in read_rows(source) if anchors(r)]
+        scorer = SCORERS.get(c.scorer)()
+        if "alpha_of" in scorer.needs:
+            self.features("features", rows)
         with self.ledger.stage("select") as entry:
-            scorer = SCORERS.get(c.scorer)()
             context = self._scoring_context(scorer.needs)
             scores = score_rows(scorer, rows, context)
             manifest = select(
@@ -163,67 +163,33 @@ class AdaptRun:
         )
 
     def _alpha_of(self, rows: Sequence[Row]) -> list[float]:
-        self.features("features", rows)
         return row_alphas(self.stale.draft.to(self.target.device), self.target, rows, self.store)
 
     def features(self, name: str, rows: Sequence[Row]) -> None:
         """Build what is missing of the features of ``rows``."""
-        total = sum(len(r.prompt_ids) + len(r.response_ids) for r in rows)
-        if all(r.key in self.store.index for r in rows if anchors(r)):
-            return
-        with self.ledger.stage(name) as entry, progress_bar(name, total, "tokens") as progress:
-            tokens = self.store.build(self.target, rows, progress=lambda done: progress.update(done))
-            flops = provenance.forward_flops(self.target.parameters_per_token, tokens)
-            entry.add(tokens=tokens, flops=flops, formula=provenance.FORWARD_FORMULA)
+        build_features(name, self.store, self.target, rows, self.ledger)
 
     def train(self) -> TrainResult | None:
-        """Train what the method names; save the private part (or the whole draft) and the merged draft."""
+        """Train what the method names; save the private part (if it is one) and the merged draft."""
         c, done = self.config, self.folder / "train.json"
         if done.exists():
             return TrainResult(**json.loads(done.read_text()))
         rows = self.select().apply([r for r in read_rows(self.folder / "responses.jsonl") if anchors(r)])
         heldout = [r for r in read_rows(self.folder / "heldout.jsonl") if anchors(r)]
-        draft, names = prepare(self.stale.draft, c.method, c.private_width, c.seed)
+        draft, names = prepare(copy.deepcopy(self.stale.draft), c.method, c.private_width, c.seed)
         result = None
         if names:
             self.features("features", rows)
             self.features("features held-out", heldout)
             trainer = Trainer(draft, self.target, self.store, rows, heldout, c.train_config(), self.folder / "train")
-            result = self._run(trainer, draft, names)
+            result = run_training(trainer, self.ledger, self.say)
             draft = trainer.draft
-        self._save(draft, names)
+        save_trained(self.folder, draft, names, self.stale, c.method, self.target, c.seed)
+        share, total = trained_parameters(draft, c.method), sum(p.numel() for p in draft.parameters())
+        self.say(f"saved: {share:,} trained of {total:,} parameters in {self.folder / 'merged'}")
         if result:
             atomic_write_json(done, asdict(result))
         return result
-
-    def _run(self, trainer: Trainer, draft: Eagle3Draft, names: list[str]) -> TrainResult:
-        per_epoch = sum(anchors(r) for r in trainer.rows)
-        with self.ledger.stage("train") as entry:
-            with progress_bar("train", round(per_epoch * trainer.config.epochs), "tokens") as progress:
-                result = trainer.run(progress)
-            trained = sum(p.numel() for n, p in draft.named_parameters() if n in set(names))
-            steps = result.anchors * trainer.config.unroll
-            flops = provenance.train_flops(trained, steps, draft.parameters_per_token - trained)
-            entry.add(tokens=result.anchors, flops=flops, formula=f"({provenance.TRAIN_FORMULA}) * unroll")
-        why = "stopped early" if result.stopped_early else "whole budget"
-        self.say(f"train: held-out tau {result.start_tau:.3f} -> {result.best_tau:.3f} in {result.steps} steps ({why})")
-        return result
-
-    def _save(self, draft: Eagle3Draft, names: list[str]) -> None:
-        """Only what was trained goes into the private part, so that one shared draft serves many targets."""
-        draft = draft.to(next(iter(self.stale.draft.parameters())).dtype)
-        meta = {
-            "method": self.config.method,
-            "target": {"name": self.target.name, "hash": self.target.content_hash()},
-            "tokenizer_hash": tokenizer_hash(self.target.tokenizer),
-            "provenance": provenance.collect(seed=self.config.seed, device=self.config.device),
-        }
-        share = trained_parameters(draft, self.config.method)
-        if names and METHODS[self.config.method].groups != METHODS["full"].groups:
-            save_private(self.folder / "private", half(draft), names, self.stale.base_hash, meta)
-        save_draft(self.folder / "merged", half(merge_private(draft)), meta)
-        total = sum(p.numel() for p in draft.parameters())
-        self.say(f"saved: {share:,} trained of {total:,} parameters in {self.folder / 'merged'}")
 
     @cached_property
     def aligned(self) -> Eagle3Draft:
@@ -275,15 +241,6 @@ class AdaptRun:
             curve=curve if curve.exists() else None,
             ledger=self.folder / "ledger.json",
         )
-
-
-def half(draft: Eagle3Draft) -> Eagle3Draft:
-    """The draft in bfloat16, the type that it is stored and served in."""
-    import copy
-
-    import torch
-
-    return copy.deepcopy(draft).to(torch.bfloat16)
 
 
 def bench_targets(target: Target, config: AdaptConfig) -> dict[str, Target]:

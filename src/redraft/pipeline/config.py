@@ -41,7 +41,9 @@ class AdaptConfig(BaseModel):
     temperatures: tuple[float, ...] = Field((0.0,), description="sampling temperatures of regeneration")
     top_p: float = Field(1.0, description="nucleus of sampled regeneration")
     max_new_tokens: int = Field(256, gt=1, description="longest response")
-    server: str | None = Field(None, description="OpenAI-compatible server to regenerate with, e.g. http://127.0.0.1:8000")
+    server: str | None = Field(
+        None, description="OpenAI-compatible server to regenerate with, e.g. http://127.0.0.1:8000"
+    )
     server_model: str | None = Field(None, description="model name on that server")
     batch_size: int = Field(64, gt=0, description="sequences decoded together when regenerating in-process")
     heldout_prompts: int = Field(24, gt=0, description="prompts kept back for early stopping")

@@ -49,7 +49,7 @@ def embedded_prompts(out: Path, train: int, evaluation: int) -> tuple[Path, Path
     return paths
 
 
-def quickstart_config(out: Path, train: int = 448, evaluation: int = 24) -> AdaptConfig:
+def quickstart_config(out: Path, train: int = 344, evaluation: int = 16) -> AdaptConfig:
     """The settings of the quickstart's adaptation."""
     prompts, measured = embedded_prompts(out, train, evaluation)
     return parse_config(
@@ -63,6 +63,8 @@ def quickstart_config(out: Path, train: int = 448, evaluation: int = 24) -> Adap
             "max_new_tokens": 160,
             "bench_tokens": 128,
             "bench_prompts": evaluation,
+            "gamma": 3,
+            "train": {"epochs": 8, "batch_anchors": 768, "learning_rate": 2e-3, "evaluate_every": 40},
             "exports": ("vllm", "plain"),
         }
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
 from redraft.errors import UserError
 from redraft.evaluate.speed import tau_interval
 from redraft.loading import tokenizer_hash
-from redraft.progress import progress_bar
+from redraft.pipeline.stages import Say, build_features, half, run_training
 from redraft.target import Target
 from redraft.teacher.features import FeatureStore, anchors
 from redraft.teacher.simulate import simulate_greedy_chain
@@ -56,7 +56,7 @@ def train_from_nothing(
     vocabulary_size: int,
     config: TrainConfig,
     heldout: int = 40,
-    say: Callable[[str], None] = print,
+    say: Say = print,
 ) -> dict[str, Any]:
     """Train and save a draft in ``out``/draft; returns what its record says. Resumable.
 
@@ -71,17 +71,9 @@ def train_from_nothing(
     draft = fresh_draft(target, vocabulary, config.seed)
     store = FeatureStore(out / "features", {"target": target.content_hash(), "taps": list(target.taps)})
     ledger = provenance.Ledger.load(out / "ledger.json")
-    total = sum(len(r.prompt_ids) + len(r.response_ids) for r in [*kept, *train])
-    with ledger.stage("features") as entry, progress_bar("features", total, "tokens") as progress:
-        tokens = store.build(target, [*kept, *train], 2048, lambda done: progress.update(done))
-        flops = provenance.forward_flops(target.parameters_per_token, tokens)
-        entry.add(tokens=tokens, flops=flops, formula=provenance.FORWARD_FORMULA)
+    build_features("features", store, target, [*kept, *train], ledger)
     trainer = Trainer(draft, target, store, train, kept, config, out / "train")
-    budget = round(sum(map(anchors, train)) * config.epochs)
-    with ledger.stage("train") as entry, progress_bar("train", budget, "tokens") as progress:
-        result = trainer.run(progress)
-        flops = provenance.train_flops(draft.parameters_per_token, result.anchors * config.unroll)
-        entry.add(tokens=result.anchors, flops=flops, formula=f"({provenance.TRAIN_FORMULA}) * unroll")
+    run_training(trainer, ledger, say)
     return save_general(trainer.draft, target, kept, store, out / "draft", config.gamma, {"coverage": covered})
 
 
@@ -95,8 +87,8 @@ def save_general(
     extra: dict[str, Any],
 ) -> dict[str, Any]:
     """Save a draft in bfloat16 with the held-out acceptance that later probes take as their reference."""
-    draft = draft.to(torch.bfloat16)
-    accepted = simulate_greedy_chain(draft.float(), target, heldout, store, gamma)
+    stored = half(draft)
+    accepted = simulate_greedy_chain(half(draft).float(), target, heldout, store, gamma)
     tau = tau_interval(accepted, {r.key: anchors(r) for r in heldout})
     record = {"tau": tau, "gamma": gamma, "sampler": "greedy, chain", "prompts": len(heldout), **extra}
     meta = {
@@ -106,5 +98,5 @@ def save_general(
         "heldout": record,
         "provenance": provenance.collect(seed=0, device=str(target.device)),
     }
-    save_draft(folder, draft.to(torch.bfloat16), meta)
+    save_draft(folder, stored, meta)
     return record

@@ -43,8 +43,6 @@ from redraft.target import Target
 from redraft.teacher.features import FeatureStore, anchors
 from redraft.teacher.simulate import row_alphas
 
-Say = Callable[[str], None]
-
 
 @dataclass(frozen=True)
 class TargetSpec:

@@ -6,23 +6,17 @@ import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-
 from redraft import provenance
-from redraft.artifact import atomic_write_json, save_draft, save_private
+from redraft.artifact import atomic_write_json
 from redraft.data.store import Row, read_rows
-from redraft.drafts.eagle3 import Eagle3Draft
-from redraft.drafts.experts import merge_private
-from redraft.drafts.groups import METHODS, method, prepare
+from redraft.drafts.groups import method, prepare
 from redraft.errors import UserError
-from redraft.loading import tokenizer_hash
 from redraft.losses import LOSSES
-from redraft.pipeline.models import OpenDraft, open_draft
+from redraft.pipeline.models import open_draft
 from redraft.pipeline.stage1 import split_rows, train_from_nothing
-from redraft.pipeline.steps import Say, TargetSpec
-from redraft.progress import progress_bar
+from redraft.pipeline.stages import Say, build_features, run_training, save_trained
+from redraft.pipeline.steps import TargetSpec
 from redraft.select.manifest import read_manifest
-from redraft.target import Target
 from redraft.teacher.features import FeatureStore, anchors
 from redraft.train.loop import TrainConfig, Trainer, TrainResult
 
@@ -97,43 +91,10 @@ def train_old(
     trained, names = prepare(copy.deepcopy(opened.draft), method_name, private_width, config.seed)
     store = FeatureStore(out / "features", {"target": target.content_hash(), "taps": list(target.taps)})
     ledger = provenance.Ledger.load(out / "ledger.json")
-    total = sum(len(row.prompt_ids) + len(row.response_ids) for row in [*rows, *heldout])
-    with ledger.stage("features") as entry, progress_bar("features", total) as progress:
-        tokens = store.build(target, [*rows, *heldout], progress=progress.update)
-        flops = provenance.forward_flops(target.parameters_per_token, tokens)
-        entry.add(tokens=tokens, flops=flops, formula=provenance.FORWARD_FORMULA)
+    build_features("features", store, target, [*rows, *heldout], ledger)
     trainer = Trainer(trained, target, store, rows, heldout, config, out / "train")
-    with ledger.stage("train") as entry:
-        with progress_bar("train", round(sum(map(anchors, trainer.rows)) * config.epochs)) as progress:
-            result = trainer.run(progress)
-        count = sum(parameter.numel() for name, parameter in trained.named_parameters() if name in set(names))
-        steps = result.anchors * config.unroll
-        flops = provenance.train_flops(count, steps, trained.parameters_per_token - count)
-        entry.add(tokens=result.anchors, flops=flops, formula=f"({provenance.TRAIN_FORMULA}) * unroll")
-    _save_trained(out, trainer.draft, names, opened, method_name, target, spec, config)
+    result = run_training(trainer, ledger, say)
+    save_trained(out, trainer.draft, names, opened, method_name, target, config.seed)
     atomic_write_json(out / "train.json", asdict(result))
-    say(f"held-out tau {result.start_tau:.3f} -> {result.best_tau:.3f} in {result.steps} steps")
     say(f"draft: {out / 'merged'}")
     return result
-
-
-def _save_trained(
-    out: Path,
-    draft: Eagle3Draft,
-    names: list[str],
-    base: OpenDraft,
-    method_name: str,
-    target: Target,
-    spec: TargetSpec,
-    config: TrainConfig,
-) -> None:
-    meta = {
-        "method": method_name,
-        "target": {"name": target.name, "hash": target.content_hash()},
-        "tokenizer_hash": tokenizer_hash(target.tokenizer),
-        "provenance": provenance.collect(seed=config.seed, device=spec.device),
-    }
-    stored = copy.deepcopy(draft).to(torch.bfloat16)
-    if METHODS[method_name].groups != METHODS["full"].groups:
-        save_private(out / "private", stored, names, base.base_hash, meta)
-    save_draft(out / "merged", merge_private(stored), meta)

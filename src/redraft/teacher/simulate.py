@@ -60,7 +60,7 @@ def simulate_greedy_chain(
     rows: Sequence[Row],
     store: FeatureStore,
     gamma: int,
-    batch_anchors: int = 2048,
+    batch_anchors: int = 1024,
 ) -> dict[str, list[int]]:
     """Accepted draft tokens of every round, by row key. ``rows`` must hold greedy responses of this target."""
     accepted: dict[str, list[int]] = {}
@@ -82,7 +82,7 @@ def tau_of(accepted: dict[str, list[int]], rows: Sequence[Row]) -> float:
 
 @torch.inference_mode()
 def row_alphas(
-    draft: Eagle3Draft, target: Target, rows: Sequence[Row], store: FeatureStore, batch_anchors: int = 1024
+    draft: Eagle3Draft, target: Target, rows: Sequence[Row], store: FeatureStore, batch_anchors: int = 256
 ) -> list[float]:
     """alpha of the first drafted position, averaged over each row's anchors, in the order of ``rows``.
 

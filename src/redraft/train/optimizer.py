@@ -61,9 +61,7 @@ def make_optimizers(named: Iterable[tuple[str, nn.Parameter]], kind: str, weight
     others = [p for p in names if not any(p is m for m in matrices)]
     parts: list[torch.optim.Optimizer] = []
     if matrices:
-        parts.append(
-            torch.optim.Muon(matrices, lr=0.0, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-        )
+        parts.append(torch.optim.Muon(matrices, lr=0.0, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
     if others:
         parts.append(torch.optim.AdamW(others, lr=0.0, betas=(0.9, 0.95), weight_decay=weight_decay))
     return Optimizers(parts, names)

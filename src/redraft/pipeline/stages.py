@@ -1,0 +1,73 @@
+"""Stages that more than one job has: features, a training run with its ledger entry, saving what was trained."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from redraft import provenance
+from redraft.artifact import save_draft, save_private
+from redraft.data.store import Row
+from redraft.drafts.eagle3 import Eagle3Draft
+from redraft.drafts.experts import merge_private
+from redraft.drafts.groups import METHODS
+from redraft.loading import tokenizer_hash
+from redraft.pipeline.models import OpenDraft
+from redraft.progress import progress_bar
+from redraft.target import Target
+from redraft.teacher.features import FeatureStore, anchors
+from redraft.train.loop import Trainer, TrainResult
+
+Say = Callable[[str], None]
+
+
+def build_features(
+    name: str, store: FeatureStore, target: Target, rows: Sequence[Row], ledger: provenance.Ledger
+) -> None:
+    """Compute the features of ``rows`` that are missing, as the ledger's stage ``name``. Raises ``UserError``."""
+    if all(row.key in store.index for row in rows if anchors(row)):
+        return
+    total = sum(len(row.prompt_ids) + len(row.response_ids) for row in rows)
+    with ledger.stage(name) as entry, progress_bar(name, total) as progress:
+        tokens = store.build(target, rows, progress=progress.update)
+        flops = provenance.forward_flops(target.parameters_per_token, tokens)
+        entry.add(tokens, flops, provenance.FORWARD_FORMULA)
+
+
+def run_training(trainer: Trainer, ledger: provenance.Ledger, say: Say) -> TrainResult:
+    """Train to the end as the ledger's stage ``train``. Raises ``UserError``."""
+    budget = round(sum(map(anchors, trainer.rows)) * trainer.config.epochs)
+    with ledger.stage("train") as entry:
+        with progress_bar("train", budget) as progress:
+            result = trainer.run(progress)
+        trained = sum(parameter.numel() for _, parameter in trainer.trained)
+        steps = result.anchors * trainer.config.unroll
+        flops = provenance.train_flops(trained, steps, trainer.draft.parameters_per_token - trained)
+        entry.add(result.anchors, flops, f"({provenance.TRAIN_FORMULA}) * unroll")
+    why = "stopped early" if result.stopped_early else "whole budget"
+    say(f"train: held-out tau {result.start_tau:.3f} -> {result.best_tau:.3f} in {result.steps} steps ({why})")
+    return result
+
+
+def save_trained(
+    folder: Path, draft: Eagle3Draft, names: Sequence[str], base: OpenDraft, method: str, target: Target, seed: int
+) -> None:
+    """``folder``/private with only what was trained (not for ``full``), and ``folder``/merged, the dense whole."""
+    meta = {
+        "method": method,
+        "target": {"name": target.name, "hash": target.content_hash()},
+        "tokenizer_hash": tokenizer_hash(target.tokenizer),
+        "provenance": provenance.collect(seed=seed, device=str(target.device)),
+    }
+    stored = half(draft)
+    if names and METHODS[method].groups != METHODS["full"].groups:
+        save_private(folder / "private", stored, names, base.base_hash, meta)
+    save_draft(folder / "merged", merge_private(stored), meta)
+
+
+def half(draft: Eagle3Draft) -> Eagle3Draft:
+    """A copy in bfloat16, the type that drafts are stored and served in."""
+    return copy.deepcopy(draft).to(torch.bfloat16)
