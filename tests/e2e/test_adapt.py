@@ -16,8 +16,6 @@ from safetensors.torch import load_file
 
 from redraft.data.store import read_rows
 
-pytestmark = pytest.mark.e2e
-
 
 def command(world: Path, out: Path) -> list[str]:
     arguments = {
