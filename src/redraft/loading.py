@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from redraft.artifact import atomic_folder, read_json
+from redraft.artifact import atomic_folder, read_json, read_tensors
 from redraft.errors import UserError
 from redraft.target import Target
 
@@ -116,7 +116,9 @@ def locate(spec: str) -> dict[str, Any]:
         raise UserError(
             f"{spec} does not exist; name a model folder, a hub id or {EMBEDDED_PREFIX}{next(iter(EMBEDDED))}"
         )
-    return {"pretrained_model_name_or_path": spec, "local_files_only": not _on_hub(spec)}
+    if _on_hub(spec):
+        return {"pretrained_model_name_or_path": spec, "local_files_only": False}
+    return {"pretrained_model_name_or_path": _hub_cached(spec), "local_files_only": True}
 
 
 def _like_hub_id(spec: str) -> bool:
@@ -152,6 +154,21 @@ def _on_hub(spec: str) -> bool:
     except Exception:  # every HTTP library has its own family of connection errors
         return False
     return True
+
+
+def _hub_cached(spec: str) -> str:
+    """The folder of a model in the local hub cache.
+
+    Handing the id on with ``local_files_only`` would not do: transformers still asks the hub for an adapter then.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(spec, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{spec} is no folder here, not in the local hub cache, and no hub can be reached; name a model folder"
+        ) from error
 
 
 def _embedded_checkpoint(spec: str) -> Path:
@@ -205,7 +222,7 @@ def _load_model(place: dict[str, Any], spec: str, dtype: torch.dtype) -> Any:
     try:
         model, report = AutoModelForCausalLM.from_pretrained(**place, dtype=dtype, output_loading_info=True)
     except OSError as error:
-        raise UserError(_unreadable(place, spec, error)) from error
+        raise UserError(f"{spec} cannot be loaded: {_first_line(error)}") from error
     except (ValueError, KeyError) as error:
         reason = _first_line(error)
         if "AutoModelForCausalLM" in str(error):
@@ -234,15 +251,33 @@ def _merge(model: Any, adapter: str) -> Any:
     folder = Path(adapter).expanduser()
     if folder.is_dir() and not (folder / ADAPTER_FILE).is_file():
         raise UserError(f"{adapter} holds no {ADAPTER_FILE}; name the folder of a PEFT adapter")
-    if not folder.is_dir():
-        if folder.exists() or not _like_hub_id(adapter):
-            raise UserError(f"the adapter {adapter} does not exist; name the folder of a PEFT adapter or a hub id")
-        if not _on_hub(adapter):
-            raise UserError(f"{adapter} is no folder here, and no hub can be reached to fetch it as an adapter")
+    if not folder.is_dir() and (folder.exists() or not _like_hub_id(adapter)):
+        raise UserError(f"the adapter {adapter} does not exist; name the folder of a PEFT adapter or a hub id")
+    place = str(folder) if folder.is_dir() else adapter if _on_hub(adapter) else _hub_cached(adapter)
     try:
-        return PeftModel.from_pretrained(model, str(folder) if folder.is_dir() else adapter).merge_and_unload()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            joined = PeftModel.from_pretrained(model, place)
     except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
         raise UserError(f"the adapter {adapter} does not fit its base model: {_first_line(error)}") from error
+    # PEFT leaves what the file lacks at its starting value and only warns
+    if any("missing adapter keys" in str(warning.message).lower() for warning in caught):
+        raise UserError(f"the adapter {adapter} lacks tensors for its base model; is it whole, and is this its base?")
+    _refuse_strangers(joined, Path(place), adapter)
+    return joined.merge_and_unload()
+
+
+def _refuse_strangers(joined: Any, folder: Path, adapter: str) -> None:
+    """PEFT drops LoRA tensors that have no place in the model without a word: the adapter is another model's then."""
+    from peft import get_peft_model_state_dict
+
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        return
+    known = get_peft_model_state_dict(joined, save_embedding_layers=False)
+    extra = sorted(name for name in read_tensors(file) if ".lora_" in name and name not in known)
+    if extra:
+        raise UserError(f"the adapter {adapter} has {len(extra)} tensors that its base model lacks, first {extra[0]}")
 
 
 def _load_tokenizer(adapter: str | None, place: dict[str, Any], spec: str) -> Any:
@@ -262,12 +297,6 @@ def _to_device(model: Any, device: str | torch.device) -> Any:
         return model.to(device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"the device {device} cannot be used: {_first_line(error)}") from error
-
-
-def _unreadable(place: dict[str, Any], spec: str, error: Exception) -> str:
-    if place["local_files_only"] and place["pretrained_model_name_or_path"] == spec and not Path(spec).exists():
-        return f"{spec} is no folder here, not in the local hub cache, and no hub can be reached; name a model folder"
-    return f"{spec} cannot be loaded: {_first_line(error)}"
 
 
 def _first_line(error: BaseException) -> str:
