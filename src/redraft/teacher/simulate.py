@@ -62,7 +62,11 @@ def simulate_greedy_chain(
     gamma: int,
     batch_anchors: int = 1024,
 ) -> dict[str, list[int]]:
-    """Accepted draft tokens of every round, by row key. ``rows`` must hold greedy responses of this target."""
+    """Accepted draft tokens of every round, by row key. ``rows`` must hold greedy responses of this target.
+
+    Accepted tokens are counted up to the end of the response; verification may accept more behind an end token,
+    which nobody sees.
+    """
     accepted: dict[str, list[int]] = {}
     dtype = target.dtype
     for group in anchor_batches(rows, batch_anchors):
