@@ -115,9 +115,10 @@ class BenchResult(_Open):
 
 
 class Summary(_Open):
-    """The quickstart's summary; ``full`` may be absent when nothing was trained in full."""
+    """The quickstart's summary. ``tau_full_from`` says so when ``full`` was measured in another run."""
 
     tau: dict[str, float | None]
+    tau_full_from: str | None = None
     speedup: dict[str, float | None]
     trained_fraction_of_full: float | None = None
     minutes: float | None = None

@@ -226,7 +226,12 @@ def ledger_cells(stage: Stage) -> dict[str, str]:
 
 
 def recovery(summary: Summary) -> float | None:
-    """(aligned - stale) / (full - stale) of tau; none when one is missing or full gained nothing."""
+    """(aligned - stale) / (full - stale) of tau, from one run alone: figures of two runs are not paired.
+
+    None when one is missing, comes from elsewhere, or full gained nothing.
+    """
+    if summary.tau_full_from:
+        return None
     stale, aligned, full = (summary.tau.get(name) for name in ("stale", "aligned", "full"))
     if stale is None or aligned is None or full is None or full <= stale:
         return None
@@ -235,9 +240,13 @@ def recovery(summary: Summary) -> float | None:
 
 def _summary(summary: Summary) -> list[tuple[str, str]]:
     """The quickstart's own lines: recovery, trained share, minutes, and any note it carries."""
-    lines = [
-        ("acceptance length after training every weight", form.number(summary.tau.get("full"))),
-        ("share of that gain recovered", form.percent(recovery(summary))),
+    share = recovery(summary)
+    lines = [("acceptance length after training every weight", form.number(summary.tau.get("full")))]
+    if summary.tau_full_from:
+        lines.append(("where that comes from", summary.tau_full_from))
+    if share is not None:
+        lines.append(("share of that gain recovered", form.percent(share)))
+    lines += [
         ("trained parameters, of those that full training changes", form.percent(summary.trained_fraction_of_full, 1)),
         ("minutes from start to end", form.number(summary.minutes, 1)),
     ]

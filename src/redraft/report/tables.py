@@ -130,4 +130,5 @@ def _summary_caption(facts: Summary) -> str:
         parts.append(f"with {form.percent(facts.trained_fraction_of_full, 1)} of the parameters")
     if facts.minutes is not None:
         parts.append(f"in {form.number(facts.minutes, 1)} minutes")
-    return ", ".join(parts)
+    text = ", ".join(parts)
+    return f"{text}\nfull: {facts.tau_full_from}" if facts.tau_full_from else text
