@@ -19,7 +19,7 @@ WORDS = "one two three four five six seven eight nine ten apples pears boxes cos
 def world(tiny_target, tmp_path) -> Path:
     """A folder with ``target``, ``draft`` and ``prompts.jsonl`` (40 different prompts)."""
     folder = tmp_path / "world"
-    target = tiny_target("llama")
+    target = tiny_target("llama", taps=(1, 3, 5))
     target.save(folder / "target")
     meta = {
         "target": {"name": "tiny", "hash": target.content_hash()},

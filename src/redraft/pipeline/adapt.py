@@ -21,6 +21,7 @@ from redraft.drafts.groups import prepare, trained_parameters
 from redraft.errors import UserError
 from redraft.evaluate.speed import BenchConfig, Prompt, bench
 from redraft.export import EXPORTERS
+from redraft.export.base import check_taps
 from redraft.pipeline.config import AdaptConfig, claim_run
 from redraft.pipeline.models import OpenDraft, open_draft, open_target, refuse_overlap, split_prompts
 from redraft.pipeline.stages import Say, build_features, half, run_training, save_trained
@@ -79,7 +80,10 @@ class AdaptRun:
     # -- stages ------------------------------------------------------------------------------------------------
     def run(self) -> dict[str, Any]:
         """All stages; returns the benchmark's result."""
-        self.stale  # noqa: B018 - a draft that does not fit must be refused before anything is spent
+        # A draft that does not fit, or that no engine could load, must be refused before anything is spent.
+        taps = self.stale.draft.config.taps
+        if self.config.exports:
+            check_taps(taps)
         self.regenerate()
         self.select()
         self.train()

@@ -44,7 +44,7 @@ def feature_bytes(rows: Sequence[Row], target: Target) -> int:
 def length_batches(rows: Sequence[Row], batch_tokens: int) -> Iterator[list[Row]]:
     """Rows of similar length together, at most ``batch_tokens`` padded tokens a batch."""
     batch: list[Row] = []
-    for row in sorted(rows, key=lambda r: len(r.prompt_ids) + len(r.response_ids)):
+    for row in sorted(rows, key=lambda r: (len(r.prompt_ids) + len(r.response_ids), r.key)):
         longest = len(row.prompt_ids) + len(row.response_ids)
         if batch and (len(batch) + 1) * longest > batch_tokens:
             yield batch

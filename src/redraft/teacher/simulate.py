@@ -24,7 +24,7 @@ from redraft.teacher.unroll import Batch, collate, unroll
 def anchor_batches(rows: Sequence[Row], batch_anchors: int) -> Iterator[list[Row]]:
     """Rows of similar length together, at most ``batch_anchors`` supervised positions a batch."""
     batch: list[Row] = []
-    for row in sorted(rows, key=lambda r: len(r.prompt_ids) + len(r.response_ids)):
+    for row in sorted(rows, key=lambda r: (len(r.prompt_ids) + len(r.response_ids), r.key)):
         if not anchors(row):
             continue
         if batch and sum(anchors(r) for r in batch) + anchors(row) > batch_anchors:
