@@ -17,7 +17,10 @@ COUNT=${COUNT:-24}
 NEW_TOKENS=${NEW_TOKENS:-128}
 
 # shellcheck source=runs/embedded.env
-[ -f runs/embedded.env ] && . runs/embedded.env
+[ ! -f runs/embedded.env ] || . runs/embedded.env
+for name in TARGET STALE ALIGNED PROMPTS; do
+  [ -n "${!name:-}" ] || { echo "set $name (see the head of $0)" >&2; exit 2; }
+done
 
 "$PYTHON" runs/vllm_prepare.py --target "$TARGET" ${ADAPTER:+--adapter "$ADAPTER"} --stale "$STALE" \
   --aligned "$ALIGNED" --prompts "$PROMPTS" --count "$COUNT" --out "$OUT/vllm" \
