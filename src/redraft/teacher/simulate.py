@@ -22,9 +22,12 @@ from redraft.teacher.unroll import Batch, collate, unroll
 
 
 def anchor_batches(rows: Sequence[Row], batch_anchors: int) -> Iterator[list[Row]]:
-    """Rows of similar length together, at most ``batch_anchors`` supervised positions a batch."""
+    """Rows of similar length together, at most ``batch_anchors`` supervised positions a batch.
+
+    Rows of equal length keep the order they are given in.
+    """
     batch: list[Row] = []
-    for row in sorted(rows, key=lambda r: (len(r.prompt_ids) + len(r.response_ids), r.key)):
+    for row in sorted(rows, key=lambda r: len(r.prompt_ids) + len(r.response_ids)):
         if not anchors(row):
             continue
         if batch and sum(anchors(r) for r in batch) + anchors(row) > batch_anchors:
@@ -69,7 +72,7 @@ def simulate_greedy_chain(
     """
     accepted: dict[str, list[int]] = {}
     dtype = target.dtype
-    for group in anchor_batches(rows, batch_anchors):
+    for group in anchor_batches(sorted(rows, key=lambda r: r.key), batch_anchors):
         batch = collate(group, store, gamma).to(target.device)
         with torch.autocast(target.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
             runs = matches(draft, target, batch, gamma)
@@ -95,7 +98,7 @@ def row_alphas(
     """
     alphas = {row.key: 0.0 for row in rows}
     vocabulary = draft.vocabulary()
-    for group in anchor_batches(rows, batch_anchors):
+    for group in anchor_batches(sorted(rows, key=lambda r: r.key), batch_anchors):
         batch = collate(group, store, 1).to(target.device)
         with torch.autocast(target.device.type, torch.bfloat16, enabled=target.dtype == torch.bfloat16):
             states = next(unroll(draft, target.embedding, batch, 1))
