@@ -16,27 +16,16 @@ from pathlib import Path
 
 from redraft import provenance
 from redraft.artifact import atomic_write_json
-from redraft.data.generate import Request, generate
-from redraft.data.store import Row, read_rows
+from redraft.data.store import read_rows
 from redraft.drafts.groups import METHODS, prepare, trained_parameters
 from redraft.evaluate.speed import tau_interval
 from redraft.evaluate.statistics import paired_difference, paired_recovery
 from redraft.pipeline.adapt import AdaptRun, template_prompts
+from redraft.pipeline.probe import greedy_rows
 from redraft.pipeline.quickstart import quickstart_config
-from redraft.sampling import Sampler
 from redraft.teacher.features import anchors
 from redraft.teacher.simulate import simulate_greedy_chain
 from redraft.train.loop import Trainer
-
-
-def evaluation_rows(run: AdaptRun, prompts: int) -> list[Row]:
-    """Greedy answers of the target to the evaluation prompts."""
-    asked = template_prompts(run.prompts[2][:prompts], run.target, run.config.bench_tokens)
-    rows = [
-        Row(c.request.key, list(c.request.prompt_ids), c.response_ids, 0.0, 0, 1.0, 0, c.finish_reason, "")
-        for c in generate(run.target, [Request(p.id, p.ids, Sampler()) for p in asked], run.config.bench_tokens)
-    ]
-    return [row for row in rows if anchors(row)]
 
 
 def main() -> None:
@@ -50,7 +39,8 @@ def main() -> None:
 
     run = AdaptRun(quickstart_config(options.quickstart))
     stale = run.stale.draft
-    measured = evaluation_rows(run, 10_000)
+    asked = template_prompts(run.prompts[2], run.target, run.config.bench_tokens)
+    measured = greedy_rows(run.target, asked, run.config.bench_tokens)
     rows = run.select().apply([r for r in read_rows(run.folder / "responses.jsonl") if anchors(r)])
     heldout = [r for r in read_rows(run.folder / "heldout.jsonl") if anchors(r)]
     for name, part in (("features", rows), ("features held-out", heldout), ("features evaluation", measured)):

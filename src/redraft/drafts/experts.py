@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from redraft.drafts.layers import GatedMLP
 
@@ -88,7 +88,3 @@ def merge_private(draft: Eagle3Draft) -> Eagle3Draft:
 def is_private(name: str) -> bool:
     """Whether a tensor of a draft's state belongs to its private expert."""
     return ".private." in name
-
-
-def private_module(draft: Eagle3Draft) -> nn.Module | None:
-    return draft.midlayer.mlp.private

@@ -115,7 +115,7 @@ class AdaptRun:
                 c.max_new_tokens,
                 c.seed,
                 target.content_hash(),
-                lambda done, **fields: progress.update(done, **fields),
+                progress.update,
                 eos_ids=target.eos_ids,
                 context=target.context,
             )

@@ -67,6 +67,21 @@ def _interval(value: dict[str, float]) -> str:
     return f"{value['value']:.2f} [{value['low']:.2f}, {value['high']:.2f}]"
 
 
+def greedy_rows(
+    target: Target, prompts: Sequence[Prompt], max_new_tokens: int, progress: Callable[..., None] | None = None
+) -> list[Row]:
+    """The target's greedy answers, those left out that have no position to be measured at."""
+    requests = [Request(p.id, p.ids, Sampler()) for p in prompts]
+    rows, tokens = [], 0
+    for done in generate(target, requests, max_new_tokens):
+        row = (done.request.key, list(done.request.prompt_ids), done.response_ids)
+        rows.append(Row(*row, 0.0, 0, 1.0, 0, done.finish_reason, ""))
+        tokens += len(done.response_ids)
+        if progress:
+            progress(len(rows), tokens=tokens)
+    return [row for row in rows if anchors(row)]
+
+
 def acceptance(
     target: Target,
     draft: Eagle3Draft,
@@ -80,15 +95,7 @@ def acceptance(
     Raises ``UserError`` when no answer has two tokens.
     """
     target.tap(draft.config.taps)
-    requests = [Request(p.id, p.ids, Sampler()) for p in prompts]
-    rows, tokens = [], 0
-    for done in generate(target, requests, max_new_tokens):
-        row = (done.request.key, list(done.request.prompt_ids), done.response_ids)
-        rows.append(Row(*row, 0.0, 0, 1.0, 0, done.finish_reason, ""))
-        tokens += len(done.response_ids)
-        if progress:
-            progress(len(rows), tokens=tokens)
-    rows = [row for row in rows if anchors(row)]
+    rows = greedy_rows(target, prompts, max_new_tokens, progress)
     if not rows:
         raise UserError("the target ends every answer at once; check its chat template and end token")
     folder = Path(tempfile.mkdtemp(prefix="redraft-probe-"))

@@ -102,7 +102,7 @@ def run_probe(run: AdaptRun, prompts: int = 16) -> ProbeResult:
             config.gamma,
             config.max_new_tokens,
             base,
-            progress=lambda done, **fields: progress.update(done, **fields),
+            progress=progress.update,
         )
 
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from redraft.data.store import Row
 from redraft.drafts.eagle3 import Eagle3Draft
 from redraft.errors import UserError
 from redraft.losses import LOSSES
+from redraft.progress import Progress
 from redraft.target import Target
 from redraft.teacher.features import FeatureStore, anchors
 from redraft.teacher.simulate import anchor_batches, simulate_greedy_chain, tau_of
@@ -46,12 +47,6 @@ class TrainConfig:
     evaluate_every: int = 25
     patience: int = 6
     seed: int = 0
-
-
-class Reporter(Protocol):
-    """What the loop tells the outside; the command line shows it as a progress bar."""
-
-    def update(self, done: int, **fields: Any) -> None: ...
 
 
 @dataclass
@@ -142,7 +137,7 @@ class Trainer:
         return tau_of(accepted, self.heldout)
 
     # -- the loop ----------------------------------------------------------------------------------------------
-    def run(self, reporter: Reporter | None = None) -> TrainResult:
+    def run(self, reporter: Progress | None = None) -> TrainResult:
         """Train to the end of the budget or until held-out tau has not risen for ``patience`` evaluations.
 
         On return the draft holds the weights of the best evaluation. A killed run, started again with the same
@@ -174,7 +169,7 @@ class Trainer:
     def exhausted(self, state: dict[str, Any]) -> bool:
         return state["step"] - state["best_step"] >= self.config.patience * self.config.evaluate_every
 
-    def segment(self, optimizers: Optimizers, state: dict[str, Any], reporter: Reporter | None, began: float) -> None:
+    def segment(self, optimizers: Optimizers, state: dict[str, Any], reporter: Progress | None, began: float) -> None:
         """Steps up to the next evaluation, the evaluation, and a checkpoint."""
         config, losses = self.config, []
         end = min(self.total_steps, state["step"] + config.evaluate_every)
