@@ -95,8 +95,9 @@ def train(
     draft: Annotated[str | None, typer.Option(help="The old draft: folder in any format, or hub id.")] = None,
     from_nothing: Annotated[bool, typer.Option("--from-nothing", help="Train a new draft instead.")] = False,
     vocabulary: Annotated[int, typer.Option(min=1, help="Draft vocabulary of a new draft.")] = 8192,
-    method: Annotated[str, typer.Option(help="Which parameters of an old draft are trained: {methods}.")] = "eda+fc",
-    private_width: Annotated[int, typer.Option(min=1, help="Inner width of the private expert.")] = 768,
+    method: Annotated[str, typer.Option(help="What of an old draft is trained: {methods}.")] = "eda+fc+rows",
+    private_width: Annotated[int, typer.Option(min=1, help="Inner width of the private expert.")] = 512,
+    private_rows: Annotated[int, typer.Option(min=1, help="Most private rows of the head.")] = 1024,
     selection: Annotated[Path | None, typer.Option(help="Manifest of redraft select: train on what it keeps.")] = None,
     heldout: Annotated[int, typer.Option(min=1, help="Greedy responses kept back: training stops on their tau.")] = 40,
     heldout_responses: Annotated[Path | None, typer.Option(help="Held-out responses in a file of their own.")] = None,
@@ -114,6 +115,7 @@ def train(
     seed: Seed = 0,
 ) -> None:
     """Train a small part of an old draft, or a new draft, on the target's own responses. A stopped run goes on."""
+    from redraft.drafts.groups import PrivateSize
     from redraft.pipeline.steps import TargetSpec
     from redraft.pipeline.training import TrainData, train_new, train_old
     from redraft.train.loop import TrainConfig
@@ -126,7 +128,7 @@ def train(
     if from_nothing and draft is None:
         train_new(spec, data, out, vocabulary, TrainConfig(**values), say)
     elif draft is not None and not from_nothing:
-        train_old(spec, draft, data, out, TrainConfig(**values), method, private_width, say)
+        train_old(spec, draft, data, out, TrainConfig(**values), method, PrivateSize(private_width, private_rows), say)
     else:
         raise UserError("give either --draft, the old draft to adapt, or --from-nothing for a new one")
 
@@ -164,6 +166,7 @@ def adapt(
     ] = None,
     method: Annotated[str | None, typer.Option(help="Which parameters are trained: {methods}.")] = None,
     private_width: Annotated[int | None, typer.Option(help="Inner width of the private expert.")] = None,
+    private_rows: Annotated[int | None, typer.Option(help="Most private rows of the head.")] = None,
     loss: Annotated[str | None, typer.Option(help="Training loss: {losses}.")] = None,
     scorer: Annotated[str | None, typer.Option(help="How samples are scored: {scorers}.")] = None,
     budget: Annotated[str | None, typer.Option(help='What selection keeps: "25%", "400" or "60k tokens".')] = None,
@@ -172,7 +175,9 @@ def adapt(
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest response.")] = None,
     server: Annotated[str | None, typer.Option(help="OpenAI-compatible server to regenerate with.")] = None,
     server_model: Annotated[str | None, typer.Option(help="The target's name on that server.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Sequences decoded together in this process.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Sequences decoded together, or requests under way at --server.")
+    ] = None,
     heldout_prompts: Annotated[int | None, typer.Option(help="Prompts kept back for early stopping.")] = None,
     bench_prompts: Annotated[int | None, typer.Option(help="Prompts of the final benchmark.")] = None,
     bench_tokens: Annotated[int | None, typer.Option(help="Longest answer in the benchmark.")] = None,

@@ -53,7 +53,9 @@ def regenerate(
     top_p: Annotated[float, typer.Option(help="Nucleus of sampled answers.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Likeliest tokens to sample from; 0 is all.")] = 0,
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Longest answer.")] = 256,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences decoded together in this process.")] = 64,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Sequences decoded together, or requests under way at --server.")
+    ] = 64,
     server: Annotated[str | None, typer.Option(help="OpenAI-compatible server that serves the target.")] = None,
     server_model: Annotated[str | None, typer.Option(help="The target's name on that server.")] = None,
     adapter: Adapter = None,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from redraft.artifact import FAMILIES
-from redraft.drafts.experts import SharedPrivateMLP
+from redraft.drafts.experts import SharedPrivateHead, SharedPrivateMLP
 from redraft.drafts.layers import Attend, Attention, RMSNorm, Rotary
 from redraft.errors import UserError
 
@@ -45,6 +45,7 @@ class Eagle3Config:
     norm_output: bool = False
     own_embedding: bool = False
     private_width: int = 0
+    private_rows: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "taps": list(self.taps)}
@@ -119,7 +120,7 @@ class Eagle3Draft(nn.Module):
         )
         self.midlayer = Eagle3Layer(config)
         self.norm = RMSNorm(hidden, eps=config.rms_norm_eps)
-        self.lm_head = nn.Linear(hidden, config.draft_vocab_size, bias=False)
+        self.lm_head = SharedPrivateHead(hidden, config.draft_vocab_size, config.private_rows)
         self.embed_tokens = nn.Embedding(config.target_vocab_size, hidden) if config.own_embedding else None
         if config.draft_vocab_size < config.target_vocab_size:
             self.set_vocabulary(torch.arange(config.draft_vocab_size) if vocabulary is None else vocabulary)

@@ -6,10 +6,11 @@ same data and meet the same budget, so that they can be compared.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from redraft.drafts.eagle3 import Eagle3Draft
-from redraft.drafts.experts import attach_private
+from redraft.drafts.experts import attach_private, attach_rows, frequent_ids
 from redraft.errors import UserError
 
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -23,7 +24,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "attention": ("midlayer.self_attn.",),
     "shared": ("midlayer.mlp.gate_proj.", "midlayer.mlp.up_proj.", "midlayer.mlp.down_proj."),
-    "head": ("lm_head.",),
+    "head": ("lm_head.weight",),
+    "rows": ("lm_head.private.",),
     "embed": ("embed_tokens.",),
 }
 
@@ -39,12 +41,20 @@ class Method:
     def private(self) -> bool:
         return "private" in self.groups
 
+    @property
+    def rows(self) -> bool:
+        return "rows" in self.groups
+
 
 METHODS: dict[str, Method] = {
     "none": Method((), "train nothing; measure the draft as it is"),
     "eda": Method(("private",), "a private expert beside the frozen shared draft (EDA)"),
     "fc": Method(("fc",), "the projection of the target's features"),
-    "eda+fc": Method(("private", "fc"), "private expert and feature projection; the default"),
+    "eda+fc": Method(("private", "fc"), "private expert and feature projection"),
+    "eda+fc+rows": Method(
+        ("private", "fc", "norms", "rows"),
+        "private expert, feature projection, norms and private rows of the head; the default",
+    ),
     "full": Method(("fc", "norms", "attention", "shared", "head"), "every weight of the draft"),
 }
 
@@ -70,11 +80,26 @@ def trainable_names(draft: Eagle3Draft, method_name: str) -> list[str]:
     return [name for name, _ in draft.named_parameters() if group_of(name) in groups]
 
 
-def prepare(draft: Eagle3Draft, method_name: str, private_width: int, seed: int = 0) -> tuple[Eagle3Draft, list[str]]:
-    """The draft a method trains (with a private expert attached where it has one), ready, and the trained names."""
+@dataclass(frozen=True)
+class PrivateSize:
+    """How large the private part is: inner width of the expert, and most rows of the head."""
+
+    width: int = 512
+    rows: int = 1024
+
+
+def prepare(
+    draft: Eagle3Draft, method_name: str, size: PrivateSize, responses: Iterable[Sequence[int]], seed: int = 0
+) -> tuple[Eagle3Draft, list[str]]:
+    """The draft a method trains, its private parts attached, and the names of what is trained.
+
+    ``responses`` are token ids of the training text: the private head rows are those of its commonest tokens.
+    """
     chosen = method(method_name)
     if chosen.private and not draft.config.private_width:
-        draft = attach_private(draft, private_width, seed)
+        draft = attach_private(draft, size.width, seed)
+    if chosen.rows and not draft.config.private_rows:
+        draft = attach_rows(draft, frequent_ids(draft, responses, size.rows))
     names = set(trainable_names(draft, method_name))
     for name, parameter in draft.named_parameters():
         parameter.requires_grad_(name in names)

@@ -105,6 +105,8 @@ def prepare(draft: Eagle3Draft, target: TargetInfo) -> tuple[Eagle3Draft, list[s
     notes = []
     if draft.config.private_width:
         notes.append(f"the private expert of width {draft.config.private_width} was merged into the MLP")
+    if draft.config.private_rows:
+        notes.append(f"{draft.config.private_rows} private rows were merged into the head")
     dense = merge_private(draft)
     check_fit(dense.config, target)
     check_taps(dense.config.taps)

@@ -104,7 +104,8 @@ class AdaptRun:
         self, name: str, prompts: Sequence[Conversation], samplers: list[Sampler], path: Path, server: str | None
     ) -> None:
         c, target = self.config, self.target
-        engine: Any = ServerEngine(server, c.server_model) if server else InProcessEngine(target, c.batch_size)
+        local = InProcessEngine(target, c.batch_size)
+        engine: Any = ServerEngine(server, c.server_model, c.batch_size) if server else local
         with self.ledger.stage(name) as entry, progress_bar(name, len(prompts) * len(samplers), "rows") as progress:
             report = regenerate(
                 engine,
@@ -180,7 +181,8 @@ class AdaptRun:
             return TrainResult(**json.loads(done.read_text()))
         rows = self.select().apply([r for r in read_rows(self.folder / "responses.jsonl") if anchors(r)])
         heldout = [r for r in read_rows(self.folder / "heldout.jsonl") if anchors(r)]
-        draft, names = prepare(copy.deepcopy(self.stale.draft), c.method, c.private_width, c.seed)
+        text = [r.response_ids for r in rows]
+        draft, names = prepare(copy.deepcopy(self.stale.draft), c.method, c.private_size, text, c.seed)
         result = None
         if names:
             self.features("features", rows)

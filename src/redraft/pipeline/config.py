@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from redraft.artifact import atomic_write_json
-from redraft.drafts.groups import method
+from redraft.drafts.groups import PrivateSize, method
 from redraft.errors import UserError
 from redraft.losses import LOSSES
 from redraft.select import SCORERS
@@ -33,8 +33,9 @@ class AdaptConfig(BaseModel):
     adapter: str | None = Field(None, description="PEFT adapter to merge into --target")
     base_target: str | None = Field(None, description="the target the old draft was made for (scorer shift needs it)")
     eval_prompts: str | None = Field(None, description="prompts to measure on; by default held out from --prompts")
-    method: str = Field("eda+fc", description="which parameters are trained")
-    private_width: int = Field(768, gt=0, description="inner width of the private expert")
+    method: str = Field("eda+fc+rows", description="which parameters are trained")
+    private_width: int = Field(512, gt=0, description="inner width of the private expert")
+    private_rows: int = Field(1024, gt=0, description="most private rows of the head: the commonest tokens' own")
     loss: str = Field("kl", description="training loss")
     scorer: str = Field("rejection", description="how samples are scored for selection")
     budget: str = Field("75%", description='what selection keeps: "25%", "400" rows or "60k tokens"')
@@ -45,7 +46,7 @@ class AdaptConfig(BaseModel):
         None, description="OpenAI-compatible server to regenerate with, e.g. http://127.0.0.1:8000"
     )
     server_model: str | None = Field(None, description="model name on that server")
-    batch_size: int = Field(64, gt=0, description="sequences decoded together when regenerating in-process")
+    batch_size: int = Field(64, gt=0, description="sequences decoded together, or requests under way at the server")
     heldout_prompts: int = Field(24, gt=0, description="prompts kept back for early stopping")
     bench_prompts: int = Field(24, gt=0, description="prompts of the final benchmark")
     bench_tokens: int = Field(128, gt=1, description="longest response in the benchmark")
@@ -86,6 +87,10 @@ class AdaptConfig(BaseModel):
         if value not in ("bfloat16", "float32"):
             raise UserError(f"dtype must be bfloat16 or float32, not {value!r}")
         return value
+
+    @property
+    def private_size(self) -> PrivateSize:
+        return PrivateSize(self.private_width, self.private_rows)
 
     def train_config(self) -> TrainConfig:
         """Raises ``UserError`` for an unknown training setting."""

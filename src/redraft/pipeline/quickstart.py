@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from redraft import provenance
-from redraft.artifact import atomic_write_json, atomic_write_text
+from redraft.artifact import PRIVATE_FILE, atomic_write_json, atomic_write_text, read_tensors
 from redraft.data.embedded import maths_conversations
 from redraft.data.prompts import Conversation
-from redraft.drafts.groups import prepare, trained_parameters
+from redraft.drafts.groups import trained_parameters
 from redraft.evaluate.speed import Prompt
 from redraft.pipeline.adapt import AdaptRun, template_prompts
 from redraft.pipeline.config import AdaptConfig, parse_config
@@ -112,13 +112,13 @@ def summarise(run: AdaptRun, result: dict[str, Any], minutes: float) -> dict[str
     tau: dict[str, Any] = {name: drafts[name]["tau_pooled"]["value"] for name in ("stale", "aligned")}
     reference = json.loads(asset("quickstart-full.json").read_text())
     tau["full"] = reference["tau"]
-    draft, _ = prepare(run.stale.draft, run.config.method, run.config.private_width, run.config.seed)
-    full = trained_parameters(run.stale.draft, "full")
+    part = read_tensors(run.folder / "private" / PRIVATE_FILE)
+    trained = sum(tensor.numel() for tensor in part.values() if tensor.is_floating_point())
     return {
         "tau": tau,
         "tau_full_from": reference["from"],
         "speedup": {name: drafts[name]["speedup"]["value"] for name in ("stale", "aligned")},
-        "trained_fraction_of_full": trained_parameters(draft, run.config.method) / full,
+        "trained_fraction_of_full": trained / trained_parameters(run.stale.draft, "full"),
         "minutes": minutes,
         "sampler": f"{result['setup']['sampler']}, chain of {result['setup']['gamma']}",
         "provenance": provenance.collect(seed=run.config.seed, device=run.config.device),

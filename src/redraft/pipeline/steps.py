@@ -91,7 +91,8 @@ def regenerate_file(
     check_output(out, ".jsonl")
     conversations = read_conversations(prompts)
     target = spec.open()
-    engine: Any = ServerEngine(server, server_model) if server else InProcessEngine(target, batch_size)
+    local = InProcessEngine(target, batch_size)
+    engine: Any = ServerEngine(server, server_model, batch_size) if server else local
     with progress_bar("regenerate", len(conversations) * len(samplers), "rows") as progress:
         return regenerate(
             engine,

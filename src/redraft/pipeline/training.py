@@ -9,7 +9,7 @@ from pathlib import Path
 from redraft import provenance
 from redraft.artifact import atomic_write_json
 from redraft.data.store import Row, read_rows
-from redraft.drafts.groups import method, prepare
+from redraft.drafts.groups import PrivateSize, method, prepare
 from redraft.errors import UserError
 from redraft.losses import LOSSES
 from redraft.pipeline.models import open_draft
@@ -73,8 +73,8 @@ def train_old(
     data: TrainData,
     out: Path,
     config: TrainConfig,
-    method_name: str = "eda+fc",
-    private_width: int = 768,
+    method_name: str = "eda+fc+rows",
+    size: PrivateSize | None = None,
     say: Say = print,
 ) -> TrainResult:
     """Train a part of an old draft: ``out/merged`` is the whole, ``out/private`` the part (not for ``full``).
@@ -88,7 +88,8 @@ def train_old(
     target = spec.open()
     opened = open_draft(draft, target)
     target.tap(opened.draft.config.taps)
-    trained, names = prepare(copy.deepcopy(opened.draft), method_name, private_width, config.seed)
+    text = [r.response_ids for r in rows]
+    trained, names = prepare(copy.deepcopy(opened.draft), method_name, size or PrivateSize(), text, config.seed)
     store = FeatureStore(out / "features", {"target": target.content_hash(), "taps": list(target.taps)})
     ledger = provenance.Ledger.load(out / "ledger.json")
     build_features("features", store, target, [*rows, *heldout], ledger)
