@@ -51,9 +51,7 @@ def main() -> None:
     for name in options.methods.split(","):
         for seed in [int(s) for s in options.seeds.split(",")]:
             config = type(run.config.train_config())(**{**vars(run.config.train_config()), "seed": seed})
-            draft, names = prepare(
-                copy.deepcopy(stale), name, run.config.private_size, [r.response_ids for r in rows], seed
-            )
+            draft, names = prepare(copy.deepcopy(stale), name, run.config.private_size, seed)
             record = {"method": name, "seed": seed, "trained_parameters": trained_parameters(draft, name)}
             if names:
                 folder = run.folder / "methods" / f"{name}-{seed}"

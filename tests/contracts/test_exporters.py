@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from redraft import artifact
 from redraft.drafts.eagle3 import Eagle3Config, Eagle3Draft
-from redraft.drafts.experts import attach_private, attach_rows, merge_private
+from redraft.drafts.experts import attach_low_rank, attach_private, is_private, merge_private
 from redraft.errors import UserError
 from redraft.export import EXPORTERS, TargetInfo, import_checkpoint
 from redraft.export.plain import legacy_rope
@@ -142,14 +142,16 @@ def test_round_trip_gives_the_same_tensors_and_logits(tmp_path, name, options, d
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("part", ["expert", "rows"])
+@pytest.mark.parametrize("part", ["expert", "low rank"])
 def test_a_private_part_is_merged(tmp_path, name, part):
     if part == "expert":
         draft = attach_private(make(), 8)
         torch.nn.init.normal_(draft.midlayer.mlp.private.down_proj.weight)
     else:
-        draft = attach_rows(make(), torch.tensor([1, 3]))
-        torch.nn.init.normal_(draft.lm_head.private.weight)
+        draft = attach_low_rank(make(), 2)
+        for tensor, parameter in draft.named_parameters():
+            if is_private(tensor):
+                torch.nn.init.normal_(parameter, std=0.3)
     report = EXPORTERS.get(name)(draft, tmp_path / "out", TARGET)
     back, _ = import_checkpoint(tmp_path / "out", TARGET)
     assert report.merged_private and any("merged" in line for line in report.warnings)

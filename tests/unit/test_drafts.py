@@ -9,9 +9,10 @@ import torch
 
 from redraft.artifact import load_private, save_private, tensors_hash
 from redraft.drafts.eagle3 import Eagle3Config, Eagle3Draft, check_fit, fresh_draft
-from redraft.drafts.experts import attach_private, attach_rows, frequent_ids, is_private, merge_private
+from redraft.drafts.experts import attach_low_rank, attach_private, is_private, linear_names, merge_private
 from redraft.drafts.groups import (
     GROUPS,
+    LOW_RANK,
     METHODS,
     PrivateSize,
     group_of,
@@ -22,8 +23,6 @@ from redraft.drafts.groups import (
 )
 from redraft.errors import UserError
 from redraft.target import Target
-
-RESPONSES = [[0, 2, 2, 4, 4, 4, 7], [4, 118, 118, 1, 2]]
 
 
 def causal(query, key, value):
@@ -70,50 +69,46 @@ def test_merging_gives_an_equal_dense_draft(draft, tiny_target):
     torch.testing.assert_close(run(split, target), run(merged, target), atol=1e-5, rtol=0)
 
 
-def test_attaching_private_rows_changes_no_bit_and_merging_them_none_either(draft, tiny_target):
-    target, ids = tiny_target("llama"), torch.tensor([0, 7, 31])
-    split = attach_rows(draft, ids)
-    assert torch.equal(run(draft, target), run(split, target))
-    torch.nn.init.normal_(split.lm_head.private.weight, std=0.3)
-    moved = (run(draft, target) != run(split, target)).any(0).nonzero().squeeze(-1)
-    assert torch.equal(moved, ids)
+def test_attaching_low_rank_updates_changes_no_bit(draft, tiny_target):
+    target = tiny_target("llama")
+    assert torch.equal(run(draft, target), run(attach_low_rank(draft, 3), target))
+
+
+@pytest.mark.parametrize("on", [(), ("fc",), ("lm_head", "midlayer.mlp.down_proj")])
+def test_merging_low_rank_updates_gives_an_equal_dense_draft(on, draft, tiny_target):
+    target = tiny_target("llama")
+    split = attach_private(attach_low_rank(draft, 3, on), 8)
+    for name, parameter in split.named_parameters():
+        if is_private(name):
+            torch.nn.init.normal_(parameter, std=0.3)
     merged = merge_private(split)
-    assert not any(map(is_private, merged.state_dict())) and merged.config == draft.config
-    assert torch.equal(run(split, target), run(merged, target))
+    assert not any(map(is_private, merged.state_dict()))
+    assert {n.split(".low_rank")[0] for n in split.state_dict() if "low_rank" in n} == set(on or linear_names(draft))
+    assert not torch.allclose(run(draft, target), run(split, target), atol=1e-3)
+    torch.testing.assert_close(run(split, target), run(merged, target), atol=1e-5, rtol=1e-5)
 
 
-def test_private_rows_alone_learn(draft, tiny_target):
-    ready, names = prepare(draft, "eda+fc+rows", PrivateSize(8, 3), RESPONSES)
-    embeds, taps = torch.randn(5, 32), torch.randn(5, 96)
-    ready.logits(ready(embeds, ready.fuse(taps), torch.arange(5), causal)).square().sum().backward()
-    assert ready.lm_head.weight.grad is None and "lm_head.private.weight" in names
-    assert ready.lm_head.private.weight.grad.abs().sum() > 0
-
-
-def test_private_rows_are_those_of_the_commonest_tokens_that_the_draft_can_say(draft):
-    # target ids 4, 2, 118 are draft ids 2, 1, 59; ids 1 and 7 are odd, which this draft cannot say
-    assert frequent_ids(draft, RESPONSES, 3).tolist() == [1, 2, 59]
-    assert frequent_ids(draft, RESPONSES, 99).tolist() == [0, 1, 2, 59]
+def test_low_rank_updates_need_a_rank_and_layers_that_exist(draft):
+    with pytest.raises(ValueError, match="rank 0"):
+        attach_low_rank(draft, 0)
+    with pytest.raises(ValueError, match="on norm"):
+        attach_low_rank(draft, 2, ["norm"])
 
 
 def test_a_second_private_part_is_refused(draft):
     with pytest.raises(ValueError, match="merge it first"):
         attach_private(attach_private(draft, 8), 8)
     with pytest.raises(ValueError, match="merge them first"):
-        attach_rows(attach_rows(draft, torch.tensor([3])), torch.tensor([4]))
-    with pytest.raises(ValueError, match="at least one"):
-        attach_rows(draft, torch.tensor([], dtype=torch.long))
+        attach_low_rank(attach_low_rank(draft, 2), 2)
 
 
-@pytest.mark.parametrize("name", ["eda+fc", "eda+fc+rows"])
+@pytest.mark.parametrize("name", ["eda+fc", "lora"])
 def test_a_private_part_alone_is_saved_and_put_over_the_shared_draft(name, draft, tiny_target, tmp_path):
     target = tiny_target("llama")
-    split, names = prepare(draft, name, PrivateSize(24, 3), RESPONSES)
-    torch.nn.init.normal_(split.midlayer.mlp.private.down_proj.weight, std=0.3)
-    torch.nn.init.normal_(split.fc.weight, std=0.3)
-    if name == "eda+fc+rows":
-        torch.nn.init.normal_(split.lm_head.private.weight, std=0.3)
-        names.append("lm_head.private.rows")
+    split, names = prepare(draft, name, PrivateSize(24, 2))
+    for parameter in split.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.3)
     save_private(tmp_path / "part", split, names, tensors_hash(draft.state_dict()), {})
     again, _ = load_private(tmp_path / "part", draft, tensors_hash(draft.state_dict()))
     assert torch.equal(run(split, target), run(again, target))
@@ -122,15 +117,15 @@ def test_a_private_part_alone_is_saved_and_put_over_the_shared_draft(name, draft
 
 
 def test_every_parameter_has_exactly_one_group(draft):
-    names = [n for n, _ in attach_rows(attach_private(draft, 8), torch.tensor([1, 4])).named_parameters()]
-    assert {group_of(n) for n in names} == set(GROUPS) - {"embed"}
-    for name in names:
+    names = [n for n, _ in attach_low_rank(attach_private(draft, 8), 2).named_parameters()]
+    assert {group_of(n) for n in names} == set(GROUPS) - {"embed"} | {LOW_RANK}
+    for name in [n for n in names if group_of(n) != LOW_RANK]:
         assert sum(name.startswith(prefixes) for prefixes in GROUPS.values()) == 1, name
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_trains_its_groups_and_nothing_else(name, draft):
-    ready, names = prepare(copy.deepcopy(draft), name, PrivateSize(16, 5), RESPONSES)
+    ready, names = prepare(copy.deepcopy(draft), name, PrivateSize(16, 2))
     assert {n for n, p in ready.named_parameters() if p.requires_grad} == set(names)
     assert {group_of(n) for n in names} == set(METHODS[name].groups)
     assert trained_parameters(ready, name) == sum(p.numel() for p in ready.parameters() if p.requires_grad)

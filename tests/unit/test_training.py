@@ -152,11 +152,11 @@ CONFIG = TrainConfig(epochs=4, batch_anchors=120, evaluate_every=4, learning_rat
 
 
 def trainer(target, draft, store, rows, folder, method="eda+fc", config=CONFIG) -> Trainer:
-    ready, _ = prepare(copy.deepcopy(draft), method, PrivateSize(16, 12), [r.response_ids for r in rows])
+    ready, _ = prepare(copy.deepcopy(draft), method, PrivateSize(16, 4))
     return Trainer(ready, target, store, rows[:18], rows[18:], config, folder)
 
 
-@pytest.mark.parametrize("method", ["eda", "fc", "eda+fc", "eda+fc+rows", "full"])
+@pytest.mark.parametrize("method", ["eda", "fc", "eda+fc", "lora", "full"])
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_only_the_trained_groups_move_and_the_loss_falls(method, optimizer, target, draft, store, rows, tmp_path):
     config = replace(CONFIG, optimizer=optimizer)
@@ -244,6 +244,6 @@ def test_batches_cover_every_row_once_an_epoch(rows):
 
 def test_no_rows_to_train_on_is_one_clear_line(target, draft, store, rows, tmp_path):
     short = [replace(r, response_ids=r.response_ids[:1]) for r in rows]
-    ready, _ = prepare(copy.deepcopy(draft), "fc", PrivateSize(16), [])
+    ready, _ = prepare(copy.deepcopy(draft), "fc", PrivateSize(16))
     with pytest.raises(UserError, match="two or more response tokens"):
         Trainer(ready, target, store, short, rows, CONFIG, tmp_path / "run")

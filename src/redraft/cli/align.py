@@ -95,9 +95,9 @@ def train(
     draft: Annotated[str | None, typer.Option(help="The old draft: folder in any format, or hub id.")] = None,
     from_nothing: Annotated[bool, typer.Option("--from-nothing", help="Train a new draft instead.")] = False,
     vocabulary: Annotated[int, typer.Option(min=1, help="Draft vocabulary of a new draft.")] = 8192,
-    method: Annotated[str, typer.Option(help="What of an old draft is trained: {methods}.")] = "eda+fc+rows",
-    private_width: Annotated[int, typer.Option(min=1, help="Inner width of the private expert.")] = 512,
-    private_rows: Annotated[int, typer.Option(min=1, help="Most private rows of the head.")] = 1024,
+    method: Annotated[str, typer.Option(help="What of an old draft is trained: {methods}.")] = "lora",
+    private_width: Annotated[int, typer.Option(min=1, help="Inner width of the private expert.")] = 768,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the low-rank updates.")] = 96,
     selection: Annotated[Path | None, typer.Option(help="Manifest of redraft select: train on what it keeps.")] = None,
     heldout: Annotated[int, typer.Option(min=1, help="Greedy responses kept back: training stops on their tau.")] = 40,
     heldout_responses: Annotated[Path | None, typer.Option(help="Held-out responses in a file of their own.")] = None,
@@ -128,7 +128,7 @@ def train(
     if from_nothing and draft is None:
         train_new(spec, data, out, vocabulary, TrainConfig(**values), say)
     elif draft is not None and not from_nothing:
-        train_old(spec, draft, data, out, TrainConfig(**values), method, PrivateSize(private_width, private_rows), say)
+        train_old(spec, draft, data, out, TrainConfig(**values), method, PrivateSize(private_width, rank), say)
     else:
         raise UserError("give either --draft, the old draft to adapt, or --from-nothing for a new one")
 
@@ -166,7 +166,7 @@ def adapt(
     ] = None,
     method: Annotated[str | None, typer.Option(help="Which parameters are trained: {methods}.")] = None,
     private_width: Annotated[int | None, typer.Option(help="Inner width of the private expert.")] = None,
-    private_rows: Annotated[int | None, typer.Option(help="Most private rows of the head.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of the low-rank updates.")] = None,
     loss: Annotated[str | None, typer.Option(help="Training loss: {losses}.")] = None,
     scorer: Annotated[str | None, typer.Option(help="How samples are scored: {scorers}.")] = None,
     budget: Annotated[str | None, typer.Option(help='What selection keeps: "25%", "400" or "60k tokens".')] = None,

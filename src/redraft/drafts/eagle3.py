@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from redraft.artifact import FAMILIES
-from redraft.drafts.experts import SharedPrivateHead, SharedPrivateMLP
-from redraft.drafts.layers import Attend, Attention, RMSNorm, Rotary
+from redraft.drafts.experts import SharedPrivateMLP
+from redraft.drafts.layers import Attend, Attention, Linear, RMSNorm, Rotary
 from redraft.errors import UserError
 
 
@@ -45,10 +45,11 @@ class Eagle3Config:
     norm_output: bool = False
     own_embedding: bool = False
     private_width: int = 0
-    private_rows: int = 0
+    low_rank: int = 0
+    low_rank_on: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "taps": list(self.taps)}
+        return {**asdict(self), "taps": list(self.taps), "low_rank_on": list(self.low_rank_on)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Eagle3Config:
@@ -58,7 +59,8 @@ class Eagle3Config:
         if unknown:
             raise UserError(f"draft config has unknown keys: {', '.join(unknown)}; was it written by a newer redraft?")
         try:
-            return cls(**{**values, "taps": tuple(values["taps"])})
+            lists = {"taps": tuple(values["taps"]), "low_rank_on": tuple(values.get("low_rank_on", ()))}
+            return cls(**{**values, **lists})
         except (KeyError, TypeError) as error:
             raise UserError(f"draft config is incomplete: {error}") from None
 
@@ -111,7 +113,7 @@ class Eagle3Draft(nn.Module):
         super().__init__()
         self.config = config
         hidden, fused = config.hidden_size, len(config.taps) * config.target_hidden_size
-        self.fc = nn.Linear(fused, hidden, bias=False)
+        self.fc = Linear(fused, hidden, bias=False)
         self.input_norm = RMSNorm(fused, eps=config.rms_norm_eps) if config.norm_before_fc else None
         self.fc_norm = (
             nn.ModuleList(RMSNorm(config.target_hidden_size, eps=config.rms_norm_eps) for _ in config.taps)
@@ -120,10 +122,14 @@ class Eagle3Draft(nn.Module):
         )
         self.midlayer = Eagle3Layer(config)
         self.norm = RMSNorm(hidden, eps=config.rms_norm_eps)
-        self.lm_head = SharedPrivateHead(hidden, config.draft_vocab_size, config.private_rows)
+        self.lm_head = Linear(hidden, config.draft_vocab_size, bias=False)
         self.embed_tokens = nn.Embedding(config.target_vocab_size, hidden) if config.own_embedding else None
         if config.draft_vocab_size < config.target_vocab_size:
             self.set_vocabulary(torch.arange(config.draft_vocab_size) if vocabulary is None else vocabulary)
+        for name in config.low_rank_on:
+            layer = self.get_submodule(name)
+            assert isinstance(layer, Linear)
+            layer.attach_low_rank(config.low_rank)
         self.rotary = Rotary(config.rope_parameters, config.head_dim, config.max_position_embeddings)
 
     # -- vocabulary --------------------------------------------------------------------------------------------

@@ -1,28 +1,26 @@
-"""Shared and private parts of a draft: experts of the MLP (EDA, arXiv 2603.09527) and rows of the head.
+"""Shared and private parts of a draft: experts of the MLP (EDA, arXiv 2603.09527) and low-rank updates.
 
 ``y = shared(x) + private(x)``. With one expert on each side the routers of the paper's general form are constant
 one, and the sum is exactly one SwiGLU: rows of gate and up concatenated, columns of down concatenated. So a
 private expert attaches to any dense draft, is a file of its own, and merges back into an ordinary checkpoint.
 
-The head is the larger half of a small draft, and a fine-tuned target writes few of its tokens most of the time.
-Private rows take the place of the shared head's rows for just those tokens; merging copies them in.
+A low-rank update (LoRA, arXiv 2106.09685) of any linear layer is the other private part: outer @ inner beside the
+frozen shared matrix, to which merging adds it.
 
-Shape legend: H hidden size, I inner width of the shared expert, P inner width of the private one, D draft
-vocabulary, R private rows.
+Shape legend: H hidden size, I inner width of the shared expert, P inner width of the private one.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from redraft.drafts.layers import GatedMLP
+from redraft.drafts.layers import GatedMLP, Linear
 
 if TYPE_CHECKING:
     from redraft.drafts.eagle3 import Eagle3Draft
@@ -38,67 +36,6 @@ class SharedPrivateMLP(GatedMLP):
     def forward(self, x: Tensor) -> Tensor:
         shared = super().forward(x)
         return shared if self.private is None else shared + self.private(x)
-
-
-class HeadRows(nn.Module):
-    """Rows [R, H] of a head and the draft ids [R], ascending, that they stand for."""
-
-    rows: Tensor
-
-    def __init__(self, hidden: int, count: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(count, hidden))
-        self.register_buffer("rows", torch.arange(count))
-
-
-class SharedPrivateHead(nn.Linear):
-    """A head [D, H] (the shared one, under the plain name) of which some rows may be replaced by private ones."""
-
-    def __init__(self, hidden: int, vocabulary: int, private_rows: int = 0) -> None:
-        super().__init__(hidden, vocabulary, bias=False)
-        self.private = HeadRows(hidden, private_rows) if private_rows else None
-
-    def effective(self) -> Tensor:
-        """The head [D, H] with the private rows in their places."""
-        if self.private is None:
-            return self.weight
-        return self.weight.index_copy(0, self.private.rows, self.private.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.effective())
-
-
-def frequent_ids(draft: Eagle3Draft, responses: Iterable[Sequence[int]], count: int) -> Tensor:
-    """The draft ids, ascending, of the ``count`` tokens that occur most often in ``responses`` (target ids).
-
-    Fewer when the responses hold fewer of the draft's tokens; ties go to the lower id.
-    """
-    counts_V = torch.zeros(draft.config.target_vocab_size, dtype=torch.long)
-    for ids in responses:
-        counts_V += torch.bincount(torch.tensor(ids, dtype=torch.long), minlength=len(counts_V))
-    counts_D = counts_V[draft.vocabulary().cpu()]
-    order = counts_D.sort(descending=True, stable=True).indices[:count]
-    return order[counts_D[order] > 0].sort().values
-
-
-def attach_rows(draft: Eagle3Draft, ids_R: Tensor) -> Eagle3Draft:
-    """A copy of ``draft`` with private head rows for the draft ids ``ids_R`` [R], equal to the shared ones.
-
-    Raises ``ValueError`` when there are private rows already, or none are asked for.
-    """
-    if draft.config.private_rows:
-        raise ValueError("the draft has private head rows already; merge them first")
-    if not len(ids_R):
-        raise ValueError("private head rows need at least one draft id")
-    split = copy.deepcopy(draft)
-    split.config = replace(draft.config, private_rows=len(ids_R))
-    shared = split.lm_head.weight
-    private = HeadRows(draft.config.hidden_size, len(ids_R)).to(shared)
-    private.rows = ids_R.to(shared.device)
-    with torch.no_grad():
-        private.weight.copy_(shared[private.rows])
-    split.lm_head.private = private
-    return split
 
 
 def attach_private(draft: Eagle3Draft, width: int, seed: int = 0) -> Eagle3Draft:
@@ -132,26 +69,52 @@ def attach_private(draft: Eagle3Draft, width: int, seed: int = 0) -> Eagle3Draft
 
 
 def merge_private(draft: Eagle3Draft) -> Eagle3Draft:
-    """An equal dense draft: a private expert becomes part of one wider SwiGLU, private rows part of the head.
+    """An equal dense draft: a private expert becomes part of one wider SwiGLU, low-rank updates part of their matrix.
 
     Unchanged if there is neither.
     """
-    if not draft.config.private_width and not draft.config.private_rows:
+    config = draft.config
+    if not config.private_width and not config.low_rank:
         return draft
     merged = copy.deepcopy(draft)
-    if draft.config.private_width:
-        merged.midlayer.mlp = _merged_mlp(draft)
-    if draft.config.private_rows:
-        with torch.no_grad():
-            merged.lm_head.weight.copy_(draft.lm_head.effective())
-        merged.lm_head.private = None
+    for layer in merged.modules():
+        if isinstance(layer, Linear):
+            layer.merge_low_rank()
+    if config.private_width:
+        merged.midlayer.mlp = _merged_mlp(merged)
     merged.config = replace(
-        draft.config,
-        intermediate_size=draft.config.intermediate_size + draft.config.private_width,
+        config,
+        intermediate_size=config.intermediate_size + config.private_width,
         private_width=0,
-        private_rows=0,
+        low_rank=0,
+        low_rank_on=(),
     )
     return merged
+
+
+def linear_names(draft: Eagle3Draft) -> list[str]:
+    """The linear layers that a low-rank update can be put on: all but those of a private expert."""
+    return [n for n, layer in draft.named_modules() if isinstance(layer, Linear) and not is_private(f"{n}.weight")]
+
+
+def attach_low_rank(draft: Eagle3Draft, rank: int, on: Sequence[str] = (), seed: int = 0) -> Eagle3Draft:
+    """A copy of ``draft`` with updates of ``rank`` on the linear layers ``on`` (all by default), which start at zero.
+
+    Raises ``ValueError`` when there are some already, the rank is not positive, or a name is no linear layer.
+    """
+    if draft.config.low_rank:
+        raise ValueError("the draft has low-rank updates already; merge them first")
+    known = linear_names(draft)
+    if rank <= 0 or not set(on) <= set(known):
+        raise ValueError(f"rank {rank} on {', '.join(on) or 'all'}: the rank must be positive, names among {known}")
+    split = copy.deepcopy(draft)
+    split.config = replace(draft.config, low_rank=rank, low_rank_on=tuple(on or known))
+    generator = torch.Generator().manual_seed(seed)
+    for name in split.config.low_rank_on:
+        layer = split.get_submodule(name)
+        assert isinstance(layer, Linear)
+        layer.attach_low_rank(rank, generator)
+    return split
 
 
 def _merged_mlp(draft: Eagle3Draft) -> SharedPrivateMLP:
@@ -169,4 +132,4 @@ def _merged_mlp(draft: Eagle3Draft) -> SharedPrivateMLP:
 
 def is_private(name: str) -> bool:
     """Whether a tensor of a draft's state belongs to its private parts."""
-    return ".private." in name
+    return ".private." in name or ".low_rank." in name

@@ -6,12 +6,14 @@ same data and meet the same budget, so that they can be compared.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from redraft.drafts.eagle3 import Eagle3Draft
-from redraft.drafts.experts import attach_private, attach_rows, frequent_ids
+from redraft.drafts.experts import attach_low_rank, attach_private
 from redraft.errors import UserError
+
+# Updates stand inside the layers that they update, so that no prefix tells them apart.
+LOW_RANK = "low_rank"
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "private": ("midlayer.mlp.private.",),
@@ -24,8 +26,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "attention": ("midlayer.self_attn.",),
     "shared": ("midlayer.mlp.gate_proj.", "midlayer.mlp.up_proj.", "midlayer.mlp.down_proj."),
-    "head": ("lm_head.weight",),
-    "rows": ("lm_head.private.",),
+    "head": ("lm_head.",),
     "embed": ("embed_tokens.",),
 }
 
@@ -42,8 +43,8 @@ class Method:
         return "private" in self.groups
 
     @property
-    def rows(self) -> bool:
-        return "rows" in self.groups
+    def low_rank(self) -> bool:
+        return LOW_RANK in self.groups
 
 
 METHODS: dict[str, Method] = {
@@ -51,10 +52,7 @@ METHODS: dict[str, Method] = {
     "eda": Method(("private",), "a private expert beside the frozen shared draft (EDA)"),
     "fc": Method(("fc",), "the projection of the target's features"),
     "eda+fc": Method(("private", "fc"), "private expert and feature projection"),
-    "eda+fc+rows": Method(
-        ("private", "fc", "norms", "rows"),
-        "private expert, feature projection, norms and private rows of the head; the default",
-    ),
+    "lora": Method((LOW_RANK, "norms"), "low-rank updates of every matrix, and the norms; the default"),
     "full": Method(("fc", "norms", "attention", "shared", "head"), "every weight of the draft"),
 }
 
@@ -68,6 +66,8 @@ def method(name: str) -> Method:
 
 def group_of(parameter: str) -> str:
     """The group of a parameter by its name. Raises ``KeyError`` when it has none (a defect of ours)."""
+    if f".{LOW_RANK}." in parameter:
+        return LOW_RANK
     for group, prefixes in GROUPS.items():
         if parameter.startswith(prefixes):
             return group
@@ -82,24 +82,20 @@ def trainable_names(draft: Eagle3Draft, method_name: str) -> list[str]:
 
 @dataclass(frozen=True)
 class PrivateSize:
-    """How large the private part is: inner width of the expert, and most rows of the head."""
+    """How large the private part is: inner width of the expert, rank of the updates and the layers that have them."""
 
-    width: int = 512
-    rows: int = 1024
+    width: int = 768
+    rank: int = 96
+    on: tuple[str, ...] = ()
 
 
-def prepare(
-    draft: Eagle3Draft, method_name: str, size: PrivateSize, responses: Iterable[Sequence[int]], seed: int = 0
-) -> tuple[Eagle3Draft, list[str]]:
-    """The draft a method trains, its private parts attached, and the names of what is trained.
-
-    ``responses`` are token ids of the training text: the private head rows are those of its commonest tokens.
-    """
+def prepare(draft: Eagle3Draft, method_name: str, size: PrivateSize, seed: int = 0) -> tuple[Eagle3Draft, list[str]]:
+    """The draft a method trains, its private parts attached where it has some, and the names of what is trained."""
     chosen = method(method_name)
     if chosen.private and not draft.config.private_width:
         draft = attach_private(draft, size.width, seed)
-    if chosen.rows and not draft.config.private_rows:
-        draft = attach_rows(draft, frequent_ids(draft, responses, size.rows))
+    if chosen.low_rank and not draft.config.low_rank:
+        draft = attach_low_rank(draft, size.rank, size.on, seed)
     names = set(trainable_names(draft, method_name))
     for name, parameter in draft.named_parameters():
         parameter.requires_grad_(name in names)

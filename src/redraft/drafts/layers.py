@@ -4,11 +4,12 @@ A layer knows how to make queries, keys and values; *which* keys a query sees is
 callable that the caller passes: a fixed buffer while decoding, the training-time-test pattern while training.
 
 Shape legend: N packed tokens (any leading shape), H hidden size, A query heads, K key heads, D head width,
-I inner width of an MLP.
+I inner width of an MLP, R rank of an update.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -71,16 +72,52 @@ def rotate(x_NHD: Tensor, cosines_ND: Tensor, sines_ND: Tensor) -> Tensor:
     return (x * cosines_ND[..., None, :] + turned * sines_ND[..., None, :]).to(x_NHD.dtype)
 
 
+class LowRank(nn.Module):
+    """outer [out, R] @ inner [R, in], an update of a matrix; zero until trained."""
+
+    def __init__(self, layer: nn.Linear, rank: int, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        like = layer.weight
+        inner = torch.randn(rank, layer.in_features, generator=generator) / math.sqrt(layer.in_features)
+        self.inner = nn.Parameter(inner.to(like))
+        self.outer = nn.Parameter(like.new_zeros(layer.out_features, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.inner), self.outer)
+
+
+class Linear(nn.Linear):
+    """torch's, with room for a private low-rank update beside the shared matrix."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool = False) -> None:
+        super().__init__(inputs, outputs, bias=bias)
+        self.low_rank: LowRank | None = None
+
+    def attach_low_rank(self, rank: int, generator: torch.Generator | None = None) -> None:
+        self.low_rank = LowRank(self, rank, generator)
+
+    def merge_low_rank(self) -> None:
+        """Add the update to the matrix, in float32, and drop it."""
+        if self.low_rank is not None:
+            with torch.no_grad():
+                self.weight.copy_(self.weight.float() + self.low_rank.outer.float() @ self.low_rank.inner.float())
+            self.low_rank = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        shared = super().forward(x)
+        return shared if self.low_rank is None else shared + self.low_rank(x)
+
+
 class Attention(nn.Module):
     """Grouped-query attention whose input is an embedding and a state side by side (EAGLE-3)."""
 
     def __init__(self, inputs: int, hidden: int, heads: int, key_heads: int, head_dim: int, bias: bool) -> None:
         super().__init__()
         self.heads, self.key_heads, self.head_dim = heads, key_heads, head_dim
-        self.q_proj = nn.Linear(inputs, heads * head_dim, bias=bias)
-        self.k_proj = nn.Linear(inputs, key_heads * head_dim, bias=bias)
-        self.v_proj = nn.Linear(inputs, key_heads * head_dim, bias=bias)
-        self.o_proj = nn.Linear(heads * head_dim, hidden, bias=bias)
+        self.q_proj = Linear(inputs, heads * head_dim, bias=bias)
+        self.k_proj = Linear(inputs, key_heads * head_dim, bias=bias)
+        self.v_proj = Linear(inputs, key_heads * head_dim, bias=bias)
+        self.o_proj = Linear(heads * head_dim, hidden, bias=bias)
 
     def keys_values(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Rotated keys and values [N, K, D]; positions that nothing is predicted from need no more than these."""
@@ -96,9 +133,9 @@ class GatedMLP(nn.Module):
 
     def __init__(self, hidden: int, inner: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden, inner, bias=False)
-        self.up_proj = nn.Linear(hidden, inner, bias=False)
-        self.down_proj = nn.Linear(inner, hidden, bias=False)
+        self.gate_proj = Linear(hidden, inner, bias=False)
+        self.up_proj = Linear(hidden, inner, bias=False)
+        self.down_proj = Linear(inner, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

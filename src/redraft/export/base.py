@@ -105,8 +105,8 @@ def prepare(draft: Eagle3Draft, target: TargetInfo) -> tuple[Eagle3Draft, list[s
     notes = []
     if draft.config.private_width:
         notes.append(f"the private expert of width {draft.config.private_width} was merged into the MLP")
-    if draft.config.private_rows:
-        notes.append(f"{draft.config.private_rows} private rows were merged into the head")
+    if draft.config.low_rank:
+        notes.append(f"the low-rank updates (rank {draft.config.low_rank}) were merged into their matrices")
     dense = merge_private(draft)
     check_fit(dense.config, target)
     check_taps(dense.config.taps)

@@ -56,7 +56,7 @@ def _export(name: str, draft: Eagle3Draft, folder: Path, info: TargetInfo, token
         name,
         folder,
         *counts,
-        merged_private=bool(draft.config.private_width or draft.config.private_rows),
+        merged_private=bool(draft.config.private_width or draft.config.low_rank),
         serve=serve,
         warnings=(*notes, *(path_warnings(folder.absolute()) if name == "plain" else [])),
     )

@@ -44,7 +44,7 @@ def export_vllm(draft: Eagle3Draft, folder: str | Path, target: Any, *, speculat
         "vllm",
         folder,
         *counts,
-        merged_private=bool(draft.config.private_width or draft.config.private_rows),
+        merged_private=bool(draft.config.private_width or draft.config.low_rank),
         serve=serve_command(folder, info, speculative_tokens),
         warnings=(*notes, *path_warnings(folder.absolute())),
     )

@@ -181,8 +181,7 @@ class AdaptRun:
             return TrainResult(**json.loads(done.read_text()))
         rows = self.select().apply([r for r in read_rows(self.folder / "responses.jsonl") if anchors(r)])
         heldout = [r for r in read_rows(self.folder / "heldout.jsonl") if anchors(r)]
-        text = [r.response_ids for r in rows]
-        draft, names = prepare(copy.deepcopy(self.stale.draft), c.method, c.private_size, text, c.seed)
+        draft, names = prepare(copy.deepcopy(self.stale.draft), c.method, c.private_size, c.seed)
         result = None
         if names:
             self.features("features", rows)

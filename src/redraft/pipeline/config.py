@@ -33,9 +33,9 @@ class AdaptConfig(BaseModel):
     adapter: str | None = Field(None, description="PEFT adapter to merge into --target")
     base_target: str | None = Field(None, description="the target the old draft was made for (scorer shift needs it)")
     eval_prompts: str | None = Field(None, description="prompts to measure on; by default held out from --prompts")
-    method: str = Field("eda+fc+rows", description="which parameters are trained")
-    private_width: int = Field(512, gt=0, description="inner width of the private expert")
-    private_rows: int = Field(1024, gt=0, description="most private rows of the head: the commonest tokens' own")
+    method: str = Field("lora", description="which parameters are trained")
+    private_width: int = Field(768, gt=0, description="inner width of the private expert")
+    rank: int = Field(96, gt=0, description="rank of the low-rank updates")
     loss: str = Field("kl", description="training loss")
     scorer: str = Field("rejection", description="how samples are scored for selection")
     budget: str = Field("75%", description='what selection keeps: "25%", "400" rows or "60k tokens"')
@@ -90,7 +90,7 @@ class AdaptConfig(BaseModel):
 
     @property
     def private_size(self) -> PrivateSize:
-        return PrivateSize(self.private_width, self.private_rows)
+        return PrivateSize(self.private_width, self.rank)
 
     def train_config(self) -> TrainConfig:
         """Raises ``UserError`` for an unknown training setting."""

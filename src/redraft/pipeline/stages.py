@@ -12,7 +12,7 @@ from redraft import provenance
 from redraft.artifact import save_draft, save_private
 from redraft.data.store import Row
 from redraft.drafts.eagle3 import Eagle3Draft
-from redraft.drafts.experts import is_private, merge_private
+from redraft.drafts.experts import merge_private
 from redraft.drafts.groups import METHODS
 from redraft.loading import tokenizer_hash
 from redraft.pipeline.models import OpenDraft
@@ -64,8 +64,7 @@ def save_trained(
     }
     stored = half(draft)
     if names and METHODS[method].groups != METHODS["full"].groups:
-        buffers = [name for name, _ in stored.named_buffers() if is_private(name)]
-        save_private(folder / "private", stored, [*names, *buffers], base.base_hash, meta)
+        save_private(folder / "private", stored, names, base.base_hash, meta)
     save_draft(folder / "merged", merge_private(stored), meta)
 
 

@@ -73,7 +73,7 @@ def train_old(
     data: TrainData,
     out: Path,
     config: TrainConfig,
-    method_name: str = "eda+fc+rows",
+    method_name: str = "lora",
     size: PrivateSize | None = None,
     say: Say = print,
 ) -> TrainResult:
@@ -88,8 +88,7 @@ def train_old(
     target = spec.open()
     opened = open_draft(draft, target)
     target.tap(opened.draft.config.taps)
-    text = [r.response_ids for r in rows]
-    trained, names = prepare(copy.deepcopy(opened.draft), method_name, size or PrivateSize(), text, config.seed)
+    trained, names = prepare(copy.deepcopy(opened.draft), method_name, size or PrivateSize(), config.seed)
     store = FeatureStore(out / "features", {"target": target.content_hash(), "taps": list(target.taps)})
     ledger = provenance.Ledger.load(out / "ledger.json")
     build_features("features", store, target, [*rows, *heldout], ledger)
