@@ -25,10 +25,12 @@ SCHEMA = "redraft.bench/1"
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt as the target's chat template made it."""
+    """A prompt as the target's chat template made it; ``task`` and ``reference`` where it comes from a suite."""
 
     id: str
     ids: list[int]
+    task: str = ""
+    reference: str | None = None
 
 
 @dataclass(frozen=True)
