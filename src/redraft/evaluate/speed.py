@@ -7,16 +7,20 @@ intervals over prompts.
 
 from __future__ import annotations
 
-import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from redraft import metrics
+from redraft.decode import make_decoder
 from redraft.decode.engine import ChainDecoder, Generation, PlainDecoder
+from redraft.decode.pieces import trace
+from redraft.decode.tree import ChainShape, Shape
 from redraft.drafts.eagle3 import Eagle3Draft
 from redraft.errors import UserError
-from redraft.evaluate.statistics import mean, paired_difference, paired_ratio, ratio_of_sums
+from redraft.evaluate import summary
+from redraft.evaluate.costs import costs
+from redraft.evaluate.statistics import ratio_of_sums
 from redraft.sampling import Sampler
 from redraft.target import Target
 
@@ -25,7 +29,7 @@ SCHEMA = "redraft.bench/1"
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt as the target's chat template made it; ``task`` and ``reference`` where it comes from a suite."""
+    """A prompt as the target's chat template made it; the suite's task and reference answer where it has them."""
 
     id: str
     ids: list[int]
@@ -35,18 +39,37 @@ class Prompt:
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """``contest_prompts``: on how many prompts the data types compete for the plain baseline; ``alpha_prompts``: on
-    how many alpha is measured, in an untimed pass of its own."""
+    """What is measured, and how.
 
-    gamma: int = 5
+    ``greedy_drafts``: the draft proposes its likeliest tokens although the target samples. ``contest_prompts``: on how
+    many prompts the data types compete for the plain baseline; ``alpha_prompts``: on how many alpha is measured, in an
+    untimed pass of its own; ``traces``: of how many the whole decoding is kept, for the token view.
+    """
+
+    shape: Shape = field(default_factory=ChainShape)
     sampler: Sampler = field(default_factory=Sampler)
+    greedy_drafts: bool = False
     max_new_tokens: int = 128
     seed: int = 0
     contest_prompts: int = 3
     alpha_prompts: int = 6
+    traces: int = 4
+
+    @property
+    def depth(self) -> int:
+        return self.shape.depth
 
 
 Tick = Callable[[int, str], None]
+
+
+@dataclass
+class Measured:
+    """A finished measurement: the result as plain JSON values, and the decoded prompts by contestant."""
+
+    result: dict[str, Any]
+    runs: dict[str, list[Generation]]
+    target: Target
 
 
 def bench(
@@ -56,8 +79,8 @@ def bench(
     config: BenchConfig,
     provenance: Mapping[str, Any],
     tick: Tick | None = None,
-) -> dict[str, Any]:
-    """The result as plain JSON values (schema ``redraft.bench/1``, docs/formats.md).
+) -> Measured:
+    """The result (schema ``redraft.bench/1``, docs/formats.md) with the generations that it comes from.
 
     ``targets`` holds the same model by data type (``float32``, ``bfloat16``); the faster one in plain decoding is
     the baseline and the target of all drafts. Raises ``UserError`` when there is nothing to measure.
@@ -68,46 +91,61 @@ def bench(
     fastest = max(contest, key=lambda name: _rate(contest[name]))
     target = targets[fastest]
     decoders: dict[str, PlainDecoder] = {"plain": PlainDecoder(target, config.sampler)}
-    decoders |= {name: ChainDecoder(target, draft, config.gamma, config.sampler) for name, draft in drafts.items()}
+    for name, draft in drafts.items():
+        decoders[name] = make_decoder(target, draft, config.shape, config.sampler, config.greedy_drafts)
+    began = time.perf_counter()
     runs = _measure(decoders, prompts, config, tick)
-    plain = {name: {"tokens_per_second": _speed(found)} for name, found in contest.items()}
-    plain[fastest] = {"tokens_per_second": _speed(runs["plain"])}
+    wall, decoding = time.perf_counter() - began, sum(summary.seconds(g) for part in runs.values() for g in part)
+    plain = {name: {"tokens_per_second": summary.speed(found)} for name, found in contest.items()}
+    plain[fastest] = {"tokens_per_second": summary.speed(runs["plain"])}
+    tasks = [prompt.task for prompt in prompts]
     result: dict[str, Any] = {
         "schema": SCHEMA,
         "provenance": dict(provenance),
-        "setup": {
-            "target": target.name,
-            "sampler": config.sampler.describe(),
-            "draft_tokens": "greedy" if config.sampler.greedy else "sampled",
-            "gamma": config.gamma,
-            "shape": "chain",
-            "prompts": len(prompts),
-            "max_new_tokens": config.max_new_tokens,
-            "batch": 1,
-            "seed": config.seed,
-            "dtype": fastest,
-            "speed": "tokens a second over prefill and decoding together",
-            "contest_prompts": {n: len(prompts) if n == fastest else len(found) for n, found in contest.items()},
-        },
+        "setup": _setup(target, prompts, config, fastest, {n: len(found) for n, found in contest.items()})
+        | {"overhead": wall / decoding - 1},
         "plain": {**plain, "fastest": fastest},
         "drafts": {},
-        "gains": {},
-        "per_prompt": _per_prompt(runs, prompts),
+        "gains": summary.gains(runs, list(drafts)),
+        "per_prompt": summary.per_prompt(runs, [prompt.id for prompt in prompts], tasks),
+        "traces": _traces(target, runs, prompts, config),
     }
     for name, draft in drafts.items():
-        alphas = _alphas(target, draft, prompts[: config.alpha_prompts], config)
-        result["drafts"][name] = _summary(runs[name], runs["plain"], alphas, draft, config) | {"dtype": fastest}
-    result["gains"] = _gains(runs, list(drafts))
-    return result
+        result["drafts"][name] = {
+            "dtype": fastest,
+            "parameters": sum(p.numel() for p in draft.parameters()),
+            "alpha": _alpha(target, draft, prompts[: config.alpha_prompts], config),
+            **summary.summarise(runs[name], runs["plain"], config.depth),
+            **costs(target, draft, runs[name], runs["plain"]),
+            "by_task": summary.by_task(runs[name], runs["plain"], tasks),
+        }
+    return Measured(result, runs, target)
+
+
+def _setup(
+    target: Target, prompts: Sequence[Prompt], config: BenchConfig, dtype: str, contest: Mapping[str, int]
+) -> dict[str, Any]:
+    chain = isinstance(config.shape, ChainShape)
+    fixed = config.sampler.greedy or config.greedy_drafts
+    return {
+        "target": target.name,
+        "sampler": config.sampler.describe(),
+        "draft_tokens": "greedy" if fixed else "sampled",
+        "gamma": config.depth,
+        "shape": "chain" if chain else config.shape.describe(),
+        "prompts": len(prompts),
+        "max_new_tokens": config.max_new_tokens,
+        "batch": 1,
+        "seed": config.seed,
+        "dtype": dtype,
+        "speed": "tokens a second over prefill and decoding together",
+        "contest_prompts": {name: len(prompts) if name == dtype else count for name, count in contest.items()},
+    }
 
 
 # -- measuring -------------------------------------------------------------------------------------------------------
-def _seconds(generation: Generation) -> float:
-    return generation.prefill_seconds + generation.decode_seconds
-
-
 def _rate(found: Sequence[Generation]) -> float:
-    return sum(len(g.ids) for g in found) / sum(map(_seconds, found))
+    return sum(len(g.ids) for g in found) / sum(map(summary.seconds, found))
 
 
 def _contest(target: Target, prompts: Sequence[Prompt], config: BenchConfig) -> list[Generation]:
@@ -135,102 +173,33 @@ def _measure(
     return runs
 
 
-def _alphas(target: Target, draft: Eagle3Draft, prompts: Sequence[Prompt], config: BenchConfig) -> list[list[float]]:
-    """sum_x min(target, draft) of every drafted position, a list a prompt; at temperature 1 when decoding is greedy."""
-    decoder = ChainDecoder(target, draft, config.gamma, config.sampler, measure_overlap=True)
+def _alpha(
+    target: Target, draft: Eagle3Draft, prompts: Sequence[Prompt], config: BenchConfig
+) -> dict[str, float] | None:
+    """Mean of sum_x min(target, draft) along a chain of the shape's depth; at temperature 1 when decoding is greedy."""
+    decoder = ChainDecoder(target, draft, config.depth, config.sampler, measure_overlap=True)
     limit = min(64, config.max_new_tokens)
-    return [
+    found = [
         [value for record in decoder.generate(p.ids, limit, config.seed).rounds for value in record.overlap]
         for p in prompts
     ]
+    return ratio_of_sums([sum(a) for a in found], [len(a) for a in found]).to_dict() if any(found) else None
 
 
-# -- figures ---------------------------------------------------------------------------------------------------------
-def _accepted(runs: Sequence[Generation]) -> list[list[int]]:
-    return [[record.accepted for record in run.rounds] for run in runs]
-
-
-def _tokens(runs: Sequence[Generation]) -> list[int]:
-    """Tokens that the rounds produced: the first one, which prefill gives, counts nowhere."""
-    return [len(run.ids) - 1 for run in runs]
-
-
-def _speed(runs: Sequence[Generation]) -> dict[str, float]:
-    return ratio_of_sums([len(r.ids) for r in runs], [_seconds(r) for r in runs]).to_dict()
-
-
-def _summary(
-    runs: Sequence[Generation],
-    plain: Sequence[Generation],
-    alphas: Sequence[Sequence[float]],
-    draft: Eagle3Draft,
-    config: BenchConfig,
-) -> dict[str, Any]:
-    accepted, tokens = _accepted(runs), _tokens(runs)
-    drafted = [[len(record.proposed) for record in run.rounds] for run in runs]
-    rounds = [len(run.rounds) for run in runs]
-    kept = [i for i, count in enumerate(rounds) if count]
-    draft_s = sum(record.draft_seconds for run in runs for record in run.rounds)
-    verify_s = sum(record.verify_seconds for run in runs for record in run.rounds)
-    sums, counts = [sum(a) for a in alphas], [len(a) for a in alphas]
-    return {
-        "parameters": sum(p.numel() for p in draft.parameters()),
-        "tau_pooled": ratio_of_sums([tokens[i] for i in kept], [rounds[i] for i in kept]).to_dict(),
-        "tau_macro": mean([tokens[i] / rounds[i] for i in kept]).to_dict(),
-        "alpha": ratio_of_sums(sums, counts).to_dict() if sum(counts) else None,
-        "acceptance_conditional": _plain_numbers(metrics.acceptance_conditional(accepted, drafted, config.gamma)),
-        "acceptance_unconditional": _plain_numbers(metrics.acceptance_unconditional(accepted, drafted, config.gamma)),
-        "tokens_per_second": _speed(runs),
-        "speedup": paired_ratio(
-            ([len(r.ids) for r in runs], [_seconds(r) for r in runs]),
-            ([len(r.ids) for r in plain], [_seconds(r) for r in plain]),
-        ).to_dict(),
-        "time": {
-            "draft": draft_s,
-            "verify": verify_s,
-            "prefill": sum(r.prefill_seconds for r in runs),
-            "other": sum(r.decode_seconds for r in runs) - draft_s - verify_s,
-        },
-        "rounds": sum(rounds),
-        "tokens": sum(tokens),
-        "identical_to_plain": sum(a.ids == b.ids for a, b in zip(runs, plain, strict=True)),
-    }
-
-
-def _plain_numbers(values: Sequence[float]) -> list[float | None]:
-    return [None if math.isnan(v) else float(v) for v in values]
-
-
-def _gains(runs: Mapping[str, Sequence[Generation]], names: Sequence[str]) -> dict[str, Any]:
-    """Every later draft against the first, paired over the same prompts."""
-    gains: dict[str, Any] = {}
-    for name in names[1:]:
-        new, old = runs[name], runs[names[0]]
-        pairs = [(_tokens(r), [len(run.rounds) for run in r]) for r in (new, old)]
-        speeds = [([len(g.ids) for g in r], [_seconds(g) for g in r]) for r in (new, old)]
-        gains[f"{name} over {names[0]}"] = {
-            "tau": paired_difference(pairs[0], pairs[1]).to_dict(),
-            "speed": paired_ratio(speeds[0], speeds[1]).to_dict(),
-        }
-    return gains
-
-
-def _per_prompt(runs: Mapping[str, Sequence[Generation]], prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
-    def entry(run: Generation) -> dict[str, Any]:
-        return {
-            "tokens": len(run.ids),
-            "rounds": len(run.rounds),
-            "seconds": round(_seconds(run), 4),
-            "accepted": [record.accepted for record in run.rounds],
-        }
-
+def _traces(
+    target: Target, runs: Mapping[str, Sequence[Generation]], prompts: Sequence[Prompt], config: BenchConfig
+) -> list[dict[str, Any]]:
+    """The first prompts, decoded: who proposed each token. Nothing for a target without a tokenizer."""
+    if target.tokenizer is None:
+        return []
     return [
         {
             "id": prompt.id,
-            "plain": {"tokens": len(runs["plain"][i].ids), "seconds": round(_seconds(runs["plain"][i]), 4)},
-            "drafts": {name: entry(found[i]) for name, found in runs.items() if name != "plain"},
+            "task": prompt.task or None,
+            "prompt": target.tokenizer.decode(prompt.ids),
+            "drafts": {n: trace(target.tokenizer, prompt.ids, r[i]) for n, r in runs.items() if n != "plain"},
         }
-        for i, prompt in enumerate(prompts)
+        for i, prompt in enumerate(prompts[: config.traces])
     ]
 
 

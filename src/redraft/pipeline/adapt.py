@@ -16,6 +16,7 @@ from redraft.artifact import atomic_write_json
 from redraft.data.prompts import Conversation, read_conversations
 from redraft.data.regenerate import InProcessEngine, ServerEngine, regenerate
 from redraft.data.store import Row, read_rows
+from redraft.decode.tree import ChainShape
 from redraft.drafts.eagle3 import Eagle3Draft
 from redraft.drafts.groups import prepare, trained_parameters
 from redraft.errors import UserError
@@ -228,10 +229,10 @@ class AdaptRun:
                 bench_targets(self.target, c),
                 drafts,
                 prompts,
-                BenchConfig(gamma=c.gamma, max_new_tokens=c.bench_tokens, seed=c.seed),
+                BenchConfig(ChainShape(c.gamma), max_new_tokens=c.bench_tokens, seed=c.seed),
                 provenance.collect(seed=c.seed, device=c.device),
                 lambda tokens, what: progress.update(tokens, now=what),
-            )
+            ).result
             entry.add(tokens=sum(d["tokens"] for d in result["drafts"].values()))
         atomic_write_json(path, result)
         self.say(f"bench: {len(prompts)} prompts in {time.monotonic() - began:.0f} s")

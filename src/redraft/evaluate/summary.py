@@ -1,0 +1,143 @@
+"""From decoded prompts to figures: what the benchmark says of one draft, of its tasks, and of one draft over another.
+
+Everything is a function of :class:`Generation` records; whoever measured them does not matter here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from redraft import metrics
+from redraft.decode.engine import Generation
+from redraft.evaluate.statistics import mean, paired_difference, paired_ratio, ratio_of_sums
+
+Runs = Sequence[Generation]
+
+
+def seconds(generation: Generation) -> float:
+    """Prefill and decoding together, in seconds."""
+    return generation.prefill_seconds + generation.decode_seconds
+
+
+def speed(runs: Runs) -> dict[str, float]:
+    """Tokens a second over prefill and decoding, with its interval."""
+    return ratio_of_sums([len(r.ids) for r in runs], [seconds(r) for r in runs]).to_dict()
+
+
+def step_seconds(runs: Runs) -> float:
+    """Mean seconds of one plain decoding step; ``nan`` where no prompt had one."""
+    steps = sum(len(run.ids) - 1 for run in runs)
+    return sum(run.decode_seconds for run in runs) / steps if steps else math.nan
+
+
+def accepted(runs: Runs) -> list[list[int]]:
+    """Accepted draft tokens of every round, a list a prompt."""
+    return [[record.accepted for record in run.rounds] for run in runs]
+
+
+def depths(runs: Runs) -> list[list[int]]:
+    """How many tokens every round could have accepted: a chain's length, a tree's depth."""
+    return [[record.depth for record in run.rounds] for run in runs]
+
+
+def _tokens(runs: Runs) -> list[int]:
+    """Tokens that the rounds produced: the first one, which prefill gives, counts nowhere."""
+    return [len(run.ids) - 1 for run in runs]
+
+
+def _tau(runs: Runs) -> dict[str, float]:
+    kept = [run for run in runs if run.rounds]
+    return ratio_of_sums(_tokens(kept), [len(run.rounds) for run in kept]).to_dict()
+
+
+def _speedup(runs: Runs, plain: Runs) -> dict[str, float]:
+    return paired_ratio(_rates(runs), _rates(plain)).to_dict()
+
+
+def _rates(runs: Runs) -> tuple[list[int], list[float]]:
+    return [len(r.ids) for r in runs], [seconds(r) for r in runs]
+
+
+def summarise(runs: Runs, plain: Runs, depth: int) -> dict[str, Any]:
+    """The figures of one draft on all prompts; ``depth`` is the most tokens that a round can accept."""
+    found = accepted(runs), depths(runs)
+    kept = [run for run in runs if run.rounds]
+    draft_s = sum(record.draft_seconds for run in runs for record in run.rounds)
+    verify_s = sum(record.verify_seconds for run in runs for record in run.rounds)
+    return {
+        "tau_pooled": _tau(runs),
+        "tau_macro": mean([(len(run.ids) - 1) / len(run.rounds) for run in kept]).to_dict(),
+        "acceptance_conditional": _plain_numbers(metrics.acceptance_conditional(*found, depth)),
+        "acceptance_unconditional": _plain_numbers(metrics.acceptance_unconditional(*found, depth)),
+        "tokens_per_second": speed(runs),
+        "speedup": _speedup(runs, plain),
+        "time": {
+            "draft": draft_s,
+            "verify": verify_s,
+            "prefill": sum(r.prefill_seconds for r in runs),
+            "other": sum(r.decode_seconds for r in runs) - draft_s - verify_s,
+        },
+        "rounds": sum(len(run.rounds) for run in runs),
+        "tokens": sum(_tokens(runs)),
+        "identical_to_plain": sum(a.ids == b.ids for a, b in zip(runs, plain, strict=True)),
+    }
+
+
+def by_task(runs: Runs, plain: Runs, tasks: Sequence[str]) -> dict[str, Any]:
+    """Acceptance and speed of one draft on the prompts of each task; empty where prompts have none."""
+    found: dict[str, Any] = {}
+    for task in sorted(set(tasks) - {""}):
+        rows = [i for i, name in enumerate(tasks) if name == task]
+        part, base = [runs[i] for i in rows], [plain[i] for i in rows]
+        if not any(run.rounds for run in part):
+            continue
+        found[task] = {
+            "prompts": len(rows),
+            "tau_pooled": _tau(part),
+            "speedup": _speedup(part, base),
+            "tokens_per_second": speed(part),
+            "plain_tokens_per_second": speed(base),
+        }
+    return found
+
+
+def gains(runs: Mapping[str, Runs], names: Sequence[str]) -> dict[str, Any]:
+    """Every later draft against the first, paired over the same prompts."""
+    found: dict[str, Any] = {}
+    for name in names[1:]:
+        new, old = runs[name], runs[names[0]]
+        pairs = [(_tokens(r), [len(run.rounds) for run in r]) for r in (new, old)]
+        found[f"{name} over {names[0]}"] = {
+            "tau": paired_difference(pairs[0], pairs[1]).to_dict(),
+            "speed": paired_ratio(_rates(new), _rates(old)).to_dict(),
+        }
+    return found
+
+
+def per_prompt(
+    runs: Mapping[str, Runs], ids: Sequence[str], tasks: Sequence[str], baseline: str = "plain"
+) -> list[dict[str, Any]]:
+    """One record a prompt: its task, and tokens, rounds and seconds of every contestant."""
+
+    def entry(run: Generation) -> dict[str, Any]:
+        return {
+            "tokens": len(run.ids),
+            "rounds": len(run.rounds),
+            "seconds": round(seconds(run), 4),
+            "accepted": [record.accepted for record in run.rounds],
+        }
+
+    found = []
+    for i, (name, task) in enumerate(zip(ids, tasks, strict=True)):
+        plain = runs[baseline][i]
+        record: dict[str, Any] = {"id": name, "task": task} if task else {"id": name}
+        record["plain"] = {"tokens": len(plain.ids), "seconds": round(seconds(plain), 4)}
+        record["drafts"] = {name: entry(part[i]) for name, part in runs.items() if name != baseline}
+        found.append(record)
+    return found
+
+
+def _plain_numbers(values: Sequence[float]) -> list[float | None]:
+    return [None if math.isnan(v) else float(v) for v in values]
