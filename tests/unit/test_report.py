@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import copy
+import hashlib
 import json
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -13,106 +16,14 @@ from rich.console import Console
 from redraft.errors import UserError
 from redraft.report import build_report, headline_png, tables
 from redraft.report.costs import round_cost
-from redraft.report.load import BENCH_SCHEMA, BenchResult, read_curve
+from redraft.report.load import BenchResult, read_bench, read_curve
 
-
-def _interval(value: float, half: float) -> dict[str, float]:
-    return {"value": value, "low": value - half, "high": value + half}
-
-
-def _draft(tau: float, speed: float, curve: list[float]) -> dict:
-    unconditional = [1.0]
-    for chance in curve:
-        unconditional.append(unconditional[-1] * chance)
-    rounds = round(2400 / tau)
-    return {
-        "dtype": "bfloat16",
-        "parameters": 14_300_000,
-        "tau_pooled": _interval(tau, 0.07),
-        "tau_macro": _interval(tau + 0.03, 0.09),
-        "alpha": _interval(curve[0] - 0.05, 0.012),
-        "acceptance_conditional": curve,
-        "acceptance_unconditional": unconditional[1:],
-        "tokens_per_second": _interval(25 * speed, 1.4),
-        "speedup": _interval(speed, 0.06),
-        "time": {"draft": rounds * 0.011, "verify": rounds * 0.043, "other": rounds * 0.0021, "prefill": 0.9},
-        "rounds": rounds,
-        "tokens": 2400,
-        "identical_to_plain": 22,
-    }
-
-
-def fabricate(folder: Path) -> dict[str, Path]:
-    """A result, a curve, a ledger and a summary with made-up figures, as files."""
-    bench = {
-        "schema": BENCH_SCHEMA,
-        "provenance": {"argv": ["redraft", "bench"], "torch": "2.13.0", "note": "<made up> & not measured"},
-        "setup": {
-            "target": "made-up target",
-            "sampler": "greedy",
-            "gamma": 5,
-            "shape": "chain",
-            "prompts": 24,
-            "max_new_tokens": 128,
-            "batch": 1,
-            "seed": 0,
-        },
-        "plain": {
-            "float32": {"tokens_per_second": _interval(17.5, 0.6)},
-            "bfloat16": {"tokens_per_second": _interval(25.0, 0.8)},
-            "fastest": "bfloat16",
-        },
-        "drafts": {
-            "stale": _draft(1.43, 0.94, [0.34, 0.22, 0.18, 0.15, 0.12]),
-            "aligned": _draft(2.58, 1.71, [0.71, 0.66, 0.62, 0.6, 0.57]),
-        },
-        "gains": {"aligned over stale": {"tau": _interval(1.15, 0.11), "speed": _interval(1.82, 0.1)}},
-        "per_prompt": [],
-    }
-    stages = [
-        {
-            "stage": "regenerate",
-            "tokens": 45_000,
-            "flops": 1.3e13,
-            "formula": "2 * target parameters * tokens",
-            "seconds": 66.0,
-            "peak_memory_bytes": 1_400_000_000,
-            "bytes_written": 560_000,
-        },
-        {
-            "stage": "train",
-            "tokens": 90_000,
-            "flops": 3.9e12,
-            "formula": "6 * trained * tokens",
-            "seconds": 187.0,
-            "peak_memory_bytes": 2_100_000_000,
-            "bytes_written": 4_300_000,
-        },
-    ]
-    curve = [{"step": s, "tokens": s * 1500, "seconds": s * 3.1, "loss": 1.2 + 2.4 / (1 + s / 9)} for s in range(60)]
-    for point in curve[::10]:
-        point["heldout_tau"] = 1.4 + 1.1 * (1 - 1 / (1 + point["step"] / 12))
-    paths = {name: folder / name for name in ("bench.json", "ledger.json", "curve.jsonl", "summary.json")}
-    paths["bench.json"].write_text(json.dumps(bench))
-    paths["ledger.json"].write_text(json.dumps({"stages": stages}))
-    paths["curve.jsonl"].write_text("".join(json.dumps(point) + "\n" for point in curve))
-    paths["summary.json"].write_text(
-        json.dumps(
-            {
-                "tau": {"stale": 1.4, "aligned": 2.5, "full": 2.6},
-                "speedup": {"stale": 0.94, "aligned": 1.71},
-                "trained_fraction_of_full": 0.16,
-                "minutes": 8.2,
-                "provenance": {},
-            }
-        )
-    )
-    return paths
+DATA = runpy.run_path(str(Path(__file__).parents[1] / "report_data.py"))
 
 
 @pytest.fixture
 def made_up(tmp_path: Path) -> dict[str, Path]:
-    return fabricate(tmp_path)
+    return DATA["fabricate"](tmp_path)
 
 
 @pytest.fixture
@@ -156,9 +67,18 @@ def test_page_shows_every_figure(page: str) -> None:
 
 def test_page_is_self_contained_and_safe(page: str) -> None:
     assert "://" not in page and "//cdn" not in page
-    assert not re.search(r"<script|<link|<img|<iframe|@import|url\((?!#)", page)
+    assert not re.search(r"<link|<img|<iframe|@import|url\((?!#)|\bsrc=|\bfetch\(|XMLHttpRequest|import\(", page)
     assert "A made-up &lt;report&gt;" in page and "&lt;made up&gt;" in page
     assert "prefers-color-scheme: dark" in page and 'name="viewport"' in page
+
+
+def test_its_policy_allows_its_own_script_and_nothing_else(page: str) -> None:
+    (script,) = re.findall(r"<script>(.*?)</script>", page, flags=re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', page)
+    assert policy and f"script-src 'sha256-{digest}'" in policy[1] and policy[1].startswith("default-src 'none'")
+    assert page.index(policy[0]) < page.index("<script>")
+    assert not re.search(r"\son\w+=", re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL))
 
 
 def test_pictures_take_the_page_colours_and_share_no_identifier(page: str) -> None:
@@ -280,7 +200,7 @@ def _print(renderable: object) -> str:
 
 def test_terminal_tables(made_up: dict[str, Path]) -> None:
     bench = _print(tables.bench_table(json.loads(made_up["bench.json"].read_text())))
-    for figure in ("aligned", "2.58 (2.51 to 2.65)", "1.71× (1.65 to 1.77)", "plain float32", "0.70×", "22/24"):
+    for figure in ("aligned", "2.58 (2.51 to 2.65)", "1.71× (1.65 to 1.77)", "plain float32", "0.70×", "22 of 24"):
         assert figure in bench
     positions = _print(tables.acceptance_table(json.loads(made_up["bench.json"].read_text())))
     assert "0.71" in positions and "0.47" in positions
@@ -290,3 +210,136 @@ def test_terminal_tables(made_up: dict[str, Path]) -> None:
     assert "2.60" in summary and "92% of the gain" in summary and "8.2 minutes" in summary
     probe = _print(tables.probe_panel("stale: adapt", {"tau": "1.43"}, healthy=False))
     assert "stale: adapt" in probe and "1.43" in probe
+
+
+# -- what newer results add ------------------------------------------------------------------------------------------
+@pytest.fixture
+def rich(tmp_path: Path) -> dict[str, Path]:
+    """Files of a result with every addition, a hostile trace and server levels among them."""
+    result = DATA["rich_bench"]()
+    result["traces"].append(DATA["hostile_trace"]())
+    result["server"] = DATA["server"]()
+    return DATA["fabricate"](tmp_path, result)
+
+
+@pytest.fixture
+def rich_page(rich: dict[str, Path], tmp_path: Path) -> str:
+    return build_report([rich["bench.json"]], tmp_path / "rich.html").read_text(encoding="utf-8")
+
+
+def part(page: str, key: str) -> str:
+    """The text of one part of the page, without tags, from its heading to the next of the same level."""
+    start = page.index(f'id="r0-{key}"')
+    end = page.find("<h2", start)
+    return re.sub(r"\s+", " ", re.sub(r"<svg.*?</svg>|<[^>]*>", " ", page[start:end], flags=re.DOTALL))
+
+
+def test_sections_of_a_full_result(rich_page: str) -> None:
+    expected = {
+        "tasks": (
+            "gsm8k",
+            "mt-bench",
+            "humaneval",
+            "2.46 to 2.70",
+            "1.63 to 1.79",
+            "23.8 to 26.2",
+            "Every prompt (24)",
+        ),
+        "acceptance": ("rounds that reach it", "0.710", "0.469"),
+        "time": ("took 0.34% of the decoding", "57.1", "2.02×", "MBSU by time", "MBSU by bytes", "0.106", "1.69×"),
+        "server": ("under way", "plain", "aligned", "16", "254.6", "1.68×", "0.388", "timed out after 60 s"),
+        "quality": ("5", "8", "0.625", "score the same on every task"),
+        "divergence": ("24", "20", "4", "16.7%", "0.016", "0.031"),
+    }
+    for key, figures in expected.items():
+        text = part(rich_page, key)
+        for figure in figures:
+            assert figure in text, (key, figure, text[:400])
+    assert "Proposal picked by measurement: chain of 5, 1.71 times expected" in rich_page
+    for key in (*expected, "tokens", "drafts"):
+        assert f'<a href="#r0-{key}">' in rich_page
+
+
+def test_every_picture_speaks(rich_page: str) -> None:
+    pictures = re.findall(r"<svg.*?</svg>", rich_page, flags=re.DOTALL)
+    assert len(pictures) == 2 + 2 + 2 + 1 + 2 + 1
+    spoken = [re.search(r'role="img" aria-label="([^"]*)"', picture) for picture in pictures]
+    assert all(spoken)
+    assert any("gsm8k: stale 1.43, aligned 2.58" in found[1] for found in spoken if found)
+
+
+def test_scores_that_differ_are_said_so(tmp_path: Path) -> None:
+    result = DATA["rich_bench"]()
+    result["drafts"]["stale"]["quality"]["gsm8k"]["correct"] = 4
+    page = build_report([DATA["fabricate"](tmp_path, result)["bench.json"]], tmp_path / "r.html").read_text()
+    assert "Scores differ on gsm8k with stale (4 of 8, plain 5)" in part(page, "quality")
+
+
+def test_a_divergence_that_is_no_near_tie_is_counted_apart(tmp_path: Path) -> None:
+    result = DATA["rich_bench"]()
+    result["drafts"]["aligned"]["divergence"] |= {"identical": 15, "near_ties": 6}
+    page = build_report([DATA["fabricate"](tmp_path, result)["bench.json"]], tmp_path / "r.html").read_text()
+    assert "aligned 24 15 6 3 37.5%" in part(page, "divergence")
+
+
+def test_no_plain_baseline(tmp_path: Path) -> None:
+    """A server without a plain baseline: no speed-up, rounds in milliseconds, and without timing no round at all."""
+    result = DATA["rich_bench"]()
+    del result["plain"], result["gains"], result["setup"]["gamma"]
+    result["setup"]["server"] = "vLLM 0.32, one replica"
+    for figures in result["drafts"].values():
+        for key in ("speedup", "ideal_speedup", "mbsu", "by_task"):
+            del figures[key]
+    page = build_report([DATA["fabricate"](tmp_path, result)["bench.json"]], tmp_path / "r.html").read_text()
+    assert "No plain baseline was measured" in page and "vLLM 0.32, one replica" in page
+    assert "in milliseconds" in part(page, "time") and "57.1" in part(page, "time")
+    assert "measured" not in part(page, "time")
+    shown = re.sub(r"<script>.*?</script>|<style>.*?</style>", "", page, flags=re.DOTALL)
+    assert "None" not in shown and "speed-up over" not in shown
+    for figures in result["drafts"].values():
+        del figures["time"], figures["tokens_per_second"]
+    paths = DATA["fabricate"](tmp_path, result)
+    page = build_report([paths["bench.json"]], tmp_path / "r.html").read_text()
+    assert 'id="r0-time"' not in page and 'id="r0-drafts"' in page
+    assert headline_png(paths["bench.json"], tmp_path / "h.png").read_bytes().startswith(b"\x89PNG")
+    assert "stale" in _print(tables.bench_table(result)) and "chain of 5" in _print(tables.bench_table(result))
+
+
+def test_several_results_in_one_page(made_up: dict[str, Path], rich: dict[str, Path], tmp_path: Path) -> None:
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(DATA["bench"]()))
+    page = build_report([rich["bench.json"], other], tmp_path / "two.html").read_text(encoding="utf-8")
+    for link in ('<a href="#r0">', '<a href="#r1">', 'id="r0"', 'id="r1"', 'id="r1-drafts"'):
+        assert link in page
+    assert "All results" in page
+    identifiers = re.findall(r'\sid="([^"]+)"', page)
+    assert len(identifiers) == len(set(identifiers))
+
+
+def test_every_link_leads_somewhere(rich_page: str) -> None:
+    identifiers = set(re.findall(r'\sid="([^"]+)"', rich_page))
+    assert set(re.findall(r'href="#([^"]+)"', rich_page)) <= identifiers
+
+
+def test_terminal_table_by_task(rich: dict[str, Path], made_up: dict[str, Path]) -> None:
+    table = tables.task_table(DATA["rich_bench"]())
+    assert table is not None
+    text = _print(table)
+    assert "mt-bench" in text and "2.58 (2.46 to 2.70)" in text
+    assert tables.task_table(DATA["bench"]()) is None
+
+
+def test_additions_of_another_shape_are_refused_by_name(tmp_path: Path) -> None:
+    def spoil(edit) -> str:
+        result = DATA["rich_bench"]()
+        edit(result)
+        with pytest.raises(UserError) as caught:
+            read_bench(DATA["fabricate"](tmp_path, result)["bench.json"])
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert "traces.0.drafts.stale" in spoil(lambda r: r["traces"][0]["drafts"]["stale"]["tokens"].pop())
+    assert "prefill and rounds gave" in spoil(lambda r: r["traces"][0]["drafts"]["stale"]["tokens"].append("x"))
+    assert "by_task.gsm8k.tau_pooled" in spoil(lambda r: r["drafts"]["stale"]["by_task"]["gsm8k"].pop("tau_pooled"))
+    assert "server.levels" in spoil(lambda r: r.update(server={"levels": []}))
+    assert "quality.gsm8k.scored" in spoil(lambda r: r["drafts"]["stale"]["quality"]["gsm8k"].update(scored=-1))

@@ -26,11 +26,11 @@ class _Open(BaseModel):
 
 
 class Interval(_Open):
-    """A figure with the two ends of its 95% interval."""
+    """A figure with the two ends of its 95% interval; the ends are null where none could be had."""
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
 
 class PhaseSeconds(_Open):
@@ -42,22 +42,65 @@ class PhaseSeconds(_Open):
     prefill: float = Field(default=0.0, ge=0)
 
 
-class DraftResult(_Open):
-    """One draft's measurements. ``acceptance_*`` hold one probability a drafted position."""
+class TaskResult(_Open):
+    """One draft on the prompts of one task."""
 
-    dtype: str = "float32"
+    prompts: int = Field(ge=0)
+    tau_pooled: Interval
+    speedup: Interval | None = None
+    tokens_per_second: Interval | None = None
+    plain_tokens_per_second: Interval | None = None
+
+
+class Mbsu(_Open):
+    """tau / (c gamma + 1) and the relative cost c of a draft step that it was taken with."""
+
+    value: float
+    cost: float | None = None
+
+
+class Divergence(_Open):
+    """How often the text left plain decoding's, and how close the two best logits were where it first did."""
+
+    prompts: int = Field(ge=0)
+    identical: int = Field(ge=0)
+    near_ties: int = Field(ge=0)
+    first_divergence_gap: list[float] = []
+
+
+class Score(_Open):
+    """A task's score: ``correct`` of ``scored`` answers."""
+
+    scored: int = Field(ge=0)
+    correct: int = Field(ge=0)
+    score: Interval | None = None
+
+
+class DraftResult(_Open):
+    """One draft's measurements. ``acceptance_*`` hold one probability a drafted position.
+
+    ``speedup`` is absent without a plain baseline, ``time`` where the engine does not tell what a round's time went to.
+    """
+
+    dtype: str = ""
     parameters: int | None = None
     tau_pooled: Interval
     tau_macro: Interval | None = None
     alpha: Interval | None = None
     acceptance_conditional: list[float | None] = []
     acceptance_unconditional: list[float | None] = []
-    tokens_per_second: Interval
-    speedup: Interval
-    time: PhaseSeconds
+    tokens_per_second: Interval | None = None
+    speedup: Interval | None = None
+    ideal_speedup: float | None = None
+    time: PhaseSeconds | None = None
     rounds: int = Field(gt=0)
     tokens: int = Field(gt=0)
     identical_to_plain: int | None = None
+    by_task: dict[str, TaskResult] = {}
+    mbsu: dict[str, Mbsu] = {}
+    divergence: Divergence | None = None
+    quality: dict[str, Score] = {}
+    plain_quality: dict[str, Score] = {}
 
 
 class Plain(_Open):
@@ -91,26 +134,111 @@ class Plain(_Open):
 
 
 class Setup(_Open):
-    """What was run: target, sampler and shape of the proposal."""
+    """What was run: target, sampler and shape of the proposal. ``shape`` is ``chain`` (of ``gamma``) or a sentence."""
 
     target: str
     sampler: str
-    gamma: int = Field(gt=0)
+    gamma: int | None = Field(default=None, gt=0)
     shape: str = "chain"
+    picked: str | None = None
+    server: str | None = None
+    order: str | None = None
+    overhead: float | None = None
     prompts: int
     max_new_tokens: int
     batch: int = 1
     seed: int = 0
 
 
+class TraceRound(_Open):
+    """One round of a trace: of ``kept`` tokens the first ``accepted`` are the draft's, one more is the target's."""
+
+    accepted: int = Field(ge=0)
+    kept: int = Field(ge=0)
+    full: bool
+    proposed: list[str] = []
+
+
+class TraceDraft(_Open):
+    """One draft's decoding of one prompt: the pieces of text in order, the first from prefill, and the rounds."""
+
+    tokens: list[str]
+    rounds: list[TraceRound]
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> TraceDraft:
+        given = 1 + sum(r.kept for r in self.rounds)
+        if len(self.tokens) != given and (self.tokens or self.rounds):
+            raise ValueError(f"{len(self.tokens)} tokens, but prefill and rounds gave {given}")
+        if any(r.kept > r.accepted + 1 for r in self.rounds):
+            raise ValueError("a round kept more than its accepted tokens and one by the target")
+        return self
+
+
+class Trace(_Open):
+    """A prompt, and what each draft's rounds made of it."""
+
+    id: str
+    task: str | None = None
+    prompt: str = ""
+    drafts: dict[str, TraceDraft] = Field(min_length=1)
+
+
+class Spread(_Open):
+    """Mean, median and 99th percentile over requests, in milliseconds."""
+
+    mean: float
+    p50: float
+    p99: float
+
+
+class Load(_Open):
+    """One contestant at one concurrency. ``ttft`` is the median time to the first token, in seconds."""
+
+    tokens_per_second: Interval
+    speedup: Interval | None = None
+    ttft: Interval | None = None
+    ttft_ms: Spread | None = None
+    inter_token_ms: Spread | None = None
+    tau: Interval | None = None
+    requests: int | None = None
+    failed: int | None = None
+
+
+class Level(_Open):
+    """One concurrency: how every contestant did with that many requests under way."""
+
+    concurrency: int = Field(gt=0)
+    contestants: dict[str, Load]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or "contestants" in data:
+            return data
+        found = {name: entry for name, entry in data.items() if isinstance(entry, dict)}
+        return {"concurrency": data.get("concurrency"), "contestants": found}
+
+
+class Server(_Open):
+    """The server benchmark: levels of concurrency in ascending order."""
+
+    levels: list[Level] = Field(min_length=1)
+    notes: list[str] = []
+    failures: list[dict[str, Any]] = []
+
+
 class BenchResult(_Open):
-    """A whole benchmark result, schema ``redraft.bench/1``."""
+    """A whole benchmark result, schema ``redraft.bench/1``. ``plain`` is absent where no baseline was measured."""
 
     setup: Setup
-    plain: Plain
+    plain: Plain | None = None
     drafts: dict[str, DraftResult] = Field(min_length=1)
     gains: dict[str, dict[str, Interval]] = {}
     per_prompt: list[dict[str, Any]] = []
+    plain_quality: dict[str, Score] = {}
+    traces: list[Trace] = []
+    server: Server | None = None
     provenance: dict[str, Any] = {}
 
 

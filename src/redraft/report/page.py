@@ -1,29 +1,44 @@
-"""The report: one HTML file that needs nothing else, and the headline picture."""
+"""The report: one HTML file that needs nothing else and fetches nothing, and the headline picture.
+
+A content security policy in the page allows its own styles and the one script whose hash it names: text out of a
+result (a token may be ``</script>``) could not run or fetch anything even if it were not escaped.
+"""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 from collections.abc import Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from redraft.errors import UserError
 from redraft.report import format as form
-from redraft.report import plots
-from redraft.report.costs import round_cost
+from redraft.report import plots, sections, tokens
+from redraft.report.costs import round_costs
 from redraft.report.load import (
     BenchResult,
-    Costs,
     CurvePoint,
-    DraftResult,
-    Interval,
-    Stage,
-    Summary,
+    Trace,
     read_bench,
     read_curve,
     read_ledger,
     read_summary,
 )
+
+# Anchor of a result's part: what it needs, and what the list of contents calls it.
+PARTS = {
+    "drafts": ("drafts", "Drafts"),
+    "tasks": ("tasks", "By task"),
+    "tokens": ("traces", "Who proposed which token"),
+    "acceptance": ("acceptance", "Acceptance by position"),
+    "time": ("costs", "Where the time goes"),
+    "server": ("levels", "Under load"),
+    "quality": ("quality", "Quality guard"),
+    "divergence": ("divergences", "Near-ties"),
+}
 
 
 def build_report(
@@ -44,22 +59,39 @@ def build_report(
         raise UserError("a report needs at least one result file of `redraft bench`")
     loaded = [(path, read_bench(path)) for path in results]
     points = read_curve(curve) if curve else []
-    page = (
-        _environment()
-        .get_template("report.html.j2")
-        .render(
-            title=title,
-            sections=[_section(index, path, result) for index, (path, result) in enumerate(loaded)],
-            several=len(loaded) > 1,
-            training=_training(points, loaded[0][1]),
-            ledger=_ledger(read_ledger(ledger)) if ledger else None,
-            summary=_summary(read_summary(summary)) if summary else None,
-        )
-    )
+    script = _static("script.js")
+    content: dict[str, Any] = {
+        "title": title,
+        "style": _static("style.css"),
+        "script": script,
+        "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        "sections": [_section(index, path, result) for index, (path, result) in enumerate(loaded)],
+        "several": len(loaded) > 1,
+        "token_kinds": tokens.KINDS,
+        "training": _training(points, loaded[0][1]),
+        "ledger": sections.ledger_rows(read_ledger(ledger)) if ledger else None,
+        "summary": sections.summary_lines(read_summary(summary)) if summary else None,
+    }
+    page = _environment().get_template("report.html.j2").render(**content, contents=_contents(content))
     from redraft.artifact import atomic_write_text
 
-    atomic_write_text(out, page)
+    # A result may hold halves of surrogate pairs, which UTF-8 has no bytes for.
+    atomic_write_text(out, page.encode("utf-8", "replace").decode("utf-8"))
     return out
+
+
+def _contents(content: dict[str, Any]) -> list[tuple[str, str]]:
+    """(anchor, words) of what the page holds, in its order; several results are named and not taken apart."""
+    found = []
+    if content["several"]:
+        found += [(s["name"], s["file"]) for s in content["sections"]]
+    else:
+        (s,) = content["sections"]
+        found += [(f"{s['name']}-{key}", words) for key, (part, words) in PARTS.items() if s[part]]
+    parts = {"summary": "everything", "training": "training", "ledger": "cost"}
+    words = {"everything": "Against training everything", "training": "Training", "cost": "What it cost"}
+    found += [(anchor, words[anchor]) for part, anchor in parts.items() if content[part]]
+    return [*found, ("provenance", "Provenance")]
 
 
 def headline_png(result: Path, out: Path) -> Path:
@@ -68,6 +100,10 @@ def headline_png(result: Path, out: Path) -> Path:
 
     atomic_write_bytes(out, plots.headline_figure_png(read_bench(result)))
     return out
+
+
+def _static(name: str) -> str:
+    return (resources.files("redraft.report") / "templates" / name).read_text(encoding="utf-8").strip() + "\n"
 
 
 def _environment() -> Any:
@@ -89,6 +125,9 @@ def _environment() -> Any:
         times=form.times,
         count=form.count,
         duration=form.duration,
+        scaled=form.scaled,
+        visible=tokens.visible,
+        visible_text=tokens.visible_text,
     )
     return environment
 
@@ -96,81 +135,95 @@ def _environment() -> Any:
 def _section(index: int, path: Path, result: BenchResult) -> dict[str, Any]:
     """What the template shows of one result."""
     name = f"r{index}"
-    costs = {key: round_cost(result, draft) for key, draft in result.drafts.items()}
+    colours = _colours(result)
+    scores = sections.quality(result)
     return {
         "name": name,
         "file": path.name,
+        "result": result,
         "setup": result.setup,
-        "sampler": sampler_line(result),
+        "sampler": sections.sampler_line(result),
         "plain": result.plain,
         "drafts": result.drafts,
-        "colours": plots.series_colours(list(result.drafts)),
-        "tiles": _tiles(result),
-        "gains": _gains(result),
+        "colours": colours,
+        "tiles": sections.tiles(result),
+        "gains": sections.gains(result),
         "headline": plots.headline_svgs(result, name),
+        "tasks": sections.tasks(result),
+        "task_pictures": _task_pictures(result, name, colours),
+        "traces": _traces(result),
+        "positions": max(len(d.acceptance_conditional) for d in result.drafts.values()),
+        "mbsu": sections.mbsu(result),
         "acceptance": plots.acceptance_svgs(result, name),
         "time": plots.time_svg(result, name),
-        "costs": costs,
+        "costs": round_costs(result),
+        "levels": result.server.levels if result.server else [],
+        "level_pictures": _level_pictures(result, name, colours),
+        "quality": scores,
+        "quality_verdict": sections.quality_verdict(scores),
+        "quality_picture": _quality_picture(scores, name, colours),
+        "divergences": sections.divergences(result),
+        "prompts": (prompts := sections.prompt_rows(result)),
+        "prompt_tasks": any(row["task"] for row in prompts),
+        "facts": sections.facts(result.provenance),
         "provenance": json.dumps(result.provenance, indent=2, ensure_ascii=False, default=str),
     }
 
 
-def sampler_line(result: BenchResult) -> str:
-    """How the figures were taken: sampler, proposal shape, prompts, batch size."""
-    s = result.setup
-    return (
-        f"{s.sampler}, {s.shape} of {s.gamma}, {s.prompts} prompts, up to {s.max_new_tokens} new tokens, "
-        f"batch {s.batch}, seed {s.seed}"
-    )
+def _colours(result: BenchResult) -> dict[str, str]:
+    """A colour for plain decoding and for everything that any part of the result names."""
+    names = [*result.drafts, *(key for trace in result.traces for key in trace.drafts)]
+    names += [key for level in (result.server.levels if result.server else []) for key in level.contestants]
+    return plots.series_colours([name for name in dict.fromkeys(names) if name != "plain"]) | {
+        "plain": plots.PHASES["other"]
+    }
 
 
-def first_and_last(result: BenchResult) -> tuple[str, str]:
-    """The drafts that the headline compares: stale and aligned where they are, else the first and the last."""
-    names = list(result.drafts)
-    return ("stale" if "stale" in names else names[0]), ("aligned" if "aligned" in names else names[-1])
+def _task_pictures(result: BenchResult, name: str, colours: dict[str, str]) -> list[str]:
+    """tau by task, and the speed-up (tokens a second without a baseline) by task."""
+    pictures = []
+    if groups := sections.task_figures(result, "tau_pooled"):
+        pictures.append(plots.grouped_svg(groups, colours, "acceptance length by task", f"{name}-task-tau"))
+    if groups := sections.task_figures(result, "speedup"):
+        pictures.append(plots.grouped_svg(groups, colours, "speed-up by task", f"{name}-task-speed", line=1.0))
+    elif groups := sections.task_figures(result, "tokens_per_second"):
+        pictures.append(plots.grouped_svg(groups, colours, "tokens a second by task", f"{name}-task-speed"))
+    return pictures
 
 
-def _tiles(result: BenchResult) -> list[dict[str, Any]]:
-    """The headline figures: before, after, and the interval of after."""
-    before, after = first_and_last(result)
-    drafts = result.drafts
-
-    def tile(label: str, pick: Any, unit: str, digits: int = 2) -> dict[str, Any]:
-        old: Interval | None = pick(drafts[before]) if before != after else None
-        new: Interval = pick(drafts[after])
-        return {
-            "label": label,
-            "unit": unit,
-            "before_name": before,
-            "after_name": after,
-            "before": form.number(old.value, digits) if old else None,
-            "before_bounds": form.bounds(old, digits),
-            "after": form.number(new.value, digits),
-            "after_bounds": form.bounds(new, digits),
-        }
-
-    def tau(draft: DraftResult) -> Interval:
-        return draft.tau_pooled
-
+def _level_pictures(result: BenchResult, name: str, colours: dict[str, str]) -> list[str]:
+    titles = {"tokens_per_second": "tokens a second, all requests", "ttft": "median time to the first token, s"}
     return [
-        tile("acceptance length, tokens a round", tau, ""),
-        tile(
-            f"speed-up over the fastest plain decoding ({result.plain.fastest})",
-            lambda d: d.speedup,
-            "\N{MULTIPLICATION SIGN}",
-        ),
-        tile("tokens a second", lambda d: d.tokens_per_second, "", 1),
+        plots.lines_svg(curves, colours, titles[field], "requests under way", f"{name}-level-{field}")
+        for field, curves in sections.levels(result).items()
     ]
 
 
-def _gains(result: BenchResult) -> list[str]:
-    """One sentence a measured gain, with its paired interval."""
-    words = {"tau": "acceptance length higher by {}", "speed": "{} times the tokens a second"}
-    return [
-        f"{pair}: {words.get(kind, kind + ' {}').format(form.number(gain.value))} (95% interval {form.bounds(gain)})"
-        for pair, kinds in result.gains.items()
-        for kind, gain in kinds.items()
-    ]
+def _quality_picture(scores: dict[str, Any], name: str, colours: dict[str, str]) -> str | None:
+    groups = {task: {key: s.score for key, s in by_name.items() if s.score} for task, by_name in scores.items()}
+    groups = {task: figures for task, figures in groups.items() if figures}
+    return plots.grouped_svg(groups, colours, "score by task", f"{name}-quality") if groups else None
+
+
+def _traces(result: BenchResult) -> dict[str, Any] | None:
+    """The token view: the traces that fit the page, and how many the file holds."""
+    shown = tokens.chosen(result.traces)
+    if not shown:
+        return None
+    return {"shown": [_trace(trace, sections.is_tree(result)) for trace in shown], "total": len(result.traces)}
+
+
+def _trace(trace: Trace, tree: bool) -> dict[str, Any]:
+    views = [tokens.draft_view(name, draft, tree) for name, draft in trace.drafts.items()]
+    prompt = trace.prompt.strip()
+    return {
+        "id": trace.id,
+        "task": trace.task,
+        "prompt": prompt[: tokens.MAX_PROMPT],
+        "prompt_cut": len(prompt) > tokens.MAX_PROMPT,
+        "drafts": views,
+        "rounds": max(len(view.rounds) for view in views),
+    }
 
 
 def _training(points: list[CurvePoint], result: BenchResult) -> dict[str, Any] | None:
@@ -181,74 +234,13 @@ def _training(points: list[CurvePoint], result: BenchResult) -> dict[str, Any] |
     if points[0].step == 0 and points[0].heldout_tau is not None:
         stale = ("before training", points[0].heldout_tau)
     elif "stale" in result.drafts:
-        stale = ("stale draft, on the benchmark's prompts", result.drafts["stale"].tau_pooled.value)
-    held = [p.heldout_tau for p in points if p.heldout_tau is not None]
+        stale = ("stale, in the benchmark", result.drafts["stale"].tau_pooled.value)
+    held = [p for p in points if p.heldout_tau is not None]
     return {
         "pictures": plots.training_svgs(points, stale),
         "steps": points[-1].step,
         "tokens": form.scaled(points[-1].tokens, ""),
         "time": form.duration(points[-1].seconds),
-        "best": form.number(max(held)) if held else None,
+        "best": form.number(max(p.heldout_tau or 0 for p in held)) if held else None,
+        "rows": sections.thinned(held or points),
     }
-
-
-def _ledger(costs: Costs) -> dict[str, Any]:
-    return {"rows": [ledger_cells(stage) for stage in costs.stages], "total": ledger_cells(total_of(costs))}
-
-
-def total_of(costs: Costs) -> Stage:
-    """Sums of the ledger; the peak memory is the largest, not the sum."""
-
-    def add(field: str) -> Any:
-        return sum(getattr(stage, field) or 0 for stage in costs.stages)
-
-    return Stage(
-        stage="total",
-        tokens=add("tokens"),
-        flops=add("flops"),
-        seconds=add("seconds"),
-        bytes_written=add("bytes_written"),
-        peak_memory_bytes=max((s.peak_memory_bytes or 0 for s in costs.stages), default=0) or None,
-    )
-
-
-def ledger_cells(stage: Stage) -> dict[str, str]:
-    """One stage of the ledger as text."""
-    return {
-        "stage": stage.stage,
-        "tokens": form.count(stage.tokens),
-        "flops": form.scaled(stage.flops, "FLOP"),
-        "time": form.duration(stage.seconds),
-        "memory": form.scaled(stage.peak_memory_bytes, "B"),
-        "written": form.scaled(stage.bytes_written, "B"),
-        "formula": stage.formula or "",
-    }
-
-
-def recovery(summary: Summary) -> float | None:
-    """(aligned - stale) / (full - stale) of tau, from one run alone: figures of two runs are not paired.
-
-    None when one is missing, comes from elsewhere, or full gained nothing.
-    """
-    if summary.tau_full_from:
-        return None
-    stale, aligned, full = (summary.tau.get(name) for name in ("stale", "aligned", "full"))
-    if stale is None or aligned is None or full is None or full <= stale:
-        return None
-    return (aligned - stale) / (full - stale)
-
-
-def _summary(summary: Summary) -> list[tuple[str, str]]:
-    """The quickstart's own lines: recovery, trained share, minutes, and any note it carries."""
-    share = recovery(summary)
-    lines = [("acceptance length after training every weight", form.number(summary.tau.get("full")))]
-    if summary.tau_full_from:
-        lines.append(("where that comes from", summary.tau_full_from))
-    if share is not None:
-        lines.append(("share of that gain recovered", form.percent(share)))
-    lines += [
-        ("trained parameters, of those that full training changes", form.percent(summary.trained_fraction_of_full, 1)),
-        ("minutes from start to end", form.number(summary.minutes, 1)),
-    ]
-    extra = summary.model_extra or {}
-    return lines + [(key.replace("_", " "), value) for key, value in extra.items() if isinstance(value, str)]

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from redraft.errors import UserError
-from redraft.report.costs import RoundCost, round_cost
+from redraft.report.costs import round_costs
 from redraft.report.format import missing, number
 from redraft.report.load import BenchResult, CurvePoint, Interval
 
@@ -127,32 +127,129 @@ def _dots(axes: Any, entries: list[tuple[str, str, Interval]], title: str, digit
     axes.set_title(title)
 
 
+def speed_figures(result: BenchResult) -> tuple[str, str, int, dict[str, Interval]]:
+    """What the speed pictures show: (title, unit, digits, interval by draft).
+
+    The speed-up where every draft has one, else tokens a second; empty where there is neither.
+    """
+    drafts = result.drafts.items()
+    ratios = {name: draft.speedup for name, draft in drafts if draft.speedup}
+    if result.plain and len(ratios) == len(result.drafts):
+        return f"speed-up over plain {result.plain.fastest}", "\N{MULTIPLICATION SIGN}", 2, ratios
+    rates = {name: draft.tokens_per_second for name, draft in drafts if draft.tokens_per_second}
+    return "tokens a second", "", 1, rates
+
+
 def _headline_axes(result: BenchResult, tau_axes: Any, speed_axes: Any) -> None:
     colours = series_colours(list(result.drafts))
-    tau = [(name, colours[name], draft.tau_pooled) for name, draft in result.drafts.items()]
-    speed = [(name, colours[name], draft.speedup) for name, draft in result.drafts.items()]
     if tau_axes is not None:
+        tau = [(name, colours[name], draft.tau_pooled) for name, draft in result.drafts.items()]
         _dots(tau_axes, tau, "acceptance length \N{GREEK SMALL LETTER TAU} (tokens a round)", 2)
     if speed_axes is not None:
-        speed_axes.axvline(1, color=PHASES["other"], linestyle="--", linewidth=1.2)
-        _dots(speed_axes, speed, f"speed-up over plain {result.plain.fastest}", 2, "\N{MULTIPLICATION SIGN}")
+        title, unit, digits, figures = speed_figures(result)
+        if unit:
+            speed_axes.axvline(1, color=PHASES["other"], linestyle="--", linewidth=1.2)
+        _dots(speed_axes, [(name, colours[name], figure) for name, figure in figures.items()], title, digits, unit)
 
 
 def headline_svgs(result: BenchResult, name: str) -> list[str]:
-    """Acceptance length and speed-up with intervals: two pictures that a narrow page stacks."""
+    """Acceptance length and speed with intervals: two pictures that a narrow page stacks."""
     height = 0.95 + 0.55 * len(result.drafts)
     pictures = []
-    for index, what in enumerate(("acceptance length", "speed-up")):
+    for index, what in enumerate(("acceptance length", "speed")):
+        if index and not speed_figures(result)[3]:
+            continue
         with _figure(WIDTH, height) as (figure, axes):
             _headline_axes(result, axes if index == 0 else None, axes if index == 1 else None)
             pictures.append(_svg(figure, f"{name}-headline{index}", f"{what} of each draft with its interval"))
     return pictures
 
 
+def grouped_svg(
+    groups: Mapping[str, Mapping[str, Interval]],
+    colours: Mapping[str, str],
+    title: str,
+    name: str,
+    line: float | None = None,
+) -> str:
+    """Dots with intervals: a band a group (a task), in it a row a series (a draft); ``line`` is a dashed reference."""
+    series = list(dict.fromkeys(key for figures in groups.values() for key in figures))
+    pitch = 0.8 / max(len(series), 1)
+    inches = 1.05 + sum(0.12 + 0.2 * len(series) for _ in groups)
+    with _figure(WIDTH, inches) as (figure, axes):
+        for band, figures in enumerate(groups.values()):
+            for key, interval in figures.items():
+                row = band + (series.index(key) - (len(series) - 1) / 2) * pitch
+                if not missing(interval.low):
+                    axes.plot(
+                        [interval.low, interval.high], [row] * 2, color=colours[key], linewidth=3, alpha=0.45,
+                        solid_capstyle="round",
+                    )  # fmt: skip
+                marker = MARKERS[series.index(key) % len(MARKERS)]
+                axes.plot(interval.value, row, marker, color=colours[key], markersize=6)
+        for key in series:
+            axes.plot([], [], MARKERS[series.index(key) % len(MARKERS)], color=colours[key], label=key)
+        if line is not None:
+            axes.axvline(line, color=PHASES["other"], linestyle="--", linewidth=1.2)
+        axes.set_yticks(range(len(groups)), [_short(group) for group in groups])
+        axes.set_ylim(len(groups) - 0.5, -0.5)
+        axes.tick_params(axis="y", length=0)
+        axes.grid(axis="y", visible=False)
+        for band in range(1, len(groups)):
+            axes.axhline(band - 0.5, color=GRID, linewidth=0.8)
+        axes.margins(x=0.08)
+        axes.set_title(title)
+        figure.legend(loc="outside lower right", ncols=min(3, len(series)), handletextpad=0.2, columnspacing=1.0)
+        return _svg(figure, name, f"{title}, by group, with intervals: {_spoken(groups)}")
+
+
+def _short(text: str, limit: int = 18) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "\N{HORIZONTAL ELLIPSIS}"
+
+
+def _spoken(groups: Mapping[str, Mapping[str, Interval]]) -> str:
+    return "; ".join(
+        f"{group}: " + ", ".join(f"{key} {number(figure.value)}" for key, figure in figures.items())
+        for group, figures in groups.items()
+    )
+
+
+def lines_svg(
+    curves: Mapping[str, Sequence[tuple[float, Interval]]],
+    colours: Mapping[str, str],
+    title: str,
+    xlabel: str,
+    name: str,
+) -> str:
+    """One line a series over a base-2 axis (concurrency), with its interval as a shade."""
+    with _figure(WIDTH, 2.9) as (figure, axes):
+        for marker, (key, points) in zip(MARKERS * len(curves), curves.items(), strict=False):
+            at = [x for x, _ in points]
+            axes.plot(at, [y.value for _, y in points], f"{marker}-", color=colours[key], label=key)
+            if all(not missing(y.low) for _, y in points):
+                low, high = [[getattr(y, end) for _, y in points] for end in ("low", "high")]
+                axes.fill_between(at, low, high, color=colours[key], alpha=0.18, linewidth=0)
+        ticks = sorted({x for points in curves.values() for x, _ in points})
+        if min(ticks) > 0 and max(ticks) / min(ticks) >= 4:
+            axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+        axes.minorticks_off()
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel(xlabel)
+        axes.set_title(title)
+        axes.legend()
+        spoken = "; ".join(
+            f"{key}: " + ", ".join(f"{y.value:.4g} at {x:g}" for x, y in points) for key, points in curves.items()
+        )
+        return _svg(figure, name, f"{title} over {xlabel}: {spoken}")
+
+
 def headline_figure_png(result: BenchResult) -> bytes:
     """The headline picture on white, for places that show no SVG."""
-    with _figure(2 * WIDTH, 0.95 + 0.55 * len(result.drafts), 2, ink="#1b1f24", grid="#d5d9de") as (figure, axes):
-        _headline_axes(result, *axes)
+    columns = 2 if speed_figures(result)[3] else 1
+    height = 0.95 + 0.55 * len(result.drafts)
+    with _figure(columns * WIDTH, height, columns, ink="#1b1f24", grid="#d5d9de") as (figure, axes):
+        _headline_axes(result, *(axes if columns == 2 else (axes, None)))
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=160, transparent=False, facecolor="white", metadata={"Software": None})
         return buffer.getvalue()
@@ -179,32 +276,41 @@ def acceptance_svgs(result: BenchResult, name: str) -> list[str]:
     return pictures
 
 
-def time_svg(result: BenchResult, name: str) -> str:
-    """One bar a draft: what a round costs in plain tokens, and a tick at tau, the tokens it yields."""
-    costs: dict[str, RoundCost] = {key: round_cost(result, draft) for key, draft in result.drafts.items()}
-    with _figure(WIDTH * 1.3, 1.35 + 0.55 * len(costs)) as (figure, axes):
+def time_svg(result: BenchResult, name: str) -> str | None:
+    """One bar a draft: what a round costs, and (in plain tokens) a tick at tau, the tokens it yields."""
+    costs = round_costs(result)
+    if not costs:
+        return None
+    relative = result.plain is not None
+    with _figure(WIDTH, 1.45 + 0.42 * len(costs)) as (figure, axes):
         for row, cost in enumerate(costs.values()):
             left = 0.0
             for phase, colour in PHASES.items():
                 width = getattr(cost, phase)
                 axes.barh(row, width, 0.55, left=left, color=colour, label=phase if row == 0 else None)
                 left += width
-            axes.plot(
-                [cost.tau, cost.tau],
-                [row - 0.38, row + 0.38],
-                color=INK,
-                linewidth=2,
-                label="\N{GREEK SMALL LETTER TAU}, tokens a round" if row == 0 else None,
-            )
-        axes.set_yticks(range(len(costs)), list(costs))
+            if relative:
+                label = "yield, \N{GREEK SMALL LETTER TAU}" if row == 0 else None
+                axes.plot([cost.tau] * 2, [row - 0.38, row + 0.38], color=INK, linewidth=2, label=label)
+        axes.set_yticks(range(len(costs)), [_short(key) for key in costs])
         axes.set_ylim(len(costs) - 0.45, -0.55)
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="y", visible=False)
-        axes.set_xlim(0, 1.06 * max(max(cost.total, cost.tau) for cost in costs.values()))
-        axes.set_xlabel("cost of a round, in tokens of plain decoding")
-        figure.legend(loc="outside upper left", ncols=5, handlelength=1.0, columnspacing=1.2, fontsize=9)
+        axes.set_xlim(0, 1.06 * max(max(cost.total, cost.tau if relative else 0) for cost in costs.values()))
+        unit = "tokens of plain decoding" if relative else "milliseconds"
+        axes.set_xlabel(f"cost of a round, in {unit}")
+        handles, labels = axes.get_legend_handles_labels()
+        order = sorted(range(len(labels)), key=lambda i: labels[i] not in PHASES)
+        figure.legend(
+            [handles[i] for i in order],
+            [labels[i] for i in order],
+            loc="outside upper left",
+            ncols=3,
+            handlelength=1.0,
+            columnspacing=1.8,
+        )
         about = "; ".join(
-            f"{key}: a round costs {number(cost.total)} plain tokens and yields {number(cost.tau)} tokens"
+            f"{key}: a round costs {number(cost.total)} {unit} and yields {number(cost.tau)} tokens"
             for key, cost in costs.items()
         )
         return _svg(figure, f"{name}-time", about)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
 from redraft.report import format as form
 from redraft.report.load import BenchResult, Costs, Interval, Summary, parse
-from redraft.report.page import ledger_cells, recovery, sampler_line, total_of
+from redraft.report.sections import identical, ledger_cells, recovery, sampler_line, tasks, total_of
 
 
 def _cell(interval: Interval | None, digits: int, unit: str = "") -> str:
@@ -35,11 +36,10 @@ def bench_table(result: Mapping[str, Any] | BenchResult) -> Table:
     table.add_column("draft", style="bold")
     for name in ("tau", "tau macro", "alpha", "tokens/s", "speed-up", "same as plain"):
         table.add_column(name, justify="right")
-    for kind, rate in bench.plain.rates.items():
-        relative = form.times(rate.value / bench.plain.tokens_per_second.value)
+    for kind, rate in bench.plain.rates.items() if bench.plain else ():
+        relative = form.times(rate.value / bench.plain.tokens_per_second.value) if bench.plain else form.DASH
         table.add_row(f"plain {kind}", "1.00", "1.00", form.DASH, _cell(rate, 1), relative, form.DASH, style="dim")
     for name, draft in bench.drafts.items():
-        same = form.DASH if draft.identical_to_plain is None else f"{draft.identical_to_plain}/{bench.setup.prompts}"
         table.add_row(
             name,
             _cell(draft.tau_pooled, 2),
@@ -47,7 +47,7 @@ def bench_table(result: Mapping[str, Any] | BenchResult) -> Table:
             _cell(draft.alpha, 3),
             _cell(draft.tokens_per_second, 1),
             _cell(draft.speedup, 2, "\N{MULTIPLICATION SIGN}"),
-            same,
+            identical(draft, bench.setup.prompts),
         )
     return table
 
@@ -58,11 +58,35 @@ def acceptance_table(result: Mapping[str, Any] | BenchResult) -> Table:
     table = Table(title="acceptance by position", title_justify="left")
     table.add_column("draft", style="bold")
     table.add_column("of")
-    for position in range(1, bench.setup.gamma + 1):
+    for position in range(1, max(len(draft.acceptance_conditional) for draft in bench.drafts.values()) + 1):
         table.add_column(str(position), justify="right")
     for name, draft in bench.drafts.items():
         table.add_row(name, "rounds that reach it", *(form.number(v) for v in draft.acceptance_conditional))
         table.add_row("", "all rounds", *(form.number(v) for v in draft.acceptance_unconditional))
+    return table
+
+
+def task_table(result: Mapping[str, Any] | BenchResult) -> Table | None:
+    """Acceptance length and speed-up of every draft by task; None when the result was not divided by task."""
+    bench = result if isinstance(result, BenchResult) else parse(BenchResult, dict(result), "benchmark result")
+    found = tasks(bench)
+    if not found:
+        return None
+    table = Table(title="by task", title_justify="left")
+    table.add_column("task", style="bold")
+    table.add_column("draft")
+    for name in ("prompts", "tau", "speed-up", "tokens/s"):
+        table.add_column(name, justify="right")
+    for task, drafts in found.items():
+        for index, (name, figures) in enumerate(drafts.items()):
+            table.add_row(
+                escape(task) if index == 0 else "",
+                escape(name),
+                str(figures.prompts),
+                _cell(figures.tau_pooled, 2),
+                _cell(figures.speedup, 2, "\N{MULTIPLICATION SIGN}"),
+                _cell(figures.tokens_per_second, 1),
+            )
     return table
 
 
