@@ -1,0 +1,369 @@
+"""Load on one OpenAI-compatible server, as a client sees it: answers with their times, levels of concurrency.
+
+Prompts go to ``/v1/completions`` as token ids, always in the same order, in a closed loop: each of n workers asks its
+next prompt when its last one is answered. Nothing is tried again; a request that fails is counted as failed.
+
+Times of a request, in seconds from sending it: ``first`` token, ``last`` token, ``seconds`` until the stream has
+ended. Inter-token latency is (last - first) / (tokens - 1): a speculative server sends several tokens at once, so the
+gaps between messages would be those of rounds.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from typing import Any
+
+from redraft.data.generate import Request
+from redraft.data.transport import Connection, Passing, Refused, completion_body, completion_tokens, excerpt
+from redraft.errors import UserError
+from redraft.evaluate.counters import SGLANG, VLLM, Counts, Reading, difference, parse_metrics
+from redraft.evaluate.speed import Prompt
+from redraft.sampling import Sampler
+
+SETTLE_SECONDS = 1.0
+VERSION_PATHS = {VLLM: "/version", SGLANG: "/server_info"}
+
+Done = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """``concurrencies``: the levels, each with at least as many prompts. ``warmup``: requests before a level that are
+    not counted, of ``warmup_tokens`` at most; never fewer than the level's workers. ``timeout``: seconds without a
+    byte. ``tolerated``: share of requests that may fail before the run does. ``models``: served name by server.
+
+    Raises ``UserError`` for values that make no sense.
+    """
+
+    sampler: Sampler = field(default_factory=Sampler)
+    max_new_tokens: int = 128
+    seed: int = 0
+    concurrencies: tuple[int, ...] = (1,)
+    warmup: int = 2
+    warmup_tokens: int = 16
+    timeout: float = 300.0
+    tolerated: float = 0.03
+    models: Mapping[str, str] = field(default_factory=dict)
+    api_key: str | None = None
+
+    def __post_init__(self) -> None:
+        levels = self.concurrencies
+        if not levels or min(levels) < 1 or len(set(levels)) != len(levels):
+            named = ", ".join(map(str, levels)) or "none"
+            raise UserError(f"concurrencies must be different whole numbers from 1 on, not {named}")
+        if self.max_new_tokens < 2:
+            raise UserError(f"a speed needs answers of at least 2 tokens, not {self.max_new_tokens}")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One request as the client saw it; ``fault`` says why it failed. ``first`` and ``last`` need a stream."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+    first: float | None = None
+    last: float | None = None
+    text: str = ""
+    ids: list[int] | None = None
+    fault: str = ""
+
+    @property
+    def inter_token(self) -> float | None:
+        """Seconds a token after the first, None without a stream or a second token."""
+        if self.first is None or self.last is None or self.tokens < 2:
+            return None
+        return (self.last - self.first) / (self.tokens - 1)
+
+    def same_output(self, other: Answer) -> bool:
+        """Whether two answers say the same: in token ids where both came with them, else in text."""
+        if self.ids is not None and other.ids is not None:
+            return self.ids == other.ids
+        return self.text == other.text
+
+
+@dataclass(frozen=True)
+class Level:
+    """What one server did at one concurrency: an answer a prompt, in their order.
+
+    ``counts`` holds one difference of the counters a prompt at concurrency 1 (with ``by_prompt``), else one for the
+    whole level; it is empty where the server has no counters. ``gauges`` are as last seen.
+    """
+
+    concurrency: int
+    answers: list[Answer]
+    wall: float
+    counts: list[Counts]
+    by_prompt: bool
+    gauges: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def good(self) -> list[Answer]:
+        """The answers that did not fail."""
+        return [answer for answer in self.answers if not answer.fault]
+
+
+class Session:
+    """A server under measurement: its connection, what it serves, and whether it streams. Use :meth:`open` first."""
+
+    def __init__(self, name: str, url: str, config: ServerConfig) -> None:
+        self.name, self.config = name, config
+        self.connection = Connection(url, max(config.concurrencies) + 1, config.timeout, config.api_key)
+        self.model = ""
+        self.streamed = True
+        self.engine = ""
+        self.version: str | None = None
+        self.notes: list[str] = []
+        self._metrics = True
+
+    def open(self, prompts: Sequence[Prompt]) -> Session:
+        """Connect, find the model, find out how the server counts tokens, look for its counters.
+
+        Raises ``UserError`` in one line for a server that cannot be used.
+        """
+        self.connection.open()
+        try:
+            self.model = self._find_model()
+            self._find_mode(prompts[0])
+            self.engine = self.read().prefix
+            self.version = self._version()
+        except (Passing, Refused) as error:
+            self.close()
+            raise UserError(f"the server {self.where} cannot be used: {error}; is it up?") from error
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def close(self) -> None:
+        """Close the connection."""
+        self.connection.close()
+
+    @property
+    def where(self) -> str:
+        """The name and address of the server, for messages."""
+        return f"{self.name} at {self.connection.url}"
+
+    def _find_model(self) -> str:
+        wanted = self.config.models.get(self.name)
+        names = self.connection.served_models()
+        if wanted is None:
+            return self.connection.the_model(names)
+        if wanted not in names:
+            raise UserError(f"the server {self.where} serves {', '.join(names) or 'no model'}, not {wanted}")
+        return wanted
+
+    def _find_mode(self, prompt: Prompt) -> None:
+        """One short request decides: a stream where it comes with token counts, else whole answers."""
+        fault = ""
+        for self.streamed in (True, False):
+            try:
+                self._ask(prompt, 0, min(4, self.config.max_new_tokens))
+            except Refused as error:
+                fault = fault or str(error)
+                continue
+            if not self.streamed:
+                self.notes.append(f"{self.name} does not stream with token counts ({fault}): no times of tokens")
+            return
+        raise UserError(f"the server {self.where} refuses a request: {fault}")
+
+    def _version(self) -> str | None:
+        """The engine's version where it tells; None is no fault."""
+        try:
+            found = self.connection.json("GET", VERSION_PATHS[self.engine]).get("version")
+        except (KeyError, Passing, Refused, UserError):
+            return None
+        return str(found) if found else None
+
+    # -- counters ----------------------------------------------------------------------------------------------------
+    def read(self) -> Reading:
+        """The counters now; an empty reading from a server without ``/metrics``. Raises ``UserError``."""
+        if not self._metrics:
+            return Reading()
+        try:
+            text = self.connection.text("GET", "/metrics")
+        except (UserError, Refused):  # a status such as 404 or 401: it has none, or none for us
+            self._metrics = False
+            return Reading()
+        except Passing as error:
+            raise UserError(f"the server {self.where} does not give its counters: {error}") from error
+        return parse_metrics(text)
+
+    def read_after(self, before: Reading, tokens: int) -> Reading:
+        """The counters once they hold the ``tokens`` that came since ``before``.
+
+        An engine may book its last step a moment after the client has it. Time that this takes is in no figure.
+        """
+        deadline = time.perf_counter() + SETTLE_SECONDS
+        while True:
+            reading = self.read()
+            booked = reading.generated is None or reading.generated - (before.generated or 0) >= tokens
+            if booked or time.perf_counter() > deadline or reading.started != before.started:
+                return reading
+            time.sleep(0.02)
+
+    # -- requests ----------------------------------------------------------------------------------------------------
+    def answer(self, prompt: Prompt, index: int, max_new_tokens: int | None = None) -> Answer:
+        """Ask one prompt once. A fault comes back as an answer; raises ``UserError`` where none can ever succeed."""
+        try:
+            return self._ask(prompt, index, max_new_tokens or self.config.max_new_tokens)
+        except (Passing, Refused) as error:
+            return Answer(fault=str(error))
+
+    def _ask(self, prompt: Prompt, index: int, max_new_tokens: int) -> Answer:
+        request = Request(prompt.id, prompt.ids, self.config.sampler, self.config.seed + index)
+        body = completion_body(request, self.model, max_new_tokens)
+        if self.streamed:
+            body |= {"stream": True, "stream_options": {"include_usage": True}}
+        began = time.perf_counter()
+        if not self.streamed:
+            return _whole(self.connection.json("POST", "/v1/completions", body), request, began)
+        return _streamed(self.connection, body, request, began)
+
+    def warm(self, prompts: Sequence[Prompt], concurrency: int) -> None:
+        """Short requests, as many at a time as the level has workers. Raises ``UserError`` where one fails."""
+        count = max(self.config.warmup, concurrency)
+        asked = [prompts[i % len(prompts)] for i in range(count)]
+        limit = min(self.config.warmup_tokens, self.config.max_new_tokens)
+        for answer in self._at_once(asked, concurrency, limit, None):
+            if answer.fault:
+                raise UserError(f"the server {self.where} cannot be used: {answer.fault}")
+
+    def level(self, prompts: Sequence[Prompt], concurrency: int, done: Done | None = None) -> Level:
+        """All prompts, ``concurrency`` at a time. Raises ``UserError`` when too many requests fail."""
+        before = self.read()
+        began = time.perf_counter()
+        answers = self._at_once(prompts, concurrency, self.config.max_new_tokens, done)
+        wall = time.perf_counter() - began
+        after = self.read_after(before, sum(answer.tokens for answer in answers))
+        counts = [difference(before, after, self.where)] if after.prefix else []
+        return Level(concurrency, answers, wall, counts, False, after.gauges)
+
+    def _at_once(self, prompts: Sequence[Prompt], workers: int, limit: int, done: Done | None) -> list[Answer]:
+        pool = ThreadPoolExecutor(workers, thread_name_prefix="redraft-load")
+        allowed = Tolerance(self.where, len(prompts), self.config.tolerated if done else 1.0)
+        try:
+            futures = [pool.submit(self.answer, prompt, index, limit) for index, prompt in enumerate(prompts)]
+            for future in as_completed(futures):
+                allowed.take(future.result())
+                if done:
+                    done(f"{self.name}, {workers} at a time")
+            return [future.result() for future in futures]
+        except BaseException:
+            self.close()  # ends the requests under way
+            raise
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+class Tolerance:
+    """Counts failures and gives up as soon as they exceed the share ``tolerated`` of ``requests``."""
+
+    def __init__(self, where: str, requests: int, tolerated: float) -> None:
+        self.where, self.requests, self.tolerated = where, requests, tolerated
+        self.failed = 0
+
+    def take(self, answer: Answer) -> Answer:
+        """Count ``answer`` and give it back. Raises ``UserError`` when it was one failure too many."""
+        if answer.fault:
+            self.failed += 1
+            if self.failed > self.tolerated * self.requests:
+                raise UserError(
+                    f"{self.failed} of {self.requests} requests to the server {self.where} failed, more than "
+                    f"{self.tolerated:.0%}; the last: {answer.fault}"
+                )
+        return answer
+
+
+def paired(sessions: Sequence[Session], prompts: Sequence[Prompt], done: Done | None = None) -> dict[str, Level]:
+    """One request at a time: every prompt is asked of every server, in an order that rotates.
+
+    The counters are read before and after each request. Raises ``UserError`` when too many requests fail.
+    """
+    answers: dict[str, list[Answer]] = {session.name: [] for session in sessions}
+    counts: dict[str, list[Counts]] = {session.name: [] for session in sessions}
+    gauges: dict[str, dict[str, float]] = {}
+    allowed = {s.name: Tolerance(s.where, len(prompts), s.config.tolerated) for s in sessions}
+    for index, prompt in enumerate(prompts):
+        turn = index % len(sessions)
+        for session in [*sessions[turn:], *sessions[:turn]]:
+            before = session.read()
+            answer = allowed[session.name].take(session.answer(prompt, index))
+            after = session.read_after(before, answer.tokens)
+            answers[session.name].append(answer)
+            if after.prefix:
+                counts[session.name].append(difference(before, after, session.where))
+                gauges[session.name] = after.gauges
+            if done:
+                done(f"prompt {index + 1} of {len(prompts)}, {session.name}")
+    return {
+        name: Level(1, found, sum(a.seconds for a in found), counts[name], True, gauges.get(name, {}))
+        for name, found in answers.items()
+    }
+
+
+# -- answers ---------------------------------------------------------------------------------------------------------
+def _streamed(connection: Connection, body: dict[str, Any], request: Request, began: float) -> Answer:
+    """Follow a stream to its end. Raises ``Passing`` for half an answer, ``Refused`` for one without token counts."""
+    texts: list[str] = []
+    ids: list[int] = []
+    first: float | None = None
+    last: float | None = None
+    counted: int | None = None
+    finished = with_ids = False
+    for event in connection.events("/v1/completions", body):
+        counted = completion_tokens(event) if completion_tokens(event) is not None else counted
+        choice = _choice(event)
+        if choice is None:
+            continue
+        _check_echo(choice, event, request)
+        new = choice.get("token_ids")
+        text = choice.get("text") or ""
+        with_ids = with_ids or isinstance(new, list)
+        if new or text:
+            last = time.perf_counter() - began
+            first = last if first is None else first
+            texts.append(text)
+            ids += new or []
+        finished = finished or choice.get("finish_reason") is not None
+    seconds = time.perf_counter() - began
+    if not finished:
+        raise Passing("the stream ended without a finish reason")
+    tokens = counted if counted is not None else len(ids) if with_ids else None
+    if tokens is None:
+        raise Refused("the stream has neither usage nor token ids")
+    if tokens < 1 or first is None:
+        raise Passing("an answer without tokens")
+    return Answer(tokens, seconds, first, last, "".join(texts), ids if with_ids else None)
+
+
+def _whole(value: dict[str, Any], request: Request, began: float) -> Answer:
+    """An answer that came in one piece. Raises ``Refused`` when the server does not count its tokens."""
+    seconds = time.perf_counter() - began
+    choice = _choice(value)
+    if choice is None or choice.get("finish_reason") is None:
+        raise Passing(f"half an answer: {excerpt(str(value))!r}")
+    _check_echo(choice, value, request)
+    ids = choice.get("token_ids")
+    tokens = completion_tokens(value)
+    tokens = len(ids) if tokens is None and isinstance(ids, list) else tokens
+    if tokens is None:
+        raise Refused("the answer has neither usage nor token ids; the speed of this server cannot be told")
+    return Answer(tokens, seconds, text=choice.get("text") or "", ids=ids if isinstance(ids, list) else None)
+
+
+def _choice(value: dict[str, Any]) -> dict[str, Any] | None:
+    """The first choice; None in an event without one. Raises ``Passing`` for an error that the server reports."""
+    if value.get("error"):
+        raise Passing(f"the server reports {excerpt(str(value['error']))!r}")
+    choices = value.get("choices")
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    return choice if isinstance(choice, dict) else None
+
+
+def _check_echo(choice: dict[str, Any], value: dict[str, Any], request: Request) -> None:
+    echoed = choice.get("prompt_token_ids", value.get("prompt_token_ids"))
+    if echoed is not None and list(echoed) != list(request.prompt_ids):
+        raise UserError("the server changed the prompt's token ids; turn off whatever adds tokens to prompts there")
