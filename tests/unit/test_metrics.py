@@ -67,8 +67,49 @@ def test_alpha_is_one_minus_total_variation() -> None:
     assert metrics.overlap(target, draft).shape == (30,)
 
 
-def test_mbsu_and_recovery() -> None:
+def test_alpha_of_greedy_drafts_is_the_targets_probability_of_the_proposal() -> None:
+    target = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.6, 0.3]])
+    ids = torch.tensor([0, 2])
+    point = torch.nn.functional.one_hot(ids, 3).float()
+    assert metrics.point_overlap(target, ids).tolist() == pytest.approx([0.7, 0.3])
+    torch.testing.assert_close(metrics.overlap(target, point), metrics.point_overlap(target, ids))
+    assert metrics.alpha_greedy_drafts(target, ids) == pytest.approx(0.5)
+    assert metrics.alpha_greedy_drafts(target, ids) == pytest.approx(metrics.alpha(target, point))
+
+
+def test_greedy_drafts_can_beat_sampled_ones_and_lose_to_them() -> None:
+    flat, sharp = torch.tensor([[0.5, 0.5]]), torch.tensor([[0.9, 0.1]])
+    assert metrics.alpha_greedy_drafts(sharp, torch.tensor([0])) > metrics.alpha(sharp, flat)
+    assert metrics.alpha_greedy_drafts(flat, torch.tensor([0])) < metrics.alpha(flat, sharp)
+
+
+def test_a_tree_is_measured_by_depth() -> None:
+    """Trees of depth 3 and 12 nodes: the same figures as a chain of 3, and its own share of kept tokens."""
+    assert metrics.acceptance_conditional(ROUNDS, [[3, 3, 3], [3]], 3) == metrics.acceptance_conditional(ROUNDS, 3, 3)
+    assert metrics.block_efficiency(ROUNDS, gamma=3) == metrics.tau_pooled(ROUNDS)
+    assert metrics.token_acceptance(ROUNDS, 12) == pytest.approx(6 / 48)
+    assert metrics.token_acceptance(ROUNDS, [[3, 3, 3], [1]]) == pytest.approx(6 / 10)
+    assert math.isnan(metrics.token_acceptance([[]], 3))
+    with pytest.raises(ValueError, match="accepted 3 of 2"):
+        metrics.token_acceptance(ROUNDS, 2)
+
+
+def test_costs() -> None:
+    assert metrics.cost_by_bytes(2 * 50e6, 0.5 * 400e6) == pytest.approx(0.5)
+    assert metrics.cost_by_time(1.0, 100, 2.0, 20) == pytest.approx(0.1)
+    with pytest.raises(ValueError, match="positive"):
+        metrics.cost_by_bytes(1.0, 0.0)
+    with pytest.raises(ValueError, match="positive"):
+        metrics.cost_by_time(1.0, 0, 2.0, 20)
+
+
+def test_ideal_speedup_and_mbsu() -> None:
+    assert metrics.ideal_speedup(3.0, draft_steps=5, cost=0.1) == pytest.approx(2.0)
+    assert metrics.ideal_speedup(3.0, draft_steps=5, cost=0.1, verify_cost=1.5) == pytest.approx(1.5)
     assert metrics.mbsu(3.0, gamma=5, cost=0.1) == pytest.approx(2.0)
     assert metrics.mbsu(3.0, gamma=5, cost=0.0) == 3.0
+
+
+def test_recovery() -> None:
     assert metrics.recovery(1.9, 1.0, 2.0) == pytest.approx(0.9)
     assert math.isnan(metrics.recovery(1.0, 2.0, 2.0))
