@@ -2,8 +2,8 @@
 
 Read are JSON lines and JSON arrays of ``{"id", "messages": [{"role", "content"}]}``, ShareGPT
 (``conversations`` of ``from`` and ``value``) and Alpaca (``instruction``, ``input``, ``output``); plain text with
-one prompt a line (``.txt``); any of these with ``.gz``; and ``datasets:NAME`` or ``datasets:NAME@SPLIT`` for a
-data set that the ``datasets`` library can load.
+one prompt a line (``.txt``); any of these with ``.gz``; and ``datasets:NAME``, ``datasets:NAME@SPLIT`` or
+``datasets:NAME:CONFIG@SPLIT`` for a data set that the ``datasets`` library can load.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,12 +33,15 @@ class Conversation:
     messages: list[Message]
 
 
-def read_conversations(path: str | Path) -> list[Conversation]:
+def read_conversations(
+    path: str | Path, convert: Callable[[Any, int], Any] = lambda item, number: item
+) -> list[Conversation]:
     """Every conversation of a prompt file or ``datasets:`` name, in order; shapes are told apart item by item.
 
-    Items without an id are called after the file and their line. Raises ``UserError`` with file and line for: a
-    missing or empty file, broken JSON, an unknown shape or role, a conversation with no user turn, an id that is
-    there twice.
+    Items without an id are called after the file and their line. ``convert(item, number)`` may bring rows of another
+    shape into a known one, leave a row out by giving None, or raise ``ValueError`` that says what is wrong with it.
+    Raises ``UserError`` with file and line for: a missing or empty file, broken JSON, an unknown shape or role, a
+    conversation with no user turn, an id that is there twice.
     """
     if str(path).startswith(HUB_PREFIX):
         name = str(path).removeprefix(HUB_PREFIX)
@@ -50,7 +53,10 @@ def read_conversations(path: str | Path) -> list[Conversation]:
     places: dict[str, str] = {}
     for number, place, item in items:
         try:
-            conversation = parse_conversation(item, f"{stem}/{number}")
+            known = convert(item, number)
+            if known is None:
+                continue
+            conversation = parse_conversation(known, f"{stem}/{number}")
         except ValueError as error:
             raise UserError(f"{place}: {error}") from error
         if conversation.id in places:
@@ -181,7 +187,8 @@ def _parse(text: str, path: Path, first_line: int) -> Any:
 
 
 def _hub_items(name: str) -> Iterator[tuple[int, str, Any]]:
-    repository, _, split = name.partition("@")
+    place, _, split = name.partition("@")
+    repository, _, config = place.partition(":")
     try:
         import datasets
     except ImportError as error:
@@ -189,11 +196,11 @@ def _hub_items(name: str) -> Iterator[tuple[int, str, Any]]:
             f"reading {HUB_PREFIX}{name} needs the package datasets: pip install redraft[datasets]"
         ) from error
     try:
-        rows = datasets.load_dataset(repository, split=split or "train")
+        rows = datasets.load_dataset(repository, config or None, split=split or "train")
     except Exception as error:  # the library raises whatever its file systems raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"cannot load the data set {name}: {reason}; check its name, its split and the network"
+            f"cannot load the data set {name}: {reason}; check its name, config and split, and the network"
         ) from error
     for number, item in enumerate(rows, 1):
         yield number, f"{HUB_PREFIX}{name}: row {number}", item
@@ -229,6 +236,19 @@ def prompt_messages(conversation: Conversation, replies: Sequence[str]) -> list[
         messages.append({"role": "assistant", "content": replies[answered]})
         answered += 1
     raise ValueError(f"conversation {conversation.id} has no user turn after {len(replies)} replies")
+
+
+def template_ids(tokenizer: Any, id: str, messages: Sequence[Message]) -> list[int]:
+    """Token ids of ``messages`` through the tokenizer's chat template, ready for the reply.
+
+    Raises ``UserError`` when there is no template, or when it refuses the messages of conversation ``id``.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError("the target's tokenizer has no chat template; add one to its tokenizer_config.json")
+    try:
+        return list(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False))
+    except Exception as error:  # templates raise what they like, among it their own errors of the template engine
+        raise UserError(f"the chat template refuses conversation {id}: {error}") from error
 
 
 def check_length(key: str, prompt_tokens: int, max_new_tokens: int, context: int | None) -> None:

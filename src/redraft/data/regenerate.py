@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from redraft.data.generate import Completion, Request, generate
-from redraft.data.prompts import Conversation, check_length, prompt_messages, user_turns
+from redraft.data.prompts import Conversation, check_length, prompt_messages, template_ids, user_turns
 from redraft.data.server import ServerEngine
 from redraft.data.store import Failure, Row, RowWriter, failures_path, row_key, write_failures
 from redraft.errors import UserError
@@ -204,7 +204,8 @@ class _Run:
         for chain in chains:
             again = (chain.conversation.id, *chain.replies)
             if again not in templated:
-                templated[again] = self._template(chain)
+                messages = prompt_messages(chain.conversation, chain.replies)
+                templated[again] = template_ids(self.tokenizer, chain.conversation.id, messages)
             prompt_ids, key = templated[again], chain.key
             if key in self.stored:
                 self._keep(chain, self.stored[key], prompt_ids)
@@ -221,17 +222,6 @@ class _Run:
         except UserError as error:
             self.report.failures += [Failure(key, f"not asked: {error}", permanent=False) for key in waiting]
             raise
-
-    def _template(self, chain: _Chain) -> list[int]:
-        """Token ids of the prompt through the tokenizer's chat template."""
-        id, messages = chain.conversation.id, prompt_messages(chain.conversation, chain.replies)
-        if not getattr(self.tokenizer, "chat_template", None):
-            raise UserError("the target's tokenizer has no chat template; add one to its tokenizer_config.json")
-        try:
-            ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        except Exception as error:  # templates raise what they like, among it their own errors of the template engine
-            raise UserError(f"the chat template refuses conversation {id}: {error}") from error
-        return list(ids)
 
     def _fits(self, chain: _Chain, prompt_ids: Sequence[int]) -> bool:
         """A first prompt that does not fit is the user's to mend; a later one grew by replies and ends its chain."""

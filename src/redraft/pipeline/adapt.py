@@ -13,6 +13,7 @@ from typing import Any
 
 from redraft import provenance
 from redraft.artifact import atomic_write_json
+from redraft.data.overlap import refuse_overlap
 from redraft.data.prompts import Conversation, read_conversations
 from redraft.data.regenerate import InProcessEngine, ServerEngine, regenerate
 from redraft.data.store import Row, read_rows
@@ -24,7 +25,7 @@ from redraft.evaluate.speed import BenchConfig, Prompt, bench
 from redraft.export import EXPORTERS
 from redraft.export.base import check_taps
 from redraft.pipeline.config import AdaptConfig, claim_run
-from redraft.pipeline.models import OpenDraft, open_draft, open_target, refuse_overlap, split_prompts
+from redraft.pipeline.models import OpenDraft, open_draft, open_target, split_prompts
 from redraft.pipeline.stages import Say, build_features, half, run_training, save_trained
 from redraft.progress import progress_bar
 from redraft.report.page import build_report

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from redraft.artifact import META_FILE, load_private, read_json, tensors_hash
+from redraft.data.overlap import find_overlap, same_text
 from redraft.data.prompts import Conversation
 from redraft.drafts.eagle3 import Eagle3Config, Eagle3Draft, check_fit
 from redraft.errors import UserError
@@ -68,39 +69,28 @@ def use_target_embedding(draft: Eagle3Draft, target: Target) -> Eagle3Draft:
     return bare
 
 
-def text_of(conversation: Conversation) -> str:
-    """What makes two prompts the same prompt: the user turns, without differences of spacing."""
-    return "\n".join(" ".join(m["content"].split()) for m in conversation.messages if m["role"] == "user")
-
-
 def split_prompts(
     conversations: Sequence[Conversation], heldout: int, evaluation: int, seed: int
 ) -> tuple[list[Conversation], list[Conversation], list[Conversation]]:
     """(train, heldout, evaluation), disjoint in text, by a hash of the text: the order of the file plays no part.
 
-    Raises ``UserError`` when too few prompts are left to train on.
+    Prompts that nearly are evaluation prompts are not trained on. Raises ``UserError`` when too few prompts are left
+    to train on.
     """
-    unique = {text_of(c): c for c in reversed(conversations)}
+    unique = {same_text(c): c for c in reversed(conversations)}
 
-    def place(text: str) -> str:
-        return hashlib.sha256(f"{seed}|{text}".encode()).hexdigest()
+    def place(conversation: Conversation) -> str:
+        turns = [" ".join(m["content"].split()) for m in conversation.messages if m["role"] == "user"]
+        return hashlib.sha256("\n".join([f"{seed}|{turns[0]}", *turns[1:]]).encode()).hexdigest()
 
-    ordered = [unique[text] for text in sorted(unique, key=place)]
+    ordered = sorted(unique.values(), key=place)
+    measured = ordered[heldout : heldout + evaluation]
     rest = ordered[heldout + evaluation :]
+    while near := {overlap.training_id for overlap in find_overlap(rest, measured)}:
+        rest = [conversation for conversation in rest if conversation.id not in near]
     if len(rest) < max(8, heldout // 4):
         raise UserError(
             f"{len(ordered)} different prompts are too few: {heldout} are held out for early stopping and {evaluation} "
             f"for the benchmark, {len(rest)} are left to train on; give more prompts, or fewer --heldout-prompts"
         )
-    return rest, ordered[:heldout], ordered[heldout : heldout + evaluation]
-
-
-def refuse_overlap(train: Sequence[Conversation], evaluation: Sequence[Conversation], where: str) -> None:
-    """Raises ``UserError`` when a prompt to be measured on is also to be trained on."""
-    seen = {text_of(c): c.id for c in train}
-    twice = [(seen[text_of(c)], c.id) for c in evaluation if text_of(c) in seen]
-    if twice:
-        raise UserError(
-            f"{len(twice)} prompts of {where} are also in the training prompts "
-            f"(first: {twice[0][1]} is {twice[0][0]}); remove them from one, or the figures would be too good"
-        )
+    return rest, ordered[:heldout], measured

@@ -1,0 +1,137 @@
+"""Evaluation prompts that are also training prompts: found, counted and refused.
+
+Two tests. Prompts are the same when their words are: case, spacing, punctuation and the form of a character play no
+part. A user turn of 13 words or more is nearly the same when one training prompt holds at least half of its 13-word
+shingles and every number in it. 13 words is the length that GPT-3's authors used (arXiv 2005.14165, appendix C); one
+training prompt must hold half of them because prompts of one kind share a beginning or an end; and the numbers must
+be there because a template filled with other numbers is another problem.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from redraft.data.prompts import Conversation, template_ids
+from redraft.data.store import Row
+from redraft.errors import UserError
+
+SHINGLE = 13
+SHARE = 0.5
+
+# Words, and the signs that carry the meaning of a formula: 2+2 is not 2-2, ice-cream is ice cream.
+WORDS = re.compile(r"[^\W_]+|[+*/=<>^%−]|(?<![^\W_])-|-(?=\d)")
+SENTINEL = "redraftsentinel"
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """An evaluation prompt, the training prompt it overlaps with, and the share of its shingles found there (0 to 1;
+    1 for prompts of the same words)."""
+
+    evaluation_id: str
+    training_id: str
+    share: float
+
+
+def words(text: str) -> list[str]:
+    """The words of a text, without case, spacing, punctuation and forms of characters (NFKC)."""
+    plain = text if text.isascii() else unicodedata.normalize("NFKC", text)
+    return WORDS.findall(plain.casefold())
+
+
+def same_text(conversation: Conversation) -> str:
+    """What makes two prompts the same prompt: the words of the user turns; the bare text where there are no words."""
+    turns = [m["content"] for m in conversation.messages if m["role"] == "user"]
+    return "\n".join(" ".join(words(turn)) or turn.strip() for turn in turns)
+
+
+def find_overlap(training: Iterable[Conversation], evaluation: Sequence[Conversation]) -> list[Overlap]:
+    """Every evaluation prompt that is, or nearly is, a training prompt: one entry each, with its closest match.
+
+    Linear in the number of words; only the evaluation prompts' shingles are kept in memory.
+    """
+    exact: dict[str, list[int]] = {}
+    turns: list[_Turn] = []
+    holders: dict[int, list[_Turn]] = {}
+    for index, conversation in enumerate(evaluation):
+        exact.setdefault(same_text(conversation), []).append(index)
+        turns += [_Turn(index, found) for found in _long_turns(conversation)]
+    for turn in turns:
+        for shingle in turn.shingles:
+            holders.setdefault(shingle, []).append(turn)
+    best: dict[int, Overlap] = {}
+
+    def note(index: int, training_id: str, share: float) -> None:
+        if index not in best or share > best[index].share:
+            best[index] = Overlap(evaluation[index].id, training_id, share)
+
+    for conversation in training:
+        for index in exact.get(same_text(conversation), ()):
+            note(index, conversation.id, 1.0)
+        long = _long_turns(conversation)
+        shared = Counter(turn for shingle in _shingles(long) for turn in holders.get(shingle, ()))
+        for turn, count in shared.items():
+            share = count / len(turn.shingles)
+            if share >= SHARE and turn.numbers.issubset(itertools.chain.from_iterable(long)):
+                note(turn.index, conversation.id, share)
+    return [best[index] for index in sorted(best)]
+
+
+class _Turn:
+    """A user turn of evaluation prompt number ``index``: its shingles, and the words with a digit in them."""
+
+    def __init__(self, index: int, found: Sequence[str]) -> None:
+        self.index = index
+        self.shingles = _shingles([found])
+        self.numbers = {word for word in found if any(map(str.isdigit, word))}
+
+
+def _long_turns(conversation: Conversation) -> list[list[str]]:
+    """The words of every user turn that has a shingle."""
+    turns = [words(m["content"]) for m in conversation.messages if m["role"] == "user"]
+    return [found for found in turns if len(found) >= SHINGLE]
+
+
+def _shingles(turns: Iterable[Sequence[str]]) -> set[int]:
+    """The hashes of all 13-word shingles."""
+    return {hash(window) for found in turns for window in zip(*(found[i:] for i in range(SHINGLE)), strict=False)}
+
+
+def refuse_overlap(training: Iterable[Conversation], evaluation: Sequence[Conversation], where: str) -> None:
+    """Raise ``UserError`` when a prompt of ``where``, to be measured on, is or nearly is one to be trained on."""
+    found = find_overlap(training, evaluation)
+    if not found:
+        return
+    listed = ", ".join(f"{o.evaluation_id} is {'' if o.share == 1 else 'nearly '}{o.training_id}" for o in found[:3])
+    raise UserError(
+        f"{len(found)} of the {len(evaluation)} prompts of {where} are also in the training prompts ({listed}"
+        f"{', ...' if len(found) > 3 else ''}), so the figures would be too good; remove them from the training "
+        "prompts, or measure on others"
+    )
+
+
+def trained_conversations(rows: Iterable[Row], tokenizer: Any) -> Iterator[Conversation]:
+    """The prompts of a response file as conversations of one user turn, for :func:`refuse_overlap`.
+
+    What the chat template writes around a first user turn is cut off; a later turn keeps the whole text before it.
+    Responses of several temperatures to one prompt give it once.
+    """
+    around = tokenizer.decode(
+        template_ids(tokenizer, "template", [{"role": "user", "content": SENTINEL}]), skip_special_tokens=True
+    )
+    before, _, behind = around.partition(SENTINEL)
+    seen: set[tuple[str, int]] = set()
+    for row in rows:
+        if (row.id, row.turn) in seen:
+            continue
+        seen.add((row.id, row.turn))
+        text = tokenizer.decode(row.prompt_ids, skip_special_tokens=True)
+        if row.turn == 0:
+            text = text.removeprefix(before).removesuffix(behind)
+        yield Conversation(row.id, [{"role": "user", "content": text}])
