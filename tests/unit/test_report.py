@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import copy
 import hashlib
+import html
 import json
 import re
 import runpy
@@ -231,7 +232,7 @@ def part(page: str, key: str) -> str:
     """The text of one part of the page, without tags, from its heading to the next of the same level."""
     start = page.index(f'id="r0-{key}"')
     end = page.find("<h2", start)
-    return re.sub(r"\s+", " ", re.sub(r"<svg.*?</svg>|<[^>]*>", " ", page[start:end], flags=re.DOTALL))
+    return re.sub(r"\s+", " ", html.unescape(re.sub(r"<svg.*?</svg>|<[^>]*>", " ", page[start:end], flags=re.DOTALL)))
 
 
 def test_sections_of_a_full_result(rich_page: str) -> None:
