@@ -194,7 +194,7 @@ def _cost(draft: float, target: float) -> float:
     return draft / target
 
 
-def ideal_speedup(tau: float, draft_steps: int, cost: float, verify_cost: float = 1.0) -> float:
+def ideal_speedup(tau: float, draft_steps: float, cost: float, verify_cost: float = 1.0) -> float:
     """tau / (verify_cost + draft_steps * cost): the speed-up if a round cost nothing but its forward passes.
 
     Leviathan et al. (arXiv 2211.17192, theorem 3.8) with the measured tau in place of the one that a constant
@@ -204,7 +204,7 @@ def ideal_speedup(tau: float, draft_steps: int, cost: float, verify_cost: float 
     return tau / (verify_cost + draft_steps * cost)
 
 
-def mbsu(tau: float, gamma: int, cost: float) -> float:
+def mbsu(tau: float, gamma: float, cost: float) -> float:
     """Memory-bound speed-up tau / (cost * gamma + 1) (Goel et al., arXiv 2403.00858).
 
     ``cost`` is one draft step over one target step, from :func:`cost_by_bytes` or :func:`cost_by_time`; the caller
