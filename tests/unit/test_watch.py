@@ -13,7 +13,8 @@ from redraft.cli import watch
 from redraft.decode.engine import Generation, Round
 from redraft.decode.pieces import TokenText, trace
 from redraft.errors import UserError
-from redraft.report.live import Watcher, coloured, legend
+from redraft.report.live import Watcher, coloured, legend, paint
+from redraft.report.tokens import Piece
 
 
 class Bytes:
@@ -71,6 +72,11 @@ def test_brackets_where_there_is_no_colour() -> None:
 def test_rejected_proposals_on_demand() -> None:
     text, _ = _show(_console(colour=False), rejected=True)
     assert text.startswith("(T)[he]~x~< >[cat]")
+
+
+def test_a_rejected_line_break_breaks_no_line() -> None:
+    shown = paint([Piece("a\n", "accepted"), Piece("\n", "rejected"), Piece("b", "corrected")], colour=False)
+    assert shown.plain == "[a\u21b5\n]~\u21b5~<b>"
 
 
 def test_colours_on_a_terminal_and_none_when_they_are_unwanted() -> None:

@@ -51,7 +51,7 @@ def paint(pieces: Sequence[Piece], colour: bool) -> Text:
     """The pieces in their colours, or in brackets, which neighbours of a kind share."""
     text = Text()
     for index, piece in enumerate(pieces):
-        shown = visible(piece.text)
+        shown = visible(piece.text, breaks=piece.kind in SHOWN_KINDS)
         if colour:
             text.append(shown, STYLES[piece.kind])
             continue
