@@ -21,7 +21,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("teacher",),
     ("data",),
     ("loading",),
-    ("drafts", "target", "losses"),
+    ("drafts", "target", "losses", "slots"),
     ("metrics", "sampling", "artifact", "provenance"),
     ("registry", "progress"),
     ("errors",),
