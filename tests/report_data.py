@@ -166,7 +166,16 @@ def rich_bench(seed: int = 1) -> dict[str, Any]:
         figures["divergence"] = {
             "prompts": 24, "identical": 20, "near_ties": 4, "first_divergence_gap": [0.0, 0.0078, 0.0156, 0.0313],
         }  # fmt: skip
-        figures["quality"] = {"gsm8k": {"scored": 8, "correct": 5, "score": interval(0.625, 0.31)}}
+        figures["quality"] = {
+            "gsm8k": {
+                "rule": "final number",
+                "scored": 8,
+                "correct": 5,
+                "score": interval(0.625, 0.31),
+                "difference": interval(0.0, 0.0),
+                "changed": 0,
+            }
+        }
         figures["ideal_speedup"] = tau / 1.275
         result["drafts"][name] = figures
     result["plain_quality"] = {"gsm8k": {"scored": 8, "correct": 5, "score": interval(0.625, 0.31)}}

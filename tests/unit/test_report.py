@@ -274,6 +274,9 @@ def test_scores_that_differ_are_said_so(tmp_path: Path) -> None:
     result["drafts"]["stale"]["quality"]["gsm8k"]["correct"] = 4
     page = build_report([DATA["fabricate"](tmp_path, result)["bench.json"]], tmp_path / "r.html").read_text()
     assert "Scores differ on gsm8k with stale (4 of 8, plain 5)" in part(page, "quality")
+    result["drafts"]["stale"]["quality"]["gsm8k"] |= {"correct": 5, "changed": 2}
+    page = build_report([DATA["fabricate"](tmp_path, result)["bench.json"]], tmp_path / "r.html").read_text()
+    assert "same on every task, though 2 verdicts changed" in part(page, "quality")
 
 
 def test_a_divergence_that_is_no_near_tie_is_counted_apart(tmp_path: Path) -> None:

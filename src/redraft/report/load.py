@@ -69,11 +69,17 @@ class Divergence(_Open):
 
 
 class Score(_Open):
-    """A task's score: ``correct`` of ``scored`` answers."""
+    """A task's score: ``correct`` of ``scored`` answers.
+
+    Against plain decoding: the paired ``difference`` of the scores, and on how many prompts the verdict ``changed``.
+    """
 
     scored: int = Field(ge=0)
     correct: int = Field(ge=0)
     score: Interval | None = None
+    rule: str | None = None
+    difference: Interval | None = None
+    changed: int | None = None
 
 
 class DraftResult(_Open):

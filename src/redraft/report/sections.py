@@ -105,15 +105,19 @@ def quality(result: BenchResult) -> dict[str, dict[str, Score]]:
 
 def quality_verdict(scores: dict[str, dict[str, Score]]) -> str:
     """Whether the scores of plain and speculative output differ, in one sentence."""
-    apart = []
+    apart, changed = [], 0
     for task, by_name in scores.items():
         plain = by_name.get("plain")
         for name, score in by_name.items():
-            if plain is not None and name != "plain" and (score.correct, score.scored) != (plain.correct, plain.scored):
+            if plain is None or name == "plain":
+                continue
+            changed += score.changed or 0
+            if (score.correct, score.scored) != (plain.correct, plain.scored):
                 apart.append(f"{task} with {name} ({score.correct} of {score.scored}, plain {plain.correct})")
     if apart:
         return "Scores differ on " + ", ".join(apart) + "; weigh that against the intervals."
-    return "Plain and speculative answers score the same on every task."
+    same = "Plain and speculative answers score the same on every task"
+    return f"{same}, though {changed} verdicts changed." if changed else f"{same}."
 
 
 def divergences(result: BenchResult) -> list[dict[str, Any]]:
