@@ -1,0 +1,320 @@
+"""gamma=auto: which chain or tree decodes fastest here, from measured costs of a round and measured acceptance.
+
+A shape's speed-up is tau * plain / round: tokens a round, times the seconds of a plain decoding step, over the
+seconds of a round. Costs are timed on the decoders' own rounds, so that everything a round does is in them. tau of
+greedy chains of every length follows from one teacher-forced pass (the run length at each position, walked with
+each chain's cap, gives the very rounds of decoding); other shapes decode a few prompts.
+
+A draft that does not pay off is an outcome like any other: then the choice is no draft at all.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from redraft.decode.engine import PlainDecoder, SpeculativeDecoder, _Uniforms
+from redraft.drafts.eagle3 import Eagle3Draft
+from redraft.errors import UserError
+from redraft.sampling import Sampler
+from redraft.target import Target
+from redraft.teacher.simulate import walk
+
+if TYPE_CHECKING:
+    from redraft.decode.tree import Shape
+
+# Chains whose rounds are timed; costs of the lengths between them are interpolated.
+TIMED_CHAINS = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True)
+class RoundCost:
+    """Seconds of one round: what the draft does, and what the target and the verification rule do."""
+
+    draft: float
+    verify: float
+
+    @property
+    def seconds(self) -> float:
+        return self.draft + self.verify
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Measured in one prompt's context: seconds of a plain step, and of a round by chain length and by other shape."""
+
+    plain: float
+    chains: Mapping[int, RoundCost]
+    shapes: Mapping[Shape, RoundCost] = field(default_factory=dict)
+
+    def chain(self, gamma: int) -> RoundCost:
+        """The cost of a chain's round, on the straight line between the timed lengths on either side (or last two)."""
+        if gamma in self.chains:
+            return self.chains[gamma]
+        lengths = sorted(self.chains)
+        if len(lengths) == 1:
+            return self.chains[lengths[0]]
+        above = next((i for i, length in enumerate(lengths) if length > gamma), len(lengths) - 1)
+        low, high = lengths[max(above, 1) - 1], lengths[max(above, 1)]
+        share = (gamma - low) / (high - low)
+        one, two = self.chains[low], self.chains[high]
+        return RoundCost(one.draft + share * (two.draft - one.draft), one.verify + share * (two.verify - one.verify))
+
+    @property
+    def draft_step(self) -> float | None:
+        """Seconds of one more draft step: the slope between the shortest and the longest timed chain."""
+        low, high = min(self.chains), max(self.chains)
+        return (self.chains[high].draft - self.chains[low].draft) / (high - low) if high > low else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values, in seconds."""
+        every = [(f"chain of {gamma}", cost) for gamma, cost in sorted(self.chains.items())]
+        every += [(shape.describe(), cost) for shape, cost in self.shapes.items()]
+        rounds = [{"shape": name, "draft": cost.draft, "verify": cost.verify} for name, cost in every]
+        return {"plain_step": self.plain, "draft_step": self.draft_step, "rounds": rounds}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A shape with its tokens a round, its seconds a round and what these promise against plain decoding."""
+
+    shape: Shape
+    tau: float
+    round_seconds: float
+    speedup: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        figures = {"tau": self.tau, "round_seconds": self.round_seconds, "speedup": self.speedup}
+        return {"shape": self.shape.describe(), **figures}
+
+
+@dataclass(frozen=True)
+class Pick:
+    """The chosen shape (``None``: plain decoding is faster), all candidates from best to worst, and a sentence."""
+
+    shape: Shape | None
+    candidates: list[Candidate]
+    sentence: str
+    costs: Costs
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        chosen = self.shape.describe() if self.shape is not None else None
+        table = [candidate.to_dict() for candidate in self.candidates]
+        return {"picked": chosen, "why": self.sentence, "candidates": table, "costs": self.costs.to_dict()}
+
+
+# -- costs -----------------------------------------------------------------------------------------------------------
+def measure_costs(
+    target: Target,
+    draft: Eagle3Draft,
+    prompt_ids: Sequence[int],
+    gammas: Sequence[int] = TIMED_CHAINS,
+    shapes: Sequence[Shape] = (),
+    sampler: Sampler | None = None,
+    greedy_drafts: bool = False,
+    repeats: int = 7,
+) -> Costs:
+    """Time one plain step and one round of every shape after ``prompt_ids``: medians of ``repeats``.
+
+    Every repeat times every shape once before the next begins, so that a machine that slows down slows all alike.
+    Raises ``UserError`` when the draft does not fit the target or a shape does not go with the sampler.
+    """
+    from redraft.decode import make_decoder
+    from redraft.decode.tree import ChainShape
+
+    every = [*(ChainShape(gamma) for gamma in sorted(set(gammas))), *shapes]
+    decoders = [make_decoder(target, draft, shape, sampler, greedy_drafts) for shape in every]
+    plain = _plain_step(PlainDecoder(target, sampler), prompt_ids)
+    rounds = [_round(decoder, prompt_ids) for decoder in decoders]
+    plain_seconds = list[float]()
+    found = [list[RoundCost]() for _ in rounds]
+    for repeat in range(repeats + 1):
+        times = (plain(), [one() for one in rounds])
+        if repeat:  # the first pass warms up
+            plain_seconds.append(times[0])
+            for kept, cost in zip(found, times[1], strict=True):
+                kept.append(cost)
+    costs = [
+        RoundCost(statistics.median(c.draft for c in kept), statistics.median(c.verify for c in kept)) for kept in found
+    ]
+    chains = {s.gamma: cost for s, cost in zip(every, costs, strict=True) if isinstance(s, ChainShape)}
+    others: dict[Shape, RoundCost] = {
+        s: cost for s, cost in zip(every, costs, strict=True) if not isinstance(s, ChainShape)
+    }
+    return Costs(statistics.median(plain_seconds), chains, others)
+
+
+def _synchronise(target: Target) -> None:
+    if target.device.type == "cuda":
+        torch.cuda.synchronize(target.device)
+
+
+@torch.inference_mode()
+def _plain_step(decoder: PlainDecoder, prompt_ids: Sequence[int]) -> Callable[[], float]:
+    """A function that runs the same plain step again and again and says how long it took."""
+    target = decoder.target
+    cache, uniforms = target.new_cache(len(prompt_ids) + 1), _Uniforms(0, target.device)
+    target.forward(torch.tensor([list(prompt_ids)], device=target.device), cache, taps=False)
+    before, last = cache.length, prompt_ids[-1]
+
+    @torch.inference_mode()
+    def step() -> float:
+        _synchronise(target)
+        start = time.perf_counter()
+        hidden = target.forward(torch.tensor([[last]], device=target.device), cache, taps=False).hidden_BTH
+        decoder.choose(target.logits(hidden[0, -1]), uniforms)
+        seconds = time.perf_counter() - start
+        cache.rollback(before)
+        return seconds
+
+    return step
+
+
+@torch.inference_mode()
+def _round(decoder: SpeculativeDecoder, prompt_ids: Sequence[int]) -> Callable[[], RoundCost]:
+    """A function that runs the same round again and again and says what it cost."""
+    target, draft = decoder.target, decoder.draft
+    uniforms = _Uniforms(0, target.device)
+    if target.taps != draft.config.taps:
+        target.tap(draft.config.taps)
+    cache, draft_cache = decoder.new_caches(len(prompt_ids) + 2)
+    prompt = torch.tensor(list(prompt_ids), device=target.device)
+    step = target.forward(prompt[None], cache)
+    assert step.taps_BTKH is not None
+    first = decoder.choose(target.logits(step.hidden_BTH[0, -1]), uniforms)
+    ids_T, taps_T = torch.cat([prompt[1:], prompt.new_tensor([first])]), step.taps_BTKH[0]
+    # The prompt's pairs but the last go in beforehand: a round in the middle of a response has a few pairs, not these.
+    if len(ids_T) > 1:
+        positions = torch.arange(len(ids_T) - 1, device=ids_T.device)
+        draft(draft.embed(ids_T[:-1], target.embedding), draft.fuse(taps_T[:-1]), positions, draft_cache.attend)
+    before, drafted = cache.length, draft_cache.length
+
+    @torch.inference_mode()
+    def run() -> RoundCost:
+        _synchronise(target)
+        start = time.perf_counter()
+        record, _, _ = decoder.round(first, ids_T[-1:], taps_T[-1:], draft_cache, cache, decoder.proposals, uniforms)
+        seconds = time.perf_counter() - start
+        cache.rollback(before)
+        draft_cache.length = drafted
+        return RoundCost(record.draft_seconds, seconds - record.draft_seconds)
+
+    return run
+
+
+# -- acceptance ------------------------------------------------------------------------------------------------------
+def chain_tau(run_lengths: Sequence[Sequence[int]], gamma: int) -> float:
+    """tau_pooled of a greedy chain of ``gamma``, from the run length at every anchor of each response.
+
+    A run length says how many proposals in a row are right when a round starts there. Only where rounds do start
+    counts, and that depends on gamma; hence the walk. Raises ``ValueError`` without any anchor.
+    """
+    rounds = sum(len(walk([min(run, gamma) for run in runs])) for runs in run_lengths)
+    if not rounds:
+        raise ValueError("no anchors to walk over")
+    return sum(map(len, run_lengths)) / rounds
+
+
+def decoded_tau(
+    decoder: SpeculativeDecoder, prompts: Sequence[Sequence[int]], max_new_tokens: int, seed: int = 0
+) -> float:
+    """tau_pooled of decoding these prompts. Raises ``UserError`` when no answer has two tokens."""
+    runs = [decoder.generate(prompt, max_new_tokens, seed) for prompt in prompts]
+    rounds = sum(len(run.rounds) for run in runs)
+    if not rounds:
+        raise UserError("the target's answers are too short to try a draft on; give other prompts")
+    return sum(len(run.ids) - 1 for run in runs) / rounds
+
+
+# -- the choice ------------------------------------------------------------------------------------------------------
+def default_trees(sampler: Sampler | None = None, greedy_drafts: bool = False) -> list[Shape]:
+    """The trees that are tried unless others are named.
+
+    A small and a full dynamic one (EAGLE-2's, arXiv 2406.16858); where drafts are sampled, which rules those out, a
+    static one that is widest at its root.
+    """
+    from redraft.decode.tree import DynamicTree, StaticTree
+
+    if greedy_drafts or sampler is None or sampler.greedy:
+        return [DynamicTree(depth=4, top_k=4, nodes=12), DynamicTree(depth=5, top_k=10, nodes=60)]
+    paths = ((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 0, 1), (0, 0, 0, 0))
+    return [StaticTree(paths)]
+
+
+def pick_shape(
+    target: Target,
+    draft: Eagle3Draft,
+    prompts: Sequence[Sequence[int]],
+    run_lengths: Sequence[Sequence[int]] | None = None,
+    longest: int = 8,
+    trees: Sequence[Shape] | None = None,
+    sampler: Sampler | None = None,
+    greedy_drafts: bool = False,
+    max_new_tokens: int = 64,
+    seed: int = 0,
+) -> Pick:
+    """Measure chains of 1 to ``longest`` and the trees, and choose the fastest, or no draft when plain is.
+
+    ``run_lengths`` (of greedy responses, capped at ``longest`` or later) spares decoding chains of a greedy target;
+    without them, and always when the target samples, the timed chains are decoded. ``prompts`` are decoded by every
+    shape whose tau is not known otherwise, the first one also carries the timings. ``trees`` are
+    :func:`default_trees` unless given; an empty list means chains only.
+
+    Raises ``UserError`` without prompts, for ``longest`` below 1, or when answers are too short to measure.
+    """
+    from redraft.decode import make_decoder
+    from redraft.decode.tree import ChainShape
+
+    if not prompts:
+        raise UserError("gamma=auto needs prompts to measure on; give at least one")
+    if longest < 1:
+        raise UserError(f"the longest chain to try must have at least 1 token, not {longest}")
+    timed = sorted({gamma for gamma in TIMED_CHAINS if gamma < longest} | {longest})
+    if trees is None:
+        trees = default_trees(sampler, greedy_drafts)
+    costs = measure_costs(target, draft, prompts[0], timed, trees, sampler, greedy_drafts)
+    greedy = sampler is None or sampler.greedy
+    walked = run_lengths if greedy and run_lengths is not None and any(map(len, run_lengths)) else None
+    candidates = list[Candidate]()
+    for gamma in range(1, longest + 1) if walked is not None else timed:
+        shape, seconds = ChainShape(gamma), costs.chain(gamma).seconds
+        if walked is not None:
+            tau = chain_tau(walked, gamma)
+        else:
+            tau = decoded_tau(make_decoder(target, draft, shape, sampler, greedy_drafts), prompts, max_new_tokens, seed)
+        candidates.append(Candidate(shape, tau, seconds, tau * costs.plain / seconds))
+    for tree in trees:
+        seconds = costs.shapes[tree].seconds
+        tau = decoded_tau(make_decoder(target, draft, tree, sampler, greedy_drafts), prompts, max_new_tokens, seed)
+        candidates.append(Candidate(tree, tau, seconds, tau * costs.plain / seconds))
+    return choose(candidates, costs)
+
+
+def choose(candidates: Sequence[Candidate], costs: Costs) -> Pick:
+    """The fastest candidate, or no draft when none promises more than plain decoding.
+
+    Raises ``ValueError`` without candidates.
+    """
+    if not candidates:
+        raise ValueError("no candidates to choose from")
+    # Of equals the smaller, which stands first.
+    ordered = sorted(candidates, key=lambda c: c.speedup, reverse=True)
+    best, second = ordered[0], ordered[1:2]
+    others = "".join(f"; {_promise(one)}" for one in second)
+    if best.speedup <= 1.0:
+        sentence = f"no draft: plain decoding is fastest; the best shape, a {_promise(best)}{others}"
+        return Pick(None, ordered, sentence, costs)
+    reason = f"{best.tau:.2f} tokens a round that costs {best.round_seconds / costs.plain:.2f} plain steps"
+    sentence = f"{_promise(best)} ({reason}){others}; plain 1.00x"
+    return Pick(best.shape, ordered, sentence, costs)
+
+
+def _promise(candidate: Candidate) -> str:
+    return f"{candidate.shape.describe()}: predicted {candidate.speedup:.2f}x"

@@ -1,0 +1,66 @@
+"""gamma=auto from prompts: the target answers them, one teacher-forced pass gives every chain's acceptance, then
+the shapes are timed and compared (:mod:`redraft.decode.auto`)."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from redraft.data.store import Row
+from redraft.decode.auto import Pick, pick_shape
+from redraft.decode.tree import Shape
+from redraft.drafts.eagle3 import Eagle3Draft
+from redraft.evaluate.speed import Prompt
+from redraft.pipeline.probe import greedy_rows
+from redraft.sampling import Sampler
+from redraft.target import Target
+from redraft.teacher.features import FeatureStore, anchors
+from redraft.teacher.simulate import anchor_batches, matches
+from redraft.teacher.unroll import collate
+
+# Prompts that every tree decodes (and, when the target samples, every chain).
+DECODED_PROMPTS = 3
+
+
+@torch.inference_mode()
+def run_lengths(target: Target, draft: Eagle3Draft, rows: Sequence[Row], longest: int) -> list[list[int]]:
+    """How many proposals in a row are right from each anchor of each greedy response, at most ``longest``."""
+    found: list[list[int]] = []
+    draft = draft.eval().to(target.device)
+    target.tap(draft.config.taps)
+    with tempfile.TemporaryDirectory(prefix="redraft-auto-") as folder:
+        store = FeatureStore(Path(folder), {})
+        store.build(target, rows)
+        for group in anchor_batches(rows, 1024):
+            batch = collate(group, store, longest).to(target.device)
+            with torch.autocast(target.device.type, torch.bfloat16, enabled=target.dtype == torch.bfloat16):
+                runs = matches(draft, target, batch, longest)
+            found += [part.tolist() for part in runs.split([anchors(row) for row in group])]
+    return found
+
+
+def auto_shape(
+    target: Target,
+    draft: Eagle3Draft,
+    prompts: Sequence[Prompt],
+    sampler: Sampler | None = None,
+    longest: int = 8,
+    trees: Sequence[Shape] | None = None,
+    greedy_drafts: bool = False,
+    max_new_tokens: int = 64,
+    seed: int = 0,
+) -> Pick:
+    """The fastest shape for these prompts on this machine, or no draft; ``Pick.sentence`` says why.
+
+    A greedy target answers all prompts, batched, for the acceptance of every chain of up to ``longest``; the first
+    three are decoded by every tree. Raises ``UserError`` without prompts, for ``longest`` below 1, or when the
+    answers are too short to measure anything.
+    """
+    walked: list[list[int]] | None = None
+    if longest >= 1 and (sampler is None or sampler.greedy):
+        walked = run_lengths(target, draft, greedy_rows(target, prompts, max_new_tokens), longest)
+    ids = [prompt.ids for prompt in prompts[:DECODED_PROMPTS]]
+    return pick_shape(target, draft, ids, walked, longest, trees, sampler, greedy_drafts, max_new_tokens, seed)

@@ -1,0 +1,160 @@
+"""gamma=auto: exact acceptance of every chain from one pass, measured costs, and a choice that is explained."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from redraft.data.generate import Request, generate
+from redraft.decode import make_decoder
+from redraft.decode.auto import (
+    Candidate,
+    Costs,
+    RoundCost,
+    chain_tau,
+    choose,
+    decoded_tau,
+    default_trees,
+    measure_costs,
+    pick_shape,
+)
+from redraft.decode.tree import ChainShape, DynamicTree, StaticTree
+from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
+from redraft.errors import UserError
+from redraft.evaluate.speed import Prompt
+from redraft.pipeline.auto import auto_shape, run_lengths
+from redraft.pipeline.probe import greedy_rows
+from redraft.sampling import Sampler
+from redraft.target import Target
+
+COSTS = Costs(1.0, {1: RoundCost(0.1, 1.0), 4: RoundCost(0.4, 1.3)})
+
+
+@pytest.fixture
+def pair(tiny_target) -> tuple[Target, Eagle3Draft, list[Prompt]]:
+    target = tiny_target("llama", initializer_range=0.05)
+    prompts = [Prompt(str(i), [5 + i, 9, 70 - i, 33]) for i in range(4)]
+    return target, fresh_draft(target, list(range(120)), seed=1), prompts
+
+
+def test_tau_walks_rounds_and_does_not_average_positions():
+    """By hand: a chain of one starts rounds at anchors 0, 2, 3 and 4 of the first response, one of two at 0, 3, 4."""
+    runs = [[2, 1, 0, 0, 3], [0]]
+    assert chain_tau(runs, 1) == 6 / 5
+    assert chain_tau(runs, 2) == 6 / 4
+    assert chain_tau([[0, 1], []], 3) == 1.0
+
+
+def test_walked_tau_is_that_of_decoding(pair):
+    """Every chain length from one pass of the longest; the rounds of each are those of a real decoder."""
+    target, draft, prompts = pair
+    rows = greedy_rows(target, prompts, 24)
+    runs = run_lengths(target, draft, rows, 6)
+    taus = []
+    for gamma in (1, 2, 4, 6):
+        decoder = make_decoder(target, draft, ChainShape(gamma))
+        decoded = [decoder.generate(row.prompt_ids, 24) for row in rows]
+        tokens, rounds = sum(len(g.ids) - 1 for g in decoded), sum(len(g.rounds) for g in decoded)
+        taus.append(chain_tau(runs, gamma))
+        assert taus[-1] == pytest.approx(tokens / rounds)
+        assert decoded_tau(decoder, [row.prompt_ids for row in rows], 24) == pytest.approx(taus[-1])
+    assert taus == sorted(taus) and taus[0] < taus[-1], "longer chains must keep more, or nothing was compared"
+
+
+def test_costs_between_timed_lengths_lie_on_the_line():
+    assert COSTS.chain(4) == RoundCost(0.4, 1.3)
+    assert COSTS.chain(2).draft == pytest.approx(0.2) and COSTS.chain(2).verify == pytest.approx(1.1)
+    assert COSTS.chain(6).seconds == pytest.approx(0.6 + 1.5)
+    assert COSTS.draft_step == pytest.approx(0.1)
+    single = Costs(1.0, {3: RoundCost(0.3, 1.0)})
+    assert single.chain(5) == RoundCost(0.3, 1.0) and single.draft_step is None
+
+
+def test_measured_costs_leave_the_caches_alone(pair, monkeypatch):
+    """Every timed round starts from the same state, so that costs do not creep with the length."""
+    target, draft, prompts = pair
+    seen: dict[str, set[tuple[int, int]]] = {}
+    from redraft.decode.engine import ChainDecoder
+    from redraft.decode.tree_engine import TreeDecoder
+
+    for kind in (ChainDecoder, TreeDecoder):
+
+        def watch(self, last, ids, taps, draft_cache, cache, room, uniforms, original=kind.round):
+            seen.setdefault(str(self.proposals), set()).add((cache.length, draft_cache.length))
+            return original(self, last, ids, taps, draft_cache, cache, room, uniforms)
+
+        monkeypatch.setattr(kind, "round", watch)
+    tree = DynamicTree(2, 2, 5)
+    costs = measure_costs(target, draft, prompts[0].ids, (1, 3), [tree], repeats=2)
+    assert seen == {"1": {(4, 3)}, "3": {(4, 3)}, "5": {(4, 3)}}
+    assert set(costs.chains) == {1, 3} and set(costs.shapes) == {tree}
+    assert costs.plain > 0 and all(c.draft > 0 and c.verify > 0 for c in [*costs.chains.values(), costs.shapes[tree]])
+    assert [r["shape"] for r in costs.to_dict()["rounds"]] == ["chain of 1", "chain of 3", tree.describe()]
+
+
+def candidate(gamma: int, tau: float) -> Candidate:
+    seconds = COSTS.chain(gamma).seconds
+    return Candidate(ChainShape(gamma), tau, seconds, tau / seconds)
+
+
+def test_the_fastest_is_chosen_and_explained():
+    pick = choose([candidate(1, 1.5), candidate(2, 2.1), candidate(4, 2.2)], COSTS)
+    assert pick.shape == ChainShape(2)
+    assert [c.shape.gamma for c in pick.candidates] == [2, 1, 4]
+    assert pick.sentence == (
+        "chain of 2: predicted 1.62x (2.10 tokens a round that costs 1.30 plain steps); "
+        "chain of 1: predicted 1.36x; plain 1.00x"
+    )
+    assert json.loads(json.dumps(pick.to_dict()))["picked"] == "chain of 2"
+
+
+def test_no_draft_is_an_outcome_that_is_said():
+    pick = choose([candidate(1, 1.05), candidate(4, 1.1)], COSTS)
+    assert pick.shape is None
+    assert pick.sentence.startswith(
+        "no draft: plain decoding is fastest; the best shape, a chain of 1: predicted 0.95x"
+    )
+    assert pick.to_dict()["picked"] is None
+
+
+def test_auto_compares_chains_of_every_length_and_trees(pair):
+    target, draft, prompts = pair
+    trees = [DynamicTree(2, 2, 4), StaticTree(((0,), (1,), (0, 0)))]
+    pick = auto_shape(target, draft, prompts, longest=3, trees=trees, max_new_tokens=16)
+    shapes = {c.shape: c for c in pick.candidates}
+    assert set(shapes) == {*(ChainShape(g) for g in (1, 2, 3)), *trees}
+    speedups = [c.speedup for c in pick.candidates]
+    assert speedups == sorted(speedups, reverse=True)
+    assert (pick.shape is None) == (speedups[0] <= 1) and (pick.shape or pick.candidates[0].shape) in shapes
+    for shape in trees:
+        tau = decoded_tau(make_decoder(target, draft, shape), [p.ids for p in prompts[:3]], 16)
+        assert shapes[shape].tau == pytest.approx(tau)
+
+
+def test_a_sampling_target_decodes_its_chains(pair):
+    target, draft, prompts = pair
+    pick = auto_shape(target, draft, prompts, Sampler(0.9), longest=2, max_new_tokens=8)
+    assert {c.shape for c in pick.candidates} == {ChainShape(1), ChainShape(2), *default_trees(Sampler(0.9))}
+    expected = decoded_tau(make_decoder(target, draft, ChainShape(2), Sampler(0.9)), [p.ids for p in prompts[:3]], 8)
+    assert {c.shape: c.tau for c in pick.candidates}[ChainShape(2)] == pytest.approx(expected)
+
+
+def test_dynamic_trees_are_left_out_where_drafts_are_sampled():
+    assert all(isinstance(tree, DynamicTree) for tree in default_trees())
+    assert all(isinstance(tree, DynamicTree) for tree in default_trees(Sampler(1.0), greedy_drafts=True))
+    assert all(isinstance(tree, StaticTree) for tree in default_trees(Sampler(1.0)))
+
+
+def test_nothing_to_measure_is_said(pair):
+    target, draft, prompts = pair
+    with pytest.raises(UserError, match="prompts"):
+        pick_shape(target, draft, [])
+    with pytest.raises(UserError, match="longest chain"):
+        auto_shape(target, draft, prompts, longest=0)
+    with pytest.raises(ValueError, match="anchors"):
+        chain_tau([[]], 3)
+    short = [c.response_ids for c in generate(target, [Request("0", prompts[0].ids, Sampler())], 1)]
+    assert len(short[0]) == 1
+    with pytest.raises(UserError, match="too short"):
+        decoded_tau(make_decoder(target, draft, ChainShape(2)), [prompts[0].ids], 1)
