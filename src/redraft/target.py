@@ -79,14 +79,27 @@ class KeyValueCache(Cache):
         for layer in self.layers:
             layer.length = length
 
-    def keep_rows(self, rows: Tensor) -> None:
-        """Keep these batch rows, in this order; finished sequences leave the batch this way."""
-        for layer in self.layers:
-            keys = layer.keys.new_empty(len(rows), *layer.keys.shape[1:])
-            values = layer.values.new_empty(len(rows), *layer.values.shape[1:])
-            keys[:, :, : layer.length] = layer.keys[:, :, : layer.length][rows]
-            values[:, :, : layer.length] = layer.values[:, :, : layer.length][rows]
-            layer.keys, layer.values = keys, values
+    def compact(self, start: int, kept: Sequence[int]) -> None:
+        """Of the positions from ``start`` on keep these, counted from ``start``, ascending, moved side by side.
+
+        After a tree pass this leaves what a pass over the accepted path alone would have left: a key carries its
+        position in the sequence, not its place in the buffer.
+        """
+        rows = list(kept)
+        if any(one >= two for one, two in zip(rows, rows[1:], strict=False)):
+            raise ValueError(f"rows to keep must ascend, not {rows}")
+        if rows and not 0 <= rows[0] <= rows[-1] < self.length - start:
+            raise ValueError(f"cannot keep rows {rows} of {self.length - start}")
+        # What stands in its place already stays untouched.
+        stay = sum(1 for place, row in enumerate(rows) if place == row)
+        moved = rows[stay:]
+        if moved:
+            first, end = start + stay, start + len(rows)
+            source = torch.tensor(moved, device=self.layers[0].keys.device) + start
+            for layer in self.layers:
+                layer.keys[:, :, first:end] = layer.keys.index_select(2, source)
+                layer.values[:, :, first:end] = layer.values.index_select(2, source)
+        self.rollback(start + len(rows))
 
 
 @dataclass

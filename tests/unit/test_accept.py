@@ -1,12 +1,14 @@
-"""The verification rule keeps the target's distribution, and these tests would notice if it did not.
+"""The verification rule of chains keeps the target's distribution, and these tests would notice if it did not.
 
 Shape legend: B independent chains, G drafted tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
-import math
+import runpy
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,48 +17,35 @@ from torch import Tensor
 from redraft.decode.accept import accept_chain, accept_chains, accept_greedy
 from redraft.sampling import Sampler, draw, warp
 
-V, G, DRAWS = 5, 2, 40_000
+TOYS = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("toys.py"))))
+misfit, normalised, target_logits, toy_drafts = TOYS.misfit, TOYS.normalised, TOYS.target_logits, TOYS.toy_drafts
+right_accepts, right_residual = TOYS.right_accepts, TOYS.right_residual
+V, DRAWS, MANY, SAMPLERS, G = TOYS.V, TOYS.DRAWS, TOYS.MANY, TOYS.SAMPLERS, 2
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-
-SAMPLERS = [
-    Sampler(temperature=1.0),
-    Sampler(temperature=0.6),
-    Sampler(temperature=1.0, top_k=3),
-    Sampler(temperature=1.0, top_p=0.8),
-    Sampler(temperature=0.8, top_k=4, top_p=0.9),
-    Sampler(),
-]
+Propose = Callable[[Tensor, Tensor], Tensor]
 
 
-def target_logits() -> Tensor:
-    """Logits [V + 1, V] of a toy language model: row v follows token v, row V starts the text."""
-    return torch.randn(V + 1, V, generator=torch.Generator().manual_seed(7)) * 1.5
+def fixed(target: Tensor, draft: Tensor, ids: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """The rule of greedy drafts: the target draws at every position, the proposals that equal its draws are kept."""
+    own = torch.stack([draw(target[:, g], uniforms[:, g]) for g in range(G + 1)], 1)
+    pairs = [accept_greedy(*both) for both in zip(own.tolist(), ids.tolist(), strict=True)]
+    return tuple(torch.tensor(pairs).unbind(1))
 
 
-def toy_drafts(sampler: Sampler) -> dict[str, Tensor]:
-    """Draft probabilities [V + 1, V] from nearly right to as wrong as can be."""
-    logits = target_logits()
-    noise = torch.randn(logits.shape, generator=torch.Generator().manual_seed(8))
-    target = warp(logits, sampler)
-    unlikely = torch.nn.functional.one_hot(target.argmin(-1), V).float()
-    return {
-        "good": warp(logits + 0.3 * noise, sampler),
-        "wrong": warp(-logits, sampler),
-        "overconfident": warp(4 * logits + noise, sampler),
-        "uniform": torch.full_like(target, 1 / V),
-        "argmax": torch.nn.functional.one_hot(logits.argmax(-1), V).float(),
-        "disjoint": torch.where(target == 0, 1.0, 0.0) + unlikely,
-    }
-
-
-def normalised(probs: Tensor) -> Tensor:
-    return probs / probs.sum(-1, keepdim=True)
+def likeliest(draft_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    return draft_BV.argmax(-1)
 
 
 def generate_triples(
-    target: Tensor, draft: Tensor, rule: Rule, proposals: Tensor | None = None, seed: int = 0
+    target: Tensor,
+    draft: Tensor,
+    rule: Rule,
+    proposals: Tensor | None = None,
+    seed: int = 0,
+    propose: Propose = draw,
+    draws: int = DRAWS,
 ) -> Tensor:
-    """Three tokens [DRAWS, 3] a text: one speculative round of two drafts, then plain draws where it fell short.
+    """Three tokens [draws, 3] a text: one speculative round of two drafts, then plain draws where it fell short.
 
     ``proposals`` is what the draft really draws from; a liar's differs from the ``draft`` that it claims.
     """
@@ -66,43 +55,17 @@ def generate_triples(
         return torch.rand(*shape, generator=generator, dtype=torch.float64)
 
     source = draft if proposals is None else proposals
-    context = torch.full((DRAWS,), V)
+    context = torch.full((draws,), V)
     ids, contexts = [], [context]
     for _ in range(G):
-        ids.append(draw(source[contexts[-1]], uniforms(DRAWS)))
+        ids.append(propose(source[contexts[-1]], uniforms(draws)))
         contexts.append(ids[-1])
     draft_ids_BG, context_BG = torch.stack(ids, 1), torch.stack(contexts, 1)
-    accepted_B, next_B = rule(target[context_BG], draft[context_BG[:, :G]], draft_ids_BG, uniforms(DRAWS, G + 1))
+    accepted_B, next_B = rule(target[context_BG], draft[context_BG[:, :G]], draft_ids_BG, uniforms(draws, G + 1))
 
-    tokens = torch.cat([draft_ids_BG, draft_ids_BG.new_zeros(DRAWS, 1)], 1)
-    tokens[torch.arange(DRAWS), accepted_B] = next_B
-    for position in range(1, G + 1):
-        plain = draw(target[tokens[:, position - 1]], uniforms(DRAWS))
-        tokens[:, position] = torch.where(accepted_B < position, plain, tokens[:, position])
-    return tokens
-
-
-def misfit(tokens: Tensor, target: Tensor) -> float:
-    """Standard score of the G statistic of the joint counts against the exact joint distribution.
-
-    The chi-square distribution is mapped to a normal one (Wilson and Hilferty 1931). Cells with fewer than five
-    expected draws are pooled; one draw in a cell of probability zero is an infinite misfit.
-    """
-    joint = target[V][:, None, None] * target[:, :, None][:V] * target[None, :V]
-    expected = (joint.double() / joint.double().sum() * DRAWS).flatten()
-    seen = torch.bincount((tokens[:, 0] * V + tokens[:, 1]) * V + tokens[:, 2], minlength=V**3).double()
-    if seen[expected == 0].any():
-        return math.inf
-    rare = (expected < 5) & (expected > 0)
-    pooled_seen = torch.cat([seen[expected >= 5], seen[rare].sum()[None]])
-    pooled_expected = torch.cat([expected[expected >= 5], expected[rare].sum()[None]])
-    cells = pooled_expected > 0
-    statistic = 2 * torch.special.xlogy(pooled_seen[cells], pooled_seen[cells] / pooled_expected[cells]).sum()
-    freedom = int(cells.sum()) - 1
-    if freedom == 0:
-        return 0.0
-    spread = 2 / (9 * freedom)
-    return float(((statistic.clamp(min=0) / freedom) ** (1 / 3) - (1 - spread)) / spread**0.5)
+    tokens = torch.cat([draft_ids_BG, draft_ids_BG.new_zeros(draws, 1)], 1)
+    tokens[torch.arange(draws), accepted_B] = next_B
+    return TOYS.continued(target, tokens, accepted_B + 1, generator)
 
 
 def by_hand(accepts: Callable[..., Tensor], residual: Callable[..., Tensor]) -> Rule:
@@ -125,26 +88,26 @@ def by_hand(accepts: Callable[..., Tensor], residual: Callable[..., Tensor]) -> 
     return rule
 
 
-def right_accepts(u: Tensor, tx: Tensor, dx: Tensor) -> Tensor:
-    return (dx > 0) & (u < tx / dx)
-
-
-def right_residual(t: Tensor, d: Tensor, dx: Tensor) -> Tensor:
-    positive = (t - d).clamp(min=0)
-    fresh = (dx == 0)[:, None] | (positive.sum(-1, keepdim=True) == 0)
-    return torch.where(fresh, t, positive)
-
-
 @pytest.mark.parametrize("kind", ["good", "wrong", "overconfident", "uniform", "argmax", "disjoint"])
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda s: s.describe())
 def test_three_tokens_follow_the_target_exactly(sampler: Sampler, kind: str) -> None:
-    target, draft = warp(target_logits(), sampler), normalised(toy_drafts(sampler)[kind])
+    target, draft = warp(target_logits(), sampler), toy_drafts(sampler)[kind]
     assert misfit(generate_triples(target, draft, accept_chains), target) < 4
+
+
+@pytest.mark.parametrize("kind", ["good", "wrong", "disjoint"])
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda s: s.describe())
+def test_greedy_drafts_under_a_sampling_target_change_nothing(sampler: Sampler, kind: str) -> None:
+    target, draft = warp(target_logits(), sampler), toy_drafts(sampler)[kind]
+    assert misfit(generate_triples(target, draft, fixed, propose=likeliest), target) < 4
+    # The same in law, written as rejection against a point mass.
+    certain = warp(draft.log(), Sampler())
+    assert misfit(generate_triples(target, certain, accept_chains), target) < 4
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS[:4], ids=lambda s: s.describe())
 def test_a_draft_that_proposes_what_it_claims_impossible_changes_nothing(sampler: Sampler) -> None:
-    target, draft = warp(target_logits(), sampler), normalised(toy_drafts(sampler)["uniform"])
+    target, draft = warp(target_logits(), sampler), toy_drafts(sampler)["uniform"]
     likeliest = target.argmax(-1, keepdim=True)
     claimed = normalised(draft.scatter(-1, likeliest, 0.0))
     # Half of the proposals are what the draft claims to be impossible, half are drawn from its claim.
@@ -167,7 +130,14 @@ SABOTAGE = {
 def test_the_statistic_notices_a_broken_rule(name: str) -> None:
     sampler = Sampler(temperature=1.0)
     target, draft = warp(target_logits(), sampler), toy_drafts(sampler)["wrong"]
-    assert misfit(generate_triples(target, draft, SABOTAGE[name]), target) > 8
+    assert misfit(generate_triples(target, draft, SABOTAGE[name], draws=MANY), target) > 8
+    assert misfit(generate_triples(target, draft, accept_chains, draws=MANY), target) < 4
+
+
+def test_the_statistic_notices_greedy_drafts_verified_as_draws() -> None:
+    sampler = Sampler(temperature=1.0)
+    target, draft = warp(target_logits(), sampler), toy_drafts(sampler)["good"]
+    assert misfit(generate_triples(target, draft, accept_chains, propose=likeliest), target) > 8
 
 
 def test_the_statistic_notices_that_an_impossible_token_was_accepted() -> None:
@@ -185,7 +155,7 @@ def test_the_statistic_notices_that_an_impossible_token_was_accepted() -> None:
 def test_agrees_with_the_rule_written_out_by_hand(kind: str) -> None:
     """So the sabotaged rules above differ from the real one in the sabotaged part alone."""
     sampler = Sampler(temperature=0.9, top_k=4)
-    target, draft = warp(target_logits(), sampler), normalised(toy_drafts(sampler)[kind])
+    target, draft = warp(target_logits(), sampler), toy_drafts(sampler)[kind]
     honest = by_hand(right_accepts, right_residual)
     ours, theirs = (generate_triples(target, draft, rule, seed=3) for rule in (accept_chains, honest))
     assert torch.equal(ours, theirs)

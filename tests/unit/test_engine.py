@@ -2,43 +2,24 @@
 
 from __future__ import annotations
 
-import math
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from redraft.data.generate import Request, generate
-from redraft.decode.engine import ChainDecoder, PlainDecoder
-from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
+from redraft.decode.engine import ChainDecoder, PlainDecoder, _Uniforms
 from redraft.errors import UserError
-from redraft.sampling import Sampler, warp
-from redraft.target import Target
+from redraft.sampling import Sampler
 
-KINDS = ("fresh", "random", "wrong", "overconfident", "whole vocabulary")
-
-
-def make(kind: str, target: Target) -> Eagle3Draft:
-    vocabulary = range(target.vocab_size) if kind == "whole vocabulary" else range(0, 120)
-    draft = fresh_draft(target, list(vocabulary), seed=1)
-    with torch.no_grad():
-        if kind == "random":
-            for parameter in draft.parameters():
-                parameter.normal_(std=0.5)
-        if kind == "wrong":
-            # The least likely token by its own lights, with certainty.
-            draft.lm_head.weight.mul_(-40)
-        if kind == "overconfident":
-            draft.lm_head.weight.mul_(40)
-    return draft
-
-
-def prompts(count: int) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(7)
-    return [torch.randint(4, 128, (3 + i % 9,), generator=generator).tolist() for i in range(count)]
+TOYS = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("toys.py"))))
+make, prompts = TOYS.make_draft, TOYS.prompts
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TOYS.KINDS)
 def test_greedy_output_is_plain_decoding_token_for_token(kind, architecture, tiny_target):
     target = tiny_target(architecture)
     plain, chain = PlainDecoder(target), ChainDecoder(target, make(kind, target), gamma=4)
@@ -75,45 +56,26 @@ def test_a_draft_that_copies_the_target_is_accepted_and_still_lossless(tiny_targ
     assert max(r.accepted for r in got.rounds) == 4
 
 
-def folded_pairs(target: Target, sampler: Sampler, prompt: list[int], firsts: dict[int, int]) -> torch.Tensor:
-    """Expected counts [8, 8] of the second and third token, ids folded modulo 8, given the drawn first tokens.
-
-    Exact: every second token is followed up, end tokens left out, since they end a response before the third.
-    """
-    expected = torch.zeros(8, 8, dtype=torch.float64)
-    for first, count in firsts.items():
-        step = target.forward(torch.tensor([[*prompt, first]]), taps=False)
-        second = warp(target.logits(step.hidden_BTH[0, -1:]), sampler)[0].double()
-        second[list(target.eos_ids)] = 0
-        second /= second.sum()
-        tokens = second.nonzero().squeeze(-1)
-        step = target.forward(torch.tensor([[*prompt, first, t] for t in tokens.tolist()]), taps=False)
-        third = warp(target.logits(step.hidden_BTH[:, -1]), sampler).double()
-        folded = torch.zeros(len(tokens), 8, dtype=torch.float64)
-        folded.index_add_(1, torch.arange(third.shape[1]) % 8, third)
-        expected.index_add_(0, tokens % 8, count * second[tokens, None] * folded)
-    return expected
-
-
-@pytest.mark.parametrize("kind", ["fresh", "wrong", "overconfident"])
-@pytest.mark.parametrize("sampler", [Sampler(1.0), Sampler(0.7, 12), Sampler(1.3, 0, 0.6)], ids=lambda s: s.describe())
+@pytest.mark.parametrize(
+    ("kind", "sampler"),
+    [("fresh", Sampler(1.0)), ("wrong", Sampler(0.7, 12)), ("overconfident", Sampler(1.3, 0, 0.6))],
+    ids=lambda x: x if isinstance(x, str) else x.describe(),
+)
 def test_sampled_output_follows_the_target(kind, sampler, tiny_target):
     """Joint distribution of the second and third token, from a chain of two, by a chi-square test."""
-    target = tiny_target("llama")
+    target = tiny_target("llama", num_hidden_layers=2)
     decoder = ChainDecoder(target, make(kind, target), gamma=2, sampler=sampler)
-    prompt, observed = [5, 9, 70], torch.zeros(8, 8, dtype=torch.float64)
-    firsts: dict[int, int] = {}
-    for seed in range(1200):
-        ids = decoder.generate(prompt, 3, seed=seed).ids
-        if len(ids) == 3:
-            firsts[ids[0]] = firsts.get(ids[0], 0) + 1
-            observed[ids[1] % 8, ids[2] % 8] += 1
-    expected = folded_pairs(target, sampler, prompt, firsts)
-    large = expected > 4
-    statistic = float(((observed - expected)[large] ** 2 / expected[large]).sum())
-    cells = int(large.sum())
-    assert cells >= 4
-    assert statistic < cells + 4.5 * math.sqrt(2 * cells)
+    assert TOYS.pairs_misfit(decoder, [5, 9, 70], 900) < 4.5
+
+
+def test_uniforms_are_one_stream_however_they_are_taken():
+    whole, parts = (_Uniforms(3, torch.device("cpu")) for _ in range(2))
+    expected, got = whole.take(1000), []
+    for size in (1, 200, 56, 300, 2, 255, 180):
+        got.append(parts.take(size))
+        parts.take(4)
+        parts.put_back(4)
+    assert torch.equal(torch.cat(got), expected[:994])
 
 
 @pytest.mark.parametrize("gamma", [0, -1])

@@ -102,15 +102,44 @@ def test_rolling_back_to_the_start_and_wrong_lengths(tiny_target: Callable, arch
         target.forward(tokens[:, :1], cache)
 
 
-def test_rows_leave_the_cache(tiny_target: Callable, architecture: str) -> None:
-    target, tokens = tiny_target(architecture), ids(3, 7)
+@torch.inference_mode()
+@pytest.mark.parametrize("kept", [(0, 2, 5), (0, 1, 4), (0, 3), (0, 1), (0,), ()])
+def test_a_compacted_tree_is_a_cache_that_saw_the_path_alone(
+    tiny_target: Callable, architecture: str, kept: tuple[int, ...]
+) -> None:
+    """A root with children 1, 2, 3; 4 below 1 and 5 below 2: whichever path stays, decoding goes on as after it."""
+    target, prompt, tree, following = tiny_target(architecture), ids(1, 5), ids(1, 6, seed=3), ids(1, 3, seed=4)
+    parents, depths = (0, 0, 0, 0, 1, 2), (0, 1, 1, 1, 2, 2)
+    mask = torch.ones(1, 1, 6, 11, dtype=torch.bool)
+    mask[..., 5:] = torch.eye(6, dtype=torch.bool)
+    for node in range(1, 6):
+        mask[0, 0, node, 5:] |= mask[0, 0, parents[node], 5:]
+    cache = target.new_cache(16)
+    target.forward(prompt, cache)
+    target.forward(tree, cache, 5 + torch.tensor([depths]), mask)
+    cache.compact(5, kept)
+    alone = target.new_cache(16)
+    target.forward(torch.cat([prompt, tree[:, list(kept)]], 1), alone)
+    assert cache.length == alone.length == 5 + len(kept)
+    for one, two in zip(cache.layers, alone.layers, strict=True):
+        torch.testing.assert_close(one.keys[:, :, : cache.length], two.keys[:, :, : cache.length], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            one.values[:, :, : cache.length], two.values[:, :, : cache.length], rtol=1e-4, atol=1e-4
+        )
+    found, expected = target.forward(following, cache), target.forward(following, alone)
+    torch.testing.assert_close(found.hidden_BTH, expected.hidden_BTH, rtol=1e-4, atol=1e-4)
+
+
+def test_compacting_refuses_rows_that_are_not_there(tiny_target: Callable, architecture: str) -> None:
+    target = tiny_target(architecture)
     cache = target.new_cache(8)
-    target.forward(tokens[:, :6], cache)
-    cache.keep_rows(torch.tensor([2, 0]))
-    alone = target.new_cache(8)
-    target.forward(tokens[[2, 0], :6], alone)
-    kept, expected = target.forward(tokens[[2, 0], 6:], cache), target.forward(tokens[[2, 0], 6:], alone)
-    torch.testing.assert_close(kept.hidden_BTH, expected.hidden_BTH, rtol=1e-4, atol=1e-4)
+    target.forward(ids(1, 6), cache)
+    for wrong in ((0, 3), (-1, 0)):
+        with pytest.raises(ValueError, match="cannot keep rows"):
+            cache.compact(3, wrong)
+    with pytest.raises(ValueError, match="ascend"):
+        cache.compact(3, (1, 0))
+    assert cache.length == 6
 
 
 @torch.inference_mode()

@@ -1,1 +1,37 @@
 """Lossless speculative decoding: the verification rule and the engines around it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from redraft.decode.engine import SpeculativeDecoder
+    from redraft.decode.tree import Shape
+    from redraft.drafts.eagle3 import Eagle3Draft
+    from redraft.sampling import Sampler
+    from redraft.target import Target
+
+
+def make_decoder(
+    target: Target,
+    draft: Eagle3Draft,
+    shape: Shape,
+    sampler: Sampler | None = None,
+    greedy_drafts: bool = False,
+    measure_overlap: bool = False,
+) -> SpeculativeDecoder:
+    """The decoder of a shape: a chain's or a tree's.
+
+    Raises ``UserError`` when the draft does not fit the target, for a dynamic tree of sampled drafts, and for
+    ``measure_overlap`` on a tree: alpha is defined on a chain.
+    """
+    from redraft.decode.engine import ChainDecoder
+    from redraft.decode.tree import ChainShape
+    from redraft.decode.tree_engine import TreeDecoder
+    from redraft.errors import UserError
+
+    if isinstance(shape, ChainShape):
+        return ChainDecoder(target, draft, shape.gamma, sampler, measure_overlap, greedy_drafts)
+    if measure_overlap:
+        raise UserError(f"alpha is measured along a chain, not on a {shape.describe()}; measure it with chain:5")
+    return TreeDecoder(target, draft, shape, sampler, greedy_drafts)

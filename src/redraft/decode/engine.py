@@ -1,6 +1,6 @@
-"""Lossless decoding at batch 1: plain, and with an Eagle3 draft's chain.
+"""Lossless decoding at batch 1: plain, and with an Eagle3 draft's chain (trees: :mod:`redraft.decode.tree_engine`).
 
-A round: the draft proposes up to gamma tokens, the target verifies them in one pass, the verification rule of
+A round: the draft proposes tokens, the target verifies them in one pass, the verification rule of
 :mod:`redraft.decode.accept` decides, both caches are rolled back to what was kept. All buffers are allocated once
 for the longest sequence. The draft's keys of verified positions come from the target's real features; those that
 it made for its own guesses are overwritten in the next round.
@@ -28,7 +28,13 @@ from redraft.target import KeyValueCache, Target
 
 @dataclass
 class Round:
-    """One proposal and its verification. ``overlap`` is sum_x min(target, draft) at each drafted position."""
+    """One proposal and its verification.
+
+    ``proposed`` are all proposed tokens, a tree's level by level; ``kept`` the ``accepted`` ones and one more, cut by
+    the stop rule. ``overlap`` is sum_x min(target, draft) at each drafted position of a chain. ``depth`` is how many
+    tokens could have been accepted (a tree's longest path), ``full`` whether the accepted path ended in a leaf, which
+    makes the token after it a bonus and no correction.
+    """
 
     proposed: list[int]
     accepted: int
@@ -36,6 +42,13 @@ class Round:
     draft_seconds: float
     verify_seconds: float
     overlap: list[float] = field(default_factory=list)
+    depth: int = 0
+    full: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.depth:
+            self.depth = len(self.proposed)
+        self.full = self.full or self.accepted == self.depth
 
 
 @dataclass
@@ -58,20 +71,22 @@ class DraftCache:
         self.values = torch.empty_like(self.keys)
         self.length = 0
 
-    def attend(self, query_TQW: Tensor, key_TKW: Tensor, value_TKW: Tensor) -> Tensor:
-        """Append the new keys and let each query see everything up to its own position."""
+    def attend(self, query_TQW: Tensor, key_TKW: Tensor, value_TKW: Tensor, mask_TC: Tensor | None = None) -> Tensor:
+        """Append the new keys and let each query see everything up to its own position, or what the mask allows.
+
+        ``mask_TC`` is boolean over cached and new keys, true where a query may look.
+        """
         new = len(query_TQW)
         end = self.length + new
         self.keys[:, self.length : end] = key_TKW.transpose(0, 1)
         self.values[:, self.length : end] = value_TKW.transpose(0, 1)
-        mask = None
-        if new > 1:
-            mask = torch.ones(new, end, dtype=torch.bool, device=query_TQW.device).tril(self.length)
+        if mask_TC is None and new > 1:
+            mask_TC = torch.ones(new, end, dtype=torch.bool, device=query_TQW.device).tril(self.length)
         mixed = F.scaled_dot_product_attention(
             query_TQW.transpose(0, 1)[None],
             self.keys[None, :, :end],
             self.values[None, :, :end],
-            attn_mask=mask,
+            attn_mask=mask_TC,
             enable_gqa=True,
         )
         self.length = end
@@ -79,14 +94,29 @@ class DraftCache:
 
 
 class _Uniforms:
-    """Uniforms in [0, 1) of one request, drawn in blocks."""
+    """The uniforms in [0, 1) of one request: one stream, whatever the portions in which it is taken."""
+
+    BLOCK = 256
 
     def __init__(self, seed: int, device: torch.device) -> None:
         self.generator = torch.Generator().manual_seed(seed)
         self.device = device
+        self.block, self.at = self.fresh(self.BLOCK), 0
+
+    def fresh(self, count: int) -> Tensor:
+        return torch.rand(count, generator=self.generator, dtype=torch.float64).to(self.device)
 
     def take(self, count: int) -> Tensor:
-        return torch.rand(count, generator=self.generator, dtype=torch.float64).to(self.device)
+        if self.at + count > len(self.block):
+            blocks = -(-count // self.BLOCK)
+            more = [self.fresh(self.BLOCK) for _ in range(blocks)]
+            self.block, self.at = torch.cat([self.block[self.at :], *more]), 0
+        self.at += count
+        return self.block[self.at - count : self.at]
+
+    def put_back(self, count: int) -> None:
+        """Return the last ``count`` uniforms of the portion just taken: nothing was decided with them."""
+        self.at -= count
 
 
 def _trim(ids: list[int], ends: frozenset[int], room: int) -> tuple[list[int], str | None]:
@@ -127,31 +157,29 @@ class PlainDecoder:
         return Generation(ids, reason, prefilled - began, time.perf_counter() - prefilled)
 
 
-class ChainDecoder(PlainDecoder):
-    """Speculative decoding with a chain of ``gamma`` drafted tokens a round.
+class SpeculativeDecoder(PlainDecoder):
+    """The loop that chains and trees share. A subclass says what a round is (:meth:`round`).
 
     Greedy output equals plain decoding's token for token wherever the target's own arithmetic does not depend on
-    how many tokens it is given at once; sampled output follows the same distribution.
+    how many tokens it is given at once; sampled output follows the same distribution. With greedy drafts the target
+    uses its uniforms as plain decoding does, so even sampled output is the same for the same seed.
     """
 
+    # The most tokens that a round proposes, and the most that the draft feeds to itself in a round.
+    proposals: int
+    guesses: int
+
     def __init__(
-        self,
-        target: Target,
-        draft: Eagle3Draft,
-        gamma: int = 5,
-        sampler: Sampler | None = None,
-        measure_overlap: bool = False,
+        self, target: Target, draft: Eagle3Draft, sampler: Sampler | None = None, greedy_drafts: bool = False
     ) -> None:
-        """``measure_overlap`` records alpha's terms at every drafted position; it costs a softmax a position.
+        """``greedy_drafts``: the draft proposes its likeliest tokens also when the target samples.
 
         Raises ``UserError`` when the draft does not fit the target.
         """
         super().__init__(target, sampler)
         check_fit(draft.config, target)
-        if gamma < 1:
-            raise UserError(f"gamma must be at least 1, not {gamma}")
         self.draft = draft.eval().to(target.device, target.dtype)
-        self.gamma, self.measure_overlap = gamma, measure_overlap
+        self.fixed = greedy_drafts or self.sampler.greedy
         self.vocabulary = self.draft.vocabulary()
 
     @torch.inference_mode()
@@ -162,8 +190,7 @@ class ChainDecoder(PlainDecoder):
         target, uniforms = self.target, _Uniforms(seed, self.target.device)
         if target.taps != self.draft.config.taps:
             target.tap(self.draft.config.taps)
-        capacity = len(prompt_ids) + max_new_tokens + self.gamma + 1
-        cache, draft_cache = target.new_cache(capacity), DraftCache(self.draft, capacity)
+        cache, draft_cache = self.new_caches(len(prompt_ids) + max_new_tokens + 1)
         prompt = torch.tensor(list(prompt_ids), device=target.device)
         step = target.forward(prompt[None], cache)
         assert step.taps_BTKH is not None
@@ -174,19 +201,77 @@ class ChainDecoder(PlainDecoder):
         generation = Generation(ids, "length", prefilled - began, 0.0)
         reason = _trim(ids, self.ends, max_new_tokens)[1]
         while reason is None:
-            gamma = min(self.gamma, max_new_tokens - len(ids))
-            start = time.perf_counter()
-            proposed, draft_probs = self.propose(known_ids, known_taps, draft_cache, gamma, uniforms)
-            drafted = time.perf_counter()
-            record, known_ids, known_taps = self.verify(ids[-1], proposed, draft_probs, cache, uniforms)
-            record.draft_seconds = drafted - start
-            record.verify_seconds = time.perf_counter() - drafted
-            record.kept, reason = _trim(record.kept, self.ends, max_new_tokens - len(ids))
+            room = max_new_tokens - len(ids)
+            record, known_ids, known_taps = self.round(
+                ids[-1], known_ids, known_taps, draft_cache, cache, room, uniforms
+            )
+            record.kept, reason = _trim(record.kept, self.ends, room)
             ids.extend(record.kept)
             generation.rounds.append(record)
         generation.finish_reason = reason
         generation.decode_seconds = time.perf_counter() - prefilled
         return generation
+
+    def new_caches(self, tokens: int) -> tuple[KeyValueCache, DraftCache]:
+        """Buffers for the longest sequence and one round beyond it."""
+        return self.target.new_cache(tokens + self.proposals), DraftCache(self.draft, tokens + self.guesses)
+
+    def round(
+        self,
+        last: int,
+        ids_T: Tensor,
+        taps_T: Tensor,
+        draft_cache: DraftCache,
+        cache: KeyValueCache,
+        room: int,
+        uniforms: _Uniforms,
+    ) -> tuple[Round, Tensor, Tensor]:
+        """Draft after ``last`` from the newly verified pairs, verify; no deeper than ``room`` tokens.
+
+        Returns the round, and the ids and taps of the pairs that it verified.
+        """
+        raise NotImplementedError
+
+
+class ChainDecoder(SpeculativeDecoder):
+    """Speculative decoding with a chain of ``gamma`` drafted tokens a round."""
+
+    def __init__(
+        self,
+        target: Target,
+        draft: Eagle3Draft,
+        gamma: int = 5,
+        sampler: Sampler | None = None,
+        measure_overlap: bool = False,
+        greedy_drafts: bool = False,
+    ) -> None:
+        """``measure_overlap`` records alpha's terms at every drafted position; it costs a softmax a position.
+
+        Raises ``UserError`` when the draft does not fit the target.
+        """
+        super().__init__(target, draft, sampler, greedy_drafts)
+        if gamma < 1:
+            raise UserError(f"gamma must be at least 1, not {gamma}")
+        self.gamma, self.measure_overlap = gamma, measure_overlap
+        self.proposals = self.guesses = gamma
+
+    def round(
+        self,
+        last: int,
+        ids_T: Tensor,
+        taps_T: Tensor,
+        draft_cache: DraftCache,
+        cache: KeyValueCache,
+        room: int,
+        uniforms: _Uniforms,
+    ) -> tuple[Round, Tensor, Tensor]:
+        start = time.perf_counter()
+        proposed, draft_probs = self.propose(ids_T, taps_T, draft_cache, min(self.gamma, room), uniforms)
+        drafted = time.perf_counter()
+        record, ids_T, taps_T = self.verify(last, proposed, draft_probs, cache, uniforms)
+        record.draft_seconds = drafted - start
+        record.verify_seconds = time.perf_counter() - drafted
+        return record, ids_T, taps_T
 
     def propose(
         self, ids_T: Tensor, taps_T: Tensor, cache: DraftCache, gamma: int, uniforms: _Uniforms
@@ -200,10 +285,12 @@ class ChainDecoder(PlainDecoder):
         probs: list[Tensor] = []
         for i in range(gamma):
             logits_1D = draft.logits(states)
-            if self.sampler.greedy:
+            if self.fixed:
                 index = logits_1D.argmax(-1)
                 if self.measure_overlap:
-                    probs.append(logits_1D.float().softmax(-1))
+                    # A greedy target's alpha is that of the distributions; a sampling one's that of the point mass.
+                    greedy = self.sampler.greedy
+                    probs.append(logits_1D.float().softmax(-1) if greedy else warp(logits_1D, Sampler()))
             else:
                 probs.append(warp(logits_1D, self.sampler))
                 index = draw(probs[-1], uniforms.take(1))
@@ -229,17 +316,21 @@ class ChainDecoder(PlainDecoder):
         logits_TV = target.logits(step.hidden_BTH[0])
         overlap: list[float] = []
         if self.sampler.greedy:
-            accepted, following = accept_greedy(logits_TV.argmax(-1), ids_T[1:])
-            if self.measure_overlap and draft_probs is not None:
-                overlap = self.overlap(logits_TV[:-1].float().softmax(-1), draft_probs)
+            accepted, following = accept_greedy(logits_TV.argmax(-1), proposed)
+            target_probs = logits_TV.float().softmax(-1) if self.measure_overlap else None
         else:
-            assert draft_probs is not None
             target_probs = warp(logits_TV, self.sampler)
-            full = target_probs.new_zeros(len(proposed), target_probs.shape[-1])
-            full[:, self.vocabulary] = draft_probs
-            accepted, following = accept_chain(target_probs, full, ids_T[1:], uniforms.take(len(proposed) + 1))
-            if self.measure_overlap:
-                overlap = self.overlap(target_probs[:-1], draft_probs)
+            chances = uniforms.take(len(proposed) + 1)
+            if self.fixed:
+                accepted, following = accept_greedy(draw(target_probs, chances), proposed)
+                uniforms.put_back(len(proposed) - accepted)
+            else:
+                assert draft_probs is not None
+                full = target_probs.new_zeros(len(proposed), target_probs.shape[-1])
+                full[:, self.vocabulary] = draft_probs
+                accepted, following = accept_chain(target_probs, full, ids_T[1:], chances)
+        if self.measure_overlap and draft_probs is not None and target_probs is not None:
+            overlap = self.overlap(target_probs[:-1], draft_probs)
         kept = [*proposed[:accepted], following]
         cache.rollback(before + accepted + 1)
         record = Round(proposed, accepted, kept, 0.0, 0.0, overlap)

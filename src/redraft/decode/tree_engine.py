@@ -1,0 +1,284 @@
+"""Lossless decoding at batch 1 with a tree of proposals.
+
+A round: the draft grows the tree level by level, all nodes of a level in one pass, in which a node sees the verified
+prefix, its ancestors and itself; the target verifies all nodes in one pass under the same kind of mask; the
+verification rule follows one path; the target's cache is compacted to that path, the draft's own guesses are
+forgotten (it is fed the target's real features of the accepted path in the next round). All buffers are allocated
+once for the longest sequence.
+
+A static tree's tokens are the draft's likeliest at every node (greedy drafts) or draws without replacement in rank
+order (sampled drafts). A dynamic tree's are a function of the context alone, so they are always fixed proposals.
+
+Shape legend: F nodes fed to the draft at once, N nodes of the tree with its root, R most children of a node, H draft
+width, D draft vocabulary, V target vocabulary, C cached and new positions, S nodes that the draft feeds itself.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from redraft.decode.accept import accept_trees, draw_siblings, follow_tree
+from redraft.decode.engine import DraftCache, Round, SpeculativeDecoder, _Uniforms
+from redraft.decode.tree import DynamicTree, Path, StaticTree, Topology
+from redraft.drafts.eagle3 import Eagle3Draft
+from redraft.errors import UserError
+from redraft.sampling import Sampler, draw, warp
+from redraft.target import KeyValueCache, Target
+
+
+@dataclass
+class Proposal:
+    """One round's tree: tokens of nodes 1 to N - 1, who hangs on whom, and of sampled drafts the probabilities.
+
+    ``probs`` [., D] holds one row for every node that has children; ``rows[node]`` says which (0 for a leaf).
+    """
+
+    tokens: list[int]
+    tree: Topology
+    probs: Tensor | None = None
+    rows: Tensor | None = None
+
+
+class TreeMask:
+    """Masks over a growing prefix that everybody sees and a block of new positions, in one buffer."""
+
+    def __init__(self, rows: int, capacity: int, device: torch.device) -> None:
+        self.buffer = torch.ones(rows, capacity, dtype=torch.bool, device=device)
+        self.block = (0, 0)
+
+    def over(self, prefix: int, block_TS: Tensor) -> Tensor:
+        """The mask [T, prefix + S] whose last S columns are ``block``; valid until the next call."""
+        rows, width = block_TS.shape
+        self.buffer[:, slice(*self.block)] = True
+        self.block = (prefix, prefix + width)
+        self.buffer[:rows, prefix : prefix + width] = block_TS
+        return self.buffer[:rows, : prefix + width]
+
+
+class TreeDecoder(SpeculativeDecoder):
+    """Speculative decoding with a static or a dynamic tree of drafted tokens a round."""
+
+    def __init__(
+        self,
+        target: Target,
+        draft: Eagle3Draft,
+        shape: StaticTree | DynamicTree,
+        sampler: Sampler | None = None,
+        greedy_drafts: bool = False,
+    ) -> None:
+        """Raises ``UserError`` when the draft does not fit the target, or for sampled drafts in a dynamic tree."""
+        super().__init__(target, draft, sampler, greedy_drafts)
+        self.shape = shape
+        if isinstance(shape, DynamicTree):
+            if not self.fixed:
+                raise UserError(
+                    "a dynamic tree grows towards the tokens that the draft likes best, so they are no draws from the "
+                    "draft and cannot be verified as such; choose greedy drafts, or a static tree or a chain"
+                )
+            self.fan = min(shape.top_k, draft.config.draft_vocab_size)
+            self.proposals, self.guesses = shape.nodes, (shape.depth - 1) * shape.top_k
+        else:
+            self.fans = shape.fans()
+            self.proposals, self.guesses = len(shape.paths), len(self.fans) - 1
+
+    def new_caches(self, tokens: int) -> tuple[KeyValueCache, DraftCache]:
+        device = self.target.device
+        self.target_mask = TreeMask(self.proposals + 1, tokens + self.proposals, device)
+        self.draft_mask = TreeMask(max(1, self.guesses), tokens + self.guesses, device)
+        # Row i + 1: which of this round's fed nodes the i-th one sees. Row 0 is the root, which sees none of them.
+        self.seen_SS = torch.zeros(self.guesses + 1, self.guesses, dtype=torch.bool, device=device)
+        return super().new_caches(tokens)
+
+    def round(
+        self,
+        last: int,
+        ids_T: Tensor,
+        taps_T: Tensor,
+        draft_cache: DraftCache,
+        cache: KeyValueCache,
+        room: int,
+        uniforms: _Uniforms,
+    ) -> tuple[Round, Tensor, Tensor]:
+        start = time.perf_counter()
+        proposal = self.propose(ids_T, taps_T, draft_cache, room, uniforms)
+        drafted = time.perf_counter()
+        record, ids_T, taps_T = self.verify(last, proposal, cache, uniforms)
+        record.draft_seconds = drafted - start
+        record.verify_seconds = time.perf_counter() - drafted
+        return record, ids_T, taps_T
+
+    # -- drafting --------------------------------------------------------------------------------------------------
+    def propose(self, ids_T: Tensor, taps_T: Tensor, cache: DraftCache, room: int, uniforms: _Uniforms) -> Proposal:
+        """Feed the newly verified pairs, then grow the tree, at most ``room`` tokens deep."""
+        draft = self.draft
+        verified = cache.length + len(ids_T)
+        positions = torch.arange(cache.length, verified, device=ids_T.device)
+        embeds = draft.embed(ids_T, self.target.embedding)
+        state_1H = draft(embeds, draft.fuse(taps_T), positions, cache.attend)[-1:]
+        depth = min(self.shape.depth, room)
+        if isinstance(self.shape, DynamicTree):
+            proposal = self.grow_dynamic(state_1H, depth, cache, verified)
+        else:
+            proposal = self.grow_static(state_1H, depth, cache, verified, uniforms)
+        cache.length = verified
+        return proposal
+
+    def feed(
+        self,
+        tokens_F: Tensor,
+        parent_states_FH: Tensor,
+        parents_F: Tensor,
+        depth: int,
+        cache: DraftCache,
+        verified: int,
+    ) -> tuple[Tensor, Tensor]:
+        """States [F, H] of guessed nodes at this depth, and their rows [F] in ``seen_SS``; ``parents`` are rows too.
+
+        Position ``verified`` is the first after the verified pairs; a node at depth 1 stands there.
+        """
+        draft, new, used = self.draft, len(tokens_F), cache.length - verified
+        slots_F = torch.arange(used, used + new, device=tokens_F.device)
+        self.seen_SS[used + 1 : used + 1 + new] = self.seen_SS[parents_F]
+        self.seen_SS[slots_F + 1, slots_F] = True
+        mask = self.draft_mask.over(verified, self.seen_SS[used + 1 : used + 1 + new, : used + new])
+        attend = functools.partial(cache.attend, mask_TC=mask)
+        positions_F = torch.full_like(slots_F, verified + depth - 1)
+        embeds_FH = draft.embed(tokens_F, self.target.embedding)
+        return draft(embeds_FH, draft.carry(parent_states_FH), positions_F, attend), slots_F + 1
+
+    def grow_dynamic(self, state_1H: Tensor, depth: int, cache: DraftCache, verified: int) -> Proposal:
+        """Expand the best nodes of each level, then keep the best candidates of all levels.
+
+        Candidate c of a level is child c mod fan of the level's fed node c // fan; numbered over all levels from 1.
+        """
+        assert isinstance(self.shape, DynamicTree)
+        fan = self.fan
+        states_FH, rows_F = state_1H, torch.zeros(1, dtype=torch.long, device=state_1H.device)
+        scores_F, numbers_F = state_1H.new_zeros(1, dtype=torch.float32), rows_F
+        tokens, scores, parents, total = list[Tensor](), list[Tensor](), list[Tensor](), 0
+        for level in range(1, depth + 1):
+            confidence_FR, index_FR = self.draft.logits(states_FH).float().log_softmax(-1).topk(fan, -1)
+            scores.append((scores_F.unsqueeze(-1) + confidence_FR).flatten())
+            tokens.append(self.vocabulary[index_FR.flatten()])
+            parents.append(numbers_F.repeat_interleave(fan))
+            if level < depth:
+                best_F = scores[-1].sort(descending=True, stable=True).indices[: self.shape.top_k]
+                fed_F = best_F // fan
+                states_FH, rows_F = self.feed(
+                    tokens[-1][best_F], states_FH[fed_F], rows_F[fed_F], level, cache, verified
+                )
+                scores_F, numbers_F = scores[-1][best_F], best_F + total + 1
+            total += len(tokens[-1])
+        # Stable, so that of equals the parent, which has the smaller number, goes first.
+        order = torch.cat(scores).sort(descending=True, stable=True).indices
+        keep_N = order[: self.shape.nodes].sort().values
+        renumbered = torch.zeros(total + 1, dtype=torch.long, device=keep_N.device)
+        renumbered[keep_N + 1] = torch.arange(1, len(keep_N) + 1, device=keep_N.device)
+        pair = torch.stack([torch.cat(tokens)[keep_N], renumbered[torch.cat(parents)[keep_N]]])
+        kept_tokens, kept_parents = pair.tolist()
+        return Proposal(kept_tokens, Topology(kept_parents))
+
+    def grow_static(
+        self, state_1H: Tensor, depth: int, cache: DraftCache, verified: int, uniforms: _Uniforms
+    ) -> Proposal:
+        """Fill the shape's places level by level. Places for which the draft has no token left stay out."""
+        device = state_1H.device
+        tokens, parents, rows, probs = list[int](), list[int](), [0], list[Tensor]()
+        # The level's inner nodes, by path and number, beside the states and the rows of ``seen_SS`` that they have.
+        level: list[tuple[Path, int]] = [((), 0)]
+        states_FH, rows_F = state_1H, torch.zeros(1, dtype=torch.long, device=device)
+        for deep in range(1, depth + 1):
+            ids_FR, probs_FD = self.siblings(states_FH, [self.fans[path] for path, _ in level], uniforms)
+            for i, (_, node) in enumerate(level):
+                rows[node] = sum(map(len, probs)) + i
+            if probs_FD is not None:
+                probs.append(probs_FD)
+            inner: list[tuple[Path, int]] = []
+            sources = list[int]()
+            for i, (path, node) in enumerate(level):
+                for rank, token in enumerate(ids_FR[i]):
+                    tokens.append(token)
+                    parents.append(node)
+                    rows.append(0)
+                    if (*path, rank) in self.fans:
+                        inner.append(((*path, rank), len(tokens)))
+                        sources.append(i)
+            if deep == depth or not inner:
+                break
+            fed_F = torch.tensor(sources, device=device)
+            tokens_F = torch.tensor([tokens[node - 1] for _, node in inner], device=device)
+            states_FH, rows_F = self.feed(tokens_F, states_FH[fed_F], rows_F[fed_F], deep, cache, verified)
+            level = inner
+        if not probs:
+            return Proposal(tokens, Topology(parents))
+        return Proposal(tokens, Topology(parents), torch.cat(probs), torch.tensor(rows, device=device))
+
+    def siblings(
+        self, states_FH: Tensor, fans: list[int], uniforms: _Uniforms
+    ) -> tuple[list[list[int]], Tensor | None]:
+        """The children of each node, at most ``fans[i]`` of the i-th, and what sampled ones were drawn from [F, D]."""
+        logits_FD = self.draft.logits(states_FH)
+        most = min(max(fans), logits_FD.shape[-1])
+        if self.fixed:
+            index_FR, probs_FD = logits_FD.topk(most, -1).indices, None
+        else:
+            probs_FD = warp(logits_FD, self.sampler)
+            index_FR = draw_siblings(probs_FD, uniforms.take(len(fans) * most).view(len(fans), most))
+        ids = torch.where(index_FR >= 0, self.vocabulary[index_FR.clamp(min=0)], -1).tolist()
+        return [[token for token in row[:fan] if token >= 0] for row, fan in zip(ids, fans, strict=True)], probs_FD
+
+    # -- verification ----------------------------------------------------------------------------------------------
+    def verify(
+        self, last: int, proposal: Proposal, cache: KeyValueCache, uniforms: _Uniforms
+    ) -> tuple[Round, Tensor, Tensor]:
+        """One target pass over the last token and all nodes; keeps the path that the rule accepts.
+
+        Returns the round, and the ids and taps of the newly verified pairs.
+        """
+        target, tree, before = self.target, proposal.tree, cache.length
+        ids_N = torch.tensor([last, *proposal.tokens], device=target.device)
+        positions_N = torch.tensor(tree.depths, device=target.device) + before
+        mask_NC = self.target_mask.over(before, tree.mask(target.device))
+        step = target.forward(ids_N[None], cache, positions_N[None], mask_NC[None, None])
+        assert step.taps_BTKH is not None
+        path, following = self.decide(target.logits(step.hidden_BTH[0]), ids_N, proposal, uniforms)
+        cache.compact(before, [0, *path])
+        kept = [*(proposal.tokens[node - 1] for node in path), following]
+        full = tree.leaf(path[-1] if path else 0)
+        record = Round(proposal.tokens, len(path), kept, 0.0, 0.0, depth=tree.depth, full=full)
+        return record, torch.tensor(kept, device=target.device), step.taps_BTKH[0, [0, *path]]
+
+    def decide(
+        self, logits_NV: Tensor, ids_N: Tensor, proposal: Proposal, uniforms: _Uniforms
+    ) -> tuple[list[int], int]:
+        """Accepted nodes from the top and the token after them. Only rows that are visited are warped."""
+        tree = proposal.tree
+        if self.sampler.greedy:
+            return follow_tree(logits_NV.argmax(-1).tolist().__getitem__, tree.by_token(proposal.tokens))
+        if self.fixed:
+
+            def choose(node: int) -> int:
+                return int(draw(warp(logits_NV[node : node + 1], self.sampler), uniforms.take(1)))
+
+            return follow_tree(choose, tree.by_token(proposal.tokens))
+        assert proposal.probs is not None and proposal.rows is not None
+        probs, rows = proposal.probs, proposal.rows
+
+        def draft_of(nodes: Tensor) -> Tensor:
+            full = logits_NV.new_zeros(len(nodes), logits_NV.shape[-1], dtype=torch.float32)
+            full[:, self.vocabulary] = probs[rows[nodes]]
+            return full
+
+        node_B, next_B = accept_trees(
+            lambda nodes: warp(logits_NV[nodes], self.sampler),
+            draft_of,
+            tree.children(logits_NV.device),
+            ids_N[None],
+            uniforms.take(len(tree))[None],
+        )
+        return tree.path(int(node_B)), int(next_B)
