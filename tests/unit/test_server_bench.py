@@ -25,6 +25,7 @@ from redraft.evaluate.load import ServerConfig
 from redraft.evaluate.server import bench_servers
 from redraft.evaluate.speed import Prompt
 from redraft.pipeline.server_bench import bench_server_files, launched, named_servers
+from redraft.report.load import read_bench
 from redraft.sampling import Sampler
 
 pytest.importorskip("httpx")
@@ -155,6 +156,24 @@ def test_without_a_plain_server_nothing_is_said_of_speed_up(fake: Make) -> None:
     assert "plain" not in result and not {"speedup", "identical_to_plain"} & draft.keys()
     assert "speedup" not in draft["by_task"]["maths"] and "plain" not in result["per_prompt"][0]
     assert draft["tau_pooled"]["value"] > 1
+
+
+@pytest.mark.parametrize("with_plain", [True, False])
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_the_report_reads_the_result(fake: Make, tmp_path: Path, with_plain: bool, engine: str) -> None:
+    servers = {"old": fake(engine), "new": fake(engine)}
+    if with_plain:
+        servers = {"plain": fake(engine, False), **servers}
+    path = tmp_path / "bench.json"
+    result = run(servers, concurrencies=(1, 3))
+    path.write_text(json.dumps(result, allow_nan=False))
+    read = read_bench(path)
+    assert (read.plain is not None) == with_plain and list(read.drafts) == ["old", "new"]
+    assert read.drafts["new"].tau_pooled.value == result["drafts"]["new"]["tau_pooled"]["value"]
+    assert read.server is not None and [level.concurrency for level in read.server.levels] == [1, 3]
+    assert list(read.server.levels[1].contestants) == list(servers)
+    load = read.server.levels[1].contestants["new"]
+    assert load.ttft is not None and load.tau is not None and load.failed == 0
 
 
 # -- levels ----------------------------------------------------------------------------------------------------------

@@ -227,9 +227,12 @@ class Session:
         count = max(self.config.warmup, concurrency)
         asked = [prompts[i % len(prompts)] for i in range(count)]
         limit = min(self.config.warmup_tokens, self.config.max_new_tokens)
-        for answer in self._at_once(asked, concurrency, limit, None):
+        before = self.read()
+        answers = self._at_once(asked, concurrency, limit, None)
+        for answer in answers:
             if answer.fault:
                 raise UserError(f"the server {self.where} cannot be used: {answer.fault}")
+        self.read_after(before, sum(answer.tokens for answer in answers))  # nothing of it is booked later
 
     def level(self, prompts: Sequence[Prompt], concurrency: int, done: Done | None = None) -> Level:
         """All prompts, ``concurrency`` at a time. Raises ``UserError`` when too many requests fail."""
