@@ -49,15 +49,6 @@ class Suite:
     source: str
 
 
-@dataclass(frozen=True)
-class Turn:
-    """One turn as the model met it: the messages that led to its ``reply``, of which there are ``number`` before."""
-
-    number: int
-    messages: list[Message]
-    reply: str
-
-
 def last_answer(conversation: Conversation) -> str | None:
     """The answer of the source, of a conversation with one user turn: later turns depend on earlier replies."""
     answers = [m["content"] for m in conversation.messages if m["role"] == "assistant"]
@@ -163,13 +154,18 @@ def _turns(items: Sequence[SuiteItem], kind: Callable[[SuiteItem], str]) -> list
     return [item for turn in rounds for item in turn if item is not None]
 
 
-def run_turns(conversation: Conversation, reply: Callable[[list[Message]], str]) -> Iterator[Turn]:
-    """Turn by turn: ``reply`` answers the messages so far, and its answer goes before the next user turn."""
+def run_turns(conversation: Conversation, reply: Callable[[list[Message]], str]) -> Iterator[list[Message]]:
+    """The messages that lead to each reply, turn by turn, with the model's own replies between them.
+
+    ``reply(messages)`` answers a turn as text; it is asked only when the next turn is, and so never for the last.
+    """
     replies: list[str] = []
+    messages: list[Message] = []
     for number in range(user_turns(conversation)):
+        if number:
+            replies.append(reply(messages))
         messages = prompt_messages(conversation, replies)
-        replies.append(reply(messages))
-        yield Turn(number, messages, replies[-1])
+        yield messages
 
 
 def suite_of(task: str) -> str:
