@@ -24,8 +24,11 @@ CONCURRENCY=${CONCURRENCY:-1,4,8}
 . runs/vllm-server.sh
 prepare_vllm
 
+levels=()
+for level in ${CONCURRENCY//,/ }; do levels+=(--concurrency "$level"); done
+
 "$PYTHON" -m redraft.cli.main bench --target "$OUT/vllm/target" --prompts "$PROMPTS" --limit "$COUNT" \
-  --max-new-tokens "$NEW_TOKENS" --concurrency "$CONCURRENCY" --out "$OUT/server-bench.json" \
+  --max-new-tokens "$NEW_TOKENS" "${levels[@]}" --out "$OUT/server-bench.json" \
   --server "plain=$(vllm_command)" \
   --server "stale=$(vllm_command stale)" \
   --server "aligned=$(vllm_command aligned)" &
