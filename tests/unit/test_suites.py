@@ -7,7 +7,6 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -225,14 +224,6 @@ def test_a_conversation_that_outgrows_the_context_ends_before_that_turn(
     row = QUESTION | {"turns": ["x" * 600]}
     with pytest.raises(UserError, match=r"mt_bench/writing/81 has \d+ tokens"):
         suite_prompts([f"mt-bench={write(tmp_path / 'q.jsonl', row)}"], tiny_target(), max_new_tokens=8)
-
-
-def test_prompts_that_were_trained_on_are_refused(tmp_path: Path, tiny_target: Callable[..., Target]) -> None:
-    path = write(tmp_path / "m.jsonl", GSM8K)
-    known = Conversation("mine", [{"role": "user", "content": "two and 3"}])
-    with pytest.raises(UserError, match=r"1 of the 1 prompts of suite gsm8k .*gsm8k/test/0 is mine"):
-        suite_prompts([f"gsm8k={path}"], tiny_target(), training=[known])
-    assert suite_prompts([f"gsm8k={path}"], tiny_target(), training=[replace(known, messages=[])])
 
 
 def test_a_suite_given_twice_is_refused(tmp_path: Path, tiny_target: Callable[..., Target]) -> None:

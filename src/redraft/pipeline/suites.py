@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from redraft.data.overlap import refuse_overlap
-from redraft.data.prompts import Conversation, Message, check_length, template_ids
+from redraft.data.prompts import Message, check_length, template_ids
 from redraft.data.suites import SuiteItem, load_suite, run_turns
 from redraft.decode.engine import PlainDecoder
 from redraft.errors import UserError
@@ -23,24 +22,20 @@ def suite_prompts(
     limit: int | None = None,
     max_new_tokens: int = 128,
     seed: int = 0,
-    training: Sequence[Conversation] = (),
     tick: Tick | None = None,
 ) -> list[Prompt]:
     """The prompts of the suites that ``texts`` name (see :func:`redraft.data.suites.load_suite`), ``limit`` of each.
 
     A conversation of several user turns gives one prompt a turn. Between them stand the target's own replies, greedy
     and of at most ``max_new_tokens``, so that all contestants of a benchmark get the same prompts; this generation is
-    no part of any measurement. ``training`` are prompts that the draft was trained on, where known.
-    ``tick(prompts so far, id)`` is called as prompts are made.
+    no part of any measurement. ``tick(prompts so far, id)`` is called as prompts are made.
 
-    Raises ``UserError`` as ``load_suite`` does, for suites that share prompts' ids, for prompts that overlap with
-    ``training``, and for a first turn that leaves no room to answer; a conversation that outgrows the context ends
-    before that turn.
+    Raises ``UserError`` as ``load_suite`` does, for suites that share prompts' ids, and for a first turn that leaves no
+    room to answer; a conversation that outgrows the context ends before that turn.
     """
     suites = [load_suite(text, data, limit, seed) for text in texts]
     owner: dict[str, str] = {}
     for suite in suites:
-        refuse_overlap(training, [item.conversation for item in suite.items], f"suite {suite.name}")
         for item in suite.items:
             if item.id in owner:
                 raise UserError(f"--suite {suite.name}: prompt {item.id} is already in {owner[item.id]}; name one only")
