@@ -27,7 +27,7 @@ from redraft.decode.engine import DraftCache, Round, SpeculativeDecoder, _Unifor
 from redraft.decode.tree import DynamicTree, Path, StaticTree, Topology
 from redraft.drafts.eagle3 import Eagle3Draft
 from redraft.errors import UserError
-from redraft.sampling import Sampler, draw, warp
+from redraft.sampling import Sampler, warp
 from redraft.target import KeyValueCache, Target
 
 
@@ -256,14 +256,12 @@ class TreeDecoder(SpeculativeDecoder):
     def decide(
         self, logits_NV: Tensor, ids_N: Tensor, proposal: Proposal, uniforms: _Uniforms
     ) -> tuple[list[int], int]:
-        """Accepted nodes from the top and the token after them. Only rows that are visited are warped."""
+        """Accepted nodes from the top and the token after them. Only rows that are visited are looked at."""
         tree = proposal.tree
-        if self.sampler.greedy:
-            return follow_tree(logits_NV.argmax(-1).tolist().__getitem__, tree.by_token(proposal.tokens))
         if self.fixed:
 
             def choose(node: int) -> int:
-                return int(draw(warp(logits_NV[node : node + 1], self.sampler), uniforms.take(1)))
+                return self.choose(logits_NV[node], uniforms)
 
             return follow_tree(choose, tree.by_token(proposal.tokens))
         assert proposal.probs is not None and proposal.rows is not None
