@@ -20,7 +20,8 @@ from redraft.data.store import read_rows
 from redraft.drafts.groups import METHODS, prepare, trained_parameters
 from redraft.evaluate.speed import tau_interval
 from redraft.evaluate.statistics import paired_difference, paired_recovery
-from redraft.pipeline.adapt import AdaptRun, template_prompts
+from redraft.pipeline.adapt import AdaptRun
+from redraft.pipeline.models import template_prompts
 from redraft.pipeline.probe import greedy_rows
 from redraft.pipeline.quickstart import quickstart_config
 from redraft.teacher.features import anchors

@@ -23,8 +23,7 @@ from redraft.drafts.eagle3 import Eagle3Draft
 from redraft.errors import UserError
 from redraft.evaluate.statistics import ratio_of_sums
 from redraft.export import EXPORTERS
-from redraft.pipeline.adapt import template_prompts
-from redraft.pipeline.models import open_draft, open_target
+from redraft.pipeline.models import open_draft, open_target, template_prompts
 from redraft.target import Target
 
 

@@ -24,7 +24,10 @@ from redraft.evaluate.counters import Reading, difference, parse_metrics
 from redraft.evaluate.load import ServerConfig
 from redraft.evaluate.server import bench_servers
 from redraft.evaluate.speed import Prompt
-from redraft.pipeline.server_bench import bench_server_files, launched, named_servers
+from redraft.pipeline.bench import How
+from redraft.pipeline.questions import Questions
+from redraft.pipeline.server_bench import bench_servers_on, launched, named_servers
+from redraft.pipeline.steps import TargetSpec
 from redraft.report.load import read_bench
 from redraft.sampling import Sampler
 
@@ -581,9 +584,8 @@ def test_files_in_and_a_file_out(
     prompts.write_text("".join(f"question {i}\n" for i in range(6)))
     server = fake()
     servers = {"plain": fake("vllm", False).url, "new": server.url}
-    result = bench_server_files(
-        servers, str(weightless), str(prompts), out, limit=4, max_new_tokens=LIMIT, concurrencies=(1, 2)
-    )
+    how = How(max_new_tokens=LIMIT)
+    result = bench_servers_on(TargetSpec(str(weightless)), servers, Questions(str(prompts), limit=4), out, how, (1, 2))
     assert json.loads(out.read_text()) == json.loads(json.dumps(result))
     assert result["setup"]["prompts"] == 4 and result["provenance"]["seed"] == 0
     turn = [{"role": "user", "content": "question 0"}]
@@ -592,8 +594,8 @@ def test_files_in_and_a_file_out(
     assert "bench: 100%" in capsys.readouterr().err
     assert server.url not in json.dumps({k: v for k, v in result.items() if k != "provenance"})
     prompts.write_text("word " * 60)
-    with pytest.raises(UserError, match="more than the target's context of 128"):
-        bench_server_files(servers, str(weightless), str(prompts), out)
+    with pytest.raises(UserError, match="does not fit into the context of 128"):
+        bench_servers_on(TargetSpec(str(weightless)), servers, Questions(str(prompts)), out, How())
 
 
 def test_a_failed_run_leaves_the_old_result_alone(fake: Make, weightless: Path, tmp_path: Path) -> None:
@@ -601,5 +603,6 @@ def test_a_failed_run_leaves_the_old_result_alone(fake: Make, weightless: Path, 
     prompts.write_text("a question\n")
     out.write_text("old")
     with pytest.raises(UserError, match="no counters of speculation"):
-        bench_server_files({"new": fake("bare").url}, str(weightless), str(prompts), out, max_new_tokens=LIMIT)
+        servers, how = {"new": fake("bare").url}, How(max_new_tokens=LIMIT)
+        bench_servers_on(TargetSpec(str(weightless)), servers, Questions(str(prompts)), out, how)
     assert out.read_text() == "old"

@@ -158,14 +158,14 @@ def test_train_from_nothing(place: Path, redraft: Any) -> None:
 
 
 def test_probe_bench_and_report(place: Path, redraft: Any) -> None:
-    common = "--target target --prompts prompts.jsonl --max-new-tokens 12 --limit 4 --gamma 3 --dtype float32"
-    code, out, err = redraft(f"probe {common} --draft draft --base-target base --json probe.json")
+    common = "--target target --prompts prompts.jsonl --max-new-tokens 12 --limit 4 --dtype float32"
+    code, out, err = redraft(f"probe {common} --gamma 3 --draft draft --base-target base --json probe.json")
     assert code == 0, err
     found = json.loads((place / "probe.json").read_text())
     assert found["prompts"] == 4 and found["reference_tau"]["value"] >= 1
     assert found["verdict"] in out and found["advice"][:30] in " ".join(out.split())
 
-    code, out, err = redraft(f"bench {common} --draft one=draft --draft two=draft --out bench.json")
+    code, out, err = redraft(f"bench {common} --shape chain:3 --draft one=draft --draft two=draft --out bench.json")
     assert code == 0, err
     result = json.loads((place / "bench.json").read_text())
     assert list(result["drafts"]) == ["one", "two"] and result["setup"]["prompts"] == 4

@@ -97,7 +97,7 @@ def train(
     vocabulary: Annotated[int, typer.Option(min=1, help="Draft vocabulary of a new draft.")] = 8192,
     method: Annotated[str, typer.Option(help="What of an old draft is trained: {methods}.")] = "lora",
     private_width: Annotated[int, typer.Option(min=1, help="Inner width of the private expert.")] = 768,
-    rank: Annotated[int, typer.Option(min=1, help="Rank of the low-rank updates.")] = 96,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the low-rank updates.")] = 64,
     selection: Annotated[Path | None, typer.Option(help="Manifest of redraft select: train on what it keeps.")] = None,
     heldout: Annotated[int, typer.Option(min=1, help="Greedy responses kept back: training stops on their tau.")] = 40,
     heldout_responses: Annotated[Path | None, typer.Option(help="Held-out responses in a file of their own.")] = None,

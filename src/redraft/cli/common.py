@@ -41,11 +41,18 @@ def _methods() -> list[str]:
     return list(METHODS)
 
 
+def _suites() -> list[str]:
+    from redraft.data.suites import SUITES
+
+    return SUITES.names()
+
+
 CHOICES: dict[str, Callable[[], list[str]]] = {
     "{losses}": _losses,
     "{scorers}": _scorers,
     "{formats}": _formats,
     "{methods}": _methods,
+    "{suites}": _suites,
 }
 
 
@@ -97,6 +104,16 @@ BaseTarget = Annotated[str | None, typer.Option(help="The target that the old dr
 DraftName = Annotated[str, typer.Option("--draft", help="Draft: redraft folder, EAGLE-3 checkpoint folder or hub id.")]
 BaseDraft = Annotated[str | None, typer.Option(help="The shared draft, when --draft is a private part.")]
 Prompts = Annotated[str, typer.Option(help="Prompts: JSONL, ShareGPT, Alpaca, text lines, or datasets:NAME.")]
+OptionalPrompts = Annotated[
+    str | None, typer.Option("--prompts", help="Prompts: JSONL, ShareGPT, Alpaca, text lines, or datasets:NAME.")
+]
+Suites = Annotated[
+    list[str] | None,
+    typer.Option("--suite", help="Named prompts: {suites}; NAME:CATEGORY, NAME=FILE; repeatable."),
+]
+DataFolder = Annotated[
+    Path | None, typer.Option("--data", help="Folder of the suites' files; by default that of REDRAFT_DATA.")
+]
 Dtype = Annotated[str, typer.Option(help="Data type of the target: bfloat16 or float32.")]
 Device = Annotated[str, typer.Option(help="Torch device: cpu, cuda, cuda:1, ...")]
 Gamma = Annotated[int, typer.Option(min=1, help="Drafted tokens a round.")]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,13 +12,15 @@ from redraft.cli.common import (
     BaseDraft,
     BaseTarget,
     Command,
+    DataFolder,
     Device,
     DraftName,
     Dtype,
     Gamma,
+    OptionalPrompts,
     OutFile,
-    Prompts,
     Seed,
+    Suites,
     TargetName,
     console,
     examples,
@@ -46,8 +48,13 @@ def register(app: typer.Typer) -> None:
         epilog=examples(
             "redraft bench --target my-model --draft stale=old-draft --draft aligned=run/merged "
             "--prompts eval.jsonl --out bench.json",
-            "redraft bench --target my-model --draft run/merged --temperature 0.7 --top-p 0.9 --prompts eval.jsonl "
+            "redraft bench --target my-model --draft run/merged --suite gsm8k --suite mt-bench --shape auto "
             "--out bench.json",
+            "redraft bench --target my-model --draft run/merged --shape tree:5x10x60 --temperature 0.7 --top-p 0.9 "
+            "--greedy-drafts --prompts eval.jsonl --out bench.json",
+            "redraft bench --target my-model --server plain=http://127.0.0.1:8000 "
+            "--server aligned=http://127.0.0.1:8001 --concurrency 1 --concurrency 8 --prompts eval.jsonl "
+            "--out server.json",
         ),
     )(bench)
     app.command(
@@ -63,7 +70,9 @@ def register(app: typer.Typer) -> None:
 def probe(
     target: TargetName,
     draft: DraftName,
-    prompts: Prompts,
+    prompts: OptionalPrompts = None,
+    suite: Suites = None,
+    data: DataFolder = None,
     base_target: BaseTarget = None,
     base_draft: BaseDraft = None,
     limit: Annotated[int, typer.Option(min=2, help="How many of the prompts are asked.")] = 16,
@@ -76,16 +85,16 @@ def probe(
 ) -> None:
     """Say in a minute whether the present draft is healthy or stale, and whether aligning it is worth it."""
     from redraft.artifact import atomic_write_json
+    from redraft.pipeline.questions import Questions
     from redraft.pipeline.steps import TargetSpec, probe_files
     from redraft.report.tables import probe_panel
 
     found = probe_files(
         TargetSpec(target, dtype, device, adapter),
         draft,
-        prompts,
+        Questions(prompts, suite or (), data, limit),
         base_draft=base_draft,
         base_target=TargetSpec(base_target, dtype, device) if base_target else None,
-        limit=limit,
         gamma=gamma,
         max_new_tokens=max_new_tokens,
     )
@@ -111,42 +120,70 @@ def named_drafts(given: list[str]) -> dict[str, str]:
 
 def bench(
     target: TargetName,
-    draft: Annotated[list[str], typer.Option(help="NAME=FOLDER or hub id; may be repeated. Gains are over the first.")],
-    prompts: Prompts,
     out: OutFile,
-    base_draft: BaseDraft = None,
-    limit: Annotated[int, typer.Option(min=1, help="How many of the prompts are decoded.")] = 24,
-    gamma: Gamma = 5,
+    draft: Annotated[
+        list[str] | None, typer.Option(help="NAME=FOLDER or hub id; repeatable. Gains are over the first.")
+    ] = None,
+    prompts: OptionalPrompts = None,
+    suite: Suites = None,
+    data: DataFolder = None,
+    limit: Annotated[int, typer.Option(min=1, help="How many prompts of the file, and of each suite.")] = 24,
+    trained_on: Annotated[
+        Path | None, typer.Option(help="Responses that a draft was trained on: none of their prompts is measured.")
+    ] = None,
+    shape: Annotated[str, typer.Option(help="chain:5, tree:5x10x60, a .json file of paths, or auto.")] = "chain:5",
+    greedy_drafts: Annotated[
+        bool, typer.Option("--greedy-drafts", help="Propose the draft's likeliest tokens although the target samples.")
+    ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Longest answer.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Nucleus of sampling.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Likeliest tokens to sample from; 0 is all.")] = 0,
+    base_draft: BaseDraft = None,
+    server: Annotated[
+        list[str] | None,
+        typer.Option(help="Measure servers instead: NAME=ADDRESS, or NAME=COMMAND with {port}; repeatable."),
+    ] = None,
+    concurrency: Annotated[list[int] | None, typer.Option(help="Requests under way at servers; repeatable.")] = None,
+    server_model: Annotated[str | None, typer.Option(help="The target's name on servers that have several.")] = None,
     adapter: Adapter = None,
     dtype: Dtype = "bfloat16",
     device: Device = "cpu",
     seed: Seed = 0,
 ) -> None:
     """Measure drafts against the fastest plain decoding: same prompts, same run, with 95% intervals."""
-    from redraft.pipeline.steps import TargetSpec, bench_files
-    from redraft.report.tables import acceptance_table, bench_table
+    from redraft.pipeline.bench import How, bench_files
+    from redraft.pipeline.questions import Questions
+    from redraft.pipeline.server_bench import bench_servers_on, named_servers
+    from redraft.pipeline.steps import TargetSpec
     from redraft.sampling import Sampler
 
-    result = bench_files(
-        TargetSpec(target, dtype, device, adapter),
-        named_drafts(draft),
-        prompts,
-        out,
-        base_draft=base_draft,
-        limit=limit,
-        sampler=Sampler(temperature, top_k, top_p),
-        gamma=gamma,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-    )
+    if bool(draft) == bool(server):
+        raise UserError("give --draft to measure drafts in this process, or --server to measure servers from outside")
+    spec = TargetSpec(target, dtype, device, adapter)
+    questions = Questions(prompts, suite or (), data, limit, trained_on)
+    how = How(shape, Sampler(temperature, top_k, top_p), greedy_drafts, max_new_tokens, seed)
+    if draft:
+        result = bench_files(spec, named_drafts(draft), questions, out, how, base_draft)
+    else:
+        levels = tuple(concurrency or [1])
+        result = bench_servers_on(spec, named_servers(server or []), questions, out, how, levels, server_model)
+    show(result)
+    say(f"{out}; for the page: redraft report {out} --out {out.with_suffix('.html')}")
+
+
+def show(result: dict[str, Any]) -> None:
+    """A benchmark's tables, for the terminal."""
+    from redraft.report.tables import acceptance_table, bench_table, task_table
+
     printer = console()
     printer.print(bench_table(result))
     printer.print(acceptance_table(result))
-    say(f"{out}; for the page: redraft report {out} --out {out.with_suffix('.html')}")
+    by_task = task_table(result)
+    if by_task is not None:
+        printer.print(by_task)
+    if picked := result["setup"].get("picked"):
+        say(f"gamma=auto: {picked}")
 
 
 def report(
@@ -158,7 +195,7 @@ def report(
     png: Annotated[Path | None, typer.Option(help="Also write the headline picture of the first result.")] = None,
     title: Annotated[str, typer.Option(help="Title of the page.")] = "Draft alignment report",
 ) -> None:
-    """Turn results into one HTML page that needs nothing else: no network, no scripts."""
+    """Turn results into one HTML page that needs nothing else: nothing is fetched, now or when it is opened."""
     from redraft.report import build_report, headline_png
 
     say(str(build_report(results, out, curve, ledger, summary, title)))

@@ -67,8 +67,7 @@ def watch(
     from redraft.decode.pieces import TokenText
     from redraft.decode.tree import parse_shape
     from redraft.loading import quiet
-    from redraft.pipeline.adapt import template_prompts
-    from redraft.pipeline.models import open_draft
+    from redraft.pipeline.models import open_draft, template_prompts
     from redraft.pipeline.steps import TargetSpec
     from redraft.report.live import Watcher, coloured, legend
     from redraft.sampling import Sampler

@@ -12,7 +12,7 @@ G proposed tokens.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -183,8 +183,17 @@ class SpeculativeDecoder(PlainDecoder):
         self.vocabulary = self.draft.vocabulary()
 
     @torch.inference_mode()
-    def generate(self, prompt_ids: Sequence[int], max_new_tokens: int, seed: int = 0) -> Generation:
-        """Decode one prompt. Raises ``ValueError`` when prompt and response do not fit the context."""
+    def generate(
+        self,
+        prompt_ids: Sequence[int],
+        max_new_tokens: int,
+        seed: int = 0,
+        on_round: Callable[[Round], None] | None = None,
+    ) -> Generation:
+        """Decode one prompt; ``on_round`` gets the token of prefill as a round of its own, then every round.
+
+        Raises ``ValueError`` when prompt and response do not fit the context.
+        """
         _check_room(self.target, prompt_ids, max_new_tokens)
         began = time.perf_counter()
         target, uniforms = self.target, _Uniforms(seed, self.target.device)
@@ -200,6 +209,8 @@ class SpeculativeDecoder(PlainDecoder):
         prefilled = time.perf_counter()
         generation = Generation(ids, "length", prefilled - began, 0.0)
         reason = _trim(ids, self.ends, max_new_tokens)[1]
+        if on_round:
+            on_round(Round([], 0, list(ids), 0.0, 0.0))
         while reason is None:
             room = max_new_tokens - len(ids)
             record, known_ids, known_taps = self.round(
@@ -208,6 +219,8 @@ class SpeculativeDecoder(PlainDecoder):
             record.kept, reason = _trim(record.kept, self.ends, room)
             ids.extend(record.kept)
             generation.rounds.append(record)
+            if on_round:
+                on_round(record)
         generation.finish_reason = reason
         generation.decode_seconds = time.perf_counter() - prefilled
         return generation

@@ -85,7 +85,7 @@ class PrivateSize:
     """How large the private part is: inner width of the expert, rank of the updates and the layers that have them."""
 
     width: int = 768
-    rank: int = 96
+    rank: int = 64
     on: tuple[str, ...] = ()
 
 

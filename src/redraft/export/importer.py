@@ -168,7 +168,7 @@ def read_config(
     eagle = eagle if isinstance(eagle, dict) else {}
     _check_kind(raw, layer, eagle, path)
     llama = _llama(layer, path)
-    options = {key: bool(raw.get(key, False)) for key in ("norm_before_fc", "fc_norm", "norm_output")}
+    options: dict[str, Any] = {key: bool(raw.get(key, False)) for key in ("norm_before_fc", "fc_norm", "norm_output")}
     options["norm_before_fc"] = bool(eagle.get("norm_before_fc", options["norm_before_fc"]))
     options["fc_norm"] = options["fc_norm"] or bool(raw.get("use_aux_norm", False))
     if options["norm_before_fc"] and options["fc_norm"]:

@@ -20,12 +20,12 @@ from redraft.data.store import Row, read_rows
 from redraft.decode.tree import ChainShape
 from redraft.drafts.eagle3 import Eagle3Draft
 from redraft.drafts.groups import prepare, trained_parameters
-from redraft.errors import UserError
-from redraft.evaluate.speed import BenchConfig, Prompt, bench
+from redraft.evaluate.speed import BenchConfig
 from redraft.export import EXPORTERS
 from redraft.export.base import check_taps
+from redraft.pipeline.bench import measure
 from redraft.pipeline.config import AdaptConfig, claim_run
-from redraft.pipeline.models import OpenDraft, open_draft, open_target, split_prompts
+from redraft.pipeline.models import OpenDraft, open_draft, open_target, split_prompts, template_prompts
 from redraft.pipeline.stages import Say, build_features, half, run_training, save_trained
 from redraft.progress import progress_bar
 from redraft.report.page import build_report
@@ -225,15 +225,14 @@ class AdaptRun:
         drafts = {"stale": self.stale.draft, "aligned": self.aligned, **(extra or {})}
         prompts = template_prompts(self.prompts[2], self.target, c.bench_tokens)
         began = time.monotonic()
-        with self.ledger.stage("bench") as entry, progress_bar("bench", None, "tokens") as progress:
-            result = bench(
+        with self.ledger.stage("bench") as entry:
+            result = measure(
                 bench_targets(self.target, c),
                 drafts,
                 prompts,
                 BenchConfig(ChainShape(c.gamma), max_new_tokens=c.bench_tokens, seed=c.seed),
                 provenance.collect(seed=c.seed, device=c.device),
-                lambda tokens, what: progress.update(tokens, now=what),
-            ).result
+            )
             entry.add(tokens=sum(d["tokens"] for d in result["drafts"].values()))
         atomic_write_json(path, result)
         self.say(f"bench: {len(prompts)} prompts in {time.monotonic() - began:.0f} s")
@@ -256,24 +255,3 @@ def bench_targets(target: Target, config: AdaptConfig) -> dict[str, Target]:
         return {config.dtype: target}
     other = "float32" if config.dtype == "bfloat16" else "bfloat16"
     return {config.dtype: target, other: open_target(config.target, other, config.device, config.adapter)}
-
-
-def template_prompts(conversations: Sequence[Conversation], target: Target, new_tokens: int) -> list[Prompt]:
-    """First turns through the target's chat template. Raises ``UserError`` for one that leaves no room to answer."""
-    found = []
-    for conversation in conversations:
-        turns = []
-        for message in conversation.messages:
-            if message["role"] == "assistant":
-                break
-            turns.append(message)
-            if message["role"] == "user":
-                break
-        ids = list(target.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))
-        if len(ids) + new_tokens > target.context:
-            raise UserError(
-                f"prompt {conversation.id} has {len(ids)} tokens; with a response of {new_tokens} that is more than "
-                f"the target's context of {target.context}; shorten or remove it"
-            )
-        found.append(Prompt(conversation.id, ids))
-    return found

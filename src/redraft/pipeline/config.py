@@ -35,7 +35,7 @@ class AdaptConfig(BaseModel):
     eval_prompts: str | None = Field(None, description="prompts to measure on; by default held out from --prompts")
     method: str = Field("lora", description="which parameters are trained")
     private_width: int = Field(768, gt=0, description="inner width of the private expert")
-    rank: int = Field(96, gt=0, description="rank of the low-rank updates")
+    rank: int = Field(64, gt=0, description="rank of the low-rank updates")
     loss: str = Field("kl", description="training loss")
     scorer: str = Field("rejection", description="how samples are scored for selection")
     budget: str = Field("75%", description='what selection keeps: "25%", "400" rows or "60k tokens"')

@@ -12,9 +12,10 @@ import torch
 
 from redraft.artifact import META_FILE, load_private, read_json, tensors_hash
 from redraft.data.overlap import find_overlap, same_text
-from redraft.data.prompts import Conversation
+from redraft.data.prompts import Conversation, check_length, template_ids
 from redraft.drafts.eagle3 import Eagle3Config, Eagle3Draft, check_fit
 from redraft.errors import UserError
+from redraft.evaluate.speed import Prompt
 from redraft.export import import_checkpoint
 from redraft.loading import load_target, tokenizer_hash
 from redraft.target import Target
@@ -94,3 +95,20 @@ def split_prompts(
             f"for the benchmark, {len(rest)} are left to train on; give more prompts, or fewer --heldout-prompts"
         )
     return rest, ordered[:heldout], measured
+
+
+def template_prompts(conversations: Sequence[Conversation], target: Target, new_tokens: int) -> list[Prompt]:
+    """First turns through the target's chat template. Raises ``UserError`` for one that leaves no room to answer."""
+    found = []
+    for conversation in conversations:
+        turns = []
+        for message in conversation.messages:
+            if message["role"] == "assistant":
+                break
+            turns.append(message)
+            if message["role"] == "user":
+                break
+        ids = template_ids(target.tokenizer, conversation.id, turns)
+        check_length(conversation.id, len(ids), new_tokens, target.context)
+        found.append(Prompt(conversation.id, ids))
+    return found

@@ -15,9 +15,9 @@ from redraft.data.embedded import maths_conversations
 from redraft.data.prompts import Conversation
 from redraft.drafts.groups import trained_parameters
 from redraft.evaluate.speed import Prompt
-from redraft.pipeline.adapt import AdaptRun, template_prompts
+from redraft.pipeline.adapt import AdaptRun
 from redraft.pipeline.config import AdaptConfig, parse_config
-from redraft.pipeline.models import open_target
+from redraft.pipeline.models import open_target, template_prompts
 from redraft.pipeline.probe import ProbeResult, probe
 from redraft.progress import progress_bar
 from redraft.report.page import build_report
@@ -64,7 +64,8 @@ def quickstart_config(out: Path, train: int = 344, evaluation: int = 16) -> Adap
             "bench_tokens": 128,
             "bench_prompts": evaluation,
             "gamma": 3,
-            "train": {"epochs": 8, "batch_anchors": 768, "learning_rate": 2e-3, "evaluate_every": 40},
+            "rank": 104,
+            "train": {"epochs": 8, "batch_anchors": 768, "learning_rate": 4e-3, "evaluate_every": 40},
             "exports": ("vllm", "plain"),
         }
     )

@@ -21,17 +21,16 @@ from typing import Any
 
 from redraft import provenance
 from redraft.artifact import atomic_write_json
-from redraft.data.prompts import read_conversations
 from redraft.data.transport import Connection, Passing, Refused
 from redraft.errors import UserError
 from redraft.evaluate.load import ServerConfig
 from redraft.evaluate.server import Server, bench_servers
 from redraft.evaluate.speed import Prompt
 from redraft.loading import load_tokenizer
-from redraft.pipeline.adapt import template_prompts
-from redraft.pipeline.steps import check_output, target_info
+from redraft.pipeline.bench import How
+from redraft.pipeline.questions import Questions
+from redraft.pipeline.steps import TargetSpec, check_output, target_info
 from redraft.progress import progress_bar
-from redraft.sampling import Sampler
 
 PORT = "{port}"
 START_SECONDS = 900.0
@@ -68,45 +67,39 @@ def named_servers(given: Sequence[str]) -> dict[str, str]:
     return servers
 
 
-def bench_server_files(
+def bench_servers_on(
+    spec: TargetSpec,
     servers: Mapping[str, str],
-    target: str,
-    prompts: str,
+    questions: Questions,
     out: Path,
-    *,
-    concurrencies: Sequence[int] = (1,),
-    limit: int = 24,
-    sampler: Sampler | None = None,
-    max_new_tokens: int = 128,
-    seed: int = 0,
+    how: How,
+    levels: Sequence[int] = (1,),
     model: str | None = None,
-    timeout: float = 300.0,
-    api_key: str | None = None,
 ) -> dict[str, Any]:
-    """Measure ``servers`` (:func:`named_servers`) on a prompt file; writes the result to ``out`` and returns it.
+    """Measure ``servers`` (:func:`named_servers`) at these concurrencies; writes the result to ``out`` and returns it.
 
-    Of ``target`` only tokenizer and config are read. ``model`` is the served name where a server has several.
-    Raises ``UserError``.
+    Of the target only tokenizer and config are read, but for suites, whose later turns stand behind its own replies.
+    ``model`` is the served name where a server has several; the shape of ``how`` is the servers' own affair. Raises
+    ``UserError``.
     """
     check_output(out, ".json")
     config = ServerConfig(
-        sampler=sampler or Sampler(),
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        concurrencies=tuple(concurrencies),
-        timeout=timeout,
+        sampler=how.sampler,
+        max_new_tokens=how.max_new_tokens,
+        seed=how.seed,
+        concurrencies=tuple(levels),
         models={name: model for name in servers} if model else {},
-        api_key=api_key,
     )
-    info: Any = Templater(load_tokenizer(target), target_info(target).context)
-    asked = template_prompts(read_conversations(prompts)[:limit], info, max_new_tokens)
-    return bench_server_prompts(servers, target, asked, out, config)
+    info: Any = spec.open() if questions.suites else None
+    info = info or Templater(load_tokenizer(spec.name), target_info(spec.name).context)
+    asked = questions.read(info, how.max_new_tokens, how.seed)
+    return bench_server_prompts(servers, spec.name, asked, out, config)
 
 
 def bench_server_prompts(
     servers: Mapping[str, str], target: str, asked: Sequence[Prompt], out: Path, config: ServerConfig
 ) -> dict[str, Any]:
-    """:func:`bench_server_files` for prompts that are templated already, such as a suite's.
+    """:func:`bench_servers_on` for prompts that are templated already.
 
     What a server that is started here prints goes to ``STEM-NAME.log`` beside ``out``. Raises ``UserError``.
     """

@@ -1,4 +1,4 @@
-"""The single steps behind the commands regenerate, select, merge, export, probe and bench: files in, files out.
+"""The single steps behind the commands regenerate, select, merge, export and probe: files in, files out.
 
 ``redraft adapt`` chains the same library calls over one run directory; these serve who wants one of them alone.
 """
@@ -11,10 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from redraft import provenance
 from redraft.artifact import (
     META_FILE,
-    atomic_write_json,
     atomic_write_text,
     load_draft,
     load_private,
@@ -28,12 +26,11 @@ from redraft.data.store import encode_row, read_rows
 from redraft.drafts.eagle3 import Eagle3Draft
 from redraft.drafts.experts import merge_private
 from redraft.errors import UserError
-from redraft.evaluate.speed import BenchConfig, bench
 from redraft.export import EXPORTERS, ExportReport, TargetInfo, import_checkpoint
 from redraft.loading import ADAPTER_FILE, adapter_base, locate, quiet
-from redraft.pipeline.adapt import template_prompts
-from redraft.pipeline.models import open_draft, open_target, use_target_embedding
+from redraft.pipeline.models import open_draft, open_target, template_prompts, use_target_embedding
 from redraft.pipeline.probe import ProbeResult, probe
+from redraft.pipeline.questions import Questions
 from redraft.progress import Progress, progress_bar
 from redraft.sampling import Sampler
 from redraft.select import SCORERS, ScoringContext, score_rows
@@ -262,23 +259,22 @@ def export_folder(
     return exporter(found, out, info, speculative_tokens=gamma)
 
 
-# -- probe and bench -------------------------------------------------------------------------------------------------
+# -- probe -----------------------------------------------------------------------------------------------------------
 def probe_files(
     spec: TargetSpec,
     draft: str,
-    prompts: str,
+    questions: Questions,
     *,
     base_draft: str | None = None,
     base_target: TargetSpec | None = None,
-    limit: int = 16,
     gamma: int = 5,
     max_new_tokens: int = 128,
 ) -> ProbeResult:
-    """Measure and judge a draft on the first ``limit`` prompts of a file. Raises ``UserError``."""
-    conversations = read_conversations(prompts)[:limit]
+    """Measure and judge a draft on these prompts. Raises ``UserError``."""
+    questions.conversations  # noqa: B018  a bad prompt file is refused before anything large is loaded
     target = spec.open()
     opened = open_draft(draft, target, base_draft)
-    asked = template_prompts(conversations, target, max_new_tokens)
+    asked = questions.read(target, max_new_tokens, 0)
     base = base_target.open() if base_target else None
     with progress_bar("probe", len(asked) * (2 if base else 1), "prompts") as progress:
         stated = opened.meta.get("heldout", {}).get("tau")
@@ -296,42 +292,3 @@ def _counting(progress: Progress) -> Callable[..., None]:
         progress.update(state["before"] + done, **fields)
 
     return update
-
-
-def bench_files(
-    spec: TargetSpec,
-    drafts: dict[str, str],
-    prompts: str,
-    out: Path,
-    *,
-    base_draft: str | None = None,
-    limit: int = 24,
-    sampler: Sampler | None = None,
-    gamma: int = 5,
-    max_new_tokens: int = 128,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """The paired benchmark of drafts by name; writes the result to ``out`` and returns it. Raises ``UserError``.
-
-    On a CPU plain decoding competes in float32 and bfloat16; on a GPU the target runs as ``spec`` says.
-    """
-    check_output(out, ".json")
-    conversations = read_conversations(prompts)[:limit]
-    target = spec.open()
-    opened = {name: open_draft(source, target, base_draft).draft for name, source in drafts.items()}
-    taps = {draft.config.taps for draft in opened.values()}
-    if len(taps) > 1:
-        raise UserError("these drafts read different layers of the target; measure them in runs of their own")
-    asked = template_prompts(conversations, target, max_new_tokens)
-    targets = {spec.dtype: target}
-    if target.device.type == "cpu":
-        other = "float32" if spec.dtype == "bfloat16" else "bfloat16"
-        targets[other] = spec.open(other)
-    for each in targets.values():
-        each.tap(next(iter(taps)))
-    config = BenchConfig(gamma=gamma, sampler=sampler or Sampler(), max_new_tokens=max_new_tokens, seed=seed)
-    record = provenance.collect(seed=seed, device=spec.device)
-    with progress_bar("bench") as progress:
-        result = bench(targets, opened, asked, config, record, lambda tokens, what: progress.update(tokens, now=what))
-    atomic_write_json(out, result)
-    return result

@@ -1,0 +1,130 @@
+"""``redraft bench``: prompts from files or suites, a shape that is named or found out, and what the answers scored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from redraft import provenance
+from redraft.artifact import atomic_write_json
+from redraft.decode.tree import ChainShape, Shape, parse_shape
+from redraft.drafts.eagle3 import Eagle3Draft
+from redraft.errors import UserError
+from redraft.evaluate import divergence
+from redraft.evaluate.quality import PLAIN, quality_table
+from redraft.evaluate.speed import BenchConfig, Measured, Prompt, bench
+from redraft.pipeline.auto import auto_shape
+from redraft.pipeline.models import open_draft
+from redraft.pipeline.questions import Questions
+from redraft.pipeline.steps import TargetSpec, check_output
+from redraft.progress import progress_bar
+from redraft.sampling import Sampler
+from redraft.target import Target
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class How:
+    """How the prompts are decoded. ``shape`` is as :func:`parse_shape` reads it, or ``auto``."""
+
+    shape: str = "chain:5"
+    sampler: Sampler = field(default_factory=Sampler)
+    greedy_drafts: bool = False
+    max_new_tokens: int = 128
+    seed: int = 0
+
+
+def bench_files(
+    spec: TargetSpec,
+    drafts: Mapping[str, str],
+    questions: Questions,
+    out: Path,
+    how: How,
+    base_draft: str | None = None,
+) -> dict[str, Any]:
+    """The paired benchmark of drafts by name; writes the result to ``out`` and returns it. Raises ``UserError``.
+
+    On a CPU plain decoding competes in float32 and bfloat16; on a GPU the target runs as ``spec`` says.
+    """
+    check_output(out, ".json")
+    wanted = None if how.shape == AUTO else parse_shape(how.shape)
+    questions.conversations  # noqa: B018  a bad prompt file is refused before anything large is loaded
+    target = spec.open()
+    opened = {name: open_draft(source, target, base_draft).draft for name, source in drafts.items()}
+    taps = {draft.config.taps for draft in opened.values()}
+    if len(taps) > 1:
+        raise UserError("these drafts read different layers of the target; measure them in runs of their own")
+    prompts = questions.read(target, how.max_new_tokens, how.seed)
+    targets = {spec.dtype: target}
+    if target.device.type == "cpu":
+        other = "float32" if spec.dtype == "bfloat16" else "bfloat16"
+        targets[other] = spec.open(other)
+    for each in targets.values():
+        each.tap(next(iter(taps)))
+    shape, picked = (wanted, None) if wanted else _pick(target, list(opened.items())[-1], prompts, how)
+    config = BenchConfig(shape or ChainShape(1), how.sampler, how.greedy_drafts, how.max_new_tokens, how.seed)
+    record = provenance.collect(seed=how.seed, device=spec.device)
+    result = measure(targets, opened, prompts, config, record)
+    if picked:
+        result["setup"]["picked"] = picked
+    atomic_write_json(out, result)
+    return result
+
+
+def _pick(
+    target: Target, named: tuple[str, Eagle3Draft], prompts: Sequence[Prompt], how: How
+) -> tuple[Shape | None, str]:
+    """The fastest shape for the last draft; the shortest chain is measured where no draft pays off."""
+    name, draft = named
+    sampled = not (how.sampler.greedy or how.greedy_drafts)
+    # A dynamic tree's tokens are no draws from the draft, so sampled drafts choose among chains.
+    trees: Sequence[Shape] | None = () if sampled else None
+    with progress_bar("gamma=auto", None, "shapes"):
+        pick = auto_shape(
+            target, draft, prompts, how.sampler, trees=trees, greedy_drafts=how.greedy_drafts, seed=how.seed
+        )
+    return pick.shape, f"for {name}: {pick.sentence}"
+
+
+def measure(
+    targets: Mapping[str, Target],
+    drafts: Mapping[str, Eagle3Draft],
+    prompts: Sequence[Prompt],
+    config: BenchConfig,
+    record: Mapping[str, Any],
+) -> dict[str, Any]:
+    """:func:`redraft.evaluate.speed.bench` with a progress bar, near-ties explained and answers scored."""
+    with progress_bar("bench", None, "tokens") as progress:
+        found = bench(targets, drafts, prompts, config, record, lambda tokens, what: progress.update(tokens, now=what))
+    if config.sampler.greedy and "float32" in targets:
+        explain_differences(found, prompts, targets["float32"])
+    score_answers(found, prompts)
+    return found.result
+
+
+def explain_differences(found: Measured, prompts: Sequence[Prompt], exact: Target) -> None:
+    """Say of every text that is not plain decoding's whether the target's two best tokens nearly tie where they part.
+
+    ``exact`` is the target in float32.
+    """
+    for name, figures in found.result["drafts"].items():
+        pairs = zip(prompts, found.runs["plain"], found.runs[name], strict=True)
+        parted = [divergence.explain(p.ids, plain.ids, own.ids, exact, found.target) for p, plain, own in pairs]
+        figures["divergence"] = divergence.summary(parted)
+
+
+def score_answers(found: Measured, prompts: Sequence[Prompt]) -> None:
+    """Put the task scores of plain and speculative answers beside each other, where the prompts have references."""
+    tokenizer = found.target.tokenizer
+    outputs = {
+        name: [tokenizer.decode(run.ids, skip_special_tokens=True) for run in runs] for name, runs in found.runs.items()
+    }
+    scores = quality_table(prompts, outputs)
+    if not scores:
+        return
+    found.result["plain_quality"] = scores[PLAIN]
+    for name, figures in found.result["drafts"].items():
+        figures["quality"] = scores[name]
