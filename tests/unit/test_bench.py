@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from redraft.decode import make_decoder
 from redraft.decode.engine import PlainDecoder
+from redraft.decode.static import StaticChainDecoder, StaticTarget
 from redraft.decode.tree import ChainShape, DynamicTree, parse_shape
 from redraft.drafts.eagle3 import fresh_draft
 from redraft.errors import UserError
@@ -87,3 +89,15 @@ def test_nothing_to_measure_is_refused(tiny_target):
 
 def test_the_default_shape_is_a_chain():
     assert BenchConfig().shape == ChainShape(5) and BenchConfig().depth == 5
+
+
+def test_steps_of_fixed_shapes_are_measured_like_others(tiny_target):
+    target = tiny_target("llama")
+    static = StaticTarget(target, (1, 4), 40)
+    drafts = {"new": fresh_draft(target, range(0, 120), 1)}
+    config = BenchConfig(ChainShape(3), max_new_tokens=20, contest_prompts=1)
+    found = bench({"float32": static}, drafts, PROMPTS, config, {})
+    assert isinstance(make_decoder(static, drafts["new"], ChainShape(3)), StaticChainDecoder)
+    usual = bench({"float32": target}, drafts, PROMPTS, config, {})
+    for name in ("plain", "new"):
+        assert [run.ids for run in found.runs[name]] == [run.ids for run in usual.runs[name]]

@@ -135,6 +135,9 @@ def bench(
     greedy_drafts: Annotated[
         bool, typer.Option("--greedy-drafts", help="Propose the draft's likeliest tokens although the target samples.")
     ] = False,
+    static: Annotated[
+        bool, typer.Option("--static", help="Steps of fixed shapes, recorded as CUDA graphs where there are some.")
+    ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Longest answer.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Nucleus of sampling.")] = 1.0,
@@ -162,7 +165,7 @@ def bench(
         raise UserError("give --draft to measure drafts in this process, or --server to measure servers from outside")
     spec = TargetSpec(target, dtype, device, adapter)
     questions = Questions(prompts, suite or (), data, limit, trained_on)
-    how = How(shape, Sampler(temperature, top_k, top_p), greedy_drafts, max_new_tokens, seed)
+    how = How(shape, Sampler(temperature, top_k, top_p), greedy_drafts, max_new_tokens, seed, static)
     if draft:
         result = bench_files(spec, named_drafts(draft), questions, out, how, base_draft)
     else:

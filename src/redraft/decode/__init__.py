@@ -20,16 +20,19 @@ def make_decoder(
     greedy_drafts: bool = False,
     measure_overlap: bool = False,
 ) -> SpeculativeDecoder:
-    """The decoder of a shape: a chain's or a tree's.
+    """The decoder of a shape: a chain's or a tree's, with static shapes where the target has them.
 
     Raises ``UserError`` when the draft does not fit the target, for a dynamic tree of sampled drafts, and for
     ``measure_overlap`` on a tree: alpha is defined on a chain.
     """
     from redraft.decode.engine import ChainDecoder
+    from redraft.decode.static import StaticChainDecoder, StaticTarget
     from redraft.decode.tree import ChainShape
     from redraft.decode.tree_engine import TreeDecoder
     from redraft.errors import UserError
 
+    if isinstance(shape, ChainShape) and isinstance(target, StaticTarget) and not measure_overlap:
+        return StaticChainDecoder(target, draft, shape.gamma, sampler, greedy_drafts, target.smallest)
     if isinstance(shape, ChainShape):
         return ChainDecoder(target, draft, shape.gamma, sampler, measure_overlap, greedy_drafts)
     if measure_overlap:

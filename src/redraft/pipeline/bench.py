@@ -9,6 +9,7 @@ from typing import Any
 
 from redraft import provenance
 from redraft.artifact import atomic_write_json
+from redraft.decode.static import StaticTarget
 from redraft.decode.tree import ChainShape, Shape, parse_shape
 from redraft.drafts.eagle3 import Eagle3Draft
 from redraft.errors import UserError
@@ -28,13 +29,15 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class How:
-    """How the prompts are decoded. ``shape`` is as :func:`parse_shape` reads it, or ``auto``."""
+    """How the prompts are decoded. ``shape`` is as :func:`parse_shape` reads it, or ``auto``; ``static`` gives steps
+    fixed shapes, which CUDA records once and replays (:mod:`redraft.decode.static`)."""
 
     shape: str = "chain:5"
     sampler: Sampler = field(default_factory=Sampler)
     greedy_drafts: bool = False
     max_new_tokens: int = 128
     seed: int = 0
+    static: bool = False
 
 
 def bench_files(
@@ -65,9 +68,14 @@ def bench_files(
     for each in targets.values():
         each.tap(next(iter(taps)))
     shape, picked = (wanted, None) if wanted else _pick(target, list(opened.items())[-1], prompts, how)
-    config = BenchConfig(shape or ChainShape(1), how.sampler, how.greedy_drafts, how.max_new_tokens, how.seed)
+    shape = shape or ChainShape(1)
+    if how.static:
+        longest = max(len(prompt.ids) for prompt in prompts) + how.max_new_tokens
+        targets = {name: StaticTarget(each, (1, shape.depth + 1), longest + 1) for name, each in targets.items()}
+    config = BenchConfig(shape, how.sampler, how.greedy_drafts, how.max_new_tokens, how.seed)
     record = provenance.collect(seed=how.seed, device=spec.device)
     result = measure(targets, opened, prompts, config, record)
+    result["setup"]["static_shapes"] = how.static
     if picked:
         result["setup"]["picked"] = picked
     atomic_write_json(out, result)

@@ -53,8 +53,8 @@ from redraft.target import Target
 from redraft.teacher.features import FeatureStore, anchors
 from redraft.teacher.unroll import Batch, collate, unroll
 
-# Rows of logits that are warped at once: 128 rows of a vocabulary of 150,000 are 77 MB.
-CHUNK = 128
+# Rows of logits that are warped at once. Small, because one flat row makes top-p sort its whole portion.
+CHUNK = 32
 
 
 def anchor_batches(rows: Sequence[Row], batch_anchors: int) -> Iterator[list[Row]]:
@@ -165,38 +165,38 @@ def _check_sampler(rows: Sequence[Row], sampler: Sampler) -> None:
 def acceptance_given_text(draft: Eagle3Draft, target: Target, batch: Batch, gamma: int, sampler: Sampler) -> Tensor:
     """w [M, J]: the chance that the j-th token behind each anchor came by acceptance, given that it came.
 
-    min(1, draft / target) of that token under the warped distributions; 0 behind the end of the response. Where the
+    min(1, draft / target) of that token under the warped distributions; 0 behind the end of the response and behind a
+    token that cannot be accepted. Where the
     target's probability is 0 by rounding (the token was drawn, so it was not), the limit is taken: 1 if the draft
     gives it any.
     """
     place_V = torch.full((target.vocab_size,), -1, device=batch.future_MJ.device)
     place_V[draft.vocabulary()] = torch.arange(draft.config.draft_vocab_size, device=place_V.device)
     future_MJ = batch.future_MJ
-    inside_MJ = future_MJ >= 0
     autocast = torch.autocast(target.device.type, torch.bfloat16, enabled=target.dtype == torch.bfloat16)
     # The target's probability of a token does not depend on where the round began: one row of logits an anchor.
     target_M = _probability(target.logits, batch.hidden_M, future_MJ[:, 0], sampler)
     ahead = torch.arange(len(target_M), device=target_M.device)
-    chances = []
+    chances, reached_M = [], torch.ones_like(target_M)
     with autocast:
         for step, states_MH in enumerate(unroll(draft, target.embedding, batch, gamma)):
             index_M = place_V[future_MJ[:, step].clamp(min=0)]
-            index_M = torch.where(inside_MJ[:, step], index_M, -1)
-            draft_M = _probability(draft.logits, states_MH, index_M, sampler)
+            # What no round reaches, or the draft cannot say, needs no softmax.
+            wanted_M = (future_MJ[:, step] >= 0) & (index_M >= 0) & (reached_M > 0)
+            draft_M = torch.zeros_like(target_M)
+            draft_M[wanted_M] = _probability(draft.logits, states_MH[wanted_M], index_M[wanted_M], sampler)
             # Anchors of a row stand side by side, so the target's row of step j is that of the anchor j places on.
             towards_M = target_M[(ahead + step).clamp(max=len(ahead) - 1)]
             ratio_M = (draft_M / towards_M).clamp(max=1.0)
-            chance_M = torch.where(towards_M > 0, ratio_M, (draft_M > 0).float())
-            chances.append(torch.where(index_M >= 0, chance_M, 0.0))
+            chances.append(torch.where(towards_M > 0, ratio_M, (draft_M > 0).float()))
+            reached_M = reached_M * chances[-1]
     return torch.stack(chances, 1)
 
 
 def _probability(logits_of: Callable[[Tensor], Tensor], states_NH: Tensor, index_N: Tensor, sampler: Sampler) -> Tensor:
-    """The warped probability of one token a row, [N]; 0 where the index is negative. In portions of ``CHUNK`` rows."""
-    found = []
-    for states, index in zip(states_NH.split(CHUNK), index_N.split(CHUNK), strict=True):
-        probs_NV = warp(logits_of(states), sampler)
-        found.append(probs_NV.gather(-1, index.clamp(min=0).unsqueeze(-1)).squeeze(-1).masked_fill(index < 0, 0.0))
+    """The warped probability of one token a row, [N], in portions of ``CHUNK`` rows."""
+    parts = zip(states_NH.split(CHUNK), index_N.split(CHUNK), strict=True)
+    found = [warp(logits_of(states), sampler).gather(-1, index.unsqueeze(-1)).squeeze(-1) for states, index in parts]
     return torch.cat(found)
 
 
