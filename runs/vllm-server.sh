@@ -26,5 +26,6 @@ vllm_command() {
     command+=(--speculative-config
       "{\"model\": \"$OUT/vllm/$1\", \"method\": \"eagle3\", \"num_speculative_tokens\": $TOKENS}")
   fi
-  printf '%q ' "${command[@]}"
+  # the quoting takes the braces for the shell's, redraft is to find the place of the port
+  printf '%q ' "${command[@]}" | sed 's/\\{port\\}/{port}/'
 }

@@ -23,6 +23,7 @@ from redraft.drafts.eagle3 import Eagle3Draft
 from redraft.errors import UserError
 from redraft.evaluate.statistics import ratio_of_sums
 from redraft.export import EXPORTERS
+from redraft.loading import quiet
 from redraft.pipeline.models import open_draft, open_target, template_prompts
 from redraft.target import Target
 
@@ -60,7 +61,8 @@ def prepare(options: argparse.Namespace, console: Console) -> None:
     target = open_target(options.target, "bfloat16", "cpu", adapter=options.adapter)
     folder = out / "target"
     console.print(f"target -> {folder}")
-    target.save(folder)
+    with quiet():
+        target.save(folder)
     target.name = str(folder)
     room = options.max_model_len - options.max_new_tokens - options.speculative_tokens - 1
     prompts = prompt_ids(target, options.prompts, options.count, room)

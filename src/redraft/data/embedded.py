@@ -6,6 +6,7 @@ numbers. Nothing is fetched.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection
 
 from redraft.data.prompts import Conversation
@@ -24,7 +25,9 @@ def maths_conversations(count: int, seed: int, exclude: Collection[str] = ()) ->
     begins with those of a smaller one. Raises ``UserError`` when reasoning-gym is not installed.
     """
     try:
-        import reasoning_gym
+        # A dependency's own source warns at its first import.
+        with warnings.catch_warnings(action="ignore", category=SyntaxWarning):
+            import reasoning_gym
     except ImportError as error:
         raise UserError(
             "the embedded maths problems need the package reasoning-gym: pip install redraft[quickstart]"
