@@ -67,23 +67,31 @@ def warp(logits_NV: Tensor, sampler: Sampler) -> Tensor:
         logits_NV = logits_NV.masked_fill(logits_NV < threshold, float("-inf"))
     probs_NV = logits_NV.softmax(-1)
     if sampler.top_p < 1:
-        ordered, order = _likeliest(probs_NV, sampler.top_p)
-        outside = ordered.cumsum(-1) - ordered >= sampler.top_p
-        probs_NV = torch.zeros_like(probs_NV).scatter_(-1, order, ordered.masked_fill(outside, 0.0))
-        probs_NV = probs_NV / probs_NV.sum(-1, keepdim=True)
+        probs_NV = nucleus(probs_NV, sampler.top_p)
     return probs_NV
 
 
-def _likeliest(probs_NV: Tensor, mass: float, first: int = 1024) -> tuple[Tensor, Tensor]:
-    """Probabilities in falling order and their ids, at least until every row has reached ``mass``.
+def nucleus(probs_NV: Tensor, mass: float, first: int = 1024) -> Tensor:
+    """Probabilities [N, V] of the likeliest tokens that together reach ``mass``, normalised; 0 for the others.
 
-    A full sort of a vocabulary costs more than a small target's forward pass, and the nucleus rarely needs it.
+    A full sort of a vocabulary costs more than a small target's forward pass, so only rows whose ``first`` likeliest
+    tokens fall short of ``mass`` are sorted whole.
     """
-    if first < probs_NV.shape[-1]:
-        ordered, order = probs_NV.topk(first, dim=-1)
-        if bool((ordered.sum(-1) >= mass).all()):
-            return ordered, order
-    return probs_NV.sort(-1, descending=True)
+    if first >= probs_NV.shape[-1]:
+        return _cut(probs_NV, *probs_NV.sort(-1, descending=True), mass)
+    ordered, order = probs_NV.topk(first, dim=-1)
+    kept_NV = _cut(probs_NV, ordered, order, mass)
+    short_N = ordered.sum(-1) < mass
+    if bool(short_N.any()):
+        flat = probs_NV[short_N]
+        kept_NV[short_N] = _cut(flat, *flat.sort(-1, descending=True), mass)
+    return kept_NV
+
+
+def _cut(probs_NV: Tensor, ordered: Tensor, order: Tensor, mass: float) -> Tensor:
+    outside = ordered.cumsum(-1) - ordered >= mass
+    kept_NV = torch.zeros_like(probs_NV).scatter_(-1, order, ordered.masked_fill(outside, 0.0))
+    return kept_NV / kept_NV.sum(-1, keepdim=True)
 
 
 def draw(probs_NV: Tensor, uniform_N: Tensor) -> Tensor:

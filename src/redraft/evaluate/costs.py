@@ -26,10 +26,12 @@ def costs(target: Target, draft: Eagle3Draft, runs: Runs, plain: Runs) -> dict[s
     if not steps:
         return {"mbsu": {}}
     tau, gamma = tokens / len(records), steps / len(records)
-    found = {"bytes": draft.parameters_per_token * draft.fc.weight.element_size() / _bytes(target)}
+    read = draft.parameters_per_token * draft.fc.weight.element_size()
+    found = {"bytes": metrics.cost_by_bytes(read, _bytes(target))}
     plain_step = step_seconds(plain)
     if plain_step > 0:
-        found["time"] = sum(record.draft_seconds for record in records) / steps / plain_step
+        drafting = sum(record.draft_seconds for record in records)
+        found["time"] = metrics.cost_by_time(drafting, steps, plain_step, 1)
     return {"mbsu": {name: {"value": metrics.mbsu(tau, gamma, c), "cost": c} for name, c in found.items()}}
 
 
