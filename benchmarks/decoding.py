@@ -135,9 +135,7 @@ def draft_passes(target: Target, draft: Eagle3Draft, ids: Sequence[int], shape: 
             for level, width in enumerate(widths):
                 positions = torch.full((width,), length + level, device=target.device)
                 embeds = draft.embed(everyone[:width], target.embedding)
-                state = draft(
-                    embeds, state.expand(width, -1) if len(state) != width else state, positions, cache.attend
-                )
+                state = draft(embeds, state[:1].expand(width, -1), positions, cache.attend)
                 draft.logits(state)
 
     return run
