@@ -23,6 +23,7 @@ from redraft.drafts.groups import prepare, trained_parameters
 from redraft.evaluate.speed import BenchConfig
 from redraft.export import EXPORTERS
 from redraft.export.base import check_taps
+from redraft.loading import ADAPTER_FILE
 from redraft.pipeline.bench import measure
 from redraft.pipeline.config import AdaptConfig, claim_run
 from redraft.pipeline.models import OpenDraft, open_draft, open_target, split_prompts, template_prompts
@@ -193,7 +194,7 @@ class AdaptRun:
             draft = trainer.draft
         save_trained(self.folder, draft, names, self.stale, c.method, self.target, c.seed)
         share, total = trained_parameters(draft, c.method), sum(p.numel() for p in draft.parameters())
-        self.say(f"saved: {share:,} trained of {total:,} parameters in {self.folder / 'merged'}")
+        self.say(f"saved: {share:,} trained of {total:,} parameters; the dense draft is in {self.folder / 'merged'}")
         if result:
             atomic_write_json(done, asdict(result))
         return result
@@ -215,6 +216,8 @@ class AdaptRun:
                 self.say(f"note on {folder}: {warning}")
             self.say(f"export {name}: {folder}; serve with: {report.serve}")
             found.append(folder)
+        if found and (self.config.adapter or (Path(self.config.target) / ADAPTER_FILE).is_file()):
+            self.say("note: the target is an adapter; serve the checkpoint that it was merged into (merge_and_unload)")
         return found
 
     def bench(self, extra: dict[str, Eagle3Draft] | None = None) -> dict[str, Any]:
