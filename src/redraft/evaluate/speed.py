@@ -93,6 +93,8 @@ def bench(
     decoders: dict[str, PlainDecoder] = {"plain": PlainDecoder(target, config.sampler)}
     for name, draft in drafts.items():
         decoders[name] = make_decoder(target, draft, config.shape, config.sampler, config.greedy_drafts)
+    for decoder in decoders.values():
+        decoder.generate(prompts[0].ids, min(16, config.max_new_tokens), config.seed)  # warm-up
     began = time.perf_counter()
     runs = _measure(decoders, prompts, config, tick)
     wall, decoding = time.perf_counter() - began, sum(summary.seconds(g) for part in runs.values() for g in part)
@@ -158,8 +160,6 @@ def _measure(
     decoders: Mapping[str, PlainDecoder], prompts: Sequence[Prompt], config: BenchConfig, tick: Tick | None
 ) -> dict[str, list[Generation]]:
     names = list(decoders)
-    for name in names:
-        decoders[name].generate(prompts[0].ids, min(16, config.max_new_tokens), config.seed)  # warm-up
     runs: dict[str, list[Generation]] = {name: [] for name in names}
     tokens = 0
     for index, prompt in enumerate(prompts):
