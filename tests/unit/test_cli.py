@@ -20,6 +20,7 @@ from redraft.pipeline.config import AdaptConfig
 from redraft.select import SCORERS
 from redraft.train.loop import TrainConfig
 
+BENCH = ["bench", "--target", "./no", "--draft", "a", "--prompts", "p", "--out", "b"]
 COMMANDS = [
     "quickstart",
     "probe",
@@ -115,7 +116,44 @@ def test_version(redraft: Any) -> None:
             "are called a",
         ),
         (["bench", "--target", "./no", "--draft", "=a", "--prompts", "p", "--out", "b"], "NAME=FOLDER"),
-        (["bench", "--target", "./no", "--draft", "a", "--prompts", "p", "--out", "b", "--top-p", "2"], "top-p"),
+        ([*BENCH, "--top-p", "2"], "top-p"),
+        (
+            [*BENCH, "--temperature", "-1"],
+            "temperature",
+        ),
+        (
+            [*BENCH, "--top-p", "0.9"],
+            "greedy and leaves nothing to filter",
+        ),
+        (
+            [*BENCH, "--shape", "[[0,0]]"],
+            "without its parent [0]",
+        ),
+        (
+            [*BENCH, "--shape", "tree:5"],
+            "tree:5x10x60",
+        ),
+        (
+            [
+                "bench",
+                "--target",
+                "./no",
+                "--draft",
+                "a",
+                "--prompts",
+                "p",
+                "--out",
+                "b",
+                "--shape",
+                "tree:5x10x60",
+                "--temperature",
+                "1",
+            ],
+            "choose greedy drafts",
+        ),
+        (["bench", "--target", "./no", "--draft", "a", "--suite", "x", "--out", "b"], "unknown suite 'x'"),
+        (["bench", "--target", "./no", "--draft", "a", "--out", "b"], "nothing to measure on"),
+        (["bench", "--target", "./no", "--prompts", "p", "--out", "b"], "--server"),
         (["probe", "--target", "./no", "--draft", "d", "--prompts", "absent.jsonl"], "absent.jsonl"),
         (["export", "--draft", "./d", "--target", "./no", "--format", "plain", "--out", "o"], "./no"),
         (["regenerate", "--target", "./no", "--prompts", "p", "--out", "o", "--temperature", "-1"], "temperature"),

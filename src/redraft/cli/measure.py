@@ -24,6 +24,7 @@ from redraft.cli.common import (
     TargetName,
     console,
     examples,
+    sampler_of,
     say,
 )
 from redraft.errors import UserError
@@ -159,13 +160,12 @@ def bench(
     from redraft.pipeline.questions import Questions
     from redraft.pipeline.server_bench import bench_servers_on, named_servers
     from redraft.pipeline.steps import TargetSpec
-    from redraft.sampling import Sampler
 
     if bool(draft) == bool(server):
         raise UserError("give --draft to measure drafts in this process, or --server to measure servers from outside")
     spec = TargetSpec(target, dtype, device, adapter)
     questions = Questions(prompts, suite or (), data, limit, trained_on)
-    how = How(shape, Sampler(temperature, top_k, top_p), greedy_drafts, max_new_tokens, seed, static)
+    how = How(shape, sampler_of(temperature, top_k, top_p), greedy_drafts, max_new_tokens, seed, static)
     if draft:
         result = bench_files(spec, named_drafts(draft), questions, out, how, base_draft)
     else:

@@ -17,6 +17,7 @@ from redraft.cli.common import (
     TargetName,
     console,
     examples,
+    sampler_of,
     say,
 )
 from redraft.errors import UserError
@@ -70,9 +71,8 @@ def watch(
     from redraft.pipeline.models import open_draft, template_prompts
     from redraft.pipeline.steps import TargetSpec
     from redraft.report.live import Watcher, coloured, legend
-    from redraft.sampling import Sampler
 
-    sampler, form = Sampler(temperature, top_k, top_p), parse_shape(shape)
+    sampler, form = sampler_of(temperature, top_k, top_p), parse_shape(shape)
     conversations = asked(prompt, prompts, limit)
     with quiet():
         opened = TargetSpec(target, dtype, device, adapter).open()

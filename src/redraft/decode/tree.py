@@ -117,6 +117,15 @@ class DynamicTree:
 Shape = ChainShape | StaticTree | DynamicTree
 
 
+def check_drafts(shape: Shape, greedy: bool) -> None:
+    """Raise ``UserError`` for a dynamic tree of sampled drafts; ``greedy`` drafts go with every shape."""
+    if isinstance(shape, DynamicTree) and not greedy:
+        raise UserError(
+            "a dynamic tree grows towards the tokens that the draft likes best, so they are no draws from the "
+            "draft and cannot be verified as such; choose greedy drafts, or a static tree or a chain"
+        )
+
+
 def _by_level(path: Path) -> tuple[int, Path]:
     return len(path), path
 

@@ -24,9 +24,8 @@ from torch import Tensor
 
 from redraft.decode.accept import accept_trees, draw_siblings, follow_tree
 from redraft.decode.engine import DraftCache, Round, SpeculativeDecoder, _Uniforms
-from redraft.decode.tree import DynamicTree, Path, StaticTree, Topology
+from redraft.decode.tree import DynamicTree, Path, StaticTree, Topology, check_drafts
 from redraft.drafts.eagle3 import Eagle3Draft
-from redraft.errors import UserError
 from redraft.sampling import Sampler, warp
 from redraft.target import KeyValueCache, Target
 
@@ -73,13 +72,9 @@ class TreeDecoder(SpeculativeDecoder):
     ) -> None:
         """Raises ``UserError`` when the draft does not fit the target, or for sampled drafts in a dynamic tree."""
         super().__init__(target, draft, sampler, greedy_drafts)
+        check_drafts(shape, self.fixed)
         self.shape = shape
         if isinstance(shape, DynamicTree):
-            if not self.fixed:
-                raise UserError(
-                    "a dynamic tree grows towards the tokens that the draft likes best, so they are no draws from the "
-                    "draft and cannot be verified as such; choose greedy drafts, or a static tree or a chain"
-                )
             self.fan = min(shape.top_k, draft.config.draft_vocab_size)
             self.proposals, self.guesses = shape.nodes, (shape.depth - 1) * shape.top_k
         else:

@@ -10,7 +10,7 @@ from typing import Any
 from redraft import provenance
 from redraft.artifact import atomic_write_json
 from redraft.decode.static import StaticTarget
-from redraft.decode.tree import ChainShape, Shape, parse_shape
+from redraft.decode.tree import ChainShape, Shape, check_drafts, parse_shape
 from redraft.drafts.eagle3 import Eagle3Draft
 from redraft.errors import UserError
 from redraft.evaluate import divergence
@@ -54,6 +54,8 @@ def bench_files(
     """
     check_output(out, ".json")
     wanted = None if how.shape == AUTO else parse_shape(how.shape)
+    if wanted is not None:
+        check_drafts(wanted, how.sampler.greedy or how.greedy_drafts)
     questions.conversations  # noqa: B018  a bad prompt file is refused before anything large is loaded
     target = spec.open()
     opened = {name: open_draft(source, target, base_draft).draft for name, source in drafts.items()}

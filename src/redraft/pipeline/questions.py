@@ -11,7 +11,7 @@ from typing import Any
 from redraft.data.overlap import refuse_overlap, trained_conversations
 from redraft.data.prompts import Conversation, read_conversations
 from redraft.data.store import read_rows
-from redraft.data.suites import load_suite
+from redraft.data.suites import SUITES, load_suite
 from redraft.errors import UserError
 from redraft.evaluate.speed import Prompt
 from redraft.pipeline.models import template_prompts
@@ -30,9 +30,11 @@ class Questions:
 
     @cached_property
     def conversations(self) -> list[Conversation]:
-        """Those of the prompt file. Raises ``UserError`` for a bad file, and when nothing is asked at all."""
+        """Those of the prompt file. Raises ``UserError`` for a bad file or suite name, and when nothing is asked."""
         if self.prompts is None and not self.suites:
             raise UserError("nothing to measure on; give --prompts FILE or --suite NAME")
+        for text in self.suites:
+            SUITES.get(text.partition("=")[0].partition(":")[0].strip())
         return read_conversations(self.prompts)[: self.limit] if self.prompts else []
 
     def read(self, target: Any, max_new_tokens: int, seed: int) -> list[Prompt]:
