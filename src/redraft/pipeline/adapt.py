@@ -26,7 +26,7 @@ from redraft.export.base import check_taps
 from redraft.loading import ADAPTER_FILE
 from redraft.pipeline.bench import measure
 from redraft.pipeline.config import AdaptConfig, claim_run
-from redraft.pipeline.models import OpenDraft, open_draft, open_target, split_prompts, template_prompts
+from redraft.pipeline.models import OpenDraft, contestants, open_draft, open_target, split_prompts, template_prompts
 from redraft.pipeline.stages import Say, build_features, half, run_training, save_trained
 from redraft.progress import progress_bar
 from redraft.report.page import build_report
@@ -230,7 +230,7 @@ class AdaptRun:
         began = time.monotonic()
         with self.ledger.stage("bench") as entry:
             result = measure(
-                bench_targets(self.target, c),
+                contestants(self.target, c.dtype, lambda d: open_target(c.target, d, c.device, c.adapter)),
                 drafts,
                 prompts,
                 BenchConfig(ChainShape(c.gamma), max_new_tokens=c.bench_tokens, seed=c.seed),
@@ -250,11 +250,3 @@ class AdaptRun:
             curve=curve if curve.exists() else None,
             ledger=self.folder / "ledger.json",
         )
-
-
-def bench_targets(target: Target, config: AdaptConfig) -> dict[str, Target]:
-    """The target in float32 and bfloat16: the faster in plain decoding is the baseline. On a GPU only as it is."""
-    if target.device.type != "cpu":
-        return {config.dtype: target}
-    other = "float32" if config.dtype == "bfloat16" else "bfloat16"
-    return {config.dtype: target, other: open_target(config.target, other, config.device, config.adapter)}

@@ -17,9 +17,8 @@ from redraft.evaluate.speed import Prompt
 from redraft.pipeline.probe import greedy_rows
 from redraft.sampling import Sampler
 from redraft.target import Target
-from redraft.teacher.features import FeatureStore, anchors
-from redraft.teacher.simulate import anchor_batches, matches
-from redraft.teacher.unroll import collate
+from redraft.teacher.features import FeatureStore
+from redraft.teacher.simulate import matches_by_key
 
 # Prompts that every tree decodes (and, when the target samples, every chain).
 DECODED_PROMPTS = 3
@@ -28,18 +27,12 @@ DECODED_PROMPTS = 3
 @torch.inference_mode()
 def run_lengths(target: Target, draft: Eagle3Draft, rows: Sequence[Row], longest: int) -> list[list[int]]:
     """How many proposals in a row are right from each anchor of each greedy response, at most ``longest``."""
-    found: list[list[int]] = []
     draft = draft.eval().to(target.device)
     target.tap(draft.config.taps)
     with tempfile.TemporaryDirectory(prefix="redraft-auto-") as folder:
         store = FeatureStore(Path(folder), {})
         store.build(target, rows)
-        for group in anchor_batches(rows, 1024):
-            batch = collate(group, store, longest).to(target.device)
-            with torch.autocast(target.device.type, torch.bfloat16, enabled=target.dtype == torch.bfloat16):
-                runs = matches(draft, target, batch, longest)
-            found += [part.tolist() for part in runs.split([anchors(row) for row in group])]
-    return found
+        return [runs for _, runs in matches_by_key(draft, target, rows, store, longest, 1024)]
 
 
 def auto_shape(

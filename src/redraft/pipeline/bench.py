@@ -17,7 +17,7 @@ from redraft.evaluate import divergence
 from redraft.evaluate.quality import PLAIN, quality_table
 from redraft.evaluate.speed import BenchConfig, Measured, Prompt, bench
 from redraft.pipeline.auto import auto_shape
-from redraft.pipeline.models import open_draft
+from redraft.pipeline.models import contestants, open_draft
 from redraft.pipeline.questions import Questions
 from redraft.pipeline.steps import TargetSpec, check_output
 from redraft.progress import progress_bar
@@ -63,10 +63,7 @@ def bench_files(
     if len(taps) > 1:
         raise UserError("these drafts read different layers of the target; measure them in runs of their own")
     prompts = questions.read(target, how.max_new_tokens, how.seed)
-    targets = {spec.dtype: target}
-    if target.device.type == "cpu":
-        other = "float32" if spec.dtype == "bfloat16" else "bfloat16"
-        targets[other] = spec.open(other)
+    targets = contestants(target, spec.dtype, spec.open)
     for each in targets.values():
         each.tap(next(iter(taps)))
     shape, picked = (wanted, None) if wanted else _pick(target, list(opened.items())[-1], prompts, how)

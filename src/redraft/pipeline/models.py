@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,3 +112,11 @@ def template_prompts(conversations: Sequence[Conversation], target: Target, new_
         check_length(conversation.id, len(ids), new_tokens, target.context)
         found.append(Prompt(conversation.id, ids))
     return found
+
+
+def contestants(target: Target, dtype: str, open_as: Callable[[str], Target]) -> dict[str, Target]:
+    """The target in float32 and bfloat16: the faster in plain decoding is the baseline. On a GPU only as it is."""
+    if target.device.type != "cpu":
+        return {dtype: target}
+    other = "float32" if dtype == "bfloat16" else "bfloat16"
+    return {dtype: target, other: open_as(other)}

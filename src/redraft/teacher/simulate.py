@@ -92,10 +92,10 @@ def walk(run_lengths: Sequence[int]) -> list[int]:
     return accepted
 
 
-def _matches_by_key(
+def matches_by_key(
     draft: Eagle3Draft, target: Target, rows: Sequence[Row], store: FeatureStore, gamma: int, batch_anchors: int
 ) -> Iterator[tuple[str, list[int]]]:
-    """The run length at every anchor, row by row."""
+    """Row by row its key and the run length at every anchor (see :func:`matches`)."""
     for group in anchor_batches(sorted(rows, key=lambda r: r.key), batch_anchors):
         batch = collate(group, store, gamma).to(target.device)
         with torch.autocast(target.device.type, torch.bfloat16, enabled=target.dtype == torch.bfloat16):
@@ -118,7 +118,7 @@ def simulate_greedy_chain(
     Accepted tokens are counted up to the end of the response; verification may accept more behind an end token,
     which nobody sees. On sampled responses this is the chain of greedy drafts under that sampler.
     """
-    found = _matches_by_key(draft, target, rows, store, gamma, batch_anchors)
+    found = matches_by_key(draft, target, rows, store, gamma, batch_anchors)
     return {key: walk(runs) for key, runs in found}
 
 
@@ -141,7 +141,7 @@ def expected_rounds_sampled(
     """
     _check_sampler(rows, sampler)
     if greedy_drafts:
-        found = _matches_by_key(draft, target, rows, store, gamma, batch_anchors)
+        found = matches_by_key(draft, target, rows, store, gamma, batch_anchors)
         return {key: float(len(walk(runs))) for key, runs in found}
     expected: dict[str, float] = {}
     for group in anchor_batches(sorted(rows, key=lambda r: r.key), batch_anchors):
