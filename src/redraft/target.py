@@ -1,7 +1,8 @@
 """The frozen target: a Hugging Face causal LM with taps of its residual stream and a cache that rolls back.
 
-Feature k is the residual stream after k decoder layers, which transformers calls ``hidden_states[k]``. Only the
-tapped layers' outputs are kept alive.
+Feature k is the residual stream after k decoder layers, which transformers calls ``hidden_states[k]``; feature
+``FINAL`` is the state after the final norm, which the head reads, and which transformers calls ``hidden_states[-1]``.
+Only the tapped layers' outputs are kept alive.
 
 Shape legend: B batch, T new tokens, C cached tokens, H hidden size, K taps, V vocabulary.
 """
@@ -19,6 +20,9 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from redraft.errors import UserError
+
+# The tap of the final-norm state. It counts no layers, so that it means the same in a target of any depth.
+FINAL = -1
 
 
 class FixedLayer(CacheLayerMixin):
@@ -78,6 +82,16 @@ class KeyValueCache(Cache):
             raise ValueError(f"cannot roll a cache of {self.length} tokens back to {length}")
         for layer in self.layers:
             layer.length = length
+
+    def spread(self, rows: int, capacity: int) -> KeyValueCache:
+        """A new cache of ``rows`` sequences with room for ``capacity`` tokens, which all begin with this one's."""
+        wider = KeyValueCache(len(self.layers), capacity)
+        for layer, source in zip(wider.layers, self.layers, strict=True):
+            kept = slice(0, source.length)
+            layer.update(
+                source.keys[:, :, kept].expand(rows, -1, -1, -1), source.values[:, :, kept].expand(rows, -1, -1, -1)
+            )
+        return wider
 
     def compact(self, start: int, kept: Sequence[int]) -> None:
         """Of the positions from ``start`` on keep these, counted from ``start``, ascending, moved side by side.
@@ -172,15 +186,15 @@ class Target:
 
     # -- taps --------------------------------------------------------------------------------------------------
     def tap(self, taps: Sequence[int]) -> None:
-        """Choose the tapped depths. Raises ``UserError`` when one does not exist in this model."""
+        """Choose the tapped depths, or ``FINAL``. Raises ``UserError`` when one does not exist in this model."""
         for k in taps:
-            if not 0 <= k <= self.layers:
+            if k != FINAL and not 0 <= k <= self.layers:
                 raise UserError(f"tap {k} does not exist: the target has {self.layers} layers")
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
         self.taps = tuple(taps)
-        for k in sorted(set(taps)):
+        for k in sorted({*taps} - {FINAL}):
             if k == 0:
                 hook = self.backbone.layers[0].register_forward_pre_hook(self._catch_input, with_kwargs=True)
             else:
@@ -222,6 +236,7 @@ class Target:
             past_key_values=cache,
             use_cache=cache is not None,
         ).last_hidden_state
+        self._caught[FINAL] = hidden
         fused = torch.cat([self._caught[k] for k in self.taps], -1) if taps and self.taps else None
         self._caught.clear()
         return TargetStep(hidden, fused)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,11 @@ from torch import Tensor
 from redraft.artifact import atomic_write_json
 from redraft.data.store import Row
 from redraft.errors import UserError
-from redraft.target import Target
+from redraft.target import KeyValueCache, Target
 
 SHARD_BYTES = 256 * 2**20
+MOST_PADDING = 0.06
+ENOUGH_TOKENS = 512
 
 
 def anchors(row: Row) -> int:
@@ -42,16 +45,41 @@ def feature_bytes(rows: Sequence[Row], target: Target) -> int:
 
 
 def length_batches(rows: Sequence[Row], batch_tokens: int) -> Iterator[list[Row]]:
-    """Rows of similar length together, at most ``batch_tokens`` padded tokens a batch."""
+    """Rows of similar length together, at most ``batch_tokens`` padded tokens a batch.
+
+    A batch that is large enough to keep the machine busy is closed before a row that would pad the others by more
+    than ``MOST_PADDING``.
+    """
     batch: list[Row] = []
     for row in sorted(rows, key=lambda r: (len(r.prompt_ids) + len(r.response_ids), r.key)):
         longest = len(row.prompt_ids) + len(row.response_ids)
-        if batch and (len(batch) + 1) * longest > batch_tokens:
+        held = sum(len(r.prompt_ids) + len(r.response_ids) for r in batch)
+        padded = len(batch) * longest > (1 + MOST_PADDING) * held and held >= ENOUGH_TOKENS
+        if batch and (padded or (len(batch) + 1) * longest > batch_tokens):
             yield batch
             batch = []
         batch.append(row)
     if batch:
         yield batch
+
+
+def common_prefix(rows: Sequence[Row]) -> list[int]:
+    """The token ids that all prompts begin with (a chat template's opening, a system prompt), short of their last."""
+    first = min((row.prompt_ids for row in rows), default=[])
+    last = max((row.prompt_ids for row in rows), default=[])
+    length = 0
+    while length < min(len(first), len(last)) - 1 and first[length] == last[length]:
+        length += 1
+    return list(first[:length])
+
+
+@dataclass
+class Prefix:
+    """What a build computes once for the tokens that all its prompts share."""
+
+    ids: list[int]
+    cache: KeyValueCache
+    taps_PKF: Tensor
 
 
 class FeatureStore:
@@ -94,11 +122,12 @@ class FeatureStore:
         shard: dict[str, Tensor] = {}
         done = size = 0
         # Batches are cut from all rows, so that a resumed build computes each row among the same neighbours and
-        # gets the same bits.
+        # gets the same bits; so is the prefix that they share.
+        prefix = _prefix(target, rows) if missing else None
         for batch in length_batches([r for r in rows if anchors(r)], batch_tokens):
             if all(row.key in self.index for row in batch):
                 continue
-            for row, taps_TKF, hidden_AF in self._compute(target, batch):
+            for row, taps_TKF, hidden_AF in _compute(target, batch, prefix):
                 shard[f"{row.key}/taps"], shard[f"{row.key}/hidden"] = taps_TKF, hidden_AF
                 size += taps_TKF.nbytes + hidden_AF.nbytes
                 done += len(row.prompt_ids) + len(row.response_ids)
@@ -110,18 +139,6 @@ class FeatureStore:
         if shard:
             self._write(shard)
         return done
-
-    def _compute(self, target: Target, batch: Sequence[Row]) -> Iterator[tuple[Row, Tensor, Tensor]]:
-        lengths = [len(r.prompt_ids) + len(r.response_ids) - 1 for r in batch]
-        ids_BT = torch.zeros(len(batch), max(lengths), dtype=torch.long)
-        for i, row in enumerate(batch):
-            ids_BT[i, : lengths[i]] = torch.tensor([*row.prompt_ids, *row.response_ids][: lengths[i]])
-        # Right padding: causal attention never looks at it.
-        step = target.forward(ids_BT.to(target.device))
-        assert step.taps_BTKH is not None
-        for i, row in enumerate(batch):
-            first, end = len(row.prompt_ids), lengths[i]
-            yield row, step.taps_BTKH[i, : end - 1].cpu().clone(), step.hidden_BTH[i, first:end].cpu().clone()
 
     def _write(self, shard: dict[str, Tensor]) -> None:
         name = f"shard-{len(set(self.index.values())):05d}.safetensors"
@@ -138,3 +155,32 @@ class FeatureStore:
             self._open[name] = safe_open(self.folder / name, "pt")
         shard = self._open[name]
         return shard.get_tensor(f"{row.key}/taps"), shard.get_tensor(f"{row.key}/hidden")
+
+
+def _prefix(target: Target, rows: Sequence[Row]) -> Prefix | None:
+    """The shared opening of all prompts, run once. Nothing when it is not worth a pass of its own."""
+    ids = common_prefix([r for r in rows if anchors(r)])
+    if len(ids) < 8:
+        return None
+    cache = target.new_cache(len(ids))
+    taps = target.forward(torch.tensor([ids], device=target.device), cache).taps_BTKH
+    assert taps is not None
+    return Prefix(ids, cache, taps[0])
+
+
+def _compute(target: Target, batch: Sequence[Row], prefix: Prefix | None) -> Iterator[tuple[Row, Tensor, Tensor]]:
+    """Every row with its taps and the final-norm states that the teacher's logits follow from."""
+    shared = len(prefix.ids) if prefix else 0
+    lengths = [len(r.prompt_ids) + len(r.response_ids) - 1 for r in batch]
+    ids_BT = torch.zeros(len(batch), max(lengths) - shared, dtype=torch.long)
+    for i, row in enumerate(batch):
+        ids_BT[i, : lengths[i] - shared] = torch.tensor([*row.prompt_ids, *row.response_ids][shared : lengths[i]])
+    cache = prefix.cache.spread(len(batch), max(lengths)) if prefix else None
+    # Right padding: causal attention never looks at it.
+    step = target.forward(ids_BT.to(target.device), cache)
+    assert step.taps_BTKH is not None
+    for i, row in enumerate(batch):
+        first, end = len(row.prompt_ids) - shared, lengths[i] - shared
+        taps_TKF = step.taps_BTKH[i, : end - 1]
+        whole = torch.cat([prefix.taps_PKF, taps_TKF]) if prefix else taps_TKF.clone()
+        yield row, whole.cpu(), step.hidden_BTH[i, first:end].cpu().clone()

@@ -1,0 +1,87 @@
+"""The feature store's passes: rows of like length together, what all prompts share run once, nothing lost."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+from redraft.data.store import Row
+from redraft.errors import UserError
+from redraft.teacher.features import (
+    ENOUGH_TOKENS,
+    MOST_PADDING,
+    FeatureStore,
+    anchors,
+    common_prefix,
+    length_batches,
+)
+
+
+def rows_with(opening: list[int], lengths: list[int], seed: int = 0) -> list[Row]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(count: int) -> list[int]:
+        return torch.randint(4, 128, (count,), generator=generator).tolist()
+
+    return [
+        Row(f"r{i}", [*opening, *ids(3 + i % 4)], ids(length), 0.0, 0, 1.0, 0, "stop", "")
+        for i, length in enumerate(lengths)
+    ]
+
+
+def test_a_shared_opening_changes_no_feature(tiny_target, tmp_path):
+    target = tiny_target("llama")
+    rows = rows_with(list(range(5, 25)), [7, 1, 12, 9, 30, 2])
+    assert common_prefix(rows) == list(range(5, 25))
+    seen = []
+    forward = target.forward
+    target.forward = lambda ids, *rest: seen.append(ids.numel()) or forward(ids, *rest)
+    store = FeatureStore(tmp_path / "features", {})
+    store.build(target, rows, batch_tokens=128)
+    del target.forward
+    for row in filter(anchors, rows):
+        taps, hidden = store.get(row)
+        step = target.forward(torch.tensor([[*row.prompt_ids, *row.response_ids]]))
+        first, end = len(row.prompt_ids), len(row.prompt_ids) + anchors(row)
+        torch.testing.assert_close(taps, step.taps_BTKH[0, : end - 1])
+        torch.testing.assert_close(hidden, step.hidden_BTH[0, first:end])
+    # The opening went through the target once, and is in no batch.
+    assert seen[0] == 20
+    assert sum(seen) < sum(len(r.prompt_ids) + len(r.response_ids) for r in rows)
+
+
+def test_the_common_prefix_stops_short_of_the_last_prompt_token():
+    same = [Row(f"r{i}", [7, 8, 9], [4, 5], 0.0, 0, 1.0, 0, "stop", "") for i in range(3)]
+    assert common_prefix(same) == [7, 8]
+    assert common_prefix([]) == []
+    assert common_prefix(rows_with([], [5, 5, 5])) == []
+
+
+def test_batches_hold_every_row_once_and_little_padding():
+    lengths = torch.randint(2, 200, (300,), generator=torch.Generator().manual_seed(1)).tolist()
+    rows = rows_with([5, 6], lengths)
+    batches = list(length_batches(rows, 2048))
+    assert sorted(r.key for batch in batches for r in batch) == sorted(r.key for r in rows)
+    for batch in batches:
+        sizes = [len(r.prompt_ids) + len(r.response_ids) for r in batch]
+        assert len(batch) * max(sizes) <= 2048
+        if sum(sizes) - sizes[-1] >= ENOUGH_TOKENS:
+            assert (len(batch) - 1) * sizes[-1] <= (1 + MOST_PADDING) * sum(sizes[:-1])
+
+
+def test_features_survive_a_restart(tiny_target, tmp_path):
+    target, rows = tiny_target("llama"), rows_with([], [7, 1, 12])
+    FeatureStore(tmp_path / "features", {"target": "tiny"}).build(target, rows)
+    again = FeatureStore(tmp_path / "features", {"target": "tiny"})
+    assert again.build(target, rows) == 0
+    assert again.get(rows[0])[1].shape == (6, target.hidden_size)
+    with pytest.raises(UserError, match="another target"):
+        FeatureStore(tmp_path / "features", {"target": "other"})
+
+
+def test_features_that_the_disk_cannot_hold_are_refused(tiny_target, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+    with pytest.raises(UserError, match="GiB are free"):
+        FeatureStore(tmp_path / "none", {}).build(tiny_target("llama"), rows_with([], [7, 9]))
