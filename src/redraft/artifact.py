@@ -162,6 +162,10 @@ def write_tensors(path: str | Path, state: Mapping[str, Tensor]) -> None:
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
     # One entry only: the writer shuffles the order of several. Hugging Face's loaders ask for this one.
     save_file(plain, str(path), metadata={"format": "pt"})
+    # The writer leaves files that their owner alone may read, and an engine often runs as somebody else.
+    mask = os.umask(0)
+    os.umask(mask)
+    os.chmod(path, 0o666 & ~mask)
 
 
 def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str | Path) -> None:

@@ -218,3 +218,10 @@ def test_the_hash_sees_names_shapes_dtypes_and_values():
     hashes = [artifact.tensors_hash(state) for state in [base, *variants]]
     assert len(set(hashes)) == len(hashes)
     assert artifact.tensors_hash(dict(reversed(base.items()))) == hashes[0]
+
+
+def test_an_engine_of_another_user_can_read_the_tensors(tmp_path):
+    plain, path = tmp_path / "plain", tmp_path / "part.safetensors"
+    plain.write_text("")
+    artifact.write_tensors(path, {"a": torch.zeros(2)})
+    assert path.stat().st_mode == plain.stat().st_mode
