@@ -109,10 +109,15 @@ def _check(target: Target, requests: Sequence[Request], max_new_tokens: int) -> 
 
 @torch.inference_mode()
 def generate(
-    target: Target, requests: Sequence[Request], max_new_tokens: int, batch_size: int = 64
+    target: Target,
+    requests: Sequence[Request],
+    max_new_tokens: int,
+    batch_size: int = 64,
+    stop_ids: Sequence[int] = (),
 ) -> Iterator[Completion]:
     """Answer every request; completions come as they finish, not in the order of the requests.
 
+    ``stop_ids`` end a response besides the target's own end tokens.
     Raises ``ValueError`` for an empty prompt or one that leaves no room for a response; callers check user input
     first.
     """
@@ -122,7 +127,7 @@ def generate(
         return
     size = min(batch_size, len(waiting))
     slots = _Slots(target, size, len(waiting[0].prompt_ids) + max_new_tokens, max_new_tokens)
-    group, ends = max(1, size // 8), set(target.eos_ids)
+    group, ends = max(1, size // 8), {*target.eos_ids, *stop_ids}
     with slot_attention(target):
         while True:
             free = slots.free()

@@ -48,7 +48,7 @@ def read_conversations(
         stem, items = name, _hub_items(name)
     else:
         path = Path(path)
-        stem, items = _stem(path), _file_items(path)
+        stem, items = stem_of(path), file_items(path)
     found: list[Conversation] = []
     places: dict[str, str] = {}
     for number, place, item in items:
@@ -140,7 +140,8 @@ def _checked(messages: list[Message]) -> list[Message]:
 
 
 # -- files -----------------------------------------------------------------------------------------------------------
-def _stem(path: Path) -> str:
+def stem_of(path: Path) -> str:
+    """The file's name without ``.gz`` and its last ending; items without an id are called after it."""
     name = path.name.removesuffix(".gz")
     return name[: name.rfind(".")] if name.rfind(".") > 0 else name
 
@@ -157,8 +158,8 @@ def _read_text(path: Path) -> str:
         raise UserError(f"cannot read {path}: {error}") from error
 
 
-def _file_items(path: Path) -> Iterator[tuple[int, str, Any]]:
-    """Number, place (for messages) and value of every item."""
+def file_items(path: Path) -> Iterator[tuple[int, str, Any]]:
+    """Number, place (for messages) and value of every item of a prompt file. Raises ``UserError``."""
     text = _read_text(path)
     # split("\n"), not splitlines(): JSON text may hold U+2028 and its like unescaped
     lines = text.split("\n")
