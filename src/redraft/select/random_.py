@@ -15,6 +15,7 @@ class Random:
 
     name = "random"
     needs: frozenset[str] = frozenset()
+    passes = 0
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ class Rejection:
 
     name = "rejection"
     needs = frozenset({"alpha_of"})
+    passes = 1
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -44,6 +44,7 @@ class Shift:
 
     name = "shift"
     needs = frozenset({"target", "base_target"})
+    passes = 2
 
     def __init__(self, metric: str = "mahalanobis", memory_bytes: int = 512 * 2**20) -> None:
         if metric not in METRICS:
