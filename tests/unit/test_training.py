@@ -53,31 +53,6 @@ def store(target, rows, tmp_path) -> FeatureStore:
     return store
 
 
-def test_features_equal_the_target_alone_and_survive_a_restart(target, rows, store, tmp_path):
-    again = FeatureStore(tmp_path / "features", {"target": "tiny"})
-    for row in filter(anchors, rows):
-        taps, hidden = again.get(row)
-        full = torch.tensor([[*row.prompt_ids, *row.response_ids]])
-        step = target.forward(full)
-        end = full.shape[1]
-        torch.testing.assert_close(taps, step.taps_BTKH[0, : end - 2])
-        torch.testing.assert_close(hidden, step.hidden_BTH[0, len(row.prompt_ids) : end - 1])
-    assert again.build(target, rows) == 0
-
-
-def test_features_of_another_target_are_refused(store, tmp_path):
-    with pytest.raises(UserError, match="another target"):
-        FeatureStore(tmp_path / "features", {"target": "other"})
-
-
-def test_features_that_the_disk_cannot_hold_are_refused(target, rows, tmp_path, monkeypatch):
-    import shutil
-
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
-    with pytest.raises(UserError, match="GiB are free"):
-        FeatureStore(tmp_path / "none", {}).build(target, rows)
-
-
 @pytest.mark.parametrize("kind", ["dense", "split", "merged"])
 def test_the_simulated_chain_is_the_decoded_one(kind, target, rows, store, draft):
     torch.nn.init.normal_(draft.midlayer.mlp.down_proj.weight, std=0.2)
@@ -163,10 +138,10 @@ def test_only_the_trained_groups_move_and_the_loss_falls(method, optimizer, targ
     work = trainer(target, draft, store, rows, tmp_path / "run", method, config)
     before = {n: p.detach().clone() for n, p in work.draft.named_parameters()}
     batch = collate(work.rows, store, config.unroll)
-    first = float(work.batch_loss(batch).detach())
+    first = float(work.objective(batch).detach())
     result = work.run()
     work.checkpoint.load(work.trained, make(work))
-    assert float(work.batch_loss(batch).detach()) < first
+    assert float(work.objective(batch).detach()) < first
     trained = {n for n, _ in work.trained}
     for name, parameter in work.draft.named_parameters():
         assert torch.equal(before[name], parameter.detach()) == (name not in trained), name
@@ -217,7 +192,7 @@ def test_a_run_directory_of_another_config_is_refused(target, draft, store, rows
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(target, draft, store, rows, tmp_path):
     work = trainer(target, draft, store, rows, tmp_path / "run")
-    work.loss = lambda d, t, w: (d.sum() * float("nan"), torch.tensor(1.0))
+    work.objective.loss = lambda d, t, w: (d.sum() * float("nan"), torch.tensor(1.0))
     with pytest.raises(UserError, match="loss became nan at step 0"):
         work.run()
     assert (tmp_path / "run" / "state.json").exists()

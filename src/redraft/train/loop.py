@@ -1,7 +1,4 @@
-"""The training loop: batches in a reproducible order, early stop on held-out tau, bit-identical resume.
-
-Shape legend: M supervised anchors, D draft vocabulary, F target width.
-"""
+"""The training loop: batches in a reproducible order, early stop on held-out tau, bit-identical resume."""
 
 from __future__ import annotations
 
@@ -14,19 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from redraft.data.store import Row
 from redraft.drafts.eagle3 import Eagle3Draft
 from redraft.errors import UserError
-from redraft.losses import LOSSES
 from redraft.progress import Progress
 from redraft.target import Target
 from redraft.teacher.features import FeatureStore, anchors
 from redraft.teacher.simulate import anchor_batches, simulate_greedy_chain, tau_of
-from redraft.teacher.unroll import Batch, collate, supervised, unroll
+from redraft.teacher.unroll import Batch, collate
 from redraft.train.checkpoint import Checkpoint, rows_digest
+from redraft.train.objective import make_objective
 from redraft.train.optimizer import Optimizers, learning_rate, make_optimizers
 
 
@@ -93,9 +88,7 @@ class Trainer:
         self.heldout = [r for r in heldout if anchors(r)]
         if not self.rows or not self.heldout:
             raise UserError("no row has two or more response tokens to train or to evaluate on; give longer responses")
-        self.loss = LOSSES.get(config.loss)
-        vocabulary = draft.vocabulary().to(target.device)
-        self.head_DF = target.head.weight[vocabulary]
+        self.objective = make_objective(self.draft, target, config)
         self.trained = [(n, p) for n, p in draft.named_parameters() if p.requires_grad]
         identity = {
             "config": asdict(config),
@@ -106,28 +99,6 @@ class Trainer:
         self.curve = folder / "curve.jsonl"
         per_epoch = len(batch_order(self.rows, config, 0))
         self.total_steps = max(1, round(config.epochs * per_epoch))
-
-    # -- one step ----------------------------------------------------------------------------------------------
-    def teacher_logits(self, batch: Batch) -> Tensor:
-        """The target's logits [M, D] at the draft vocabulary alone, of the token that each anchor predicts."""
-        with torch.no_grad():
-            return self.target.scale_logits(F.linear(batch.hidden_M, self.head_DF))
-
-    def batch_loss(self, batch: Batch) -> Tensor:
-        """The weighted mean over draft steps of the mean loss over supervised anchors."""
-        config = self.config
-        teacher_MD = self.teacher_logits(batch)
-        inside_MJ = supervised(self.draft, batch)
-        total, weights = torch.zeros((), device=teacher_MD.device), 0.0
-        for step, states in enumerate(unroll(self.draft, self.target.embedding, batch, config.unroll)):
-            index = inside_MJ[:, step].nonzero().squeeze(-1)
-            if not len(index):
-                break
-            # The teacher of step j at an anchor is the teacher of step 0 at the j-th anchor after it.
-            summed, count = self.loss(self.draft.logits(states[index]), teacher_MD[index + step], None)
-            total = total + config.step_decay**step * summed / count
-            weights += config.step_decay**step
-        return total / max(weights, 1e-9)
 
     def evaluate(self) -> float:
         """tau_pooled of a greedy chain on the held-out rows."""
@@ -205,7 +176,7 @@ class Trainer:
         """One optimiser step. Raises ``UserError`` on a loss that is not finite, before anything is changed."""
         device = self.target.device.type
         with torch.autocast(device, torch.bfloat16, enabled=self.target.dtype == torch.bfloat16):
-            loss = self.batch_loss(batch)
+            loss = self.objective(batch)
         value = float(loss.detach())
         if value != value or value in (float("inf"), float("-inf")):
             raise UserError(f"loss became {value} at step {step}; lower the learning rate (the last checkpoint stays)")
