@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from redraft.errors import UserError
-from redraft.target import Target, default_taps
+from redraft.target import FINAL, Target, default_taps
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 pytestmark = pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -51,8 +51,20 @@ def test_taps_keep_the_order_they_were_asked_for(tiny_target: Callable, architec
     assert not target._caught, "features outlive the forward pass"
     with pytest.raises(UserError, match="tap 7 does not exist"):
         target.tap((7,))
-    with pytest.raises(UserError, match="tap -1 does not exist"):
-        target.tap((-1,))
+    with pytest.raises(UserError, match="tap -2 does not exist"):
+        target.tap((-2,))
+
+
+@torch.inference_mode()
+def test_the_final_tap_is_the_state_that_the_head_reads(tiny_target: Callable, architecture: str) -> None:
+    target = tiny_target(architecture, taps=(FINAL, 2))
+    step = target.forward(ids(2, 7))
+    final, second = step.taps_BTKH.split(32, -1)
+    assert torch.equal(final, step.hidden_BTH)
+    assert torch.equal(target.logits(final), target.model(ids(2, 7)).logits)
+    target.tap((2,))
+    assert torch.equal(target.forward(ids(2, 7)).taps_BTKH, second)
+    assert not target._caught
 
 
 @torch.inference_mode()
