@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 
-from redraft.artifact import load_private, save_private, tensors_hash
 from redraft.drafts.eagle3 import Eagle3Config, Eagle3Draft, check_fit, fresh_draft
-from redraft.drafts.experts import attach_low_rank, attach_private, is_private, linear_names, merge_private
-from redraft.drafts.groups import (
-    GROUPS,
-    LOW_RANK,
-    METHODS,
-    PrivateSize,
-    group_of,
-    method,
-    prepare,
-    trainable_names,
-    trained_parameters,
+from redraft.drafts.experts import (
+    attach_low_rank,
+    attach_private,
+    is_private,
+    linear_names,
+    match_linears,
+    merge_private,
 )
+from redraft.drafts.groups import GROUPS, LOW_RANK, PrivateSize, group_of, method, prepare, trainable_names
 from redraft.errors import UserError
 from redraft.target import Target
 
@@ -88,51 +85,132 @@ def test_merging_low_rank_updates_gives_an_equal_dense_draft(on, draft, tiny_tar
     torch.testing.assert_close(run(split, target), run(merged, target), atol=1e-5, rtol=1e-5)
 
 
-def test_low_rank_updates_need_a_rank_and_layers_that_exist(draft):
-    with pytest.raises(ValueError, match="rank 0"):
-        attach_low_rank(draft, 0)
-    with pytest.raises(ValueError, match="on norm"):
-        attach_low_rank(draft, 2, ["norm"])
+def test_patterns_choose_the_layers_of_low_rank_updates(draft):
+    everything = linear_names(draft)
+    projections = [name for name in everything if name.endswith("_proj")]
+    assert match_linears(draft, ()) == everything
+    assert match_linears(draft, ["*_proj"]) == projections and len(projections) == 7
+    assert match_linears(draft, ["lm_head", "fc"]) == ["fc", "lm_head"]
+    assert match_linears(draft, ["q_proj", "midlayer.mlp.*"]) == [n for n in projections if "mlp" in n or "q_p" in n]
+    # the router and the experts of a private part are no place for updates
+    assert match_linears(attach_private(draft, 8, experts=2), ["*"]) == everything
 
 
-def test_a_second_private_part_is_refused(draft):
-    with pytest.raises(ValueError, match="merge it first"):
-        attach_private(attach_private(draft, 8), 8)
-    with pytest.raises(ValueError, match="merge them first"):
-        attach_low_rank(attach_low_rank(draft, 2), 2)
-
-
-@pytest.mark.parametrize("name", ["eda+fc", "lora"])
-def test_a_private_part_alone_is_saved_and_put_over_the_shared_draft(name, draft, tiny_target, tmp_path):
+def test_updates_with_an_alpha_are_those_of_peft(draft, tiny_target):
+    peft = pytest.importorskip("peft")
     target = tiny_target("llama")
-    split, names = prepare(draft, name, PrivateSize(24, 2))
-    for parameter in split.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.3)
-    save_private(tmp_path / "part", split, names, tensors_hash(draft.state_dict()), {})
-    again, _ = load_private(tmp_path / "part", draft, tensors_hash(draft.state_dict()))
-    assert torch.equal(run(split, target), run(again, target))
-    whole = sum(t.nbytes for t in split.state_dict().values())
-    assert (tmp_path / "part" / "private.safetensors").stat().st_size < whole / 2
+    ours, names = prepare(copy.deepcopy(draft), "lora-peer", PrivateSize(rank=64))
+    assert len(names) == 14 and all(".low_rank." in name and "_proj." in name for name in names)
+    layers = [name for name, _ in ours.named_modules() if name.endswith("_proj")]
+    config = peft.LoraConfig(r=8, lora_alpha=32, target_modules=layers)
+    theirs = peft.inject_adapter_in_model(config, copy.deepcopy(draft))
+    for name in layers:
+        update, layer = ours.get_submodule(name).low_rank, theirs.get_submodule(name)
+        inner = layer.lora_A["default"].weight
+        assert update.inner.shape == inner.shape == (8, update.inner.shape[1])
+        # peft draws uniformly within 1 / sqrt(inputs), and so do we
+        for drawn in (update.inner, inner):
+            assert 0.9 < float(drawn.detach().abs().max()) * drawn.shape[1] ** 0.5 <= 1
+        torch.nn.init.normal_(update.outer, std=0.3)
+        with torch.no_grad():
+            inner.copy_(update.inner)
+            layer.lora_B["default"].weight.copy_(update.outer)
+    assert torch.equal(run(ours, target), run(theirs, target))
+    assert not torch.allclose(run(ours, target), run(draft, target), atol=1e-2)
+    merged = merge_private(ours)
+    for name in layers:
+        layer = theirs.get_submodule(name)
+        layer.merge()
+        torch.testing.assert_close(merged.get_submodule(name).weight, layer.base_layer.weight, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("rank", [1, 4, 16])
+def test_without_an_alpha_the_scale_does_not_hang_on_the_rank(rank, draft):
+    update = attach_low_rank(draft, rank, ["fc"]).fc.low_rank
+    assert update.scale == 1.0
+    assert float(update.inner.detach().std()) * update.inner.shape[1] ** 0.5 == pytest.approx(1, abs=0.3)
+
+
+@pytest.mark.parametrize(
+    ("attach", "complaint"),
+    [
+        (lambda d: attach_low_rank(d, 0), "rank of the low-rank updates is 0"),
+        (lambda d: attach_low_rank(d, 2, alpha=0.0), "alpha of the low-rank updates is 0"),
+        (lambda d: attach_low_rank(d, 2, ["fc", "norm"]), "pattern 'norm'; there are: fc, .*lm_head"),
+        (lambda d: attach_low_rank(attach_low_rank(d, 2), 2), "merge them first"),
+        (lambda d: attach_private(d, 0), "width of the private expert is 0"),
+        (lambda d: attach_private(d, -8), "width of the private expert is -8"),
+        (lambda d: attach_private(d, 8, experts=2, active=3), "3 active of 2 private experts"),
+        (lambda d: attach_private(d, 8, experts=0), "1 active of 0 private experts"),
+        (lambda d: attach_private(d, 8, experts=4, active=0), "0 active of 4 private experts"),
+        (lambda d: attach_private(d, 8, experts=3), "width of 8 cannot be divided among 3 private experts"),
+        (lambda d: attach_private(d, 8, shared_experts=5), "width of 64 cannot be divided among 5 shared experts"),
+        (lambda d: attach_private(d, 8, shared_experts=4, shared_active=5), "5 active of 4 shared experts"),
+        (lambda d: attach_private(d, 8, experts=2, balance=-1), "load-balancing term is -1"),
+        (lambda d: attach_private(attach_private(d, 8), 8), "merge it first"),
+        (lambda d: prepare(d, "lora", PrivateSize(rank=0)), "rank of the low-rank updates is 0"),
+        (lambda d: prepare(d, "lora", PrivateSize(on=("*_prj",))), r"pattern '\*_prj'"),
+        (lambda d: prepare(d, "eda", PrivateSize(width=0)), "width of the private expert is 0"),
+        (lambda d: prepare(d, "eda-moe", PrivateSize(8, experts=2, active=3)), "3 active of 2"),
+        (lambda d: prepare(d, "scratch", PrivateSize()), "needs the target"),
+        (lambda d: prepare(attach_private(d, 8), "eda", PrivateSize(16)), "private_width 8.*merge it first"),
+        (lambda d: prepare(attach_low_rank(d, 4), "lora-peer", PrivateSize()), "rank 4 and alpha None"),
+        (lambda d: prepare(torch.nn.Sequential(), "fc", PrivateSize()), "fc, of which this draft has nothing"),
+    ],
+)
+def test_sizes_that_cannot_be_are_one_clear_line(attach, complaint, draft):
+    with pytest.raises(UserError, match=complaint) as caught:
+        attach(draft)
+    assert "\n" not in str(caught.value)
+
+
+def test_private_parts_of_the_size_asked_for_are_trained_further(draft):
+    for name in ("eda", "eda-moe", "lora", "lora-peer"):
+        once, names = prepare(copy.deepcopy(draft), name, PrivateSize(16, 2))
+        again, same = prepare(once, name, PrivateSize(16, 2))
+        assert again is once and same == names
 
 
 def test_every_parameter_has_exactly_one_group(draft):
-    names = [n for n, _ in attach_low_rank(attach_private(draft, 8), 2).named_parameters()]
-    assert {group_of(n) for n in names} == set(GROUPS) - {"embed"} | {LOW_RANK}
+    shape = replace(draft.config, norm_before_fc=True, attention_bias=True, own_embedding=True)
+    split = attach_low_rank(attach_private(Eagle3Draft(shape), 8, experts=2, shared_experts=4), 2)
+    names = [n for n, _ in split.named_parameters()]
+    assert {group_of(n) for n in names} == {*GROUPS, LOW_RANK}
     for name in [n for n in names if group_of(n) != LOW_RANK]:
         assert sum(name.startswith(prefixes) for prefixes in GROUPS.values()) == 1, name
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_a_method_trains_its_groups_and_nothing_else(name, draft):
-    ready, names = prepare(copy.deepcopy(draft), name, PrivateSize(16, 2))
-    assert {n for n, p in ready.named_parameters() if p.requires_grad} == set(names)
-    assert {group_of(n) for n in names} == set(METHODS[name].groups)
-    assert trained_parameters(ready, name) == sum(p.numel() for p in ready.parameters() if p.requires_grad)
+    with pytest.raises(KeyError, match="midlayer.mlp.fresh"):
+        group_of("midlayer.mlp.fresh.weight")
 
 
 def test_full_trains_every_weight(draft):
     assert trainable_names(draft, "full") == [n for n, _ in draft.named_parameters()]
+
+
+def test_scratch_is_a_new_draft_of_the_same_shape(draft, tiny_target):
+    target = tiny_target("llama")
+    with torch.no_grad():
+        for parameter in draft.parameters():
+            parameter.normal_()
+    new, names = prepare(copy.deepcopy(draft), "scratch", PrivateSize(), 5, target=target)
+    assert new.config == draft.config and torch.equal(new.vocabulary(), draft.vocabulary())
+    assert names == [n for n, _ in draft.named_parameters()]
+    expected = fresh_draft(target, draft.vocabulary().tolist(), 5).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in new.state_dict().items())
+    merged = prepare(attach_private(draft, 16), "scratch", PrivateSize(), target=target)[0].config
+    assert merged.intermediate_size == draft.config.intermediate_size + 16 and not merged.private_width
+    with pytest.raises(UserError, match="does not fit the target"):
+        prepare(draft, "scratch", PrivateSize(), target=tiny_target("llama", hidden_size=16))
+
+
+def test_scratch_keeps_the_options_of_the_shape_and_a_table_of_another_width(draft, tiny_target):
+    options = {"hidden_size": 24, "head_dim": 6, "own_embedding": True, "attention_bias": True, "fc_norm": True}
+    old = Eagle3Draft(replace(draft.config, **options), draft.vocabulary())
+    new = old.restarted(tiny_target("llama"), seed=1)
+    assert new.config == old.config and torch.equal(new.embed_tokens.weight, old.embed_tokens.weight)
+    assert not any(bool(p.any()) for n, p in new.named_parameters() if n.endswith(".bias"))
+    again = old.restarted(tiny_target("llama"), seed=1).state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in new.state_dict().items())
+    assert not torch.equal(new.fc.weight, old.fc.weight)
 
 
 def test_unknown_methods_are_named():

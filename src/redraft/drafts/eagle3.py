@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from redraft.artifact import FAMILIES
-from redraft.drafts.experts import SharedPrivateMLP
+from redraft.drafts.experts import SharedPrivateMLP, merge_private
 from redraft.drafts.layers import Attend, Attention, Linear, RMSNorm, Rotary
+from redraft.drafts.routing import balance_loss
 from redraft.errors import UserError
 
 
@@ -47,6 +48,12 @@ class Eagle3Config:
     private_width: int = 0
     low_rank: int = 0
     low_rank_on: tuple[str, ...] = ()
+    low_rank_alpha: float | None = None
+    private_experts: int = 1
+    private_active: int = 1
+    shared_experts: int = 1
+    shared_active: int = 1
+    balance: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "taps": list(self.taps), "low_rank_on": list(self.low_rank_on)}
@@ -80,7 +87,7 @@ class Eagle3Layer(nn.Module):
             config.head_dim,
             config.attention_bias,
         )
-        self.mlp = SharedPrivateMLP(hidden, config.intermediate_size, config.private_width)
+        self.mlp = SharedPrivateMLP.of(config)
         self.input_layernorm = RMSNorm(hidden, eps=eps)
         self.hidden_norm = RMSNorm(hidden, eps=eps)
         self.post_attention_layernorm = RMSNorm(hidden, eps=eps)
@@ -129,7 +136,7 @@ class Eagle3Draft(nn.Module):
         for name in config.low_rank_on:
             layer = self.get_submodule(name)
             assert isinstance(layer, Linear)
-            layer.attach_low_rank(config.low_rank)
+            layer.attach_low_rank(config.low_rank, config.low_rank_alpha)
         self.rotary = Rotary(config.rope_parameters, config.head_dim, config.max_position_embeddings)
 
     # -- vocabulary --------------------------------------------------------------------------------------------
@@ -178,9 +185,31 @@ class Eagle3Draft(nn.Module):
         """Logits [N, D] over the draft vocabulary of pre-norm states [N, H]."""
         return self.lm_head(self.norm(states))
 
+    # -- training ----------------------------------------------------------------------------------------------
+    def extra_loss(self) -> Tensor:
+        """The weighted load-balancing term of routed experts over all passes since the last call; zero without any."""
+        return balance_loss(self, self.config.balance)
+
+    def restarted(self, target: Any, seed: int = 0) -> Eagle3Draft:
+        """A new draft of this one's shape (private parts merged) and vocabulary, that starts from ``target`` alone.
+
+        Nothing of this draft's weights is in it but a table of embeddings, where the width rules out the target's.
+        Raises ``UserError`` for routed experts and for a target of other sizes.
+        """
+        config = merge_private(self).config
+        check_fit(config, target)
+        new = Eagle3Draft(config, self.vocabulary().cpu())
+        start_from_target(new, target, seed)
+        if self.embed_tokens is not None and new.embed_tokens is not None:
+            new.embed_tokens.load_state_dict(self.embed_tokens.state_dict())
+        return new.to(self.lm_head.weight)
+
     @property
     def parameters_per_token(self) -> int:
-        """Parameters that one drafted token multiplies (``fc`` runs once a verified token, and is counted)."""
+        """Parameters that one drafted token multiplies (``fc`` runs once a verified token, and is counted).
+
+        Experts that a router leaves out are among them: they are computed and weighed with zero.
+        """
         return sum(p.numel() for n, p in self.named_parameters() if not n.startswith("embed_tokens"))
 
 
@@ -228,16 +257,25 @@ def fresh_draft(target: Any, vocabulary: Sequence[int], seed: int = 0, intermedi
         rope_parameters=dict(source.rope_parameters),
         max_position_embeddings=target.context,
     )
-    ids_D = torch.tensor(sorted(vocabulary))
-    draft = Eagle3Draft(config, ids_D)
-    generator = torch.Generator().manual_seed(seed)
+    draft = Eagle3Draft(config, torch.tensor(sorted(vocabulary)))
+    start_from_target(draft, target, seed)
+    return draft
+
+
+def start_from_target(draft: Eagle3Draft, target: Any, seed: int) -> None:
+    """Fill a draft on the CPU for training from nothing: random, but for what ``target`` can lend it."""
+    config, generator = draft.config, torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in draft.named_parameters():
             if parameter.ndim == 2:
                 parameter.normal_(0.0, 0.02, generator=generator)
                 if name.endswith(("o_proj.weight", "down_proj.weight")):
                     parameter.mul_(0.1)
+            elif name.endswith(".bias"):
+                parameter.zero_()
+        if config.hidden_size != target.hidden_size:
+            return
         draft.fc.weight[:, -config.target_hidden_size :] += torch.eye(config.hidden_size)
         draft.norm.weight.copy_(target.backbone.norm.weight.float())
-        draft.lm_head.weight.copy_(target.head.weight[ids_D.to(target.device)].float())
-    return draft
+        rows = target.head.weight[draft.vocabulary().to(target.device)]
+        draft.lm_head.weight.copy_(rows.float())

@@ -1,15 +1,18 @@
 """Named parameter groups of a draft, and the methods that are sets of them.
 
 A method says which groups are trained; everything else is frozen. All methods start from the same draft, see the
-same data and meet the same budget, so that they can be compared.
+same data and meet the same budget, so that they can be compared. ``scratch`` alone starts from a new draft of the
+same shape.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from redraft.drafts.eagle3 import Eagle3Draft
-from redraft.drafts.experts import attach_low_rank, attach_private
+from redraft.drafts.experts import attach_low_rank, attach_private, match_linears
 from redraft.errors import UserError
 
 # Updates stand inside the layers that they update, so that no prefix tells them apart.
@@ -17,6 +20,7 @@ LOW_RANK = "low_rank"
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "private": ("midlayer.mlp.private.",),
+    "router": ("midlayer.mlp.router.",),
     "fc": ("fc.", "input_norm.", "fc_norm."),
     "norms": (
         "midlayer.input_layernorm.",
@@ -29,14 +33,42 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "head": ("lm_head.",),
     "embed": ("embed_tokens.",),
 }
+WHOLE = ("fc", "norms", "attention", "shared", "head")
+
+
+@dataclass(frozen=True)
+class PrivateSize:
+    """How large the private parts are. A method takes what concerns it.
+
+    ``width`` is the inner width of the private expert, or of all private experts together. Low-rank updates have
+    ``rank`` and, with ``alpha``, peft's scale alpha / rank (else one); ``on`` are patterns of the linear layers that
+    have them (all by default). ``experts``, ``active`` and ``balance`` (weight of the load-balancing term) are for
+    routed experts; ``shared_experts`` > 1 cuts the old MLP too, with ``shared_active`` (all by default) a token.
+    """
+
+    width: int = 768
+    rank: int = 64
+    on: tuple[str, ...] = ()
+    alpha: float | None = None
+    experts: int = 4
+    active: int = 2
+    shared_experts: int = 1
+    shared_active: int | None = None
+    balance: float = 0.01
 
 
 @dataclass(frozen=True)
 class Method:
-    """A set of trained groups and what it is good for."""
+    """A set of trained groups and what it is good for.
+
+    ``settings`` are fields of :class:`PrivateSize` that belong to the method, whatever the caller asks for;
+    ``fresh`` says that it starts from a new draft and not from the old one.
+    """
 
     groups: tuple[str, ...]
     about: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    fresh: bool = False
 
     @property
     def private(self) -> bool:
@@ -46,14 +78,30 @@ class Method:
     def low_rank(self) -> bool:
         return LOW_RANK in self.groups
 
+    def size(self, asked: PrivateSize) -> PrivateSize:
+        """The sizes that this method uses where ``asked`` was asked for."""
+        return replace(asked, **self.settings)
+
+
+# The reference's own setting: with one expert on each side no router is left.
+ONE_EXPERT = {"experts": 1, "active": 1, "shared_experts": 1, "shared_active": 1}
 
 METHODS: dict[str, Method] = {
     "none": Method((), "train nothing; measure the draft as it is"),
-    "eda": Method(("private",), "a private expert beside the frozen shared draft (EDA)"),
+    "eda": Method(("private",), "a private expert beside the frozen shared draft (EDA)", ONE_EXPERT),
+    "eda+fc": Method(("private", "fc"), "private expert and feature projection", ONE_EXPERT),
+    "eda-moe": Method(("private", "router"), "several private experts with a top-k router; cannot be merged"),
     "fc": Method(("fc",), "the projection of the target's features"),
-    "eda+fc": Method(("private", "fc"), "private expert and feature projection"),
+    "norms": Method(("norms",), "the norms of the layer and before the head"),
+    "head": Method(("head",), "the head"),
     "lora": Method((LOW_RANK, "norms"), "low-rank updates of every matrix, and the norms; the default"),
-    "full": Method(("fc", "norms", "attention", "shared", "head"), "every weight of the draft"),
+    "lora-peer": Method(
+        (LOW_RANK,),
+        "low-rank updates as the nearest peer sets them: rank 8, alpha 32, every *_proj, nothing else",
+        {"rank": 8, "alpha": 32.0, "on": ("*_proj",)},
+    ),
+    "full": Method(WHOLE, "every weight of the draft"),
+    "scratch": Method(WHOLE, "every weight of a new draft of the same shape and vocabulary", fresh=True),
 }
 
 
@@ -64,9 +112,16 @@ def method(name: str) -> Method:
     return METHODS[name]
 
 
+def mergeable(method_name: str, size: PrivateSize) -> bool:
+    """Whether what the method trains at this size can be one dense draft, to be merged and exported."""
+    chosen = method(method_name)
+    asked = chosen.size(size)
+    return not chosen.private or asked.experts == asked.shared_experts == 1
+
+
 def group_of(parameter: str) -> str:
     """The group of a parameter by its name. Raises ``KeyError`` when it has none (a defect of ours)."""
-    if f".{LOW_RANK}." in parameter:
+    if f".{LOW_RANK}." in f".{parameter}":
         return LOW_RANK
     for group, prefixes in GROUPS.items():
         if parameter.startswith(prefixes):
@@ -80,28 +135,77 @@ def trainable_names(draft: Eagle3Draft, method_name: str) -> list[str]:
     return [name for name, _ in draft.named_parameters() if group_of(name) in groups]
 
 
-@dataclass(frozen=True)
-class PrivateSize:
-    """How large the private part is: inner width of the expert, rank of the updates and the layers that have them."""
+def prepare(
+    draft: Eagle3Draft, method_name: str, size: PrivateSize, seed: int = 0, target: Any = None
+) -> tuple[Eagle3Draft, list[str]]:
+    """The draft a method trains, its private parts attached where it has some, and the names of what is trained.
 
-    width: int = 768
-    rank: int = 64
-    on: tuple[str, ...] = ()
-
-
-def prepare(draft: Eagle3Draft, method_name: str, size: PrivateSize, seed: int = 0) -> tuple[Eagle3Draft, list[str]]:
-    """The draft a method trains, its private parts attached where it has some, and the names of what is trained."""
+    Private parts that ``draft`` has already are trained on, if they are of the size asked for. ``target`` is needed
+    by ``scratch`` alone. Raises ``UserError`` for sizes that cannot be, parts of another size, and a method whose
+    groups this draft does not have.
+    """
     chosen = method(method_name)
-    if chosen.private and not draft.config.private_width:
-        draft = attach_private(draft, size.width, seed)
-    if chosen.low_rank and not draft.config.low_rank:
-        draft = attach_low_rank(draft, size.rank, size.on, seed)
-    names = set(trainable_names(draft, method_name))
+    asked = chosen.size(size)
+    if chosen.fresh:
+        if target is None:
+            raise UserError(f"method {method_name} starts a new draft and needs the target, which was not given")
+        draft = draft.restarted(target, seed)
+    if chosen.private:
+        draft = _with_private(draft, asked, seed)
+    if chosen.low_rank:
+        draft = _with_low_rank(draft, asked, seed)
+    names = trainable_names(draft, method_name)
+    if chosen.groups and not names:
+        raise UserError(f"method {method_name} trains {', '.join(chosen.groups)}, of which this draft has nothing")
+    trained = set(names)
     for name, parameter in draft.named_parameters():
-        parameter.requires_grad_(name in names)
-    return draft, [n for n, _ in draft.named_parameters() if n in names]
+        parameter.requires_grad_(name in trained)
+    return draft, names
+
+
+def _with_private(draft: Eagle3Draft, size: PrivateSize, seed: int) -> Eagle3Draft:
+    if not draft.config.private_width:
+        return attach_private(
+            draft,
+            size.width,
+            seed,
+            experts=size.experts,
+            active=size.active,
+            shared_experts=size.shared_experts,
+            shared_active=size.shared_active,
+            balance=size.balance,
+        )
+    wanted = {
+        "private_width": size.width,
+        "private_experts": size.experts,
+        "private_active": size.active,
+        "shared_experts": size.shared_experts,
+        "shared_active": size.shared_experts if size.shared_active is None else size.shared_active,
+    }
+    found = {name: getattr(draft.config, name) for name in wanted}
+    if found != wanted:
+        described = ", ".join(f"{name} {value}" for name, value in found.items())
+        raise UserError(
+            f"the draft has a private part already ({described}): ask for the same size to train it further, "
+            "or merge it first"
+        )
+    return draft
+
+
+def _with_low_rank(draft: Eagle3Draft, size: PrivateSize, seed: int) -> Eagle3Draft:
+    config = draft.config
+    if not config.low_rank:
+        return attach_low_rank(draft, size.rank, size.on, seed, size.alpha)
+    asked = (size.rank, size.alpha, tuple(match_linears(draft, size.on)))
+    if (config.low_rank, config.low_rank_alpha, config.low_rank_on) != asked:
+        raise UserError(
+            f"the draft has low-rank updates already, of rank {config.low_rank} and alpha {config.low_rank_alpha} on "
+            f"{', '.join(config.low_rank_on)}: ask for the same to train them further, or merge them first"
+        )
+    return draft
 
 
 def trained_parameters(draft: Eagle3Draft, method_name: str) -> int:
+    """How many parameters the method trains on this draft, as :func:`prepare` returned it."""
     names = set(trainable_names(draft, method_name))
     return sum(p.numel() for n, p in draft.named_parameters() if n in names)

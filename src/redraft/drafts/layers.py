@@ -73,17 +73,31 @@ def rotate(x_NHD: Tensor, cosines_ND: Tensor, sines_ND: Tensor) -> Tensor:
 
 
 class LowRank(nn.Module):
-    """outer [out, R] @ inner [R, in], an update of a matrix; zero until trained."""
+    """scale * outer [out, R] @ inner [R, in], an update of a matrix (LoRA, arXiv 2106.09685); zero until trained.
 
-    def __init__(self, layer: nn.Linear, rank: int, generator: torch.Generator | None = None) -> None:
+    Without ``alpha`` the scale is one and ``inner`` is normal with variance 1 / in, so that no choice hangs on the
+    rank. With it the update is peft's: scale alpha / R, and ``inner`` uniform within 1 / sqrt(in).
+    """
+
+    def __init__(
+        self, layer: nn.Linear, rank: int, alpha: float | None = None, generator: torch.Generator | None = None
+    ) -> None:
         super().__init__()
-        like = layer.weight
-        inner = torch.randn(rank, layer.in_features, generator=generator) / math.sqrt(layer.in_features)
+        like, spread = layer.weight, 1 / math.sqrt(layer.in_features)
+        draw = torch.randn if alpha is None else torch.rand
+        inner = draw(rank, layer.in_features, generator=generator)
+        inner = inner * spread if alpha is None else (2 * inner - 1) * spread
+        self.scale = 1.0 if alpha is None else alpha / rank
         self.inner = nn.Parameter(inner.to(like))
         self.outer = nn.Parameter(like.new_zeros(layer.out_features, rank))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(F.linear(x, self.inner), self.outer)
+        update = F.linear(F.linear(x, self.inner), self.outer)
+        return update if self.scale == 1.0 else update * self.scale
+
+    def matrix(self) -> Tensor:
+        """The update itself [out, in], in float32."""
+        return (self.outer.float() @ self.inner.float()) * self.scale
 
 
 class Linear(nn.Linear):
@@ -93,14 +107,14 @@ class Linear(nn.Linear):
         super().__init__(inputs, outputs, bias=bias)
         self.low_rank: LowRank | None = None
 
-    def attach_low_rank(self, rank: int, generator: torch.Generator | None = None) -> None:
-        self.low_rank = LowRank(self, rank, generator)
+    def attach_low_rank(self, rank: int, alpha: float | None = None, generator: torch.Generator | None = None) -> None:
+        self.low_rank = LowRank(self, rank, alpha, generator)
 
     def merge_low_rank(self) -> None:
         """Add the update to the matrix, in float32, and drop it."""
         if self.low_rank is not None:
             with torch.no_grad():
-                self.weight.copy_(self.weight.float() + self.low_rank.outer.float() @ self.low_rank.inner.float())
+                self.weight.copy_(self.weight.float() + self.low_rank.matrix())
             self.low_rank = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -137,5 +151,9 @@ class GatedMLP(nn.Module):
         self.up_proj = Linear(hidden, inner, bias=False)
         self.down_proj = Linear(inner, hidden, bias=False)
 
+    def inner(self, x: Tensor) -> Tensor:
+        """Inner activations [N, I], which ``down_proj`` reads."""
+        return F.silu(self.gate_proj(x)) * self.up_proj(x)
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.inner(x))

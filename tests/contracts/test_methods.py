@@ -1,0 +1,163 @@
+"""What every method must keep; a new method inherits these tests by being in ``METHODS``.
+
+Shape legend: T tokens, D draft vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from redraft.artifact import load_private, save_private, tensors_hash
+from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
+from redraft.drafts.experts import is_private, merge_private
+from redraft.drafts.groups import METHODS, PrivateSize, group_of, mergeable, prepare, trained_parameters
+from redraft.errors import UserError
+from redraft.target import Target
+from redraft.train.optimizer import make_optimizers
+
+SIZE = PrivateSize(width=16, rank=2)
+# Every method as it is, and what the sizes can ask of those that have private parts.
+CASES = {
+    **{name: (name, SIZE) for name in METHODS},
+    "lora on some layers": ("lora", replace(SIZE, alpha=4.0, on=("*_proj", "fc"))),
+    "eda-moe, shared experts too": ("eda-moe", replace(SIZE, shared_experts=8)),
+    "eda-moe, one of two": ("eda-moe", replace(SIZE, experts=2, active=1)),
+    "eda-moe, one expert": ("eda-moe", replace(SIZE, experts=1, active=1)),
+}
+
+
+def causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Plain causal attention over [T, heads, width], written out."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = torch.einsum("qhd,khd->hqk", query, key) / query.shape[-1] ** 0.5
+    mask = torch.ones(len(query), len(key), dtype=torch.bool).tril()
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~mask, float("-inf")).softmax(-1), value)
+
+
+def logits(draft: Eagle3Draft, target: Target, seed: int = 0) -> Tensor:
+    """Logits [T, D] of a second draft step, so that a draft's own states have gone through it too."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, target.vocab_size, (9,), generator=generator)
+    taps = torch.randn(9, len(draft.config.taps) * target.hidden_size, generator=generator)
+    embeds, positions = draft.embed(ids, target.embedding), torch.arange(9)
+    states = draft(embeds, draft.fuse(taps), positions, causal)
+    return draft.logits(draft(embeds, draft.carry(states), positions + 1, causal))
+
+
+def states(draft: Eagle3Draft) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in draft.state_dict().items()}
+
+
+def train(draft: Eagle3Draft, target: Target, optimizer: str = "muon", steps: int = 3) -> None:
+    """A few steps towards arbitrary labels, as the trainer takes them."""
+    trained = [(n, p) for n, p in draft.named_parameters() if p.requires_grad]
+    optimizers = make_optimizers(trained, optimizer, 0.0)
+    labels = torch.arange(9) % draft.config.draft_vocab_size
+    for step in range(steps):
+        found = logits(draft, target, step)
+        (torch.nn.functional.cross_entropy(found, labels) + draft.extra_loss()).backward()
+        optimizers.step(1e-2)
+
+
+@pytest.fixture
+def target(tiny_target) -> Target:
+    return tiny_target("llama")
+
+
+@pytest.fixture
+def draft(target) -> Eagle3Draft:
+    """An old draft with every optional tensor that methods can name."""
+    old = fresh_draft(target, range(0, 120, 2), seed=3)
+    draft = Eagle3Draft(replace(old.config, norm_before_fc=True, attention_bias=True), old.vocabulary())
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for name, parameter in draft.named_parameters():
+            scale = 1.0 if name.endswith("norm.weight") else 0.2
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+    return draft
+
+
+@pytest.fixture(params=CASES)
+def case(request) -> tuple[str, PrivateSize]:
+    return CASES[request.param]
+
+
+@pytest.fixture
+def ready(case, draft, target) -> tuple[Eagle3Draft, list[str]]:
+    return prepare(copy.deepcopy(draft), *case, seed=1, target=target)
+
+
+def test_no_bit_changes_before_the_first_step(case, ready, draft, target):
+    with torch.no_grad():
+        same = torch.equal(logits(ready[0], target), logits(draft, target))
+    assert same != METHODS[case[0]].fresh
+
+
+def test_the_trained_and_the_frozen_are_told_apart_by_their_groups(case, ready, draft):
+    split, names = ready
+    chosen = METHODS[case[0]]
+    frozen = {n for n, p in split.named_parameters() if not p.requires_grad}
+    assert not frozen & set(names) and frozen | set(names) == {n for n, _ in split.named_parameters()}
+    assert all(group_of(n) in chosen.groups for n in names) and not {group_of(n) for n in frozen} & set(chosen.groups)
+    assert bool(names) == bool(chosen.groups)
+    assert trained_parameters(split, case[0]) == sum(p.numel() for p in split.parameters() if p.requires_grad)
+    # what the method added is private, and is trained
+    added = set(split.state_dict()) - set(draft.state_dict())
+    assert all(map(is_private, added)) and added <= set(names)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_training_changes_exactly_what_is_trained(optimizer, ready, target):
+    split, names = ready
+    if not names:
+        assert not any(p.requires_grad for p in split.parameters())
+        return
+    before = states(split)
+    train(split, target, optimizer)
+    after = split.state_dict()
+    assert {name for name in after if not torch.equal(before[name], after[name])} == set(names)
+
+
+def test_what_was_trained_is_a_file_of_its_own(case, ready, draft, target, tmp_path):
+    split, names = ready
+    if not names:
+        pytest.skip("nothing is trained")
+    train(split, target)
+    split.requires_grad_(False)
+    base_hash = tensors_hash(draft.state_dict())
+    save_private(tmp_path / "part", split, names, base_hash, {"method": case[0]})
+    again, meta = load_private(tmp_path / "part", draft, base_hash)
+    assert meta["method"] == case[0] and again.config == split.config
+    assert tensors_hash(again.state_dict()) == tensors_hash(split.state_dict())
+    assert torch.equal(logits(again, target), logits(split, target))
+
+
+def test_a_trained_draft_is_one_dense_draft_or_says_that_it_cannot_be(case, ready, draft, target):
+    split, names = ready
+    if names:
+        train(split, target, "adamw")
+    split.requires_grad_(False)
+    if not mergeable(*case):
+        with pytest.raises(UserError, match=r"experts.*eda-moe.*cannot be merged or exported"):
+            merge_private(split)
+        return
+    dense = merge_private(split)
+    assert set(dense.state_dict()) == set(draft.state_dict()) and not any(map(is_private, dense.state_dict()))
+    width = SIZE.width if METHODS[case[0]].private else 0
+    assert dense.config == replace(draft.config, intermediate_size=draft.config.intermediate_size + width)
+    torch.testing.assert_close(logits(dense, target), logits(split, target), atol=1e-5, rtol=1e-5)
+    if names:
+        assert not torch.allclose(logits(dense, target), logits(draft, target), atol=1e-3)
+
+
+def test_a_method_says_what_it_is():
+    for name, chosen in METHODS.items():
+        assert chosen.about and len(chosen.about) < 100, name
+        assert len(set(chosen.groups)) == len(chosen.groups)
+        chosen.size(PrivateSize())  # its settings are fields of PrivateSize
