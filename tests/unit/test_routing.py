@@ -19,6 +19,7 @@ from redraft.drafts.layers import GatedMLP
 from redraft.drafts.routing import RoutedMLP, Router
 from redraft.errors import UserError
 from redraft.export import EXPORTERS
+from redraft.train.optimizer import make_optimizers
 
 H = 8
 
@@ -129,7 +130,7 @@ def test_the_balance_alone_spreads_a_collapsed_router():
         optimizer.zero_grad()
         term.backward()
         optimizer.step()
-        terms.append(float(term))
+        terms.append(term.item())
     assert terms[0] > 1.3 and terms[-1] < 1.1
 
 
@@ -198,6 +199,15 @@ def test_the_extra_loss_is_the_weighted_sum_of_both_routers_and_reaches_them(dra
     for router in (mlp.router, mlp.private.router):
         assert bool(router.weight.grad.any())
     assert float(split.extra_loss()) == 0.0 and float(draft.extra_loss()) == 0.0
+
+
+def test_routers_take_no_orthogonal_steps(draft):
+    ready, names = prepare(draft, "eda-moe", PrivateSize(16, shared_experts=3))
+    muon, adamw = make_optimizers([(n, p) for n, p in ready.named_parameters() if n in names], "muon", 0.0).parts
+    mlp = ready.midlayer.mlp
+    routers = {id(mlp.router.weight), id(mlp.private.router.weight)}
+    assert {id(p) for group in adamw.param_groups for p in group["params"]} == routers
+    assert len(muon.param_groups[0]["params"]) == 3
 
 
 def test_routed_drafts_are_stored_whole(draft, tmp_path):

@@ -1,7 +1,7 @@
 """Optimisers and the schedule.
 
 Matrices inside the layer take Muon (orthogonalised momentum, torch's own), scaled so that its steps have the size
-of AdamW's and one learning rate serves both; the head, the norms and biases take AdamW.
+of AdamW's and one learning rate serves both; the head, the norms, biases and routers of experts take AdamW.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def make_optimizers(named: Iterable[tuple[str, nn.Parameter]], kind: str, weight
     if kind not in OPTIMIZERS:
         raise UserError(f"unknown optimizer {kind!r}; choose one of {', '.join(OPTIMIZERS)}")
     names = {parameter: name for name, parameter in named}
-    matrices = [p for p, n in names.items() if p.ndim == 2 and not n.startswith(("lm_head", "embed_tokens"))]
+    matrices = [p for p, n in names.items() if p.ndim == 2 and not _is_table(n)]
     if kind == "adamw":
         matrices = []
     others = [p for p in names if not any(p is m for m in matrices)]
@@ -65,6 +65,11 @@ def make_optimizers(named: Iterable[tuple[str, nn.Parameter]], kind: str, weight
     if others:
         parts.append(torch.optim.AdamW(others, lr=0.0, betas=(0.9, 0.95), weight_decay=weight_decay))
     return Optimizers(parts, names)
+
+
+def _is_table(name: str) -> bool:
+    """Whether a matrix is a list of rows, looked up or scored one by one: orthogonal steps make no sense for it."""
+    return name.startswith(("lm_head", "embed_tokens")) or name.endswith("router.weight")
 
 
 def learning_rate(step: int, total: int, peak: float, warmup: float = 0.05, floor: float = 0.02) -> float:
