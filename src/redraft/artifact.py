@@ -264,7 +264,8 @@ def _build(meta: Mapping[str, Any], where: Path) -> Any:
 def _meta(kind: str, draft: nn.Module, content_hash: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """``given`` (family, method, target, tokenizer_hash, provenance, ...) under the keys that the format fixes."""
     config: Any = draft.config
-    fixed = {"schema": SCHEMA, "kind": kind, "family": given.get("family", "eagle3"), "config": config.to_dict()}
+    family = getattr(draft, "family", given.get("family", "eagle3"))
+    fixed = {"schema": SCHEMA, "kind": kind, "family": family, "config": config.to_dict()}
     fixed["content_hash"] = content_hash
     defaults = {"method": None, "target": {"name": None, "hash": None}, "tokenizer_hash": None, "provenance": {}}
     # Metadata that was loaded with one artifact may be handed on to another: what ties it to the first is dropped.

@@ -16,7 +16,7 @@ from redraft.drafts.eagle3 import Eagle3Config, Eagle3Draft
 from redraft.drafts.experts import attach_low_rank, attach_private, is_private, merge_private
 from redraft.errors import UserError
 from redraft.export import EXPORTERS, TargetInfo, import_checkpoint
-from redraft.export.plain import legacy_rope
+from redraft.export.base import legacy_rope
 
 TARGET = TargetInfo("tuned/target", hidden_size=16, layers=8, vocab_size=40, context=64)
 BASE = Eagle3Config(

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from redraft.decode.engine import PlainDecoder, SpeculativeDecoder, _Uniforms
-from redraft.drafts.eagle3 import Eagle3Draft
+from redraft.drafts.base import Draft
 from redraft.errors import UserError
 from redraft.sampling import Sampler
 from redraft.target import Target
@@ -113,7 +113,7 @@ class Pick:
 # -- costs -----------------------------------------------------------------------------------------------------------
 def measure_costs(
     target: Target,
-    draft: Eagle3Draft,
+    draft: Draft,
     prompt_ids: Sequence[int],
     gammas: Sequence[int] = TIMED_CHAINS,
     shapes: Sequence[Shape] = (),
@@ -250,7 +250,7 @@ def default_trees(sampler: Sampler | None = None, greedy_drafts: bool = False) -
 
 def pick_shape(
     target: Target,
-    draft: Eagle3Draft,
+    draft: Draft,
     prompts: Sequence[Sequence[int]],
     run_lengths: Sequence[Sequence[int]] | None = None,
     longest: int = 8,

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from redraft.decode.accept import accept_chains
 from redraft.decode.engine import Generation, Round, _check_room, _trim, _Uniforms
-from redraft.drafts.eagle3 import Eagle3Draft, check_fit
+from redraft.drafts.base import Draft, bind, check_fit
 from redraft.errors import UserError
 from redraft.sampling import Sampler, draw, warp
 from redraft.slots import SlotCache, causal_mask, slot_attention, write
@@ -39,7 +39,7 @@ Done = Callable[[int, Generation], None]
 class DraftSlots:
     """Keys and values [B, K, C, W] of the draft's one layer, and how many verified pairs each slot holds."""
 
-    def __init__(self, draft: Eagle3Draft, size: int, capacity: int) -> None:
+    def __init__(self, draft: Draft, size: int, capacity: int) -> None:
         config, like = draft.config, draft.fc.weight
         self.capacity = capacity
         self.keys = like.new_zeros(size, config.num_key_value_heads, capacity, config.head_dim)
@@ -107,7 +107,7 @@ class BatchedChainDecoder:
     def __init__(
         self,
         target: Target,
-        draft: Eagle3Draft,
+        draft: Draft,
         gamma: int = 5,
         sampler: Sampler | None = None,
         slots: int = 8,
@@ -123,7 +123,7 @@ class BatchedChainDecoder:
         if slots < 1:
             raise UserError(f"batched decoding needs at least 1 slot, not {slots}")
         self.target, self.gamma, self.sampler, self.slots = target, gamma, sampler or Sampler(), slots
-        self.draft = draft.eval().to(target.device, target.dtype)
+        self.draft = bind(draft.eval().to(target.device, target.dtype), target)
         self.fixed = greedy_drafts or self.sampler.greedy
         self.vocabulary = self.draft.vocabulary()
         self.ends = frozenset(target.eos_ids)

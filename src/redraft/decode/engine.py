@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from redraft.decode.accept import accept_chain, accept_greedy
-from redraft.drafts.eagle3 import Eagle3Draft, check_fit
+from redraft.drafts.base import Draft, bind, check_fit
 from redraft.errors import UserError
 from redraft.sampling import Sampler, draw, warp
 from redraft.target import KeyValueCache, Target
@@ -65,7 +65,7 @@ class Generation:
 class DraftCache:
     """Fixed buffers for the keys and values [C, K, W] of the draft's one layer."""
 
-    def __init__(self, draft: Eagle3Draft, capacity: int) -> None:
+    def __init__(self, draft: Draft, capacity: int) -> None:
         config, like = draft.config, draft.fc.weight
         self.keys = like.new_empty(config.num_key_value_heads, capacity, config.head_dim)
         self.values = torch.empty_like(self.keys)
@@ -170,7 +170,7 @@ class SpeculativeDecoder(PlainDecoder):
     guesses: int
 
     def __init__(
-        self, target: Target, draft: Eagle3Draft, sampler: Sampler | None = None, greedy_drafts: bool = False
+        self, target: Target, draft: Draft, sampler: Sampler | None = None, greedy_drafts: bool = False
     ) -> None:
         """``greedy_drafts``: the draft proposes its likeliest tokens also when the target samples.
 
@@ -178,7 +178,7 @@ class SpeculativeDecoder(PlainDecoder):
         """
         super().__init__(target, sampler)
         check_fit(draft.config, target)
-        self.draft = draft.eval().to(target.device, target.dtype)
+        self.draft = bind(draft.eval().to(target.device, target.dtype), target)
         self.fixed = greedy_drafts or self.sampler.greedy
         self.vocabulary = self.draft.vocabulary()
 
@@ -252,7 +252,7 @@ class ChainDecoder(SpeculativeDecoder):
     def __init__(
         self,
         target: Target,
-        draft: Eagle3Draft,
+        draft: Draft,
         gamma: int = 5,
         sampler: Sampler | None = None,
         measure_overlap: bool = False,

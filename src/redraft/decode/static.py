@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from redraft.decode.engine import ChainDecoder, DraftCache, _Uniforms
-from redraft.drafts.eagle3 import Eagle3Draft
+from redraft.drafts.base import Draft
 from redraft.errors import UserError
 from redraft.sampling import Sampler
 from redraft.target import FixedLayer, KeyValueCache, Target, TargetStep
@@ -218,7 +218,7 @@ class StaticChainDecoder(ChainDecoder):
     def __init__(
         self,
         target: Target,
-        draft: Eagle3Draft,
+        draft: Draft,
         gamma: int = 5,
         sampler: Sampler | None = None,
         greedy_drafts: bool = False,

@@ -25,7 +25,7 @@ from torch import Tensor
 from redraft.decode.accept import accept_trees, draw_siblings, follow_tree
 from redraft.decode.engine import DraftCache, Round, SpeculativeDecoder, _Uniforms
 from redraft.decode.tree import DynamicTree, Path, StaticTree, Topology, check_drafts
-from redraft.drafts.eagle3 import Eagle3Draft
+from redraft.drafts.base import Draft
 from redraft.sampling import Sampler, warp
 from redraft.target import KeyValueCache, Target
 
@@ -65,7 +65,7 @@ class TreeDecoder(SpeculativeDecoder):
     def __init__(
         self,
         target: Target,
-        draft: Eagle3Draft,
+        draft: Draft,
         shape: StaticTree | DynamicTree,
         sampler: Sampler | None = None,
         greedy_drafts: bool = False,

@@ -27,7 +27,8 @@ from redraft.artifact import (
     tensors_hash,
     write_tensors,
 )
-from redraft.drafts.eagle3 import Eagle3Config, Eagle3Draft, check_fit
+from redraft.drafts.base import AnyDraft, Draft, check_fit
+from redraft.drafts.eagle3 import Eagle3Config, Eagle3Draft
 from redraft.drafts.experts import merge_private
 from redraft.errors import UserError
 from redraft.registry import Registry
@@ -92,7 +93,7 @@ class Exporter(Protocol):
     """``target`` is whatever :meth:`TargetInfo.of` takes."""
 
     def __call__(
-        self, draft: Eagle3Draft, folder: str | Path, target: Any, *, speculative_tokens: int = 5
+        self, draft: Draft, folder: str | Path, target: Any, *, speculative_tokens: int = 5
     ) -> ExportReport: ...
 
 
@@ -100,23 +101,31 @@ EXPORTERS: Registry[Exporter] = Registry("export format", package="redraft.expor
 
 
 # -- checks ----------------------------------------------------------------------------------------------------------
-def prepare(draft: Eagle3Draft, target: TargetInfo) -> tuple[Eagle3Draft, list[str]]:
+def prepare(draft: AnyDraft, target: TargetInfo) -> tuple[AnyDraft, list[str]]:
     """A dense draft that fits ``target`` and is sound in every tensor, and notes. Raises ``UserError``."""
     notes = []
     if draft.config.private_width:
         notes.append(f"the private expert of width {draft.config.private_width} was merged into the MLP")
     if draft.config.low_rank:
         notes.append(f"the low-rank updates (rank {draft.config.low_rank}) were merged into their matrices")
-    dense = merge_private(draft)
+    whole: Any = draft
+    dense: Any = merge_private(whole)
     check_fit(dense.config, target)
-    check_taps(dense.config.taps)
-    if dense.config.norm_before_fc and dense.config.fc_norm:
-        raise UserError("norm_before_fc and fc_norm exclude each other in every engine; train a draft with one of them")
+    if isinstance(dense, Eagle3Draft):
+        check_features(dense.config)
     state = {name: tensor.detach().cpu() for name, tensor in dense.state_dict().items()}
     check_tensors(state, type(dense)(dense.config).state_dict(), "the draft to be exported")
-    check_vocabulary_map(state, dense.config, "the draft to be exported")
+    if isinstance(dense, Eagle3Draft):
+        check_vocabulary_map(state, dense.config, "the draft to be exported")
     dense, raised = cover_context(dense, target)
     return dense, notes + raised
+
+
+def check_features(config: Eagle3Config) -> None:
+    """Raise ``UserError`` for taps or norms of the features that no engine computes alike."""
+    check_taps(config.taps)
+    if config.norm_before_fc and config.fc_norm:
+        raise UserError("norm_before_fc and fc_norm exclude each other in every engine; train a draft with one of them")
 
 
 def check_taps(taps: tuple[int, ...]) -> None:
@@ -145,7 +154,7 @@ def check_vocabulary_map(state: Mapping[str, Tensor], config: Eagle3Config, wher
         raise UserError(f"{where}: t2d does not mark the same target ids as d2t")
 
 
-def cover_context(draft: Eagle3Draft, target: TargetInfo) -> tuple[Eagle3Draft, list[str]]:
+def cover_context(draft: AnyDraft, target: TargetInfo) -> tuple[AnyDraft, list[str]]:
     """Raise ``max_position_embeddings`` to the target's where that changes no angle; else raise ``UserError``."""
     config = draft.config
     if config.max_position_embeddings >= target.context:
@@ -157,7 +166,8 @@ def cover_context(draft: Eagle3Draft, target: TargetInfo) -> tuple[Eagle3Draft, 
             f"would change the {kind} rotary angles, so train the draft with the target's length"
         )
     note = f"max_position_embeddings was raised from {config.max_position_embeddings} to the target's {target.context}"
-    longer = Eagle3Draft(replace(config, max_position_embeddings=target.context))
+    build: Any = type(draft)
+    longer = build(replace(config, max_position_embeddings=target.context))
     longer.load_state_dict(draft.state_dict(), strict=True, assign=True)
     return longer, [note]
 
@@ -167,11 +177,17 @@ def path_warnings(folder: Path) -> list[str]:
     found = [part for part in TELLING_PATH_PARTS if part in str(folder).lower()]
     if not found:
         return []
-    return [f"vLLM reads a method out of the {', '.join(found)} in this path; give method eagle3 or rename the folder"]
+    return [f"vLLM reads a method out of the {', '.join(found)} in this path; give the method or rename the folder"]
+
+
+def check_tokens(speculative_tokens: int) -> None:
+    """Raise ``UserError`` for a draft length below 1."""
+    if speculative_tokens < 1:
+        raise UserError(f"speculative tokens must be 1 or more, not {speculative_tokens}")
 
 
 # -- writing ---------------------------------------------------------------------------------------------------------
-def layer_config(draft: Eagle3Draft) -> dict[str, Any]:
+def layer_config(draft: Draft) -> dict[str, Any]:
     """The keys that describe the decoder layer in the terms of a Hugging Face Llama config, none left to defaults."""
     config = draft.config
     return {
@@ -189,8 +205,6 @@ def layer_config(draft: Eagle3Draft) -> dict[str, Any]:
         "attention_bias": config.attention_bias,
         "mlp_bias": False,
         "tie_word_embeddings": False,
-        # Engines assume three features unless told otherwise here.
-        "num_aux_hidden_states": len(config.taps),
     }
 
 
@@ -200,32 +214,54 @@ def options(config: Eagle3Config) -> dict[str, bool]:
     return {name: getattr(config, name) for name in names}
 
 
-def dtype_name(draft: Eagle3Draft) -> str:
-    return str(draft.lm_head.weight.dtype).removeprefix("torch.")
+def dtype_name(draft: Draft) -> str:
+    return str(draft.fc.weight.dtype).removeprefix("torch.")
 
 
-def serve_command(folder: Path, target: TargetInfo, tokens: int) -> str:
+def legacy_rope(parameters: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
+    """``rope_theta`` and ``rope_scaling``, which older engines read and newer ones turn into ``rope_parameters``."""
+    rest = {key: value for key, value in parameters.items() if key != "rope_theta"}
+    plain = rest.get("rope_type", "default") == "default" and set(rest) <= {"rope_type"}
+    return parameters.get("rope_theta", 10000.0), None if plain else rest
+
+
+def serve_command(folder: Path, target: TargetInfo, tokens: int, method: str = "eagle3") -> str:
     """The vLLM command that serves the target with this draft."""
-    draft = json.dumps({"model": str(folder), "method": "eagle3", "num_speculative_tokens": tokens})
+    draft = json.dumps({"model": str(folder), "method": method, "num_speculative_tokens": tokens})
     return shlex.join(["vllm", "serve", target.name, "--speculative-config", draft])
+
+
+def sglang_command(folder: Path, target: TargetInfo, tokens: int, algorithm: str) -> str:
+    """The SGLang command that serves the target with this draft."""
+    words = ["python", "-m", "sglang.launch_server", "--model-path", target.name, "--speculative-algorithm", algorithm]
+    words += ["--speculative-draft-model-path", str(folder), "--speculative-num-steps", str(tokens)]
+    words += ["--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", str(tokens + 1)]
+    return shlex.join(words)
+
+
+def to_layers(name: str) -> str:
+    """This format numbers its layers: ``midlayer.x`` is ``layers.0.x``."""
+    return "layers.0." + name.removeprefix("midlayer.") if name.startswith("midlayer.") else name
 
 
 def write_checkpoint(
     name: str,
-    draft: Eagle3Draft,
+    draft: Draft,
     folder: Path,
     target: TargetInfo,
     config: dict[str, Any],
     rename: Callable[[str], str],
-    read_back: Callable[[Path, TargetInfo], tuple[Eagle3Draft, dict[str, Any]]],
+    read_back: Callable[[Path, TargetInfo], tuple[Draft, dict[str, Any]]],
+    extra: Mapping[str, Tensor] | None = None,
 ) -> tuple[int, int, int]:
     """Write config and weights, read them back with the importer, and only then put the folder in place.
 
-    Returns the counts of tensors, parameters and bytes. Raises ``UserError`` on a full disk or a folder that holds
-    other files, and ``RuntimeError`` when the importer does not give the same draft (a defect of ours).
+    ``extra`` are tensors that the format asks for and the draft does not have. Returns the counts of tensors,
+    parameters and bytes. Raises ``UserError`` on a full disk or a folder that holds other files, and ``RuntimeError``
+    when the importer does not give the same draft (a defect of ours).
     """
     state = draft.state_dict()
-    renamed = {rename(key): tensor for key, tensor in state.items()}
+    renamed = {rename(key): tensor for key, tensor in state.items()} | dict(extra or {})
     with atomic_folder(folder, tensors_bytes(renamed), EXPORTED_FILES) as new:
         write_tensors(new / WEIGHTS_FILE, renamed)
         atomic_write_json(new / CONFIG_FILE, config)

@@ -1,4 +1,4 @@
-"""The inverse of the exporters: a public Eagle3 checkpoint, in either format, as a draft of ours.
+"""The inverse of the exporters: a public Eagle3 or Eagle1 checkpoint, in any of their formats, as a draft of ours.
 
 Strict: every missing, extra, misshaped or non-finite tensor is named, and an option that our draft does not compute
 is refused by its name rather than dropped. No pickle is read.
@@ -6,132 +6,71 @@ is refused by its name rather than dropped. No pickle is read.
 
 from __future__ import annotations
 
-import copy
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import LlamaConfig
 
-from redraft.artifact import META_FILE, check_tensors, fill, load_draft, read_json, read_tensors, settle
-from redraft.drafts.eagle3 import Eagle3Config, Eagle3Draft, check_fit
+from redraft.artifact import META_FILE, check_tensors, fill, load_draft, read_json
+from redraft.drafts.base import Draft, check_fit
+from redraft.drafts.eagle3 import Eagle3Config, Eagle3Draft
 from redraft.errors import UserError
+from redraft.export import eagle1_format
 from redraft.export.base import CONFIG_FILE, TargetInfo, check_taps, check_vocabulary_map
+from redraft.export.reading import build_untrained, fetch, layer_faults, read_layer, read_rope, read_state
 from redraft.target import default_taps
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
-INDEX_FILE = "model.safetensors.index.json"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 EAGLE3_ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "Eagle3Speculator", "Eagle3DraftModel")
-
-# Older names of the same tensors.
-LEGACY = (
-    (re.compile(r"^model\."), ""),
-    (re.compile(r"^layers\.0\."), "midlayer."),
-    (re.compile(r"^aux_norm_low\."), "fc_norm.0."),
-    (re.compile(r"^aux_norm_mid\."), "fc_norm.1."),
-    (re.compile(r"^aux_norm_high\."), "fc_norm.2."),
-)
 
 
 def import_checkpoint(
     source: str | Path, target: Any, taps: tuple[int, ...] | None = None
-) -> tuple[Eagle3Draft, dict[str, Any]]:
-    """A draft from a folder or a hub id: speculators format, plain format, or redraft's own.
+) -> tuple[Draft, dict[str, Any]]:
+    """A draft from a folder or a hub id: an Eagle3 one in the speculators or plain format, an Eagle1 one as vLLM,
+    SGLang or EAGLE's own code has them, or redraft's own format.
 
-    ``target`` is whatever :meth:`TargetInfo.of` takes; ``taps`` overrules the checkpoint's feature ids. Tensors keep
-    their dtypes. Returns the draft and its metadata: format, source, verifier, notes and the config as it was found.
-    Raises ``UserError`` when the source cannot be read, is no Eagle3 checkpoint, or does not fit the target.
+    ``target`` is whatever :meth:`TargetInfo.of` takes; ``taps`` overrules the feature ids of an Eagle3 checkpoint.
+    Tensors keep their dtypes. Returns the draft and its metadata: family, format, source, verifier, notes and the
+    config as it was found. Raises ``UserError`` when the source cannot be read, is no such checkpoint, or does not fit
+    the target.
     """
     info, folder = TargetInfo.of(target), fetch(source)
     if (folder / META_FILE).is_file():
-        draft, meta = load_draft(folder)
-        check_fit(draft.config, info)
-        return draft, meta | {"format": "redraft", "source": str(source), "notes": []}
+        found, meta = load_draft(folder)
+        check_fit(found.config, info)
+        return found, meta | {"format": "redraft", "source": str(source), "notes": []}
     path = folder / CONFIG_FILE
     raw = read_json(path)
     notes: list[str] = []
+    draft: Draft
     try:
-        config = read_config(raw, info, path, notes, taps)
+        if kind := eagle1_format.kind_of(raw, folder):
+            draft = eagle1_format.read(raw, kind, info, folder, notes)
+            meta = {"family": "eagle1", "format": kind, "verifier": None}
+        else:
+            draft = _read_eagle3(raw, info, folder, notes, taps)
+            meta = {"family": "eagle3", "format": "speculators" if _speculators(raw) else "plain"}
+            meta["verifier"] = _verifier(raw)
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path} has a value of the wrong kind: {error}") from error
-    state = read_state(folder, config, notes)
+    return draft, meta | {"method": None, "source": str(source), "notes": notes, "source_config": raw}
+
+
+def _read_eagle3(
+    raw: dict[str, Any], info: TargetInfo, folder: Path, notes: list[str], taps: tuple[int, ...] | None
+) -> Eagle3Draft:
+    path = folder / CONFIG_FILE
+    config = read_config(raw, info, path, notes, taps)
+    state = _drop_identity_maps(read_state(folder, notes), config, notes)
     config = _with(config, own_embedding="embed_tokens.weight" in state)
     check_fit(config, info)
     check_taps(config.taps)
-    draft = _untrained(config, path)
+    draft = build_untrained(lambda: Eagle3Draft(config), path)
     check_tensors(state, draft.state_dict(), folder)
     check_vocabulary_map(state, config, folder)
     fill(draft, state)
-    meta = {"family": "eagle3", "method": None, "format": "speculators" if _speculators(raw) else "plain"}
-    meta |= {"source": str(source), "verifier": _verifier(raw), "notes": notes, "source_config": raw}
-    return draft, meta
-
-
-def _untrained(config: Eagle3Config, path: Path) -> Eagle3Draft:
-    try:
-        return Eagle3Draft(config)
-    except (KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise UserError(f"{path} describes no draft that can be built: {type(error).__name__} {error}") from error
-
-
-# -- finding the files -----------------------------------------------------------------------------------------------
-def fetch(source: str | Path) -> Path:
-    """The local folder of a checkpoint; a hub id is downloaded (config and safetensors only). Raises ``UserError``."""
-    folder = Path(source).expanduser()
-    settle(folder)
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise UserError(f"{source} is a file; name the folder of the checkpoint")
-    if not HUB_ID.fullmatch(str(source)):
-        raise UserError(f"{source} does not exist; name the folder of a draft checkpoint or a model id on the hub")
-    from huggingface_hub import snapshot_download
-
-    try:
-        patterns = [CONFIG_FILE, META_FILE, "*.safetensors", INDEX_FILE]
-        return Path(snapshot_download(str(source), allow_patterns=patterns, etag_timeout=10))
-    except Exception as error:  # the hub client raises many kinds; to the user they are one
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"{source} is no folder here and could not be fetched as a model id ({reason}); "
-            "check the name and the connection, or download the checkpoint and name its folder"
-        ) from error
-
-
-def read_state(folder: Path, config: Eagle3Config, notes: list[str]) -> dict[str, Tensor]:
-    """Every tensor of the checkpoint under our names, from one or several safetensors files. Raises ``UserError``."""
-    if (folder / INDEX_FILE).is_file():
-        listed = read_json(folder / INDEX_FILE).get("weight_map")
-        if not isinstance(listed, dict) or not all(isinstance(v, str) for v in listed.values()):
-            raise UserError(f"{folder / INDEX_FILE} has no weight_map; download it again")
-        files = sorted({folder / Path(name).name for name in listed.values()})
-    else:
-        files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        pickles = [entry.name for entry in sorted(folder.iterdir()) if entry.suffix in PICKLES]
-        found = f"only {', '.join(pickles[:3])}, and pickle is never read" if pickles else "no weights"
-        raise UserError(f"{folder} holds {found}; convert the weights to safetensors first")
-    state: dict[str, Tensor] = {}
-    for file in files:
-        for name, tensor in read_tensors(file).items():
-            ours = rename(name)
-            if ours.endswith("rotary_emb.inv_freq"):
-                notes.append(f"{name} was left out: the angles follow from the config")
-                continue
-            if ours in state:
-                raise UserError(f"{file} holds {name} a second time (as {ours}); keep one of them")
-            state[ours] = tensor
-    return _drop_identity_maps(state, config, notes)
-
-
-def rename(name: str) -> str:
-    """Our name of a tensor."""
-    for pattern, ours in LEGACY:
-        name = pattern.sub(ours, name)
-    return name
+    return draft
 
 
 def _drop_identity_maps(state: dict[str, Tensor], config: Eagle3Config, notes: list[str]) -> dict[str, Tensor]:
@@ -167,7 +106,7 @@ def read_config(
     eagle = raw.get("eagle_config")
     eagle = eagle if isinstance(eagle, dict) else {}
     _check_kind(raw, layer, eagle, path)
-    llama = _llama(layer, path)
+    llama = read_layer(layer, path)
     options: dict[str, Any] = {key: bool(raw.get(key, False)) for key in ("norm_before_fc", "fc_norm", "norm_output")}
     options["norm_before_fc"] = bool(eagle.get("norm_before_fc", options["norm_before_fc"]))
     options["fc_norm"] = options["fc_norm"] or bool(raw.get("use_aux_norm", False))
@@ -189,7 +128,7 @@ def read_config(
         draft_vocab_size=int(llama.vocab_size if vocabulary is None else vocabulary),
         taps=tuple(taps) if taps is not None else read_taps(raw, eagle, target, path, notes),
         rms_norm_eps=float(llama.rms_norm_eps),
-        rope_parameters=_rope(llama.rope_parameters),
+        rope_parameters=read_rope(llama.rope_parameters),
         max_position_embeddings=llama.max_position_embeddings,
         attention_bias=bool(llama.attention_bias),
         norm_before_residual=_speculators(raw) if residual is None else bool(residual),
@@ -204,46 +143,17 @@ def _check_kind(raw: dict[str, Any], layer: dict[str, Any], eagle: dict[str, Any
             raise UserError(f"{path} is a {raw['speculators_model_type']} speculator; only eagle3 can be imported")
     elif not set(raw.get("architectures") or ()) & set(EAGLE3_ARCHITECTURES):
         known = ", ".join(EAGLE3_ARCHITECTURES)
-        raise UserError(f"{path} has architectures {raw.get('architectures')}; an Eagle3 draft has one of {known}")
-    bias = layer.get("attention_bias", False)
-    wanted = {
-        "model_type": (layer.get("model_type") or "llama", ("llama", "eagle3")),
-        "num_hidden_layers": (layer.get("num_hidden_layers", 1), (1,)),
-        "hidden_act": (layer.get("hidden_act") or "silu", ("silu",)),
-        "mlp_bias": (bool(layer.get("mlp_bias")), (False,)),
-        "bias": (bool(layer.get("bias")), (False,)),
-        "qkv_bias": (bool(layer.get("qkv_bias", bias)), (bool(bias),)),
-        "sliding_attention": ("sliding_attention" in (layer.get("layer_types") or ()), (False,)),
-        "logit_scale": (layer.get("logit_scale") or 1.0, (1.0,)),
-        "use_aux_hidden_state": (eagle.get("use_aux_hidden_state", True), (True,)),
-        "quantization_config": (bool(raw.get("quantization_config")), (False,)),
-        "partial_rotary_factor": (_partial_rotary(layer), (1.0,)),
-    }
-    faults = [f"{key} {value!r}" for key, (value, allowed) in wanted.items() if value not in allowed]
+        raise UserError(
+            f"{path} has architectures {raw.get('architectures')}; an Eagle3 draft has one of {known}, an Eagle1 draft "
+            f"one of {', '.join(eagle1_format.ARCHITECTURES)}"
+        )
+    faults = layer_faults(raw, layer, ("llama", "eagle3"))
+    if layer.get("bias"):
+        faults.append(f"bias {layer['bias']!r}")
+    if not eagle.get("use_aux_hidden_state", True):
+        faults.append("use_aux_hidden_state False")
     if faults:
         raise UserError(f"{path} asks for what redraft does not compute: {', '.join(faults)}")
-
-
-def _rope(parameters: dict[str, Any]) -> dict[str, Any]:
-    """Without the older key ``type`` and the older name ``su``; transformers has merged all else."""
-    ours = {key: value for key, value in parameters.items() if key != "type"}
-    return ours | {"rope_type": "longrope" if ours.get("rope_type") == "su" else ours.get("rope_type", "default")}
-
-
-def _partial_rotary(layer: dict[str, Any]) -> float:
-    places = (layer, layer.get("rope_parameters") or {}, layer.get("rope_scaling") or {})
-    return next((place["partial_rotary_factor"] for place in places if place.get("partial_rotary_factor")), 1.0)
-
-
-def _llama(layer: dict[str, Any], path: Path) -> Any:
-    """The layer's keys through transformers' own Llama config: engines fill absent keys with the same defaults."""
-    values = copy.deepcopy(layer)
-    values["model_type"] = "llama"
-    values["architectures"] = None
-    try:
-        return LlamaConfig.from_dict(values)
-    except Exception as error:  # validation raises several kinds; all mean a bad value in the file
-        raise UserError(f"{path} is not a usable config: {' '.join(str(error).split())[:200]}") from error
 
 
 def read_taps(

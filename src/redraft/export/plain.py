@@ -6,10 +6,11 @@ SGLang would compute something else; ``sglang`` refuses there. Facts: vLLM 0.32,
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Any
 
+from redraft.drafts.base import Draft
+from redraft.drafts.eagle1 import Eagle1Draft
 from redraft.drafts.eagle3 import Eagle3Config, Eagle3Draft
 from redraft.errors import UserError
 from redraft.export.base import (
@@ -18,17 +19,20 @@ from redraft.export.base import (
     TargetInfo,
     dtype_name,
     layer_config,
+    legacy_rope,
     options,
     path_warnings,
     prepare,
     serve_command,
+    sglang_command,
     write_checkpoint,
 )
+from redraft.export.eagle1 import export_eagle1
 from redraft.export.importer import import_checkpoint
 
 
 @EXPORTERS.register("plain")
-def export_plain(draft: Eagle3Draft, folder: str | Path, target: Any, *, speculative_tokens: int = 5) -> ExportReport:
+def export_plain(draft: Draft, folder: str | Path, target: Any, *, speculative_tokens: int = 5) -> ExportReport:
     """Write the draft as a plain ``LlamaForCausalLMEagle3`` checkpoint, private expert merged.
 
     The format does not hold a draft length; ``speculative_tokens`` goes into the command of the report. Raises
@@ -38,12 +42,19 @@ def export_plain(draft: Eagle3Draft, folder: str | Path, target: Any, *, specula
 
 
 @EXPORTERS.register("sglang")
-def export_sglang(draft: Eagle3Draft, folder: str | Path, target: Any, *, speculative_tokens: int = 5) -> ExportReport:
-    """:func:`export_plain`, refused with ``UserError`` for a draft that SGLang would compute wrongly in silence."""
+def export_sglang(draft: Draft, folder: str | Path, target: Any, *, speculative_tokens: int = 5) -> ExportReport:
+    """:func:`export_plain`, refused with ``UserError`` for a draft that SGLang would compute wrongly in silence.
+
+    An Eagle1 draft is written as SGLang's algorithm EAGLE loads it, which is a format of its own.
+    """
     return _export("sglang", draft, Path(folder), TargetInfo.of(target), speculative_tokens)
 
 
-def _export(name: str, draft: Eagle3Draft, folder: Path, info: TargetInfo, tokens: int) -> ExportReport:
+def _export(name: str, draft: Draft, folder: Path, info: TargetInfo, tokens: int) -> ExportReport:
+    if isinstance(draft, Eagle1Draft):
+        if name == "sglang":
+            return export_eagle1(name, draft, folder, info, tokens)
+        raise UserError("an Eagle1 draft has no file that all engines load alike; export it for vllm or for sglang")
     dense, notes = prepare(draft, info)
     limits = sglang_limits(dense.config, info)
     if limits and name == "sglang":
@@ -51,7 +62,7 @@ def _export(name: str, draft: Eagle3Draft, folder: Path, info: TargetInfo, token
     if limits:
         notes.append(f"not for SGLang: {'; '.join(limits)}")
     counts = write_checkpoint(name, dense, folder, info, plain_config(dense), str, import_checkpoint)
-    serve = serve_command(folder, info, tokens) if name == "plain" else _sglang_command(folder, info, tokens)
+    serve = serve_command(folder, info, tokens) if name == "plain" else sglang_command(folder, info, tokens, "EAGLE3")
     return ExportReport(
         name,
         folder,
@@ -85,6 +96,8 @@ def plain_config(draft: Eagle3Draft) -> dict[str, Any]:
     return {
         "architectures": ["LlamaForCausalLMEagle3"],
         **layer_config(draft),
+        # Engines assume three features unless told otherwise here.
+        "num_aux_hidden_states": len(config.taps),
         "rope_theta": theta,
         "rope_scaling": scaling,
         "torch_dtype": dtype_name(draft),
@@ -97,17 +110,3 @@ def plain_config(draft: Eagle3Draft) -> dict[str, Any]:
             "eagle_aux_hidden_state_layer_ids": [k - 1 for k in config.taps],
         },
     }
-
-
-def legacy_rope(parameters: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
-    """``rope_theta`` and ``rope_scaling``, which older engines read and newer ones turn into ``rope_parameters``."""
-    rest = {key: value for key, value in parameters.items() if key != "rope_theta"}
-    plain = rest.get("rope_type", "default") == "default" and set(rest) <= {"rope_type"}
-    return parameters.get("rope_theta", 10000.0), None if plain else rest
-
-
-def _sglang_command(folder: Path, target: TargetInfo, tokens: int) -> str:
-    words = ["python", "-m", "sglang.launch_server", "--model-path", target.name, "--speculative-algorithm", "EAGLE3"]
-    words += ["--speculative-draft-model-path", str(folder), "--speculative-num-steps", str(tokens)]
-    words += ["--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", str(tokens + 1)]
-    return shlex.join(words)

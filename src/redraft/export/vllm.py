@@ -1,4 +1,4 @@
-"""The speculators format, which vLLM loads with every option of an Eagle3 draft.
+"""For vLLM: the speculators format, which it loads with every option of an Eagle3 draft.
 
 Config keys and tensor names follow the speculators package (0.9) and vLLM (0.32); see docs/formats.md.
 """
@@ -8,35 +8,42 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from redraft.drafts.base import Draft
+from redraft.drafts.eagle1 import Eagle1Draft
 from redraft.drafts.eagle3 import Eagle3Draft
 from redraft.errors import UserError
 from redraft.export.base import (
     EXPORTERS,
     ExportReport,
     TargetInfo,
+    check_tokens,
     dtype_name,
     layer_config,
     options,
     path_warnings,
     prepare,
     serve_command,
+    to_layers,
     write_checkpoint,
 )
+from redraft.export.eagle1 import export_eagle1
 from redraft.export.importer import import_checkpoint
 
 
 @EXPORTERS.register("vllm")
-def export_vllm(draft: Eagle3Draft, folder: str | Path, target: Any, *, speculative_tokens: int = 5) -> ExportReport:
+def export_vllm(draft: Draft, folder: str | Path, target: Any, *, speculative_tokens: int = 5) -> ExportReport:
     """Write the draft in the speculators format, private expert merged, for the fine-tuned ``target``.
 
-    ``speculative_tokens`` is the draft length that vLLM takes by default. Raises ``UserError`` where the draft does
-    not fit the target, is incomplete, or the target has no name for the engine to load.
+    An Eagle1 draft is written for vLLM's method ``eagle``, which is a format of its own. ``speculative_tokens`` is the
+    draft length that vLLM takes by default. Raises ``UserError`` where the draft does not fit the target, is
+    incomplete, or the target has no name for the engine to load.
     """
     info, folder = TargetInfo.of(target), Path(folder)
+    if isinstance(draft, Eagle1Draft):
+        return export_eagle1("vllm", draft, folder, info, speculative_tokens)
     if not info.name:
         raise UserError("the export names the target for the engine; give the target's path or model id")
-    if speculative_tokens < 1:
-        raise UserError(f"speculative tokens must be 1 or more, not {speculative_tokens}")
+    check_tokens(speculative_tokens)
     dense, notes = prepare(draft, info)
     config = speculators_config(dense, info, speculative_tokens)
     counts = write_checkpoint("vllm", dense, folder, info, config, to_layers, import_checkpoint)
@@ -50,15 +57,12 @@ def export_vllm(draft: Eagle3Draft, folder: str | Path, target: Any, *, speculat
     )
 
 
-def to_layers(name: str) -> str:
-    """This format numbers its layers: ``midlayer.x`` is ``layers.0.x``."""
-    return "layers.0." + name.removeprefix("midlayer.") if name.startswith("midlayer.") else name
-
-
 def speculators_config(draft: Eagle3Draft, target: TargetInfo, speculative_tokens: int) -> dict[str, Any]:
     """The whole config.json. It must carry no top-level ``model_type``: vLLM tells the format by that."""
     config = draft.config
-    layer = layer_config(draft) | {"rope_parameters": dict(config.rope_parameters), "dtype": dtype_name(draft)}
+    # Engines assume three features unless told otherwise here.
+    layer = layer_config(draft) | {"num_aux_hidden_states": len(config.taps)}
+    layer |= {"rope_parameters": dict(config.rope_parameters), "dtype": dtype_name(draft)}
     proposal = {
         "proposal_type": "greedy",
         "speculative_tokens": speculative_tokens,

@@ -13,7 +13,7 @@ import torch
 from redraft.artifact import META_FILE, load_private, read_json, tensors_hash
 from redraft.data.overlap import find_overlap, same_text
 from redraft.data.prompts import Conversation, check_length, template_ids
-from redraft.drafts.eagle3 import Eagle3Config, Eagle3Draft, check_fit
+from redraft.drafts.base import Draft, bind, check_fit, use_target_embedding
 from redraft.errors import UserError
 from redraft.evaluate.speed import Prompt
 from redraft.export import import_checkpoint
@@ -25,7 +25,7 @@ from redraft.target import Target
 class OpenDraft:
     """A draft with what is known of it. ``base_hash`` identifies the tensors as they were on disk."""
 
-    draft: Eagle3Draft
+    draft: Draft
     meta: dict[str, Any]
     base_hash: str
 
@@ -49,7 +49,7 @@ def open_draft(source: str | Path, target: Target, base: str | Path | None = Non
         shared = open_draft(base, target)
         draft, meta = load_private(folder, shared.draft, shared.base_hash)
         check_fit(draft.config, target)
-        return OpenDraft(draft.float(), meta, tensors_hash(draft.state_dict()))
+        return OpenDraft(bind(draft.float(), target), meta, tensors_hash(draft.state_dict()))
     draft, meta = import_checkpoint(source, target)
     base_hash = tensors_hash(draft.state_dict())
     expected = meta.get("tokenizer_hash")
@@ -57,17 +57,7 @@ def open_draft(source: str | Path, target: Target, base: str | Path | None = Non
         raise UserError(
             f"{source} was made for another tokenizer than the target's; give the draft of this model family"
         )
-    return OpenDraft(use_target_embedding(draft.float(), target), meta, base_hash)
-
-
-def use_target_embedding(draft: Eagle3Draft, target: Target) -> Eagle3Draft:
-    """The same draft on the target's own embeddings, where the widths allow it."""
-    if draft.embed_tokens is None or draft.config.hidden_size != target.hidden_size:
-        return draft
-    state = {k: v for k, v in draft.state_dict().items() if k != "embed_tokens.weight"}
-    bare = Eagle3Draft(Eagle3Config.from_dict({**draft.config.to_dict(), "own_embedding": False}), draft.vocabulary())
-    bare.load_state_dict(state)
-    return bare
+    return OpenDraft(bind(use_target_embedding(draft.float(), target), target), meta, base_hash)
 
 
 def split_prompts(

@@ -46,7 +46,7 @@ import torch
 from torch import Tensor
 
 from redraft.data.store import Row
-from redraft.drafts.eagle3 import Eagle3Draft
+from redraft.drafts.base import Draft, bind
 from redraft.errors import UserError
 from redraft.sampling import Sampler, warp
 from redraft.target import Target
@@ -74,9 +74,9 @@ def anchor_batches(rows: Sequence[Row], batch_anchors: int) -> Iterator[list[Row
         yield batch
 
 
-def matches(draft: Eagle3Draft, target: Target, batch: Batch, gamma: int) -> Tensor:
+def matches(draft: Draft, target: Target, batch: Batch, gamma: int) -> Tensor:
     """How many proposals in a row are right when a round starts at each anchor, [M], at most ``gamma``."""
-    vocabulary = draft.vocabulary()
+    vocabulary = bind(draft, target).vocabulary()
     right = []
     for step, states in enumerate(unroll(draft, target.embedding, batch, gamma)):
         right.append(vocabulary[draft.logits(states).argmax(-1)] == batch.future_MJ[:, step])
@@ -93,7 +93,7 @@ def walk(run_lengths: Sequence[int]) -> list[int]:
 
 
 def matches_by_key(
-    draft: Eagle3Draft, target: Target, rows: Sequence[Row], store: FeatureStore, gamma: int, batch_anchors: int
+    draft: Draft, target: Target, rows: Sequence[Row], store: FeatureStore, gamma: int, batch_anchors: int
 ) -> Iterator[tuple[str, list[int]]]:
     """Row by row its key and the run length at every anchor (see :func:`matches`)."""
     for group in anchor_batches(sorted(rows, key=lambda r: r.key), batch_anchors):
@@ -106,7 +106,7 @@ def matches_by_key(
 
 @torch.inference_mode()
 def simulate_greedy_chain(
-    draft: Eagle3Draft,
+    draft: Draft,
     target: Target,
     rows: Sequence[Row],
     store: FeatureStore,
@@ -124,7 +124,7 @@ def simulate_greedy_chain(
 
 @torch.inference_mode()
 def expected_rounds_sampled(
-    draft: Eagle3Draft,
+    draft: Draft,
     target: Target,
     rows: Sequence[Row],
     store: FeatureStore,
@@ -162,7 +162,7 @@ def _check_sampler(rows: Sequence[Row], sampler: Sampler) -> None:
             )
 
 
-def acceptance_given_text(draft: Eagle3Draft, target: Target, batch: Batch, gamma: int, sampler: Sampler) -> Tensor:
+def acceptance_given_text(draft: Draft, target: Target, batch: Batch, gamma: int, sampler: Sampler) -> Tensor:
     """w [M, J]: the chance that the j-th token behind each anchor came by acceptance, given that it came.
 
     min(1, draft / target) of that token under the warped distributions; 0 behind the end of the response and behind a
@@ -171,7 +171,7 @@ def acceptance_given_text(draft: Eagle3Draft, target: Target, batch: Batch, gamm
     gives it any.
     """
     place_V = torch.full((target.vocab_size,), -1, device=batch.future_MJ.device)
-    place_V[draft.vocabulary()] = torch.arange(draft.config.draft_vocab_size, device=place_V.device)
+    place_V[bind(draft, target).vocabulary()] = torch.arange(draft.config.draft_vocab_size, device=place_V.device)
     future_MJ = batch.future_MJ
     autocast = torch.autocast(target.device.type, torch.bfloat16, enabled=target.dtype == torch.bfloat16)
     # The target's probability of a token does not depend on where the round began: one row of logits an anchor.
@@ -230,7 +230,7 @@ def tau_of(accepted: Mapping[str, Sequence[int]], rows: Sequence[Row]) -> float:
 
 @torch.inference_mode()
 def row_alphas(
-    draft: Eagle3Draft, target: Target, rows: Sequence[Row], store: FeatureStore, batch_anchors: int = 256
+    draft: Draft, target: Target, rows: Sequence[Row], store: FeatureStore, batch_anchors: int = 256
 ) -> list[float]:
     """alpha of the first drafted position, averaged over each row's anchors, in the order of ``rows``.
 
@@ -238,7 +238,7 @@ def row_alphas(
     without an anchor give 0.
     """
     alphas = {row.key: 0.0 for row in rows}
-    vocabulary = draft.vocabulary()
+    vocabulary = bind(draft, target).vocabulary()
     for group in anchor_batches(sorted(rows, key=lambda r: r.key), batch_anchors):
         batch = collate(group, store, 1).to(target.device)
         with torch.autocast(target.device.type, torch.bfloat16, enabled=target.dtype == torch.bfloat16):

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from redraft.data.store import Row
+from redraft.drafts.base import Draft
 from redraft.drafts.eagle3 import Eagle3Draft
 from redraft.teacher.features import FeatureStore, anchors
 
@@ -122,7 +123,7 @@ class UnrollAttention:
         return x_MEW[self.batch.query_BA].transpose(1, 2).unsqueeze(2)
 
 
-def unroll(draft: Eagle3Draft, embedding: nn.Module, batch: Batch, steps: int) -> Iterator[Tensor]:
+def unroll(draft: Draft, embedding: nn.Module, batch: Batch, steps: int) -> Iterator[Tensor]:
     """Pre-norm states [M, H] of draft steps 0 .. ``steps`` - 1 at every anchor."""
     layer, anchor = draft.midlayer, batch.anchor_M
     fused_N = draft.fuse(batch.taps_N)
@@ -140,13 +141,13 @@ def unroll(draft: Eagle3Draft, embedding: nn.Module, batch: Batch, steps: int) -
         yield states_M
 
 
-def supervised(draft: Eagle3Draft, batch: Batch) -> Tensor:
+def supervised(draft: Draft, batch: Batch) -> Tensor:
     """Whether step j of an anchor can be reached and be right, [M, J].
 
     A chain reaches step j only through tokens that the draft can say, so an anchor is dropped from the first
     future token that lies outside the draft vocabulary or behind the end of the response.
     """
     inside = batch.future_MJ >= 0
-    if draft.reduced:
+    if isinstance(draft, Eagle3Draft) and draft.reduced:
         inside = inside & draft.t2d[batch.future_MJ.clamp(min=0)]
     return inside.long().cumprod(-1).bool()

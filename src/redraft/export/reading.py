@@ -1,0 +1,136 @@
+"""What the importers of all families share: finding a checkpoint's files, its tensors, and its one Llama layer."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor
+from transformers import LlamaConfig
+
+from redraft.artifact import META_FILE, read_json, read_tensors, settle
+from redraft.errors import UserError
+from redraft.export.base import CONFIG_FILE
+
+Built = TypeVar("Built")
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
+INDEX_FILE = "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+# Older names of the same tensors.
+LEGACY = (
+    (re.compile(r"^model\."), ""),
+    (re.compile(r"^layers\.0\."), "midlayer."),
+    (re.compile(r"^aux_norm_low\."), "fc_norm.0."),
+    (re.compile(r"^aux_norm_mid\."), "fc_norm.1."),
+    (re.compile(r"^aux_norm_high\."), "fc_norm.2."),
+)
+
+
+# -- finding the files -----------------------------------------------------------------------------------------------
+def fetch(source: str | Path) -> Path:
+    """The local folder of a checkpoint; a hub id is downloaded (config and safetensors only). Raises ``UserError``."""
+    folder = Path(source).expanduser()
+    settle(folder)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise UserError(f"{source} is a file; name the folder of the checkpoint")
+    if not HUB_ID.fullmatch(str(source)):
+        raise UserError(f"{source} does not exist; name the folder of a draft checkpoint or a model id on the hub")
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = [CONFIG_FILE, META_FILE, "*.safetensors", INDEX_FILE]
+        return Path(snapshot_download(str(source), allow_patterns=patterns, etag_timeout=10))
+    except Exception as error:  # the hub client raises many kinds; to the user they are one
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{source} is no folder here and could not be fetched as a model id ({reason}); "
+            "check the name and the connection, or download the checkpoint and name its folder"
+        ) from error
+
+
+def read_state(folder: Path, notes: list[str]) -> dict[str, Tensor]:
+    """Every tensor of the checkpoint under our names, from one or several safetensors files. Raises ``UserError``."""
+    if (folder / INDEX_FILE).is_file():
+        listed = read_json(folder / INDEX_FILE).get("weight_map")
+        if not isinstance(listed, dict) or not all(isinstance(v, str) for v in listed.values()):
+            raise UserError(f"{folder / INDEX_FILE} has no weight_map; download it again")
+        files = sorted({folder / Path(name).name for name in listed.values()})
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickles = [entry.name for entry in sorted(folder.iterdir()) if entry.suffix in PICKLES]
+        found = f"only {', '.join(pickles[:3])}, and pickle is never read" if pickles else "no weights"
+        raise UserError(f"{folder} holds {found}; convert the weights to safetensors first")
+    state: dict[str, Tensor] = {}
+    for file in files:
+        for name, tensor in read_tensors(file).items():
+            ours = rename(name)
+            if ours.endswith("rotary_emb.inv_freq"):
+                notes.append(f"{name} was left out: the angles follow from the config")
+                continue
+            if ours in state:
+                raise UserError(f"{file} holds {name} a second time (as {ours}); keep one of them")
+            state[ours] = tensor
+    return state
+
+
+def rename(name: str) -> str:
+    """Our name of a tensor."""
+    for pattern, ours in LEGACY:
+        name = pattern.sub(ours, name)
+    return name
+
+
+# -- the layer -------------------------------------------------------------------------------------------------------
+def layer_faults(raw: dict[str, Any], layer: dict[str, Any], model_types: tuple[str, ...]) -> list[str]:
+    """What a config asks of its layer that no draft of ours computes, in words; ``raw`` is the whole file."""
+    bias = layer.get("attention_bias", False)
+    wanted = {
+        "model_type": (layer.get("model_type") or "llama", model_types),
+        "num_hidden_layers": (layer.get("num_hidden_layers", 1), (1,)),
+        "hidden_act": (layer.get("hidden_act") or "silu", ("silu",)),
+        "mlp_bias": (bool(layer.get("mlp_bias")), (False,)),
+        "qkv_bias": (bool(layer.get("qkv_bias", bias)), (bool(bias),)),
+        "sliding_attention": ("sliding_attention" in (layer.get("layer_types") or ()), (False,)),
+        "logit_scale": (layer.get("logit_scale") or 1.0, (1.0,)),
+        "quantization_config": (bool(raw.get("quantization_config")), (False,)),
+        "partial_rotary_factor": (_partial_rotary(layer), (1.0,)),
+    }
+    return [f"{key} {value!r}" for key, (value, allowed) in wanted.items() if value not in allowed]
+
+
+def read_rope(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Without the older key ``type`` and the older name ``su``; transformers has merged all else."""
+    ours = {key: value for key, value in parameters.items() if key != "type"}
+    return ours | {"rope_type": "longrope" if ours.get("rope_type") == "su" else ours.get("rope_type", "default")}
+
+
+def _partial_rotary(layer: dict[str, Any]) -> float:
+    places = (layer, layer.get("rope_parameters") or {}, layer.get("rope_scaling") or {})
+    return next((place["partial_rotary_factor"] for place in places if place.get("partial_rotary_factor")), 1.0)
+
+
+def read_layer(layer: dict[str, Any], path: Path) -> Any:
+    """The layer's keys through transformers' own Llama config: engines fill absent keys with the same defaults."""
+    values = copy.deepcopy(layer)
+    values["model_type"] = "llama"
+    values["architectures"] = None
+    try:
+        return LlamaConfig.from_dict(values)
+    except Exception as error:  # validation raises several kinds; all mean a bad value in the file
+        raise UserError(f"{path} is not a usable config: {' '.join(str(error).split())[:200]}") from error
+
+
+def build_untrained(build: Callable[[], Built], path: Path) -> Built:
+    """What ``build`` makes of a config. Raises ``UserError`` where that is no draft."""
+    try:
+        return build()
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"{path} describes no draft that can be built: {type(error).__name__} {error}") from error

@@ -1,0 +1,106 @@
+"""EAGLE-1's objective: the draft regresses the target's next state, and its words through the target's head.
+
+    loss = 1.0 * SmoothL1(state, target state) + 0.1 * H(target's distribution, draft's distribution)
+
+(EAGLE, arXiv 2401.15077, section 4.2; weights ``v_w`` and ``p_w`` of its public training script.) SmoothL1 is the
+mean over the width, with torch's default of 1 for where it turns linear; the cross-entropy H takes the target's whole
+distribution over its whole vocabulary; both are means over supervised positions. There is one draft step, from the
+target's own states: what the draft would meet at later steps is imitated by noise on the input states, uniform in
+plus or minus 0.1 * 512 / L for a row of L tokens, as that script has it (``std`` 0.2 times a uniform number in
+[-0.5, 0.5), times 512 over the length). The paper's text says U(-0.1, 0.1), which is the same at 512 tokens. Targets
+of the regression carry no noise.
+
+Shape legend: N packed pairs, M supervised anchors, C anchors of a portion, H width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from redraft.drafts.base import Draft, bind
+from redraft.losses.rows import with_gradient
+from redraft.target import Target
+from redraft.teacher.unroll import Batch, unroll
+
+if TYPE_CHECKING:
+    from redraft.train.loop import TrainConfig
+
+# Positions whose logits over the whole vocabulary stand in memory at once.
+CHUNK = 128
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Weights of the two losses, and the noise: uniform in +-``noise`` on a row of ``noise_tokens`` tokens."""
+
+    state_weight: float = 1.0
+    word_weight: float = 0.1
+    noise: float = 0.1
+    noise_tokens: int = 512
+
+
+class RegressionObjective:
+    """A batch to a scalar loss. Rows, weights of the draft and ``config.seed`` decide it to the bit."""
+
+    def __init__(self, draft: Draft, target: Target, config: TrainConfig, recipe: Recipe = Recipe()) -> None:
+        """``config`` gives the seed of the noise; its loss and its draft steps play no part here."""
+        self.draft, self.target, self.seed, self.recipe = bind(draft, target), target, config.seed, recipe
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """The mean loss over the anchors of ``batch``."""
+        states_MH = next(unroll(self.draft, self.target.embedding, self.noisy(batch), 1))
+        recipe = self.recipe
+        loss = recipe.state_weight * F.smooth_l1_loss(states_MH.float(), batch.hidden_M.float())
+        return loss + recipe.word_weight * self.words(states_MH, batch.hidden_M)
+
+    def words(self, states_MH: Tensor, hidden_MH: Tensor) -> Tensor:
+        """Mean cross-entropy of the draft's words against the target's distribution.
+
+        The gradient at each state is computed portion by portion with its loss, so that memory does not grow with
+        anchors times vocabulary.
+        """
+        losses, gradients = [], []
+        for states, hidden in zip(states_MH.detach().split(CHUNK), hidden_MH.split(CHUNK), strict=True):
+            with torch.no_grad():
+                probs_CV = self.draft.logits(hidden).float().softmax(-1)
+            with torch.enable_grad():
+                states_CH = states.requires_grad_()
+                loss_C = -(probs_CV * self.draft.logits(states_CH).float().log_softmax(-1)).sum(-1)
+                gradients.append(torch.autograd.grad(loss_C.sum(), states_CH)[0])
+            losses.append(loss_C.detach())
+        return with_gradient(states_MH, torch.cat(losses), torch.cat(gradients)).mean()
+
+    # -- noise -------------------------------------------------------------------------------------------------
+    def noisy(self, batch: Batch) -> Batch:
+        """The batch with noise on the states that the draft reads."""
+        if not self.recipe.noise:
+            return batch
+        generator = torch.Generator().manual_seed(self.noise_seed(batch))
+        drawn_NH = torch.rand(batch.taps_N.shape, generator=generator).to(batch.taps_N.device)
+        width_N1 = 2 * self.recipe.noise * self.recipe.noise_tokens / row_lengths(batch)[:, None]
+        return replace(batch, taps_N=batch.taps_N.float() + (drawn_NH - 0.5) * width_N1)
+
+    def noise_seed(self, batch: Batch) -> int:
+        """A number that differs from step to step and is the same when a killed run comes back to the same step.
+
+        The weights stand for the place in training: a checkpoint restores them bit for bit, and every step moves
+        them, so that the same rows get other noise in another epoch.
+        """
+        digest = hashlib.sha256(f"{self.seed}|".encode())
+        digest.update(batch.ids_N.cpu().numpy().tobytes())
+        for parameter in self.draft.parameters():
+            if parameter.requires_grad:
+                digest.update(parameter.detach().flatten()[:8].float().cpu().numpy().tobytes())
+        return int.from_bytes(digest.digest()[:7], "big")
+
+
+def row_lengths(batch: Batch) -> Tensor:
+    """For every packed pair [N] the tokens of its row, prompt and response: two more than the row has pairs."""
+    row_N = (batch.positions_N == 0).long().cumsum(0) - 1
+    return row_N.bincount()[row_N] + 2
