@@ -1,0 +1,305 @@
+"""Prompts for users who have none: the target, given only its chat template's opening of a user turn, goes on to
+write what a user might ask (Magpie, arXiv 2406.08464).
+
+A chat model has seen users' turns in training and so has their distribution; a fine-tuned one leans towards what it
+was tuned on. Every draw depends on its number, the sampler and the seed alone; draws are stored as they come, so a
+killed run goes on where it stopped, and the questions kept are those of a run that was not killed (but for rounding
+that depends on what shares a batch).
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from redraft.data.generate import Completion, Request, generate
+from redraft.data.overlap import SENTINEL, words
+from redraft.data.prompts import Conversation, Message
+from redraft.data.store import Row, RowWriter, row_key
+from redraft.errors import UserError
+from redraft.sampling import Sampler
+from redraft.target import Target
+
+__all__ = ["NearDuplicates", "SelfPromptReport", "UserOpening", "self_prompts", "user_opening"]
+
+SAMPLER = Sampler(1.0, 0, 0.95)
+# Self-Instruct (arXiv 2212.10560) keeps an instruction whose overlap with all others is below 0.7; its measure is
+# ROUGE-L, ours the share of four-word shingles, which an index answers without comparing every pair.
+SHINGLE, SHARE = 4, 0.7
+LEAST_WORDS = 3
+# Text that deflates to less than this share repeats itself; ordinary questions of this length stay above 0.5.
+DEFLATED, DEFLATED_FROM = 0.35, 80
+# Fewer than one usable question in this many draws, and the model does not write users' turns.
+DRAWS_A_QUESTION = 8
+
+
+@dataclass(frozen=True)
+class UserOpening:
+    """What the chat template writes up to the first letter of a user's turn, and what ends the turn.
+
+    ``stop_ids`` is empty where no single token of its own ends a turn; ``ending`` is then looked for in the text.
+    """
+
+    ids: list[int]
+    ending: str
+    stop_ids: tuple[int, ...]
+
+
+@dataclass
+class SelfPromptReport:
+    """What a run did. ``tokens`` are those of new draws with their openings; ``dropped`` counts draws by reason."""
+
+    draws: int = 0
+    new: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    dropped: Counter[str] = field(default_factory=Counter)
+
+    def summary(self) -> str:
+        """One line for a person."""
+        kept = self.draws - sum(self.dropped.values())
+        why = ", ".join(f"{count} {reason}" for reason, count in sorted(self.dropped.items()))
+        return f"{kept} of {self.draws} questions that the target wrote itself are of use" + (
+            f" ({why})" if why else ""
+        )
+
+
+def user_opening(tokenizer: Any, system: str | None = None) -> UserOpening:
+    """The opening of a user's turn by the chat template, behind the ``system`` turn or the template's own.
+
+    Raises ``UserError`` when there is no template, it writes nothing in front of a user's text or nothing behind it,
+    or changes that text, so that the opening cannot be told.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError("the target's tokenizer has no chat template, so it has no opening of a user's turn")
+    messages: list[Message] = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": SENTINEL})
+    try:
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False))
+    except Exception as error:  # templates raise what they like
+        raise UserError(f"the chat template refuses a lone user turn: {error}; give a prompt file") from error
+    before, found, behind = text.partition(SENTINEL)
+    if not found or SENTINEL in behind or not before.strip() or not behind.strip():
+        raise UserError(
+            "the opening of a user's turn cannot be told from the chat template: it must write the user's text once, "
+            "with marks in front of it and behind it; give a prompt file"
+        )
+    ids = list(tokenizer(before, add_special_tokens=False).input_ids)
+    end = list(tokenizer(behind, add_special_tokens=False).input_ids)
+    stop = (end[0],) if end[0] in set(tokenizer.all_special_ids) | set(_added_ids(tokenizer)) else ()
+    return UserOpening(ids, behind.strip(), stop)
+
+
+def _added_ids(tokenizer: Any) -> Iterable[int]:
+    return getattr(tokenizer, "added_tokens_decoder", {})
+
+
+def self_prompts(
+    target: Target,
+    count: int,
+    seed: int,
+    path: str | Path,
+    *,
+    sampler: Sampler = SAMPLER,
+    max_new_tokens: int = 160,
+    batch_size: int = 64,
+    system: str | None = None,
+    progress: Callable[..., None] | None = None,
+) -> tuple[list[Conversation], SelfPromptReport]:
+    """``count`` different questions in the target's own words, and what became of the other draws.
+
+    The raw draws go to the response file ``path``; those that are there already are used again, so the same command
+    goes on after a kill. A draw is dropped that does not end, is empty or has hardly a word, repeats itself, holds
+    marks of the chat template or broken characters, or nearly is an earlier one. ``progress(questions, draws=n)`` is
+    called as draws come in. ``system`` is the system turn to be served with; it stands in the conversations too.
+
+    Raises ``UserError``: for a greedy sampler, a chat template without an opening, stored draws that do not belong
+    here, and when far too few draws are of use.
+    """
+    if count < 1:
+        raise UserError(f"the number of prompts must be 1 or more, not {count}")
+    if sampler.greedy:
+        raise UserError("greedy drafts of a user's turn are all the same; give a temperature above 0")
+    opening = user_opening(target.tokenizer, system)
+    if len(opening.ids) + max_new_tokens > target.context:
+        raise UserError(f"{max_new_tokens} new tokens do not fit into the target's context of {target.context}")
+    with RowWriter(path) as writer:
+        run = _Run(target, opening, sampler, seed, max_new_tokens, batch_size, system, writer, progress)
+        return run.collect(count), run.report
+
+
+class _Run:
+    """The state of one run."""
+
+    def __init__(
+        self,
+        target: Target,
+        opening: UserOpening,
+        sampler: Sampler,
+        seed: int,
+        max_new_tokens: int,
+        batch_size: int,
+        system: str | None,
+        writer: RowWriter,
+        progress: Callable[..., None] | None,
+    ) -> None:
+        self.target, self.opening, self.sampler, self.seed = target, opening, sampler, seed
+        self.max_new_tokens, self.batch_size, self.system = max_new_tokens, batch_size, system
+        self.writer, self.progress = writer, progress
+        self.hash = target.content_hash()
+        self.report = SelfPromptReport()
+        self.kept: list[Conversation] = []
+        self.seen = NearDuplicates()
+        self.stored = {row.key: row for row in writer.rows}
+        self._check_stored()
+
+    def _check_stored(self) -> None:
+        wanted = (self.hash, self.opening.ids, self.sampler, self.seed)
+        for row in self.stored.values():
+            found = (row.target_hash, row.prompt_ids, Sampler(row.temperature, row.top_k, row.top_p), row.seed)
+            right_end = len(row.response_ids) == self.max_new_tokens or row.finish_reason == "stop"
+            if found != wanted or not right_end or len(row.response_ids) > self.max_new_tokens:
+                raise UserError(
+                    f"{self.writer.path} holds draws of another target, template, sampler, seed or length "
+                    f"({row.key}); name another file, or delete this one"
+                )
+
+    def collect(self, count: int) -> list[Conversation]:
+        """Draw in waves and judge in the order of the numbers, until ``count`` questions are kept."""
+        began, most = time.monotonic(), DRAWS_A_QUESTION * count + self.batch_size
+        try:
+            while len(self.kept) < count:
+                done = self.report.draws
+                if done >= most:
+                    raise UserError(
+                        f"only {len(self.kept)} different questions came out of {done} draws, {count} are asked for; "
+                        "ask for fewer, raise the temperature, or give a prompt file"
+                    )
+                # Enough for what is missing at the yield so far, and never less than a full batch.
+                share = max(len(self.kept) / done if done else 0.8, 1 / DRAWS_A_QUESTION)
+                wave = max(self.batch_size, round(1.1 * (count - len(self.kept)) / share))
+                numbers = range(done, min(done + wave, most))
+                self._draw(numbers)
+                for number in numbers:
+                    self._judge(number)
+                    if len(self.kept) == count:
+                        break
+        finally:
+            self.report.seconds = time.monotonic() - began
+        return self.kept
+
+    def _key(self, number: int) -> str:
+        return row_key(f"self/{number}", self.sampler.temperature)
+
+    def _draw(self, numbers: Sequence[int]) -> None:
+        """Complete the draws of these numbers in the file."""
+        missing = {self._key(number): number for number in numbers if self._key(number) not in self.stored}
+        requests = [Request(key, self.opening.ids, self.sampler, self.seed) for key in missing]
+        buffer: list[Row] = []
+        try:
+            for done in generate(
+                self.target, requests, self.max_new_tokens, self.batch_size, stop_ids=self.opening.stop_ids
+            ):
+                buffer.append(self._row(missing[done.request.key], done))
+                self.report.new += 1
+                self.report.tokens += len(self.opening.ids) + len(done.response_ids)
+                if len(buffer) >= self.batch_size:
+                    self._store(buffer)
+                    buffer = []
+        finally:
+            self._store(buffer)
+
+    def _row(self, number: int, done: Completion) -> Row:
+        return Row(
+            id=f"self/{number}",
+            prompt_ids=self.opening.ids,
+            response_ids=done.response_ids,
+            temperature=self.sampler.temperature,
+            top_k=self.sampler.top_k,
+            top_p=self.sampler.top_p,
+            seed=self.seed,
+            finish_reason=done.finish_reason,
+            target_hash=self.hash,
+        )
+
+    def _store(self, rows: list[Row]) -> None:
+        self.writer.append(rows)
+        self.stored.update({row.key: row for row in rows})
+        if self.progress is not None:
+            self.progress(len(self.kept), draws=len(self.stored))
+
+    def _judge(self, number: int) -> None:
+        """Keep the draw of this number, or count why not."""
+        self.report.draws += 1
+        text, finished = self._text(self.stored[self._key(number)])
+        reason = "unfinished" if not finished else unusable(text, self._marks())
+        if reason is None and not self.seen.add(text):
+            reason = "near duplicates"
+        if reason is not None:
+            self.report.dropped[reason] += 1
+            return
+        messages: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
+        messages.append({"role": "user", "content": text})
+        self.kept.append(Conversation(f"self/{self.seed}/{number}", messages))
+
+    def _text(self, row: Row) -> tuple[str, bool]:
+        """The text of a draw up to the end of the turn, and whether that end came."""
+        ids = row.response_ids[:-1] if row.finish_reason == "stop" else row.response_ids
+        text = self.target.tokenizer.decode(ids, skip_special_tokens=False)
+        if self.opening.stop_ids:
+            return text.strip(), row.finish_reason == "stop"
+        head, found, _ = text.partition(self.opening.ending)
+        return head.strip(), bool(found) or row.finish_reason == "stop"
+
+    def _marks(self) -> tuple[str, ...]:
+        return (self.opening.ending, *self.target.tokenizer.all_special_tokens)
+
+
+# -- what is of use --------------------------------------------------------------------------------------------------
+def unusable(text: str, marks: Sequence[str]) -> str | None:
+    """Why a question is of no use, or None: ``empty``, ``marked`` by the template or broken, ``repetitive``."""
+    found = words(text)
+    if len(found) < LEAST_WORDS:
+        return "empty"
+    if "\ufffd" in text or any(mark in text for mark in marks):
+        return "marked"
+    data = text.encode()
+    if len(data) >= DEFLATED_FROM and len(zlib.compress(data, 9)) < DEFLATED * len(data):
+        return "repetitive"
+    if len(found) >= 2 * SHINGLE and len(set(found)) * 4 < len(found):
+        return "repetitive"
+    return None
+
+
+class NearDuplicates:
+    """Texts that are not near each other: shared shingles of four words, found through an index.
+
+    Two texts are near when they share 0.7 of the shingles of the shorter one and that one has no number that the
+    other lacks: a problem with other numbers is another problem.
+    """
+
+    def __init__(self) -> None:
+        self.holders: dict[tuple[str, ...], list[int]] = {}
+        self.texts: list[tuple[set[tuple[str, ...]], set[str]]] = []
+
+    def add(self, text: str) -> bool:
+        """Keep a text unless it nearly is one that is kept; whether it was kept."""
+        found = words(text)
+        span = min(SHINGLE, len(found))
+        shingles = {tuple(found[i : i + span]) for i in range(len(found) - span + 1)}
+        numbers = {word for word in found if any(map(str.isdigit, word))}
+        shared = Counter(index for shingle in shingles for index in self.holders.get(shingle, ()))
+        for index, count in shared.items():
+            others, their_numbers = self.texts[index]
+            small, large = (numbers, their_numbers) if len(shingles) <= len(others) else (their_numbers, numbers)
+            if count >= SHARE * min(len(shingles), len(others)) and small <= large:
+                return False
+        for shingle in shingles:
+            self.holders.setdefault(shingle, []).append(len(self.texts))
+        self.texts.append((shingles, numbers))
+        return True

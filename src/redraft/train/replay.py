@@ -1,0 +1,243 @@
+"""On-policy replay: train on the states that the present draft itself reaches in rounds that it loses.
+
+Training-time test weighs every anchor and every draft step alike. Decoding does not visit them alike: rounds start
+where the last one failed, and a late step is reached only by getting the earlier ones right. Replay walks the rounds
+of the present draft over stored responses and weighs each state (anchor, step) by how often decoding reaches it in a
+round that ends early.
+
+No decoding is needed for that. Up to its first rejected token a round of a chain conditions on accepted tokens, and
+those are the response's own; the draft's inputs are therefore the teacher-forced ones, and the walk over stored
+responses visits the very states that decoding would (see :mod:`redraft.teacher.simulate`). With v(m) the chance that
+a round starts at anchor m, w_i the chance that its i-th token is accepted and R_j = w_1 ... w_j,
+
+    reached(m, j) = v(m) (R_j - R_L)          in a round that ends early, given the text
+    failed(m, j)  = v(m) (R_j - R_j+1)        and ends at this very step,
+
+where L is the number of steps at which the draft can be right at all: a round stopped by the end of the response, or
+by a token outside the draft's vocabulary, shows nothing that training could mend. Greedy rounds have w in {0, 1}, so
+both are indicators; sampled rounds give expectations, which are exact.
+
+Shape legend: M packed anchors, A anchors of one response, J draft steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from redraft.data.store import REFERENCE, Row
+from redraft.errors import UserError
+from redraft.sampling import Sampler
+from redraft.target import Target
+from redraft.teacher.features import FeatureStore, anchors
+from redraft.teacher.simulate import acceptance_given_text, anchor_batches, matches, visits
+from redraft.teacher.unroll import Batch, collate, supervised, unroll
+from redraft.train.loop import TrainConfig, Trainer, batch_order
+from redraft.train.objective import Objective, UnrollObjective, WithExtraLoss
+
+
+@dataclass(frozen=True)
+class ReplayConfig:
+    """``passes`` of replay after the first training (0 is off), each of ``epochs`` at ``rate`` times its learning rate.
+
+    Weights of a state: ``accepted`` for a step that a lost round still got right, ``failed`` for the one that ended
+    it, ``floor`` for every state that the draft can be right at, reached or not. Raises ``UserError``.
+    """
+
+    passes: int = 0
+    epochs: float = 1.0
+    rate: float = 0.3
+    accepted: float = 1.0
+    failed: float = 1.0
+    floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.passes < 0 or self.epochs <= 0 or self.rate <= 0:
+            raise UserError("replay: passes must be 0 or more, epochs and rate above 0")
+        if min(self.accepted, self.floor) < 0 or self.failed <= 0:
+            raise UserError("replay: weights must not be negative, and that of the failed step above 0")
+
+
+@dataclass
+class ReplayStates:
+    """Weights [A, J] of the states of each row by its key, and what the walk met. Rounds are expectations."""
+
+    weights: dict[str, Tensor]
+    rounds: float
+    lost_rounds: float
+
+    def summary(self) -> str:
+        """One line for a person."""
+        share = self.lost_rounds / self.rounds if self.rounds else 0.0
+        return f"{self.lost_rounds:,.0f} of {self.rounds:,.0f} rounds ended early ({share:.0%})"
+
+
+@torch.no_grad()
+def replay_states(
+    draft: Any,
+    target: Target,
+    rows: Sequence[Row],
+    store: FeatureStore,
+    gamma: int,
+    config: ReplayConfig,
+    batch_anchors: int = 1024,
+    greedy_drafts: bool = False,
+) -> ReplayStates:
+    """Walk the rounds of a chain of ``gamma`` over responses of the target, each under its own sampler.
+
+    Rows whose rounds all went through are left out of ``weights``. ``greedy_drafts``: the draft proposes its
+    likeliest token also where the target samples. Raises ``UserError`` for reference answers, which decoding would
+    not produce.
+    """
+    strangers = [row.key for row in rows if row.source == REFERENCE]
+    if strangers:
+        raise UserError(f"replay needs the target's own responses; {strangers[0]} is a reference answer")
+    groups: dict[Sampler, list[Row]] = {}
+    for row in sorted(rows, key=lambda r: r.key):
+        sampler = Sampler() if greedy_drafts else Sampler(row.temperature, row.top_k, row.top_p)
+        groups.setdefault(sampler, []).append(row)
+    found = ReplayStates({}, 0.0, 0.0)
+    for sampler, group in groups.items():
+        for part in anchor_batches(group, batch_anchors):
+            _walk(draft, target, part, collate(part, store, gamma).to(target.device), gamma, sampler, config, found)
+    return found
+
+
+def _walk(
+    draft: Any,
+    target: Target,
+    rows: Sequence[Row],
+    batch: Batch,
+    gamma: int,
+    sampler: Sampler,
+    config: ReplayConfig,
+    found: ReplayStates,
+) -> None:
+    """Add the rows of one batch to ``found``."""
+    counts = [anchors(row) for row in rows]
+    steps_M = supervised(draft, batch).sum(-1).cpu().split(counts)
+    chances_MJ = acceptance_chances(draft, target, batch, gamma, sampler).cpu().split(counts)
+    for row, chances, steps in zip(rows, chances_MJ, steps_M, strict=True):
+        reached, failed = lost_states(chances.double().numpy(), steps.numpy())
+        sayable = np.arange(gamma) < steps.numpy()[:, None]
+        weight = config.accepted * (reached - failed) + config.failed * failed + config.floor * sayable
+        found.rounds += float(visits(chances.double().numpy()).sum())
+        found.lost_rounds += float(failed.sum())
+        if failed.sum() > 0:
+            found.weights[row.key] = torch.from_numpy(weight).float()
+
+
+def acceptance_chances(draft: Any, target: Target, batch: Batch, gamma: int, sampler: Sampler) -> Tensor:
+    """w [M, J]: the chance that the j-th token behind each anchor comes by acceptance, given the text.
+
+    Greedy chains have 1 up to the first wrong proposal and 0 behind it.
+    """
+    if not sampler.greedy:
+        return acceptance_given_text(draft, target, batch, gamma, sampler)
+    with torch.autocast(target.device.type, torch.bfloat16, enabled=target.dtype == torch.bfloat16):
+        runs_M = matches(draft, target, batch, gamma)
+    return (torch.arange(gamma, device=runs_M.device) < runs_M.unsqueeze(-1)).float()
+
+
+def lost_states(
+    chances_AJ: npt.NDArray[np.float64], steps_A: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """(reached, failed) [A, J] of one response: how often each state is met in a round that ends early, and how often
+    the round ends there. ``steps_A`` is the number of steps at which the draft can be right behind each anchor.
+    """
+    count, gamma = chances_AJ.shape
+    through = np.concatenate([np.ones((count, 1)), np.cumprod(chances_AJ, axis=1)], axis=1)
+    passed = np.take_along_axis(through, steps_A[:, None], axis=1)
+    inside = np.arange(gamma) < steps_A[:, None]
+    starts = visits(chances_AJ)[:, None]
+    reached = np.where(inside, starts * (through[:, :gamma] - passed), 0.0)
+    failed = np.where(inside, starts * (through[:, :gamma] - through[:, 1:]), 0.0)
+    return reached, failed
+
+
+# -- training --------------------------------------------------------------------------------------------------------
+@dataclass
+class ReplayBatch(Batch):
+    """Packed rows with the weight of every state, [M, J]."""
+
+    weight_MJ: Tensor
+
+    def to(self, device: torch.device) -> ReplayBatch:
+        return ReplayBatch(**{name: value.to(device) for name, value in vars(self).items()})
+
+
+class ReplayObjective(UnrollObjective):
+    """The weighted mean of the loss over the states of a batch.
+
+    One mean over all steps and no step decay: the weights say already how often a step is reached.
+    """
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """The loss of a :class:`ReplayBatch`, ready for ``backward``."""
+        assert isinstance(batch, ReplayBatch)
+        teacher_MD = self.teacher_logits(batch)
+        inside_MJ = supervised(self.draft, batch)
+        total, weights = torch.zeros((), device=teacher_MD.device), torch.zeros((), device=teacher_MD.device)
+        for step, states_MH in enumerate(unroll(self.draft, self.target.embedding, batch, self.config.unroll)):
+            weight_M = batch.weight_MJ[:, step] * inside_MJ[:, step]
+            index = weight_M.nonzero().squeeze(-1)
+            if not len(index):
+                break
+            summed, count = self.loss(self.draft.logits(states_MH[index]), teacher_MD[index + step], weight_M[index])
+            total, weights = total + summed, weights + count
+        return total / weights.clamp(min=1e-9)
+
+
+class ReplayTrainer(Trainer):
+    """A :class:`Trainer` over the rows that lost a round, on the states where decoding meets them."""
+
+    def __init__(
+        self,
+        draft: Any,
+        target: Target,
+        store: FeatureStore,
+        rows: Sequence[Row],
+        heldout: Sequence[Row],
+        config: TrainConfig,
+        folder: Path,
+        states: Mapping[str, Tensor],
+    ) -> None:
+        """``config.unroll`` must be the steps of ``states``. Raises ``UserError`` as :class:`Trainer` does, for a
+        draft family that is not trained by unrolling, and when no round was lost."""
+        if not states:
+            raise UserError("no round ended early, so there is nothing to replay")
+        if getattr(draft, "objective", "unroll") != "unroll":
+            raise UserError(f"replay is for drafts that train by unrolling; {type(draft).__name__} does not")
+        self.states = states
+        super().__init__(draft, target, store, [r for r in rows if r.key in states], heldout, config, folder)
+        objective: Objective = ReplayObjective(self.draft, target, config)
+        self.objective = WithExtraLoss(objective, self.draft) if hasattr(self.draft, "extra_loss") else objective
+
+    def batches(self, begin: int, end: int) -> Any:
+        """As the trainer's, each with the weights of its states."""
+        epoch, order, offset = 0, batch_order(self.rows, self.config, 0), 0
+        for step in range(begin, end):
+            while step - offset >= len(order):
+                offset, epoch = offset + len(order), epoch + 1
+                order = batch_order(self.rows, self.config, epoch)
+            rows = order[step - offset]
+            plain = collate(rows, self.store, self.config.unroll)
+            weighted = ReplayBatch(**vars(plain), weight_MJ=torch.cat([self.states[row.key] for row in rows]))
+            yield weighted.to(self.target.device), sum(map(anchors, rows))
+
+
+def replay_settings(config: TrainConfig, replay: ReplayConfig) -> TrainConfig:
+    """The settings of a pass: shorter, slower, and unrolled as far as a round can go."""
+    return replace(
+        config,
+        epochs=replay.epochs,
+        learning_rate=config.learning_rate * replay.rate,
+        unroll=config.gamma,
+    )
