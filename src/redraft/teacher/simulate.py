@@ -55,6 +55,8 @@ from redraft.teacher.unroll import Batch, collate, unroll
 
 # Rows of logits that are warped at once. Small, because one flat row makes top-p sort its whole portion.
 CHUNK = 32
+# Rows of logits whose best token is looked for at once.
+ROWS = 256
 
 
 def anchor_batches(rows: Sequence[Row], batch_anchors: int) -> Iterator[list[Row]]:
@@ -79,7 +81,9 @@ def matches(draft: Draft, target: Target, batch: Batch, gamma: int) -> Tensor:
     vocabulary = bind(draft, target).vocabulary()
     right = []
     for step, states in enumerate(unroll(draft, target.embedding, batch, gamma)):
-        right.append(vocabulary[draft.logits(states).argmax(-1)] == batch.future_MJ[:, step])
+        # In portions: a family that speaks the whole vocabulary has a wide row of logits.
+        best = torch.cat([draft.logits(part).argmax(-1) for part in states.split(ROWS)])
+        right.append(vocabulary[best] == batch.future_MJ[:, step])
     return torch.stack(right, -1).long().cumprod(-1).sum(-1)
 
 
