@@ -19,12 +19,14 @@ from redraft.decode import make_decoder
 from redraft.decode.batched import BatchedChainDecoder
 from redraft.decode.engine import ChainDecoder, PlainDecoder
 from redraft.decode.static import StaticChainDecoder
-from redraft.decode.tree import parse_shape
+from redraft.decode.tree import ChainShape, parse_shape
 from redraft.drafts.base import check_fit, family_of, fresh, use_target_embedding
 from redraft.drafts.eagle1 import FINAL_TAP, Eagle1Config, Eagle1Draft, fresh_eagle1
 from redraft.drafts.experts import attach_private, merge_private
 from redraft.drafts.groups import PrivateSize, group_of, prepare
 from redraft.errors import UserError
+from redraft.evaluate.speed import BenchConfig, Prompt, bench
+from redraft.pipeline.probe import probe
 from redraft.sampling import Sampler
 from redraft.target import FINAL, Target
 from redraft.teacher.features import FeatureStore, anchors
@@ -165,6 +167,17 @@ def test_sampled_output_follows_the_target(noise, sampler, tiny_target):
     target = tiny_target("llama", num_hidden_layers=2, taps=(FINAL,))
     decoder = ChainDecoder(target, shaken(fresh_eagle1(target), noise), gamma=2, sampler=sampler)
     assert TOYS.pairs_misfit(decoder, [5, 9, 70], 250) < 4.5
+
+
+def test_probe_and_benchmark_take_both_families_side_by_side(target):
+    drafts = {name: fresh(name, target, range(100), seed=1) for name in ("eagle1", "eagle3")}
+    prompts = [Prompt(f"p{i}", ids) for i, ids in enumerate(TOYS.prompts(3))]
+    found = probe(target, drafts["eagle1"], prompts, GAMMA, max_new_tokens=12)
+    assert found.tau["value"] >= 1 and found.round_cost > 0
+    config = BenchConfig(ChainShape(GAMMA), max_new_tokens=12, contest_prompts=1, alpha_prompts=1)
+    result = bench({"float32": target}, drafts, prompts, config, {}).result
+    for figures in result["drafts"].values():
+        assert figures["identical_to_plain"] == len(prompts) and 0 < figures["alpha"]["value"] <= 1
 
 
 # -- features and simulation -----------------------------------------------------------------------------------------
