@@ -67,39 +67,55 @@ def ridge(
     draft's. Raises ``UserError`` when the targets differ in shape, fewer than two rows can be used, or the draft's
     ``fc`` reads anything besides the target's features.
     """
+    train, heldout = moments(draft, target, base_target, rows, batch_tokens, progress)
+    tokens, found = train.samples + heldout.samples, fit(train, heldout)
+    if found.ratio is None:
+        moved = float((train + heldout).square) > 0
+        why = "no strength beats the old fc on held-out rows" if moved else "both targets give the same features"
+        note = f"ridge: {why}; the draft stays as it is"
+        return draft, RidgeReport((), (note,), found.errors, None, tokens)
+    note = (
+        f"ridge: fc solved on {tokens:,} positions; the distance of fused features to the base target's falls to "
+        f"{found.error:.0%} of its square on held-out rows (strength {found.ratio:g})"
+    )
+    return resolved(draft, found.correction_HF), RidgeReport(("fc.weight",), (note,), found.errors, found.ratio, tokens)
+
+
+def resolved(draft: Any, correction_HF: Tensor) -> Any:
+    """A copy of ``draft`` with the correction [H, K*F] added to its ``fc``."""
+    solved = copy.deepcopy(draft)
+    with torch.no_grad():
+        weight = solved.fc.weight
+        weight.copy_((weight.double() + correction_HF.to(weight.device)).to(weight.dtype))
+    return solved
+
+
+def moments(
+    draft: Any,
+    target: Target,
+    base_target: Target,
+    rows: Sequence[Row],
+    batch_tokens: int = 2048,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[Moments, Moments]:
+    """The sums of the regression over the rows to fit on and over those held out; arguments as of :func:`ridge`."""
     check_same_shape(target, base_target)
     used = sorted((row for row in rows if anchors(row)), key=lambda row: row.key)
     if len(used) < 2:
         raise UserError(f"ridge needs two responses or more, one of them to hold out; {len(used)} can be used")
-    heldout = {row.key for row in used[:: min(HELDOUT_EVERY, len(used))]}
+    kept_back = {row.key for row in used[:: min(HELDOUT_EVERY, len(used))]}
     for model in (target, base_target):
         model.tap(draft.config.taps)
     outputs, inputs = draft.fc.weight.shape
-    train, kept_back = (Moments(inputs, outputs, target.device) for _ in range(2))
-    tokens = 0
+    train, heldout = (Moments(inputs, outputs, draft.fc.weight.device) for _ in range(2))
     for row, finetuned_NKF, base_NKF in paired_taps(used, target, base_target, batch_tokens):
         x, now_NH = fc_input_and_output(draft, finetuned_NKF)
         _, wanted_NH = fc_input_and_output(draft, base_NKF)
         weight_N = 1 / wanted_NH.double().square().sum(-1).clamp(min=1e-12)
-        (kept_back if row.key in heldout else train).add(x, wanted_NH - now_NH, weight_N)
-        tokens += len(x)
+        (heldout if row.key in kept_back else train).add(x, wanted_NH - now_NH, weight_N)
         if progress:
-            progress(tokens)
-    found = fit(train, kept_back)
-    if found.ratio is None:
-        moved = float((train + kept_back).square) > 0
-        why = "no strength beats the old fc on held-out rows" if moved else "both targets give the same features"
-        note = f"ridge: {why}; the draft stays as it is"
-        return draft, RidgeReport((), (note,), found.errors, None, tokens)
-    solved = copy.deepcopy(draft)
-    with torch.no_grad():
-        weight = solved.fc.weight
-        weight.copy_((weight.double() + found.correction_HF.to(weight.device)).to(weight.dtype))
-    note = (
-        f"ridge: fc solved on {len(used)} responses ({tokens:,} positions); the distance of fused features to the "
-        f"base target's falls to {found.error:.0%} of its square on held-out rows (strength {found.ratio:g})"
-    )
-    return solved, RidgeReport(("fc.weight",), (note,), found.errors, found.ratio, tokens)
+            progress(train.samples + heldout.samples)
+    return train, heldout
 
 
 def fc_input_and_output(draft: Any, taps_NKF: Tensor) -> tuple[Tensor, Tensor]:
