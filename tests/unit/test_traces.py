@@ -96,6 +96,25 @@ def test_raw_text_is_what_the_engine_had(log: Callable[..., Path], tiny_tokenize
     assert len(said) == 1 and "hold no special token" in said[0]
 
 
+def test_an_answer_as_openai_servers_send_it(log: Callable[..., Path], tiny_tokenizer: Any) -> None:
+    choice = {"index": 0, "message": {"role": "assistant", "content": "second"}, "finish_reason": "stop"}
+    prompt = "<|im_start|>user\ntwo<|im_end|>\n<|im_start|>assistant\n"
+    rows = read_traces(
+        log(
+            {"messages": answered("two", "second"), "id": "whole"},
+            {"messages": user("two"), "choices": [choice], "id": "parts"},
+            {"prompt": prompt, "choices": [{"text": "second"}], "id": "raw"},
+            {"prompt": "t", "completion": "he end", "id": "border"},
+        ),
+        tiny_tokenizer,
+        "cafe",
+    )
+    # The first three are one exchange.
+    assert [row.id for row in rows] == ["whole", "border"]
+    # "t" and "he" would make "th" and "e" in one text; the prompt was sent as it is.
+    assert tiny_tokenizer.convert_ids_to_tokens([*rows[1].prompt_ids, *rows[1].response_ids[:1]]) == ["t", "he"]
+
+
 def test_repeated_exchanges_count_once_and_long_answers_are_cut(log: Callable[..., Path], tiny_tokenizer: Any) -> None:
     said: list[str] = []
     record = {"messages": answered("one", "a long answer")}
@@ -145,7 +164,6 @@ GOOD = {"prompt_ids": [1, 9], "response_ids": [20, EOS]}
         ({"messages": [*answered("x", "y"), {"role": "assistant", "content": "z"}]}, "does not stand behind a user"),
         ({"messages": answered("x", " ")}, "answer is empty"),
         ({"messages": answered("x", "na\u00efve")}, "unchanged (from character 3 on"),
-        ({"prompt": "caf\u00e9", "completion": "x"}, "the prompt does not come back"),
         ({"prompt": "x", "completion": "caf\u00e9"}, "the completion does not come back"),
         ({"prompt": "x", "completion": ""}, "empty prompt or completion"),
     ],
@@ -171,6 +189,7 @@ def test_half_a_character_at_the_end_is_no_other_tokenizer(log: Callable[..., Pa
     ids = tiny_tokenizer("it is", add_special_tokens=False).input_ids
     record = {"prompt_ids": [1], "response_ids": ids, "completion": "it is\ufffd", "finish_reason": "length"}
     assert read_traces(log(record), tiny_tokenizer, "cafe")[0].response_ids == ids
+    assert read_traces(log(record | {"completion": " it  is "}), tiny_tokenizer, "cafe")[0].response_ids == ids
 
 
 # -- in a run --------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from redraft.data.prompts import Conversation, Message, check_length, prompt_mes
 from redraft.data.store import REFERENCE, Failure, Row, row_key
 from redraft.errors import UserError
 
-__all__ = ["answer_ids", "reference_answers", "reference_rows"]
+__all__ = ["answer_ids", "continuation_ids", "reference_answers", "reference_rows"]
 
 # What stands in the field where a sampled row has its temperature: anything but greedy.
 UNKNOWN_TEMPERATURE = 1.0
@@ -123,16 +123,20 @@ def answer_ids(
             f"the chat template does not write the answer of conversation {id} behind its own opening of an "
             "assistant turn, so a reference answer cannot be placed; regenerate the answers"
         )
-    joined = list(tokenizer(whole, add_special_tokens=False).input_ids)
-    if joined[: len(prompt)] == prompt:
-        response = joined[len(prompt) :]
-    else:
-        # A token across the border: no engine that was sent the prompt would produce it.
-        response = list(tokenizer(whole[len(opened) :], add_special_tokens=False).input_ids)
+    response = continuation_ids(tokenizer, prompt, opened, whole[len(opened) :])
     end = next((place for place, token in enumerate(response) if token in ends), None)
     if end == 0 or not response:
         raise UserError(f"the answer in conversation {id} begins with an end token, so nothing of it is left")
     return (prompt, response, "length") if end is None else (prompt, response[: end + 1], "stop")
+
+
+def continuation_ids(tokenizer: Any, prompt_ids: Sequence[int], prompt: str, text: str) -> list[int]:
+    """Token ids of ``text`` where it follows ``prompt``, whose ids are ``prompt_ids`` (as it is, nothing added)."""
+    joined = list(tokenizer(prompt + text, add_special_tokens=False).input_ids)
+    if joined[: len(prompt_ids)] == list(prompt_ids):
+        return joined[len(prompt_ids) :]
+    # A token across the border: no engine that was sent the prompt would produce it.
+    return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 
 def _text(tokenizer: Any, id: str, messages: Sequence[Message], opening: bool) -> str:

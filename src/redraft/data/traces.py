@@ -10,6 +10,9 @@ A log is a file of JSON lines or one JSON array (``.gz`` too), one served respon
 - ``messages`` that end with a user turn, and ``completion`` (or ``response``): the same.
 - ``prompt`` and ``completion``: raw text as the engine had it, chat markup included.
 
+In the two last, a ``choices`` list of one entry with ``message`` or ``text``, as OpenAI-compatible servers answer, does
+for the completion.
+
 Beside them, all optional: ``id``; ``finish_reason`` (``length`` for an answer that was cut off, so that no end token is
 put behind it); ``temperature``, ``top_k``, ``top_p`` as sampled with; ``target_hash``. Text is used only where it
 comes through the tokenizer unchanged: text that does not was written by other tokens than we would train on.
@@ -24,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from redraft.data.prompts import Message, file_items, parse_conversation, stem_of
-from redraft.data.references import UNKNOWN_TEMPERATURE, answer_ids
+from redraft.data.references import UNKNOWN_TEMPERATURE, answer_ids, continuation_ids
 from redraft.data.store import FINISH_REASONS, TRAFFIC, Row
 from redraft.errors import UserError
 
@@ -145,7 +148,10 @@ def _flat(item: dict[str, Any]) -> dict[str, Any]:
             continue
         if not isinstance(entries, list) or len(entries) != 1 or not isinstance(entries[0], dict):
             raise ValueError(f'"{name}" must be a list of one response; write one record a response')
-        return item | {key: value for key, value in entries[0].items() if value is not None}
+        entry = {key: value for key, value in entries[0].items() if value is not None}
+        message = entry.get("message")
+        text = message.get("content") if isinstance(message, dict) else entry.get("text")
+        return item | entry | ({"completion": text} if isinstance(text, str) else {})
     return item
 
 
@@ -201,13 +207,11 @@ def _from_messages(
 def _from_text(reader: _Reader, prompt: str, completion: str, reason: str | None) -> tuple[list[int], list[int]]:
     if not prompt or not completion:
         raise ValueError("an empty prompt or completion")
-    _check_round_trip(reader, "prompt", prompt)
     _check_round_trip(reader, "completion", completion)
     # An engine adds what the tokenizer puts around a prompt, unless the text begins with it already.
-    encode = reader.tokenizer
-    plain, whole = (list(encode(prompt, add_special_tokens=b).input_ids) for b in (False, True))
+    plain, whole = (list(reader.tokenizer(prompt, add_special_tokens=b).input_ids) for b in (False, True))
     prompt_ids = plain if plain and whole and plain[0] == whole[0] else whole
-    response = list(encode(completion, add_special_tokens=False).input_ids)
+    response = continuation_ids(reader.tokenizer, plain, prompt, completion)
     if reason != "length" and response[-1] not in reader.eos_ids:
         response.append(int(reader.tokenizer.eos_token_id))
     return prompt_ids, response
@@ -228,18 +232,19 @@ def _checked_ids(value: Any, name: str, reader: _Reader) -> list[int]:
 
 def _check_spelling(reader: _Reader, response: list[int], text: str) -> None:
     """Ids beside text must spell it: another tokenizer's ids are numbers like any other."""
-    plain, marked = (reader.tokenizer.decode(response, skip_special_tokens=skip).strip() for skip in (True, False))
-    # Half a character at the end of a cut-off answer is written differently by different engines.
-    if text.strip() not in (plain, marked) and "\ufffd" not in plain + text:
+    plain, marked = (reader.tokenizer.decode(response, skip_special_tokens=skip) for skip in (True, False))
+    # Engines differ in the blanks they write, and in half a character at the end of a cut-off answer.
+    same = "".join(text.split()) in ("".join(plain.split()), "".join(marked.split()))
+    if not same and "\ufffd" not in plain + text:
         raise ValueError(
-            f"the token ids of the response spell {plain[:40]!r}, but its text is {text.strip()[:40]!r}; are they "
-            "another tokenizer's?"
+            f"the token ids of the response spell {plain.strip()[:40]!r}, but its text is {text.strip()[:40]!r}; "
+            "are they another tokenizer's?"
         )
 
 
 def _check_round_trip(reader: _Reader, name: str, text: str) -> None:
     ids = list(reader.tokenizer(text, add_special_tokens=False).input_ids)
-    back = reader.tokenizer.decode(ids, skip_special_tokens=False)
+    back = reader.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     if back != text or "\ufffd" in text:
         at = next((i for i, (a, b) in enumerate(zip(text, back, strict=False)) if a != b), min(len(text), len(back)))
         raise ValueError(
