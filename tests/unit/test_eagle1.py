@@ -26,6 +26,8 @@ from redraft.drafts.experts import attach_private, merge_private
 from redraft.drafts.groups import PrivateSize, group_of, prepare
 from redraft.errors import UserError
 from redraft.evaluate.speed import BenchConfig, Prompt, bench
+from redraft.export import EXPORTERS
+from redraft.pipeline.models import open_draft
 from redraft.pipeline.probe import probe
 from redraft.sampling import Sampler
 from redraft.target import FINAL, Target
@@ -34,6 +36,7 @@ from redraft.teacher.simulate import expected_rounds_sampled, row_alphas, simula
 from redraft.teacher.unroll import collate, unroll
 from redraft.train.loop import TrainConfig, Trainer
 from redraft.train.objective import make_objective
+from redraft.train.optimizer import make_optimizers
 from redraft.train.regression import CHUNK, Recipe, RegressionObjective, row_lengths
 
 TOYS = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("toys.py"))))
@@ -284,6 +287,22 @@ def test_an_embedding_of_its_own_gives_way_to_the_targets(target):
     assert "embed_tokens.weight" in own.state_dict() and "embed_tokens.weight" not in bare.state_dict()
 
 
+def test_opening_binds_the_draft_and_its_private_part(target, rows, store, tmp_path):
+    own = shaken(Eagle1Draft(replace(fresh_eagle1(target).config, own_embedding=True)))
+    save_draft(tmp_path / "whole", own, {"method": "full"})
+    opened = open_draft(tmp_path / "whole", target)
+    assert not opened.draft.config.own_embedding and opened.base_hash == tensors_hash(own.state_dict())
+    split, names = prepare(copy.deepcopy(opened.draft), "eda+fc", PrivateSize(width=8))
+    shaken(split)
+    save_private(tmp_path / "part", split, names, opened.base_hash, {"method": "eda+fc"})
+    joined = open_draft(tmp_path / "part", target, tmp_path / "whole").draft
+    assert torch.equal(chain_logits(joined, target, rows, store), chain_logits(split, target, rows, store))
+    EXPORTERS.get("vllm")(joined, tmp_path / "served", target)
+    served = open_draft(tmp_path / "served", target).draft
+    expected = chain_logits(merge_private(split), target, rows, store)
+    assert torch.equal(chain_logits(served, target, rows, store), expected)
+
+
 # -- the objective ---------------------------------------------------------------------------------------------------
 QUIET = Recipe(noise=0.0)
 
@@ -345,6 +364,9 @@ def test_training_lowers_the_loss_and_a_killed_run_resumes_to_the_same_bits(targ
     batch = collate(whole.rows, store, 1)
     before = float(measured(batch).detach())
     expected = whole.run()
+    best = {name: parameter.detach().clone() for name, parameter in whole.trained}
+    # The run hands out its best weights by held-out tau; what training does to the loss shows in its last.
+    whole.checkpoint.load(whole.trained, make_optimizers(whole.trained, CONFIG.optimizer, CONFIG.weight_decay))
     assert float(measured(batch).detach()) < before
 
     class Killed(BaseException):
@@ -359,5 +381,8 @@ def test_training_lowers_the_loss_and_a_killed_run_resumes_to_the_same_bits(targ
         trainer(target, store, rows, tmp_path / "killed").run(Killer())
     again = trainer(target, store, rows, tmp_path / "killed")
     assert again.run().history == expected.history
+    for name, parameter in again.trained:
+        assert torch.equal(best[name], parameter), name
+    again.checkpoint.load(again.trained, make_optimizers(again.trained, CONFIG.optimizer, CONFIG.weight_decay))
     for (name, a), (_, b) in zip(whole.trained, again.trained, strict=True):
         assert torch.equal(a, b), name

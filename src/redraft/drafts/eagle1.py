@@ -201,9 +201,7 @@ class Eagle1Draft(nn.Module):
         A table of embeddings of its own is kept. Raises ``UserError`` for routed experts and for a target of other
         sizes.
         """
-        whole: Any = self
-        dense: Any = merge_private(whole)
-        config: Eagle1Config = dense.config
+        config = merge_private(self).config
         check_fit(config, target)
         new = Eagle1Draft(config)
         start_from_nothing(new, seed)

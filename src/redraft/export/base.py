@@ -108,17 +108,22 @@ def prepare(draft: AnyDraft, target: TargetInfo) -> tuple[AnyDraft, list[str]]:
         notes.append(f"the private expert of width {draft.config.private_width} was merged into the MLP")
     if draft.config.low_rank:
         notes.append(f"the low-rank updates (rank {draft.config.low_rank}) were merged into their matrices")
-    whole: Any = draft
-    dense: Any = merge_private(whole)
+    dense = merge_private(draft)
     check_fit(dense.config, target)
     if isinstance(dense, Eagle3Draft):
         check_features(dense.config)
     state = {name: tensor.detach().cpu() for name, tensor in dense.state_dict().items()}
-    check_tensors(state, type(dense)(dense.config).state_dict(), "the draft to be exported")
+    check_tensors(state, _untrained(dense, dense.config).state_dict(), "the draft to be exported")
     if isinstance(dense, Eagle3Draft):
         check_vocabulary_map(state, dense.config, "the draft to be exported")
     dense, raised = cover_context(dense, target)
     return dense, notes + raised
+
+
+def _untrained(draft: AnyDraft, config: Any) -> AnyDraft:
+    """A draft of the same family and of this config, for tensors to be put into."""
+    family: Any = type(draft)
+    return family(config)
 
 
 def check_features(config: Eagle3Config) -> None:
@@ -166,8 +171,7 @@ def cover_context(draft: AnyDraft, target: TargetInfo) -> tuple[AnyDraft, list[s
             f"would change the {kind} rotary angles, so train the draft with the target's length"
         )
     note = f"max_position_embeddings was raised from {config.max_position_embeddings} to the target's {target.context}"
-    build: Any = type(draft)
-    longer = build(replace(config, max_position_embeddings=target.context))
+    longer = _untrained(draft, replace(config, max_position_embeddings=target.context))
     longer.load_state_dict(draft.state_dict(), strict=True, assign=True)
     return longer, [note]
 
