@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from redraft.artifact import load_private, save_private, tensors_hash
-from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
+from redraft.drafts.base import Draft, bind, fresh
 from redraft.drafts.experts import is_private, merge_private
 from redraft.drafts.groups import METHODS, PrivateSize, group_of, mergeable, prepare, trained_parameters
 from redraft.errors import UserError
@@ -40,7 +40,7 @@ def causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(~mask, float("-inf")).softmax(-1), value)
 
 
-def logits(draft: Eagle3Draft, target: Target, seed: int = 0) -> Tensor:
+def logits(draft: Draft, target: Target, seed: int = 0) -> Tensor:
     """Logits [T, D] of a second draft step, so that a draft's own states have gone through it too."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, target.vocab_size, (9,), generator=generator)
@@ -50,11 +50,11 @@ def logits(draft: Eagle3Draft, target: Target, seed: int = 0) -> Tensor:
     return draft.logits(draft(embeds, draft.carry(states), positions + 1, causal))
 
 
-def states(draft: Eagle3Draft) -> dict[str, Tensor]:
+def states(draft: Draft) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in draft.state_dict().items()}
 
 
-def train(draft: Eagle3Draft, target: Target, optimizer: str = "muon", steps: int = 3) -> None:
+def train(draft: Draft, target: Target, optimizer: str = "muon", steps: int = 3) -> None:
     """A few steps towards arbitrary labels, as the trainer takes them."""
     trained = [(n, p) for n, p in draft.named_parameters() if p.requires_grad]
     optimizers = make_optimizers(trained, optimizer, 0.0)
@@ -70,11 +70,12 @@ def target(tiny_target) -> Target:
     return tiny_target("llama")
 
 
-@pytest.fixture
-def draft(target) -> Eagle3Draft:
-    """An old draft with every optional tensor that methods can name."""
-    old = fresh_draft(target, range(0, 120, 2), seed=3)
-    draft = Eagle3Draft(replace(old.config, norm_before_fc=True, attention_bias=True), old.vocabulary())
+@pytest.fixture(params=["eagle3", "eagle1"])
+def draft(request, target) -> Draft:
+    """An old draft of each family, with every optional tensor that methods can name."""
+    old = fresh(request.param, target, range(0, 120, 2), seed=3)
+    options = {"norm_before_fc": True} if request.param == "eagle3" else {"fc_bias": True}
+    draft = bind(type(old)(replace(old.config, attention_bias=True, **options)), target)
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for name, parameter in draft.named_parameters():
@@ -89,7 +90,11 @@ def case(request) -> tuple[str, PrivateSize]:
 
 
 @pytest.fixture
-def ready(case, draft, target) -> tuple[Eagle3Draft, list[str]]:
+def ready(case, draft, target) -> tuple[Draft, list[str]]:
+    if case[0] == "head" and not hasattr(draft, "lm_head"):
+        with pytest.raises(UserError, match="head, of which this draft has nothing"):
+            prepare(copy.deepcopy(draft), *case)
+        pytest.skip("the head is the target's")
     return prepare(copy.deepcopy(draft), *case, seed=1, target=target)
 
 
@@ -133,7 +138,8 @@ def test_what_was_trained_is_a_file_of_its_own(case, ready, draft, target, tmp_p
     base_hash = tensors_hash(draft.state_dict())
     save_private(tmp_path / "part", split, names, base_hash, {"method": case[0]})
     again, meta = load_private(tmp_path / "part", draft, base_hash)
-    assert meta["method"] == case[0] and again.config == split.config
+    bind(again, target)
+    assert type(again) is type(split) and again.config == split.config and meta["method"] == case[0]
     assert tensors_hash(again.state_dict()) == tensors_hash(split.state_dict())
     assert torch.equal(logits(again, target), logits(split, target))
 
@@ -151,7 +157,10 @@ def test_a_trained_draft_is_one_dense_draft_or_says_that_it_cannot_be(case, read
     assert set(dense.state_dict()) == set(draft.state_dict()) and not any(map(is_private, dense.state_dict()))
     width = SIZE.width if METHODS[case[0]].private else 0
     assert dense.config == replace(draft.config, intermediate_size=draft.config.intermediate_size + width)
-    torch.testing.assert_close(logits(dense, target), logits(split, target), atol=1e-5, rtol=1e-5)
+    expected = logits(split, target)
+    # float32 rounds in proportion to the largest terms, not to the smallest sums
+    atol = 1e-5 * max(1.0, float(expected.abs().max()))
+    torch.testing.assert_close(logits(dense, target), expected, atol=atol, rtol=0)
     if names:
         assert not torch.allclose(logits(dense, target), logits(draft, target), atol=1e-3)
 

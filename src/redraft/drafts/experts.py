@@ -29,7 +29,7 @@ from redraft.drafts.routing import RoutedMLP, Router
 from redraft.errors import UserError
 
 if TYPE_CHECKING:
-    from redraft.drafts.eagle3 import Eagle3Draft
+    from redraft.drafts.base import AnyDraft
 
 
 class SharedPrivateMLP(RoutedMLP):
@@ -66,7 +66,7 @@ class SharedPrivateMLP(RoutedMLP):
 
 # -- experts ---------------------------------------------------------------------------------------------------------
 def attach_private(
-    draft: Eagle3Draft,
+    draft: AnyDraft,
     width: int,
     seed: int = 0,
     *,
@@ -75,7 +75,7 @@ def attach_private(
     shared_experts: int = 1,
     shared_active: int | None = None,
     balance: float = 0.0,
-) -> Eagle3Draft:
+) -> AnyDraft:
     """A copy of ``draft`` with private experts of inner width ``width`` together, whose output starts at exactly zero.
 
     The private gate and up rows are copies of the shared expert's rows (a random choice of them, tiled when there
@@ -143,12 +143,12 @@ def _check_counts(side: str, width: int, experts: int, active: int) -> None:
 
 
 # -- low-rank updates ------------------------------------------------------------------------------------------------
-def linear_names(draft: Eagle3Draft) -> list[str]:
+def linear_names(draft: AnyDraft) -> list[str]:
     """The linear layers that a low-rank update can be put on: all but those of a private expert."""
     return [n for n, layer in draft.named_modules() if isinstance(layer, Linear) and not is_private(f"{n}.weight")]
 
 
-def match_linears(draft: Eagle3Draft, patterns: Sequence[str]) -> list[str]:
+def match_linears(draft: AnyDraft, patterns: Sequence[str]) -> list[str]:
     """Names of the linear layers that any of the patterns fits (all when there is none), in the draft's order.
 
     A pattern (``*_proj``, ``fc``, ``midlayer.mlp.*``) is compared with the whole name and with its last part, so
@@ -167,8 +167,8 @@ def match_linears(draft: Eagle3Draft, patterns: Sequence[str]) -> list[str]:
 
 
 def attach_low_rank(
-    draft: Eagle3Draft, rank: int, on: Sequence[str] = (), seed: int = 0, alpha: float | None = None
-) -> Eagle3Draft:
+    draft: AnyDraft, rank: int, on: Sequence[str] = (), seed: int = 0, alpha: float | None = None
+) -> AnyDraft:
     """A copy of ``draft`` with updates of ``rank`` on the linear layers that ``on`` fits (all by default).
 
     They start at zero. ``alpha`` scales them by alpha / rank, as peft does; without it the scale is one.
@@ -207,7 +207,7 @@ def refuse_unmergeable(draft: torch.nn.Module) -> None:
         )
 
 
-def merge_private(draft: Eagle3Draft) -> Eagle3Draft:
+def merge_private(draft: AnyDraft) -> AnyDraft:
     """An equal dense draft: a private expert becomes part of one wider SwiGLU, low-rank updates part of their matrix.
 
     Unchanged if there is neither. Raises ``UserError`` for routed experts.
@@ -233,7 +233,7 @@ def merge_private(draft: Eagle3Draft) -> Eagle3Draft:
     return merged
 
 
-def _merged_mlp(draft: Eagle3Draft) -> SharedPrivateMLP:
+def _merged_mlp(draft: AnyDraft) -> SharedPrivateMLP:
     mlp = draft.midlayer.mlp
     private = mlp.private
     assert private is not None

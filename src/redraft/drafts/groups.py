@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
-from redraft.drafts.eagle3 import Eagle3Draft
+from redraft.drafts.base import AnyDraft
 from redraft.drafts.experts import attach_low_rank, attach_private, match_linears
 from redraft.errors import UserError
 
@@ -129,15 +129,15 @@ def group_of(parameter: str) -> str:
     raise KeyError(f"parameter {parameter} belongs to no group")
 
 
-def trainable_names(draft: Eagle3Draft, method_name: str) -> list[str]:
+def trainable_names(draft: AnyDraft, method_name: str) -> list[str]:
     """Names of the parameters that ``method_name`` trains on this draft, in the draft's own order."""
     groups = method(method_name).groups
     return [name for name, _ in draft.named_parameters() if group_of(name) in groups]
 
 
 def prepare(
-    draft: Eagle3Draft, method_name: str, size: PrivateSize, seed: int = 0, target: Any = None
-) -> tuple[Eagle3Draft, list[str]]:
+    draft: AnyDraft, method_name: str, size: PrivateSize, seed: int = 0, target: Any = None
+) -> tuple[AnyDraft, list[str]]:
     """The draft a method trains, its private parts attached where it has some, and the names of what is trained.
 
     Private parts that ``draft`` has already are trained on, if they are of the size asked for. ``target`` is needed
@@ -149,7 +149,7 @@ def prepare(
     if chosen.fresh:
         if target is None:
             raise UserError(f"method {method_name} starts a new draft and needs the target, which was not given")
-        draft = draft.restarted(target, seed)
+        draft = cast(AnyDraft, draft.restarted(target, seed))
     if chosen.private:
         draft = _with_private(draft, asked, seed)
     if chosen.low_rank:
@@ -163,7 +163,7 @@ def prepare(
     return draft, names
 
 
-def _with_private(draft: Eagle3Draft, size: PrivateSize, seed: int) -> Eagle3Draft:
+def _with_private(draft: AnyDraft, size: PrivateSize, seed: int) -> AnyDraft:
     if not draft.config.private_width:
         return attach_private(
             draft,
@@ -192,7 +192,7 @@ def _with_private(draft: Eagle3Draft, size: PrivateSize, seed: int) -> Eagle3Dra
     return draft
 
 
-def _with_low_rank(draft: Eagle3Draft, size: PrivateSize, seed: int) -> Eagle3Draft:
+def _with_low_rank(draft: AnyDraft, size: PrivateSize, seed: int) -> AnyDraft:
     config = draft.config
     if not config.low_rank:
         return attach_low_rank(draft, size.rank, size.on, seed, size.alpha)
@@ -205,7 +205,7 @@ def _with_low_rank(draft: Eagle3Draft, size: PrivateSize, seed: int) -> Eagle3Dr
     return draft
 
 
-def trained_parameters(draft: Eagle3Draft, method_name: str) -> int:
+def trained_parameters(draft: AnyDraft, method_name: str) -> int:
     """How many parameters the method trains on this draft, as :func:`prepare` returned it."""
     names = set(trainable_names(draft, method_name))
     return sum(p.numel() for n, p in draft.named_parameters() if n in names)
