@@ -9,10 +9,11 @@ from dataclasses import dataclass, fields, replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from redraft.errors import UserError
-from redraft.select import SCORERS, Scorer, ScoringContext, score_rows
-from redraft.select.rules import select
+from redraft.select import SCORERS, Scorer, ScoringContext, parse_scorer, score_rows, scorer_text
+from redraft.select.rules import choose, select
 from redraft.target import Target
 
 
@@ -45,9 +46,19 @@ def context(tiny_target: Callable[..., Target]) -> ScoringContext:
     return ScoringContext(target=target, base_target=base, alpha_of=alpha_by_tokens, batch_tokens=64, seed=5)
 
 
-@pytest.fixture(params=SCORERS.names())
+# Every scorer as it comes, and settings that take another way through the code.
+VARIANTS = [
+    "shift:metric=l2,layer=0,pooling=max",
+    "shift:metric=cosine,layer=6,pooling=state",
+    "shift:layer=3,pooling=last",
+    "coverage:base=length,diversity=0.9,layer=2",
+    "coverage:base=shift,base.metric=l2,base.layer=1,diversity=0",
+]
+
+
+@pytest.fixture(params=[*SCORERS.names(), *VARIANTS])
 def scorer(request: pytest.FixtureRequest) -> Scorer:
-    return SCORERS.get(request.param)()
+    return parse_scorer(request.param)
 
 
 def test_is_filed_under_its_name_and_says_what_it_needs(scorer: Scorer) -> None:
@@ -56,11 +67,48 @@ def test_is_filed_under_its_name_and_says_what_it_needs(scorer: Scorer) -> None:
     assert json.loads(json.dumps(scorer.settings)) == scorer.settings
 
 
+def test_settings_and_text_make_the_same_scorer(scorer: Scorer) -> None:
+    for again in (SCORERS.get(scorer.name)(**scorer.settings), parse_scorer(scorer_text(scorer))):
+        assert (again.name, again.settings, again.needs) == (scorer.name, scorer.settings, scorer.needs)
+
+
+def test_unknown_settings_are_refused(scorer: Scorer) -> None:
+    with pytest.raises(UserError, match=f"scorer {scorer.name} has no setting 'colour'"):
+        parse_scorer(f"{scorer.name}:colour=red")
+
+
+@pytest.mark.parametrize("responses", [True, False], ids=["answered", "prompts alone"])
+def test_costs_the_passes_it_states_and_leaves_the_taps(
+    scorer: Scorer, context: ScoringContext, responses: bool
+) -> None:
+    seen: list[str] = []
+
+    def alpha_of(rows: Sequence[Sample]) -> list[float]:
+        seen.extend(row.key for row in rows)
+        return alpha_by_tokens(rows)
+
+    for target in (context.target, context.base_target):
+        assert target is not None
+        plain = target.forward
+
+        def counted(ids: Tensor, plain: Callable[..., object] = plain, **keywords: object) -> object:
+            seen.extend(["row"] * len(ids))
+            return plain(ids, **keywords)
+
+        target.forward = counted  # type: ignore[method-assign, assignment]
+    assert context.target is not None
+    taps = context.target.taps
+    rows = [row for row in samples(responses=responses) if len(row.response_ids or row.prompt_ids) > 2]
+    score_rows(scorer, rows, replace(context, alpha_of=alpha_of))
+    assert len(seen) == scorer.passes * len(rows)
+    assert context.target.taps == taps
+
+
 @pytest.mark.parametrize("responses", [True, False], ids=["answered", "prompts alone"])
 def test_one_number_a_row_the_same_every_time(scorer: Scorer, context: ScoringContext, responses: bool) -> None:
     rows = samples(responses=responses)
     scores = score_rows(scorer, rows, context)
-    assert len(scores) == len(rows) and len(set(scores)) > len(rows) // 2
+    assert len(scores) == len(rows) and len(set(scores)) > len(rows) // 4
     assert score_rows(scorer, rows, context) == scores
 
 
@@ -73,6 +121,16 @@ def test_order_and_batching_of_rows_change_nothing(scorer: Scorer, context: Scor
         assert again == pytest.approx([scores[row.key] for row in shuffled], rel=1e-3)
         chosen = select(shuffled, again, "5").selected_keys
         assert chosen == select(rows, list(scores.values()), "5").selected_keys
+
+
+def test_choosing_is_scoring_and_selecting(scorer: Scorer, context: ScoringContext) -> None:
+    rows = samples()
+    made = choose(scorer, rows, context, "5")
+    assert made.selected_keys == select(rows, score_rows(scorer, rows, context), "5").selected_keys
+    assert (made.scorer, made.settings) == (scorer.name, scorer.settings)
+    assert [
+        entry.reason for entry in made.entries if entry.selected and "within the budget of 5" not in entry.reason
+    ] == []
 
 
 def test_a_missing_need_is_named(scorer: Scorer, context: ScoringContext) -> None:

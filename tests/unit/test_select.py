@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import random
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from redraft.errors import UserError
-from redraft.select import ScoringContext, score_rows, scored_ids, scored_tokens
+from redraft.select import ScoringContext, parse_scorer, score_rows, scored_ids, scored_tokens, scorer_text
 from redraft.select.manifest import file_hash, read_manifest
 from redraft.select.random_ import Random
 from redraft.select.rejection import Rejection
-from redraft.select.rules import parse_budget, select
+from redraft.select.rules import choose, parse_budget, select
 
 
 @dataclass(frozen=True)
@@ -202,6 +204,60 @@ def test_random_depends_on_seed_and_key_alone_and_is_even() -> None:
     assert [sum(i / 4 <= s < (i + 1) / 4 for s in scores) for i in range(4)] == pytest.approx([500] * 4, abs=80)
 
 
+def test_notes_follow_the_reason() -> None:
+    made = select(ROWS, SCORES, "2", notes=["liked", None, "odd", None, None])
+    reasons = {entry.key: entry.reason for entry in made.entries}
+    assert reasons["r0"] == "rank 4 of 5, after the budget of 2 was used up (2 rows); liked"
+    assert reasons["r1"] == "rank 1 of 5, within the budget of 2 (2 rows)"
+
+
+def test_choose_refuses_before_it_scores() -> None:
+    for budget, order, message in (("lots", "highest", "not understood"), ("2", "best", "highest or lowest")):
+        with pytest.raises(UserError, match=message):
+            choose(Broken(), ROWS, ScoringContext(), budget, order)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "unknown scorer ''"),
+        ("shiff", "did you mean shift"),
+        ("shiff:metric=l2", "did you mean shift"),
+        ("shift:metric", "not understood; write NAME"),
+        ("shift:", "not understood; write NAME"),
+        ("shift:metric=", "not understood"),
+        ("shift:metric=l2,", "not understood"),
+        ("shift:metrik=l2", "no setting 'metrik'; choose from: metric, layer, pooling"),
+        ("shift:metric=l1", "unknown shift metric 'l1'"),
+        ("shift:layer=top", "unknown layer 'top'"),
+        ("shift:layer=1.5", "unknown layer '1.5'"),
+        ("shift:metric=l2,metric=l2", "sets metric twice"),
+        ("random:seed=3", "no setting 'seed'; it has no settings"),
+        ("coverage:diversity=much", "coverage: diversity must be a number, not 'much'"),
+        ("coverage:diversity=1.5", "between 0 and 1, not 1.5"),
+        ("coverage:diversity=nan", "between 0 and 1, not nan"),
+        ("coverage:base=nothing", "unknown scorer 'nothing'"),
+        ("coverage:base=coverage", "choose another scorer"),
+        ("coverage:base.metric=l2", "scorer rejection has no setting 'metric'"),
+        ("coverage:other.metric=l2", "scorer coverage has no setting 'other.metric'"),
+        ("shift:memory_bytes=much", "memory_bytes must be a whole number"),
+    ],
+)
+def test_bad_scorers_are_one_clear_line(text: str, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        parse_scorer(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_scorers_as_text() -> None:
+    assert parse_scorer(" shift : metric = l2 , layer = 3 ").settings == {"metric": "l2", "layer": 3, "pooling": "mean"}
+    assert scorer_text(parse_scorer("shift:metric=mahalanobis,layer=final")) == "shift"
+    inner = parse_scorer("coverage:base.metric=l2,diversity=0.25,base=shift,base.layer=4")
+    assert inner.settings == {"base": "shift:metric=l2,layer=4", "diversity": 0.25, "layer": "final"}
+    assert scorer_text(inner) == "coverage:base=shift,base.metric=l2,base.layer=4,diversity=0.25"
+    assert parse_scorer("coverage:diversity=1").settings["diversity"] == 1.0
+
+
 def test_rejection_is_one_minus_alpha_and_checks_it() -> None:
     context = ScoringContext(alpha_of=lambda rows: [0.2, 1.0, 0.0, 0.75, 0.5])
     assert score_rows(Rejection(), ROWS, context) == pytest.approx([0.8, 0.0, 1.0, 0.25, 0.5])
@@ -211,6 +267,20 @@ def test_rejection_is_one_minus_alpha_and_checks_it() -> None:
         Rejection().score(ROWS, ScoringContext(alpha_of=lambda rows: [0.5]))
     with pytest.raises(UserError, match="NaN"):
         score_rows(Broken(), ROWS, ScoringContext())
+
+
+def test_rejection_of_prompts_reads_them_as_forced() -> None:
+    prompts = [Sample("a", (7, 8, 9, 10), ()), Sample("b", (7, 8), ()), Sample("c", (7,), ()), Sample("d")]
+    asked: list[tuple[str, list[int], list[int]]] = []
+
+    def alpha_of(rows: Sequence[Sample]) -> list[float]:
+        asked.extend((row.key, list(row.prompt_ids), list(row.response_ids)) for row in rows)
+        return [0.25, 0.5]
+
+    # What leaves the draft nothing to guess is not asked for and was not rejected.
+    assert score_rows(Rejection(), prompts, ScoringContext(alpha_of=alpha_of)) == [0.75, 0.0, 0.0, 0.5]
+    assert asked == [("a", [7], [8, 9, 10]), ("d", [1, 2], [3, 4, 5])]
+    assert score_rows(Rejection(), prompts[1:3], ScoringContext(alpha_of=alpha_of)) == [0.0, 0.0]
 
 
 class Broken(Random):

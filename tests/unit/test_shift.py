@@ -16,7 +16,8 @@ from torch import Tensor
 from redraft.errors import UserError
 from redraft.select import ScoringContext
 from redraft.select.covariance import ledoit_wolf
-from redraft.select.shift import METRICS, Shift, batches
+from redraft.select.shift import METRICS, POOLINGS, Shift
+from redraft.select.states import batches
 from redraft.target import Target
 
 MakeTarget = Callable[..., Target]
@@ -55,13 +56,27 @@ def pair(make: MakeTarget, architecture: str = "llama") -> tuple[Target, Target]
     return target, base
 
 
-def moved_states(target: Target, base: Target, rows: list[Sample]) -> list[tuple[Tensor, Tensor]]:
+def moved_states(
+    target: Target, base: Target, rows: list[Sample], layer: str | int = "final"
+) -> list[tuple[Tensor, Tensor]]:
     """(fine-tuned, base) states [T, H] at each row's response, one row at a time through transformers alone."""
+
+    def states(model: Target, ids: Tensor) -> Tensor:
+        # transformers puts the final norm in the place of the last layer's stream: run the layers below alone
+        below = -1 if layer == "final" else int(layer)
+        if below == model.layers:
+            stream: list[Tensor] = []
+            hook = model.model.model.norm.register_forward_pre_hook(lambda module, args: stream.append(args[0]))
+            model.model.model(ids)
+            hook.remove()
+            return stream[0][0].detach()
+        return model.model.model(ids, output_hidden_states=True).hidden_states[below][0].detach()
+
     found = []
     for row in rows:
         ids = torch.tensor([[*row.prompt_ids, *row.response_ids]])
-        both = [m.model(ids, output_hidden_states=True).hidden_states[-1][0].detach() for m in (target, base)]
-        found.append((both[0][len(row.prompt_ids) :], both[1][len(row.prompt_ids) :]))
+        first = len(row.prompt_ids)
+        found.append((states(target, ids)[first:], states(base, ids)[first:]))
     return found
 
 
@@ -128,10 +143,44 @@ def test_every_metric_equals_its_definition(tiny_target: MakeTarget, architectur
         assert Shift(metric).score(rows, context) == pytest.approx(values, rel=tolerance, abs=1e-5)
 
 
-@pytest.mark.parametrize("metric", METRICS)
-def test_rows_that_fine_tuning_moved_rank_first(tiny_target: MakeTarget, metric: str) -> None:
+@pytest.mark.parametrize("layer", [0, 2, 6, "final"])
+def test_layers_and_poolings_are_what_they_say(tiny_target: MakeTarget, layer: str | int) -> None:
     target, base = pair(tiny_target)
-    scores = Shift(metric).score(samples(), ScoringContext(target=target, base_target=base))
+    rows, context = samples(), ScoringContext(target=target, base_target=base, batch_tokens=90)
+    distances = [
+        [float((f - b).norm()) for f, b in zip(*both, strict=True)] for both in moved_states(target, base, rows, layer)
+    ]
+    means = [(f.mean(0) - b.mean(0)).norm() for f, b in moved_states(target, base, rows, layer)]
+    expected = {
+        "mean": [sum(part) / len(part) for part in distances],
+        "max": [max(part) for part in distances],
+        "last": [part[-1] for part in distances],
+        "state": [float(mean) for mean in means],
+    }
+    assert set(expected) == set(POOLINGS)
+    for pooling, values in expected.items():
+        assert Shift("l2", layer, pooling).score(rows, context) == pytest.approx(values, rel=1e-3, abs=1e-5)
+
+
+def test_the_covariance_is_that_of_the_vectors_that_are_measured(tiny_target: MakeTarget) -> None:
+    target, base = pair(tiny_target)
+    rows = samples()
+    last_NH = torch.stack([(f - b)[-1].double() for f, b in moved_states(target, base, rows, 4)])
+    covariance, _ = ledoit_wolf_by_hand(last_NH)
+    x = last_NH - last_NH.mean(0)
+    expected = ((x @ torch.linalg.inv(covariance)) * x).sum(-1).sqrt().tolist()
+    found = Shift(layer=4, pooling="last").score(rows, ScoringContext(target=target, base_target=base))
+    assert found == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize("layer", [0, 3, 6, "final"])
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("metric", METRICS)
+def test_rows_that_fine_tuning_moved_rank_first(
+    tiny_target: MakeTarget, metric: str, pooling: str, layer: str | int
+) -> None:
+    target, base = pair(tiny_target)
+    scores = Shift(metric, layer, pooling).score(samples(), ScoringContext(target=target, base_target=base))
     assert set(sorted(range(12), key=lambda i: -scores[i])[:3]) == {2, 5, 8}
 
 
@@ -179,9 +228,28 @@ def test_models_and_rows_that_do_not_fit_are_refused(tiny_target: MakeTarget) ->
     fits = ScoringContext(target=target, base_target=tiny_target())
     with pytest.raises(UserError, match="hidden size 32 and the base target 16"):
         Shift().score(samples(), ScoringContext(target=target, base_target=tiny_target(hidden_size=16)))
+    with pytest.raises(UserError, match="layer count 6 and the base target 4"):
+        Shift().score(samples(), ScoringContext(target=target, base_target=tiny_target(num_hidden_layers=4)))
+    with pytest.raises(UserError, match="layer 7 does not exist: the target has 6 layers"):
+        Shift(layer=7).score(samples(), fits)
     with pytest.raises(UserError, match="long has 600 tokens, more than the models' context of 512"):
         Shift().score([Sample("long", (5,) * 300, (6,) * 300)], fits)
     with pytest.raises(UserError, match="strange has token ids outside the models' vocabulary of 128"):
         Shift().score([Sample("strange", (5,), (128,))], fits)
     with pytest.raises(UserError, match="mahalanobis, l2, cosine"):
         Shift("euclid")
+    with pytest.raises(UserError, match="mean, max, last, state"):
+        Shift(pooling="median")
+    for layer in ("top", -1, True):
+        with pytest.raises(UserError, match="write final"):
+            Shift(layer=layer)
+
+
+def test_a_layer_leaves_the_taps_of_others_alone(tiny_target: MakeTarget) -> None:
+    target, base = pair(tiny_target)
+    before = target.taps, base.taps
+    context = ScoringContext(target=target, base_target=base)
+    Shift(layer=1).score(samples(), context)
+    with pytest.raises(UserError):
+        Shift(layer=1).score([Sample("strange", (5,), (128,))], context)
+    assert (target.taps, base.taps) == before

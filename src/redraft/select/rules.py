@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from redraft.errors import UserError
-from redraft.select import ScorableRow, scored_tokens
+from redraft.select import ScorableRow, Scorer, ScoringContext, explained_scores, scored_tokens
 from redraft.select.manifest import Entry, Manifest, file_hash
 
 Kind = Literal["fraction", "rows", "tokens"]
@@ -66,6 +66,32 @@ def parse_budget(text: str) -> Budget:
     return Budget(kind, amount, text.strip())
 
 
+def choose(
+    scorer: Scorer,
+    rows: Sequence[ScorableRow],
+    context: ScoringContext,
+    budget: Budget | str,
+    order: Order = "highest",
+    source: str | Path | None = None,
+) -> Manifest:
+    """Score the rows and select from them, with the scorer's own account of each number in the manifest.
+
+    See :func:`redraft.select.explained_scores` and :func:`select` for what is checked and raised.
+    """
+    budget = parse_budget(budget) if isinstance(budget, str) else budget
+    check_order(order)
+    found = explained_scores(scorer, rows, context)
+    scores, notes = [score for score, _ in found], [note for _, note in found]
+    about: dict[str, Any] = {"scorer": scorer.name, "settings": scorer.settings, "source": source}
+    return select(rows, scores, budget, order, notes=notes, **about)
+
+
+def check_order(order: str) -> None:
+    """Raise ``UserError`` for an end of the scores that does not exist."""
+    if order not in ("highest", "lowest"):
+        raise UserError(f"unknown order {order!r}; choose highest or lowest")
+
+
 def select(
     rows: Sequence[ScorableRow],
     scores: Sequence[float],
@@ -75,27 +101,29 @@ def select(
     scorer: str = "",
     settings: dict[str, Any] | None = None,
     source: str | Path | None = None,
+    notes: Sequence[str | None] | None = None,
 ) -> Manifest:
     """Rank the rows and take them from the top until the budget is used up.
 
     ``order`` says which end of the scores is the top; equal scores are ranked by key, so the order of the rows
     changes nothing. A budget of tokens stops before the first row that would overrun it; what counts is the
-    response, or the prompt of a row without one. ``source`` is the file of the rows, whose hash is recorded.
+    response, or the prompt of a row without one. ``source`` is the file of the rows, whose hash is recorded;
+    ``notes`` are what the scorer has to say about each number, recorded behind the reason.
     Raises ``UserError`` when nothing is selected, ``ValueError`` for a score that is not finite: it has no rank.
     """
     if not all(map(math.isfinite, scores)):
         raise ValueError("scores must be finite")
-    if order not in ("highest", "lowest"):
-        raise UserError(f"unknown order {order!r}; choose highest or lowest")
+    check_order(order)
     budget = parse_budget(budget) if isinstance(budget, str) else budget
     sign = -1 if order == "highest" else 1
-    ranked = sorted(zip(rows, scores, strict=True), key=lambda pair: (sign * pair[1], pair[0].key))
-    sizes = [scored_tokens(row) for row, _ in ranked]
+    noted = zip(rows, scores, notes or [None] * len(rows), strict=True)
+    ranked = sorted(noted, key=lambda found: (sign * found[1], found[0].key))
+    sizes = [scored_tokens(row) for row, _, _ in ranked]
     taken = _how_many(budget, sizes)
-    entries = [
-        Entry(row.key, float(score), rank, size, rank <= taken, _reason(budget, rank, taken, sizes))
-        for rank, ((row, score), size) in enumerate(zip(ranked, sizes, strict=True), start=1)
-    ]
+    entries = []
+    for rank, (row, score, note) in enumerate(ranked, start=1):
+        reason = "; ".join(filter(None, [_reason(budget, rank, taken, sizes), note]))
+        entries.append(Entry(row.key, float(score), rank, sizes[rank - 1], rank <= taken, reason))
     return Manifest(
         scorer=scorer,
         settings=dict(settings or {}),
