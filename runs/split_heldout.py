@@ -1,0 +1,51 @@
+"""Stage 1 in two rounds: the held-out answers of the first round stay held out, and the result says what they show.
+
+python runs/split_heldout.py --responses first.jsonl more.jsonl --heldout 40 --out OUT
+python runs/split_heldout.py --record OUT/stage2 --out OUT
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from redraft.artifact import atomic_write_bytes
+from redraft.data.store import encode_row, read_rows
+from redraft.pipeline.models import open_draft, open_target
+from redraft.pipeline.quickstart import EMBEDDED
+from redraft.pipeline.stage1 import save_general, split_rows
+from redraft.teacher.features import FeatureStore, anchors
+from redraft.teacher.vocabulary import coverage
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--responses", type=Path, nargs="*", default=[])
+    parser.add_argument("--heldout", type=int, default=40)
+    parser.add_argument("--record", type=Path, help="the second round's folder")
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    if options.record:
+        record(options.record, options.out)
+        return
+    parts = [list(read_rows(path)) for path in options.responses]
+    train, heldout = split_rows(parts[0], options.heldout)
+    asked = {tuple(row.prompt_ids) for row in heldout}
+    train += [row for part in parts[1:] for row in part if tuple(row.prompt_ids) not in asked]
+    for name, rows in (("train", train), ("heldout", heldout)):
+        atomic_write_bytes(options.out / f"{name}.jsonl", b"".join(map(encode_row, rows)))
+
+
+def record(folder: Path, out: Path) -> None:
+    """Save the trained draft with the held-out acceptance that later probes take as their reference."""
+    target = open_target(EMBEDDED, "bfloat16", "cpu")
+    draft = open_draft(folder / "merged", target).draft
+    target.tap(draft.config.taps)
+    store = FeatureStore(folder / "features", {"target": target.content_hash(), "taps": list(target.taps)})
+    train, heldout = ([r for r in read_rows(out / f"{n}.jsonl") if anchors(r)] for n in ("train", "heldout"))
+    extra = {"coverage": coverage(draft, train).share, "rows": len(train), "response_tokens": sum(map(anchors, train))}
+    print(save_general(draft, target, heldout, store, folder / "general-draft", 5, extra))
+
+
+if __name__ == "__main__":
+    main()
