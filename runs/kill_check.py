@@ -3,8 +3,8 @@
     python runs/kill_check.py --work out/kill --out benchmarks/results/kill-check.json
 
 A stage is known by the file that the one before ends with, or that it begins with. What is compared: every response,
-the selection, the training curve, every trained tensor bit by bit, and tau of the benchmark where the same data type won
-the plain baseline.
+the selection, the training curve, every trained tensor bit by bit, and tau of the benchmark where one data type won
+the plain baseline both times.
 """
 
 from __future__ import annotations
