@@ -1,7 +1,7 @@
 """Stage 1 in two rounds: the held-out answers of the first round stay held out, and the result says what they show.
 
-    python runs/split_heldout.py --responses first.jsonl more.jsonl --heldout 40 --out OUT
-    python runs/split_heldout.py --record OUT/stage2 --out OUT
+python runs/split_heldout.py --responses first.jsonl more.jsonl --heldout 40 --out OUT
+python runs/split_heldout.py --record OUT/stage2 --out OUT
 """
 
 from __future__ import annotations
