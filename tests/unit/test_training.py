@@ -192,7 +192,7 @@ def test_a_run_directory_of_another_config_is_refused(target, draft, store, rows
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(target, draft, store, rows, tmp_path):
     work = trainer(target, draft, store, rows, tmp_path / "run")
-    work.objective.loss = lambda d, t, w: (d.sum() * float("nan"), torch.tensor(1.0))
+    work.objective = lambda batch: work.trained[0][1].sum() * float("nan")
     with pytest.raises(UserError, match="loss became nan at step 0"):
         work.run()
     assert (tmp_path / "run" / "state.json").exists()

@@ -8,19 +8,38 @@ The contract of every entry: ``loss(draft_logits_ND, teacher_logits_ND, weight_N
   distributions are equal; ``count`` is the sum of the weights (N without weights). The trainer divides by the
   global count, so results depend neither on the batch split nor on the number of workers.
 - Computed in float32 (float64 for float64 input) whatever the input; gradients reach the draft's logits alone.
+- The gradient is the derivative of ``sum``.
 
-Shape legend: N positions, D draft vocabulary.
+What a few losses need beside that they say by having one of these, and are held to the contract otherwise:
+
+``least(teacher_logits_ND, weight_N)``
+    The sum at equal distributions, where it is not 0 (cross-entropy: the teacher's entropy).
+``hold(draft_logits_ND, teacher_logits_ND, weight_N)``
+    The loss with what it treats as constant fixed at these logits, where the gradient is the derivative of that and
+    not of ``sum`` itself (a mixing weight or a normaliser that is not differentiated).
+``statistics(draft_logits_ND, teacher_logits_ND, weight_N)``
+    Sums over positions of which the loss needs the whole batch's. They add over parts of a batch, its chunks, draft
+    steps and workers; the total is given back as ``loss(..., statistics=total)``. Without it the positions at hand
+    are the batch.
+``sampled``
+    True where the gradient is an estimate from torch's global random numbers; its expectation is then what the
+    contract speaks of.
+``chain(draft_logits, teacher_logits, weight_NJ)``
+    The weighted sum over chains, given the logits of every step, for a loss of which the steps of a chain are not
+    independent terms. The plain call is a chain of one.
+
+Shape legend: N positions, D draft vocabulary, J draft steps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
 from redraft.registry import Registry
 
-Loss: TypeAlias = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+Loss: TypeAlias = Callable[..., tuple[Tensor, Tensor]]
 
-LOSSES: Registry[Loss] = Registry("loss", package="redraft.losses")
+LOSSES: Registry[Any] = Registry("loss", package="redraft.losses")

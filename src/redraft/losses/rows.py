@@ -38,6 +38,28 @@ def with_gradient(draft_logits_ND: Tensor, loss_N: Tensor, gradient_ND: Tensor) 
     return _KnownGradient.apply(draft_logits_ND, loss_N, gradient_ND.to(draft_logits_ND.dtype))
 
 
+class Acceptance:
+    """How far two rows of probabilities overlap, and which way each draft probability should go.
+
+    ``distance_N`` is total variation, ``alpha_N`` is 1 minus that, and ``reward_N`` is the draft's mass on the tokens
+    that the target makes likelier than the draft does: the expected reward of Goel et al. (arXiv 2403.00858).
+    """
+
+    def __init__(self, draft_ND: Tensor, target_ND: Tensor) -> None:
+        self.draft_ND, self.target_ND = draft_ND, target_ND
+        self.distance_N = (draft_ND - target_ND).abs_().sum(-1).mul_(0.5).clamp_(max=1)
+        self.alpha_N = 1 - self.distance_N
+
+    @property
+    def reward_N(self) -> Tensor:
+        return (self.draft_ND * (self.target_ND > self.draft_ND)).sum(-1)
+
+    def gradient(self) -> Tensor:
+        """Of alpha with respect to the draft's logits, [N, D]: only tokens below their target's share raise it."""
+        rising_ND = self.draft_ND * (self.target_ND > self.draft_ND)
+        return rising_ND - rising_ND.sum(-1, keepdim=True) * self.draft_ND
+
+
 def weighted_sum(loss_N: Tensor, weight_N: Tensor | None) -> tuple[Tensor, Tensor]:
     """(sum of weight * loss, sum of weights); without weights every position weighs 1."""
     if weight_N is None:

@@ -3,8 +3,8 @@
     TV(target, draft) = 0.5 * sum_x |target(x) - draft(x)| = 1 - sum_x min(target(x), draft(x))
 
 so that 1 - TV is the chance that a sampled draft token is accepted (arXiv 2211.17192, theorem 3.5). With
-s(x) = sign(draft(x) - target(x)) its gradient with respect to the draft's logits is
-0.5 * draft(x) * (s(x) - sum_y draft(y) s(y)). As a training loss: Goel et al. (arXiv 2403.00858), who note that
+r(x) = 1[target(x) > draft(x)] its gradient with respect to the draft's logits is
+draft(x) * (sum_y draft(y) r(y) - r(x)). As a training loss: Goel et al. (arXiv 2403.00858), who note that
 its gradient vanishes where the draft is far off, so it serves better to finish than to start.
 
 Shape legend: N positions, D draft vocabulary.
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from redraft.losses import LOSSES
-from redraft.losses.rows import computing_dtype, weighted_sum, with_gradient
+from redraft.losses.rows import Acceptance, computing_dtype, weighted_sum, with_gradient
 
 
 @LOSSES.register("tv")
@@ -24,12 +24,8 @@ def tv(draft_logits_ND: Tensor, teacher_logits_ND: Tensor, weight_N: Tensor | No
     """(sum, count) of TV(target, draft) over positions; see ``redraft.losses`` for the contract."""
     with torch.no_grad():
         dtype = computing_dtype(draft_logits_ND, teacher_logits_ND)
-        draft_ND = draft_logits_ND.to(dtype).softmax(-1)
-        difference_ND = draft_ND - teacher_logits_ND.to(dtype).softmax(-1)
-        loss_N = 0.5 * difference_ND.abs().sum(-1)
+        found = Acceptance(draft_logits_ND.to(dtype).softmax(-1), teacher_logits_ND.to(dtype).softmax(-1))
         if not draft_logits_ND.requires_grad:
-            return weighted_sum(loss_N, weight_N)
-        sign_ND = difference_ND.sign_()
-        mean_N1 = (draft_ND * sign_ND).sum(-1, keepdim=True)
-        gradient_ND = sign_ND.sub_(mean_N1).mul_(draft_ND).mul_(0.5)
-    return weighted_sum(with_gradient(draft_logits_ND, loss_N, gradient_ND), weight_N)
+            return weighted_sum(found.distance_N, weight_N)
+        gradient_ND = found.gradient().neg_()
+    return weighted_sum(with_gradient(draft_logits_ND, found.distance_N, gradient_ND), weight_N)

@@ -174,8 +174,14 @@ class Trainer:
 
     def step(self, batch: Batch, optimizers: Optimizers, step: int) -> float:
         """One optimiser step. Raises ``UserError`` on a loss that is not finite, before anything is changed."""
-        device = self.target.device.type
-        with torch.autocast(device, torch.bfloat16, enabled=self.target.dtype == torch.bfloat16):
+        device = self.target.device
+        # What an objective draws is a function of seed and step, so that a resumed run draws the same.
+        cards = [device] if device.type == "cuda" else []
+        with (
+            torch.random.fork_rng(cards),
+            torch.autocast(device.type, torch.bfloat16, enabled=self.target.dtype == torch.bfloat16),
+        ):
+            torch.manual_seed(random.Random(f"{self.config.seed}/{step}").getrandbits(63))
             loss = self.objective(batch)
         value = float(loss.detach())
         if value != value or value in (float("inf"), float("-inf")):
