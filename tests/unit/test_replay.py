@@ -19,6 +19,7 @@ from redraft.data.store import REFERENCE, Row
 from redraft.decode.engine import ChainDecoder, PlainDecoder
 from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
 from redraft.errors import UserError
+from redraft.losses import LOSSES
 from redraft.pipeline.replay import replay
 from redraft.target import Target
 from redraft.teacher.features import FeatureStore, anchors
@@ -161,7 +162,9 @@ def test_reference_answers_are_refused(target: Target, rows: list[Row], store: F
         replay_states(draft, target, strangers, store, GAMMA, ReplayConfig())
 
 
-@pytest.mark.parametrize("bad", [{"passes": -1}, {"epochs": 0}, {"rate": 0}, {"failed": 0}, {"floor": -1}])
+@pytest.mark.parametrize(
+    "bad", [{"passes": -1}, {"epochs": 0}, {"rate": 0}, {"failed": 0}, {"accepted": 0}, {"floor": -1}]
+)
 def test_settings_that_cannot_be_meant_are_refused(bad: dict[str, float]) -> None:
     with pytest.raises(UserError, match="replay:"):
         ReplayConfig(**bad)  # type: ignore[arg-type]
@@ -184,6 +187,30 @@ def test_equal_weights_without_decay_are_plain_training(
     first[: anchors(rows[0])] = 1.0
     alone = ReplayBatch(**vars(collate(rows[:1], store, 1)), weight_MJ=torch.ones(anchors(rows[0]), 1))
     torch.testing.assert_close(ours(replace(weighted, weight_MJ=first)), ours(alone))
+
+
+@pytest.mark.parametrize("loss", LOSSES.names())
+def test_every_loss_sees_the_weighed_states_alone(
+    loss: str, target: Target, rows: list[Row], store: FeatureStore, draft: Eagle3Draft
+) -> None:
+    """The rest of the batch changes neither the value nor the gradient of a loss without randomness."""
+    objective = ReplayObjective(draft, target, TrainConfig(loss=loss, unroll=GAMMA))
+    states = replay_states(draft, target, rows, store, GAMMA, ReplayConfig(failed=3.0)).weights
+    chosen = [row for row in rows if row.key in states][:3]
+    silent = {row.key: torch.zeros(anchors(row), GAMMA) for row in rows if row not in chosen}
+
+    def gradient(part: list[Row]) -> tuple[torch.Tensor, torch.Tensor]:
+        weight_MJ = torch.cat([(states | silent)[row.key] for row in part])
+        draft.zero_grad()
+        torch.manual_seed(0)
+        value = objective(ReplayBatch(**vars(collate(part, store, GAMMA)), weight_MJ=weight_MJ))
+        value.backward()
+        return value.detach(), draft.fc.weight.grad.clone()
+
+    alone, among = gradient(chosen), gradient([*chosen, *(row for row in rows if row not in chosen)])
+    assert alone[0] > 0 and alone[1].abs().max() > 0
+    torch.testing.assert_close(alone[0], among[0])
+    torch.testing.assert_close(alone[1], among[1], atol=1e-5, rtol=1e-3)
 
 
 def test_replay_trains_on_lost_rounds_and_never_ends_worse(

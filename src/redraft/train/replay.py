@@ -38,7 +38,7 @@ from redraft.sampling import Sampler
 from redraft.target import Target
 from redraft.teacher.features import FeatureStore, anchors
 from redraft.teacher.simulate import acceptance_given_text, anchor_batches, matches, visits
-from redraft.teacher.unroll import Batch, collate, supervised, unroll
+from redraft.teacher.unroll import Batch, collate, supervised
 from redraft.train.loop import TrainConfig, Trainer, batch_order
 from redraft.train.objective import Objective, UnrollObjective, WithExtraLoss
 
@@ -61,8 +61,9 @@ class ReplayConfig:
     def __post_init__(self) -> None:
         if self.passes < 0 or self.epochs <= 0 or self.rate <= 0:
             raise UserError("replay: passes must be 0 or more, epochs and rate above 0")
-        if min(self.accepted, self.floor) < 0 or self.failed <= 0:
-            raise UserError("replay: weights must not be negative, and that of the failed step above 0")
+        if min(self.accepted, self.failed) <= 0 or self.floor < 0:
+            # A loss over chains needs every step that led to a weighed one.
+            raise UserError("replay: the weights of accepted and failed steps must be above 0, the floor 0 or more")
 
 
 @dataclass
@@ -174,25 +175,16 @@ class ReplayBatch(Batch):
 
 
 class ReplayObjective(UnrollObjective):
-    """The weighted mean of the loss over the states of a batch.
+    """The weighted mean of the loss over the states of a :class:`ReplayBatch`.
 
     One mean over all steps and no step decay: the weights say already how often a step is reached.
     """
 
-    def __call__(self, batch: Batch) -> Tensor:
-        """The loss of a :class:`ReplayBatch`, ready for ``backward``."""
+    def weights(self, batch: Batch, inside_MJ: Tensor) -> Tensor:
+        """What each state's loss counts for, [M, J]; they sum to 1."""
         assert isinstance(batch, ReplayBatch)
-        teacher_MD = self.teacher_logits(batch)
-        inside_MJ = supervised(self.draft, batch)
-        total, weights = torch.zeros((), device=teacher_MD.device), torch.zeros((), device=teacher_MD.device)
-        for step, states_MH in enumerate(unroll(self.draft, self.target.embedding, batch, self.config.unroll)):
-            weight_M = batch.weight_MJ[:, step] * inside_MJ[:, step]
-            index = weight_M.nonzero().squeeze(-1)
-            if not len(index):
-                break
-            summed, count = self.loss(self.draft.logits(states_MH[index]), teacher_MD[index + step], weight_M[index])
-            total, weights = total + summed, weights + count
-        return total / weights.clamp(min=1e-9)
+        weight_MJ = batch.weight_MJ * inside_MJ
+        return weight_MJ / weight_MJ.sum().clamp(min=1e-9)
 
 
 class ReplayTrainer(Trainer):
