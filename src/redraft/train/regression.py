@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from redraft.drafts.base import Draft, bind
-from redraft.losses.rows import with_gradient
 from redraft.target import Target
 from redraft.teacher.unroll import Batch, unroll
+from redraft.train.portions import portions, sum_over_portions
 
 if TYPE_CHECKING:
     from redraft.train.loop import TrainConfig
@@ -60,21 +60,14 @@ class RegressionObjective:
         return loss + recipe.word_weight * self.words(states_MH, batch.hidden_M)
 
     def words(self, states_MH: Tensor, hidden_MH: Tensor) -> Tensor:
-        """Mean cross-entropy of the draft's words against the target's distribution.
+        """Mean cross-entropy of the draft's words against the target's distribution, portion by portion."""
 
-        The gradient at each state is computed portion by portion with its loss, so that memory does not grow with
-        anchors times vocabulary.
-        """
-        losses, gradients = [], []
-        for states, hidden in zip(states_MH.detach().split(CHUNK), hidden_MH.split(CHUNK), strict=True):
+        def value(part: slice, states: list[Tensor]) -> Tensor:
             with torch.no_grad():
-                probs_CV = self.draft.logits(hidden).float().softmax(-1)
-            with torch.enable_grad():
-                states_CH = states.requires_grad_()
-                loss_C = -(probs_CV * self.draft.logits(states_CH).float().log_softmax(-1)).sum(-1)
-                gradients.append(torch.autograd.grad(loss_C.sum(), states_CH)[0])
-            losses.append(loss_C.detach())
-        return with_gradient(states_MH, torch.cat(losses), torch.cat(gradients)).mean()
+                probs_CV = self.draft.logits(hidden_MH[part]).float().softmax(-1)
+            return -(probs_CV * self.draft.logits(states[0]).float().log_softmax(-1)).sum() / len(hidden_MH)
+
+        return sum_over_portions(value, portions(len(hidden_MH), CHUNK), [states_MH], [])
 
     # -- noise -------------------------------------------------------------------------------------------------
     def noisy(self, batch: Batch) -> Batch:
