@@ -1,0 +1,60 @@
+"""``study``: a grid of methods, data, selections, losses, starts and seeds on the same footing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from redraft.cli.common import Command, examples, say
+from redraft.errors import UserError
+
+
+def register(app: typer.Typer) -> None:
+    """Add ``study`` to ``app``."""
+    app.command(
+        cls=Command,
+        epilog=examples(
+            "redraft study runs/studies/cpu-reduced.yaml --out out/study",
+            "redraft study runs/studies/cpu-reduced.yaml --list",
+            "redraft study --tables out/study/results.json",
+        ),
+    )(study)
+
+
+def study(
+    config: Annotated[Path | None, typer.Argument(help="YAML file of the study (docs/studies/README.md).")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder of the study; a stopped one goes on from it.")
+    ] = None,
+    tables: Annotated[
+        Path | None, typer.Option(help="Results file: make its tables and pictures again, and nothing else.")
+    ] = None,
+    list_cells: Annotated[bool, typer.Option("--list", help="Print the cells and stop.")] = False,
+    full: Annotated[Path | None, typer.Option(help="File for what full reached, as the quickstart reads it.")] = None,
+) -> None:
+    """Compare methods, data, selections, losses and starts: one results file, its tables and pictures."""
+    if (config is None) == (tables is None):
+        raise UserError("give the YAML file of a study, or --tables with the results of one")
+    from redraft.pipeline.study.tables import write_full, write_tables
+
+    if tables is not None:
+        say(f"tables: {write_tables(tables, out)}")
+        return
+    from redraft.pipeline.study.config import read_study
+
+    assert config is not None
+    parsed = read_study(config)
+    if list_cells:
+        for number, cell in enumerate(parsed.all_cells(), 1):
+            say(f"{number:4}  {cell.key}")
+        return
+    if out is None:
+        raise UserError("name the folder of the study with --out")
+    from redraft.pipeline.study.run import RESULTS_FILE, StudyRun
+
+    results = StudyRun(parsed, out, say).run()
+    if full is not None:
+        write_full(results, full, f"study {parsed.name}")
+    say(f"results: {out / RESULTS_FILE}; tables: {write_tables(out / RESULTS_FILE)}")

@@ -1,0 +1,228 @@
+"""From the rounds of a study's cells to its figures: tau, gain, recovery, what was lost outside the domain, cost.
+
+Everything is a function of the raw results (schema ``redraft.study/1``, docs/studies/README.md), so that tables are
+made again from the file alone. Rows that differ in the seed alone are pooled: a prompt's rounds are added up over the
+seeds, prompts are resampled, and the spread over seeds stands beside the interval.
+
+Shape legend: P prompts of an evaluation set, D bootstrap draws.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from redraft.errors import UserError
+from redraft.evaluate.statistics import (
+    paired_difference,
+    paired_ratio,
+    paired_recovery,
+    ratio_of_sums,
+    resample_counts,
+)
+
+SCHEMA = "redraft.study/1"
+NONE, ANY, FULL, SCRATCH = "none", "-", "full", "scratch"
+AXES = ("target", "method", "data", "selection", "loss", "start")
+MAIN = "greedy"
+OUTSIDE = ("general", "general-base")
+DRAWS = 2000
+
+Cell = Mapping[str, Any]
+Sums = tuple[list[float], list[float]]
+
+
+def derive(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Figures of every cell, of cells pooled over seeds, and averages over targets.
+
+    Raises ``UserError`` when the results are no study, or a cell lacks rounds.
+    """
+    if results.get("schema") != SCHEMA:
+        raise UserError(f"these are no results of a study (schema {results.get('schema')!r}, expected {SCHEMA!r})")
+    study = Study(results)
+    groups = study.groups()
+    pooled = [study.figures(group) for group in groups.values()]
+    single = {cell["key"]: study.figures([cell]) for cell in study.cells}
+    return {"cells": single, "pooled": pooled, "average": study.averages(groups)}
+
+
+class Study:
+    """Raw results, with what is looked up in them."""
+
+    def __init__(self, results: Mapping[str, Any]) -> None:
+        self.cells: list[Cell] = list(results["cells"])
+        self.targets: Mapping[str, Any] = results["targets"]
+        self.config: Mapping[str, Any] = results["config"]
+        self.first_data = next(iter(self.config["data"]))
+
+    # -- looking up --------------------------------------------------------------------------------------------
+    def groups(self) -> dict[tuple[str, ...], list[Cell]]:
+        """Cells that differ in the seed alone, in order."""
+        found: dict[tuple[str, ...], list[Cell]] = {}
+        for cell in self.cells:
+            found.setdefault(tuple(cell[axis] for axis in AXES), []).append(cell)
+        return found
+
+    def family(self, cell: Cell) -> str | None:
+        """The draft that a cell starts from, where it is not the target's stale one."""
+        entry = self.config["starts"].get(cell["start"])
+        return entry["draft"] if entry else None
+
+    def method_of(self, cell: Cell) -> str:
+        entry = self.config["methods"].get(cell["method"])
+        return str((entry or {}).get("method") or cell["method"])
+
+    def plain(self, cell: Cell) -> bool:
+        """Whether a cell starts from its old draft, unchanged."""
+        entry = self.config["starts"].get(cell["start"])
+        return str(entry["start"] if entry else cell["start"]) == NONE
+
+    def rivals(self, cell: Cell, method: str) -> list[Cell]:
+        """Cells of a method on the same target and old draft, from that draft as it is."""
+        return [
+            other
+            for other in self.cells
+            if other["target"] == cell["target"]
+            and self.method_of(other) == method
+            and self.family(other) == self.family(cell)
+            and self.plain(other)
+        ]
+
+    def stale(self, cell: Cell) -> list[Cell]:
+        return self.rivals(cell, NONE)[:1]
+
+    def reference(self, group: Sequence[Cell], method: str, same_data: bool) -> list[Cell]:
+        """The cells of ``method`` that a group is held against: on its own data, or on the first data unselected.
+
+        Those with the group's seeds where all are there, else all seeds.
+        """
+        cell = group[0]
+        wanted = (cell["data"], cell["selection"], cell["loss"]) if same_data else (self.first_data, NONE)
+        axes = ("data", "selection", "loss") if same_data else ("data", "selection")
+        found = [c for c in self.rivals(cell, method) if tuple(c[axis] for axis in axes) == wanted]
+        # A study of losses has several; the usual one is the reference.
+        found = [c for c in found if c["loss"] == "kl"] or [c for c in found if c["loss"] == found[0]["loss"]]
+        found = [c for c in found if c["method"] == method] or [c for c in found if c["method"] == found[0]["method"]]
+        seeds = {c["seed"] for c in group}
+        mine = [c for c in found if c["seed"] in seeds]
+        return mine if {c["seed"] for c in mine} == seeds else found
+
+    def sums(self, group: Sequence[Cell], name: str, task: str | None = None) -> Sums:
+        """(tokens, rounds) of every prompt of a set, summed over the cells of a group."""
+        cell = group[0]
+        try:
+            asked = self.targets[cell["target"]]["sets"][name]
+            places = [i for i, found in enumerate(asked["tasks"]) if task is None or found == task]
+            tokens = [len(group) * asked["tokens"][i] for i in places]
+            rounds = [math.fsum(c["rounds"][name][i] for c in group) for i in places]
+        except (KeyError, IndexError, TypeError) as error:
+            raise UserError(f"the results lack the rounds of cell {cell['key']} on {name} ({error})") from error
+        return tokens, rounds
+
+    # -- figures -----------------------------------------------------------------------------------------------
+    def figures(self, group: Sequence[Cell]) -> dict[str, Any]:
+        """All figures of cells that differ in the seed alone."""
+        cell = group[0]
+        found: dict[str, Any] = {axis: cell[axis] for axis in AXES} | {"seeds": [c["seed"] for c in group]}
+        names = list(cell["rounds"])
+        found["tau"] = {name: interval(ratio_of_sums(*self.sums(group, name))) for name in names}
+        found["tau_by_seed"] = [_ratio(self.sums([c], MAIN)) for c in group]
+        found["tasks"] = self._tasks(group, [name for name in names if name not in OUTSIDE])
+        stale = self.stale(cell)
+        if stale:
+            pairs = {name: (self.sums(group, name), self.sums(stale, name)) for name in names}
+            found["gain"] = {n: interval(paired_difference(*p)) for n, p in pairs.items() if n not in OUTSIDE}
+            found["outside"] = {n: interval(paired_ratio(*p)) for n, p in pairs.items() if n in OUTSIDE}
+            for name, same in (("recovery", False), ("recovery_same_data", True)):
+                found[name] = self._recovery(group, stale, same)
+        return found | self._cost(group)
+
+    def _tasks(self, group: Sequence[Cell], names: Sequence[str]) -> dict[str, Any]:
+        """tau by task, where there are several."""
+        tasks = list(dict.fromkeys(self.targets[group[0]["target"]]["sets"][MAIN]["tasks"]))
+        if len(tasks) < 2:
+            return {}
+        return {task: {n: interval(ratio_of_sums(*self.sums(group, n, task))) for n in names} for task in tasks}
+
+    def _recovery(self, group: Sequence[Cell], stale: Sequence[Cell], same_data: bool) -> dict[str, Any] | None:
+        full = self.reference(group, FULL, same_data)
+        if not full or (same_data and group[0]["data"] == ANY):
+            return None
+        return interval(paired_recovery(self.sums(group, MAIN), self.sums(stale, MAIN), self.sums(full, MAIN)))
+
+    def _cost(self, group: Sequence[Cell]) -> dict[str, Any]:
+        """Sizes and costs, the mean over seeds, and what training from scratch to the same tau costs."""
+        cell, count = group[0], len(group)
+        stages = {stage: sum(c["flops"].get(stage, 0) for c in group) / count for stage in cell["flops"]}
+        seconds = {stage: sum(c["seconds"].get(stage, 0.0) for c in group) / count for stage in cell["seconds"]}
+        found: dict[str, Any] = {
+            "trained_parameters": cell["trained_parameters"],
+            "trained_share": cell["trained_parameters"] / cell["full_parameters"],
+            "private_bytes": cell["private_bytes"],
+            "private_width": cell["private_width"] or None,
+            "kept_rows": cell.get("kept_rows"),
+            "kept_tokens": cell.get("kept_tokens"),
+            "trained_tokens": sum(c.get("trained_tokens", 0) for c in group) / count,
+            "flops": {**stages, "total": sum(stages.values())},
+            "seconds": {**seconds, "total": sum(seconds.values())},
+        }
+        scratch = self.reference(group, SCRATCH, False)
+        if scratch and cell.get("heldout") and self.method_of(cell) != SCRATCH:
+            found["scratch"] = self._against_scratch(group, scratch, found["flops"]["total"])
+        return found
+
+    def _against_scratch(self, group: Sequence[Cell], scratch: Sequence[Cell], total: float) -> dict[str, Any]:
+        """FLOPs, all stages, that a new draft needs to the same held-out tau; a bound where it never got there."""
+        wanted = sum(max(tau for _, tau in c["heldout"]) for c in group) / len(group)
+        costs, reached = [], True
+        for rival in scratch:
+            before = sum(flops for stage, flops in rival["flops"].items() if stage != "train")
+            step = next((step for step, tau in rival["heldout"] if tau >= wanted), None)
+            reached = reached and step is not None
+            steps = max(1, rival["steps"])
+            costs.append(before + rival["flops"]["train"] * (steps if step is None else step) / steps)
+        flops = sum(costs) / len(costs)
+        return {"heldout_tau": wanted, "flops": flops, "reached": reached, "share": total / flops}
+
+    # -- over targets ------------------------------------------------------------------------------------------
+    def averages(self, groups: Mapping[tuple[str, ...], list[Cell]]) -> list[dict[str, Any]]:
+        """The mean over targets of every combination that all targets have; empty for one target.
+
+        Prompts are resampled within their target.
+        """
+        combined: dict[tuple[str, ...], list[list[Cell]]] = {}
+        for key, group in groups.items():
+            combined.setdefault(key[1:], []).append(group)
+        names = {cell["target"] for cell in self.cells}
+        if len(names) < 2:
+            return []
+        whole = {key: parts for key, parts in combined.items() if len(parts) == len(names)}
+        return [dict(zip(AXES[1:], key, strict=True)) | self._average(parts) for key, parts in whole.items()]
+
+    def _average(self, parts: Sequence[Sequence[Cell]]) -> dict[str, Any]:
+        sets = [name for name in parts[0][0]["rounds"] if all(name in part[0]["rounds"] for part in parts)]
+        taus = {name: mean_of_taus([self.sums(part, name) for part in parts]) for name in sets}
+        return {"targets": [part[0]["target"] for part in parts], "tau": taus}
+
+
+def mean_of_taus(parts: Sequence[Sums]) -> dict[str, float | None]:
+    """The mean of several targets' tau with its interval; every target's prompts are resampled on their own."""
+    draws_D = np.zeros(DRAWS)
+    for seed, (tokens, rounds) in enumerate(parts):
+        sums_D2 = resample_counts(len(tokens), DRAWS, seed) @ np.column_stack([tokens, rounds])
+        draws_D += sums_D2[:, 0] / sums_D2[:, 1] / len(parts)
+    low, high = np.quantile(draws_D, [0.025, 0.975])
+    value = sum(map(_ratio, parts)) / len(parts)
+    return {"value": value, "low": float(low), "high": float(high)}
+
+
+def interval(found: Any) -> dict[str, float | None]:
+    """An interval for JSON, which knows no NaN: what does not exist is null."""
+    return {name: value if math.isfinite(value) else None for name, value in found.to_dict().items()}
+
+
+def _ratio(sums: Sums) -> float:
+    return math.fsum(sums[0]) / math.fsum(sums[1])

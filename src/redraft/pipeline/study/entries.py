@@ -1,0 +1,239 @@
+"""The parts of a study's file: targets, data, selections, methods, starts, grids and single cells."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from redraft.decode.tree import check_drafts, parse_shape
+from redraft.drafts.groups import PrivateSize
+from redraft.errors import UserError
+from redraft.pipeline.starts import STARTS, parse_start
+from redraft.pipeline.study.sources import parse_source
+from redraft.select import parse_scorer
+from redraft.select.rules import parse_budget
+from redraft.train.replay import ReplayConfig
+
+NONE, ANY = "none", "-"
+
+
+class Strict(BaseModel):
+    """A part of the file: unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _texts(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+class TargetEntry(Strict):
+    """A fine-tuned target with its stale draft and its prompts. Prompt sources: see docs/studies/README.md."""
+
+    target: str
+    draft: str
+    prompts: tuple[str, ...] = Field(min_length=1)
+    evaluation: dict[str, tuple[str, ...]] = Field(min_length=1)
+    adapter: str | None = None
+    base_target: str | None = None
+    base_draft: str | None = None
+    heldout_prompts: int = Field(default=24, gt=0)
+    drop_overlap: bool = False
+
+    @field_validator("prompts", mode="before")
+    @classmethod
+    def _prompts(cls, value: Any) -> Any:
+        return _texts(value)
+
+    @field_validator("evaluation", mode="before")
+    @classmethod
+    def _evaluation(cls, value: Any) -> Any:
+        if isinstance(value, str | list):
+            value = {"domain": value}
+        return {name: _texts(texts) for name, texts in value.items()} if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _sources(self) -> TargetEntry:
+        for text in itertools.chain(self.prompts, *self.evaluation.values()):
+            parse_source(text)
+        return self
+
+
+class DataEntry(Strict):
+    """Where training text comes from.
+
+    ``regenerated``: the target answers; ``reference``: the answers in the prompt files; ``traces``: served traffic;
+    ``self``: the target writes ``prompts`` prompts itself and answers them.
+    """
+
+    kind: Literal["regenerated", "reference", "traces", "self"] = "regenerated"
+    temperatures: tuple[float, ...] = Field(default=(0.0,), min_length=1)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    max_new_tokens: int | None = Field(default=None, gt=1)
+    path: str | None = None
+    prompts: int | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _complete(self) -> DataEntry:
+        if (self.kind == "traces") != (self.path is not None):
+            raise ValueError("a path belongs to data of kind traces, and to no other")
+        if (self.kind == "self") != (self.prompts is not None):
+            raise ValueError("a number of prompts belongs to data of kind self, and to no other")
+        return self
+
+
+class SelectionEntry(Strict):
+    """What is kept: a scorer (``name`` or ``name:key=value,...``) and a budget, on responses or on prompts alone.
+
+    ``general`` is the share of general text that is mixed in afterwards.
+    """
+
+    scorer: str | None = None
+    budget: str = "100%"
+    on: Literal["responses", "prompts"] = "responses"
+    order: Literal["highest", "lowest"] = "highest"
+    general: float = Field(default=0.0, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _known(self) -> SelectionEntry:
+        if self.scorer is not None:
+            parse_scorer(self.scorer)
+        elif self.budget != "100%":
+            raise ValueError("a budget needs a scorer")
+        parse_budget(self.budget)
+        return self
+
+
+class MethodEntry(BaseModel):
+    """A method with settings of its private part (``PrivateSize``), a learning rate of its own, and replay.
+
+    ``replay`` holds settings of ``ReplayConfig``: passes over the states that the trained draft reaches, paid for out
+    of the common budget.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    method: str | None = None
+    learning_rate: float | None = Field(default=None, gt=0)
+    replay: dict[str, Any] | None = None
+
+    @property
+    def replay_config(self) -> ReplayConfig | None:
+        """Raises ``UserError`` for a setting that there is not."""
+        given: dict[str, Any] = {"passes": 1} | self.replay if self.replay is not None else {}
+        known = [field.name for field in fields(ReplayConfig)]
+        if unknown := sorted(set(given) - set(known)):
+            raise UserError(f"unknown replay setting {', '.join(unknown)}; choose from {', '.join(known)}")
+        found = ReplayConfig(**given)
+        return found if found.passes else None
+
+    @property
+    def size(self) -> PrivateSize:
+        """Raises ``UserError`` for a setting that there is not."""
+        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in (self.model_extra or {}).items()}
+        known: dict[str, Any] = {field.name: field.default for field in fields(PrivateSize)}
+        if unknown := sorted(set(given) - set(known)):
+            listed = ", ".join(["method", "learning_rate", "replay", *known])
+            raise UserError(f"unknown method setting {', '.join(unknown)}; choose from {listed}")
+        for name, value in given.items():
+            default = known[name]
+            right = isinstance(value, int | float) if isinstance(default, int | float) else True
+            if not right or isinstance(value, bool) != isinstance(default, bool):
+                raise UserError(f"method setting {name} must be like {default!r}, not {value!r}")
+            if name in ("width", "rank") and not value > 0:
+                raise UserError(f"method setting {name} must be 1 or more, not {value!r}")
+        return PrivateSize(**given)
+
+
+class StartEntry(Strict):
+    """What training starts from: the target's stale draft or another, changed by registered starts (``a+b``)."""
+
+    draft: str | None = None
+    start: str = NONE
+
+    @field_validator("start")
+    @classmethod
+    def _start(cls, value: str) -> str:
+        parse_start(value)
+        return value
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the starts cannot do without: "base_target", "rows"."""
+        return frozenset().union(*(STARTS.get(name).needs for name in parse_start(self.start)))
+
+
+class General(Strict):
+    """Text outside the domain: what tau is measured on before and after, and what may be mixed into the training."""
+
+    prompts: tuple[str, ...] = Field(min_length=1)
+    mix: tuple[str, ...] = ()
+
+    @field_validator("prompts", "mix", mode="before")
+    @classmethod
+    def _sources(cls, value: Any) -> Any:
+        for text in _texts(value):
+            parse_source(text)
+        return _texts(value)
+
+
+class Speed(Strict):
+    """Wall-clock speed of one cell a method, in one paired run: first data, no selection, no start, first seed.
+
+    Each of ``shapes`` with each of ``temperatures``, on the first ``prompts`` evaluation prompts.
+    """
+
+    methods: tuple[str, ...] | None = None
+    shapes: tuple[str, ...] = ()
+    temperatures: tuple[float, ...] = (0.0,)
+    prompts: int = Field(default=16, gt=0)
+
+    @model_validator(mode="after")
+    def _shapes(self) -> Speed:
+        for text in self.shapes:
+            check_drafts(parse_shape(text), True)
+        return self
+
+
+class Grid(Strict):
+    """Lists whose product are cells; what is left out has the one usual value (for targets: all of them)."""
+
+    targets: tuple[str, ...] | None = None
+    methods: tuple[str, ...] = Field(min_length=1)
+    data: tuple[str, ...] | None = None
+    selections: tuple[str, ...] = (NONE,)
+    losses: tuple[str, ...] = ("kl",)
+    starts: tuple[str, ...] = (NONE,)
+    seeds: tuple[int, ...] = (0,)
+
+
+class CellEntry(Strict):
+    """One cell by hand."""
+
+    method: str
+    target: str | None = None
+    data: str | None = None
+    selection: str = NONE
+    loss: str = "kl"
+    start: str = NONE
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One point of the study. ``ANY`` stands where nothing depends on the choice (a method that trains nothing)."""
+
+    target: str
+    method: str
+    data: str
+    selection: str
+    loss: str
+    start: str
+    seed: int
+
+    @property
+    def key(self) -> str:
+        return " | ".join(map(str, asdict(self).values()))

@@ -1,0 +1,49 @@
+"""Tables and pictures of a study, from its results file alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from redraft.artifact import atomic_write_bytes, atomic_write_json, atomic_write_text, read_json
+from redraft.errors import UserError
+from redraft.evaluate.study import derive
+from redraft.report.study import markdown
+from redraft.report.study_plots import pictures
+
+TABLES_FILE = "tables.md"
+
+
+def write_tables(results: Path, out: Path | None = None) -> Path:
+    """Work the figures out of the raw results and write ``tables.md`` and the pictures to ``out``.
+
+    ``out`` is by default the folder of the results. Returns the path of the tables. Raises ``UserError``.
+    """
+    found = read_json(results)
+    figures = derive(found)
+    folder = out if out is not None else results.parent
+    drawn = pictures(found, figures)
+    for name, (_, image) in drawn.items():
+        atomic_write_bytes(folder / name, image)
+    figures["plots"] = {name: about for name, (about, _) in drawn.items()}
+    atomic_write_text(folder / TABLES_FILE, markdown(found, figures))
+    return folder / TABLES_FILE
+
+
+def write_full(results: dict[str, Any], path: Path, source: str) -> None:
+    """Write what ``full`` reached, in the form that the quickstart's summary reads it.
+
+    Raises ``UserError`` when the study has no cell of ``full``, or several targets.
+    """
+    rows = [row for row in results["figures"]["pooled"] if row["method"] == "full" and row["start"] == "none"]
+    if len(results["targets"]) != 1 or not rows:
+        raise UserError("the study must have one target and a cell of the method full")
+    row = rows[0]
+    facts = results["targets"][row["target"]]
+    kept = next(cell["rows"] for cell in results["cells"] if cell["method"] == "full" and cell["start"] == "none")
+    asked = len(facts["sets"]["greedy"]["prompts"])
+    told = (
+        f"a committed run on {kept} answers to problems of the same kind, measured on {asked} others ({source}); "
+        "the ten minutes do not allow it here"
+    )
+    atomic_write_json(path, {"tau": row["tau"]["greedy"]["value"], "from": told})

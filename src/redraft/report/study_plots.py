@@ -1,0 +1,134 @@
+"""A study's pictures: tau against training FLOPs, against the kept fraction and against the private width."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from redraft.report.plots import COLOURS, MARKERS, OTHERS, WIDTH, _figure
+from redraft.report.study import label
+
+TAU = "acceptance length \N{GREEK SMALL LETTER TAU}"
+MORE = ("#5b6bb5", "#b0604a", "#6d8f3c", "#7a7a7a")
+Row = Mapping[str, Any]
+Curve = Sequence[tuple[float, float, float | None, float | None]]
+"""(x, y, low, high) in order; the ends are None where there is no interval."""
+
+
+def pictures(results: Mapping[str, Any], figures: Mapping[str, Any]) -> dict[str, tuple[str, bytes]]:
+    """File name to (what it shows, PNG), for every target that has at least two points to draw."""
+    found: dict[str, tuple[str, bytes]] = {}
+    for target in results["targets"]:
+        rows = [row for row in figures["pooled"] if row["target"] == target]
+        cells = [cell for cell in results["cells"] if cell["target"] == target]
+        stale = next((row["tau"]["greedy"]["value"] for row in rows if row["method"] == "none"), None)
+        drawn = {
+            "flops": (f"{target}: held-out tau while training", "training FLOPs", training_curves(results, cells)),
+            "kept": (f"{target}: tau by kept share", "kept share of the supervised tokens", kept_curves(results, rows)),
+            "width": (f"{target}: tau by private width", "private width", width_curves(rows)),
+            "size": (f"{target}: tau by size", "private file, bytes", size_points(rows)),
+        }
+        for kind, (about, axis, curves) in drawn.items():
+            if sum(map(len, curves.values())) >= 2:
+                name = re.sub(r"[^A-Za-z0-9+.-]", "_", f"{kind}-{target}") + ".png"
+                logarithmic = kind in ("flops", "size")
+                found[name] = (about, draw(curves, about, axis, stale if kind != "flops" else None, logarithmic))
+    return found
+
+
+def training_curves(results: Mapping[str, Any], cells: Sequence[Row]) -> dict[str, Curve]:
+    """Held-out tau over the FLOPs of the steps so far, a line a method, first seed, on the first data unselected."""
+    first = next(iter(results["config"]["data"]))
+    found: dict[str, Curve] = {}
+    for cell in cells:
+        if cell["data"] != first or cell["selection"] != "none" or not cell.get("heldout"):
+            continue
+        per_step = cell["flops"]["train"] / max(1, cell["steps"])
+        points = [(per_step * step, tau, None, None) for step, tau in cell["heldout"] if step]
+        found.setdefault(label(cell, method_only=True), points)
+    return found
+
+
+def kept_curves(results: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Curve]:
+    """tau over what selection keeps, a line for every method and scorer; all of the data closes every line."""
+    named = results["config"]["selections"]
+    found: dict[str, list[tuple[float, float, float | None, float | None]]] = {}
+    whole: dict[str, tuple[float, float, float | None, float | None]] = {}
+    for row in rows:
+        if row["kept_tokens"] is None:
+            continue
+        start = label({**row, "selection": "none"})
+        point = (row["kept_tokens"], *_ends(row["tau"]["greedy"]))
+        if row["selection"] == "none":
+            whole[start] = point
+            continue
+        entry = named.get(row["selection"])
+        scorer = entry["scorer"] if entry else row["selection"].rpartition("@")[0]
+        where = " on prompts" if entry and entry["on"] == "prompts" else ""
+        mixed = f" + {entry['general']:.0%} general" if entry and entry["general"] else ""
+        found.setdefault(f"{start}; {scorer}{where}{mixed}", []).append(point)
+    closed = {name: [*points, *_whole(name, whole)] for name, points in found.items()}
+    return {name: sorted(points) for name, points in closed.items()}
+
+
+def _whole(name: str, whole: Mapping[str, Any]) -> list[Any]:
+    return [point for start, point in whole.items() if name.startswith(f"{start}; ")][:1]
+
+
+def width_curves(rows: Sequence[Row]) -> dict[str, Curve]:
+    """tau over the inner width of the private expert; names of one method's widths share what stands before a digit."""
+    found: dict[str, list[Any]] = {}
+    for row in rows:
+        if row["private_width"] and row["selection"] == "none":
+            series = re.sub(r"[-_.]?\d+$", "", row["method"])
+            name = label({**row, "method": series})
+            found.setdefault(name, []).append((row["private_width"], *_ends(row["tau"]["greedy"])))
+    return {name: sorted(points) for name, points in found.items()}
+
+
+def size_points(rows: Sequence[Row]) -> dict[str, Curve]:
+    """tau over the bytes that a target needs of its own, a point a method on the same data."""
+    found: dict[str, Curve] = {}
+    for row in rows:
+        if row["private_bytes"] and row["selection"] == "none":
+            found.setdefault(label(row), [(row["private_bytes"], *_ends(row["tau"]["greedy"]))])
+    return found
+
+
+def _ends(found: Mapping[str, float | None]) -> tuple[Any, float | None, float | None]:
+    return found["value"], found["low"], found["high"]
+
+
+def draw(curves: Mapping[str, Curve], title: str, axis: str, level: float | None, logarithmic: bool) -> bytes:
+    """One picture of lines with bars for intervals; ``level`` is tau of the stale draft. PNG."""
+    shades = [*OTHERS, *MORE]
+    with _white(1.9 * WIDTH, 3.6 + 0.09 * len(curves)) as (figure, axes):
+        for index, (name, points) in enumerate(curves.items()):
+            colour = COLOURS.get(name) or shades[index % len(shades)]
+            x, y = [point[0] for point in points], [point[1] for point in points]
+            style = f"{MARKERS[index % len(MARKERS)]}{'-' if len(points) > 1 else ''}"
+            axes.plot(x, y, style, color=colour, label=name, markersize=4)
+            for at, value, low, high in points:
+                if low is not None and high is not None and high > low:
+                    axes.plot([at, at], [low, high], color=colour, linewidth=1, alpha=0.5)
+                    axes.plot(at, value, style[0], color=colour, markersize=4)
+        if level is not None:
+            axes.axhline(level, color=COLOURS["stale"], linestyle="--", linewidth=1.2, label="stale")
+        if logarithmic:
+            axes.set_xscale("log")
+        axes.set_xlabel(axis)
+        axes.set_ylabel(TAU)
+        axes.set_title(title)
+        figure.legend(loc="outside right upper", fontsize=8)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=130, transparent=False, facecolor="white", metadata={"Software": None})
+        return buffer.getvalue()
+
+
+@contextmanager
+def _white(width: float, height: float) -> Iterator[Any]:
+    with _figure(width, height, ink="#1b1f24", grid="#d5d9de") as drawn:
+        yield drawn

@@ -1,0 +1,180 @@
+"""Figures of a study from made-up rounds: references, pooling over seeds, scratch, averages, markdown."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import pytest
+
+from redraft.errors import UserError
+from redraft.evaluate.statistics import paired_ratio, paired_recovery, ratio_of_sums
+from redraft.evaluate.study import derive, mean_of_taus
+from redraft.report.study import label, markdown, ranged, table
+from redraft.report.study_plots import kept_curves, pictures, training_curves, width_curves
+
+TOKENS = [30, 20, 40, 10]
+
+
+def cell(target: str, method: str, rounds: list[float], seed: int = 0, **changes: Any) -> dict[str, Any]:
+    """A trained cell with these rounds on both sets."""
+    found: dict[str, Any] = {
+        "target": target,
+        "method": method,
+        "data": "own",
+        "selection": "none",
+        "loss": "kl",
+        "start": "none",
+        "seed": seed,
+        "settings": {},
+        "trained_parameters": 10,
+        "full_parameters": 100,
+        "private_bytes": 20,
+        "private_width": 0,
+        "kept_rows": 1.0,
+        "kept_tokens": 1.0,
+        "trained_tokens": 1000,
+        "steps": 10,
+        "heldout": [[0, 1.0], [5, 1.5], [10, 1.6]],
+        "flops": {"generation": 1000, "train": 500},
+        "seconds": {"generation": 4.0, "train": 2.0},
+        "rounds": {"greedy": rounds, "general": [2 * r for r in rounds]},
+    } | changes
+    axes = ("target", "method", "data", "selection", "loss", "start", "seed")
+    return {"key": " | ".join(str(found[axis]) for axis in axes), **found}
+
+
+def stale(target: str, rounds: list[float], **changes: Any) -> dict[str, Any]:
+    untrained = {"data": "-", "selection": "-", "loss": "-", "kept_rows": None, "kept_tokens": None, "heldout": None}
+    empty = {"trained_parameters": 0, "private_bytes": 0, "flops": {}, "seconds": {}, "trained_tokens": 0}
+    return cell(target, "none", rounds, **(untrained | empty | changes))
+
+
+def study(*cells: dict[str, Any], targets: tuple[str, ...] = ("a",), **config: Any) -> dict[str, Any]:
+    asked = {"answers_of": "a", "sampler": "greedy", "prompts": ["p", "q", "r", "s"], "tasks": ["x", "x", "y", "y"]}
+    facts = {"target": "m", "draft": "d", "data": {}, "sets": {n: {**asked, "tokens": TOKENS} for n in SETS}}
+    return {
+        "schema": "redraft.study/1",
+        "name": "made up",
+        "about": "",
+        "finished": True,
+        "config": {"data": {"own": {}, "other": {}}, "starts": {}, "methods": {}, "selections": {}, "temperature": 1.0}
+        | config,
+        "setup": {"chain": "chain of 3", "walk": "walk", "budget": "b", "train": {"epochs": 1, "batch_anchors": 8}},
+        "targets": {name: copy.deepcopy(facts) for name in targets},
+        "cells": list(cells),
+    }
+
+
+SETS = ("greedy", "general")
+STALE, FULL = [28.0, 19.0, 35.0, 9.0], [15.0, 10.0, 20.0, 5.0]
+FIRST, SECOND = [20.0, 12.0, 25.0, 7.0], [18.0, 14.0, 27.0, 6.0]
+
+
+def test_seeds_are_pooled_prompt_by_prompt() -> None:
+    results = study(stale("a", STALE), cell("a", "full", FULL), cell("a", "fc", FIRST), cell("a", "fc", SECOND, 1))
+    found = derive(results)
+    row = found["pooled"][-1]
+    pooled = ([2 * t for t in TOKENS], [x + y for x, y in zip(FIRST, SECOND, strict=True)])
+    assert row["seeds"] == [0, 1]
+    assert row["tau"]["greedy"] == ratio_of_sums(*pooled).to_dict()
+    assert row["tau_by_seed"] == [100 / sum(FIRST), 100 / sum(SECOND)]
+    assert row["recovery"] == paired_recovery(pooled, (TOKENS, STALE), (TOKENS, FULL)).to_dict()
+    general = (pooled[0], [2 * r for r in pooled[1]])
+    assert row["outside"]["general"] == paired_ratio(general, (TOKENS, [2 * r for r in STALE])).to_dict()
+    assert row["tasks"]["y"]["greedy"]["value"] == 100 / sum(FIRST[2:] + SECOND[2:])
+    assert row["trained_share"] == 0.1 and row["flops"]["total"] == 1500
+    assert set(found["cells"]) == {c["key"] for c in results["cells"]}
+    json.dumps(found, allow_nan=False)
+
+
+def test_recovery_is_held_against_full_on_all_of_the_first_data_and_on_the_same() -> None:
+    better = [14.0, 9.0, 18.0, 5.0]
+    results = study(
+        stale("a", STALE),
+        cell("a", "full", FULL),
+        cell("a", "full", better, data="other"),
+        cell("a", "full", SECOND, loss="tv"),
+        cell("a", "fc", FIRST, data="other"),
+        cell("a", "fc", FIRST, selection="length@50%"),
+    )
+    rows = derive(results)["pooled"]
+    first, selected = rows[-2], rows[-1]
+    assert first["recovery"] == paired_recovery((TOKENS, FIRST), (TOKENS, STALE), (TOKENS, FULL)).to_dict()
+    assert first["recovery_same_data"] == paired_recovery((TOKENS, FIRST), (TOKENS, STALE), (TOKENS, better)).to_dict()
+    assert selected["recovery"] == first["recovery"] and selected["recovery_same_data"] is None
+    assert rows[3]["recovery_same_data"]["value"] == 1
+    # full that gains nothing: there is nothing to recover, and no number says otherwise
+    level = derive(study(stale("a", STALE), cell("a", "full", STALE), cell("a", "fc", FIRST)))["pooled"][-1]
+    assert level["recovery"] == {"value": None, "low": None, "high": None}
+
+
+def test_another_draft_has_its_own_stale_and_full() -> None:
+    started = {"start": "one"}
+    results = study(
+        stale("a", STALE),
+        cell("a", "full", FULL),
+        stale("a", FIRST, **started),
+        cell("a", "full", [10.0, 6.0, 14.0, 4.0], **started),
+        cell("a", "fc", SECOND, **started),
+        cell("a", "fc", SECOND, start="ridge"),
+        starts={"one": {"draft": "other-draft", "start": "none"}},
+    )
+    rows = derive(results)["pooled"]
+    own = paired_recovery((TOKENS, SECOND), (TOKENS, FIRST), (TOKENS, [10.0, 6.0, 14.0, 4.0])).to_dict()
+    assert rows[-2]["recovery"] == own
+    assert rows[-1]["recovery"] == paired_recovery((TOKENS, SECOND), (TOKENS, STALE), (TOKENS, FULL)).to_dict()
+
+
+def test_scratch_is_read_off_its_own_curve() -> None:
+    reached = cell("a", "scratch", SECOND, heldout=[[0, 0.5], [10, 1.7], [20, 1.9]], steps=20, flops={"train": 4000})
+    never = {**reached, "heldout": [[0, 0.5], [20, 1.2]]}
+    rows = derive(study(stale("a", STALE), reached, cell("a", "fc", FIRST)))["pooled"]
+    assert rows[-1]["scratch"] == {"heldout_tau": 1.6, "flops": 2000, "reached": True, "share": 0.75}
+    assert "scratch" not in rows[1]
+    row = derive(study(stale("a", STALE), never, cell("a", "fc", FIRST)))["pooled"][-1]
+    assert not row["scratch"]["reached"] and row["scratch"]["flops"] == 4000
+
+
+def test_averages_are_over_what_all_targets_have() -> None:
+    cells = [
+        stale("a", STALE),
+        stale("b", FIRST),
+        cell("a", "fc", FIRST),
+        cell("b", "fc", SECOND),
+        cell("a", "x", FULL),
+    ]
+    rows = derive(study(*cells, targets=("a", "b")))["average"]
+    assert [row["method"] for row in rows] == ["none", "fc"]
+    assert rows[1]["tau"]["greedy"]["value"] == pytest.approx((100 / sum(FIRST) + 100 / sum(SECOND)) / 2)
+    alone = mean_of_taus([(TOKENS, FIRST)])
+    assert alone == pytest.approx(ratio_of_sums(TOKENS, FIRST).to_dict())
+    assert rows[1]["tau"]["greedy"]["high"] - rows[1]["tau"]["greedy"]["low"] > 0
+
+
+def test_damaged_results_are_named() -> None:
+    with pytest.raises(UserError, match="no results of a study"):
+        derive({"schema": "redraft.bench/1"})
+    results = study(stale("a", STALE), cell("a", "fc", FIRST[:2]))
+    with pytest.raises(UserError, match="lack the rounds of cell a | fc"):
+        derive(results)
+
+
+def test_markdown_and_pictures() -> None:
+    wide = [cell("a", f"eda-{w}", FIRST, private_width=w) for w in (64, 128)]
+    half = cell("a", "fc", SECOND, selection="length@50%", kept_tokens=0.5, kept_rows=0.5)
+    results = study(stale("a", STALE), cell("a", "full", FULL), cell("a", "fc", FIRST), half, *wide)
+    found = derive(results)
+    text = markdown(results, found)
+    assert "| none | 1.10 [" in text and "| fc; own, length@50% |" in text
+    assert "Not finished" not in text and "Not finished" in markdown(results | {"finished": False}, found)
+    rows = found["pooled"]
+    assert kept_curves(results, rows)["fc; own; length"][0][:2] == (0.5, 100 / sum(SECOND))
+    assert [p[0] for p in kept_curves(results, rows)["fc; own; length"]] == [0.5, 1.0]
+    assert [p[0] for p in width_curves(rows)["eda; own"]] == [64, 128]
+    assert training_curves(results, results["cells"])["fc"][0] == (250.0, 1.5, None, None)
+    assert set(pictures(results, found)) == {"flops-a.png", "kept-a.png", "width-a.png", "size-a.png"}
+    assert label({**rows[2], "loss": "tv", "start": "ridge"}) == "fc; own; loss tv; start ridge"
+    assert ranged({"value": None, "low": None, "high": None}) == ranged(None)
+    assert table(["a|b"], [["c"]]).startswith("| a\\|b |") and table(["a"], []) == ""
