@@ -200,6 +200,7 @@ def test_random_depends_on_seed_and_key_alone_and_is_even() -> None:
     assert all(0 <= score < 1 for score in scores)
     assert Random().score(rows[7:8], ScoringContext(seed=1)) == scores[7:8]
     other = Random().score(rows, ScoringContext(seed=2))
+    assert parse_scorer("random:seed=2").score(rows, ScoringContext(seed=1)) == other
     assert sum(a > b for a, b in zip(scores, other, strict=True)) in range(900, 1101)
     assert [sum(i / 4 <= s < (i + 1) / 4 for s in scores) for i in range(4)] == pytest.approx([500] * 4, abs=80)
 
@@ -232,7 +233,8 @@ def test_choose_refuses_before_it_scores() -> None:
         ("shift:layer=top", "unknown layer 'top'"),
         ("shift:layer=1.5", "unknown layer '1.5'"),
         ("shift:metric=l2,metric=l2", "sets metric twice"),
-        ("random:seed=3", "no setting 'seed'; it has no settings"),
+        ("length:longest=3", "no setting 'longest'; it has no settings"),
+        ("random:seed=x", "seed must be a whole number, not 'x'"),
         ("coverage:diversity=much", "coverage: diversity must be a number, not 'much'"),
         ("coverage:diversity=1.5", "between 0 and 1, not 1.5"),
         ("coverage:diversity=nan", "between 0 and 1, not nan"),

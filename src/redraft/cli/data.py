@@ -41,6 +41,8 @@ def register(app: typer.Typer) -> None:
             "--budget 50% --out selection.json",
             "redraft select --prompts prompts.jsonl --scorer shift --target my-model --base-target base-model "
             "--budget 400 --out selection.json --keep chosen.jsonl",
+            "redraft select --responses responses.jsonl --scorer coverage:base=shift,base.layer=12,diversity=0.5 "
+            "--target my-model --base-target base-model --budget '60k tokens' --out selection.json",
         ),
     )(select)
 
@@ -80,19 +82,24 @@ def select(
     out: OutFile,
     responses: Annotated[Path | None, typer.Option(help="Responses to select from.")] = None,
     prompts: Annotated[str | None, typer.Option(help="Prompts to select from, before any is answered.")] = None,
-    scorer: Annotated[str, typer.Option(help="How rows are scored: {scorers}.")] = "rejection",
+    scorer: Annotated[
+        str, typer.Option(help="How rows are scored: {scorers}; NAME:KEY=VALUE,KEY=VALUE for its settings.")
+    ] = "rejection",
     budget: Annotated[str, typer.Option(help='What to keep: "25%", "400" rows or "60k tokens".')] = "75%",
     order: Annotated[str, typer.Option(help="Which scores come first: highest or lowest.")] = "highest",
     keep: Annotated[Path | None, typer.Option(help="Also write the kept rows or prompts to this file.")] = None,
     target: OptionalTarget = None,
     base_target: BaseTarget = None,
-    draft: Annotated[str | None, typer.Option(help="The present draft (scorer rejection).")] = None,
+    draft: Annotated[str | None, typer.Option(help="The present draft (scorer rejection, and coverage on it).")] = None,
     adapter: Adapter = None,
     dtype: Dtype = "bfloat16",
     device: Device = "cpu",
     seed: Seed = 0,
 ) -> None:
-    """Choose the samples worth training on; the manifest says every score and why a row is in."""
+    """Choose the samples worth training on; the manifest says every score and why a row is in.
+
+    From responses, or from prompts before any is answered: --keep then writes the prompts to answer.
+    """
     from redraft.pipeline.steps import TargetSpec, select_file
 
     manifest = select_file(

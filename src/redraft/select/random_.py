@@ -11,18 +11,25 @@ from redraft.select import SCORERS, ScorableRow, ScoringContext
 
 @SCORERS.register("random")
 class Random:
-    """A number in [0, 1) from the seed and the row's key, so a row's score depends on no other row."""
+    """A number in [0, 1) from the seed and the row's key, so a row's score depends on no other row.
+
+    ``seed`` is that of the whole run unless it is given, which draws several samples in one run.
+    """
 
     name = "random"
     needs: frozenset[str] = frozenset()
     passes = 0
 
+    def __init__(self, seed: int | None = None) -> None:
+        self.seed = seed
+
     @property
     def settings(self) -> dict[str, Any]:
-        return {}
+        return {} if self.seed is None else {"seed": self.seed}
 
     def score(self, rows: Sequence[ScorableRow], context: ScoringContext) -> list[float]:
-        return [_uniform(f"{context.seed}|{row.key}") for row in rows]
+        seed = context.seed if self.seed is None else self.seed
+        return [_uniform(f"{seed}|{row.key}") for row in rows]
 
 
 def _uniform(text: str) -> float:
