@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_origin
 
 import typer
 
@@ -98,6 +98,10 @@ def train(
     method: Annotated[str, typer.Option(help="What of an old draft is trained: {methods}.")] = "lora",
     private_width: Annotated[int, typer.Option(min=1, help="Inner width of the private expert.")] = 768,
     rank: Annotated[int, typer.Option(min=1, help="Rank of the low-rank updates.")] = 64,
+    private: Annotated[
+        list[str] | None, typer.Option(help="Any other size of the private part, NAME=VALUE; repeatable.")
+    ] = None,
+    family: Annotated[str, typer.Option(help="Family of a new draft: eagle3, or eagle1 as in its paper.")] = "eagle3",
     selection: Annotated[Path | None, typer.Option(help="Manifest of redraft select: train on what it keeps.")] = None,
     heldout: Annotated[int, typer.Option(min=1, help="Greedy responses kept back: training stops on their tau.")] = 40,
     heldout_responses: Annotated[Path | None, typer.Option(help="Held-out responses in a file of their own.")] = None,
@@ -126,36 +130,51 @@ def train(
     spec = TargetSpec(target, dtype, device, adapter)
     data = TrainData(responses, heldout, heldout_responses, selection)
     if from_nothing and draft is None:
-        train_new(spec, data, out, vocabulary, TrainConfig(**values), say)
+        train_new(spec, data, out, vocabulary, TrainConfig(**values), say, family)
     elif draft is not None and not from_nothing:
-        train_old(spec, draft, data, out, TrainConfig(**values), method, PrivateSize(private_width, rank), say)
+        sizes = {"width": private_width, "rank": rank, **settings(private or [], PrivateSize)}
+        train_old(spec, draft, data, out, TrainConfig(**values), method, PrivateSize(**sizes), say)
     else:
         raise UserError("give either --draft, the old draft to adapt, or --from-nothing for a new one")
 
 
 def settings(given: list[str], config: Any) -> dict[str, Any]:
-    """``NAME=VALUE`` texts as values of the types of a config's defaults. Raises ``UserError``."""
-    from dataclasses import fields
+    """``NAME=VALUE`` texts as values of the types of a config's fields. Raises ``UserError``."""
+    from typing import get_type_hints
 
-    known: dict[str, Any] = {field.name: type(field.default) for field in fields(config)}
+    known = get_type_hints(config)
     found: dict[str, Any] = {}
     for text in given:
         name, equals, value = text.partition("=")
         name = name.strip().replace("-", "_")
         if not equals or name not in known:
-            raise UserError(f"training setting {text!r} is not understood; write NAME=VALUE, one of {', '.join(known)}")
-        try:
-            found[name] = known[name](value.strip())
-        except ValueError:
-            raise UserError(f"training setting {name} must be a {known[name].__name__}, not {value!r}") from None
+            raise UserError(f"setting {text!r} is not understood; write NAME=VALUE, one of {', '.join(known)}")
+        found[name] = typed(name, value.strip(), known[name])
     return found
+
+
+def typed(name: str, value: str, hint: Any) -> Any:
+    """The text of a setting as its type: a number, a text, or names with commas between them. Raises ``UserError``."""
+    kinds = [kind for kind in (get_args(hint) or (hint,)) if kind is not type(None)]
+    if get_origin(hint) is tuple:
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    try:
+        return kinds[0](value)
+    except ValueError:
+        raise UserError(f"setting {name} must be a {kinds[0].__name__}, not {value!r}") from None
 
 
 def adapt(
     config: Annotated[Path | None, typer.Option(help="YAML file with any of these settings; flags win.")] = None,
     target: OptionalTarget = None,
     draft: Annotated[str | None, typer.Option(help="The old draft: folder in any format, or hub id.")] = None,
-    prompts: Annotated[str | None, typer.Option(help="Prompts of the target's domain.")] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(help="Prompts of the target's domain; self:400 lets the target write 400 questions itself."),
+    ] = None,
+    responses: Annotated[
+        str | None, typer.Option(help="A log of served responses instead of --prompts: nothing is generated.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Run directory; a stopped run resumes from it.")
     ] = None,
@@ -167,9 +186,25 @@ def adapt(
     method: Annotated[str | None, typer.Option(help="Which parameters are trained: {methods}.")] = None,
     private_width: Annotated[int | None, typer.Option(help="Inner width of the private expert.")] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of the low-rank updates.")] = None,
+    private: Annotated[
+        list[str] | None,
+        typer.Option(help="Any other size of the private part, NAME=VALUE (alpha, experts, active); repeatable."),
+    ] = None,
+    start: Annotated[
+        str | None, typer.Option(help="What training starts from: {starts}; joined by + where several.")
+    ] = None,
+    replay: Annotated[
+        int | None, typer.Option(help="Passes over the states where the trained draft's rounds end early.")
+    ] = None,
     loss: Annotated[str | None, typer.Option(help="Training loss: {losses}.")] = None,
-    scorer: Annotated[str | None, typer.Option(help="How samples are scored: {scorers}.")] = None,
+    scorer: Annotated[
+        str | None, typer.Option(help="How samples are scored: {scorers}; NAME:KEY=VALUE for its settings.")
+    ] = None,
     budget: Annotated[str | None, typer.Option(help='What selection keeps: "25%", "400" or "60k tokens".')] = None,
+    general: Annotated[
+        str | None, typer.Option(help="Responses to general prompts, mixed in to guard the draft's other speed.")
+    ] = None,
+    general_share: Annotated[float | None, typer.Option(help="Their share of all response tokens.")] = None,
     temperatures: Annotated[list[float] | None, typer.Option(help="Regeneration temperature; repeatable.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Nucleus of sampled regeneration.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest response.")] = None,
@@ -190,6 +225,7 @@ def adapt(
 ) -> None:
     """Everything in one go: regenerate, select, train, export, bench and report. Stop it and resume it at will."""
     given = {name: value for name, value in locals().items() if name != "config" and value not in (None, [])}
+    from redraft.drafts.groups import PrivateSize
     from redraft.pipeline.adapt import AdaptRun
     from redraft.pipeline.config import parse_config, read_config
     from redraft.report.tables import acceptance_table, bench_table, ledger_table
@@ -197,6 +233,8 @@ def adapt(
 
     if train:
         given["train"] = settings(train, TrainConfig)
+    if private:
+        given["private"] = settings(private, PrivateSize)
     parsed = read_config(config, given) if config is not None else parse_config(given)
     run = AdaptRun(parsed, say)
     result = run.run()

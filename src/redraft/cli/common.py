@@ -41,6 +41,12 @@ def _methods() -> list[str]:
     return list(METHODS)
 
 
+def _starts() -> list[str]:
+    from redraft.pipeline.starts import STARTS
+
+    return STARTS.names()
+
+
 def _suites() -> list[str]:
     from redraft.data.suites import SUITES
 
@@ -52,6 +58,7 @@ CHOICES: dict[str, Callable[[], list[str]]] = {
     "{scorers}": _scorers,
     "{formats}": _formats,
     "{methods}": _methods,
+    "{starts}": _starts,
     "{suites}": _suites,
 }
 

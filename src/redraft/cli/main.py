@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from redraft import __version__
-from redraft.cli import align, data, measure, study, watch
+from redraft.cli import align, data, measure, study, vocabulary, watch
 from redraft.errors import UserError
 
 app = typer.Typer(
@@ -42,6 +42,7 @@ def options(
 align.register_quickstart(app)
 measure.register_probe(app)
 data.register(app)
+vocabulary.register(app)
 align.register(app)
 measure.register(app)
 study.register(app)

@@ -16,7 +16,7 @@ from redraft.decode import make_decoder
 from redraft.decode.engine import ChainDecoder, Generation, PlainDecoder
 from redraft.decode.pieces import trace
 from redraft.decode.tree import ChainShape, Shape
-from redraft.drafts.eagle3 import Eagle3Draft
+from redraft.drafts.base import Draft
 from redraft.errors import UserError
 from redraft.evaluate import summary
 from redraft.evaluate.costs import costs
@@ -74,7 +74,7 @@ class Measured:
 
 def bench(
     targets: Mapping[str, Target],
-    drafts: Mapping[str, Eagle3Draft],
+    drafts: Mapping[str, Draft],
     prompts: Sequence[Prompt],
     config: BenchConfig,
     provenance: Mapping[str, Any],
@@ -173,9 +173,7 @@ def _measure(
     return runs
 
 
-def _alpha(
-    target: Target, draft: Eagle3Draft, prompts: Sequence[Prompt], config: BenchConfig
-) -> dict[str, float] | None:
+def _alpha(target: Target, draft: Draft, prompts: Sequence[Prompt], config: BenchConfig) -> dict[str, float] | None:
     """Mean of sum_x min(target, draft) along a chain of the shape's depth; at temperature 1 when decoding is greedy."""
     decoder = ChainDecoder(target, draft, config.depth, config.sampler, measure_overlap=True)
     limit = min(64, config.max_new_tokens)

@@ -13,12 +13,10 @@ from typing import Any
 
 from redraft import provenance
 from redraft.artifact import atomic_write_json
-from redraft.data.overlap import refuse_overlap
-from redraft.data.prompts import Conversation, read_conversations
-from redraft.data.regenerate import InProcessEngine, ServerEngine, regenerate
+from redraft.data.mixture import mix
 from redraft.data.store import Row, read_rows
 from redraft.decode.tree import ChainShape
-from redraft.drafts.eagle3 import Eagle3Draft
+from redraft.drafts.base import Draft
 from redraft.drafts.groups import prepare, trained_parameters
 from redraft.evaluate.speed import BenchConfig
 from redraft.export import EXPORTERS
@@ -26,18 +24,21 @@ from redraft.export.base import check_taps
 from redraft.loading import ADAPTER_FILE
 from redraft.pipeline.bench import measure
 from redraft.pipeline.config import AdaptConfig, claim_run
-from redraft.pipeline.models import OpenDraft, contestants, open_draft, open_target, split_prompts, template_prompts
-from redraft.pipeline.stages import Say, build_features, half, run_training, save_trained
+from redraft.pipeline.models import OpenDraft, contestants, open_draft, open_target
+from redraft.pipeline.replay import replay
+from redraft.pipeline.sources import Source
+from redraft.pipeline.stages import Say, build_features, check_merge, half, run_training, save_trained
+from redraft.pipeline.starts import StartContext, StartResult, apply_start
 from redraft.progress import progress_bar
 from redraft.report.page import build_report
-from redraft.sampling import Sampler
-from redraft.select import SCORERS, ScoringContext, score_rows
+from redraft.select import ScoringContext, parse_scorer
 from redraft.select.manifest import Manifest, read_manifest
-from redraft.select.rules import parse_budget, select
+from redraft.select.rules import choose
 from redraft.target import Target
 from redraft.teacher.features import FeatureStore, anchors
 from redraft.teacher.simulate import row_alphas
 from redraft.train.loop import Trainer, TrainResult
+from redraft.train.replay import ReplayConfig
 
 
 class AdaptRun:
@@ -55,6 +56,12 @@ class AdaptRun:
         c = self.config
         return open_target(c.target, c.dtype, c.device, c.adapter)
 
+    @property
+    def base_target(self) -> Target | None:
+        """Opened when it is asked for, and not kept: two targets need twice the memory."""
+        c = self.config
+        return open_target(c.base_target, c.dtype, c.device) if c.base_target else None
+
     @cached_property
     def stale(self) -> OpenDraft:
         opened = open_draft(self.config.draft, self.target)
@@ -64,16 +71,8 @@ class AdaptRun:
         return opened
 
     @cached_property
-    def prompts(self) -> tuple[list[Conversation], list[Conversation], list[Conversation]]:
-        """(train, heldout, evaluation)."""
-        c = self.config
-        conversations = read_conversations(c.prompts)
-        if c.eval_prompts is None:
-            return split_prompts(conversations, c.heldout_prompts, c.bench_prompts, c.seed)
-        evaluation = read_conversations(c.eval_prompts)[: c.bench_prompts]
-        refuse_overlap(conversations, evaluation, c.eval_prompts)
-        train, heldout, _ = split_prompts(conversations, c.heldout_prompts, 0, c.seed)
-        return train, heldout, evaluation
+    def source(self) -> Source:
+        return Source(self.config, lambda: self.target, self.ledger, self.say)
 
     @cached_property
     def store(self) -> FeatureStore:
@@ -84,10 +83,11 @@ class AdaptRun:
     def run(self) -> dict[str, Any]:
         """All stages; returns the benchmark's result."""
         # A draft that does not fit, or that no engine could load, must be refused before anything is spent.
-        taps = self.stale.draft.config.taps
-        if self.config.exports:
+        c, taps = self.config, self.stale.draft.config.taps
+        if c.exports:
             check_taps(taps)
-        self.regenerate()
+        check_merge(c.method, c.private_size, c.exports)
+        self.source.write()
         self.select()
         self.train()
         self.export()
@@ -95,74 +95,35 @@ class AdaptRun:
         self.report()
         return result
 
-    def regenerate(self) -> None:
-        """The target writes the training text, and greedy held-out responses for early stopping."""
-        c = self.config
-        train, heldout, _ = self.prompts
-        samplers = [Sampler(t, 0, c.top_p if t else 1.0) for t in c.temperatures]
-        self._regenerate("regenerate", train, samplers, self.folder / "responses.jsonl", c.server)
-        self._regenerate("regenerate held-out", heldout, [Sampler()], self.folder / "heldout.jsonl", None)
-
-    def _regenerate(
-        self, name: str, prompts: Sequence[Conversation], samplers: list[Sampler], path: Path, server: str | None
-    ) -> None:
-        c, target = self.config, self.target
-        local = InProcessEngine(target, c.batch_size)
-        engine: Any = ServerEngine(server, c.server_model, c.batch_size) if server else local
-        with self.ledger.stage(name) as entry, progress_bar(name, len(prompts) * len(samplers), "rows") as progress:
-            report = regenerate(
-                engine,
-                prompts,
-                target.tokenizer,
-                samplers,
-                path,
-                c.max_new_tokens,
-                c.seed,
-                target.content_hash(),
-                progress.update,
-                eos_ids=target.eos_ids,
-                context=target.context,
-            )
-            tokens = report.prompt_tokens + report.response_tokens
-            flops = provenance.forward_flops(target.parameters_per_token, tokens)
-            entry.add(tokens, flops, provenance.FORWARD_FORMULA, report.bytes_written)
-        self.say(f"{name}: {report.summary()}")
-
     def select(self) -> Manifest:
         """Score every response and keep the budget's worth."""
         c, path = self.config, self.folder / "selection.json"
-        source = self.folder / "responses.jsonl"
         if path.exists():
             return read_manifest(path)
-        rows = [r for r in read_rows(source) if anchors(r)]
-        scorer = SCORERS.get(c.scorer)()
+        rows = self.rows(self.source.responses)
+        scorer = parse_scorer(c.scorer)
         if "alpha_of" in scorer.needs:
             self.features("features", rows)
         with self.ledger.stage("select") as entry:
             context = self._scoring_context(scorer.needs)
-            scores = score_rows(scorer, rows, context)
-            manifest = select(
-                rows,
-                scores,
-                parse_budget(c.budget),
-                scorer=c.scorer,
-                settings=scorer.settings,
-                source=source,
-            )
+            manifest = choose(scorer, rows, context, c.budget, source=self.source.responses)
             manifest.write(path)
             tokens = sum(len(r.prompt_ids) + len(r.response_ids) for r in rows)
-            entry.add(tokens=tokens, bytes_written=path.stat().st_size)
+            flops = scorer.passes * provenance.forward_flops(self.target.parameters_per_token, tokens)
+            entry.add(tokens, flops, f"passes of the target * {provenance.FORWARD_FORMULA}", path.stat().st_size)
         self.say(f"select: {len(manifest.selected_keys)} of {len(rows)} rows by {c.scorer}, budget {c.budget}")
         return manifest
 
+    @staticmethod
+    def rows(path: Path) -> list[Row]:
+        """The rows of a response file that can be supervised."""
+        return [row for row in read_rows(path) if anchors(row)]
+
     def _scoring_context(self, needs: frozenset[str]) -> ScoringContext:
         c = self.config
-        base = None
-        if "base_target" in needs and c.base_target:
-            base = open_target(c.base_target, c.dtype, c.device)
         return ScoringContext(
             target=self.target,
-            base_target=base,
+            base_target=self.base_target if "base_target" in needs else None,
             draft=self.stale.draft,
             alpha_of=self._alpha_of if "alpha_of" in needs else None,
             device=c.device,
@@ -182,25 +143,66 @@ class AdaptRun:
         c, done = self.config, self.folder / "train.json"
         if done.exists():
             return TrainResult(**json.loads(done.read_text()))
-        rows = self.select().apply([r for r in read_rows(self.folder / "responses.jsonl") if anchors(r)])
-        heldout = [r for r in read_rows(self.folder / "heldout.jsonl") if anchors(r)]
-        draft, names = prepare(copy.deepcopy(self.stale.draft), c.method, c.private_size, c.seed)
+        rows, heldout = self.training_rows(), self.rows(self.source.heldout)
+        started = self.start(rows)
+        draft, names = prepare(started.draft, c.method, c.private_size, c.seed, self.target)
         result = None
         if names:
             self.features("features", rows)
             self.features("features held-out", heldout)
             trainer = Trainer(draft, self.target, self.store, rows, heldout, c.train_config(), self.folder / "train")
             result = run_training(trainer, self.ledger, self.say)
-            draft = trainer.draft
-        save_trained(self.folder, draft, names, self.stale, c.method, self.target, c.seed)
+            draft = self.replay(trainer.draft, rows, heldout)
+        saved = list(dict.fromkeys([*names, *started.changed]))
+        save_trained(self.folder, draft, saved, self.stale, c.method, self.target, c.seed)
         share, total = trained_parameters(draft, c.method), sum(p.numel() for p in draft.parameters())
         self.say(f"saved: {share:,} trained of {total:,} parameters; the dense draft is in {self.folder / 'merged'}")
         if result:
             atomic_write_json(done, asdict(result))
         return result
 
+    def training_rows(self) -> list[Row]:
+        """What selection keeps, and the share of general text that guards the draft's other speed."""
+        c = self.config
+        rows = self.select().apply(self.rows(self.source.responses))
+        return mix(rows, self.rows(Path(c.general)), c.general_share, c.seed) if c.general else rows
+
+    def start(self, rows: Sequence[Row]) -> StartResult:
+        """The draft that training begins with: the old one, or what nearly free adaptations make of it."""
+        c = self.config
+        if c.start == "none":
+            return StartResult(copy.deepcopy(self.stale.draft))
+        with self.ledger.stage(f"start {c.start}") as entry, progress_bar(f"start {c.start}", None) as progress:
+            general = self.rows(Path(c.general)) if c.general else []
+            context = StartContext(self.target, self.base_target, rows, general, c.gamma, c.seed, progress.update)
+            started = apply_start(c.start, self.stale.draft, context)
+            entry.add(started.tokens, started.flops, provenance.FORWARD_FORMULA)
+        for note in started.notes:
+            self.say(f"note on start {c.start}: {note}")
+        return started
+
+    def replay(self, draft: Draft, rows: Sequence[Row], heldout: Sequence[Row]) -> Draft:
+        """The draft after the passes of on-policy replay that the settings ask for (none by default)."""
+        c = self.config
+        if not c.replay:
+            return draft
+        settings, folder = ReplayConfig(c.replay), self.folder / "replay"
+        replayed, _ = replay(
+            draft,
+            self.target,
+            self.store,
+            rows,
+            heldout,
+            c.train_config(),
+            settings,
+            folder,
+            self.ledger,
+            self.say,
+        )
+        return replayed
+
     @cached_property
-    def aligned(self) -> Eagle3Draft:
+    def aligned(self) -> Draft:
         return open_draft(self.folder / "merged", self.target).draft
 
     def export(self) -> list[Path]:
@@ -220,13 +222,13 @@ class AdaptRun:
             self.say("note: the target is an adapter; serve the checkpoint that it was merged into (merge_and_unload)")
         return found
 
-    def bench(self, extra: dict[str, Eagle3Draft] | None = None) -> dict[str, Any]:
+    def bench(self, extra: dict[str, Draft] | None = None) -> dict[str, Any]:
         """Plain decoding, the stale and the aligned draft on the evaluation prompts."""
         c, path = self.config, self.folder / "bench.json"
         if path.exists():
             return json.loads(path.read_text())
         drafts = {"stale": self.stale.draft, "aligned": self.aligned, **(extra or {})}
-        prompts = template_prompts(self.prompts[2], self.target, c.bench_tokens)
+        prompts = self.source.evaluation()
         began = time.monotonic()
         with self.ledger.stage("bench") as entry:
             result = measure(

@@ -12,7 +12,7 @@ import torch
 from redraft.data.store import Row
 from redraft.decode.auto import Pick, pick_shape
 from redraft.decode.tree import Shape
-from redraft.drafts.eagle3 import Eagle3Draft
+from redraft.drafts.base import Draft
 from redraft.evaluate.speed import Prompt
 from redraft.pipeline.probe import greedy_rows
 from redraft.sampling import Sampler
@@ -25,7 +25,7 @@ DECODED_PROMPTS = 3
 
 
 @torch.inference_mode()
-def run_lengths(target: Target, draft: Eagle3Draft, rows: Sequence[Row], longest: int) -> list[list[int]]:
+def run_lengths(target: Target, draft: Draft, rows: Sequence[Row], longest: int) -> list[list[int]]:
     """How many proposals in a row are right from each anchor of each greedy response, at most ``longest``."""
     draft = draft.eval().to(target.device)
     target.tap(draft.config.taps)
@@ -37,7 +37,7 @@ def run_lengths(target: Target, draft: Eagle3Draft, rows: Sequence[Row], longest
 
 def auto_shape(
     target: Target,
-    draft: Eagle3Draft,
+    draft: Draft,
     prompts: Sequence[Prompt],
     sampler: Sampler | None = None,
     longest: int = 8,

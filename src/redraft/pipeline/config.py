@@ -8,17 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from redraft.artifact import atomic_write_json
 from redraft.drafts.groups import PrivateSize, method
 from redraft.errors import UserError
 from redraft.losses import LOSSES
-from redraft.select import SCORERS
+from redraft.pipeline.starts import parse_start
+from redraft.select import parse_scorer
 from redraft.select.rules import parse_budget
 from redraft.train.loop import TrainConfig
 
 CONFIG_FILE = "config.json"
+SELF = "self"
 
 
 class AdaptConfig(BaseModel):
@@ -28,7 +30,14 @@ class AdaptConfig(BaseModel):
 
     target: str = Field(description="the fine-tuned target: folder, hub id, or a folder with a PEFT adapter")
     draft: str = Field(description="the old draft: redraft folder, public EAGLE-3 checkpoint folder, or hub id")
-    prompts: str = Field(description="prompts of the target's domain (JSONL, ShareGPT, Alpaca, text, datasets:NAME)")
+    prompts: str | None = Field(
+        None,
+        description="prompts of the target's domain (JSONL, ShareGPT, Alpaca, text, datasets:NAME); "
+        "self:400 lets the target write 400 questions itself",
+    )
+    responses: str | None = Field(
+        None, description="a log of served responses (text or token ids) instead of prompts: nothing is generated"
+    )
     out: Path = Field(description="run directory; a stopped run resumes from it")
     adapter: str | None = Field(None, description="PEFT adapter to merge into --target")
     base_target: str | None = Field(None, description="the target the old draft was made for (scorer shift needs it)")
@@ -36,9 +45,16 @@ class AdaptConfig(BaseModel):
     method: str = Field("lora", description="which parameters are trained")
     private_width: int = Field(768, gt=0, description="inner width of the private expert")
     rank: int = Field(64, gt=0, description="rank of the low-rank updates")
+    private: dict[str, Any] = Field(
+        default_factory=dict, description="sizes of the private part that differ from the defaults (alpha, on, experts)"
+    )
+    start: str = Field("none", description="what training starts from: none, ridge, delta, vocabulary, joined by +")
     loss: str = Field("kl", description="training loss")
-    scorer: str = Field("rejection", description="how samples are scored for selection")
+    replay: int = Field(0, ge=0, description="passes over the states where the trained draft's rounds end early")
+    scorer: str = Field("rejection", description="how samples are scored for selection: NAME or NAME:KEY=VALUE,...")
     budget: str = Field("75%", description='what selection keeps: "25%", "400" rows or "60k tokens"')
+    general: str | None = Field(None, description="responses to general prompts, mixed in to guard the other speed")
+    general_share: float = Field(0.0, ge=0, lt=1, description="their share of all response tokens")
     temperatures: tuple[float, ...] = Field((0.0,), description="sampling temperatures of regeneration")
     top_p: float = Field(1.0, description="nucleus of sampled regeneration")
     max_new_tokens: int = Field(256, gt=1, description="longest response")
@@ -72,8 +88,25 @@ class AdaptConfig(BaseModel):
     @field_validator("scorer")
     @classmethod
     def _scorer(cls, value: str) -> str:
-        SCORERS.get(value)
+        parse_scorer(value)
         return value
+
+    @field_validator("start")
+    @classmethod
+    def _start(cls, value: str) -> str:
+        parse_start(value)
+        return value
+
+    @model_validator(mode="after")
+    def _text(self) -> AdaptConfig:
+        if (self.prompts is None) == (self.responses is None):
+            raise UserError("give --prompts, or --responses with a log of served responses: one of the two")
+        if self.responses and (self.server or self.eval_prompts):
+            raise UserError("--responses takes served text as it is; --server and --eval-prompts go with --prompts")
+        if (self.general is None) != (self.general_share == 0):
+            raise UserError("--general and --general-share go together: the responses, and their share of all tokens")
+        assert self.self_prompts >= 0 and self.private_size
+        return self
 
     @field_validator("budget")
     @classmethod
@@ -89,8 +122,24 @@ class AdaptConfig(BaseModel):
         return value
 
     @property
+    def self_prompts(self) -> int:
+        """How many questions the target writes itself; 0 for a prompt file. Raises ``UserError``."""
+        if self.prompts is None or not (self.prompts == SELF or self.prompts.startswith(f"{SELF}:")):
+            return 0
+        count = self.prompts.partition(":")[2] or "400"
+        if not count.isdigit() or not int(count):
+            raise UserError(f"prompts {self.prompts!r} is not understood; write {SELF}:400 for 400 questions")
+        return int(count)
+
+    @property
     def private_size(self) -> PrivateSize:
-        return PrivateSize(self.private_width, self.rank)
+        """Raises ``UserError`` for an unknown size."""
+        known = {f.name for f in fields(PrivateSize)}
+        unknown = sorted(set(self.private) - known)
+        if unknown:
+            raise UserError(f"unknown private size {', '.join(unknown)}; choose from {', '.join(sorted(known))}")
+        on = {"on": tuple(self.private["on"])} if "on" in self.private else {}
+        return PrivateSize(**{"width": self.private_width, "rank": self.rank, **self.private, **on})
 
     def train_config(self) -> TrainConfig:
         """Raises ``UserError`` for an unknown training setting."""
@@ -138,7 +187,10 @@ def claim_run(config: AdaptConfig) -> None:
             raise UserError(f"{folder} holds other files; give a new or empty run directory")
         atomic_write_json(path, values)
         return
-    stored = json.loads(path.read_text())
+    # Settings that are newer than the run directory had their defaults then.
+    shown = AdaptConfig.model_fields
+    then = {name: shown[name].get_default(call_default_factory=True) for name in values if name in shown}
+    stored = json.loads(json.dumps(then, default=str)) | json.loads(path.read_text())
     changed = sorted(k for k in {*stored, *values} if stored.get(k) != values.get(k))
     if changed:
         raise UserError(

@@ -16,7 +16,7 @@ from typing import Any
 from redraft.data.generate import Request, generate
 from redraft.data.store import Row
 from redraft.decode.engine import ChainDecoder, PlainDecoder
-from redraft.drafts.eagle3 import Eagle3Draft
+from redraft.drafts.base import Draft
 from redraft.errors import UserError
 from redraft.evaluate.speed import Prompt, tau_interval
 from redraft.sampling import Sampler
@@ -84,7 +84,7 @@ def greedy_rows(
 
 def acceptance(
     target: Target,
-    draft: Eagle3Draft,
+    draft: Draft,
     prompts: Sequence[Prompt],
     gamma: int,
     max_new_tokens: int,
@@ -108,7 +108,7 @@ def acceptance(
     return tau_interval(accepted, {row.key: anchors(row) for row in rows})
 
 
-def round_cost(target: Target, draft: Eagle3Draft, prompts: Sequence[Prompt], gamma: int, tokens: int = 40) -> float:
+def round_cost(target: Target, draft: Draft, prompts: Sequence[Prompt], gamma: int, tokens: int = 40) -> float:
     """Measured time of one round (gamma drafted tokens and their verification) over one plain decoding step."""
     plain, chain = PlainDecoder(target), ChainDecoder(target, draft, gamma)
     plain_seconds = plain_steps = chain_seconds = rounds = 0.0
@@ -125,7 +125,7 @@ def round_cost(target: Target, draft: Eagle3Draft, prompts: Sequence[Prompt], ga
 
 def probe(
     target: Target,
-    draft: Eagle3Draft,
+    draft: Draft,
     prompts: Sequence[Prompt],
     gamma: int,
     max_new_tokens: int = 128,

@@ -92,7 +92,7 @@ def quickstart(out: Path, say: Callable[[str], None] = print) -> tuple[dict[str,
 def run_probe(run: AdaptRun, prompts: int = 16) -> ProbeResult:
     """The probe on a run's held-out prompts, with its base target as the reference where one is named."""
     config = run.config
-    conversations = run.prompts[1][:prompts]
+    conversations = run.source.prompts[1][:prompts]
     asked: list[Prompt] = template_prompts(conversations, run.target, config.max_new_tokens)
     base = open_target(config.base_target, config.dtype, config.device) if config.base_target else None
     with run.ledger.stage("probe"), progress_bar("probe", len(asked) * (2 if base else 1), "prompts") as progress:

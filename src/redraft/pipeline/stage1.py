@@ -11,7 +11,7 @@ import torch
 from redraft import provenance
 from redraft.artifact import save_draft
 from redraft.data.store import Row
-from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
+from redraft.drafts.base import Draft, fresh
 from redraft.errors import UserError
 from redraft.evaluate.speed import tau_interval
 from redraft.loading import tokenizer_hash
@@ -57,8 +57,9 @@ def train_from_nothing(
     config: TrainConfig,
     heldout: int = 40,
     say: Say = print,
+    family: str = "eagle3",
 ) -> dict[str, Any]:
-    """Train and save a draft in ``out``/draft; returns what its record says. Resumable.
+    """Train and save a draft of ``family`` in ``out``/draft; returns what its record says. Resumable.
 
     Raises ``UserError`` when the rows come from another target or are too few.
     """
@@ -67,8 +68,11 @@ def train_from_nothing(
         raise UserError(f"the responses come from another target ({', '.join(sorted(strangers))}); regenerate them")
     train, kept = split_rows(rows, heldout)
     vocabulary, covered = choose_vocabulary(train, vocabulary_size, target.vocab_size)
+    draft = fresh(family, target, vocabulary, config.seed)
+    if not draft.reduced:
+        covered = 1.0
     say(f"{len(train)} rows, {sum(map(anchors, train)):,} supervised tokens; vocabulary covers {covered:.1%} of them")
-    draft = fresh_draft(target, vocabulary, config.seed)
+    target.tap(draft.config.taps)
     store = FeatureStore(out / "features", {"target": target.content_hash(), "taps": list(target.taps)})
     ledger = provenance.Ledger.load(out / "ledger.json")
     build_features("features", store, target, [*kept, *train], ledger)
@@ -78,7 +82,7 @@ def train_from_nothing(
 
 
 def save_general(
-    draft: Eagle3Draft,
+    draft: Draft,
     target: Target,
     heldout: Sequence[Row],
     store: FeatureStore,

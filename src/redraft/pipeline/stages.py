@@ -11,9 +11,10 @@ import torch
 from redraft import provenance
 from redraft.artifact import save_draft, save_private
 from redraft.data.store import Row
-from redraft.drafts.eagle3 import Eagle3Draft
+from redraft.drafts.base import Draft
 from redraft.drafts.experts import merge_private
-from redraft.drafts.groups import METHODS
+from redraft.drafts.groups import METHODS, PrivateSize, mergeable
+from redraft.errors import UserError
 from redraft.loading import tokenizer_hash
 from redraft.pipeline.models import OpenDraft
 from redraft.progress import progress_bar
@@ -44,7 +45,8 @@ def run_training(trainer: Trainer, ledger: provenance.Ledger, say: Say) -> Train
         with progress_bar("train", budget) as progress:
             result = trainer.run(progress)
         trained = sum(parameter.numel() for _, parameter in trainer.trained)
-        steps = result.anchors * trainer.config.unroll
+        unrolled = getattr(trainer.draft, "objective", "unroll") == "unroll"
+        steps = result.anchors * (trainer.config.unroll if unrolled else 1)
         flops = provenance.train_flops(trained, steps, trainer.draft.parameters_per_token - trained)
         entry.add(result.anchors, flops, f"({provenance.TRAIN_FORMULA}) * unroll")
     why = "stopped early" if result.stopped_early else "whole budget"
@@ -52,10 +54,20 @@ def run_training(trainer: Trainer, ledger: provenance.Ledger, say: Say) -> Train
     return result
 
 
+def check_merge(method: str, size: PrivateSize, exports: Sequence[str]) -> None:
+    """Raise ``UserError`` when what the method trains cannot be one dense draft and an engine is to load it."""
+    if exports and not mergeable(method, size):
+        raise UserError(
+            f"method {method} with routed experts cannot be merged into a dense draft, so {', '.join(exports)} cannot "
+            "be exported; choose another method, one expert, or no exports"
+        )
+
+
 def save_trained(
-    folder: Path, draft: Eagle3Draft, names: Sequence[str], base: OpenDraft, method: str, target: Target, seed: int
+    folder: Path, draft: Draft, names: Sequence[str], base: OpenDraft, method: str, target: Target, seed: int
 ) -> None:
-    """``folder``/private with only what was trained (not for ``full``), and ``folder``/merged, the dense whole."""
+    """``folder``/private with only what was trained (not where that is everything), and ``folder``/merged, the whole:
+    dense, but for routed experts, which stay as they are."""
     meta = {
         "method": method,
         "target": {"name": target.name, "hash": target.content_hash()},
@@ -65,9 +77,10 @@ def save_trained(
     stored = half(draft)
     if names and METHODS[method].groups != METHODS["full"].groups:
         save_private(folder / "private", stored, names, base.base_hash, meta)
-    save_draft(folder / "merged", merge_private(stored), meta)
+    dense = max(stored.config.private_experts, stored.config.shared_experts) <= 1
+    save_draft(folder / "merged", merge_private(stored) if dense else stored, meta)
 
 
-def half(draft: Eagle3Draft) -> Eagle3Draft:
+def half(draft: Draft) -> Draft:
     """A copy in bfloat16, the type that drafts are stored and served in."""
     return copy.deepcopy(draft).to(torch.bfloat16)

@@ -23,7 +23,7 @@ from redraft.artifact import (
 from redraft.data.prompts import read_conversations
 from redraft.data.regenerate import InProcessEngine, ServerEngine, regenerate
 from redraft.data.store import encode_row, read_rows
-from redraft.drafts.eagle3 import Eagle3Draft
+from redraft.drafts.base import Draft
 from redraft.drafts.experts import merge_private
 from redraft.errors import UserError
 from redraft.export import EXPORTERS, ExportReport, TargetInfo, import_checkpoint
@@ -221,7 +221,7 @@ def target_info(name: str) -> TargetInfo:
     return TargetInfo.of(config, name)
 
 
-def read_draft(source: str, info: TargetInfo | None, base: str | None = None) -> tuple[Eagle3Draft, dict[str, Any]]:
+def read_draft(source: str, info: TargetInfo | None, base: str | None = None) -> tuple[Draft, dict[str, Any]]:
     """A draft in the types of its file: own format, a private part on ``base``, or a public checkpoint.
 
     ``info`` is needed for public checkpoints alone. Raises ``UserError``.

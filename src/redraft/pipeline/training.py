@@ -8,7 +8,7 @@ from pathlib import Path
 
 from redraft import provenance
 from redraft.artifact import atomic_write_json
-from redraft.data.store import Row, read_rows
+from redraft.data.store import TRAFFIC, Row, read_rows
 from redraft.drafts.groups import PrivateSize, method, prepare
 from redraft.errors import UserError
 from redraft.losses import LOSSES
@@ -46,7 +46,7 @@ class TrainData:
                 )
             return train, kept
         kept = [row for row in read_rows(self.heldout_responses) if anchors(row)]
-        if any(row.temperature for row in kept):
+        if any(row.temperature and row.source != TRAFFIC for row in kept):
             raise UserError(f"{self.heldout_responses} holds sampled responses; held-out ones must be greedy")
         if shared := {row.id for row in rows} & {row.id for row in kept}:
             raise UserError(
@@ -56,14 +56,20 @@ class TrainData:
 
 
 def train_new(
-    spec: TargetSpec, data: TrainData, out: Path, vocabulary: int, config: TrainConfig, say: Say = print
+    spec: TargetSpec,
+    data: TrainData,
+    out: Path,
+    vocabulary: int,
+    config: TrainConfig,
+    say: Say = print,
+    family: str = "eagle3",
 ) -> None:
-    """Stage 1: a draft from nothing, in ``out/draft``. Raises ``UserError``; a killed run goes on."""
+    """Stage 1: a draft of ``family`` from nothing, in ``out/draft``. Raises ``UserError``; a killed run goes on."""
     LOSSES.get(config.loss)
     if data.heldout_responses is not None:
         raise UserError("--from-nothing holds responses out by number: give --heldout, not --heldout-responses")
     rows = [row for part in data.read() for row in part]
-    record = train_from_nothing(spec.open(), rows, out, vocabulary, config, data.heldout, say)
+    record = train_from_nothing(spec.open(), rows, out, vocabulary, config, data.heldout, say, family)
     say(f"held-out tau {record['tau']['value']:.2f}; draft: {out / 'draft'}")
 
 
@@ -88,7 +94,7 @@ def train_old(
     target = spec.open()
     opened = open_draft(draft, target)
     target.tap(opened.draft.config.taps)
-    trained, names = prepare(copy.deepcopy(opened.draft), method_name, size or PrivateSize(), config.seed)
+    trained, names = prepare(copy.deepcopy(opened.draft), method_name, size or PrivateSize(), config.seed, target)
     store = FeatureStore(out / "features", {"target": target.content_hash(), "taps": list(target.taps)})
     ledger = provenance.Ledger.load(out / "ledger.json")
     build_features("features", store, target, [*rows, *heldout], ledger)

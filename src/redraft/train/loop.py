@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from redraft.data.store import Row
-from redraft.drafts.eagle3 import Eagle3Draft
+from redraft.drafts.base import Draft
 from redraft.errors import UserError
 from redraft.progress import Progress
 from redraft.target import Target
@@ -74,7 +74,7 @@ class Trainer:
 
     def __init__(
         self,
-        draft: Eagle3Draft,
+        draft: Draft,
         target: Target,
         store: FeatureStore,
         rows: Sequence[Row],

@@ -1,0 +1,137 @@
+"""``redraft adapt`` by its other roads: served traffic, questions the target asks itself, starts, general text, replay."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from redraft.data.prompts import read_conversations
+from redraft.data.selfprompts import SelfPromptReport
+from redraft.data.store import read_rows
+from redraft.errors import UserError
+from redraft.pipeline import sources
+from redraft.pipeline.adapt import AdaptRun
+from redraft.pipeline.config import AdaptConfig, claim_run, parse_config
+
+
+def settings(world: Path, out: Path, **changes: Any) -> AdaptConfig:
+    values: dict[str, Any] = {
+        "target": str(world / "target"),
+        "draft": str(world / "draft"),
+        "prompts": str(world / "prompts.jsonl"),
+        "out": out,
+        "dtype": "float32",
+        "max_new_tokens": 16,
+        "bench_tokens": 8,
+        "bench_prompts": 2,
+        "heldout_prompts": 6,
+        "batch_size": 8,
+        "rank": 4,
+        "gamma": 3,
+        "train": {"epochs": 1, "batch_anchors": 128},
+        "exports": (),
+    }
+    return parse_config(values | changes)
+
+
+def quiet(text: str) -> None:
+    """Say nothing."""
+
+
+def stages(run: AdaptRun) -> dict[str, Any]:
+    return {entry["stage"]: entry for entry in run.ledger.to_dict()["stages"]}
+
+
+def test_served_traffic_stands_in_for_generation(world, tmp_path):
+    log = tmp_path / "served.jsonl"
+    asked = read_conversations(str(world / "prompts.jsonl"))
+    answer = {"role": "assistant", "content": "three pears cost ten and there are two boxes"}
+    log.write_text("".join(json.dumps({"messages": [*c.messages, answer]}) + "\n" for c in asked))
+    run = AdaptRun(settings(world, tmp_path / "run", prompts=None, responses=str(log)), quiet)
+    result = run.run()
+    found = stages(run)
+    assert found["served traffic"]["tokens"] == 0 and not {"regenerate", "regenerate held-out"} & found.keys()
+    trained, heldout = (list(read_rows(path)) for path in (run.source.responses, run.source.heldout))
+    assert {row.source for row in [*trained, *heldout]} == {"traffic"}
+    assert len(trained) + len(heldout) + 2 == len(asked)
+    assert result["setup"]["prompts"] == 2
+    # On resuming, the evaluation prompts come from the log again.
+    (run.folder / "bench.json").unlink()
+    again = AdaptRun(run.config, quiet).bench()
+    assert [p["id"] for p in again["per_prompt"]] == [p["id"] for p in result["per_prompt"]]
+
+
+def test_questions_of_the_target_itself_starts_general_text_and_replay(world, tmp_path, monkeypatch):
+    general = tmp_path / "general.jsonl"
+    first = AdaptRun(settings(world, tmp_path / "first"), quiet)
+    first.source.write()
+    text = first.source.responses.read_text()
+    asked = []
+
+    def made_up(target: Any, count: int, seed: int, path: Path, **rest: Any) -> Any:
+        asked.append((count, path))
+        return read_conversations(str(world / "prompts.jsonl")), SelfPromptReport(draws=50, new=50, tokens=700)
+
+    monkeypatch.setattr(sources, "self_prompts", made_up)
+    general.write_text(text)
+    run = AdaptRun(
+        settings(
+            world,
+            tmp_path / "run",
+            prompts="self:40",
+            seed=1,
+            start="vocabulary",
+            replay=1,
+            private={"alpha": 8.0},
+            train={"epochs": 1, "batch_anchors": 128, "learning_rate": 1e-4},
+        ),
+        quiet,
+    )
+    run.run()
+    assert asked == [(40, run.folder / "self-prompts.jsonl")]
+    found = stages(run)
+    assert found["self-prompts"]["tokens"] == 700 and "start vocabulary" in found
+    assert (run.folder / "replay").is_dir()
+    mixed = AdaptRun(settings(world, tmp_path / "mixed", general=str(general), general_share=0.3), quiet)
+    mixed.source.write()
+    with pytest.raises(UserError, match="both"):
+        mixed.training_rows()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"prompts": None}, "one of the two"),
+        ({"responses": "log.jsonl"}, "one of the two"),
+        ({"prompts": None, "responses": "log.jsonl", "server": "http://127.0.0.1:1"}, "go with --prompts"),
+        ({"prompts": "self:none"}, "write self:400"),
+        ({"general": "text.jsonl"}, "go together"),
+        ({"start": "ridges"}, "ridges"),
+        ({"scorer": "coverage:base=nobody"}, "nobody"),
+        ({"private": {"ranks": 3}}, "unknown private size ranks"),
+        ({"method": "eda-moe", "exports": ("vllm",)}, "cannot be merged"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(changes, words, world, tmp_path):
+    with pytest.raises(UserError, match=words):
+        AdaptRun(settings(world, tmp_path / "run", **changes), quiet).run()
+
+
+def test_a_run_directory_from_before_a_setting_existed_goes_on(world, tmp_path):
+    config = settings(world, tmp_path / "run")
+    claim_run(config)
+    path = tmp_path / "run" / "config.json"
+    stored = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in stored.items() if k not in ("start", "replay", "private")}))
+    claim_run(config)
+    with pytest.raises(UserError, match="another start"):
+        claim_run(settings(world, tmp_path / "run", start="vocabulary"))
+
+
+def test_routed_experts_are_adapted_where_no_engine_is_to_load_them(world, tmp_path):
+    run = AdaptRun(settings(world, tmp_path / "run", method="eda-moe", private_width=16), quiet)
+    run.run()
+    assert run.aligned.config.private_experts == 4
