@@ -1,4 +1,4 @@
-"""``redraft adapt`` by its other roads: served traffic, questions the target asks itself, starts, general text, replay."""
+"""``redraft adapt`` by its other roads: served traffic, self-written questions, starts, general text, replay."""
 
 from __future__ import annotations
 
