@@ -35,11 +35,16 @@ class Board:
     """One bar over all cells; whatever is under way is named beside it."""
 
     def __init__(self, bar: Progress) -> None:
-        self.bar, self.done = bar, 0
+        self.bar, self.done, self.shown = bar, 0, 0
 
     def tell(self, stage: str, done: int, total: int) -> None:
         """A stage that all cells wait for: its share is shown, the bar stays where it is."""
-        self.bar.update(self.done, now=f"{stage} {100 * done / max(total, 1):.0f}%")
+        self.show(max(self.done, self.shown), f"{stage} {100 * done / max(total, 1):.0f}%")
+
+    def show(self, done: int, now: str, tau: float | None = None) -> None:
+        """One line on where the study is."""
+        self.shown = done
+        self.bar.update(done, now=now, heldout_tau=tau)
 
     @contextmanager
     def cell(self, key: str, units: int, budget: float) -> Iterator[Progress]:
@@ -50,12 +55,12 @@ class Board:
             def update(self, done: int, **fields: Any) -> None:
                 tau = fields.get("heldout_tau")
                 share = min(1.0, done / max(budget, 1.0))
-                board.bar.update(begin + round(units * share), now=key, heldout_tau=tau)
+                board.show(begin + round(units * share), key, tau)
 
-        self.bar.update(self.done, now=key, heldout_tau=None)
+        self.show(self.done, key)
         yield Share()
         self.done = begin + units
-        self.bar.update(self.done, now=key)
+        self.show(self.done, key)
 
 
 class StudyRun:
