@@ -305,12 +305,18 @@ def load_draft(folder: str | Path) -> tuple[Any, dict[str, Any]]:
 
 
 def save_private(
-    folder: str | Path, draft: nn.Module, names: Iterable[str], base_hash: str, meta: Mapping[str, Any]
+    folder: str | Path,
+    draft: nn.Module,
+    names: Iterable[str],
+    base_hash: str,
+    meta: Mapping[str, Any],
+    base: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write only the tensors ``names`` of ``draft``: what a method trained on top of a shared base draft.
 
-    ``base_hash`` is :func:`tensors_hash` of the base draft's state. Raises ``UserError`` as :func:`save_draft`, and
-    ``ValueError`` for a name that the draft does not have.
+    ``base_hash`` is :func:`tensors_hash` of the base draft's state. With that state in the stored dtype, ``base``, a
+    matrix whose rows mostly stand in the base's is written as the rows that do not (a refreshed vocabulary).
+    Raises ``UserError`` as :func:`save_draft`, and ``ValueError`` for a name that the draft does not have.
     """
     whole, names = draft.state_dict(), sorted(names)
     unknown = [name for name in names if name not in whole]
@@ -318,10 +324,46 @@ def save_private(
         raise ValueError(f"a private part needs tensors of the draft; unknown: {unknown}")
     state = {name: whole[name] for name in names}
     check_tensors(state, state, "the private part to be saved")
+    by_rows = []
+    for name in names:
+        rows = _new_rows(state[name], (base or {}).get(name))
+        if rows is not None:
+            del state[name]
+            state[f"{name}.source"], state[f"{name}.rows"] = rows
+            by_rows.append(name)
     entry = _meta("private", draft, tensors_hash(state), meta) | {"base_draft_hash": base_hash, "tensors": names}
+    if by_rows:
+        entry["by_rows"] = by_rows
     with atomic_folder(folder, tensors_bytes(state), OWN_FILES) as new:
         write_tensors(new / PRIVATE_FILE, state)
         atomic_write_json(new / META_FILE, entry)
+
+
+def _new_rows(matrix: Tensor, old: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """(where in ``old`` each row stands, -1 if nowhere; those that stand nowhere), if they are less than half."""
+    if old is None or matrix.ndim != 2 or matrix.dtype != old.dtype or matrix.shape[1:] != old.shape[1:]:
+        return None
+    sides = (part.detach().cpu().contiguous().view(torch.uint8).numpy() for part in (matrix, old))
+    wanted, known = ([row.tobytes() for row in side] for side in sides)
+    places = {row: place for place, row in enumerate(known)}
+    source = torch.tensor([places.get(row, -1) for row in wanted], dtype=torch.int32)
+    new = source < 0
+    return (source, matrix[new.to(matrix.device)]) if 2 * int(new.sum()) < len(wanted) else None
+
+
+def _rows_together(name: str, part: dict[str, Tensor], old: Tensor | None, path: Path) -> Tensor:
+    """The matrix that ``name``.source and ``name``.rows, taken out of ``part``, describe. Raises ``UserError``."""
+    source, rows = part.pop(f"{name}.source", None), part.pop(f"{name}.rows", None)
+    if source is None or rows is None or old is None:
+        raise UserError(f"{path} lacks the rows of {name}; the file is incomplete, save the private part again")
+    place = source.long()
+    new = place < 0
+    fits = rows.ndim == 2 and rows.shape[1:] == old.shape[1:] and int(new.sum()) == len(rows)
+    if source.is_floating_point() or source.ndim != 1 or not fits or (len(place) and int(place.max()) >= len(old)):
+        raise UserError(f"{path}: the rows of {name} do not fit its base draft; save the private part again")
+    matrix = old.detach().cpu()[place.clamp(min=0)]
+    matrix[new] = rows.to(matrix.dtype)
+    return matrix
 
 
 def load_private(folder: str | Path, base_draft: nn.Module, base_hash: str) -> tuple[Any, dict[str, Any]]:
@@ -340,9 +382,11 @@ def load_private(folder: str | Path, base_draft: nn.Module, base_hash: str) -> t
     whole, path = draft.state_dict(), folder / PRIVATE_FILE
     listed = {name: whole[name] for name in meta["tensors"] if name in whole}
     part = read_tensors(path)
-    check_tensors(part, listed, path)
     _verify_hash(part, meta, path)
     base = {name: tensor.detach().clone() for name, tensor in base_draft.state_dict().items()}
+    for name in meta.get("by_rows", []):
+        part[name] = _rows_together(name, part, base.get(name), path)
+    check_tensors(part, listed, path)
     device = next(iter(base.values())).device
     joined = base | {name: tensor.to(device) for name, tensor in part.items()}
     check_tensors(joined, whole, f"{folder} over its base draft")

@@ -9,9 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from redraft.artifact import load_draft, load_private, save_draft, save_private, tensors_hash
+from redraft.artifact import (
+    META_FILE,
+    PRIVATE_FILE,
+    load_draft,
+    load_private,
+    save_draft,
+    save_private,
+    tensors_hash,
+    write_tensors,
+)
 from redraft.cli import vocabulary as command
 from redraft.data.store import Row, RowWriter
 from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
@@ -164,6 +174,41 @@ def test_refreshed_drafts_are_stored_whole_and_as_a_private_part(
     save_private(tmp_path / "part", renewed, report.changed, base_hash, {})
     for loaded in (load_draft(tmp_path / "whole")[0], load_private(tmp_path / "part", draft, base_hash)[0]):
         assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in renewed.state_dict().items())
+
+
+def test_a_private_part_holds_only_the_new_rows_of_a_refreshed_head(
+    tmp_path: Path, target: Target, draft: Eagle3Draft
+) -> None:
+    renewed, report = refresh_vocabulary(draft, target, text())
+    assert 0 < len(report.added) < draft.config.draft_vocab_size / 2
+    base, base_hash = draft.state_dict(), tensors_hash(draft.state_dict())
+    names = [*report.changed, "norm.weight"]
+    save_private(tmp_path / "part", renewed, names, base_hash, {}, base)
+    stored = load_file(tmp_path / "part" / PRIVATE_FILE)
+    assert "lm_head.weight" not in stored and len(stored["lm_head.weight.rows"]) <= len(report.added)
+    loaded = load_private(tmp_path / "part", draft, base_hash)[0].state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in renewed.state_dict().items())
+
+
+@pytest.mark.parametrize("spoil", ["rows", "source", "beyond"])
+def test_rows_that_do_not_fit_the_base_are_refused(
+    spoil: str, tmp_path: Path, target: Target, draft: Eagle3Draft
+) -> None:
+    renewed, report = refresh_vocabulary(draft, target, text())
+    base_hash, path = tensors_hash(draft.state_dict()), tmp_path / "part" / PRIVATE_FILE
+    save_private(tmp_path / "part", renewed, report.changed, base_hash, {}, draft.state_dict())
+    stored = load_file(path)
+    if spoil == "rows":
+        stored["lm_head.weight.rows"] = stored["lm_head.weight.rows"][:-1].clone()
+    elif spoil == "source":
+        del stored["lm_head.weight.source"]
+    else:
+        stored["lm_head.weight.source"][0] = 10_000
+    write_tensors(path, stored)
+    meta = tmp_path / "part" / META_FILE
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"content_hash": tensors_hash(stored)}))
+    with pytest.raises(UserError, match="rows of lm_head.weight"):
+        load_private(tmp_path / "part", draft, base_hash)
 
 
 # -- the command -------------------------------------------------------------------------------------------------------

@@ -177,6 +177,7 @@ class AdaptRun:
             context = StartContext(self.target, self.base_target, rows, general, c.gamma, c.seed, progress.update)
             started = apply_start(c.start, self.stale.draft, context)
             entry.add(started.tokens, started.flops, provenance.FORWARD_FORMULA)
+        self.target.tap(started.draft.config.taps)
         for note in started.notes:
             self.say(f"note on start {c.start}: {note}")
         return started

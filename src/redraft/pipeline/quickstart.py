@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Callable
@@ -10,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from redraft import provenance
-from redraft.artifact import PRIVATE_FILE, atomic_write_json, atomic_write_text, read_tensors
+from redraft.artifact import atomic_write_json, atomic_write_text
 from redraft.data.embedded import maths_conversations
 from redraft.data.prompts import Conversation
-from redraft.drafts.groups import trained_parameters
+from redraft.drafts.groups import prepare, trained_parameters
 from redraft.evaluate.speed import Prompt
 from redraft.pipeline.adapt import AdaptRun
 from redraft.pipeline.config import AdaptConfig, parse_config
@@ -65,6 +66,7 @@ def quickstart_config(out: Path, train: int = 344, evaluation: int = 16) -> Adap
             "bench_prompts": evaluation,
             "gamma": 3,
             "rank": 104,
+            "start": "vocabulary",
             "train": {"epochs": 8, "batch_anchors": 768, "learning_rate": 4e-3, "evaluate_every": 40},
             "exports": ("vllm", "plain"),
         }
@@ -113,8 +115,8 @@ def summarise(run: AdaptRun, result: dict[str, Any], minutes: float) -> dict[str
     tau: dict[str, Any] = {name: drafts[name]["tau_pooled"]["value"] for name in ("stale", "aligned")}
     reference = json.loads(asset("quickstart-full.json").read_text())
     tau["full"] = reference["tau"]
-    part = read_tensors(run.folder / "private" / PRIVATE_FILE)
-    trained = sum(tensor.numel() for tensor in part.values() if tensor.is_floating_point())
+    prepared, _ = prepare(copy.deepcopy(run.stale.draft), run.config.method, run.config.private_size)
+    trained = trained_parameters(prepared, run.config.method)
     return {
         "tau": tau,
         "tau_full_from": reference["from"],

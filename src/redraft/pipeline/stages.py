@@ -76,7 +76,7 @@ def save_trained(
     }
     stored = half(draft)
     if names and METHODS[method].groups != METHODS["full"].groups:
-        save_private(folder / "private", stored, names, base.base_hash, meta)
+        save_private(folder / "private", stored, names, base.base_hash, meta, half(base.draft).state_dict())
     dense = max(stored.config.private_experts, stored.config.shared_experts) <= 1
     save_draft(folder / "merged", merge_private(stored) if dense else stored, meta)
 
