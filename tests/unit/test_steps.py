@@ -96,7 +96,14 @@ def test_regenerate_goes_on_where_it_stopped(place: Path, redraft: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "scorer", ["random", "rejection --target target --draft draft", "shift --target target --base-target base"]
+    "scorer",
+    [
+        "random",
+        "length",
+        "rejection --target target --draft draft",
+        "shift:metric=l2,layer=3 --target target --base-target base",
+        "coverage:base=shift,base.pooling=last --target target --base-target base",
+    ],
 )
 def test_select_from_responses(place: Path, redraft: Any, scorer: str) -> None:
     command = "select --responses responses.jsonl --budget 4 --out m.json --keep kept.jsonl --dtype float32 --scorer"
@@ -107,8 +114,11 @@ def test_select_from_responses(place: Path, redraft: Any, scorer: str) -> None:
     assert {row.key for row in read_rows(place / "kept.jsonl")} == set(manifest.selected_keys)
 
 
-def test_select_from_prompts_alone(place: Path, redraft: Any) -> None:
-    command = "select --prompts prompts.jsonl --scorer shift --target target --base-target base --budget 3"
+@pytest.mark.parametrize("scorer", ["shift", "rejection", "entropy", "length", "random", "coverage"])
+def test_select_from_prompts_alone(place: Path, redraft: Any, scorer: str) -> None:
+    command = (
+        f"select --prompts prompts.jsonl --scorer {scorer} --target target --base-target base --draft draft --budget 3"
+    )
     code, _, err = redraft(f"{command} --dtype float32 --out m.json --keep kept.jsonl")
     assert code == 0, err
     kept = [json.loads(line) for line in (place / "kept.jsonl").read_text().splitlines()]
@@ -184,7 +194,13 @@ def test_probe_bench_and_report(place: Path, redraft: Any) -> None:
         (f"{TRAIN} --from-nothing --heldout-responses responses.jsonl", "--heldout"),
         ("export --draft run/private --target target --format vllm --out x", "run/private"),
         ("bench --target target --draft gone --prompts prompts.jsonl --out b.json", "gone"),
-        ("select --prompts prompts.jsonl --scorer rejection --target target --draft draft --out m.json", "--responses"),
+        ("select --prompts prompts.jsonl --scorer rejection --target target --out m.json", "give --draft"),
+        (
+            "select --prompts prompts.jsonl --scorer coverage:base=shift --target target --out m.json",
+            "give --base-target",
+        ),
+        ("select --prompts prompts.jsonl --scorer entropy --out m.json", "give --target"),
+        ("select --responses responses.jsonl --scorer shift:metric=l1 --out m.json", "shift metric 'l1'"),
         ("regenerate --target draft --prompts prompts.jsonl --out r.jsonl", "draft"),
     ],
 )

@@ -109,7 +109,9 @@ class AdaptRun:
             manifest = choose(scorer, rows, context, c.budget, source=self.source.responses)
             manifest.write(path)
             tokens = sum(len(r.prompt_ids) + len(r.response_ids) for r in rows)
-            flops = scorer.passes * provenance.forward_flops(self.target.parameters_per_token, tokens)
+            # The pass behind alpha is that of the features, which have a stage of their own.
+            passes = scorer.passes - ("alpha_of" in scorer.needs)
+            flops = passes * provenance.forward_flops(self.target.parameters_per_token, tokens)
             entry.add(tokens, flops, f"passes of the target * {provenance.FORWARD_FORMULA}", path.stat().st_size)
         self.say(f"select: {len(manifest.selected_keys)} of {len(rows)} rows by {c.scorer}, budget {c.budget}")
         return manifest

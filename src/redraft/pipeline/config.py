@@ -131,6 +131,12 @@ class AdaptConfig(BaseModel):
             raise UserError(f"prompts {self.prompts!r} is not understood; write {SELF}:400 for 400 questions")
         return int(count)
 
+    @model_validator(mode="after")
+    def _scorer_has_its_models(self) -> AdaptConfig:
+        if "base_target" in parse_scorer(self.scorer).needs and self.base_target is None:
+            raise UserError(f"scorer {self.scorer} compares the target with its base; give --base-target")
+        return self
+
     @property
     def private_size(self) -> PrivateSize:
         """Raises ``UserError`` for an unknown size."""

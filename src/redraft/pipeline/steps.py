@@ -20,7 +20,7 @@ from redraft.artifact import (
     save_draft,
     tensors_hash,
 )
-from redraft.data.prompts import read_conversations
+from redraft.data.prompts import Conversation, read_conversations
 from redraft.data.regenerate import InProcessEngine, ServerEngine, regenerate
 from redraft.data.store import encode_row, read_rows
 from redraft.drafts.base import Draft
@@ -33,12 +33,12 @@ from redraft.pipeline.probe import ProbeResult, probe
 from redraft.pipeline.questions import Questions
 from redraft.progress import Progress, progress_bar
 from redraft.sampling import Sampler
-from redraft.select import SCORERS, ScoringContext, score_rows
+from redraft.select import ScoringContext, parse_scorer
+from redraft.select.acceptance import alpha_measurer
 from redraft.select.manifest import Manifest
-from redraft.select.rules import parse_budget, select
+from redraft.select.rules import check_order, choose, parse_budget
 from redraft.target import Target
-from redraft.teacher.features import FeatureStore, anchors
-from redraft.teacher.simulate import row_alphas
+from redraft.teacher.features import anchors
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def select_file(
     rows_path: Path | None,
     prompts: str | None,
     out: Path,
-    scorer_name: str,
+    scorer_text: str,
     budget: str,
     *,
     order: str = "highest",
@@ -132,38 +132,44 @@ def select_file(
 ) -> Manifest:
     """Score responses (or prompts alone), write the manifest to ``out`` and what it keeps to ``keep``.
 
-    Raises ``UserError`` for an unknown scorer, a bad budget, and what the scorer needs and was not given.
+    ``scorer_text`` is a scorer as :func:`redraft.select.parse_scorer` reads it. Raises ``UserError`` for an unknown
+    scorer or setting, a bad budget, and what the scorer needs and was not given, before any model is loaded.
     """
-    scorer = SCORERS.get(scorer_name)()
+    scorer = parse_scorer(scorer_text)
     wanted = parse_budget(budget)
+    check_order(order)
     if (rows_path is None) == (prompts is None):
         raise UserError("give either --responses or --prompts (before generation)")
-    check_output(out, ".json")
+    for path in filter(None, (out, keep)):
+        check_output(path)
     needs_target = bool({"target", "alpha_of"} & scorer.needs) or rows_path is None
     if needs_target and target is None:
-        raise UserError(f"scorer {scorer_name} needs the fine-tuned target here; give --target")
-    if "alpha_of" in scorer.needs and (rows_path is None or draft is None):
-        raise UserError(f"scorer {scorer_name} measures the present draft on responses; give --responses and --draft")
+        raise UserError(f"scorer {scorer.name} needs the fine-tuned target here; give --target")
+    if "alpha_of" in scorer.needs and draft is None:
+        raise UserError(f"scorer {scorer.name} measures the present draft here; give --draft")
+    if "base_target" in scorer.needs and base_target is None:
+        raise UserError(f"scorer {scorer.name} compares the target with its base; give --base-target")
+    asked = read_conversations(prompts) if prompts is not None else []
+    answered = [row for row in read_rows(rows_path) if anchors(row)] if rows_path is not None else []
     opened = target.open() if target and needs_target else None
-    rows = _rows_to_score(rows_path, prompts, opened)
-    base = base_target.open() if base_target and "base_target" in scorer.needs else None
+    rows: list[Any] = (
+        [PromptRow(p.id, p.ids) for p in template_prompts(asked, opened, 1)] if opened and asked else answered
+    )
     with progress_bar("select", len(rows), "rows") as progress:
         context = ScoringContext(
             target=opened,
-            base_target=base,
-            alpha_of=_alphas(opened, draft, out.parent) if "alpha_of" in scorer.needs else None,
+            base_target=base_target.open() if base_target and "base_target" in scorer.needs else None,
             device=target.device if target else "cpu",
             seed=seed,
             progress=lambda done, total: progress.update(done),
             scratch=out.parent,
         )
-        scores = score_rows(scorer, rows, context)
-    source = rows_path if rows_path is not None else _local(prompts)
-    settings = scorer.settings
-    manifest = select(rows, scores, wanted, order, scorer=scorer_name, settings=settings, source=source)  # type: ignore[arg-type]
+        if opened and draft and "alpha_of" in scorer.needs:
+            context.alpha_of = alpha_measurer(open_draft(draft, opened).draft, opened, out.parent, context.progress)
+        manifest = choose(scorer, rows, context, wanted, order, rows_path or _local(prompts))  # type: ignore[arg-type]
     manifest.write(out)
     if keep is not None:
-        _write_kept(manifest, rows, prompts, keep)
+        _write_kept(manifest, rows, asked, keep)
     return manifest
 
 
@@ -172,37 +178,13 @@ def _local(prompts: str | None) -> Path | None:
     return Path(prompts) if prompts is not None and Path(prompts).is_file() else None
 
 
-def _rows_to_score(rows_path: Path | None, prompts: str | None, target: Target | None) -> list[Any]:
-    if rows_path is not None:
-        return [row for row in read_rows(rows_path) if anchors(row)]
-    assert prompts is not None and target is not None
-    return [PromptRow(p.id, p.ids) for p in template_prompts(read_conversations(prompts), target, 1)]
-
-
-def _alphas(target: Target | None, draft: str | None, scratch: Path) -> Callable[[Sequence[Any]], list[float]]:
-    """Mean acceptance of the present draft on each row; features go into a temporary folder."""
-    import tempfile
-
-    assert target is not None and draft is not None
-    opened = open_draft(draft, target)
-    target.tap(opened.draft.config.taps)
-
-    def measure(rows: Sequence[Any]) -> list[float]:
-        with tempfile.TemporaryDirectory(prefix="redraft-select-", dir=scratch) as folder:
-            store = FeatureStore(Path(folder), {})
-            store.build(target, rows)
-            return row_alphas(opened.draft.to(target.device), target, rows, store)
-
-    return measure
-
-
-def _write_kept(manifest: Manifest, rows: Sequence[Any], prompts: str | None, keep: Path) -> None:
+def _write_kept(manifest: Manifest, rows: Sequence[Any], asked: Sequence[Conversation], keep: Path) -> None:
     """The selected rows as a response file, or the selected prompts as a prompt file."""
-    if prompts is None:
+    if not asked:
         atomic_write_text(keep, b"".join(encode_row(row) for row in manifest.apply(rows)).decode())
         return
     chosen = set(manifest.selected_keys)
-    lines = [json.dumps({"id": c.id, "messages": c.messages}) for c in read_conversations(prompts) if c.id in chosen]
+    lines = [json.dumps({"id": c.id, "messages": c.messages}) for c in asked if c.id in chosen]
     atomic_write_text(keep, "\n".join(lines) + "\n")
 
 
