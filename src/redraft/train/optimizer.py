@@ -45,7 +45,12 @@ class Optimizers:
             for group in part.param_groups:
                 for parameter in group["params"]:
                     prefix = f"{self.names[parameter]}/"
-                    found = {k.removeprefix(prefix): v.clone() for k, v in tensors.items() if k.startswith(prefix)}
+                    # A counter (no axes) stays where torch keeps it, on the CPU.
+                    found = {
+                        k.removeprefix(prefix): v.to(parameter.device, copy=True) if v.ndim else v.clone()
+                        for k, v in tensors.items()
+                        if k.startswith(prefix)
+                    }
                     if found:
                         part.state[parameter] = found
 

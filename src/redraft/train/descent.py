@@ -1,0 +1,230 @@
+"""Optimiser steps over micro-batches that a kill does not change: what pretraining and distillation have in common.
+
+A step is the sum of its parts' gradients (gradient accumulation); a part is a callable that gives a scalar already
+divided by what the whole step counts. Weights, optimiser state, position in the data and every figure of the curve
+so far are in the checkpoint; what a step draws at random is a function of seed and step. A loss or gradient that is
+not finite stops the run before any weight is changed, so that no checkpoint ever holds it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from redraft.errors import UserError
+from redraft.progress import Progress
+from redraft.train.causal import CausalModel
+from redraft.train.checkpoint import Checkpoint
+from redraft.train.optimizer import Optimizers, learning_rate, make_optimizers
+
+PRECISIONS = ("bfloat16", "float32")
+
+
+@dataclass(frozen=True)
+class DescentConfig:
+    """How a causal LM is trained, whatever on. ``warmup`` is the share of all steps before the cosine, ``patience``
+    how many evaluations may pass without a new best (0: all steps are done)."""
+
+    learning_rate: float = 1e-3
+    warmup: float = 0.02
+    optimizer: str = "adamw"
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    precision: str = "bfloat16"
+    evaluate_every: int = 200
+    patience: int = 0
+    save_seconds: float = 300.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise UserError(f"precision must be {' or '.join(PRECISIONS)}, not {self.precision!r}")
+        if self.learning_rate <= 0 or self.evaluate_every < 1:
+            raise UserError("the learning rate must be above 0 and evaluate_every at least 1")
+
+    # What may differ between a run and its resumption.
+    FREE = ("save_seconds",)
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that a checkpoint belongs to."""
+        return {k: v for k, v in asdict(self).items() if k not in self.FREE}
+
+
+@dataclass
+class Step:
+    """The parts of one optimiser step, the supervised tokens in it, and the position in the data behind it."""
+
+    parts: Sequence[Callable[[], Tensor]]
+    tokens: int
+    position: dict[str, Any] = field(default_factory=dict)
+
+
+class StepSource(Protocol):
+    """Gives the steps of a run from any place on."""
+
+    def steps(self, begin: int, position: dict[str, Any]) -> Iterator[Step]: ...
+
+
+@dataclass
+class DescentResult:
+    """The outcome. ``figure`` is what the evaluation gives; ``history`` lists (step, figure)."""
+
+    best: float
+    start: float
+    best_step: int
+    steps: int
+    tokens: int
+    seconds: float
+    stopped_early: bool
+    history: list[tuple[int, float]]
+
+
+class Descent:
+    """A run over ``total`` steps of ``source``. ``evaluate`` gives the figure that picks the best weights."""
+
+    def __init__(
+        self,
+        causal: CausalModel,
+        source: StepSource,
+        total: int,
+        evaluate: Callable[[], float],
+        config: DescentConfig,
+        folder: Path,
+        identity: dict[str, Any],
+        *,
+        figure: str = "heldout_tau",
+        higher: bool = True,
+    ) -> None:
+        """``identity`` says what else the checkpoint in ``folder`` belongs to. Raises ``UserError`` for another's."""
+        self.causal, self.source, self.total, self.measure, self.config = causal, source, total, evaluate, config
+        self.figure, self.sign = figure, 1 if higher else -1
+        causal.model.float()
+        self.trained = causal.trained
+        if not self.trained:
+            raise ValueError("no parameter requires a gradient")
+        names = {"config": config.identity(), "trained": [n for n, _ in self.trained], "steps": total}
+        self.folder, self.curve = folder, folder / "curve.jsonl"
+        self.checkpoint = Checkpoint(folder, names | identity)
+
+    # -- the loop ----------------------------------------------------------------------------------------------
+    def run(self, reporter: Progress | None = None) -> DescentResult:
+        """Train to the end, or until patience is out. On return the model holds the weights of the best evaluation.
+
+        A killed run, started again with the same arguments, ends with the same bits. Raises ``UserError`` when a
+        loss or a gradient is not finite; the checkpoint before it stays.
+        """
+        optimizers = make_optimizers(self.trained, self.config.optimizer, self.config.weight_decay)
+        state = self.checkpoint.load(self.trained, optimizers) or self.start(optimizers)
+        self.mend_curve(state["step"])
+        self.causal.model.train()
+        began = saved = time.monotonic()
+        spent = state["seconds"]
+        # Closed at once when the loop ends early: a source may hold a thread.
+        with closing(self.source.steps(state["step"], state["position"])) as steps:  # type: ignore[type-var]
+            while state["step"] < self.total and not self.exhausted(state):
+                self.advance(next(steps), optimizers, state, reporter)
+                state["seconds"] = spent + time.monotonic() - began
+                due = state["step"] % self.config.evaluate_every == 0 or state["step"] == self.total
+                if due:
+                    self.evaluation(state)
+                if due or time.monotonic() - saved >= self.config.save_seconds:
+                    self.checkpoint.save(self.trained, optimizers, state)
+                    saved = time.monotonic()
+        self.checkpoint.load_best(self.trained)
+        self.causal.model.eval()
+        history = [(int(step), float(figure)) for step, figure in state["history"]]
+        kept = {k: state[k] for k in ("best", "start", "best_step", "tokens", "seconds")}
+        return DescentResult(**kept, steps=state["step"], stopped_early=state["step"] < self.total, history=history)
+
+    def start(self, optimizers: Optimizers) -> dict[str, Any]:
+        """The state before the first step, on disk."""
+        figure = self.evaluate()
+        state: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, "best": figure, "start": figure}
+        state |= {"best_step": 0, "history": [[0, figure]], "segment": [0.0, 0], "position": {}}
+        self.curve.write_text("")
+        self.checkpoint.save_best(self.trained)
+        self.checkpoint.save(self.trained, optimizers, state)
+        return state
+
+    def evaluate(self) -> float:
+        """The figure as the weights stand."""
+        self.causal.model.eval()
+        with torch.no_grad(), self.autocast():
+            figure = self.measure()
+        self.causal.model.train()
+        return figure
+
+    def exhausted(self, state: dict[str, Any]) -> bool:
+        patience = self.config.patience * self.config.evaluate_every
+        return 0 < patience <= state["step"] - state["best_step"]
+
+    def advance(self, step: Step, optimizers: Optimizers, state: dict[str, Any], reporter: Progress | None) -> None:
+        """One optimiser step and its entries in ``state``."""
+        loss = self.step(step.parts, optimizers, state["step"])
+        state["step"] += 1
+        state["tokens"] += step.tokens
+        state["position"] = step.position
+        state["segment"] = [state["segment"][0] + loss, state["segment"][1] + 1]
+        if reporter:
+            reporter.update(
+                state["tokens"], loss=loss, step=state["step"], **{self.figure: float(state["history"][-1][1])}
+            )
+
+    def evaluation(self, state: dict[str, Any]) -> None:
+        """Measure, keep the weights if they are the best so far, and write the curve's line."""
+        figure = self.evaluate()
+        state["history"].append([state["step"], figure])
+        if self.sign * figure > self.sign * state["best"]:
+            state["best"], state["best_step"] = figure, state["step"]
+            self.checkpoint.save_best(self.trained)
+        total, count = state["segment"]
+        state["segment"] = [0.0, 0]
+        entry = {"step": state["step"], "tokens": state["tokens"], "seconds": round(state["seconds"], 1)}
+        with self.curve.open("a") as file:
+            file.write(json.dumps({**entry, "loss": total / count, self.figure: figure}) + "\n")
+
+    def mend_curve(self, step: int) -> None:
+        """Drop lines behind the checkpoint: a kill between the two would leave them there twice."""
+        lines = self.curve.read_text().splitlines(keepends=True)
+        self.curve.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.causal.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
+
+    def step(self, parts: Sequence[Callable[[], Tensor]], optimizers: Optimizers, step: int) -> float:
+        """Gradients of all parts, then one move of the weights; the step's loss. Raises ``UserError`` (see run)."""
+        device, total = self.causal.device, 0.0
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            for number, part in enumerate(parts):
+                torch.manual_seed(random.Random(f"{self.config.seed}/{step}/{number}").getrandbits(63))
+                with self.autocast():
+                    loss = part()
+                value = float(loss.detach())
+                if not math.isfinite(value):
+                    self.stop(f"the loss became {value}", step)
+                loss.backward()
+                total += value
+        norm = float(torch.nn.utils.clip_grad_norm_([p for _, p in self.trained], self.config.clip))
+        if not math.isfinite(norm):
+            self.stop(f"the gradient became {norm}", step)
+        config = self.config
+        optimizers.step(learning_rate(step, self.total, config.learning_rate, config.warmup))
+        return total
+
+    def stop(self, what: str, step: int) -> None:
+        """Raise the ``UserError`` of a run that cannot go on."""
+        good = json.loads(self.checkpoint.path.read_text())["state"]["step"]
+        raise UserError(
+            f"{what} at step {step} of {self.total}; the last good checkpoint is that of step {good} in {self.folder}; "
+            "lower the learning rate"
+        )

@@ -1,0 +1,129 @@
+"""Pretraining a causal LM on plain text: next-token prediction on packed blocks, watched by held-out perplexity.
+
+Blocks hold text end to end (see ``data/packed.py``), attention runs over a whole block, as is usual. Head and loss
+run over portions of positions, so that memory does not grow with vocabulary times sequence.
+
+Shape legend: B blocks, T tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from redraft.data.packed import PackedText, Position, ahead
+from redraft.errors import UserError
+from redraft.progress import Progress
+from redraft.train.causal import CausalModel
+from redraft.train.descent import Descent, DescentConfig, DescentResult, Step
+
+
+@dataclass(frozen=True)
+class PretrainConfig(DescentConfig):
+    """``tokens`` in all, in blocks of ``length``; ``batch_tokens`` make an optimiser step, ``micro_tokens`` of them
+    go through the model at once. ``heldout_tokens`` measure perplexity."""
+
+    tokens: int = 10_000_000
+    length: int = 512
+    batch_tokens: int = 16_384
+    micro_tokens: int = 4_096
+    heldout_tokens: int = 32_768
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.tokens, self.length, self.batch_tokens, self.micro_tokens, self.heldout_tokens) < 1:
+            raise UserError("tokens, length, batch_tokens, micro_tokens and heldout_tokens must be above 0")
+
+    @property
+    def batch_blocks(self) -> int:
+        return max(1, self.batch_tokens // self.length)
+
+    @property
+    def micro_blocks(self) -> int:
+        return min(self.batch_blocks, max(1, self.micro_tokens // self.length))
+
+    @property
+    def steps(self) -> int:
+        return max(1, round(self.tokens / (self.batch_blocks * self.length)))
+
+
+class TextSteps:
+    """Optimiser steps of packed text, read ahead in a thread."""
+
+    def __init__(self, causal: CausalModel, text: PackedText, config: PretrainConfig) -> None:
+        self.causal, self.text, self.config = causal, text, config
+
+    def steps(self, begin: int, position: dict[str, Any]) -> Iterator[Step]:
+        """Steps from ``position`` in the text on, without end."""
+        at = Position.of(position or None)
+        count, micro = self.config.batch_blocks, self.config.micro_blocks
+        tokens = count * self.text.length
+        with closing(ahead(lambda: self.text.blocks(at), 2 * count)) as blocks:  # type: ignore[type-var]
+            while True:
+                taken = [next(blocks) for _ in range(count)]
+                block_BT = torch.stack([block for block, _ in taken])
+                parts = [partial(self.loss, part, tokens) for part in block_BT.split(micro)]
+                yield Step(parts, tokens, vars(taken[-1][1]))
+
+    def loss(self, block_BT: Tensor, tokens: int) -> Tensor:
+        """These blocks' share of the mean cross-entropy over ``tokens`` tokens."""
+        return self.causal.block_loss(block_BT) / tokens
+
+
+def perplexity(causal: CausalModel, block_BT: Tensor, micro: int) -> float:
+    """exp of the mean cross-entropy of blocks [B, T + 1], every token predicted from those before it in its block."""
+    with torch.no_grad():
+        total = sum(float(causal.block_loss(part)) for part in block_BT.split(micro))
+    mean = total / block_BT[:, 1:].numel()
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def pretrain(
+    model: Any,
+    text: PackedText,
+    config: PretrainConfig,
+    folder: Path,
+    progress: Progress | None = None,
+    heldout_text: PackedText | None = None,
+) -> DescentResult:
+    """Train ``model`` on ``text`` in place; figures are held-out perplexities, the lowest is the best.
+
+    Held-out blocks are those that ``text`` keeps out, or the first ones of ``heldout_text``. A killed run goes on
+    to the same bits. Raises ``UserError`` for bad text and for losses that are not finite.
+    """
+    causal = CausalModel(model)
+    wanted = max(1, config.heldout_tokens // config.length)
+    held_BT = _first_blocks(heldout_text, wanted) if heldout_text else text.heldout(wanted)
+    digest = hashlib.sha256(held_BT.numpy().tobytes()).hexdigest()[:16]
+    identity = {"text": list(text.source.files), "heldout": digest, "length": text.length, "order": text.seed}
+    descent = Descent(
+        causal,
+        TextSteps(causal, text, config),
+        config.steps,
+        lambda: perplexity(causal, held_BT, config.micro_blocks),
+        config,
+        folder,
+        identity,
+        figure="heldout_perplexity",
+        higher=False,
+    )
+    return descent.run(progress)
+
+
+def _first_blocks(text: PackedText, wanted: int) -> Tensor:
+    """The first blocks of one pass over a file of held-out text; fewer where it holds fewer."""
+    found: list[Tensor] = []
+    for block, at in text.blocks():
+        if at.epoch or len(found) == wanted:
+            break
+        found.append(block)
+    return torch.stack(found)
