@@ -19,7 +19,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from redraft.sampling import scale_logits
-from redraft.train.portions import portions, sum_over_portions
+from redraft.train.portions import Value, portions, sum_over_portions
 
 # Logits that stand in memory at once, counted in numbers, whatever vocabulary and sequence are. A GPU needs larger
 # matrices to be busy: every portion also adds a gradient of the head's size to the sum.
@@ -96,6 +96,11 @@ class CausalModel:
         """``count`` positions in portions whose logits, ``copies`` times over, keep to ``portion_numbers``."""
         return portions(count, max(1, self.portion_numbers // (copies * self.vocab_size)))
 
+    def portioned(self, value: Value, states: Sequence[Tensor]) -> Tensor:
+        """The sum of ``value`` over portions of positions; see :func:`redraft.train.portions.sum_over_portions`."""
+        head = [p for p in self.head.parameters() if p.requires_grad]
+        return sum_over_portions(value, self.slices(len(states[0]), len(states)), states, head)
+
     def next_token_sum(self, states_NH: Tensor, labels_N: Tensor) -> Tensor:
         """Sum of the cross-entropy of ``labels`` under the logits of ``states``, portion by portion."""
         labels_N = labels_N.to(states_NH.device)
@@ -103,8 +108,7 @@ class CausalModel:
         def value(part: slice, states: list[Tensor]) -> Tensor:
             return F.cross_entropy(self.logits(states[0]).float(), labels_N[part], reduction="sum")
 
-        parameters = [p for p in self.head.parameters() if p.requires_grad]
-        return sum_over_portions(value, self.slices(len(labels_N)), [states_NH], parameters)
+        return self.portioned(value, [states_NH])
 
     def block_loss(self, block_BT: Tensor) -> Tensor:
         """Sum of the next-token cross-entropy over blocks [B, T + 1] of text."""

@@ -1,0 +1,125 @@
+"""What a draft is taught at the tokens of stored responses: the teacher's logits, from three kinds of knowledge.
+
+- ``states``: the target's own final-norm states, through its head: the whole distribution (white box).
+- ``tops``: the likeliest tokens with their log-probabilities, as a server gives them: the distribution restricted to
+  them and renormalised (black box).
+- ``tokens``: the response's token alone, with all the probability (black box; sequence-level distillation, Kim and
+  Rush, arXiv 1606.07947, where KL is the token's cross-entropy).
+
+All come as logits over the vocabulary, so that every loss of the registry takes every kind.
+
+Shape legend: M supervised positions of a batch, N those of a portion, K likeliest tokens, H width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from redraft.data.store import Row
+from redraft.errors import UserError
+from redraft.target import Target
+from redraft.teacher.features import FeatureStore, anchors
+
+Top = tuple[list[list[int]], list[list[float]]]
+"""Token ids and log-probabilities, likeliest first, for every response token after the first."""
+
+TeacherLogits = Callable[[Tensor], Tensor]
+"""Indices [N] into the supervised positions of some rows -> the teacher's logits [N, V] there."""
+
+
+class Teacher(Protocol):
+    """``of(rows, device)`` gives the teacher's logits at the supervised positions of rows, in their order."""
+
+    vocab_size: int
+
+    def of(self, rows: Sequence[Row], device: torch.device) -> TeacherLogits: ...
+
+
+class StateTeacher:
+    """The target's distribution, from states that are stored, or computed as they are needed where none are."""
+
+    def __init__(self, target: Target, store: FeatureStore | None = None) -> None:
+        self.target, self.store, self.vocab_size = target, store, target.vocab_size
+
+    def of(self, rows: Sequence[Row], device: torch.device) -> TeacherLogits:
+        """See :class:`Teacher`."""
+        found = [self.store.get(row)[1] if self.store else self.live(row) for row in rows]
+        hidden_MH = torch.cat(found).to(self.target.device)
+
+        def logits(index_N: Tensor) -> Tensor:
+            with torch.no_grad():
+                return self.target.scale_logits(self.target.head(hidden_MH[index_N.to(hidden_MH.device)])).to(device)
+
+        return logits
+
+    def live(self, row: Row) -> Tensor:
+        """Final-norm states [R - 1, H] in front of every response token after the first."""
+        ids_1T = torch.tensor([[*row.prompt_ids, *row.response_ids[:-1]]], device=self.target.device)
+        # A clone is no inference tensor, which autograd would refuse to index.
+        return self.target.forward(ids_1T, taps=False).hidden_BTH[0, len(row.prompt_ids) :].clone()
+
+
+class TopTeacher:
+    """The likeliest tokens alone, by row key."""
+
+    def __init__(self, tops: Mapping[str, Top], vocab_size: int) -> None:
+        self.tops, self.vocab_size = tops, vocab_size
+
+    def of(self, rows: Sequence[Row], device: torch.device) -> TeacherLogits:
+        """See :class:`Teacher`. Raises ``UserError`` for a row without log-probabilities or with too few."""
+        ids: list[list[int]] = []
+        values: list[list[float]] = []
+        for row in rows:
+            if row.key not in self.tops:
+                raise UserError(f"response {row.key} has no log-probabilities; ask the server for them first")
+            row_ids, row_values = self.tops[row.key]
+            if not len(row_ids) == len(row_values) == anchors(row):
+                raise UserError(f"response {row.key} has log-probabilities for {len(row_ids)} of {anchors(row)} tokens")
+            ids += row_ids
+            values += row_values
+        width = max(map(len, ids), default=0)
+        # A token named twice stays what it is: the filler repeats the first one.
+        ids_MK = torch.tensor([[*row, *row[:1] * (width - len(row))] for row in ids], device=device)
+        filled = [[*row, *row[:1] * (width - len(row))] for row in values]
+        values_MK = torch.tensor(filled, dtype=torch.float32, device=device)
+
+        def logits(index_N: Tensor) -> Tensor:
+            empty_NV = values_MK.new_full((len(index_N), self.vocab_size), -math.inf)
+            return empty_NV.scatter_(1, ids_MK[index_N], values_MK[index_N])
+
+        return logits
+
+
+class TokenTeacher:
+    """The response's own token, with certainty."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+    def of(self, rows: Sequence[Row], device: torch.device) -> TeacherLogits:
+        """See :class:`Teacher`."""
+        ids_M = torch.tensor([i for row in rows for i in row.response_ids[1:]], device=device)
+
+        def logits(index_N: Tensor) -> Tensor:
+            empty_NV = torch.full((len(index_N), self.vocab_size), -math.inf, device=device)
+            return empty_NV.scatter_(1, ids_M[index_N][:, None], 0.0)
+
+        return logits
+
+
+def parse_top(value: Any, count: int) -> Top:
+    """A stored entry ``[[ids], [log-probabilities]]`` of ``count`` positions. Raises ``ValueError``."""
+    try:
+        ids = [[int(i) for i in row] for row in value[0]]
+        values = [[float(x) for x in row] for row in value[1]]
+    except (TypeError, ValueError, IndexError, KeyError):
+        raise ValueError("no lists of ids and log-probabilities") from None
+    whole = len(ids) == len(values) == count and all(len(a) == len(b) > 0 for a, b in zip(ids, values, strict=True))
+    if not whole or not all(math.isfinite(x) for row in values for x in row) or any(i < 0 for r in ids for i in r):
+        raise ValueError(f"not {count} positions of ids with finite log-probabilities")
+    return ids, values
