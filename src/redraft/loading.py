@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from redraft.artifact import atomic_folder, read_json, read_tensors
+from redraft.artifact import META_FILE, atomic_folder, read_json, read_tensors
 from redraft.errors import UserError
 from redraft.target import Target
 
@@ -87,6 +87,47 @@ def tokenizer_hash(tokenizer: Any) -> str:
     special = sorted(int(id) for id, token in added.items() if token.special)
     text = json.dumps([sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])), special])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def check_tokenizers(draft: Any, target: Any) -> None:
+    """Raise ``UserError`` that names the first difference between two tokenizers; what one lacks cannot be compared."""
+    if draft is None or target is None or draft is target or tokenizer_hash(draft) == tokenizer_hash(target):
+        return
+    mine, other = draft.get_vocab(), target.get_vocab()
+    wrong = sorted((i, token) for token, i in other.items() if mine.get(token) != i)
+    if wrong:
+        number, token = wrong[0]
+        where = f"{token!r} is {number} in the target's and {mine.get(token, 'absent')} in the draft's"
+    else:
+        where = f"the draft's has {len(mine)} tokens and the target's {len(other)}, or they mark others as special"
+    raise UserError(f"the draft has another tokenizer than the target: {where}; give a draft of this model family")
+
+
+def open_standalone(source: str | Path, target: Target, base: str | Path | None = None) -> tuple[Any, dict[str, Any]]:
+    """A standalone draft in float32, bound to ``target``, and its metadata: a folder of ours or any causal LM.
+
+    A folder with private experts needs ``base``, the draft that they were trained on. Raises ``UserError`` when it
+    cannot be loaded or has another tokenizer or vocabulary than the target.
+    """
+    from redraft.drafts.standalone import StandaloneDraft, check_fit
+    from redraft.drafts.standalone_files import load_experts, load_standalone
+
+    place = Path(source)
+    known = (place / META_FILE).is_file()
+    if known and read_json(place / META_FILE).get("kind") == "private":
+        if base is None:
+            raise UserError(f"{source} is a private part; name the draft it belongs to with --base-draft")
+        shared, _ = open_standalone(base, target)
+        draft, meta = load_experts(place, shared)
+    elif known:
+        draft, meta = load_standalone(place)
+    else:
+        found = load_target(str(source))
+        draft = StandaloneDraft(found.model.requires_grad_(True), found.tokenizer)
+        meta = {"family": "standalone", "method": None, "source": str(source), "format": "huggingface", "notes": []}
+    check_fit(draft.config, target)
+    check_tokenizers(draft.tokenizer, target.tokenizer)
+    return draft.float().bind(target).to(target.device), meta
 
 
 def adapter_base(folder: str | Path) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,6 +51,20 @@ class Sampler:
         if self.top_p < 1:
             parts.append(f"top-p {self.top_p:g}")
         return ", ".join(parts)
+
+
+def scale_logits(logits: Tensor, config: Any) -> Tensor:
+    """What a head gives [..., V] -> the model's logits [..., V]: the factors and the soft cap that its config names."""
+    scale = getattr(config, "logit_scale", None)
+    if scale is not None:
+        logits = logits * scale
+    divisor = getattr(config, "logits_scaling", None)
+    if divisor is not None:
+        logits = logits / divisor
+    cap = getattr(config, "final_logit_softcapping", None)
+    if cap is not None:
+        logits = torch.tanh(logits / cap) * cap
+    return logits
 
 
 def warp(logits_NV: Tensor, sampler: Sampler) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from redraft.errors import UserError
+from redraft.sampling import scale_logits
 
 # The tap of the final-norm state. It counts no layers, so that it means the same in a target of any depth.
 FINAL = -1
@@ -237,7 +238,10 @@ class Target:
             use_cache=cache is not None,
         ).last_hidden_state
         self._caught[FINAL] = hidden
-        fused = torch.cat([self._caught[k] for k in self.taps], -1) if taps and self.taps else None
+        fused = None
+        if taps:
+            # A draft that reads no features gets them with a width of nothing.
+            fused = torch.cat([self._caught[k] for k in self.taps] or [hidden[..., :0]], -1)
         self._caught.clear()
         return TargetStep(hidden, fused)
 
@@ -247,16 +251,7 @@ class Target:
         return self.scale_logits(self.head(hidden))
 
     def scale_logits(self, logits: Tensor) -> Tensor:
-        scale = getattr(self.config, "logit_scale", None)
-        if scale is not None:
-            logits = logits * scale
-        divisor = getattr(self.config, "logits_scaling", None)
-        if divisor is not None:
-            logits = logits / divisor
-        cap = getattr(self.config, "final_logit_softcapping", None)
-        if cap is not None:
-            logits = torch.tanh(logits / cap) * cap
-        return logits
+        return scale_logits(logits, self.config)
 
     # -- identity ----------------------------------------------------------------------------------------------
     def content_hash(self) -> str:

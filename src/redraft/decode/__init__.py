@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from redraft.decode.engine import SpeculativeDecoder
     from redraft.decode.tree import Shape
-    from redraft.drafts.base import Draft
+    from redraft.drafts.base import Proposer
     from redraft.sampling import Sampler
     from redraft.target import Target
 
 
 def make_decoder(
     target: Target,
-    draft: Draft,
+    draft: Proposer,
     shape: Shape,
     sampler: Sampler | None = None,
     greedy_drafts: bool = False,
@@ -22,15 +22,21 @@ def make_decoder(
 ) -> SpeculativeDecoder:
     """The decoder of a shape: a chain's or a tree's, with static shapes where the target has them.
 
-    Raises ``UserError`` when the draft does not fit the target, for a dynamic tree of sampled drafts, and for
-    ``measure_overlap`` on a tree: alpha is defined on a chain.
+    Raises ``UserError`` when the draft does not fit the target, for a dynamic tree of sampled drafts, for a tree of
+    a standalone draft, and for ``measure_overlap`` on a tree: alpha is defined on a chain.
     """
     from redraft.decode.engine import ChainDecoder
+    from redraft.decode.standalone import StandaloneDecoder
     from redraft.decode.static import StaticChainDecoder, StaticTarget
     from redraft.decode.tree import ChainShape
     from redraft.decode.tree_engine import TreeDecoder
+    from redraft.drafts.standalone import StandaloneDraft
     from redraft.errors import UserError
 
+    if isinstance(draft, StandaloneDraft):
+        if not isinstance(shape, ChainShape):
+            raise UserError(f"a standalone draft proposes chains, not a {shape.describe()}; use chain:{shape.depth}")
+        return StandaloneDecoder(target, draft, shape.gamma, sampler, measure_overlap, greedy_drafts)
     if isinstance(shape, ChainShape) and isinstance(target, StaticTarget) and not measure_overlap:
         return StaticChainDecoder(target, draft, shape.gamma, sampler, greedy_drafts, target.smallest)
     if isinstance(shape, ChainShape):

@@ -14,13 +14,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from redraft.decode.accept import accept_chain, accept_greedy
-from redraft.drafts.base import Draft, bind, check_fit
+from redraft.drafts.base import Draft, Proposer, bind, check_fit
 from redraft.errors import UserError
 from redraft.sampling import Sampler, draw, warp
 from redraft.target import KeyValueCache, Target
@@ -168,9 +169,11 @@ class SpeculativeDecoder(PlainDecoder):
     # The most tokens that a round proposes, and the most that the draft feeds to itself in a round.
     proposals: int
     guesses: int
+    # Which family, and with it what the draft's cache is, a subclass knows.
+    draft: Any
 
     def __init__(
-        self, target: Target, draft: Draft, sampler: Sampler | None = None, greedy_drafts: bool = False
+        self, target: Target, draft: Proposer, sampler: Sampler | None = None, greedy_drafts: bool = False
     ) -> None:
         """``greedy_drafts``: the draft proposes its likeliest tokens also when the target samples.
 
@@ -204,8 +207,7 @@ class SpeculativeDecoder(PlainDecoder):
         step = target.forward(prompt[None], cache)
         assert step.taps_BTKH is not None
         ids = [self.choose(target.logits(step.hidden_BTH[0, -1]), uniforms)]
-        # The pairs (h_t, x_{t+1}) of the prompt, the first response token included.
-        known_ids, known_taps = torch.cat([prompt[1:], prompt.new_tensor(ids)]), step.taps_BTKH[0]
+        known_ids, known_taps = self.known(torch.cat([prompt, prompt.new_tensor(ids)])), step.taps_BTKH[0]
         prefilled = time.perf_counter()
         generation = Generation(ids, "length", prefilled - began, 0.0)
         reason = _trim(ids, self.ends, max_new_tokens)[1]
@@ -225,7 +227,11 @@ class SpeculativeDecoder(PlainDecoder):
         generation.decode_seconds = time.perf_counter() - prefilled
         return generation
 
-    def new_caches(self, tokens: int) -> tuple[KeyValueCache, DraftCache]:
+    def known(self, ids_T: Tensor) -> Tensor:
+        """Of prompt and first token those that the draft is fed: the tokens of the pairs (h_t, x_{t+1})."""
+        return ids_T[1:]
+
+    def new_caches(self, tokens: int) -> tuple[KeyValueCache, Any]:
         """Buffers for the longest sequence and one round beyond it."""
         return self.target.new_cache(tokens + self.proposals), DraftCache(self.draft, tokens + self.guesses)
 
@@ -234,7 +240,7 @@ class SpeculativeDecoder(PlainDecoder):
         last: int,
         ids_T: Tensor,
         taps_T: Tensor,
-        draft_cache: DraftCache,
+        draft_cache: Any,
         cache: KeyValueCache,
         room: int,
         uniforms: _Uniforms,
@@ -252,7 +258,7 @@ class ChainDecoder(SpeculativeDecoder):
     def __init__(
         self,
         target: Target,
-        draft: Draft,
+        draft: Proposer,
         gamma: int = 5,
         sampler: Sampler | None = None,
         measure_overlap: bool = False,
@@ -273,7 +279,7 @@ class ChainDecoder(SpeculativeDecoder):
         last: int,
         ids_T: Tensor,
         taps_T: Tensor,
-        draft_cache: DraftCache,
+        draft_cache: Any,
         cache: KeyValueCache,
         room: int,
         uniforms: _Uniforms,
@@ -287,7 +293,7 @@ class ChainDecoder(SpeculativeDecoder):
         return record, ids_T, taps_T
 
     def propose(
-        self, ids_T: Tensor, taps_T: Tensor, cache: DraftCache, gamma: int, uniforms: _Uniforms
+        self, ids_T: Tensor, taps_T: Tensor, cache: Any, gamma: int, uniforms: _Uniforms
     ) -> tuple[list[int], Tensor | None]:
         """Feed the newly verified pairs, then draft ``gamma`` tokens; also their warped probabilities [G, D]."""
         draft, embedding = self.draft, self.target.embedding
@@ -297,22 +303,23 @@ class ChainDecoder(SpeculativeDecoder):
         tokens: list[Tensor] = []
         probs: list[Tensor] = []
         for i in range(gamma):
-            logits_1D = draft.logits(states)
-            if self.fixed:
-                index = logits_1D.argmax(-1)
-                if self.measure_overlap:
-                    # A greedy target's alpha is that of the distributions; a sampling one's that of the point mass.
-                    greedy = self.sampler.greedy
-                    probs.append(logits_1D.float().softmax(-1) if greedy else warp(logits_1D, Sampler()))
-            else:
-                probs.append(warp(logits_1D, self.sampler))
-                index = draw(probs[-1], uniforms.take(1))
+            index = self.pick(draft.logits(states), probs, uniforms)
             tokens.append(self.vocabulary[index])
             if i + 1 < gamma:
                 position = positions[-1:] + i + 1
                 states = draft(draft.embed(tokens[-1], embedding), draft.carry(states), position, cache.attend)
         cache.length = verified
         return torch.cat(tokens).tolist(), torch.cat(probs) if probs else None
+
+    def pick(self, logits_1D: Tensor, probs: list[Tensor], uniforms: _Uniforms) -> Tensor:
+        """The index [1] that the draft proposes; its probabilities are put to ``probs`` where they are wanted."""
+        if not self.fixed:
+            probs.append(warp(logits_1D, self.sampler))
+            return draw(probs[-1], uniforms.take(1))
+        if self.measure_overlap:
+            # A greedy target's alpha is that of the distributions; a sampling one's that of the point mass.
+            probs.append(logits_1D.float().softmax(-1) if self.sampler.greedy else warp(logits_1D, Sampler()))
+        return logits_1D.argmax(-1)
 
     def verify(
         self, last: int, proposed: list[int], draft_probs: Tensor | None, cache: KeyValueCache, uniforms: _Uniforms

@@ -8,6 +8,9 @@ A family is a torch module with
   after takes in place of the target's features; ``logits(states)`` over the ``vocabulary()`` of the draft;
 - ``midlayer``: the one decoder layer, with ``inputs`` and ``finish`` around its attention, and an ``mlp`` that holds
   private experts; ``fc``, ``rotary``, ``parameters_per_token``, ``reduced``, ``restarted``, ``extra_loss``.
+
+A standalone draft (:mod:`redraft.drafts.standalone`) is no such module: it is a language model of its own, which
+reads text and no states. What takes it too is typed ``Proposer``.
 """
 
 from __future__ import annotations
@@ -16,32 +19,39 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias, TypeVar
 
-from redraft.drafts import eagle1, eagle3
+from redraft.drafts import eagle1, eagle3, standalone
 from redraft.drafts.eagle1 import Eagle1Config, Eagle1Draft, fresh_eagle1
 from redraft.drafts.eagle3 import Eagle3Config, Eagle3Draft, fresh_draft
+from redraft.drafts.standalone import StandaloneConfig, StandaloneDraft
 from redraft.errors import UserError
 
 Draft: TypeAlias = Eagle3Draft | Eagle1Draft
 DraftConfig: TypeAlias = Eagle3Config | Eagle1Config
 AnyDraft = TypeVar("AnyDraft", bound=Eagle3Draft | Eagle1Draft)
+Proposer: TypeAlias = Eagle3Draft | Eagle1Draft | StandaloneDraft
+AnyProposer = TypeVar("AnyProposer", bound=Eagle3Draft | Eagle1Draft | StandaloneDraft)
 
 
-def family_of(draft: Draft) -> str:
+def family_of(draft: Proposer) -> str:
     """The name under which the draft's family is registered and saved."""
+    if isinstance(draft, StandaloneDraft):
+        return draft.family
     return "eagle1" if isinstance(draft, Eagle1Draft) else "eagle3"
 
 
-def check_fit(config: DraftConfig, target: Any) -> None:
+def check_fit(config: DraftConfig | StandaloneConfig, target: Any) -> None:
     """Raise ``UserError`` when a draft of this shape cannot sit on ``target``."""
+    if isinstance(config, StandaloneConfig):
+        return standalone.check_fit(config, target)
     if isinstance(config, Eagle1Config):
         eagle1.check_fit(config, target)
     else:
         eagle3.check_fit(config, target)
 
 
-def bind(draft: AnyDraft, target: Any) -> AnyDraft:
+def bind(draft: AnyProposer, target: Any) -> AnyProposer:
     """The same draft with what it borrows of ``target`` in place. Whoever asks for logits has it bound before."""
-    if isinstance(draft, Eagle1Draft):
+    if isinstance(draft, Eagle1Draft | StandaloneDraft):
         draft.bind(target)
     return draft
 

@@ -108,13 +108,13 @@ def attach_private(
         balance=balance if experts > 1 or shared_experts > 1 else 0.0,
     )
     mlp = SharedPrivateMLP.of(split.config).to(draft.midlayer.mlp.gate_proj.weight)
-    _start_private(mlp, draft.midlayer.mlp, torch.Generator().manual_seed(seed))
+    start_private(mlp, draft.midlayer.mlp, torch.Generator().manual_seed(seed))
     split.midlayer.mlp = mlp
     return split
 
 
-def _start_private(mlp: SharedPrivateMLP, old: SharedPrivateMLP, generator: torch.Generator) -> None:
-    """Give ``mlp`` the old layers and a private part that adds nothing yet."""
+def start_private(mlp: SharedPrivateMLP, old: Any, generator: torch.Generator) -> None:
+    """Give ``mlp`` the layers of an ``old`` SwiGLU and a private part that adds nothing yet."""
     for name in ("gate_proj", "up_proj", "down_proj"):
         setattr(mlp, name, copy.deepcopy(getattr(old, name)))
     private = mlp.private

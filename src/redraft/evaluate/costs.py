@@ -9,12 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 from redraft import metrics
-from redraft.drafts.base import Draft
+from redraft.drafts.base import Proposer
 from redraft.evaluate.summary import Runs, step_seconds
 from redraft.target import Target
 
 
-def costs(target: Target, draft: Draft, runs: Runs, plain: Runs) -> dict[str, Any]:
+def costs(target: Target, draft: Proposer, runs: Runs, plain: Runs) -> dict[str, Any]:
     """``{"mbsu": {"time": ..., "bytes": ...}}``, each with its ``value`` and the ``cost`` of a draft step.
 
     A draft step is one level of a round's proposal: a token of a chain, a level of a tree. Gamma is the mean number
@@ -26,7 +26,7 @@ def costs(target: Target, draft: Draft, runs: Runs, plain: Runs) -> dict[str, An
     if not steps:
         return {"mbsu": {}}
     tau, gamma = tokens / len(records), steps / len(records)
-    read = draft.parameters_per_token * draft.fc.weight.element_size()
+    read = draft.parameters_per_token * next(draft.parameters()).element_size()
     found = {"bytes": metrics.cost_by_bytes(read, _bytes(target))}
     plain_step = step_seconds(plain)
     if plain_step > 0:

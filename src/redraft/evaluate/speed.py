@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from redraft.decode import make_decoder
-from redraft.decode.engine import ChainDecoder, Generation, PlainDecoder
+from redraft.decode.engine import Generation, PlainDecoder
 from redraft.decode.pieces import trace
 from redraft.decode.tree import ChainShape, Shape
-from redraft.drafts.base import Draft
+from redraft.drafts.base import Proposer
 from redraft.errors import UserError
 from redraft.evaluate import summary
 from redraft.evaluate.costs import costs
@@ -74,7 +74,7 @@ class Measured:
 
 def bench(
     targets: Mapping[str, Target],
-    drafts: Mapping[str, Draft],
+    drafts: Mapping[str, Proposer],
     prompts: Sequence[Prompt],
     config: BenchConfig,
     provenance: Mapping[str, Any],
@@ -173,9 +173,9 @@ def _measure(
     return runs
 
 
-def _alpha(target: Target, draft: Draft, prompts: Sequence[Prompt], config: BenchConfig) -> dict[str, float] | None:
+def _alpha(target: Target, draft: Proposer, prompts: Sequence[Prompt], config: BenchConfig) -> dict[str, float] | None:
     """Mean of sum_x min(target, draft) along a chain of the shape's depth; at temperature 1 when decoding is greedy."""
-    decoder = ChainDecoder(target, draft, config.depth, config.sampler, measure_overlap=True)
+    decoder = make_decoder(target, draft, ChainShape(config.depth), config.sampler, measure_overlap=True)
     limit = min(64, config.max_new_tokens)
     found = [
         [value for record in decoder.generate(p.ids, limit, config.seed).rounds for value in record.overlap]

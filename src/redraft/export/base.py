@@ -30,6 +30,7 @@ from redraft.artifact import (
 from redraft.drafts.base import AnyDraft, Draft, check_fit
 from redraft.drafts.eagle3 import Eagle3Config, Eagle3Draft
 from redraft.drafts.experts import merge_private
+from redraft.drafts.standalone import StandaloneDraft
 from redraft.errors import UserError
 from redraft.registry import Registry
 
@@ -92,12 +93,17 @@ class ExportReport:
 class Exporter(Protocol):
     """``target`` is whatever :meth:`TargetInfo.of` takes."""
 
-    def __call__(
-        self, draft: Draft, folder: str | Path, target: Any, *, speculative_tokens: int = 5
-    ) -> ExportReport: ...
+    # A family that the format does not hold is refused by name.
+    def __call__(self, draft: Any, folder: str | Path, target: Any, *, speculative_tokens: int = 5) -> ExportReport: ...
 
 
 EXPORTERS: Registry[Exporter] = Registry("export format", package="redraft.export")
+
+
+def refuse_language_model(draft: object) -> None:
+    """Raise ``UserError`` for a standalone draft: formats of drafts that read the target's states do not hold it."""
+    if isinstance(draft, StandaloneDraft):
+        raise UserError("a standalone draft is a language model of its own, which every engine loads as hf; export hf")
 
 
 # -- checks ----------------------------------------------------------------------------------------------------------

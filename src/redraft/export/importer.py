@@ -37,6 +37,8 @@ def import_checkpoint(
     """
     info, folder = TargetInfo.of(target), fetch(source)
     if (folder / META_FILE).is_file():
+        if read_json(folder / META_FILE).get("family") == "standalone":
+            raise UserError(f"{source} is a standalone draft, where one that reads the target's states is needed")
         found, meta = load_draft(folder)
         check_fit(found.config, info)
         return found, meta | {"format": "redraft", "source": str(source), "notes": []}

@@ -23,6 +23,7 @@ from redraft.export.base import (
     options,
     path_warnings,
     prepare,
+    refuse_language_model,
     serve_command,
     sglang_command,
     write_checkpoint,
@@ -51,6 +52,7 @@ def export_sglang(draft: Draft, folder: str | Path, target: Any, *, speculative_
 
 
 def _export(name: str, draft: Draft, folder: Path, info: TargetInfo, tokens: int) -> ExportReport:
+    refuse_language_model(draft)
     if isinstance(draft, Eagle1Draft):
         if name == "sglang":
             return export_eagle1(name, draft, folder, info, tokens)

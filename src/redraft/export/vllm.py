@@ -22,6 +22,7 @@ from redraft.export.base import (
     options,
     path_warnings,
     prepare,
+    refuse_language_model,
     serve_command,
     to_layers,
     write_checkpoint,
@@ -39,6 +40,7 @@ def export_vllm(draft: Draft, folder: str | Path, target: Any, *, speculative_to
     incomplete, or the target has no name for the engine to load.
     """
     info, folder = TargetInfo.of(target), Path(folder)
+    refuse_language_model(draft)
     if isinstance(draft, Eagle1Draft):
         return export_eagle1("vllm", draft, folder, info, speculative_tokens)
     if not info.name:

@@ -143,7 +143,7 @@ def expected_rounds_sampled(
     likeliest token whatever the sampler. Rows without an anchor have no round and are left out. Raises ``UserError``
     for rows of another sampler, whose text would follow another distribution.
     """
-    _check_sampler(rows, sampler)
+    check_sampler(rows, sampler)
     if greedy_drafts:
         found = matches_by_key(draft, target, rows, store, gamma, batch_anchors)
         return {key: float(len(walk(runs))) for key, runs in found}
@@ -156,7 +156,8 @@ def expected_rounds_sampled(
     return expected
 
 
-def _check_sampler(rows: Sequence[Row], sampler: Sampler) -> None:
+def check_sampler(rows: Sequence[Row], sampler: Sampler) -> None:
+    """Raise ``UserError`` when a response was drawn with another sampler."""
     for row in rows:
         drawn = Sampler(row.temperature, row.top_k, row.top_p)
         if drawn != sampler and not (drawn.greedy and sampler.greedy):

@@ -1,0 +1,248 @@
+"""Shapes of standalone drafts, and how a new one starts.
+
+A shape is a Hugging Face Llama config with the target's vocabulary, special tokens, rotary positions and context.
+Its size is asked for as a named preset, as a share of the target's cost of a step, or as parameters. The cost of a
+step is counted in parameters that one token multiplies (all but the embedding table, plus the head): at batch 1 a
+step costs what it reads.
+
+Shape legend: V vocabulary, S width of the target's table, H width of the draft.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from redraft.drafts.standalone import StandaloneDraft, untrained
+from redraft.errors import UserError
+
+# Layers, width, inner width of the MLP, heads. "goel": the 115M drafter of Llama 2 Chat 7B (arXiv 2403.00858).
+PRESETS: dict[str, tuple[int, int, int, int]] = {"goel": (4, 1024, 2816, 8)}
+
+# A draft step is a chain of layers, and each has a latency of its own: few and wide, as the paper's, before fewer.
+DEPTHS = (4, 3, 2, 1)
+WIDEST_HEAD = 128
+MOST_INNER = 4
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+
+
+def shape_for(target: Any, size: str | float = "1/10", layers: int | None = None, tied: bool | None = None) -> Any:
+    """A ``LlamaConfig`` for ``target``, the largest that the request allows.
+
+    ``size`` is a preset's name, a share of the target's parameters per token (``"1/10"``, ``0.1``) or a count of
+    parameters per token (``"15M"``, ``15000000``). ``layers`` fixes the depth; ``tied`` shares the embedding table
+    with the head (by default as the target does), which saves memory and no time. Raises ``UserError`` for a request
+    that cannot be read or that no shape meets.
+    """
+    if isinstance(size, str) and size.lower() in PRESETS:
+        depth, width, inner, heads = PRESETS[size.lower()]
+        return _config(target, layers or depth, width, inner, heads, tied)
+    budget = _budget(target, size)
+    head = _head_dim(target)
+    best: Any = None
+    for depth in (layers,) if layers else DEPTHS:
+        if depth < 1:
+            raise UserError(f"a draft of {depth} layers cannot be; give 1 or more")
+        best = _widest(target, depth, head, budget, tied)
+        if best is not None:
+            return best
+    least = parameters_of(_config(target, layers or 1, head, 2 * head, 1, tied))
+    whole = target.parameters_per_token
+    raise UserError(
+        f"no shape meets a size of {size} ({budget / 1e6:.3g}M parameters a token): over the target's vocabulary of "
+        f"{target.vocab_size} even {layers or 1} layer(s) of width {head} take {least / 1e6:.3g}M, "
+        f"which is 1/{max(1, whole // least)} of the target's; ask for more"
+    )
+
+
+def parameters_of(config: Any) -> int:
+    """Parameters that one token of a Llama shape multiplies, as :attr:`StandaloneDraft.parameters_per_token`."""
+    width, heads = config.hidden_size, config.num_attention_heads + config.num_key_value_heads
+    layer = 2 * width * config.head_dim * heads + 3 * width * config.intermediate_size + 2 * width
+    return config.num_hidden_layers * layer + width + config.vocab_size * width
+
+
+def _budget(target: Any, size: str | float) -> float:
+    """Parameters per token that ``size`` allows. Raises ``UserError`` when it cannot be read or is no reduction."""
+    text = str(size).strip().lower()
+    whole = target.parameters_per_token
+    fraction = re.fullmatch(r"(\d+)\s*/\s*(\d+)", text)
+    count = re.fullmatch(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)([kmb]?)", text)
+    if fraction and int(fraction[2]):
+        budget = whole * int(fraction[1]) / int(fraction[2])
+    elif count:
+        value = float(count[1]) * UNITS[count[2]]
+        budget = value if value > 1 else whole * value
+    else:
+        raise UserError(
+            f"the size {size!r} is neither a share of the target (1/10), nor a number of parameters (15M), "
+            f"nor one of: {', '.join(PRESETS)}"
+        )
+    if not 0 < budget < whole:
+        raise UserError(f"a draft of size {size} is not smaller than its target ({whole / 1e6:.4g}M parameters)")
+    return budget
+
+
+def _widest(target: Any, depth: int, head: int, budget: float, tied: bool | None) -> Any:
+    """The widest shape of this depth within the budget, its MLP widened by what is left; ``None`` if there is none."""
+    step, found = min(32, head), None
+    for heads in range(1, 1 + max(1, target.hidden_size // head)):
+        width = heads * head
+        inner = max(step, round(width * 8 / 3 / step) * step)
+        config = _config(target, depth, width, inner, heads, tied)
+        if parameters_of(config) > budget:
+            break
+        found = config
+    if found is not None:
+        room = int((budget - parameters_of(found)) // (3 * depth * found.hidden_size * step)) * step
+        found.intermediate_size = max(
+            found.intermediate_size, min(found.intermediate_size + room, MOST_INNER * found.hidden_size)
+        )
+    return found
+
+
+def _rope(target: Any) -> dict[str, Any]:
+    parameters = dict(getattr(target.config, "rope_parameters", None) or {})
+    if parameters.get("rope_type", "default") not in ("default", "linear", "dynamic", "llama3", "yarn"):
+        # Such angles are tabulated for one head width and length; a new model learns the plain ones as well.
+        return {"rope_theta": parameters.get("rope_theta", 10000.0), "rope_type": "default"}
+    return {key: value for key, value in parameters.items() if key not in ("partial_rotary_factor", "mrope_section")}
+
+
+def _head_dim(target: Any) -> int:
+    config = target.config
+    return min(WIDEST_HEAD, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _config(target: Any, layers: int, width: int, inner: int, heads: int, tied: bool | None) -> Any:
+    from transformers import LlamaConfig
+
+    source = target.config
+    rope = _rope(target)
+    return LlamaConfig(
+        vocab_size=target.vocab_size,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        head_dim=width // heads,
+        max_position_embeddings=target.context,
+        rms_norm_eps=float(getattr(source, "rms_norm_eps", 1e-5)),
+        tie_word_embeddings=bool(source.tie_word_embeddings if tied is None else tied),
+        bos_token_id=source.bos_token_id,
+        eos_token_id=source.eos_token_id,
+        pad_token_id=source.pad_token_id,
+        **({"rope_parameters": rope} if rope else {}),
+    )
+
+
+# -- starts ----------------------------------------------------------------------------------------------------------
+def fresh_standalone(
+    target: Any,
+    shape: Any = None,
+    seed: int = 0,
+    embeddings: str = "target",
+    tied: bool | None = None,
+    layers: Sequence[int] = (),
+) -> StandaloneDraft:
+    """A new draft of a shape (:func:`shape_for`; by default a tenth of the target) in float32.
+
+    ``embeddings``: ``"target"`` starts table and head from the target's, projected where widths differ;
+    ``"random"`` from nothing. ``layers`` names layers of the target, from 0, of which copies make up the draft (a
+    depth-pruned start); its shape is then the target's own with fewer layers, and a ``shape`` given besides must be
+    that. ``tied`` overrules the shape's. Raises ``UserError`` for a request that cannot be.
+    """
+    if embeddings not in ("target", "random"):
+        raise UserError(f"the start of the embeddings is {embeddings!r}; choose target or random")
+    if layers:
+        pruned = _pruned_shape(target, layers)
+        _check_same_widths(shape, pruned)
+        config = pruned
+    else:
+        config = copy.deepcopy(shape) if shape is not None else shape_for(target)
+    if config.vocab_size != target.vocab_size:
+        raise UserError(f"the shape has a vocabulary of {config.vocab_size}, the target one of {target.vocab_size}")
+    config.tie_word_embeddings = config.tie_word_embeddings if tied is None else tied
+    draft = StandaloneDraft(untrained(config, seed), target.tokenizer)
+    model = draft.model
+    with torch.no_grad():
+        for new, old in enumerate(layers):
+            model.base_model.layers[new].load_state_dict(target.backbone.layers[old].state_dict())
+        if layers:
+            model.base_model.norm.load_state_dict(target.backbone.norm.state_dict())
+        if embeddings == "target":
+            _start_tables(draft, target)
+    _speak_like(model, target)
+    return draft.bind(target).to(target.device)
+
+
+def spread_layers(target: Any, count: int) -> list[int]:
+    """``count`` layers of the target, evenly spread, the first and the last among them."""
+    if not 1 <= count <= target.layers:
+        raise UserError(f"cannot take {count} of the target's {target.layers} layers")
+    if count == 1:
+        return [0]
+    return [round(i * (target.layers - 1) / (count - 1)) for i in range(count)]
+
+
+def _pruned_shape(target: Any, layers: Sequence[int]) -> Any:
+    absent = [k for k in layers if not 0 <= k < target.layers]
+    if absent:
+        raise UserError(f"the target has layers 0 to {target.layers - 1}, not {absent[0]}")
+    config = copy.deepcopy(target.config)
+    config.num_hidden_layers = len(layers)
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        config.layer_types = [kinds[k] for k in layers]
+    return config
+
+
+def _check_same_widths(shape: Any, pruned: Any) -> None:
+    if shape is None:
+        return
+    names = ("model_type", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    wrong = [name for name in (*names, "num_hidden_layers") if getattr(shape, name) != getattr(pruned, name)]
+    if wrong:
+        raise UserError(
+            f"layers of the target fit its own widths only: {wrong[0]} is {getattr(shape, wrong[0])} in the shape and "
+            f"{getattr(pruned, wrong[0])} there; leave the shape out, or start without the target's layers"
+        )
+
+
+def _start_tables(draft: StandaloneDraft, target: Any) -> None:
+    table, head = draft.model.get_input_embeddings().weight, draft.model.get_output_embeddings().weight
+    std = float(getattr(draft.model.config, "initializer_range", 0.02))
+    table.copy_(projected(target.embedding.weight, table.shape[1], std))
+    if head is not table:
+        head.copy_(projected(target.head.weight, head.shape[1], std))
+
+
+def projected(table_VS: Tensor, width: int, std: float) -> Tensor:
+    """A table [V, H] of another width: its best approximation of that rank (the first right singular vectors).
+
+    It is scaled to a standard deviation of ``std``, as a model that is trained from nothing expects; a narrower table
+    fills the first columns. A table of the same width is taken as it is.
+    """
+    table = table_VS.detach().double()
+    if table.shape[1] == width:
+        return table.float()
+    # Eigenvectors of the small square matrix, in ascending order, are the singular vectors of the long one.
+    vectors = torch.linalg.eigh(table.T @ table).eigenvectors.flip(1)
+    # The sign of a singular vector is arbitrary: fixed, so that every machine starts alike.
+    sums = vectors.sum(0)
+    kept = table @ (vectors * torch.where(sums < 0, -1.0, 1.0))[:, :width]
+    kept = kept * (std / kept.square().mean().sqrt())
+    return torch.nn.functional.pad(kept, (0, width - kept.shape[1])).float()
+
+
+def _speak_like(model: Any, target: Any) -> None:
+    """The target's special tokens, so that engines end the draft's answers where they end the target's."""
+    source = getattr(target.model, "generation_config", None)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(model.generation_config, name, getattr(source, name, None))

@@ -1,0 +1,77 @@
+"""A standalone draft as a plain Hugging Face causal LM, which every engine with a draft-model method loads.
+
+transformers takes it as ``assistant_model``, vLLM as its method ``draft_model``, llama.cpp's server after conversion
+to GGUF with the target's tokenizer. The engines compare vocabularies by size, so a padded table is refused.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from redraft.artifact import atomic_folder, check_tensors, tensors_bytes, tensors_hash
+from redraft.drafts.base import Draft
+from redraft.drafts.standalone import StandaloneDraft, merge_experts
+from redraft.drafts.standalone_files import FOLDER_FILES, plain_state, write_model
+from redraft.errors import UserError
+from redraft.export.base import EXPORTERS, ExportReport, TargetInfo, check_tokens, path_warnings, serve_command
+from redraft.loading import check_tokenizers, load_target
+
+
+@EXPORTERS.register("hf")
+def export_hf(
+    draft: Draft | StandaloneDraft, folder: str | Path, target: Any, *, speculative_tokens: int = 5
+) -> ExportReport:
+    """Write a standalone draft complete with its tokenizer, private experts merged; read back before it is in place.
+
+    ``target`` with a tokenizer (a ``Target``) has it compared with the draft's. Raises ``UserError`` for a draft of
+    another family, without a tokenizer, with another one than the target's, of another vocabulary or shorter context,
+    and for tensors that are not sound.
+    """
+    check_tokens(speculative_tokens)
+    if not isinstance(draft, StandaloneDraft):
+        raise UserError("this draft reads the target's states and is no language model; export it for vllm or sglang")
+    folder, info = Path(folder), TargetInfo.of(target)
+    dense = merge_experts(draft)
+    _check(dense, info, getattr(target, "tokenizer", None))
+    state = plain_state(dense.model)
+    check_tensors(state, state, "the draft to be exported")
+    with atomic_folder(folder, tensors_bytes(state) + (16 << 20), FOLDER_FILES) as new:
+        write_model(new, dense)
+        back = load_target(str(new), dense.dtype)
+        if tensors_hash(plain_state(back.model)) != tensors_hash(state):
+            raise RuntimeError("the hf export does not read back as the draft that was written")
+        check_tokenizers(back.tokenizer, dense.tokenizer)
+    width = draft.config.private_width
+    notes = [f"private experts of width {width} were merged into the MLPs"] if width else []
+    return ExportReport(
+        "hf",
+        folder,
+        len(state),
+        sum(tensor.numel() for tensor in state.values()),
+        tensors_bytes(state),
+        merged_private=bool(width),
+        serve=serve_command(folder, info, speculative_tokens, "draft_model"),
+        warnings=(*notes, *path_warnings(folder.absolute())),
+    )
+
+
+def _check(draft: StandaloneDraft, target: TargetInfo, tokenizer: Any) -> None:
+    config = draft.model.config
+    if draft.tokenizer is None:
+        raise UserError("the draft has no tokenizer, and engines ask for one; give it the target's")
+    check_tokenizers(draft.tokenizer, tokenizer)
+    if draft.config.draft_vocab_size != target.vocab_size:
+        raise UserError(
+            f"the draft's table has {draft.config.draft_vocab_size} rows and the target's {target.vocab_size}; engines "
+            "take such a pair for different vocabularies"
+        )
+    if config.max_position_embeddings < target.context:
+        raise UserError(
+            f"the draft covers {config.max_position_embeddings} positions and the target {target.context}; engines cut "
+            "the target's context to the draft's: train the draft with the target's length"
+        )
+    if draft.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise UserError(f"the draft is {draft.dtype}, which engines do not load; use float32, float16 or bfloat16")
