@@ -17,6 +17,7 @@ from redraft.data.store import Row
 from redraft.decode import make_decoder
 from redraft.decode.engine import PlainDecoder
 from redraft.decode.standalone import StandaloneDecoder
+from redraft.decode.static import StaticTarget
 from redraft.decode.tree import parse_shape
 from redraft.drafts.experts import is_private
 from redraft.drafts.shapes import fresh_standalone, parameters_of, projected, shape_for, spread_layers
@@ -286,6 +287,13 @@ def test_the_registered_way_to_a_decoder_takes_standalone_drafts(target):
     assert all(0 <= x <= 1.0001 for r in found.rounds for x in r.overlap)
     with pytest.raises(UserError, match="proposes chains, not a .*chain:3"):
         make_decoder(target, draft, parse_shape("tree:3x4x10"))
+
+
+def test_a_target_of_static_shapes_takes_a_standalone_draft(target):
+    draft, prompt = make("half", target), prompts(1)[0]
+    expected = PlainDecoder(target).generate(prompt, 20)
+    static = StaticTarget(target, (1, 4), capacity=64)
+    assert make_decoder(static, draft, parse_shape("chain:3")).generate(prompt, 20).ids == expected.ids
 
 
 # -- simulation --------------------------------------------------------------------------------------------------------
