@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from redraft.data.generate import Request, generate
+from redraft.data.logprobs import parse_top
 from redraft.data.packed import PackedText, TextSource
 from redraft.data.store import Row
 from redraft.errors import UserError
@@ -23,7 +24,7 @@ from redraft.teacher.features import FeatureStore, anchors
 from redraft.train.causal import CausalModel
 from redraft.train.checkpoint import Checkpoint
 from redraft.train.distil import DistilConfig, Distillation, MixedSteps, distil, step_order
-from redraft.train.supervision import StateTeacher, TokenTeacher, TopTeacher, parse_top
+from redraft.train.supervision import StateTeacher, TokenTeacher, TopTeacher
 
 HERE = Path(__file__).parents[1]
 build_model = runpy.run_path(str(HERE / "conftest.py"))["build_model"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -20,6 +20,7 @@ from redraft.select.rules import parse_budget
 from redraft.train.loop import TrainConfig
 
 CONFIG_FILE = "config.json"
+COMMAND = "redraft adapt"
 SELF = "self"
 
 
@@ -156,37 +157,54 @@ class AdaptConfig(BaseModel):
         return TrainConfig(**{"loss": self.loss, "gamma": self.gamma, "seed": self.seed, **self.train})
 
 
-def parse_config(values: dict[str, Any]) -> AdaptConfig:
-    """Checked settings. Raises ``UserError`` that names the first bad one."""
+Settings = TypeVar("Settings", bound=BaseModel)
+
+
+def checked(kind: type[Settings], values: dict[str, Any], command: str) -> Settings:
+    """Checked settings of a command. Raises ``UserError`` that names the first bad one."""
     try:
-        return AdaptConfig(**values)
+        return kind(**values)
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"]) or "settings"
-        raise UserError(f"{name.replace('_', '-')}: {first['msg'].lower()}; see `redraft adapt --help`") from None
+        raise UserError(f"{name.replace('_', '-')}: {first['msg'].lower()}; see `{command} --help`") from None
 
 
-def read_config(path: Path, overrides: dict[str, Any] | None = None) -> AdaptConfig:
-    """Settings from a YAML file; ``overrides`` (flags that were given) win. Raises ``UserError``."""
+def read_yaml(path: Path, command: str) -> dict[str, Any]:
+    """The settings in a YAML file, dashes in their names as underscores. Raises ``UserError``."""
     try:
         values = yaml.safe_load(path.read_text())
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist; give a YAML file with the settings of `redraft adapt`") from None
+        raise UserError(f"{path} does not exist; give a YAML file with the settings of `{command}`") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold settings as `name: value` lines")
-    return parse_config({k.replace("-", "_"): v for k, v in values.items()} | (overrides or {}))
+    return {key.replace("-", "_"): value for key, value in values.items()}
+
+
+def parse_config(values: dict[str, Any]) -> AdaptConfig:
+    """Checked settings. Raises ``UserError`` that names the first bad one."""
+    return checked(AdaptConfig, values, COMMAND)
+
+
+def read_config(path: Path, overrides: dict[str, Any] | None = None) -> AdaptConfig:
+    """Settings from a YAML file; ``overrides`` (flags that were given) win. Raises ``UserError``."""
+    return parse_config(read_yaml(path, COMMAND) | (overrides or {}))
 
 
 def claim_run(config: AdaptConfig) -> None:
     """Make the run directory, or check that it belongs to the same settings. Raises ``UserError``."""
-    folder = config.out
+    values = json.loads(config.model_dump_json(exclude={"out"})) | {"train": asdict(config.train_config())}
+    claim_folder(config.out, values, AdaptConfig)
+
+
+def claim_folder(folder: Path, values: dict[str, Any], kind: type[BaseModel]) -> None:
+    """Make a run directory of these settings of ``kind``, or check that it belongs to them. Raises ``UserError``."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot use {folder} as run directory: {error.strerror or error}") from None
-    values = json.loads(config.model_dump_json(exclude={"out"})) | {"train": asdict(config.train_config())}
     path = folder / CONFIG_FILE
     if not path.exists():
         if any(folder.iterdir()):
@@ -194,7 +212,7 @@ def claim_run(config: AdaptConfig) -> None:
         atomic_write_json(path, values)
         return
     # Settings that are newer than the run directory had their defaults then.
-    shown = AdaptConfig.model_fields
+    shown = kind.model_fields
     then = {name: shown[name].get_default(call_default_factory=True) for name in values if name in shown}
     stored = json.loads(json.dumps(then, default=str)) | json.loads(path.read_text())
     changed = sorted(k for k in {*stored, *values} if stored.get(k) != values.get(k))

@@ -29,9 +29,16 @@ class Source:
     """The text of one run directory; ``target_of`` opens the target when it is first needed."""
 
     def __init__(
-        self, config: AdaptConfig, target_of: Callable[[], Target], ledger: provenance.Ledger, say: Say
+        self,
+        config: AdaptConfig,
+        target_of: Callable[[], Target],
+        ledger: provenance.Ledger,
+        say: Say,
+        heldout_server: str | None = None,
     ) -> None:
+        """``heldout_server`` answers the held-out prompts where the target itself is not at hand."""
         self.config, self.target_of, self.ledger, self.say = config, target_of, ledger, say
+        self.heldout_server = heldout_server
         self.responses = config.out / "responses.jsonl"
         self.heldout = config.out / "heldout.jsonl"
 
@@ -94,7 +101,7 @@ class Source:
         train, heldout, _ = self.prompts
         samplers = [Sampler(t, 0, c.top_p if t else 1.0) for t in c.temperatures]
         self._answer("regenerate", train, samplers, c.server)
-        self._answer("regenerate held-out", heldout, [Sampler()], None)
+        self._answer("regenerate held-out", heldout, [Sampler()], self.heldout_server)
 
     def _answer(self, name: str, prompts: Sequence[Conversation], samplers: list[Sampler], server: str | None) -> None:
         c, target = self.config, self.target_of()

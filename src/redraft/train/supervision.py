@@ -15,18 +15,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from redraft.data.logprobs import Top
 from redraft.data.store import Row
 from redraft.errors import UserError
 from redraft.target import Target
 from redraft.teacher.features import FeatureStore, anchors
-
-Top = tuple[list[list[int]], list[list[float]]]
-"""Token ids and log-probabilities, likeliest first, for every response token after the first."""
 
 TeacherLogits = Callable[[Tensor], Tensor]
 """Indices [N] into the supervised positions of some rows -> the teacher's logits [N, V] there."""
@@ -110,16 +108,3 @@ class TokenTeacher:
             return empty_NV.scatter_(1, ids_M[index_N][:, None], 0.0)
 
         return logits
-
-
-def parse_top(value: Any, count: int) -> Top:
-    """A stored entry ``[[ids], [log-probabilities]]`` of ``count`` positions. Raises ``ValueError``."""
-    try:
-        ids = [[int(i) for i in row] for row in value[0]]
-        values = [[float(x) for x in row] for row in value[1]]
-    except (TypeError, ValueError, IndexError, KeyError):
-        raise ValueError("no lists of ids and log-probabilities") from None
-    whole = len(ids) == len(values) == count and all(len(a) == len(b) > 0 for a, b in zip(ids, values, strict=True))
-    if not whole or not all(math.isfinite(x) for row in values for x in row) or any(i < 0 for r in ids for i in r):
-        raise ValueError(f"not {count} positions of ids with finite log-probabilities")
-    return ids, values
