@@ -24,8 +24,7 @@ import json
 import os
 import random
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,8 +32,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from redraft import provenance
 from redraft.artifact import atomic_folder, atomic_write_json
@@ -47,6 +44,7 @@ from redraft.errors import UserError
 from redraft.loading import CACHE_FILES, load_target
 from redraft.progress import progress_bar
 from redraft.target import Target
+from redraft.train.causal import CausalModel
 from redraft.train.checkpoint import Checkpoint, rows_digest
 from redraft.train.optimizer import learning_rate, make_optimizers
 
@@ -148,44 +146,17 @@ def packs(rows: Sequence[Row], recipe: Recipe) -> list[list[Row]]:
 
 
 # -- packed training -------------------------------------------------------------------------------------------------
-@contextmanager
-def packed(model: Any, lengths: list[int]) -> Iterator[None]:
-    """Let ``model`` take samples of these lengths side by side in one row: each attends, causally, to itself alone."""
-
-    def attention(
-        module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
-    ) -> tuple[Tensor, None]:
-        kwargs["is_causal"] = True
-        parts = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
-        mixed = [sdpa_attention_forward(module, q, k, v, None, **kwargs)[0] for q, k, v in parts]
-        return torch.cat(mixed, dim=1), None
-
-    # No mask function goes by this name, so transformers makes no mask of the whole row.
-    AttentionInterface.register("redraft_packed", attention)
-    previous = model.config._attn_implementation
-    model.set_attn_implementation("redraft_packed")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(previous)
-
-
 def packed_loss(target: Target, rows: Sequence[Row]) -> tuple[Tensor, int]:
     """(sum of the cross-entropy, number) of the answers' tokens; logits are computed at their places alone."""
-    lengths = [size_of(row) for row in rows]
-    ids_T = torch.tensor([i for row in rows for i in (*row.prompt_ids, *row.response_ids)], device=target.device)
-    positions_T = torch.cat([torch.arange(n, device=target.device) for n in lengths])
-    where, start = [], 0
-    for row, length in zip(rows, lengths, strict=True):
-        where.append(torch.arange(start + len(row.prompt_ids), start + length, device=target.device))
-        start += length
-    answers_N = torch.cat(where)
-    with packed(target.model, lengths):
-        hidden_1TH = target.backbone(
-            input_ids=ids_T[None], position_ids=positions_T[None], use_cache=False
-        ).last_hidden_state
-    logits_NV = target.scale_logits(target.head(hidden_1TH[0, answers_N - 1]))
-    return F.cross_entropy(logits_NV.float(), ids_T[answers_N], reduction="sum"), len(answers_N)
+    states_TH = CausalModel(target.model).states([[*row.prompt_ids, *row.response_ids] for row in rows])
+    where, ids, start = [], [], 0
+    for row in rows:
+        where.append(torch.arange(start + len(row.prompt_ids) - 1, start + size_of(row) - 1, device=target.device))
+        ids += row.response_ids
+        start += size_of(row)
+    answers_N = torch.tensor(ids, device=target.device)
+    logits_NV = target.scale_logits(target.head(states_TH[torch.cat(where)]))
+    return F.cross_entropy(logits_NV.float(), answers_N, reduction="sum"), len(answers_N)
 
 
 @torch.no_grad()
