@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from redraft import __version__
-from redraft.cli import align, data, measure, study, vocabulary, watch
+from redraft.cli import align, data, distill, measure, study, vocabulary, watch
 from redraft.errors import UserError
 
 app = typer.Typer(
@@ -44,6 +44,7 @@ measure.register_probe(app)
 data.register(app)
 vocabulary.register(app)
 align.register(app)
+distill.register(app)
 measure.register(app)
 study.register(app)
 watch.register(app)
