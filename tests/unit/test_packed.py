@@ -122,7 +122,7 @@ def test_the_opening_token_stands_where_the_tokenizer_puts_one(text: PackedText)
         ("list.jsonl", b'{"text": "a"}\n[1]\n', r"list\.jsonl:2: no text under 'text'"),
         ("field.jsonl", b'{"content": "a"}\n', r"field\.jsonl:1: no text under 'text' \(there is content\)"),
         ("torn.jsonl", b'{"text": "a"}\n{"te\n', r"torn\.jsonl:2: not JSON"),
-        ("torn.txt.gz", gzip.compress(b"text " * 99)[:-9], r"cannot read .*torn\.txt\.gz"),
+        ("torn.txt.gz", gzip.compress(b"text " * 99, mtime=0)[:-9], r"cannot read .*torn\.txt\.gz"),
     ],
 )
 def test_a_bad_file_is_named_with_its_place(tmp_path: Path, name: str, data: bytes, said: str) -> None:
