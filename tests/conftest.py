@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -14,6 +15,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from redraft.cli import main
 from redraft.target import Target
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
@@ -89,3 +91,20 @@ def tiny_target() -> Iterator[Callable[..., Target]]:
         return Target(model, build_tokenizer(), name=f"tiny-{architecture}", taps=taps)
 
     yield make
+
+
+@pytest.fixture
+def redraft(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """``redraft("report x.json")`` -> (exit code, standard output, standard error)."""
+
+    def run(command: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["redraft", *command.split()])
+        try:
+            main.main()
+            code = 0
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run

@@ -8,7 +8,6 @@ import math
 import random
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ import torch
 import yaml
 
 from redraft.artifact import save_draft
-from redraft.cli import main
 from redraft.drafts.eagle3 import fresh_draft
 from redraft.errors import UserError
 from redraft.evaluate.statistics import paired_difference, paired_recovery
@@ -115,23 +113,6 @@ def settings(**changes: Any) -> dict[str, Any]:
         "speed": {"methods": ["none", "fc"], "prompts": 2},
         "dtype": "float32",
     } | changes
-
-
-@pytest.fixture
-def redraft(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """``redraft("study x.yaml")`` -> (exit code, standard output, standard error)."""
-
-    def run(command: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["redraft", *command.split()])
-        try:
-            main.main()
-            code = 0
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture

@@ -51,14 +51,15 @@ def length_batches(rows: Sequence[Row], batch_tokens: int) -> Iterator[list[Row]
     than ``MOST_PADDING``.
     """
     batch: list[Row] = []
+    held = 0
     for row in sorted(rows, key=lambda r: (len(r.prompt_ids) + len(r.response_ids), r.key)):
         longest = len(row.prompt_ids) + len(row.response_ids)
-        held = sum(len(r.prompt_ids) + len(r.response_ids) for r in batch)
         padded = len(batch) * longest > (1 + MOST_PADDING) * held and held >= ENOUGH_TOKENS
         if batch and (padded or (len(batch) + 1) * longest > batch_tokens):
             yield batch
-            batch = []
+            batch, held = [], 0
         batch.append(row)
+        held += longest
     if batch:
         yield batch
 

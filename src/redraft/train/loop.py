@@ -170,7 +170,11 @@ class Trainer:
                 offset, epoch = offset + len(order), epoch + 1
                 order = batch_order(self.rows, self.config, epoch)
             rows = order[step - offset]
-            yield collate(rows, self.store, self.config.unroll).to(self.target.device), sum(map(anchors, rows))
+            yield self.collated(rows).to(self.target.device), sum(map(anchors, rows))
+
+    def collated(self, rows: Sequence[Row]) -> Batch:
+        """The batch of these rows, as the objective reads it."""
+        return collate(rows, self.store, self.config.unroll)
 
     def step(self, batch: Batch, optimizers: Optimizers, step: int) -> float:
         """One optimiser step. Raises ``UserError`` on a loss that is not finite, before anything is changed."""

@@ -39,7 +39,7 @@ from redraft.target import Target
 from redraft.teacher.features import FeatureStore, anchors
 from redraft.teacher.simulate import acceptance_given_text, anchor_batches, matches, visits
 from redraft.teacher.unroll import Batch, collate, supervised
-from redraft.train.loop import TrainConfig, Trainer, batch_order
+from redraft.train.loop import TrainConfig, Trainer
 from redraft.train.objective import Objective, UnrollObjective, WithExtraLoss
 
 
@@ -212,17 +212,10 @@ class ReplayTrainer(Trainer):
         objective: Objective = ReplayObjective(self.draft, target, config)
         self.objective = WithExtraLoss(objective, self.draft) if hasattr(self.draft, "extra_loss") else objective
 
-    def batches(self, begin: int, end: int) -> Any:
-        """As the trainer's, each with the weights of its states."""
-        epoch, order, offset = 0, batch_order(self.rows, self.config, 0), 0
-        for step in range(begin, end):
-            while step - offset >= len(order):
-                offset, epoch = offset + len(order), epoch + 1
-                order = batch_order(self.rows, self.config, epoch)
-            rows = order[step - offset]
-            plain = collate(rows, self.store, self.config.unroll)
-            weighted = ReplayBatch(**vars(plain), weight_MJ=torch.cat([self.states[row.key] for row in rows]))
-            yield weighted.to(self.target.device), sum(map(anchors, rows))
+    def collated(self, rows: Sequence[Row]) -> Batch:
+        """As the trainer's, with the weights of the rows' states."""
+        plain = super().collated(rows)
+        return ReplayBatch(**vars(plain), weight_MJ=torch.cat([self.states[row.key] for row in rows]))
 
 
 def replay_settings(config: TrainConfig, replay: ReplayConfig) -> TrainConfig:
