@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from redraft.artifact import FAMILIES
 from redraft.drafts.experts import SharedPrivateMLP, merge_private
-from redraft.drafts.layers import Attend, Attention, Linear, RMSNorm, Rotary
+from redraft.drafts.layers import Attend, Attention, DraftLayer, Linear, RMSNorm, Rotary
 from redraft.drafts.routing import balance_loss
 from redraft.errors import UserError
 
@@ -83,7 +83,7 @@ class Eagle1Config:
             raise UserError(f"draft config is incomplete: {error}") from None
 
 
-class Eagle1Layer(nn.Module):
+class Eagle1Layer(DraftLayer):
     """A decoder layer over ``fc([embedding; state])``, which is its residual stream too."""
 
     def __init__(self, config: Eagle1Config, fc: Linear) -> None:
@@ -106,16 +106,6 @@ class Eagle1Layer(nn.Module):
         """What attention reads and the residual stream: both [N, H], and the same."""
         mixed = self.borrowed[0](torch.cat([embeds, states], -1))
         return mixed, mixed
-
-    def finish(self, residual: Tensor, mixed_NAD: Tensor) -> Tensor:
-        """Output projection, MLP and both residual additions."""
-        states = residual + self.self_attn.o_proj(mixed_NAD.flatten(-2))
-        return states + self.mlp(self.post_attention_layernorm(states))
-
-    def forward(self, embeds: Tensor, states: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        x, residual = self.inputs(embeds, states)
-        keys, values = self.self_attn.keys_values(x, rope)
-        return self.finish(residual, attend(self.self_attn.queries(x, rope), keys, values))
 
 
 class _Head:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from redraft.artifact import FAMILIES
 from redraft.drafts.experts import SharedPrivateMLP, merge_private
-from redraft.drafts.layers import Attend, Attention, Linear, RMSNorm, Rotary
+from redraft.drafts.layers import Attend, Attention, DraftLayer, Linear, RMSNorm, Rotary
 from redraft.drafts.routing import balance_loss
 from redraft.errors import UserError
 
@@ -72,7 +72,7 @@ class Eagle3Config:
             raise UserError(f"draft config is incomplete: {error}") from None
 
 
-class Eagle3Layer(nn.Module):
+class Eagle3Layer(DraftLayer):
     """A decoder layer whose attention reads [norm(embedding); norm(state)] and whose residual stream is the state."""
 
     def __init__(self, config: Eagle3Config) -> None:
@@ -97,16 +97,6 @@ class Eagle3Layer(nn.Module):
         normed = self.hidden_norm(states)
         residual = normed if self.norm_before_residual else states
         return torch.cat([self.input_layernorm(embeds), normed], -1), residual
-
-    def finish(self, residual: Tensor, mixed_NAD: Tensor) -> Tensor:
-        """Output projection, MLP and both residual additions."""
-        states = residual + self.self_attn.o_proj(mixed_NAD.flatten(-2))
-        return states + self.mlp(self.post_attention_layernorm(states))
-
-    def forward(self, embeds: Tensor, states: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        x, residual = self.inputs(embeds, states)
-        keys, values = self.self_attn.keys_values(x, rope)
-        return self.finish(residual, attend(self.self_attn.queries(x, rope), keys, values))
 
 
 class Eagle3Draft(nn.Module):
