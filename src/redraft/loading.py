@@ -103,13 +103,14 @@ def check_tokenizers(draft: Any, target: Any) -> None:
     raise UserError(f"the draft has another tokenizer than the target: {where}; give a draft of this model family")
 
 
-def open_standalone(source: str | Path, target: Target, base: str | Path | None = None) -> tuple[Any, dict[str, Any]]:
-    """A standalone draft in float32, bound to ``target``, and its metadata: a folder of ours or any causal LM.
+def read_standalone(source: str | Path, base: str | Path | None = None) -> tuple[Any, dict[str, Any]]:
+    """A standalone draft in the data type of its file, and its metadata: a folder of ours or any causal LM.
 
     A folder with private experts needs ``base``, the draft that they were trained on. Raises ``UserError`` when it
-    cannot be loaded or has another tokenizer or vocabulary than the target.
+    cannot be loaded.
     """
-    from redraft.drafts.standalone import StandaloneDraft, check_fit
+    from redraft.drafts.experts import is_private
+    from redraft.drafts.standalone import StandaloneDraft
     from redraft.drafts.standalone_files import load_experts, load_standalone
 
     place = Path(source)
@@ -117,14 +118,40 @@ def open_standalone(source: str | Path, target: Target, base: str | Path | None 
     if known and read_json(place / META_FILE).get("kind") == "private":
         if base is None:
             raise UserError(f"{source} is a private part; name the draft it belongs to with --base-draft")
-        shared, _ = open_standalone(base, target)
-        draft, meta = load_experts(place, shared)
-    elif known:
-        draft, meta = load_standalone(place)
-    else:
-        found = load_target(str(source))
-        draft = StandaloneDraft(found.model.requires_grad_(True), found.tokenizer)
-        meta = {"family": "standalone", "method": None, "source": str(source), "format": "huggingface", "notes": []}
+        shared, _ = read_standalone(base)
+        kept = shared.dtype
+        # The experts were trained beside, and are tied by hash to, the float32 values of the base.
+        draft, meta = load_experts(place, shared.float())
+        for name, parameter in draft.named_parameters():
+            kept = torch.promote_types(kept, parameter.dtype) if is_private(name) else kept
+        return draft.to(kept), meta
+    if known:
+        return load_standalone(place)
+    found = load_target(str(source), _file_dtype(str(source)))
+    meta = {"family": "standalone", "method": None, "source": str(source), "format": "huggingface", "notes": []}
+    return StandaloneDraft(found.model.requires_grad_(True), found.tokenizer), meta
+
+
+def _file_dtype(spec: str) -> torch.dtype:
+    """The data type that a checkpoint's config names: that of its file."""
+    from transformers import AutoConfig
+
+    try:
+        with quiet():
+            named = AutoConfig.from_pretrained(**locate(spec)).dtype
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"the config of {spec} cannot be read: {_first_line(error)}") from error
+    return named if isinstance(named, torch.dtype) else torch.float32
+
+
+def open_standalone(source: str | Path, target: Target, base: str | Path | None = None) -> tuple[Any, dict[str, Any]]:
+    """A standalone draft in float32, bound to ``target``, and its metadata (:func:`read_standalone`).
+
+    Raises ``UserError`` when it cannot be loaded or has another tokenizer or vocabulary than the target.
+    """
+    from redraft.drafts.standalone import check_fit
+
+    draft, meta = read_standalone(source, base)
     check_fit(draft.config, target)
     check_tokenizers(draft.tokenizer, target.tokenizer)
     return draft.float().bind(target).to(target.device), meta

@@ -103,6 +103,21 @@ def test_an_unroll_does_not_depend_on_what_a_row_is_packed_with(target, rows, st
         at += anchors(row)
 
 
+@pytest.mark.parametrize("share", [0.7, 0.3, 0.0])
+def test_an_unroll_goes_on_with_the_anchors_that_are_wanted(target, rows, store, draft, share):
+    batch = collate(rows, store, 4)
+    whole = list(unroll(draft, target.embedding, batch, 4))
+    generator = torch.Generator().manual_seed(3)
+    drafting = unroll(draft, target.embedding, batch, 4)
+    next(drafting)
+    going = torch.arange(len(whole[0]))
+    for expected in whole[1:]:
+        keep = torch.rand(len(going), generator=generator) < share
+        keep[-1] = True
+        going = going[keep]
+        torch.testing.assert_close(drafting.send(keep), expected[going], atol=1e-5, rtol=1e-4)
+
+
 def test_tokens_outside_the_vocabulary_end_supervision(target, rows, store, draft):
     batch = collate(rows, store, 3)
     inside = supervised(draft, batch)

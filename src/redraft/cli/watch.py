@@ -68,7 +68,7 @@ def watch(
     from redraft.decode.pieces import TokenText
     from redraft.decode.tree import parse_shape
     from redraft.loading import quiet
-    from redraft.pipeline.models import open_draft, template_prompts
+    from redraft.pipeline.models import open_proposer, template_prompts
     from redraft.pipeline.steps import TargetSpec
     from redraft.report.live import Watcher, coloured, legend
 
@@ -76,7 +76,7 @@ def watch(
     conversations = asked(prompt, prompts, limit)
     with quiet():
         opened = TargetSpec(target, dtype, device, adapter).open()
-        module = open_draft(draft, opened, base_draft).draft
+        module, _ = open_proposer(draft, opened, base_draft)
     opened.tap(module.config.taps)
     ready = template_prompts(conversations, opened, max_new_tokens)
     decoder = make_decoder(opened, module, form, sampler, greedy_drafts)

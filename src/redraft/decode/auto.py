@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from redraft.decode.engine import PlainDecoder, SpeculativeDecoder, _Uniforms
-from redraft.drafts.base import Draft
+from redraft.decode.standalone import DraftKeys
+from redraft.drafts.base import Proposer
+from redraft.drafts.standalone import StandaloneDraft
 from redraft.errors import UserError
 from redraft.sampling import Sampler
 from redraft.target import Target
@@ -113,7 +115,7 @@ class Pick:
 # -- costs -----------------------------------------------------------------------------------------------------------
 def measure_costs(
     target: Target,
-    draft: Draft,
+    draft: Proposer,
     prompt_ids: Sequence[int],
     gammas: Sequence[int] = TIMED_CHAINS,
     shapes: Sequence[Shape] = (),
@@ -189,9 +191,12 @@ def _round(decoder: SpeculativeDecoder, prompt_ids: Sequence[int]) -> Callable[[
     step = target.forward(prompt[None], cache)
     assert step.taps_BTKH is not None
     first = decoder.choose(target.logits(step.hidden_BTH[0, -1]), uniforms)
-    ids_T, taps_T = torch.cat([prompt[1:], prompt.new_tensor([first])]), step.taps_BTKH[0]
-    # The prompt's pairs but the last go in beforehand: a round in the middle of a response has a few pairs, not these.
-    if len(ids_T) > 1:
+    ids_T, taps_T = decoder.known(torch.cat([prompt, prompt.new_tensor([first])])), step.taps_BTKH[0]
+    # The prompt but its last pair goes in beforehand: a round in the middle of a response has a few pairs, not these.
+    if isinstance(draft_cache, DraftKeys):
+        draft.states(ids_T[None, :-1], draft_cache)
+        draft_cache.verified = draft_cache.length
+    elif len(ids_T) > 1:
         positions = torch.arange(len(ids_T) - 1, device=ids_T.device)
         draft(draft.embed(ids_T[:-1], target.embedding), draft.fuse(taps_T[:-1]), positions, draft_cache.attend)
     before, drafted = cache.length, draft_cache.length
@@ -203,7 +208,10 @@ def _round(decoder: SpeculativeDecoder, prompt_ids: Sequence[int]) -> Callable[[
         record, _, _ = decoder.round(first, ids_T[-1:], taps_T[-1:], draft_cache, cache, decoder.proposals, uniforms)
         seconds = time.perf_counter() - start
         cache.rollback(before)
-        draft_cache.length = drafted
+        if isinstance(draft_cache, DraftKeys):
+            draft_cache.restart(drafted)
+        else:
+            draft_cache.length = drafted
         return RoundCost(record.draft_seconds, seconds - record.draft_seconds)
 
     return run
@@ -250,7 +258,7 @@ def default_trees(sampler: Sampler | None = None, greedy_drafts: bool = False) -
 
 def pick_shape(
     target: Target,
-    draft: Draft,
+    draft: Proposer,
     prompts: Sequence[Sequence[int]],
     run_lengths: Sequence[Sequence[int]] | None = None,
     longest: int = 8,
@@ -265,7 +273,7 @@ def pick_shape(
     ``run_lengths`` (of greedy responses, capped at ``longest`` or later) spares decoding chains of a greedy target;
     without them, and always when the target samples, the timed chains are decoded. ``prompts`` are decoded by every
     shape whose tau is not known otherwise, the first one also carries the timings. ``trees`` are
-    :func:`default_trees` unless given; an empty list means chains only.
+    :func:`default_trees` unless given; an empty list means chains only, and so does a standalone draft.
 
     Raises ``UserError`` without prompts, for ``longest`` below 1, or when answers are too short to measure.
     """
@@ -278,7 +286,7 @@ def pick_shape(
         raise UserError(f"the longest chain to try must have at least 1 token, not {longest}")
     timed = sorted({gamma for gamma in TIMED_CHAINS if gamma < longest} | {longest})
     if trees is None:
-        trees = default_trees(sampler, greedy_drafts)
+        trees = () if isinstance(draft, StandaloneDraft) else default_trees(sampler, greedy_drafts)
     costs = measure_costs(target, draft, prompts[0], timed, trees, sampler, greedy_drafts)
     greedy = sampler is None or sampler.greedy
     walked = run_lengths if greedy and run_lengths is not None and any(map(len, run_lengths)) else None

@@ -27,6 +27,7 @@ from torch import Tensor
 from redraft.decode.accept import accept_chains
 from redraft.decode.engine import Generation, Round, _check_room, _trim, _Uniforms
 from redraft.drafts.base import Draft, bind, check_fit
+from redraft.drafts.standalone import StandaloneDraft
 from redraft.errors import UserError
 from redraft.sampling import Sampler, draw, warp
 from redraft.slots import SlotCache, causal_mask, slot_attention, write
@@ -115,8 +116,11 @@ class BatchedChainDecoder:
     ) -> None:
         """``greedy_drafts``: the draft proposes its likeliest tokens also when the target samples.
 
-        Raises ``UserError`` when the draft does not fit the target, or for a gamma or a number of slots below 1.
+        Raises ``UserError`` when the draft does not fit the target, for a standalone draft, and for a gamma or a
+        number of slots below 1.
         """
+        if isinstance(draft, StandaloneDraft):
+            raise UserError("batched decoding takes no standalone draft; decode with it one request at a time")
         check_fit(draft.config, target)
         if gamma < 1:
             raise UserError(f"gamma must be at least 1, not {gamma}")

@@ -24,6 +24,11 @@ class DraftKeys(KeyValueCache):
 
     verified = 0
 
+    def restart(self, verified: int) -> None:
+        """Hold the first ``verified`` tokens and nothing else."""
+        self.rollback(verified)
+        self.verified = verified
+
 
 class StandaloneDecoder(ChainDecoder):
     """Speculative decoding with ``gamma`` tokens a round from a small language model."""

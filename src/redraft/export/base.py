@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -55,6 +55,8 @@ class TargetInfo:
     vocab_size: int
     context: int
     architectures: tuple[str, ...] = ("LlamaForCausalLM",)
+    # Where it is at hand; language models as drafts are compared with it.
+    tokenizer: Any = field(default=None, repr=False, compare=False)
 
     @classmethod
     def of(cls, source: Any, name: str = "") -> TargetInfo:
@@ -70,6 +72,7 @@ class TargetInfo:
             vocab_size=int(text.vocab_size),
             context=int(text.max_position_embeddings),
             architectures=tuple(getattr(config, "architectures", None) or ("LlamaForCausalLM",)),
+            tokenizer=getattr(source, "tokenizer", None),
         )
 
 

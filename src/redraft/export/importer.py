@@ -15,13 +15,35 @@ from torch import Tensor
 from redraft.artifact import META_FILE, check_tensors, fill, load_draft, read_json
 from redraft.drafts.base import Draft, check_fit
 from redraft.drafts.eagle3 import Eagle3Config, Eagle3Draft
+from redraft.drafts.standalone import StandaloneDraft
 from redraft.errors import UserError
 from redraft.export import eagle1_format
 from redraft.export.base import CONFIG_FILE, TargetInfo, check_taps, check_vocabulary_map
 from redraft.export.reading import build_untrained, fetch, layer_faults, read_layer, read_rope, read_state
+from redraft.loading import ADAPTER_FILE, EMBEDDED_PREFIX
 from redraft.target import default_taps
 
 EAGLE3_ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "Eagle3Speculator", "Eagle3DraftModel")
+
+
+def is_language_model(source: str | Path) -> bool:
+    """Whether a draft is a causal LM of its own, a standalone draft, and none that reads the target's states.
+
+    ``source`` is a folder of any kind, a hub id or ``embedded:NAME``. Raises ``UserError`` when it cannot be read.
+    """
+    if str(source).startswith(EMBEDDED_PREFIX) or (Path(source) / ADAPTER_FILE).is_file():
+        return True
+    folder = fetch(source)
+    if (folder / META_FILE).is_file():
+        return read_json(folder / META_FILE).get("family") == StandaloneDraft.family
+    raw = read_json(folder / CONFIG_FILE)
+    named = [name for name in raw.get("architectures") or () if isinstance(name, str)]
+    if _speculators(raw) or set(named) & set(EAGLE3_ARCHITECTURES):
+        return False
+    # EAGLE's own checkpoints, of one layer, name their target's architecture.
+    if raw.get("num_hidden_layers", 1) == 1 and eagle1_format.kind_of(raw, folder):
+        return False
+    return any(name.endswith("ForCausalLM") and name not in eagle1_format.ARCHITECTURES for name in named)
 
 
 def import_checkpoint(

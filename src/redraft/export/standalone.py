@@ -35,7 +35,7 @@ def export_hf(
         raise UserError("this draft reads the target's states and is no language model; export it for vllm or sglang")
     folder, info = Path(folder), TargetInfo.of(target)
     dense = merge_experts(draft)
-    _check(dense, info, getattr(target, "tokenizer", None))
+    check_language_model(dense, info)
     state = plain_state(dense.model)
     check_tensors(state, state, "the draft to be exported")
     with atomic_folder(folder, tensors_bytes(state) + (16 << 20), FOLDER_FILES) as new:
@@ -58,11 +58,12 @@ def export_hf(
     )
 
 
-def _check(draft: StandaloneDraft, target: TargetInfo, tokenizer: Any) -> None:
+def check_language_model(draft: StandaloneDraft, target: TargetInfo) -> None:
+    """Raise ``UserError`` where engines would refuse the pair, or take it for one that it is not."""
     config = draft.model.config
     if draft.tokenizer is None:
         raise UserError("the draft has no tokenizer, and engines ask for one; give it the target's")
-    check_tokenizers(draft.tokenizer, tokenizer)
+    check_tokenizers(draft.tokenizer, target.tokenizer)
     if draft.config.draft_vocab_size != target.vocab_size:
         raise UserError(
             f"the draft's table has {draft.config.draft_vocab_size} rows and the target's {target.vocab_size}; engines "

@@ -12,22 +12,26 @@ import torch
 from redraft.data.store import Row
 from redraft.decode.auto import Pick, pick_shape
 from redraft.decode.tree import Shape
-from redraft.drafts.base import Draft
+from redraft.drafts.base import Proposer
+from redraft.drafts.standalone import StandaloneDraft
 from redraft.evaluate.speed import Prompt
 from redraft.pipeline.probe import greedy_rows
 from redraft.sampling import Sampler
 from redraft.target import Target
 from redraft.teacher.features import FeatureStore
 from redraft.teacher.simulate import matches_by_key
+from redraft.teacher.standalone import matches_standalone
 
 # Prompts that every tree decodes (and, when the target samples, every chain).
 DECODED_PROMPTS = 3
 
 
 @torch.inference_mode()
-def run_lengths(target: Target, draft: Draft, rows: Sequence[Row], longest: int) -> list[list[int]]:
+def run_lengths(target: Target, draft: Proposer, rows: Sequence[Row], longest: int) -> list[list[int]]:
     """How many proposals in a row are right from each anchor of each greedy response, at most ``longest``."""
     draft = draft.eval().to(target.device)
+    if isinstance(draft, StandaloneDraft):
+        return [runs for _, runs in matches_standalone(draft, target, rows, longest)]
     target.tap(draft.config.taps)
     with tempfile.TemporaryDirectory(prefix="redraft-auto-") as folder:
         store = FeatureStore(Path(folder), {})
@@ -37,7 +41,7 @@ def run_lengths(target: Target, draft: Draft, rows: Sequence[Row], longest: int)
 
 def auto_shape(
     target: Target,
-    draft: Draft,
+    draft: Proposer,
     prompts: Sequence[Prompt],
     sampler: Sampler | None = None,
     longest: int = 8,

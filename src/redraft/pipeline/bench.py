@@ -11,13 +11,13 @@ from redraft import provenance
 from redraft.artifact import atomic_write_json
 from redraft.decode.static import StaticTarget
 from redraft.decode.tree import ChainShape, Shape, check_drafts, parse_shape
-from redraft.drafts.base import Draft
+from redraft.drafts.base import Proposer
 from redraft.errors import UserError
 from redraft.evaluate import divergence
 from redraft.evaluate.quality import PLAIN, quality_table
 from redraft.evaluate.speed import BenchConfig, Measured, Prompt, bench
 from redraft.pipeline.auto import auto_shape
-from redraft.pipeline.models import contestants, open_draft
+from redraft.pipeline.models import contestants, open_proposer
 from redraft.pipeline.questions import Questions
 from redraft.pipeline.steps import TargetSpec, check_output
 from redraft.progress import progress_bar
@@ -58,7 +58,7 @@ def bench_files(
         check_drafts(wanted, how.sampler.greedy or how.greedy_drafts)
     questions.conversations  # noqa: B018  a bad prompt file is refused before anything large is loaded
     target = spec.open()
-    opened = {name: open_draft(source, target, base_draft).draft for name, source in drafts.items()}
+    opened = {name: open_proposer(source, target, base_draft)[0] for name, source in drafts.items()}
     taps = {draft.config.taps for draft in opened.values()}
     if how.static and len(taps) > 1:
         raise UserError("with --static all drafts must read the same layers; measure these in runs of their own")
@@ -81,7 +81,7 @@ def bench_files(
     return result
 
 
-def _pick(target: Target, named: tuple[str, Draft], prompts: Sequence[Prompt], how: How) -> tuple[Shape | None, str]:
+def _pick(target: Target, named: tuple[str, Proposer], prompts: Sequence[Prompt], how: How) -> tuple[Shape | None, str]:
     """The fastest shape for the last draft; the shortest chain is measured where no draft pays off."""
     name, draft = named
     sampled = not (how.sampler.greedy or how.greedy_drafts)
@@ -96,7 +96,7 @@ def _pick(target: Target, named: tuple[str, Draft], prompts: Sequence[Prompt], h
 
 def measure(
     targets: Mapping[str, Target],
-    drafts: Mapping[str, Draft],
+    drafts: Mapping[str, Proposer],
     prompts: Sequence[Prompt],
     config: BenchConfig,
     record: Mapping[str, Any],

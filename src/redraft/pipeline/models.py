@@ -13,11 +13,12 @@ import torch
 from redraft.artifact import META_FILE, load_private, read_json, tensors_hash
 from redraft.data.overlap import find_overlap, same_text
 from redraft.data.prompts import Conversation, check_length, template_ids
-from redraft.drafts.base import Draft, bind, check_fit, use_target_embedding
+from redraft.drafts.base import Draft, Proposer, bind, check_fit, use_target_embedding
 from redraft.errors import UserError
 from redraft.evaluate.speed import Prompt
 from redraft.export import import_checkpoint
-from redraft.loading import load_target, tokenizer_hash
+from redraft.export.importer import is_language_model
+from redraft.loading import load_target, open_standalone, tokenizer_hash
 from redraft.target import Target
 
 
@@ -36,12 +37,19 @@ def open_target(spec: str, dtype: str, device: str, adapter: str | None = None) 
 
 
 def open_draft(source: str | Path, target: Target, base: str | Path | None = None) -> OpenDraft:
-    """A draft in float32, checked against the target's sizes and tokenizer; notes of an import go along in ``meta``.
+    """A draft that reads the target's states, in float32, checked against the target's sizes and tokenizer.
+
+    Notes of an import go along in ``meta``. For who takes standalone drafts too there is :func:`open_proposer`.
 
     A folder with a private part needs ``base``, the draft that it was trained on. An embedding that a public
     checkpoint ships is dropped where the target's own fits: the teacher is always the target at hand.
     Raises ``UserError``.
     """
+    if is_language_model(source):
+        raise UserError(
+            f"{source} is a language model of its own, where a draft that reads the target's states is needed; "
+            "align it with redraft distill --draft"
+        )
     folder = Path(source)
     if (folder / META_FILE).is_file() and read_json(folder / META_FILE).get("kind") == "private":
         if base is None:
@@ -58,6 +66,23 @@ def open_draft(source: str | Path, target: Target, base: str | Path | None = Non
             f"{source} was made for another tokenizer than the target's; give the draft of this model family"
         )
     return OpenDraft(bind(use_target_embedding(draft.float(), target), target), meta, base_hash)
+
+
+def open_proposer(
+    source: str | Path, target: Target, base: str | Path | None = None
+) -> tuple[Proposer, dict[str, Any]]:
+    """Any draft in float32, a standalone one too, and its metadata: for decoding and measuring.
+
+    A private part needs ``base``. Raises ``UserError``.
+    """
+    if not is_language_model(source):
+        opened = open_draft(source, target, base)
+        return opened.draft, opened.meta
+    draft, meta = open_standalone(source, target, base)
+    expected = meta.get("tokenizer_hash")
+    if draft.tokenizer is None and expected and expected != tokenizer_hash(target.tokenizer):
+        raise UserError(f"{source} was made for another tokenizer than the target's; give a draft of this model family")
+    return draft, meta
 
 
 def split_prompts(

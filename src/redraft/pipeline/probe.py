@@ -1,12 +1,11 @@
 """``redraft probe``: is the present draft healthy or stale, what would alignment bring, is it worth doing?
 
 The target answers a few prompts greedily (batched), a teacher-forced pass walks the draft's rounds over the
-answers, and two short decodings time a round. The reference is the same draft on the target it was made for.
+answers, and two short decodings time a round. Any family of drafts is probed alike. The reference is the same draft on the target it was made for.
 """
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -15,14 +14,18 @@ from typing import Any
 
 from redraft.data.generate import Request, generate
 from redraft.data.store import Row
-from redraft.decode.engine import ChainDecoder, PlainDecoder
-from redraft.drafts.base import Draft
+from redraft.decode import make_decoder
+from redraft.decode.engine import PlainDecoder
+from redraft.decode.tree import ChainShape
+from redraft.drafts.base import Proposer
+from redraft.drafts.standalone import StandaloneDraft
 from redraft.errors import UserError
 from redraft.evaluate.speed import Prompt, tau_interval
 from redraft.sampling import Sampler
 from redraft.target import Target
 from redraft.teacher.features import FeatureStore, anchors
 from redraft.teacher.simulate import simulate_greedy_chain
+from redraft.teacher.standalone import simulate_greedy_standalone
 
 # A draft that kept nine tenths of its accepted tokens is as good as on the day it was trained.
 HEALTHY_SHARE = 0.9
@@ -84,7 +87,7 @@ def greedy_rows(
 
 def acceptance(
     target: Target,
-    draft: Draft,
+    draft: Proposer,
     prompts: Sequence[Prompt],
     gamma: int,
     max_new_tokens: int,
@@ -98,19 +101,23 @@ def acceptance(
     rows = greedy_rows(target, prompts, max_new_tokens, progress)
     if not rows:
         raise UserError("the target ends every answer at once; check its chat template and end token")
-    folder = Path(tempfile.mkdtemp(prefix="redraft-probe-"))
-    try:
-        store = FeatureStore(folder, {})
-        store.build(target, rows)
-        accepted = simulate_greedy_chain(draft.to(target.device), target, rows, store, gamma)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    accepted = _simulate(target, draft.to(target.device), rows, gamma)
     return tau_interval(accepted, {row.key: anchors(row) for row in rows})
 
 
-def round_cost(target: Target, draft: Draft, prompts: Sequence[Prompt], gamma: int, tokens: int = 40) -> float:
+def _simulate(target: Target, draft: Proposer, rows: Sequence[Row], gamma: int) -> dict[str, list[int]]:
+    """Accepted tokens of every round, by row key. A standalone draft reads text alone and needs no features."""
+    if isinstance(draft, StandaloneDraft):
+        return simulate_greedy_standalone(draft, target, rows, gamma)
+    with tempfile.TemporaryDirectory(prefix="redraft-probe-", ignore_cleanup_errors=True) as folder:
+        store = FeatureStore(Path(folder), {})
+        store.build(target, rows)
+        return simulate_greedy_chain(draft, target, rows, store, gamma)
+
+
+def round_cost(target: Target, draft: Proposer, prompts: Sequence[Prompt], gamma: int, tokens: int = 40) -> float:
     """Measured time of one round (gamma drafted tokens and their verification) over one plain decoding step."""
-    plain, chain = PlainDecoder(target), ChainDecoder(target, draft, gamma)
+    plain, chain = PlainDecoder(target), make_decoder(target, draft, ChainShape(gamma))
     plain_seconds = plain_steps = chain_seconds = rounds = 0.0
     for index, prompt in enumerate(prompts):
         a, b = plain.generate(prompt.ids, tokens), chain.generate(prompt.ids, tokens)
@@ -125,7 +132,7 @@ def round_cost(target: Target, draft: Draft, prompts: Sequence[Prompt], gamma: i
 
 def probe(
     target: Target,
-    draft: Draft,
+    draft: Proposer,
     prompts: Sequence[Prompt],
     gamma: int,
     max_new_tokens: int = 128,

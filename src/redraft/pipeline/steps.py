@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,15 @@ from redraft.artifact import (
 from redraft.data.prompts import Conversation, read_conversations
 from redraft.data.regenerate import InProcessEngine, ServerEngine, regenerate
 from redraft.data.store import encode_row, read_rows
-from redraft.drafts.base import Draft
+from redraft.drafts.base import Proposer
 from redraft.drafts.experts import merge_private
+from redraft.drafts.standalone import StandaloneDraft, merge_experts
+from redraft.drafts.standalone_files import save_standalone
 from redraft.errors import UserError
 from redraft.export import EXPORTERS, ExportReport, TargetInfo, import_checkpoint
-from redraft.loading import ADAPTER_FILE, adapter_base, locate, quiet
-from redraft.pipeline.models import open_draft, open_target, template_prompts, use_target_embedding
+from redraft.export.importer import is_language_model
+from redraft.loading import ADAPTER_FILE, adapter_base, load_tokenizer, locate, quiet, read_standalone
+from redraft.pipeline.models import open_draft, open_proposer, open_target, template_prompts, use_target_embedding
 from redraft.pipeline.probe import ProbeResult, probe
 from redraft.pipeline.questions import Questions
 from redraft.progress import Progress, progress_bar
@@ -203,11 +206,13 @@ def target_info(name: str) -> TargetInfo:
     return TargetInfo.of(config, name)
 
 
-def read_draft(source: str, info: TargetInfo | None, base: str | None = None) -> tuple[Draft, dict[str, Any]]:
+def read_draft(source: str, info: TargetInfo | None, base: str | None = None) -> tuple[Proposer, dict[str, Any]]:
     """A draft in the types of its file: own format, a private part on ``base``, or a public checkpoint.
 
-    ``info`` is needed for public checkpoints alone. Raises ``UserError``.
+    ``info`` is needed for public checkpoints of drafts that read the target's states alone. Raises ``UserError``.
     """
+    if is_language_model(source):
+        return read_standalone(source, base)
     folder = Path(source)
     if (folder / META_FILE).is_file():
         if read_json(folder / META_FILE).get("kind") != "private":
@@ -215,6 +220,8 @@ def read_draft(source: str, info: TargetInfo | None, base: str | None = None) ->
         if base is None:
             raise UserError(f"{source} is a private part; name the draft that it belongs to with --base-draft")
         shared, _ = read_draft(base, info)
+        if isinstance(shared, StandaloneDraft):
+            raise UserError(f"{base} is a language model of its own, and {source} no private part of one")
         base_hash = tensors_hash(shared.state_dict())
         sizes: Any = info  # of the target's facts, only its width is read
         return load_private(folder, use_target_embedding(shared, sizes) if info else shared, base_hash)
@@ -226,9 +233,15 @@ def read_draft(source: str, info: TargetInfo | None, base: str | None = None) ->
 def merge_folder(private: str, base: str, out: Path, info: TargetInfo | None = None) -> dict[str, Any]:
     """Write the shared draft and a private part as one dense draft in ``out``; returns its metadata."""
     draft, meta = read_draft(private, info, base)
-    merged = merge_private(draft)
     kept = {key: meta[key] for key in ("method", "target", "tokenizer_hash", "provenance") if key in meta}
-    save_draft(out, merged, kept | {"merged_from": {"base": base, "private": private}})
+    origin = {"merged_from": {"base": base, "private": private}}
+    merged: Proposer
+    if isinstance(draft, StandaloneDraft):
+        merged = merge_experts(draft)
+        save_standalone(out, merged, kept | origin)
+    else:
+        merged = merge_private(draft)
+        save_draft(out, merged, kept | origin)
     return kept | {"parameters": sum(parameter.numel() for parameter in merged.parameters())}
 
 
@@ -238,6 +251,10 @@ def export_folder(
     """Write a draft in the format of an engine. Raises ``UserError`` where the engine could not compute it alike."""
     exporter = EXPORTERS.get(name)
     found, _ = read_draft(draft, info, base)
+    if isinstance(found, StandaloneDraft):
+        # Such a draft must speak as the target does, down to its special tokens.
+        with quiet():
+            info = replace(info, tokenizer=load_tokenizer(info.name))
     return exporter(found, out, info, speculative_tokens=gamma)
 
 
@@ -255,12 +272,12 @@ def probe_files(
     """Measure and judge a draft on these prompts. Raises ``UserError``."""
     questions.conversations  # noqa: B018  a bad prompt file is refused before anything large is loaded
     target = spec.open()
-    opened = open_draft(draft, target, base_draft)
+    opened, meta = open_proposer(draft, target, base_draft)
     asked = questions.read(target, max_new_tokens, 0)
     base = base_target.open() if base_target else None
     with progress_bar("probe", len(asked) * (2 if base else 1), "prompts") as progress:
-        stated = opened.meta.get("heldout", {}).get("tau")
-        return probe(target, opened.draft, asked, gamma, max_new_tokens, base, stated, _counting(progress))
+        stated = meta.get("heldout", {}).get("tau")
+        return probe(target, opened, asked, gamma, max_new_tokens, base, stated, _counting(progress))
 
 
 def _counting(progress: Progress) -> Callable[..., None]:

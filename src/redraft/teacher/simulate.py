@@ -77,14 +77,25 @@ def anchor_batches(rows: Sequence[Row], batch_anchors: int) -> Iterator[list[Row
 
 
 def matches(draft: Draft, target: Target, batch: Batch, gamma: int) -> Tensor:
-    """How many proposals in a row are right when a round starts at each anchor, [M], at most ``gamma``."""
+    """How many proposals in a row are right when a round starts at each anchor, [M], at most ``gamma``.
+
+    An anchor whose proposal was wrong is not drafted from any further.
+    """
     vocabulary = bind(draft, target).vocabulary()
-    right = []
-    for step, states in enumerate(unroll(draft, target.embedding, batch, gamma)):
+    going = torch.arange(len(batch.future_MJ), device=batch.future_MJ.device)
+    runs_M = torch.zeros_like(going)
+    drafting = unroll(draft, target.embedding, batch, gamma)
+    states = next(drafting)
+    for step in range(gamma):
         # In portions: a family that speaks the whole vocabulary has a wide row of logits.
         best = torch.cat([draft.logits(part).argmax(-1) for part in states.split(ROWS)])
-        right.append(vocabulary[best] == batch.future_MJ[:, step])
-    return torch.stack(right, -1).long().cumprod(-1).sum(-1)
+        right = vocabulary[best] == batch.future_MJ[going, step]
+        going = going[right]
+        runs_M[going] += 1
+        if step + 1 == gamma or not len(going):
+            break
+        states = drafting.send(right)
+    return runs_M
 
 
 def walk(run_lengths: Sequence[int]) -> list[int]:
@@ -171,9 +182,8 @@ def acceptance_given_text(draft: Draft, target: Target, batch: Batch, gamma: int
     """w [M, J]: the chance that the j-th token behind each anchor came by acceptance, given that it came.
 
     min(1, draft / target) of that token under the warped distributions; 0 behind the end of the response and behind a
-    token that cannot be accepted. Where the
-    target's probability is 0 by rounding (the token was drawn, so it was not), the limit is taken: 1 if the draft
-    gives it any.
+    token that cannot be accepted. Where the target's probability is 0 by rounding (the token was drawn, so it was
+    not), the limit is taken: 1 if the draft gives it any.
     """
     place_V = torch.full((target.vocab_size,), -1, device=batch.future_MJ.device)
     place_V[bind(draft, target).vocabulary()] = torch.arange(draft.config.draft_vocab_size, device=place_V.device)
@@ -181,21 +191,27 @@ def acceptance_given_text(draft: Draft, target: Target, batch: Batch, gamma: int
     autocast = torch.autocast(target.device.type, torch.bfloat16, enabled=target.dtype == torch.bfloat16)
     # The target's probability of a token does not depend on where the round began: one row of logits an anchor.
     target_M = _probability(target.logits, batch.hidden_M, future_MJ[:, 0], sampler)
-    ahead = torch.arange(len(target_M), device=target_M.device)
-    chances, reached_M = [], torch.ones_like(target_M)
+    chances_MJ = torch.zeros(len(target_M), gamma, device=target_M.device)
+    going = torch.arange(len(target_M), device=target_M.device)
+    drafting = unroll(draft, target.embedding, batch, gamma)
     with autocast:
-        for step, states_MH in enumerate(unroll(draft, target.embedding, batch, gamma)):
-            index_M = place_V[future_MJ[:, step].clamp(min=0)]
-            # What no round reaches, or the draft cannot say, needs no softmax.
-            wanted_M = (future_MJ[:, step] >= 0) & (index_M >= 0) & (reached_M > 0)
-            draft_M = torch.zeros_like(target_M)
-            draft_M[wanted_M] = _probability(draft.logits, states_MH[wanted_M], index_M[wanted_M], sampler)
+        states = next(drafting)
+        for step in range(gamma):
+            index = place_V[future_MJ[going, step].clamp(min=0)]
+            # What the draft cannot say needs no softmax, and what no round reaches is not drafted at all.
+            wanted = (future_MJ[going, step] >= 0) & (index >= 0)
+            found = torch.zeros_like(target_M[going])
+            found[wanted] = _probability(draft.logits, states[wanted], index[wanted], sampler)
             # Anchors of a row stand side by side, so the target's row of step j is that of the anchor j places on.
-            towards_M = target_M[(ahead + step).clamp(max=len(ahead) - 1)]
-            ratio_M = (draft_M / towards_M).clamp(max=1.0)
-            chances.append(torch.where(towards_M > 0, ratio_M, (draft_M > 0).float()))
-            reached_M = reached_M * chances[-1]
-    return torch.stack(chances, 1)
+            towards = target_M[(going + step).clamp(max=len(target_M) - 1)]
+            chances = torch.where(towards > 0, (found / towards).clamp(max=1.0), (found > 0).float())
+            chances_MJ[going, step] = chances
+            keep = chances > 0
+            going = going[keep]
+            if step + 1 == gamma or not len(going):
+                break
+            states = drafting.send(keep)
+    return chances_MJ
 
 
 def _probability(logits_of: Callable[[Tensor], Tensor], states_NH: Tensor, index_N: Tensor, sampler: Sampler) -> Tensor:

@@ -34,11 +34,17 @@ def simulate_greedy_standalone(
 
     ``rows`` must hold greedy responses of this target; on sampled ones this is the chain of greedy drafts.
     """
-    accepted = {}
+    return {key: walk(runs) for key, runs in matches_standalone(draft, target, rows, gamma, batch_tokens)}
+
+
+@torch.inference_mode()
+def matches_standalone(
+    draft: StandaloneDraft, target: Target, rows: Sequence[Row], gamma: int, batch_tokens: int = BATCH_TOKENS
+) -> Iterator[tuple[str, list[int]]]:
+    """Row by row its key and, from each anchor on, how many proposals in a row are right, at most ``gamma``."""
     for row, states_AH in response_states(draft.bind(target), rows, batch_tokens):
         best = torch.cat([draft.logits(part).argmax(-1) for part in states_AH.split(ROWS)]).tolist()
-        accepted[row.key] = walk(run_lengths([a == b for a, b in zip(best, row.response_ids[1:], strict=True)], gamma))
-    return accepted
+        yield row.key, run_lengths([a == b for a, b in zip(best, row.response_ids[1:], strict=True)], gamma)
 
 
 def run_lengths(right: Sequence[bool], gamma: int) -> list[int]:

@@ -12,8 +12,8 @@ width, Q query heads, G query heads a key head, E key heads, W head width, J dra
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -118,27 +118,51 @@ class UnrollAttention:
         mixed = mixed.permute(0, 3, 1, 2, 4).reshape(rows, most, key_heads * groups, width)
         return mixed[batch.row_M, batch.column_M]
 
+    def narrow(self, keep_M: Tensor) -> None:
+        """Go on with the anchors of this mask [M] alone; rows without one are dropped."""
+        batch = self.batch
+        rows_M, columns_M = batch.row_M[keep_M], batch.column_M[keep_M]
+        rows, row_M, counts_B = rows_M.unique_consecutive(return_inverse=True, return_counts=True)
+        first_B = counts_B.cumsum(0) - counts_B
+        column_M = torch.arange(len(rows_M), device=rows_M.device) - first_B[row_M]
+        column_A = torch.arange(int(counts_B.max()), device=rows_M.device)
+        query_BA = first_B[:, None] + column_A.minimum(counts_B[:, None] - 1)
+        visible_BAT = batch.visible_BAT[rows[:, None], columns_M[query_BA]]
+        self.batch = replace(
+            batch, row_M=row_M, column_M=column_M, query_BA=query_BA, visible_BAT=visible_BAT, key_BT=batch.key_BT[rows]
+        )
+        self.keys_BEWT, self.values_BETW = self.keys_BEWT[rows], self.values_BETW[rows]
+        self.hidden_BT = ~visible_BAT[:, None, None]
+        self.own = [(key_MEW[keep_M], value_MEW[keep_M]) for key_MEW, value_MEW in self.own]
+
     def _padded(self, x_MEW: Tensor) -> Tensor:
         """[B, E, 1, A, W]: the anchors' own keys or values, to be shared by the query heads of a group."""
         return x_MEW[self.batch.query_BA].transpose(1, 2).unsqueeze(2)
 
 
-def unroll(draft: Draft, embedding: nn.Module, batch: Batch, steps: int) -> Iterator[Tensor]:
-    """Pre-norm states [M, H] of draft steps 0 .. ``steps`` - 1 at every anchor."""
-    layer, anchor = draft.midlayer, batch.anchor_M
+def unroll(draft: Draft, embedding: nn.Module, batch: Batch, steps: int) -> Generator[Tensor, Tensor | None, None]:
+    """Pre-norm states [M, H] of draft steps 0 .. ``steps`` - 1 at every anchor.
+
+    A mask [M] that is sent back drops anchors from all later steps: the next states are those of the anchors that
+    are left, in their order. At least one must be.
+    """
+    layer, anchor_M, future_MJ = draft.midlayer, batch.anchor_M, batch.future_MJ
     fused_N = draft.fuse(batch.taps_N)
     x_N, residual_N = layer.inputs(draft.embed(batch.ids_N, embedding), fused_N)
     cosines, sines = draft.rotary(batch.positions_N)
     attention = UnrollAttention(batch, *layer.self_attn.keys_values(x_N, (cosines, sines)))
-    query = layer.self_attn.queries(x_N[anchor], (cosines[anchor], sines[anchor]))
-    states_M = layer.finish(residual_N[anchor], attention.attend(query))
-    yield states_M
+    query = layer.self_attn.queries(x_N[anchor_M], (cosines[anchor_M], sines[anchor_M]))
+    states_M = layer.finish(residual_N[anchor_M], attention.attend(query))
+    keep_M = yield states_M
     for step in range(1, steps):
+        if keep_M is not None:
+            attention.narrow(keep_M)
+            states_M, anchor_M, future_MJ = states_M[keep_M], anchor_M[keep_M], future_MJ[keep_M]
         # Behind the end of a response any token will do: such anchors are not supervised at this step.
-        ids_M = batch.future_MJ[:, step - 1].clamp(min=0)
-        positions_M = batch.positions_N[anchor] + step
+        ids_M = future_MJ[:, step - 1].clamp(min=0)
+        positions_M = batch.positions_N[anchor_M] + step
         states_M = draft(draft.embed(ids_M, embedding), draft.carry(states_M), positions_M, attention)
-        yield states_M
+        keep_M = yield states_M
 
 
 def supervised(draft: Draft, batch: Batch) -> Tensor:
