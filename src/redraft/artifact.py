@@ -322,21 +322,26 @@ def save_private(
     unknown = [name for name in names if name not in whole]
     if unknown or not names:
         raise ValueError(f"a private part needs tensors of the draft; unknown: {unknown}")
-    state = {name: whole[name] for name in names}
+    state, by_rows = private_state({name: whole[name] for name in names}, base or {})
     check_tensors(state, state, "the private part to be saved")
-    by_rows = []
-    for name in names:
-        rows = _new_rows(state[name], (base or {}).get(name))
-        if rows is not None:
-            del state[name]
-            state[f"{name}.source"], state[f"{name}.rows"] = rows
-            by_rows.append(name)
     entry = _meta("private", draft, tensors_hash(state), meta) | {"base_draft_hash": base_hash, "tensors": names}
     if by_rows:
         entry["by_rows"] = by_rows
     with atomic_folder(folder, tensors_bytes(state), OWN_FILES) as new:
         write_tensors(new / PRIVATE_FILE, state)
         atomic_write_json(new / META_FILE, entry)
+
+
+def private_state(trained: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors of a private part's file, and the names of the matrices of which it holds but the new rows."""
+    state, by_rows = dict(trained), []
+    for name, tensor in trained.items():
+        rows = _new_rows(tensor, base.get(name))
+        if rows is not None:
+            del state[name]
+            state[f"{name}.source"], state[f"{name}.rows"] = rows
+            by_rows.append(name)
+    return state, by_rows
 
 
 def _new_rows(matrix: Tensor, old: Tensor | None) -> tuple[Tensor, Tensor] | None:

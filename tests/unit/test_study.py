@@ -147,7 +147,8 @@ def test_the_results_hold_what_a_reader_needs(done: Path) -> None:
             pairs = zip(cell["rounds"][name], asked["tokens"], strict=True)
             assert all(0 < rounds <= tokens + 1e-6 for rounds, tokens in pairs)
     assert stale["trained_parameters"] == stale["private_bytes"] == 0 and stale["flops"] == {}
-    assert fc["trained_parameters"] == 32 * 96 and fc["private_bytes"] == 2 * fc["trained_parameters"]
+    # A few small steps leave most stored rows as they were, and such rows take no room.
+    assert fc["trained_parameters"] == 32 * 96 and 0 < fc["private_bytes"] <= 2 * fc["trained_parameters"]
     assert set(fc["flops"]) == {"generation", "features", "heldout", "train", "evaluations"}
     full = cells["t | full | regenerated | none | kl | none | 0"]
     assert full["trained_parameters"] == full["full_parameters"] and full["flops"]["train"] > fc["flops"]["train"]

@@ -45,7 +45,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from redraft.data.store import Row
+from redraft.data.store import REFERENCE, Row
 from redraft.drafts.base import Draft, bind
 from redraft.errors import UserError
 from redraft.sampling import Sampler, warp
@@ -167,9 +167,16 @@ def expected_rounds_sampled(
     return expected
 
 
+def check_own(row: Row) -> None:
+    """Raise ``UserError`` for a reference answer: decoding would not produce it, so it has no rounds."""
+    if row.source == REFERENCE:
+        raise UserError(f"{row.key} is a reference answer; rounds can be told of the target's own responses alone")
+
+
 def check_sampler(rows: Sequence[Row], sampler: Sampler) -> None:
-    """Raise ``UserError`` when a response was drawn with another sampler."""
+    """Raise ``UserError`` when a response was drawn with another sampler, or by nobody."""
     for row in rows:
+        check_own(row)
         drawn = Sampler(row.temperature, row.top_k, row.top_p)
         if drawn != sampler and not (drawn.greedy and sampler.greedy):
             raise UserError(

@@ -21,7 +21,7 @@ from redraft.teacher.features import FeatureStore, anchors
 from redraft.teacher.simulate import anchor_batches, simulate_greedy_chain, tau_of
 from redraft.teacher.unroll import Batch, collate
 from redraft.train.checkpoint import Checkpoint, rows_digest
-from redraft.train.objective import make_objective
+from redraft.train.objective import Objective, make_objective
 from redraft.train.optimizer import Optimizers, learning_rate, make_optimizers
 
 
@@ -88,7 +88,7 @@ class Trainer:
         self.heldout = [r for r in heldout if anchors(r)]
         if not self.rows or not self.heldout:
             raise UserError("no row has two or more response tokens to train or to evaluate on; give longer responses")
-        self.objective = make_objective(self.draft, target, config)
+        self.objective = self.new_objective()
         self.trained = [(n, p) for n, p in draft.named_parameters() if p.requires_grad]
         identity = {
             "config": asdict(config),
@@ -99,6 +99,10 @@ class Trainer:
         self.curve = folder / "curve.jsonl"
         per_epoch = len(batch_order(self.rows, config, 0))
         self.total_steps = max(1, round(config.epochs * per_epoch))
+
+    def new_objective(self) -> Objective:
+        """What a step minimises: by default what the draft's family trains with."""
+        return make_objective(self.draft, self.target, self.config)
 
     def evaluate(self) -> float:
         """tau_pooled of a greedy chain on the held-out rows."""

@@ -32,12 +32,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from redraft.data.store import REFERENCE, Row
+from redraft.data.store import Row
 from redraft.errors import UserError
 from redraft.sampling import Sampler
 from redraft.target import Target
 from redraft.teacher.features import FeatureStore, anchors
-from redraft.teacher.simulate import acceptance_given_text, anchor_batches, matches, visits
+from redraft.teacher.simulate import acceptance_given_text, anchor_batches, check_own, matches, visits
 from redraft.teacher.unroll import Batch, collate, supervised
 from redraft.train.loop import TrainConfig, Trainer
 from redraft.train.objective import Objective, UnrollObjective, WithExtraLoss
@@ -97,9 +97,8 @@ def replay_states(
     likeliest token also where the target samples. Raises ``UserError`` for reference answers, which decoding would
     not produce.
     """
-    strangers = [row.key for row in rows if row.source == REFERENCE]
-    if strangers:
-        raise UserError(f"replay needs the target's own responses; {strangers[0]} is a reference answer")
+    for row in rows:
+        check_own(row)
     groups: dict[Sampler, list[Row]] = {}
     for row in sorted(rows, key=lambda r: r.key):
         sampler = Sampler() if greedy_drafts else Sampler(row.temperature, row.top_k, row.top_p)
@@ -209,8 +208,11 @@ class ReplayTrainer(Trainer):
             raise UserError(f"replay is for drafts that train by unrolling; {type(draft).__name__} does not")
         self.states = states
         super().__init__(draft, target, store, [r for r in rows if r.key in states], heldout, config, folder)
-        objective: Objective = ReplayObjective(self.draft, target, config)
-        self.objective = WithExtraLoss(objective, self.draft) if hasattr(self.draft, "extra_loss") else objective
+
+    def new_objective(self) -> Objective:
+        """The loss on the states of the walk, plus what the draft itself asks for."""
+        objective = ReplayObjective(self.draft, self.target, self.config)
+        return WithExtraLoss(objective, self.draft) if hasattr(self.draft, "extra_loss") else objective
 
     def collated(self, rows: Sequence[Row]) -> Batch:
         """As the trainer's, with the weights of the rows' states."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from redraft import provenance
-from redraft.artifact import save_draft, tensors_bytes
+from redraft.artifact import private_state, save_draft, tensors_bytes
 from redraft.drafts.base import bind, family_of
 from redraft.drafts.experts import merge_private
 from redraft.drafts.groups import mergeable, method, prepare, trained_parameters
@@ -257,11 +257,14 @@ def rounds_of(work: TargetWork, draft: Any, name: str, asked: Asked) -> list[flo
 
 
 def private_bytes(draft: Any, old: Any, trained: Sequence[str]) -> int:
-    """Bytes that a target needs beside the shared draft: what is trained, and whatever else is not the old draft's."""
+    """Bytes that a target needs beside the shared draft: what is trained, and whatever else is not the old draft's.
+
+    Of a matrix whose rows mostly stand in the old draft, as of a refreshed vocabulary, only the others count.
+    """
     before = old.state_dict()
 
     def same(name: str, tensor: torch.Tensor) -> bool:
         return name in before and before[name].shape == tensor.shape and torch.equal(before[name].to(tensor), tensor)
 
-    state = draft.state_dict()
-    return tensors_bytes({n: tensor for n, tensor in state.items() if n in trained or not same(n, tensor)})
+    private = {n: tensor for n, tensor in draft.state_dict().items() if n in trained or not same(n, tensor)}
+    return tensors_bytes(private_state(private, before)[0])
