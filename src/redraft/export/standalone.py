@@ -16,11 +16,19 @@ from redraft.drafts.base import Draft
 from redraft.drafts.standalone import StandaloneDraft, merge_experts
 from redraft.drafts.standalone_files import FOLDER_FILES, plain_state, write_model
 from redraft.errors import UserError
-from redraft.export.base import EXPORTERS, ExportReport, TargetInfo, check_tokens, path_warnings, serve_command
+from redraft.export.base import (
+    ExportReport,
+    TargetInfo,
+    check_tokens,
+    holds_standalone,
+    path_warnings,
+    refuse_states_reader,
+    serve_command,
+)
 from redraft.loading import check_tokenizers, load_target
 
 
-@EXPORTERS.register("hf")
+@holds_standalone("hf")
 def export_hf(
     draft: Draft | StandaloneDraft, folder: str | Path, target: Any, *, speculative_tokens: int = 5
 ) -> ExportReport:
@@ -31,10 +39,9 @@ def export_hf(
     and for tensors that are not sound.
     """
     check_tokens(speculative_tokens)
-    if not isinstance(draft, StandaloneDraft):
-        raise UserError("this draft reads the target's states and is no language model; export it for vllm or sglang")
+    whole = refuse_states_reader(draft)
     folder, info = Path(folder), TargetInfo.of(target)
-    dense = merge_experts(draft)
+    dense = merge_experts(whole)
     check_language_model(dense, info)
     state = plain_state(dense.model)
     check_tensors(state, state, "the draft to be exported")
@@ -44,7 +51,7 @@ def export_hf(
         if tensors_hash(plain_state(back.model)) != tensors_hash(state):
             raise RuntimeError("the hf export does not read back as the draft that was written")
         check_tokenizers(back.tokenizer, dense.tokenizer)
-    width = draft.config.private_width
+    width = whole.config.private_width
     notes = [f"private experts of width {width} were merged into the MLPs"] if width else []
     return ExportReport(
         "hf",

@@ -1,7 +1,8 @@
 """``redraft probe``: is the present draft healthy or stale, what would alignment bring, is it worth doing?
 
 The target answers a few prompts greedily (batched), a teacher-forced pass walks the draft's rounds over the
-answers, and two short decodings time a round. Any family of drafts is probed alike. The reference is the same draft on the target it was made for.
+answers, and two short decodings time a round. The reference is the same draft on the target it was made for.
+Drafts of every family are probed.
 """
 
 from __future__ import annotations

@@ -1,0 +1,237 @@
+"""A Llama-shaped language model as one GGUF file, which llama.cpp loads: a standalone draft, or its target.
+
+llama.cpp turns neighbouring components of a head where Hugging Face turns the two halves, so the rows of ``q_proj`` and
+``k_proj`` are interleaved within each head. Norms are float32, as its kernels expect, everything else keeps the draft's
+own data type. The tokenizer is the target's (:mod:`redraft.export.gguf_tokens`).
+
+Shape legend: O output rows, I input columns.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from redraft.artifact import atomic_folder, check_tensors, tensors_bytes
+from redraft.drafts.base import Draft
+from redraft.drafts.standalone import StandaloneDraft, merge_experts
+from redraft.drafts.standalone_files import plain_state
+from redraft.errors import UserError
+from redraft.export.base import ExportReport, TargetInfo, check_tokens, holds_standalone, refuse_states_reader
+from redraft.export.gguf_tokens import TokenFields, token_fields
+from redraft.export.standalone import check_language_model
+from redraft.loading import gguf_of
+
+FILE = "model.gguf"
+ARCHITECTURE = "llama"
+# Numbers of the format: data type of a tensor, and of the file as a whole.
+TYPES = {torch.float32: ("F32", 0), torch.float16: ("F16", 1), torch.bfloat16: ("BF16", 32)}
+WHOLE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+LAYER = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+@holds_standalone("gguf")
+def export_gguf(
+    draft: Draft | StandaloneDraft, folder: str | Path, target: Any, *, speculative_tokens: int = 5
+) -> ExportReport:
+    """Write a standalone draft as ``model.gguf``, private experts merged; read back before it is in place.
+
+    The tokenizer is copied from the target's own GGUF file where there is one, else written from ``tokenizer.json``.
+    Raises ``UserError`` for a draft of another family or shape, where engines would refuse the pair, and for a
+    tokenizer that llama.cpp has no name for.
+    """
+    check_tokens(speculative_tokens)
+    whole = refuse_states_reader(draft)
+    folder, info = Path(folder), TargetInfo.of(target)
+    dense = merge_experts(whole)
+    check_language_model(dense, info)
+    check_shape(dense.model.config)
+    state = plain_state(dense.model)
+    check_tensors(state, state, "the draft to be exported")
+    source = gguf_of(info.name)
+    fields = token_fields(dense.tokenizer, dense.config.draft_vocab_size, source)
+    tensors = {name: (tensor, rows) for name, tensor, rows in gguf_tensors(dense.model, state)}
+    written = {name: tensor for name, (tensor, _) in tensors.items()}
+    with atomic_folder(folder, tensors_bytes(written) + (16 << 20), {FILE}) as new:
+        _write(new / FILE, dense, info, written, fields)
+        _check_file(new / FILE, tensors, fields)
+    width = whole.config.private_width
+    notes = [f"private experts of width {width} were merged into the MLPs"] if width else []
+    return ExportReport(
+        "gguf",
+        folder,
+        len(written),
+        sum(tensor.numel() for tensor in state.values()),
+        tensors_bytes(written),
+        merged_private=bool(width),
+        serve=server_command(source, folder / FILE, speculative_tokens),
+        warnings=(*notes, f"tokenizer: {fields.origin}"),
+    )
+
+
+def server_command(target: Path | None, draft: Path, tokens: int) -> str:
+    """llama.cpp's server with this draft at a fixed length: it proposes every token, however unsure it is."""
+    words = ["llama-server", "--model", str(target or "TARGET.gguf"), "--spec-draft-model", str(draft)]
+    words += ["--spec-type", "draft-simple", "--spec-draft-n-max", str(tokens), "--spec-draft-p-min", "0"]
+    return shlex.join(words)
+
+
+def check_shape(config: Any) -> None:
+    """Raise ``UserError`` for a model that llama.cpp would compute differently under the name of a Llama."""
+    rope = dict(getattr(config, "rope_parameters", None) or {})
+    wanted = {
+        "model_type": (config.model_type, ("llama",)),
+        "hidden_act": (getattr(config, "hidden_act", "silu"), ("silu",)),
+        "attention_bias": (bool(getattr(config, "attention_bias", False)), (False,)),
+        "mlp_bias": (bool(getattr(config, "mlp_bias", False)), (False,)),
+        "rope_type": (rope.get("rope_type", "default"), ("default", "linear", "llama3")),
+    }
+    faults = [f"{name} {value!r}" for name, (value, allowed) in wanted.items() if value not in allowed]
+    if faults:
+        raise UserError(f"a GGUF file of a plain Llama shape cannot hold {', '.join(faults)}; export hf instead")
+
+
+# -- tensors ---------------------------------------------------------------------------------------------------------
+def gguf_tensors(model: Any, state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor, int]]:
+    """(name, tensor, heads) as the file has them; ``heads`` is not 0 where rows were interleaved.
+
+    Raises ``UserError`` for a tensor that has no place in the format.
+    """
+    config = model.config
+    for name, tensor in state.items():
+        stem, _, leaf = name.rpartition(".")
+        place = _place(stem)
+        if place is None or leaf != "weight":
+            raise UserError(f"GGUF has no place for {name} in a Llama; export hf instead")
+        heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(place.split(".")[-1])
+        kept = tensor.detach().cpu()
+        if heads:
+            kept = interleave(kept, heads)
+        yield f"{place}.weight", kept.float() if kept.ndim == 1 else kept.contiguous(), heads or 0
+    factors = rope_factors(model)
+    if factors is not None:
+        yield "rope_freqs.weight", factors, 0
+
+
+def _place(stem: str) -> str | None:
+    """The format's name of a module."""
+    if stem in WHOLE:
+        return WHOLE[stem]
+    parts = stem.split(".", 3)
+    if parts[:2] == ["model", "layers"] and len(parts) == 4 and parts[3] in LAYER:
+        return f"blk.{parts[2]}.{LAYER[parts[3]]}"
+    return None
+
+
+def interleave(weight_OI: Tensor, heads: int) -> Tensor:
+    """Rows of each head from two halves to neighbouring pairs."""
+    rows, columns = weight_OI.shape
+    return weight_OI.view(heads, 2, rows // heads // 2, columns).transpose(1, 2).reshape(rows, columns)
+
+
+def halves(weight_OI: Tensor, heads: int) -> Tensor:
+    """The inverse of :func:`interleave`."""
+    rows, columns = weight_OI.shape
+    return weight_OI.view(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
+
+
+def rope_factors(model: Any) -> Tensor | None:
+    """What llama.cpp divides each rotary frequency by (llama3 angles); none for angles that its metadata describes."""
+    rope = dict(model.config.rope_parameters)
+    if rope.get("rope_type", "default") != "llama3":
+        return None
+    width = model.config.head_dim
+    plain = 1.0 / rope["rope_theta"] ** (torch.arange(0, width, 2, dtype=torch.float64) / width)
+    return (plain / model.base_model.rotary_emb.inv_freq.double().cpu()).float()
+
+
+# -- the file --------------------------------------------------------------------------------------------------------
+def _write(
+    path: Path, draft: StandaloneDraft, target: TargetInfo, tensors: dict[str, Tensor], fields: TokenFields
+) -> None:
+    import gguf
+
+    writer = gguf.GGUFWriter(path, ARCHITECTURE)
+    try:
+        _describe(writer, draft.model.config, f"draft of {target.name}" if target.name else "draft")
+        writer.add_file_type(TYPES[draft.dtype][1])
+        writer.add_vocab_size(draft.config.draft_vocab_size)
+        for name, (value, kind, part) in fields.values.items():
+            writer.add_key_value(name, value, gguf.GGUFValueType(kind), gguf.GGUFValueType(part) if part else None)
+        for name, tensor in tensors.items():
+            kind = gguf.GGMLQuantizationType[TYPES[tensor.dtype][0]]
+            # Numpy has no bfloat16; the writer takes bytes and counts the columns by the type.
+            raw = tensor.view(torch.uint8) if tensor.dtype == torch.bfloat16 else tensor
+            writer.add_tensor(name, raw.numpy(), raw_dtype=kind if raw is not tensor else None)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
+
+
+def _describe(writer: Any, config: Any, name: str) -> None:
+    """The shape, none of it left to defaults."""
+    import gguf
+
+    writer.add_type("model")
+    writer.add_name(name)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    rope = dict(config.rope_parameters)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope.get("rope_type") == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a GGUF file in its own data type. Raises ``UserError`` for one that is quantised."""
+    import gguf
+
+    known = {name: dtype for dtype, (name, _) in TYPES.items()}
+    found = {}
+    for tensor in gguf.GGUFReader(path).tensors:
+        dtype = known.get(tensor.tensor_type.name)
+        if dtype is None:
+            raise UserError(f"{path} holds {tensor.name} as {tensor.tensor_type.name}; only float tensors are read")
+        flat = torch.frombuffer(bytearray(tensor.data.tobytes()), dtype=dtype)
+        found[tensor.name] = flat.view([int(size) for size in reversed(tensor.shape.tolist())])
+    return found
+
+
+def _check_file(path: Path, tensors: dict[str, tuple[Tensor, int]], fields: TokenFields) -> None:
+    """Raise ``RuntimeError`` unless the file holds just these tensors and tokens (a defect of ours)."""
+    import gguf
+
+    back = read_tensors(path)
+    same = back.keys() == tensors.keys() and all(
+        back[name].dtype == tensor.dtype and torch.equal(back[name], tensor) for name, (tensor, _) in tensors.items()
+    )
+    stored = gguf.GGUFReader(path).fields
+    told = all(name in stored and stored[name].contents() == value for name, (value, _, _) in fields.values.items())
+    if not same or not told:
+        raise RuntimeError("the gguf export does not read back as the draft that was written")

@@ -1,0 +1,219 @@
+"""Standalone drafts in the commands that take a draft: opening, measuring, gamma=auto, probe, merge, export."""
+
+from __future__ import annotations
+
+import copy
+import json
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from redraft.artifact import save_draft, tensors_hash
+from redraft.decode import make_decoder
+from redraft.decode.auto import chain_tau, measure_costs, pick_shape
+from redraft.decode.batched import BatchedChainDecoder
+from redraft.decode.tree import ChainShape
+from redraft.drafts.experts import is_private
+from redraft.drafts.shapes import fresh_standalone, shape_for
+from redraft.drafts.standalone import StandaloneDraft, attach_experts
+from redraft.drafts.standalone_files import load_standalone, save_experts, save_standalone
+from redraft.errors import UserError
+from redraft.evaluate.speed import BenchConfig, Prompt, bench
+from redraft.export import EXPORTERS, TargetInfo
+from redraft.export.importer import is_language_model
+from redraft.pipeline.auto import auto_shape, run_lengths
+from redraft.pipeline.models import open_draft, open_proposer
+from redraft.pipeline.probe import acceptance, greedy_rows, probe
+from redraft.pipeline.steps import export_folder, merge_folder, read_draft, target_info
+from redraft.report.load import BenchResult, parse
+from redraft.sampling import Sampler
+
+TOYS = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("toys.py"))))
+PROMPTS = [Prompt(f"p{i}", ids) for i, ids in enumerate(TOYS.prompts(4))]
+IDS = torch.arange(4, 24)[None]
+
+
+@pytest.fixture
+def target(tiny_target):
+    return tiny_target("llama", num_hidden_layers=2, initializer_range=0.1)
+
+
+@pytest.fixture
+def half(target) -> StandaloneDraft:
+    """The target's first layer alone: right now and then."""
+    return fresh_standalone(target, layers=[0])
+
+
+# -- opening -----------------------------------------------------------------------------------------------------------
+def test_every_kind_of_folder_is_told_apart(tiny_target, tmp_path):
+    target = tiny_target("llama", taps=(1, 3, 5))
+    half = fresh_standalone(target, layers=[0])
+    eagle = TOYS.make_draft("fresh", target)
+    save_standalone(tmp_path / "own", half, {})
+    save_draft(tmp_path / "eagle", eagle, {})
+    EXPORTERS.get("hf")(half, tmp_path / "plain", target)
+    for name in ("vllm", "plain", "sglang"):
+        EXPORTERS.get(name)(eagle, tmp_path / f"eagle-{name}", target)
+    alone = {path.name for path in tmp_path.iterdir() if is_language_model(path)}
+    assert alone == {"own", "plain"} and len(list(tmp_path.iterdir())) == 6
+    assert is_language_model("embedded:any-name")
+    with pytest.raises(UserError, match="does not exist"):
+        is_language_model(tmp_path / "no" / "such" / "folder")
+
+
+def test_any_causal_lm_is_opened_as_a_draft_in_float32(target, half, tmp_path):
+    EXPORTERS.get("hf")(half.to(torch.bfloat16), tmp_path / "plain", target)
+    save_standalone(tmp_path / "own", half, {"method": "pretrain"})
+    for folder in ("plain", "own"):
+        kept, _ = read_draft(str(tmp_path / folder), None)
+        assert kept.dtype == torch.bfloat16
+        opened, meta = open_proposer(tmp_path / folder, target)
+        assert isinstance(opened, StandaloneDraft) and opened.dtype == torch.float32
+        assert meta["family"] == "standalone"
+    eagle = TOYS.make_draft("fresh", target)
+    save_draft(tmp_path / "eagle", eagle, {})
+    opened, _ = open_proposer(tmp_path / "eagle", target)
+    assert tensors_hash(opened.state_dict()) == tensors_hash(eagle.state_dict())
+
+
+def test_commands_that_need_the_targets_states_say_what_to_use_instead(target, half, tmp_path):
+    save_standalone(tmp_path / "own", half, {})
+    with pytest.raises(UserError, match="language model of its own.*redraft distill --draft"):
+        open_draft(tmp_path / "own", target)
+
+
+def test_a_draft_of_another_tokenizer_is_refused(target, half, tmp_path):
+    spoiled = copy.deepcopy(half.tokenizer)
+    spoiled.add_tokens(["extra"])
+    save_standalone(tmp_path / "own", StandaloneDraft(half.model, spoiled), {})
+    with pytest.raises(UserError, match="another tokenizer"):
+        open_proposer(tmp_path / "own", target)
+    save_standalone(tmp_path / "bare", StandaloneDraft(half.model), {"tokenizer_hash": "0" * 16})
+    with pytest.raises(UserError, match="made for another tokenizer"):
+        open_proposer(tmp_path / "bare", target)
+
+
+# -- measuring ---------------------------------------------------------------------------------------------------------
+def test_the_benchmark_says_of_it_what_it_says_of_other_drafts(target, half):
+    drafts = {"eagle": TOYS.make_draft("fresh", target), "half": half}
+    config = BenchConfig(ChainShape(3), max_new_tokens=20, contest_prompts=1, alpha_prompts=2)
+    found = bench({"float32": target}, drafts, PROMPTS, config, {})
+    runs, figures = found.runs["half"], found.result["drafts"]["half"]
+    rounds = sum(len(run.rounds) for run in runs)
+    tau = sum(len(run.ids) - 1 for run in runs) / rounds
+    assert figures["tau_pooled"]["value"] == pytest.approx(tau) and tau > 1
+    assert figures["identical_to_plain"] == len(PROMPTS)
+    assert set(figures) == set(found.result["drafts"]["eagle"])
+    cost = half.parameters_per_token / target.parameters_per_token
+    mean_depth = sum(record.depth for run in runs for record in run.rounds) / rounds
+    assert figures["mbsu"]["bytes"]["cost"] == pytest.approx(cost)
+    assert figures["mbsu"]["bytes"]["value"] == pytest.approx(tau / (1 + mean_depth * cost))
+    assert 0 < figures["alpha"]["value"] <= 1
+    assert all(figures["time"][part] > 0 for part in ("draft", "verify", "prefill"))
+    read = parse(BenchResult, found.result, "result")
+    assert read.drafts["half"].tau_pooled.value == pytest.approx(tau)
+
+
+def test_the_probe_counts_what_decoding_counts(target, half):
+    found = acceptance(target, half, PROMPTS, 3, 24)
+    runs = [make_decoder(target, half, ChainShape(3)).generate(prompt.ids, 24) for prompt in PROMPTS]
+    decoded = sum(len(run.ids) - 1 for run in runs) / sum(len(run.rounds) for run in runs)
+    assert found["value"] == pytest.approx(decoded) and found["low"] <= decoded <= found["high"]
+    result = probe(target, half, PROMPTS, 3, 24, base_target=target)
+    assert result.verdict == "healthy" and result.speedup_now == pytest.approx(found["value"] / result.round_cost)
+
+
+# -- gamma=auto --------------------------------------------------------------------------------------------------------
+def test_one_pass_gives_the_acceptance_of_every_chain(target, half):
+    rows = greedy_rows(target, PROMPTS, 24)
+    runs = run_lengths(target, half, rows, 4)
+    taus = []
+    for gamma in (1, 2, 4):
+        decoded = [make_decoder(target, half, ChainShape(gamma)).generate(row.prompt_ids, 24) for row in rows]
+        tokens, rounds = sum(len(g.ids) - 1 for g in decoded), sum(len(g.rounds) for g in decoded)
+        taus.append(chain_tau(runs, gamma))
+        assert taus[-1] == pytest.approx(tokens / rounds)
+    assert taus == sorted(taus) and taus[0] < taus[-1]
+
+
+def test_only_chains_are_tried(target, half):
+    pick = auto_shape(target, half, PROMPTS, longest=3, max_new_tokens=16)
+    assert {candidate.shape for candidate in pick.candidates} == {ChainShape(1), ChainShape(2), ChainShape(3)}
+    sampled = pick_shape(
+        target, half, [p.ids for p in PROMPTS], longest=2, sampler=Sampler(1.0), max_new_tokens=12, trees=()
+    )
+    assert len(sampled.candidates) == 2 and sampled.sentence
+
+
+def test_timed_rounds_all_start_from_the_same_state(target, half, monkeypatch):
+    from redraft.decode.standalone import StandaloneDecoder
+
+    seen: set[tuple[int, int, int]] = set()
+    before = StandaloneDecoder.round
+
+    def watched(self, last, ids_T, taps_T, draft_cache, cache, room, uniforms):
+        seen.add((draft_cache.length, draft_cache.verified, cache.length))
+        return before(self, last, ids_T, taps_T, draft_cache, cache, room, uniforms)
+
+    monkeypatch.setattr(StandaloneDecoder, "round", watched)
+    prompt = PROMPTS[0].ids
+    costs = measure_costs(target, half, prompt, (1, 3), repeats=3)
+    assert seen == {(len(prompt), len(prompt), len(prompt))}
+    assert set(costs.chains) == {1, 3} and all(c.draft > 0 and c.verify > 0 for c in costs.chains.values())
+
+
+def test_batched_decoding_refuses_it_in_one_line(target, half):
+    with pytest.raises(UserError, match="one request at a time"):
+        BatchedChainDecoder(target, half)
+
+
+# -- merge and export --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_experts_are_merged_into_a_plain_folder(dtype, target, half, tmp_path):
+    base = half.to(dtype)
+    save_standalone(tmp_path / "base", base, {})
+    wide = copy.deepcopy(base).float()
+    split = attach_experts(wide, 16, seed=1)
+    with torch.no_grad():
+        for name, parameter in split.named_parameters():
+            if is_private(name):
+                parameter.normal_(std=0.2, generator=torch.Generator().manual_seed(2))
+    save_experts(tmp_path / "private", split.to(dtype), tensors_hash(wide.state_dict()), {"method": "eda"})
+    meta = merge_folder(str(tmp_path / "private"), str(tmp_path / "base"), tmp_path / "merged")
+    merged, stored = load_standalone(tmp_path / "merged")
+    assert meta["method"] == stored["method"] == "eda" and merged.dtype == dtype
+    assert meta["parameters"] == sum(p.numel() for p in merged.parameters())
+    with torch.no_grad():
+        assert torch.allclose(merged.float()(IDS), split.float()(IDS), atol=1e-4)
+    with pytest.raises(UserError, match="--base-draft"):
+        read_draft(str(tmp_path / "private"), None)
+
+
+def test_export_from_the_command_compares_the_tokenizers(target, half, tmp_path):
+    target.save(tmp_path / "target")
+    save_standalone(tmp_path / "own", half.to(torch.bfloat16), {})
+    info = target_info(str(tmp_path / "target"))
+    report = export_folder(str(tmp_path / "own"), info, "hf", tmp_path / "out", gamma=3)
+    assert report.bytes == 2 * report.parameters
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.dtype == torch.bfloat16
+    path = tmp_path / "target" / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokens = tokenizer["model"]["vocab"]
+    tokens["a"], tokens["b"] = tokens["b"], tokens["a"]
+    path.write_text(json.dumps(tokenizer))
+    with pytest.raises(UserError, match="another tokenizer"):
+        export_folder(str(tmp_path / "own"), info, "hf", tmp_path / "again")
+    assert TargetInfo.of(target).tokenizer is target.tokenizer
+
+
+def test_a_wide_draft_of_another_vocabulary_is_refused(target, tmp_path):
+    shape = shape_for(target, "1/2")
+    shape.vocab_size = 4096
+    save_standalone(tmp_path / "own", StandaloneDraft(AutoModelForCausalLM.from_config(shape)), {})
+    with pytest.raises(UserError, match="the target's own tokenizer"):
+        open_proposer(tmp_path / "own", target)
