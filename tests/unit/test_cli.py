@@ -106,7 +106,7 @@ def test_version(redraft: Any) -> None:
         (["train", "--target", "t", "--responses", "r", "--out", "o", "--setting", "lr=1"], "'lr=1'"),
         (["train", "--target", "t", "--responses", "r", "--out", "o", "--setting", "clip=x"], "float"),
         (
-            ["export", "--draft", "d", "--target", "./no", "--format", "gguf", "--out", "o"],
+            ["export", "--draft", "d", "--target", "./no", "--format", "onnx", "--out", "o"],
             "unknown export format 'onnx'",
         ),
         (["export", "--draft", "d", "--target", "./no", "--format", "vllm", "--out", "o"], "./no does not exist"),
