@@ -59,7 +59,7 @@ class UnrollObjective:
         portion_numbers: int | None = None,
         reduce: Callable[[Tensor], Tensor] = sum_over_workers,
     ) -> None:
-        """``portion_numbers``: by default what suits the device. ``reduce`` adds a loss's batch statistics over workers.
+        """``portion_numbers``: by default what suits the device. ``reduce`` adds batch statistics over workers.
 
         Raises ``UserError`` for an unknown loss.
         """
