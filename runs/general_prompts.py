@@ -1,7 +1,7 @@
-"""Short general prompts, first turns only, from public sets: the prompts of stage 1, in two rounds.
+"""Short general prompts, first turns only, from public sets: the prompts of stage 1, in three rounds.
 
-Writes ``greedy.jsonl`` and ``sampled.jsonl`` (every fifth prompt), the first round, and ``more.jsonl``, the second
-round's prompts beside them, to the output folder. No prompt is in two files.
+Writes ``greedy.jsonl`` and ``sampled.jsonl`` (every fifth prompt), the first round, and ``second.jsonl`` and
+``third.jsonl``, which the later rounds add, to the output folder. No prompt is in two files.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SETS = (
     ("math/gsm8k.train", 300),
     ("medical/medquad.train", 300),
 )
-# The second round draws on all of the chat sets and on more of the others.
+# The later rounds draw on all of the chat sets and on more of the others.
 MORE_SETS = (
     ("general/alpaca_9k.train", None),
     ("general/dolly_3k.train", None),
@@ -36,7 +36,7 @@ MORE_SETS = (
 )
 LONGEST = 560  # characters: about 130 tokens, so that prompts cost less than their answers
 TAKE = 2700
-MORE = 3350
+SECOND, THIRD = 3350, 4100
 
 
 def main() -> None:
@@ -44,16 +44,18 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--take", type=int, default=TAKE, help="prompts of the first round")
-    parser.add_argument("--more", type=int, default=MORE, help="prompts that the second round adds")
+    parser.add_argument("--second", type=int, default=SECOND, help="prompts that the second round adds")
+    parser.add_argument("--third", type=int, default=THIRD, help="prompts that the third round adds")
     options = parser.parse_args()
     first = shuffled(options.data, SETS, random.Random(0))[: options.take]
     asked = {text(prompt) for prompt in first}
-    more = [p for p in shuffled(options.data, MORE_SETS, random.Random(1)) if text(p) not in asked][: options.more]
+    more = [p for p in shuffled(options.data, MORE_SETS, random.Random(1)) if text(p) not in asked]
     options.out.mkdir(parents=True, exist_ok=True)
     for kind, part in (
         ("greedy", [p for i, p in enumerate(first) if i % 5]),
         ("sampled", first[::5]),
-        ("more", more),
+        ("second", more[: options.second]),
+        ("third", more[options.second : options.second + options.third]),
     ):
         lines = "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in part)
         (options.out / f"{kind}.jsonl").write_text(lines, encoding="utf-8")

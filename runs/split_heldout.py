@@ -1,7 +1,7 @@
-"""Stage 1 in two rounds: the held-out answers of the first round stay held out, and the result says what they show.
+"""Stage 1 in rounds: the held-out answers of the first round stay held out, and the result says what they show.
 
-python runs/split_heldout.py --responses first.jsonl more.jsonl --heldout 40 --out OUT
-python runs/split_heldout.py --record OUT/stage2 --out OUT
+python runs/split_heldout.py --responses first.jsonl second.jsonl --heldout 40 --out OUT/round2
+python runs/split_heldout.py --record OUT/stage2 --out OUT/round2
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--responses", type=Path, nargs="*", default=[])
     parser.add_argument("--heldout", type=int, default=40)
-    parser.add_argument("--record", type=Path, help="the second round's folder")
+    parser.add_argument("--record", type=Path, help="folder of the round that is to be recorded")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     if options.record:
@@ -32,6 +32,7 @@ def main() -> None:
     train, heldout = split_rows(parts[0], options.heldout)
     asked = {tuple(row.prompt_ids) for row in heldout}
     train += [row for part in parts[1:] for row in part if tuple(row.prompt_ids) not in asked]
+    options.out.mkdir(parents=True, exist_ok=True)
     for name, rows in (("train", train), ("heldout", heldout)):
         atomic_write_bytes(options.out / f"{name}.jsonl", b"".join(map(encode_row, rows)))
 
