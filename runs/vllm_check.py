@@ -32,61 +32,79 @@ WORKER = Path(__file__).with_name("vllm_worker.py")
 LOG_LINES = 25
 
 
-def serve(name: str, draft: str, options: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """One configuration in a process of its own; its output goes to ``work/NAME.log``."""
+def serve(name: str, draft: str, options: argparse.Namespace, work: Path, *more: str) -> dict[str, Any]:
+    """One configuration in a process of its own; its output goes to ``work/NAME.log``, ``more`` to the worker."""
     record = work / f"{name}.json"
-    record.unlink(missing_ok=True)
     command = [options.vllm_python, str(WORKER), "--target", options.target, "--draft", draft]
     command += ["--prompts", options.prompts, "--out", str(record), "--max-model-len", str(options.max_model_len)]
     command += ["--speculative-tokens", str(options.speculative_tokens)]
     command += ["--max-new-tokens", str(options.max_new_tokens)]
-    command += ["--eager"] if options.eager else []
+    command += [*(["--eager"] if options.eager else []), *more]
     environment = {
-        **os.environ,
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
     }
-    # The worker must see vLLM's environment alone.
-    environment.pop("PYTHONPATH", None)
-    log = work / f"{name}.log"
+    return run_worker(f"vLLM failed on the {name} configuration", command, record, environment)
+
+
+def run_worker(failure: str, command: list[str], record: Path, environment: dict[str, str]) -> dict[str, Any]:
+    """What a worker wrote to ``record``; its output goes beside it. Raises ``UserError`` that begins with ``failure``.
+
+    The worker sees its own environment of packages alone.
+    """
+    record.unlink(missing_ok=True)
+    seen = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | environment
+    log = record.with_suffix(".log")
     with log.open("w") as stream:
-        code = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env=environment).returncode
+        code = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env=seen).returncode
     if code or not record.is_file():
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_LINES:])
-        raise UserError(f"vLLM failed on the {name} configuration (exit {code}); the end of {log}:\n{tail}")
+        raise UserError(f"{failure} (exit {code}); the end of {log}:\n{tail}")
     return json.loads(record.read_text())
 
 
 def figures(record: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
     """What the result file says of one configuration. Intervals are paired over prompts with ``plain``."""
     rows, base = record["prompts"], plain["prompts"]
-    tokens, seconds = [len(row["ids"]) for row in rows], [row["seconds"] for row in rows]
-    rate = ratio_of_sums(tokens, seconds)
-    found: dict[str, Any] = {
-        "tok_s": rate.value,
-        "tok_s_interval": rate.to_dict(),
-        "tokens": sum(tokens),
-        "load_seconds": record["load_seconds"],
-    }
-    rounds = [row["rounds"] for row in rows]
-    if not sum(rounds):
+    found = speeds(rows) | {"load_seconds": record["load_seconds"]}
+    if not any(row["rounds"] for row in rows):
         return found
-    accepted = [row["accepted"] for row in rows]
-    tau = ratio_of_sums([count - 1 for count in tokens], rounds)
+    return found | counts(rows) | against(rows, base)
+
+
+def speeds(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Tokens and tokens a second."""
+    tokens = [len(row["ids"]) for row in rows]
+    rate = ratio_of_sums(tokens, [row["seconds"] for row in rows])
+    return {"tok_s": rate.value, "tok_s_interval": rate.to_dict(), "tokens": sum(tokens)}
+
+
+def counts(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """tau and what it is made of, both ways to count."""
+    rounds, accepted = [row["rounds"] for row in rows], [row["accepted"] for row in rows]
+    tau = ratio_of_sums([len(row["ids"]) - 1 for row in rows], rounds)
     counted = ratio_of_sums([a + r for a, r in zip(accepted, rounds, strict=True)], rounds)
-    speedup = paired_ratio((tokens, seconds), ([len(row["ids"]) for row in base], [row["seconds"] for row in base]))
     per_position = [sum(column) / sum(rounds) for column in zip(*(row["per_position"] for row in rows), strict=True)]
-    return found | {
+    return {
         "tau": tau.value,
         "tau_interval": tau.to_dict(),
         "tau_counters": counted.to_dict(),
-        "speedup": speedup.to_dict(),
         "rounds": sum(rounds),
         "drafted": sum(row["drafted"] for row in rows),
         "accepted": sum(accepted),
         "acceptance_unconditional": per_position,
+    }
+
+
+def against(rows: list[dict[str, Any]], base: list[dict[str, Any]]) -> dict[str, Any]:
+    """Speed-up over plain decoding, paired over prompts, and how many texts are the same."""
+    (tokens, seconds), plain = [
+        ([len(row["ids"]) for row in part], [row["seconds"] for row in part]) for part in (rows, base)
+    ]
+    return {
+        "speedup": paired_ratio((tokens, seconds), plain).to_dict(),
         "identical_to_plain": sum(row["ids"] == other["ids"] for row, other in zip(rows, base, strict=True)),
     }
 

@@ -1,7 +1,7 @@
-"""One configuration served by vLLM, offline, one prompt at a time; run by ``vllm_check.py`` in vLLM's environment.
+"""One configuration served by vLLM, offline, one prompt at a time, in vLLM's environment.
 
-A process of its own per configuration frees the engine's memory in between and keeps redraft out of vLLM's
-environment: this file imports vLLM and the standard library only.
+Run by ``vllm_check.py`` and ``standalone_engines.py``. A process of its own per configuration frees the engine's
+memory in between and keeps redraft out of vLLM's environment: this file imports vLLM and the standard library only.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ def difference(after: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
 
 
 def start_engine(options: argparse.Namespace) -> Any:
-    """The engine at batch 1, bfloat16, without prefix caching, so that every prompt pays its own prefill."""
+    """The engine at batch 1, without prefix caching, so that every prompt pays its own prefill."""
     from vllm import LLM
 
     speculative = None
     if options.draft:
         speculative = {
             "model": options.draft,
-            "method": "eagle3",
+            "method": options.method,
             "num_speculative_tokens": options.speculative_tokens,
         }
     return LLM(
         model=options.target,
-        dtype="bfloat16",
+        dtype=options.dtype,
         max_model_len=options.max_model_len,
         max_num_seqs=1,
         enable_prefix_caching=False,
@@ -62,7 +62,7 @@ def start_engine(options: argparse.Namespace) -> Any:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Warm up, then decode every prompt greedily; returns the record that ``vllm_check.py`` reads."""
+    """Warm up, then decode every prompt greedily; returns the record that the caller reads."""
     import vllm
     from vllm import SamplingParams
     from vllm.inputs import TokensPrompt
@@ -95,6 +95,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--target", required=True)
     parser.add_argument("--draft", default="")
+    parser.add_argument("--method", default="eagle3", help="vLLM's name of the kind of draft")
+    parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--prompts", required=True)
     parser.add_argument("--out", required=True)
     parser.add_argument("--speculative-tokens", type=int, required=True)

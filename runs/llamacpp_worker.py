@@ -1,0 +1,118 @@
+"""One configuration served by llama.cpp, one prompt at a time; run by ``standalone_engines.py``.
+
+The package xllamacpp carries llama.cpp's server; it listens on a free local port and is asked over HTTP as any such
+server is (``/completion``, ``/metrics``). This file imports xllamacpp and the standard library only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+PREFIX = "llamacpp:spec_decode_num_"
+NAMES = {"drafts": "rounds", "draft_tokens": "drafted", "accepted_tokens": "accepted"}
+COUNTER = re.compile(rf"^{PREFIX}(\w+)_total(?:\{{position=\"(\d+)\"\}})? (\S+)$", re.M)
+
+
+def parse_counters(text: str) -> dict[str, Any]:
+    """llama.cpp's speculative counters since the server started, out of its metrics page; zeros where it has none."""
+    found: dict[str, Any] = {"rounds": 0, "drafted": 0, "accepted": 0, "per_position": []}
+    for name, position, value in COUNTER.findall(text):
+        if position:
+            found["per_position"].append(int(float(value)))
+        elif name in NAMES:
+            found[NAMES[name]] = int(float(value))
+    return found
+
+
+def difference(after: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+    """What the counters gained between two readings."""
+    earlier = before["per_position"] or [0] * len(after["per_position"])
+    per_position = [a - b for a, b in zip(after["per_position"], earlier, strict=True)]
+    return {name: after[name] - before[name] for name in NAMES.values()} | {"per_position": per_position}
+
+
+def start_server(options: argparse.Namespace) -> Any:
+    """The server at one slot. A draft proposes its fixed number of tokens, however unsure it is of them."""
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = options.target
+    params.n_ctx, params.n_parallel, params.endpoint_metrics = options.context, 1, True
+    places = [params.cpuparams, params.cpuparams_batch]
+    if options.draft:
+        draft = params.speculative.draft
+        draft.mparams.path = options.draft
+        draft.n_max, draft.n_min, draft.p_min = options.speculative_tokens, 0, 0.0
+        params.speculative.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_SIMPLE]
+        places += [draft.cpuparams, draft.cpuparams_batch]
+    for place in places:
+        place.n_threads = options.threads
+    return xllamacpp.Server(params)
+
+
+def ask(address: str, body: dict[str, Any] | None = None) -> str:
+    """The server's answer to a body, or a page of it."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(address, data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request) as answer:
+        return answer.read().decode()
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Warm up, then decode every prompt greedily; returns the record that the caller reads."""
+    import xllamacpp
+
+    prompts = [json.loads(line) for line in Path(options.prompts).read_text().splitlines() if line.strip()]
+    began = time.perf_counter()
+    server = start_server(options)
+    load_seconds, home = time.perf_counter() - began, server.listening_address
+
+    def decode(ids: list[int], tokens: int) -> dict[str, Any]:
+        body = {"prompt": ids, "n_predict": tokens, "temperature": 0.0, "cache_prompt": False, "return_tokens": True}
+        return json.loads(ask(f"{home}/completion", body))
+
+    for prompt in prompts[: options.warmup]:
+        decode(prompt["prompt_ids"], min(32, options.max_new_tokens))
+    rows = []
+    for prompt in prompts:
+        before = parse_counters(ask(f"{home}/metrics"))
+        start = time.perf_counter()
+        output = decode(prompt["prompt_ids"], options.max_new_tokens)
+        seconds = time.perf_counter() - start
+        gained = difference(parse_counters(ask(f"{home}/metrics")), before)
+        told = output["timings"]
+        if (told.get("draft_n", 0), told.get("draft_n_accepted", 0)) != (gained["drafted"], gained["accepted"]):
+            raise SystemExit(f"{prompt['id']}: the answer says {told}, the metrics gained {gained}")
+        row = {"id": prompt["id"], "seconds": seconds, "ids": output["tokens"], "finish_reason": output["stop_type"]}
+        rows.append(row | gained)
+        print(f"{prompt['id']}: {len(row['ids'])} tokens, {gained['rounds']} rounds, {seconds:.2f} s", flush=True)
+    return {"xllamacpp": xllamacpp.__version__, "load_seconds": load_seconds, "prompts": rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--target", required=True, help="GGUF file")
+    parser.add_argument("--draft", default="", help="GGUF file; plain decoding without one")
+    parser.add_argument("--prompts", required=True)
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--speculative-tokens", type=int, required=True)
+    parser.add_argument("--max-new-tokens", type=int, required=True)
+    parser.add_argument("--context", type=int, required=True)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--warmup", type=int, default=2)
+    options = parser.parse_args()
+    record = run(options)
+    partial = Path(options.out + ".part")
+    partial.write_text(json.dumps(record))
+    os.replace(partial, options.out)
+
+
+if __name__ == "__main__":
+    main()
