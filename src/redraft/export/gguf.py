@@ -65,11 +65,10 @@ def export_gguf(
     check_tensors(state, state, "the draft to be exported")
     source = gguf_of(info.name)
     fields = token_fields(dense.tokenizer, dense.config.draft_vocab_size, source)
-    tensors = {name: (tensor, rows) for name, tensor, rows in gguf_tensors(dense.model, state)}
-    written = {name: tensor for name, (tensor, _) in tensors.items()}
+    written = dict(gguf_tensors(dense.model, state))
     with atomic_folder(folder, tensors_bytes(written) + (16 << 20), {FILE}) as new:
         _write(new / FILE, dense, info, written, fields)
-        _check_file(new / FILE, tensors, fields)
+        _check_file(new / FILE, written, fields)
     width = whole.config.private_width
     notes = [f"private experts of width {width} were merged into the MLPs"] if width else []
     return ExportReport(
@@ -107,11 +106,8 @@ def check_shape(config: Any) -> None:
 
 
 # -- tensors ---------------------------------------------------------------------------------------------------------
-def gguf_tensors(model: Any, state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor, int]]:
-    """(name, tensor, heads) as the file has them; ``heads`` is not 0 where rows were interleaved.
-
-    Raises ``UserError`` for a tensor that has no place in the format.
-    """
+def gguf_tensors(model: Any, state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor as the file has it. Raises ``UserError`` for one that has no place in the format."""
     config = model.config
     for name, tensor in state.items():
         stem, _, leaf = name.rpartition(".")
@@ -122,10 +118,10 @@ def gguf_tensors(model: Any, state: dict[str, Tensor]) -> Iterator[tuple[str, Te
         kept = tensor.detach().cpu()
         if heads:
             kept = interleave(kept, heads)
-        yield f"{place}.weight", kept.float() if kept.ndim == 1 else kept.contiguous(), heads or 0
+        yield f"{place}.weight", kept.float() if kept.ndim == 1 else kept.contiguous()
     factors = rope_factors(model)
     if factors is not None:
-        yield "rope_freqs.weight", factors, 0
+        yield "rope_freqs.weight", factors
 
 
 def _place(stem: str) -> str | None:
@@ -142,12 +138,6 @@ def interleave(weight_OI: Tensor, heads: int) -> Tensor:
     """Rows of each head from two halves to neighbouring pairs."""
     rows, columns = weight_OI.shape
     return weight_OI.view(heads, 2, rows // heads // 2, columns).transpose(1, 2).reshape(rows, columns)
-
-
-def halves(weight_OI: Tensor, heads: int) -> Tensor:
-    """The inverse of :func:`interleave`."""
-    rows, columns = weight_OI.shape
-    return weight_OI.view(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
 
 
 def rope_factors(model: Any) -> Tensor | None:
@@ -208,30 +198,20 @@ def _describe(writer: Any, config: Any, name: str) -> None:
         writer.add_rope_scaling_factor(rope["factor"])
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a GGUF file in its own data type. Raises ``UserError`` for one that is quantised."""
-    import gguf
-
-    known = {name: dtype for dtype, (name, _) in TYPES.items()}
-    found = {}
-    for tensor in gguf.GGUFReader(path).tensors:
-        dtype = known.get(tensor.tensor_type.name)
-        if dtype is None:
-            raise UserError(f"{path} holds {tensor.name} as {tensor.tensor_type.name}; only float tensors are read")
-        flat = torch.frombuffer(bytearray(tensor.data.tobytes()), dtype=dtype)
-        found[tensor.name] = flat.view([int(size) for size in reversed(tensor.shape.tolist())])
-    return found
-
-
-def _check_file(path: Path, tensors: dict[str, tuple[Tensor, int]], fields: TokenFields) -> None:
+def _check_file(path: Path, tensors: dict[str, Tensor], fields: TokenFields) -> None:
     """Raise ``RuntimeError`` unless the file holds just these tensors and tokens (a defect of ours)."""
     import gguf
 
-    back = read_tensors(path)
+    reader = gguf.GGUFReader(path)
+    kinds = {name: dtype for dtype, (name, _) in TYPES.items()}
+    back = {}
+    for found in reader.tensors:
+        flat = torch.frombuffer(bytearray(found.data.tobytes()), dtype=kinds[found.tensor_type.name])
+        back[found.name] = flat.view([int(size) for size in reversed(found.shape.tolist())])
     same = back.keys() == tensors.keys() and all(
-        back[name].dtype == tensor.dtype and torch.equal(back[name], tensor) for name, (tensor, _) in tensors.items()
+        back[name].dtype == tensor.dtype and torch.equal(back[name], tensor) for name, tensor in tensors.items()
     )
-    stored = gguf.GGUFReader(path).fields
+    stored = reader.fields
     told = all(name in stored and stored[name].contents() == value for name, (value, _, _) in fields.values.items())
     if not same or not told:
         raise RuntimeError("the gguf export does not read back as the draft that was written")
