@@ -253,20 +253,10 @@ def figures(found: dict[str, Any], reference: list[dict[str, Any]] | None) -> di
 def show(result: dict[str, Any], console: Console) -> None:
     """The table for a reader."""
     setup = result["setup"]
-    title = (
-        f"{setup['prompts']} prompts, {setup['sampler']}, {setup['gamma']} drafted tokens, {setup['dtype']}, batch 1"
-    )
-    table = Table(title=title)
-    for heading in (
-        "",
-        "block efficiency",
-        "accepted",
-        "proposed",
-        "rounds",
-        "tok/s plain",
-        "tok/s draft",
-        "same text",
-    ):
+    length, dtype = setup["gamma"], setup["dtype"]
+    table = Table(title=f"{setup['prompts']} prompts, {setup['sampler']}, {length} drafted tokens, {dtype}, batch 1")
+    shown = ("block efficiency", "accepted", "proposed", "rounds", "tok/s plain", "tok/s draft")
+    for heading in ("", *shown, "text as plain", "as redraft"):
         table.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
     for name, found in result["engines"].items():
         tau = found["block_efficiency"]
@@ -276,6 +266,7 @@ def show(result: dict[str, Any], console: Console) -> None:
             *(str(found[key]) for key in ("accepted", "proposed", "rounds")),
             *(f"{found[key]['tok_s']:.1f}" if not setup["counts_only"] else "-" for key in ("plain", "draft")),
             f"{found['identical_to_plain']} of {setup['prompts']}",
+            f"{found['same_text_as_redraft']} of {setup['prompts']}" if "same_text_as_redraft" in found else "-",
         )
     console.print(table)
     for name, reason in result["left_out"].items():
@@ -308,7 +299,8 @@ def measure(job: Job, console: Console) -> dict[str, Any]:
     for name in [name for name in ENGINES if name in options.engines]:
         console.print(f"{name} ...")
         try:
-            found = ENGINES[name](job)
+            with quiet():
+                found = ENGINES[name](job)
             engines[name] = figures(found, reference)
         except UserError as error:
             left_out[name] = str(error)

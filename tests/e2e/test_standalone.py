@@ -46,6 +46,7 @@ def test_bad_input_is_one_line_and_exit_code_two(pair, tmp_path, redraft):
     for command, words in (
         (f"bench {common} --shape tree:3x4x10 --limit 2 --out {tmp_path}/b.json", "proposes chains"),
         (f"export --target {pair}/target --draft {pair}/half --format vllm --out {tmp_path}/x", "export hf"),
+        (f"export --target {pair}/target --draft {pair}/half --format gguf --out {tmp_path}/x", "no byte-level BPE"),
         (f"adapt {common} --out {tmp_path}/run", "redraft distill --draft"),
     ):
         code, out, err = redraft(command)

@@ -60,11 +60,7 @@ def open_draft(source: str | Path, target: Target, base: str | Path | None = Non
         return OpenDraft(bind(draft.float(), target), meta, tensors_hash(draft.state_dict()))
     draft, meta = import_checkpoint(source, target)
     base_hash = tensors_hash(draft.state_dict())
-    expected = meta.get("tokenizer_hash")
-    if expected and target.tokenizer is not None and expected != tokenizer_hash(target.tokenizer):
-        raise UserError(
-            f"{source} was made for another tokenizer than the target's; give the draft of this model family"
-        )
+    _check_origin(source, meta, target)
     return OpenDraft(bind(use_target_embedding(draft.float(), target), target), meta, base_hash)
 
 
@@ -79,10 +75,17 @@ def open_proposer(
         opened = open_draft(source, target, base)
         return opened.draft, opened.meta
     draft, meta = open_standalone(source, target, base)
-    expected = meta.get("tokenizer_hash")
-    if draft.tokenizer is None and expected and expected != tokenizer_hash(target.tokenizer):
-        raise UserError(f"{source} was made for another tokenizer than the target's; give a draft of this model family")
+    # A draft that brings its tokenizer has had it compared already.
+    if draft.tokenizer is None:
+        _check_origin(source, meta, target)
     return draft, meta
+
+
+def _check_origin(source: str | Path, meta: dict[str, Any], target: Target) -> None:
+    """Raise ``UserError`` for a draft whose record names another tokenizer than the target's."""
+    expected = meta.get("tokenizer_hash")
+    if expected and target.tokenizer is not None and expected != tokenizer_hash(target.tokenizer):
+        raise UserError(f"{source} was made for another tokenizer than the target's; give a draft of this model family")
 
 
 def split_prompts(
