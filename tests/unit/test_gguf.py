@@ -81,6 +81,13 @@ def test_a_file_of_another_vocabulary_is_refused(target, tmp_path):
         token_fields(other, 300, file)
 
 
+@pytest.mark.parametrize("text", [b"", b"GGUF", b"no such thing at all, and long enough"])
+def test_a_file_that_is_no_gguf_is_refused(text, target, tmp_path):
+    (tmp_path / "target.gguf").write_bytes(text)
+    with pytest.raises(UserError, match="no GGUF file that can be read"):
+        token_fields(target.tokenizer, 300, gguf_of(str(tmp_path)))
+
+
 @pytest.mark.parametrize(
     ("pre", "name"),
     [

@@ -77,8 +77,12 @@ def _tokens(tokenizer: Any, rows: int) -> list[str | None]:
 def _copied(source: Path) -> TokenFields:
     import gguf
 
+    try:
+        fields = gguf.GGUFReader(source).fields
+    except (ValueError, IndexError, OSError, KeyError) as error:
+        raise UserError(f"{source} is no GGUF file that can be read ({error}); remove it or copy it again") from error
     values = {}
-    for name, field in gguf.GGUFReader(source).fields.items():
+    for name, field in fields.items():
         if name.startswith(PREFIX):
             part = int(field.types[-1]) if len(field.types) > 1 else 0
             values[name] = (field.contents(), int(field.types[0]), part)

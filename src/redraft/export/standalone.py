@@ -1,7 +1,7 @@
 """A standalone draft as a plain Hugging Face causal LM, which every engine with a draft-model method loads.
 
-transformers takes it as ``assistant_model``, vLLM as its method ``draft_model``, llama.cpp's server after conversion
-to GGUF with the target's tokenizer. The engines compare vocabularies by size, so a padded table is refused.
+transformers takes it as ``assistant_model``, vLLM as its method ``draft_model``, llama.cpp's server
+takes the format ``gguf``. The engines compare vocabularies by size, so a padded table is refused.
 """
 
 from __future__ import annotations
