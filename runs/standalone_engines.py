@@ -7,9 +7,10 @@
 
 What is compared is block efficiency as every engine counts it: 1 + accepted / rounds, over rounds in which tokens were
 drafted. Rounds begin after the first token, which prefill gives (transformers drafts that one too, so it is handed the
-first token). Engines differ in the last round of an answer: where the limit leaves room for one token only redraft and
-vLLM still draft, and what stands behind an end token counts or not. An engine that is not installed is left out, with
-the reason. `standalone-engines.sh` sets all of them up.
+first token). Engines differ in the last round of an answer: where the limit leaves room for one token, redraft still
+drafts one and transformers and llama.cpp none, and what stands behind an end token counts or not. In bfloat16
+near-ties fall differently in each engine, and texts and rounds with them; in float32 they should not. An engine that is
+not installed is left out, with the reason. `standalone-engines.sh` sets all of them up.
 """
 
 from __future__ import annotations
