@@ -67,7 +67,7 @@ def quickstart_config(out: Path, train: int = 344, evaluation: int = 16) -> Adap
             "gamma": 3,
             "rank": 84,
             "start": "vocabulary",
-            "train": {"epochs": 8, "batch_anchors": 768, "learning_rate": 4e-3, "evaluate_every": 40},
+            "train": {"epochs": 6, "batch_anchors": 768, "learning_rate": 4e-3, "evaluate_every": 60},
             "exports": ("vllm", "plain"),
         }
     )
@@ -91,7 +91,7 @@ def quickstart(out: Path, say: Callable[[str], None] = print) -> tuple[dict[str,
     return summary, result, found
 
 
-def run_probe(run: AdaptRun, prompts: int = 16) -> ProbeResult:
+def run_probe(run: AdaptRun, prompts: int = 12) -> ProbeResult:
     """The probe on a run's held-out prompts, with its base target as the reference where one is named."""
     config = run.config
     conversations = run.source.prompts[1][:prompts]
