@@ -82,4 +82,4 @@ vllm-check: $(VLLM_VENV)/.made $(VENV)/.quickstart
 	PYTHON=$(BIN)/python VLLM_PYTHON=$(VLLM_BIN)/python OUT=$(OUT) bash runs/vllm-check.sh
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) .venv-llamacpp .pytest_cache .mypy_cache .ruff_cache
