@@ -103,6 +103,21 @@ def test_batched_generation_equals_single_stream(architecture, tiny_target):
         assert plain.generate(list(request.prompt_ids), 24).ids == together[request.key]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_left_of_a_run_is_answered_in_the_shapes_of_the_whole(dtype, tiny_target, monkeypatch):
+    target = tiny_target("llama")
+    target.model.to(dtype)
+    requests = [Request(str(i), p, Sampler(0.8 * (i % 2))) for i, p in enumerate(prompts(18))]
+    whole = {c.request.key: c.response_ids for c in generate(target, requests, 24, batch_size=8)}
+    left = [r for i, r in enumerate(requests) if i % 3 == 1]
+    assert target.dtype == dtype
+    shapes, forward = set(), target.forward
+    monkeypatch.setattr(target, "forward", lambda ids, *a, **k: (shapes.add(len(ids)), forward(ids, *a, **k))[1])
+    resumed = {c.request.key: c.response_ids for c in generate(target, left, 24, batch_size=8, among=requests)}
+    assert resumed == {r.key: whole[r.key] for r in left}
+    assert shapes == {1, 8}  # prefill groups of one, all slots in every step
+
+
 def test_rounds_are_told_as_they_come(tiny_target):
     target, told = tiny_target("llama"), []
     found = ChainDecoder(target, make("fresh", target), gamma=3).generate([5, 9, 70], 20, on_round=told.append)

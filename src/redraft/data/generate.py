@@ -10,7 +10,8 @@ Shape legend: B slots, T tokens, H hidden size, V vocabulary.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,8 +62,11 @@ class _Slots:
     def free(self) -> list[int]:
         return [row for row, request in enumerate(self.requests) if request is None]
 
-    def admit(self, group: Sequence[Request], rows: Sequence[int]) -> None:
-        """Prefill a group, padded on the right so that the plain causal mask holds, and copy it into its slots."""
+    def admit(self, group: Sequence[Request], rows: Sequence[int], wanted: Collection[str]) -> None:
+        """Prefill a group, padded on the right so that the plain causal mask holds, and copy it into its slots.
+
+        Requests whose keys are not ``wanted`` pad the prefill and leave their slots free.
+        """
         lengths = [len(r.prompt_ids) for r in group]
         ids_BT = torch.zeros(len(group), max(lengths), dtype=torch.long)
         for i, request in enumerate(group):
@@ -75,7 +79,7 @@ class _Slots:
         self.logits_BV[index] = self.target.logits(last_BH)
         self.cache.fill(index, prompt_cache, ends)
         for row, request in zip(rows, group, strict=True):
-            self.requests[row], self.responses[row] = request, []
+            self.requests[row], self.responses[row] = request if request.key in wanted else None, []
             self.uniforms[row] = request_uniforms(request, self.max_new_tokens)
 
     def choose(self) -> list[int]:
@@ -114,27 +118,33 @@ def generate(
     max_new_tokens: int,
     batch_size: int = 64,
     stop_ids: Sequence[int] = (),
+    among: Sequence[Request] = (),
 ) -> Iterator[Completion]:
     """Answer every request; completions come as they finish, not in the order of the requests.
 
-    ``stop_ids`` end a response besides the target's own end tokens.
+    ``stop_ids`` end a response besides the target's own end tokens. ``among``: all requests of a run of which these
+    are left. Slots, their capacity and the groups of the prefill then follow from all of them, so that every pass
+    has the shape that it would have had without the stop, and in bfloat16 too the answers are the same.
     Raises ``ValueError`` for an empty prompt or one that leaves no room for a response; callers check user input
     first.
     """
-    _check(target, requests, max_new_tokens)
-    waiting = sorted(requests, key=lambda r: len(r.prompt_ids), reverse=True)
-    if not waiting:
+    everyone = among or requests
+    _check(target, everyone, max_new_tokens)
+    if not requests:
         return
-    size = min(batch_size, len(waiting))
-    slots = _Slots(target, size, len(waiting[0].prompt_ids) + max_new_tokens, max_new_tokens)
-    group, ends = max(1, size // 8), {*target.eos_ids, *stop_ids}
+    ordered = sorted(everyone, key=lambda r: len(r.prompt_ids), reverse=True)[::-1]
+    size, wanted = min(batch_size, len(ordered)), {request.key for request in requests}
+    slots = _Slots(target, size, len(ordered[-1].prompt_ids) + max_new_tokens, max_new_tokens)
+    step, ends = max(1, size // 8), {*target.eos_ids, *stop_ids}
+    groups = [ordered[i : i + step] for i in range(0, len(ordered), step)]
+    waiting = deque(group for group in groups if any(request.key in wanted for request in group))
     with slot_attention(target):
         while True:
             free = slots.free()
-            while waiting and len(free) >= min(group, len(waiting)):
-                batch = [waiting.pop() for _ in range(min(group, len(waiting)))]
-                slots.admit(batch, free[: len(batch)])
-                free = free[len(batch) :]
+            while waiting and len(free) >= len(waiting[0]):
+                slots.admit(waiting[0], free[: len(waiting[0])], wanted)
+                waiting.popleft()
+                free = slots.free()
             if len(free) == size:
                 return
             tokens = slots.choose()

@@ -42,11 +42,16 @@ class InProcessEngine:
 
     def __init__(self, target: Target, batch_size: int = 64) -> None:
         self.target, self.batch_size = target, batch_size
+        self.among: Sequence[Request] = ()
+
+    def arrange(self, requests: Sequence[Request]) -> None:
+        """All requests of the turn, the answered ones too: see ``among`` of :func:`generate`."""
+        self.among = requests
 
     def answer(
         self, requests: Sequence[Request], max_new_tokens: int, tokenizer: Any, eos_ids: Sequence[int]
     ) -> Iterator[Completion | Failure]:
-        yield from generate(self.target, requests, max_new_tokens, self.batch_size)
+        yield from generate(self.target, requests, max_new_tokens, self.batch_size, among=self.among)
 
 
 @dataclass
@@ -198,7 +203,7 @@ class _Run:
 
     # -- one turn of every conversation ------------------------------------------------------------------------------
     def _round(self, chains: Sequence[_Chain]) -> None:
-        requests: list[Request] = []
+        requests, everyone = list[Request](), list[Request]()
         waiting: dict[str, _Chain] = {}
         templated: dict[tuple[str, ...], list[int]] = {}
         for chain in chains:
@@ -207,11 +212,17 @@ class _Run:
                 messages = prompt_messages(chain.conversation, chain.replies)
                 templated[again] = template_ids(self.tokenizer, chain.conversation.id, messages)
             prompt_ids, key = templated[again], chain.key
+            request = Request(key, prompt_ids, chain.sampler, self.seed)
             if key in self.stored:
                 self._keep(chain, self.stored[key], prompt_ids)
             elif self._fits(chain, prompt_ids):
                 waiting[key] = chain
-                requests.append(Request(key, prompt_ids, chain.sampler, self.seed))
+                requests.append(request)
+            else:
+                continue
+            everyone.append(request)
+        if isinstance(self.engine, InProcessEngine):
+            self.engine.arrange(everyone)
         self._tell()
         try:
             for outcome in self.engine.answer(requests, self.max_new_tokens, self.tokenizer, self.eos_ids):
