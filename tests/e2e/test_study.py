@@ -54,7 +54,9 @@ def kill_in_training(config: Path, out: Path, finished: int) -> None:
     process = start(config, out)
     deadline = time.monotonic() + 300
     while process.poll() is None and time.monotonic() < deadline:
-        under_way = [path for path in out.glob("cells/*/train/state.json")]
+        # A cell that has its record but still its checkpoints is finished, and the results may not name it yet.
+        states = out.glob("cells/*/train/state.json")
+        under_way = [path for path in states if not (path.parent.parent / "record.json").exists()]
         if len(list(out.glob("cells/*/record.json"))) >= finished and under_way:
             os.kill(process.pid, signal.SIGKILL)
             break
