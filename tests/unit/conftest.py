@@ -10,14 +10,19 @@ from typing import Any
 import pytest
 
 
+@pytest.fixture(scope="session")
+def fake_server() -> Any:
+    """The class of the server that answers by known rules."""
+    return runpy.run_path(str(Path(__file__).with_name("fake_server.py")))["FakeServer"]
+
+
 @pytest.fixture
-def fake() -> Iterator[Callable[..., Any]]:
+def fake(fake_server: Any) -> Iterator[Callable[..., Any]]:
     """``fake(engine, drafting, ...)`` starts a server that is stopped at the end of the test."""
-    server = runpy.run_path(str(Path(__file__).with_name("fake_server.py")))["FakeServer"]
     started: list[Any] = []
 
     def make(*arguments: Any, **options: Any) -> Any:
-        started.append(server(*arguments, **options))
+        started.append(fake_server(*arguments, **options))
         return started[-1]
 
     yield make

@@ -44,7 +44,12 @@ class ScriptedEngine:
         self.asked: list[Request] = []
 
     def answer(
-        self, requests: Sequence[Request], max_new_tokens: int, tokenizer: Any, eos_ids: Sequence[int]
+        self,
+        requests: Sequence[Request],
+        max_new_tokens: int,
+        tokenizer: Any,
+        eos_ids: Sequence[int],
+        among: Sequence[Request] = (),
     ) -> Iterator[Completion | Failure]:
         for request in reversed(requests):
             if len(self.asked) == self.stop_after:

@@ -33,7 +33,12 @@ class Engine(Protocol):
     """Answers prompts of token ids with token ids, in any order."""
 
     def answer(
-        self, requests: Sequence[Request], max_new_tokens: int, tokenizer: Any, eos_ids: Sequence[int]
+        self,
+        requests: Sequence[Request],
+        max_new_tokens: int,
+        tokenizer: Any,
+        eos_ids: Sequence[int],
+        among: Sequence[Request] = (),
     ) -> Iterator[Completion | Failure]: ...
 
 
@@ -42,16 +47,16 @@ class InProcessEngine:
 
     def __init__(self, target: Target, batch_size: int = 64) -> None:
         self.target, self.batch_size = target, batch_size
-        self.among: Sequence[Request] = ()
-
-    def arrange(self, requests: Sequence[Request]) -> None:
-        """All requests of the turn, the answered ones too: see ``among`` of :func:`generate`."""
-        self.among = requests
 
     def answer(
-        self, requests: Sequence[Request], max_new_tokens: int, tokenizer: Any, eos_ids: Sequence[int]
+        self,
+        requests: Sequence[Request],
+        max_new_tokens: int,
+        tokenizer: Any,
+        eos_ids: Sequence[int],
+        among: Sequence[Request] = (),
     ) -> Iterator[Completion | Failure]:
-        yield from generate(self.target, requests, max_new_tokens, self.batch_size, among=self.among)
+        yield from generate(self.target, requests, max_new_tokens, self.batch_size, among=among)
 
 
 @dataclass
@@ -221,11 +226,9 @@ class _Run:
             else:
                 continue
             everyone.append(request)
-        if isinstance(self.engine, InProcessEngine):
-            self.engine.arrange(everyone)
         self._tell()
         try:
-            for outcome in self.engine.answer(requests, self.max_new_tokens, self.tokenizer, self.eos_ids):
+            for outcome in self.engine.answer(requests, self.max_new_tokens, self.tokenizer, self.eos_ids, everyone):
                 if isinstance(outcome, Failure):
                     self._break(waiting.pop(outcome.key), outcome)
                 else:

@@ -48,10 +48,16 @@ class ServerEngine:
         self._stop = threading.Event()
 
     def answer(
-        self, requests: Sequence[Request], max_new_tokens: int, tokenizer: Any, eos_ids: Sequence[int]
+        self,
+        requests: Sequence[Request],
+        max_new_tokens: int,
+        tokenizer: Any,
+        eos_ids: Sequence[int],
+        among: Sequence[Request] = (),
     ) -> Iterator[Completion | Failure]:
         """Answer the requests as the server finishes them; a request that fails for good comes as a ``Failure``.
 
+        ``among`` plays no part: how requests are batched is the server's own affair.
         Raises ``UserError`` when the server cannot be reached at all, knows no such model, or stops answering.
         """
         if not requests:

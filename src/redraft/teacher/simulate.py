@@ -82,20 +82,35 @@ def matches(draft: Draft, target: Target, batch: Batch, gamma: int) -> Tensor:
     An anchor whose proposal was wrong is not drafted from any further.
     """
     vocabulary = bind(draft, target).vocabulary()
-    going = torch.arange(len(batch.future_MJ), device=batch.future_MJ.device)
-    runs_M = torch.zeros_like(going)
+    runs_M = torch.zeros(len(batch.future_MJ), dtype=torch.long, device=batch.future_MJ.device)
+
+    def right(step: int, places: Tensor, states: Tensor) -> Tensor:
+        # In portions: a family that speaks the whole vocabulary has a wide row of logits.
+        best = torch.cat([draft.logits(part).argmax(-1) for part in states.split(ROWS)])
+        found = vocabulary[best] == batch.future_MJ[places, step]
+        runs_M[places[found]] += 1
+        return found
+
+    _draft_on(draft, target, batch, gamma, right)
+    return runs_M
+
+
+def _draft_on(
+    draft: Draft, target: Target, batch: Batch, gamma: int, judge: Callable[[int, Tensor, Tensor], Tensor]
+) -> None:
+    """Unroll at most ``gamma`` steps, each from the anchors alone that the step before was worth it for.
+
+    ``judge(step, places, states)`` sees which anchors are left and their states, and says which of them go on.
+    """
+    places = torch.arange(len(batch.future_MJ), device=batch.future_MJ.device)
     drafting = unroll(draft, target.embedding, batch, gamma)
     states = next(drafting)
     for step in range(gamma):
-        # In portions: a family that speaks the whole vocabulary has a wide row of logits.
-        best = torch.cat([draft.logits(part).argmax(-1) for part in states.split(ROWS)])
-        right = vocabulary[best] == batch.future_MJ[going, step]
-        going = going[right]
-        runs_M[going] += 1
-        if step + 1 == gamma or not len(going):
+        keep = judge(step, places, states)
+        places = places[keep]
+        if step + 1 == gamma or not len(places):
             break
-        states = drafting.send(right)
-    return runs_M
+        states = drafting.send(keep)
 
 
 def walk(run_lengths: Sequence[int]) -> list[int]:
@@ -199,25 +214,21 @@ def acceptance_given_text(draft: Draft, target: Target, batch: Batch, gamma: int
     # The target's probability of a token does not depend on where the round began: one row of logits an anchor.
     target_M = _probability(target.logits, batch.hidden_M, future_MJ[:, 0], sampler)
     chances_MJ = torch.zeros(len(target_M), gamma, device=target_M.device)
-    going = torch.arange(len(target_M), device=target_M.device)
-    drafting = unroll(draft, target.embedding, batch, gamma)
+
+    def reached(step: int, places: Tensor, states: Tensor) -> Tensor:
+        index = place_V[future_MJ[places, step].clamp(min=0)]
+        # What the draft cannot say needs no softmax, and what no round reaches is not drafted at all.
+        wanted = (future_MJ[places, step] >= 0) & (index >= 0)
+        found = torch.zeros_like(target_M[places])
+        found[wanted] = _probability(draft.logits, states[wanted], index[wanted], sampler)
+        # Anchors of a row stand side by side, so the target's row of step j is that of the anchor j places on.
+        towards = target_M[(places + step).clamp(max=len(target_M) - 1)]
+        chances = torch.where(towards > 0, (found / towards).clamp(max=1.0), (found > 0).float())
+        chances_MJ[places, step] = chances
+        return chances > 0
+
     with autocast:
-        states = next(drafting)
-        for step in range(gamma):
-            index = place_V[future_MJ[going, step].clamp(min=0)]
-            # What the draft cannot say needs no softmax, and what no round reaches is not drafted at all.
-            wanted = (future_MJ[going, step] >= 0) & (index >= 0)
-            found = torch.zeros_like(target_M[going])
-            found[wanted] = _probability(draft.logits, states[wanted], index[wanted], sampler)
-            # Anchors of a row stand side by side, so the target's row of step j is that of the anchor j places on.
-            towards = target_M[(going + step).clamp(max=len(target_M) - 1)]
-            chances = torch.where(towards > 0, (found / towards).clamp(max=1.0), (found > 0).float())
-            chances_MJ[going, step] = chances
-            keep = chances > 0
-            going = going[keep]
-            if step + 1 == gamma or not len(going):
-                break
-            states = drafting.send(keep)
+        _draft_on(draft, target, batch, gamma, reached)
     return chances_MJ
 
 

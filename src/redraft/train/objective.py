@@ -155,4 +155,9 @@ def make_objective(draft: Any, target: Target, config: TrainConfig) -> Objective
         objective = UnrollObjective(draft, target, config)
     else:
         raise ValueError(f"{type(draft).__name__} names the objective {kind!r}; there are unroll and regression")
+    return with_extra_loss(objective, draft)
+
+
+def with_extra_loss(objective: Objective, draft: Any) -> Objective:
+    """The objective, plus what the draft itself asks for if it asks for anything."""
     return WithExtraLoss(objective, draft) if hasattr(draft, "extra_loss") else objective

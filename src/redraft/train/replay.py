@@ -40,7 +40,7 @@ from redraft.teacher.features import FeatureStore, anchors
 from redraft.teacher.simulate import acceptance_given_text, anchor_batches, check_own, matches, visits
 from redraft.teacher.unroll import Batch, collate, supervised
 from redraft.train.loop import TrainConfig, Trainer
-from redraft.train.objective import Objective, UnrollObjective, WithExtraLoss
+from redraft.train.objective import Objective, UnrollObjective, with_extra_loss
 
 
 @dataclass(frozen=True)
@@ -211,8 +211,7 @@ class ReplayTrainer(Trainer):
 
     def new_objective(self) -> Objective:
         """The loss on the states of the walk, plus what the draft itself asks for."""
-        objective = ReplayObjective(self.draft, self.target, self.config)
-        return WithExtraLoss(objective, self.draft) if hasattr(self.draft, "extra_loss") else objective
+        return with_extra_loss(ReplayObjective(self.draft, self.target, self.config), self.draft)
 
     def collated(self, rows: Sequence[Row]) -> Batch:
         """As the trainer's, with the weights of the rows' states."""
