@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from redraft.errors import UserError
+from redraft.prepack import prepack
 from redraft.sampling import scale_logits
 
 # The tap of the final-norm state. It counts no layers, so that it means the same in a target of any depth.
@@ -129,7 +130,7 @@ class Target:
     """A frozen causal LM behind the few calls that decoding, training and regeneration need."""
 
     def __init__(self, model: Any, tokenizer: Any = None, name: str = "", taps: Sequence[int] | None = None) -> None:
-        self.model = model.eval().requires_grad_(False)
+        self.model = prepack(model.eval().requires_grad_(False))
         self.tokenizer = tokenizer
         self.name = name
         self.backbone: Any = model.base_model

@@ -23,6 +23,7 @@ from torch import Tensor
 from redraft.decode.accept import accept_chain, accept_greedy
 from redraft.drafts.base import Draft, Proposer, bind, check_fit
 from redraft.errors import UserError
+from redraft.prepack import prepack
 from redraft.sampling import Sampler, draw, warp
 from redraft.target import KeyValueCache, Target
 
@@ -181,7 +182,7 @@ class SpeculativeDecoder(PlainDecoder):
         """
         super().__init__(target, sampler)
         check_fit(draft.config, target)
-        self.draft = bind(draft.eval().to(target.device, target.dtype), target)
+        self.draft = prepack(bind(draft.eval().to(target.device, target.dtype), target))
         self.fixed = greedy_drafts or self.sampler.greedy
         self.vocabulary = self.draft.vocabulary()
 
