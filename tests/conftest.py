@@ -7,7 +7,7 @@ import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -82,15 +82,15 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return build_tokenizer()
 
 
-@pytest.fixture
-def tiny_target() -> Iterator[Callable[..., Target]]:
+@pytest.fixture(scope="session")
+def tiny_target() -> Callable[..., Target]:
     """``tiny_target(architecture="llama", seed=0, taps=None, **config)`` -> a fresh random float32 Target."""
 
     def make(architecture: str = "llama", seed: int = 0, taps: tuple[int, ...] | None = None, **config: Any) -> Target:
         model = build_model(architecture, seed, **config)
         return Target(model, build_tokenizer(), name=f"tiny-{architecture}", taps=taps)
 
-    yield make
+    return make
 
 
 @pytest.fixture

@@ -43,9 +43,10 @@ TOYS = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("toys.py"))
 TOKENS, GAMMA = 16, 3
 
 
-@pytest.fixture
+# Nothing below changes the target, its answers or their features: they are made once.
+@pytest.fixture(scope="module")
 def target(tiny_target) -> Target:
-    return tiny_target("llama", taps=(FINAL,))
+    return tiny_target("llama", num_hidden_layers=3, taps=(FINAL,))
 
 
 def shaken(draft: Eagle1Draft, scale: float = 0.1, seed: int = 3) -> Eagle1Draft:
@@ -65,14 +66,14 @@ def answers(target: Target, count: int, temperature: float = 0.0) -> list[Row]:
     return [row for row in rows if anchors(row)]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def rows(target) -> list[Row]:
     return answers(target, 12)
 
 
-@pytest.fixture
-def store(target, rows, tmp_path) -> FeatureStore:
-    store = FeatureStore(tmp_path / "features", {"target": "tiny", "taps": [FINAL]})
+@pytest.fixture(scope="module")
+def store(target, rows, tmp_path_factory) -> FeatureStore:
+    store = FeatureStore(tmp_path_factory.mktemp("eagle1") / "features", {"target": "tiny", "taps": [FINAL]})
     store.build(target, rows)
     return store
 
@@ -149,9 +150,9 @@ def test_a_new_draft_of_the_same_shape(target):
 # -- decoding --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("shape", ["chain:3", "tree:3x3x8", "batched", "static"])
 def test_greedy_output_is_plain_decoding_token_for_token(shape, target):
+    prompts, plain = TOYS.prompts(4), PlainDecoder(target)
+    expected = [plain.generate(prompt, 20).ids for prompt in prompts]
     for draft in (fresh_eagle1(target), shaken(fresh_eagle1(target), 0.5)):
-        prompts, plain = TOYS.prompts(4), PlainDecoder(target)
-        expected = [plain.generate(prompt, 20).ids for prompt in prompts]
         if shape == "batched":
             found = [done.ids for done in BatchedChainDecoder(target, draft, GAMMA, slots=3).generate(prompts, 20)]
         else:

@@ -31,26 +31,26 @@ J, WORDS, WIDTH = 3, 120, 32
 EXACT = [name for name, loss in LOSSES.items() if not getattr(loss, "sampled", False)]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def target(tiny_target) -> Target:
     return tiny_target("llama")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def rows() -> list[Row]:
     generator = torch.Generator().manual_seed(3)
     texts = [torch.randint(4, 128, (30,), generator=generator).tolist() for _ in range(6)]
     return [Row(f"r{i}", t[:5], t[5 : 12 + 3 * i], 0.0, 0, 1.0, 0, "length", "hash") for i, t in enumerate(texts)]
 
 
-@pytest.fixture
-def store(target, rows, tmp_path) -> FeatureStore:
-    store = FeatureStore(tmp_path / "features", {"target": "tiny"})
+@pytest.fixture(scope="module")
+def store(target, rows, tmp_path_factory) -> FeatureStore:
+    store = FeatureStore(tmp_path_factory.mktemp("objective") / "features", {"target": "tiny"})
     store.build(target, rows)
     return store
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def batch(rows, store) -> Batch:
     return collate(rows, store, J)
 

@@ -40,12 +40,14 @@ GAMMA = 4
 toys: dict[str, Any] = runpy.run_path(str(Path(__file__).parent / "toys.py"))
 
 
-@pytest.fixture
+# Nothing below changes the target, its answers or their features: they are made once. The draft is trained once, and
+# every test gets a copy of its own.
+@pytest.fixture(scope="module")
 def target(tiny_target: Callable[..., Target]) -> Target:
-    return tiny_target("llama")
+    return tiny_target("llama", **toys["SMALL"])
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def rows(target: Target) -> list[Row]:
     plain, found = PlainDecoder(target), []
     for i, prompt in enumerate(toys["prompts"](18)):
@@ -54,20 +56,30 @@ def rows(target: Target) -> list[Row]:
     return [row for row in found if anchors(row)]
 
 
-@pytest.fixture
-def store(target: Target, rows: list[Row], tmp_path: Path) -> FeatureStore:
-    store = FeatureStore(tmp_path / "features", {"target": "tiny"})
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("replay")
+
+
+@pytest.fixture(scope="module")
+def store(target: Target, rows: list[Row], folder: Path) -> FeatureStore:
+    store = FeatureStore(folder / "features", {"target": "tiny"})
     store.build(target, rows)
     return store
 
 
-@pytest.fixture
-def draft(target: Target, rows: list[Row], store: FeatureStore, tmp_path: Path) -> Eagle3Draft:
+@pytest.fixture(scope="module")
+def half_trained(target: Target, rows: list[Row], store: FeatureStore, folder: Path) -> Eagle3Draft:
     """Half trained, so that rounds accept something and lose often."""
     config = TrainConfig(epochs=6, batch_anchors=64, learning_rate=5e-3, optimizer="adamw", gamma=GAMMA)
-    trainer = Trainer(fresh_draft(target, range(120), seed=2), target, store, rows, rows, config, tmp_path / "first")
+    trainer = Trainer(fresh_draft(target, range(120), seed=2), target, store, rows, rows, config, folder / "first")
     trainer.run()
     return trainer.draft
+
+
+@pytest.fixture
+def draft(half_trained: Eagle3Draft) -> Eagle3Draft:
+    return copy.deepcopy(half_trained)
 
 
 # -- the states ------------------------------------------------------------------------------------------------------
@@ -141,17 +153,18 @@ def test_a_floor_reaches_every_state_that_can_be_right(
 
 
 def test_sampled_rows_are_walked_under_their_own_sampler(
-    target: Target, rows: list[Row], store: FeatureStore, draft: Eagle3Draft
+    target: Target, rows: list[Row], store: FeatureStore, draft: Eagle3Draft, tmp_path: Path
 ) -> None:
     sampled = [replace(row, temperature=0.8) for row in rows]
-    store.build(target, sampled)
-    found = replay_states(draft, target, sampled, store, GAMMA, ReplayConfig())
+    theirs = FeatureStore(tmp_path / "sampled", {"target": "tiny"})
+    theirs.build(target, sampled)
+    found = replay_states(draft, target, sampled, theirs, GAMMA, ReplayConfig())
     total = sum(map(anchors, rows))
     assert total / (GAMMA + 1) < found.rounds < total and 0 < found.lost_rounds < found.rounds
     fractions = torch.cat([w.flatten() for w in found.weights.values()])
     assert ((fractions > 0) & (fractions < 1)).any() and fractions.min() >= 0 and fractions.max() <= 1
     # Greedy drafts under a sampling target are the greedy walk over that text.
-    greedy = replay_states(draft, target, sampled, store, GAMMA, ReplayConfig(), greedy_drafts=True)
+    greedy = replay_states(draft, target, sampled, theirs, GAMMA, ReplayConfig(), greedy_drafts=True)
     same = replay_states(draft, target, rows, store, GAMMA, ReplayConfig())
     assert (greedy.rounds, greedy.lost_rounds) == (same.rounds, same.lost_rounds)
 

@@ -27,11 +27,13 @@ def made_up(tmp_path: Path) -> dict[str, Path]:
     return DATA["fabricate"](tmp_path)
 
 
-@pytest.fixture
-def page(made_up: dict[str, Path], tmp_path: Path) -> str:
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("page")
+    made_up = DATA["fabricate"](folder)
     out = build_report(
         [made_up["bench.json"]],
-        tmp_path / "report.html",
+        folder / "report.html",
         made_up["curve.jsonl"],
         made_up["ledger.json"],
         made_up["summary.json"],
@@ -214,18 +216,18 @@ def test_terminal_tables(made_up: dict[str, Path]) -> None:
 
 
 # -- what newer results add ------------------------------------------------------------------------------------------
-@pytest.fixture
-def rich(tmp_path: Path) -> dict[str, Path]:
-    """Files of a result with every addition, a hostile trace and server levels among them."""
+@pytest.fixture(scope="module")
+def rich(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Files of a result with every addition, a hostile trace and server levels among them; nobody changes them."""
     result = DATA["rich_bench"]()
     result["traces"].append(DATA["hostile_trace"]())
     result["server"] = DATA["server"]()
-    return DATA["fabricate"](tmp_path, result)
+    return DATA["fabricate"](tmp_path_factory.mktemp("rich"), result)
 
 
-@pytest.fixture
-def rich_page(rich: dict[str, Path], tmp_path: Path) -> str:
-    return build_report([rich["bench.json"]], tmp_path / "rich.html").read_text(encoding="utf-8")
+@pytest.fixture(scope="module")
+def rich_page(rich: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> str:
+    return build_report([rich["bench.json"]], tmp_path_factory.mktemp("rich") / "r.html").read_text(encoding="utf-8")
 
 
 def part(page: str, key: str) -> str:

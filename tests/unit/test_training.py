@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import runpy
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +23,8 @@ from redraft.teacher.simulate import row_alphas, simulate_greedy_chain, tau_of
 from redraft.teacher.unroll import collate, supervised, unroll
 from redraft.train.loop import TrainConfig, Trainer, batch_order
 
+TOYS = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("toys.py"))))
+
 
 def answers(target: Target, count: int, tokens: int = 24, seed: int = 0) -> list[Row]:
     """Greedy responses of the target to random prompts."""
@@ -31,12 +36,13 @@ def answers(target: Target, count: int, tokens: int = 24, seed: int = 0) -> list
     return rows
 
 
-@pytest.fixture
+# Nothing below changes the target, its answers or their features: they are made once.
+@pytest.fixture(scope="module")
 def target(tiny_target) -> Target:
-    return tiny_target("llama")
+    return tiny_target("llama", **TOYS.SMALL)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def rows(target) -> list[Row]:
     return [row for row in answers(target, 32) if anchors(row)][:24]
 
@@ -46,15 +52,16 @@ def draft(target) -> Eagle3Draft:
     return fresh_draft(target, range(0, 120), seed=2)
 
 
-@pytest.fixture
-def store(target, rows, tmp_path) -> FeatureStore:
-    store = FeatureStore(tmp_path / "features", {"target": "tiny"})
+@pytest.fixture(scope="module")
+def store(target, rows, tmp_path_factory) -> FeatureStore:
+    store = FeatureStore(tmp_path_factory.mktemp("training") / "features", {"target": "tiny"})
     store.build(target, rows)
     return store
 
 
 @pytest.mark.parametrize("kind", ["dense", "split", "merged"])
 def test_the_simulated_chain_is_the_decoded_one(kind, target, rows, store, draft):
+    rows = rows[:12]
     torch.nn.init.normal_(draft.midlayer.mlp.down_proj.weight, std=0.2)
     if kind != "dense":
         draft = attach_private(draft, 16)
