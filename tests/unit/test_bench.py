@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 
 from redraft.decode import make_decoder
@@ -18,6 +23,7 @@ from redraft.sampling import Sampler
 
 PROMPTS = [Prompt(f"p{i}", [5 + i, 9, 40 + i, 7], task="odd" if i % 2 else "even") for i in range(5)]
 SHAPES = ["chain:3", "[[0],[1],[0,0]]", "tree:3x2x5"]
+SMALL = runpy.run_path(str(Path(__file__).with_name("toys.py")))["SMALL"]
 
 
 def measure(target, shape="chain:3", prompts=PROMPTS, **options) -> Measured:
@@ -26,9 +32,17 @@ def measure(target, shape="chain:3", prompts=PROMPTS, **options) -> Measured:
     return bench({"float32": target}, drafts, prompts, config, {})
 
 
+@pytest.fixture(scope="module")
+def measured(tiny_target) -> Callable[[str], Measured]:
+    """``measured(shape)`` -> a benchmark with drafts of that shape, run once."""
+    return functools.cache(
+        lambda shape: measure(tiny_target("llama" if shape == SHAPES[0] else "qwen2", **SMALL), shape)
+    )
+
+
 @pytest.mark.parametrize("shape", SHAPES)
-def test_figures_are_those_of_the_generations(shape, tiny_target):
-    found = measure(tiny_target("llama"), shape)
+def test_figures_are_those_of_the_generations(shape, measured):
+    found = measured(shape)
     result = found.result
     for name, figures in result["drafts"].items():
         runs = found.runs[name]
@@ -50,29 +64,28 @@ def test_figures_are_those_of_the_generations(shape, tiny_target):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_report_reads_the_result(shape, tiny_target):
-    result = measure(tiny_target("qwen2"), shape).result
-    read = parse(BenchResult, result, "result")
+def test_the_report_reads_the_result(shape, measured):
+    read = parse(BenchResult, measured(shape).result, "result")
     assert read.setup.gamma == 3 if shape != SHAPES[1] else 2
     assert read.drafts["new"].by_task["odd"].prompts == 2
 
 
 def test_sampled_decoding_is_named_with_its_drafts(tiny_target):
-    target = tiny_target("llama")
-    setup = measure(target, sampler=Sampler(0.8, 0, 0.9)).result["setup"]
+    target, few = tiny_target("llama", **SMALL), PROMPTS[:2]
+    setup = measure(target, prompts=few, sampler=Sampler(0.8, 0, 0.9)).result["setup"]
     assert setup["sampler"] == "temperature 0.8, top-p 0.9" and setup["draft_tokens"] == "sampled"
-    setup = measure(target, "tree:2x2x3", sampler=Sampler(0.8), greedy_drafts=True).result["setup"]
+    setup = measure(target, "tree:2x2x3", few, sampler=Sampler(0.8), greedy_drafts=True).result["setup"]
     assert setup["draft_tokens"] == "greedy" and setup["shape"] == DynamicTree(2, 2, 3).describe()
 
 
 def test_prompts_without_a_task_have_no_tasks(tiny_target):
     prompts = [Prompt("a", [4, 5, 6]), Prompt("b", [9, 8, 7])]
-    result = measure(tiny_target("llama"), prompts=prompts).result
+    result = measure(tiny_target("llama", **SMALL), prompts=prompts).result
     assert result["drafts"]["old"]["by_task"] == {} and "task" not in result["per_prompt"][0]
 
 
-def test_a_draft_against_itself_gains_nothing_in_tau(tiny_target):
-    runs = measure(tiny_target("llama")).runs
+def test_a_draft_against_itself_gains_nothing_in_tau(measured):
+    runs = measured(SHAPES[0]).runs
     assert gains({"a": runs["old"], "b": runs["old"]}, ["a", "b"])["b over a"]["tau"]["value"] == 0
 
 
@@ -92,7 +105,7 @@ def test_the_default_shape_is_a_chain():
 
 
 def test_steps_of_fixed_shapes_are_measured_like_others(tiny_target):
-    target = tiny_target("llama")
+    target = tiny_target("llama", **SMALL)
     static = StaticTarget(target, (1, 4), 40)
     drafts = {"new": fresh_draft(target, range(0, 120), 1)}
     config = BenchConfig(ChainShape(3), max_new_tokens=20, contest_prompts=1)

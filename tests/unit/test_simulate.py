@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,6 +26,7 @@ from redraft.teacher.simulate import (
     visits,
 )
 
+SMALL = runpy.run_path(str(Path(__file__).with_name("toys.py")))["SMALL"]
 GAMMA, TOKENS, DECODINGS = 3, 12, 120
 SAMPLERS = (Sampler(1.0), Sampler(0.7, top_k=20, top_p=0.9))
 
@@ -107,9 +110,9 @@ def test_visits_of_certain_rounds_are_the_walk():
 
 
 # -- real decoding -----------------------------------------------------------------------------------------------------
-@pytest.fixture
+@pytest.fixture(scope="module")
 def target(tiny_target) -> Target:
-    return tiny_target("llama")
+    return tiny_target("llama", **SMALL)
 
 
 @pytest.fixture
