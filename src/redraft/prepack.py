@@ -17,6 +17,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 # Copies beyond this cost more memory than they save time; models of that size are decoded on a GPU.
 MOST_BYTES = 4 * 2**30
+# Reaching the kernel takes some 25 microseconds a call; for smaller weights that is more than the reordering.
+LEAST_NUMBERS = 2**17
 # The order is chosen for this many rows a product; what is best for a few is no worse for one or for thousands.
 ROWS = 16
 
@@ -37,12 +39,12 @@ def prepack(module: AnyModule) -> AnyModule:
     """The same module; products of its linear layers use packed weights wherever no gradient is wanted.
 
     What the module computes stays the same up to rounding; its parameters, state and file are untouched. A module
-    that is too large (``MOST_BYTES``) is left alone.
+    that is too large (``MOST_BYTES``) is left alone, and so are layers that are too small (``LEAST_NUMBERS``).
     """
     layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
     if available() and sum(layer.weight.nbytes for layer in layers) <= MOST_BYTES:
         for layer in layers:
-            if "forward" not in layer.__dict__:
+            if layer.weight.numel() >= LEAST_NUMBERS and "forward" not in layer.__dict__:
                 layer.forward = PackedForward(layer)  # type: ignore[method-assign,assignment]
     return module
 

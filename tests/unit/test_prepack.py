@@ -20,6 +20,11 @@ pytestmark = pytest.mark.skipif(not module.available(), reason="this build of to
 TYPES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
+@pytest.fixture(autouse=True)
+def small_layers_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LEAST_NUMBERS", 0)
+
+
 def layer(dtype: torch.dtype = torch.float32, bias: bool = True, inputs: int = 48, outputs: int = 80) -> nn.Linear:
     torch.manual_seed(0)
     return nn.Linear(inputs, outputs, bias=bias).to(dtype).requires_grad_(False)
@@ -123,6 +128,12 @@ def test_copies_and_files_hold_no_packed_weight():
 def test_large_modules_are_left_alone(monkeypatch):
     monkeypatch.setattr(module, "MOST_BYTES", 4 * 48 * 80 - 1)
     assert "forward" not in prepack(layer()).__dict__
+
+
+def test_small_layers_are_left_alone(monkeypatch):
+    monkeypatch.setattr(module, "LEAST_NUMBERS", 48 * 80)
+    packed = prepack(nn.Sequential(layer(), layer(outputs=79)))
+    assert ["forward" in one.__dict__ for one in packed] == [True, False]
 
 
 def test_a_build_that_cannot_pack_leaves_layers_alone(monkeypatch):
