@@ -5,8 +5,10 @@ Shared by regeneration (which tries again) and the server benchmark (which never
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import ssl
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,6 +26,14 @@ class Passing(Exception):
 
 class Refused(Exception):
     """This request cannot be answered, however often it is asked."""
+
+
+@functools.cache
+def _certificates() -> ssl.SSLContext:
+    """What httpx checks certificates against, read once: it takes longer than many a request."""
+    import httpx
+
+    return httpx.create_ssl_context()
 
 
 class Connection:
@@ -50,7 +60,12 @@ class Connection:
         limits = httpx.Limits(max_connections=self.connections, max_keepalive_connections=self.connections)
         timeout = httpx.Timeout(self.timeout, connect=min(10.0, self.timeout))
         self._client = httpx.Client(
-            base_url=self.url, headers=self._headers, limits=limits, timeout=timeout, follow_redirects=True
+            base_url=self.url,
+            headers=self._headers,
+            limits=limits,
+            timeout=timeout,
+            follow_redirects=True,
+            verify=_certificates(),
         )
 
     def close(self) -> None:
