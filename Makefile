@@ -76,7 +76,7 @@ lint: $(VENV)/.dev
 
 # The quick parts first, whole commands last; one worker a core, for every test is single-threaded.
 test: lint
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal $(wildcard tests/unit tests/contracts tests/artifacts tests/e2e)
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal $(wildcard tests/unit tests/contracts tests/artifacts tests/integration tests/e2e)
 
 vllm-check: $(VLLM_VENV)/.made $(VENV)/.quickstart
 	PYTHON=$(BIN)/python VLLM_PYTHON=$(VLLM_BIN)/python OUT=$(OUT) bash runs/vllm-check.sh

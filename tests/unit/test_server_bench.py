@@ -26,6 +26,12 @@ FAKE, PROMPTS, LIMIT, settings, run, plans = RIG.FAKE, RIG.PROMPTS, RIG.LIMIT, R
 Make = Callable[..., Any]
 
 
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counters that will never agree are not waited for as long as real ones."""
+    monkeypatch.setattr("redraft.evaluate.load.SETTLE_SECONDS", 0.1)
+
+
 # -- a paired run ----------------------------------------------------------------------------------------------------
 def test_figures_come_from_differences_of_the_counters(fake: Make) -> None:
     plain, aligned = fake("vllm", False), fake("vllm")
@@ -222,6 +228,7 @@ def test_the_plain_server_needs_none(fake: Make) -> None:
     assert alone["drafts"] == {} and alone["plain"]["server"]["tokens_per_second"]["value"] > 0
 
 
+@pytest.mark.usefixtures("hurried")
 def test_a_plain_server_that_drafts_and_a_draft_that_does_not(fake: Make) -> None:
     with pytest.raises(UserError, match="is called plain but drafts; start it without speculation"):
         run({"plain": fake()})
@@ -231,6 +238,7 @@ def test_a_plain_server_that_drafts_and_a_draft_that_does_not(fake: Make) -> Non
         run({"new": idle}, PROMPTS[:1])
 
 
+@pytest.mark.usefixtures("hurried")
 @pytest.mark.parametrize("how", ["smaller counts", "another process"])
 @pytest.mark.parametrize("concurrency", [1, 2])
 def test_a_restart_in_between_is_noticed(fake: Make, how: str, concurrency: int) -> None:
