@@ -28,8 +28,10 @@ Propose = Callable[[Tensor, Tensor], Tensor]
 def fixed(target: Tensor, draft: Tensor, ids: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """The rule of greedy drafts: the target draws at every position, the proposals that equal its draws are kept."""
     own = torch.stack([draw(target[:, g], uniforms[:, g]) for g in range(G + 1)], 1)
-    pairs = [accept_greedy(*both) for both in zip(own.tolist(), ids.tolist(), strict=True)]
-    return tuple(torch.tensor(pairs).unbind(1))
+    # The rule decides about one chain at a time, and many of them are alike: each case is decided once.
+    cases, case_B = torch.cat([own, ids], 1).unique(dim=0, return_inverse=True)
+    pairs = [accept_greedy(case[: G + 1], case[G + 1 :]) for case in cases.tolist()]
+    return tuple(torch.tensor(pairs)[case_B].unbind(1))
 
 
 def likeliest(draft_BV: Tensor, uniform_B: Tensor) -> Tensor:

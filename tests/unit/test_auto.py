@@ -53,12 +53,15 @@ def test_walked_tau_is_that_of_decoding(pair):
     runs = run_lengths(target, draft, rows, 6)
     taus = []
     for gamma in (1, 2, 4, 6):
-        decoder = make_decoder(target, draft, ChainShape(gamma))
-        decoded = [decoder.generate(row.prompt_ids, 24) for row in rows]
+        decoder, decoded = make_decoder(target, draft, ChainShape(gamma)), []
+        generate = decoder.generate
+        decoder.generate = lambda *rest, generate=generate, kept=decoded: kept.append(generate(*rest)) or kept[-1]
+        tau = decoded_tau(decoder, [row.prompt_ids for row in rows], 24)
         tokens, rounds = sum(len(g.ids) - 1 for g in decoded), sum(len(g.rounds) for g in decoded)
         taus.append(chain_tau(runs, gamma))
+        assert len(decoded) == len(rows)
         assert taus[-1] == pytest.approx(tokens / rounds)
-        assert decoded_tau(decoder, [row.prompt_ids for row in rows], 24) == pytest.approx(taus[-1])
+        assert tau == pytest.approx(taus[-1])
     assert taus == sorted(taus) and taus[0] < taus[-1], "longer chains must keep more, or nothing was compared"
 
 

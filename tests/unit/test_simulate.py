@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import runpy
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -115,10 +117,14 @@ def target(tiny_target) -> Target:
     return tiny_target("llama", **SMALL)
 
 
-@pytest.fixture
-def draft(target) -> Eagle3Draft:
+def usual_draft(target: Target) -> Eagle3Draft:
     """Starts from the target's own late features and head, which is enough for some acceptance; 120 of 128 words."""
     return fresh_draft(target, range(0, 120), seed=2)
+
+
+@pytest.fixture
+def draft(target) -> Eagle3Draft:
+    return usual_draft(target)
 
 
 def prompt(index: int) -> list[int]:
@@ -137,13 +143,23 @@ def features(target: Target, rows: list[Row], folder) -> FeatureStore:
     return store
 
 
+@pytest.fixture(scope="module")
+def decoded(target) -> Callable[[Sampler], list[Generation]]:
+    """``decoded(sampler)`` -> what a chain decoder makes of the prompts, made once."""
+
+    @functools.cache
+    def decode(sampler: Sampler) -> list[Generation]:
+        decoder = ChainDecoder(target, usual_draft(target), GAMMA, sampler)
+        return [decoder.generate(prompt(i % 8), TOKENS, seed=i) for i in range(DECODINGS)]
+
+    return decode
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda s: s.describe())
-def test_expected_rounds_are_those_of_real_decoding(sampler, target, draft, tmp_path):
+def test_expected_rounds_are_those_of_real_decoding(sampler, target, draft, decoded, tmp_path):
     """Given each decoded text, rounds minus their expectation has mean 0; the bound is 4 standard errors."""
-    decoder = ChainDecoder(target, draft, GAMMA, sampler)
     rows, rounds = [], {}
-    for i in range(DECODINGS):
-        done = decoder.generate(prompt(i % 8), TOKENS, seed=i)
+    for i, done in enumerate(decoded(sampler)):
         row = as_row(i, done, prompt(i % 8), sampler)
         rows.append(row)
         rounds[row.key] = len(done.rounds)
@@ -158,17 +174,16 @@ def test_expected_rounds_are_those_of_real_decoding(sampler, target, draft, tmp_
     assert 4 * error < 0.15 * np.mean(list(expected.values()))
 
 
-def test_texts_of_plain_decoding_give_the_same_tau(target, draft, tmp_path):
+def test_texts_of_plain_decoding_give_the_same_tau(target, draft, decoded, tmp_path):
     sampler = Sampler(1.0)
-    plain, chain = PlainDecoder(target, sampler), ChainDecoder(target, draft, GAMMA, sampler)
+    plain = PlainDecoder(target, sampler)
     rows = [
         as_row(i, plain.generate(prompt(i % 8), TOKENS, seed=1000 + i), prompt(i % 8), sampler)
         for i in range(DECODINGS)
     ]
     rows = [row for row in rows if anchors(row)]
     expected = expected_rounds_sampled(draft, target, rows, features(target, rows, tmp_path), GAMMA, sampler)
-    decoded = [chain.generate(prompt(i % 8), TOKENS, seed=i) for i in range(DECODINGS)]
-    pairs = np.array([[len(g.ids) - 1, len(g.rounds)] for g in decoded if g.rounds], dtype=float)
+    pairs = np.array([[len(g.ids) - 1, len(g.rounds)] for g in decoded(sampler) if g.rounds], dtype=float)
     ours = np.array([[anchors(row), expected[row.key]] for row in rows])
 
     def ratio_and_error(values: np.ndarray) -> tuple[float, float]:

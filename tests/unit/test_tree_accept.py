@@ -72,12 +72,13 @@ def fixed(target_of: Callable, draft_of: Callable, children: Tensor, ids: Tensor
     rows = torch.arange(len(ids))
     # A node's draw may share its uniform with other nodes' of the same depth: at most one of them is visited.
     own = torch.stack([draw(target_of(rows * 0 + n), uniforms[:, d]) for n, d in enumerate(TREE.depths)], 1)
-    nodes, following = [], []
-    for chosen, tokens in zip(own.tolist(), ids[:, 1:].tolist(), strict=True):
-        path, token = follow_tree(chosen.__getitem__, TREE.by_token(tokens))
-        nodes.append(path[-1] if path else 0)
-        following.append(token)
-    return torch.tensor(nodes), torch.tensor(following)
+    # The rule decides about one tree at a time, and many of them are alike: each case is decided once.
+    cases, case_B = torch.cat([own, ids[:, 1:]], 1).unique(dim=0, return_inverse=True)
+    decided = []
+    for case in cases.tolist():
+        path, token = follow_tree(case[: len(TREE)].__getitem__, TREE.by_token(case[len(TREE) :]))
+        decided.append((path[-1] if path else 0, token))
+    return tuple(torch.tensor(decided)[case_B].unbind(1))
 
 
 def right_forget(d: Tensor, x: Tensor) -> Tensor:
