@@ -8,16 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from redraft.artifact import save_draft
-from redraft.drafts.eagle3 import fresh_draft
-from redraft.loading import tokenizer_hash
-
 WORDS = "one two three four five six seven eight nine ten apples pears boxes cost each are there how many".split()
 
 
 @pytest.fixture
 def world(tiny_target, tmp_path) -> Path:
     """A folder with ``target``, ``draft`` and ``prompts.jsonl`` (40 different prompts)."""
+    # Here for the reason that ``tests/conftest.py`` gives.
+    from redraft.artifact import save_draft
+    from redraft.drafts.eagle3 import fresh_draft
+    from redraft.loading import tokenizer_hash
+
     folder = tmp_path / "world"
     target = tiny_target("llama", taps=(1, 3, 5))
     target.save(folder / "target")

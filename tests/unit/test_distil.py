@@ -27,7 +27,7 @@ from redraft.train.distil import DistilConfig, Distillation, MixedSteps, distil,
 from redraft.train.supervision import StateTeacher, TokenTeacher, TopTeacher
 
 HERE = Path(__file__).parents[1]
-build_model = runpy.run_path(str(HERE / "conftest.py"))["build_model"]
+build_model = runpy.run_path(str(HERE / "tiny_models.py"))["build_model"]
 CONFIG = DistilConfig(
     batch_anchors=64, micro_tokens=64, epochs=1.0, evaluate_every=3, gamma=3, text_share=0.0, precision="float32",
     learning_rate=3e-3, save_seconds=0.0,

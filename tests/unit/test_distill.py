@@ -23,7 +23,7 @@ from redraft.target import Target
 from redraft.train.checkpoint import Checkpoint
 
 HERE = Path(__file__).parents[1]
-shared = runpy.run_path(str(HERE / "conftest.py"))
+shared = runpy.run_path(str(HERE / "tiny_models.py"))
 Server = runpy.run_path(str(HERE / "unit" / "test_logprobs.py"))["Server"]
 
 

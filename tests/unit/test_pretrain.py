@@ -20,7 +20,7 @@ from redraft.train.causal import CausalModel
 from redraft.train.checkpoint import Checkpoint
 from redraft.train.pretrain import PretrainConfig, perplexity, pretrain
 
-build_model = runpy.run_path(str(Path(__file__).parents[1] / "conftest.py"))["build_model"]
+build_model = runpy.run_path(str(Path(__file__).parents[1] / "tiny_models.py"))["build_model"]
 CONFIG = PretrainConfig(
     tokens=12 * 128, length=32, batch_tokens=128, micro_tokens=64, heldout_tokens=128, evaluate_every=5,
     precision="float32", learning_rate=3e-3, save_seconds=0.0,
