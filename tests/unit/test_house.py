@@ -22,7 +22,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("data",),
     ("loading",),
     ("drafts", "target", "losses", "slots"),
-    ("metrics", "sampling", "artifact", "provenance"),
+    ("metrics", "sampling", "artifact", "provenance", "prepack"),
     ("registry", "progress"),
     ("errors",),
 )

@@ -67,7 +67,7 @@ def quickstart_config(out: Path, train: int = 344, evaluation: int = 16) -> Adap
             "gamma": 3,
             "rank": 84,
             "start": "vocabulary",
-            "train": {"epochs": 6, "batch_anchors": 768, "learning_rate": 4e-3, "evaluate_every": 60},
+            "train": {"epochs": 8, "batch_anchors": 768, "learning_rate": 4e-3, "evaluate_every": 60},
             "exports": ("vllm", "plain"),
         }
     )
