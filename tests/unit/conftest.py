@@ -10,6 +10,12 @@ from typing import Any
 import pytest
 
 
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A report page holds empty pictures: drawing them takes most of the time, and many tests read its text alone."""
+    monkeypatch.setattr("redraft.report.plots._svg", lambda figure, name, about: "<svg></svg>")
+
+
 @pytest.fixture(scope="session")
 def fake_server() -> Any:
     """The class of the server that answers by known rules."""

@@ -33,7 +33,7 @@ COSTS = Costs(1.0, {1: RoundCost(0.1, 1.0), 4: RoundCost(0.4, 1.3)})
 
 @pytest.fixture
 def pair(tiny_target) -> tuple[Target, Eagle3Draft, list[Prompt]]:
-    target = tiny_target("llama", initializer_range=0.05)
+    target = tiny_target("llama", initializer_range=0.05, num_hidden_layers=3, taps=(1, 2, 3))
     prompts = [Prompt(str(i), [5 + i, 9, 70 - i, 33]) for i in range(4)]
     return target, fresh_draft(target, list(range(120)), seed=1), prompts
 

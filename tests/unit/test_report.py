@@ -271,6 +271,7 @@ def test_every_picture_speaks(rich_page: str) -> None:
     assert any("gsm8k: stale 1.43, aligned 2.58" in found[1] for found in spoken if found)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_scores_that_differ_are_said_so(tmp_path: Path) -> None:
     result = DATA["rich_bench"]()
     result["drafts"]["stale"]["quality"]["gsm8k"]["correct"] = 4
@@ -281,6 +282,7 @@ def test_scores_that_differ_are_said_so(tmp_path: Path) -> None:
     assert "same on every task, though 2 verdicts changed" in part(page, "quality")
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_divergence_that_is_no_near_tie_is_counted_apart(tmp_path: Path) -> None:
     result = DATA["rich_bench"]()
     result["drafts"]["aligned"]["divergence"] |= {"identical": 15, "near_ties": 6}

@@ -139,6 +139,7 @@ def _flow(page: str, trace: int, column: int) -> str:
     return body.split('<div class="flow">')[column + 1].split("</div>")[0]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_the_page_holds_every_token_in_order_with_its_kind(tmp_path: Path) -> None:
     result = DATA["rich_bench"]()
     page = _page(tmp_path, result)
@@ -157,6 +158,7 @@ def test_the_page_holds_every_token_in_order_with_its_kind(tmp_path: Path) -> No
             assert re.sub(r"<[^>]*>", "", flow) == "".join(text for _, text in shown)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_no_token_acts(tmp_path: Path) -> None:
     result = DATA["rich_bench"]()
     result["traces"] = [DATA["hostile_trace"]()]
@@ -170,6 +172,7 @@ def test_no_token_acts(tmp_path: Path) -> None:
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", page)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_notes_say_what_is_left_out(tmp_path: Path) -> None:
     result = DATA["rich_bench"]()
     result["traces"] = DATA["traces"](MAX_TRACES + 3)
@@ -182,6 +185,7 @@ def test_notes_say_what_is_left_out(tmp_path: Path) -> None:
     assert page.count('class="trace"') == MAX_TRACES
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_tree_is_told_from_a_chain(tmp_path: Path) -> None:
     result = DATA["rich_bench"]()
     result["setup"]["shape"] = "dynamic tree, depth 2, top-k 3, 6 nodes"

@@ -57,7 +57,7 @@ def operations(run: Callable[[], Any]) -> Shapes:
 @pytest.mark.parametrize("length", [1, 9, 30])
 def test_a_static_step_equals_a_dynamic_one(length, architecture, tiny_target):
     """States, taps and cache contents of every width and of a padded one, each after a roll-back."""
-    target = tiny_target(architecture)
+    target = tiny_target(architecture, num_hidden_layers=3, taps=(1, 2, 3))
     quick = StaticTarget(target, WIDTHS)
     cache, buffers = target.new_cache(48), quick.new_cache(48)
     prompt = ids(length)
@@ -142,7 +142,7 @@ def test_the_draft_chain_has_the_same_shapes_everywhere(tiny_target):
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
 def test_static_chains_decode_what_dynamic_ones_decode(architecture, tiny_target):
     """Also the next request in the same buffers, shorter and then longer than the first."""
-    target = tiny_target(architecture, initializer_range=0.05)
+    target = tiny_target(architecture, initializer_range=0.05, num_hidden_layers=3, taps=(1, 2, 3))
     draft = make(target)
     quick, plain = StaticChainDecoder(target, draft, 4, capacity=20), PlainDecoder(StaticTarget(target, (1,)))
     accepted = 0
@@ -156,7 +156,7 @@ def test_static_chains_decode_what_dynamic_ones_decode(architecture, tiny_target
 
 @pytest.mark.parametrize("greedy_drafts", [False, True])
 def test_static_chains_sample_what_dynamic_ones_sample(greedy_drafts, tiny_target):
-    target = tiny_target("llama", initializer_range=0.1)
+    target = tiny_target("llama", initializer_range=0.1, num_hidden_layers=3, taps=(1, 2, 3))
     draft, sampler, prompt = make(target), Sampler(0.8), ids(6)[0].tolist()
     quick = StaticChainDecoder(target, draft, 3, sampler, greedy_drafts)
     slow = ChainDecoder(target, draft, 3, sampler, greedy_drafts=greedy_drafts)
