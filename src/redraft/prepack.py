@@ -9,6 +9,7 @@ The packed weight is a copy. It follows its weight: one that was trained, loaded
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, TypeVar
 
 import torch
@@ -53,16 +54,18 @@ class PackedForward:
     """The forward of one linear layer: packed where that is possible and no gradient is wanted, else its own."""
 
     def __init__(self, layer: nn.Linear) -> None:
-        self.layer = layer
+        # The layer holds this; a reference back would keep a target's weights until the next garbage collection.
+        self.layer = weakref.ref(layer)
         self.packed: Tensor | None = None
         self.storage: StorageWeakRef | None = None
         self.version = 0
 
     def __call__(self, x: Tensor) -> Tensor:
         """The layer's output [..., out] for inputs [..., in]."""
-        layer = self.layer
+        layer = self.layer()
+        assert layer is not None
         weight = layer.weight
-        if torch.is_grad_enabled() or not self.fits(x, weight):
+        if torch.is_grad_enabled() or not self.fits(x, layer):
             return type(layer).forward(layer, x)
         # An optimiser's step raises the version; a module that moves to another type gets another storage. The weak
         # reference keeps nothing alive, but as long as it is held no new storage can have the old one's identity.
@@ -72,8 +75,9 @@ class PackedForward:
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, layer.bias, "none", [], "")
 
-    def fits(self, x: Tensor, weight: Tensor) -> bool:
+    def fits(self, x: Tensor, layer: nn.Linear) -> bool:
         """Whether the kernel takes this product as it stands."""
+        weight = layer.weight
         return (
             x.dtype == weight.dtype
             and x.dtype in (torch.float32, torch.bfloat16)
@@ -82,9 +86,12 @@ class PackedForward:
             and x.numel() > 0
             and not torch.is_autocast_enabled("cpu")
             and not weight.is_inference()
-            and getattr(self.layer, "low_rank", None) is None
+            and getattr(layer, "low_rank", None) is None
         )
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies pack for themselves: a packed weight is neither copied nor written."""
-        return {"layer": self.layer, "packed": None, "storage": None, "version": 0}
+        return {"layer": self.layer()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["layer"])  # type: ignore[misc]

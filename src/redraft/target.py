@@ -10,7 +10,7 @@ Shape legend: B batch, T new tokens, C cached tokens, H hidden size, K taps, V v
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -198,19 +198,10 @@ class Target:
         self.taps = tuple(taps)
         for k in sorted({*taps} - {FINAL}):
             if k == 0:
-                hook = self.backbone.layers[0].register_forward_pre_hook(self._catch_input, with_kwargs=True)
+                hook = self.backbone.layers[0].register_forward_pre_hook(_catch_input(self._caught), with_kwargs=True)
             else:
-                hook = self.backbone.layers[k - 1].register_forward_hook(self._catch_output(k))
+                hook = self.backbone.layers[k - 1].register_forward_hook(_catch_output(self._caught, k))
             self._hooks.append(hook)
-
-    def _catch_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._caught[0] = args[0] if args else kwargs["hidden_states"]
-
-    def _catch_output(self, k: int) -> Any:
-        def catch(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            self._caught[k] = output[0] if isinstance(output, tuple) else output
-
-        return catch
 
     # -- forward -----------------------------------------------------------------------------------------------
     def new_cache(self, capacity: int) -> KeyValueCache:
@@ -274,6 +265,22 @@ class Target:
         self.model.save_pretrained(folder)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
+
+
+# Hooks know where to put what they catch, and not whose hooks they are: a target that refers to itself would keep its
+# weights in memory until the next garbage collection.
+def _catch_input(caught: dict[int, Tensor]) -> Callable[..., None]:
+    def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        caught[0] = args[0] if args else kwargs["hidden_states"]
+
+    return catch
+
+
+def _catch_output(caught: dict[int, Tensor], k: int) -> Callable[..., None]:
+    def catch(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        caught[k] = output[0] if isinstance(output, tuple) else output
+
+    return catch
 
 
 def default_taps(layers: int) -> tuple[int, int, int]:

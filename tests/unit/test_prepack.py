@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import weakref
 
 import pytest
 import torch
@@ -114,7 +115,7 @@ def test_copies_and_files_hold_no_packed_weight():
     with torch.no_grad():
         expected = packed(x)
         twin = copy.deepcopy(packed)
-        assert all(isinstance(one.forward, PackedForward) and one.forward.layer is one for one in twin)
+        assert all(isinstance(one.forward, PackedForward) and one.forward.layer() is one for one in twin)
         assert all(one.forward.packed is None for one in twin)
         twin[0].weight.zero_()
         assert torch.equal(packed(x), expected), "a copy shares nothing"
@@ -123,6 +124,13 @@ def test_copies_and_files_hold_no_packed_weight():
         file.seek(0)
         assert torch.equal(torch.load(file, weights_only=False)(x), expected)
     assert set(packed.state_dict()) == {"0.weight", "0.bias", "1.weight", "1.bias"}
+
+
+def test_a_dropped_module_is_freed_at_once():
+    packed = prepack(layer())
+    gone = weakref.ref(packed)
+    del packed
+    assert gone() is None
 
 
 def test_large_modules_are_left_alone(monkeypatch):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -195,3 +198,17 @@ def test_the_content_hash_tells_models_apart_and_dtypes_not(tiny_target: Callabl
     changed.backbone.layers[3].mlp.down_proj.weight.add_(0.05)
     assert changed.content_hash() != first
     assert Target(tiny_target(architecture).model.to(torch.bfloat16)).content_hash() == first
+
+
+def test_a_target_that_is_dropped_is_freed_at_once(tiny_target: Callable, architecture: str) -> None:
+    """Two targets need twice the memory, and a garbage collection comes when it comes."""
+    target = Target(copy.deepcopy(tiny_target(architecture).model), taps=(0, 1, 2))
+    target.forward(torch.tensor([[1, 2, 3]]))
+    weight = weakref.ref(target.head.weight)
+    gc.collect()
+    gc.disable()
+    try:
+        del target
+        assert weight() is None
+    finally:
+        gc.enable()

@@ -28,7 +28,7 @@ from redraft.pipeline.models import OpenDraft, contestants, open_draft, open_tar
 from redraft.pipeline.replay import replay
 from redraft.pipeline.sources import Source
 from redraft.pipeline.stages import Say, build_features, check_merge, half, run_training, save_trained
-from redraft.pipeline.starts import StartContext, StartResult, apply_start
+from redraft.pipeline.starts import StartContext, StartResult, apply_start, start_needs
 from redraft.progress import progress_bar
 from redraft.report.page import build_report
 from redraft.select import ScoringContext, parse_scorer
@@ -176,7 +176,9 @@ class AdaptRun:
             return StartResult(copy.deepcopy(self.stale.draft))
         with self.ledger.stage(f"start {c.start}") as entry, progress_bar(f"start {c.start}", None) as progress:
             general = self.rows(Path(c.general)) if c.general else []
-            context = StartContext(self.target, self.base_target, rows, general, c.gamma, c.seed, progress.update)
+            # Opened only where it is asked for: a second target is the largest thing in memory.
+            base = self.base_target if "base_target" in start_needs(c.start) else None
+            context = StartContext(self.target, base, rows, general, c.gamma, c.seed, progress.update)
             started = apply_start(c.start, self.stale.draft, context)
             entry.add(started.tokens, started.flops, provenance.FORWARD_FORMULA)
         self.target.tap(started.draft.config.taps)

@@ -129,6 +129,11 @@ def parse_start(text: str) -> list[str]:
     return names
 
 
+def start_needs(text: str) -> frozenset[str]:
+    """What the starts that ``text`` names need of the context. Raises ``UserError`` for an unknown name."""
+    return frozenset().union(*(STARTS.get(name).needs for name in parse_start(text)))
+
+
 def apply_start(text: str, draft: Any, context: StartContext) -> StartResult:
     """Run the starts that ``text`` names, one after the other; ``draft`` itself stays as it is.
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from redraft.decode.tree import check_drafts, parse_shape
 from redraft.drafts.groups import PrivateSize
 from redraft.errors import UserError
-from redraft.pipeline.starts import STARTS, parse_start
+from redraft.pipeline.starts import parse_start, start_needs
 from redraft.pipeline.study.sources import parse_source
 from redraft.select import parse_scorer
 from redraft.select.rules import parse_budget
@@ -163,7 +163,7 @@ class StartEntry(Strict):
     @property
     def needs(self) -> frozenset[str]:
         """What the starts cannot do without: "base_target", "rows"."""
-        return frozenset().union(*(STARTS.get(name).needs for name in parse_start(self.start)))
+        return start_needs(self.start)
 
 
 class General(Strict):
