@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from redraft.errors import UserError
 from redraft.evaluate.statistics import paired_ratio, paired_recovery, ratio_of_sums
 from redraft.evaluate.study import derive, mean_of_taus
+from redraft.pipeline.study.tables import write_full
 from redraft.report.study import label, markdown, ranged, table
 from redraft.report.study_plots import kept_curves, pictures, training_curves, width_curves
 
@@ -178,3 +180,35 @@ def test_markdown_and_pictures() -> None:
     assert label({**rows[2], "loss": "tv", "start": "ridge"}) == "fc; own; loss tv; start ridge"
     assert ranged({"value": None, "low": None, "high": None}) == ranged(None)
     assert table(["a|b"], [["c"]]).startswith("| a\\|b |") and table(["a"], []) == ""
+
+
+def test_recovery_on_the_same_data_is_held_against_full_from_the_same_start_where_that_was_run() -> None:
+    strong = [12.0, 8.0, 16.0, 4.0]
+    results = study(
+        stale("a", STALE),
+        cell("a", "full", FULL),
+        cell("a", "full", strong, start="vocabulary"),
+        cell("a", "fc", FIRST, start="vocabulary"),
+        cell("a", "fc", SECOND, start="delta"),
+    )
+    rows = derive(results)["pooled"]
+    started, other = rows[-2], rows[-1]
+    assert started["recovery"] == paired_recovery((TOKENS, FIRST), (TOKENS, STALE), (TOKENS, FULL)).to_dict()
+    assert (
+        started["recovery_same_data"] == paired_recovery((TOKENS, FIRST), (TOKENS, STALE), (TOKENS, strong)).to_dict()
+    )
+    assert other["recovery_same_data"] == other["recovery"], "no full from that start: the old draft as it is"
+
+
+def test_the_strongest_full_is_what_a_summary_names(tmp_path: Path) -> None:
+    weak, strong = cell("a", "full", FULL), cell("a", "full", [12.0, 8.0, 16.0, 4.0], start="vocabulary")
+    results = study(stale("a", STALE), weak | {"rows": 7}, strong | {"rows": 9}, cell("a", "fc", [9.0, 5.0, 9.0, 2.0]))
+    results["figures"] = derive(results)
+    write_full(results, tmp_path / "full.json", "study made up")
+    found = json.loads((tmp_path / "full.json").read_text())
+    assert found["tau"] == sum(TOKENS) / 40.0
+    assert "9 answers" in found["from"] and "from start vocabulary, measured on 4 others" in found["from"]
+    results["figures"]["pooled"] = [row for row in results["figures"]["pooled"] if row["method"] != "full"]
+    with pytest.raises(UserError, match="a cell of the method full"):
+        write_full(results, tmp_path / "none.json", "study made up")
+    assert not (tmp_path / "none.json").exists()

