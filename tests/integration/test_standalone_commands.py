@@ -32,7 +32,7 @@ from redraft.pipeline.steps import export_folder, merge_folder, read_draft, targ
 from redraft.report.load import BenchResult, parse
 from redraft.sampling import Sampler
 
-TOYS = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("toys.py"))))
+TOYS = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "unit" / "toys.py")))
 PROMPTS = [Prompt(f"p{i}", ids) for i, ids in enumerate(TOYS.prompts(4))]
 IDS = torch.arange(4, 24)[None]
 
