@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import runpy
 import subprocess
 from pathlib import Path
 
@@ -179,3 +180,13 @@ def test_tracked_text_names_no_registry_host_and_no_workplace_path() -> None:
 )
 def test_the_text_rule_itself(line: str, caught: bool) -> None:
     assert any(pattern.search(line) for pattern in FORBIDDEN) == caught
+
+
+SCRIPTS = sorted(path for folder in ("benchmarks", "runs") for path in (ROOT / folder).glob("*.py"))
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_scripts_load(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a script takes from the package is there. Nothing runs it between two measurements."""
+    monkeypatch.syspath_prepend(str(path.parent))
+    assert callable(runpy.run_path(str(path), run_name="loaded")["main"])
