@@ -38,8 +38,7 @@ from redraft.errors import UserError
 from redraft.evaluate.divergence import Divergence, explain, summary
 from redraft.evaluate.speed import Prompt
 from redraft.evaluate.statistics import ratio_of_sums
-from redraft.pipeline.models import template_prompts
-from redraft.pipeline.models import open_draft, open_target
+from redraft.pipeline.models import open_draft, open_target, template_prompts
 from redraft.progress import Progress, progress_bar
 from redraft.target import Target
 
