@@ -40,9 +40,11 @@ def prepack(module: AnyModule) -> AnyModule:
     """The same module; products of its linear layers use packed weights wherever no gradient is wanted.
 
     What the module computes stays the same up to rounding; its parameters, state and file are untouched. A module
-    that is too large (``MOST_BYTES``) is left alone, and so are layers that are too small (``LEAST_NUMBERS``).
+    that is too large (``MOST_BYTES``) is left alone, and so are layers that are too small (``LEAST_NUMBERS``) or on
+    another device, where each call would only cost the look.
     """
-    layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
+    linear = (layer for layer in module.modules() if isinstance(layer, nn.Linear))
+    layers = [layer for layer in linear if layer.weight.device.type == "cpu"]
     if available() and sum(layer.weight.nbytes for layer in layers) <= MOST_BYTES:
         for layer in layers:
             if layer.weight.numel() >= LEAST_NUMBERS and "forward" not in layer.__dict__:

@@ -144,6 +144,10 @@ def test_small_layers_are_left_alone(monkeypatch):
     assert ["forward" in one.__dict__ for one in packed] == [True, False]
 
 
+def test_layers_on_another_device_are_left_alone():
+    assert "forward" not in prepack(layer().to("meta")).__dict__
+
+
 def test_a_build_that_cannot_pack_leaves_layers_alone(monkeypatch):
     monkeypatch.setattr(module, "available", lambda: False)
     assert "forward" not in prepack(layer()).__dict__
