@@ -2,9 +2,9 @@
 
     python runs/kill_check.py --work out/kill --out benchmarks/results/kill-check.json
 
-A stage is known by the file that the one before ends with, or that it begins with. What is compared: every response,
-the selection, the training curve, every trained tensor bit by bit, and tau of the benchmark where one data type won
-the plain baseline both times.
+A stage is known by the file that the one before ends with, or that it begins with. What is compared: every response
+and its features, the selection, the training curve, every trained tensor bit by bit, and tau of the benchmark where
+one data type won the plain baseline both times.
 """
 
 from __future__ import annotations
@@ -23,16 +23,18 @@ import torch
 from safetensors.torch import load_file
 
 from redraft import provenance
-from redraft.artifact import atomic_write_json
+from redraft.artifact import atomic_write_json, read_json
 from redraft.data.store import read_rows
 from redraft.errors import UserError
 from redraft.pipeline.quickstart import asset, embedded_prompts
+from redraft.teacher.features import FeatureStore, anchors
 
+FEATURES = "features/index.json"
 STAGES = {
+    "features before their rows": FEATURES,
     "regenerate": "responses.jsonl",
     "regenerate held-out": "heldout.jsonl",
-    "features": "features/index.json",
-    "features of the selection": "selection.json",
+    "start": "selection.json",
     "train": "train/state.json",
     "save": "private",
     "export": "train.json",
@@ -112,6 +114,13 @@ def compare(whole: Path, killed: Path) -> dict[str, Any]:
     for name in ("responses.jsonl", "heldout.jsonl"):
         one, two = ({row.key: row for row in read_rows(folder / name)} for folder in (whole, killed))
         found[name] = one == two
+    stores = [FeatureStore(folder / "features", read_json(folder / FEATURES)["identity"]) for folder in (whole, killed)]
+    found["features"] = stores[0].index.keys() == stores[1].index.keys() and all(
+        torch.equal(*pair)
+        for row in read_rows(whole / "responses.jsonl")
+        if anchors(row)
+        for pair in zip(*(store.get(row) for store in stores), strict=True)
+    )
     selections = [json.loads((folder / "selection.json").read_text())["entries"] for folder in (whole, killed)]
     found["selection"] = selections[0] == selections[1]
     curves = [json.loads((folder / "train.json").read_text())["history"] for folder in (whole, killed)]

@@ -83,7 +83,9 @@ def test_all_stages_and_a_stop_in_each(place: Path, tmp_path: Path, monkeypatch:
     with torch.no_grad():
         assert torch.equal(plain.model(input_ids=ids).logits, job.aligned.model(input_ids=ids).logits)
     stages = [stage["stage"] for stage in json.loads((folder / "ledger.json").read_text())["stages"]]
-    assert stages == ["survey", "pretrain", "regenerate", "regenerate held-out", "features", "align", "export hf"]
+    assert stages == ["survey", "pretrain", "regenerate", "regenerate held-out", "align", "export hf"], (
+        "the states of the responses were kept while they were written"
+    )
 
     save, saves = Checkpoint.save, []
 

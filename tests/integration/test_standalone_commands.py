@@ -130,7 +130,7 @@ def test_the_probe_counts_what_decoding_counts(target, half):
 # -- gamma=auto --------------------------------------------------------------------------------------------------------
 def test_one_pass_gives_the_acceptance_of_every_chain(target, half):
     rows = greedy_rows(target, PROMPTS, 24)
-    runs = run_lengths(target, half, rows, 4)
+    runs = run_lengths(target, half, PROMPTS, 24, 4)
     taus = []
     for gamma in (1, 2, 4):
         decoded = [make_decoder(target, half, ChainShape(gamma)).generate(row.prompt_ids, 24) for row in rows]

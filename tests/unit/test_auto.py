@@ -50,7 +50,7 @@ def test_walked_tau_is_that_of_decoding(pair):
     """Every chain length from one pass of the longest; the rounds of each are those of a real decoder."""
     target, draft, prompts = pair
     rows = greedy_rows(target, prompts, 24)
-    runs = run_lengths(target, draft, rows, 6)
+    runs = run_lengths(target, draft, prompts, 24, 6)
     taus = []
     for gamma in (1, 2, 4, 6):
         decoder, decoded = make_decoder(target, draft, ChainShape(gamma)), []

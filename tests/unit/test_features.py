@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 
 import pytest
 import torch
 
+from redraft.data.generate import Completion, Request, generate
+from redraft.data.regenerate import Kept
 from redraft.data.store import Row
 from redraft.errors import UserError
+from redraft.sampling import Sampler
+from redraft.target import Target
 from redraft.teacher.features import (
     ENOUGH_TOKENS,
     MOST_PADDING,
+    SPARE_BYTES,
     FeatureStore,
     anchors,
     common_prefix,
@@ -85,3 +91,69 @@ def test_features_that_the_disk_cannot_hold_are_refused(tiny_target, tmp_path, m
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     with pytest.raises(UserError, match="GiB are free"):
         FeatureStore(tmp_path / "none", {}).build(tiny_target("llama"), rows_with([], [7, 9]))
+
+
+# -- kept while the responses are written ----------------------------------------------------------------------------
+@pytest.fixture
+def answered(tiny_target) -> tuple[Target, list[Completion]]:
+    """Answers of many lengths, greedy and sampled, more of them than slots, with what the target computed."""
+    target = tiny_target("llama")
+    rows = rows_with(list(range(5, 12)), [1] * 9)
+    requests = [Request(row.key, row.prompt_ids, Sampler(0.8 * (i % 2)), i) for i, row in enumerate(rows)]
+    stops = [8, 9, 10, 11, 12, 13, 14, 15]
+    found = list(generate(target, requests, 20, batch_size=4, stop_ids=stops, features=True))
+    assert len({len(done.response_ids) for done in found}) > 3
+    return target, found
+
+
+def kept_rows(found: Sequence[Completion]) -> list[Kept]:
+    return [(row_of(done), *done.features) for done in found if done.features is not None]
+
+
+def row_of(done: Completion) -> Row:
+    texts = (done.request.key, list(done.request.prompt_ids), done.response_ids)
+    return Row(*texts, done.request.sampler.temperature, 0, 1.0, 0, done.finish_reason, "")
+
+
+def test_features_kept_on_the_way_are_those_of_a_pass(answered, tmp_path):
+    target, found = answered
+    assert {len(done.response_ids) > 1 for done in found} == {done.features is not None for done in found}
+    store = FeatureStore(tmp_path / "built", {})
+    store.build(target, [row_of(done) for done in found])
+    for row, taps, hidden in kept_rows(found):
+        for one, other in zip((taps, hidden), store.get(row), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_without_being_asked_nothing_is_kept(tiny_target):
+    target, row = tiny_target("llama"), rows_with([], [3])[0]
+    (done,) = generate(target, [Request("a", row.prompt_ids, Sampler())], 4)
+    assert done.features is None
+
+
+def test_stored_features_leave_a_build_nothing_to_do(answered, tmp_path):
+    target, found = answered
+    kept, folder = kept_rows(found), tmp_path / "features"
+    older = [(row, taps + 1, hidden) for row, taps, hidden in kept]
+    for part in (older[:2], older[2:], kept[:2], kept[2:]):
+        assert FeatureStore(folder, {}).put(part)
+    store = FeatureStore(folder, {})
+    assert store.build(target, [row for row, *_ in kept]) == 0
+    for row, taps, hidden in kept:
+        assert torch.equal(store.get(row)[0], taps) and torch.equal(store.get(row)[1], hidden)
+
+
+def test_few_shards_are_open_at_once(answered, tmp_path, monkeypatch):
+    monkeypatch.setattr("redraft.teacher.features.OPEN_SHARDS", 2)
+    store = FeatureStore(tmp_path / "features", {})
+    kept = kept_rows(answered[1])
+    for each in kept:
+        store.put([each])
+    for row, taps, _ in [*kept, *kept]:
+        assert torch.equal(store.get(row)[0], taps) and len(store._open) <= 2
+
+
+def test_a_full_disk_takes_no_features(answered, tmp_path, monkeypatch):
+    store = FeatureStore(tmp_path / "features", {})
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**40, 2**40, SPARE_BYTES))
+    assert not store.put(kept_rows(answered[1])) and not store.index

@@ -12,10 +12,11 @@ import torch
 from redraft.data.generate import Completion, Request
 from redraft.data.prompts import Conversation
 from redraft.data.regenerate import InProcessEngine, RegenerationReport, expected_rows, regenerate
-from redraft.data.store import Failure, Row, failures_path, read_failures, read_rows
+from redraft.data.store import Failure, Row, RowWriter, failures_path, read_failures, read_rows
 from redraft.errors import UserError
 from redraft.sampling import Sampler
 from redraft.target import Target
+from redraft.teacher.features import FeatureStore
 
 EOS = 2
 
@@ -201,6 +202,40 @@ def test_the_real_engine_resumes_to_the_same_rows(
         path.write_bytes(data[:cut])
         run(InProcessEngine(target, 4))
         assert by_key(read_rows(path)) == whole
+
+
+def test_a_row_on_the_disk_has_its_features_there(
+    run: Callable, tmp_path: Path, tiny_target: Callable[..., Target], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut anywhere, the resumed run has the bits of the whole one, which a pass made afterwards would not give."""
+    path, target = tmp_path / "r.jsonl", tiny_target()
+    monkeypatch.setattr("redraft.data.regenerate.FLUSH_FEATURES_BYTES", 3 * 4096)
+    whole = FeatureStore(tmp_path / "whole", {})
+    run(InProcessEngine(target, 4, features=True), features=whole)
+    data, rows = path.read_bytes(), [row for row in read_rows(path) if len(row.response_ids) > 1]
+    assert len(rows) > 9 and len(set(whole.index.values())) > 2
+    for cut in (len(data) // 3, len(data) // 2, len(data) - 2):
+        path.write_bytes(data[:cut])
+        store = FeatureStore(tmp_path / f"cut-{cut}", {})
+        store.put([(row, *whole.get(row)) for row in read_rows(path) if len(row.response_ids) > 1])
+        run(InProcessEngine(target, 4, features=True), features=store)
+        assert store.build(target, rows) == 0
+        for row in rows:
+            assert all(torch.equal(one, other) for one, other in zip(store.get(row), whole.get(row), strict=True))
+
+
+def test_features_reach_the_disk_before_their_rows(
+    run: Callable, tmp_path: Path, tiny_target: Callable[..., Target], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def torn(self: RowWriter, rows: Sequence[Row]) -> None:
+        raise KeyboardInterrupt
+
+    store = FeatureStore(tmp_path / "features", {})
+    monkeypatch.setattr("redraft.data.regenerate.FLUSH_FEATURES_BYTES", 1)
+    monkeypatch.setattr(RowWriter, "append", torn)
+    with pytest.raises(KeyboardInterrupt):
+        run(InProcessEngine(tiny_target(), 4, features=True), features=store)
+    assert store.index and not (tmp_path / "r.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize("stop_after", [0, 1, 5, 8, 13])

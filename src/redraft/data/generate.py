@@ -2,9 +2,9 @@
 
 Continuous batching: a fixed number of slots, each with its own length. A finished sequence frees its slot at
 once; freed slots are refilled by groups of waiting prompts of similar length, so that neither finished rows nor
-padding cost a forward pass.
+padding cost a forward pass. What a draft will learn from, the target's features, passes by on the way and can be kept.
 
-Shape legend: B slots, T tokens, H hidden size, V vocabulary.
+Shape legend: B slots, P prompt tokens, R response tokens, T tokens, H hidden size, K taps, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from redraft.sampling import Sampler, draw, warp
 from redraft.slots import SlotCache, slot_attention
-from redraft.target import Target
+from redraft.target import Target, TargetStep
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,16 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """The answer to a request. ``finish_reason`` is ``stop`` (an end token, kept in the ids) or ``length``."""
+    """The answer to a request. ``finish_reason`` is ``stop`` (an end token, kept in the ids) or ``length``.
+
+    ``features``, where they were asked for: taps [P + R - 2, K*H] and final-norm states [R - 1, H] of the positions
+    that :mod:`redraft.teacher.features` names; none for an answer of one token.
+    """
 
     request: Request
     response_ids: list[int]
     finish_reason: str
+    features: tuple[Tensor, Tensor] | None = None
 
 
 def request_uniforms(request: Request, count: int) -> Tensor:
@@ -48,11 +53,40 @@ def request_uniforms(request: Request, count: int) -> Tensor:
     return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+class _Features:
+    """What the target computed on the way to each answer in flight, in memory of the CPU."""
+
+    def __init__(self, target: Target, size: int, max_new_tokens: int) -> None:
+        width = target.hidden_size
+        self.prompts_PKH: list[Tensor] = [torch.empty(0)] * size
+        self.taps_BTKH = torch.zeros(size, max_new_tokens, len(target.taps) * width, dtype=target.dtype)
+        self.hidden_BTH = torch.zeros(size, max_new_tokens, width, dtype=target.dtype)
+
+    def begin(self, row: int, taps_PKH: Tensor) -> None:
+        """A new answer in this slot, behind a prompt with these taps."""
+        self.prompts_PKH[row] = taps_PKH.cpu().clone()
+
+    def add(self, index_B: Tensor, step: TargetStep) -> None:
+        """Of every slot the token that was fed as number ``index_B`` of its answer."""
+        assert step.taps_BTKH is not None
+        rows = torch.arange(len(index_B))
+        self.taps_BTKH[rows, index_B] = step.taps_BTKH[:, -1].cpu()
+        self.hidden_BTH[rows, index_B] = step.hidden_BTH[:, -1].cpu()
+
+    def take(self, row: int, length: int) -> tuple[Tensor, Tensor] | None:
+        """The features of the finished answer of ``length`` tokens in this slot."""
+        if length < 2:
+            return None
+        taps = torch.cat([self.prompts_PKH[row], self.taps_BTKH[row, : length - 2]])
+        return taps, self.hidden_BTH[row, : length - 1].clone()
+
+
 class _Slots:
     """The sequences in flight."""
 
-    def __init__(self, target: Target, size: int, capacity: int, max_new_tokens: int) -> None:
+    def __init__(self, target: Target, size: int, capacity: int, max_new_tokens: int, features: bool) -> None:
         self.target, self.max_new_tokens = target, max_new_tokens
+        self.features = _Features(target, size, max_new_tokens) if features else None
         self.cache = SlotCache(target.layers, size, capacity, target.device)
         self.uniforms = torch.zeros(size, max_new_tokens, dtype=torch.float64)
         self.requests: list[Request | None] = [None] * size
@@ -72,15 +106,17 @@ class _Slots:
         for i, request in enumerate(group):
             ids_BT[i, : lengths[i]] = torch.tensor(list(request.prompt_ids))
         prompt_cache = self.target.new_cache(max(lengths))
-        step = self.target.forward(ids_BT.to(self.target.device), prompt_cache, taps=False)
+        step = self.target.forward(ids_BT.to(self.target.device), prompt_cache, taps=self.features is not None)
         ends = torch.tensor(lengths, device=self.target.device)
         last_BH = step.hidden_BTH[torch.arange(len(group), device=ends.device), ends - 1]
         index = torch.tensor(rows, device=ends.device)
         self.logits_BV[index] = self.target.logits(last_BH)
         self.cache.fill(index, prompt_cache, ends)
-        for row, request in zip(rows, group, strict=True):
+        for i, (row, request) in enumerate(zip(rows, group, strict=True)):
             self.requests[row], self.responses[row] = request if request.key in wanted else None, []
             self.uniforms[row] = request_uniforms(request, self.max_new_tokens)
+            if self.features and step.taps_BTKH is not None:
+                self.features.begin(row, step.taps_BTKH[i, : lengths[i]])
 
     def choose(self) -> list[int]:
         """The next token of every slot, by its own sampler and its own uniforms."""
@@ -100,9 +136,20 @@ class _Slots:
         cache = self.cache
         cache.lengths[self.free()] = 0
         ids_B1 = torch.tensor(tokens, device=cache.lengths.device)[:, None]
-        step = self.target.forward(ids_B1, cache, cache.positions(1), cache.mask(1), taps=False)
+        kept = self.features
+        step = self.target.forward(ids_B1, cache, cache.positions(1), cache.mask(1), taps=kept is not None)
         self.logits_BV = self.target.logits(step.hidden_BTH[:, -1])
         cache.lengths += 1
+        if kept:
+            kept.add(torch.tensor([max(0, len(response) - 1) for response in self.responses]), step)
+
+    def finish(self, row: int, ended: bool) -> Completion:
+        """The answer in this slot, which becomes free."""
+        request, response = self.requests[row], self.responses[row]
+        assert request is not None
+        self.requests[row] = None
+        found = self.features.take(row, len(response)) if self.features else None
+        return Completion(request, response, "stop" if ended else "length", found)
 
 
 def _check(target: Target, requests: Sequence[Request], max_new_tokens: int) -> None:
@@ -119,12 +166,14 @@ def generate(
     batch_size: int = 64,
     stop_ids: Sequence[int] = (),
     among: Sequence[Request] = (),
+    features: bool = False,
 ) -> Iterator[Completion]:
     """Answer every request; completions come as they finish, not in the order of the requests.
 
     ``stop_ids`` end a response besides the target's own end tokens. ``among``: all requests of a run of which these
     are left. Slots, their capacity and the groups of the prefill then follow from all of them, so that every pass
     has the shape that it would have had without the stop, and in bfloat16 too the answers are the same.
+    ``features``: keep what the target computes at its taps, which saves the pass that would compute it again.
     Raises ``ValueError`` for an empty prompt or one that leaves no room for a response; callers check user input
     first.
     """
@@ -134,7 +183,7 @@ def generate(
         return
     ordered = sorted(everyone, key=lambda r: len(r.prompt_ids), reverse=True)[::-1]
     size, wanted = min(batch_size, len(ordered)), {request.key for request in requests}
-    slots = _Slots(target, size, len(ordered[-1].prompt_ids) + max_new_tokens, max_new_tokens)
+    slots = _Slots(target, size, len(ordered[-1].prompt_ids) + max_new_tokens, max_new_tokens, features)
     step, ends = max(1, size // 8), {*target.eos_ids, *stop_ids}
     groups = [ordered[i : i + step] for i in range(0, len(ordered), step)]
     waiting = deque(group for group in groups if any(request.key in wanted for request in group))
@@ -151,10 +200,8 @@ def generate(
             for row, request in enumerate(slots.requests):
                 if request is None:
                     continue
-                response = slots.responses[row]
-                response.append(tokens[row])
-                if tokens[row] in ends or len(response) == max_new_tokens:
-                    slots.requests[row] = None
-                    yield Completion(request, response, "stop" if tokens[row] in ends else "length")
+                slots.responses[row].append(tokens[row])
+                if tokens[row] in ends or len(slots.responses[row]) == max_new_tokens:
+                    yield slots.finish(row, tokens[row] in ends)
             if len(slots.free()) < size:
                 slots.advance(tokens)

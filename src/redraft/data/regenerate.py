@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from redraft.data.generate import Completion, Request, generate
 from redraft.data.prompts import Conversation, check_length, prompt_messages, template_ids, user_turns
 from redraft.data.server import ServerEngine
@@ -27,6 +29,17 @@ from redraft.target import Target
 __all__ = ["Engine", "InProcessEngine", "RegenerationReport", "ServerEngine", "expected_rows", "regenerate"]
 
 FLUSH_ROWS, FLUSH_SECONDS = 32, 2.0
+# Features go to the disk in files of some size; a kill costs no more than these seconds of work.
+FLUSH_FEATURES_BYTES, FLUSH_FEATURES_SECONDS = 256 * 2**20, 10.0
+
+Kept = tuple[Row, Tensor, Tensor]
+"""A row with its taps [P + R - 2, K*H] and its final-norm states [R - 1, H], as its completion brought them."""
+
+
+class FeatureKeeper(Protocol):
+    """Takes features as they come; false when it has no room for them and wants no more."""
+
+    def put(self, found: Sequence[Kept]) -> bool: ...
 
 
 class Engine(Protocol):
@@ -43,10 +56,13 @@ class Engine(Protocol):
 
 
 class InProcessEngine:
-    """The target in this process, ``batch_size`` sequences at a time."""
+    """The target in this process, ``batch_size`` sequences at a time.
 
-    def __init__(self, target: Target, batch_size: int = 64) -> None:
-        self.target, self.batch_size = target, batch_size
+    ``features``: completions bring what the target computed at its taps.
+    """
+
+    def __init__(self, target: Target, batch_size: int = 64, features: bool = False) -> None:
+        self.target, self.batch_size, self.features = target, batch_size, features
 
     def answer(
         self,
@@ -56,7 +72,7 @@ class InProcessEngine:
         eos_ids: Sequence[int],
         among: Sequence[Request] = (),
     ) -> Iterator[Completion | Failure]:
-        yield from generate(self.target, requests, max_new_tokens, self.batch_size, among=among)
+        yield from generate(self.target, requests, max_new_tokens, self.batch_size, among=among, features=self.features)
 
 
 @dataclass
@@ -121,14 +137,16 @@ def regenerate(
     *,
     eos_ids: Sequence[int] = (),
     context: int | None = None,
+    features: FeatureKeeper | None = None,
 ) -> RegenerationReport:
     """Answer every user turn under every sampler and append the rows to ``out_path``.
 
     Rows that are there already are kept, and the run goes on behind them; they must come from the same target,
     prompts, sampling settings and token limit. ``progress(rows done, tokens=new tokens)`` is called as rows
     come in. ``eos_ids`` are the ids that end a response (the tokenizer's own where none are given), ``context`` is
-    the target's longest sequence. Whatever could not be answered is in the report and in
-    ``<name>.failures.jsonl``; the next run tries it again.
+    the target's longest sequence. ``features`` takes the features that completions bring, for as long as its disk has
+    room. Whatever could not be answered is in the report and in ``<name>.failures.jsonl``; the next run tries it
+    again.
 
     Raises ``UserError`` for prompts that do not fit, stored rows that do not belong here, a server that stops
     answering (what was answered is kept), and when nothing at all could be answered.
@@ -137,7 +155,7 @@ def regenerate(
     ends = tuple(eos_ids) or (int(tokenizer.eos_token_id),)
     chains = [_Chain(conversation, sampler) for sampler in samplers for conversation in conversations]
     with RowWriter(out_path) as writer:
-        run = _Run(engine, tokenizer, ends, context, max_new_tokens, seed, target_hash, writer, progress)
+        run = _Run(engine, tokenizer, ends, context, max_new_tokens, seed, target_hash, writer, progress, features)
         run.check_stored()
         return run.finish(chains)
 
@@ -168,13 +186,16 @@ class _Run:
         target_hash: str,
         writer: RowWriter,
         progress: Callable[..., None] | None,
+        features: FeatureKeeper | None,
     ) -> None:
         self.engine, self.tokenizer, self.eos_ids, self.context = engine, tokenizer, eos_ids, context
         self.max_new_tokens, self.seed, self.target_hash = max_new_tokens, seed, target_hash
-        self.writer, self.progress = writer, progress
+        self.writer, self.progress, self.features = writer, progress, features
         self.stored = {row.key: row for row in writer.rows}
         self.report = RegenerationReport(writer.path)
         self.buffer: list[Row] = []
+        self.kept: list[Kept] = []
+        self.kept_bytes = 0
         self.flushed = time.monotonic()
 
     def check_stored(self) -> None:
@@ -288,9 +309,18 @@ class _Run:
         self.report.prompt_tokens += len(row.prompt_ids)
         self.report.response_tokens += len(row.response_ids)
         self._reply(chain, row.response_ids)
-        if len(self.buffer) >= FLUSH_ROWS or time.monotonic() - self.flushed >= FLUSH_SECONDS:
+        if self.features is not None and completion.features is not None:
+            self.kept.append((row, *completion.features))
+            self.kept_bytes += sum(tensor.nbytes for tensor in completion.features)
+        if self._due():
             self._flush()
         self._tell()
+
+    def _due(self) -> bool:
+        waited = time.monotonic() - self.flushed
+        if self.features is None:
+            return len(self.buffer) >= FLUSH_ROWS or waited >= FLUSH_SECONDS
+        return self.kept_bytes >= FLUSH_FEATURES_BYTES or waited >= FLUSH_FEATURES_SECONDS
 
     def _reply(self, chain: _Chain, response_ids: Sequence[int]) -> None:
         chain.replies.append(self.tokenizer.decode(response_ids, skip_special_tokens=True))
@@ -304,7 +334,11 @@ class _Run:
             self.report.failures.append(Failure(key, f"an earlier turn failed ({failure.key})", failure.permanent))
 
     def _flush(self) -> None:
+        """Features first: a row on the disk has its features there, or they would be made again, a little otherwise."""
+        if self.features is not None and not self.features.put(self.kept):
+            self.features = None
         rows, self.buffer = self.buffer, []
+        self.kept, self.kept_bytes = [], 0
         self.flushed = time.monotonic()
         self.writer.append(rows)
 

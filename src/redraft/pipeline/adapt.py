@@ -72,7 +72,7 @@ class AdaptRun:
 
     @cached_property
     def source(self) -> Source:
-        return Source(self.config, lambda: self.target, self.ledger, self.say)
+        return Source(self.config, lambda: self.target, self.ledger, self.say, store_of=lambda: self.store)
 
     @cached_property
     def store(self) -> FeatureStore:

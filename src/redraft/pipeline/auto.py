@@ -1,24 +1,20 @@
-"""gamma=auto from prompts: the target answers them, one teacher-forced pass gives every chain's acceptance, then
+"""gamma=auto from prompts: the target answers them, the features of its answers give every chain's acceptance, then
 the shapes are timed and compared (:mod:`redraft.decode.auto`)."""
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
-from redraft.data.store import Row
 from redraft.decode.auto import Pick, pick_shape
 from redraft.decode.tree import Shape
 from redraft.drafts.base import Proposer
 from redraft.drafts.standalone import StandaloneDraft
 from redraft.evaluate.speed import Prompt
-from redraft.pipeline.probe import greedy_rows
+from redraft.pipeline.probe import greedy_answers
 from redraft.sampling import Sampler
 from redraft.target import Target
-from redraft.teacher.features import FeatureStore
 from redraft.teacher.simulate import matches_by_key
 from redraft.teacher.standalone import matches_standalone
 
@@ -27,15 +23,15 @@ DECODED_PROMPTS = 3
 
 
 @torch.inference_mode()
-def run_lengths(target: Target, draft: Proposer, rows: Sequence[Row], longest: int) -> list[list[int]]:
+def run_lengths(
+    target: Target, draft: Proposer, prompts: Sequence[Prompt], max_new_tokens: int, longest: int
+) -> list[list[int]]:
     """How many proposals in a row are right from each anchor of each greedy response, at most ``longest``."""
     draft = draft.eval().to(target.device)
-    if isinstance(draft, StandaloneDraft):
-        return [runs for _, runs in matches_standalone(draft, target, rows, longest)]
-    target.tap(draft.config.taps)
-    with tempfile.TemporaryDirectory(prefix="redraft-auto-") as folder:
-        store = FeatureStore(Path(folder), {})
-        store.build(target, rows)
+    with greedy_answers(target, draft, prompts, max_new_tokens) as (rows, store):
+        if isinstance(draft, StandaloneDraft):
+            return [runs for _, runs in matches_standalone(draft, target, rows, longest)]
+        assert store is not None
         return [runs for _, runs in matches_by_key(draft, target, rows, store, longest, 1024)]
 
 
@@ -58,6 +54,6 @@ def auto_shape(
     """
     walked: list[list[int]] | None = None
     if longest >= 1 and (sampler is None or sampler.greedy):
-        walked = run_lengths(target, draft, greedy_rows(target, prompts, max_new_tokens), longest)
+        walked = run_lengths(target, draft, prompts, max_new_tokens, longest)
     ids = [prompt.ids for prompt in prompts[:DECODED_PROMPTS]]
     return pick_shape(target, draft, ids, walked, longest, trees, sampler, greedy_drafts, max_new_tokens, seed)

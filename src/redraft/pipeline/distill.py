@@ -97,7 +97,13 @@ class DistillRun:
     def source(self) -> Source:
         served = self.config.server if self.config.server_only else None
         held: Any = self.config  # it has every setting that a source asks for
-        return Source(held, lambda: self.target, self.ledger, self.say, heldout_server=served)
+        store_of = (lambda: self.store) if self.config.teacher == "states" and self.config.store_states else None
+        return Source(held, lambda: self.target, self.ledger, self.say, heldout_server=served, store_of=store_of)
+
+    @cached_property
+    def store(self) -> FeatureStore:
+        """The target's final-norm states of the responses."""
+        return FeatureStore(self.folder / "features", {"target": self.target.content_hash(), "taps": []})
 
     def text(self, length: int) -> PackedText:
         """The plain text in blocks of ``length``, its held-out share apart."""
@@ -189,9 +195,8 @@ class DistillRun:
             return TopTeacher(found, self.target.vocab_size)
         if not c.store_states:
             return StateTeacher(self.target)
-        store = FeatureStore(self.folder / "features", {"target": self.target.content_hash(), "taps": []})
-        build_features("features", store, self.target, rows, self.ledger)
-        return StateTeacher(self.target, store)
+        build_features("features", self.store, self.target, rows, self.ledger)
+        return StateTeacher(self.target, self.store)
 
     def drafter(self) -> tuple[StandaloneDraft, str]:
         """What alignment starts from, in float32, with what it trains requiring a gradient; and the hash of the

@@ -1,19 +1,21 @@
 """``redraft probe``: is the present draft healthy or stale, what would alignment bring, is it worth doing?
 
-The target answers a few prompts greedily (batched), a teacher-forced pass walks the draft's rounds over the
-answers, and two short decodings time a round. The reference is the same draft on the target it was made for.
+The target answers a few prompts greedily (batched), the draft's rounds are walked over the features that passed by
+on the way, and two short decodings time a round. The reference is the same draft on the target it was made for.
 Drafts of every family are probed.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from redraft.data.generate import Request, generate
+from redraft.data.regenerate import Kept
 from redraft.data.store import Row
 from redraft.decode import make_decoder
 from redraft.decode.engine import PlainDecoder
@@ -72,18 +74,50 @@ def _interval(value: dict[str, float]) -> str:
 
 
 def greedy_rows(
-    target: Target, prompts: Sequence[Prompt], max_new_tokens: int, progress: Callable[..., None] | None = None
+    target: Target,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    progress: Callable[..., None] | None = None,
+    store: FeatureStore | None = None,
 ) -> list[Row]:
-    """The target's greedy answers, those left out that have no position to be measured at."""
+    """The target's greedy answers, those left out that have no position to be measured at.
+
+    ``store`` takes the features that the target computes on the way.
+    """
     requests = [Request(p.id, p.ids, Sampler()) for p in prompts]
-    rows, tokens = [], 0
-    for done in generate(target, requests, max_new_tokens):
-        row = (done.request.key, list(done.request.prompt_ids), done.response_ids)
-        rows.append(Row(*row, 0.0, 0, 1.0, 0, done.finish_reason, ""))
+    rows, kept, tokens = list[Row](), list[Kept](), 0
+    for done in generate(target, requests, max_new_tokens, features=store is not None):
+        texts = (done.request.key, list(done.request.prompt_ids), done.response_ids)
+        row = Row(*texts, 0.0, 0, 1.0, 0, done.finish_reason, "")
+        rows.append(row)
+        if done.features:
+            kept.append((row, *done.features))
         tokens += len(done.response_ids)
         if progress:
             progress(len(rows), tokens=tokens)
+    if store is not None:
+        store.put(kept)
     return [row for row in rows if anchors(row)]
+
+
+@contextmanager
+def greedy_answers(
+    target: Target,
+    draft: Proposer,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    progress: Callable[..., None] | None = None,
+) -> Iterator[tuple[list[Row], FeatureStore | None]]:
+    """The target's greedy answers and their features; none of those for a standalone draft, which reads text alone."""
+    if isinstance(draft, StandaloneDraft):
+        yield greedy_rows(target, prompts, max_new_tokens, progress), None
+        return
+    target.tap(draft.config.taps)
+    with tempfile.TemporaryDirectory(prefix="redraft-probe-", ignore_cleanup_errors=True) as folder:
+        store = FeatureStore(Path(folder), {})
+        rows = greedy_rows(target, prompts, max_new_tokens, progress, store)
+        store.build(target, rows)  # nothing, unless the disk was too full to keep them
+        yield rows, store
 
 
 def acceptance(
@@ -98,22 +132,16 @@ def acceptance(
 
     Raises ``UserError`` when no answer has two tokens.
     """
-    target.tap(draft.config.taps)
-    rows = greedy_rows(target, prompts, max_new_tokens, progress)
-    if not rows:
-        raise UserError("the target ends every answer at once; check its chat template and end token")
-    accepted = _simulate(target, draft.to(target.device), rows, gamma)
+    draft = draft.to(target.device)
+    with greedy_answers(target, draft, prompts, max_new_tokens, progress) as (rows, store):
+        if not rows:
+            raise UserError("the target ends every answer at once; check its chat template and end token")
+        if isinstance(draft, StandaloneDraft):
+            accepted = simulate_greedy_standalone(draft, target, rows, gamma)
+        else:
+            assert store is not None
+            accepted = simulate_greedy_chain(draft, target, rows, store, gamma)
     return tau_interval(accepted, {row.key: anchors(row) for row in rows})
-
-
-def _simulate(target: Target, draft: Proposer, rows: Sequence[Row], gamma: int) -> dict[str, list[int]]:
-    """Accepted tokens of every round, by row key. A standalone draft reads text alone and needs no features."""
-    if isinstance(draft, StandaloneDraft):
-        return simulate_greedy_standalone(draft, target, rows, gamma)
-    with tempfile.TemporaryDirectory(prefix="redraft-probe-", ignore_cleanup_errors=True) as folder:
-        store = FeatureStore(Path(folder), {})
-        store.build(target, rows)
-        return simulate_greedy_chain(draft, target, rows, store, gamma)
 
 
 def round_cost(target: Target, draft: Proposer, prompts: Sequence[Prompt], gamma: int, tokens: int = 40) -> float:

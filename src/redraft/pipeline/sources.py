@@ -23,6 +23,7 @@ from redraft.pipeline.traffic import Traffic, take_traffic
 from redraft.progress import progress_bar
 from redraft.sampling import Sampler
 from redraft.target import Target
+from redraft.teacher.features import FeatureStore
 
 
 class Source:
@@ -35,10 +36,14 @@ class Source:
         ledger: provenance.Ledger,
         say: Say,
         heldout_server: str | None = None,
+        store_of: Callable[[], FeatureStore] | None = None,
     ) -> None:
-        """``heldout_server`` answers the held-out prompts where the target itself is not at hand."""
+        """``heldout_server`` answers the held-out prompts where the target itself is not at hand.
+
+        ``store_of``: where a target in this process puts the features of what it answers; it taps the target.
+        """
         self.config, self.target_of, self.ledger, self.say = config, target_of, ledger, say
-        self.heldout_server = heldout_server
+        self.heldout_server, self.store_of = heldout_server, store_of
         self.responses = config.out / "responses.jsonl"
         self.heldout = config.out / "heldout.jsonl"
 
@@ -105,7 +110,8 @@ class Source:
 
     def _answer(self, name: str, prompts: Sequence[Conversation], samplers: list[Sampler], server: str | None) -> None:
         c, target = self.config, self.target_of()
-        engine: Any = InProcessEngine(target, c.batch_size)
+        store = self.store_of() if self.store_of and not server else None
+        engine: Any = InProcessEngine(target, c.batch_size, features=store is not None)
         if server:
             engine = ServerEngine(server, c.server_model, c.batch_size)
         path = self.responses if name == "regenerate" else self.heldout
@@ -122,6 +128,7 @@ class Source:
                 progress.update,
                 eos_ids=target.eos_ids,
                 context=target.context,
+                features=store,
             )
             tokens = report.prompt_tokens + report.response_tokens
             flops = provenance.forward_flops(target.parameters_per_token, tokens)

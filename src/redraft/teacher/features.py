@@ -1,5 +1,8 @@
 """Target features of stored responses, computed once and shared by every epoch and every method.
 
+They are kept while the target writes its responses (:func:`redraft.data.generate.generate`), or made by one pass over
+responses that came from elsewhere.
+
 For a row of P prompt and R response tokens x_0 .. x_{P+R-1} the pair (h_t, x_{t+1}) stands at position t. A draft
 predicts response tokens only, and the first one comes from prefill, so there are R - 1 *anchors*
 t = P - 1 .. P + R - 3. Kept are the taps at positions 0 .. P + R - 3 (earlier ones serve as keys) and the target's
@@ -23,11 +26,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from redraft.artifact import atomic_write_json
+from redraft.data.regenerate import Kept
 from redraft.data.store import Row
 from redraft.errors import UserError
 from redraft.target import KeyValueCache, Target
 
 SHARD_BYTES = 256 * 2**20
+# What keeping features on the way leaves of a disk to everybody else.
+SPARE_BYTES = 2**30
+# Systems let a process open about a thousand files.
+OPEN_SHARDS = 256
 MOST_PADDING = 0.06
 ENOUGH_TOKENS = 512
 
@@ -141,8 +149,24 @@ class FeatureStore:
             self._write(shard)
         return done
 
+    def put(self, found: Sequence[Kept]) -> bool:
+        """Store features that were kept while the responses were written, in the place of older ones of these rows.
+
+        False, and nothing stored, when the disk would be left with less than ``SPARE_BYTES``.
+        """
+        shard: dict[str, Tensor] = {}
+        for row, taps_TKF, hidden_AF in found:
+            shard[f"{row.key}/taps"], shard[f"{row.key}/hidden"] = taps_TKF, hidden_AF
+        size = sum(tensor.nbytes for tensor in shard.values())
+        if shutil.disk_usage(self.folder).free < size + SPARE_BYTES:
+            return False
+        if shard:
+            self._write(shard)
+        return True
+
     def _write(self, shard: dict[str, Tensor]) -> None:
-        name = f"shard-{len(set(self.index.values())):05d}.safetensors"
+        last = max((int(name[6:-12]) for name in self.index.values()), default=-1)
+        name = f"shard-{last + 1:05d}.safetensors"
         temporary = self.folder / f".{name}.partial"
         save_file(shard, temporary)
         temporary.replace(self.folder / name)
@@ -153,6 +177,8 @@ class FeatureStore:
         """Taps [P + R - 2, K*F] and final-norm states [R - 1, F] of a row. Raises ``KeyError`` if not built."""
         name = self.index[row.key]
         if name not in self._open:
+            while len(self._open) >= OPEN_SHARDS:
+                self._open.pop(next(iter(self._open)))
             self._open[name] = safe_open(self.folder / name, "pt")
         shard = self._open[name]
         return shard.get_tensor(f"{row.key}/taps"), shard.get_tensor(f"{row.key}/hidden")
@@ -169,7 +195,7 @@ def _prefix(target: Target, rows: Sequence[Row]) -> Prefix | None:
     return Prefix(ids, cache, taps[0])
 
 
-def _compute(target: Target, batch: Sequence[Row], prefix: Prefix | None) -> Iterator[tuple[Row, Tensor, Tensor]]:
+def _compute(target: Target, batch: Sequence[Row], prefix: Prefix | None) -> Iterator[Kept]:
     """Every row with its taps and the final-norm states that the teacher's logits follow from."""
     shared = len(prefix.ids) if prefix else 0
     lengths = [len(r.prompt_ids) + len(r.response_ids) - 1 for r in batch]
