@@ -225,3 +225,47 @@ def test_the_command_takes_its_settings_as_flags(place: Path, tmp_path: Path, mo
     assert result.exit_code == 0, result.output
     assert (seen[0].tied, seen[0].temperatures, seen[0].align["epochs"]) == (False, (0.3, 1.0), 2.0)
     assert seen[0].pretrain_config().tokens == 5000
+
+
+# -- losses side by side -----------------------------------------------------------------------------------------------
+def test_losses_are_compared_on_identical_data(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every cell starts from the pretrained drafter and sees the same rows; finished cells are not trained again."""
+    values = settings(place, tmp_path / "run")
+    values["align"] |= {"learning_rate": 0.02, "epochs": 4.0}  # fast enough to be better than the start
+    run(values)
+    tasks = tmp_path / "tasks.jsonl"
+    lines = [json.dumps({"messages": [{"role": "user", "content": f"why is {i} so?"}]}) for i in range(5)]
+    tasks.write_text("\n".join(lines))
+    script = runpy.run_path(str(HERE.parent / "runs" / "drafter_losses.py"))
+    monkeypatch.setitem(
+        script["main"].__globals__, "TASKS", {"questions": f"{tasks}@3", "all": f"{place / 'prompts.jsonl'}@4"}
+    )
+    arguments = [
+        "--run",
+        str(tmp_path / "run"),
+        "--work",
+        str(tmp_path / "work"),
+        "--out",
+        str(tmp_path / "result.json"),
+    ]
+    monkeypatch.setattr("sys.argv", ["x", *arguments, "--losses", "kl,tvdpp", "--seeds", "0,1", "--tokens", "8"])
+    script["main"]()
+    result = json.loads((tmp_path / "result.json").read_text())
+    cells = {(cell["loss"], cell["seed"]): cell for cell in result["cells"]}
+    assert cells.keys() == {("pretrained", 0), ("kl", 0), ("kl", 1), ("tvdpp", 0), ("tvdpp", 1)}
+    starts = {cell["start"] for key, cell in cells.items() if key[0] != "pretrained"}
+    assert len(starts) == 1, "all start from the same weights"
+    assert cells["kl", 0]["tokens"] == cells["tvdpp", 0]["tokens"]
+    trained = [tensors(tmp_path / "work" / name / "draft") for name in ("kl-0", "kl-1", "tvdpp-0")]
+    assert not any(torch.equal(trained[0]["lm_head.weight"], other["lm_head.weight"]) for other in trained[1:])
+    for cell in cells.values():
+        for task, rounds in cell["rounds"].items():
+            for name in ("greedy", "sampled"):
+                counted = result["tokens"][task][name]
+                assert all(1 <= n <= t for n, t in zip(rounds[name]["3"], counted, strict=True))
+                assert sum(rounds[name]["5"]) <= sum(rounds[name]["3"]) + 1e-9, "longer chains need no more rounds"
+    monkeypatch.setattr(script["main"].__globals__["distil"], "__code__", (lambda *_: 1 / 0).__code__)
+    before = (tmp_path / "result.json").read_text()
+    script["main"]()
+    assert json.loads((tmp_path / "result.json").read_text())["cells"] == json.loads(before)["cells"]
+    assert "| `tvdpp` |" in script["tables"](result) and "MBSU" in script["tables"](result)
