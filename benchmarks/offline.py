@@ -180,7 +180,7 @@ def estimate(
         return found, built - began, time.perf_counter() - built
 
 
-def keep(target: Target, rows: Sequence[Row], sampler: Sampler, tokens: int, times: int = 3) -> dict[str, float]:
+def keep(target: Target, rows: Sequence[Row], sampler: Sampler, tokens: int, times: int = 2) -> dict[str, float]:
     """Seconds of batched generation without and with its features kept and stored, in turns, each the least of
     ``times``; ``overhead`` is what keeping adds."""
     requests = [Request(row.key, row.prompt_ids, sampler, row.seed) for row in rows]

@@ -102,6 +102,31 @@ def nucleus(probs_NV: Tensor, mass: float, first: int = 64) -> Tensor:
     return kept_NV
 
 
+def token_probability(logits_NV: Tensor, index_N: Tensor, sampler: Sampler) -> Tensor:
+    """What :func:`warp` gives to one token of every row, [N], without making the rows of which the rest is not read."""
+    if sampler.greedy or sampler.top_k:
+        return warp(logits_NV, sampler).gather(-1, index_N.unsqueeze(-1)).squeeze(-1)
+    logits_NV = logits_NV.float() / sampler.temperature
+    total_N = logits_NV.logsumexp(-1)
+    if sampler.top_p < 1:
+        return _nucleus_probability(logits_NV, total_N, index_N, sampler.top_p)
+    return (logits_NV.gather(-1, index_N.unsqueeze(-1)).squeeze(-1) - total_N).exp()
+
+
+def _nucleus_probability(logits_NV: Tensor, total_N: Tensor, index_N: Tensor, mass: float, first: int = 64) -> Tensor:
+    """As :func:`nucleus`: the ``first`` likeliest, and for the rows that fall short sixteen times as many."""
+    everything = first >= logits_NV.shape[-1]
+    ordered, order = logits_NV.sort(-1, descending=True) if everything else logits_NV.topk(first, dim=-1)
+    ordered = (ordered - total_N.unsqueeze(-1)).exp()
+    kept = ordered.masked_fill(ordered.cumsum(-1) - ordered >= mass, 0.0)
+    found_N = kept.masked_fill(order != index_N.unsqueeze(-1), 0.0).sum(-1) / kept.sum(-1)
+    short_N = ordered.sum(-1) < mass
+    if not everything and bool(short_N.any()):
+        rest = logits_NV[short_N], total_N[short_N], index_N[short_N]
+        found_N[short_N] = _nucleus_probability(*rest, mass, 16 * first)
+    return found_N
+
+
 def _cut(probs_NV: Tensor, ordered: Tensor, order: Tensor, mass: float) -> Tensor:
     outside = ordered.cumsum(-1) - ordered >= mass
     kept_NV = torch.zeros_like(probs_NV).scatter_(-1, order, ordered.masked_fill(outside, 0.0))

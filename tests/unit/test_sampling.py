@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from redraft.errors import UserError
-from redraft.sampling import Sampler, nucleus, warp
+from redraft.sampling import Sampler, nucleus, token_probability, warp
 
 
 def by_sorting(probs: torch.Tensor, mass: float) -> torch.Tensor:
@@ -38,3 +38,20 @@ def test_the_likeliest_token_always_stays():
 def test_senseless_samplers_are_refused(wrong):
     with pytest.raises(UserError, match="must"):
         Sampler(**wrong)
+
+
+@pytest.mark.parametrize("top_k", [0, 7])
+@pytest.mark.parametrize("top_p", [1.0, 0.95, 0.4])
+@pytest.mark.parametrize("temperature", [0.0, 0.3, 1.0, 8.0])
+def test_one_tokens_probability_is_that_of_the_whole_row(temperature, top_k, top_p):
+    """Peaked and flat rows, likely tokens and such as are cut off."""
+    generator = torch.Generator().manual_seed(3)
+    sampler = Sampler(temperature, top_k, top_p)
+    logits_NV = torch.randn(60, 3000, generator=generator) * torch.linspace(0.1, 9, 60)[:, None]
+    warped_NV = warp(logits_NV, sampler)
+    ranks = logits_NV.argsort(-1, descending=True)
+    for rank in (0, 1, 5, 90, 2999):
+        index_N = ranks[:, rank]
+        expected_N = warped_NV.gather(-1, index_N[:, None]).squeeze(-1)
+        # In a flat row rounding may move the cut by one token of some thousands.
+        torch.testing.assert_close(token_probability(logits_NV, index_N, sampler), expected_N, rtol=1e-3, atol=1e-8)

@@ -48,13 +48,13 @@ from torch import Tensor
 from redraft.data.store import REFERENCE, Row
 from redraft.drafts.base import Draft, bind
 from redraft.errors import UserError
-from redraft.sampling import Sampler, warp
+from redraft.sampling import Sampler, token_probability
 from redraft.target import Target
 from redraft.teacher.features import FeatureStore, anchors
 from redraft.teacher.unroll import Batch, collate, unroll
 
-# Rows of logits that are warped at once. Small, because one flat row makes top-p sort its whole portion.
-CHUNK = 32
+# Rows of logits that probabilities are taken from at once: enough for the head's product, few enough for the cache.
+CHUNK = 128
 # Rows of logits whose best token is looked for at once.
 ROWS = 256
 
@@ -235,8 +235,7 @@ def acceptance_given_text(draft: Draft, target: Target, batch: Batch, gamma: int
 def _probability(logits_of: Callable[[Tensor], Tensor], states_NH: Tensor, index_N: Tensor, sampler: Sampler) -> Tensor:
     """The warped probability of one token a row, [N], in portions of ``CHUNK`` rows."""
     parts = zip(states_NH.split(CHUNK), index_N.split(CHUNK), strict=True)
-    found = [warp(logits_of(states), sampler).gather(-1, index.unsqueeze(-1)).squeeze(-1) for states, index in parts]
-    return torch.cat(found)
+    return torch.cat([token_probability(logits_of(states), index, sampler) for states, index in parts])
 
 
 def visits(chances_AJ: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from redraft.data.store import Row
 from redraft.drafts.standalone import StandaloneDraft
-from redraft.sampling import Sampler, warp
+from redraft.sampling import Sampler, token_probability
 from redraft.target import Target
 from redraft.teacher.features import anchors, length_batches
 from redraft.teacher.simulate import CHUNK, ROWS, check_sampler, visits, walk
@@ -107,11 +107,10 @@ def probabilities(logits_of: Callable[[Tensor], Tensor], states_AH: Tensor, row:
     parts = zip(states_AH.split(CHUNK), ids_A.split(CHUNK), strict=True)
     found = []
     for states, ids in parts:
-        probs_NV = warp(logits_of(states), sampler)
+        logits_NV = logits_of(states)
         # An id behind the draft's last has no probability there.
-        inside = ids < probs_NV.shape[-1]
-        picked = probs_NV.gather(-1, torch.where(inside, ids, 0).unsqueeze(-1)).squeeze(-1)
-        found.append(torch.where(inside, picked, 0.0))
+        inside = ids < logits_NV.shape[-1]
+        found.append(token_probability(logits_NV, torch.where(inside, ids, 0), sampler).where(inside, 0.0))
     return torch.cat(found).double().cpu()
 
 
