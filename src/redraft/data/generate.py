@@ -53,7 +53,7 @@ def request_uniforms(request: Request, count: int) -> Tensor:
     return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-class _Features:
+class Features:
     """What the target computed on the way to each answer in flight, in memory of the CPU."""
 
     def __init__(self, target: Target, size: int, max_new_tokens: int) -> None:
@@ -86,7 +86,7 @@ class _Slots:
 
     def __init__(self, target: Target, size: int, capacity: int, max_new_tokens: int, features: bool) -> None:
         self.target, self.max_new_tokens = target, max_new_tokens
-        self.features = _Features(target, size, max_new_tokens) if features else None
+        self.features = Features(target, size, max_new_tokens) if features else None
         self.cache = SlotCache(target.layers, size, capacity, target.device)
         self.uniforms = torch.zeros(size, max_new_tokens, dtype=torch.float64)
         self.requests: list[Request | None] = [None] * size
