@@ -83,7 +83,6 @@ def test_questions_of_the_target_itself_starts_general_text_and_replay(world, tm
             tmp_path / "run",
             prompts="self:40",
             seed=1,
-            start="vocabulary",
             replay=1,
             private={"alpha": 8.0},
             train={"epochs": 1, "batch_anchors": 128, "learning_rate": 1e-4},
@@ -128,7 +127,7 @@ def test_a_run_directory_from_before_a_setting_existed_goes_on(world, tmp_path):
     path.write_text(json.dumps({k: v for k, v in stored.items() if k not in ("start", "replay", "private")}))
     claim_run(config)
     with pytest.raises(UserError, match="another start"):
-        claim_run(settings(world, tmp_path / "run", start="vocabulary"))
+        claim_run(settings(world, tmp_path / "run", start="none"))
 
 
 def test_routed_experts_are_adapted_where_no_engine_is_to_load_them(world, tmp_path):

@@ -49,7 +49,9 @@ class AdaptConfig(BaseModel):
     private: dict[str, Any] = Field(
         default_factory=dict, description="sizes of the private part that differ from the defaults (alpha, on, experts)"
     )
-    start: str = Field("none", description="what training starts from: none, ridge, delta, vocabulary, joined by +")
+    start: str = Field(
+        "vocabulary", description="what training starts from: none, ridge, delta, vocabulary, or several, +"
+    )
     loss: str = Field("kl", description="training loss")
     replay: int = Field(0, ge=0, description="passes over the states where the trained draft's rounds end early")
     scorer: str = Field("rejection", description="how samples are scored for selection: NAME or NAME:KEY=VALUE,...")
