@@ -19,7 +19,7 @@ from typing import Any
 
 from redraft import provenance
 from redraft.artifact import atomic_write_json, read_json
-from redraft.data.prompts import Conversation
+from redraft.data.overlap import trained_conversations
 from redraft.data.regenerate import InProcessEngine, expected_rows, regenerate
 from redraft.data.store import Row, read_rows
 from redraft.decode.auto import measure_costs
@@ -29,7 +29,7 @@ from redraft.evaluate.statistics import paired_difference, ratio_of_sums
 from redraft.metrics import cost_by_bytes, mbsu
 from redraft.pipeline.distill import DistillRun
 from redraft.pipeline.distill_config import DistillConfig
-from redraft.pipeline.study.sources import first_turn, read_source
+from redraft.pipeline.study.sources import first_turn, read_source, without_overlap
 from redraft.progress import progress_bar
 from redraft.sampling import Sampler
 from redraft.teacher.features import anchors
@@ -77,8 +77,10 @@ class Comparison:
 
     def __init__(self, run: DistillRun, options: argparse.Namespace) -> None:
         self.run, self.options, self.target = run, options, run.target
+        self.prompts = {task: [first_turn(c) for c in read_source(TASKS[task], options.longest)] for task in TASKS}
         rows, self.heldout = run.responses()
-        self.rows = sorted(rows, key=lambda row: row.key)[: options.rows]
+        clean = self.clean(rows)
+        self.rows, self.dropped = clean[: options.rows], len(rows) - len(clean)
         self.sets = {(task, name): self.answers(task, name) for task in TASKS for name in SAMPLERS}
         self.known = {
             key: target_probabilities(self.target, rows, SAMPLERS[key[1]])
@@ -86,10 +88,16 @@ class Comparison:
             if not SAMPLERS[key[1]].greedy
         }
 
+    def clean(self, rows: Sequence[Row]) -> list[Row]:
+        """The responses in the order of their names, but for those to prompts that are, or nearly are, measured on."""
+        measured = [conversation for part in self.prompts.values() for conversation in part]
+        asked = list(trained_conversations(rows, self.target.tokenizer))
+        kept = {conversation.id for conversation in without_overlap(asked, measured)}
+        return sorted((row for row in rows if row.id in kept), key=lambda row: row.key)
+
     def answers(self, task: str, name: str) -> list[Row]:
         """The target's answers to a task's prompts, made once."""
-        prompts: list[Conversation] = [first_turn(c) for c in read_source(TASKS[task], self.options.longest)]
-        sampler, path = SAMPLERS[name], self.options.work / f"{task}-{name}.jsonl"
+        prompts, sampler, path = self.prompts[task], SAMPLERS[name], self.options.work / f"{task}-{name}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         with progress_bar(f"{task} {name}", expected_rows(prompts, [sampler]), "rows") as progress:
             regenerate(
@@ -157,7 +165,8 @@ class Comparison:
             "setup": {
                 "samplers": {name: sampler.describe() for name, sampler in SAMPLERS.items()},
                 "tasks": TASKS,
-                "rows": self.options.rows,
+                "rows": len(self.rows),
+                "dropped_as_overlap": self.dropped,
                 "parameters_per_token": {"draft": sizes[0], "target": sizes[1]},
                 "cost_by_bytes": cost_by_bytes(*sizes),
                 "cost_by_time": costs.draft_step / costs.plain if costs.draft_step else None,
