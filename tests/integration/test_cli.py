@@ -213,6 +213,10 @@ def test_named_drafts() -> None:
 
 
 def test_settings_take_the_types_of_the_config() -> None:
+    assert align.settings(["batch-anchors=5e3", "seed=7"], TrainConfig) == {"batch_anchors": 5000, "seed": 7}
+    for text in ("batch-anchors=5.5", "batch-anchors=1e-3", "seed=many"):
+        with pytest.raises(UserError, match="must be a int, not"):
+            align.settings([text], TrainConfig)
     found = align.settings(["clip=0.5", "batch-anchors=64", "optimizer=adamw"], TrainConfig)
     assert found == {"clip": 0.5, "batch_anchors": 64, "optimizer": "adamw"}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
@@ -158,10 +159,13 @@ def typed(name: str, value: str, hint: Any) -> Any:
     kinds = [kind for kind in (get_args(hint) or (hint,)) if kind is not type(None)]
     if get_origin(hint) is tuple:
         return tuple(part.strip() for part in value.split(",") if part.strip())
+    kind = kinds[0]
     try:
-        return kinds[0](value)
+        return kind(value)
     except ValueError:
-        raise UserError(f"setting {name} must be a {kinds[0].__name__}, not {value!r}") from None
+        if kind is int and re.fullmatch(r"\d+(\.\d+)?[eE]\+?\d+", value) and float(value).is_integer():
+            return int(float(value))  # 5e5 tokens, as YAML takes them
+        raise UserError(f"setting {name} must be a {kind.__name__}, not {value!r}") from None
 
 
 def adapt(
