@@ -6,14 +6,16 @@ of the paper's shape (4 layers of width 1024, arXiv 2403.00858) and for one size
 costs k plain steps pays as soon as block efficiency is above k: that is the break-even, and measured. What it would
 bring at a given block efficiency is a projection, and marked as one.
 
-    python benchmarks/breakeven.py --tau 2.2 --out benchmarks/results/breakeven.json
+    python benchmarks/breakeven.py --tau paper=2.3@3 --out benchmarks/results/breakeven.json
 
-``--tau`` is repeatable as NAME=VALUE: acceptance measured elsewhere, with another target.
+``--tau`` is NAME=VALUE@GAMMA, repeatable: block efficiency measured elsewhere, with another target, at that gamma; it
+says nothing of another gamma, and nothing is projected there.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from redraft import provenance
 from redraft.artifact import atomic_write_json
 from redraft.decode.auto import measure_costs
 from redraft.drafts.shapes import fresh_standalone, shape_for
+from redraft.errors import UserError
 from redraft.progress import progress_bar
 from redraft.target import Target
 
@@ -41,14 +44,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", default="smollm2-135m,smollm2-360m,smollm2-1.7b")
     parser.add_argument("--drafters", default="goel,1/8", help="sizes, as `redraft distill --size` takes them")
-    parser.add_argument("--tau", action="append", default=[], help="NAME=VALUE; repeatable")
+    parser.add_argument("--tau", action="append", default=[], help="NAME=VALUE@GAMMA; repeatable")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--length", type=int, default=128, help="tokens of the text that is gone on from")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    taus = {name: float(value) for name, _, value in (text.partition("=") for text in options.tau)}
+    taus = [known(text) for text in options.tau]
     names, sizes = options.targets.split(","), options.drafters.split(",")
     cells, done = [], 0
     with progress_bar("shapes", len(names) * len(sizes)) as progress:
@@ -70,13 +73,21 @@ def main() -> None:
                 "text": f"{options.length} tokens",
                 "batch": 1,
                 "repeats": options.repeats,
-                "acceptance": taus,
+                "acceptance": [{"name": name, "block_efficiency": tau, "gamma": gamma} for name, tau, gamma in taus],
                 "note": "costs are measured; speed-ups take acceptance measured with another target: projections",
             },
             "cells": cells,
         },
     )
     print(table(cells, taus))
+
+
+def known(text: str) -> tuple[str, float, int]:
+    """(name, block efficiency, gamma) of ``paper=2.3@3``. Raises ``UserError``."""
+    found = re.fullmatch(r"(.+)=(\d+(?:\.\d+)?)@(\d+)", text)
+    if not found or not 1 <= float(found[2]) <= int(found[3]) + 1:
+        raise UserError(f"--tau {text} is not NAME=VALUE@GAMMA with a value from 1 to GAMMA + 1")
+    return found[1], float(found[2]), int(found[3])
 
 
 def random_target(name: str, dtype: str, device: str) -> Target:
@@ -108,7 +119,7 @@ def random_target(name: str, dtype: str, device: str) -> Target:
 
 
 def measure(
-    name: str, target: Target, size: str, taus: dict[str, float], options: argparse.Namespace
+    name: str, target: Target, size: str, taus: list[tuple[str, float, int]], options: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """Costs of one pair at every gamma; nothing where the drafter is no smaller than the target."""
     draft = fresh_standalone(target, shape_for(target, size), embeddings="random").to(target.dtype)
@@ -129,22 +140,23 @@ def measure(
                 "draft_step_over_plain": costs.chain(gamma).draft / gamma / costs.plain,
                 "verify_over_plain": costs.chain(gamma).verify / costs.plain,
                 "break_even": round_cost,
-                "projected_speedup": {label: tau / round_cost for label, tau in taus.items()},
+                "projected_speedup": {label: tau / round_cost for label, tau, at in taus if at == gamma},
             }
         )
     return found
 
 
-def table(cells: list[dict[str, Any]], taus: dict[str, float]) -> str:
+def table(cells: list[dict[str, Any]], taus: list[tuple[str, float, int]]) -> str:
     """The result as Markdown."""
-    labels = "".join(f" projected at {label} ({tau:.2f}) |" for label, tau in taus.items())
+    labels = "".join(f" projected at {label} ({tau:.2f}) |" for label, tau, _ in taus)
     lines = [
         f"| target | drafter | gamma | plain step, ms | draft step | verification | break-even |{labels}",
         f"| --- | --- | --- | --- | --- | --- | --- |{' --- |' * len(taus)}",
     ]
     for cell in cells:
         sizes = cell["parameters_per_token"]
-        speeds = "".join(f" {speed:.2f}x |" for speed in cell["projected_speedup"].values())
+        found = cell["projected_speedup"]
+        speeds = "".join(f" {found[label]:.2f}x |" if label in found else " |" for label, _, _ in taus)
         lines.append(
             f"| {cell['target']} | {cell['drafter']} ({sizes['draft'] / 1e6:.0f}M) | {cell['gamma']} | "
             f"{1000 * cell['plain_step_s']:.1f} | {cell['draft_step_over_plain']:.3f} | "

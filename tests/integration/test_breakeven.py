@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from redraft.errors import UserError
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "breakeven.py"
 
 
@@ -20,7 +22,18 @@ def test_break_even_is_what_a_round_costs(tmp_path: Path, monkeypatch: pytest.Mo
     assert all(torch.isfinite(parameter).all() for parameter in target.model.parameters())
     assert torch.isfinite(target.logits(target.forward(torch.tensor([[1, 2, 3]])).hidden_BTH)).all()
     out = tmp_path / "breakeven.json"
-    options = ["--targets", "tiny,untied", "--drafters", "goel,1/2", "--repeats", "2", "--length", "8", "--tau", "a=2"]
+    options = [
+        "--targets",
+        "tiny,untied",
+        "--drafters",
+        "goel,1/2",
+        "--repeats",
+        "2",
+        "--length",
+        "8",
+        "--tau",
+        "a=2@3",
+    ]
     monkeypatch.setattr("sys.argv", ["x", *options, "--dtype", "float32", "--out", str(out)])
     script["main"]()
     cells = json.loads(out.read_text())["cells"]
@@ -28,4 +41,8 @@ def test_break_even_is_what_a_round_costs(tmp_path: Path, monkeypatch: pytest.Mo
     for cell in cells:
         steps = cell["gamma"] * cell["draft_step_over_plain"] + cell["verify_over_plain"]
         assert cell["break_even"] == pytest.approx(steps)
-        assert cell["projected_speedup"]["a"] == pytest.approx(2 / cell["break_even"])
+        projected = {"a": pytest.approx(2 / cell["break_even"])} if cell["gamma"] == 3 else {}
+        assert cell["projected_speedup"] == projected, "acceptance at one gamma says nothing of another"
+    for text in ("a=2", "a=2.5@1", "a=0.5@3"):
+        with pytest.raises(UserError, match="NAME=VALUE@GAMMA"):
+            script["known"](text)
