@@ -8,11 +8,11 @@ Question and answer follow each other as they would in a document, without any c
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 from pathlib import Path
 
 from redraft.artifact import atomic_write_text
+from redraft.data.prompts import read_conversations
 
 SETS = (
     "general/alpaca_9k.train",
@@ -34,10 +34,9 @@ def main() -> None:
     options = parser.parse_args()
     lines = []
     for name in SETS:
-        with gzip.open(options.data / f"{name}.jsonl.gz", "rt", encoding="utf-8") as file:
-            for line in file:
-                text = "\n\n".join(message["content"].strip() for message in json.loads(line)["messages"])
-                lines.append(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+        for conversation in read_conversations(options.data / f"{name}.jsonl.gz"):
+            text = "\n\n".join(message["content"].strip() for message in conversation.messages)
+            lines.append(json.dumps({"text": text}, ensure_ascii=False) + "\n")
     atomic_write_text(options.out, "".join(lines))
     print(f"{len(lines):,} documents, {sum(map(len, lines)) / 1e6:.1f} million characters")
 
