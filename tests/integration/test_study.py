@@ -65,16 +65,19 @@ def test_the_results_hold_what_a_reader_needs(done: Path) -> None:
     assert stale["trained_parameters"] == stale["private_bytes"] == 0 and stale["flops"] == {}
     # A few small steps leave most stored rows as they were, and such rows take no room.
     assert fc["trained_parameters"] == 32 * 96 and 0 < fc["private_bytes"] <= 2 * fc["trained_parameters"]
-    assert set(fc["flops"]) == {"generation", "features", "heldout", "train", "evaluations"}
+    # The target's own answers bring their features along; reference answers need a pass.
+    assert set(fc["flops"]) == {"generation", "heldout", "train", "evaluations"}
+    reference = cells["t | eda | reference | none | kl | none | 0"]
+    assert set(reference["flops"]) == {"features", "heldout", "train", "evaluations"}
+    assert reference["flops"]["heldout"] == fc["flops"]["heldout"]
     full = cells["t | full | regenerated | none | kl | none | 0"]
     assert full["trained_parameters"] == full["full_parameters"] and full["flops"]["train"] > fc["flops"]["train"]
     assert cells["t | eda | reference | none | kl | none | 0"]["private_width"] == 16
     assert cells["t | again | regenerated | none | kl | none | 0"]["epochs"] == 1.5
     assert cells["t | none | regenerated | none | - | ridge | 0"]["flops"]["start"] > 0
     stages = [entry["stage"] for entry in results["ledger"]["stages"]]
-    assert {"t: generate regenerated", "t: features regenerated", "t: train", "base base: generate general"} <= {
-        *stages
-    }
+    assert {"t: generate regenerated", "t: features reference", "t: train", "base base: generate general"} <= {*stages}
+    assert not {"t: features regenerated", "t: features heldout", "base base: features general-base"} & {*stages}
     assert results["targets"]["t"]["speed"][0]["drafts"].keys() == {"none", "fc"}
     assert results["provenance"]["seed"] == 0 and results["config"]["name"] == "tiny"
 

@@ -51,6 +51,7 @@ class ScriptedEngine:
         tokenizer: Any,
         eos_ids: Sequence[int],
         among: Sequence[Request] = (),
+        features: bool = False,
     ) -> Iterator[Completion | Failure]:
         for request in reversed(requests):
             if len(self.asked) == self.stop_after:
@@ -211,14 +212,14 @@ def test_a_row_on_the_disk_has_its_features_there(
     path, target = tmp_path / "r.jsonl", tiny_target()
     monkeypatch.setattr("redraft.data.regenerate.FLUSH_FEATURES_BYTES", 3 * 4096)
     whole = FeatureStore(tmp_path / "whole", {})
-    run(InProcessEngine(target, 4, features=True), features=whole)
+    run(InProcessEngine(target, 4), features=whole)
     data, rows = path.read_bytes(), [row for row in read_rows(path) if len(row.response_ids) > 1]
     assert len(rows) > 9 and len(set(whole.index.values())) > 2
     for cut in (len(data) // 3, len(data) // 2, len(data) - 2):
         path.write_bytes(data[:cut])
         store = FeatureStore(tmp_path / f"cut-{cut}", {})
         store.put([(row, *whole.get(row)) for row in read_rows(path) if len(row.response_ids) > 1])
-        run(InProcessEngine(target, 4, features=True), features=store)
+        run(InProcessEngine(target, 4), features=store)
         assert store.build(target, rows) == 0
         for row in rows:
             assert all(torch.equal(one, other) for one, other in zip(store.get(row), whole.get(row), strict=True))
@@ -234,7 +235,7 @@ def test_features_reach_the_disk_before_their_rows(
     monkeypatch.setattr("redraft.data.regenerate.FLUSH_FEATURES_BYTES", 1)
     monkeypatch.setattr(RowWriter, "append", torn)
     with pytest.raises(KeyboardInterrupt):
-        run(InProcessEngine(tiny_target(), 4, features=True), features=store)
+        run(InProcessEngine(tiny_target(), 4), features=store)
     assert store.index and not (tmp_path / "r.jsonl").read_bytes()
 
 

@@ -52,17 +52,15 @@ class Engine(Protocol):
         tokenizer: Any,
         eos_ids: Sequence[int],
         among: Sequence[Request] = (),
+        features: bool = False,
     ) -> Iterator[Completion | Failure]: ...
 
 
 class InProcessEngine:
-    """The target in this process, ``batch_size`` sequences at a time.
+    """The target in this process, ``batch_size`` sequences at a time."""
 
-    ``features``: completions bring what the target computed at its taps.
-    """
-
-    def __init__(self, target: Target, batch_size: int = 64, features: bool = False) -> None:
-        self.target, self.batch_size, self.features = target, batch_size, features
+    def __init__(self, target: Target, batch_size: int = 64) -> None:
+        self.target, self.batch_size = target, batch_size
 
     def answer(
         self,
@@ -71,8 +69,10 @@ class InProcessEngine:
         tokenizer: Any,
         eos_ids: Sequence[int],
         among: Sequence[Request] = (),
+        features: bool = False,
     ) -> Iterator[Completion | Failure]:
-        yield from generate(self.target, requests, max_new_tokens, self.batch_size, among=among, features=self.features)
+        """``features``: completions bring what the target computed at its taps."""
+        yield from generate(self.target, requests, max_new_tokens, self.batch_size, among=among, features=features)
 
 
 @dataclass
@@ -249,7 +249,9 @@ class _Run:
             everyone.append(request)
         self._tell()
         try:
-            for outcome in self.engine.answer(requests, self.max_new_tokens, self.tokenizer, self.eos_ids, everyone):
+            wanted = self.features is not None
+            limits = (self.max_new_tokens, self.tokenizer, self.eos_ids)
+            for outcome in self.engine.answer(requests, *limits, among=everyone, features=wanted):
                 if isinstance(outcome, Failure):
                     self._break(waiting.pop(outcome.key), outcome)
                 else:

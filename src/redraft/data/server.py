@@ -54,10 +54,12 @@ class ServerEngine:
         tokenizer: Any,
         eos_ids: Sequence[int],
         among: Sequence[Request] = (),
+        features: bool = False,
     ) -> Iterator[Completion | Failure]:
         """Answer the requests as the server finishes them; a request that fails for good comes as a ``Failure``.
 
-        ``among`` plays no part: how requests are batched is the server's own affair.
+        ``among`` plays no part: how requests are batched is the server's own affair. Neither does ``features``: a
+        server gives none.
         Raises ``UserError`` when the server cannot be reached at all, knows no such model, or stops answering.
         """
         if not requests:

@@ -111,7 +111,7 @@ class Source:
     def _answer(self, name: str, prompts: Sequence[Conversation], samplers: list[Sampler], server: str | None) -> None:
         c, target = self.config, self.target_of()
         store = self.store_of() if self.store_of and not server else None
-        engine: Any = InProcessEngine(target, c.batch_size, features=store is not None)
+        engine: Any = InProcessEngine(target, c.batch_size)
         if server:
             engine = ServerEngine(server, c.server_model, c.batch_size)
         path = self.responses if name == "regenerate" else self.heldout

@@ -32,8 +32,8 @@ from redraft.train.loop import TrainConfig, Trainer, TrainResult
 CELL_FORMULAS = {
     "generation": f"{provenance.FORWARD_FORMULA}, of every row that had to be generated",
     "selection": f"{provenance.FORWARD_FORMULA}, of every model pass over every row that was scored",
-    "features": f"{provenance.FORWARD_FORMULA}, of the rows that are trained on; none where selection made them",
-    "heldout": f"{provenance.FORWARD_FORMULA}, twice: answers and features of the held-out prompts",
+    "features": f"{provenance.FORWARD_FORMULA}, of the rows trained on; none where generation or selection made them",
+    "heldout": f"{provenance.FORWARD_FORMULA}, of the held-out prompts' answers, and of their features where not kept",
     "start": provenance.FORWARD_FORMULA,
     "train": f"({provenance.TRAIN_FORMULA}) * unroll",
     "evaluations": f"{provenance.FORWARD_FORMULA} of the draft: gamma steps a held-out position, every evaluation",
@@ -195,20 +195,19 @@ def training_costs(
 ) -> None:
     """What training itself took, its features and its held-out answers included; generation is counted before."""
     forward, size = provenance.forward_flops, work.target.parameters_per_token
-    features, heldout = row_tokens(trainer.rows), row_tokens(trainer.heldout)
     if not selected.featured:
-        costs.add("features", forward(size, features), work.seconds_of(f"features {data_of(trainer.rows)}", features))
-    seconds = sum(work.seconds_of(f"{stage} heldout", heldout) for stage in ("generate", "features"))
-    costs.add("heldout", 2 * forward(size, heldout), seconds)
+        for name in sorted({row.id.partition(":")[0] for row in trainer.rows}):
+            if work.ran(stage := f"features {name}"):
+                tokens = row_tokens([row for row in trainer.rows if row.id.startswith(f"{name}:")])
+                costs.add("features", forward(size, tokens), work.seconds_of(stage, tokens))
+    heldout = row_tokens(trainer.heldout)
+    for stage in ("generate heldout", "features heldout"):
+        if work.ran(stage):
+            costs.add("heldout", forward(size, heldout), work.seconds_of(stage, heldout))
     costs.add("train", train_flops(trainer, results), sum(result.seconds for result in results))
     walked = sum(map(anchors, trainer.heldout)) * sum(len(result.history) for result in results)
     walked += sum(map(anchors, trainer.rows)) * (len(results) - 1)
     costs.add("evaluations", forward(trainer.draft.parameters_per_token, walked * trainer.config.gamma), 0.0)
-
-
-def data_of(rows: Sequence[Any]) -> str:
-    """The data entry that rows come from, by the beginning of their ids."""
-    return str(rows[0].id.partition(":")[0])
 
 
 def training_record(

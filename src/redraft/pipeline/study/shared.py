@@ -22,7 +22,7 @@ from redraft.data.mixture import mix
 from redraft.data.overlap import refuse_overlap, trained_conversations
 from redraft.data.prompts import Conversation
 from redraft.data.references import reference_rows
-from redraft.data.regenerate import InProcessEngine, expected_rows, regenerate
+from redraft.data.regenerate import InProcessEngine, Kept, expected_rows, regenerate
 from redraft.data.store import Row, read_rows
 from redraft.data.traces import read_traces
 from redraft.errors import UserError
@@ -114,10 +114,19 @@ class Model:
         return self._opener()
 
     def answer(
-        self, name: str, conversations: Sequence[Conversation], samplers: Sequence[Sampler], max_new_tokens: int
+        self,
+        name: str,
+        conversations: Sequence[Conversation],
+        samplers: Sequence[Sampler],
+        max_new_tokens: int,
+        taps: tuple[int, ...],
     ) -> list[Row]:
-        """The target's answers, from the file of this name or made now, with ids that begin with the name."""
+        """The target's answers, from the file of this name or made now, with ids that begin with the name.
+
+        What the target computes at the ``taps`` while it writes is kept as the rows' features.
+        """
         path, target = self.folder / f"{name}.jsonl", self.target
+        target.tap(taps)
         stage, total = f"{self.name}: generate {name}", expected_rows(conversations, samplers)
         with self.ledger.stage(stage) as entry:
             report = regenerate(
@@ -132,6 +141,7 @@ class Model:
                 lambda done, **_: self.tell(stage, done, total),
                 eos_ids=target.eos_ids,
                 context=target.context,
+                features=NamedKeeper(name, self.store(taps)),
             )
             tokens = report.prompt_tokens + report.response_tokens
             flops = provenance.forward_flops(target.parameters_per_token, tokens)
@@ -141,13 +151,16 @@ class Model:
         rows = sorted(read_rows(path), key=lambda row: (place[row.id], row.turn, row.temperature))
         return named(name, rows)
 
+    def store(self, taps: tuple[int, ...]) -> FeatureStore:
+        """The features of this model at these taps."""
+        if taps not in self.stores:
+            identity = {"target": self.target.content_hash(), "taps": list(taps)}
+            self.stores[taps] = FeatureStore(self.folder / f"features-{'-'.join(map(str, taps))}", identity)
+        return self.stores[taps]
+
     def features(self, name: str, rows: Sequence[Row], taps: tuple[int, ...]) -> FeatureStore:
         """The store for these taps, with the features of all ``rows`` in it. Raises ``UserError``."""
-        target = self.target
-        if taps not in self.stores:
-            identity = {"target": target.content_hash(), "taps": list(taps)}
-            self.stores[taps] = FeatureStore(self.folder / f"features-{'-'.join(map(str, taps))}", identity)
-        store = self.stores[taps]
+        target, store = self.target, self.store(taps)
         if any(row.key not in store.index for row in rows if anchors(row)):
             target.tap(taps)
             stage, total = f"{self.name}: features {name}", row_tokens(rows)
@@ -157,6 +170,10 @@ class Model:
                 entry.add(tokens, flops, provenance.FORWARD_FORMULA)
         return store
 
+    def ran(self, stage: str) -> bool:
+        """Whether there was such a stage: features that were kept on the way need none."""
+        return any(entry.stage == f"{self.name}: {stage}" for entry in self.ledger.stages)
+
     def seconds_of(self, stage: str, tokens: int) -> float:
         """The part of a stage's seconds that falls to ``tokens`` of those that it worked on."""
         for entry in self.ledger.stages:
@@ -165,9 +182,23 @@ class Model:
         return 0.0
 
 
+class NamedKeeper:
+    """Puts features into a store under the rows' names in the study."""
+
+    def __init__(self, name: str, store: FeatureStore) -> None:
+        self.name, self.store = name, store
+
+    def put(self, found: Sequence[Kept]) -> bool:
+        return self.store.put([(renamed(self.name, row), taps, hidden) for row, taps, hidden in found])
+
+
+def renamed(name: str, row: Row) -> Row:
+    return replace(row, id=f"{name}:{row.id}")
+
+
 def named(name: str, rows: Sequence[Row]) -> list[Row]:
     """The rows that have a position to train or measure at, with ids that begin with ``name``."""
-    return [replace(row, id=f"{name}:{row.id}") for row in rows if anchors(row)]
+    return [renamed(name, row) for row in rows if anchors(row)]
 
 
 class TargetWork(Model):
@@ -212,12 +243,12 @@ class TargetWork(Model):
         assert general is not None
         measured = [*self.general, *(c for part in self.prompts.evaluation.values() for c in part)]
         mixable = without_overlap(read_sources(general.mix, self.config.longest_prompt), measured)
-        return self.answer("general-mix", mixable, [Sampler()], self.config.max_new_tokens)
+        return self.answer("general-mix", mixable, [Sampler()], self.config.max_new_tokens, self.taps)
 
     @cached_property
     def heldout(self) -> list[Row]:
         """Greedy answers for early stopping, the same for every cell."""
-        return self.answer("heldout", self.prompts.heldout, [Sampler()], self.config.max_new_tokens)
+        return self.answer("heldout", self.prompts.heldout, [Sampler()], self.config.max_new_tokens, self.taps)
 
     def rows(self, name: str) -> list[Row]:
         """The training rows of a data entry, before selection. Raises ``UserError`` when there are none."""
@@ -251,7 +282,7 @@ class TargetWork(Model):
             return named(name, rows)
         samplers = [Sampler(t, 0, entry.top_p if t else 1.0) for t in entry.temperatures]
         asked = self._self_prompts(name, entry.prompts) if entry.prompts else self.prompts.train
-        return self.answer(name, asked, samplers, tokens)
+        return self.answer(name, asked, samplers, tokens, self.taps)
 
     def _self_prompts(self, name: str, count: int) -> list[Conversation]:
         """Questions that the target wrote itself, none of them measured on. Raises ``UserError``."""
@@ -285,6 +316,11 @@ class TargetWork(Model):
         return self._opened[source]
 
     @property
+    def taps(self) -> tuple[int, ...]:
+        """What the stale draft reads of the target."""
+        return tuple(self.opened(NONE).draft.config.taps)
+
+    @property
     def base(self) -> Model:
         """The target that the stale draft was made for. Raises ``UserError`` when none is named."""
         if self.entry.base_target is None:
@@ -300,13 +336,13 @@ class TargetWork(Model):
         found = {}
         for name, sampler in ((GREEDY, Sampler()), (SAMPLED, Sampler(config.temperature))):
             turns = [turn for turn, _ in asked.values()]
-            rows = self.answer(f"evaluation-{name}", turns, [sampler], config.evaluation_tokens)
+            rows = self.answer(f"evaluation-{name}", turns, [sampler], config.evaluation_tokens, self.taps)
             tasks = [asked[row.id.partition(":")[2]][1] for row in rows]
             found[name] = Asked(self, rows, sampler, tasks)
         if config.general is not None:
             models = {GENERAL: self, **({GENERAL_BASE: self.base} if self.entry.base_target else {})}
             for name, model in models.items():
-                rows = model.answer(GENERAL, self.general, [Sampler()], config.evaluation_tokens)
+                rows = model.answer(GENERAL, self.general, [Sampler()], config.evaluation_tokens, self.taps)
                 found[name] = Asked(model, rows, Sampler(), [GENERAL] * len(rows))
         return found
 
@@ -381,9 +417,6 @@ class TargetWork(Model):
                 store.build(target, wanted)
                 return row_alphas(draft, target, wanted, store)
 
-        flops = scorer.passes * provenance.forward_flops(target.parameters_per_token, tokens)
-        if "alpha_of" in scorer.needs:
-            flops += provenance.forward_flops(draft.parameters_per_token, tokens)
         context = ScoringContext(
             target=target,
             base_target=self.base.target if "base_target" in scorer.needs else None,
@@ -394,4 +427,10 @@ class TargetWork(Model):
             progress=lambda done, total: self.tell(stage, done, total),
             scratch=self.folder,
         )
-        return score_rows(scorer, rows, context), flops
+        scores, passes = score_rows(scorer, rows, context), scorer.passes
+        flops = 0
+        if "alpha_of" in scorer.needs:
+            flops = provenance.forward_flops(draft.parameters_per_token, tokens)
+            # Its pass of the target is for features, which may be there already.
+            passes -= on == "responses" and not self.ran(f"features {data}")
+        return scores, flops + passes * provenance.forward_flops(target.parameters_per_token, tokens)
