@@ -14,6 +14,7 @@ import pytest
 from redraft.cli import align, main, measure
 from redraft.cli.common import CHOICES
 from redraft.errors import UserError
+from redraft.pipeline.config import parse_config
 from redraft.export import EXPORTERS
 from redraft.losses import LOSSES
 from redraft.pipeline.config import AdaptConfig
@@ -104,7 +105,7 @@ def test_version(redraft: Any) -> None:
         (["train", "--target", "t", "--from-nothing", "--responses", "r", "--out", "o", "--loss", "x"], "loss 'x'"),
         (["train", "--target", "t", "--responses", "r", "--out", "o"], "--from-nothing"),
         (["train", "--target", "t", "--responses", "r", "--out", "o", "--setting", "lr=1"], "'lr=1'"),
-        (["train", "--target", "t", "--responses", "r", "--out", "o", "--setting", "clip=x"], "float"),
+        (["train", "--target", "t", "--responses", "r", "--out", "o", "--setting", "clip=x"], "a number"),
         (
             ["export", "--draft", "d", "--target", "./no", "--format", "onnx", "--out", "o"],
             "unknown export format 'onnx'",
@@ -215,10 +216,21 @@ def test_named_drafts() -> None:
 def test_settings_take_the_types_of_the_config() -> None:
     assert align.settings(["batch-anchors=5e3", "seed=7"], TrainConfig) == {"batch_anchors": 5000, "seed": 7}
     for text in ("batch-anchors=5.5", "batch-anchors=1e-3", "seed=many"):
-        with pytest.raises(UserError, match="must be a int, not"):
+        with pytest.raises(UserError, match="must be a whole number, not"):
             align.settings([text], TrainConfig)
     found = align.settings(["clip=0.5", "batch-anchors=64", "optimizer=adamw"], TrainConfig)
     assert found == {"clip": 0.5, "batch_anchors": 64, "optimizer": "adamw"}
+
+
+def test_a_file_of_settings_is_read_as_yaml_writes_it() -> None:
+    """YAML takes 4e-3 for a text: the optimizer would have met it in the middle of a run."""
+    paths = {"target": "t", "draft": "d", "prompts": "p", "out": "o"}
+    train = parse_config({**paths, "train": {"learning_rate": "4e-3", "batch_anchors": 5e3}}).train_config()
+    assert train.learning_rate == 4e-3 and train.batch_anchors == 5000 and type(train.batch_anchors) is int
+    assert parse_config({**paths, "private": {"on": ["q_proj"], "alpha": 32}}).private_size.on == ("q_proj",)
+    for wrong in ({"epochs": "many"}, {"epochs": True}, {"seed": 0.5}):
+        with pytest.raises(UserError, match=f"training setting {next(iter(wrong))} must be a"):
+            parse_config({**paths, "train": wrong}).train_config()
 
 
 def test_every_setting_of_adapt_is_a_flag_and_only_given_ones_are_handed_on(

@@ -171,7 +171,7 @@ def test_a_server_alone(place: Path, tmp_path: Path) -> None:
         ({"loss": "mse"}, "unknown loss"),
         ({"teacher": "gold"}, "teacher must be one of states, tops, tokens"),
         ({"pretrain": {"token": 5}}, "unknown pretraining setting token"),
-        ({"align": {"epochs": "many"}}, "alignment setting epochs must be a float"),
+        ({"align": {"epochs": "many"}}, "alignment setting epochs must be a number, not 'many'"),
         ({"gamma": 0}, "gamma: .*see `redraft distill --help`"),
         ({"size": "1/100000"}, "no shape meets"),
     ],

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -141,7 +140,7 @@ def train(
 
 def settings(given: list[str], config: Any) -> dict[str, Any]:
     """``NAME=VALUE`` texts as values of the types of a config's fields. Raises ``UserError``."""
-    from typing import get_type_hints
+    from redraft.pipeline.config import typed
 
     known = get_type_hints(config)
     found: dict[str, Any] = {}
@@ -150,22 +149,8 @@ def settings(given: list[str], config: Any) -> dict[str, Any]:
         name = name.strip().replace("-", "_")
         if not equals or name not in known:
             raise UserError(f"setting {text!r} is not understood; write NAME=VALUE, one of {', '.join(known)}")
-        found[name] = typed(name, value.strip(), known[name])
+        found[name] = typed(f"setting {name}", value.strip(), known[name])
     return found
-
-
-def typed(name: str, value: str, hint: Any) -> Any:
-    """The text of a setting as its type: a number, a text, or names with commas between them. Raises ``UserError``."""
-    kinds = [kind for kind in (get_args(hint) or (hint,)) if kind is not type(None)]
-    if get_origin(hint) is tuple:
-        return tuple(part.strip() for part in value.split(",") if part.strip())
-    kind = kinds[0]
-    try:
-        return kind(value)
-    except ValueError:
-        if kind is int and re.fullmatch(r"\d+(\.\d+)?[eE]\+?\d+", value) and float(value).is_integer():
-            return int(float(value))  # 5e5 tokens, as YAML takes them
-        raise UserError(f"setting {name} must be a {kind.__name__}, not {value!r}") from None
 
 
 def adapt(

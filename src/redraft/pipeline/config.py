@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, fields
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -37,7 +39,7 @@ class AdaptConfig(BaseModel):
         "self:400 lets the target write 400 questions itself",
     )
     responses: str | None = Field(
-        None, description="a log of served responses (text or token ids) instead of prompts: nothing is generated"
+        None, description="a log of served responses (text or token ids) beside of prompts: nothing is generated"
     )
     out: Path = Field(description="run directory; a stopped run resumes from it")
     adapter: str | None = Field(None, description="PEFT adapter to merge into --target")
@@ -143,20 +145,12 @@ class AdaptConfig(BaseModel):
     @property
     def private_size(self) -> PrivateSize:
         """Raises ``UserError`` for an unknown size."""
-        known = {f.name for f in fields(PrivateSize)}
-        unknown = sorted(set(self.private) - known)
-        if unknown:
-            raise UserError(f"unknown private size {', '.join(unknown)}; choose from {', '.join(sorted(known))}")
-        on = {"on": tuple(self.private["on"])} if "on" in self.private else {}
-        return PrivateSize(**{"width": self.private_width, "rank": self.rank, **self.private, **on})
+        return recipe(PrivateSize, {"width": self.private_width, "rank": self.rank, **self.private}, "private size")
 
     def train_config(self) -> TrainConfig:
         """Raises ``UserError`` for an unknown training setting."""
-        known = {f.name for f in fields(TrainConfig)}
-        unknown = sorted(set(self.train) - known)
-        if unknown:
-            raise UserError(f"unknown training setting {', '.join(unknown)}; choose from {', '.join(sorted(known))}")
-        return TrainConfig(**{"loss": self.loss, "gamma": self.gamma, "seed": self.seed, **self.train})
+        own = {"loss": self.loss, "gamma": self.gamma, "seed": self.seed}
+        return recipe(TrainConfig, own | self.train, "training setting")
 
 
 Settings = TypeVar("Settings", bound=BaseModel)
@@ -170,6 +164,49 @@ def checked(kind: type[Settings], values: dict[str, Any], command: str) -> Setti
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"]) or "settings"
         raise UserError(f"{name.replace('_', '-')}: {first['msg'].lower()}; see `{command} --help`") from None
+
+
+Recipe = TypeVar("Recipe")
+
+
+def recipe(
+    kind: type[Recipe], values: dict[str, Any], what: str, without: Sequence[str] = (), beside: Sequence[str] = ()
+) -> Recipe:
+    """The dataclass ``kind`` of settings, each in its own type.
+
+    ``what`` names one of them, ``without`` are none of the user's, and ``beside`` may stand beside them in their file.
+    Raises ``UserError`` for an unknown one and for one of another type.
+    """
+    known = {name: hint for name, hint in get_type_hints(kind).items() if name not in without}
+    if unknown := sorted(set(values) - set(known)):
+        raise UserError(f"unknown {what} {', '.join(unknown)}; choose from {', '.join(sorted([*known, *beside]))}")
+    return kind(**{name: typed(f"{what} {name}", value, known[name]) for name, value in values.items()})
+
+
+KINDS = {int: "a whole number", float: "a number", str: "a text"}
+
+
+def typed(what: str, value: Any, hint: Any) -> Any:
+    """A setting in its own type, from a flag's text or a YAML value; ``what`` names it in the error.
+
+    YAML takes 3e-4 for a text and 1e6 for no whole number; names stand with commas between them in a flag.
+    Raises ``UserError`` for a value of another kind.
+    """
+    if get_origin(hint) is tuple:
+        parts = value.split(",") if isinstance(value, str) else value
+        return tuple(str(part).strip() for part in parts if str(part).strip())
+    kind = next(kind for kind in (get_args(hint) or (hint,)) if kind is not type(None))
+    if kind is str and isinstance(value, str):
+        return value
+    try:
+        number = float("nan" if isinstance(value, bool) else value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if kind is float and not math.isnan(number):
+        return number
+    if kind is int and number.is_integer():
+        return int(number)
+    raise UserError(f"{what} must be {KINDS[kind]}, not {value!r}")
 
 
 def read_yaml(path: Path, command: str) -> dict[str, Any]:

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from redraft.errors import UserError
 from redraft.losses import LOSSES
-from redraft.pipeline.config import checked, claim_folder, read_yaml
-from redraft.train.descent import DescentConfig
+from redraft.pipeline.config import checked, claim_folder, read_yaml, recipe
 from redraft.train.distil import DistilConfig
 from redraft.train.pretrain import PretrainConfig
 
 COMMAND = "redraft distill"
 TEACHERS = ("states", "tops", "tokens")
-
-Recipe = TypeVar("Recipe", bound=DescentConfig)
 
 
 class DistillConfig(BaseModel):
@@ -112,32 +109,12 @@ class DistillConfig(BaseModel):
 
     def pretrain_config(self) -> PretrainConfig:
         """Raises ``UserError`` for an unknown setting."""
-        return recipe(PretrainConfig, {"seed": self.seed, **self.pretrain}, "pretraining")
+        return recipe(PretrainConfig, {"seed": self.seed, **self.pretrain}, "pretraining setting")
 
     def align_config(self) -> DistilConfig:
         """Raises ``UserError`` for an unknown setting."""
         own = {"loss": self.loss, "gamma": self.gamma, "text_share": self.text_share, "seed": self.seed}
-        return recipe(DistilConfig, own | self.align, "alignment")
-
-
-def recipe(kind: type[Recipe], values: dict[str, Any], what: str) -> Recipe:
-    """The settings of one training. Raises ``UserError`` for an unknown one and for one that is of no fitting type."""
-    known = {field.name: field for field in fields(kind)}
-    unknown = sorted(set(values) - set(known))
-    if unknown:
-        raise UserError(f"unknown {what} setting {', '.join(unknown)}; choose from {', '.join(sorted(known))}")
-    return kind(**{name: _typed(what, name, value, type(known[name].default)) for name, value in values.items()})
-
-
-def _typed(what: str, name: str, value: Any, wanted: type) -> Any:
-    """A setting in its own type: YAML takes 3e-4 for a text, and 1e6 for no whole number."""
-    try:
-        found = wanted(float(value)) if wanted in (int, float) and not isinstance(value, bool) else value
-    except (TypeError, ValueError):
-        found = None
-    if not isinstance(found, wanted) or (wanted is int and found != float(value)):
-        raise UserError(f"{what} setting {name} must be a {wanted.__name__}, not {value!r}")
-    return found
+        return recipe(DistilConfig, own | self.align, "alignment setting")
 
 
 def read_distill_config(path: Path | None, given: dict[str, Any]) -> DistillConfig:

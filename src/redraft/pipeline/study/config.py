@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from redraft.drafts.groups import METHODS, PrivateSize, method
 from redraft.errors import UserError
 from redraft.losses import LOSSES
+from redraft.pipeline.config import recipe
 from redraft.pipeline.study.entries import (
     ANY,
     NONE,
@@ -148,19 +149,10 @@ class StudyConfig(Strict):
 
     def train_config(self, loss: str, seed: int, method_name: str | None = None) -> TrainConfig:
         """The common training settings; of a method's own there is the learning rate alone. Raises ``UserError``."""
-        known = {f.name: f.default for f in fields(TrainConfig) if f.name not in OWN_TRAIN_SETTINGS}
-        if unknown := sorted(set(self.train) - set(known)):
-            raise UserError(f"unknown training setting {', '.join(unknown)}; choose from {', '.join(sorted(known))}")
-        for name, value in self.train.items():
-            usual: Any = known[name]
-            kind: Any = (int, float) if isinstance(usual, float) else type(usual)
-            if usual is not None and (
-                not isinstance(value, kind) or isinstance(value, bool) != isinstance(usual, bool)
-            ):
-                raise UserError(f"training setting {name} must be like {usual!r}, not {value!r}")
+        common = recipe(TrainConfig, self.train, "training setting", OWN_TRAIN_SETTINGS)
         own = self.methods.get(method_name or "")
-        rate = {"learning_rate": own.learning_rate} if own and own.learning_rate else {}
-        return TrainConfig(**{**self.train, **rate, "loss": loss, "gamma": self.gamma, "seed": seed})
+        rate = own.learning_rate if own and own.learning_rate else common.learning_rate
+        return replace(common, learning_rate=rate, loss=loss, gamma=self.gamma, seed=seed)
 
     # -- cells -----------------------------------------------------------------------------------------------------
     def all_cells(self) -> Iterator[Cell]:

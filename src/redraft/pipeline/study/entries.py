@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from redraft.decode.tree import check_drafts, parse_shape
 from redraft.drafts.groups import PrivateSize
 from redraft.errors import UserError
+from redraft.pipeline.config import recipe
 from redraft.pipeline.starts import parse_start, start_needs
 from redraft.pipeline.study.sources import parse_source
 from redraft.select import parse_scorer
@@ -124,28 +125,17 @@ class MethodEntry(BaseModel):
     def replay_config(self) -> ReplayConfig | None:
         """Raises ``UserError`` for a setting that there is not."""
         given: dict[str, Any] = {"passes": 1} | self.replay if self.replay is not None else {}
-        known = [field.name for field in fields(ReplayConfig)]
-        if unknown := sorted(set(given) - set(known)):
-            raise UserError(f"unknown replay setting {', '.join(unknown)}; choose from {', '.join(known)}")
-        found = ReplayConfig(**given)
+        found = recipe(ReplayConfig, given, "replay setting")
         return found if found.passes else None
 
     @property
     def size(self) -> PrivateSize:
         """Raises ``UserError`` for a setting that there is not."""
-        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in (self.model_extra or {}).items()}
-        known: dict[str, Any] = {field.name: field.default for field in fields(PrivateSize)}
-        if unknown := sorted(set(given) - set(known)):
-            listed = ", ".join(["method", "learning_rate", "replay", *known])
-            raise UserError(f"unknown method setting {', '.join(unknown)}; choose from {listed}")
-        for name, value in given.items():
-            default = known[name]
-            right = isinstance(value, int | float) if isinstance(default, int | float) else True
-            if not right or isinstance(value, bool) != isinstance(default, bool):
-                raise UserError(f"method setting {name} must be like {default!r}, not {value!r}")
-            if name in ("width", "rank") and not value > 0:
-                raise UserError(f"method setting {name} must be 1 or more, not {value!r}")
-        return PrivateSize(**given)
+        found = recipe(PrivateSize, self.model_extra or {}, "method setting", beside=tuple(type(self).model_fields))
+        for name in ("width", "rank"):
+            if getattr(found, name) < 1:
+                raise UserError(f"method setting {name} must be 1 or more, not {getattr(found, name)!r}")
+        return found
 
 
 class StartEntry(Strict):
