@@ -14,10 +14,9 @@ import pytest
 from redraft.cli import align, main, measure
 from redraft.cli.common import CHOICES
 from redraft.errors import UserError
-from redraft.pipeline.config import parse_config
 from redraft.export import EXPORTERS
 from redraft.losses import LOSSES
-from redraft.pipeline.config import AdaptConfig
+from redraft.pipeline.config import AdaptConfig, parse_config
 from redraft.select import SCORERS
 from redraft.train.loop import TrainConfig
 
