@@ -39,7 +39,11 @@ def clock(seconds: float) -> str:
 
 
 class Meter:
-    """Rate and time left. The rate counts from the first report on, so that a resumed run does not flatter itself."""
+    """Rate and time left.
+
+    The rate counts from the last report before anything advanced: a resumed run does not flatter itself, and what goes
+    before the work that is counted does not hold its rate down.
+    """
 
     def __init__(self, total: int | None, now: Callable[[], float] = time.monotonic) -> None:
         self.total, self.now = total, now
@@ -48,7 +52,7 @@ class Meter:
 
     def update(self, done: int) -> None:
         self.done = done
-        if self.first is None:
+        if self.first is None or done <= self.first[1]:
             self.first = (self.now(), done)
 
     @property

@@ -30,6 +30,18 @@ def test_meter_counts_from_the_first_report() -> None:
     assert meter.text("tokens").endswith("0:00 left")
 
 
+def test_what_goes_before_the_work_does_not_count() -> None:
+    now = Clock()
+    meter = Meter(1000, now)
+    for _ in range(3):  # answers are written, nothing is trained yet
+        meter.update(0)
+        now.time += 60
+    meter.update(0)
+    now.time += 4
+    meter.update(40)
+    assert meter.text("units") == "10 units/s, 1:36 left"
+
+
 def test_meter_without_total_gives_the_rate_only() -> None:
     now = Clock()
     meter = Meter(None, now)

@@ -27,8 +27,8 @@ CONFIG_FILE, RESULTS_FILE = "study.json", "results.json"
 # What may be changed or added to while results are kept: other cells, and what is said about them.
 FREE = ("about", "grid", "cells", "speed", "keep_drafts")
 NAMED = ("targets", "data", "methods", "selections", "starts")
-# A bar counts thousandths of a trained cell; what trains nothing is about this much of one.
-CELL_UNITS, FREE_UNITS = 1000, 50
+# A bar counts thousandths of a trained cell. What trains nothing is no part of it, unless nothing is trained at all.
+CELL_UNITS = 1000
 
 
 class Board:
@@ -90,7 +90,8 @@ class StudyRun:
     # -- running -----------------------------------------------------------------------------------------------
     def run(self) -> dict[str, Any]:
         """All cells that have no record yet, target by target; returns the results. Raises ``UserError``."""
-        units = {cell: CELL_UNITS if self.config.trains(cell.method) else FREE_UNITS for cell in self.cells}
+        counted = [cell for cell in self.cells if self.config.trains(cell.method)] or self.cells
+        units = {cell: CELL_UNITS if cell in counted else 0 for cell in self.cells}
         with progress_bar("study", sum(units.values()), "units") as bar:
             self.board = Board(bar)
             works = {name: self._work(name) for name in self.config.targets}
