@@ -92,6 +92,11 @@ def settings(**changes: Any) -> dict[str, Any]:
         "evaluation_tokens": 12,
         "gamma": 3,
         "train": {"epochs": 2, "batch_anchors": 64, "evaluate_every": 3},
-        "speed": {"methods": ["none", "fc"], "prompts": 2},
+        "speed": {
+            "methods": ["none", "fc"],
+            "shapes": ["chain:2", "tree:2x2x4"],
+            "temperatures": [0, 1],
+            "prompts": 2,
+        },
         "dtype": "float32",
     } | changes

@@ -15,6 +15,7 @@ import pytest
 from redraft.errors import UserError
 from redraft.pipeline.study.config import parse_study
 from redraft.pipeline.study.sources import parse_source, read_prompts, read_source
+from redraft.pipeline.study.speed import speed_cells
 
 DATA = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "study_data.py")))
 settings, prompts = DATA.settings, DATA.prompts
@@ -134,3 +135,19 @@ def test_evaluation_prompts_are_never_trained_on(place: Path) -> None:
     found = read_prompts(("train.jsonl",), asked, 4, 0, None, True)
     assert found.dropped == 1 and len(found.train) + len(found.heldout) == 25
     assert "p0-3" not in {c.id for c in [*found.train, *found.heldout]}
+
+
+def test_speed_is_that_of_the_first_cell_of_a_method_on_the_common_data() -> None:
+    """Whatever it starts from, but for a draft of its own, which may read other states."""
+    changes: dict[str, Any] = {
+        "starts": {"other": {"draft": "elsewhere"}},
+        "grid": {"methods": ["fc"], "starts": ["other", "ridge", "none"], "selections": ["length@50%", "none"]},
+        "cells": [],
+        "speed": {"methods": ["none", "fc"]},
+    }
+    config = parse_study(settings(**changes))
+    found = speed_cells(config, list(config.all_cells()))
+    assert [(cell.method, cell.selection, cell.start) for cell in found] == [
+        ("none", "-", "none"),
+        ("fc", "none", "ridge"),
+    ]

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from redraft.decode.tree import check_drafts, parse_shape
+from redraft.decode.tree import parse_shape
 from redraft.drafts.groups import PrivateSize
 from redraft.errors import UserError
 from redraft.pipeline.config import recipe
@@ -184,7 +184,7 @@ class Speed(Strict):
     @model_validator(mode="after")
     def _shapes(self) -> Speed:
         for text in self.shapes:
-            check_drafts(parse_shape(text), True)
+            parse_shape(text)
         return self
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from redraft import provenance
 from redraft.artifact import atomic_write_json
-from redraft.decode.tree import parse_shape
+from redraft.decode.tree import DynamicTree, parse_shape
 from redraft.evaluate.speed import BenchConfig, Prompt, bench
 from redraft.pipeline.models import contestants, open_draft, open_target, template_prompts
 from redraft.pipeline.stages import Say
@@ -19,13 +19,18 @@ from redraft.sampling import Sampler
 
 
 def speed_cells(config: StudyConfig, cells: list[Cell]) -> list[Cell]:
-    """The cells of one target whose speed is measured: one a method, on the first of everything else."""
+    """The cells of one target whose speed is measured: of every method the first on the first data, unselected.
+
+    Starts with a draft of their own are left out: all drafts of a run are of one family.
+    """
     if config.speed is None:
         return []
     found: dict[str, Cell] = {}
     for cell in cells:
-        plain = cell.data in (ANY, next(iter(config.data))) and cell.selection in (ANY, NONE) and cell.start == NONE
-        if plain and (config.speed.methods is None or cell.method in config.speed.methods):
+        if config.speed.methods is not None and cell.method not in config.speed.methods:
+            continue
+        plain = cell.data in (ANY, next(iter(config.data))) and cell.selection in (ANY, NONE)
+        if plain and config.start_of(cell.start).draft is None:
             found.setdefault(cell.method, cell)
     return list(found.values())
 
@@ -54,7 +59,9 @@ def speed_of(work: TargetWork, cells: list[Cell], say: Say) -> None:
     for run in left:
         shape, temperature = parse_shape(run[0]), run[1]
         record = provenance.collect(seed=config.seed, device=config.device)
-        how = BenchConfig(shape, Sampler(temperature), False, config.evaluation_tokens, config.seed, traces=0)
+        # A dynamic tree holds the draft's likeliest tokens, which are no draws from it.
+        greedy = temperature > 0 and isinstance(shape, DynamicTree)
+        how = BenchConfig(shape, Sampler(temperature), greedy, config.evaluation_tokens, config.seed, traces=0)
         with work.ledger.stage(f"{work.name}: speed"):
             result = bench(targets, drafts, prompts, how, record, lambda done, what: work.tell(f"speed {what}", 0, 1))
         atomic_write_json(paths[run], result.result)
