@@ -1,7 +1,7 @@
 """One configuration served by llama.cpp, one prompt at a time; run by ``standalone_engines.py``.
 
 The package xllamacpp carries llama.cpp's server; it listens on a free local port and is asked over HTTP as any such
-server is (``/completion``, ``/metrics``). This file imports xllamacpp and the standard library only.
+server is (``/completion``, ``/metrics``). This file imports xllamacpp, its neighbour and the standard library only.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import os
 import re
 import time
 import urllib.request
-from pathlib import Path
 from typing import Any
+
+from worker import read_prompts, work, worker_parser
 
 PREFIX = "llamacpp:spec_decode_num_"
 NAMES = {"drafts": "rounds", "draft_tokens": "drafted", "accepted_tokens": "accepted"}
@@ -69,7 +70,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Warm up, then decode every prompt greedily; returns the record that the caller reads."""
     import xllamacpp
 
-    prompts = [json.loads(line) for line in Path(options.prompts).read_text().splitlines() if line.strip()]
+    prompts = read_prompts(options)
     began = time.perf_counter()
     server = start_server(options)
     load_seconds, home = time.perf_counter() - began, server.listening_address
@@ -97,21 +98,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--target", required=True, help="GGUF file")
-    parser.add_argument("--draft", default="", help="GGUF file; plain decoding without one")
-    parser.add_argument("--prompts", required=True)
-    parser.add_argument("--out", required=True)
-    parser.add_argument("--speculative-tokens", type=int, required=True)
-    parser.add_argument("--max-new-tokens", type=int, required=True)
+    parser = worker_parser(__doc__)
     parser.add_argument("--context", type=int, required=True)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--warmup", type=int, default=2)
-    options = parser.parse_args()
-    record = run(options)
-    partial = Path(options.out + ".part")
-    partial.write_text(json.dumps(record))
-    os.replace(partial, options.out)
+    work(run, parser.parse_args())
 
 
 if __name__ == "__main__":

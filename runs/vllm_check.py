@@ -49,6 +49,12 @@ def serve(name: str, draft: str, options: argparse.Namespace, work: Path, *more:
     return run_worker(f"vLLM failed on the {name} configuration", command, record, environment)
 
 
+def method_of(draft: str) -> str:
+    """vLLM's name of the kind of an exported draft."""
+    config = json.loads((Path(draft) / "config.json").read_text())
+    return "eagle" if "EagleLlamaForCausalLM" in config.get("architectures", []) else "eagle3"
+
+
 def run_worker(failure: str, command: list[str], record: Path, environment: dict[str, str]) -> dict[str, Any]:
     """What a worker wrote to ``record``; its output goes beside it. Raises ``UserError`` that begins with ``failure``.
 
@@ -165,7 +171,7 @@ def check(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     records = {}
     for name, draft in (("plain", ""), ("stale", options.stale), ("aligned", options.aligned)):
         console.print(f"vLLM: {name} ...")
-        records[name] = serve(name, draft, options, work)
+        records[name] = serve(name, draft, options, work, *(["--method", method_of(draft)] if draft else []))
     result: dict[str, Any] = {name: figures(record, records["plain"]) for name, record in records.items()}
     for name in ("stale", "aligned"):
         if "tau" not in result[name]:

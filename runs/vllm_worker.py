@@ -1,17 +1,17 @@
 """One configuration served by vLLM, offline, one prompt at a time, in vLLM's environment.
 
 Run by ``vllm_check.py`` and ``standalone_engines.py``. A process of its own per configuration frees the engine's
-memory in between and keeps redraft out of vLLM's environment: this file imports vLLM and the standard library only.
+memory in between and keeps redraft out of vLLM's environment: this file imports vLLM, its neighbour and the
+standard library only.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import time
-from pathlib import Path
 from typing import Any
+
+from worker import read_prompts, work, worker_parser
 
 PREFIX = "vllm:spec_decode_num_"
 
@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     from vllm import SamplingParams
     from vllm.inputs import TokensPrompt
 
-    prompts = [json.loads(line) for line in Path(options.prompts).read_text().splitlines() if line.strip()]
+    prompts = read_prompts(options)
     began = time.perf_counter()
     llm = start_engine(options)
     load_seconds = time.perf_counter() - began
@@ -92,23 +92,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--target", required=True)
-    parser.add_argument("--draft", default="")
+    parser = worker_parser(__doc__)
     parser.add_argument("--method", default="eagle3", help="vLLM's name of the kind of draft")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--prompts", required=True)
-    parser.add_argument("--out", required=True)
-    parser.add_argument("--speculative-tokens", type=int, required=True)
-    parser.add_argument("--max-new-tokens", type=int, required=True)
     parser.add_argument("--max-model-len", type=int, required=True)
-    parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--eager", action="store_true", help="skip compilation: starts at once, decodes more slowly")
-    options = parser.parse_args()
-    record = run(options)
-    partial = Path(options.out + ".part")
-    partial.write_text(json.dumps(record))
-    os.replace(partial, options.out)
+    work(run, parser.parse_args())
 
 
 if __name__ == "__main__":

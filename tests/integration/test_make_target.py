@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import json
-import sys
+import runpy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -22,18 +20,7 @@ from redraft.errors import UserError
 from redraft.loading import load_target
 from redraft.target import Target
 
-RUNS = Path(__file__).resolve().parents[2] / "runs"
-
-
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, RUNS / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
+script = runpy.run_path(str(Path(__file__).with_name("scripts.py")))["script"]
 make = script("make_target")
 TINY = make.Recipe(rank=0, learning_rate=1e-2, tokens=2000, step_tokens=160, longest=120)
 

@@ -6,9 +6,9 @@ import argparse
 import importlib.util
 import io
 import json
+import runpy
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from rich.console import Console
@@ -18,7 +18,6 @@ from redraft.drafts.shapes import fresh_standalone
 from redraft.drafts.standalone_files import save_standalone
 from redraft.errors import UserError
 
-RUNS = Path(__file__).resolve().parents[2] / "runs"
 METRICS = """# TYPE llamacpp:spec_decode_num_drafts_total counter
 llamacpp:spec_decode_num_drafts_total {drafts}
 llamacpp:spec_decode_num_draft_tokens_total {drafted}
@@ -29,20 +28,7 @@ llamacpp:spec_decode_num_accepted_tokens_per_pos_total{{position="1"}} {second}
 """
 
 
-def script(name: str) -> ModuleType:
-    """A script as Python runs it: with its own folder on the path."""
-    sys.path.insert(0, str(RUNS))
-    try:
-        spec = importlib.util.spec_from_file_location(name, RUNS / f"{name}.py")
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module  # dataclasses look their module up
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(RUNS))
-    return module
-
-
+script = runpy.run_path(str(Path(__file__).with_name("scripts.py")))["script"]
 engines = script("standalone_engines")
 worker = script("llamacpp_worker")
 

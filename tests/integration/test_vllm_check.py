@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import json
+import runpy
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from redraft.errors import UserError
 
-RUNS = Path(__file__).resolve().parents[2] / "runs"
-
-
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, RUNS / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
+script = runpy.run_path(str(Path(__file__).with_name("scripts.py")))["script"]
 check = script("vllm_check")
 worker = script("vllm_worker")
 
@@ -128,3 +119,12 @@ def test_missing_exports_and_prompts_are_named(tmp_path: Path) -> None:
     (tmp_path / "prompts.jsonl").write_text("\n")
     with pytest.raises(UserError, match="holds no prompts"):
         check.check(given, Console(quiet=True))
+
+
+@pytest.mark.parametrize(
+    ("config", "method"),
+    [({"architectures": ["EagleLlamaForCausalLM"]}, "eagle"), ({"speculators_model_type": "eagle3"}, "eagle3")],
+)
+def test_vllm_is_told_what_kind_of_draft_it_serves(tmp_path: Path, config: dict, method: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert check.method_of(str(tmp_path)) == method
