@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from redraft.artifact import FAMILIES
+from redraft.drafts.config import EagleConfig
 from redraft.drafts.experts import SharedPrivateMLP, merge_private
 from redraft.drafts.layers import Attend, Attention, DraftLayer, Linear, RMSNorm, Rotary
 from redraft.drafts.routing import balance_loss
@@ -28,31 +29,11 @@ from redraft.errors import UserError
 FINAL_TAP = -1
 
 
-@dataclass(frozen=True)
-class Eagle1Config:
+@dataclass(frozen=True, kw_only=True)
+class Eagle1Config(EagleConfig):
     """The shape of an Eagle1 draft. What the family fixes for all (taps, vocabulary) are properties."""
 
-    hidden_size: int
-    intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    target_vocab_size: int
-    rms_norm_eps: float = 1e-5
-    rope_parameters: dict[str, Any] = field(default_factory=lambda: {"rope_theta": 10000.0, "rope_type": "default"})
-    max_position_embeddings: int = 2048
-    attention_bias: bool = False
     fc_bias: bool = False
-    own_embedding: bool = False
-    private_width: int = 0
-    low_rank: int = 0
-    low_rank_on: tuple[str, ...] = ()
-    low_rank_alpha: float | None = None
-    private_experts: int = 1
-    private_active: int = 1
-    shared_experts: int = 1
-    shared_active: int = 1
-    balance: float = 0.0
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -67,20 +48,6 @@ class Eagle1Config:
     def draft_vocab_size(self) -> int:
         """The target's own vocabulary, since its head is the draft's."""
         return self.target_vocab_size
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "low_rank_on": list(self.low_rank_on)}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Eagle1Config:
-        """Raises ``UserError`` for unknown or missing keys."""
-        unknown = sorted(set(values) - {f.name for f in fields(cls)})
-        if unknown:
-            raise UserError(f"draft config has unknown keys: {', '.join(unknown)}; was it written by a newer redraft?")
-        try:
-            return cls(**{**values, "low_rank_on": tuple(values.get("low_rank_on", ()))})
-        except TypeError as error:
-            raise UserError(f"draft config is incomplete: {error}") from None
 
 
 class Eagle1Layer(DraftLayer):
@@ -133,10 +100,7 @@ class Eagle1Draft(nn.Module):
         self.fc = Linear(2 * config.hidden_size, config.hidden_size, bias=config.fc_bias)
         self.midlayer = Eagle1Layer(config, self.fc)
         self.embed_tokens = nn.Embedding(config.target_vocab_size, config.hidden_size) if config.own_embedding else None
-        for name in config.low_rank_on:
-            layer = self.get_submodule(name)
-            assert isinstance(layer, Linear)
-            layer.attach_low_rank(config.low_rank, config.low_rank_alpha)
+        config.attach_low_rank(self)
         self.rotary = Rotary(config.rope_parameters, config.head_dim, config.max_position_embeddings)
         self._head: _Head | None = None
 

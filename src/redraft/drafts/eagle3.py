@@ -10,66 +10,33 @@ K taps, V target vocabulary, D draft vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from redraft.artifact import FAMILIES
+from redraft.drafts.config import EagleConfig
 from redraft.drafts.experts import SharedPrivateMLP, merge_private
 from redraft.drafts.layers import Attend, Attention, DraftLayer, Linear, RMSNorm, Rotary
 from redraft.drafts.routing import balance_loss
 from redraft.errors import UserError
 
 
-@dataclass(frozen=True)
-class Eagle3Config:
+@dataclass(frozen=True, kw_only=True)
+class Eagle3Config(EagleConfig):
     """The shape of an Eagle3 draft and the options that public checkpoints carry."""
 
-    hidden_size: int
-    intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
+    LISTS: ClassVar[tuple[str, ...]] = ("taps", *EagleConfig.LISTS)
+
     target_hidden_size: int
-    target_vocab_size: int
     draft_vocab_size: int
     taps: tuple[int, ...]
-    rms_norm_eps: float = 1e-5
-    rope_parameters: dict[str, Any] = field(default_factory=lambda: {"rope_theta": 10000.0, "rope_type": "default"})
-    max_position_embeddings: int = 2048
-    attention_bias: bool = False
     norm_before_residual: bool = False
     norm_before_fc: bool = False
     fc_norm: bool = False
     norm_output: bool = False
-    own_embedding: bool = False
-    private_width: int = 0
-    low_rank: int = 0
-    low_rank_on: tuple[str, ...] = ()
-    low_rank_alpha: float | None = None
-    private_experts: int = 1
-    private_active: int = 1
-    shared_experts: int = 1
-    shared_active: int = 1
-    balance: float = 0.0
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "taps": list(self.taps), "low_rank_on": list(self.low_rank_on)}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Eagle3Config:
-        """Raises ``UserError`` for unknown or missing keys."""
-        known = {f.name for f in fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise UserError(f"draft config has unknown keys: {', '.join(unknown)}; was it written by a newer redraft?")
-        try:
-            lists = {"taps": tuple(values["taps"]), "low_rank_on": tuple(values.get("low_rank_on", ()))}
-            return cls(**{**values, **lists})
-        except (KeyError, TypeError) as error:
-            raise UserError(f"draft config is incomplete: {error}") from None
 
 
 class Eagle3Layer(DraftLayer):
@@ -123,10 +90,7 @@ class Eagle3Draft(nn.Module):
         self.embed_tokens = nn.Embedding(config.target_vocab_size, hidden) if config.own_embedding else None
         if config.draft_vocab_size < config.target_vocab_size:
             self.set_vocabulary(torch.arange(config.draft_vocab_size) if vocabulary is None else vocabulary)
-        for name in config.low_rank_on:
-            layer = self.get_submodule(name)
-            assert isinstance(layer, Linear)
-            layer.attach_low_rank(config.low_rank, config.low_rank_alpha)
+        config.attach_low_rank(self)
         self.rotary = Rotary(config.rope_parameters, config.head_dim, config.max_position_embeddings)
 
     # -- vocabulary --------------------------------------------------------------------------------------------

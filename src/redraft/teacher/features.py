@@ -137,7 +137,7 @@ class FeatureStore:
             if all(row.key in self.index for row in batch):
                 continue
             for row, taps_TKF, hidden_AF in _compute(target, batch, prefix):
-                shard[f"{row.key}/taps"], shard[f"{row.key}/hidden"] = taps_TKF, hidden_AF
+                shard |= _entry(row, taps_TKF, hidden_AF)
                 size += taps_TKF.nbytes + hidden_AF.nbytes
                 done += len(row.prompt_ids) + len(row.response_ids)
             if size >= SHARD_BYTES:
@@ -156,7 +156,7 @@ class FeatureStore:
         """
         shard: dict[str, Tensor] = {}
         for row, taps_TKF, hidden_AF in found:
-            shard[f"{row.key}/taps"], shard[f"{row.key}/hidden"] = taps_TKF, hidden_AF
+            shard |= _entry(row, taps_TKF, hidden_AF)
         size = sum(tensor.nbytes for tensor in shard.values())
         if shutil.disk_usage(self.folder).free < size + SPARE_BYTES:
             return False
@@ -182,6 +182,11 @@ class FeatureStore:
             self._open[name] = safe_open(self.folder / name, "pt")
         shard = self._open[name]
         return shard.get_tensor(f"{row.key}/taps"), shard.get_tensor(f"{row.key}/hidden")
+
+
+def _entry(row: Row, taps_TKF: Tensor, hidden_AF: Tensor) -> dict[str, Tensor]:
+    """A row's tensors as a shard names them."""
+    return {f"{row.key}/taps": taps_TKF, f"{row.key}/hidden": hidden_AF}
 
 
 def _prefix(target: Target, rows: Sequence[Row]) -> Prefix | None:
