@@ -15,6 +15,7 @@ from redraft.errors import UserError
 from redraft.pipeline import sources
 from redraft.pipeline.adapt import AdaptRun
 from redraft.pipeline.config import AdaptConfig, claim_run, parse_config
+from redraft.select.manifest import read_manifest
 
 
 def settings(world: Path, out: Path, **changes: Any) -> AdaptConfig:
@@ -100,10 +101,31 @@ def test_questions_of_the_target_itself_starts_general_text_and_replay(world, tm
         mixed.training_rows()
 
 
+@pytest.mark.parametrize("scorer", ["rejection", "length"])
+def test_prompts_are_chosen_before_any_is_answered(world, tmp_path, scorer):
+    run = AdaptRun(settings(world, tmp_path / "run", select_on="prompts", scorer=scorer, budget="50%"), quiet)
+    run.run()
+    kept = {entry.key for entry in read_manifest(run.folder / "selection.json").entries if entry.selected}
+    whole, found = len(run.source.prompts[0]), stages(run)
+    assert len(kept) == whole // 2
+    rows = list(read_rows(run.source.responses))
+    assert {row.id for row in rows} == kept and len(run.training_rows()) == len(run.rows(run.source.responses))
+    tokens = sum(len(row.prompt_ids) for row in rows)
+    # What is scored are prompts, twice as many as are answered; a pass of the target where acceptance is asked for.
+    assert found["select"]["tokens"] > tokens and (found["select"]["flops"] > 0) == (scorer == "rejection")
+    # A run that is stopped in generation goes on with the same prompts.
+    run.source.responses.write_bytes(run.source.responses.read_bytes().split(b"\n")[0] + b"\n")
+    again = AdaptRun(run.config, quiet)
+    again.run()
+    assert sorted(row.id for row in read_rows(again.source.responses)) == sorted(kept)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"prompts": None}, "one of the two"),
+        ({"prompts": None, "responses": "log.jsonl", "select_on": "prompts"}, "leave it out"),
+        ({"select_on": "answers"}, "select-on: input should be"),
         ({"responses": "log.jsonl"}, "one of the two"),
         ({"prompts": None, "responses": "log.jsonl", "server": "http://127.0.0.1:1"}, "go with --prompts"),
         ({"prompts": "self:none"}, "write self:400"),

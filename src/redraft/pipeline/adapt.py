@@ -24,7 +24,7 @@ from redraft.export.base import check_taps
 from redraft.loading import ADAPTER_FILE
 from redraft.pipeline.bench import measure
 from redraft.pipeline.config import AdaptConfig, claim_run
-from redraft.pipeline.models import OpenDraft, contestants, open_draft, open_target
+from redraft.pipeline.models import OpenDraft, contestants, open_draft, open_target, prompt_rows
 from redraft.pipeline.replay import replay
 from redraft.pipeline.sources import Source
 from redraft.pipeline.stages import Say, build_features, check_merge, half, run_training, save_trained
@@ -32,6 +32,7 @@ from redraft.pipeline.starts import StartContext, StartResult, apply_start, star
 from redraft.progress import progress_bar
 from redraft.report.page import build_report
 from redraft.select import ScoringContext, parse_scorer
+from redraft.select.acceptance import alpha_measurer
 from redraft.select.manifest import Manifest, read_manifest
 from redraft.select.rules import choose
 from redraft.target import Target
@@ -87,13 +88,36 @@ class AdaptRun:
         if c.exports:
             check_taps(taps)
         check_merge(c.method, c.private_size, c.exports)
+        if c.select_on == "prompts":
+            self.source.chosen = frozenset(self.select_prompts().selected_keys)
         self.source.write()
-        self.select()
+        if c.select_on == "responses":
+            self.select()
         self.train()
         self.export()
         result = self.bench()
         self.report()
         return result
+
+    def select_prompts(self) -> Manifest:
+        """Score every training prompt and keep the budget's worth, before any is answered."""
+        c, path = self.config, self.folder / "selection.json"
+        if path.exists():
+            return read_manifest(path)
+        rows, scorer = prompt_rows(self.source.prompts[0], self.target), parse_scorer(c.scorer)
+        with self.ledger.stage("select") as entry, progress_bar("select", len(rows), "prompts") as progress:
+            context = self._scoring_context(scorer.needs)
+            context.progress = lambda done, total: progress.update(done)
+            if context.alpha_of is not None:
+                draft = copy.deepcopy(self.stale.draft)
+                context.alpha_of = alpha_measurer(draft, self.target, self.folder, context.progress)
+            manifest = choose(scorer, rows, context, c.budget)
+            manifest.write(path)
+            tokens = sum(len(row.prompt_ids) for row in rows)
+            flops = scorer.passes * provenance.forward_flops(self.target.parameters_per_token, tokens)
+            entry.add(tokens, flops, f"passes of the target * {provenance.FORWARD_FORMULA}", path.stat().st_size)
+        self.say(f"select: {len(manifest.selected_keys)} of {len(rows)} prompts by {c.scorer}, budget {c.budget}")
+        return manifest
 
     def select(self) -> Manifest:
         """Score every response and keep the budget's worth."""
@@ -165,8 +189,9 @@ class AdaptRun:
 
     def training_rows(self) -> list[Row]:
         """What selection keeps, and the share of general text that guards the draft's other speed."""
-        c = self.config
-        rows = self.select().apply(self.rows(self.source.responses))
+        c, rows = self.config, self.rows(self.source.responses)
+        if c.select_on == "responses":
+            rows = self.select().apply(rows)
         return mix(rows, self.rows(Path(c.general)), c.general_share, c.seed) if c.general else rows
 
     def start(self, rows: Sequence[Row]) -> StartResult:

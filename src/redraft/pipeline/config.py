@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -58,6 +58,9 @@ class AdaptConfig(BaseModel):
     replay: int = Field(0, ge=0, description="passes over the states where the trained draft's rounds end early")
     scorer: str = Field("rejection", description="how samples are scored for selection: NAME or NAME:KEY=VALUE,...")
     budget: str = Field("75%", description='what selection keeps: "25%", "400" rows or "60k tokens"')
+    select_on: Literal["responses", "prompts"] = Field(
+        "responses", description="what is scored: responses, or prompts, of which only the kept ones are then answered"
+    )
     general: str | None = Field(None, description="responses to general prompts, mixed in to guard the other speed")
     general_share: float = Field(0.0, ge=0, lt=1, description="their share of all response tokens")
     temperatures: tuple[float, ...] = Field((0.0,), description="sampling temperatures of regeneration")
@@ -108,6 +111,8 @@ class AdaptConfig(BaseModel):
             raise UserError("give --prompts, or --responses with a log of served responses: one of the two")
         if self.responses and (self.server or self.eval_prompts):
             raise UserError("--responses takes served text as it is; --server and --eval-prompts go with --prompts")
+        if self.responses and self.select_on == "prompts":
+            raise UserError("--select-on prompts saves generation, and --responses are written already; leave it out")
         if (self.general is None) != (self.general_share == 0):
             raise UserError("--general and --general-share go together: the responses, and their share of all tokens")
         assert self.self_prompts >= 0 and self.private_size

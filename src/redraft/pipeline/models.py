@@ -132,6 +132,20 @@ def template_prompts(conversations: Sequence[Conversation], target: Target, new_
     return found
 
 
+@dataclass(frozen=True)
+class PromptRow:
+    """A prompt without an answer, for selection before generation."""
+
+    key: str
+    prompt_ids: list[int]
+    response_ids: tuple[int, ...] = ()
+
+
+def prompt_rows(conversations: Sequence[Conversation], target: Target) -> list[PromptRow]:
+    """First turns as rows without a response. Raises ``UserError`` for one that leaves no room to answer."""
+    return [PromptRow(prompt.id, prompt.ids) for prompt in template_prompts(conversations, target, 1)]
+
+
 def contestants(target: Target, dtype: str, open_as: Callable[[str], Target]) -> dict[str, Target]:
     """The target in float32 and bfloat16: the faster in plain decoding is the baseline. On a GPU only as it is."""
     if target.device.type != "cpu":

@@ -44,6 +44,8 @@ class Source:
         """
         self.config, self.target_of, self.ledger, self.say = config, target_of, ledger, say
         self.heldout_server, self.store_of = heldout_server, store_of
+        # The ids of the training prompts that are answered; all of them where there is no such choice.
+        self.chosen: frozenset[str] | None = None
         self.responses = config.out / "responses.jsonl"
         self.heldout = config.out / "heldout.jsonl"
 
@@ -104,6 +106,8 @@ class Source:
             assert self.traffic
             return
         train, heldout, _ = self.prompts
+        if self.chosen is not None:
+            train = [conversation for conversation in train if conversation.id in self.chosen]
         samplers = [Sampler(t, 0, c.top_p if t else 1.0) for t in c.temperatures]
         self._answer("regenerate", train, samplers, c.server)
         self._answer("regenerate held-out", heldout, [Sampler()], self.heldout_server)

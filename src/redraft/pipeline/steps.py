@@ -31,7 +31,7 @@ from redraft.errors import UserError
 from redraft.export import EXPORTERS, ExportReport, TargetInfo, import_checkpoint
 from redraft.export.importer import is_language_model
 from redraft.loading import ADAPTER_FILE, adapter_base, load_tokenizer, locate, quiet, read_standalone
-from redraft.pipeline.models import open_draft, open_proposer, open_target, template_prompts, use_target_embedding
+from redraft.pipeline.models import open_draft, open_proposer, open_target, prompt_rows, use_target_embedding
 from redraft.pipeline.probe import ProbeResult, probe
 from redraft.pipeline.questions import Questions
 from redraft.progress import Progress, progress_bar
@@ -110,15 +110,6 @@ def regenerate_file(
 
 
 # -- select ----------------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class PromptRow:
-    """A prompt without an answer, for selection before generation."""
-
-    key: str
-    prompt_ids: list[int]
-    response_ids: tuple[int, ...] = ()
-
-
 def select_file(
     rows_path: Path | None,
     prompts: str | None,
@@ -155,9 +146,7 @@ def select_file(
     asked = read_conversations(prompts) if prompts is not None else []
     answered = [row for row in read_rows(rows_path) if anchors(row)] if rows_path is not None else []
     opened = target.open() if target and needs_target else None
-    rows: list[Any] = (
-        [PromptRow(p.id, p.ids) for p in template_prompts(asked, opened, 1)] if opened and asked else answered
-    )
+    rows: list[Any] = prompt_rows(asked, opened) if opened and asked else answered
     with progress_bar("select", len(rows), "rows") as progress:
         context = ScoringContext(
             target=opened,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import re
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -26,13 +25,13 @@ from redraft.data.regenerate import InProcessEngine, Kept, expected_rows, regene
 from redraft.data.store import Row, read_rows
 from redraft.data.traces import read_traces
 from redraft.errors import UserError
-from redraft.pipeline.models import OpenDraft, open_draft, open_target
-from redraft.pipeline.steps import PromptRow
+from redraft.pipeline.models import OpenDraft, PromptRow, open_draft, open_target
 from redraft.pipeline.study.config import StudyConfig
 from redraft.pipeline.study.entries import NONE, DataEntry, SelectionEntry, TargetEntry
 from redraft.pipeline.study.sources import Prompts, first_turn, read_prompts, read_sources, without_overlap
 from redraft.sampling import Sampler
 from redraft.select import ScoringContext, parse_scorer, score_rows
+from redraft.select.acceptance import alpha_measurer
 from redraft.select.rules import parse_budget, select
 from redraft.target import Target
 from redraft.teacher.features import FeatureStore, anchors
@@ -408,14 +407,9 @@ class TargetWork(Model):
         tokens = row_tokens(rows)
 
         def alpha_of(wanted: Sequence[Any]) -> list[float]:
-            taps = draft.config.taps
-            if on == "responses":
-                return row_alphas(draft, target, wanted, self.features(data, self.rows(data), taps))
-            target.tap(taps)
-            with tempfile.TemporaryDirectory(prefix="prompts-", dir=self.folder) as folder:
-                store = FeatureStore(Path(folder), {})
-                store.build(target, wanted)
-                return row_alphas(draft, target, wanted, store)
+            if on == "prompts":
+                return alpha_measurer(draft, target, self.folder)(wanted)
+            return row_alphas(draft, target, wanted, self.features(data, self.rows(data), draft.config.taps))
 
         context = ScoringContext(
             target=target,
