@@ -29,13 +29,13 @@ def pictures(results: Mapping[str, Any], figures: Mapping[str, Any]) -> dict[str
             "flops": (f"{target}: held-out tau while training", "training FLOPs", training_curves(results, cells)),
             "kept": (f"{target}: tau by kept share", "kept share of the supervised tokens", kept_curves(results, rows)),
             "width": (f"{target}: tau by private width", "private width", width_curves(rows)),
-            "size": (f"{target}: tau by size", "private file, bytes", size_points(rows)),
+            "size": (f"{target}: tau by size", "private file", size_points(rows)),
         }
         for kind, (about, axis, curves) in drawn.items():
             if sum(map(len, curves.values())) >= 2:
                 name = re.sub(r"[^A-Za-z0-9+.-]", "_", f"{kind}-{target}") + ".png"
-                logarithmic = kind in ("flops", "size")
-                found[name] = (about, draw(curves, about, axis, stale if kind != "flops" else None, logarithmic))
+                unit = {"flops": "FLOP", "size": "B"}.get(kind)
+                found[name] = (about, draw(curves, about, axis, stale if kind != "flops" else None, unit))
     return found
 
 
@@ -102,8 +102,11 @@ def _ends(found: Mapping[str, float | None]) -> tuple[Any, float | None, float |
     return found["value"], found["low"], found["high"]
 
 
-def draw(curves: Mapping[str, Curve], title: str, axis: str, level: float | None, logarithmic: bool) -> bytes:
-    """One picture of lines with bars for intervals; ``level`` is tau of the stale draft. PNG."""
+def draw(curves: Mapping[str, Curve], title: str, axis: str, level: float | None, unit: str | None) -> bytes:
+    """One picture of lines with bars for intervals; ``level`` is tau of the stale draft. PNG.
+
+    With a ``unit`` x is a quantity, and its axis logarithmic.
+    """
     shades = [*OTHERS, *MORE]
     with _white(1.9 * WIDTH, 3.6 + 0.09 * len(curves)) as (figure, axes):
         for index, (name, points) in enumerate(curves.items()):
@@ -117,8 +120,8 @@ def draw(curves: Mapping[str, Curve], title: str, axis: str, level: float | None
                     axes.plot(at, value, style[0], color=colour, markersize=4)
         if level is not None:
             axes.axhline(level, color=COLOURS["stale"], linestyle="--", linewidth=1.2, label="stale")
-        if logarithmic:
-            axes.set_xscale("log")
+        if unit:
+            _quantities(axes, unit, [point[0] for points in curves.values() for point in points])
         axes.set_xlabel(axis)
         axes.set_ylabel(TAU)
         axes.set_title(title)
@@ -126,6 +129,18 @@ def draw(curves: Mapping[str, Curve], title: str, axis: str, level: float | None
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=130, transparent=False, facecolor="white", metadata={"Software": None})
         return buffer.getvalue()
+
+
+def _quantities(axes: Any, unit: str, values: Sequence[float]) -> None:
+    """A logarithmic x axis with labels that a person reads: 15 TFLOP, 5 MB."""
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
+    span = max(values) / min(values)
+    steps = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if span < 10 else (1.0, 3.0) if span < 1000 else (1.0,)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=steps))
+    axes.xaxis.set_major_formatter(EngFormatter(unit))
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 @contextmanager
