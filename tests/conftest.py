@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import runpy
+import shutil
 import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -55,6 +56,13 @@ def tiny_target(builders: SimpleNamespace) -> Callable[..., Target]:
         return Target(model, builders.build_tokenizer(), name=f"tiny-{architecture}", taps=taps)
 
     return make
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """``full_disk()`` leaves a thousand bytes free from then on."""
+    usage = SimpleNamespace(total=10**9, used=10**9, free=1000)
+    return lambda: monkeypatch.setattr(shutil, "disk_usage", lambda place: usage)
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+import runpy
 import shutil
-from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,7 @@ EXPORTERS.names()  # imports every format
 FORMATS = sorted(STANDALONE_FORMATS)
 ROWS = 300
 IDS = torch.arange(4, 24)[None]
-LLAMA3 = {
-    "rope_theta": 500000.0,
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
+LLAMA3 = runpy.run_path(str(Path(__file__).parents[1] / "tiny_drafts.py"))["LLAMA3"]
 SHAPES: dict[str, dict[str, Any]] = {
     "own head": {},
     "tied": {"tie_word_embeddings": True},
@@ -172,7 +165,7 @@ class TestRefusedExports:
         with pytest.raises(UserError, match="1 or more"):
             export(name, fresh_standalone(target, layers=[0]), tmp_path / "out", target, speculative_tokens=0)
 
-    def test_other_work_in_the_folder_and_a_full_disk(self, name, make_target, tmp_path, monkeypatch):
+    def test_other_work_in_the_folder_and_a_full_disk(self, name, make_target, tmp_path, full_disk):
         target = make_target()
         draft = fresh_standalone(target, layers=[0])
         (tmp_path / "out").mkdir()
@@ -180,6 +173,5 @@ class TestRefusedExports:
         with pytest.raises(UserError, match="holds other files"):
             export(name, draft, tmp_path / "out", target)
         shutil.rmtree(tmp_path / "out")
-        usage = namedtuple("usage", "total used free")
-        monkeypatch.setattr(shutil, "disk_usage", lambda place: usage(10**9, 10**9, 1000))
+        full_disk()
         self.refused(name, draft, target, tmp_path, "no room on the disk")

@@ -3,32 +3,20 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections import namedtuple
+import runpy
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from redraft import artifact
-from redraft.drafts.eagle3 import Eagle3Config, Eagle3Draft
+from redraft.drafts.eagle3 import Eagle3Draft
 from redraft.drafts.experts import attach_private, is_private
 from redraft.errors import UserError
 
-CONFIG = Eagle3Config(
-    hidden_size=16,
-    intermediate_size=24,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=6,
-    target_hidden_size=16,
-    target_vocab_size=40,
-    draft_vocab_size=10,
-    taps=(1, 2, 4),
-    rms_norm_eps=1e-5,
-    max_position_embeddings=64,
-)
+CONFIG = runpy.run_path(str(Path(__file__).parents[1] / "tiny_drafts.py"))["EAGLE3"]
 META = {"method": "eda+fc", "target": {"name": "tiny", "hash": "0123"}, "provenance": {"seed": 1}}
 
 
@@ -164,9 +152,8 @@ def test_missing_and_broken_files(tmp_path, saved):
         artifact.load_draft(saved)
 
 
-def test_nothing_is_written_when_the_disk_is_too_small(tmp_path, draft, monkeypatch):
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage(10**9, 10**9, 1000))
+def test_nothing_is_written_when_the_disk_is_too_small(tmp_path, draft, full_disk):
+    full_disk()
     with pytest.raises(UserError, match="no room on the disk"):
         artifact.save_draft(tmp_path / "d", draft, META)
     with pytest.raises(UserError, match="no room on the disk"):

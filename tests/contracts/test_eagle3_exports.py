@@ -1,0 +1,97 @@
+"""What exports of EAGLE-3 drafts have alone: keys that engines read, and what they would compute wrongly in silence."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from redraft.export import EXPORTERS
+from redraft.export.base import legacy_rope
+
+SHARED = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("export_families.py"))))
+FAMILY, TARGET, LLAMA3, refused = SHARED.EAGLE3, SHARED.TARGET, SHARED.LLAMA3, SHARED.refused
+make = FAMILY.make
+
+
+# -- what engines read -----------------------------------------------------------------------------------------------
+def test_the_speculators_config_has_every_key_that_vllm_reads(tmp_path):
+    EXPORTERS.get("vllm")(make(), tmp_path / "out", TARGET, speculative_tokens=4)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "model_type" not in config and config["speculators_model_type"] == "eagle3"
+    assert config["speculators_config"]["proposal_methods"][0]["speculative_tokens"] == 4
+    assert config["speculators_config"]["verifier"]["name_or_path"] == TARGET.name
+    assert config["norm_before_residual"] is False and config["eagle_aux_hidden_state_layer_ids"] == [2, 4, 5]
+    layer = config["transformer_layer_config"]
+    assert layer["model_type"] == "llama" and layer["num_aux_hidden_states"] == 3 and layer["vocab_size"] == 40
+    names = set(load_file(tmp_path / "out" / "model.safetensors"))
+    assert "layers.0.self_attn.q_proj.weight" in names and not any("midlayer" in name for name in names)
+
+
+def test_the_plain_config_has_every_key_that_vllm_and_sglang_read(tmp_path):
+    EXPORTERS.get("plain")(make(), tmp_path / "out", TARGET)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["model_type"] == "llama" and config["architectures"] == ["LlamaForCausalLMEagle3"]
+    assert config["eagle_aux_hidden_state_layer_ids"] == [2, 4, 5]
+    assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [1, 3, 4]
+    assert config["draft_vocab_size"] == 10 and config["tie_word_embeddings"] is False
+    assert config["norm_before_residual"] is False and config["rope_theta"] == 100000.0
+    state = load_file(tmp_path / "out" / "model.safetensors")
+    assert state["d2t"].dtype == torch.int64 and state["t2d"].dtype == torch.bool
+    assert "midlayer.mlp.down_proj.weight" in state
+
+
+def test_legacy_rope_keys():
+    assert legacy_rope({"rope_theta": 5.0, "rope_type": "default"}) == (5.0, None)
+    theta, scaling = legacy_rope(LLAMA3)
+    assert theta == 500000.0 and scaling is not None and scaling["factor"] == 8.0 and "rope_theta" not in scaling
+
+
+# -- refused exports -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("case", [case for case, (_, unable) in FAMILY.options.items() if "sglang" in unable])
+def test_what_sglang_would_compute_wrongly_is_refused_there_and_told_in_plain(tmp_path, case):
+    draft = make(**FAMILY.options[case][0])
+    refused("sglang", tmp_path, draft, "SGLang cannot run this draft")
+    assert any("not for SGLang" in line for line in EXPORTERS.get("plain")(draft, tmp_path / "out", TARGET).warnings)
+
+
+@pytest.mark.parametrize("taps", [(0, 4, 5), (2, 4, 8)])
+def test_features_out_of_sglangs_reach(tmp_path, taps):
+    refused("sglang", tmp_path, make(taps=taps), "after layers 1 to 7 only")
+
+
+@pytest.mark.parametrize("name", FAMILY.formats)
+class TestRefusedExports:
+    def test_maps_that_lie(self, name, tmp_path):
+        draft = make()
+        draft.t2d[int(draft.vocabulary()[0])] = False
+        refused(name, tmp_path, draft, "t2d does not mark the same")
+        draft = make()
+        draft.d2t.copy_(draft.vocabulary())
+        refused(name, tmp_path, draft, "outside the target's vocabulary|must hold offsets|does not mark")
+        draft = make()
+        draft.d2t[-1] += 40
+        refused(name, tmp_path, draft, "outside the target's vocabulary")
+
+    def test_taps_that_engines_would_reorder_or_merge(self, name, tmp_path):
+        refused(name, tmp_path, make(taps=(2, 2, 5)), "do not ascend strictly")
+        refused(name, tmp_path, make(taps=(5, 4, 2)), "do not ascend strictly")
+
+    def test_both_norms_of_the_features(self, name, tmp_path):
+        refused(name, tmp_path, make(norm_before_fc=True, fc_norm=True), "exclude each other")
+
+
+def test_a_nameless_target_is_refused_where_the_format_names_it(tmp_path):
+    refused("vllm", tmp_path, make(), "names the target", replace(TARGET, name=""))
+
+
+@pytest.mark.parametrize("part", ["my-eagle3-run", "eagle-2", "DFlash"])
+def test_a_telling_path_is_warned_of(tmp_path, part):
+    report = EXPORTERS.get("vllm")(make(), tmp_path / part, TARGET)
+    assert any("vLLM reads a method out of" in line for line in report.warnings)

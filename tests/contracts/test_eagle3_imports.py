@@ -1,0 +1,184 @@
+"""What imports of EAGLE-3 checkpoints have alone: their options, where they come from, older and other hands."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from redraft import artifact
+from redraft.errors import UserError
+from redraft.export import EXPORTERS, TargetInfo, import_checkpoint
+
+SHARED = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("export_families.py"))))
+FAMILY, TARGET, rewrite = SHARED.EAGLE3, SHARED.TARGET, SHARED.rewrite
+make, assert_same = FAMILY.make, FAMILY.assert_same
+
+
+@pytest.fixture(params=FAMILY.formats)
+def exported(request, tmp_path):
+    return FAMILY.exported(request.param, tmp_path / "out")
+
+
+# -- refused imports -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"norm_before_fc": True, "fc_norm": True}, "norm_before_fc and fc_norm at once"),
+        ({"draft_vocab_size": "many"}, "wrong kind"),
+        ({"eagle_aux_hidden_state_layer_ids": [1, "2"]}, "a list of integers"),
+        ({"eagle_aux_hidden_state_layer_ids": [5, 4, 2]}, "do not ascend strictly"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    ],
+)
+def test_options_that_we_do_not_compute_are_refused_by_name(exported, change, message):
+    rewrite(exported, **change)
+    with pytest.raises(UserError, match=message):
+        import_checkpoint(exported, TARGET)
+
+
+def test_other_kinds_of_checkpoint_are_refused(tmp_path):
+    EXPORTERS.get("vllm")(make(), tmp_path / "v", TARGET)
+    rewrite(tmp_path / "v", speculators_model_type="dflash")
+    with pytest.raises(UserError, match="dflash speculator"):
+        import_checkpoint(tmp_path / "v", TARGET)
+    EXPORTERS.get("plain")(make(), tmp_path / "p", TARGET)
+    rewrite(tmp_path / "p", architectures=["LlamaForCausalLM"])
+    with pytest.raises(UserError, match="an Eagle3 draft has one of"):
+        import_checkpoint(tmp_path / "p", TARGET)
+
+
+def test_sources_that_cannot_be_read(tmp_path, exported, monkeypatch):
+    with pytest.raises(UserError, match="does not exist"):
+        import_checkpoint(tmp_path / "no" / "such" / "folder", TARGET)
+    with pytest.raises(UserError, match="is a file"):
+        import_checkpoint(exported / "config.json", TARGET)
+    (exported / "model.safetensors").rename(exported / "pytorch_model.bin")
+    with pytest.raises(UserError, match="pytorch_model.bin, and pickle is never read; convert the weights"):
+        import_checkpoint(exported, TARGET)
+    (exported / "config.json").write_text("{")
+    with pytest.raises(UserError, match="not JSON: line 1"):
+        import_checkpoint(exported, TARGET)
+
+
+def test_a_hub_id_with_no_hub_in_reach_gives_one_line(monkeypatch):
+    import huggingface_hub
+
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("cannot reach the hub\nwith a long story")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    with pytest.raises(UserError, match="could not be fetched as a model id .cannot reach the hub.") as caught:
+        import_checkpoint("nobody/no-such-draft", TARGET)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_hub_id_is_downloaded_without_pickle(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    EXPORTERS.get("plain")(make(), tmp_path / "snapshot", TARGET)
+    asked = {}
+
+    def download(name, allow_patterns, **kwargs):
+        asked.update(name=name, patterns=allow_patterns)
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    back, _ = import_checkpoint("someone/some-draft", TARGET)
+    assert_same(make(), back)
+    assert asked["name"] == "someone/some-draft" and not any("bin" in p for p in asked["patterns"])
+
+
+# -- older and other hands -------------------------------------------------------------------------------------------
+def test_older_tensor_names_and_shards_are_read(tmp_path):
+    draft = make(fc_norm=True)
+    EXPORTERS.get("plain")(draft, tmp_path / "out", TARGET)
+    state = load_file(tmp_path / "out" / "model.safetensors")
+    (tmp_path / "out" / "model.safetensors").unlink()
+    for k, old in enumerate(("low", "mid", "high")):
+        state[f"aux_norm_{old}.weight"] = state.pop(f"fc_norm.{k}.weight")
+    state = {
+        ("model." if i % 2 else "") + n.replace("midlayer.", "layers.0."): t for i, (n, t) in enumerate(state.items())
+    }
+    names = sorted(state)
+    shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, part in shards.items():
+        save_file({name: state[name] for name in part}, tmp_path / "out" / file)
+    index = {"weight_map": {name: file for file, part in shards.items() for name in part}}
+    artifact.atomic_write_json(tmp_path / "out" / "model.safetensors.index.json", index)
+    back, _ = import_checkpoint(tmp_path / "out", TARGET)
+    assert_same(draft, back)
+    save_file(
+        {"fc.weight": draft.fc.weight.detach(), "model.fc.weight": draft.fc.weight.detach() + 1},
+        tmp_path / "out" / "a.safetensors",
+    )
+    with pytest.raises(UserError, match="a second time"):
+        import_checkpoint(tmp_path / "out", TARGET)
+
+
+def test_identity_maps_of_a_full_vocabulary_are_left_out_and_told(tmp_path):
+    draft = make(draft_vocab_size=40)
+    EXPORTERS.get("plain")(draft, tmp_path / "out", TARGET)
+    state = load_file(tmp_path / "out" / "model.safetensors")
+    state |= {"d2t": torch.zeros(40, dtype=torch.int64), "t2d": torch.ones(40, dtype=torch.bool)}
+    rewrite(tmp_path / "out", state)
+    back, meta = import_checkpoint(tmp_path / "out", TARGET)
+    assert_same(draft, back)
+    assert len(meta["notes"]) == 2
+    state["d2t"][3] = 1
+    rewrite(tmp_path / "out", state)
+    with pytest.raises(UserError, match="extra d2t"):
+        import_checkpoint(tmp_path / "out", TARGET)
+
+
+def test_feature_ids_in_every_place_they_are_written(tmp_path):
+    EXPORTERS.get("plain")(make(taps=(2, 4, 5)), tmp_path / "out", TARGET)
+
+    def taps(**config):
+        path = tmp_path / "out" / "config.json"
+        values = json.loads(path.read_text())
+        for key in ("eagle_aux_hidden_state_layer_ids", "eagle_config"):
+            values.pop(key, None)
+        artifact.atomic_write_json(path, values | config)
+        draft, meta = import_checkpoint(tmp_path / "out", TARGET)
+        return draft.config.taps, meta["notes"]
+
+    assert taps() == ((2, 4, 5), [])
+    nested, notes = taps(eagle_config={"eagle_aux_hidden_state_layer_ids": [0, 2, 6]})
+    assert nested == (1, 3, 7) and len(notes) == 1
+    both, notes = taps(
+        eagle_aux_hidden_state_layer_ids=[1, 3, 6], eagle_config={"eagle_aux_hidden_state_layer_ids": [1, 3, 6]}
+    )
+    assert both == (1, 3, 6) and "disagree" in notes[0]
+    draft, _ = import_checkpoint(tmp_path / "out", TARGET, taps=(1, 2, 3))
+    assert draft.config.taps == (1, 2, 3)
+
+
+def test_absent_switches_take_each_formats_own_default(tmp_path):
+    for name, expected in (("vllm", True), ("plain", False)):
+        EXPORTERS.get(name)(make(), tmp_path / name, TARGET)
+        path = tmp_path / name / "config.json"
+        values = json.loads(path.read_text())
+        del values["norm_before_residual"]
+        artifact.atomic_write_json(path, values)
+        draft, meta = import_checkpoint(tmp_path / name, TARGET)
+        assert draft.config.norm_before_residual is expected and len(meta["notes"]) == int(expected)
+
+
+def test_facts_are_taken_from_a_huggingface_config():
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        hidden_size=16,
+        num_attention_heads=4,
+        num_hidden_layers=8,
+        vocab_size=40,
+        max_position_embeddings=64,
+        architectures=["LlamaForCausalLM"],
+    )
+    assert TargetInfo.of(config, "tuned/target") == TARGET
