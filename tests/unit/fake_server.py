@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import runpy
 import threading
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+LOOPBACK = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("loopback.py"))))
 GAMMA = 3
 Rule = Callable[[dict[str, Any]], str | tuple[int, str] | None]
 
@@ -44,15 +47,8 @@ class FakeServer:
         class Handler(_Handler):
             server_of = fake
 
-        class Quiet(ThreadingHTTPServer):
-            daemon_threads = True
-
-            def handle_error(self, request: Any, client_address: Any) -> None:
-                pass
-
-        self.server = Quiet(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
-        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        self.server = LOOPBACK.Server(Handler)
+        self.url = self.server.url
 
     def reset(self) -> None:
         """All counters to zero, as after a restart."""
@@ -61,8 +57,7 @@ class FakeServer:
 
     def stop(self) -> None:
         self.release.set()
-        self.server.shutdown()
-        self.server.server_close()
+        self.server.stop()
 
     def count(self, tokens: int, accepted: list[int]) -> None:
         with self.lock:
@@ -105,24 +100,24 @@ class FakeServer:
         return "\n".join(lines) + "\n"
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(LOOPBACK.Handler):
     server_of: FakeServer
 
     def do_GET(self) -> None:
         fake = self.server_of
         if self.path == "/v1/models":
-            self.out(200, json.dumps({"data": [{"id": name} for name in fake.models]}))
+            self.say(200, json.dumps({"data": [{"id": name} for name in fake.models]}))
         elif self.path == "/metrics" and fake.engine != "bare":
             with fake.lock:
-                self.out(200, fake.metrics())
+                self.say(200, fake.metrics())
         elif self.path == "/version":
-            self.out(200, json.dumps({"version": "9.9"}))
+            self.say(200, json.dumps({"version": "9.9"}))
         else:
-            self.out(404, "not found")
+            self.say(404, "not found")
 
     def do_POST(self) -> None:
         fake = self.server_of
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = self.body()
         with fake.lock:
             fake.seen.append(body)
             fake.now += 1
@@ -136,7 +131,7 @@ class _Handler(BaseHTTPRequestHandler):
     def answer(self, body: dict[str, Any], spoiled: str | tuple[int, str] | None) -> None:
         fake = self.server_of
         if isinstance(spoiled, tuple):
-            self.out(*spoiled)
+            self.say(*spoiled)
             return
         if spoiled == "hang":
             fake.release.wait(30)
@@ -145,9 +140,9 @@ class _Handler(BaseHTTPRequestHandler):
         reason = "length" if len(ids) == body["max_tokens"] else "stop"
         if not body["stream"]:
             fake.count(len(ids), accepted)
-            self.out(200, json.dumps(self.event(ids, reason, True)))
+            self.say(200, json.dumps(self.event(ids, reason, True)))
         elif not fake.streaming:
-            self.out(400, "no streams here")
+            self.say(400, "no streams here")
         else:
             self.stream(ids, accepted, reason, spoiled)
 
@@ -194,18 +189,5 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(text.encode() + b"\n\n")
         self.wfile.flush()
 
-    def out(self, status: int, text: str) -> None:
-        data = text.encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *args: Any) -> None:
-        pass
-
-    def finish(self) -> None:
-        try:
-            super().finish()
-        except OSError:
-            pass
+    def say(self, status: int, text: str) -> None:
+        self.out(status, text.encode())

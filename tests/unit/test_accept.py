@@ -18,8 +18,8 @@ from redraft.decode.accept import accept_chain, accept_chains, accept_greedy
 from redraft.sampling import Sampler, draw, warp
 
 TOYS = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("toys.py"))))
-misfit, normalised, target_logits, toy_drafts = TOYS.misfit, TOYS.normalised, TOYS.target_logits, TOYS.toy_drafts
-right_accepts, right_residual = TOYS.right_accepts, TOYS.right_residual
+misfit, normalised, target_logits, toy_pair = TOYS.misfit, TOYS.normalised, TOYS.target_logits, TOYS.toy_pair
+right_accepts, right_residual, each_sampler = TOYS.right_accepts, TOYS.right_residual, TOYS.each_sampler
 V, DRAWS, MANY, SAMPLERS, G = TOYS.V, TOYS.DRAWS, TOYS.MANY, TOYS.SAMPLERS, 2
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 Propose = Callable[[Tensor, Tensor], Tensor]
@@ -91,16 +91,16 @@ def by_hand(accepts: Callable[..., Tensor], residual: Callable[..., Tensor]) -> 
 
 
 @pytest.mark.parametrize("kind", ["good", "wrong", "overconfident", "uniform", "argmax", "disjoint"])
-@pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda s: s.describe())
+@each_sampler
 def test_three_tokens_follow_the_target_exactly(sampler: Sampler, kind: str) -> None:
-    target, draft = warp(target_logits(), sampler), toy_drafts(sampler)[kind]
+    target, draft = toy_pair(sampler, kind)
     assert misfit(generate_triples(target, draft, accept_chains), target) < 4
 
 
 @pytest.mark.parametrize("kind", ["good", "wrong", "disjoint"])
-@pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda s: s.describe())
+@each_sampler
 def test_greedy_drafts_under_a_sampling_target_change_nothing(sampler: Sampler, kind: str) -> None:
-    target, draft = warp(target_logits(), sampler), toy_drafts(sampler)[kind]
+    target, draft = toy_pair(sampler, kind)
     assert misfit(generate_triples(target, draft, fixed, propose=likeliest), target) < 4
     # The same in law, written as rejection against a point mass.
     certain = warp(draft.log(), Sampler())
@@ -109,7 +109,7 @@ def test_greedy_drafts_under_a_sampling_target_change_nothing(sampler: Sampler, 
 
 @pytest.mark.parametrize("sampler", SAMPLERS[:4], ids=lambda s: s.describe())
 def test_a_draft_that_proposes_what_it_claims_impossible_changes_nothing(sampler: Sampler) -> None:
-    target, draft = warp(target_logits(), sampler), toy_drafts(sampler)["uniform"]
+    target, draft = toy_pair(sampler, "uniform")
     likeliest = target.argmax(-1, keepdim=True)
     claimed = normalised(draft.scatter(-1, likeliest, 0.0))
     # Half of the proposals are what the draft claims to be impossible, half are drawn from its claim.
@@ -131,14 +131,14 @@ SABOTAGE = {
 @pytest.mark.parametrize("name", SABOTAGE)
 def test_the_statistic_notices_a_broken_rule(name: str) -> None:
     sampler = Sampler(temperature=1.0)
-    target, draft = warp(target_logits(), sampler), toy_drafts(sampler)["wrong"]
+    target, draft = toy_pair(sampler, "wrong")
     assert misfit(generate_triples(target, draft, SABOTAGE[name], draws=MANY), target) > 8
     assert misfit(generate_triples(target, draft, accept_chains, draws=MANY), target) < 4
 
 
 def test_the_statistic_notices_greedy_drafts_verified_as_draws() -> None:
     sampler = Sampler(temperature=1.0)
-    target, draft = warp(target_logits(), sampler), toy_drafts(sampler)["good"]
+    target, draft = toy_pair(sampler, "good")
     assert misfit(generate_triples(target, draft, accept_chains, propose=likeliest), target) > 8
 
 
@@ -157,7 +157,7 @@ def test_the_statistic_notices_that_an_impossible_token_was_accepted() -> None:
 def test_agrees_with_the_rule_written_out_by_hand(kind: str) -> None:
     """So the sabotaged rules above differ from the real one in the sabotaged part alone."""
     sampler = Sampler(temperature=0.9, top_k=4)
-    target, draft = warp(target_logits(), sampler), toy_drafts(sampler)[kind]
+    target, draft = toy_pair(sampler, kind)
     honest = by_hand(right_accepts, right_residual)
     ours, theirs = (generate_triples(target, draft, rule, seed=3) for rule in (accept_chains, honest))
     assert torch.equal(ours, theirs)
@@ -165,7 +165,7 @@ def test_agrees_with_the_rule_written_out_by_hand(kind: str) -> None:
 
 def test_one_chain_is_a_batch_of_one() -> None:
     sampler, generator = Sampler(temperature=1.0), torch.Generator().manual_seed(1)
-    target, draft = warp(target_logits(), sampler), toy_drafts(sampler)["good"]
+    target, draft = toy_pair(sampler, "good")
     ids_BG = torch.randint(V, (200, G), generator=generator)
     rows_BG = torch.cat([torch.full((200, 1), V), ids_BG], 1)
     uniforms = torch.rand(200, G + 1, generator=generator)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import runpy
 from collections.abc import Callable
 from pathlib import Path
@@ -23,14 +22,8 @@ make, prompts = TOYS.make_draft, TOYS.prompts
 
 @pytest.fixture(scope="module")
 def answered(tiny_target) -> Callable[[str], tuple[Target, list[Generation]]]:
-    """``answered(architecture)`` -> a target and its own greedy answers to six prompts, made once."""
-
-    @functools.cache
-    def answer(architecture: str) -> tuple[Target, list[Generation]]:
-        target = tiny_target(architecture, **TOYS.SMALL)
-        return target, [PlainDecoder(target).generate(prompt, 25) for prompt in prompts(6)]
-
-    return answer
+    """``answered(architecture)`` -> a target and its own greedy answers to six prompts."""
+    return TOYS.plain_answers(tiny_target, 6, 25)
 
 
 # Without the overconfident draft: a greedy chain asks for the likeliest tokens alone, and its are the fresh one's.

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import threading
+import runpy
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ from redraft.data.logprobs import TopEngine, ask_tops, read_top_file
 from redraft.data.store import Row
 from redraft.errors import UserError
 
+LOOPBACK = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("loopback.py"))))
 ROWS = [Row(str(i), [5 + i, 6], [7, 8, 9 + i][: 2 + i % 2], 0.0, 0, 1.0, 0, "length", "h") for i in range(6)]
 
 
@@ -33,12 +34,12 @@ class Server:
         self.rule, self.asked = rule, list[dict[str, Any]]()
         fake = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(LOOPBACK.Handler):
             def do_GET(self) -> None:
                 self.reply(200, {"data": [{"id": "tiny"}]})
 
             def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                body = self.body()
                 fake.asked.append(body)
                 found = fake.rule(body)
                 if isinstance(found, tuple):
@@ -47,25 +48,17 @@ class Server:
                     self.reply(200, {"choices": [{"prompt_logprobs": found, "text": "", "finish_reason": "length"}]})
 
             def reply(self, status: int, value: Any) -> None:
-                data = json.dumps(value).encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
+                self.out(status, json.dumps(value).encode())
 
-            def log_message(self, *args: Any) -> None:
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
-        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        self.http = LOOPBACK.Server(Handler)
+        self.url = self.http.url
 
 
 @pytest.fixture
 def server() -> Iterator[Server]:
     found = Server()
     yield found
-    found.http.shutdown()
+    found.http.stop()
 
 
 def engine(server: Server) -> TopEngine:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import runpy
 import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from redraft.errors import UserError
 from redraft.sampling import Sampler
 
 pytest.importorskip("httpx")
+LOOPBACK = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("loopback.py"))))
 EOS = 2
 Reply = tuple[int, Any]  # status and body; bytes go out as they are
 
@@ -47,56 +49,36 @@ class Loopback:
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[str | None] = []
         self.release = threading.Event()
-        self.server: ThreadingHTTPServer | None = None
+        self.server: Any = None
         self.port = 0
         self.start()
 
     def start(self) -> None:
         loopback = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(LOOPBACK.Handler):
             def do_GET(self) -> None:
-                self.out(loopback.models)
+                self.reply(loopback.models)
 
             def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                body = self.body()
                 loopback.bodies.append(body)
                 loopback.headers.append(self.headers.get("Authorization"))
-                self.out(loopback.rule(body))
+                self.reply(loopback.rule(body))
 
-            def out(self, reply: Reply | None) -> None:
+            def reply(self, reply: Reply | None) -> None:
                 if reply is None:
                     self.connection.close()
                     return
-                data = reply[1] if isinstance(reply[1], bytes) else json.dumps(reply[1]).encode()
-                self.send_response(reply[0])
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
+                self.out(reply[0], reply[1] if isinstance(reply[1], bytes) else json.dumps(reply[1]).encode())
 
-            def log_message(self, *args: Any) -> None:
-                pass
-
-            def finish(self) -> None:
-                try:
-                    super().finish()
-                except OSError:
-                    pass
-
-        class Quiet(ThreadingHTTPServer):
-            daemon_threads = True
-
-            def handle_error(self, request: Any, client_address: Any) -> None:
-                pass
-
-        self.server = Quiet(("127.0.0.1", self.port), Handler)
-        self.port = self.server.server_address[1]
-        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        # Started again it is at the same port, as a server that comes back.
+        self.server = LOOPBACK.Server(Handler, self.port)
+        self.port = self.server.port
 
     def stop(self) -> None:
         if self.server is not None:
-            self.server.shutdown()
-            self.server.server_close()
+            self.server.stop()
             self.server = None
 
     def engine(self, **settings: Any) -> ServerEngine:

@@ -74,6 +74,11 @@ STALE, FULL = [28.0, 19.0, 35.0, 9.0], [15.0, 10.0, 20.0, 5.0]
 FIRST, SECOND = [20.0, 12.0, 25.0, 7.0], [18.0, 14.0, 27.0, 6.0]
 
 
+def recovered(rounds: list[float], stale: list[float] = STALE, full: list[float] = FULL) -> dict[str, Any]:
+    """What of the way from the stale draft's rounds to full training's these rounds have gone."""
+    return paired_recovery((TOKENS, rounds), (TOKENS, stale), (TOKENS, full)).to_dict()
+
+
 def test_seeds_are_pooled_prompt_by_prompt() -> None:
     results = study(stale("a", STALE), cell("a", "full", FULL), cell("a", "fc", FIRST), cell("a", "fc", SECOND, 1))
     found = derive(results)
@@ -103,8 +108,8 @@ def test_recovery_is_held_against_full_on_all_of_the_first_data_and_on_the_same(
     )
     rows = derive(results)["pooled"]
     first, selected = rows[-2], rows[-1]
-    assert first["recovery"] == paired_recovery((TOKENS, FIRST), (TOKENS, STALE), (TOKENS, FULL)).to_dict()
-    assert first["recovery_same_data"] == paired_recovery((TOKENS, FIRST), (TOKENS, STALE), (TOKENS, better)).to_dict()
+    assert first["recovery"] == recovered(FIRST)
+    assert first["recovery_same_data"] == recovered(FIRST, full=better)
     assert selected["recovery"] == first["recovery"] and selected["recovery_same_data"] is None
     assert rows[3]["recovery_same_data"]["value"] == 1
     # full that gains nothing: there is nothing to recover, and no number says otherwise
@@ -124,9 +129,8 @@ def test_another_draft_has_its_own_stale_and_full() -> None:
         starts={"one": {"draft": "other-draft", "start": "none"}},
     )
     rows = derive(results)["pooled"]
-    own = paired_recovery((TOKENS, SECOND), (TOKENS, FIRST), (TOKENS, [10.0, 6.0, 14.0, 4.0])).to_dict()
-    assert rows[-2]["recovery"] == own
-    assert rows[-1]["recovery"] == paired_recovery((TOKENS, SECOND), (TOKENS, STALE), (TOKENS, FULL)).to_dict()
+    assert rows[-2]["recovery"] == recovered(SECOND, stale=FIRST, full=[10.0, 6.0, 14.0, 4.0])
+    assert rows[-1]["recovery"] == recovered(SECOND)
 
 
 def test_scratch_is_read_off_its_own_curve() -> None:
@@ -193,10 +197,8 @@ def test_recovery_on_the_same_data_is_held_against_full_from_the_same_start_wher
     )
     rows = derive(results)["pooled"]
     started, other = rows[-2], rows[-1]
-    assert started["recovery"] == paired_recovery((TOKENS, FIRST), (TOKENS, STALE), (TOKENS, FULL)).to_dict()
-    assert (
-        started["recovery_same_data"] == paired_recovery((TOKENS, FIRST), (TOKENS, STALE), (TOKENS, strong)).to_dict()
-    )
+    assert started["recovery"] == recovered(FIRST)
+    assert started["recovery_same_data"] == recovered(FIRST, full=strong)
     assert other["recovery_same_data"] == other["recovery"], "no full from that start: the old draft as it is"
 
 

@@ -19,9 +19,9 @@ from redraft.decode.tree import Topology
 from redraft.sampling import Sampler, draw, warp
 
 TOYS = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("toys.py"))))
-misfit, target_logits, toy_drafts = TOYS.misfit, TOYS.target_logits, TOYS.toy_drafts
-right_accepts, right_residual = TOYS.right_accepts, TOYS.right_residual
-V, DRAWS, MANY, SAMPLERS = TOYS.V, TOYS.DRAWS, TOYS.MANY, TOYS.SAMPLERS
+misfit, target_logits, toy_drafts, toy_pair = TOYS.misfit, TOYS.target_logits, TOYS.toy_drafts, TOYS.toy_pair
+right_accepts, right_residual, each_sampler = TOYS.right_accepts, TOYS.right_residual, TOYS.each_sampler
+V, DRAWS, MANY = TOYS.V, TOYS.DRAWS, TOYS.MANY
 
 # Three first choices; two and one after the first two of them: every kind of branch and of leaf.
 TREE = Topology([0, 0, 0, 1, 1, 2])
@@ -123,16 +123,16 @@ def by_hand(
 
 
 @pytest.mark.parametrize("kind", ["good", "wrong", "overconfident", "uniform", "disjoint"])
-@pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda s: s.describe())
+@each_sampler
 def test_sampled_drafts_follow_the_target_exactly(sampler: Sampler, kind: str) -> None:
-    target, draft = warp(target_logits(), sampler), toy_drafts(sampler)[kind]
+    target, draft = toy_pair(sampler, kind)
     assert misfit(generate_triples(target, draft, accept_trees), target) < 4
 
 
 @pytest.mark.parametrize("kind", ["good", "wrong", "disjoint"])
-@pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda s: s.describe())
+@each_sampler
 def test_greedy_drafts_follow_the_target_exactly(sampler: Sampler, kind: str) -> None:
-    target, draft = warp(target_logits(), sampler), toy_drafts(sampler)[kind]
+    target, draft = toy_pair(sampler, kind)
     assert misfit(generate_triples(target, draft, fixed, likeliest), target) < 4
 
 
@@ -140,7 +140,7 @@ def test_greedy_drafts_follow_the_target_exactly(sampler: Sampler, kind: str) ->
 def test_the_rules_written_out_by_hand_pass_too(kind: str) -> None:
     """So the sabotaged rules below fail for their sabotaged part alone. Of sampled drafts the texts are the same."""
     sampler = Sampler(0.9, 4)
-    target, draft = warp(target_logits(), sampler), toy_drafts(sampler)[kind]
+    target, draft = toy_pair(sampler, kind)
     ours, theirs = (generate_triples(target, draft, rule, draws=MANY) for rule in (accept_trees, by_hand()))
     assert float((ours != theirs).any(1).float().mean()) < 1e-3
     assert misfit(theirs, target) < 4
@@ -193,14 +193,14 @@ def test_the_statistic_notices_a_broken_rule(name: str) -> None:
 @pytest.mark.parametrize("kind", ["good", "overconfident"])
 def test_siblings_drawn_with_replacement_are_no_harm(kind: str) -> None:
     """A repeated sibling counts as impossible, and one that differs is a draw from the draft without the first."""
-    target, draft = warp(target_logits(), Sampler(1.0)), toy_drafts(Sampler(1.0))[kind]
+    target, draft = toy_pair(Sampler(1.0), kind)
     assert misfit(generate_triples(target, draft, accept_trees, with_replacement), target) < 4
 
 
 @pytest.mark.parametrize("kind", ["good", "wrong", "overconfident"])
 def test_a_tree_that_is_a_chain_decides_as_a_chain(kind: str) -> None:
     sampler, generator = Sampler(0.9, 4), torch.Generator().manual_seed(2)
-    target, draft = warp(target_logits(), sampler), toy_drafts(sampler)[kind]
+    target, draft = toy_pair(sampler, kind)
     ids_BN = torch.cat([torch.full((500, 1), V), torch.randint(V, (500, 3), generator=generator)], 1)
     uniforms, rows = torch.rand(500, 4, generator=generator, dtype=torch.float64), torch.arange(500)
     expected = accept_chains(target[ids_BN], draft[ids_BN[:, :3]], ids_BN[:, 1:], uniforms)

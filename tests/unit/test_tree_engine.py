@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import runpy
 from collections.abc import Callable
 from pathlib import Path
@@ -31,14 +30,8 @@ SHAPES = {"static": STATIC, "dynamic": DYNAMIC}
 
 @pytest.fixture(scope="module")
 def answered(tiny_target) -> Callable[[str], tuple[Target, list[Generation]]]:
-    """``answered(architecture)`` -> a target and its own greedy answers to two prompts, made once."""
-
-    @functools.cache
-    def answer(architecture: str) -> tuple[Target, list[Generation]]:
-        target = tiny_target(architecture, **TOYS.SMALL)
-        return target, [PlainDecoder(target).generate(prompt, 21) for prompt in prompts(2)]
-
-    return answer
+    """``answered(architecture)`` -> a target and its own greedy answers to two prompts."""
+    return TOYS.plain_answers(tiny_target, 2, 21)
 
 
 # Scores tell how a dynamic tree grows; a greedy static one asks for likeliest tokens alone, and those of the

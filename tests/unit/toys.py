@@ -8,12 +8,16 @@ Shape legend: B independent texts, V vocabulary of the toy.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor
 
+from redraft.decode.engine import Generation, PlainDecoder
 from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
 from redraft.sampling import Sampler, draw, warp
 from redraft.target import Target
@@ -24,6 +28,7 @@ MANY = 60_000
 
 # Every combination of temperature, top-k and top-p, and greedy.
 SAMPLERS = [Sampler(), *(Sampler(*rule) for rule in itertools.product((1.0, 0.6), (0, 3), (1.0, 0.8)))]
+each_sampler = pytest.mark.parametrize("sampler", SAMPLERS, ids=Sampler.describe)
 
 
 def target_logits() -> Tensor:
@@ -48,6 +53,11 @@ def toy_drafts(sampler: Sampler) -> dict[str, Tensor]:
         "argmax": torch.nn.functional.one_hot(logits.argmax(-1), V).float(),
         "disjoint": normalised(torch.where(target == 0, 1.0, 0.0) + unlikely),
     }
+
+
+def toy_pair(sampler: Sampler, kind: str) -> tuple[Tensor, Tensor]:
+    """The target's probabilities and those of one of its drafts, both [V + 1, V]."""
+    return warp(target_logits(), sampler), toy_drafts(sampler)[kind]
 
 
 def continued(target: Tensor, tokens_B3: Tensor, known_B: Tensor, generator: torch.Generator) -> Tensor:
@@ -120,6 +130,19 @@ def make_draft(kind: str, target: Target) -> Eagle3Draft:
 def prompts(count: int) -> list[list[int]]:
     generator = torch.Generator().manual_seed(7)
     return [torch.randint(4, 128, (3 + i % 9,), generator=generator).tolist() for i in range(count)]
+
+
+def plain_answers(
+    tiny_target: Callable[..., Target], count: int, tokens: int
+) -> Callable[[str], tuple[Target, list[Generation]]]:
+    """A function of the architecture: a small target and its own greedy answers to the prompts, made once."""
+
+    @functools.cache
+    def answer(architecture: str) -> tuple[Target, list[Generation]]:
+        target = tiny_target(architecture, **SMALL)
+        return target, [PlainDecoder(target).generate(prompt, tokens) for prompt in prompts(count)]
+
+    return answer
 
 
 def pairs_misfit(decoder, prompt: list[int], seeds: int) -> float:
