@@ -51,11 +51,6 @@ def test_a_bias_of_zeros_is_left_out_for_vllm_and_kept_for_sglang(tmp_path):
 
 
 # -- refusals --------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", FAMILY.formats)
-def test_a_draft_length_below_one(name, tmp_path):
-    refused(name, tmp_path, make(), "must be 1 or more", speculative_tokens=0)
-
-
 def test_the_bias_must_be_as_the_format_has_it(tmp_path):
     EXPORTERS.get("vllm")(make(), tmp_path / "v", TARGET)
     state = load_file(tmp_path / "v" / "model.safetensors")

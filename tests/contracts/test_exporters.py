@@ -153,6 +153,9 @@ class TestRefusedExports:
         assert back.config == replace(family.config, max_position_embeddings=128)
         assert torch.equal(family.answer(back), family.answer(family.make()))
 
+    def test_a_draft_length_below_one(self, family, name, tmp_path):
+        refused(name, tmp_path, family.make(), "must be 1 or more", speculative_tokens=0)
+
     def test_a_folder_with_other_work_and_a_full_disk(self, family, name, tmp_path, full_disk):
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "results.csv").write_text("1,2")

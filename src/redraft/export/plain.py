@@ -17,6 +17,7 @@ from redraft.export.base import (
     EXPORTERS,
     ExportReport,
     TargetInfo,
+    check_tokens,
     dtype_name,
     layer_config,
     legacy_rope,
@@ -53,6 +54,7 @@ def export_sglang(draft: Draft, folder: str | Path, target: Any, *, speculative_
 
 def _export(name: str, draft: Draft, folder: Path, info: TargetInfo, tokens: int) -> ExportReport:
     refuse_language_model(draft)
+    check_tokens(tokens)
     if isinstance(draft, Eagle1Draft):
         if name == "sglang":
             return export_eagle1(name, draft, folder, info, tokens)
