@@ -22,7 +22,7 @@ from redraft.pipeline.models import OpenDraft
 from redraft.pipeline.stages import half
 from redraft.pipeline.starts import StartContext, StartResult, apply_start
 from redraft.pipeline.study.entries import ANY, NONE, Cell
-from redraft.pipeline.study.shared import Asked, Costs, Selected, TargetWork, row_tokens, slug
+from redraft.pipeline.study.shared import Asked, Costs, Selected, TargetWork, features_stage, row_tokens, slug
 from redraft.progress import Progress
 from redraft.sampling import Sampler
 from redraft.teacher.features import anchors
@@ -197,11 +197,11 @@ def training_costs(
     forward, size = provenance.forward_flops, work.target.parameters_per_token
     if not selected.featured:
         for name in sorted({row.id.partition(":")[0] for row in trainer.rows}):
-            if work.ran(stage := f"features {name}"):
+            if work.ran(stage := features_stage(name, trainer.draft.config.taps)):
                 tokens = row_tokens([row for row in trainer.rows if row.id.startswith(f"{name}:")])
                 costs.add("features", forward(size, tokens), work.seconds_of(stage, tokens))
     heldout = row_tokens(trainer.heldout)
-    for stage in ("generate heldout", "features heldout"):
+    for stage in ("generate heldout", features_stage("heldout", trainer.draft.config.taps)):
         if work.ran(stage):
             costs.add("heldout", forward(size, heldout), work.seconds_of(stage, heldout))
     costs.add("train", train_flops(trainer, results), sum(result.seconds for result in results))

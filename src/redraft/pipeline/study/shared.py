@@ -162,7 +162,7 @@ class Model:
         target, store = self.target, self.store(taps)
         if any(row.key not in store.index for row in rows if anchors(row)):
             target.tap(taps)
-            stage, total = f"{self.name}: features {name}", row_tokens(rows)
+            stage, total = f"{self.name}: {features_stage(name, taps)}", row_tokens(rows)
             with self.ledger.stage(stage) as entry:
                 tokens = store.build(target, rows, progress=lambda done: self.tell(stage, done, total))
                 flops = provenance.forward_flops(target.parameters_per_token, tokens)
@@ -179,6 +179,11 @@ class Model:
             if entry.stage == f"{self.name}: {stage}" and entry.tokens:
                 return float(entry.seconds * min(1.0, tokens / entry.tokens))
         return 0.0
+
+
+def features_stage(name: str, taps: Sequence[int]) -> str:
+    """The pass that makes features of these rows; where generation kept those of other taps, it did not make these."""
+    return f"features {name} at {','.join(map(str, taps))}"
 
 
 class NamedKeeper:
@@ -426,5 +431,5 @@ class TargetWork(Model):
         if "alpha_of" in scorer.needs:
             flops = provenance.forward_flops(draft.parameters_per_token, tokens)
             # Its pass of the target is for features, which may be there already.
-            passes -= on == "responses" and not self.ran(f"features {data}")
+            passes -= on == "responses" and not self.ran(features_stage(data, draft.config.taps))
         return scores, flops + passes * provenance.forward_flops(target.parameters_per_token, tokens)
