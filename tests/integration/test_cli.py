@@ -238,6 +238,11 @@ def test_every_setting_of_adapt_is_a_flag_and_only_given_ones_are_handed_on(
     _, out, _ = redraft("adapt", "--help")
     for name in AdaptConfig.model_fields:
         assert f"--{name.replace('_', '-')}" in out
+    # The defaults are those of the settings, which a file may set too.
+    shown = re.sub(r"[\s│]+", " ", out)
+    for name in ("method", "start", "budget", "bench_prompts"):
+        assert f"default: ({AdaptConfig.model_fields[name].default})" in shown
+    assert "Undefined" not in out
     seen: dict[str, Any] = {}
 
     def stop(config: AdaptConfig, say: Any) -> None:

@@ -63,11 +63,37 @@ CHOICES: dict[str, Callable[[], list[str]]] = {
 }
 
 
+def _adapt() -> Any:
+    from redraft.pipeline.config import AdaptConfig
+
+    return AdaptConfig
+
+
+def _distill() -> Any:
+    from redraft.pipeline.distill_config import DistillConfig
+
+    return DistillConfig
+
+
+# Commands whose flags are the fields of a settings model: its defaults hold where neither flag nor file says anything.
+SETTINGS: dict[str, Callable[[], Any]] = {"adapt": _adapt, "distill": _distill}
+
+
+def _default(value: Any) -> str | bool:
+    """A default as help shows it; nothing for what is empty or not there."""
+    if value is None or value == () or isinstance(value, dict | bool):
+        return False
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
 class Command(TyperCommand):
-    """Fills the registries' names into the help of its options, when that help is asked for and not before."""
+    """Fills names of registries and defaults of settings into its help, when that is asked for and not before."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
+        fields = SETTINGS[self.name]().model_fields if self.name in SETTINGS else {}
         for parameter in self.params:
+            if parameter.name in fields and not fields[parameter.name].is_required():
+                parameter.show_default = _default(fields[parameter.name].get_default(call_default_factory=True))  # type: ignore[attr-defined]
             text = getattr(parameter, "help", None)
             for place, names in CHOICES.items():
                 if text and place in text:
