@@ -98,7 +98,7 @@ def test_a_key_that_is_there_twice_is_refused(tmp_path: Path, redraft: Any) -> N
 
 def test_the_committed_studies_are_sound(redraft: Any) -> None:
     found = sorted((ROOT / "runs" / "studies").glob("*.yaml"))
-    assert {path.stem for path in found} >= {"quickstart-methods", "cpu-reduced", "selection"}
+    assert {path.stem for path in found} >= {"quickstart-methods", "medical", "code", "eagle1", "guard", "selection"}
     for path in found:
         code, out, err = redraft(f"study {path} --list")
         assert code == 0, err

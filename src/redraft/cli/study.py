@@ -16,8 +16,8 @@ def register(app: typer.Typer) -> None:
     app.command(
         cls=Command,
         epilog=examples(
-            "redraft study runs/studies/cpu-reduced.yaml --out out/study",
-            "redraft study runs/studies/cpu-reduced.yaml --list",
+            "redraft study runs/studies/selection.yaml --out out/study",
+            "redraft study runs/studies/selection.yaml --list",
             "redraft study --tables out/study/results.json",
         ),
     )(study)
