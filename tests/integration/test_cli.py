@@ -227,9 +227,12 @@ def test_a_file_of_settings_is_read_as_yaml_writes_it() -> None:
     train = parse_config({**paths, "train": {"learning_rate": "4e-3", "batch_anchors": 5e3}}).train_config()
     assert train.learning_rate == 4e-3 and train.batch_anchors == 5000 and type(train.batch_anchors) is int
     assert parse_config({**paths, "private": {"on": ["q_proj"], "alpha": 32}}).private_size.on == ("q_proj",)
-    for wrong in ({"epochs": "many"}, {"epochs": True}, {"seed": 0.5}):
+    assert parse_config({**paths, "private": {"alpha": None}}).private_size.alpha is None
+    for wrong in ({"epochs": "many"}, {"epochs": True}, {"seed": 0.5}, {"optimizer": 3}, {"clip": None}, {"clip": [1]}):
         with pytest.raises(UserError, match=f"training setting {next(iter(wrong))} must be a"):
             parse_config({**paths, "train": wrong}).train_config()
+    with pytest.raises(UserError, match="private size on must be a list of names, not 7"):
+        parse_config({**paths, "private": {"on": 7}})
 
 
 def test_every_setting_of_adapt_is_a_flag_and_only_given_ones_are_handed_on(

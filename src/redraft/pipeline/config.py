@@ -199,8 +199,13 @@ def typed(what: str, value: Any, hint: Any) -> Any:
     """
     if get_origin(hint) is tuple:
         parts = value.split(",") if isinstance(value, str) else value
+        if not isinstance(parts, list | tuple):
+            raise UserError(f"{what} must be a list of names, not {value!r}")
         return tuple(str(part).strip() for part in parts if str(part).strip())
-    kind = next(kind for kind in (get_args(hint) or (hint,)) if kind is not type(None))
+    kinds = get_args(hint) or (hint,)
+    if value is None and type(None) in kinds:
+        return None
+    kind = next(kind for kind in kinds if kind is not type(None))
     if kind is str and isinstance(value, str):
         return value
     try:
