@@ -31,10 +31,10 @@ from redraft.pipeline.stages import Say, build_features, check_merge, half, run_
 from redraft.pipeline.starts import StartContext, StartResult, apply_start, start_needs
 from redraft.progress import progress_bar
 from redraft.report.page import build_report
-from redraft.select import ScoringContext, parse_scorer
+from redraft.select import Scorer, ScoringContext, parse_scorer
 from redraft.select.acceptance import alpha_measurer
 from redraft.select.manifest import Manifest, read_manifest
-from redraft.select.rules import choose
+from redraft.select.rules import choose, parse_budget
 from redraft.target import Target
 from redraft.teacher.features import FeatureStore, anchors
 from redraft.teacher.simulate import row_alphas
@@ -104,7 +104,7 @@ class AdaptRun:
         c, path = self.config, self.folder / "selection.json"
         if path.exists():
             return read_manifest(path)
-        rows, scorer = prompt_rows(self.source.prompts[0], self.target), parse_scorer(c.scorer)
+        rows, scorer = prompt_rows(self.source.prompts[0], self.target), self.scorer
         with self.ledger.stage("select") as entry, progress_bar("select", len(rows), "prompts") as progress:
             context = self._scoring_context(scorer.needs)
             context.progress = lambda done, total: progress.update(done)
@@ -116,16 +116,20 @@ class AdaptRun:
             tokens = sum(len(row.prompt_ids) for row in rows)
             flops = scorer.passes * provenance.forward_flops(self.target.parameters_per_token, tokens)
             entry.add(tokens, flops, f"passes of the target * {provenance.FORWARD_FORMULA}", path.stat().st_size)
-        self.say(f"select: {len(manifest.selected_keys)} of {len(rows)} prompts by {c.scorer}, budget {c.budget}")
+        self.say(f"select: {len(manifest.selected_keys)} of {len(rows)} prompts by {scorer.name}, budget {c.budget}")
         return manifest
+
+    @property
+    def scorer(self) -> Scorer:
+        """The scorer of the settings; the one that costs nothing where everything is kept, whatever its score."""
+        return parse_scorer("length" if parse_budget(self.config.budget).whole else self.config.scorer)
 
     def select(self) -> Manifest:
         """Score every response and keep the budget's worth."""
         c, path = self.config, self.folder / "selection.json"
         if path.exists():
             return read_manifest(path)
-        rows = self.rows(self.source.responses)
-        scorer = parse_scorer(c.scorer)
+        rows, scorer = self.rows(self.source.responses), self.scorer
         if "alpha_of" in scorer.needs:
             self.features("features", rows)
         with self.ledger.stage("select") as entry:
@@ -137,7 +141,7 @@ class AdaptRun:
             passes = scorer.passes - ("alpha_of" in scorer.needs)
             flops = passes * provenance.forward_flops(self.target.parameters_per_token, tokens)
             entry.add(tokens, flops, f"passes of the target * {provenance.FORWARD_FORMULA}", path.stat().st_size)
-        self.say(f"select: {len(manifest.selected_keys)} of {len(rows)} rows by {c.scorer}, budget {c.budget}")
+        self.say(f"select: {len(manifest.selected_keys)} of {len(rows)} rows by {scorer.name}, budget {c.budget}")
         return manifest
 
     @staticmethod

@@ -57,7 +57,7 @@ class AdaptConfig(BaseModel):
     loss: str = Field("kl", description="training loss")
     replay: int = Field(0, ge=0, description="passes over the states where the trained draft's rounds end early")
     scorer: str = Field("rejection", description="how samples are scored for selection: NAME or NAME:KEY=VALUE,...")
-    budget: str = Field("75%", description='what selection keeps: "25%", "400" rows or "60k tokens"')
+    budget: str = Field("100%", description='what selection keeps: "25%", "400" rows or "60k tokens"')
     select_on: Literal["responses", "prompts"] = Field(
         "responses", description="what is scored: responses, or prompts, of which only the kept ones are then answered"
     )

@@ -36,6 +36,11 @@ class Budget:
     amount: Decimal
     text: str
 
+    @property
+    def whole(self) -> bool:
+        """Whether everything is kept, whatever its score."""
+        return self.kind == "fraction" and self.amount == 1
+
     def rows_of(self, total: int) -> int | None:
         """Rows that the budget allows of ``total``, rounded down; ``None`` for a budget of tokens."""
         if self.kind == "tokens":
