@@ -34,11 +34,15 @@ def prompts(seed: int, count: int) -> str:
 
 
 def furnish(folder: Path, base: Target) -> None:
-    """A base target, a fine-tuned one, a draft and prompts."""
+    """A base target, a fine-tuned one, a draft, another one that reads other layers, and prompts."""
     folder.mkdir()
     base.save(folder / "base")
     meta = {"target": {"name": "b", "hash": base.content_hash()}, "tokenizer_hash": tokenizer_hash(base.tokenizer)}
     save_draft(folder / "draft", fresh_draft(base, range(0, 120), seed=1, intermediate=32), meta)
+    taps = base.taps
+    base.tap((0, 2, 4))
+    save_draft(folder / "elsewhere", fresh_draft(base, range(0, 120), seed=1, intermediate=32), meta)
+    base.tap(taps)
     generator = torch.Generator().manual_seed(1)
     for weight in base.model.parameters():
         weight.data += 0.05 * torch.randn(weight.shape, generator=generator)
@@ -76,7 +80,11 @@ def settings(**changes: Any) -> dict[str, Any]:
             "reference": {"kind": "reference"},
             "served": {"kind": "traces", "path": "traces.jsonl"},
         },
-        "selections": {"early": {"scorer": "length", "budget": "50%", "on": "prompts"}},
+        "selections": {
+            "early": {"scorer": "length", "budget": "50%", "on": "prompts"},
+            "early-rejection": {"scorer": "rejection", "budget": "50%", "on": "prompts"},
+        },
+        "starts": {"elsewhere": {"draft": "elsewhere"}},
         "general": {"prompts": "general.jsonl"},
         "grid": {"methods": ["fc", "full"], "seeds": [0, 1]},
         "cells": [
@@ -84,6 +92,10 @@ def settings(**changes: Any) -> dict[str, Any]:
             {"method": "fc", "data": "served"},
             {"method": "fc", "selection": "length@50%"},
             {"method": "fc", "selection": "early"},
+            {"method": "fc", "selection": "rejection@50%"},
+            {"method": "fc", "selection": "early-rejection"},
+            {"method": "fc", "data": "reference", "selection": "rejection@50%"},
+            {"method": "fc", "selection": "rejection@50%", "start": "elsewhere"},
             {"method": "again"},
             {"method": "none", "start": "ridge"},
         ],

@@ -31,6 +31,7 @@ def command(world: Path, out: Path) -> list[str]:
         "batch-size": 4,
         "private-width": 16,
         "gamma": 3,
+        "budget": "75%",
     }
     flags = [part for name, value in arguments.items() for part in (f"--{name}", str(value))]
     return [sys.executable, "-m", "redraft.cli.main", "adapt", *flags]

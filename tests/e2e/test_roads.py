@@ -125,6 +125,8 @@ def test_prompts_are_chosen_before_any_is_answered(world, tmp_path, scorer):
     [
         ({"prompts": None}, "one of the two"),
         ({"prompts": None, "responses": "log.jsonl", "select_on": "prompts"}, "leave it out"),
+        ({"select_on": "prompts"}, "nothing to choose"),
+        ({"scorer": "entropy"}, "give --budget"),
         ({"select_on": "answers"}, "select-on: input should be"),
         ({"responses": "log.jsonl"}, "one of the two"),
         ({"prompts": None, "responses": "log.jsonl", "server": "http://127.0.0.1:1"}, "go with --prompts"),

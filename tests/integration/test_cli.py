@@ -16,7 +16,7 @@ from redraft.cli.common import CHOICES
 from redraft.errors import UserError
 from redraft.export import EXPORTERS
 from redraft.losses import LOSSES
-from redraft.pipeline.config import AdaptConfig, parse_config
+from redraft.pipeline.config import AdaptConfig, parse_config, read_config
 from redraft.select import SCORERS
 from redraft.train.loop import TrainConfig
 
@@ -221,9 +221,24 @@ def test_settings_take_the_types_of_the_config() -> None:
     assert found == {"clip": 0.5, "batch_anchors": 64, "optimizer": "adamw"}
 
 
-def test_a_file_of_settings_is_read_as_yaml_writes_it() -> None:
-    """YAML takes 4e-3 for a text: the optimizer would have met it in the middle of a run."""
+def test_a_file_of_settings_is_read_as_people_mean_it(tmp_path: Path) -> None:
+    """YAML takes 4e-3 for a text: the optimizer would have met it in the middle of a run. And ``on`` is a word."""
     paths = {"target": "t", "draft": "d", "prompts": "p", "out": "o"}
+    (tmp_path / "a.yaml").write_text(
+        "target: t\ndraft: d\nprompts: p\nout: o\nprivate: {on: [q_proj]}\nbatch-size: 3\n"
+    )
+    read = read_config(tmp_path / "a.yaml")
+    assert read.private_size.on == ("q_proj",) and read.batch_size == 3
+    for text, words in (
+        ("on: 1\n1: 2\n", "`name: value` lines"),
+        ("a: 1\na: 2\n", "there twice"),
+        ("[", "is not YAML"),
+    ):
+        (tmp_path / "a.yaml").write_text(text)
+        with pytest.raises(UserError, match=words):
+            read_config(tmp_path / "a.yaml")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_config(tmp_path)
     train = parse_config({**paths, "train": {"learning_rate": "4e-3", "batch_anchors": 5e3}}).train_config()
     assert train.learning_rate == 4e-3 and train.batch_anchors == 5000 and type(train.batch_anchors) is int
     assert parse_config({**paths, "private": {"on": ["q_proj"], "alpha": 32}}).private_size.on == ("q_proj",)
@@ -231,6 +246,10 @@ def test_a_file_of_settings_is_read_as_yaml_writes_it() -> None:
     for wrong in ({"epochs": "many"}, {"epochs": True}, {"seed": 0.5}, {"optimizer": 3}, {"clip": None}, {"clip": [1]}):
         with pytest.raises(UserError, match=f"training setting {next(iter(wrong))} must be a"):
             parse_config({**paths, "train": wrong}).train_config()
+    assert parse_config({**paths, "train": {"seed": 2**53 + 1}}).train_config().seed == 2**53 + 1
+    for empty in ({"patience": 0}, {"evaluate_every": 0}, {"epochs": "inf"}, {"epochs": 0}, {"learning_rate": -1}):
+        with pytest.raises(UserError, match=f"training setting {next(iter(empty))} must be "):
+            parse_config({**paths, "train": empty}).train_config()
     with pytest.raises(UserError, match="private size on must be a list of names, not 7"):
         parse_config({**paths, "private": {"on": 7}})
 

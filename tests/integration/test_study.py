@@ -39,7 +39,7 @@ def done(place: Path, redraft: Any, tmp_path_factory: pytest.TempPathFactory) ->
         (place / "study.yaml").write_text(yaml.safe_dump(settings(), sort_keys=False))
         code, out, err = redraft("study study.yaml --out out --full full.json")
         assert code == 0, err
-        assert "11 of 11 cells" in out
+        assert "15 of 15 cells" in out
         shutil.copytree(place, kept)
     shutil.copytree(kept, place, dirs_exist_ok=True)
     return place
@@ -77,8 +77,8 @@ def test_the_results_hold_what_a_reader_needs(done: Path) -> None:
     assert cells["t | none | regenerated | none | - | ridge | 0"]["flops"]["start"] > 0
     stages = [entry["stage"] for entry in results["ledger"]["stages"]]
     assert {"t: generate regenerated", "t: train", "base base: generate general"} <= {*stages}
-    passes = [stage for stage in stages if ": features " in stage]
-    assert any(stage.startswith("t: features reference at ") for stage in passes)
+    passes = [stage for stage in stages if ": features " in stage and stage.endswith(" at 1,3,5")]
+    assert "t: features reference at 1,3,5" in passes
     assert not any(name in stage for stage in passes for name in ("regenerated", "heldout", "general"))
     speed = results["targets"]["t"]["speed"]
     assert len(speed) == 4 and all(run["drafts"].keys() == {"none", "fc"} for run in speed)
@@ -97,6 +97,24 @@ def test_every_cell_sees_as_many_tokens_and_pays_for_its_own_text(done: Path) ->
     assert half["flops"]["generation"] == whole["flops"]["generation"]
     assert early["flops"]["generation"] < 0.75 * whole["flops"]["generation"]
     assert "generation" not in served["flops"] and "generation" not in reference["flops"]
+
+
+def test_a_pass_for_features_is_paid_once_and_by_those_who_need_it(done: Path) -> None:
+    results = results_of(done)
+    cells = {cell["key"]: cell["flops"] for cell in results["cells"]}
+    kept = cells["t | fc | regenerated | rejection@50% | kl | none | 0"]
+    early = cells["t | fc | regenerated | early-rejection | kl | none | 0"]
+    reference = cells["t | fc | reference | rejection@50% | kl | none | 0"]
+    elsewhere = cells["t | fc | regenerated | rejection@50% | kl | elsewhere | 0"]
+    # Kept while the answers were written: scoring is the draft's pass alone. Of prompts there is nothing to keep.
+    assert "features" not in kept and 0 < kept["selection"] < kept["generation"] / 4
+    assert early["selection"] > 4 * kept["selection"] and "features" not in early
+    # Reference answers were never written by the target: one pass over all of them, in the cost of scoring.
+    whole = cells["t | eda | reference | none | kl | none | 0"]["features"]
+    assert "features" not in reference and reference["selection"] > whole
+    # A draft that reads other layers pays for its own pass, whoever scored.
+    assert elsewhere["selection"] == kept["selection"] and elsewhere["features"] > 0
+    assert elsewhere["heldout"] > kept["heldout"]
 
 
 def test_intervals_are_those_of_the_raw_rounds(done: Path) -> None:

@@ -9,7 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from redraft.artifact import atomic_write_json
@@ -17,6 +16,7 @@ from redraft.drafts.groups import PrivateSize, method
 from redraft.errors import UserError
 from redraft.losses import LOSSES
 from redraft.pipeline.starts import parse_start
+from redraft.pipeline.yamlfile import read_yaml
 from redraft.select import parse_scorer
 from redraft.select.rules import parse_budget
 from redraft.train.loop import TrainConfig
@@ -39,7 +39,7 @@ class AdaptConfig(BaseModel):
         "self:400 lets the target write 400 questions itself",
     )
     responses: str | None = Field(
-        None, description="a log of served responses (text or token ids) beside of prompts: nothing is generated"
+        None, description="a log of served responses (text or token ids) instead of prompts: nothing is generated"
     )
     out: Path = Field(description="run directory; a stopped run resumes from it")
     adapter: str | None = Field(None, description="PEFT adapter to merge into --target")
@@ -113,6 +113,10 @@ class AdaptConfig(BaseModel):
             raise UserError("--responses takes served text as it is; --server and --eval-prompts go with --prompts")
         if self.responses and self.select_on == "prompts":
             raise UserError("--select-on prompts saves generation, and --responses are written already; leave it out")
+        if parse_budget(self.budget).whole and self.select_on == "prompts":
+            raise UserError("--select-on prompts has nothing to choose: a budget of 100% answers them all; give less")
+        if parse_budget(self.budget).whole and self.scorer != type(self).model_fields["scorer"].default:
+            raise UserError(f"scorer {self.scorer} has nothing to choose: the budget is 100%; give --budget, say 50%")
         if (self.general is None) != (self.general_share == 0):
             raise UserError("--general and --general-share go together: the responses, and their share of all tokens")
         assert self.self_prompts >= 0 and self.private_size
@@ -208,9 +212,11 @@ def typed(what: str, value: Any, hint: Any) -> Any:
     kind = next(kind for kind in kinds if kind is not type(None))
     if kind is str and isinstance(value, str):
         return value
+    if kind is int and (type(value) is int or (isinstance(value, str) and value.strip().isdecimal())):
+        return int(value)
     try:
         number = float("nan" if isinstance(value, bool) else value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if kind is float and not math.isnan(number):
         return number
@@ -219,16 +225,9 @@ def typed(what: str, value: Any, hint: Any) -> Any:
     raise UserError(f"{what} must be {KINDS[kind]}, not {value!r}")
 
 
-def read_yaml(path: Path, command: str) -> dict[str, Any]:
-    """The settings in a YAML file, dashes in their names as underscores. Raises ``UserError``."""
-    try:
-        values = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; give a YAML file with the settings of `{command}`") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} must hold settings as `name: value` lines")
+def read_settings(path: Path, command: str) -> dict[str, Any]:
+    """The settings of ``command`` in a YAML file, dashes in their names as underscores. Raises ``UserError``."""
+    values = read_yaml(path, f"the settings of `{command}`")
     return {key.replace("-", "_"): value for key, value in values.items()}
 
 
@@ -239,7 +238,7 @@ def parse_config(values: dict[str, Any]) -> AdaptConfig:
 
 def read_config(path: Path, overrides: dict[str, Any] | None = None) -> AdaptConfig:
     """Settings from a YAML file; ``overrides`` (flags that were given) win. Raises ``UserError``."""
-    return parse_config(read_yaml(path, COMMAND) | (overrides or {}))
+    return parse_config(read_settings(path, COMMAND) | (overrides or {}))
 
 
 def claim_run(config: AdaptConfig) -> None:

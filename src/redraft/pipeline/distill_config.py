@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from redraft.errors import UserError
 from redraft.losses import LOSSES
-from redraft.pipeline.config import checked, claim_folder, read_yaml, recipe
+from redraft.pipeline.config import checked, claim_folder, read_settings, recipe
 from redraft.train.distil import DistilConfig
 from redraft.train.pretrain import PretrainConfig
 
@@ -119,7 +119,7 @@ class DistillConfig(BaseModel):
 
 def read_distill_config(path: Path | None, given: dict[str, Any]) -> DistillConfig:
     """Settings from a YAML file (if any); ``given`` flags win. Raises ``UserError``."""
-    values = read_yaml(path, COMMAND) if path else {}
+    values = read_settings(path, COMMAND) if path else {}
     for name in ("pretrain", "align"):
         if isinstance(values.get(name), dict) and name in given:
             given = given | {name: values[name] | given[name]}

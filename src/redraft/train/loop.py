@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import time
 from collections.abc import Sequence
@@ -42,6 +43,15 @@ class TrainConfig:
     evaluate_every: int = 25
     patience: int = 6
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises ``UserError`` for a setting that would train nothing, or without end."""
+        for name in ("epochs", "learning_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"training setting {name} must be above 0 and finite, not {getattr(self, name)!r}")
+        for name in ("batch_anchors", "unroll", "gamma", "evaluate_every", "patience"):
+            if getattr(self, name) < 1:
+                raise UserError(f"training setting {name} must be 1 or more, not {getattr(self, name)!r}")
 
 
 @dataclass

@@ -194,16 +194,16 @@ def training_costs(
     costs: Costs, work: TargetWork, trainer: Trainer, results: Sequence[TrainResult], selected: Selected
 ) -> None:
     """What training itself took, its features and its held-out answers included; generation is counted before."""
-    forward, size = provenance.forward_flops, work.target.parameters_per_token
-    if not selected.featured:
-        for name in sorted({row.id.partition(":")[0] for row in trainer.rows}):
-            if work.ran(stage := features_stage(name, trainer.draft.config.taps)):
-                tokens = row_tokens([row for row in trainer.rows if row.id.startswith(f"{name}:")])
-                costs.add("features", forward(size, tokens), work.seconds_of(stage, tokens))
+    forward = provenance.forward_flops
+    taps = trainer.draft.config.taps
+    for name in sorted({row.id.partition(":")[0] for row in trainer.rows}):
+        stage = features_stage(name, taps)
+        tokens = row_tokens([row for row in trainer.rows if row.id.startswith(f"{name}:")])
+        if stage not in selected.paid and (flops := work.spent_on(stage, tokens)):
+            costs.add("features", flops, work.seconds_of(stage, tokens))
     heldout = row_tokens(trainer.heldout)
-    for stage in ("generate heldout", features_stage("heldout", trainer.draft.config.taps)):
-        if work.ran(stage):
-            costs.add("heldout", forward(size, heldout), work.seconds_of(stage, heldout))
+    for stage in ("generate heldout", features_stage("heldout", taps)):
+        costs.add("heldout", work.spent_on(stage, heldout), work.seconds_of(stage, heldout))
     costs.add("train", train_flops(trainer, results), sum(result.seconds for result in results))
     walked = sum(map(anchors, trainer.heldout)) * sum(len(result.history) for result in results)
     walked += sum(map(anchors, trainer.rows)) * (len(results) - 1)

@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from redraft.drafts.groups import METHODS, PrivateSize, method
@@ -35,12 +34,12 @@ from redraft.pipeline.study.entries import (
     Strict,
     TargetEntry,
 )
+from redraft.pipeline.yamlfile import read_yaml
 from redraft.select import Scorer, parse_scorer
 from redraft.train.loop import TrainConfig
 from redraft.train.replay import ReplayConfig
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_+.-]*")
-BOOLEAN = "tag:yaml.org,2002:bool"
 # What the study itself sets in every training run.
 OWN_TRAIN_SETTINGS = ("loss", "gamma", "seed")
 
@@ -228,32 +227,6 @@ class StudyConfig(Strict):
 
 
 # -- reading -------------------------------------------------------------------------------------------------------
-class _Loader(yaml.SafeLoader):
-    """YAML that refuses a key that is there twice (the first would be lost), and where ``on`` is a word.
-
-    Booleans are true and false alone, as YAML 1.2 has it.
-    """
-
-    yaml_implicit_resolvers = {
-        first: [(tag, form) for tag, form in found if tag != BOOLEAN]
-        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    found: dict[Any, Any] = {}
-    for key_node, value_node in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if key in found:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is there twice", key_node.start_mark)
-        found[key] = loader.construct_object(value_node, deep=True)
-    return found
-
-
-_Loader.add_implicit_resolver(BOOLEAN, re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
-
-
 def parse_study(values: Mapping[str, Any]) -> StudyConfig:
     """Checked settings. Raises ``UserError`` that names the first bad one."""
     try:
@@ -267,12 +240,4 @@ def parse_study(values: Mapping[str, Any]) -> StudyConfig:
 
 def read_study(path: Path) -> StudyConfig:
     """The study of a YAML file. Raises ``UserError``."""
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a subclass of the safe loader
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; name the YAML file of a study") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise UserError(f"{path} must hold settings as `name: value` lines")
-    return parse_study(values)
+    return parse_study(read_yaml(path, "the settings of a study"))

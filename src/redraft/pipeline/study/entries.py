@@ -164,14 +164,18 @@ class General(Strict):
 
     @field_validator("prompts", "mix", mode="before")
     @classmethod
-    def _sources(cls, value: Any) -> Any:
-        for text in _texts(value):
-            parse_source(text)
+    def _lists(cls, value: Any) -> Any:
         return _texts(value)
+
+    @model_validator(mode="after")
+    def _sources(self) -> General:
+        for text in (*self.prompts, *self.mix):
+            parse_source(text)
+        return self
 
 
 class Speed(Strict):
-    """Wall-clock speed of one cell a method, in one paired run: first data, no selection, no start, first seed.
+    """Wall-clock speed of one cell a method, in one paired run: the first on the first data, unselected.
 
     Each of ``shapes`` with each of ``temperatures``, on the first ``prompts`` evaluation prompts.
     """

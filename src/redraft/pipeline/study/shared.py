@@ -72,13 +72,13 @@ class Costs:
 
 @dataclass
 class Selected:
-    """What a cell trains on, and what it cost to get there; ``featured``: the features of the rows are in that cost."""
+    """What a cell trains on, and what it cost to get there; ``paid``: the stages of features that are in that cost."""
 
     rows: list[Row]
     of_rows: int
     of_tokens: int
     costs: Costs
-    featured: bool
+    paid: frozenset[str]
 
 
 @dataclass
@@ -169,9 +169,10 @@ class Model:
                 entry.add(tokens, flops, provenance.FORWARD_FORMULA)
         return store
 
-    def ran(self, stage: str) -> bool:
-        """Whether there was such a stage: features that were kept on the way need none."""
-        return any(entry.stage == f"{self.name}: {stage}" for entry in self.ledger.stages)
+    def spent_on(self, stage: str, tokens: int) -> int:
+        """FLOPs of the target's pass over ``tokens``, or over as many as the stage had: kept features need none."""
+        passed = sum(entry.tokens for entry in self.ledger.stages if entry.stage == f"{self.name}: {stage}")
+        return provenance.forward_flops(self.target.parameters_per_token, min(tokens, passed))
 
     def seconds_of(self, stage: str, tokens: int) -> float:
         """The part of a stage's seconds that falls to ``tokens`` of those that it worked on."""
@@ -358,7 +359,7 @@ class TargetWork(Model):
         return self._selected[data, selection]
 
     def _select(self, data: str, entry: SelectionEntry) -> Selected:
-        rows, costs, featured = self.rows(data), Costs(), False
+        rows, costs, paid = self.rows(data), Costs(), frozenset[str]()
         kept = generated = rows
         if entry.scorer is not None:
             scored, scores, flops, seconds = self._scores(data, entry)
@@ -371,7 +372,10 @@ class TargetWork(Model):
             else:
                 kept = [row for row in rows if row.key in chosen]
             costs.add("selection", flops, seconds)
-            featured = "alpha_of" in scorer.needs and entry.on == "responses"
+            if "alpha_of" in scorer.needs and entry.on == "responses":
+                stage, tokens = features_stage(data, self.taps), row_tokens(rows)
+                costs.add("selection", self.spent_on(stage, tokens), self.seconds_of(stage, tokens))
+                paid = frozenset([stage])
         if self.config.data[data].kind in ("regenerated", "self"):
             self._generation(data, generated, costs)
         if self.config.data[data].kind == "self":
@@ -381,7 +385,7 @@ class TargetWork(Model):
             before = {row.key for row in kept}
             kept = mix(kept, self.general_rows, entry.general, self.config.seed)
             self._generation("general-mix", [row for row in kept if row.key not in before], costs)
-        return Selected(kept, len(rows), sum(map(anchors, rows)), costs, featured)
+        return Selected(kept, len(rows), sum(map(anchors, rows)), costs, paid)
 
     def _generation(self, name: str, rows: Sequence[Row], costs: Costs) -> None:
         tokens = row_tokens(rows)
@@ -396,6 +400,8 @@ class TargetWork(Model):
             rows = list({row.id: PromptRow(row.id, row.prompt_ids) for row in reversed(rows) if row.turn == 0}.values())
         path = self.folder / "scores" / f"{slug(f'{data} {entry.on} {entry.scorer}')}.json"
         if not path.exists():
+            if "alpha_of" in parse_scorer(entry.scorer).needs and entry.on == "responses":
+                self.features(data, rows, self.taps)
             stage = f"{self.name}: score {data} by {entry.scorer} on {entry.on}"
             with self.ledger.stage(stage) as work:
                 scores, flops = self._score(data, rows, entry.scorer, stage, entry.on)
@@ -430,6 +436,6 @@ class TargetWork(Model):
         flops = 0
         if "alpha_of" in scorer.needs:
             flops = provenance.forward_flops(draft.parameters_per_token, tokens)
-            # Its pass of the target is for features, which may be there already.
-            passes -= on == "responses" and not self.ran(features_stage(data, draft.config.taps))
+            # Its pass of the target is for features: of responses they are kept, or have a stage of their own.
+            passes -= on == "responses"
         return scores, flops + passes * provenance.forward_flops(target.parameters_per_token, tokens)

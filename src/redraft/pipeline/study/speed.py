@@ -43,7 +43,8 @@ def speed_of(work: TargetWork, cells: list[Cell], say: Say) -> None:
     shapes = wanted.shapes or (f"chain:{config.gamma}",)
     names = {cell.method: work.root / "cells" / slug(cell.key) / "draft" for cell in cells}
     runs = [(shape, temperature) for shape in shapes for temperature in wanted.temperatures]
-    paths = {run: work.folder / f"speed-{slug(f'{run[0]} T{run[1]:g} ' + ' '.join(names))}.json" for run in runs}
+    keys = " ".join(cell.key for cell in cells)
+    paths = {run: work.folder / f"speed-{slug(f'{run[0]} T{run[1]:g} {keys}')}.json" for run in runs}
     left = [run for run in runs if not paths[run].exists()]
     if not left:
         return

@@ -1,0 +1,54 @@
+"""Settings in YAML files, read as people mean them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from redraft.errors import UserError
+
+BOOLEAN = "tag:yaml.org,2002:bool"
+
+
+class Loader(yaml.SafeLoader):
+    """YAML that refuses a key that is there twice (the first would be lost), and where ``on`` is a word.
+
+    Booleans are true and false alone, as YAML 1.2 has it.
+    """
+
+    yaml_implicit_resolvers = {
+        first: [(tag, form) for tag, form in found if tag != BOOLEAN]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+def _mapping(loader: Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    found: dict[Any, Any] = {}
+    for key_node, value_node in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if key in found:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is there twice", key_node.start_mark)
+        found[key] = loader.construct_object(value_node, deep=True)
+    return found
+
+
+Loader.add_implicit_resolver(BOOLEAN, re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def read_yaml(path: Path, what: str) -> dict[str, Any]:
+    """The settings of a file, named ``what`` where it is missing. Raises ``UserError``."""
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader)  # a subclass of the safe loader
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; give a YAML file with {what}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise UserError(f"{path} must hold settings as `name: value` lines")
+    return values
