@@ -190,9 +190,7 @@ def adapt(
         str | None, typer.Option(help="How samples are scored: {scorers}; NAME:KEY=VALUE for its settings.")
     ] = None,
     budget: Annotated[str | None, typer.Option(help='What selection keeps: "25%", "400" or "60k tokens".')] = None,
-    select_on: Annotated[
-        str | None, typer.Option(help="What is scored: responses, or prompts, before any is answered.")
-    ] = None,
+    select_on: Annotated[str | None, typer.Option(help="Score responses, or prompts before any is answered.")] = None,
     general: Annotated[
         str | None, typer.Option(help="Responses to general prompts, mixed in to guard the draft's other speed.")
     ] = None,
