@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -101,48 +101,64 @@ class AdaptRun:
 
     def select_prompts(self) -> Manifest:
         """Score every training prompt and keep the budget's worth, before any is answered."""
-        c, path = self.config, self.folder / "selection.json"
-        if path.exists():
-            return read_manifest(path)
-        rows, scorer = prompt_rows(self.source.prompts[0], self.target), self.scorer
-        with self.ledger.stage("select") as entry, progress_bar("select", len(rows), "prompts") as progress:
-            context = self._scoring_context(scorer.needs)
-            context.progress = lambda done, total: progress.update(done)
-            if context.alpha_of is not None:
+        if self.selection.exists():
+            return read_manifest(self.selection)
+        rows = prompt_rows(self.source.prompts[0], self.target)
+
+        def context() -> ScoringContext:
+            found = self._scoring_context(self.scorer.needs)
+            found.progress = lambda done, total: progress.update(done)
+            if found.alpha_of is not None:
                 draft = copy.deepcopy(self.stale.draft)
-                context.alpha_of = alpha_measurer(draft, self.target, self.folder, context.progress)
-            manifest = choose(scorer, rows, context, c.budget)
-            manifest.write(path)
-            tokens = sum(len(row.prompt_ids) for row in rows)
-            flops = scorer.passes * provenance.forward_flops(self.target.parameters_per_token, tokens)
-            entry.add(tokens, flops, f"passes of the target * {provenance.FORWARD_FORMULA}", path.stat().st_size)
-        self.say(f"select: {len(manifest.selected_keys)} of {len(rows)} prompts by {scorer.name}, budget {c.budget}")
+                found.alpha_of = alpha_measurer(draft, self.target, self.folder, found.progress)
+            return found
+
+        with progress_bar("select", len(rows), "prompts") as progress:
+            return self._choose(rows, "prompts", context, self.scorer.passes)
+
+    def select(self) -> Manifest:
+        """Score every response and keep the budget's worth."""
+        if self.selection.exists():
+            return read_manifest(self.selection)
+        rows, needs = self.rows(self.source.responses), self.scorer.needs
+        if "alpha_of" in needs:
+            self.features("features", rows)
+        # The pass behind alpha is that of the features, which have a stage of their own.
+        passes = self.scorer.passes - ("alpha_of" in needs)
+        return self._choose(rows, "rows", lambda: self._scoring_context(needs), passes, self.source.responses)
+
+    def _choose(
+        self,
+        rows: Sequence[Any],
+        unit: str,
+        context: Callable[[], ScoringContext],
+        passes: int,
+        source: Path | None = None,
+    ) -> Manifest:
+        """Score, select, write the manifest and account for ``passes`` of the target over ``rows``.
+
+        The context is made in the stage: opening a base target is part of what selection takes.
+        """
+        c, scorer = self.config, self.scorer
+        with self.ledger.stage("select") as entry:
+            manifest = choose(scorer, rows, context(), c.budget, source=source)
+            manifest.write(self.selection)
+            tokens = sum(len(row.prompt_ids) + len(row.response_ids) for row in rows)
+            flops = passes * provenance.forward_flops(self.target.parameters_per_token, tokens)
+            written = self.selection.stat().st_size
+            entry.add(tokens, flops, f"passes of the target * {provenance.FORWARD_FORMULA}", written)
+        self.say(f"select: {len(manifest.selected_keys)} of {len(rows)} {unit} by {scorer.name}, budget {c.budget}")
         return manifest
+
+    @property
+    def selection(self) -> Path:
+        """The manifest of what is trained on, or answered at all."""
+        return self.folder / "selection.json"
 
     @property
     def scorer(self) -> Scorer:
         """The scorer of the settings; the one that costs nothing where everything is kept, whatever its score."""
         return parse_scorer("length" if parse_budget(self.config.budget).whole else self.config.scorer)
-
-    def select(self) -> Manifest:
-        """Score every response and keep the budget's worth."""
-        c, path = self.config, self.folder / "selection.json"
-        if path.exists():
-            return read_manifest(path)
-        rows, scorer = self.rows(self.source.responses), self.scorer
-        if "alpha_of" in scorer.needs:
-            self.features("features", rows)
-        with self.ledger.stage("select") as entry:
-            context = self._scoring_context(scorer.needs)
-            manifest = choose(scorer, rows, context, c.budget, source=self.source.responses)
-            manifest.write(path)
-            tokens = sum(len(r.prompt_ids) + len(r.response_ids) for r in rows)
-            # The pass behind alpha is that of the features, which have a stage of their own.
-            passes = scorer.passes - ("alpha_of" in scorer.needs)
-            flops = passes * provenance.forward_flops(self.target.parameters_per_token, tokens)
-            entry.add(tokens, flops, f"passes of the target * {provenance.FORWARD_FORMULA}", path.stat().st_size)
-        self.say(f"select: {len(manifest.selected_keys)} of {len(rows)} rows by {scorer.name}, budget {c.budget}")
-        return manifest
 
     @staticmethod
     def rows(path: Path) -> list[Row]:

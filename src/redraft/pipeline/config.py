@@ -113,9 +113,10 @@ class AdaptConfig(BaseModel):
             raise UserError("--responses takes served text as it is; --server and --eval-prompts go with --prompts")
         if self.responses and self.select_on == "prompts":
             raise UserError("--select-on prompts saves generation, and --responses are written already; leave it out")
-        if parse_budget(self.budget).whole and self.select_on == "prompts":
+        whole = parse_budget(self.budget).whole
+        if whole and self.select_on == "prompts":
             raise UserError("--select-on prompts has nothing to choose: a budget of 100% answers them all; give less")
-        if parse_budget(self.budget).whole and self.scorer != type(self).model_fields["scorer"].default:
+        if whole and self.scorer != type(self).model_fields["scorer"].default:
             raise UserError(f"scorer {self.scorer} has nothing to choose: the budget is 100%; give --budget, say 50%")
         if (self.general is None) != (self.general_share == 0):
             raise UserError("--general and --general-share go together: the responses, and their share of all tokens")

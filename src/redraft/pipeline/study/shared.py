@@ -420,7 +420,7 @@ class TargetWork(Model):
         def alpha_of(wanted: Sequence[Any]) -> list[float]:
             if on == "prompts":
                 return alpha_measurer(draft, target, self.folder)(wanted)
-            return row_alphas(draft, target, wanted, self.features(data, self.rows(data), draft.config.taps))
+            return row_alphas(draft, target, wanted, self.store(self.taps))
 
         context = ScoringContext(
             target=target,
