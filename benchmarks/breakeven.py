@@ -2,9 +2,10 @@
 
 Shapes with random weights: time does not depend on what the numbers are. For every target a plain step, drafter steps
 and the verification of gamma + 1 tokens are timed in turn (:func:`redraft.decode.auto.measure_costs`), for a drafter
-of the paper's shape (4 layers of width 1024, arXiv 2403.00858) and for one sized by share. A round of gamma tokens that
-costs k plain steps pays as soon as block efficiency is above k: that is the break-even, and measured. What it would
-bring at a given block efficiency is a projection, and marked as one.
+of the paper's shape (4 layers of width 1024, arXiv 2403.00858), for one sized by share and, where asked for, for one
+made of layers of the target. A round of gamma tokens that costs k plain steps pays as soon as block efficiency is above
+k: that is the break-even, and measured. What it would bring at a given block efficiency is a projection, and marked as
+one.
 
     python benchmarks/breakeven.py --tau paper=2.3@3 --out benchmarks/results/breakeven.json
 
@@ -24,7 +25,8 @@ import torch
 from redraft import provenance
 from redraft.artifact import atomic_write_json
 from redraft.decode.auto import measure_costs
-from redraft.drafts.shapes import fresh_standalone, shape_for
+from redraft.drafts.shapes import fresh_standalone, shape_for, spread_layers
+from redraft.drafts.standalone import StandaloneDraft
 from redraft.errors import UserError
 from redraft.progress import progress_bar
 from redraft.target import Target
@@ -43,7 +45,11 @@ GAMMAS = (1, 3, 5)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", default="smollm2-135m,smollm2-360m,smollm2-1.7b")
-    parser.add_argument("--drafters", default="goel,1/8", help="sizes, as `redraft distill --size` takes them")
+    parser.add_argument(
+        "--drafters",
+        default="goel,1/8",
+        help="sizes, as `redraft distill --size` takes them, or layers:4 for so many layers of the target itself",
+    )
     parser.add_argument("--tau", action="append", default=[], help="NAME=VALUE@GAMMA; repeatable")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="bfloat16")
@@ -118,11 +124,18 @@ def random_target(name: str, dtype: str, device: str) -> Target:
     return Target(model, name=name)
 
 
+def drafter(target: Target, size: str) -> StandaloneDraft:
+    """A drafter of a size, or of layers of the target. Raises ``UserError``."""
+    if found := re.fullmatch(r"layers:(\d+)", size):
+        return fresh_standalone(target, layers=spread_layers(target, int(found[1])))
+    return fresh_standalone(target, shape_for(target, size), embeddings="random")
+
+
 def measure(
     name: str, target: Target, size: str, taus: list[tuple[str, float, int]], options: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """Costs of one pair at every gamma; nothing where the drafter is no smaller than the target."""
-    draft = fresh_standalone(target, shape_for(target, size), embeddings="random").to(target.dtype)
+    draft = drafter(target, size).to(target.dtype)
     if draft.parameters_per_token >= target.parameters_per_token:
         return []
     text = torch.randint(0, target.vocab_size, (options.length,), generator=torch.Generator().manual_seed(1)).tolist()

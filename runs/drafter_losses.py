@@ -80,7 +80,7 @@ class Comparison:
         self.prompts = {task: [first_turn(c) for c in read_source(TASKS[task], options.longest)] for task in TASKS}
         rows, self.heldout = run.responses()
         clean = self.clean(rows)
-        self.rows, self.dropped = clean[: options.rows], len(rows) - len(clean)
+        self.rows, self.found, self.dropped = clean[: options.rows], len(rows), len(rows) - len(clean)
         self.sets = {(task, name): self.answers(task, name) for task in TASKS for name in SAMPLERS}
         self.known = {
             key: target_probabilities(self.target, rows, SAMPLERS[key[1]])
@@ -121,7 +121,10 @@ class Comparison:
         if (folder / "cell.json").exists():
             return read_json(folder / "cell.json")
         draft, _ = self.run.drafter()
-        config = replace(self.run.config.align_config(), loss=loss, seed=seed)
+        own = self.run.config.align_config()
+        config = replace(own, loss=loss, seed=seed)
+        # The run's own alignment is one of the cells, where it sees the same rows: it is not done twice.
+        mine = config == own and len(self.rows) == self.found
         text = self.run.text(config.text_length) if config.text_share else None
         total = round(config.epochs * sum(map(anchors, self.rows)) / (1 - config.text_share))
         with progress_bar(f"{loss} {seed}", total) as progress:
@@ -130,7 +133,7 @@ class Comparison:
                 self.run.teacher(self.rows),
                 self.rows,
                 config,
-                folder / "train",
+                self.run.folder / "align" if mine else folder / "train",
                 self.run.efficiency(draft, self.heldout),
                 text,
                 progress,
@@ -181,7 +184,7 @@ class Comparison:
 
 # -- tables ----------------------------------------------------------------------------------------------------------
 def tables(result: dict[str, Any]) -> str:
-    """Block efficiency by task and loss, pooled over seeds, and the paired difference from ``REFERENCE``."""
+    """Block efficiency by task and loss, pooled over seeds; the difference from ``REFERENCE`` where that was trained."""
     losses = list(dict.fromkeys(cell["loss"] for cell in result["cells"]))
     parts = []
     for name, words in result["setup"]["samplers"].items():
@@ -194,14 +197,15 @@ def table(result: dict[str, Any], losses: Sequence[str], name: str, gamma: str) 
     """A row a loss, a column a task."""
     tasks = list(result["tokens"])
     lines = [f"| loss | {' | '.join(tasks)} |", f"| --- |{' --- |' * len(tasks)}"]
+    reference = REFERENCE if REFERENCE in losses else None
     for loss in losses:
         cells = []
         for task in tasks:
-            mine, other = (pooled(result, each, task, name, gamma) for each in (loss, REFERENCE))
+            mine = pooled(result, loss, task, name, gamma)
             found = ratio_of_sums(*mine)
             text = f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
-            if loss not in (REFERENCE, PRETRAINED):
-                apart = paired_difference(mine, other)
+            if reference and loss not in (reference, PRETRAINED):
+                apart = paired_difference(mine, pooled(result, reference, task, name, gamma))
                 text += f" ({apart.value:+.3f} [{apart.low:+.3f}, {apart.high:+.3f}])"
             cells.append(text)
         lines.append(f"| `{loss}` | {' | '.join(cells)} |")

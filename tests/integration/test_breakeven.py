@@ -26,7 +26,7 @@ def test_break_even_is_what_a_round_costs(tmp_path: Path, monkeypatch: pytest.Mo
         "--targets",
         "tiny,untied",
         "--drafters",
-        "goel,1/2",
+        "goel,1/2,layers:1",
         "--repeats",
         "2",
         "--length",
@@ -37,7 +37,9 @@ def test_break_even_is_what_a_round_costs(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("sys.argv", ["x", *options, "--dtype", "float32", "--out", str(out)])
     script["main"]()
     cells = json.loads(out.read_text())["cells"]
-    assert {(cell["target"], cell["drafter"]) for cell in cells} == {("tiny", "1/2"), ("untied", "1/2")}
+    assert {(cell["target"], cell["drafter"]) for cell in cells} == {
+        (target, drafter) for target in ("tiny", "untied") for drafter in ("1/2", "layers:1")
+    }
     for cell in cells:
         steps = cell["gamma"] * cell["draft_step_over_plain"] + cell["verify_over_plain"]
         assert cell["break_even"] == pytest.approx(steps)

@@ -269,3 +269,23 @@ def test_losses_are_compared_on_identical_data(place: Path, tmp_path: Path, monk
     script["main"]()
     assert json.loads((tmp_path / "result.json").read_text())["cells"] == json.loads(before)["cells"]
     assert "| `tvdpp` |" in script["tables"](result) and "MBSU" in script["tables"](result)
+
+
+def test_the_comparison_takes_the_runs_own_alignment(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same loss, seed and rows are one training, whichever of the two commands comes first."""
+    job, _, _ = run(settings(place, tmp_path / "run"))
+    tasks = tmp_path / "tasks.jsonl"
+    lines = [json.dumps({"messages": [{"role": "user", "content": f"why is {i} so?"}]}) for i in range(5)]
+    tasks.write_text("\n".join(lines))
+    script = runpy.run_path(str(HERE.parent / "runs" / "drafter_losses.py"))
+    monkeypatch.setitem(script["main"].__globals__, "TASKS", {"questions": str(tasks)})
+    arguments = ["x", "--run", str(tmp_path / "run"), "--work", str(tmp_path / "work"), "--tokens", "8"]
+    arguments += ["--out", str(tmp_path / "result.json"), "--losses", f"{job.config.loss},ce", "--seeds", "0"]
+    monkeypatch.setattr("sys.argv", arguments)
+    script["main"]()
+    assert not (tmp_path / "work" / f"{job.config.loss}-0" / "train").exists(), "nothing is trained twice"
+    assert (tmp_path / "work" / "ce-0" / "train").exists()
+    found, own = tensors(tmp_path / "work" / f"{job.config.loss}-0" / "draft"), tensors(tmp_path / "run" / "draft")
+    assert all(torch.equal(found[name], value) for name, value in own.items())

@@ -107,6 +107,11 @@ class SelectionEntry(Strict):
         parse_budget(self.budget)
         return self
 
+    @property
+    def reads_features(self) -> bool:
+        """Whether the scorer works on the features that training reads too: those of the responses."""
+        return self.scorer is not None and self.on == "responses" and "alpha_of" in parse_scorer(self.scorer).needs
+
 
 class MethodEntry(BaseModel):
     """A method with settings of its private part (``PrivateSize``), a learning rate of its own, and replay.

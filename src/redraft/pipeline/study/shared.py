@@ -372,7 +372,7 @@ class TargetWork(Model):
             else:
                 kept = [row for row in rows if row.key in chosen]
             costs.add("selection", flops, seconds)
-            if "alpha_of" in scorer.needs and entry.on == "responses":
+            if entry.reads_features:
                 stage, tokens = features_stage(data, self.taps), row_tokens(rows)
                 costs.add("selection", self.spent_on(stage, tokens), self.seconds_of(stage, tokens))
                 paid = frozenset([stage])
@@ -400,11 +400,11 @@ class TargetWork(Model):
             rows = list({row.id: PromptRow(row.id, row.prompt_ids) for row in reversed(rows) if row.turn == 0}.values())
         path = self.folder / "scores" / f"{slug(f'{data} {entry.on} {entry.scorer}')}.json"
         if not path.exists():
-            if "alpha_of" in parse_scorer(entry.scorer).needs and entry.on == "responses":
+            if entry.reads_features:
                 self.features(data, rows, self.taps)
             stage = f"{self.name}: score {data} by {entry.scorer} on {entry.on}"
             with self.ledger.stage(stage) as work:
-                scores, flops = self._score(data, rows, entry.scorer, stage, entry.on)
+                scores, flops = self._score(rows, entry, stage)
                 work.add(row_tokens(rows), flops, provenance.FORWARD_FORMULA)
             seconds = next(e.seconds for e in self.ledger.stages if e.stage == stage)
             found = {row.key: score for row, score in zip(rows, scores, strict=True)}
@@ -412,15 +412,16 @@ class TargetWork(Model):
         stored = read_json(path)
         return rows, [stored["scores"][row.key] for row in rows], stored["flops"], stored["seconds"]
 
-    def _score(self, data: str, rows: Sequence[Any], text: str, stage: str, on: str) -> tuple[list[float], int]:
-        scorer, target = parse_scorer(text), self.target
+    def _score(self, rows: Sequence[Any], entry: SelectionEntry, stage: str) -> tuple[list[float], int]:
+        assert entry.scorer is not None
+        scorer, target = parse_scorer(entry.scorer), self.target
         draft = copy.deepcopy(self.opened(NONE).draft).to(target.device)
         tokens = row_tokens(rows)
 
         def alpha_of(wanted: Sequence[Any]) -> list[float]:
-            if on == "prompts":
-                return alpha_measurer(draft, target, self.folder)(wanted)
-            return row_alphas(draft, target, wanted, self.store(self.taps))
+            if entry.reads_features:
+                return row_alphas(draft, target, wanted, self.store(self.taps))
+            return alpha_measurer(draft, target, self.folder)(wanted)
 
         context = ScoringContext(
             target=target,
@@ -437,5 +438,5 @@ class TargetWork(Model):
         if "alpha_of" in scorer.needs:
             flops = provenance.forward_flops(draft.parameters_per_token, tokens)
             # Its pass of the target is for features: of responses they are kept, or have a stage of their own.
-            passes -= on == "responses"
+            passes -= entry.reads_features
         return scores, flops + passes * provenance.forward_flops(target.parameters_per_token, tokens)
