@@ -184,7 +184,7 @@ class Comparison:
 
 # -- tables ----------------------------------------------------------------------------------------------------------
 def tables(result: dict[str, Any]) -> str:
-    """Block efficiency by task and loss, pooled over seeds; the difference from ``REFERENCE`` where that was trained."""
+    """Block efficiency by task and loss, pooled over seeds; the difference from ``REFERENCE`` where it was trained."""
     losses = list(dict.fromkeys(cell["loss"] for cell in result["cells"]))
     parts = []
     for name, words in result["setup"]["samplers"].items():
