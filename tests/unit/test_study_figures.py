@@ -202,6 +202,22 @@ def test_recovery_on_the_same_data_is_held_against_full_from_the_same_start_wher
     assert other["recovery_same_data"] == other["recovery"], "no full from that start: the old draft as it is"
 
 
+def test_recovery_is_held_against_the_strongest_full_of_several() -> None:
+    """``full`` at a learning rate of its own is ``full``; a rate that suits it badly makes no small part look good."""
+    better = [14.0, 9.0, 18.0, 5.0]
+    results = study(
+        stale("a", STALE),
+        cell("a", "full", FULL),
+        cell("a", "full-slow", better),
+        cell("a", "fc", FIRST),
+        methods={"full-slow": {"method": "full", "learning_rate": 1e-3}},
+    )
+    rows = {row["method"]: row for row in derive(results)["pooled"]}
+    for name in ("recovery", "recovery_same_data"):
+        assert rows["fc"][name] == recovered(FIRST, full=better)
+        assert rows["full-slow"][name]["value"] == 1 > rows["full"][name]["value"]
+
+
 def test_the_strongest_full_is_what_a_summary_names(tmp_path: Path) -> None:
     weak, strong = cell("a", "full", FULL), cell("a", "full", [12.0, 8.0, 16.0, 4.0], start="vocabulary")
     results = study(stale("a", STALE), weak | {"rows": 7}, strong | {"rows": 9}, cell("a", "fc", [9.0, 5.0, 9.0, 2.0]))

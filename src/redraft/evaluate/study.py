@@ -49,6 +49,12 @@ def derive(results: Mapping[str, Any]) -> dict[str, Any]:
     return {"cells": single, "pooled": pooled, "average": study.averages(groups)}
 
 
+def registered(config: Mapping[str, Any], name: str) -> str:
+    """The registered method behind a name of the study."""
+    entry = config["methods"].get(name)
+    return str((entry or {}).get("method") or name)
+
+
 class Study:
     """Raw results, with what is looked up in them."""
 
@@ -72,8 +78,7 @@ class Study:
         return entry["draft"] if entry else None
 
     def method_of(self, cell: Cell) -> str:
-        entry = self.config["methods"].get(cell["method"])
-        return str((entry or {}).get("method") or cell["method"])
+        return registered(self.config, cell["method"])
 
     def plain(self, cell: Cell) -> bool:
         """Whether a cell starts from its old draft, unchanged."""
@@ -96,7 +101,8 @@ class Study:
 
     def reference(self, group: Sequence[Cell], method: str, same_data: bool) -> list[Cell]:
         """The cells of ``method`` that a group is held against: on its own data and from its own start (where that
-        was run; else from the old draft as it is), or on the first data unselected.
+        was run; else from the old draft as it is), or on the first data unselected. Of several settings of it, such as
+        learning rates, the strongest.
 
         Those with the group's seeds where all are there, else all seeds.
         """
@@ -110,10 +116,17 @@ class Study:
         found = next((some for some in asked if some), [])
         # A study of losses has several; the usual one is the reference.
         found = [c for c in found if c["loss"] == "kl"] or [c for c in found if c["loss"] == found[0]["loss"]]
-        found = [c for c in found if c["method"] == method] or [c for c in found if c["method"] == found[0]["method"]]
+        found = self.strongest(found)
         seeds = {c["seed"] for c in group}
         mine = [c for c in found if c["seed"] in seeds]
         return mine if {c["seed"] for c in mine} == seeds else found
+
+    def strongest(self, cells: Sequence[Cell]) -> list[Cell]:
+        """Of cells under several names of one method those under the name with the highest tau."""
+        named: dict[str, list[Cell]] = {}
+        for cell in cells:
+            named.setdefault(cell["method"], []).append(cell)
+        return max(named.values(), key=lambda group: _ratio(self.sums(group, MAIN)), default=[])
 
     def sums(self, group: Sequence[Cell], name: str, task: str | None = None) -> Sums:
         """(tokens, rounds) of every prompt of a set, summed over the cells of a group."""

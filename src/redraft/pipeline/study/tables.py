@@ -7,7 +7,7 @@ from typing import Any
 
 from redraft.artifact import atomic_write_bytes, atomic_write_json, atomic_write_text, read_json
 from redraft.errors import UserError
-from redraft.evaluate.study import derive
+from redraft.evaluate.study import AXES, FULL, derive, registered
 from redraft.report.study import markdown
 from redraft.report.study_plots import pictures
 
@@ -31,16 +31,16 @@ def write_tables(results: Path, out: Path | None = None) -> Path:
 
 
 def write_full(results: dict[str, Any], path: Path, source: str) -> None:
-    """Write the best that ``full`` reached, from any start, in the form that the quickstart's summary reads it.
+    """Write the best that ``full`` reached, from any start and under any name, as the quickstart's summary reads it.
 
     Raises ``UserError`` when the study has no cell of ``full``, or several targets.
     """
-    rows = [row for row in results["figures"]["pooled"] if row["method"] == "full"]
+    rows = [row for row in results["figures"]["pooled"] if registered(results["config"], row["method"]) == FULL]
     if len(results["targets"]) != 1 or not rows:
         raise UserError("the study must have one target and a cell of the method full")
     row = max(rows, key=lambda row: row["tau"]["greedy"]["value"])
     facts = results["targets"][row["target"]]
-    same = (cell for cell in results["cells"] if (cell["method"], cell["start"]) == ("full", row["start"]))
+    same = (cell for cell in results["cells"] if all(cell[axis] == row[axis] for axis in AXES))
     kept, asked = next(same)["rows"], len(facts["sets"]["greedy"]["prompts"])
     start = "" if row["start"] == "none" else f", from start {row['start']}"
     told = (
