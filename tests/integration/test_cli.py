@@ -13,6 +13,7 @@ import pytest
 
 from redraft.cli import align, main, measure
 from redraft.cli.common import CHOICES
+from redraft.drafts.groups import METHODS
 from redraft.errors import UserError
 from redraft.export import EXPORTERS
 from redraft.losses import LOSSES
@@ -252,6 +253,16 @@ def test_a_file_of_settings_is_read_as_people_mean_it(tmp_path: Path) -> None:
             parse_config({**paths, "train": empty}).train_config()
     with pytest.raises(UserError, match="private size on must be a list of names, not 7"):
         parse_config({**paths, "private": {"on": 7}})
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_trains_as_it_was_measured_unless_told_otherwise(name: str) -> None:
+    paths = {"target": "t", "draft": "d", "prompts": "p", "out": "o", "method": name}
+    found = parse_config(paths).train_config()
+    assert (found.epochs, found.batch_anchors, found.learning_rate) == (6, 768, METHODS[name].learning_rate)
+    given = parse_config({**paths, "train": {"learning_rate": 1e-4, "epochs": 2}}).train_config()
+    assert (given.epochs, given.batch_anchors, given.learning_rate) == (2, 768, 1e-4)
+    assert METHODS["full"].learning_rate < METHODS["lora"].learning_rate
 
 
 def test_every_setting_of_adapt_is_a_flag_and_only_given_ones_are_handed_on(

@@ -106,9 +106,13 @@ def train(
     heldout: Annotated[int, typer.Option(min=1, help="Greedy responses kept back: training stops on their tau.")] = 40,
     heldout_responses: Annotated[Path | None, typer.Option(help="Held-out responses in a file of their own.")] = None,
     loss: Annotated[str, typer.Option(help="Training loss: {losses}.")] = "kl",
-    epochs: Annotated[float | None, typer.Option(help="Passes over the responses.")] = None,
-    batch_anchors: Annotated[int | None, typer.Option(min=1, help="Supervised positions a step.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the responses [6; of a new draft 3].")] = None,
+    batch_anchors: Annotated[
+        int | None, typer.Option(min=1, help="Supervised positions a step [768; of a new draft 1536].")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Highest learning rate [the method's own; of a new draft 0.001].")
+    ] = None,
     setting: Annotated[
         list[str] | None, typer.Option(help="Any other training setting, NAME=VALUE; repeatable.")
     ] = None,
@@ -120,6 +124,7 @@ def train(
 ) -> None:
     """Train a small part of an old draft, or a new draft, on the target's own responses. A stopped run goes on."""
     from redraft.drafts.groups import PrivateSize
+    from redraft.pipeline.config import adaptation
     from redraft.pipeline.steps import TargetSpec
     from redraft.pipeline.training import TrainData, train_new, train_old
     from redraft.train.loop import TrainConfig
@@ -133,7 +138,8 @@ def train(
         train_new(spec, data, out, vocabulary, TrainConfig(**values), say, family)
     elif draft is not None and not from_nothing:
         sizes = {"width": private_width, "rank": rank, **settings(private or [], PrivateSize)}
-        train_old(spec, draft, data, out, TrainConfig(**values), method, PrivateSize(**sizes), say)
+        config = TrainConfig(**adaptation(method) | values)
+        train_old(spec, draft, data, out, config, method, PrivateSize(**sizes), say)
     else:
         raise UserError("give either --draft, the old draft to adapt, or --from-nothing for a new one")
 

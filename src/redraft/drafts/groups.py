@@ -62,13 +62,15 @@ class Method:
     """A set of trained groups and what it is good for.
 
     ``settings`` are fields of :class:`PrivateSize` that belong to the method, whatever the caller asks for;
-    ``fresh`` says that it starts from a new draft and not from the old one.
+    ``fresh`` says that it starts from a new draft and not from the old one. ``learning_rate`` is what it is trained
+    with where nobody says otherwise: all weights want a lower one than a small part.
     """
 
     groups: tuple[str, ...]
     about: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     fresh: bool = False
+    learning_rate: float = 4e-3
 
     @property
     def private(self) -> bool:
@@ -82,6 +84,9 @@ class Method:
         """The sizes that this method uses where ``asked`` was asked for."""
         return replace(asked, **self.settings)
 
+
+# Measured in docs/studies/learning-rates.md.
+FULL_RATE = 2e-3
 
 # The reference's own setting: with one expert on each side no router is left.
 ONE_EXPERT = {"experts": 1, "active": 1, "shared_experts": 1, "shared_active": 1}
@@ -100,7 +105,7 @@ METHODS: dict[str, Method] = {
         "low-rank updates as the nearest peer sets them: rank 8, alpha 32, every *_proj, nothing else",
         {"rank": 8, "alpha": 32.0, "on": ("*_proj",)},
     ),
-    "full": Method(WHOLE, "every weight of the draft"),
+    "full": Method(WHOLE, "every weight of the draft", learning_rate=FULL_RATE),
     "scratch": Method(WHOLE, "every weight of a new draft of the same shape and vocabulary", fresh=True),
 }
 

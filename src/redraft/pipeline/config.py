@@ -79,7 +79,10 @@ class AdaptConfig(BaseModel):
     device: str = Field("cpu", description="torch device")
     seed: int = 0
     exports: tuple[str, ...] = Field(("vllm",), description="formats to export")
-    train: dict[str, Any] = Field(default_factory=dict, description="training settings that differ from the defaults")
+    train: dict[str, Any] = Field(
+        default_factory=dict,
+        description="training settings that differ from the method's (epochs, batch_anchors, learning_rate, ...)",
+    )
 
     @field_validator("method")
     @classmethod
@@ -160,7 +163,16 @@ class AdaptConfig(BaseModel):
     def train_config(self) -> TrainConfig:
         """Raises ``UserError`` for an unknown training setting."""
         own = {"loss": self.loss, "gamma": self.gamma, "seed": self.seed}
-        return recipe(TrainConfig, own | self.train, "training setting")
+        return recipe(TrainConfig, adaptation(self.method) | own | self.train, "training setting")
+
+
+def adaptation(method_name: str) -> dict[str, Any]:
+    """Training settings of an old draft where nobody says otherwise: those of the studies (docs/studies).
+
+    A few hundred answers want many small steps; a new draft, with its millions of tokens, keeps the larger ones of
+    :class:`~redraft.train.loop.TrainConfig`.
+    """
+    return {"epochs": 6.0, "batch_anchors": 768, "learning_rate": method(method_name).learning_rate}
 
 
 Settings = TypeVar("Settings", bound=BaseModel)
