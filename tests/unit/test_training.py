@@ -21,6 +21,7 @@ from redraft.target import Target
 from redraft.teacher.features import FeatureStore, anchors
 from redraft.teacher.simulate import row_alphas, simulate_greedy_chain, tau_of
 from redraft.teacher.unroll import collate, supervised, unroll
+from redraft.train.aim import STEPS
 from redraft.train.loop import TrainConfig, Trainer, batch_order
 
 TOYS = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("toys.py"))))
@@ -176,10 +177,10 @@ def make(work: Trainer):
     return make_optimizers(work.trained, work.config.optimizer, work.config.weight_decay)
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_a_killed_run_resumes_to_the_same_bits(optimizer, target, draft, store, rows, tmp_path):
+@pytest.mark.parametrize(("method", "optimizer"), [("eda+fc", "muon"), ("eda+fc", "adamw"), ("lora", "muon")])
+def test_a_killed_run_resumes_to_the_same_bits(method, optimizer, target, draft, store, rows, tmp_path):
     config = replace(CONFIG, optimizer=optimizer)
-    whole = trainer(target, draft, store, rows, tmp_path / "whole", config=config)
+    whole = trainer(target, draft, store, rows, tmp_path / "whole", method, config=config)
     expected = whole.run()
 
     class Killed(BaseException):
@@ -194,14 +195,33 @@ def test_a_killed_run_resumes_to_the_same_bits(optimizer, target, draft, store, 
                 raise Killed
 
     for at in (2, 5, 11):
-        work = trainer(target, draft, store, rows, tmp_path / "killed", config=config)
+        work = trainer(target, draft, store, rows, tmp_path / "killed", method, config=config)
         with pytest.raises(Killed):
             work.run(Killer(at))
-    work = trainer(target, draft, store, rows, tmp_path / "killed", config=config)
+    work = trainer(target, draft, store, rows, tmp_path / "killed", method, config=config)
     result = work.run()
     assert result.history == expected.history
     for (name, a), (_, b) in zip(whole.trained, work.trained, strict=True):
         assert torch.equal(a, b), name
+
+
+def test_low_rank_updates_are_aimed_once_before_the_first_step(target, draft, store, rows, tmp_path):
+    """At the start the draft says what it said; what aiming cost is counted; a trained part is not aimed again."""
+    work = trainer(target, draft, store, rows, tmp_path / "aimed", "lora")
+    drawn = {n: p.detach().clone() for n, p in work.trained}
+    batches = list(work.batches(0, STEPS))
+    before = [float(work.loss(batch, 0).detach()) for batch, _ in batches]
+    assert work.aim() == sum(size for _, size in batches)
+    assert [float(work.loss(batch, 0).detach()) for batch, _ in batches] == pytest.approx(before)
+    turned = {n for n, p in work.trained if not torch.equal(p.detach(), drawn[n])}
+    assert turned == {n for n in drawn if n.endswith("inner")}
+    assert work.aim() == 0
+    result = trainer(target, draft, store, rows, tmp_path / "run", "lora").run()
+    plain = trainer(target, draft, store, rows, tmp_path / "plain", "fc").run()
+    assert result.anchors == plain.anchors + sum(size for _, size in batches)
+    again = trainer(target, draft, store, rows, tmp_path / "run", "lora")
+    again.run()
+    assert again.aim() == 0, "what a checkpoint brought back is trained already"
 
 
 def test_a_run_directory_of_another_config_is_refused(target, draft, store, rows, tmp_path):

@@ -167,11 +167,17 @@ def match_linears(draft: AnyDraft, patterns: Sequence[str]) -> list[str]:
 
 
 def attach_low_rank(
-    draft: AnyDraft, rank: int, on: Sequence[str] = (), seed: int = 0, alpha: float | None = None
+    draft: AnyDraft,
+    rank: int,
+    on: Sequence[str] = (),
+    seed: int = 0,
+    alpha: float | None = None,
+    aim: bool = False,
 ) -> AnyDraft:
     """A copy of ``draft`` with updates of ``rank`` on the linear layers that ``on`` fits (all by default).
 
-    They start at zero. ``alpha`` scales them by alpha / rank, as peft does; without it the scale is one.
+    They start at zero. ``alpha`` scales them by alpha / rank, as peft does; without it the scale is one. With ``aim``
+    training begins by turning them to where the gradient is (``train/aim.py``).
     Raises ``UserError`` when there are some already, for a rank or alpha that is not positive, and for a pattern
     that fits nothing.
     """
@@ -189,6 +195,8 @@ def attach_low_rank(
         layer = split.get_submodule(name)
         assert isinstance(layer, Linear)
         layer.attach_low_rank(rank, alpha, generator)
+        assert layer.low_rank is not None
+        layer.low_rank.aim = aim
     return split
 
 

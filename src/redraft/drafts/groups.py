@@ -42,14 +42,16 @@ class PrivateSize:
 
     ``width`` is the inner width of the private expert, or of all private experts together. Low-rank updates have
     ``rank`` and, with ``alpha``, peft's scale alpha / rank (else one); ``on`` are patterns of the linear layers that
-    have them (all by default). ``experts``, ``active`` and ``balance`` (weight of the load-balancing term) are for
-    routed experts; ``shared_experts`` > 1 cuts the old MLP too, with ``shared_active`` (all by default) a token.
+    have them (all by default); with ``aim`` they begin where the gradient is (``train/aim.py``). ``experts``,
+    ``active`` and ``balance`` (weight of the load-balancing term) are for routed experts; ``shared_experts`` > 1 cuts
+    the old MLP too, with ``shared_active`` (all by default) a token.
     """
 
     width: int = 768
     rank: int = 64
     on: tuple[str, ...] = ()
     alpha: float | None = None
+    aim: bool = True
     experts: int = 4
     active: int = 2
     shared_experts: int = 1
@@ -103,7 +105,7 @@ METHODS: dict[str, Method] = {
     "lora-peer": Method(
         (LOW_RANK,),
         "low-rank updates as the nearest peer sets them: rank 8, alpha 32, every *_proj, nothing else",
-        {"rank": 8, "alpha": 32.0, "on": ("*_proj",)},
+        {"rank": 8, "alpha": 32.0, "on": ("*_proj",), "aim": False},
     ),
     "full": Method(WHOLE, "every weight of the draft", learning_rate=FULL_RATE),
     "scratch": Method(WHOLE, "every weight of a new draft of the same shape and vocabulary", fresh=True),
@@ -200,7 +202,7 @@ def _with_private(draft: AnyDraft, size: PrivateSize, seed: int) -> AnyDraft:
 def _with_low_rank(draft: AnyDraft, size: PrivateSize, seed: int) -> AnyDraft:
     config = draft.config
     if not config.low_rank:
-        return attach_low_rank(draft, size.rank, size.on, seed, size.alpha)
+        return attach_low_rank(draft, size.rank, size.on, seed, size.alpha, size.aim)
     asked = (size.rank, size.alpha, tuple(match_linears(draft, size.on)))
     if (config.low_rank, config.low_rank_alpha, config.low_rank_on) != asked:
         raise UserError(

@@ -79,8 +79,11 @@ class LowRank(nn.Module):
     """scale * outer [out, R] @ inner [R, in], an update of a matrix (LoRA, arXiv 2106.09685); zero until trained.
 
     Without ``alpha`` the scale is one and ``inner`` is normal with variance 1 / in, so that no choice hangs on the
-    rank. With it the update is peft's: scale alpha / R, and ``inner`` uniform within 1 / sqrt(in).
+    rank. With it the update is peft's: scale alpha / R, and ``inner`` uniform within 1 / sqrt(in). ``aim`` says that
+    training has yet to turn ``inner`` to where the gradient is (``train/aim.py``).
     """
+
+    aim = False
 
     def __init__(
         self, layer: nn.Linear, rank: int, alpha: float | None = None, generator: torch.Generator | None = None

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from redraft.data.store import Row
 from redraft.drafts.base import Draft
@@ -21,6 +22,7 @@ from redraft.target import Target
 from redraft.teacher.features import FeatureStore, anchors
 from redraft.teacher.simulate import anchor_batches, simulate_greedy_chain, tau_of
 from redraft.teacher.unroll import Batch, collate
+from redraft.train.aim import STEPS, aim_updates, settle, waiting
 from redraft.train.checkpoint import Checkpoint, rows_digest
 from redraft.train.objective import Objective, make_objective
 from redraft.train.optimizer import Optimizers, learning_rate, make_optimizers
@@ -56,7 +58,8 @@ class TrainConfig:
 
 @dataclass
 class TrainResult:
-    """The outcome. ``history`` lists every evaluation as (step, held-out tau)."""
+    """The outcome. ``anchors`` counts supervised positions, those that low-rank updates were aimed by included;
+    ``history`` lists every evaluation as (step, held-out tau)."""
 
     best_tau: float
     start_tau: float
@@ -131,12 +134,15 @@ class Trainer:
         optimizers = make_optimizers(self.trained, self.config.optimizer, self.config.weight_decay)
         state = self.checkpoint.load(self.trained, optimizers)
         if state is None:
+            began = time.monotonic()
+            state = {"step": 0, "anchors": 0, "aimed": self.aim(), "seconds": time.monotonic() - began}
             tau = self.evaluate()
-            state = {"step": 0, "anchors": 0, "seconds": 0.0, "best": tau, "start": tau, "best_step": 0}
+            state |= {"best": tau, "start": tau, "best_step": 0}
             state["history"] = [[0, tau]]
             self.curve.write_text("")
             self.checkpoint.save_best(self.trained)
             self.checkpoint.save(self.trained, optimizers, state)
+        settle(self.draft)
         began = time.monotonic() - state["seconds"]
         while state["step"] < self.total_steps and not self.exhausted(state):
             self.segment(optimizers, state, reporter, began)
@@ -145,11 +151,26 @@ class Trainer:
             best_tau=state["best"],
             start_tau=state["start"],
             steps=state["step"],
-            anchors=state["anchors"],
+            anchors=state["anchors"] + state.get("aimed", 0),
             seconds=state["seconds"],
             stopped_early=state["step"] < self.total_steps,
             history=[(int(step), float(tau)) for step, tau in state["history"]],
         )
+
+    def aim(self) -> int:
+        """Turn new low-rank updates to where the gradient of the first steps is; the supervised positions it took."""
+        if not waiting(self.draft):
+            return 0
+        seen = []
+
+        def backward() -> None:
+            self.draft.train()
+            for step, (batch, size) in enumerate(self.batches(0, min(STEPS, self.total_steps))):
+                self.loss(batch, step).backward()
+                seen.append(size)
+
+        aim_updates(self.draft, backward)
+        return sum(seen)
 
     def exhausted(self, state: dict[str, Any]) -> bool:
         return state["step"] - state["best_step"] >= self.config.patience * self.config.evaluate_every
@@ -192,6 +213,14 @@ class Trainer:
 
     def step(self, batch: Batch, optimizers: Optimizers, step: int) -> float:
         """One optimiser step. Raises ``UserError`` on a loss that is not finite, before anything is changed."""
+        loss = self.loss(batch, step)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([p for _, p in self.trained], self.config.clip)
+        optimizers.step(learning_rate(step, self.total_steps, self.config.learning_rate))
+        return float(loss.detach())
+
+    def loss(self, batch: Batch, step: int) -> Tensor:
+        """The loss of a step. Raises ``UserError`` when it is not finite."""
         device = self.target.device
         # What an objective draws is a function of seed and step, so that a resumed run draws the same.
         cards = [device] if device.type == "cuda" else []
@@ -204,7 +233,4 @@ class Trainer:
         value = float(loss.detach())
         if value != value or value in (float("inf"), float("-inf")):
             raise UserError(f"loss became {value} at step {step}; lower the learning rate (the last checkpoint stays)")
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_([p for _, p in self.trained], self.config.clip)
-        optimizers.step(learning_rate(step, self.total_steps, self.config.learning_rate))
-        return value
+        return loss
