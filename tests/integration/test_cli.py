@@ -251,6 +251,10 @@ def test_a_file_of_settings_is_read_as_people_mean_it(tmp_path: Path) -> None:
     for empty in ({"patience": 0}, {"evaluate_every": 0}, {"epochs": "inf"}, {"epochs": 0}, {"learning_rate": -1}):
         with pytest.raises(UserError, match=f"training setting {next(iter(empty))} must be "):
             parse_config({**paths, "train": empty}).train_config()
+    for value in (False, "false", "False"):
+        assert parse_config({**paths, "private": {"aim": value}}).private_size.aim is False
+    with pytest.raises(UserError, match="private size aim must be true or false, not 0"):
+        parse_config({**paths, "private": {"aim": 0}})
     with pytest.raises(UserError, match="private size on must be a list of names, not 7"):
         parse_config({**paths, "private": {"on": 7}})
 

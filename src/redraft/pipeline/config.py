@@ -205,7 +205,7 @@ def recipe(
     return kind(**{name: typed(f"{what} {name}", value, known[name]) for name, value in values.items()})
 
 
-KINDS = {int: "a whole number", float: "a number", str: "a text"}
+KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
 def typed(what: str, value: Any, hint: Any) -> Any:
@@ -225,6 +225,8 @@ def typed(what: str, value: Any, hint: Any) -> Any:
     kind = next(kind for kind in kinds if kind is not type(None))
     if kind is str and isinstance(value, str):
         return value
+    if kind is bool and isinstance(value, bool | str) and str(value).lower() in ("true", "false"):
+        return str(value).lower() == "true"
     if kind is int and (type(value) is int or (isinstance(value, str) and value.strip().isdecimal())):
         return int(value)
     try:
