@@ -83,5 +83,6 @@ def test_the_decomposition_is_exact_where_it_counts() -> None:
     assert torch.equal(leading_directions(gradient, 8), found) and torch.equal(torch.get_rng_state(), state)
 
 
-def test_the_default_is_aimed_and_the_peers_setting_is_as_the_peer_has_it() -> None:
-    assert METHODS["lora"].size(PrivateSize()).aim and not METHODS["lora-peer"].size(PrivateSize()).aim
+@pytest.mark.parametrize("name", ["lora", "lora-peer"])
+def test_updates_begin_at_random_unless_asked(name: str) -> None:
+    assert not METHODS[name].size(PrivateSize()).aim and METHODS[name].size(PrivateSize(aim=True)).aim

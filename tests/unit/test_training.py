@@ -149,8 +149,11 @@ def test_alpha_of_a_row_counts_what_the_draft_cannot_say(target, rows, store, dr
 CONFIG = TrainConfig(epochs=4, batch_anchors=120, evaluate_every=4, learning_rate=3e-3, patience=100)
 
 
+AIMED = " aimed"  # behind a method: its low-rank updates begin where the gradient is
+
+
 def trainer(target, draft, store, rows, folder, method="eda+fc", config=CONFIG) -> Trainer:
-    ready, _ = prepare(copy.deepcopy(draft), method, PrivateSize(16, 4))
+    ready, _ = prepare(copy.deepcopy(draft), method.removesuffix(AIMED), PrivateSize(16, 4, aim=AIMED in method))
     return Trainer(ready, target, store, rows[:18], rows[18:], config, folder)
 
 
@@ -177,7 +180,7 @@ def make(work: Trainer):
     return make_optimizers(work.trained, work.config.optimizer, work.config.weight_decay)
 
 
-@pytest.mark.parametrize(("method", "optimizer"), [("eda+fc", "muon"), ("eda+fc", "adamw"), ("lora", "muon")])
+@pytest.mark.parametrize(("method", "optimizer"), [("eda+fc", "muon"), ("eda+fc", "adamw"), ("lora aimed", "muon")])
 def test_a_killed_run_resumes_to_the_same_bits(method, optimizer, target, draft, store, rows, tmp_path):
     config = replace(CONFIG, optimizer=optimizer)
     whole = trainer(target, draft, store, rows, tmp_path / "whole", method, config=config)
@@ -207,7 +210,7 @@ def test_a_killed_run_resumes_to_the_same_bits(method, optimizer, target, draft,
 
 def test_low_rank_updates_are_aimed_once_before_the_first_step(target, draft, store, rows, tmp_path):
     """At the start the draft says what it said; what aiming cost is counted; a trained part is not aimed again."""
-    work = trainer(target, draft, store, rows, tmp_path / "aimed", "lora")
+    work = trainer(target, draft, store, rows, tmp_path / "aimed", "lora" + AIMED)
     drawn = {n: p.detach().clone() for n, p in work.trained}
     batches = list(work.batches(0, STEPS))
     before = [float(work.loss(batch, 0).detach()) for batch, _ in batches]
@@ -216,10 +219,10 @@ def test_low_rank_updates_are_aimed_once_before_the_first_step(target, draft, st
     turned = {n for n, p in work.trained if not torch.equal(p.detach(), drawn[n])}
     assert turned == {n for n in drawn if n.endswith("inner")}
     assert work.aim() == 0
-    result = trainer(target, draft, store, rows, tmp_path / "run", "lora").run()
+    result = trainer(target, draft, store, rows, tmp_path / "run", "lora" + AIMED).run()
     plain = trainer(target, draft, store, rows, tmp_path / "plain", "fc").run()
     assert result.anchors == plain.anchors + sum(size for _, size in batches)
-    again = trainer(target, draft, store, rows, tmp_path / "run", "lora")
+    again = trainer(target, draft, store, rows, tmp_path / "run", "lora" + AIMED)
     again.run()
     assert again.aim() == 0, "what a checkpoint brought back is trained already"
 

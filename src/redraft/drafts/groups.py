@@ -51,7 +51,7 @@ class PrivateSize:
     rank: int = 64
     on: tuple[str, ...] = ()
     alpha: float | None = None
-    aim: bool = True
+    aim: bool = False
     experts: int = 4
     active: int = 2
     shared_experts: int = 1
@@ -105,7 +105,7 @@ METHODS: dict[str, Method] = {
     "lora-peer": Method(
         (LOW_RANK,),
         "low-rank updates as the nearest peer sets them: rank 8, alpha 32, every *_proj, nothing else",
-        {"rank": 8, "alpha": 32.0, "on": ("*_proj",), "aim": False},
+        {"rank": 8, "alpha": 32.0, "on": ("*_proj",)},
     ),
     "full": Method(WHOLE, "every weight of the draft", learning_rate=FULL_RATE),
     "scratch": Method(WHOLE, "every weight of a new draft of the same shape and vocabulary", fresh=True),
