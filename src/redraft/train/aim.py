@@ -6,7 +6,8 @@ there for the price of a few steps, says which directions matter: inner begins a
 As outer is zero, the draft is what it was.
 
 After LoRA-GA (arXiv 2407.05000), which starts outer as well and takes what it adds off the shared matrix; that would no
-longer be the shared one, so it is left out here. Measured in docs/studies/learning-rates.md.
+longer be the shared one, so it is left out here. Off by default: it brought a faster start and no better end
+(docs/studies/learning-rates.md).
 
 Shape legend: O outputs, I inputs of a matrix, R rank, K leading vectors.
 """
