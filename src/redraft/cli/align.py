@@ -183,7 +183,7 @@ def adapt(
     rank: Annotated[int | None, typer.Option(help="Rank of the low-rank updates.")] = None,
     private: Annotated[
         list[str] | None,
-        typer.Option(help="Any other size of the private part, NAME=VALUE (alpha, experts, active); repeatable."),
+        typer.Option(help="Any other size of the private part, NAME=VALUE (alpha, aim, experts, ...); repeatable."),
     ] = None,
     start: Annotated[
         str | None, typer.Option(help="What training starts from: {starts}; joined by + where several.")
@@ -217,7 +217,9 @@ def adapt(
     device: Annotated[str | None, typer.Option(help="Torch device: cpu, cuda, ...")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
     exports: Annotated[list[str] | None, typer.Option(help="Formats to export: {formats}; repeatable.")] = None,
-    train: Annotated[list[str] | None, typer.Option(help="Training setting NAME=VALUE; repeatable.")] = None,
+    train: Annotated[
+        list[str] | None, typer.Option(help="Training setting NAME=VALUE (epochs, learning_rate, ...); repeatable.")
+    ] = None,
 ) -> None:
     """Everything in one go: regenerate, select, train, export, bench and report. Stop it and resume it at will."""
     given = {name: value for name, value in locals().items() if name != "config" and value not in (None, [])}
