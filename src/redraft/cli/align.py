@@ -217,9 +217,7 @@ def adapt(
     device: Annotated[str | None, typer.Option(help="Torch device: cpu, cuda, ...")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
     exports: Annotated[list[str] | None, typer.Option(help="Formats to export: {formats}; repeatable.")] = None,
-    train: Annotated[
-        list[str] | None, typer.Option(help="Training setting NAME=VALUE (epochs, learning_rate, ...); repeatable.")
-    ] = None,
+    train: Annotated[list[str] | None, typer.Option(help="Training setting such as epochs=4; repeatable.")] = None,
 ) -> None:
     """Everything in one go: regenerate, select, train, export, bench and report. Stop it and resume it at will."""
     given = {name: value for name, value in locals().items() if name != "config" and value not in (None, [])}
