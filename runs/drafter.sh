@@ -4,7 +4,7 @@
 #
 #   bash runs/drafter.sh OUT
 #
-# CONFIG names another recipe: runs/drafter-pruned.yaml starts from layers of the target, and not from nothing.
+# CONFIG names another recipe.
 # RESPONSES names answers of the target that are there already, such as those of runs/make_general_draft.sh; without it
 # the target answers 1,200 general prompts at four temperatures (two hours on two cores). Words behind OUT go to
 # runs/drafter_losses.py: --losses kl,tvdpp --seeds 0.
