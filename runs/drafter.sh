@@ -4,7 +4,6 @@
 #
 #   bash runs/drafter.sh OUT
 #
-# CONFIG names another recipe.
 # RESPONSES names answers of the target that are there already, such as those of runs/make_general_draft.sh; without it
 # the target answers 1,200 general prompts at four temperatures (two hours on two cores). Words behind OUT go to
 # runs/drafter_losses.py: --losses kl,tvdpp --seeds 0.
@@ -22,5 +21,5 @@ else
   [ -f "$out/prompts/second.jsonl" ] || "$python" runs/general_prompts.py --data "$data" --out "$out/prompts" --second 1240
   source=(--prompts "$out/prompts/second.jsonl")
 fi
-"$python" -m redraft.cli.main distill --config "${CONFIG:-runs/drafter.yaml}" --text "$out/text.jsonl" "${source[@]}" --out "$out/run"
+"$python" -m redraft.cli.main distill --config runs/drafter.yaml --text "$out/text.jsonl" "${source[@]}" --out "$out/run"
 REDRAFT_DATA=$data "$python" runs/drafter_losses.py --run "$out/run" --work "$out/losses" --out "$out/drafter-losses.json" "${@:2}"
