@@ -5,8 +5,8 @@
 #   bash runs/drafter.sh OUT
 #
 # RESPONSES names answers of the target that are there already, such as those of runs/make_general_draft.sh; without it
-# the target answers 1,200 general prompts at four temperatures (two hours on two cores). Words behind OUT go to
-# runs/drafter_losses.py: --losses kl,tvdpp --seeds 0.
+# the target answers PROMPTS general prompts (1,200) at four temperatures (two hours on two cores). Words behind OUT go
+# to runs/drafter_losses.py: --losses kl,tvdpp --seeds 0.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:?name an output folder}
@@ -18,7 +18,7 @@ mkdir -p "$out"
 if [ -n "${RESPONSES:-}" ]; then
   source=(--responses "$RESPONSES")
 else
-  [ -f "$out/prompts/second.jsonl" ] || "$python" runs/general_prompts.py --data "$data" --out "$out/prompts" --second 1240
+  [ -f "$out/prompts/second.jsonl" ] || "$python" runs/general_prompts.py --data "$data" --out "$out/prompts" --second "$((${PROMPTS:-1200} + 40))"
   source=(--prompts "$out/prompts/second.jsonl")
 fi
 "$python" -m redraft.cli.main distill --config runs/drafter.yaml --text "$out/text.jsonl" "${source[@]}" --out "$out/run"
