@@ -74,7 +74,9 @@ def bare_steps(model: Any, config: PretrainConfig, device: str) -> Iterator[None
 def our_steps(model: Any, text: PackedText, config: PretrainConfig, folder: Path) -> Iterator[None]:
     """Optimiser steps of ours, without end: the reader of text included, evaluation and checkpoints not."""
     causal = CausalModel(model)
-    descent = Descent(causal, TextSteps(causal, text, config), 10**6, lambda: 0.0, config, folder, {})
+    source = TextSteps(causal, text, config)
+    lm, trained = causal.model.float(), causal.trained
+    descent = Descent(lm, trained, source, 10**6, lambda: 0.0, config, folder, {}, precision=config.precision)
     optimizers = make_optimizers(descent.trained, config.optimizer, config.weight_decay)
     state = descent.start(optimizers)
     with closing(descent.source.steps(0, {})) as steps:  # type: ignore[type-var]

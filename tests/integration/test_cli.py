@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.markup import render
+from typer.main import get_command
 
 from redraft.cli import align, main, measure
 from redraft.cli.common import CHOICES
@@ -19,21 +21,10 @@ from redraft.export import EXPORTERS
 from redraft.losses import LOSSES
 from redraft.pipeline.config import AdaptConfig, parse_config, read_config
 from redraft.select import SCORERS
-from redraft.train.loop import TrainConfig
+from redraft.train.trainer import TrainConfig
 
 BENCH = ["bench", "--target", "./no", "--draft", "a", "--prompts", "p", "--out", "b"]
-COMMANDS = [
-    "quickstart",
-    "probe",
-    "regenerate",
-    "select",
-    "train",
-    "adapt",
-    "merge",
-    "export",
-    "bench",
-    "report",
-]
+COMMANDS = sorted(get_command(main.app).commands)
 
 
 @pytest.fixture
@@ -76,6 +67,14 @@ def test_every_help_has_examples_of_the_command(redraft: Any, command: str) -> N
     options = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", out[: out.index("Examples")]))
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", shown)) <= options
     assert not any(place in out for place in CHOICES), "a list of choices was not filled in"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_shown_as_it_was_written(command: str) -> None:
+    """Brackets in a help text are markup and would swallow what stands in them."""
+    for parameter in get_command(main.app).commands[command].params:
+        text = getattr(parameter, "help", None) or ""
+        assert render(text).plain == text, f"{parameter.name}: {text}"
 
 
 @pytest.mark.parametrize(
@@ -248,7 +247,7 @@ def test_a_file_of_settings_is_read_as_people_mean_it(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=f"training setting {next(iter(wrong))} must be a"):
             parse_config({**paths, "train": wrong}).train_config()
     assert parse_config({**paths, "train": {"seed": 2**53 + 1}}).train_config().seed == 2**53 + 1
-    for empty in ({"patience": 0}, {"evaluate_every": 0}, {"epochs": "inf"}, {"epochs": 0}, {"learning_rate": -1}):
+    for empty in ({"patience": -1}, {"evaluate_every": 0}, {"epochs": "inf"}, {"epochs": 0}, {"learning_rate": -1}):
         with pytest.raises(UserError, match=f"training setting {next(iter(empty))} must be "):
             parse_config({**paths, "train": empty}).train_config()
     for value in (False, "false", "False"):

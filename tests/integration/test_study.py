@@ -18,7 +18,7 @@ from redraft.evaluate.statistics import paired_difference, paired_recovery
 from redraft.evaluate.study import derive
 from redraft.pipeline.study.config import parse_study
 from redraft.pipeline.study.run import StudyRun
-from redraft.train.loop import Trainer
+from redraft.train.trainer import Trainer
 
 DATA = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "study_data.py")))
 settings = DATA.settings

@@ -17,7 +17,19 @@ from redraft.drafts.experts import (
     match_linears,
     merge_private,
 )
-from redraft.drafts.groups import GROUPS, LOW_RANK, PrivateSize, group_of, method, prepare, trainable_names
+from redraft.drafts.groups import (
+    GROUPS,
+    LOW_RANK,
+    RANK_STEP,
+    SHARE,
+    WIDTH_STEP,
+    PrivateSize,
+    group_of,
+    method,
+    prepare,
+    trainable_names,
+    trained_parameters,
+)
 from redraft.errors import UserError
 from redraft.target import Target
 
@@ -129,6 +141,26 @@ def test_without_an_alpha_the_scale_does_not_hang_on_the_rank(rank, draft):
     update = attach_low_rank(draft, rank, ["fc"]).fc.low_rank
     assert update.scale == 1.0
     assert float(update.inner.detach().std()) * update.inner.shape[1] ** 0.5 == pytest.approx(1, abs=0.3)
+
+
+@pytest.mark.parametrize(("name", "step"), [("eda", WIDTH_STEP), ("eda-moe", 3 * WIDTH_STEP), ("lora", RANK_STEP)])
+def test_a_part_of_no_given_size_is_a_fifth_of_the_draft(name, step, tiny_target):
+    """Whatever the draft's shape, it is the largest multiple of a step that keeps to the share."""
+    draft = fresh_draft(tiny_target("llama", hidden_size=128, intermediate_size=640), range(100), seed=1)
+    size = PrivateSize(experts=3, active=2)
+    ready, _ = prepare(copy.deepcopy(draft), name, size)
+    part = sum(p.numel() for n, p in ready.named_parameters() if is_private(n) and ".router." not in n)
+    count = ready.config.low_rank if name == "lora" else ready.config.private_width
+    assert count % step == 0
+    share = SHARE * trained_parameters(draft, "full")
+    assert part <= share < part * (count + step) / count
+    again, _ = prepare(ready, name, size)
+    assert again.config == ready.config, "a part that is there is trained on, whatever its size"
+
+
+def test_updates_of_one_small_matrix_have_no_more_than_its_rank(draft):
+    ready, _ = prepare(copy.deepcopy(draft), "lora", PrivateSize(on=("*.k_proj",)))
+    assert ready.config.low_rank == min(draft.midlayer.self_attn.k_proj.weight.shape)
 
 
 @pytest.mark.parametrize(

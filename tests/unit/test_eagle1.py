@@ -34,10 +34,10 @@ from redraft.target import FINAL, Target
 from redraft.teacher.features import FeatureStore, anchors
 from redraft.teacher.simulate import expected_rounds_sampled, row_alphas, simulate_greedy_chain
 from redraft.teacher.unroll import collate, unroll
-from redraft.train.loop import TrainConfig, Trainer
 from redraft.train.objective import make_objective
 from redraft.train.optimizer import make_optimizers
 from redraft.train.regression import CHUNK, Recipe, RegressionObjective, row_lengths
+from redraft.train.trainer import TrainConfig, Trainer
 
 TOYS = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("toys.py"))))
 TOKENS, GAMMA = 16, 3
@@ -369,7 +369,7 @@ def test_training_lowers_the_loss_and_a_killed_run_resumes_to_the_same_bits(targ
     expected = whole.run()
     best = {name: parameter.detach().clone() for name, parameter in whole.trained}
     # The run hands out its best weights by held-out tau; what training does to the loss shows in its last.
-    whole.checkpoint.load(whole.trained, make_optimizers(whole.trained, CONFIG.optimizer, CONFIG.weight_decay))
+    whole.descent.checkpoint.load(whole.trained, make_optimizers(whole.trained, CONFIG.optimizer, CONFIG.weight_decay))
     assert float(measured(batch).detach()) < before
 
     class Killed(BaseException):
@@ -386,6 +386,6 @@ def test_training_lowers_the_loss_and_a_killed_run_resumes_to_the_same_bits(targ
     assert again.run().history == expected.history
     for name, parameter in again.trained:
         assert torch.equal(best[name], parameter), name
-    again.checkpoint.load(again.trained, make_optimizers(again.trained, CONFIG.optimizer, CONFIG.weight_decay))
+    again.descent.checkpoint.load(again.trained, make_optimizers(again.trained, CONFIG.optimizer, CONFIG.weight_decay))
     for (name, a), (_, b) in zip(whole.trained, again.trained, strict=True):
         assert torch.equal(a, b), name

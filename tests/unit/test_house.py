@@ -114,7 +114,7 @@ def test_imports_point_down() -> None:
     ("room", "code", "allowed"),
     [
         ("train", "from redraft.drafts.eagle3 import Eagle3Draft", True),
-        ("train", "from redraft.train.loop import fit", True),
+        ("train", "from redraft.train.trainer import fit", True),
         ("train", "from redraft import __version__", True),
         ("train", "from redraft.evaluate import speed", False),
         ("drafts", "import redraft.target", False),

@@ -23,9 +23,9 @@ from redraft.losses import LOSSES
 from redraft.target import Target
 from redraft.teacher.features import FeatureStore
 from redraft.teacher.unroll import Batch, collate, supervised, unroll
-from redraft.train.loop import TrainConfig, Trainer
 from redraft.train.objective import UnrollObjective, WithExtraLoss, make_objective, sum_over_workers
 from redraft.train.portions import portions, sum_over_portions
+from redraft.train.trainer import TrainConfig, Trainer
 
 J, WORDS, WIDTH = 3, 120, 32
 EXACT = [name for name, loss in LOSSES.items() if not getattr(loss, "sampled", False)]

@@ -25,7 +25,6 @@ from redraft.target import Target
 from redraft.teacher.features import FeatureStore, anchors
 from redraft.teacher.simulate import simulate_greedy_chain, tau_of
 from redraft.teacher.unroll import collate
-from redraft.train.loop import TrainConfig, Trainer
 from redraft.train.replay import (
     ReplayBatch,
     ReplayConfig,
@@ -35,6 +34,7 @@ from redraft.train.replay import (
     replay_settings,
     replay_states,
 )
+from redraft.train.trainer import TrainConfig, Trainer
 
 GAMMA = 4
 toys: dict[str, Any] = runpy.run_path(str(Path(__file__).parent / "toys.py"))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import runpy
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,7 +24,7 @@ from redraft.teacher.features import FeatureStore, anchors
 from redraft.teacher.simulate import row_alphas, simulate_greedy_chain, tau_of
 from redraft.teacher.unroll import collate, supervised, unroll
 from redraft.train.aim import STEPS
-from redraft.train.loop import TrainConfig, Trainer, batch_order
+from redraft.train.trainer import TrainConfig, Trainer, batch_order
 
 TOYS = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("toys.py"))))
 
@@ -166,7 +168,7 @@ def test_only_the_trained_groups_move_and_the_loss_falls(method, optimizer, targ
     batch = collate(work.rows, store, config.unroll)
     first = float(work.objective(batch).detach())
     result = work.run()
-    work.checkpoint.load(work.trained, make(work))
+    work.descent.checkpoint.load(work.trained, make(work))
     assert float(work.objective(batch).detach()) < first
     trained = {n for n, _ in work.trained}
     for name, parameter in work.draft.named_parameters():
@@ -212,10 +214,10 @@ def test_low_rank_updates_are_aimed_once_before_the_first_step(target, draft, st
     """At the start the draft says what it said; what aiming cost is counted; a trained part is not aimed again."""
     work = trainer(target, draft, store, rows, tmp_path / "aimed", "lora" + AIMED)
     drawn = {n: p.detach().clone() for n, p in work.trained}
-    batches = list(work.batches(0, STEPS))
-    before = [float(work.loss(batch, 0).detach()) for batch, _ in batches]
+    batches = list(islice(work.batches(0), STEPS))
+    before = [float(work.objective(batch).detach()) for batch, _ in batches]
     assert work.aim() == sum(size for _, size in batches)
-    assert [float(work.loss(batch, 0).detach()) for batch, _ in batches] == pytest.approx(before)
+    assert [float(work.objective(batch).detach()) for batch, _ in batches] == pytest.approx(before)
     turned = {n for n, p in work.trained if not torch.equal(p.detach(), drawn[n])}
     assert turned == {n for n in drawn if n.endswith("inner")}
     assert work.aim() == 0
@@ -242,6 +244,37 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(target, draft,
         work.run()
     assert (tmp_path / "run" / "state.json").exists()
     assert all(torch.isfinite(p).all() for p in work.draft.parameters())
+
+
+def test_a_gradient_that_is_not_finite_stops_before_a_weight_moves(target, draft, store, rows, tmp_path):
+    """A finite loss may have an infinite gradient: clipping would spread it over every weight."""
+    work = trainer(target, draft, store, rows, tmp_path / "run")
+    weight = work.trained[0][1]
+    work.objective = lambda batch: (weight - weight.detach()).abs().sqrt().sum()
+    before = [p.detach().clone() for _, p in work.trained]
+    with pytest.raises(
+        UserError, match=r"gradient became (inf|nan) at step 0 .*last good checkpoint is that of step 0"
+    ):
+        work.run()
+    assert all(torch.equal(a, p.detach()) for a, (_, p) in zip(before, work.trained, strict=True))
+
+
+def test_a_run_saves_between_evaluations(target, draft, store, rows, tmp_path):
+    """A kill costs what came after the last save, not everything since the last evaluation."""
+    config = replace(CONFIG, save_seconds=0.0, evaluate_every=1000)
+
+    class Stop(BaseException):
+        pass
+
+    class Stopper:
+        def update(self, done, **fields) -> None:
+            if fields["step"] == 5:
+                raise Stop
+
+    work = trainer(target, draft, store, rows, tmp_path / "run", config=config)
+    with pytest.raises(Stop):
+        work.run(Stopper())
+    assert json.loads((tmp_path / "run" / "state.json").read_text())["state"]["step"] == 4
 
 
 def test_early_stop_keeps_the_best_weights(target, draft, store, rows, tmp_path):

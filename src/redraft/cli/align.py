@@ -17,6 +17,8 @@ from redraft.cli.common import (
     Gamma,
     OptionalTarget,
     OutFolder,
+    PrivateWidth,
+    Rank,
     Seed,
     TargetName,
     console,
@@ -96,8 +98,8 @@ def train(
     from_nothing: Annotated[bool, typer.Option("--from-nothing", help="Train a new draft instead.")] = False,
     vocabulary: Annotated[int, typer.Option(min=1, help="Draft vocabulary of a new draft.")] = 8192,
     method: Annotated[str, typer.Option(help="What of an old draft is trained: {methods}.")] = "lora",
-    private_width: Annotated[int, typer.Option(min=1, help="Inner width of the private expert.")] = 768,
-    rank: Annotated[int, typer.Option(min=1, help="Rank of the low-rank updates.")] = 64,
+    private_width: PrivateWidth = None,
+    rank: Rank = None,
     private: Annotated[
         list[str] | None, typer.Option(help="Any other size of the private part, NAME=VALUE; repeatable.")
     ] = None,
@@ -106,12 +108,14 @@ def train(
     heldout: Annotated[int, typer.Option(min=1, help="Greedy responses kept back: training stops on their tau.")] = 40,
     heldout_responses: Annotated[Path | None, typer.Option(help="Held-out responses in a file of their own.")] = None,
     loss: Annotated[str, typer.Option(help="Training loss: {losses}.")] = "kl",
-    epochs: Annotated[float | None, typer.Option(help="Passes over the responses [6; of a new draft 3].")] = None,
+    epochs: Annotated[
+        float | None, typer.Option(help="Passes over the responses; by default 6, for a new draft 3.")
+    ] = None,
     batch_anchors: Annotated[
-        int | None, typer.Option(min=1, help="Supervised positions a step [768; of a new draft 1536].")
+        int | None, typer.Option(min=1, help="Supervised positions a step; by default 768, for a new draft 1536.")
     ] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(help="Highest learning rate [the method's own; of a new draft 0.001].")
+        float | None, typer.Option(help="Highest learning rate; by default the method's own, for a new draft 0.001.")
     ] = None,
     setting: Annotated[
         list[str] | None, typer.Option(help="Any other training setting, NAME=VALUE; repeatable.")
@@ -127,7 +131,7 @@ def train(
     from redraft.pipeline.config import adaptation
     from redraft.pipeline.steps import TargetSpec
     from redraft.pipeline.training import TrainData, train_new, train_old
-    from redraft.train.loop import TrainConfig
+    from redraft.train.trainer import TrainConfig
 
     values = {"loss": loss, "gamma": gamma, "seed": seed, **settings(setting or [], TrainConfig)}
     flags = {"epochs": epochs, "batch_anchors": batch_anchors, "learning_rate": learning_rate}
@@ -179,8 +183,8 @@ def adapt(
         str | None, typer.Option(help="Prompts to measure on; else held out from --prompts.")
     ] = None,
     method: Annotated[str | None, typer.Option(help="Which parameters are trained: {methods}.")] = None,
-    private_width: Annotated[int | None, typer.Option(help="Inner width of the private expert.")] = None,
-    rank: Annotated[int | None, typer.Option(help="Rank of the low-rank updates.")] = None,
+    private_width: PrivateWidth = None,
+    rank: Rank = None,
     private: Annotated[
         list[str] | None,
         typer.Option(help="Any other size of the private part, NAME=VALUE (alpha, aim, experts, ...); repeatable."),
@@ -225,7 +229,7 @@ def adapt(
     from redraft.pipeline.adapt import AdaptRun
     from redraft.pipeline.config import parse_config, read_config
     from redraft.report.tables import acceptance_table, bench_table, ledger_table
-    from redraft.train.loop import TrainConfig
+    from redraft.train.trainer import TrainConfig
 
     if train:
         given["train"] = settings(train, TrainConfig)

@@ -146,6 +146,10 @@ Adapter = Annotated[str | None, typer.Option(help="PEFT adapter to merge into --
 BaseTarget = Annotated[str | None, typer.Option(help="The target that the old draft was made for.")]
 DraftName = Annotated[str, typer.Option("--draft", help="Draft: redraft folder, EAGLE-3 checkpoint folder or hub id.")]
 BaseDraft = Annotated[str | None, typer.Option(help="The shared draft, when --draft is a private part.")]
+PrivateWidth = Annotated[
+    int | None, typer.Option(min=1, help="Inner width of the private expert; by default a fifth of the draft.")
+]
+Rank = Annotated[int | None, typer.Option(min=1, help="Rank of the low-rank updates; by default a fifth of the draft.")]
 Prompts = Annotated[str, typer.Option(help="Prompts: JSONL, ShareGPT, Alpaca, text lines, or datasets:NAME.")]
 OptionalPrompts = Annotated[
     str | None, typer.Option("--prompts", help="Prompts: JSONL, ShareGPT, Alpaca, text lines, or datasets:NAME.")

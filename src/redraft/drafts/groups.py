@@ -7,7 +7,8 @@ same shape.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -42,13 +43,14 @@ class PrivateSize:
 
     ``width`` is the inner width of the private expert, or of all private experts together. Low-rank updates have
     ``rank`` and, with ``alpha``, peft's scale alpha / rank (else one); ``on`` are patterns of the linear layers that
-    have them (all by default); with ``aim`` they begin where the gradient is (``train/aim.py``). ``experts``,
-    ``active`` and ``balance`` (weight of the load-balancing term) are for routed experts; ``shared_experts`` > 1 cuts
-    the old MLP too, with ``shared_active`` (all by default) a token.
+    have them (all by default); with ``aim`` they begin where the gradient is (``train/aim.py``). Without a width or
+    a rank the part is made a fifth of the draft (``SHARE``), as in the studies. ``experts``, ``active`` and ``balance``
+    (weight of the load-balancing term) are for routed experts; ``shared_experts`` > 1 cuts the old MLP too, with
+    ``shared_active`` (all by default) a token.
     """
 
-    width: int = 768
-    rank: int = 64
+    width: int | None = None
+    rank: int | None = None
     on: tuple[str, ...] = ()
     alpha: float | None = None
     aim: bool = False
@@ -89,6 +91,10 @@ class Method:
 
 # Measured in docs/studies/learning-rates.md.
 FULL_RATE = 2e-3
+
+# A private part of no given size is so large, as a share of what `full` trains; sizes are rounded down to multiples.
+SHARE = 0.2
+WIDTH_STEP, RANK_STEP = 64, 4
 
 # The reference's own setting: with one expert on each side no router is left.
 ONE_EXPERT = {"experts": 1, "active": 1, "shared_experts": 1, "shared_active": 1}
@@ -170,11 +176,27 @@ def prepare(
     return draft, names
 
 
+def fair_width(draft: AnyDraft, experts: int = 1) -> int:
+    """The inner width at which private ``experts`` together have ``SHARE`` of the parameters that ``full`` trains."""
+    step = math.lcm(WIDTH_STEP, max(1, experts))  # a count that cannot be is refused where experts are made
+    return max(1, int(SHARE * trained_parameters(draft, "full") / (3 * draft.config.hidden_size * step))) * step
+
+
+def fair_rank(draft: AnyDraft, on: Sequence[str] = ()) -> int:
+    """The rank at which updates of the layers that ``on`` names have ``SHARE`` of the parameters that ``full`` trains,
+    or the rank of the smallest of these layers if that is less. Raises ``UserError`` for a pattern that fits nothing.
+    """
+    weights = [draft.get_parameter(f"{name}.weight") for name in match_linears(draft, on)]
+    shapes: list[tuple[int, ...]] = [tuple(weight.shape) for weight in weights]
+    fair = int(SHARE * trained_parameters(draft, "full") / (sum(map(sum, shapes)) * RANK_STEP)) * RANK_STEP
+    return min(max(RANK_STEP, fair), min(map(min, shapes)))
+
+
 def _with_private(draft: AnyDraft, size: PrivateSize, seed: int) -> AnyDraft:
     if not draft.config.private_width:
         return attach_private(
             draft,
-            size.width,
+            fair_width(draft, size.experts) if size.width is None else size.width,
             seed,
             experts=size.experts,
             active=size.active,
@@ -183,7 +205,7 @@ def _with_private(draft: AnyDraft, size: PrivateSize, seed: int) -> AnyDraft:
             balance=size.balance,
         )
     wanted = {
-        "private_width": size.width,
+        "private_width": draft.config.private_width if size.width is None else size.width,
         "private_experts": size.experts,
         "private_active": size.active,
         "shared_experts": size.shared_experts,
@@ -202,8 +224,9 @@ def _with_private(draft: AnyDraft, size: PrivateSize, seed: int) -> AnyDraft:
 def _with_low_rank(draft: AnyDraft, size: PrivateSize, seed: int) -> AnyDraft:
     config = draft.config
     if not config.low_rank:
-        return attach_low_rank(draft, size.rank, size.on, seed, size.alpha, size.aim)
-    asked = (size.rank, size.alpha, tuple(match_linears(draft, size.on)))
+        rank = fair_rank(draft, size.on) if size.rank is None else size.rank
+        return attach_low_rank(draft, rank, size.on, seed, size.alpha, size.aim)
+    asked = (config.low_rank if size.rank is None else size.rank, size.alpha, tuple(match_linears(draft, size.on)))
     if (config.low_rank, config.low_rank_alpha, config.low_rank_on) != asked:
         raise UserError(
             f"the draft has low-rank updates already, of rank {config.low_rank} and alpha {config.low_rank_alpha} on "

@@ -38,8 +38,8 @@ from redraft.select.rules import choose, parse_budget
 from redraft.target import Target
 from redraft.teacher.features import FeatureStore, anchors
 from redraft.teacher.simulate import row_alphas
-from redraft.train.loop import Trainer, TrainResult
 from redraft.train.replay import ReplayConfig
+from redraft.train.trainer import Trainer, TrainResult
 
 
 class AdaptRun:

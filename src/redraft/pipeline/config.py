@@ -19,7 +19,7 @@ from redraft.pipeline.starts import parse_start
 from redraft.pipeline.yamlfile import read_yaml
 from redraft.select import parse_scorer
 from redraft.select.rules import parse_budget
-from redraft.train.loop import TrainConfig
+from redraft.train.trainer import TrainConfig
 
 CONFIG_FILE = "config.json"
 COMMAND = "redraft adapt"
@@ -46,8 +46,12 @@ class AdaptConfig(BaseModel):
     base_target: str | None = Field(None, description="the target the old draft was made for (scorer shift needs it)")
     eval_prompts: str | None = Field(None, description="prompts to measure on; by default held out from --prompts")
     method: str = Field("lora", description="which parameters are trained")
-    private_width: int = Field(768, gt=0, description="inner width of the private expert")
-    rank: int = Field(64, gt=0, description="rank of the low-rank updates")
+    private_width: int | None = Field(
+        None, gt=0, description="inner width of the private expert; by default what makes it a fifth of the draft"
+    )
+    rank: int | None = Field(
+        None, gt=0, description="rank of the low-rank updates; by default what makes them a fifth of the draft"
+    )
     private: dict[str, Any] = Field(
         default_factory=dict, description="sizes of the private part that differ from the defaults (alpha, on, experts)"
     )
@@ -170,7 +174,7 @@ def adaptation(method_name: str) -> dict[str, Any]:
     """Training settings of an old draft where nobody says otherwise: those of the studies (docs/studies).
 
     A few hundred answers want many small steps; a new draft, with its millions of tokens, keeps the larger ones of
-    :class:`~redraft.train.loop.TrainConfig`.
+    :class:`~redraft.train.trainer.TrainConfig`.
     """
     return {"epochs": 6.0, "batch_anchors": 768, "learning_rate": method(method_name).learning_rate}
 

@@ -65,7 +65,6 @@ def quickstart_config(out: Path, train: int = 344, evaluation: int = 16) -> Adap
             "bench_tokens": 128,
             "bench_prompts": evaluation,
             "gamma": 3,
-            "rank": 84,
             "train": {"epochs": 8, "batch_anchors": 768, "learning_rate": 4e-3, "evaluate_every": 60},
             "exports": ("vllm", "plain"),
         }

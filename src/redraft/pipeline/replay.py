@@ -15,8 +15,8 @@ from redraft.data.store import Row
 from redraft.pipeline.stages import Say, run_training
 from redraft.target import Target
 from redraft.teacher.features import FeatureStore, anchors
-from redraft.train.loop import TrainConfig, TrainResult
 from redraft.train.replay import ReplayConfig, ReplayTrainer, replay_settings, replay_states
+from redraft.train.trainer import TrainConfig, TrainResult
 
 STATES_FILE, SUMMARY_FILE = "states.safetensors", "states.json"
 

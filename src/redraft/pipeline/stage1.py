@@ -19,7 +19,7 @@ from redraft.pipeline.stages import Say, build_features, half, run_training
 from redraft.target import Target
 from redraft.teacher.features import FeatureStore, anchors
 from redraft.teacher.simulate import simulate_greedy_chain
-from redraft.train.loop import TrainConfig, Trainer
+from redraft.train.trainer import TrainConfig, Trainer
 
 
 def choose_vocabulary(rows: Sequence[Row], size: int, vocab_size: int) -> tuple[list[int], float]:

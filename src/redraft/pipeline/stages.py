@@ -20,7 +20,7 @@ from redraft.pipeline.models import OpenDraft
 from redraft.progress import progress_bar
 from redraft.target import Target
 from redraft.teacher.features import FeatureStore, anchors
-from redraft.train.loop import Trainer, TrainResult
+from redraft.train.trainer import Trainer, TrainResult
 
 Say = Callable[[str], None]
 

@@ -18,7 +18,7 @@ from redraft.pipeline.stages import Say, build_features, run_training, save_trai
 from redraft.pipeline.steps import TargetSpec
 from redraft.select.manifest import read_manifest
 from redraft.teacher.features import FeatureStore, anchors
-from redraft.train.loop import TrainConfig, Trainer, TrainResult
+from redraft.train.trainer import TrainConfig, Trainer, TrainResult
 
 
 @dataclass(frozen=True)

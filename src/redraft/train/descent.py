@@ -1,4 +1,4 @@
-"""Optimiser steps over micro-batches that a kill does not change: what pretraining and distillation have in common.
+"""Optimiser steps over micro-batches that a kill does not change: the loop of all training here.
 
 A step is the sum of its parts' gradients (gradient accumulation); a part is a callable that gives a scalar already
 divided by what the whole step counts. Weights, optimiser state, position in the data and every figure of the curve
@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from redraft.errors import UserError
 from redraft.progress import Progress
-from redraft.train.causal import CausalModel
-from redraft.train.checkpoint import Checkpoint
+from redraft.train.checkpoint import Checkpoint, Named
 from redraft.train.optimizer import Optimizers, learning_rate, make_optimizers
 
 PRECISIONS = ("bfloat16", "float32")
@@ -32,25 +31,30 @@ PRECISIONS = ("bfloat16", "float32")
 
 @dataclass(frozen=True)
 class DescentConfig:
-    """How a causal LM is trained, whatever on. ``warmup`` is the share of all steps before the cosine, ``patience``
-    how many evaluations may pass without a new best (0: all steps are done)."""
+    """How anything is trained. ``warmup`` is the share of all steps before the cosine, ``patience`` how many
+    evaluations may pass without a new best (0: all steps are done). Besides at evaluations a checkpoint is written
+    when ``save_seconds`` have gone by."""
 
     learning_rate: float = 1e-3
-    warmup: float = 0.02
+    warmup: float = 0.05
     optimizer: str = "adamw"
-    weight_decay: float = 0.1
+    weight_decay: float = 0.01
     clip: float = 1.0
-    precision: str = "bfloat16"
-    evaluate_every: int = 200
-    patience: int = 0
+    evaluate_every: int = 25
+    patience: int = 6
     save_seconds: float = 300.0
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise UserError(f"precision must be {' or '.join(PRECISIONS)}, not {self.precision!r}")
-        if self.learning_rate <= 0 or self.evaluate_every < 1:
-            raise UserError("the learning rate must be above 0 and evaluate_every at least 1")
+        """Raises ``UserError`` for a setting that would train nothing, or without end."""
+        if not 0 < self.learning_rate < math.inf:
+            raise UserError(f"training setting learning_rate must be above 0 and finite, not {self.learning_rate!r}")
+        if self.evaluate_every < 1:
+            raise UserError(f"training setting evaluate_every must be 1 or more, not {self.evaluate_every!r}")
+        if self.patience < 0:
+            raise UserError(f"training setting patience must be 0 (never stop early) or more, not {self.patience!r}")
+        if not 0 <= self.warmup < 1:
+            raise UserError(f"training setting warmup must be a share of all steps below 1, not {self.warmup!r}")
 
     # What may differ between a run and its resumption.
     FREE = ("save_seconds",)
@@ -58,6 +62,18 @@ class DescentConfig:
     def identity(self) -> dict[str, Any]:
         """The settings that a checkpoint belongs to."""
         return {k: v for k, v in asdict(self).items() if k not in self.FREE}
+
+
+@dataclass(frozen=True)
+class CausalConfig(DescentConfig):
+    """How a causal LM is trained, whatever on."""
+
+    precision: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.precision not in PRECISIONS:
+            raise UserError(f"precision must be {' or '.join(PRECISIONS)}, not {self.precision!r}")
 
 
 @dataclass
@@ -94,7 +110,8 @@ class Descent:
 
     def __init__(
         self,
-        causal: CausalModel,
+        model: nn.Module,
+        trained: Named,
         source: StepSource,
         total: int,
         evaluate: Callable[[], float],
@@ -102,17 +119,23 @@ class Descent:
         folder: Path,
         identity: dict[str, Any],
         *,
+        precision: str,
         figure: str = "heldout_tau",
         higher: bool = True,
+        before: Callable[[], int] | None = None,
     ) -> None:
-        """``identity`` says what else the checkpoint in ``folder`` belongs to. Raises ``UserError`` for another's."""
-        self.causal, self.source, self.total, self.measure, self.config = causal, source, total, evaluate, config
-        self.figure, self.sign = figure, 1 if higher else -1
-        causal.model.float()
-        self.trained = causal.trained
-        if not self.trained:
+        """``trained`` are the parameters of ``model`` that move, in float32; losses are computed in ``precision``.
+
+        ``identity`` says what else the checkpoint in ``folder`` belongs to. ``before`` is done once, ahead of the
+        first evaluation, and gives the supervised tokens that it took. Raises ``UserError`` for another's checkpoint.
+        """
+        if not trained:
             raise ValueError("no parameter requires a gradient")
-        names = {"config": config.identity(), "trained": [n for n, _ in self.trained], "steps": total}
+        self.model, self.trained, self.source, self.total = model, trained, source, total
+        self.measure, self.config, self.before = evaluate, config, before
+        self.figure, self.sign = figure, 1 if higher else -1
+        self.device, self.precision = trained[0][1].device, precision
+        names = {"config": config.identity(), "trained": [n for n, _ in trained], "steps": total}
         self.folder, self.curve = folder, folder / "curve.jsonl"
         self.checkpoint = Checkpoint(folder, names | identity)
 
@@ -126,7 +149,7 @@ class Descent:
         optimizers = make_optimizers(self.trained, self.config.optimizer, self.config.weight_decay)
         state = self.checkpoint.load(self.trained, optimizers) or self.start(optimizers)
         self.mend_curve(state["step"])
-        self.causal.model.train()
+        self.model.train()
         began = saved = time.monotonic()
         spent = state["seconds"]
         # Closed at once when the loop ends early: a source may hold a thread.
@@ -141,15 +164,18 @@ class Descent:
                     self.checkpoint.save(self.trained, optimizers, state)
                     saved = time.monotonic()
         self.checkpoint.load_best(self.trained)
-        self.causal.model.eval()
+        self.model.eval()
         history = [(int(step), float(figure)) for step, figure in state["history"]]
         kept = {k: state[k] for k in ("best", "start", "best_step", "tokens", "seconds")}
         return DescentResult(**kept, steps=state["step"], stopped_early=state["step"] < self.total, history=history)
 
     def start(self, optimizers: Optimizers) -> dict[str, Any]:
         """The state before the first step, on disk."""
+        began = time.monotonic()
+        tokens = self.before() if self.before else 0
+        seconds = time.monotonic() - began if tokens else 0.0
         figure = self.evaluate()
-        state: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, "best": figure, "start": figure}
+        state: dict[str, Any] = {"step": 0, "tokens": tokens, "seconds": seconds, "best": figure, "start": figure}
         state |= {"best_step": 0, "history": [[0, figure]], "segment": [0.0, 0], "position": {}}
         self.curve.write_text("")
         self.checkpoint.save_best(self.trained)
@@ -158,10 +184,10 @@ class Descent:
 
     def evaluate(self) -> float:
         """The figure as the weights stand."""
-        self.causal.model.eval()
+        self.model.eval()
         with torch.no_grad(), self.autocast():
             figure = self.measure()
-        self.causal.model.train()
+        self.model.train()
         return figure
 
     def exhausted(self, state: dict[str, Any]) -> bool:
@@ -199,21 +225,15 @@ class Descent:
         self.curve.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
 
     def autocast(self) -> torch.autocast:
-        return torch.autocast(self.causal.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
 
     def step(self, parts: Sequence[Callable[[], Tensor]], optimizers: Optimizers, step: int) -> float:
         """Gradients of all parts, then one move of the weights; the step's loss. Raises ``UserError`` (see run)."""
-        device, total = self.causal.device, 0.0
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            for number, part in enumerate(parts):
-                torch.manual_seed(random.Random(f"{self.config.seed}/{step}/{number}").getrandbits(63))
-                with self.autocast():
-                    loss = part()
-                value = float(loss.detach())
-                if not math.isfinite(value):
-                    self.stop(f"the loss became {value}", step)
-                loss.backward()
-                total += value
+        total = 0.0
+        for number, part in enumerate(parts):
+            loss = self.loss(part, step, number)
+            loss.backward()
+            total += float(loss.detach())
         norm = float(torch.nn.utils.clip_grad_norm_([p for _, p in self.trained], self.config.clip))
         if not math.isfinite(norm):
             self.stop(f"the gradient became {norm}", step)
@@ -221,10 +241,20 @@ class Descent:
         optimizers.step(learning_rate(step, self.total, config.learning_rate, config.warmup))
         return total
 
+    def loss(self, part: Callable[[], Tensor], step: int, number: int = 0) -> Tensor:
+        """The loss of a part of a step. What it draws is a function of seed, step and the part's number, so that a
+        resumed run draws the same. Raises ``UserError`` when it is not finite."""
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []), self.autocast():
+            torch.manual_seed(random.Random(f"{self.config.seed}/{step}/{number}").getrandbits(63))
+            loss = part()
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            self.stop(f"the loss became {value}", step)
+        return loss
+
     def stop(self, what: str, step: int) -> None:
         """Raise the ``UserError`` of a run that cannot go on."""
-        good = json.loads(self.checkpoint.path.read_text())["state"]["step"]
-        raise UserError(
-            f"{what} at step {step} of {self.total}; the last good checkpoint is that of step {good} in {self.folder}; "
-            "lower the learning rate"
-        )
+        path = self.checkpoint.path
+        good = json.loads(path.read_text())["state"]["step"] if path.exists() else None
+        kept = "" if good is None else f"the last good checkpoint is that of step {good} in {self.folder}; "
+        raise UserError(f"{what} at step {step} of {self.total}; {kept}lower the learning rate")

@@ -33,21 +33,17 @@ from redraft.progress import Progress
 from redraft.teacher.features import anchors
 from redraft.train.causal import CausalModel
 from redraft.train.checkpoint import rows_digest
-from redraft.train.descent import Descent, DescentConfig, DescentResult, Step
+from redraft.train.descent import CausalConfig, Descent, DescentResult, Step
 from redraft.train.objective import sum_over_workers
 from redraft.train.supervision import Teacher, TeacherLogits
 
 
 @dataclass(frozen=True)
-class DistilConfig(DescentConfig):
+class DistilConfig(CausalConfig):
     """``batch_anchors`` supervised response tokens make a step, ``micro_tokens`` (prompts counted) go through the
     model at once. ``text_share`` is the share of plain text among supervised tokens, in blocks of ``text_length``."""
 
     learning_rate: float = 3e-4
-    warmup: float = 0.05
-    weight_decay: float = 0.01
-    evaluate_every: int = 25
-    patience: int = 6
     loss: str = "kl"
     epochs: float = 3.0
     batch_anchors: int = 4096
@@ -270,4 +266,6 @@ def distil(
         "text": list(text.source.files) if text else [],
     }
     steps = MixedSteps(distillation, kept, config, text)
-    return Descent(causal, steps, total, evaluate, config, folder, identity).run(progress)
+    model, trained = causal.model.float(), causal.trained
+    descent = Descent(model, trained, steps, total, evaluate, config, folder, identity, precision=config.precision)
+    return descent.run(progress)

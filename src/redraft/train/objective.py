@@ -21,7 +21,7 @@ from redraft.teacher.unroll import Batch, supervised, unroll
 from redraft.train.portions import portions, sum_over_portions
 
 if TYPE_CHECKING:
-    from redraft.train.loop import TrainConfig
+    from redraft.train.trainer import TrainConfig
 
 
 class Objective(Protocol):

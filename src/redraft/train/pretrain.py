@@ -24,14 +24,18 @@ from redraft.data.packed import PackedText, Position, ahead
 from redraft.errors import UserError
 from redraft.progress import Progress
 from redraft.train.causal import CausalModel
-from redraft.train.descent import Descent, DescentConfig, DescentResult, Step
+from redraft.train.descent import CausalConfig, Descent, DescentResult, Step
 
 
 @dataclass(frozen=True)
-class PretrainConfig(DescentConfig):
+class PretrainConfig(CausalConfig):
     """``tokens`` in all, in blocks of ``length``; ``batch_tokens`` make an optimiser step, ``micro_tokens`` of them
     go through the model at once. ``heldout_tokens`` measure perplexity."""
 
+    warmup: float = 0.02
+    weight_decay: float = 0.1
+    evaluate_every: int = 200
+    patience: int = 0
     tokens: int = 10_000_000
     length: int = 512
     batch_tokens: int = 16_384
@@ -106,13 +110,15 @@ def pretrain(
     digest = hashlib.sha256(held_BT.numpy().tobytes()).hexdigest()[:16]
     identity = {"text": list(text.source.files), "heldout": digest, "length": text.length, "order": text.seed}
     descent = Descent(
-        causal,
+        causal.model.float(),
+        causal.trained,
         TextSteps(causal, text, config),
         config.steps,
         lambda: perplexity(causal, held_BT, config.micro_blocks),
         config,
         folder,
         identity,
+        precision=config.precision,
         figure="heldout_perplexity",
         higher=False,
     )

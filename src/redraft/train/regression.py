@@ -29,7 +29,7 @@ from redraft.teacher.unroll import Batch, unroll
 from redraft.train.portions import portions, sum_over_portions
 
 if TYPE_CHECKING:
-    from redraft.train.loop import TrainConfig
+    from redraft.train.trainer import TrainConfig
 
 # Positions whose logits over the whole vocabulary stand in memory at once.
 CHUNK = 128

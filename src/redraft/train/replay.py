@@ -39,8 +39,8 @@ from redraft.target import Target
 from redraft.teacher.features import FeatureStore, anchors
 from redraft.teacher.simulate import acceptance_given_text, anchor_batches, check_own, matches, visits
 from redraft.teacher.unroll import Batch, collate, supervised
-from redraft.train.loop import TrainConfig, Trainer
 from redraft.train.objective import Objective, UnrollObjective, with_extra_loss
+from redraft.train.trainer import TrainConfig, Trainer
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from redraft.progress import Progress
 from redraft.sampling import Sampler
 from redraft.teacher.features import anchors
 from redraft.teacher.simulate import expected_rounds_sampled, simulate_greedy_chain
-from redraft.train.loop import TrainConfig, Trainer, TrainResult
+from redraft.train.trainer import TrainConfig, Trainer, TrainResult
 
 CELL_FORMULAS = {
     "generation": f"{provenance.FORWARD_FORMULA}, of every row that had to be generated",

@@ -36,8 +36,8 @@ from redraft.pipeline.study.entries import (
 )
 from redraft.pipeline.yamlfile import read_yaml
 from redraft.select import Scorer, parse_scorer
-from redraft.train.loop import TrainConfig
 from redraft.train.replay import ReplayConfig
+from redraft.train.trainer import TrainConfig
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_+.-]*")
 # What the study itself sets in every training run.

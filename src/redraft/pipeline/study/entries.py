@@ -138,8 +138,9 @@ class MethodEntry(BaseModel):
         """Raises ``UserError`` for a setting that there is not."""
         found = recipe(PrivateSize, self.model_extra or {}, "method setting", beside=tuple(type(self).model_fields))
         for name in ("width", "rank"):
-            if getattr(found, name) < 1:
-                raise UserError(f"method setting {name} must be 1 or more, not {getattr(found, name)!r}")
+            value = getattr(found, name)
+            if value is not None and value < 1:
+                raise UserError(f"method setting {name} must be 1 or more, not {value!r}")
         return found
 
 
