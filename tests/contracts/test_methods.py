@@ -16,6 +16,7 @@ from redraft.artifact import load_private, save_private, tensors_hash
 from redraft.drafts.base import Draft, bind, fresh
 from redraft.drafts.experts import is_private, merge_private
 from redraft.drafts.groups import METHODS, PrivateSize, group_of, mergeable, prepare, trained_parameters
+from redraft.drafts.scaling import scale_change
 from redraft.errors import UserError
 from redraft.target import Target
 from redraft.train.optimizer import make_optimizers
@@ -163,6 +164,26 @@ def test_a_trained_draft_is_one_dense_draft_or_says_that_it_cannot_be(case, read
     torch.testing.assert_close(logits(dense, target), expected, atol=atol, rtol=0)
     if names:
         assert not torch.allclose(logits(dense, target), logits(draft, target), atol=1e-3)
+
+
+def test_what_a_method_changes_can_be_put_in_by_halves(case, ready, draft, target):
+    """From the old draft at 0 to the trained one at 1, every merged matrix on the line between the two."""
+    split, names = ready
+    if METHODS[case[0]].fresh:
+        pytest.skip("a new draft was not trained from the old one")
+    if names:
+        train(split, target, "adamw")
+    split.requires_grad_(False)
+    if not mergeable(*case):
+        with pytest.raises(UserError, match="cannot be merged"):
+            scale_change(split, draft, 0.5)
+        return
+    none, half, whole = (scale_change(split, draft, scale) for scale in (0.0, 0.5, 1.0))
+    torch.testing.assert_close(logits(none, target), logits(draft, target))
+    torch.testing.assert_close(logits(whole, target), logits(split, target))
+    before, between, after = (merge_private(d).state_dict() for d in (none, half, whole))
+    for name, tensor in between.items():
+        torch.testing.assert_close(tensor.float(), (before[name].float() + after[name].float()) / 2)
 
 
 def test_a_method_says_what_it_is():

@@ -30,6 +30,7 @@ from redraft.drafts.groups import (
     trainable_names,
     trained_parameters,
 )
+from redraft.drafts.scaling import scale_change
 from redraft.errors import UserError
 from redraft.target import Target
 
@@ -276,3 +277,31 @@ def test_rotary_positions_equal_transformers(tiny_target):
     expected, _ = apply_rotary_pos_emb(x, x, cosines, sines)
     got = rotate(x[0].transpose(0, 1), *rotary(positions)).transpose(0, 1)
     torch.testing.assert_close(got, expected[0])
+
+
+# -- scaling ---------------------------------------------------------------------------------------------------------
+def test_scaled_head_rows_go_by_their_tokens(draft, tiny_target):
+    """A vocabulary that was refreshed before training: shared tokens on the line, new ones as they are."""
+    other = fresh_draft(tiny_target("llama"), [*range(0, 100, 2), *range(1, 21, 2)], seed=4)
+    half = scale_change(other, draft, 0.5)
+    old, new = draft.vocabulary().tolist(), other.vocabulary().tolist()
+    assert half.vocabulary().tolist() == new != old
+    for row, token in enumerate(new):
+        expected = other.lm_head.weight[row]
+        if token in old:
+            expected = (expected + draft.lm_head.weight[old.index(token)]) / 2
+        torch.testing.assert_close(half.lm_head.weight[row], expected)
+    assert sum(token not in old for token in new) == 10
+
+
+@pytest.mark.parametrize("scale", [-0.1, float("inf"), float("nan")])
+def test_a_scale_that_cannot_be_is_one_clear_line(scale, draft):
+    with pytest.raises(UserError, match="the scale is .*; give 1 for the whole change"):
+        scale_change(draft, draft, scale)
+
+
+def test_only_a_draft_of_the_same_shape_can_be_drawn_back_to(draft, tiny_target):
+    with pytest.raises(UserError, match=r"is \[.*\] and in the base draft \["):
+        scale_change(draft, fresh_draft(tiny_target("llama", intermediate_size=96), range(0, 120, 2)), 0.5)
+    with pytest.raises(UserError, match="base draft has no"):
+        scale_change(draft, torch.nn.Linear(2, 2), 0.5)

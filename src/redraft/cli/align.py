@@ -55,6 +55,7 @@ def register(app: typer.Typer) -> None:
         cls=Command,
         epilog=examples(
             "redraft merge --private run/private --base-draft old-draft --out merged",
+            "redraft merge --private run/private --base-draft old-draft --scale 0.7 --out milder",
             "redraft merge --private run/private --base-draft some-org/public-draft --target my-model --out merged",
         ),
     )(merge)
@@ -252,11 +253,14 @@ def merge(
     target: Annotated[
         str | None, typer.Option(help="The target; needed for a public checkpoint as shared draft.")
     ] = None,
+    scale: Annotated[
+        float, typer.Option(min=0, help="How much of the change goes in; less keeps more of the speed on other text.")
+    ] = 1.0,
 ) -> None:
     """Fold a private part into the shared draft: an ordinary dense draft, with no extra work for engines."""
     from redraft.pipeline.steps import merge_folder, target_info
 
-    meta = merge_folder(private, base_draft, out, target_info(target) if target else None)
+    meta = merge_folder(private, base_draft, out, target_info(target) if target else None, scale)
     say(f"{out}: {meta['parameters']:,} parameters, method {meta.get('method')}")
 
 

@@ -25,6 +25,7 @@ from redraft.data.regenerate import InProcessEngine, ServerEngine, regenerate
 from redraft.data.store import encode_row, read_rows
 from redraft.drafts.base import Proposer
 from redraft.drafts.experts import merge_private
+from redraft.drafts.scaling import scale_change
 from redraft.drafts.standalone import StandaloneDraft, merge_experts
 from redraft.drafts.standalone_files import save_standalone
 from redraft.errors import UserError
@@ -219,11 +220,18 @@ def read_draft(source: str, info: TargetInfo | None, base: str | None = None) ->
     return import_checkpoint(source, info)
 
 
-def merge_folder(private: str, base: str, out: Path, info: TargetInfo | None = None) -> dict[str, Any]:
-    """Write the shared draft and a private part as one dense draft in ``out``; returns its metadata."""
+def merge_folder(
+    private: str, base: str, out: Path, info: TargetInfo | None = None, scale: float = 1.0
+) -> dict[str, Any]:
+    """Write the shared draft and ``scale`` times what a private part changes as one dense draft in ``out``.
+
+    Returns its metadata. Raises ``UserError``.
+    """
     draft, meta = read_draft(private, info, base)
     kept = {key: meta[key] for key in ("method", "target", "tokenizer_hash", "provenance") if key in meta}
-    origin = {"merged_from": {"base": base, "private": private}}
+    origin = {"merged_from": {"base": base, "private": private, "scale": scale}}
+    if scale != 1:
+        draft = scale_change(draft, read_draft(base, info)[0], scale)
     merged: Proposer
     if isinstance(draft, StandaloneDraft):
         merged = merge_experts(draft)
