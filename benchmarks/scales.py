@@ -1,7 +1,7 @@
 """How much of what a draft learned should go in? tau inside and outside the domain by the scale of its change.
 
-One private part, trained once, is put in at several scales (``redraft merge --scale``). The target answers prompts of its
-domain and general ones greedily; the chain is walked over these answers, exactly, for every scale. "Gain" is the
+One private part, trained once, is put in at several scales (``redraft merge --scale``). The target answers prompts of
+its domain and general ones greedily; the chain is walked over these answers, exactly, for every scale. "Gain" is the
 paired difference from the stale draft inside the domain, "elsewhere" the paired ratio to it on the general answers.
 No answer is trained on, and nothing is trained here.
 
@@ -85,7 +85,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
     cells = [{"scale": STALE, "rounds": rounds(stale)}]
     scales = [float(text) for text in options.scales.split(",")]
-    with progress_bar("scales", len(scales)) as progress:
+    with progress_bar("walk", len(scales), "scales") as progress:
         for scale in scales:
             cells.append({"scale": scale, "rounds": rounds(merge_private(scale_change(trained, stale, scale)))})
             progress.update(len(cells) - 1)
