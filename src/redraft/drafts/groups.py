@@ -44,9 +44,9 @@ class PrivateSize:
     ``width`` is the inner width of the private expert, or of all private experts together. Low-rank updates have
     ``rank`` and, with ``alpha``, peft's scale alpha / rank (else one); ``on`` are patterns of the linear layers that
     have them (all by default); with ``aim`` they begin where the gradient is (``train/aim.py``). Without a width or
-    a rank the part is made a fifth of the draft (``SHARE``), as in the studies. ``experts``, ``active`` and ``balance``
-    (weight of the load-balancing term) are for routed experts; ``shared_experts`` > 1 cuts the old MLP too, with
-    ``shared_active`` (all by default) a token.
+    a rank what is trained is made a fifth of the draft (``SHARE``), as in the studies. ``experts``, ``active`` and
+    ``balance`` (weight of the load-balancing term) are for routed experts; ``shared_experts`` > 1 cuts the old MLP too,
+    with ``shared_active`` (all by default) a token.
     """
 
     width: int | None = None
@@ -92,7 +92,7 @@ class Method:
 # Measured in docs/studies/learning-rates.md.
 FULL_RATE = 2e-3
 
-# A private part of no given size is so large, as a share of what `full` trains; sizes are rounded down to multiples.
+# What a method with a private part of no given size trains, as a share of what `full` does; rounded down to multiples.
 SHARE = 0.2
 WIDTH_STEP, RANK_STEP = 64, 4
 
@@ -163,10 +163,12 @@ def prepare(
         if target is None:
             raise UserError(f"method {method_name} starts a new draft and needs the target, which was not given")
         draft = cast(AnyDraft, draft.restarted(target, seed))
+    # What the method trains besides its private part leaves the part so much room.
+    room = int(SHARE * trained_parameters(draft, "full")) - trained_parameters(draft, method_name)
     if chosen.private:
-        draft = _with_private(draft, asked, seed)
+        draft = _with_private(draft, asked, seed, room)
     if chosen.low_rank:
-        draft = _with_low_rank(draft, asked, seed)
+        draft = _with_low_rank(draft, asked, seed, room)
     names = trainable_names(draft, method_name)
     if chosen.groups and not names:
         raise UserError(f"method {method_name} trains {', '.join(chosen.groups)}, of which this draft has nothing")
@@ -176,27 +178,27 @@ def prepare(
     return draft, names
 
 
-def fair_width(draft: AnyDraft, experts: int = 1) -> int:
-    """The inner width at which private ``experts`` together have ``SHARE`` of the parameters that ``full`` trains."""
+def fair_width(draft: AnyDraft, room: int, experts: int = 1) -> int:
+    """The inner width at which private ``experts`` together have about ``room`` parameters, and no more."""
     step = math.lcm(WIDTH_STEP, max(1, experts))  # a count that cannot be is refused where experts are made
-    return max(1, int(SHARE * trained_parameters(draft, "full") / (3 * draft.config.hidden_size * step))) * step
+    return max(1, room // (3 * draft.config.hidden_size * step)) * step
 
 
-def fair_rank(draft: AnyDraft, on: Sequence[str] = ()) -> int:
-    """The rank at which updates of the layers that ``on`` names have ``SHARE`` of the parameters that ``full`` trains,
-    or the rank of the smallest of these layers if that is less. Raises ``UserError`` for a pattern that fits nothing.
+def fair_rank(draft: AnyDraft, room: int, on: Sequence[str] = ()) -> int:
+    """The rank at which updates of the layers that ``on`` names have about ``room`` parameters, and no more; or the
+    rank of the smallest of these layers if that is less. Raises ``UserError`` for a pattern that fits nothing.
     """
     weights = [draft.get_parameter(f"{name}.weight") for name in match_linears(draft, on)]
     shapes: list[tuple[int, ...]] = [tuple(weight.shape) for weight in weights]
-    fair = int(SHARE * trained_parameters(draft, "full") / (sum(map(sum, shapes)) * RANK_STEP)) * RANK_STEP
+    fair = room // (sum(map(sum, shapes)) * RANK_STEP) * RANK_STEP
     return min(max(RANK_STEP, fair), min(map(min, shapes)))
 
 
-def _with_private(draft: AnyDraft, size: PrivateSize, seed: int) -> AnyDraft:
+def _with_private(draft: AnyDraft, size: PrivateSize, seed: int, room: int) -> AnyDraft:
     if not draft.config.private_width:
         return attach_private(
             draft,
-            fair_width(draft, size.experts) if size.width is None else size.width,
+            fair_width(draft, room, size.experts) if size.width is None else size.width,
             seed,
             experts=size.experts,
             active=size.active,
@@ -221,10 +223,10 @@ def _with_private(draft: AnyDraft, size: PrivateSize, seed: int) -> AnyDraft:
     return draft
 
 
-def _with_low_rank(draft: AnyDraft, size: PrivateSize, seed: int) -> AnyDraft:
+def _with_low_rank(draft: AnyDraft, size: PrivateSize, seed: int, room: int) -> AnyDraft:
     config = draft.config
     if not config.low_rank:
-        rank = fair_rank(draft, size.on) if size.rank is None else size.rank
+        rank = fair_rank(draft, room, size.on) if size.rank is None else size.rank
         return attach_low_rank(draft, rank, size.on, seed, size.alpha, size.aim)
     asked = (config.low_rank if size.rank is None else size.rank, size.alpha, tuple(match_linears(draft, size.on)))
     if (config.low_rank, config.low_rank_alpha, config.low_rank_on) != asked:
