@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from redraft import provenance
@@ -199,6 +200,8 @@ class TimedFeatures(Features):
 
     @staticmethod
     def _timed(call: Callable[..., Any], *arguments: Any) -> Any:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # what the target has still to do is not ours
         began = time.perf_counter()
         found = call(*arguments)
         TimedFeatures.seconds += time.perf_counter() - began

@@ -156,7 +156,7 @@ class Comparison:
     def result(self) -> dict[str, Any]:
         """The whole result: raw cells, and what the tables need besides."""
         losses, seeds = self.options.losses.split(","), [int(seed) for seed in self.options.seeds.split(",")]
-        before = load_standalone(self.options.run / "pretrained")[0].float().bind(self.target)
+        before = load_standalone(self.options.run / "pretrained")[0].float().bind(self.target).to(self.target.device)
         cells = [{"loss": PRETRAINED, "seed": 0, "rounds": self.rounds(before)}]
         cells += [self.cell(loss, seed) for seed in seeds for loss in losses]
         costs = measure_costs(self.target, before.to(self.target.dtype), next(iter(self.sets.values()))[0].prompt_ids)

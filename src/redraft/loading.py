@@ -128,6 +128,7 @@ def read_standalone(source: str | Path, base: str | Path | None = None) -> tuple
     if known:
         return load_standalone(place)
     found = load_target(str(source), _file_dtype(str(source)))
+    found.tap(())  # its hooks would stay on the model and keep states that nobody reads
     meta = {"family": "standalone", "method": None, "source": str(source), "format": "huggingface", "notes": []}
     return StandaloneDraft(found.model.requires_grad_(True), found.tokenizer), meta
 

@@ -129,6 +129,8 @@ def test_version(redraft: Any) -> None:
             [*BENCH, "--shape", "[[0,0]]"],
             "without its parent [0]",
         ),
+        ([*BENCH, "--static", "--shape", "tree:3x2x8"], "--static records the steps of a chain, not of tree:3x2x8"),
+        ([*BENCH, "--static", "--shape", "auto"], "--static records the steps of a chain, not of auto"),
         (
             [*BENCH, "--shape", "tree:5"],
             "tree:5x10x60",

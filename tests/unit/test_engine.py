@@ -11,7 +11,11 @@ import pytest
 import torch
 
 from redraft.data.generate import Request, generate
+from redraft.decode import make_decoder
+from redraft.decode.batched import BatchedChainDecoder
 from redraft.decode.engine import ChainDecoder, Generation, PlainDecoder, _Uniforms
+from redraft.decode.tree import parse_shape
+from redraft.drafts.eagle3 import fresh_draft
 from redraft.errors import UserError
 from redraft.sampling import Sampler
 from redraft.target import Target
@@ -134,3 +138,21 @@ def test_rounds_are_told_as_they_come(tiny_target):
     found = ChainDecoder(target, make("fresh", target), gamma=3).generate([5, 9, 70], 20, on_round=told.append)
     assert told[0].kept == found.ids[:1] and told[1:] == found.rounds
     assert [token for record in told for token in record.kept] == found.ids
+
+
+@pytest.mark.parametrize("kind", ["chain:2", "tree:2x2x4", "batched"])
+def test_decoding_leaves_the_draft_as_it_was_handed_in(kind, tiny_target):
+    """Whoever probes a draft and trains it afterwards trains in float32, whatever the target decodes in."""
+    target = tiny_target("llama")
+    target.model.to(torch.bfloat16)
+    draft = fresh_draft(target, range(100))
+    before = {name: tensor.clone() for name, tensor in draft.state_dict().items()}
+    made = (
+        BatchedChainDecoder(target, draft, 2) if kind == "batched" else make_decoder(target, draft, parse_shape(kind))
+    )
+    assert made.draft.fc.weight.dtype == torch.bfloat16
+    after = draft.state_dict()
+    assert all(
+        tensor.dtype == after[name].dtype and torch.equal(tensor, after[name]) for name, tensor in before.items()
+    )
+    assert make_decoder(target, made.draft, parse_shape("chain:2")).draft is made.draft, "nothing is copied in vain"

@@ -25,11 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from redraft.decode.accept import accept_chains
-from redraft.decode.engine import Generation, Round, _check_room, _trim, _Uniforms
-from redraft.drafts.base import Draft, bind, check_fit
+from redraft.decode.engine import Generation, Round, _check_room, _trim, _Uniforms, for_decoding
+from redraft.drafts.base import Draft, check_fit
 from redraft.drafts.standalone import StandaloneDraft
 from redraft.errors import UserError
-from redraft.prepack import prepack
 from redraft.sampling import Sampler, draw, warp
 from redraft.slots import SlotCache, causal_mask, slot_attention, write
 from redraft.target import Target
@@ -128,7 +127,7 @@ class BatchedChainDecoder:
         if slots < 1:
             raise UserError(f"batched decoding needs at least 1 slot, not {slots}")
         self.target, self.gamma, self.sampler, self.slots = target, gamma, sampler or Sampler(), slots
-        self.draft = prepack(bind(draft.eval().to(target.device, target.dtype), target))
+        self.draft = for_decoding(draft, target)
         self.fixed = greedy_drafts or self.sampler.greedy
         self.vocabulary = self.draft.vocabulary()
         self.ends = frozenset(target.eos_ids)

@@ -11,6 +11,7 @@ G proposed tokens.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -82,13 +83,16 @@ class DraftCache:
         end = self.length + new
         self.keys[:, self.length : end] = key_TKW.transpose(0, 1)
         self.values[:, self.length : end] = value_TKW.transpose(0, 1)
-        if mask_TC is None and new > 1:
+        # Without a mask of its own a prompt goes through the kernels that need none, [T, T] numbers less.
+        prompt = mask_TC is None and not self.length
+        if mask_TC is None and new > 1 and self.length:
             mask_TC = torch.ones(new, end, dtype=torch.bool, device=query_TQW.device).tril(self.length)
         mixed = F.scaled_dot_product_attention(
             query_TQW.transpose(0, 1)[None],
             self.keys[None, :, :end],
             self.values[None, :, :end],
             attn_mask=mask_TC,
+            is_causal=prompt,
             enable_gqa=True,
         )
         self.length = end
@@ -159,6 +163,16 @@ class PlainDecoder:
         return Generation(ids, reason, prefilled - began, time.perf_counter() - prefilled)
 
 
+def for_decoding(draft: Any, target: Target) -> Any:
+    """The draft where the target is, in its type, bound to it and packed; ``draft`` itself stays in the type it has.
+
+    Whoever trains or saves it afterwards must find what was handed in.
+    """
+    if any((p.dtype, p.device) != (target.dtype, target.device) for p in draft.parameters()):
+        draft = copy.deepcopy(draft)
+    return prepack(bind(draft.eval().to(target.device, target.dtype), target))
+
+
 class SpeculativeDecoder(PlainDecoder):
     """The loop that chains and trees share. A subclass says what a round is (:meth:`round`).
 
@@ -182,7 +196,7 @@ class SpeculativeDecoder(PlainDecoder):
         """
         super().__init__(target, sampler)
         check_fit(draft.config, target)
-        self.draft = prepack(bind(draft.eval().to(target.device, target.dtype), target))
+        self.draft = for_decoding(draft, target)
         self.fixed = greedy_drafts or self.sampler.greedy
         self.vocabulary = self.draft.vocabulary()
 

@@ -54,16 +54,18 @@ class Recorded:
             self._record()
 
     def _record(self) -> None:
-        # Kernels choose their algorithms and workspaces on first use, which must not happen while recording.
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UPS):
-                self.function(*self.inputs)
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.outputs = self.function(*self.inputs)
+        # Streams belong to the current device, which need not be the one that the tensors are on: what runs on another
+        # is not recorded. Kernels choose their algorithms and workspaces on first use, before recording.
+        with torch.cuda.device(self.inputs[0].device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UPS):
+                    self.function(*self.inputs)
+            torch.cuda.current_stream().wait_stream(side)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=side):
+                self.outputs = self.function(*self.inputs)
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         for buffer, value in zip(self.inputs, inputs, strict=True):

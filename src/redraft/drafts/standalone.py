@@ -175,8 +175,9 @@ def untrained(config: Any, seed: int = 0) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    # The weights are drawn on the CPU; a GPU, where there is one, is neither started nor reseeded.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 

@@ -95,6 +95,8 @@ class Trainer:
             raise UserError("no row has two or more response tokens to train or to evaluate on; give longer responses")
         self.objective = self.new_objective()
         self.trained = [(n, p) for n, p in draft.named_parameters() if p.requires_grad]
+        if any(p.dtype != torch.float32 for _, p in self.trained):
+            raise ValueError("a draft is trained in float32; autocast sees to the rest")
         per_epoch = len(batch_order(self.rows, config, 0))
         self.total_steps = max(1, round(config.epochs * per_epoch))
         self.descent = Descent(
