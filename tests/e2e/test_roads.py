@@ -136,6 +136,12 @@ def test_prompts_are_chosen_before_any_is_answered(world, tmp_path, scorer):
         ({"scorer": "coverage:base=nobody"}, "nobody"),
         ({"private": {"ranks": 3}}, "unknown private size ranks"),
         ({"method": "eda-moe", "exports": ("vllm",)}, "cannot be merged"),
+        ({"exports": ("vlm",)}, "did you mean vllm"),
+        ({"exports": ("gguf",)}, "no language model, which gguf is for"),
+        ({"train": {"optimizer": "sgd"}}, "unknown optimizer"),
+        ({"train": {"clip": -1}}, "clip must be above 0"),
+        ({"private": {"alpha": -1}}, "alpha of the low-rank updates is -1"),
+        ({"method": "eda-moe", "private": {"active": 9}}, "9 active of 4 private experts"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(changes, words, world, tmp_path):
@@ -148,8 +154,14 @@ def test_a_run_directory_from_before_a_setting_existed_goes_on(world, tmp_path):
     claim_run(config)
     path = tmp_path / "run" / "config.json"
     stored = json.loads(path.read_text())
-    path.write_text(json.dumps({k: v for k, v in stored.items() if k not in ("start", "replay", "private")}))
+    before = {k: v for k, v in stored.items() if k not in ("start", "replay", "private")}
+    before["train"] = {k: v for k, v in stored["train"].items() if k != "warmup"} | {"setting_of_old": 3}
+    path.write_text(json.dumps(before))
     claim_run(config)
+    again = {"exports": ("vllm",), "train": {**config.train, "save_seconds": 60}}
+    claim_run(settings(world, tmp_path / "run", **again))  # neither changes what is trained
+    with pytest.raises(UserError, match="another train clip; give"):
+        claim_run(settings(world, tmp_path / "run", train={**config.train, "clip": 2}))
     with pytest.raises(UserError, match="another start"):
         claim_run(settings(world, tmp_path / "run", start="none"))
 

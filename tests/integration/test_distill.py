@@ -105,7 +105,7 @@ def test_all_stages_and_a_stop_in_each(place: Path, tmp_path: Path, monkeypatch:
     run(values)
     found, expected = tensors(tmp_path / "stopped" / "draft"), tensors(folder / "draft")
     assert all(torch.equal(found[name], value) for name, value in expected.items())
-    with pytest.raises(UserError, match="belongs to a run with another align, loss"):
+    with pytest.raises(UserError, match="belongs to a run with another align loss, loss"):
         run(settings(place, tmp_path / "stopped", loss="kl", align=values["align"]))
 
 

@@ -47,7 +47,7 @@ def place(tmp_path: Path, tmp_path_factory: Any, tiny_target: Any, monkeypatch: 
         ({"grid": [], "cells": []}, "no cells"),
         ({"cells": [{"method": "fc", "colour": "red"}]}, "cells.0.colour"),
         ({"methods": {"eda": {"breadth": 3}}}, "unknown method setting breadth"),
-        ({"methods": {"eda": {"width": 0}}}, "width must be 1 or more"),
+        ({"methods": {"eda": {"width": 0}}}, "width of the private expert is 0"),
         ({"methods": {"eda": {"width": "wide"}}}, "width must be a whole number, not 'wide'"),
         ({"methods": {"fc": {"method": "full"}}}, "fc is the name of a method"),
         ({"methods": {"x": {"method": "fc", "replay": {"again": 1}}}}, "unknown replay setting again"),

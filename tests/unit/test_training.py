@@ -13,18 +13,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from redraft import provenance
 from redraft.data.store import Row
 from redraft.decode.engine import ChainDecoder, PlainDecoder
 from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
 from redraft.drafts.experts import attach_private, merge_private
 from redraft.drafts.groups import PrivateSize, prepare
 from redraft.errors import UserError
+from redraft.pipeline.stages import run_training
 from redraft.target import Target
 from redraft.teacher.features import FeatureStore, anchors
 from redraft.teacher.simulate import row_alphas, simulate_greedy_chain, tau_of
 from redraft.teacher.unroll import collate, supervised, unroll
 from redraft.train.aim import STEPS
-from redraft.train.trainer import TrainConfig, Trainer, batch_order
+from redraft.train.trainer import TrainConfig, Trainer, TrainResult, batch_order
 
 TOYS = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("toys.py"))))
 
@@ -227,6 +229,75 @@ def test_low_rank_updates_are_aimed_once_before_the_first_step(target, draft, st
     again = trainer(target, draft, store, rows, tmp_path / "run", "lora" + AIMED)
     again.run()
     assert again.aim() == 0, "what a checkpoint brought back is trained already"
+
+
+def test_a_run_directory_of_another_draft_is_refused(target, draft, store, rows, tmp_path):
+    """The names of what is trained are the same, and the weights would be put into another draft."""
+    ready = {
+        name: prepare(copy.deepcopy(draft), "lora", size)[0]
+        for name, size in {
+            "rank 4": PrivateSize(rank=4),
+            "rank 8": PrivateSize(rank=8),
+            "alpha": PrivateSize(rank=4, alpha=8),
+        }.items()
+    }
+
+    def work(name: str, origin: str = "old") -> Trainer:
+        return Trainer(ready[name], target, store, rows[:18], rows[18:], CONFIG, tmp_path / "run", origin)
+
+    work("rank 4").run()
+    assert work("rank 4").run().steps
+    for name, origin, what in (
+        ("rank 8", "old", "draft, shapes"),
+        ("alpha", "old", "draft"),
+        ("rank 4", "new", "old draft"),
+    ):
+        with pytest.raises(UserError, match=f"belongs to a run with another {what}; give"):
+            work(name, origin)
+
+
+def test_what_ended_before_is_read_and_not_paid_for_again(target, draft, store, rows, tmp_path):
+    def run() -> tuple[provenance.Ledger, TrainResult]:
+        ledger = provenance.Ledger()
+        return ledger, run_training(trainer(target, draft, store, rows, tmp_path / "run"), ledger, lambda _: None)
+
+    (first, result), (second, again) = run(), run()
+    assert again == result and first.stages[0].tokens == result.anchors > 0 and first.stages[0].flops > 0
+    assert not second.stages[0].tokens and not second.stages[0].flops
+
+
+@pytest.mark.parametrize("file", ["state.json", "best.safetensors", "state-*.safetensors"])
+def test_a_damaged_checkpoint_is_one_clear_line(file, target, draft, store, rows, tmp_path):
+    trainer(target, draft, store, rows, tmp_path / "run").run()
+    place = next((tmp_path / "run").glob(file))
+    place.write_bytes(place.read_bytes()[:40])
+    with pytest.raises(UserError, match="is not (JSON|a whole safetensors file)"):
+        trainer(target, draft, store, rows, tmp_path / "run").run()
+
+
+def test_a_curve_that_is_gone_or_torn_is_gone_on_with(target, draft, store, rows, tmp_path):
+    trainer(target, draft, store, rows, tmp_path / "run").run()
+    curve = tmp_path / "run" / "curve.jsonl"
+    whole = curve.read_text()
+    curve.write_text(whole + '{"step": 99, "lo')
+    trainer(target, draft, store, rows, tmp_path / "run").run()
+    assert curve.read_text() == whole
+    curve.unlink()
+    trainer(target, draft, store, rows, tmp_path / "run").run()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"optimizer": "sgd"}, {"clip": 0}, {"weight_decay": -1}, {"loss": "kll"}, {"warmup": 1.0}]
+)
+def test_settings_that_cannot_be_are_refused_when_they_are_read(wrong):
+    with pytest.raises(UserError, match="unknown|must be"):
+        TrainConfig(**wrong)
+
+
+def test_only_float32_is_trained(target, draft, store, rows, tmp_path):
+    ready, _ = prepare(copy.deepcopy(draft).bfloat16(), "fc", PrivateSize())
+    with pytest.raises(ValueError, match="float32"):
+        Trainer(ready, target, store, rows, rows, CONFIG, tmp_path / "run")
 
 
 def test_a_run_directory_of_another_config_is_refused(target, draft, store, rows, tmp_path):

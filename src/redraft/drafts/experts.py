@@ -133,11 +133,16 @@ def start_private(mlp: SharedPrivateMLP, old: Any, generator: torch.Generator) -
             side.router.spread(generator)
 
 
+def check_experts(side: str, experts: int, active: int) -> None:
+    """Raise ``UserError`` when no router can give each token ``active`` of ``experts``."""
+    if experts < 1 or not 1 <= active <= experts:
+        raise UserError(f"{active} active of {experts} {side} experts cannot be; give 1 <= active <= experts")
+
+
 def _check_counts(side: str, width: int, experts: int, active: int) -> None:
     if width <= 0:
         raise UserError(f"the width of the {side} expert is {width}; give a positive number")
-    if experts < 1 or not 1 <= active <= experts:
-        raise UserError(f"{active} active of {experts} {side} experts cannot be; give 1 <= active <= experts")
+    check_experts(side, experts, active)
     if width % experts:
         raise UserError(f"a width of {width} cannot be divided among {experts} {side} experts; give a multiple")
 

@@ -7,13 +7,12 @@ same shape.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from redraft.drafts.base import AnyDraft
-from redraft.drafts.experts import attach_low_rank, attach_private, match_linears
+from redraft.drafts.experts import attach_low_rank, attach_private, check_experts, match_linears
 from redraft.errors import UserError
 
 # Updates stand inside the layers that they update, so that no prefix tells them apart.
@@ -59,6 +58,20 @@ class PrivateSize:
     shared_experts: int = 1
     shared_active: int | None = None
     balance: float = 0.01
+
+    def __post_init__(self) -> None:
+        """Raises ``UserError`` for sizes that no draft can have."""
+        if self.width is not None and self.width < 1:
+            raise UserError(f"the width of the private expert is {self.width}; give a positive number")
+        if self.rank is not None and self.rank < 1:
+            raise UserError(f"the rank of the low-rank updates is {self.rank}; give a positive number")
+        if self.alpha is not None and self.alpha <= 0:
+            raise UserError(f"alpha of the low-rank updates is {self.alpha}; give a positive number, or leave it out")
+        if self.balance < 0:
+            raise UserError(f"the weight of the load-balancing term is {self.balance}; give zero or more")
+        shared_active = self.shared_experts if self.shared_active is None else self.shared_active
+        check_experts("private", self.experts, self.active)
+        check_experts("shared", self.shared_experts, shared_active)
 
 
 @dataclass(frozen=True)
@@ -180,8 +193,11 @@ def prepare(
 
 def fair_width(draft: AnyDraft, room: int, experts: int = 1) -> int:
     """The inner width at which private ``experts`` together have about ``room`` parameters, and no more."""
-    step = math.lcm(WIDTH_STEP, max(1, experts))  # a count that cannot be is refused where experts are made
-    return max(1, room // (3 * draft.config.hidden_size * step)) * step
+    most = room // (3 * draft.config.hidden_size)
+    step = experts * max(1, round(WIDTH_STEP / experts))
+    if most < step:  # a draft so small that every row counts
+        step = experts
+    return max(experts, most // step * step)
 
 
 def fair_rank(draft: AnyDraft, room: int, on: Sequence[str] = ()) -> int:
@@ -190,8 +206,9 @@ def fair_rank(draft: AnyDraft, room: int, on: Sequence[str] = ()) -> int:
     """
     weights = [draft.get_parameter(f"{name}.weight") for name in match_linears(draft, on)]
     shapes: list[tuple[int, ...]] = [tuple(weight.shape) for weight in weights]
-    fair = room // (sum(map(sum, shapes)) * RANK_STEP) * RANK_STEP
-    return min(max(RANK_STEP, fair), min(map(min, shapes)))
+    most = room // sum(map(sum, shapes))
+    fair = most // RANK_STEP * RANK_STEP if most >= RANK_STEP else most
+    return max(1, min(fair, *map(min, shapes)))
 
 
 def _with_private(draft: AnyDraft, size: PrivateSize, seed: int, room: int) -> AnyDraft:

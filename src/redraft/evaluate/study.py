@@ -174,6 +174,8 @@ class Study:
     def _cost(self, group: Sequence[Cell]) -> dict[str, Any]:
         """Sizes and costs, the mean over seeds, and what training from scratch to the same tau costs."""
         cell, count = group[0], len(group)
+        if len({c["trained_parameters"] for c in group}) > 1:
+            raise UserError(f"the seeds of {cell['key']} trained parts of different sizes; they cannot be pooled")
         stages = {stage: sum(c["flops"].get(stage, 0) for c in group) / count for stage in cell["flops"]}
         seconds = {stage: sum(c["seconds"].get(stage, 0.0) for c in group) / count for stage in cell["seconds"]}
         found: dict[str, Any] = {

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,7 +30,6 @@ from redraft.artifact import (
 from redraft.drafts.base import AnyDraft, Draft, check_fit
 from redraft.drafts.eagle3 import Eagle3Config, Eagle3Draft
 from redraft.drafts.experts import merge_private
-from redraft.drafts.standalone import StandaloneDraft
 from redraft.errors import UserError
 from redraft.registry import Registry
 
@@ -113,17 +112,22 @@ def holds_standalone(name: str) -> Callable[[Exporter], Exporter]:
     return EXPORTERS.register(name)
 
 
-def refuse_states_reader(draft: object) -> StandaloneDraft:
-    """The draft, if it is a standalone one. Raises ``UserError`` for one that reads the target's states."""
-    if not isinstance(draft, StandaloneDraft):
-        raise UserError("this draft reads the target's states and is no language model; export it for vllm or sglang")
-    return draft
-
-
-def refuse_language_model(draft: object) -> None:
-    """Raise ``UserError`` for a standalone draft: formats of drafts that read the target's states do not hold it."""
-    if isinstance(draft, StandaloneDraft):
-        raise UserError("a standalone draft is a language model of its own, which every engine loads as hf; export hf")
+def check_formats(names: Sequence[str], family: str) -> None:
+    """Raise ``UserError`` for a format that there is not, or that holds no draft of this family."""
+    for name in names:
+        EXPORTERS.get(name)
+        if family == "standalone" and name not in STANDALONE_FORMATS:
+            raise UserError(
+                f"{name} is for drafts that read the target's states; a standalone draft is a language model of its "
+                "own, which every engine loads as hf; export hf"
+            )
+        if family != "standalone" and name in STANDALONE_FORMATS:
+            raise UserError(
+                f"this draft reads the target's states and is no language model, which {name} is for; export it for "
+                "vllm or sglang"
+            )
+        if family == "eagle1" and name == "plain":
+            raise UserError("an Eagle1 draft has no file that all engines load alike; export it for vllm or for sglang")
 
 
 # -- checks ----------------------------------------------------------------------------------------------------------

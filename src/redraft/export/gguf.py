@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from redraft.artifact import atomic_folder, check_tensors, tensors_bytes
-from redraft.drafts.base import Draft
+from redraft.drafts.base import Draft, family_of
 from redraft.drafts.standalone import StandaloneDraft, merge_experts
 from redraft.drafts.standalone_files import plain_state
 from redraft.errors import UserError
-from redraft.export.base import ExportReport, TargetInfo, check_tokens, holds_standalone, refuse_states_reader
+from redraft.export.base import ExportReport, TargetInfo, check_formats, check_tokens, holds_standalone
 from redraft.export.gguf_tokens import TokenFields, token_fields
 from redraft.export.standalone import check_language_model
 from redraft.loading import gguf_of
@@ -56,9 +56,10 @@ def export_gguf(
     tokenizer that llama.cpp has no name for.
     """
     check_tokens(speculative_tokens)
-    whole = refuse_states_reader(draft)
+    check_formats(["gguf"], family_of(draft))
+    assert isinstance(draft, StandaloneDraft)
     folder, info = Path(folder), TargetInfo.of(target)
-    dense = merge_experts(whole)
+    dense = merge_experts(draft)
     check_language_model(dense, info)
     check_shape(dense.model.config)
     state = plain_state(dense.model)
@@ -69,7 +70,7 @@ def export_gguf(
     with atomic_folder(folder, tensors_bytes(written) + (16 << 20), {FILE}) as new:
         _write(new / FILE, dense, info, written, fields)
         _check_file(new / FILE, written, fields)
-    width = whole.config.private_width
+    width = draft.config.private_width
     notes = [f"private experts of width {width} were merged into the MLPs"] if width else []
     return ExportReport(
         "gguf",

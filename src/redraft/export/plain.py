@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from redraft.drafts.base import Draft
+from redraft.drafts.base import Draft, family_of
 from redraft.drafts.eagle1 import Eagle1Draft
 from redraft.drafts.eagle3 import Eagle3Config, Eagle3Draft
 from redraft.errors import UserError
@@ -17,6 +17,7 @@ from redraft.export.base import (
     EXPORTERS,
     ExportReport,
     TargetInfo,
+    check_formats,
     check_tokens,
     dtype_name,
     layer_config,
@@ -24,7 +25,6 @@ from redraft.export.base import (
     options,
     path_warnings,
     prepare,
-    refuse_language_model,
     serve_command,
     sglang_command,
     write_checkpoint,
@@ -53,12 +53,10 @@ def export_sglang(draft: Draft, folder: str | Path, target: Any, *, speculative_
 
 
 def _export(name: str, draft: Draft, folder: Path, info: TargetInfo, tokens: int) -> ExportReport:
-    refuse_language_model(draft)
+    check_formats([name], family_of(draft))
     check_tokens(tokens)
     if isinstance(draft, Eagle1Draft):
-        if name == "sglang":
-            return export_eagle1(name, draft, folder, info, tokens)
-        raise UserError("an Eagle1 draft has no file that all engines load alike; export it for vllm or for sglang")
+        return export_eagle1(name, draft, folder, info, tokens)
     dense, notes = prepare(draft, info)
     limits = sglang_limits(dense.config, info)
     if limits and name == "sglang":

@@ -12,17 +12,17 @@ from typing import Any
 import torch
 
 from redraft.artifact import atomic_folder, check_tensors, tensors_bytes, tensors_hash
-from redraft.drafts.base import Draft
+from redraft.drafts.base import Draft, family_of
 from redraft.drafts.standalone import StandaloneDraft, merge_experts
 from redraft.drafts.standalone_files import FOLDER_FILES, plain_state, write_model
 from redraft.errors import UserError
 from redraft.export.base import (
     ExportReport,
     TargetInfo,
+    check_formats,
     check_tokens,
     holds_standalone,
     path_warnings,
-    refuse_states_reader,
     serve_command,
 )
 from redraft.loading import check_tokenizers, load_target
@@ -39,9 +39,10 @@ def export_hf(
     and for tensors that are not sound.
     """
     check_tokens(speculative_tokens)
-    whole = refuse_states_reader(draft)
+    check_formats(["hf"], family_of(draft))
+    assert isinstance(draft, StandaloneDraft)
     folder, info = Path(folder), TargetInfo.of(target)
-    dense = merge_experts(whole)
+    dense = merge_experts(draft)
     check_language_model(dense, info)
     state = plain_state(dense.model)
     check_tensors(state, state, "the draft to be exported")
@@ -51,7 +52,7 @@ def export_hf(
         if tensors_hash(plain_state(back.model)) != tensors_hash(state):
             raise RuntimeError("the hf export does not read back as the draft that was written")
         check_tokenizers(back.tokenizer, dense.tokenizer)
-    width = whole.config.private_width
+    width = draft.config.private_width
     notes = [f"private experts of width {width} were merged into the MLPs"] if width else []
     return ExportReport(
         "hf",

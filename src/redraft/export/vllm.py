@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from redraft.drafts.base import Draft
+from redraft.drafts.base import Draft, family_of
 from redraft.drafts.eagle1 import Eagle1Draft
 from redraft.drafts.eagle3 import Eagle3Draft
 from redraft.errors import UserError
@@ -16,13 +16,13 @@ from redraft.export.base import (
     EXPORTERS,
     ExportReport,
     TargetInfo,
+    check_formats,
     check_tokens,
     dtype_name,
     layer_config,
     options,
     path_warnings,
     prepare,
-    refuse_language_model,
     serve_command,
     to_layers,
     write_checkpoint,
@@ -40,7 +40,7 @@ def export_vllm(draft: Draft, folder: str | Path, target: Any, *, speculative_to
     incomplete, or the target has no name for the engine to load.
     """
     info, folder = TargetInfo.of(target), Path(folder)
-    refuse_language_model(draft)
+    check_formats(["vllm"], family_of(draft))
     if isinstance(draft, Eagle1Draft):
         return export_eagle1("vllm", draft, folder, info, speculative_tokens)
     if not info.name:

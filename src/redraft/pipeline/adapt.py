@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from redraft import provenance
-from redraft.artifact import atomic_write_json
+from redraft.artifact import atomic_write_json, read_json
 from redraft.data.mixture import mix
 from redraft.data.store import Row, read_rows
 from redraft.decode.tree import ChainShape
-from redraft.drafts.base import Draft
+from redraft.drafts.base import Draft, family_of
 from redraft.drafts.groups import prepare, trained_parameters
 from redraft.evaluate.speed import BenchConfig
 from redraft.export import EXPORTERS
-from redraft.export.base import check_taps
+from redraft.export.base import check_formats, check_taps
 from redraft.loading import ADAPTER_FILE
 from redraft.pipeline.bench import measure
 from redraft.pipeline.config import AdaptConfig, claim_run
@@ -38,7 +38,7 @@ from redraft.select.rules import choose, parse_budget
 from redraft.target import Target
 from redraft.teacher.features import FeatureStore, anchors
 from redraft.teacher.simulate import row_alphas
-from redraft.train.replay import ReplayConfig
+from redraft.train.replay import ReplayConfig, check_replayable
 from redraft.train.trainer import Trainer, TrainResult
 
 
@@ -87,7 +87,10 @@ class AdaptRun:
         c, taps = self.config, self.stale.draft.config.taps
         if c.exports:
             check_taps(taps)
+        check_formats(c.exports, family_of(self.stale.draft))
         check_merge(c.method, c.private_size, c.exports)
+        if c.replay:
+            check_replayable(self.stale.draft)
         if c.select_on == "prompts":
             self.source.chosen = frozenset(self.select_prompts().selected_keys)
         self.source.write()
@@ -188,7 +191,7 @@ class AdaptRun:
         """Train what the method names; save the private part (if it is one) and the merged draft."""
         c, done = self.config, self.folder / "train.json"
         if done.exists():
-            return TrainResult(**json.loads(done.read_text()))
+            return TrainResult(**read_json(done))
         rows, heldout = self.training_rows(), self.rows(self.source.heldout)
         started = self.start(rows)
         draft, names = prepare(started.draft, c.method, c.private_size, c.seed, self.target)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from redraft.artifact import atomic_write_json
+from redraft.artifact import atomic_write_json, read_json
 from redraft.drafts.groups import PrivateSize, method
 from redraft.errors import UserError
+from redraft.export.base import check_formats
 from redraft.losses import LOSSES
 from redraft.pipeline.starts import parse_start
 from redraft.pipeline.yamlfile import read_yaml
@@ -22,6 +22,7 @@ from redraft.select.rules import parse_budget
 from redraft.train.trainer import TrainConfig
 
 CONFIG_FILE = "config.json"
+REVISABLE = ("exports",)  # settings that a run may be gone on with otherwise
 COMMAND = "redraft adapt"
 SELF = "self"
 
@@ -106,6 +107,12 @@ class AdaptConfig(BaseModel):
         parse_scorer(value)
         return value
 
+    @field_validator("exports")
+    @classmethod
+    def _exports(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        check_formats(value, "eagle3")
+        return value
+
     @field_validator("start")
     @classmethod
     def _start(cls, value: str) -> str:
@@ -154,7 +161,8 @@ class AdaptConfig(BaseModel):
         return int(count)
 
     @model_validator(mode="after")
-    def _scorer_has_its_models(self) -> AdaptConfig:
+    def _together(self) -> AdaptConfig:
+        assert self.private_size and self.train_config()  # a bad one is refused before there is a run directory
         if "base_target" in parse_scorer(self.scorer).needs and self.base_target is None:
             raise UserError(f"scorer {self.scorer} compares the target with its base; give --base-target")
         return self
@@ -262,12 +270,18 @@ def read_config(path: Path, overrides: dict[str, Any] | None = None) -> AdaptCon
 
 def claim_run(config: AdaptConfig) -> None:
     """Make the run directory, or check that it belongs to the same settings. Raises ``UserError``."""
-    values = json.loads(config.model_dump_json(exclude={"out"})) | {"train": asdict(config.train_config())}
-    claim_folder(config.out, values, AdaptConfig)
+    values = json.loads(config.model_dump_json(exclude={"out"})) | {"train": config.train_config().identity()}
+    claim_folder(config.out, values, AdaptConfig, {"train": TrainConfig().identity()})
 
 
-def claim_folder(folder: Path, values: dict[str, Any], kind: type[BaseModel]) -> None:
-    """Make a run directory of these settings of ``kind``, or check that it belongs to them. Raises ``UserError``."""
+def claim_folder(
+    folder: Path, values: dict[str, Any], kind: type[BaseModel], recipes: Mapping[str, dict[str, Any]]
+) -> None:
+    """Make a run directory of these settings of ``kind``, or check that it belongs to them. Raises ``UserError``.
+
+    ``recipes`` are those settings that hold settings of their own, with their defaults. What a finished draft is
+    exported to may change.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -281,10 +295,21 @@ def claim_folder(folder: Path, values: dict[str, Any], kind: type[BaseModel]) ->
     # Settings that are newer than the run directory had their defaults then.
     shown = kind.model_fields
     then = {name: shown[name].get_default(call_default_factory=True) for name in values if name in shown}
-    stored = json.loads(json.dumps(then, default=str)) | json.loads(path.read_text())
-    changed = sorted(k for k in {*stored, *values} if stored.get(k) != values.get(k))
+    stored = json.loads(json.dumps(then, default=str)) | read_json(path)
+    for name, defaults in recipes.items():
+        stored[name] = defaults | {key: value for key, value in stored[name].items() if key in defaults}
+    changed = sorted(_differences(stored, values, recipes))
     if changed:
         raise UserError(
             f"{folder} belongs to a run with another {', '.join(changed)}; "
             "give another run directory, or the same settings to resume it"
         )
+
+
+def _differences(stored: dict[str, Any], values: dict[str, Any], recipes: Iterable[str]) -> Iterator[str]:
+    """The names of settings that differ, those within a recipe by both names."""
+    for key in {*stored, *values} - {*recipes, *REVISABLE}:
+        if stored.get(key) != values.get(key):
+            yield key
+    for key in recipes:
+        yield from (f"{key} {name}" for name, value in values[key].items() if stored[key].get(name) != value)

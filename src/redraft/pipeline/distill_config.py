@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from redraft.errors import UserError
+from redraft.export.base import check_formats
 from redraft.losses import LOSSES
 from redraft.pipeline.config import checked, claim_folder, read_settings, recipe
 from redraft.train.distil import DistilConfig
@@ -74,6 +74,12 @@ class DistillConfig(BaseModel):
         LOSSES.get(value)
         return value
 
+    @field_validator("exports")
+    @classmethod
+    def _exports(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        check_formats(value, "standalone")
+        return value
+
     @field_validator("teacher", "dtype", "embeddings")
     @classmethod
     def _choice(cls, value: str, info: Any) -> str:
@@ -129,5 +135,6 @@ def read_distill_config(path: Path | None, given: dict[str, Any]) -> DistillConf
 def claim_distill(config: DistillConfig) -> None:
     """Make the run directory, or check that it belongs to the same settings. Raises ``UserError``."""
     values = json.loads(config.model_dump_json(exclude={"out"}))
-    values |= {"pretrain": asdict(config.pretrain_config()), "align": asdict(config.align_config())}
-    claim_folder(config.out, values, DistillConfig)
+    values |= {"pretrain": config.pretrain_config().identity(), "align": config.align_config().identity()}
+    defaults = {"pretrain": PretrainConfig().identity(), "align": DistilConfig().identity()}
+    claim_folder(config.out, values, DistillConfig, defaults)

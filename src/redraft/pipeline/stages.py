@@ -48,7 +48,8 @@ def run_training(trainer: Trainer, ledger: provenance.Ledger, say: Say) -> Train
         unrolled = getattr(trainer.draft, "objective", "unroll") == "unroll"
         steps = result.anchors * (trainer.config.unroll if unrolled else 1)
         flops = provenance.train_flops(trained, steps, trainer.draft.parameters_per_token - trained)
-        entry.add(result.anchors, flops, f"({provenance.TRAIN_FORMULA}) * unroll")
+        if not trainer.descent.done_before:  # a run that had ended is read, not paid for again
+            entry.add(result.anchors, flops, f"({provenance.TRAIN_FORMULA}) * unroll")
     why = "stopped early" if result.stopped_early else "whole budget"
     say(f"train: held-out tau {result.start_tau:.3f} -> {result.best_tau:.3f} in {result.steps} steps ({why})")
     return result

@@ -11,7 +11,6 @@ from redraft.artifact import atomic_write_json
 from redraft.data.store import TRAFFIC, Row, read_rows
 from redraft.drafts.groups import PrivateSize, method, prepare
 from redraft.errors import UserError
-from redraft.losses import LOSSES
 from redraft.pipeline.models import open_draft
 from redraft.pipeline.stage1 import split_rows, train_from_nothing
 from redraft.pipeline.stages import Say, build_features, run_training, save_trained
@@ -65,7 +64,6 @@ def train_new(
     family: str = "eagle3",
 ) -> None:
     """Stage 1: a draft of ``family`` from nothing, in ``out/draft``. Raises ``UserError``; a killed run goes on."""
-    LOSSES.get(config.loss)
     if data.heldout_responses is not None:
         raise UserError("--from-nothing holds responses out by number: give --heldout, not --heldout-responses")
     rows = [row for part in data.read() for row in part]
@@ -87,7 +85,6 @@ def train_old(
 
     Raises ``UserError``; a killed run, started again with the same arguments, goes on.
     """
-    LOSSES.get(config.loss)
     if not method(method_name).groups:
         raise UserError(f"method {method_name} trains nothing; choose another")
     rows, heldout = data.read()
@@ -98,7 +95,7 @@ def train_old(
     store = FeatureStore(out / "features", {"target": target.content_hash(), "taps": list(target.taps)})
     ledger = provenance.Ledger.load(out / "ledger.json")
     build_features("features", store, target, [*rows, *heldout], ledger)
-    trainer = Trainer(trained, target, store, rows, heldout, config, out / "train")
+    trainer = Trainer(trained, target, store, rows, heldout, config, out / "train", opened.base_hash)
     result = run_training(trainer, ledger, say)
     save_trained(out, trainer.draft, names, opened, method_name, target, config.seed)
     atomic_write_json(out / "train.json", asdict(result))

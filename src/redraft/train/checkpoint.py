@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
-from redraft.artifact import atomic_write_json
+from redraft.artifact import atomic_write_json, read_json, read_tensors
 from redraft.errors import UserError
 from redraft.train.optimizer import Optimizers
 
@@ -28,9 +28,11 @@ class Checkpoint:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "state.json"
         if self.path.exists():
-            stored = json.loads(self.path.read_text())["identity"]
+            stored = read_json(self.path)["identity"]
+            if stored.keys() != self.identity.keys():
+                raise UserError(f"{folder} was begun by another version of redraft; delete it to train anew")
             if stored != self.identity:
-                changed = sorted(k for k in {*stored, *self.identity} if stored.get(k) != self.identity.get(k))
+                changed = sorted(k for k in stored if stored[k] != self.identity[k])
                 raise UserError(
                     f"{folder} belongs to a run with another {', '.join(changed)}; "
                     "give another run directory or the settings it was started with"
@@ -50,8 +52,8 @@ class Checkpoint:
         """Restore weights and optimisers in place; ``None`` when there is nothing to resume."""
         if not self.path.exists():
             return None
-        stored = json.loads(self.path.read_text())
-        tensors = load_file(self.folder / stored["file"])
+        stored = read_json(self.path)
+        tensors = read_tensors(self.folder / stored["file"])
         with torch.no_grad():
             for name, parameter in trained:
                 parameter.copy_(tensors[f"weight/{name}"])
@@ -63,7 +65,7 @@ class Checkpoint:
         self._write({name: p.detach().clone() for name, p in trained}, "best.safetensors")
 
     def load_best(self, trained: Named) -> None:
-        tensors = load_file(self.folder / "best.safetensors")
+        tensors = read_tensors(self.folder / "best.safetensors")
         with torch.no_grad():
             for name, parameter in trained:
                 parameter.copy_(tensors[name])

@@ -21,10 +21,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from redraft.artifact import atomic_write_text
 from redraft.errors import UserError
 from redraft.progress import Progress
 from redraft.train.checkpoint import Checkpoint, Named
-from redraft.train.optimizer import Optimizers, learning_rate, make_optimizers
+from redraft.train.optimizer import OPTIMIZERS, Optimizers, learning_rate, make_optimizers
 
 PRECISIONS = ("bfloat16", "float32")
 
@@ -49,6 +50,12 @@ class DescentConfig:
         """Raises ``UserError`` for a setting that would train nothing, or without end."""
         if not 0 < self.learning_rate < math.inf:
             raise UserError(f"training setting learning_rate must be above 0 and finite, not {self.learning_rate!r}")
+        if self.optimizer not in OPTIMIZERS:
+            raise UserError(f"unknown optimizer {self.optimizer!r}; choose one of {', '.join(OPTIMIZERS)}")
+        if not 0 < self.clip:
+            raise UserError(f"training setting clip must be above 0 (inf clips nothing), not {self.clip!r}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise UserError(f"training setting weight_decay must be 0 or more, not {self.weight_decay!r}")
         if self.evaluate_every < 1:
             raise UserError(f"training setting evaluate_every must be 1 or more, not {self.evaluate_every!r}")
         if self.patience < 0:
@@ -137,6 +144,8 @@ class Descent:
         self.device, self.precision = trained[0][1].device, precision
         names = {"config": config.identity(), "trained": [n for n, _ in trained], "steps": total}
         self.folder, self.curve = folder, folder / "curve.jsonl"
+        # Whether the run had ended before this process came to it: then nothing is spent here.
+        self.done_before = False
         self.checkpoint = Checkpoint(folder, names | identity)
 
     # -- the loop ----------------------------------------------------------------------------------------------
@@ -148,13 +157,14 @@ class Descent:
         """
         optimizers = make_optimizers(self.trained, self.config.optimizer, self.config.weight_decay)
         state = self.checkpoint.load(self.trained, optimizers) or self.start(optimizers)
+        self.done_before = self.ended(state)
         self.mend_curve(state["step"])
         self.model.train()
         began = saved = time.monotonic()
         spent = state["seconds"]
         # Closed at once when the loop ends early: a source may hold a thread.
         with closing(self.source.steps(state["step"], state["position"])) as steps:  # type: ignore[type-var]
-            while state["step"] < self.total and not self.exhausted(state):
+            while not self.ended(state):
                 self.advance(next(steps), optimizers, state, reporter)
                 state["seconds"] = spent + time.monotonic() - began
                 due = state["step"] % self.config.evaluate_every == 0 or state["step"] == self.total
@@ -190,9 +200,10 @@ class Descent:
         self.model.train()
         return figure
 
-    def exhausted(self, state: dict[str, Any]) -> bool:
+    def ended(self, state: dict[str, Any]) -> bool:
+        """Whether all steps are done, or patience is out."""
         patience = self.config.patience * self.config.evaluate_every
-        return 0 < patience <= state["step"] - state["best_step"]
+        return state["step"] >= self.total or 0 < patience <= state["step"] - state["best_step"]
 
     def advance(self, step: Step, optimizers: Optimizers, state: dict[str, Any], reporter: Progress | None) -> None:
         """One optimiser step and its entries in ``state``."""
@@ -221,8 +232,10 @@ class Descent:
 
     def mend_curve(self, step: int) -> None:
         """Drop lines behind the checkpoint: a kill between the two would leave them there twice."""
-        lines = self.curve.read_text().splitlines(keepends=True)
-        self.curve.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+        lines = self.curve.read_text().splitlines(keepends=True) if self.curve.exists() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        if kept != lines:
+            atomic_write_text(self.curve, "".join(kept))
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")

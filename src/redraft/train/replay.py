@@ -162,6 +162,12 @@ def lost_states(
     return reached, failed
 
 
+def check_replayable(draft: Any) -> None:
+    """Raise ``UserError`` for a draft family that is not trained by unrolling."""
+    if getattr(draft, "objective", "unroll") != "unroll":
+        raise UserError(f"replay is for drafts that train by unrolling; {type(draft).__name__} does not")
+
+
 # -- training --------------------------------------------------------------------------------------------------------
 @dataclass
 class ReplayBatch(Batch):
@@ -204,8 +210,7 @@ class ReplayTrainer(Trainer):
         draft family that is not trained by unrolling, and when no round was lost."""
         if not states:
             raise UserError("no round ended early, so there is nothing to replay")
-        if getattr(draft, "objective", "unroll") != "unroll":
-            raise UserError(f"replay is for drafts that train by unrolling; {type(draft).__name__} does not")
+        check_replayable(draft)
         self.states = states
         super().__init__(draft, target, store, [r for r in rows if r.key in states], heldout, config, folder)
 

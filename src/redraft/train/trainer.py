@@ -15,6 +15,7 @@ import torch
 from redraft.data.store import Row
 from redraft.drafts.base import Draft
 from redraft.errors import UserError
+from redraft.losses import LOSSES
 from redraft.progress import Progress
 from redraft.target import Target
 from redraft.teacher.features import FeatureStore, anchors
@@ -41,6 +42,7 @@ class TrainConfig(DescentConfig):
     def __post_init__(self) -> None:
         """Raises ``UserError`` for a setting that would train nothing, or without end."""
         super().__post_init__()
+        LOSSES.get(self.loss)
         if not 0 < self.epochs < math.inf:
             raise UserError(f"training setting epochs must be above 0 and finite, not {self.epochs!r}")
         for name in ("batch_anchors", "unroll", "gamma"):
@@ -86,8 +88,12 @@ class Trainer:
         heldout: Sequence[Row],
         config: TrainConfig,
         folder: Path,
+        origin: str = "",
     ) -> None:
-        """Raises ``UserError`` when no row can be supervised or the folder belongs to another config."""
+        """``origin`` names what the draft was before, where its shape does not say it.
+
+        Raises ``UserError`` when no row can be supervised or the folder belongs to another run.
+        """
         self.draft, self.target, self.store, self.config = draft.to(target.device), target, store, config
         self.rows = [r for r in rows if anchors(r)]
         self.heldout = [r for r in heldout if anchors(r)]
@@ -107,7 +113,12 @@ class Trainer:
             self.evaluate,
             config,
             folder,
-            {"rows": rows_digest([r.key for r in self.rows])},
+            {
+                "rows": rows_digest([r.key for r in self.rows]),
+                "draft": self.draft.config.to_dict(),
+                "shapes": [list(p.shape) for _, p in self.trained],
+                "old draft": origin,
+            },
             # As the target decodes, so is its draft trained.
             precision="bfloat16" if target.dtype == torch.bfloat16 else "float32",
             before=self.aim,

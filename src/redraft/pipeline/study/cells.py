@@ -27,6 +27,7 @@ from redraft.progress import Progress
 from redraft.sampling import Sampler
 from redraft.teacher.features import anchors
 from redraft.teacher.simulate import expected_rounds_sampled, simulate_greedy_chain
+from redraft.train.replay import check_replayable
 from redraft.train.trainer import TrainConfig, Trainer, TrainResult
 
 CELL_FORMULAS = {
@@ -49,6 +50,8 @@ def run_cell(work: TargetWork, cell: Cell, keep: bool, progress: Progress | None
     opened = work.opened(cell.start)
     old: Any = opened.draft
     selected = work.select(cell.data, cell.selection) if cell.data != ANY else None
+    if config.replay_of(cell.method) is not None:
+        check_replayable(old)
     started, costs = start_of(work, cell, opened, selected)
     name, size = config.method_of(cell.method), config.size_of(cell.method)
     draft, names = prepare(copy.deepcopy(started.draft), name, size, cell.seed, target=work.target)
@@ -73,6 +76,7 @@ def run_cell(work: TargetWork, cell: Cell, keep: bool, progress: Progress | None
         "trained_parameters": sum(p.numel() for n, p in draft.named_parameters() if n in set(names)),
         "full_parameters": trained_parameters(old, "full"),
         "private_width": getattr(draft.config, "private_width", 0),
+        "low_rank": getattr(draft.config, "low_rank", 0),
         "private_bytes": private_bytes(stored, half(old), names),
         "start_details": started.details,
         "flops": costs.flops,
@@ -165,7 +169,8 @@ def train(
     trainer = Trainer(draft, work.target, store, selected.rows, work.heldout, settings, folder)
     with work.ledger.stage(f"{work.name}: train") as entry:
         first = trainer.run(progress)
-        entry.add(first.anchors, train_flops(trainer, [first]), CELL_FORMULAS["train"])
+        if not trainer.descent.done_before:
+            entry.add(first.anchors, train_flops(trainer, [first]), CELL_FORMULAS["train"])
     again = work.config.replay_of(cell.method)
     if again is None:
         return trainer, [first]

@@ -10,7 +10,6 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from redraft.decode.tree import parse_shape
 from redraft.drafts.groups import PrivateSize
-from redraft.errors import UserError
 from redraft.pipeline.config import recipe
 from redraft.pipeline.starts import parse_start, start_needs
 from redraft.pipeline.study.sources import parse_source
@@ -135,13 +134,8 @@ class MethodEntry(BaseModel):
 
     @property
     def size(self) -> PrivateSize:
-        """Raises ``UserError`` for a setting that there is not."""
-        found = recipe(PrivateSize, self.model_extra or {}, "method setting", beside=tuple(type(self).model_fields))
-        for name in ("width", "rank"):
-            value = getattr(found, name)
-            if value is not None and value < 1:
-                raise UserError(f"method setting {name} must be 1 or more, not {value!r}")
-        return found
+        """Raises ``UserError`` for a setting that there is not, or that cannot be."""
+        return recipe(PrivateSize, self.model_extra or {}, "method setting", beside=tuple(type(self).model_fields))
 
 
 class StartEntry(Strict):

@@ -122,9 +122,10 @@ class StudyRun:
             budget = self._budget(work, cell)
             with self.board.cell(cell.key, units[cell], budget) as progress:
                 record = run_cell(work, cell, keep, progress)
+            # The record says that a cell is done with: whatever the results read beside it must be there by then.
+            atomic_write_json(facts_path, facts(work, facts_path))
             atomic_write_json(self.record_path(cell), record)
             shutil.rmtree(self.record_path(cell).parent / "train", ignore_errors=True)
-            atomic_write_json(facts_path, facts(work, facts_path))
             self.write(finished=False)
             self.say(f"{len(self.records())} of {len(self.cells)} cells: {told(record, read_json(facts_path))}")
         if wanted:
