@@ -304,7 +304,7 @@ def test_a_run_directory_of_another_config_is_refused(target, draft, store, rows
     trainer(target, draft, store, rows, tmp_path / "run").run()
     with pytest.raises(UserError, match="another config"):
         trainer(target, draft, store, rows, tmp_path / "run", config=replace(CONFIG, seed=1))
-    with pytest.raises(UserError, match="another trained"):
+    with pytest.raises(UserError, match="another draft, shapes, trained"):
         trainer(target, draft, store, rows, tmp_path / "run", method="fc")
 
 
