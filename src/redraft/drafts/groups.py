@@ -103,7 +103,7 @@ class Method:
 
 
 # Measured in docs/studies/learning-rates.md.
-FULL_RATE = 2e-3
+FULL_RATE, FC_RATE, NORMS_RATE = 2e-3, 2e-3, 2e-2
 
 # What a method with a private part of no given size trains, as a share of what `full` does; rounded down to multiples.
 SHARE = 0.2
@@ -117,8 +117,8 @@ METHODS: dict[str, Method] = {
     "eda": Method(("private",), "a private expert beside the frozen shared draft (EDA)", ONE_EXPERT),
     "eda+fc": Method(("private", "fc"), "private expert and feature projection", ONE_EXPERT),
     "eda-moe": Method(("private", "router"), "several private experts with a top-k router; cannot be merged"),
-    "fc": Method(("fc",), "the projection of the target's features"),
-    "norms": Method(("norms",), "the norms of the layer and before the head"),
+    "fc": Method(("fc",), "the projection of the target's features", learning_rate=FC_RATE),
+    "norms": Method(("norms",), "the norms of the layer and before the head", learning_rate=NORMS_RATE),
     "head": Method(("head",), "the head"),
     "lora": Method((LOW_RANK, "norms"), "low-rank updates of every matrix, and the norms; the default"),
     "lora-peer": Method(
