@@ -14,7 +14,7 @@ import time
 import urllib.request
 from typing import Any
 
-from worker import read_prompts, work, worker_parser
+from worker import Answer, work, worker_parser
 
 PREFIX = "llamacpp:spec_decode_num_"
 NAMES = {"drafts": "rounds", "draft_tokens": "drafted", "accepted_tokens": "accepted"}
@@ -66,42 +66,33 @@ def ask(address: str, body: dict[str, Any] | None = None) -> str:
         return answer.read().decode()
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Warm up, then decode every prompt greedily; returns the record that the caller reads."""
+def start(options: argparse.Namespace) -> tuple[dict[str, Any], Answer]:
+    """The package's version, and the server's greedy answers, one prompt at a time, with what its counters gained."""
     import xllamacpp
 
-    prompts = read_prompts(options)
-    began = time.perf_counter()
     server = start_server(options)
-    load_seconds, home = time.perf_counter() - began, server.listening_address
+    home = server.listening_address
 
-    def decode(ids: list[int], tokens: int) -> dict[str, Any]:
-        body = {"prompt": ids, "n_predict": tokens, "temperature": 0.0, "cache_prompt": False, "return_tokens": True}
-        return json.loads(ask(f"{home}/completion", body))
-
-    for prompt in prompts[: options.warmup]:
-        decode(prompt["prompt_ids"], min(32, options.max_new_tokens))
-    rows = []
-    for prompt in prompts:
-        before = parse_counters(ask(f"{home}/metrics"))
-        start = time.perf_counter()
-        output = decode(prompt["prompt_ids"], options.max_new_tokens)
-        seconds = time.perf_counter() - start
+    def answer(prompt_ids: list[int], tokens: int) -> dict[str, Any]:
+        body = {"prompt": prompt_ids, "n_predict": tokens, "temperature": 0.0}
+        body |= {"cache_prompt": False, "return_tokens": True}
+        before, began = parse_counters(ask(f"{home}/metrics")), time.perf_counter()
+        output = json.loads(ask(f"{home}/completion", body))
+        seconds = time.perf_counter() - began
         gained = difference(parse_counters(ask(f"{home}/metrics")), before)
         told = output["timings"]
         if (told.get("draft_n", 0), told.get("draft_n_accepted", 0)) != (gained["drafted"], gained["accepted"]):
-            raise SystemExit(f"{prompt['id']}: the answer says {told}, the metrics gained {gained}")
-        row = {"id": prompt["id"], "seconds": seconds, "ids": output["tokens"], "finish_reason": output["stop_type"]}
-        rows.append(row | gained)
-        print(f"{prompt['id']}: {len(row['ids'])} tokens, {gained['rounds']} rounds, {seconds:.2f} s", flush=True)
-    return {"xllamacpp": xllamacpp.__version__, "load_seconds": load_seconds, "prompts": rows}
+            raise SystemExit(f"the answer says {told}, the metrics gained {gained}")
+        return {"seconds": seconds, "ids": output["tokens"], "finish_reason": output["stop_type"]} | gained
+
+    return {"xllamacpp": xllamacpp.__version__}, answer
 
 
 def main() -> None:
     parser = worker_parser(__doc__)
     parser.add_argument("--context", type=int, required=True)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    work(run, parser.parse_args())
+    work(start, parser.parse_args())
 
 
 if __name__ == "__main__":

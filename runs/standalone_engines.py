@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,8 @@ from redraft.loading import quiet
 from redraft.pipeline.models import open_proposer, open_target, template_prompts
 from redraft.provenance import collect
 from redraft.target import Target
-from vllm_check import against, counts, run_worker, serve, speeds
+from turns import Worker, take_turns
+from vllm_check import against, counts, served, speeds
 
 EMBEDDED_TARGET = "embedded:smollm2-135m-instruct"
 LLAMACPP_WORKER = Path(__file__).with_name("llamacpp_worker.py")
@@ -185,9 +187,12 @@ def vllm(job: Job) -> dict[str, Any]:
         eager=options.eager,
     )
     more = ("--method", "draft_model", "--dtype", options.dtype, "--warmup", str(options.warmup))
-    plain = serve("vllm-plain", "", asked, job.work, *more)
-    draft = serve("vllm-draft", str(job.work / "draft"), asked, job.work, *more)
-    return {"plain": plain["prompts"], "draft": draft["prompts"], "version": draft["vllm"]}
+    start = {
+        "plain": partial(served, "vllm-plain", "", asked, job.work, *more),
+        "draft": partial(served, "vllm-draft", str(job.work / "draft"), asked, job.work, *more),
+    }
+    found = take_turns(start, len(job.prompts))
+    return {name: each["prompts"] for name, each in found.items()} | {"version": found["draft"]["vllm"]}
 
 
 def llamacpp(job: Job) -> dict[str, Any]:
@@ -199,7 +204,7 @@ def llamacpp(job: Job) -> dict[str, Any]:
     for name, model in (("target", whole), ("draft", job.draft)):
         report = EXPORTERS.get("gguf")(model, job.work / f"{name}-gguf", job.target, speculative_tokens=options.gamma)
         files[name] = str(report.folder / "model.gguf")
-    found: dict[str, Any] = {}
+    start = {}
     for name, draft in (("plain", ""), ("draft", files["draft"])):
         record = job.work / f"llamacpp-{name}.json"
         command = [options.llamacpp_python, str(LLAMACPP_WORKER), "--target", files["target"], "--draft", draft]
@@ -207,9 +212,9 @@ def llamacpp(job: Job) -> dict[str, Any]:
         command += ["--speculative-tokens", str(options.gamma), "--max-new-tokens", str(job.tokens)]
         command += ["--warmup", str(options.warmup)]
         command += ["--threads", str(options.threads)] if options.threads else []
-        done = run_worker(f"llama.cpp failed on the {name} configuration", command, record, {})
-        found |= {name: done["prompts"], "version": done["xllamacpp"]}
-    return found
+        start[name] = partial(Worker, f"llama.cpp failed on the {name} configuration", command, record, {})
+    found = take_turns(start, len(job.prompts))
+    return {name: each["prompts"] for name, each in found.items()} | {"version": found["draft"]["xllamacpp"]}
 
 
 ENGINES: dict[str, Callable[[Job], dict[str, Any]]] = {

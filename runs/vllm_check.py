@@ -1,9 +1,9 @@
 """The embedded target served by vLLM plain, with the stale draft and with the aligned draft, side by side.
 
-Each configuration runs in a process of its own (``vllm_worker.py``, in vLLM's environment) on the same prompts,
-greedy, batch 1, bfloat16. tau comes from vLLM's own counters; beside it stands our chain engine's tau on the same
-prompts, where the caller gives it. Both engines' texts part where bfloat16 rounding differs, so agreement is asked
-of the bootstrap interval over prompts, not of every round.
+Each configuration runs in a process of its own (``vllm_worker.py``, in vLLM's environment); they take the same prompts
+in turn (``turns.py``), greedy, batch 1, bfloat16. tau comes from vLLM's own counters; beside it stands our chain engine's
+tau on the same prompts, where the caller gives it. Both engines' texts part where bfloat16 rounding differs, so
+agreement is asked of the bootstrap interval over prompts, not of every round.
 
 Two ways to count, both printed:
   tau          tokens that the rounds produced, after the stop rule's cut, / rounds (the definition in metrics.py);
@@ -15,8 +15,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,13 @@ from redraft.artifact import atomic_write_json
 from redraft.errors import UserError
 from redraft.evaluate.statistics import Interval, paired_ratio, ratio_of_sums
 from redraft.provenance import collect
+from turns import Worker, take_turns
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
-LOG_LINES = 25
 
 
-def serve(name: str, draft: str, options: argparse.Namespace, work: Path, *more: str) -> dict[str, Any]:
-    """One configuration in a process of its own; its output goes to ``work/NAME.log``, ``more`` to the worker."""
+def served(name: str, draft: str, options: argparse.Namespace, work: Path, *more: str) -> Worker:
+    """A worker with one configuration; its output goes to ``work/NAME.log``, ``more`` to the worker."""
     record = work / f"{name}.json"
     command = [options.vllm_python, str(WORKER), "--target", options.target, "--draft", draft]
     command += ["--prompts", options.prompts, "--out", str(record), "--max-model-len", str(options.max_model_len)]
@@ -46,29 +46,13 @@ def serve(name: str, draft: str, options: argparse.Namespace, work: Path, *more:
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
     }
-    return run_worker(f"vLLM failed on the {name} configuration", command, record, environment)
+    return Worker(f"vLLM failed on the {name} configuration", command, record, environment)
 
 
 def method_of(draft: str) -> str:
     """vLLM's name of the kind of an exported draft."""
     config = json.loads((Path(draft) / "config.json").read_text())
     return "eagle" if "EagleLlamaForCausalLM" in config.get("architectures", []) else "eagle3"
-
-
-def run_worker(failure: str, command: list[str], record: Path, environment: dict[str, str]) -> dict[str, Any]:
-    """What a worker wrote to ``record``; its output goes beside it. Raises ``UserError`` that begins with ``failure``.
-
-    The worker sees its own environment of packages alone.
-    """
-    record.unlink(missing_ok=True)
-    seen = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | environment
-    log = record.with_suffix(".log")
-    with log.open("w") as stream:
-        code = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env=seen).returncode
-    if code or not record.is_file():
-        tail = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_LINES:])
-        raise UserError(f"{failure} (exit {code}); the end of {log}:\n{tail}")
-    return json.loads(record.read_text())
 
 
 def figures(record: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
@@ -168,10 +152,11 @@ def check(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     ours = json.loads(Path(options.ours).read_text()) if options.ours else {}
     work = Path(options.out).parent / "vllm"
     work.mkdir(parents=True, exist_ok=True)
-    records = {}
+    start = {}
     for name, draft in (("plain", ""), ("stale", options.stale), ("aligned", options.aligned)):
-        console.print(f"vLLM: {name} ...")
-        records[name] = serve(name, draft, options, work, *(["--method", method_of(draft)] if draft else []))
+        more = ["--method", method_of(draft)] if draft else []
+        start[name] = partial(served, name, draft, options, work, *more)
+    records = take_turns(start, len(prompts), lambda text: console.print(f"vLLM: {text}", highlight=False))
     result: dict[str, Any] = {name: figures(record, records["plain"]) for name, record in records.items()}
     for name in ("stale", "aligned"):
         if "tau" not in result[name]:

@@ -11,7 +11,7 @@ import argparse
 import time
 from typing import Any
 
-from worker import read_prompts, work, worker_parser
+from worker import Answer, work, worker_parser
 
 PREFIX = "vllm:spec_decode_num_"
 
@@ -61,34 +61,23 @@ def start_engine(options: argparse.Namespace) -> Any:
     )
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Warm up, then decode every prompt greedily; returns the record that the caller reads."""
+def start(options: argparse.Namespace) -> tuple[dict[str, Any], Answer]:
+    """vLLM's version, and its greedy answers, one prompt at a time, with what its counters gained."""
     import vllm
     from vllm import SamplingParams
     from vllm.inputs import TokensPrompt
 
-    prompts = read_prompts(options)
-    began = time.perf_counter()
     llm = start_engine(options)
-    load_seconds = time.perf_counter() - began
 
-    def decode(prompt_ids: list[int], tokens: int) -> Any:
+    def answer(prompt_ids: list[int], tokens: int) -> dict[str, Any]:
         sampling = SamplingParams(temperature=0.0, max_tokens=tokens, detokenize=False)
-        return llm.generate([TokensPrompt(prompt_token_ids=prompt_ids)], sampling, use_tqdm=False)[0].outputs[0]
+        before, began = read_counters(llm), time.perf_counter()
+        output = llm.generate([TokensPrompt(prompt_token_ids=prompt_ids)], sampling, use_tqdm=False)[0].outputs[0]
+        seconds = time.perf_counter() - began
+        row = {"seconds": seconds, "ids": list(output.token_ids), "finish_reason": output.finish_reason}
+        return row | difference(read_counters(llm), before)
 
-    for prompt in prompts[: options.warmup]:
-        decode(prompt["prompt_ids"], min(32, options.max_new_tokens))
-    rows = []
-    for prompt in prompts:
-        before = read_counters(llm)
-        start = time.perf_counter()
-        output = decode(prompt["prompt_ids"], options.max_new_tokens)
-        seconds = time.perf_counter() - start
-        row = {"id": prompt["id"], "seconds": seconds, "ids": list(output.token_ids)}
-        row |= {"finish_reason": output.finish_reason} | difference(read_counters(llm), before)
-        rows.append(row)
-        print(f"{prompt['id']}: {len(row['ids'])} tokens, {row['rounds']} rounds, {seconds:.2f} s", flush=True)
-    return {"vllm": vllm.__version__, "load_seconds": load_seconds, "prompts": rows}
+    return {"vllm": vllm.__version__}, answer
 
 
 def main() -> None:
@@ -97,7 +86,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--max-model-len", type=int, required=True)
     parser.add_argument("--eager", action="store_true", help="skip compilation: starts at once, decodes more slowly")
-    work(run, parser.parse_args())
+    work(start, parser.parse_args())
 
 
 if __name__ == "__main__":
