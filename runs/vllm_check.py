@@ -1,9 +1,9 @@
 """The embedded target served by vLLM plain, with the stale draft and with the aligned draft, side by side.
 
 Each configuration runs in a process of its own (``vllm_worker.py``, in vLLM's environment); they take the same prompts
-in turn (``turns.py``), greedy, batch 1, bfloat16. tau comes from vLLM's own counters; beside it stands our chain engine's
-tau on the same prompts, where the caller gives it. Both engines' texts part where bfloat16 rounding differs, so
-agreement is asked of the bootstrap interval over prompts, not of every round.
+in turn (``turns.py``), greedy, batch 1, bfloat16. tau comes from vLLM's own counters; beside it stands our chain
+engine's tau on the same prompts, where the caller gives it. Both engines' texts part where bfloat16 rounding differs,
+so agreement is asked of the bootstrap interval over prompts, not of every round.
 
 Two ways to count, both printed:
   tau          tokens that the rounds produced, after the stop rule's cut, / rounds (the definition in metrics.py);
