@@ -143,6 +143,7 @@ class Descent:
         self.figure, self.sign = figure, 1 if higher else -1
         self.device, self.precision = trained[0][1].device, precision
         names = {"config": config.identity(), "trained": [n for n, _ in trained], "steps": total}
+        names["shapes"] = [list(p.shape) for _, p in trained]
         self.folder, self.curve = folder, folder / "curve.jsonl"
         # Whether the run had ended before this process came to it: then nothing is spent here.
         self.done_before = False

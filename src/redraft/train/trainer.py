@@ -116,7 +116,6 @@ class Trainer:
             {
                 "rows": rows_digest([r.key for r in self.rows]),
                 "draft": self.draft.config.to_dict(),
-                "shapes": [list(p.shape) for _, p in self.trained],
                 "old draft": origin,
             },
             # As the target decodes, so is its draft trained.
