@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from redraft.decode import make_decoder
 from redraft.decode.engine import PlainDecoder
@@ -38,6 +39,20 @@ def measured(tiny_target) -> Callable[[str], Measured]:
     return functools.cache(
         lambda shape: measure(tiny_target("llama" if shape == SHAPES[0] else "qwen2", **SMALL), shape)
     )
+
+
+def test_data_types_compete_in_turns_on_the_same_prompts(tiny_target):
+    """A loser's speed stands beside the winner's of the same minutes, not beside its speed later on."""
+    targets = {name: tiny_target("llama", **SMALL) for name in ("float32", "bfloat16")}
+    targets["bfloat16"].model.to(torch.bfloat16)
+    config = BenchConfig(ChainShape(2), max_new_tokens=8, contest_prompts=2, alpha_prompts=1)
+    draft = {"new": fresh_draft(targets["float32"], range(100))}
+    result = bench(targets, draft, PROMPTS, config, {}).result
+    plain, won = result["plain"], result["plain"]["fastest"]
+    (lost,) = targets.keys() - {won}
+    assert "relative" not in plain[won] and plain[lost]["relative"]["value"] <= 1
+    assert result["setup"]["contest_prompts"] == {won: len(PROMPTS), lost: 2}
+    assert parse(BenchResult, result, "result").plain.relative[lost].value == plain[lost]["relative"]["value"]
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -87,7 +87,7 @@ def bench(
     """
     if not prompts:
         raise UserError("no prompts to measure on; give at least one")
-    contest = {name: _contest(target, prompts, config) for name, target in targets.items()}
+    contest = _contest(targets, prompts, config)
     fastest = max(contest, key=lambda name: _rate(contest[name]))
     target = targets[fastest]
     decoders: dict[str, PlainDecoder] = {"plain": PlainDecoder(target, config.sampler)}
@@ -98,8 +98,10 @@ def bench(
     began = time.perf_counter()
     runs = _measure(decoders, prompts, config, tick)
     wall, decoding = time.perf_counter() - began, sum(summary.seconds(g) for part in runs.values() for g in part)
-    plain = {name: {"tokens_per_second": summary.speed(found)} for name, found in contest.items()}
-    plain[fastest] = {"tokens_per_second": summary.speed(runs["plain"])}
+    plain: dict[str, dict[str, Any]] = {fastest: {"tokens_per_second": summary.speed(runs["plain"])}}
+    for name in contest.keys() - {fastest}:
+        plain[name] = {"tokens_per_second": summary.speed(contest[name])}
+        plain[name]["relative"] = summary.speedup(contest[name], contest[fastest])
     tasks = [prompt.task for prompt in prompts]
     result: dict[str, Any] = {
         "schema": SCHEMA,
@@ -150,10 +152,16 @@ def _rate(found: Sequence[Generation]) -> float:
     return sum(len(g.ids) for g in found) / sum(map(summary.seconds, found))
 
 
-def _contest(target: Target, prompts: Sequence[Prompt], config: BenchConfig) -> list[Generation]:
-    decoder = PlainDecoder(target, config.sampler)
-    decoder.generate(prompts[0].ids, min(8, config.max_new_tokens), config.seed)  # warm-up
-    return [decoder.generate(p.ids, config.max_new_tokens, config.seed) for p in prompts[: config.contest_prompts]]
+def _contest(
+    targets: Mapping[str, Target], prompts: Sequence[Prompt], config: BenchConfig
+) -> dict[str, list[Generation]]:
+    """Plain decoding of a few prompts with every data type, in turns."""
+    decoders = {name: PlainDecoder(target, config.sampler) for name, target in targets.items()}
+    if len(decoders) == 1:
+        prompts = prompts[:1]
+    for decoder in decoders.values():
+        decoder.generate(prompts[0].ids, min(8, config.max_new_tokens), config.seed)  # warm-up
+    return _measure(decoders, prompts[: config.contest_prompts], config, None)
 
 
 def _measure(

@@ -52,7 +52,7 @@ def _tau(runs: Runs) -> dict[str, float]:
     return ratio_of_sums(_tokens(kept), [len(run.rounds) for run in kept]).to_dict()
 
 
-def _speedup(runs: Runs, plain: Runs) -> dict[str, float]:
+def speedup(runs: Runs, plain: Runs) -> dict[str, float]:
     return paired_ratio(_rates(runs), _rates(plain)).to_dict()
 
 
@@ -72,7 +72,7 @@ def summarise(runs: Runs, plain: Runs, depth: int) -> dict[str, Any]:
         "acceptance_conditional": _plain_numbers(metrics.acceptance_conditional(*found, depth)),
         "acceptance_unconditional": _plain_numbers(metrics.acceptance_unconditional(*found, depth)),
         "tokens_per_second": speed(runs),
-        "speedup": _speedup(runs, plain),
+        "speedup": speedup(runs, plain),
         "time": {
             "draft": draft_s,
             "verify": verify_s,
@@ -96,7 +96,7 @@ def by_task(runs: Runs, plain: Runs, tasks: Sequence[str]) -> dict[str, Any]:
         found[task] = {
             "prompts": len(rows),
             "tau_pooled": _tau(part),
-            "speedup": _speedup(part, base),
+            "speedup": speedup(part, base),
             "tokens_per_second": speed(part),
             "plain_tokens_per_second": speed(base),
         }

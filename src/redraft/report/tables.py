@@ -37,7 +37,9 @@ def bench_table(result: Mapping[str, Any] | BenchResult) -> Table:
     for name in ("tau", "tau macro", "alpha", "tokens/s", "speed-up", "same as plain"):
         table.add_column(name, justify="right")
     for kind, rate in bench.plain.rates.items() if bench.plain else ():
-        relative = form.times(rate.value / bench.plain.tokens_per_second.value) if bench.plain else form.DASH
+        assert bench.plain is not None
+        alike = bench.plain.relative.get(kind)
+        relative = form.times(alike.value if alike else rate.value / bench.plain.tokens_per_second.value)
         table.add_row(f"plain {kind}", "1.00", "1.00", form.DASH, _cell(rate, 1), relative, form.DASH, style="dim")
     for name, draft in bench.drafts.items():
         table.add_row(
