@@ -140,6 +140,12 @@ class Plain(_Open):
         """The rate of the fastest plain decoding."""
         return self.rates[self.fastest]
 
+    def over_fastest(self, name: str) -> float:
+        """The speed of a number format over the fastest's."""
+        if name in self.relative:
+            return self.relative[name].value
+        return self.rates[name].value / self.tokens_per_second.value
+
 
 class Setup(_Open):
     """What was run: target, sampler and shape of the proposal. ``shape`` is ``chain`` (of ``gamma``) or a sentence."""

@@ -38,8 +38,7 @@ def bench_table(result: Mapping[str, Any] | BenchResult) -> Table:
         table.add_column(name, justify="right")
     for kind, rate in bench.plain.rates.items() if bench.plain else ():
         assert bench.plain is not None
-        alike = bench.plain.relative.get(kind)
-        relative = form.times(alike.value if alike else rate.value / bench.plain.tokens_per_second.value)
+        relative = form.times(bench.plain.over_fastest(kind))
         table.add_row(f"plain {kind}", "1.00", "1.00", form.DASH, _cell(rate, 1), relative, form.DASH, style="dim")
     for name, draft in bench.drafts.items():
         table.add_row(
