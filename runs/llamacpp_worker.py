@@ -71,9 +71,9 @@ def start(options: argparse.Namespace) -> tuple[dict[str, Any], Answer]:
     import xllamacpp
 
     server = start_server(options)
-    home = server.listening_address
 
     def answer(prompt_ids: list[int], tokens: int) -> dict[str, Any]:
+        home = server.listening_address  # asked here, so that the server lives as long as its answers are wanted
         body = {"prompt": prompt_ids, "n_predict": tokens, "temperature": 0.0}
         body |= {"cache_prompt": False, "return_tokens": True}
         before, began = parse_counters(ask(f"{home}/metrics")), time.perf_counter()
