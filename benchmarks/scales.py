@@ -127,21 +127,23 @@ def answers(
 
 def table(result: dict[str, Any]) -> str:
     """The result as Markdown."""
-    tokens, cells = result["tokens"], result["cells"]
-    before = cells[0]["rounds"]
+    cells = result["cells"]
+
+    def sums(cell: dict[str, Any], name: str) -> tuple[list[int], list[int]]:
+        """Tokens and rounds of every prompt of a set."""
+        return result["tokens"][name], cell["rounds"][name]
+
     lines = [
         "| scale | tau in the domain | gain over stale | tau elsewhere | change elsewhere |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]
     for cell in cells:
-        inside, outside = (ratio_of_sums(tokens[name], cell["rounds"][name]) for name in ("domain", "general"))
+        inside, outside = (ratio_of_sums(*sums(cell, name)) for name in ("domain", "general"))
         change = gain = "–"
         if cell["scale"] != STALE:
-            mine, old = ((tokens["domain"], rounds["domain"]) for rounds in (cell["rounds"], before))
-            found = paired_difference(mine, old)
+            found = paired_difference(sums(cell, "domain"), sums(cells[0], "domain"))
             gain = f"{found.value:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
-            mine, old = ((tokens["general"], rounds["general"]) for rounds in (cell["rounds"], before))
-            ratio = paired_ratio(mine, old)
+            ratio = paired_ratio(sums(cell, "general"), sums(cells[0], "general"))
             change = f"{ratio.value - 1:+.1%} [{ratio.low - 1:+.1%}, {ratio.high - 1:+.1%}]"
         lines.append(
             f"| {cell['scale']} | {inside.value:.2f} [{inside.low:.2f}, {inside.high:.2f}] | {gain} | "

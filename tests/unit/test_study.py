@@ -102,7 +102,7 @@ def test_the_committed_studies_are_sound(redraft: Any) -> None:
     for path in found:
         code, out, err = redraft(f"study {path} --list")
         assert code == 0, err
-        assert len(out.splitlines()) > 2
+        assert len(out.splitlines()) > 3
 
 
 # -- prompts -------------------------------------------------------------------------------------------------------
