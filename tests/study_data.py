@@ -103,6 +103,7 @@ def settings(**changes: Any) -> dict[str, Any]:
         "max_new_tokens": 12,
         "evaluation_tokens": 12,
         "gamma": 3,
+        "tree": "tree:3x2x6",
         "train": {"epochs": 2, "batch_anchors": 64, "evaluate_every": 3},
         "speed": {
             "methods": ["none", "fc"],

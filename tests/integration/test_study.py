@@ -55,7 +55,8 @@ def test_the_results_hold_what_a_reader_needs(done: Path) -> None:
     cells = {cell["key"]: cell for cell in results["cells"]}
     stale, fc = cells["t | none | - | - | - | none | 0"], cells["t | fc | regenerated | none | kl | none | 0"]
     facts = results["targets"]["t"]
-    assert set(facts["sets"]) == {"greedy", "sampled", "general", "general-base"}
+    assert set(facts["sets"]) == {"greedy", "sampled", "greedy-tree", "sampled-tree", "general", "general-base"}
+    assert facts["sets"]["greedy-tree"]["tree"] == "dynamic tree, depth 3, top-k 2, 6 nodes"
     assert facts["sets"]["greedy"]["tasks"] == ["domain"] * 5 + ["other"] * 4
     for cell in cells.values():
         for name, asked in facts["sets"].items():

@@ -7,14 +7,18 @@ import itertools
 import math
 import runpy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from redraft.data.store import Row
+from redraft.data.store import REFERENCE, Row
 from redraft.decode.engine import ChainDecoder, Generation, PlainDecoder
+from redraft.decode.tree import DynamicTree, StaticTree
+from redraft.decode.tree_engine import TreeDecoder
+from redraft.decode.tree_walk import simulate_tree
 from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
 from redraft.errors import UserError
 from redraft.sampling import Sampler
@@ -211,6 +215,50 @@ def test_greedy_drafts_under_a_sampling_target_are_exact(target, draft, tmp_path
     store = features(target, rows, tmp_path)
     assert expected_rounds_sampled(draft, target, rows, store, GAMMA, sampler, greedy_drafts=True) == rounds
     assert sum(rounds.values()) < sum(anchors(row) for row in rows)
+
+
+TREES = {
+    "dynamic": DynamicTree(depth=3, top_k=3, nodes=8),
+    "static": StaticTree(((0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0))),
+}
+
+
+@pytest.mark.parametrize("sampler", [Sampler(), Sampler(0.8)], ids=lambda s: s.describe())
+@pytest.mark.parametrize("shape", TREES)
+def test_a_tree_of_greedy_drafts_goes_through_the_rounds_of_decoding(shape, sampler, target, draft, tmp_path):
+    tree = TreeDecoder(target, draft, TREES[shape], sampler, greedy_drafts=True)
+    done = [tree.generate(prompt(i), TOKENS, seed=i) for i in range(24)]
+    rows = [as_row(i, found, prompt(i), sampler) for i, found in enumerate(done)]
+    told = list[int]()
+    walked = simulate_tree(draft, target, rows, features(target, rows, tmp_path), TREES[shape], TOKENS, told.append)
+    kept = {row.key: [len(r.kept) for r in found.rounds] for row, found in zip(rows, done, strict=True) if anchors(row)}
+    assert {key: len(rounds) for key, rounds in walked.items()} == {key: len(rounds) for key, rounds in kept.items()}
+    for key, rounds in walked.items():
+        # The last round may end with an accepted token: an end, or the limit.
+        assert [accepted + 1 for accepted in rounds[:-1]] == kept[key][:-1]
+        assert kept[key][-1] in (rounds[-1], rounds[-1] + 1)
+    assert told[-1] == len(walked) and max(map(max, walked.values())) > 0
+    # Another draft goes through other rounds: it is the draft that is walked.
+    other = simulate_tree(
+        fresh_draft(target, range(0, 120), seed=9), target, rows, features(target, rows, tmp_path), TREES[shape], TOKENS
+    )
+    assert other.keys() == walked.keys() and other != walked
+
+
+def test_a_tree_that_is_a_chain_is_the_chains_walk(target, draft, tmp_path):
+    plain = PlainDecoder(target)
+    rows = [as_row(i, plain.generate(prompt(i), TOKENS), prompt(i), Sampler()) for i in range(12)]
+    store = features(target, rows, tmp_path)
+    chain = StaticTree(tuple((0,) * depth for depth in range(1, GAMMA + 1)))
+    assert simulate_tree(draft, target, rows, store, chain, TOKENS) == simulate_greedy_chain(
+        draft, target, rows, store, GAMMA
+    )
+
+
+def test_a_tree_is_not_walked_over_reference_answers(target, draft, tmp_path):
+    row = replace(as_row(0, PlainDecoder(target).generate(prompt(0), TOKENS), prompt(0), Sampler()), source=REFERENCE)
+    with pytest.raises(UserError, match="reference answer"):
+        simulate_tree(draft, target, [row], features(target, [row], tmp_path), TREES["dynamic"], TOKENS)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-4])

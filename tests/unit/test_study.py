@@ -60,6 +60,8 @@ def place(tmp_path: Path, tmp_path_factory: Any, tiny_target: Any, monkeypatch: 
         ({"targets": {}}, "targets: "),
         ({"targets": {"a b": settings()["targets"]["t"]}}, "the name 'a b'"),
         ({"speed": {"shapes": ["star:3"]}}, "star:3"),
+        ({"tree": "star:3"}, "star:3"),
+        ({"tree": "chain:3"}, "chain:3 is no tree"),
         ({"cells": [{"method": "fc", "selection": "m"}], "selections": {"m": {"general": 0.2}}}, "general: mix"),
     ],
 )  # fmt: skip

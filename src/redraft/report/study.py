@@ -11,6 +11,8 @@ Row = Mapping[str, Any]
 SETS = {
     "greedy": "τ greedy",
     "sampled": "τ sampled",
+    "greedy-tree": "τ greedy, tree",
+    "sampled-tree": "τ sampled, tree",
     "general": "general τ, this target",
     "general-base": "general τ, base target",
 }

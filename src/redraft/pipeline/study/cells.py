@@ -13,6 +13,7 @@ import torch
 
 from redraft import provenance
 from redraft.artifact import private_state, save_draft, tensors_bytes
+from redraft.decode.tree_walk import simulate_tree
 from redraft.drafts.base import bind, family_of
 from redraft.drafts.experts import merge_private
 from redraft.drafts.groups import mergeable, method, prepare, trained_parameters
@@ -252,6 +253,9 @@ def rounds_of(work: TargetWork, draft: Any, name: str, asked: Asked) -> list[flo
     bind(draft, model.target)
     store = model.features(name, asked.rows, draft.config.taps)
     work.tell(f"{work.name}: measure {name}", 0, 1)
+    if asked.tree is not None:
+        walked = simulate_tree(draft, model.target, asked.rows, store, asked.tree, work.config.evaluation_tokens)
+        return [len(walked[row.key]) for row in asked.rows]
     if asked.sampler.greedy:
         accepted = simulate_greedy_chain(draft, model.target, asked.rows, store, gamma)
         return [len(accepted[row.key]) for row in asked.rows]

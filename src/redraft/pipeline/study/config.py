@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from redraft.decode.tree import ChainShape, parse_shape
 from redraft.drafts.groups import METHODS, PrivateSize, method
 from redraft.errors import UserError
 from redraft.losses import LOSSES
@@ -64,6 +65,7 @@ class StudyConfig(Strict):
     )
     temperature: float = Field(default=1.0, gt=0, description="of the sampled evaluation")
     gamma: int = Field(default=5, gt=0)
+    tree: str | None = Field(default=None, description="a tree of greedy drafts, walked beside the chain")
     budget: Literal["tokens", "epochs"] = "tokens"
     train: dict[str, Any] = {}
     speed: Speed | None = None
@@ -82,6 +84,13 @@ class StudyConfig(Strict):
     @classmethod
     def _speed(cls, value: Any) -> Any:
         return {True: {}, False: None}[value] if isinstance(value, bool) else value
+
+    @field_validator("tree")
+    @classmethod
+    def _tree(cls, value: str | None) -> str | None:
+        if value is not None and isinstance(parse_shape(value), ChainShape):
+            raise UserError(f"{value} is no tree; give tree:4x4x12, or set gamma for a chain")
+        return value
 
     @model_validator(mode="after")
     def _names(self) -> StudyConfig:

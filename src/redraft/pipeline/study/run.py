@@ -11,6 +11,7 @@ from typing import Any
 
 from redraft import provenance
 from redraft.artifact import atomic_write_json, read_json
+from redraft.decode.tree import parse_shape
 from redraft.errors import UserError
 from redraft.evaluate.study import SCHEMA, derive
 from redraft.pipeline.models import open_target
@@ -187,9 +188,12 @@ def setup(config: StudyConfig) -> dict[str, Any]:
         "tokens": f"every training run sees as many supervised tokens as the set number of epochs over all of {first}",
         "epochs": "every training run passes over its own rows for the set number of epochs",
     }
+    walk = "rounds walked over stored answers of the target; expected rounds where the text is sampled"
+    if config.tree is not None:
+        walk += f"; beside the chain a {parse_shape(config.tree).describe()} of the draft's likeliest tokens"
     return {
         "chain": f"chain of {config.gamma}",
-        "walk": "rounds walked over stored answers of the target; expected rounds where the text is sampled",
+        "walk": walk,
         "budget": rules[config.budget],
         "train": vars(config.train_config("kl", 0)) | {"loss": "of the cell", "seed": "of the cell"},
         "flops": CELL_FORMULAS,

@@ -24,6 +24,7 @@ from redraft.data.references import reference_rows
 from redraft.data.regenerate import InProcessEngine, Kept, expected_rows, regenerate
 from redraft.data.store import Row, read_rows
 from redraft.data.traces import read_traces
+from redraft.decode.tree import ChainShape, DynamicTree, StaticTree, parse_shape
 from redraft.errors import UserError
 from redraft.pipeline.models import OpenDraft, PromptRow, open_draft, open_target
 from redraft.pipeline.study.config import StudyConfig
@@ -41,6 +42,7 @@ Tell = Callable[[str, int, int], None]
 """(what is being done, done, total): for a line of progress."""
 
 GREEDY, SAMPLED, GENERAL, GENERAL_BASE = "greedy", "sampled", "general", "general-base"
+TREE = "-tree"  # behind the name of a set that is walked as a tree too
 
 
 def row_tokens(rows: Sequence[Row]) -> int:
@@ -89,11 +91,14 @@ class Asked:
     rows: list[Row]
     sampler: Sampler
     tasks: list[str]
+    tree: StaticTree | DynamicTree | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """What a result file needs to make tau from rounds."""
         tokens = [anchors(row) for row in self.rows]
         names = {"answers_of": self.model.name, "sampler": self.sampler.describe()}
+        if self.tree is not None:
+            names["tree"] = self.tree.describe()
         return {**names, "prompts": [row.id for row in self.rows], "tasks": self.tasks, "tokens": tokens}
 
 
@@ -344,6 +349,8 @@ class TargetWork(Model):
             rows = self.answer(f"evaluation-{name}", turns, [sampler], config.evaluation_tokens, self.taps)
             tasks = [asked[row.id.partition(":")[2]][1] for row in rows]
             found[name] = Asked(self, rows, sampler, tasks)
+        if config.tree is not None and not isinstance(tree := parse_shape(config.tree), ChainShape):
+            found |= {name + TREE: replace(asked_set, tree=tree) for name, asked_set in found.items()}
         if config.general is not None:
             models = {GENERAL: self, **({GENERAL_BASE: self.base} if self.entry.base_target else {})}
             for name, model in models.items():
