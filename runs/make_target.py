@@ -7,8 +7,8 @@ PEFT folder. A killed run, started again with the same arguments, goes on.
 
     REDRAFT_DATA=folder python runs/make_target.py --domain math --strength heavy --out out/targets/math-heavy
 
-Domains: `math` (GSM8K train), `code` (MBPP train, GPTeacher code, CodeAlpaca), `medical` (MedQuAD, PubMedQA) from the
-data folder, and `symbolic` (gsm_symbolic word problems, generated on the spot). The quickstart's adapter,
+Domains: `math` (GSM8K train), `code` (MBPP train, GPTeacher code, CodeAlpaca), `medical` (MedQuAD, PubMedQA), `patients`
+(doctors' answers, ChatDoctor) from the data folder, and `symbolic` (gsm_symbolic word problems, generated on the spot). The quickstart's adapter,
 src/redraft/assets/maths-lora, is of the last kind. It was made before samples were packed, by
 
     --domain symbolic --strength mild --samples 1280 --rank 32 --learning-rate 1e-3 --passes 1
@@ -55,6 +55,7 @@ DOMAINS: dict[str, dict[str, float]] = {
     "math": {"math/gsm8k.train": 1.0},
     "code": {"code/mbpp.train": 0.2, "code/gpteacher_code.train": 0.5, "code/codealpaca_2k.train": 0.3},
     "medical": {"medical/medquad.train": 0.75, "medical/pubmedqa.train": 0.25},
+    "patients": {"medical/chatdoctor5k.train": 1.0},
     "symbolic": {},
 }
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "training.json")
