@@ -14,20 +14,17 @@ No answer is trained on, and nothing is trained here.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from redraft import provenance
 from redraft.artifact import atomic_write_json, read_json
-from redraft.data.prompts import Conversation
-from redraft.data.regenerate import InProcessEngine, expected_rows, regenerate
-from redraft.data.store import Row, read_rows
 from redraft.drafts.base import Draft
 from redraft.drafts.experts import merge_private
 from redraft.drafts.scaling import scale_change
 from redraft.evaluate.statistics import paired_difference, paired_ratio, ratio_of_sums
 from redraft.pipeline.models import open_draft, open_target
+from redraft.pipeline.sources import own_answers
 from redraft.pipeline.study.sources import first_turn, read_source
 from redraft.progress import progress_bar
 from redraft.sampling import Sampler
@@ -72,8 +69,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     target.tap(stale.config.taps)
     general = [c for name in options.general.split(",") for c in read_source(name, options.longest)]
     prompts = {"domain": read_source(options.domain), "general": general}
-    engine = InProcessEngine(target)
-    sets = {name: answers(engine, name, [first_turn(c) for c in found], options) for name, found in prompts.items()}
+    sets = {
+        name: own_answers(
+            target, [first_turn(c) for c in found], Sampler(), options.work / f"{name}.jsonl", options.tokens
+        )
+        for name, found in prompts.items()
+    }
     identity = {"target": target.content_hash(), "taps": list(target.taps)}
     store = FeatureStore(options.work / "features", identity)
     store.build(target, [row for rows in sets.values() for row in rows])
@@ -100,29 +101,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "tokens": {name: [anchors(row) for row in rows] for name, rows in sets.items()},
         "cells": cells,
     }
-
-
-def answers(
-    engine: InProcessEngine, name: str, asked: Sequence[Conversation], options: argparse.Namespace
-) -> list[Row]:
-    """The target's greedy answers to these prompts, made once."""
-    target, path = engine.target, options.work / f"{name}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with progress_bar(name, expected_rows(asked, [Sampler()]), "rows") as progress:
-        regenerate(
-            engine,
-            asked,
-            target.tokenizer,
-            [Sampler()],
-            path,
-            options.tokens,
-            0,
-            target.content_hash(),
-            progress.update,
-            eos_ids=target.eos_ids,
-            context=target.context,
-        )
-    return sorted((row for row in read_rows(path) if anchors(row)), key=lambda row: row.key)
 
 
 def table(result: dict[str, Any]) -> str:

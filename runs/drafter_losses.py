@@ -20,8 +20,7 @@ from typing import Any
 from redraft import provenance
 from redraft.artifact import atomic_write_json, read_json
 from redraft.data.overlap import trained_conversations
-from redraft.data.regenerate import InProcessEngine, expected_rows, regenerate
-from redraft.data.store import Row, read_rows
+from redraft.data.store import Row
 from redraft.decode.auto import measure_costs
 from redraft.drafts.standalone import StandaloneDraft
 from redraft.drafts.standalone_files import load_standalone, save_standalone
@@ -29,6 +28,7 @@ from redraft.evaluate.statistics import paired_difference, ratio_of_sums
 from redraft.metrics import cost_by_bytes, mbsu
 from redraft.pipeline.distill import DistillRun
 from redraft.pipeline.distill_config import DistillConfig
+from redraft.pipeline.sources import own_answers
 from redraft.pipeline.study.sources import first_turn, read_source, without_overlap
 from redraft.progress import progress_bar
 from redraft.sampling import Sampler
@@ -98,22 +98,7 @@ class Comparison:
     def answers(self, task: str, name: str) -> list[Row]:
         """The target's answers to a task's prompts, made once."""
         prompts, sampler, path = self.prompts[task], SAMPLERS[name], self.options.work / f"{task}-{name}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with progress_bar(f"{task} {name}", expected_rows(prompts, [sampler]), "rows") as progress:
-            regenerate(
-                InProcessEngine(self.target),
-                prompts,
-                self.target.tokenizer,
-                [sampler],
-                path,
-                self.options.tokens,
-                self.run.config.seed,
-                self.target.content_hash(),
-                progress.update,
-                eos_ids=self.target.eos_ids,
-                context=self.target.context,
-            )
-        return sorted((row for row in read_rows(path) if anchors(row)), key=lambda row: row.key)
+        return own_answers(self.target, prompts, sampler, path, self.options.tokens, self.run.config.seed)
 
     def cell(self, loss: str, seed: int) -> dict[str, Any]:
         """One alignment, measured. Finished cells are read."""

@@ -7,9 +7,10 @@ PEFT folder. A killed run, started again with the same arguments, goes on.
 
     REDRAFT_DATA=folder python runs/make_target.py --domain math --strength heavy --out out/targets/math-heavy
 
-Domains: `math` (GSM8K train), `code` (MBPP train, GPTeacher code, CodeAlpaca), `medical` (MedQuAD, PubMedQA), `patients`
-(doctors' answers, ChatDoctor) from the data folder, and `symbolic` (gsm_symbolic word problems, generated on the spot).
-The quickstart's adapter, src/redraft/assets/maths-lora, is of the last kind. It was made before samples were packed, by
+Domains: `math` (GSM8K train), `code` (MBPP train, GPTeacher code, CodeAlpaca), `medical` (MedQuAD, PubMedQA),
+`patients` (doctors' answers, ChatDoctor) from the data folder, and `symbolic` (gsm_symbolic word problems, generated on
+the spot). The quickstart's adapter, src/redraft/assets/maths-lora, is of the last kind. It was made before samples were
+packed, by
 
     --domain symbolic --strength mild --samples 1280 --rank 32 --learning-rate 1e-3 --passes 1
 

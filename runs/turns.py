@@ -21,6 +21,8 @@ from redraft.errors import UserError
 LOG_LINES = 25
 # Threads of the engine that has just answered wait for more in a busy loop; they must not do so in another's time.
 PAUSE = 0.3
+# Seconds that an engine which has answered everything may take to end.
+ENDING = 60.0
 
 
 class Worker:
@@ -68,9 +70,18 @@ class Worker:
         self.wait()
 
     def finish(self) -> dict[str, Any]:
-        """What the worker left. Raises ``UserError`` when that is nothing."""
-        if self.process.wait() or not self.record.is_file():
-            raise self.failed()
+        """What the worker left. Raises ``UserError`` when that is nothing.
+
+        A record is whole once it is there: an engine that hangs while it ends has no more to say.
+        """
+        try:
+            self.process.wait(ENDING)
+        except subprocess.TimeoutExpired:
+            if not self.record.is_file():
+                raise UserError(f"{self.failure}: it neither ends nor leaves a record; see {self.log}") from None
+        else:
+            if self.process.returncode or not self.record.is_file():
+                raise self.failed()
         return json.loads(self.record.read_text())
 
     def failed(self) -> UserError:
@@ -81,7 +92,11 @@ class Worker:
         """End the process if it has not ended by itself."""
         if self.process.poll() is None:
             self.process.terminate()
-            self.process.wait()
+            try:
+                self.process.wait(ENDING)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
         if self.process.stdin is not None:
             self.process.stdin.close()
         os.close(self.told)

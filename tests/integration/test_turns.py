@@ -17,7 +17,7 @@ turns = runpy.run_path(str(Path(__file__).with_name("scripts.py")))["script"]("t
 
 # An engine that answers with its own name and the time, and writes every call down; the second prompt kills "dies".
 ENGINE = """
-import sys, time
+import signal, sys, threading, time
 sys.path.insert(0, {root!r})
 from worker import work, worker_parser
 
@@ -30,6 +30,11 @@ def start(options):
         return {{"ids": prompt_ids, "rounds": 1, "seconds": 0.0}}
     return {{"engine": options.draft}}, answer
 
+if "mute" in sys.argv:
+    work = lambda *_: None
+if "hangs" in sys.argv or "mute" in sys.argv:
+    threading.Thread(target=time.sleep, args=(600,)).start()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 work(start, worker_parser(None).parse_args())
 """
 
@@ -77,6 +82,20 @@ def test_a_worker_that_dies_is_shown_with_its_log_and_ends_the_others(begin, tmp
         turns.take_turns({name: partial(watched, start) for name, start in begin("a", "dies").items()}, 3)
     assert all(worker.process.poll() is not None for worker in started)
     assert not (tmp_path / "a.json").exists() and not (tmp_path / "dies.json").exists()
+
+
+def test_a_worker_that_hangs_while_it_ends_is_ended(begin, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns, "ENDING", 0.5)
+    started = begin("hangs", "a")
+    worker = started["hangs"]()
+    found = turns.take_turns({"hangs": lambda: worker, "a": started["a"]}, 3)
+    assert [len(each["prompts"]) for each in found.values()] == [3, 3]
+    assert worker.process.poll() is not None
+    mute = begin("mute")["mute"]()
+    with pytest.raises(UserError, match="mute failed: it neither ends nor leaves a record"):
+        mute.finish()
+    mute.close()
+    assert mute.process.poll() is not None
 
 
 def test_a_worker_ends_when_nobody_gives_turns(begin) -> None:

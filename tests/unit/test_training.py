@@ -175,7 +175,7 @@ def test_only_the_trained_groups_move_and_the_loss_falls(method, optimizer, targ
     trained = {n for n, _ in work.trained}
     for name, parameter in work.draft.named_parameters():
         assert torch.equal(before[name], parameter.detach()) == (name not in trained), name
-    assert result.steps == work.total_steps
+    assert result.steps == work.descent.total
 
 
 def make(work: Trainer):

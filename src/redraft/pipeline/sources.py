@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from redraft import provenance
 from redraft.data.overlap import refuse_overlap
 from redraft.data.prompts import Conversation, read_conversations
-from redraft.data.regenerate import InProcessEngine, ServerEngine, regenerate
+from redraft.data.regenerate import InProcessEngine, ServerEngine, expected_rows, regenerate
 from redraft.data.selfprompts import self_prompts
+from redraft.data.store import Row, read_rows
 from redraft.evaluate.speed import Prompt
 from redraft.pipeline.config import AdaptConfig
 from redraft.pipeline.models import split_prompts, template_prompts
@@ -23,7 +25,7 @@ from redraft.pipeline.traffic import Traffic, take_traffic
 from redraft.progress import progress_bar
 from redraft.sampling import Sampler
 from redraft.target import Target
-from redraft.teacher.features import FeatureStore
+from redraft.teacher.features import FeatureStore, anchors
 
 
 class Source:
@@ -144,3 +146,28 @@ class Source:
         if self.config.responses:
             return self.traffic.prompts()
         return template_prompts(self.prompts[2], self.target_of(), self.config.bench_tokens)
+
+
+def own_answers(
+    target: Target, prompts: Sequence[Conversation], sampler: Sampler, path: Path, max_new_tokens: int, seed: int = 0
+) -> list[Row]:
+    """The target's answers to these prompts, made once, in the file ``path``; those with an anchor, by key.
+
+    Raises ``UserError`` for prompts that do not fit and rows in the file that do not belong there.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with progress_bar(path.stem, expected_rows(prompts, [sampler]), "rows") as progress:
+        regenerate(
+            InProcessEngine(target),
+            prompts,
+            target.tokenizer,
+            [sampler],
+            path,
+            max_new_tokens,
+            seed,
+            target.content_hash(),
+            progress.update,
+            eos_ids=target.eos_ids,
+            context=target.context,
+        )
+    return sorted((row for row in read_rows(path) if anchors(row)), key=lambda row: row.key)

@@ -104,12 +104,12 @@ class Trainer:
         if any(p.dtype != torch.float32 for _, p in self.trained):
             raise ValueError("a draft is trained in float32; autocast sees to the rest")
         per_epoch = len(batch_order(self.rows, config, 0))
-        self.total_steps = max(1, round(config.epochs * per_epoch))
+        total = max(1, round(config.epochs * per_epoch))
         self.descent = Descent(
             self.draft,
             self.trained,
             self,
-            self.total_steps,
+            total,
             self.evaluate,
             config,
             folder,
@@ -159,7 +159,7 @@ class Trainer:
 
         def backward() -> None:
             self.draft.train()
-            for number, step in zip(range(min(STEPS, self.total_steps)), self.steps(0, {}), strict=False):
+            for number, step in zip(range(min(STEPS, self.descent.total)), self.steps(0, {}), strict=False):
                 for part in step.parts:
                     self.descent.loss(part, number).backward()
                 seen.append(step.tokens)
