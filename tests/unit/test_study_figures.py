@@ -14,7 +14,7 @@ from redraft.evaluate.statistics import paired_ratio, paired_recovery, ratio_of_
 from redraft.evaluate.study import derive, mean_of_taus
 from redraft.pipeline.study.tables import write_full
 from redraft.report.study import label, markdown, ranged, table
-from redraft.report.study_plots import kept_curves, pictures, training_curves, width_curves
+from redraft.report.study_plots import apart, kept_curves, pictures, shorter, training_curves, width_curves
 
 TOKENS = [30, 20, 40, 10]
 
@@ -184,6 +184,29 @@ def test_markdown_and_pictures() -> None:
     assert label({**rows[2], "loss": "tv", "start": "ridge"}) == "fc; own; loss tv; start ridge"
     assert ranged({"value": None, "low": None, "high": None}) == ranged(None)
     assert table(["a|b"], [["c"]]).startswith("| a\\|b |") and table(["a"], []) == ""
+
+
+def test_legends_leave_out_what_all_lines_share() -> None:
+    names = ["fc; own; start vocabulary", "lora; own; start vocabulary", "scratch; own"]
+    assert shorter(names) == (["fc", "lora", "scratch"], "own; start vocabulary")
+    mixed = ["fc; own", "fc; reference", "lora; own; start vocabulary"]
+    assert shorter(mixed) == (mixed, "") and shorter(["fc; own"]) == (["fc; own"], "")
+    # Not where two lines would have one name.
+    twice = ["scratch", "scratch; own", "fc; own", "lora; own"]
+    assert shorter(twice) == (twice, "")
+
+
+@pytest.mark.parametrize("logarithmic", [False, True])
+def test_intervals_in_one_place_are_drawn_beside_each_other(logarithmic: bool) -> None:
+    curves = {
+        "a": [(10.0, 2.0, 1.0, 3.0), (40.0, 2.0, 1.0, 3.0)],
+        "b": [(40.0, 2.5, 2.0, 3.0)],
+        "c": [(20.0, 2.0, None, None)],
+    }
+    found = apart(curves, logarithmic)
+    assert found["a"][0] == curves["a"][0] and found["c"] == curves["c"]
+    (left, *rest), (right, *_) = found["a"][1], found["b"][0]
+    assert 39 < left < 40 < right < 41 and rest == [2.0, 1.0, 3.0]
 
 
 def test_recovery_on_the_same_data_is_held_against_full_from_the_same_start_where_that_was_run() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -105,11 +106,13 @@ def _ends(found: Mapping[str, float | None]) -> tuple[Any, float | None, float |
 def draw(curves: Mapping[str, Curve], title: str, axis: str, level: float | None, unit: str | None) -> bytes:
     """One picture of lines with bars for intervals; ``level`` is tau of the stale draft. PNG.
 
-    With a ``unit`` x is a quantity, and its axis logarithmic.
+    With a ``unit`` x is a quantity, and its axis logarithmic. The legend is in the order in which the lines end.
     """
     shades = [*OTHERS, *MORE]
+    curves = dict(sorted(apart(curves, bool(unit)).items(), key=lambda item: -item[1][-1][1]))
+    names, common = shorter(list(curves))
     with _white(1.9 * WIDTH, 3.6 + 0.09 * len(curves)) as (figure, axes):
-        for index, (name, points) in enumerate(curves.items()):
+        for index, (name, points) in enumerate(zip(names, curves.values(), strict=True)):
             colour = COLOURS.get(name) or shades[index % len(shades)]
             x, y = [point[0] for point in points], [point[1] for point in points]
             style = f"{MARKERS[index % len(MARKERS)]}{'-' if len(points) > 1 else ''}"
@@ -125,10 +128,41 @@ def draw(curves: Mapping[str, Curve], title: str, axis: str, level: float | None
         axes.set_xlabel(axis)
         axes.set_ylabel(TAU)
         axes.set_title(title)
-        figure.legend(loc="outside right upper", fontsize=8)
+        figure.legend(loc="outside right upper", fontsize=8, title=common or None, title_fontsize=8, alignment="left")
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=130, transparent=False, facecolor="white", metadata={"Software": None})
         return buffer.getvalue()
+
+
+def shorter(names: Sequence[str]) -> tuple[list[str], str]:
+    """The names without the parts that all of them have, and these parts; a new draft knows no start."""
+    parts = [name.split("; ") for name in names]
+    old = [found for found in parts if not found[0].startswith("scratch")]
+    common = [part for part in (old[0][1:] if len(old) > 1 else []) if all(part in found[1:] for found in old)]
+    short = ["; ".join(part for part in found if part not in common) for found in parts]
+    return (short, "; ".join(common)) if len(set(short)) == len(names) else (list(names), "")
+
+
+def apart(curves: Mapping[str, Curve], logarithmic: bool) -> dict[str, Curve]:
+    """The curves with points that have intervals at one x moved a little beside each other."""
+    xs = [point[0] for points in curves.values() for point in points]
+    ratio = logarithmic and max(xs) > min(xs) > 0
+    step = math.log(max(xs) / min(xs)) / 120 if ratio else (max(xs) - min(xs)) / 120
+
+    def crowd(x: float) -> list[int]:
+        """Which curves have an interval about here."""
+        close = ((i, p) for i, points in enumerate(curves.values()) for p in points if p[2] is not None)
+        return [i for i, p in close if abs(math.log(x / p[0]) if ratio else x - p[0]) < step / 2]
+
+    found: dict[str, Curve] = {}
+    for index, (name, points) in enumerate(curves.items()):
+        moved = []
+        for x, value, low, high in points:
+            there = crowd(x)
+            shift = (there.index(index) - (len(there) - 1) / 2) * step if index in there else 0.0
+            moved.append((x * math.exp(shift) if ratio else x + shift, value, low, high))
+        found[name] = moved
+    return found
 
 
 def _quantities(axes: Any, unit: str, values: Sequence[float]) -> None:
