@@ -201,6 +201,9 @@ def test_what_does_not_fit_is_refused(tiny_target):
         StaticTarget(target, ())
     with pytest.raises(UserError, match="widths"):
         StaticTarget(target, (0, 4))
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    with pytest.raises(UserError, match="tiny-llama has a dynamic rope"):
+        StaticTarget(tiny_target("llama", rope_parameters=rope), (4,))
     quick = StaticTarget(target, (4,))
     cache = quick.new_cache(6)
     quick.forward(ids(6), cache)

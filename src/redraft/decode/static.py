@@ -123,8 +123,12 @@ class StaticTarget(Target):
         """``widths``: numbers of tokens that steps will have, for example 1 and gamma + 1.
 
         ``capacity``: tokens that the cache should hold from the start; it grows, and graphs are recorded anew, when a
-        longer one is asked for. Raises ``UserError`` when there is no width, or one below 1.
+        longer one is asked for. Raises ``UserError`` when there is no width, or one below 1, and for a target whose
+        rotary frequencies follow the length: it asks the device for that at every step, which no graph can hold.
         """
+        rope = getattr(target.model.config, "rope_parameters", None) or {}
+        if rope.get("rope_type") == "dynamic":
+            raise UserError(f"{target.name} has a dynamic rope, which static steps cannot follow; leave --static out")
         super().__init__(target.model, target.tokenizer, target.name, target.taps)
         if not widths or min(widths) < 1:
             raise UserError(f"static steps need widths of at least 1 token, not {list(widths)}")
