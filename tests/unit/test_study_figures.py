@@ -241,6 +241,25 @@ def test_recovery_is_held_against_the_strongest_full_of_several() -> None:
         assert rows["full-slow"][name]["value"] == 1 > rows["full"][name]["value"]
 
 
+def test_recovery_of_sampled_text_is_held_against_the_full_that_is_strongest_in_greedy_decoding() -> None:
+    def both(found: dict[str, Any], sampled: list[float]) -> dict[str, Any]:
+        return found | {"rounds": found["rounds"] | {"sampled": sampled}}
+
+    cells = [
+        both(stale("a", STALE), STALE),
+        both(cell("a", "full", FULL), SECOND),
+        both(cell("a", "full-slow", SECOND), FULL),
+        both(cell("a", "fc", SECOND), FIRST),
+    ]
+    results = study(*cells, methods={"full-slow": {"method": "full"}})
+    for facts in results["targets"].values():
+        facts["sets"]["sampled"] = facts["sets"]["greedy"]
+    rows = {row["method"]: row for row in derive(results)["pooled"]}
+    assert rows["fc"]["recovery"] == recovered(SECOND)
+    assert rows["fc"]["recovery_sampled"] == recovered(FIRST, full=SECOND)
+    assert "recovery_sampled" not in derive(study(stale("a", STALE), cell("a", "fc", FIRST)))["pooled"][1]
+
+
 def test_the_strongest_full_is_what_a_summary_names(tmp_path: Path) -> None:
     weak, strong = cell("a", "full", FULL), cell("a", "full", [12.0, 8.0, 16.0, 4.0], start="vocabulary")
     results = study(stale("a", STALE), weak | {"rows": 7}, strong | {"rows": 9}, cell("a", "fc", [9.0, 5.0, 9.0, 2.0]))

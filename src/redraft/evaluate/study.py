@@ -27,7 +27,7 @@ from redraft.evaluate.statistics import (
 SCHEMA = "redraft.study/1"
 NONE, ANY, FULL, SCRATCH = "none", "-", "full", "scratch"
 AXES = ("target", "method", "data", "selection", "loss", "start")
-MAIN = "greedy"
+MAIN, SAMPLED = "greedy", "sampled"
 OUTSIDE = ("general", "general-base")
 DRAWS = 2000
 
@@ -156,6 +156,8 @@ class Study:
             found["outside"] = {n: interval(paired_ratio(*p)) for n, p in pairs.items() if n in OUTSIDE}
             for name, same in (("recovery", False), ("recovery_same_data", True)):
                 found[name] = self._recovery(group, stale, same)
+            if SAMPLED in names:
+                found["recovery_sampled"] = self._recovery(group, stale, True, SAMPLED)
         return found | self._cost(group)
 
     def _tasks(self, group: Sequence[Cell], names: Sequence[str]) -> dict[str, Any]:
@@ -165,11 +167,14 @@ class Study:
             return {}
         return {task: {n: interval(ratio_of_sums(*self.sums(group, n, task))) for n in names} for task in tasks}
 
-    def _recovery(self, group: Sequence[Cell], stale: Sequence[Cell], same_data: bool) -> dict[str, Any] | None:
+    def _recovery(
+        self, group: Sequence[Cell], stale: Sequence[Cell], same_data: bool, name: str = MAIN
+    ) -> dict[str, Any] | None:
+        """Held against the ``full`` that is the strongest in greedy decoding, whatever the set."""
         full = self.reference(group, FULL, same_data)
         if not full or (same_data and group[0]["data"] == ANY):
             return None
-        return interval(paired_recovery(self.sums(group, MAIN), self.sums(stale, MAIN), self.sums(full, MAIN)))
+        return interval(paired_recovery(self.sums(group, name), self.sums(stale, name), self.sums(full, name)))
 
     def _cost(self, group: Sequence[Cell]) -> dict[str, Any]:
         """Sizes and costs, the mean over seeds, and what training from scratch to the same tau costs."""

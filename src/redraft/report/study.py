@@ -102,6 +102,7 @@ def _acceptance(rows: Sequence[Row], sets: Sequence[str]) -> str:
         "gain",
         "recovery",
         "recovery, same data and start",
+        "the same, sampled",
     ]
     head += [f"{SETS[name]} (change)" for name in outside]
     lines = []
@@ -112,7 +113,7 @@ def _acceptance(rows: Sequence[Row], sets: Sequence[str]) -> str:
     return table(head, lines)
 
 
-RECOVERIES = ("recovery", "recovery_same_data")
+RECOVERIES = ("recovery", "recovery_same_data", "recovery_sampled")
 
 
 def _seeds(row: Row) -> str:
