@@ -20,7 +20,7 @@ TEACHERS = ("states", "tops", "tokens")
 
 
 class DistillConfig(BaseModel):
-    """What ``redraft distill`` does. Every field is a flag of the same name and a key of the YAML file."""
+    """What ``redraft distill`` does. Every field is a key of the YAML file, most are flags too."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
