@@ -14,6 +14,7 @@ import pytest
 
 from redraft.errors import UserError
 from redraft.pipeline.study.config import parse_study
+from redraft.pipeline.study.run import StudyRun
 from redraft.pipeline.study.sources import parse_source, read_prompts, read_source
 from redraft.pipeline.study.speed import speed_cells
 
@@ -153,3 +154,11 @@ def test_speed_is_that_of_the_first_cell_of_a_method_on_the_common_data() -> Non
         ("none", "-", "none"),
         ("fc", "none", "ridge"),
     ]
+
+
+@pytest.mark.parametrize(("budget", "share"), [("epochs", 0.5), ("tokens", 1.0)])
+def test_a_bar_counts_less_for_a_shorter_training(budget: str, share: float, tmp_path: Path) -> None:
+    config = parse_study(settings(budget=budget, speed=None))
+    run = StudyRun(config, tmp_path / "out")
+    units = {cell.selection: run._units(cell) for cell in run.cells if cell.method == "fc" and cell.start == "none"}
+    assert units["none"] == 1000 and units["length@50%"] == units["early"] == 1000 * share

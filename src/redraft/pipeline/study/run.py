@@ -18,18 +18,22 @@ from redraft.pipeline.models import open_target
 from redraft.pipeline.stages import Say
 from redraft.pipeline.study.cells import CELL_FORMULAS, run_cell
 from redraft.pipeline.study.config import StudyConfig
-from redraft.pipeline.study.entries import Cell
+from redraft.pipeline.study.entries import ANY, Cell
 from redraft.pipeline.study.shared import Model, TargetWork, slug
 from redraft.pipeline.study.speed import speed_cells, speed_of
 from redraft.progress import Progress, progress_bar
+from redraft.select.rules import parse_budget
 from redraft.teacher.features import anchors
 
 CONFIG_FILE, RESULTS_FILE = "study.json", "results.json"
 # What may be changed or added to while results are kept: other cells, and what is said about them.
 FREE = ("about", "grid", "cells", "speed", "keep_drafts")
 NAMED = ("targets", "data", "methods", "selections", "starts")
-# A bar counts thousandths of a trained cell. What trains nothing is no part of it, unless nothing is trained at all.
+# A bar counts thousandths of a cell trained on everything. What trains nothing is no part of it, unless nothing is
+# trained at all.
 CELL_UNITS = 1000
+# Of it the part that no selection saves: loading, measuring.
+LEAST_SHARE = 0.3
 
 
 class Board:
@@ -92,7 +96,7 @@ class StudyRun:
     def run(self) -> dict[str, Any]:
         """All cells that have no record yet, target by target; returns the results. Raises ``UserError``."""
         counted = [cell for cell in self.cells if self.config.trains(cell.method)] or self.cells
-        units = {cell: CELL_UNITS if cell in counted else 0 for cell in self.cells}
+        units = {cell: self._units(cell) if cell in counted else 0 for cell in self.cells}
         with progress_bar("study", sum(units.values()), "units") as bar:
             self.board = Board(bar)
             works = {name: self._work(name) for name in self.config.targets}
@@ -102,6 +106,12 @@ class StudyRun:
                 self._run_target(works.pop(name), [cell for cell in self.cells if cell.target == name], units)
             self.board = None
         return self.write(finished=True)
+
+    def _units(self, cell: Cell) -> int:
+        """What the bar counts for a cell: less where a selection shortens the training."""
+        budget = parse_budget(self.config.selection_of(cell.selection).budget if cell.selection != ANY else "100%")
+        shorter = self.config.budget == "epochs" and budget.kind == "fraction"
+        return round(CELL_UNITS * max(LEAST_SHARE, float(budget.amount))) if shorter else CELL_UNITS
 
     def _work(self, name: str) -> TargetWork:
         """What the cells of a target share, its prompts read: bad ones are refused before any model is loaded."""
