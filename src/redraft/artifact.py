@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from redraft.coarse import Coarse, told
 from redraft.errors import UserError
 from redraft.registry import Registry
 
@@ -311,25 +312,47 @@ def save_private(
     base_hash: str,
     meta: Mapping[str, Any],
     base: Mapping[str, Tensor] | None = None,
+    coarse: Mapping[str, Coarse] | None = None,
 ) -> None:
     """Write only the tensors ``names`` of ``draft``: what a method trained on top of a shared base draft.
 
     ``base_hash`` is :func:`tensors_hash` of the base draft's state. With that state in the stored dtype, ``base``, a
-    matrix whose rows mostly stand in the base's is written as the rows that do not (a refreshed vocabulary).
+    matrix whose rows mostly stand in the base's is written as the rows that do not (a refreshed vocabulary). Matrices
+    in ``coarse`` are written as their codes; what ``draft`` holds of them must be what these tell.
     Raises ``UserError`` as :func:`save_draft`, and ``ValueError`` for a name that the draft does not have.
     """
     whole, names = draft.state_dict(), sorted(names)
     unknown = [name for name in names if name not in whole]
     if unknown or not names:
         raise ValueError(f"a private part needs tensors of the draft; unknown: {unknown}")
-    state, by_rows = private_state({name: whole[name] for name in names}, base or {})
+    told_apart = dict(coarse or {})
+    state, by_rows = private_state({name: whole[name] for name in names if name not in told_apart}, base or {})
+    state |= coarse_state(told_apart)
     check_tensors(state, state, "the private part to be saved")
     entry = _meta("private", draft, tensors_hash(state), meta) | {"base_draft_hash": base_hash, "tensors": names}
+    if told_apart:
+        entry["coarse"] = {name: {"bits": part.bits, "columns": part.columns} for name, part in told_apart.items()}
     if by_rows:
         entry["by_rows"] = by_rows
     with atomic_folder(folder, tensors_bytes(state), OWN_FILES) as new:
         write_tensors(new / PRIVATE_FILE, state)
         atomic_write_json(new / META_FILE, entry)
+
+
+def coarse_state(parts: Mapping[str, Coarse]) -> dict[str, Tensor]:
+    """The tensors of a private part's file that tell these matrices."""
+    return {f"{name}.{key}": tensor for name, part in parts.items() for key, tensor in part.tensors().items()}
+
+
+def _told(name: str, about: Any, part: dict[str, Tensor], old: Tensor | None, path: Path) -> Tensor:
+    """The matrix that the codes of ``name``, taken out of ``part``, tell. Raises ``UserError``."""
+    found = {key: part.pop(f"{name}.{key}", None) for key in ("codes", "step", "source", "rows")}
+    try:
+        if old is None or found["codes"] is None or found["step"] is None:
+            raise ValueError("codes, steps or the base draft's matrix are not there")
+        return told(Coarse(int(about["bits"]), int(about["columns"]), **found), old)  # type: ignore[arg-type]
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise UserError(f"{path} does not tell {name} ({error}); save the private part again") from error
 
 
 def private_state(trained: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
@@ -389,6 +412,8 @@ def load_private(folder: str | Path, base_draft: nn.Module, base_hash: str) -> t
     part = read_tensors(path)
     _verify_hash(part, meta, path)
     base = {name: tensor.detach().clone() for name, tensor in base_draft.state_dict().items()}
+    for name, about in meta.get("coarse", {}).items():
+        part[name] = _told(name, about, part, base.get(name), path)
     for name in meta.get("by_rows", []):
         part[name] = _rows_together(name, part, base.get(name), path)
     check_tensors(part, listed, path)

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
+from redraft.coarse import MOST_BITS
 from redraft.drafts.base import AnyDraft
 from redraft.drafts.experts import attach_low_rank, attach_private, check_experts, match_linears
 from redraft.errors import UserError
@@ -43,13 +44,15 @@ class PrivateSize:
     ``width`` is the inner width of the private expert, or of all private experts together. Low-rank updates have
     ``rank`` and, with ``alpha``, peft's scale alpha / rank (else one); ``on`` are patterns of the linear layers that
     have them (all by default); with ``aim`` they begin where the gradient is (``train/aim.py``). Without a width or
-    a rank what is trained is made a fifth of the draft (``SHARE``), as in the studies. ``experts``, ``active`` and
+    a rank what is trained is made a fifth of the draft (``SHARE``), as in the studies. ``bits``: the change of the
+    draft's own matrices is told in so many bits a weight (:mod:`redraft.coarse`). ``experts``, ``active`` and
     ``balance`` (weight of the load-balancing term) are for routed experts; ``shared_experts`` > 1 cuts the old MLP too,
     with ``shared_active`` (all by default) a token.
     """
 
     width: int | None = None
     rank: int | None = None
+    bits: int | None = None
     on: tuple[str, ...] = ()
     alpha: float | None = None
     aim: bool = False
@@ -65,6 +68,8 @@ class PrivateSize:
             raise UserError(f"the width of the private expert is {self.width}; give a positive number")
         if self.rank is not None and self.rank < 1:
             raise UserError(f"the rank of the low-rank updates is {self.rank}; give a positive number")
+        if self.bits is not None and not 1 <= self.bits <= MOST_BITS:
+            raise UserError(f"a change is told in 1 to {MOST_BITS} bits a weight, not {self.bits}; 2 are usual")
         if self.alpha is not None and self.alpha <= 0:
             raise UserError(f"alpha of the low-rank updates is {self.alpha}; give a positive number, or leave it out")
         if self.balance < 0:
@@ -138,6 +143,17 @@ def method(name: str) -> Method:
     return METHODS[name]
 
 
+def check_bits(method_name: str, size: PrivateSize) -> None:
+    """Raise ``UserError`` for bits where a method does not change whole matrices of the draft, or not them alone."""
+    chosen = method(method_name)
+    whole = {"fc", "attention", "shared", "head"} & set(chosen.groups)
+    if size.bits is not None and (chosen.private or chosen.low_rank or chosen.fresh or not whole):
+        raise UserError(
+            f"bits are for methods that change whole matrices of the draft and add nothing to it (full, fc, head), not "
+            f"for {method_name}; choose one of these, or leave bits out"
+        )
+
+
 def mergeable(method_name: str, size: PrivateSize) -> bool:
     """Whether what the method trains at this size can be one dense draft, to be merged and exported."""
     chosen = method(method_name)
@@ -172,6 +188,7 @@ def prepare(
     """
     chosen = method(method_name)
     asked = chosen.size(size)
+    check_bits(method_name, asked)
     if chosen.fresh:
         if target is None:
             raise UserError(f"method {method_name} starts a new draft and needs the target, which was not given")

@@ -5,6 +5,10 @@ values to the new ones (as in WiSE-FT, arXiv 2109.01903), a low-rank update thro
 through its output. Below one, less is won where it was trained and less is lost elsewhere, for the price of a merge;
 docs/studies/guard.md has the exchange.
 
+And how finely it is told: a change of whole matrices, as ``full`` makes it, rounded to a few bits a weight
+(:mod:`redraft.coarse`), makes a private part as small as low-rank updates are; docs/studies/coarse.md has what that
+costs.
+
 Shape legend: D draft vocabulary, H width.
 """
 
@@ -12,11 +16,13 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from redraft.coarse import Coarse, coarsen, placed, told
 from redraft.drafts.experts import is_private, refuse_unmergeable
 from redraft.errors import UserError
 
@@ -51,11 +57,49 @@ def scale_change(draft: Trained, base: nn.Module, scale: float) -> Trained:
     return scaled
 
 
+@torch.no_grad()
+def coarse_change(
+    draft: Trained, base: nn.Module, names: Sequence[str], bits: int
+) -> tuple[Trained, dict[str, Coarse]]:
+    """A copy of ``draft``, in the type of ``base``, whose matrices among ``names`` are told in ``bits`` a weight.
+
+    Also how they are told, for :func:`redraft.artifact.save_private`. Head rows belong together by their tokens, as in
+    :func:`scale_change`; those of tokens that ``base`` cannot say, and all vectors, are kept whole. Raises
+    ``UserError`` for drafts of different shapes.
+    """
+    known = dict(base.named_parameters())
+    rounded = copy.deepcopy(draft).to(next(iter(known.values())).dtype)
+    parts: dict[str, Coarse] = {}
+    trained, places = dict(draft.named_parameters()), dict(rounded.named_parameters())
+    for name in names:
+        matrix = trained.get(name)
+        if matrix is None or matrix.ndim != 2:
+            continue
+        if name not in known or (name != "lm_head.weight" and known[name].shape != matrix.shape):
+            raise UserError(f"the base draft has no {name} of this shape, so there is no change of it to tell")
+        source = _source(draft, base) if name == "lm_head.weight" and getattr(draft, "reduced", False) else None
+        if torch.equal(placed(known[name], source)[_standing(source)], matrix.float().cpu()[_standing(source)]):
+            continue  # new rows alone, which are told by themselves
+        parts[name] = coarsen(matrix, known[name], bits, source)
+        places[name].copy_(told(parts[name], known[name]))
+    return rounded, parts
+
+
+def _standing(source_D: Tensor | None) -> Tensor | slice:
+    """The rows that stand in the base draft."""
+    return slice(None) if source_D is None else source_D >= 0
+
+
+def _source(draft: nn.Module, base: nn.Module) -> Tensor:
+    """Where each of the draft's tokens stands in the base draft's vocabulary [D]; -1 for those that do not."""
+    place = {int(token): row for row, token in enumerate(base.vocabulary())}  # type: ignore[operator]
+    return torch.tensor([place.get(int(token), -1) for token in draft.vocabulary()])  # type: ignore[operator]
+
+
 def _rows_of_tokens(rows_DH: Tensor, draft: nn.Module, old_DH: Tensor, base: nn.Module) -> Tensor:
     """The base draft's head rows [D, H] in the order of this draft's vocabulary; its own row where there is none."""
-    place = {int(token): row for row, token in enumerate(base.vocabulary())}  # type: ignore[operator]
-    found = [place.get(int(token), -1) for token in draft.vocabulary()]  # type: ignore[operator]
-    there = torch.tensor([row >= 0 for row in found], device=rows_DH.device)
+    source_D = _source(draft, base).to(rows_DH.device)
+    there = source_D >= 0
     together_DH = rows_DH.clone()
-    together_DH[there] = old_DH[torch.tensor([row for row in found if row >= 0], device=old_DH.device)].to(rows_DH)
+    together_DH[there] = old_DH[source_D[there].to(old_DH.device)].to(rows_DH)
     return together_DH

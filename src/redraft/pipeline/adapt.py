@@ -203,7 +203,7 @@ class AdaptRun:
             result = run_training(trainer, self.ledger, self.say)
             draft = self.replay(trainer.draft, rows, heldout)
         saved = list(dict.fromkeys([*names, *started.changed]))
-        save_trained(self.folder, draft, saved, self.stale, c.method, self.target, c.seed)
+        save_trained(self.folder, draft, saved, self.stale, c.method, self.target, c.seed, c.private_size.bits)
         share, total = trained_parameters(draft, c.method), sum(p.numel() for p in draft.parameters())
         self.say(f"saved: {share:,} trained of {total:,} parameters; the dense draft is in {self.folder / 'merged'}")
         if result:

@@ -10,10 +10,12 @@ import torch
 
 from redraft import provenance
 from redraft.artifact import save_draft, save_private
+from redraft.coarse import Coarse
 from redraft.data.store import Row
 from redraft.drafts.base import Draft
 from redraft.drafts.experts import merge_private
 from redraft.drafts.groups import METHODS, PrivateSize, mergeable
+from redraft.drafts.scaling import coarse_change
 from redraft.errors import UserError
 from redraft.loading import tokenizer_hash
 from redraft.pipeline.models import OpenDraft
@@ -65,19 +67,33 @@ def check_merge(method: str, size: PrivateSize, exports: Sequence[str]) -> None:
 
 
 def save_trained(
-    folder: Path, draft: Draft, names: Sequence[str], base: OpenDraft, method: str, target: Target, seed: int
+    folder: Path,
+    draft: Draft,
+    names: Sequence[str],
+    base: OpenDraft,
+    method: str,
+    target: Target,
+    seed: int,
+    bits: int | None = None,
 ) -> None:
-    """``folder``/private with only what was trained (not where that is everything), and ``folder``/merged, the whole:
-    dense, but for routed experts, which stay as they are."""
+    """``folder``/private with only what was trained, and ``folder``/merged, the whole: dense, but for routed experts,
+    which stay as they are.
+
+    Where everything was trained there is a private part only with ``bits``, the change told in so many a weight; the
+    merged draft is then what these tell.
+    """
     meta = {
         "method": method,
         "target": {"name": target.name, "hash": target.content_hash()},
         "tokenizer_hash": tokenizer_hash(target.tokenizer),
         "provenance": provenance.collect(seed=seed, device=str(target.device)),
     }
-    stored = half(draft)
-    if names and METHODS[method].groups != METHODS["full"].groups:
-        save_private(folder / "private", stored, names, base.base_hash, meta, half(base.draft).state_dict())
+    stored, old = half(draft), half(base.draft)
+    parts: dict[str, Coarse] = {}
+    if bits is not None:
+        stored, parts = coarse_change(draft, old, names, bits)
+    if names and (parts or METHODS[method].groups != METHODS["full"].groups):
+        save_private(folder / "private", stored, names, base.base_hash, meta, old.state_dict(), parts)
     dense = max(stored.config.private_experts, stored.config.shared_experts) <= 1
     save_draft(folder / "merged", merge_private(stored) if dense else stored, meta)
 

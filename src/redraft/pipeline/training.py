@@ -81,7 +81,7 @@ def train_old(
     size: PrivateSize | None = None,
     say: Say = print,
 ) -> TrainResult:
-    """Train a part of an old draft: ``out/merged`` is the whole, ``out/private`` the part (not for ``full``).
+    """Train a part of an old draft: ``out/merged`` is the whole, ``out/private`` the part (of ``full`` only with bits).
 
     Raises ``UserError``; a killed run, started again with the same arguments, goes on.
     """
@@ -91,13 +91,14 @@ def train_old(
     target = spec.open()
     opened = open_draft(draft, target)
     target.tap(opened.draft.config.taps)
-    trained, names = prepare(copy.deepcopy(opened.draft), method_name, size or PrivateSize(), config.seed, target)
+    size = size or PrivateSize()
+    trained, names = prepare(copy.deepcopy(opened.draft), method_name, size, config.seed, target)
     store = FeatureStore(out / "features", {"target": target.content_hash(), "taps": list(target.taps)})
     ledger = provenance.Ledger.load(out / "ledger.json")
     build_features("features", store, target, [*rows, *heldout], ledger)
     trainer = Trainer(trained, target, store, rows, heldout, config, out / "train", opened.base_hash)
     result = run_training(trainer, ledger, say)
-    save_trained(out, trainer.draft, names, opened, method_name, target, config.seed)
+    save_trained(out, trainer.draft, names, opened, method_name, target, config.seed, size.bits)
     atomic_write_json(out / "train.json", asdict(result))
     say(f"draft: {out / 'merged'}")
     return result

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,13 @@ from typing import Any
 import torch
 
 from redraft import provenance
-from redraft.artifact import private_state, save_draft, tensors_bytes
+from redraft.artifact import coarse_state, private_state, save_draft, tensors_bytes
+from redraft.coarse import Coarse
 from redraft.decode.tree_walk import simulate_tree
 from redraft.drafts.base import bind, family_of
 from redraft.drafts.experts import merge_private
 from redraft.drafts.groups import mergeable, method, prepare, trained_parameters
+from redraft.drafts.scaling import coarse_change
 from redraft.errors import UserError
 from redraft.loading import tokenizer_hash
 from redraft.pipeline.models import OpenDraft
@@ -71,6 +73,9 @@ def run_cell(work: TargetWork, cell: Cell, keep: bool, progress: Progress | None
         training_costs(costs, work, trainer, results, selected)
         record |= training_record(trainer, results, selected, settings)
     began = time.monotonic()
+    parts: dict[str, Coarse] = {}
+    if names and size.bits is not None:
+        draft, parts = coarse_change(draft, half(old), names, size.bits)
     rounds = measure(work, draft)
     stored = half(draft)
     record |= {
@@ -78,7 +83,7 @@ def run_cell(work: TargetWork, cell: Cell, keep: bool, progress: Progress | None
         "full_parameters": trained_parameters(old, "full"),
         "private_width": getattr(draft.config, "private_width", 0),
         "low_rank": getattr(draft.config, "low_rank", 0),
-        "private_bytes": private_bytes(stored, half(old), names),
+        "private_bytes": private_bytes(stored, half(old), names, parts),
         "start_details": started.details,
         "flops": costs.flops,
         "seconds": costs.seconds,
@@ -264,15 +269,17 @@ def rounds_of(work: TargetWork, draft: Any, name: str, asked: Asked) -> list[flo
     return [expected[row.key] for row in asked.rows]
 
 
-def private_bytes(draft: Any, old: Any, trained: Sequence[str]) -> int:
+def private_bytes(draft: Any, old: Any, trained: Sequence[str], coarse: Mapping[str, Coarse]) -> int:
     """Bytes that a target needs beside the shared draft: what is trained, and whatever else is not the old draft's.
 
-    Of a matrix whose rows mostly stand in the old draft, as of a refreshed vocabulary, only the others count.
+    Of a matrix whose rows mostly stand in the old draft, as of a refreshed vocabulary, only the others count; of those
+    in ``coarse`` what tells them.
     """
     before = old.state_dict()
 
     def same(name: str, tensor: torch.Tensor) -> bool:
         return name in before and before[name].shape == tensor.shape and torch.equal(before[name].to(tensor), tensor)
 
-    private = {n: tensor for n, tensor in draft.state_dict().items() if n in trained or not same(n, tensor)}
-    return tensors_bytes(private_state(private, before)[0])
+    found = {n: tensor for n, tensor in draft.state_dict().items() if n in trained or not same(n, tensor)}
+    whole = {n: tensor for n, tensor in found.items() if n not in coarse}
+    return tensors_bytes(private_state(whole, before)[0]) + tensors_bytes(coarse_state(coarse))
