@@ -52,7 +52,8 @@ def coarsen(matrix_DH: Tensor, known_DH: Tensor, bits: int, source_D: Tensor | N
     step = _steps(change, bits)
     codes = _codes(change, step, bits)
     packed = np.packbits(_bits(codes.numpy(), bits), axis=1)
-    rows = None if source_D is None else matrix_DH.detach().cpu()[new].contiguous()
+    # Rows that are kept whole take the type that the whole matrix would have been stored in.
+    rows = None if source_D is None else matrix_DH.detach().cpu()[new].to(known_DH.dtype).contiguous()
     return Coarse(
         bits,
         matrix.shape[1],
@@ -80,8 +81,11 @@ def told(coarse: Coarse, known_DH: Tensor) -> Tensor:
 
 
 def placed(known_DH: Tensor, source_D: Tensor | None) -> Tensor:
-    """The known rows in the places of the matrix, in float32 on the CPU; any row where there is none."""
-    known = known_DH.detach().float().cpu()
+    """The known rows in the places of the matrix, in float32 on the CPU; any row where there is none.
+
+    They are taken as they are served, in bfloat16, whatever type they came in: the same codes then tell the same.
+    """
+    known = known_DH.detach().to(torch.bfloat16).float().cpu()
     return known if source_D is None else known[source_D.cpu().long().clamp(min=0)]
 
 

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from redraft.artifact import load_draft, load_private, tensors_hash
 from redraft.data.prompts import read_conversations
 from redraft.data.selfprompts import SelfPromptReport
 from redraft.data.store import read_rows
@@ -136,6 +138,8 @@ def test_prompts_are_chosen_before_any_is_answered(world, tmp_path, scorer):
         ({"scorer": "coverage:base=nobody"}, "nobody"),
         ({"private": {"ranks": 3}}, "unknown private size ranks"),
         ({"method": "eda-moe", "exports": ("vllm",)}, "cannot be merged"),
+        ({"private": {"bits": 2}}, "not for lora"),
+        ({"method": "full", "private": {"bits": 0}}, "1 to 8 bits a weight, not 0"),
         ({"exports": ("vlm",)}, "did you mean vllm"),
         ({"exports": ("gguf",)}, "no language model, which gguf is for"),
         ({"train": {"optimizer": "sgd"}}, "unknown optimizer"),
@@ -170,3 +174,16 @@ def test_routed_experts_are_adapted_where_no_engine_is_to_load_them(world, tmp_p
     run = AdaptRun(settings(world, tmp_path / "run", method="eda-moe", private_width=16), quiet)
     run.run()
     assert run.aligned.config.private_experts == 4
+
+
+def test_full_training_in_two_bits_a_weight_has_a_private_part_that_is_the_merged_draft(world, tmp_path):
+    run = AdaptRun(settings(world, tmp_path / "run", method="full", private={"bits": 2}), quiet)
+    run.run()
+    merged, _ = load_draft(run.folder / "merged")
+    base, meta = load_draft(world / "draft")
+    joined, part = load_private(run.folder / "private", base, meta["content_hash"])
+    assert part["coarse"]["fc.weight"]["bits"] == 2
+    assert tensors_hash(joined.to(torch.bfloat16).state_dict()) == tensors_hash(merged.state_dict())
+    assert not torch.equal(merged.fc.weight.float(), base.fc.weight.float())
+    size = (run.folder / "private" / "private.safetensors").stat().st_size
+    assert size < (run.folder / "merged" / "draft.safetensors").stat().st_size / 2

@@ -188,7 +188,7 @@ def adapt(
     rank: Rank = None,
     private: Annotated[
         list[str] | None,
-        typer.Option(help="Any other size of the private part, NAME=VALUE (alpha, aim, experts, ...); repeatable."),
+        typer.Option(help="Other sizes of the private part, NAME=VALUE (alpha, ...; bits with full); repeatable."),
     ] = None,
     start: Annotated[
         str | None, typer.Option(help="What training starts from: {starts}; joined by + where several.")

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from redraft.artifact import atomic_write_json, read_json
-from redraft.drafts.groups import PrivateSize, method
+from redraft.drafts.groups import PrivateSize, check_bits, method
 from redraft.errors import UserError
 from redraft.export.base import check_formats
 from redraft.losses import LOSSES
@@ -54,7 +54,8 @@ class AdaptConfig(BaseModel):
         None, gt=0, description="rank of the low-rank updates; by default what makes them a fifth of the draft"
     )
     private: dict[str, Any] = Field(
-        default_factory=dict, description="sizes of the private part that differ from the defaults (alpha, on, experts)"
+        default_factory=dict,
+        description="sizes of the private part that differ from the defaults (alpha, on, experts), and bits",
     )
     start: str = Field(
         "vocabulary", description="what training starts from: none, ridge, delta, vocabulary, or several, +"
@@ -163,6 +164,7 @@ class AdaptConfig(BaseModel):
     @model_validator(mode="after")
     def _together(self) -> AdaptConfig:
         assert self.private_size and self.train_config()  # a bad one is refused before there is a run directory
+        check_bits(self.method, self.private_size)
         if "base_target" in parse_scorer(self.scorer).needs and self.base_target is None:
             raise UserError(f"scorer {self.scorer} compares the target with its base; give --base-target")
         return self
