@@ -241,6 +241,18 @@ def test_recovery_is_held_against_the_strongest_full_of_several() -> None:
         assert rows["full-slow"][name]["value"] == 1 > rows["full"][name]["value"]
 
 
+def test_full_training_in_few_bits_is_no_reference() -> None:
+    better = [14.0, 9.0, 18.0, 5.0]
+    results = study(
+        stale("a", STALE),
+        cell("a", "full", FULL),
+        cell("a", "full-2bit", better, settings={"bits": 2}),
+        methods={"full-2bit": {"method": "full", "bits": 2}},
+    )
+    rows = {row["method"]: row for row in derive(results)["pooled"]}
+    assert rows["full"]["recovery"]["value"] == 1 < rows["full-2bit"]["recovery"]["value"]
+
+
 def test_recovery_of_sampled_text_is_held_against_the_full_that_is_strongest_in_greedy_decoding() -> None:
     def both(found: dict[str, Any], sampled: list[float]) -> dict[str, Any]:
         return found | {"rounds": found["rounds"] | {"sampled": sampled}}

@@ -116,7 +116,8 @@ class Study:
         found = next((some for some in asked if some), [])
         # A study of losses has several; the usual one is the reference.
         found = [c for c in found if c["loss"] == "kl"] or [c for c in found if c["loss"] == found[0]["loss"]]
-        found = self.strongest(found)
+        # What is rounded afterwards is measured by the whole, whichever came out ahead.
+        found = self.strongest([c for c in found if c["settings"].get("bits") is None])
         seeds = {c["seed"] for c in group}
         mine = [c for c in found if c["seed"] in seeds]
         return mine if {c["seed"] for c in mine} == seeds else found
