@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from redraft import provenance
-from redraft.artifact import atomic_write_json, read_json
+from redraft.artifact import PRIVATE_FILE, atomic_write_json, read_json
 from redraft.data.mixture import mix
 from redraft.data.store import Row, read_rows
 from redraft.decode.tree import ChainShape
@@ -205,7 +205,9 @@ class AdaptRun:
         saved = list(dict.fromkeys([*names, *started.changed]))
         save_trained(self.folder, draft, saved, self.stale, c.method, self.target, c.seed, c.private_size.bits)
         share, total = trained_parameters(draft, c.method), sum(p.numel() for p in draft.parameters())
-        self.say(f"saved: {share:,} trained of {total:,} parameters; the dense draft is in {self.folder / 'merged'}")
+        part = self.folder / "private" / PRIVATE_FILE
+        alone = f", what was trained in {part.parent} ({part.stat().st_size / 1e6:.1f} MB)" if part.exists() else ""
+        self.say(f"saved: {share:,} trained of {total:,} parameters; the draft in {self.folder / 'merged'}{alone}")
         if result:
             atomic_write_json(done, asdict(result))
         return result
