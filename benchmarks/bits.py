@@ -19,18 +19,21 @@ from pathlib import Path
 from typing import Any
 
 from redraft import provenance
-from redraft.artifact import atomic_write_json, coarse_state, load_draft, private_state, read_json, tensors_bytes
+from redraft.artifact import atomic_write_json, load_draft, read_json
 from redraft.drafts.groups import trainable_names
 from redraft.drafts.scaling import coarse_change
 from redraft.errors import UserError
 from redraft.evaluate.statistics import paired_ratio, paired_recovery, ratio_of_sums
 from redraft.pipeline.stages import half
-from redraft.pipeline.study.cells import measure
+from redraft.pipeline.study.cells import measure, private_bytes
 from redraft.pipeline.study.config import read_study
 from redraft.pipeline.study.entries import Cell
 from redraft.pipeline.study.run import StudyRun
-from redraft.pipeline.study.shared import TargetWork, slug
+from redraft.pipeline.study.shared import TargetWork
 from redraft.progress import progress_bar
+from redraft.report.format import DASH
+from redraft.report.study import ranged
+from redraft.report.study import table as markdown
 
 STALE, WHOLE = "stale", "whole"
 INSIDE, OUTSIDE = ("greedy", "sampled"), "general"
@@ -88,14 +91,13 @@ def result_of(options: argparse.Namespace) -> dict[str, Any]:
     rows: dict[str, list[dict[str, Any]]] = {WHOLE: [], **{str(b): [] for b in bits}}
     with progress_bar("measure", len(cells) * (len(bits) + 1), "drafts") as bar:
         for cell in cells:
-            draft = load_draft(options.study / "cells" / slug(cell.key) / "draft")[0].float()
-            rows[WHOLE].append({"rounds": measure(work, draft), "bytes": tensors_bytes(half(draft).state_dict())})
+            draft = load_draft(run.record_path(cell).parent / "draft")[0].float()
+            rows[WHOLE].append({"rounds": measure(work, draft), "bytes": private_bytes(half(draft), old, names, {})})
             for b in bits:
                 bar.update(sum(map(len, rows.values())), now=f"{cell.key} in {b} bits")
                 rounded, parts = coarse_change(draft, old, names, b)
-                rest = {n: t for n, t in rounded.state_dict().items() if n not in parts}
-                stored = {**private_state(rest, old.state_dict())[0], **coarse_state(parts)}
-                rows[str(b)].append({"rounds": measure(work, rounded), "bytes": tensors_bytes(stored)})
+                size = private_bytes(rounded, old, names, parts)
+                rows[str(b)].append({"rounds": measure(work, rounded), "bytes": size})
     beside = (
         [read_json(run.record_path(cell)) for cell in cells_of(run, target, options.beside)] if options.beside else []
     )
@@ -133,25 +135,26 @@ def table(result: dict[str, Any]) -> str:
     if result["beside"]:
         rows[f"`{result['setup']['beside']}`"] = result["beside"]
     head = ["change", "file", "tau greedy", "recovery", "tau sampled", "recovery", "elsewhere"]
-    lines = [f"| {' | '.join(head)} |", "| --- |" + " ---: |" * (len(head) - 1)]
+    lines = []
     for label, parts in rows.items():
-        cells = [label, f"{parts[0]['bytes'] / 1e6:.1f} MB" if "bytes" in parts[0] else "–"]
+        cells = [label, f"{parts[0]['bytes'] / 1e6:.1f} MB" if "bytes" in parts[0] else DASH]
         for name in INSIDE:
-            cells.append(_figure(ratio_of_sums(*sums(parts, name)), "{:.2f}"))
+            cells.append(ranged(ratio_of_sums(*sums(parts, name)).to_dict(), "{:.2f}".format))
             found = paired_recovery(sums(parts, name), sums(stale, name), sums(whole, name))
-            cells.append("–" if parts is stale else "100%" if parts is whole else _figure(found, "{:.0%}"))
+            cells.append(
+                DASH if parts is stale else "100%" if parts is whole else ranged(found.to_dict(), "{:.0%}".format)
+            )
         if OUTSIDE in result["sets"] and parts is not stale:
             ratio = paired_ratio(sums(parts, OUTSIDE), sums(stale, OUTSIDE))
-            cells.append(_figure(ratio, "{:+.1%}", 1))
+            cells.append(ranged(ratio.to_dict(), _change))
         else:
-            cells.append("–")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+            cells.append(DASH)
+        lines.append(cells)
+    return markdown(head, lines)
 
 
-def _figure(found: Any, form: str, less: float = 0.0) -> str:
-    value, low, high = (form.format(number - less) for number in (found.value, found.low, found.high))
-    return f"{value} [{low}, {high}]"
+def _change(ratio: float | None) -> str:
+    return DASH if ratio is None else f"{ratio - 1:+.1%}"
 
 
 def main() -> None:

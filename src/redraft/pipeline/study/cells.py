@@ -73,9 +73,9 @@ def run_cell(work: TargetWork, cell: Cell, keep: bool, progress: Progress | None
         training_costs(costs, work, trainer, results, selected)
         record |= training_record(trainer, results, selected, settings)
     began = time.monotonic()
-    parts: dict[str, Coarse] = {}
+    before, parts = half(old), dict[str, Coarse]()
     if names and size.bits is not None:
-        draft, parts = coarse_change(draft, half(old), names, size.bits)
+        draft, parts = coarse_change(draft, before, names, size.bits)
     rounds = measure(work, draft)
     stored = half(draft)
     record |= {
@@ -83,7 +83,7 @@ def run_cell(work: TargetWork, cell: Cell, keep: bool, progress: Progress | None
         "full_parameters": trained_parameters(old, "full"),
         "private_width": getattr(draft.config, "private_width", 0),
         "low_rank": getattr(draft.config, "low_rank", 0),
-        "private_bytes": private_bytes(stored, half(old), names, parts),
+        "private_bytes": private_bytes(stored, before, names, parts),
         "start_details": started.details,
         "flops": costs.flops,
         "seconds": costs.seconds,
@@ -259,7 +259,11 @@ def rounds_of(work: TargetWork, draft: Any, name: str, asked: Asked) -> list[flo
     store = model.features(name, asked.rows, draft.config.taps)
     work.tell(f"{work.name}: measure {name}", 0, 1)
     if asked.tree is not None:
-        walked = simulate_tree(draft, model.target, asked.rows, store, asked.tree, work.config.evaluation_tokens)
+
+        def tell(done: int) -> None:
+            work.tell(f"{work.name}: measure {name}", done, len(asked.rows))
+
+        walked = simulate_tree(draft, model.target, asked.rows, store, asked.tree, work.config.evaluation_tokens, tell)
         return [len(walked[row.key]) for row in asked.rows]
     if asked.sampler.greedy:
         accepted = simulate_greedy_chain(draft, model.target, asked.rows, store, gamma)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from redraft.decode.tree import ChainShape, parse_shape
+from redraft.decode.tree import ChainShape, DynamicTree, StaticTree, parse_shape
 from redraft.drafts.groups import METHODS, PrivateSize, method
 from redraft.errors import UserError
 from redraft.losses import LOSSES
@@ -85,13 +85,6 @@ class StudyConfig(Strict):
     def _speed(cls, value: Any) -> Any:
         return {True: {}, False: None}[value] if isinstance(value, bool) else value
 
-    @field_validator("tree")
-    @classmethod
-    def _tree(cls, value: str | None) -> str | None:
-        if value is not None and isinstance(parse_shape(value), ChainShape):
-            raise UserError(f"{value} is no tree; give tree:4x4x12, or set gamma for a chain")
-        return value
-
     @model_validator(mode="after")
     def _names(self) -> StudyConfig:
         for kind in ("targets", "data", "methods", "selections", "starts"):
@@ -107,7 +100,16 @@ class StudyConfig(Strict):
                 raise UserError(f"{NONE!r} is what it says and cannot be given another meaning")
         self.train_config("kl", 0)
         list(self.all_cells())
+        _ = self.tree_shape
         return self
+
+    @property
+    def tree_shape(self) -> StaticTree | DynamicTree | None:
+        """What is walked beside the chain. Raises ``UserError`` for what is no tree."""
+        shape = None if self.tree is None else parse_shape(self.tree)
+        if isinstance(shape, ChainShape):
+            raise UserError(f"{self.tree} is no tree; give tree:4x4x12, or set gamma for a chain")
+        return shape
 
     # -- looking names up ------------------------------------------------------------------------------------------
     def method_of(self, name: str) -> str:

@@ -11,7 +11,6 @@ from typing import Any
 
 from redraft import provenance
 from redraft.artifact import atomic_write_json, read_json
-from redraft.decode.tree import parse_shape
 from redraft.errors import UserError
 from redraft.evaluate.study import SCHEMA, derive
 from redraft.pipeline.models import open_target
@@ -199,8 +198,8 @@ def setup(config: StudyConfig) -> dict[str, Any]:
         "epochs": "every training run passes over its own rows for the set number of epochs",
     }
     walk = "rounds walked over stored answers of the target; expected rounds where the text is sampled"
-    if config.tree is not None:
-        walk += f"; beside the chain a {parse_shape(config.tree).describe()} of the draft's likeliest tokens"
+    if tree := config.tree_shape:
+        walk += f"; beside the chain a {tree.describe()} of the draft's likeliest tokens"
     return {
         "chain": f"chain of {config.gamma}",
         "walk": walk,

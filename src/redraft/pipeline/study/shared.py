@@ -24,7 +24,7 @@ from redraft.data.references import reference_rows
 from redraft.data.regenerate import InProcessEngine, Kept, expected_rows, regenerate
 from redraft.data.store import Row, read_rows
 from redraft.data.traces import read_traces
-from redraft.decode.tree import ChainShape, DynamicTree, StaticTree, parse_shape
+from redraft.decode.tree import DynamicTree, StaticTree
 from redraft.errors import UserError
 from redraft.pipeline.models import OpenDraft, PromptRow, open_draft, open_target
 from redraft.pipeline.study.config import StudyConfig
@@ -349,7 +349,7 @@ class TargetWork(Model):
             rows = self.answer(f"evaluation-{name}", turns, [sampler], config.evaluation_tokens, self.taps)
             tasks = [asked[row.id.partition(":")[2]][1] for row in rows]
             found[name] = Asked(self, rows, sampler, tasks)
-        if config.tree is not None and not isinstance(tree := parse_shape(config.tree), ChainShape):
+        if tree := config.tree_shape:
             found |= {name + TREE: replace(asked_set, tree=tree) for name, asked_set in found.items()}
         if config.general is not None:
             models = {GENERAL: self, **({GENERAL_BASE: self.base} if self.entry.base_target else {})}
