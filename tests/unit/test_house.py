@@ -22,9 +22,9 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("teacher",),
     ("data",),
     ("loading",),
-    ("drafts", "target", "losses", "slots"),
+    ("drafts", "target", "losses"),
     ("metrics", "sampling", "artifact", "provenance", "prepack"),
-    ("registry", "progress", "coarse"),
+    ("registry", "progress", "coarse", "compat"),
     ("errors",),
 )
 HEIGHT = {room: len(ROWS) - i for i, row in enumerate(ROWS) for room in row}

@@ -4,53 +4,25 @@ Continuous batching: a fixed number of slots, each with its own length. A finish
 once; freed slots are refilled by groups of waiting prompts of similar length, so that neither finished rows nor
 padding cost a forward pass. What a draft will learn from, the target's features, passes by on the way and can be kept.
 
+That is done where sequences of several lengths in one pass give the target's own text (:mod:`redraft.target.paths`);
+for any other target transformers' own generation writes it, prompts of one length at a time.
+
 Shape legend: B slots, P prompt tokens, R response tokens, T tokens, H hidden size, K taps, V vocabulary.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from redraft.data.own import own_generation
+from redraft.data.requests import Completion, Request, request_uniforms
 from redraft.sampling import Sampler, draw, warp
-from redraft.slots import SlotCache, slot_attention
 from redraft.target import Target, TargetStep
-
-
-@dataclass(frozen=True)
-class Request:
-    """One prompt to be answered: its key, its token ids and the sampling rule."""
-
-    key: str
-    prompt_ids: Sequence[int]
-    sampler: Sampler
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Completion:
-    """The answer to a request. ``finish_reason`` is ``stop`` (an end token, kept in the ids) or ``length``.
-
-    ``features``, where they were asked for: taps [P + R - 2, K*H] and final-norm states [R - 1, H] of the positions
-    that :mod:`redraft.teacher.features` names; none for an answer of one token.
-    """
-
-    request: Request
-    response_ids: list[int]
-    finish_reason: str
-    features: tuple[Tensor, Tensor] | None = None
-
-
-def request_uniforms(request: Request, count: int) -> Tensor:
-    """The uniforms [count] that a request draws with: a function of its key, sampler and seed alone."""
-    text = f"{request.key}|{request.sampler}|{request.seed}"
-    seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
-    return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+from redraft.target.slots import SlotCache, slot_attention
 
 
 class Features:
@@ -105,7 +77,7 @@ class _Slots:
         ids_BT = torch.zeros(len(group), max(lengths), dtype=torch.long)
         for i, request in enumerate(group):
             ids_BT[i, : lengths[i]] = torch.tensor(list(request.prompt_ids))
-        prompt_cache = self.target.new_cache(max(lengths))
+        prompt_cache = self.target.new_buffers(max(lengths))
         step = self.target.forward(ids_BT.to(self.target.device), prompt_cache, taps=self.features is not None)
         ends = torch.tensor(lengths, device=self.target.device)
         last_BH = step.hidden_BTH[torch.arange(len(group), device=ends.device), ends - 1]
@@ -181,10 +153,26 @@ def generate(
     _check(target, everyone, max_new_tokens)
     if not requests:
         return
+    ends = frozenset({*target.eos_ids, *stop_ids})
+    if target.paths.slots:
+        yield from _in_slots(target, requests, max_new_tokens, batch_size, ends, everyone, features)
+    else:
+        yield from own_generation(target, requests, max_new_tokens, batch_size, ends)
+
+
+def _in_slots(
+    target: Target,
+    requests: Sequence[Request],
+    max_new_tokens: int,
+    batch_size: int,
+    ends: frozenset[int],
+    everyone: Sequence[Request],
+    features: bool,
+) -> Iterator[Completion]:
     ordered = sorted(everyone, key=lambda r: len(r.prompt_ids), reverse=True)[::-1]
     size, wanted = min(batch_size, len(ordered)), {request.key for request in requests}
     slots = _Slots(target, size, len(ordered[-1].prompt_ids) + max_new_tokens, max_new_tokens, features)
-    step, ends = max(1, size // 8), {*target.eos_ids, *stop_ids}
+    step = max(1, size // 8)
     groups = [ordered[i : i + step] for i in range(0, len(ordered), step)]
     waiting = deque(group for group in groups if any(request.key in wanted for request in group))
     with slot_attention(target):

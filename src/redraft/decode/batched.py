@@ -30,8 +30,8 @@ from redraft.drafts.base import Draft, check_fit
 from redraft.drafts.standalone import StandaloneDraft
 from redraft.errors import UserError
 from redraft.sampling import Sampler, draw, warp
-from redraft.slots import SlotCache, causal_mask, slot_attention, write
 from redraft.target import Target
+from redraft.target.slots import SlotCache, causal_mask, slot_attention, write
 
 Done = Callable[[int, Generation], None]
 """Called with a prompt's index and its generation as soon as it has ended."""
@@ -116,9 +116,10 @@ class BatchedChainDecoder:
     ) -> None:
         """``greedy_drafts``: the draft proposes its likeliest tokens also when the target samples.
 
-        Raises ``UserError`` when the draft does not fit the target, for a standalone draft, and for a gamma or a
-        number of slots below 1.
+        Raises ``UserError`` when the draft does not fit the target, for a standalone draft, for a gamma or a number of
+        slots below 1, and for a target whose text is not its own in such a pass.
         """
+        target.require("slots")
         if isinstance(draft, StandaloneDraft):
             raise UserError("batched decoding takes no standalone draft; decode with it one request at a time")
         check_fit(draft.config, target)
@@ -188,7 +189,7 @@ class BatchedChainDecoder:
         for i, (prompt, _) in enumerate(group.values()):
             ids_bT[i, : lengths[i]] = torch.tensor(list(prompt))
         ids_bT = ids_bT.to(device)
-        prompt_cache = target.new_cache(max(lengths))
+        prompt_cache = target.new_buffers(max(lengths))
         step = target.forward(ids_bT, prompt_cache)
         assert step.taps_BTKH is not None
         rows_b, ends_b = torch.tensor(free, device=device), torch.tensor(lengths, device=device)

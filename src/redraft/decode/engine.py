@@ -26,7 +26,7 @@ from redraft.drafts.base import Draft, Proposer, bind, check_fit
 from redraft.errors import UserError
 from redraft.prepack import prepack
 from redraft.sampling import Sampler, draw, warp
-from redraft.target import KeyValueCache, Target
+from redraft.target import Target
 
 
 @dataclass
@@ -246,7 +246,7 @@ class SpeculativeDecoder(PlainDecoder):
         """Of prompt and first token those that the draft is fed: the tokens of the pairs (h_t, x_{t+1})."""
         return ids_T[1:]
 
-    def new_caches(self, tokens: int) -> tuple[KeyValueCache, Any]:
+    def new_caches(self, tokens: int) -> tuple[Any, Any]:
         """Buffers for the longest sequence and one round beyond it."""
         return self.target.new_cache(tokens + self.proposals), DraftCache(self.draft, tokens + self.guesses)
 
@@ -256,7 +256,7 @@ class SpeculativeDecoder(PlainDecoder):
         ids_T: Tensor,
         taps_T: Tensor,
         draft_cache: Any,
-        cache: KeyValueCache,
+        cache: Any,
         room: int,
         uniforms: _Uniforms,
     ) -> tuple[Round, Tensor, Tensor]:
@@ -295,7 +295,7 @@ class ChainDecoder(SpeculativeDecoder):
         ids_T: Tensor,
         taps_T: Tensor,
         draft_cache: Any,
-        cache: KeyValueCache,
+        cache: Any,
         room: int,
         uniforms: _Uniforms,
     ) -> tuple[Round, Tensor, Tensor]:
@@ -337,7 +337,7 @@ class ChainDecoder(SpeculativeDecoder):
         return logits_1D.argmax(-1)
 
     def verify(
-        self, last: int, proposed: list[int], draft_probs: Tensor | None, cache: KeyValueCache, uniforms: _Uniforms
+        self, last: int, proposed: list[int], draft_probs: Tensor | None, cache: Any, uniforms: _Uniforms
     ) -> tuple[Round, Tensor, Tensor]:
         """One target pass over the last token and the proposals; keeps what the rule accepts.
 

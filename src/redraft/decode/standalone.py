@@ -9,6 +9,8 @@ Shape legend: T new tokens, G proposed tokens, V vocabulary.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -49,7 +51,7 @@ class StandaloneDecoder(ChainDecoder):
     def known(self, ids_T: Tensor) -> Tensor:
         return ids_T
 
-    def new_caches(self, tokens: int) -> tuple[KeyValueCache, DraftKeys]:
+    def new_caches(self, tokens: int) -> tuple[Any, DraftKeys]:
         return self.target.new_cache(tokens + self.proposals), DraftKeys(self.draft.layers, tokens + self.guesses)
 
     def propose(

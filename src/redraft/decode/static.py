@@ -105,6 +105,14 @@ class StaticCache(KeyValueCache):
         super().__init__(layers, capacity)
         self.layers = [StaticLayer(capacity) for _ in range(layers)]
 
+    def key_positions(self, positions_BT: Tensor) -> Tensor:
+        """As of every cache; columns behind the new ones count as their own number, which nobody looks at."""
+        columns_C = torch.arange(self.capacity, device=positions_BT.device)
+        at_T = self.layers[0].at_T
+        if at_T is None:
+            return super().key_positions(positions_BT)
+        return columns_C.index_copy(0, at_T, positions_BT[0])[None]
+
     def place(self, at_T: Tensor | None) -> None:
         """Write the next keys at these columns; ``None`` goes back to appending."""
         for layer in self.layers:
@@ -129,6 +137,7 @@ class StaticTarget(Target):
         rope = getattr(target.model.config, "rope_parameters", None) or {}
         if rope.get("rope_type") == "dynamic":
             raise UserError(f"{target.name} has a dynamic rope, which static steps cannot follow; leave --static out")
+        target.require("masked")
         super().__init__(target.model, target.tokenizer, target.name, target.taps)
         if not widths or min(widths) < 1:
             raise UserError(f"static steps need widths of at least 1 token, not {list(widths)}")
@@ -141,7 +150,7 @@ class StaticTarget(Target):
         super().tap(taps)
         self.steps = {}
 
-    def new_cache(self, capacity: int) -> KeyValueCache:
+    def new_cache(self, capacity: int) -> StaticCache:
         """The one cache, emptied; whoever had it before loses it."""
         needed = max(capacity, self.smallest) + self.widths[-1]
         if self.static_cache is None or self.static_cache.capacity < needed:
@@ -235,12 +244,13 @@ class StaticChainDecoder(ChainDecoder):
         Raises ``UserError`` when the draft does not fit the target, or for a gamma below 1.
         """
         super().__init__(target, draft, gamma, sampler, greedy_drafts=greedy_drafts)
-        self.target = StaticTarget(target, (1, gamma + 1), capacity + gamma + 1)
+        self.static_target = StaticTarget(target, (1, gamma + 1), capacity + gamma + 1)
+        self.target = self.static_target
         self.smallest = capacity
         self.draft_cache: DraftCache | None = None
         self.chain: Recorded | None = None
 
-    def new_caches(self, tokens: int) -> tuple[KeyValueCache, DraftCache]:
+    def new_caches(self, tokens: int) -> tuple[StaticCache, DraftCache]:
         # A round feeds at most gamma + 1 pairs, padded, and then gamma - 1 guesses behind the real ones.
         needed = max(tokens, self.smallest) + 2 * self.gamma
         if self.draft_cache is None or self.draft_cache.keys.shape[1] < needed:
@@ -251,7 +261,7 @@ class StaticChainDecoder(ChainDecoder):
             self.draft.rotary.grow(needed, self.target.device)
             self.chain = None
         self.draft_cache.length = 0
-        return self.target.new_cache(tokens + self.gamma), self.draft_cache
+        return self.static_target.new_cache(tokens + self.gamma), self.draft_cache
 
     def propose(
         self, ids_T: Tensor, taps_T: Tensor, cache: DraftCache, gamma: int, uniforms: _Uniforms

@@ -70,7 +70,9 @@ class TreeDecoder(SpeculativeDecoder):
         sampler: Sampler | None = None,
         greedy_drafts: bool = False,
     ) -> None:
-        """Raises ``UserError`` when the draft does not fit the target, or for sampled drafts in a dynamic tree."""
+        """Raises ``UserError`` when the draft does not fit the target, for sampled drafts in a dynamic tree, and for a
+        target whose text is not its own under a tree's mask."""
+        target.require("masked")
         super().__init__(target, draft, sampler, greedy_drafts)
         check_drafts(shape, self.fixed)
         self.shape = shape

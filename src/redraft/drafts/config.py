@@ -11,6 +11,28 @@ from redraft.drafts.layers import Linear
 from redraft.errors import UserError
 
 
+def rope_of(config: Any) -> dict[str, Any]:
+    """The rotary settings that a new draft takes over from a text model's config.
+
+    Of several for several kinds of layers, those of full attention. Angles that are tabulated for one head width or
+    turn a part of the head alone are the model's own affair: a new draft learns the plain ones as well.
+    """
+    known = dict(getattr(config, "rope_parameters", None) or {})
+    if known and all(isinstance(value, dict) for value in known.values()):
+        known = dict(known.get("full_attention") or next(iter(known.values())))
+    theta = known.get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0
+    if known.get("rope_type", "default") not in ("default", "linear", "dynamic", "llama3", "yarn"):
+        return {"rope_theta": theta, "rope_type": "default"}
+    dropped = ("partial_rotary_factor", "mrope_section", "mrope_interleaved")
+    return {"rope_theta": theta, "rope_type": "default"} | {k: v for k, v in known.items() if k not in dropped}
+
+
+def inner_width(config: Any) -> int:
+    """The inner width of a text model's MLPs, the first where layers differ."""
+    width = config.intermediate_size
+    return int(width[0] if isinstance(width, list | tuple) else width)
+
+
 @dataclass(frozen=True, kw_only=True)
 class EagleConfig:
     """The one decoder layer of an EAGLE draft, and the private parts that it carries."""

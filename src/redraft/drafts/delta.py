@@ -80,7 +80,7 @@ def delta(draft: Any, target: Any, base_target: Any, seed: int = 0) -> tuple[Any
 def _head(target: Any, draft: Any) -> Tensor:
     """Head rows of the draft's vocabulary times the final norm's weight, [D, F] in float64."""
     rows = target.head.weight[draft.vocabulary().to(target.head.weight.device)].double()
-    return rows * norm_weight(target.backbone.norm, target.hidden_size)
+    return rows * norm_weight(target.norm, target.hidden_size)
 
 
 def _embedding(target: Any, draft: Any) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from redraft.artifact import FAMILIES
-from redraft.drafts.config import EagleConfig
+from redraft.drafts.config import EagleConfig, inner_width, rope_of
 from redraft.drafts.experts import SharedPrivateMLP, merge_private
 from redraft.drafts.layers import Attend, Attention, DraftLayer, Linear, RMSNorm, Rotary
 from redraft.drafts.routing import balance_loss
@@ -196,13 +196,13 @@ def fresh_eagle1(target: Any, seed: int = 0, intermediate: int | None = None, fc
     heads = source.num_attention_heads
     config = Eagle1Config(
         hidden_size=target.hidden_size,
-        intermediate_size=intermediate or source.intermediate_size,
+        intermediate_size=intermediate or inner_width(source),
         num_attention_heads=heads,
         num_key_value_heads=getattr(source, "num_key_value_heads", heads),
         head_dim=getattr(source, "head_dim", None) or target.hidden_size // heads,
         target_vocab_size=target.vocab_size,
         rms_norm_eps=float(getattr(source, "rms_norm_eps", 1e-5)),
-        rope_parameters=dict(source.rope_parameters),
+        rope_parameters=rope_of(source),
         max_position_embeddings=target.context,
         fc_bias=fc_bias,
     )

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from redraft.artifact import FAMILIES
-from redraft.drafts.config import EagleConfig
+from redraft.drafts.config import EagleConfig, inner_width, rope_of
 from redraft.drafts.experts import SharedPrivateMLP, merge_private
 from redraft.drafts.layers import Attend, Attention, DraftLayer, Linear, RMSNorm, Rotary
 from redraft.drafts.routing import balance_loss
+from redraft.drafts.rowmap import norm_weight
 from redraft.errors import UserError
 
 
@@ -199,7 +200,7 @@ def fresh_draft(target: Any, vocabulary: Sequence[int], seed: int = 0, intermedi
     heads = source.num_attention_heads
     config = Eagle3Config(
         hidden_size=target.hidden_size,
-        intermediate_size=intermediate or source.intermediate_size,
+        intermediate_size=intermediate or inner_width(source),
         num_attention_heads=heads,
         num_key_value_heads=getattr(source, "num_key_value_heads", heads),
         head_dim=getattr(source, "head_dim", None) or target.hidden_size // heads,
@@ -208,12 +209,19 @@ def fresh_draft(target: Any, vocabulary: Sequence[int], seed: int = 0, intermedi
         draft_vocab_size=len(vocabulary),
         taps=target.taps,
         rms_norm_eps=float(getattr(source, "rms_norm_eps", 1e-5)),
-        rope_parameters=dict(source.rope_parameters),
+        rope_parameters=rope_of(source),
         max_position_embeddings=target.context,
     )
     draft = Eagle3Draft(config, torch.tensor(sorted(vocabulary)))
     start_from_target(draft, target, seed)
     return draft
+
+
+def _norm_start(target: Any) -> Tensor:
+    """What the target's final norm multiplies by [H]: its weight as it lies in the file, unless it counts from 1."""
+    acting = norm_weight(target.norm, target.hidden_size).float()
+    stored = getattr(target.norm, "weight", acting).float()
+    return stored if torch.allclose(stored, acting, rtol=0.02, atol=1e-3) else acting
 
 
 def start_from_target(draft: Eagle3Draft, target: Any, seed: int) -> None:
@@ -230,6 +238,6 @@ def start_from_target(draft: Eagle3Draft, target: Any, seed: int) -> None:
         if config.hidden_size != target.hidden_size:
             return
         draft.fc.weight[:, -config.target_hidden_size :] += torch.eye(config.hidden_size)
-        draft.norm.weight.copy_(target.backbone.norm.weight.float())
+        draft.norm.weight.copy_(_norm_start(target))
         rows = target.head.weight[draft.vocabulary().to(target.device)]
         draft.lm_head.weight.copy_(rows.float())

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from redraft.drafts.config import rope_of
 from redraft.drafts.standalone import StandaloneDraft, untrained
 from redraft.errors import UserError
 
@@ -106,14 +107,6 @@ def _widest(target: Any, depth: int, head: int, budget: float, tied: bool | None
     return found
 
 
-def _rope(target: Any) -> dict[str, Any]:
-    parameters = dict(getattr(target.config, "rope_parameters", None) or {})
-    if parameters.get("rope_type", "default") not in ("default", "linear", "dynamic", "llama3", "yarn"):
-        # Such angles are tabulated for one head width and length; a new model learns the plain ones as well.
-        return {"rope_theta": parameters.get("rope_theta", 10000.0), "rope_type": "default"}
-    return {key: value for key, value in parameters.items() if key not in ("partial_rotary_factor", "mrope_section")}
-
-
 def _head_dim(target: Any) -> int:
     config = target.config
     return min(WIDEST_HEAD, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
@@ -123,7 +116,7 @@ def _config(target: Any, layers: int, width: int, inner: int, heads: int, tied: 
     from transformers import LlamaConfig
 
     source = target.config
-    rope = _rope(target)
+    rope = rope_of(source)
     return LlamaConfig(
         vocab_size=target.vocab_size,
         hidden_size=width,
@@ -138,7 +131,7 @@ def _config(target: Any, layers: int, width: int, inner: int, heads: int, tied: 
         bos_token_id=source.bos_token_id,
         eos_token_id=source.eos_token_id,
         pad_token_id=source.pad_token_id,
-        **({"rope_parameters": rope} if rope else {}),
+        rope_parameters=rope,
     )
 
 
@@ -175,7 +168,7 @@ def fresh_standalone(
         for new, old in enumerate(layers):
             model.base_model.layers[new].load_state_dict(target.backbone.layers[old].state_dict())
         if layers:
-            model.base_model.norm.load_state_dict(target.backbone.norm.state_dict())
+            model.base_model.norm.load_state_dict(target.norm.state_dict())
         if embeddings == "target":
             _start_tables(draft, target)
     _speak_like(model, target)

@@ -90,8 +90,9 @@ def _pick(target: Target, named: tuple[str, Proposer], prompts: Sequence[Prompt]
     """The fastest shape for the last draft; the shortest chain is measured where no draft pays off."""
     name, draft = named
     sampled = not (how.sampler.greedy or how.greedy_drafts)
-    # A dynamic tree's tokens are no draws from the draft, so sampled drafts choose among chains.
-    trees: Sequence[Shape] | None = () if sampled else None
+    # A dynamic tree's tokens are no draws from the draft, so sampled drafts choose among chains; and so does a target
+    # whose text is not its own under a tree's mask.
+    trees: Sequence[Shape] | None = () if sampled or not target.paths.masked else None
     with progress_bar("gamma=auto", None, "shapes"):
         pick = auto_shape(
             target, draft, prompts, how.sampler, trees=trees, greedy_drafts=how.greedy_drafts, seed=how.seed

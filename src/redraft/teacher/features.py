@@ -192,9 +192,9 @@ def _entry(row: Row, taps_TKF: Tensor, hidden_AF: Tensor) -> dict[str, Tensor]:
 def _prefix(target: Target, rows: Sequence[Row]) -> Prefix | None:
     """The shared opening of all prompts, run once. Nothing when it is not worth a pass of its own."""
     ids = common_prefix([r for r in rows if anchors(r)])
-    if len(ids) < 8:
+    if len(ids) < 8 or not target.paths.cached:
         return None
-    cache = target.new_cache(len(ids))
+    cache = target.new_buffers(len(ids))
     taps = target.forward(torch.tensor([ids], device=target.device), cache).taps_BTKH
     assert taps is not None
     return Prefix(ids, cache, taps[0])

@@ -164,7 +164,7 @@ def refresh_vocabulary(
     if getattr(draft.lm_head, "low_rank", None) is not None:
         raise UserError("a refresh replaces rows of lm_head, which carries a low-rank update; merge the draft first")
     head, fresh = target.head.weight, torch.tensor(sorted(added))
-    norm_F = norm_weight(target.backbone.norm, target.hidden_size)
+    norm_F = norm_weight(target.norm, target.hidden_size)
     norm_H = norm_weight(draft.norm, draft.config.hidden_size)
     weight_DH = draft.lm_head.weight.detach()
     rows_map = fit_row_map(head[old_D.to(head.device)].double() * norm_F, weight_DH, norm_H, seed)

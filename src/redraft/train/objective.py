@@ -66,12 +66,13 @@ class UnrollObjective:
         self.draft, self.target, self.config, self.reduce = draft, target, config, reduce
         self.loss = LOSSES.get(config.loss)
         self.portion_numbers = portion_numbers or PORTION_NUMBERS.get(target.device.type, 2**26)
-        self.head_DF = target.head.weight[draft.vocabulary().to(target.device)]
+        vocabulary, bias = draft.vocabulary().to(target.device), target.head.bias
+        self.head_DF, self.bias_D = target.head.weight[vocabulary], None if bias is None else bias[vocabulary]
 
     def teacher_logits(self, batch: Batch, anchors: slice = slice(None)) -> Tensor:
         """The target's logits [M, D] at the draft vocabulary alone, of the token that each anchor predicts."""
         with torch.no_grad():
-            return self.target.scale_logits(F.linear(batch.hidden_M[anchors], self.head_DF))
+            return self.target.scale_logits(F.linear(batch.hidden_M[anchors], self.head_DF, self.bias_D))
 
     def weights(self, batch: Batch, inside_MJ: Tensor) -> Tensor:
         """What each anchor's loss at each step counts for, [M, J]; they sum to 1.

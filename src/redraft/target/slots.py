@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 
 class _SlotLayer(CacheLayerMixin):
@@ -64,6 +65,10 @@ class SlotCache(Cache):
         super().__init__(layers=[_SlotLayer(self) for _ in range(layers)])
         self.size, self.capacity = size, capacity
         self.lengths = torch.zeros(size, dtype=torch.long, device=device)
+
+    def key_positions(self, positions_BT: Tensor) -> Tensor:
+        """Where every column stands in its slot's text, [B, C]: a column's number."""
+        return torch.arange(self.capacity, device=positions_BT.device).expand(len(positions_BT), -1)
 
     def positions(self, tokens: int) -> Tensor:
         """Where the next T tokens of every slot stand, [B, T]."""
@@ -125,14 +130,22 @@ def _slot_attention(
 
 
 AttentionInterface.register("redraft_slots", _slot_attention)
+# Without this a model makes no masks for this attention, windows included, and every prompt is seen whole.
+AttentionMaskInterface.register("redraft_slots", sdpa_mask)
 
 
 @contextmanager
-def slot_attention(target: Any) -> Iterator[None]:
-    """Let the target's model attend over slots as fast as this machine can, and restore its own attention after."""
-    previous = target.model.config._attn_implementation
-    target.model.set_attn_implementation("redraft_slots")
+def slot_attention(target: Any, kernel: bool | None = None) -> Iterator[None]:
+    """Let the target attend over slots as fast as this machine can, and restore its own attention after.
+
+    ``kernel``: through the two products of ours; by default where they equal the model's own attention.
+    """
+    if not (target.paths.kernel if kernel is None else kernel):
+        yield
+        return
+    previous = target.backbone.config._attn_implementation
+    target.backbone.set_attn_implementation("redraft_slots")
     try:
         yield
     finally:
-        target.model.set_attn_implementation(previous)
+        target.backbone.set_attn_implementation(previous)

@@ -4,6 +4,9 @@ Feature k is the residual stream after k decoder layers, which transformers call
 ``FINAL`` is the state after the final norm, which the head reads, and which transformers calls ``hidden_states[-1]``.
 Only the tapped layers' outputs are kept alive.
 
+A model with images or sound besides (``Gemma3ForConditionalGeneration`` and its like) is read as its text part. What
+of ours equals the model's own passes is found out when it is first asked for (:mod:`redraft.target.paths`).
+
 Shape legend: B batch, T new tokens, C cached tokens, H hidden size, K taps, V vocabulary.
 """
 
@@ -12,110 +15,30 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, CacheLayerMixin
 
+from redraft.compat import cache_argument
 from redraft.errors import UserError
 from redraft.prepack import prepack
 from redraft.sampling import scale_logits
+from redraft.target.cache import KeyValueCache, OwnCache
+from redraft.target.masks import MaskPlan
+from redraft.target.paths import Paths, find_paths
+from redraft.target.structure import (
+    active_parameters,
+    context_length,
+    final_norm,
+    plain_embedding,
+    text_decoder,
+)
 
 # The tap of the final-norm state. It counts no layers, so that it means the same in a target of any depth.
 FINAL = -1
-
-
-class FixedLayer(CacheLayerMixin):
-    """Keys and values of one layer in buffers that are allocated once; rolling back only moves ``length``."""
-
-    is_sliding = False
-    is_croppable = True
-
-    def __init__(self, capacity: int) -> None:
-        super().__init__()
-        self.capacity = capacity
-        self.length = 0
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        batch, heads, _, width = key_states.shape
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys = key_states.new_empty(batch, heads, self.capacity, width)
-        self.values = value_states.new_empty(batch, heads, self.capacity, value_states.shape[-1])
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        assert self.keys is not None and self.values is not None
-        end = self.length + key_states.shape[2]
-        if end > self.capacity:
-            raise ValueError(f"cache of {self.capacity} tokens cannot hold {end}")
-        self.keys[:, :, self.length : end] = key_states
-        self.values[:, :, self.length : end] = value_states
-        self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length + query_length, 0
-
-    def get_seq_length(self) -> int:
-        return self.length
-
-    def get_max_length(self) -> int:
-        return self.capacity
-
-
-class KeyValueCache(Cache):
-    """A fixed-capacity cache over all layers of the target, with exact roll-back."""
-
-    def __init__(self, layers: int, capacity: int) -> None:
-        super().__init__(layers=[FixedLayer(capacity) for _ in range(layers)])
-        self.capacity = capacity
-
-    @property
-    def length(self) -> int:
-        return self.layers[0].length
-
-    def rollback(self, length: int) -> None:
-        """Forget every position from ``length`` on. The kept keys and values are not touched."""
-        if not 0 <= length <= self.length:
-            raise ValueError(f"cannot roll a cache of {self.length} tokens back to {length}")
-        for layer in self.layers:
-            layer.length = length
-
-    def spread(self, rows: int, capacity: int) -> KeyValueCache:
-        """A new cache of ``rows`` sequences with room for ``capacity`` tokens, which all begin with this one's."""
-        wider = KeyValueCache(len(self.layers), capacity)
-        for layer, source in zip(wider.layers, self.layers, strict=True):
-            kept = slice(0, source.length)
-            layer.update(
-                source.keys[:, :, kept].expand(rows, -1, -1, -1), source.values[:, :, kept].expand(rows, -1, -1, -1)
-            )
-        return wider
-
-    def compact(self, start: int, kept: Sequence[int]) -> None:
-        """Of the positions from ``start`` on keep these, counted from ``start``, ascending, moved side by side.
-
-        After a tree pass this leaves what a pass over the accepted path alone would have left: a key carries its
-        position in the sequence, not its place in the buffer.
-        """
-        rows = list(kept)
-        if any(one >= two for one, two in zip(rows, rows[1:], strict=False)):
-            raise ValueError(f"rows to keep must ascend, not {rows}")
-        if rows and not 0 <= rows[0] <= rows[-1] < self.length - start:
-            raise ValueError(f"cannot keep rows {rows} of {self.length - start}")
-        # What stands in its place already stays untouched.
-        stay = sum(1 for place, row in enumerate(rows) if place == row)
-        moved = rows[stay:]
-        if moved:
-            first, end = start + stay, start + len(rows)
-            source = torch.tensor(moved, device=self.layers[0].keys.device) + start
-            for layer in self.layers:
-                layer.keys[:, :, first:end] = layer.keys.index_select(2, source)
-                layer.values[:, :, first:end] = layer.values.index_select(2, source)
-        self.rollback(start + len(rows))
 
 
 @dataclass
@@ -130,18 +53,15 @@ class Target:
     """A frozen causal LM behind the few calls that decoding, training and regeneration need."""
 
     def __init__(self, model: Any, tokenizer: Any = None, name: str = "", taps: Sequence[int] | None = None) -> None:
+        """Raises ``UserError`` for a model that is no stack of decoder layers with a final norm and a head."""
         self.model = prepack(model.eval().requires_grad_(False))
         self.tokenizer = tokenizer
         self.name = name
-        self.backbone: Any = model.base_model
+        self.backbone: Any = text_decoder(model)
+        self.norm: Any = final_norm(self.backbone)
         self.head: Any = model.get_output_embeddings()
-        self.embedding: Any = model.get_input_embeddings()
-        self.config: Any = model.config
-        if not hasattr(self.backbone, "layers") or not hasattr(self.backbone, "norm"):
-            raise UserError(
-                f"{type(model).__name__} is not a dense decoder with .layers and .norm; "
-                "use a Llama-, Qwen-, Mistral- or similarly shaped causal LM"
-            )
+        self.embedding: Any = plain_embedding(self.backbone.get_input_embeddings())
+        self.config: Any = model.config.get_text_config(decoder=True)
         self.layers = len(self.backbone.layers)
         self.taps = tuple(taps) if taps is not None else default_taps(self.layers)
         self._caught: dict[int, Tensor] = {}
@@ -159,7 +79,8 @@ class Target:
 
     @property
     def context(self) -> int:
-        return int(self.config.max_position_embeddings)
+        """Tokens of the longest text: what the model was made for, and no more than its angles stay the same for."""
+        return context_length(self.config)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -171,19 +92,19 @@ class Target:
 
     @property
     def parameters_per_token(self) -> int:
-        """Parameters that one token's forward pass multiplies: all but the embedding table, plus the head."""
-        body = sum(p.numel() for p in self.backbone.parameters()) - self.embedding.weight.numel()
-        return body + self.head.weight.numel()
+        """Parameters that one token's forward pass multiplies: all but the embedding table, plus the head.
+
+        Of routed experts those count that a token is sent to.
+        """
+        return active_parameters(self.backbone, self.config) - self.embedding.weight.numel() + self.head.weight.numel()
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
         """Ids that end a response: those of the generation config, the config and the tokenizer."""
         found: list[Any] = []
-        generation = getattr(self.model, "generation_config", None)
-        for value in (getattr(generation, "eos_token_id", None), self.config.eos_token_id):
+        for source in (getattr(self.model, "generation_config", None), self.model.config, self.config, self.tokenizer):
+            value = getattr(source, "eos_token_id", None)
             found.extend(value if isinstance(value, (list, tuple)) else [value])
-        if self.tokenizer is not None:
-            found.append(self.tokenizer.eos_token_id)
         return tuple(sorted({int(i) for i in found if i is not None}))
 
     # -- taps --------------------------------------------------------------------------------------------------
@@ -203,32 +124,81 @@ class Target:
                 hook = self.backbone.layers[k - 1].register_forward_hook(_catch_output(self._caught, k))
             self._hooks.append(hook)
 
+    # -- what of ours equals the model's own -------------------------------------------------------------------
+    @cached_property
+    def paths(self) -> Paths:
+        """Which passes of ours are the model's own, tried once. Raises ``UserError`` where not even a plain one is."""
+        return find_paths(self)
+
+    def require(self, path: str) -> None:
+        """Raise ``UserError`` unless ``path`` (``masked``, ``slots``) equals the model's own passes."""
+        if not getattr(self.paths, path):
+            what = {"masked": "trees and steps of fixed shapes", "slots": "batched decoding"}[path]
+            raise UserError(
+                f"{type(self.model).__name__} does not give its own text under masks of ours ({self.paths.why}), so "
+                f"{what} would not be lossless here; decode with a chain (--shape chain:3), or measure a --server"
+            )
+
     # -- forward -----------------------------------------------------------------------------------------------
-    def new_cache(self, capacity: int) -> KeyValueCache:
+    def new_cache(self, capacity: int) -> KeyValueCache | OwnCache:
+        """An empty cache with room for ``capacity`` tokens: buffers of ours, or else the model's own.
+
+        Raises ``UserError`` for a model whose cached passes are not its own text in either.
+        """
+        if self.paths.cached:
+            return self.new_buffers(capacity)
+        if not self.paths.own_cache:
+            raise UserError(
+                f"{type(self.model).__name__} cannot be decoded step by step in this process ({self.paths.why}); "
+                "measure it through a --server"
+            )
+        return OwnCache(self.config, self._run)
+
+    def new_buffers(self, capacity: int) -> KeyValueCache:
+        """Buffers of ours, for who has asked ``paths`` whether they may be used."""
         return KeyValueCache(self.layers, capacity)
+
+    @property
+    def mask_plan(self) -> MaskPlan | None:
+        """How this model takes masks of ours; nothing where it takes none."""
+        return MaskPlan.of(self.backbone.config)
+
+    def _run(self, ids_BT: Tensor, cache: Any, mask: Any = None, positions_BT: Tensor | None = None) -> Tensor:
+        """Final-norm states [B, T, H] of the model's text part, called as transformers calls it."""
+        return self.backbone(
+            input_ids=ids_BT,
+            attention_mask=mask,
+            position_ids=positions_BT,
+            **cache_argument(self.backbone, cache),
+        ).last_hidden_state
 
     @torch.inference_mode()
     def forward(
         self,
         ids_BT: Tensor,
-        cache: KeyValueCache | None = None,
+        cache: Any = None,
         positions_BT: Tensor | None = None,
         mask_B1TC: Tensor | None = None,
         taps: bool = True,
     ) -> TargetStep:
         """Run the decoder over new tokens, after those in ``cache`` where one is given.
 
-        ``mask_B1TC`` is boolean, true where a query may look, over cached and new tokens; without it the plain
-        causal mask holds. No logits are computed here: ask :meth:`logits` for the positions that matter.
+        ``mask_B1TC`` is boolean, true where a query may look, over cached and new tokens; windows are added to it.
+        Without it the model makes its own causal masks. No logits are computed here: ask :meth:`logits` for the
+        positions that matter.
         """
         self._caught.clear()
-        hidden = self.backbone(
-            input_ids=ids_BT,
-            attention_mask=mask_B1TC,
-            position_ids=positions_BT,
-            past_key_values=cache,
-            use_cache=cache is not None,
-        ).last_hidden_state
+        mask: Any = mask_B1TC
+        if mask_B1TC is not None:
+            plan = self.mask_plan
+            if plan is None or positions_BT is None or cache is None:
+                raise ValueError("a mask needs positions, a cache, and a model whose kinds of layers are known")
+            mask = plan.masks(mask_B1TC, positions_BT, cache.key_positions, self.dtype)
+        inner = cache
+        if isinstance(cache, OwnCache):
+            cache.begin(ids_BT)
+            inner = cache.inner
+        hidden = self._run(ids_BT, inner, mask, positions_BT)
         self._caught[FINAL] = hidden
         fused = None
         if taps:

@@ -1,0 +1,229 @@
+"""Which passes of ours equal the model's own: tried on a few tokens, once a target.
+
+Decoding and regeneration are fast because keys lie in buffers of ours, many sequences share a pass, and trees are
+verified under one mask. Each of these is used for a model only where it gives what the model's own forward gives:
+on a text of ``TOKENS`` tokens, with every window narrowed to ``WINDOW`` for the trial, so that the text is past it
+however wide the real one is. What differs is left to the model's own cache and to transformers' own generation, or
+refused by name.
+
+Shape legend: B rows, T tokens, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from redraft.errors import UserError
+from redraft.target.cache import KeyValueCache, OwnCache
+from redraft.target.slots import SlotCache, slot_attention
+
+TOKENS, WINDOW, SLOPE = 24, 7, 4
+# Numbers that make a pass depend on the distance or the place in a text, and what they are in the trial.
+NARROWED = {"sliding_window": WINDOW, "attention_chunk_size": WINDOW, "floor_scale": SLOPE}
+# Relative distance of two states that count as the same. In long types that holds for every state. In short ones, where
+# rounding may send a token to another expert, it holds for most of them, and they must be far nearer than a forgotten
+# window would leave them. A recurrent state computes a block of tokens by another sum than single ones, and what is
+# fed to the model's own cache is the model's own arithmetic whichever it takes: there only a lost state shows.
+CLOSE, CLOSE_SHORT, FAR, CLOSE_OWN = 1e-4, 0.1, 0.3, 1e-2
+
+
+@dataclass(frozen=True)
+class Paths:
+    """What equals the model's own passes.
+
+    ``cached``: keys in buffers that roll back; ``own_cache``: the model's own cache, with copies to go back to;
+    ``masked``: masks of ours (trees); ``slots``: sequences of several lengths in one pass; ``kernel``: that with our
+    attention for short queries. ``why`` says what stood against the first of them that fails.
+    """
+
+    cached: bool = False
+    own_cache: bool = False
+    masked: bool = False
+    slots: bool = False
+    kernel: bool = False
+    why: str = ""
+
+    def verdict(self) -> str:
+        """One line for a person."""
+        if self.slots and self.masked:
+            return "every pass equals the model's own"
+        done = "by the model's own generation" if not self.slots else "in batches"
+        step = "a chain" if self.cached or self.own_cache else "nothing"
+        return f"text is written {done}, and {step} can be decoded here: {self.why}"
+
+
+def find_paths(target: Any) -> Paths:
+    """Try them all. Raises ``UserError`` where even a plain pass is not the model's own."""
+    generator = torch.Generator().manual_seed(0)
+    high = min(target.vocab_size, 20_000)
+    ids_BT = torch.randint(min(100, high // 2), high, (2, TOKENS), generator=generator).to(target.device)
+    with torch.inference_mode():
+        wide_BTH = _own(target, ids_BT)
+        with _narrowed(target) as narrow:
+            own_BTH = _own(target, ids_BT) if narrow else wide_BTH
+            blind = _blind(target, wide_BTH, own_BTH)
+            trial = _Trial(target, ids_BT, own_BTH, _distance(wide_BTH, own_BTH).median() if narrow else None)
+            found = Paths(cached=trial.holds(trial.cached))
+            if not found.cached:
+                found = replace(found, own_cache=trial.holds(trial.own_cache, CLOSE_OWN))
+            elif not blind and target.mask_plan is not None:
+                stock = target.backbone.config._attn_implementation == "sdpa"
+                kernel = stock and trial.holds(trial.slots_by_kernel)
+                slots = kernel or trial.holds(trial.slots)
+                found = replace(found, kernel=kernel, slots=slots, masked=trial.holds(trial.masked))
+    return found if found.slots and found.masked else replace(found, why=blind or trial.why or _unknown_layers(target))
+
+
+class _Trial:
+    """Passes of ours over the trial's texts, each giving states [N, H] beside the model's own for the same tokens."""
+
+    def __init__(self, target: Any, ids_BT: Tensor, own_BTH: Tensor, effect: Tensor | None) -> None:
+        """``effect`` is how far the narrowed windows move a state, where there are some."""
+        self.target, self.ids_BT, self.own_BTH = target, ids_BT, own_BTH
+        self.tolerance = CLOSE
+        if own_BTH.dtype not in (torch.float32, torch.float64):
+            self.tolerance = min(CLOSE_SHORT, FAR * float(effect) if effect else CLOSE_SHORT)
+        self.why = ""
+
+    def holds(self, path: Callable[[], tuple[Tensor, Tensor]], close: float = 0.0) -> bool:
+        """Whether a pass equals the model's own; otherwise ``why`` says what was seen of the first that does not."""
+        try:
+            ours, theirs = path()
+        except Exception as error:  # whatever a model raises on a pass that it was not written for
+            self.why = self.why or f"{path.__name__}: {' '.join(str(error).split())[:120] or type(error).__name__}"
+            return False
+        apart = _distance(ours, theirs)
+        worst = apart.max() if self.own_BTH.dtype in (torch.float32, torch.float64) else apart.median()
+        if bool(apart.isfinite().all()) and float(worst) <= max(self.tolerance, close):
+            return True
+        self.why = self.why or f"{path.__name__.replace('_', ' ')} passes differ from its own by {float(worst):.2g}"
+        return False
+
+    def cached(self) -> tuple[Tensor, Tensor]:
+        """Prompt, one token, several of which some are taken back, the rest."""
+        return self._stepwise(KeyValueCache(self.target.layers, TOKENS))
+
+    def own_cache(self) -> tuple[Tensor, Tensor]:
+        """The same through the model's own cache."""
+        return self._stepwise(OwnCache(self.target.config, self.target._run))
+
+    def _stepwise(self, cache: Any) -> tuple[Tensor, Tensor]:
+        ids_1T, found = self.ids_BT[:1], []
+        for first, end, kept in ((0, 11, 11), (11, 12, 12), (12, 17, 14), (14, TOKENS, TOKENS)):
+            found.append(self.target.forward(ids_1T[:, first:end], cache, taps=False).hidden_BTH[0, : kept - first])
+            cache.rollback(kept)
+        return torch.cat(found), self.own_BTH[0]
+
+    def masked(self) -> tuple[Tensor, Tensor]:
+        """A tree behind a prompt: the text's own tokens hidden among wrong ones; then its path alone, and the rest."""
+        ids_T, start = self.ids_BT[0], 12
+        cache = KeyValueCache(self.target.layers, 2 * TOKENS)
+        found = [self.target.forward(ids_T[None, :start], cache, taps=False).hidden_BTH[0]]
+        # At each of five depths a wrong token and the right one; all hang on the right one above.
+        depths = torch.arange(5).repeat_interleave(2)
+        right = torch.arange(10) % 2 == 1
+        above = right[None] & (depths[None] < depths[:, None]) | torch.eye(10, dtype=torch.bool)
+        nodes = torch.where(right, ids_T.cpu()[start + depths], self.ids_BT.cpu()[1, start + depths])
+        mask = torch.cat([torch.ones(10, start, dtype=torch.bool), above], 1)[None, None]
+        positions = (start + depths)[None]
+        device = ids_T.device
+        step = self.target.forward(nodes[None].to(device), cache, positions.to(device), mask.to(device), taps=False)
+        found.append(step.hidden_BTH[0, right.to(device)])
+        cache.compact(start, right.nonzero().flatten().tolist())
+        found.append(self.target.forward(ids_T[None, start + 5 :], cache, taps=False).hidden_BTH[0])
+        return torch.cat(found), self.own_BTH[0]
+
+    def slots(self) -> tuple[Tensor, Tensor]:
+        """Two texts of different lengths, prefilled together, then one token each, then three."""
+        lengths = torch.tensor([9, 14], device=self.ids_BT.device)
+        cache = SlotCache(self.target.layers, 2, TOKENS, self.ids_BT.device)
+        prompts = self.target.new_buffers(14)
+        padded = self.ids_BT[:, :14].clone()
+        padded[0, 9:] = 0
+        step = self.target.forward(padded, prompts, taps=False)
+        ours = [step.hidden_BTH[0, :9], step.hidden_BTH[1]]
+        theirs = [self.own_BTH[0, :9], self.own_BTH[1, :14]]
+        cache.fill(torch.arange(2, device=lengths.device), prompts, lengths)
+        for tokens in (1, 3):
+            at_BT = cache.positions(tokens)
+            step = self.target.forward(self.ids_BT.gather(1, at_BT), cache, at_BT, cache.mask(tokens), taps=False)
+            ours.append(step.hidden_BTH.flatten(0, 1))
+            theirs.append(self.own_BTH.gather(1, at_BT[..., None].expand(-1, -1, self.own_BTH.shape[-1])).flatten(0, 1))
+            cache.lengths += tokens
+        return torch.cat(ours), torch.cat(theirs)
+
+    def slots_by_kernel(self) -> tuple[Tensor, Tensor]:
+        """The same with our attention for short queries."""
+        with slot_attention(self.target, True):
+            return self.slots()
+
+
+def _unknown_layers(target: Any) -> str:
+    if target.mask_plan is not None:
+        return ""
+    kinds = sorted(set(getattr(target.config, "layer_types", None) or []))
+    return f"layers of the kinds {', '.join(kinds)}" if kinds else "a window that the config does not name"
+
+
+def _own(target: Any, ids_BT: Tensor) -> Tensor:
+    """Final-norm states [B, T, H] of a plain pass, held against the whole model's own forward.
+
+    Raises ``UserError`` when logits or taps are not the model's.
+    """
+    out = target.model(input_ids=ids_BT, use_cache=False, output_hidden_states=True)
+    step = target.forward(ids_BT)
+    name = type(target.model).__name__
+    if not _same(target.logits(step.hidden_BTH), out.logits):
+        raise UserError(
+            f"the logits of {name} are not its head over the states of its text part, so no draft can be trained on it"
+        )
+    states = [out.hidden_states[k] if 0 <= k < target.layers else None for k in target.taps]
+    taps = step.taps_BTKH.split(target.hidden_size, -1) if target.taps else ()
+    for k, ours, theirs in zip(target.taps, taps, states, strict=True):
+        if theirs is not None and not _same(ours, theirs):
+            raise UserError(f"the states after layer {k} of {name} cannot be read; no draft can be trained on it")
+    return step.hidden_BTH
+
+
+def _blind(target: Any, wide_BTH: Tensor, narrow_BTH: Tensor) -> str:
+    """Why the trial says nothing about windows: narrowing them changed nothing where the config names some."""
+    plan = target.mask_plan
+    if plan is None or plan.kinds == ("full_attention",) or not torch.equal(wide_BTH, narrow_BTH):
+        return ""
+    return "its window could not be narrowed for the trial"
+
+
+def _distance(ours: Tensor, theirs: Tensor) -> Tensor:
+    """How far vectors [..., H] are apart, relative to their length [...]."""
+    ours, theirs = ours.double(), theirs.double()
+    return (ours - theirs).norm(dim=-1) / theirs.norm(dim=-1).clamp(min=1e-12)
+
+
+def _same(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two results of the same products are equal up to rounding in their type."""
+    close = CLOSE if theirs.dtype in (torch.float32, torch.float64) else CLOSE_SHORT
+    return ours.shape == theirs.shape and bool((_distance(ours, theirs) <= close).all())
+
+
+@contextmanager
+def _narrowed(target: Any) -> Iterator[bool]:
+    """The target with every window of ``NARROWED`` made narrow, in its config and wherever a module keeps it."""
+    holders = [target.backbone.config, *target.backbone.modules()]
+    kept: list[tuple[Any, str, int]] = []
+    for holder in holders:
+        for name, value in NARROWED.items():
+            old = holder.__dict__.get(name)
+            if isinstance(old, int) and not isinstance(old, bool) and old > value:
+                kept.append((holder, name, old))
+                setattr(holder, name, value)
+    try:
+        yield bool(kept)
+    finally:
+        for holder, name, old in kept:
+            setattr(holder, name, old)
