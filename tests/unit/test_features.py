@@ -41,6 +41,7 @@ def test_a_shared_opening_changes_no_feature(tiny_target, tmp_path):
     target = tiny_target("llama")
     rows = rows_with(list(range(5, 25)), [7, 1, 12, 9, 30, 2])
     assert common_prefix(rows) == list(range(5, 25))
+    assert target.paths.cached, "what of ours is the model's own is tried before passes are counted"
     seen = []
     forward = target.forward
     target.forward = lambda ids, *rest: seen.append(ids.numel()) or forward(ids, *rest)

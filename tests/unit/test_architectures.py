@@ -1,0 +1,172 @@
+"""Targets of every architecture: what redraft does for them is the model's own text, or refused by name.
+
+The jobs are those of ``benchmarks/architectures.py`` on shorter texts; what it wrote down must still hold.
+"""
+
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from redraft.data.generate import Request, generate
+from redraft.decode.engine import PlainDecoder
+from redraft.errors import UserError
+from redraft.loading import quiet
+from redraft.sampling import Sampler
+from redraft.target import KeyValueCache, OwnCache, Target
+from redraft.target import masks as masks_module
+from redraft.target import slots as slots_module
+
+ROOT = Path(__file__).resolve().parents[2]
+TABLE = SimpleNamespace(**runpy.run_path(str(ROOT / "benchmarks" / "architectures.py"), run_name="loaded"))
+ZOO = TABLE.ZOO
+RECORD = json.loads((ROOT / "benchmarks" / "results" / "architectures.json").read_text())
+JOBS = ["features", "regenerate", "chain", "tree", "batch"]
+
+
+@pytest.mark.parametrize("name", ZOO.ARCHITECTURES)
+def test_every_job_is_the_models_own_text_or_refused(name: str) -> None:
+    """48 tokens behind prompts of 24 to 30: past every window, each round accepted whole, in part or not at all."""
+    rows = TABLE.table([name], JOBS, 48, say=lambda line: None)
+    written = {row["job"]: row["verdict"] for row in RECORD["rows"] if row["model_type"] == name}
+    found = {row["job"]: row["verdict"] for row in rows}
+    assert "wrong" not in found.values()
+    assert found == {job: written[job] for job in JOBS}
+    for row in rows:
+        if row["verdict"] == "refused":
+            assert "would not be lossless here" in row["says"] and "--s" in row["says"]
+
+
+def test_the_page_is_the_record() -> None:
+    assert RECORD["wrong"] == sum(row["verdict"] == "wrong" for row in RECORD["rows"]) == 0
+    assert {row["model_type"] for row in RECORD["rows"]} == set(ZOO.ARCHITECTURES)
+    assert (ROOT / "docs" / "architectures.md").read_text() == TABLE.page(RECORD["rows"])
+
+
+def make(name: str, **changes: Any) -> Target:
+    with quiet():
+        model = ZOO.build(name)
+    for key, value in changes.items():
+        setattr(model.config.get_text_config(), key, value)
+    return Target(model, None, name=name)
+
+
+# -- passes that are wrong on purpose are found out ---------------------------------------------------------------
+def test_a_mask_without_its_window_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(masks_module.MaskPlan, "plain", property(lambda self: True))
+    paths = make("mistral").paths
+    assert paths.cached and not (paths.masked or paths.slots or paths.kernel)
+    assert "differ from its own" in paths.why
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss, sinks alone"])
+def test_attention_that_leaves_something_out_is_not_used(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were its soft cap or its sinks dropped, a target's text in slots would be another from the first token."""
+    target = make(name)
+    assert target.paths.slots and not target.paths.kernel
+    with slots_module.slot_attention(target, True), torch.inference_mode():
+        cache = target.new_buffers(8)
+        wrong = target.forward(torch.tensor([[5, 6, 7]]), cache, taps=False).hidden_BTH if name != "gemma2" else None
+    if wrong is not None:
+        assert not torch.allclose(wrong, target.forward(torch.tensor([[5, 6, 7]]), taps=False).hidden_BTH, atol=1e-2)
+
+
+def test_a_kernel_that_computes_something_else_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = slots_module._slot_attention
+
+    def doubled(*args: Any, **kwargs: Any) -> Any:
+        mixed, weights = stock(*args, **kwargs)
+        return 2 * mixed, weights
+
+    monkeypatch.setitem(slots_module.AttentionInterface._global_mapping, "redraft_slots", doubled)
+    paths = make("llama").paths
+    assert not paths.kernel and paths.slots and paths.masked, "the model's own attention is still there"
+
+
+def test_a_target_that_does_not_read_its_head_from_its_states_is_refused() -> None:
+    target = make("llama", logits_scaling=3.0)
+    with pytest.raises(UserError, match="logits of LlamaForCausalLM are not its head over the states"):
+        target.paths  # noqa: B018
+
+
+def test_windows_are_narrow_for_the_trial_alone() -> None:
+    target = make("gemma3")
+    assert target.paths.masked and target.config.sliding_window == 16
+    assert {getattr(module, "sliding_window", None) for module in target.backbone.modules()} <= {None, 16}
+
+
+# -- the model's own path -------------------------------------------------------------------------------------------
+def test_sampled_answers_by_the_models_own_path_are_those_of_its_own_probabilities() -> None:
+    """A request's uniforms and the one place that warps decide, whoever runs the model; penalties play no part."""
+    target, sampler = make("qwen3_5_text"), Sampler(0.9, 20, 0.95)
+    target.model.generation_config.repetition_penalty = 1.5
+    requests = [Request(str(i), prompt, sampler, 3) for i, prompt in enumerate(ZOO.texts(3, 6))]
+    found = {done.request.key: done.response_ids for done in generate(target, requests, 12, stop_ids=(9,))}
+    assert not target.paths.slots
+    assert target.model.generation_config.repetition_penalty == 1.5
+    from redraft.data.requests import request_uniforms
+    from redraft.sampling import draw, warp
+
+    for request in requests:
+        chances, ids = request_uniforms(request, 12), list(request.prompt_ids)
+        for token in found[request.key]:
+            logits = target.model(torch.tensor([ids]), use_cache=False).logits[0, -1:]
+            assert int(draw(warp(logits, sampler), chances[len(ids) - len(request.prompt_ids)][None])) == token
+            ids.append(token)
+
+
+@torch.inference_mode()
+def test_the_models_own_cache_rolls_back_to_any_length() -> None:
+    target, ids = make("qwen3_next"), torch.tensor([ZOO.texts(1, 20)[0]])
+    whole = target.forward(ids, taps=False).hidden_BTH
+    cache = target.new_cache(20)
+    assert isinstance(cache, OwnCache)
+    target.forward(ids[:, :8], cache, taps=False)
+    target.forward(ids[:, 8:14], cache, taps=False)
+    for length in (14, 11, 4):  # none, some of the last pass, more than it
+        cache.rollback(length)
+        again = target.forward(ids[:, length:], cache, taps=False).hidden_BTH
+        torch.testing.assert_close(again, whole[:, length:], atol=2e-3, rtol=2e-3)
+    with pytest.raises(ValueError, match="cannot roll a cache of 20 tokens back to 21"):
+        cache.rollback(21)
+
+
+def test_plain_decoding_of_a_recurrent_target_is_its_own() -> None:
+    target, prompts = make("qwen3_next"), ZOO.texts(2, 9)
+    target.model.generation_config.eos_token_id = target.config.eos_token_id = None
+    with quiet():
+        own = ZOO.own_answers(ZOO.build("qwen3_next"), prompts, 20)
+    assert [PlainDecoder(target).generate(prompt, 20).ids for prompt in prompts] == own
+
+
+# -- numbers --------------------------------------------------------------------------------------------------------
+def test_parameters_of_routed_experts_count_as_a_token_meets_them() -> None:
+    target = make("qwen3_moe")
+    experts = sum(p.numel() for name, p in target.backbone.named_parameters() if ".experts." in name)
+    everything = sum(p.numel() for p in target.model.parameters()) - target.embedding.weight.numel()
+    assert experts and target.parameters_per_token == everything - experts // 2
+
+
+def test_a_scaled_table_is_read_as_it_lies_in_the_file() -> None:
+    target = make("gemma3")
+    ids = torch.tensor([[5, 6]])
+    assert torch.equal(target.embedding(ids), target.model.get_input_embeddings().weight[ids])
+    assert not torch.allclose(target.embedding(ids), target.model.get_input_embeddings()(ids))
+
+
+def test_a_rope_that_follows_the_length_ends_where_its_angles_change() -> None:
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 128}
+    assert make("llama", rope_parameters=rope).context == 128
+    assert make("llama").context == 512
+
+
+def test_a_mask_needs_to_know_where_its_columns_stand() -> None:
+    target = make("llama")
+    with pytest.raises(ValueError, match="a mask needs positions, a cache"):
+        target.forward(torch.tensor([[5]]), KeyValueCache(8, 4), mask_B1TC=torch.ones(1, 1, 1, 1, dtype=torch.bool))
