@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from redraft.compat import cache_argument
 from redraft.errors import UserError
 from redraft.prepack import prepack
 from redraft.sampling import scale_logits
@@ -226,8 +227,7 @@ class Target:
             input_ids=ids_BT,
             attention_mask=mask_B1TC,
             position_ids=positions_BT,
-            past_key_values=cache,
-            use_cache=cache is not None,
+            **cache_argument(self.backbone, cache),
         ).last_hidden_state
         self._caught[FINAL] = hidden
         fused = None

@@ -1,0 +1,22 @@
+"""Names that differ between the releases of transformers that are supported (5.16 and up)."""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache
+from typing import Any
+
+
+@cache
+def _takes_cache(kind: type) -> bool:
+    # The decorator that still takes the old name keeps the signature of what it wraps.
+    return "cache" in inspect.signature(kind.forward).parameters  # type: ignore[attr-defined]
+
+
+def cache_argument(module: Any, held: Any) -> dict[str, Any]:
+    """Arguments that hand a key-value cache (or ``None``, none) to a decoder's forward.
+
+    5.24 calls it ``cache`` and warns of the older ``past_key_values``, which 5.40 will refuse.
+    """
+    name = "cache" if _takes_cache(type(module)) else "past_key_values"
+    return {name: held, "use_cache": held is not None}
