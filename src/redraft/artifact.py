@@ -87,7 +87,7 @@ CHECKSUM = "checksum"
 
 
 def write_shard(path: str | Path, state: Mapping[str, Tensor], header: dict[str, str]) -> None:
-    """Write the tensors and the texts of ``header`` in one move. Raises ``UserError`` when the disk cannot hold them."""
+    """Write the tensors and the texts of ``header`` in one move. Raises ``UserError`` for want of room."""
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
     # One name for all tries: what a killed one left is written over, not added to.
     with replacing(path, f".{Path(path).name}.partial") as new:

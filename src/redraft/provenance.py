@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,7 @@ import torch
 
 from redraft.errors import UserError
 from redraft.files import atomic_write_json
-
-PACKAGES = ("redraft", "torch", "transformers", "safetensors", "numpy", "tokenizers", "peft", "gguf", "reasoning-gym")
+from redraft.places import installed
 
 FORWARD_FORMULA = "2 * parameters * tokens"
 TRAIN_FORMULA = "6 * trained * tokens + 4 * frozen_on_the_way * tokens"
@@ -71,14 +69,8 @@ def collect(seed: int | None = None, device: str | None = None, extra: dict[str,
 
 def versions() -> dict[str, str]:
     """Installed versions of Python and of the packages that can move a figure; packages not installed are absent."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     # The build matters (CPU or CUDA) and only torch itself knows it for certain.
-    return found | {"torch": torch.__version__}
+    return installed() | {"torch": torch.__version__}
 
 
 def revision() -> dict[str, Any] | None:

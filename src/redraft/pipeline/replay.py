@@ -12,6 +12,7 @@ from redraft import provenance
 from redraft.artifact import atomic_write_json, read_checked, read_json, write_checked
 from redraft.data.store import Row
 from redraft.pipeline.stages import Say, run_training
+from redraft.progress import progress_bar
 from redraft.target import Target
 from redraft.teacher.features import FeatureStore, anchors
 from redraft.train.replay import ReplayConfig, ReplayTrainer, replay_settings, replay_states
@@ -71,8 +72,8 @@ def _states(
         return read_checked(path, mend) if read_json(folder / SUMMARY_FILE)["rows"] else {}
     folder.mkdir(parents=True, exist_ok=True)
     draft.eval()
-    with ledger.stage("replay walk") as entry:
-        found = replay_states(draft, target, rows, store, gamma, settings)
+    with ledger.stage("replay walk") as entry, progress_bar("replay walk", sum(map(anchors, rows))) as progress:
+        found = replay_states(draft, target, rows, store, gamma, settings, progress=progress)
         tokens = sum(map(anchors, rows)) * gamma
         flops = provenance.forward_flops(draft.parameters_per_token, tokens)
         entry.add(tokens, flops, provenance.FORWARD_FORMULA)
