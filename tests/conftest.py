@@ -20,6 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+# The command line silences what libraries say, unless somebody asked to hear it: here the tests do, for a warning of a
+# call of ours is an error (see pyproject.toml).
+sys.warnoptions.append("default")
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 

@@ -10,9 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,15 @@ from torch import Tensor, nn
 
 from redraft.coarse import Coarse, told
 from redraft.errors import UserError
+
+# Whoever reads our formats also writes files; these are handed on.
+from redraft.files import atomic_folder as atomic_folder
+from redraft.files import atomic_write_bytes as atomic_write_bytes
+from redraft.files import atomic_write_json as atomic_write_json
+from redraft.files import atomic_write_text as atomic_write_text
+from redraft.files import replacing
+from redraft.files import require_free_space as require_free_space
+from redraft.files import settle as settle
 from redraft.registry import Registry
 
 SCHEMA = 1
@@ -34,100 +41,6 @@ OWN_FILES = {META_FILE, DRAFT_FILE, PRIVATE_FILE, "README.md"}
 # A draft family files the function that builds an untrained draft from the ``config`` entry of redraft.json. The
 # draft must keep that entry as ``draft.config`` with a ``to_dict`` method.
 FAMILIES: Registry[Callable[[dict[str, Any]], nn.Module]] = Registry("draft family", package="redraft.drafts")
-
-# Room for file headers, the metadata file and what the file system itself needs.
-SLACK_BYTES = 1 << 20
-
-
-# -- atomic writes ---------------------------------------------------------------------------------------------------
-def atomic_write_bytes(path: str | Path, data: bytes) -> None:
-    """Write ``data`` to ``path`` so that a reader sees the old file or the new one, never a part.
-
-    Raises ``UserError`` when the disk cannot hold it or the folder cannot be written.
-    """
-    path = Path(path)
-    require_free_space(path.parent, len(data))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def atomic_write_text(path: str | Path, text: str) -> None:
-    """:func:`atomic_write_bytes` for text, as UTF-8."""
-    atomic_write_bytes(path, text.encode())
-
-
-def atomic_write_json(path: str | Path, value: Any) -> None:
-    """:func:`atomic_write_bytes` for a JSON value, indented, with a line break at the end."""
-    atomic_write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def require_free_space(folder: str | Path, needed: int) -> None:
-    """Raise ``UserError`` when the disk that holds ``folder`` (which need not exist) has fewer bytes free."""
-    place = Path(folder).absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if free < needed + SLACK_BYTES:
-        raise UserError(
-            f"no room on the disk for {folder}: {(needed + SLACK_BYTES) / 1e6:.1f} MB are needed and "
-            f"{free / 1e6:.1f} MB are free; free some or choose another folder"
-        )
-
-
-@contextmanager
-def atomic_folder(folder: str | Path, needed: int, replaceable: Iterable[str]) -> Iterator[Path]:
-    """Yield an empty sibling folder to fill; it takes the place of ``folder`` when the block ends without an error.
-
-    ``needed`` is the number of bytes that will be written. An existing ``folder`` is replaced only when it holds
-    nothing but the ``replaceable`` file names, so that no slip in a path deletes other work. Raises ``UserError``.
-    """
-    folder = Path(folder).absolute()
-    settle(folder)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file; name a folder")
-    strangers = sorted({entry.name for entry in folder.iterdir()} - set(replaceable)) if folder.exists() else []
-    if strangers:
-        raise UserError(f"{folder} holds other files ({', '.join(strangers[:3])}); name a new or empty folder")
-    require_free_space(folder, needed)
-    new, old = folder.with_name(f".{folder.name}.{os.getpid()}.new"), _old(folder)
-    try:
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(parents=True)
-        yield new
-        for file in new.iterdir():
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(new, folder)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-
-
-def settle(folder: str | Path) -> None:
-    """Finish a replacement that was killed between its two renames: bring the old folder back."""
-    folder = Path(folder).absolute()
-    if _old(folder).exists():
-        if folder.exists():
-            shutil.rmtree(_old(folder), ignore_errors=True)
-        else:
-            os.replace(_old(folder), folder)
-
-
-def _old(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.old")
 
 
 # -- tensors ---------------------------------------------------------------------------------------------------------
@@ -167,6 +80,40 @@ def write_tensors(path: str | Path, state: Mapping[str, Tensor]) -> None:
     mask = os.umask(0)
     os.umask(mask)
     os.chmod(path, 0o666 & ~mask)
+
+
+# -- files of a run, each with the fingerprint of what it holds ------------------------------------------------------
+CHECKSUM = "checksum"
+
+
+def write_shard(path: str | Path, state: Mapping[str, Tensor], header: dict[str, str]) -> None:
+    """Write the tensors and the texts of ``header`` in one move. Raises ``UserError`` for want of room."""
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+    # One name for all tries: what a killed one left is written over, not added to.
+    with replacing(path, f".{Path(path).name}.partial") as new:
+        save_file(plain, str(new), metadata=header)
+
+
+def write_checked(path: str | Path, state: Mapping[str, Tensor]) -> None:
+    """:func:`write_shard` with :func:`tensors_hash` in the header."""
+    write_shard(path, state, {CHECKSUM: tensors_hash(state)})
+
+
+def read_checked(path: str | Path, mend: str) -> dict[str, Tensor]:
+    """The tensors of a file that :func:`write_checked` wrote; older files have no fingerprint and are read as they are.
+
+    Raises ``UserError`` that names the file, and says with ``mend`` what to do, when it is missing or damaged.
+    """
+    path = Path(path)
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            stored = (file.metadata() or {}).get(CHECKSUM)
+            found = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is missing or damaged ({error}); {mend}") from error
+    if stored is not None and stored != tensors_hash(found):
+        raise UserError(f"{path} is damaged: it no longer holds what was written; {mend}")
+    return found
 
 
 def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str | Path) -> None:

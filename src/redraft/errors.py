@@ -1,7 +1,7 @@
 """The one exception that a user's mistake raises.
 
-The command line prints ``UserError`` as one line and exits with code 2; everything else is a defect of ours
-and keeps its traceback.
+The command line prints ``UserError`` as one line and exits with code 2; everything else is a defect of ours, exit
+code 1, whose traceback goes to a file (``cli/failures.py``).
 """
 
 

@@ -12,7 +12,6 @@ import hashlib
 import importlib.util
 import io
 import json
-import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ import torch
 
 from redraft.artifact import META_FILE, atomic_folder, read_json, read_tensors
 from redraft.errors import UserError
+from redraft.places import cache_folder
 from redraft.target import Target
 
 EMBEDDED_PREFIX = "embedded:"
@@ -278,11 +278,6 @@ def gguf_of(spec: str) -> Path | None:
     if spec.startswith(EMBEDDED_PREFIX):
         return _embedded_file(spec)
     return next(iter(sorted(Path(spec).expanduser().glob("*.gguf"))), None) if spec else None
-
-
-def cache_folder() -> Path:
-    """Where unpacked models are kept: ``REDRAFT_CACHE``, or ``~/.cache/redraft``."""
-    return Path(os.environ.get("REDRAFT_CACHE") or Path.home() / ".cache" / "redraft").expanduser()
 
 
 def _unpack(gguf: Path, folder: Path) -> None:

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from typing import IO, Any, Protocol
 
 LINE_SECONDS = 10.0
+# Work that takes longer than this says so at once, and not only after LINE_SECONDS.
+FIRST_SECONDS = 2.0
 
 
 class Progress(Protocol):
@@ -73,8 +75,27 @@ class Meter:
         return ", ".join(words)
 
 
-class PlainProgress:
-    """A line at most every ``every`` seconds, for logs and pipes."""
+class _Counted:
+    """The amount done and its rate, and that of the tokens where the amount counts something else."""
+
+    def __init__(self, total: int | None, unit: str, now: Callable[[], float] = time.monotonic) -> None:
+        self.unit, self.meter, self.tokens = unit, Meter(total, now), Meter(None, now)
+        self.last: dict[str, Any] = {}
+
+    def update(self, done: int, **fields: Any) -> None:
+        self.meter.update(done)
+        self.last.update(fields)
+        if fields.get("tokens") is not None:
+            self.tokens.update(fields["tokens"])
+
+    @property
+    def rate(self) -> str:
+        words = [self.tokens.text("tokens"), self.meter.text(self.unit)]
+        return ", ".join(word for word in words if word)
+
+
+class PlainProgress(_Counted):
+    """A line soon, then at most one every ``every`` seconds, for logs and pipes."""
 
     def __init__(
         self,
@@ -85,36 +106,39 @@ class PlainProgress:
         every: float = LINE_SECONDS,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.description, self.unit, self.stream, self.every, self.now = description, unit, stream, every, now
-        self.meter = Meter(total, now)
-        self.written = now()
-        self.last: dict[str, Any] = {}
+        super().__init__(total, unit, now)
+        self.description, self.stream, self.every, self.now = description, stream, every, now
+        self.due = now() + min(FIRST_SECONDS, every)
 
     def update(self, done: int, **fields: Any) -> None:
-        self.meter.update(done)
-        self.last.update(fields)
-        if self.now() - self.written >= self.every:
+        super().update(done, **fields)
+        if self.now() >= self.due:
             self.write()
 
-    def write(self) -> None:
+    def write(self, ended: bool = False) -> None:
         """The line as it stands now."""
-        self.written = self.now()
-        share = f"{100 * self.meter.done / self.meter.total:.0f}%" if self.meter.total else f"{self.meter.done:,}"
-        parts = [f"{self.description}: {share}", self.meter.text(self.unit), fields_text(self.last)]
+        self.due = self.now() + self.every
+        done, total = self.meter.done, self.meter.total
+        if ended and self.meter.first is None:
+            share = "done"  # all of it was there already, or nobody counts it
+        elif total:
+            share = f"{100 * done / total:.0f}%"
+        else:
+            share = f"{done:,} {self.unit}" if done else "begun"
+        parts = [f"{self.description}: {share}", self.rate, fields_text(self.last)]
         print("  ".join(part for part in parts if part), file=self.stream, flush=True)
 
 
-class _BarProgress:
+class _BarProgress(_Counted):
     """Drives one task of a rich bar."""
 
     def __init__(self, bar: Any, task: Any, total: int | None, unit: str) -> None:
-        self.bar, self.task, self.unit, self.meter = bar, task, unit, Meter(total)
-        self.last: dict[str, Any] = {}
+        super().__init__(total, unit)
+        self.bar, self.task = bar, task
 
     def update(self, done: int, **fields: Any) -> None:
-        self.meter.update(done)
-        self.last.update(fields)
-        self.bar.update(self.task, completed=done, rate=self.meter.text(self.unit), fields=fields_text(self.last))
+        super().update(done, **fields)
+        self.bar.update(self.task, completed=done, rate=self.rate, fields=fields_text(self.last))
 
 
 @contextmanager
@@ -129,7 +153,7 @@ def progress_bar(
     if not stream.isatty():
         plain = PlainProgress(description, total, unit, stream)
         yield plain
-        plain.write()
+        plain.write(ended=True)
         return
     from rich.console import Console
     from rich.progress import BarColumn, SpinnerColumn, TaskProgressColumn, TextColumn

@@ -14,18 +14,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from redraft.errors import UserError
-
-PACKAGES = ("redraft", "torch", "transformers", "safetensors", "numpy", "tokenizers", "peft", "gguf", "reasoning-gym")
+from redraft.files import atomic_write_json
+from redraft.places import installed
 
 FORWARD_FORMULA = "2 * parameters * tokens"
 TRAIN_FORMULA = "6 * trained * tokens + 4 * frozen_on_the_way * tokens"
@@ -70,14 +69,8 @@ def collect(seed: int | None = None, device: str | None = None, extra: dict[str,
 
 def versions() -> dict[str, str]:
     """Installed versions of Python and of the packages that can move a figure; packages not installed are absent."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     # The build matters (CPU or CUDA) and only torch itself knows it for certain.
-    return found | {"torch": torch.__version__}
+    return installed() | {"torch": torch.__version__}
 
 
 def revision() -> dict[str, Any] | None:
@@ -185,17 +178,26 @@ class Ledger:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Entry]:
-        """Time the block and note its memory; the entry is kept also when the block fails, for the time was spent."""
+        """Time the block and note its memory; the entry is kept also when the block fails, for the time was spent.
+
+        Raises ``UserError`` when the ledger cannot be written, but never in the place of what the block raised.
+        """
         work = Entry(name)
         began = time.perf_counter()
         try:
             yield work
-        finally:
-            work.seconds += time.perf_counter() - began
-            work.peak_memory_bytes = max(work.peak_memory_bytes, peak_memory_bytes())
-            self.append(work)
-            if self.path is not None:
-                self.save(self.path)
+        except BaseException:
+            with suppress(UserError):
+                self._end(work, began)
+            raise
+        self._end(work, began)
+
+    def _end(self, work: Entry, began: float) -> None:
+        work.seconds += time.perf_counter() - began
+        work.peak_memory_bytes = max(work.peak_memory_bytes, peak_memory_bytes())
+        self.append(work)
+        if self.path is not None:
+            self.save(self.path)
 
     def append(self, work: Entry) -> None:
         """Add a stage's work, to its own line where the ledger has one."""
@@ -216,12 +218,8 @@ class Ledger:
         }
 
     def save(self, path: str | Path) -> None:
-        """Write the ledger as JSON, in one move."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".part")
-        partial.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        """Write the ledger as JSON, in one move. Raises ``UserError`` when the disk cannot hold it."""
+        atomic_write_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | Path) -> Ledger:

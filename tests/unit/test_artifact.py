@@ -175,7 +175,7 @@ def test_an_error_while_writing_leaves_the_old_folder(saved, draft, monkeypatch)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(artifact, "save_file", tear)
-    with pytest.raises(UserError, match="No space left on device"):
+    with pytest.raises(UserError, match="no room on the disk"):
         artifact.save_draft(saved, draft, META)
     assert same(artifact.load_draft(saved)[0], draft)
     assert [entry.name for entry in saved.parent.iterdir()] == ["d"]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from redraft.data.generate import Completion, Request, generate
 from redraft.data.regenerate import Kept
@@ -92,6 +93,43 @@ def test_features_that_the_disk_cannot_hold_are_refused(tiny_target, tmp_path, m
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     with pytest.raises(UserError, match="GiB are free"):
         FeatureStore(tmp_path / "none", {}).build(tiny_target("llama"), rows_with([], [7, 9]))
+
+
+@pytest.mark.parametrize("byte", [20, -1])  # in the header, in the last number
+def test_one_changed_byte_of_a_shard_is_named_and_the_shard_made_again(byte, tiny_target, tmp_path):
+    target, rows, folder = tiny_target("llama"), rows_with([], [7, 1, 12]), tmp_path / "features"
+    whole = FeatureStore(folder, {})
+    whole.build(target, rows)
+    expected = [[tensor.clone() for tensor in whole.get(row)] for row in (rows[0], rows[2])]
+    shard = folder / "shard-00000.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[byte] ^= 1
+    shard.write_bytes(data)
+    store = FeatureStore(folder, {})
+    with pytest.raises(UserError, match="shard-00000.safetensors is damaged.*delete that file"):
+        [store.get(row) for row in (rows[0], rows[2])]
+    shard.unlink()
+    again = FeatureStore(folder, {})
+    assert again.build(target, rows) > 0
+    for row, old in zip((rows[0], rows[2]), expected, strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(again.get(row), old, strict=True))
+
+
+def test_shards_of_the_days_before_checksums_are_read(tiny_target, tmp_path):
+    target, rows = tiny_target("llama"), rows_with([], [7])
+    store = FeatureStore(tmp_path, {})
+    store.build(target, rows)
+    taps, _ = store.get(rows[0])
+    shard = tmp_path / "shard-00000.safetensors"
+    save_file(load_file(shard), shard)  # no fingerprints in the header
+    assert torch.equal(FeatureStore(tmp_path, {}).get(rows[0])[0], taps)
+
+
+@pytest.mark.parametrize("text", ["{", "{}"])
+def test_a_damaged_index_is_one_line(text, tmp_path):
+    (tmp_path / "index.json").write_text(text)
+    with pytest.raises(UserError, match="index.json is"):
+        FeatureStore(tmp_path, {})
 
 
 # -- kept while the responses are written ----------------------------------------------------------------------------

@@ -58,8 +58,25 @@ def test_plain_lines_come_at_their_pace() -> None:
         now.time = 100.0 + second
         progress.update(4 * second, loss=1.5, heldout_tau=None)
     lines = stream.getvalue().splitlines()
-    assert len(lines) == 2
-    assert lines[0] == "train: 40%  4.0 tokens/s, 0:15 left  loss 1.500"
+    assert len(lines) == 3
+    assert lines[0] == "train: 8%  4.0 tokens/s, 0:23 left  loss 1.500"
+    assert lines[1] == "train: 48%  4.0 tokens/s, 0:13 left  loss 1.500"
+
+
+def test_rows_tell_their_tokens_a_second_too() -> None:
+    now, stream = Clock(), io.StringIO()
+    progress = PlainProgress("regenerate", 40, "rows", stream, every=10, now=now)
+    progress.update(0, tokens=0)
+    now.time += 5
+    progress.update(10, tokens=400)
+    assert stream.getvalue() == "regenerate: 25%  80 tokens/s, 2.0 rows/s, 0:15 left  tokens 400\n"
+
+
+def test_work_of_unknown_size_says_that_it_ended() -> None:
+    stream = io.StringIO()
+    with progress_bar("start vocabulary", None, "tokens", stream):
+        pass
+    assert stream.getvalue() == "start vocabulary: done\n"
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(7.9, "0:07"), (187, "3:07"), (3729, "1:02:09")])

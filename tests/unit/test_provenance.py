@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,16 @@ def test_a_failed_stage_is_charged(tmp_path: Path) -> None:
         entry.add(tokens=3)
         raise KeyError("stop")
     assert Ledger.load(path).stages[0].tokens == 3
+
+
+def test_a_ledger_that_cannot_be_written_hides_no_reason(tmp_path: Path, full_disk: Callable[[], None]) -> None:
+    ledger = Ledger.load(tmp_path / "ledger.json")
+    full_disk()
+    with pytest.raises(UserError, match="the one line that was meant"), ledger.stage("regenerate"):
+        raise UserError("the one line that was meant")
+    with pytest.raises(UserError, match=r"no room on the disk for .* MB are free"), ledger.stage("train"):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 def test_merge_takes_the_higher_memory() -> None:

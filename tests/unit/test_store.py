@@ -127,7 +127,7 @@ def test_a_full_disk_is_a_user_error_before_anything_is_written(
 ) -> None:
     usage = namedtuple("usage", "total used free")(10, 10, 0)
     with RowWriter(tmp_path / "r.jsonl") as writer:
-        monkeypatch.setattr("redraft.artifact.shutil.disk_usage", lambda place: usage)
+        monkeypatch.setattr("redraft.files.shutil.disk_usage", lambda place: usage)
         with pytest.raises(UserError, match="no room on the disk"):
             writer.append(rows(1))
     assert (tmp_path / "r.jsonl").read_bytes() == b""

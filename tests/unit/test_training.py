@@ -12,6 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from redraft import provenance
 from redraft.data.store import Row
@@ -266,13 +268,71 @@ def test_what_ended_before_is_read_and_not_paid_for_again(target, draft, store, 
     assert not second.stages[0].tokens and not second.stages[0].flops
 
 
+def flip(path: Path, place: int) -> None:
+    """Change one byte of a file, counted from its end where ``place`` is negative."""
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
 @pytest.mark.parametrize("file", ["state.json", "best.safetensors", "state-*.safetensors"])
 def test_a_damaged_checkpoint_is_one_clear_line(file, target, draft, store, rows, tmp_path):
     trainer(target, draft, store, rows, tmp_path / "run").run()
     place = next((tmp_path / "run").glob(file))
     place.write_bytes(place.read_bytes()[:40])
-    with pytest.raises(UserError, match="is not (JSON|a whole safetensors file)"):
+    with pytest.raises(UserError, match="is not JSON|missing or damaged"):
         trainer(target, draft, store, rows, tmp_path / "run").run()
+
+
+@pytest.mark.parametrize("file", ["best.safetensors", "state-*.safetensors"])
+@pytest.mark.parametrize("byte", [20, -1])  # in the header, in the last number
+def test_one_changed_byte_of_a_checkpoint_is_named(file, byte, target, draft, store, rows, tmp_path):
+    trainer(target, draft, store, rows, tmp_path / "run").run()
+    place = next((tmp_path / "run").glob(file))
+    flip(place, byte)
+    with pytest.raises(UserError, match=f"{place.name} is .*damaged.*delete the folder {tmp_path / 'run'}"):
+        trainer(target, draft, store, rows, tmp_path / "run").run()
+
+
+def test_one_changed_digit_of_a_checkpoint_is_named(target, draft, store, rows, tmp_path):
+    trainer(target, draft, store, rows, tmp_path / "run").run()
+    path = tmp_path / "run" / "state.json"
+    value = json.loads(path.read_text())
+    value["state"]["step"] -= 1
+    path.write_text(json.dumps(value))
+    with pytest.raises(UserError, match="state.json is damaged"):
+        trainer(target, draft, store, rows, tmp_path / "run")
+
+
+def test_a_checkpoint_of_the_days_before_checksums_goes_on(target, draft, store, rows, tmp_path):
+    first = trainer(target, draft, store, rows, tmp_path / "run").run()
+    path = tmp_path / "run" / "state.json"
+    value = json.loads(path.read_text())
+    del value["checksum"]
+    path.write_text(json.dumps(value, indent=2))
+    for place in (tmp_path / "run").glob("*.safetensors"):
+        save_file(load_file(place), place)  # no fingerprint in the header
+    assert trainer(target, draft, store, rows, tmp_path / "run").run() == first
+
+
+def test_a_disk_that_fills_up_keeps_the_last_checkpoint(target, draft, store, rows, tmp_path, monkeypatch):
+    folder, saved = tmp_path / "run", []
+
+    def fills_up(state, path, metadata):
+        if len(saved) == 2:
+            Path(path).write_bytes(b"half")
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        saved.append(path)
+        save_file(state, path, metadata)
+
+    monkeypatch.setattr("redraft.artifact.save_file", fills_up)
+    with pytest.raises(UserError, match=r"no room on the disk for .*safetensors: [\d.]+ MB are free"):
+        trainer(target, draft, store, rows, folder).run()
+    assert not list(folder.glob(".*")), "nothing half-written is left"
+    monkeypatch.undo()
+    whole = trainer(target, draft, store, rows, tmp_path / "whole").run()
+    again = trainer(target, draft, store, rows, folder).run()
+    assert again.history == whole.history
 
 
 def test_a_curve_that_is_gone_or_torn_is_gone_on_with(target, draft, store, rows, tmp_path):

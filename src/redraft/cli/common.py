@@ -103,12 +103,31 @@ class Command(TyperCommand):
         super().format_help(ctx, formatter)
 
     def invoke(self, ctx: Any) -> Any:
-        """A key press is no defect: one line and the shell's own exit code for it."""
+        """Say first what will be done. A key press is no defect: one line and the shell's own exit code for it.
+
+        Raises ``UserError`` when a disk is full; any other surprise is one line, with its trace in a file.
+        """
+        from redraft.cli.failures import as_user_error, unexpected
+        from redraft.cli.plans import announce
+        from redraft.errors import UserError
+
+        name, out = str(self.name), ctx.params.get("out")
         try:
+            announce(name, ctx.params)
             return super().invoke(ctx)
         except KeyboardInterrupt:
             print("redraft: interrupted; the same command goes on where it can", file=sys.stderr)
             raise SystemExit(130) from None
+        except (UserError, typer.Exit, typer.Abort, BrokenPipeError):
+            raise
+        except Exception as error:
+            if ctx.find_root().params.get("debug"):
+                raise
+            if known := as_user_error(error, out):
+                raise known from error
+
+            print(unexpected(error, name, out), file=sys.stderr)
+            raise SystemExit(1) from None
 
 
 def examples(*commands: str) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from typing import Annotated
 
 import typer
 
 from redraft import __version__
 from redraft.cli import align, data, distill, measure, study, vocabulary, watch
+from redraft.cli.quiet import quiet_libraries
 from redraft.errors import UserError
 
 app = typer.Typer(
@@ -35,8 +37,13 @@ def options(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the whole trace of an error, and what libraries say.")
+    ] = False,
 ) -> None:
     """Options that stand before the command."""
+    if not debug:
+        quiet_libraries()
 
 
 align.register_quickstart(app)
@@ -51,10 +58,12 @@ watch.register(app)
 
 
 def main() -> None:
-    """Run the application. A user's mistake is one line on standard error and exit code 2."""
+    """Run the application. A user's mistake is one line on standard error and exit code 2, a defect of ours 1."""
     try:
         app()
     except UserError as error:
+        if "--debug" in sys.argv[1:2]:
+            traceback.print_exception(error)
         print(f"redraft: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from redraft.artifact import FAMILIES
+from redraft.compat import cache_argument
 from redraft.drafts.experts import SharedPrivateMLP, is_private, start_private
 from redraft.errors import UserError
 from redraft.sampling import scale_logits
@@ -130,9 +131,8 @@ class StandaloneDraft(nn.Module):
     # -- forward -----------------------------------------------------------------------------------------------
     def states(self, ids_BT: Tensor, cache: Any = None) -> Tensor:
         """Final-norm states [B, T, H] of new tokens after those in ``cache``; padding belongs on the right."""
-        return self.model.base_model(
-            input_ids=ids_BT, past_key_values=cache, use_cache=cache is not None
-        ).last_hidden_state
+        backbone = self.model.base_model
+        return backbone(input_ids=ids_BT, **cache_argument(backbone, cache)).last_hidden_state
 
     def logits(self, states: Tensor) -> Tensor:
         """Logits [..., V] of final-norm states [..., H], as the model itself scales them."""

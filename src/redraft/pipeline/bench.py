@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,8 +109,12 @@ def measure(
     record: Mapping[str, Any],
 ) -> dict[str, Any]:
     """:func:`redraft.evaluate.speed.bench` with a progress bar, near-ties explained and answers scored."""
-    with progress_bar("bench", None, "tokens") as progress:
-        found = bench(targets, drafts, prompts, config, record, lambda tokens, what: progress.update(tokens, now=what))
+    done = itertools.count(1)
+    with progress_bar("bench", len(prompts) * (1 + len(drafts)), "answers") as progress:
+        # Plain decoding of the first prompts, in every data type, goes before what is counted.
+        progress.update(0, now="choosing the data type")
+        tick = lambda tokens, what: progress.update(next(done), tokens=tokens, now=what)  # noqa: E731
+        found = bench(targets, drafts, prompts, config, record, tick)
     if config.sampler.greedy and "float32" in targets:
         explain_differences(found, prompts, targets["float32"])
     score_answers(found, prompts)

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from redraft import provenance
-from redraft.artifact import atomic_write_json, read_json
+from redraft.artifact import atomic_write_json, read_checked, read_json, write_checked
 from redraft.data.store import Row
 from redraft.pipeline.stages import Say, run_training
+from redraft.progress import progress_bar
 from redraft.target import Target
 from redraft.teacher.features import FeatureStore, anchors
 from redraft.train.replay import ReplayConfig, ReplayTrainer, replay_settings, replay_states
@@ -68,19 +68,18 @@ def _states(
     """The weights of a pass, walked once and kept: a resumed pass must train on the states it began with."""
     path = folder / STATES_FILE
     if (folder / SUMMARY_FILE).exists():
-        return load_file(path) if read_json(folder / SUMMARY_FILE)["rows"] else {}
+        mend = f"delete the folder {folder} and give the same command again, which walks anew"
+        return read_checked(path, mend) if read_json(folder / SUMMARY_FILE)["rows"] else {}
     folder.mkdir(parents=True, exist_ok=True)
     draft.eval()
-    with ledger.stage("replay walk") as entry:
-        found = replay_states(draft, target, rows, store, gamma, settings)
+    with ledger.stage("replay walk") as entry, progress_bar("replay walk", sum(map(anchors, rows))) as progress:
+        found = replay_states(draft, target, rows, store, gamma, settings, progress=progress)
         tokens = sum(map(anchors, rows)) * gamma
         flops = provenance.forward_flops(draft.parameters_per_token, tokens)
         entry.add(tokens, flops, provenance.FORWARD_FORMULA)
     draft.train()
     if found.weights:
-        partial = path.with_name(f".{path.name}.partial")
-        save_file({key: weight.contiguous() for key, weight in found.weights.items()}, partial)
-        partial.replace(path)
+        write_checked(path, found.weights)
     record = {"rounds": found.rounds, "lost_rounds": found.lost_rounds, "rows": len(found.weights)}
     atomic_write_json(folder / SUMMARY_FILE, record)
     say(f"replay: {found.summary()}")

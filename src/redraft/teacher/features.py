@@ -21,11 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from redraft.artifact import atomic_write_json
+from redraft.artifact import atomic_write_json, read_json, tensors_hash, write_shard
 from redraft.data.regenerate import Kept
 from redraft.data.store import Row
 from redraft.errors import UserError
@@ -36,6 +35,8 @@ SHARD_BYTES = 256 * 2**20
 SPARE_BYTES = 2**30
 # Systems let a process open about a thousand files.
 OPEN_SHARDS = 256
+INDEX_FILE, CHECKSUMS = "index.json", "checksums"
+MEND = "delete that file and give the same command again, which computes its rows anew"
 MOST_PADDING = 0.06
 ENOUGH_TOKENS = 512
 
@@ -92,23 +93,31 @@ class Prefix:
 
 
 class FeatureStore:
-    """Features on disk in safetensors shards; a killed build goes on with the rows that are missing."""
+    """Features on disk in safetensors shards; a killed build goes on with the rows that are missing.
+
+    A shard's header has the fingerprint of every row in it, compared when the row is first read (shards of older
+    versions have none). A shard that is gone is computed anew.
+    """
 
     def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
         """``identity`` says which target and taps the features come from.
 
-        Raises ``UserError`` when the folder holds the features of another target.
+        Raises ``UserError`` when the folder holds the features of another target, or its index is damaged.
         """
         self.folder, self.identity = folder, identity
         self.index: dict[str, str] = {}
-        self._open: dict[str, Any] = {}
+        self._open: dict[str, tuple[Any, dict[str, str]]] = {}
+        self._sound: set[str] = set()
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "index.json"
+        path = folder / INDEX_FILE
         if path.exists():
-            stored = json.loads(path.read_text())
+            stored = read_json(path)
+            if not {"identity", "index"} <= stored.keys():
+                raise UserError(f"{path} is damaged; delete the folder and give the same command again")
             if stored["identity"] != identity:
                 raise UserError(f"{folder} holds features of another target or other taps; remove it or choose another")
-            self.index = stored["index"]
+            there = {shard.name for shard in folder.glob("shard-*.safetensors")}
+            self.index = {key: name for key, name in stored["index"].items() if name in there}
 
     def build(
         self,
@@ -167,21 +176,44 @@ class FeatureStore:
     def _write(self, shard: dict[str, Tensor]) -> None:
         last = max((int(name[6:-12]) for name in self.index.values()), default=-1)
         name = f"shard-{last + 1:05d}.safetensors"
-        temporary = self.folder / f".{name}.partial"
-        save_file(shard, temporary)
-        temporary.replace(self.folder / name)
-        self.index.update({key.removesuffix("/taps"): name for key in shard if key.endswith("/taps")})
-        atomic_write_json(self.folder / "index.json", {"identity": self.identity, "index": self.index})
+        keys = [key.removesuffix("/taps") for key in shard if key.endswith("/taps")]
+        sums = {key: tensors_hash(_of_row(key, shard.__getitem__)) for key in keys}
+        write_shard(self.folder / name, shard, {CHECKSUMS: json.dumps(sums, sort_keys=True)})
+        self.index.update(dict.fromkeys(keys, name))
+        self._sound.difference_update(keys)
+        atomic_write_json(self.folder / INDEX_FILE, {"identity": self.identity, "index": self.index})
 
     def get(self, row: Row) -> tuple[Tensor, Tensor]:
-        """Taps [P + R - 2, K*F] and final-norm states [R - 1, F] of a row. Raises ``KeyError`` if not built."""
+        """Taps [P + R - 2, K*F] and final-norm states [R - 1, F] of a row.
+
+        Raises ``KeyError`` if not built, ``UserError`` that names the shard if it is damaged.
+        """
         name = self.index[row.key]
+        path = self.folder / name
+        try:
+            shard, sums = self._opened(name)
+            found = _of_row(row.key, shard.get_tensor)
+            sound = row.key in self._sound or sums.get(row.key, "") in ("", tensors_hash(found))
+        except (SafetensorError, OSError, ValueError) as error:
+            raise UserError(f"{path} is damaged ({error}); {MEND}") from error
+        if not sound:
+            raise UserError(f"{path} is damaged: row {row.key} no longer holds what was written; {MEND}")
+        self._sound.add(row.key)
+        return found["taps"], found["hidden"]
+
+    def _opened(self, name: str) -> tuple[Any, dict[str, str]]:
+        """A shard and the fingerprints of its rows."""
         if name not in self._open:
             while len(self._open) >= OPEN_SHARDS:
                 self._open.pop(next(iter(self._open)))
-            self._open[name] = safe_open(self.folder / name, "pt")
-        shard = self._open[name]
-        return shard.get_tensor(f"{row.key}/taps"), shard.get_tensor(f"{row.key}/hidden")
+            shard = safe_open(self.folder / name, "pt")
+            self._open[name] = shard, json.loads((shard.metadata() or {}).get(CHECKSUMS, "{}"))
+        return self._open[name]
+
+
+def _of_row(key: str, take: Callable[[str], Tensor]) -> dict[str, Tensor]:
+    """The tensors of a row by their plain names."""
+    return {name: take(f"{key}/{name}") for name in ("taps", "hidden")}
 
 
 def _entry(row: Row, taps_TKF: Tensor, hidden_AF: Tensor) -> dict[str, Tensor]:

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from redraft.data.store import Row
 from redraft.errors import UserError
+from redraft.progress import Progress
 from redraft.sampling import Sampler
 from redraft.target import Target
 from redraft.teacher.features import FeatureStore, anchors
@@ -90,12 +91,13 @@ def replay_states(
     config: ReplayConfig,
     batch_anchors: int = 1024,
     greedy_drafts: bool = False,
+    progress: Progress | None = None,
 ) -> ReplayStates:
     """Walk the rounds of a chain of ``gamma`` over responses of the target, each under its own sampler.
 
     Rows whose rounds all went through are left out of ``weights``. ``greedy_drafts``: the draft proposes its
-    likeliest token also where the target samples. Raises ``UserError`` for reference answers, which decoding would
-    not produce.
+    likeliest token also where the target samples. ``progress`` counts anchors. Raises ``UserError`` for reference
+    answers, which decoding would not produce.
     """
     for row in rows:
         check_own(row)
@@ -103,10 +105,13 @@ def replay_states(
     for row in sorted(rows, key=lambda r: r.key):
         sampler = Sampler() if greedy_drafts else Sampler(row.temperature, row.top_k, row.top_p)
         groups.setdefault(sampler, []).append(row)
-    found = ReplayStates({}, 0.0, 0.0)
+    found, done = ReplayStates({}, 0.0, 0.0), 0
     for sampler, group in groups.items():
         for part in anchor_batches(group, batch_anchors):
             _walk(draft, target, part, collate(part, store, gamma).to(target.device), gamma, sampler, config, found)
+            done += sum(map(anchors, part))
+            if progress is not None:
+                progress.update(done)
     return found
 
 

@@ -1,0 +1,93 @@
+"""What a command says when it fails for a reason that nobody foresaw: one line, and the whole trace in a file.
+
+Nothing heavy is imported here, so that this works also where torch itself does not.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+from redraft.errors import UserError
+from redraft.files import atomic_write_text, disk_is_full, write_error
+from redraft.places import cache_folder, installed
+
+# Files that only a run directory of ours has; other folders are not written to.
+MARKS = ("ledger.json", "study.json", "distill.json")
+TRACE_FILE = "error.txt"
+IN_ADDRESS = re.compile(r"(?<=://)[^/\s@'\"]+@")
+SECRET_NAME = re.compile(r"TOKEN|KEY|SECRET|PASSWORD|CREDENTIAL", re.I)
+
+
+def as_user_error(error: BaseException, out: object = None) -> UserError | None:
+    """A full disk or full memory, met wherever it was: no defect of ours. ``out`` is where the command writes."""
+    if disk_is_full(error):
+        return write_error(getattr(error, "filename", None) or str(out or "."), error)
+    first = str(error).strip().partition("\n")[0]
+    if type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "can't allocate memory" in first:
+        return UserError(
+            f"out of memory ({first or type(error).__name__}); ask for less at once (--batch-size, shorter texts) or "
+            "take a larger machine; whatever was finished is kept"
+        )
+    return None
+
+
+def without_secrets(text: str) -> str:
+    """``text`` without user names and passwords of addresses, and without the values of variables named as secrets."""
+    text = IN_ADDRESS.sub("***@", text)
+    values = {value for name, value in os.environ.items() if SECRET_NAME.search(name) and len(value) >= 8}
+    for value in sorted(values, key=len, reverse=True):
+        text = text.replace(value, "***")
+    return text
+
+
+def trace(error: BaseException) -> str:
+    """Command line, versions and traceback, without secrets."""
+    lines = [
+        f"time: {datetime.now(UTC).isoformat(timespec='seconds')}",
+        f"command: {' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])}",
+        f"versions: {', '.join(f'{name} {version}' for name, version in installed().items())}",
+        f"system: {sys.platform}",
+        "",
+        "".join(traceback.format_exception(error)),
+    ]
+    return without_secrets("\n".join(lines))
+
+
+def places(out: object) -> Iterator[Path]:
+    """Where a trace may go, best first: the run directory, the cache, the folder for temporary files."""
+    if out is not None:
+        yield from (folder / TRACE_FILE for folder in (Path(str(out)), Path(str(out), "run")) if is_run(folder))
+    name = f"error-{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.getpid()}.txt"
+    yield cache_folder() / "errors" / name
+    yield Path(tempfile.gettempdir()) / f"redraft-{name}"
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run directory of ours, in which a trace disturbs nobody."""
+    return any((folder / mark).is_file() for mark in MARKS)
+
+
+def unexpected(error: BaseException, command: str, out: object = None) -> str:
+    """The one line about ``error``; the trace is written where it can be."""
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    said = without_secrets(f"{type(error).__name__}: {first}"[:300].rstrip(": "))
+    text, written = trace(error), None
+    for place in places(out):
+        try:
+            atomic_write_text(place, text)
+        except (UserError, OSError):
+            continue
+        written = place
+        break
+    where = f"the full trace is in {written}" if written else "the full trace could not be written"
+    return (
+        f"redraft: defect in {command}: {said}; this is not your input's fault and what was finished is kept; {where}, "
+        f"and `redraft --debug {command} ...` shows it"
+    )
