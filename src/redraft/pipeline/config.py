@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from redraft.artifact import atomic_write_json, read_json
+from redraft.data.transport import check_address
 from redraft.drafts.groups import PrivateSize, check_bits, method
 from redraft.errors import UserError
 from redraft.export.base import check_formats
@@ -112,6 +113,13 @@ class AdaptConfig(BaseModel):
     @classmethod
     def _exports(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         check_formats(value, "eagle3")
+        return value
+
+    @field_validator("server")
+    @classmethod
+    def _server(cls, value: str | None) -> str | None:
+        if value is not None:
+            check_address(value)
         return value
 
     @field_validator("start")

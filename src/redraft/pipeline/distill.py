@@ -189,7 +189,8 @@ class DistillRun:
             return TokenTeacher(self.target.vocab_size)
         if c.teacher == "tops":
             assert c.server is not None
-            engine = TopEngine(c.server, c.server_model, c.top_logprobs, c.batch_size)
+            size = self.target.vocab_size
+            engine = TopEngine(c.server, c.server_model, c.top_logprobs, c.batch_size, vocab_size=size)
             with self.ledger.stage("log-probabilities"), progress_bar("top", len(rows), "rows") as progress:
                 found = ask_tops(engine, rows, self.folder / "tops.jsonl", progress.update)
             return TopTeacher(found, self.target.vocab_size)

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from redraft.data.transport import check_address
 from redraft.errors import UserError
 from redraft.export.base import check_formats
 from redraft.losses import LOSSES
@@ -72,6 +73,13 @@ class DistillConfig(BaseModel):
     @classmethod
     def _loss(cls, value: str) -> str:
         LOSSES.get(value)
+        return value
+
+    @field_validator("server")
+    @classmethod
+    def _server(cls, value: str | None) -> str | None:
+        if value is not None:
+            check_address(value)
         return value
 
     @field_validator("exports")

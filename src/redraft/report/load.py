@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from redraft.errors import UserError
+from redraft.provenance import without_secrets
 
 BENCH_SCHEMA = "redraft.bench/1"
 
@@ -326,7 +327,20 @@ def read_bench(path: Path) -> BenchResult:
         raise UserError(
             f"{path}: schema is {schema!r}, this redraft reads {BENCH_SCHEMA!r}; measure again with `redraft bench`"
         )
-    return parse(BenchResult, data, str(path))
+    return parse(BenchResult, {key: _shown(data[key]) if key in ADDRESSED else data[key] for key in data}, str(path))
+
+
+# The parts of a result that hold command lines and addresses; older versions kept passwords in them.
+ADDRESSED = ("provenance", "server")
+
+
+def _shown(value: Any) -> Any:
+    """The JSON value without what may be secret in its texts."""
+    if isinstance(value, dict):
+        return {key: _shown(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_shown(part) for part in value]
+    return without_secrets(value) if isinstance(value, str) else value
 
 
 def read_summary(path: Path) -> Summary:
