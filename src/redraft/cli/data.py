@@ -21,6 +21,7 @@ from redraft.cli.common import (
     examples,
     say,
 )
+from redraft.errors import UserError
 
 
 def register(app: typer.Typer) -> None:
@@ -72,6 +73,10 @@ def regenerate(
     from redraft.pipeline.steps import TargetSpec, regenerate_file
     from redraft.sampling import Sampler
 
+    if server_model and not server:
+        raise UserError("--server-model names the target on a server; give --server too, or leave it out")
+    if not any(temperature) and (top_k or top_p != 1):
+        raise UserError("temperature 0 is greedy and leaves nothing to filter; drop --top-k and --top-p or raise it")
     samplers = [Sampler(t, top_k if t else 0, top_p if t else 1.0) for t in temperature]
     spec = TargetSpec(target, dtype, device, adapter)
     report = regenerate_file(spec, prompts, out, samplers, max_new_tokens, seed, batch_size, server, server_model)
