@@ -187,7 +187,8 @@ def show(result: dict[str, Any]) -> None:
 
     printer = console()
     printer.print(bench_table(result))
-    printer.print(acceptance_table(result))
+    if result["drafts"]:
+        printer.print(acceptance_table(result))
     by_task = task_table(result)
     if by_task is not None:
         printer.print(by_task)

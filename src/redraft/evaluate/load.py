@@ -109,6 +109,11 @@ class Level:
     gauges: dict[str, float] = field(default_factory=dict)
 
     @property
+    def in_flight(self) -> float:
+        """Requests under way on average: at the end of a level some workers have nothing left to ask."""
+        return sum(answer.seconds for answer in self.answers) / self.wall if self.wall else 0.0
+
+    @property
     def good(self) -> list[Answer]:
         """The answers that did not fail."""
         return [answer for answer in self.answers if not answer.fault]
@@ -216,10 +221,11 @@ class Session:
     # -- requests ----------------------------------------------------------------------------------------------------
     def answer(self, prompt: Prompt, index: int, max_new_tokens: int | None = None) -> Answer:
         """Ask one prompt once. A fault comes back as an answer; raises ``UserError`` where none can ever succeed."""
+        began = time.perf_counter()
         try:
             return self._ask(prompt, index, max_new_tokens or self.config.max_new_tokens)
         except (Passing, Refused) as error:
-            return Answer(fault=str(error))
+            return Answer(seconds=time.perf_counter() - began, fault=str(error))
 
     def _ask(self, prompt: Prompt, index: int, max_new_tokens: int) -> Answer:
         request = Request(prompt.id, prompt.ids, self.config.sampler, self.config.seed + index)
@@ -310,6 +316,9 @@ def paired(sessions: Sequence[Session], prompts: Sequence[Prompt], done: Done | 
                 gauges[session.name] = after.gauges
             if done:
                 done(f"prompt {index + 1} of {len(prompts)}, {session.name}")
+    for session in sessions:
+        if counts[session.name] and len(counts[session.name]) < len(prompts):
+            raise UserError(f"the server {session.where} stopped giving its counters half-way; measure again")
     return {
         name: Level(1, found, sum(a.seconds for a in found), counts[name], True, gauges.get(name, {}))
         for name, found in answers.items()

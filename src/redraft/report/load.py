@@ -86,7 +86,8 @@ class Score(_Open):
 class DraftResult(_Open):
     """One draft's measurements. ``acceptance_*`` hold one probability a drafted position.
 
-    ``speedup`` is absent without a plain baseline, ``time`` where the engine does not tell what a round's time went to.
+    ``compared`` prompts are in the figures, where some were not answered; all of them otherwise. ``speedup`` is absent
+    without a plain baseline, ``time`` where the engine does not tell what a round's time went to.
     """
 
     dtype: str = ""
@@ -103,6 +104,7 @@ class DraftResult(_Open):
     rounds: int = Field(gt=0)
     tokens: int = Field(gt=0)
     identical_to_plain: int | None = None
+    compared: int | None = None
     by_task: dict[str, TaskResult] = {}
     mbsu: dict[str, Mbsu] = {}
     divergence: Divergence | None = None
@@ -248,7 +250,7 @@ class BenchResult(_Open):
 
     setup: Setup
     plain: Plain | None = None
-    drafts: dict[str, DraftResult] = Field(min_length=1)
+    drafts: dict[str, DraftResult]
     gains: dict[str, dict[str, Interval]] = {}
     per_prompt: list[dict[str, Any]] = []
     plain_quality: dict[str, Score] = {}
@@ -326,6 +328,10 @@ def read_bench(path: Path) -> BenchResult:
     if schema != BENCH_SCHEMA:
         raise UserError(
             f"{path}: schema is {schema!r}, this redraft reads {BENCH_SCHEMA!r}; measure again with `redraft bench`"
+        )
+    if data.get("drafts") == {}:
+        raise UserError(
+            f"{path}: it has no drafts, only plain decoding, and a page shows drafts; measure one beside it"
         )
     return parse(BenchResult, {key: _shown(data[key]) if key in ADDRESSED else data[key] for key in data}, str(path))
 
