@@ -49,6 +49,7 @@ class Loopback:
         self.models: Reply = (200, {"data": [{"id": "tiny"}]})
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[str | None] = []
+        self.raw = b""  # sent instead of any answer
         self.release = threading.Event()
         self.server: Any = None
         self.port = 0
@@ -65,6 +66,10 @@ class Loopback:
                 body = self.body()
                 loopback.bodies.append(body)
                 loopback.headers.append(self.headers.get("Authorization"))
+                if loopback.raw:
+                    self.wfile.write(loopback.raw)
+                    self.close_connection = True
+                    return
                 self.reply(loopback.rule(body))
 
             def reply(self, reply: Reply | None) -> None:
@@ -224,6 +229,25 @@ def test_a_server_that_hangs(loopback: Loopback, tiny_tokenizer: Any) -> None:
     hung = found.pop("r1@T0")
     assert isinstance(hung, Failure) and hung.reason == "no answer within 0.3 s, 2 attempts" and not hung.permanent
     assert all(isinstance(outcome, Completion) for outcome in found.values())
+
+
+RAW: dict[str, bytes] = {
+    "a charset that is no encoding of text": b"200 OK\r\nContent-Type: text/html; charset=base64\r\n\r\n<html>",
+    "a charset that the body is not in": b"200 OK\r\nContent-Type: text/html; charset=utf-16\r\n\r\n<html>",
+    "compressed nonsense": b"200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 3\r\n\r\nabc",
+    "a body that breaks off": b'200 OK\r\nContent-Length: 999\r\n\r\n{"choices": [',
+    "a chunk that is none": b"200 OK\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\n",
+    "sent on to a host that is none": b"307 X\r\nLocation: http://a..b/\r\nContent-Length: 0\r\n\r\n",
+    "sent on to a file": b"307 X\r\nLocation: file:///x\r\nContent-Length: 0\r\n\r\n",
+    "sent on in a circle": b"307 X\r\nLocation: /v1/completions\r\nContent-Length: 0\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("reply", RAW.values(), ids=RAW.keys())
+def test_answers_that_are_hardly_http(loopback: Loopback, tiny_tokenizer: Any, reply: bytes) -> None:
+    loopback.raw = b"HTTP/1.1 " + reply
+    (found,) = answers(loopback.engine(model="tiny", attempts=2, concurrency=2), requests(1), tiny_tokenizer).values()
+    assert isinstance(found, Failure) and not found.permanent and "2 attempts" in found.reason
 
 
 # -- faults that stay ------------------------------------------------------------------------------------------------

@@ -24,6 +24,8 @@ KEY_VARIABLE = "REDRAFT_API_KEY"
 RETRIED_STATUS = frozenset({408, 425, 429})
 FATAL_STATUS = frozenset({401, 403, 404, 405, 501})
 STREAM_END = "[DONE]"
+# JSON's own. What an answer's header names may be no encoding of text at all, and decoding then raises anything.
+ENCODING = "utf-8"
 
 
 class Passing(Exception):
@@ -120,19 +122,20 @@ class Connection:
             self._client.close()
 
     def text(self, method: str, path: str, body: dict[str, Any] | None = None) -> str:
-        """The answer's text. Raises ``Passing``, ``Refused``, and ``UserError`` where no request can ever succeed."""
+        """The answer's text, read as UTF-8.
+
+        Raises ``Passing``, ``Refused``, and ``UserError`` where no request can ever succeed.
+        """
         import httpx
 
         try:
             response = self._client.request(method, path, json=body)
         except httpx.TimeoutException as error:
             raise Passing(f"no answer within {self.timeout:g} s") from error
-        except (
-            httpx.HTTPError,
-            LookupError,
-            RuntimeError,
-        ) as error:  # RuntimeError: the client was closed under this thread
+        except (httpx.HTTPError, httpx.InvalidURL, UnicodeError, RuntimeError) as error:
+            # RuntimeError: the client was closed under this thread; UnicodeError: sent on to a host that is none
             raise Passing(f"no connection: {error or type(error).__name__}") from error
+        response.encoding = ENCODING
         self._check(response.status_code, path, response.text)
         return response.text
 
@@ -149,6 +152,7 @@ class Connection:
 
         try:
             with self._client.stream("POST", path, json=body) as response:
+                response.encoding = ENCODING
                 if response.status_code >= 300:
                     response.read()
                     self._check(response.status_code, path, response.text)
@@ -161,7 +165,7 @@ class Connection:
                         yield self._object(data)
         except httpx.TimeoutException as error:
             raise Passing(f"no answer within {self.timeout:g} s") from error
-        except (httpx.HTTPError, httpx.StreamError, RuntimeError) as error:
+        except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, UnicodeError, RuntimeError) as error:
             raise Passing(f"the connection broke: {error or type(error).__name__}") from error
         raise Passing("the stream broke off before its end")
 
