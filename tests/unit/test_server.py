@@ -506,6 +506,23 @@ def test_a_response_that_ends_at_the_limit(tiny_tokenizer: Any) -> None:
     assert read(tiny_tokenizer, [5, 6, 7, 8], ends=(EOS,)) == ([5, 6, 7, 8], "length")
 
 
+def test_ids_of_another_vocabulary_are_refused(tiny_tokenizer: Any) -> None:
+    text = "the hat and then the other hat"
+    ids = tiny_tokenizer.encode(text, add_special_tokens=False)
+
+    def read_text(said: str, shift: int = 0) -> Any:
+        choice = {"finish_reason": "length", "text": said, "token_ids": [4 + (i + shift) % 100 for i in ids]}
+        return read_completion({"choices": [choice]}, REQUEST, 40, tiny_tokenizer, (EOS,)).response_ids
+
+    right = {"finish_reason": "stop", "text": text, "token_ids": [*ids, EOS]}
+    for said in (text, text.upper().lower(), text.replace(" ", "  "), text + "</s>", "", "short"):
+        found = read_completion({"choices": [right | {"text": said}]}, REQUEST, 40, tiny_tokenizer, (EOS,))
+        assert found.response_ids == [*ids, EOS]
+    with pytest.raises(Exception, match="its model has another vocabulary; serve the target"):
+        read_text(text, 31)
+    assert read_text("...", 31)
+
+
 # -- what a request says ---------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("sampler", "filters"),

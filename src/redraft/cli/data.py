@@ -59,7 +59,9 @@ def regenerate(
     batch_size: Annotated[
         int, typer.Option(min=1, help="Sequences decoded together, or requests under way at --server.")
     ] = 64,
-    server: Annotated[str | None, typer.Option(help="OpenAI-compatible server that serves the target.")] = None,
+    server: Annotated[
+        str | None, typer.Option(help="OpenAI-compatible server that serves the target; its key: REDRAFT_API_KEY.")
+    ] = None,
     server_model: Annotated[str | None, typer.Option(help="The target's name on that server.")] = None,
     adapter: Adapter = None,
     dtype: Dtype = "bfloat16",

@@ -140,7 +140,10 @@ def ask_tops(
     Raises ``UserError`` when any row has none in the end; what came is kept.
     """
     wanted = [row for row in rows if len(row.response_ids) > 1]
+    size = engine.vocab_size
     found = read_top_file(path, wanted)
+    # figures of ids that the target does not have are asked for again
+    found = {key: top for key, top in found.items() if size is None or max(map(max, top[0])) < size}
     kept = "".join(json.dumps({"key": key, "top": top}) + "\n" for key, top in found.items())
     failures: list[Failure] = []
     with open(path, "w") as file:

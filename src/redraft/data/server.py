@@ -17,6 +17,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from difflib import SequenceMatcher
 from typing import Any
 
 from redraft.data.generate import Completion, Request
@@ -34,6 +35,8 @@ from redraft.data.transport import (
 from redraft.errors import UserError
 
 LONGEST_PAUSE = 30.0
+# A server's text against its ids: characters that are compared, those that a comparison needs, and the share alike.
+COMPARED, TELLING, ALIKE = 200, 12, 0.5
 
 
 class ServerEngine:
@@ -189,6 +192,7 @@ def read_completion(
     wrong = next((i for i in ids if not 0 <= i < size), None)
     if wrong is not None:
         raise Passing(f"an answer with token id {excerpt(str(wrong))}, and the target's vocabulary has {size}")
+    _check_vocabulary(choice.get("text"), ids, tokenizer)
     # A response that ends exactly at the limit may come without its end token; the limit is what ended it then.
     return Completion(request, ids[:max_new_tokens], reason if len(ids) <= max_new_tokens else "length")
 
@@ -234,6 +238,28 @@ def exact_ids(text: Any, completion_tokens: int | None, reason: str, tokenizer: 
             "use a server with return_token_ids, such as vLLM"
         )
     return ids
+
+
+def _check_vocabulary(text: Any, ids: list[int], tokenizer: Any) -> None:
+    """Raise ``Refused`` where a server's text is not what its ids say: they are of another model's vocabulary.
+
+    Servers differ in blanks, special tokens and the text of the end, so letters and digits are compared, and loosely.
+    """
+    said = _letters(text)[:COMPARED] if isinstance(text, str) else ""
+    if len(said) < TELLING:
+        return
+    for skipped in (True, False):
+        read = _letters(tokenizer.decode(ids, skip_special_tokens=skipped))[: len(said)]
+        if read == said or SequenceMatcher(None, said, read, autojunk=False).ratio() >= ALIKE:
+            return
+    raise Refused(
+        f"the server's text {excerpt(str(text), 40)!r} is not what its token ids say with the target's tokenizer "
+        f"({excerpt(tokenizer.decode(ids), 40)!r}): its model has another vocabulary; serve the target"
+    )
+
+
+def _letters(text: str) -> str:
+    return "".join(character for character in text if character.isalnum())
 
 
 def _stopped_at(choice: dict[str, Any]) -> int | str | None:

@@ -58,8 +58,9 @@ def named_servers(given: Sequence[str]) -> dict[str, str]:
             name, equals, place = "server", "=", text
         address = place.startswith(("http://", "https://"))
         if not equals or not name.strip() or not (address or PORT in place):
+            shown = text if "://" in text else text.rpartition("@")[2]
             raise UserError(
-                f"--server {provenance.without_secrets(text)} is not understood; write NAME=http://HOST:PORT, "
+                f"--server {provenance.without_secrets(shown)} is not understood; write NAME=http://HOST:PORT, "
                 f"or NAME=COMMAND with {PORT} in it"
             )
         if name in servers:
