@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -57,7 +58,7 @@ def collect(seed: int | None = None, device: str | None = None, extra: dict[str,
     """
     record = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "argv": [Path(sys.argv[0]).name, *map(without_secrets, sys.argv[1:])],
         "versions": versions(),
         "revision": revision(),
         "machine": machine(),
@@ -65,6 +66,25 @@ def collect(seed: int | None = None, device: str | None = None, extra: dict[str,
         "seed": seed,
     }
     return record | (extra or {})
+
+
+# Passwords and queries of addresses, and the values of options and variables that hold keys.
+NAMES_OF_SECRETS = r"[\w-]*(?:api[-_]?key|(?:auth|access|hf)[-_]?token|password|secret)"
+SECRETS = (
+    (re.compile(r"(://)\S*@"), r"\1***@"),
+    (re.compile(r"(://[^\s?#]+)[?#]\S*"), r"\1?***"),
+    (
+        re.compile(rf"(--?{NAMES_OF_SECRETS}(?:=|\s+)|\b{NAMES_OF_SECRETS}=)(?:'[^']*'|\"[^\"]*\"|\S+)", re.IGNORECASE),
+        r"\1***",
+    ),
+)
+
+
+def without_secrets(text: str) -> str:
+    """The text with ``***`` for what of a command line or an address may be secret."""
+    for pattern, shown in SECRETS:
+        text = pattern.sub(shown, text)
+    return text
 
 
 def versions() -> dict[str, str]:

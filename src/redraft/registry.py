@@ -14,12 +14,18 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Generic, TypeVar
 
 from redraft.errors import UserError
 
 T = TypeVar("T", bound=Any)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`` (did you mean NAME?)`` with the known name that is nearest; nothing where none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 class Registry(Generic[T]):
@@ -57,9 +63,9 @@ class Registry(Generic[T]):
         """The entry called ``name``. Raises ``UserError`` that lists the choices when there is none."""
         self._search()
         if name not in self._entries:
-            near = difflib.get_close_matches(name, self._entries, n=1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
-            raise UserError(f"unknown {self.kind} {name!r}{hint}; choose one of: {', '.join(self.names())}")
+            raise UserError(
+                f"unknown {self.kind} {name!r}{nearest(name, self._entries)}; choose one of: {', '.join(self.names())}"
+            )
         return self._entries[name]
 
     def items(self) -> list[tuple[str, T]]:

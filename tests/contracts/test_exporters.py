@@ -21,6 +21,7 @@ from redraft.drafts.experts import attach_low_rank, attach_private, is_private, 
 from redraft.drafts.standalone import StandaloneDraft
 from redraft.errors import UserError
 from redraft.export import EXPORTERS, import_checkpoint
+from redraft.export.base import CHECKS, check_export
 
 SHARED = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("export_families.py"))))
 FAMILIES, TARGET = SHARED.FAMILIES, SHARED.TARGET
@@ -70,6 +71,8 @@ def test_every_family_is_held_to_this_contract():
 @each_dtype
 def test_a_round_trip_gives_the_same_tensors_and_answers(tmp_path, family, name, option, dtype):
     draft = family.make(dtype, **family.options[option][0])
+    check_export(name, draft, TARGET)
+    assert list(tmp_path.iterdir()) == []
     report = EXPORTERS.get(name)(draft, tmp_path / "out", TARGET)
     back, meta = import_checkpoint(tmp_path / "out", TARGET)
     family.assert_same(draft, back)
@@ -84,7 +87,15 @@ def test_a_round_trip_gives_the_same_tensors_and_answers(tmp_path, family, name,
 @pytest.mark.parametrize(("family", "name", "option"), NOT_HELD)
 @each_dtype
 def test_a_format_that_does_not_hold_a_draft_refuses_it_by_one_line(tmp_path, family, name, option, dtype):
-    refused(name, tmp_path, family.make(dtype, **family.options[option][0]), "SGLang|vLLM|vllm")
+    draft = family.make(dtype, **family.options[option][0])
+    refused(name, tmp_path, draft, "SGLang|vLLM|vllm")
+    with pytest.raises(UserError, match="SGLang|vLLM|vllm"):
+        check_export(name, draft, TARGET)  # before anything is spent on the draft
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_exporter_can_be_asked_before_it_writes():
+    assert set(CHECKS) == set(EXPORTERS.names())
 
 
 @each_format

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from redraft.artifact import load_draft, load_private, tensors_hash
+from redraft.artifact import load_draft, load_private, save_draft, tensors_hash
 from redraft.data.prompts import read_conversations
 from redraft.data.selfprompts import SelfPromptReport
 from redraft.data.store import read_rows
+from redraft.drafts.eagle3 import Eagle3Draft
 from redraft.errors import UserError
 from redraft.pipeline import sources
 from redraft.pipeline.adapt import AdaptRun
@@ -151,6 +153,20 @@ def test_prompts_are_chosen_before_any_is_answered(world, tmp_path, scorer):
 def test_settings_that_cannot_be_are_refused(changes, words, world, tmp_path):
     with pytest.raises(UserError, match=words):
         AdaptRun(settings(world, tmp_path / "run", **changes), quiet).run()
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [("sglang", {"norm_before_residual": True}), ("vllm", {"norm_before_fc": True, "fc_norm": True})],
+)
+def test_a_draft_that_an_engine_cannot_take_is_refused_before_anything_is_spent(world, tmp_path, name, option):
+    draft, meta = load_draft(world / "draft")
+    other = Eagle3Draft(replace(draft.config, **option), draft.vocabulary())
+    save_draft(tmp_path / "other", other, {key: meta[key] for key in ("target", "tokenizer_hash")})
+    run = AdaptRun(settings(world, tmp_path / "run", draft=str(tmp_path / "other"), exports=(name,)), quiet)
+    with pytest.raises(UserError, match="SGLang cannot run this draft|exclude each other in every engine"):
+        run.run()
+    assert [path.name for path in run.folder.iterdir()] == ["config.json"] and stages(run) == {}
 
 
 def test_a_run_directory_from_before_a_setting_existed_goes_on(world, tmp_path):

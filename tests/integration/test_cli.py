@@ -23,6 +23,9 @@ from redraft.pipeline.config import AdaptConfig, parse_config, read_config
 from redraft.select import SCORERS
 from redraft.train.trainer import TrainConfig
 
+SERVERS = ["bench", "--target", "./no", "--prompts", "p", "--out", "b.json", "--server"]
+REGENERATE = ["regenerate", "--target", "./no", "--prompts", "p", "--out", "o.jsonl"]
+TRAIN = ["train", "--target", "./no", "--from-nothing", "--responses", "r", "--out", "o"]
 BENCH = ["bench", "--target", "./no", "--draft", "a", "--prompts", "p", "--out", "b"]
 COMMANDS = sorted(get_command(main.app).commands)
 
@@ -117,6 +120,15 @@ def test_version(redraft: Any) -> None:
         ),
         (["bench", "--target", "./no", "--draft", "=a", "--prompts", "p", "--out", "b"], "NAME=FOLDER"),
         ([*BENCH, "--top-p", "2"], "top-p"),
+        ([*BENCH, "--concurrency", "2"], "are for servers; give --server"),
+        ([*SERVERS, "new=http://h:1", "--shape", "tree:3x2x8"], "servers draft as they were started"),
+        ([*SERVERS, "new=http://me:hush@h:1"], "REDRAFT_API_KEY"),
+        ([*SERVERS, "new=me:hush@h:1"], "is not understood"),
+        ([*REGENERATE, "--server", "http://h:1/v1?key=hush"], "REDRAFT_API_KEY"),
+        ([*REGENERATE, "--server-model", "m"], "give --server too"),
+        ([*REGENERATE, "--top-p", "0.9"], "greedy and leaves nothing to filter"),
+        ([*TRAIN, "--epochs", "2", "--setting", "epochs=3"], "--epochs is 2.0 and the setting epochs is 3.0"),
+        ([*TRAIN, "--gamma", "3", "--setting", "gamma=7"], "--gamma is 3 and the setting gamma is 7"),
         (
             [*BENCH, "--temperature", "-1"],
             "temperature",

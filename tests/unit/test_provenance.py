@@ -15,6 +15,24 @@ from redraft.errors import UserError
 from redraft.provenance import Entry, Ledger, collect, forward_flops, train_flops
 
 
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("new=https://me:hush@host:1/v1", "new=https://***@host:1/v1"),
+        ("http://host/v1?api_key=hush&x=1", "http://host/v1?***"),
+        ("new=vllm serve m --api-key hush --port {port}", "new=vllm serve m --api-key *** --port {port}"),
+        ("new=env VLLM_API_KEY='hush hush' vllm serve m", "new=env VLLM_API_KEY=*** vllm serve m"),
+        ("--hf-token=hush", "--hf-token=***"),
+        ("datasets:gsm8k@train", "datasets:gsm8k@train"),
+        ("vllm serve m --max-num-batched-tokens 64", "vllm serve m --max-num-batched-tokens 64"),
+        ("http://127.0.0.1:8000/v1", "http://127.0.0.1:8000/v1"),
+    ],
+)
+def test_secrets_of_a_command_line_are_not_kept(given: str, kept: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/some/where/redraft", "bench", given])
+    assert provenance.collect()["argv"] == ["redraft", "bench", kept]
+
+
 def test_collect_names_command_versions_and_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["/some/where/redraft", "bench", "--gamma", "5"])
     record = collect(seed=7, device="cpu", extra={"note": "x"})

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from redraft.errors import UserError
 from redraft.report import build_report, headline_png, tables
+from redraft.report import format as form
 from redraft.report.costs import round_cost
 from redraft.report.load import BenchResult, read_bench, read_curve
 
@@ -143,6 +144,24 @@ def test_another_shape_is_refused_by_name(made_up: dict[str, Path], tmp_path: Pa
         build_report([path], tmp_path / "no.html")
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "no.html").exists()
+
+
+def test_passwords_that_older_results_kept_are_not_on_the_page(made_up: dict[str, Path], tmp_path: Path) -> None:
+    argv = [
+        "redraft",
+        "bench",
+        "--server",
+        "new=http://me:hush@host:8000/v1?key=hush2",
+        "x=serve --api-key hush3 {port}",
+    ]
+    path = _edit(made_up, lambda d: d["provenance"].update(argv=argv))
+    page = build_report([path], tmp_path / "page.html").read_text()
+    assert "hush" not in page and "http://***@host:8000/v1?***" in page and "--api-key *** {port}" in page
+
+
+def test_an_interval_over_one_prompt_is_not_shown() -> None:
+    assert form.bounds(form.Interval(value=2.0, low=2.0, high=2.0)) == ""
+    assert form.bounds(form.Interval(value=2.0, low=1.5, high=2.25)) == "1.50 to 2.25"
 
 
 def test_broken_files_are_named_with_their_line(made_up: dict[str, Path], tmp_path: Path) -> None:

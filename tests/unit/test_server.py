@@ -17,6 +17,7 @@ from redraft.data.prompts import Conversation
 from redraft.data.regenerate import ServerEngine, regenerate
 from redraft.data.server import read_completion
 from redraft.data.store import Failure, read_failures, read_rows
+from redraft.data.transport import completion_body
 from redraft.errors import UserError
 from redraft.sampling import Sampler
 
@@ -48,6 +49,7 @@ class Loopback:
         self.models: Reply = (200, {"data": [{"id": "tiny"}]})
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[str | None] = []
+        self.raw = b""  # sent instead of any answer
         self.release = threading.Event()
         self.server: Any = None
         self.port = 0
@@ -64,6 +66,10 @@ class Loopback:
                 body = self.body()
                 loopback.bodies.append(body)
                 loopback.headers.append(self.headers.get("Authorization"))
+                if loopback.raw:
+                    self.wfile.write(loopback.raw)
+                    self.close_connection = True
+                    return
                 self.reply(loopback.rule(body))
 
             def reply(self, reply: Reply | None) -> None:
@@ -175,6 +181,20 @@ PASSING: dict[str, Reply | None] = {
     "ids that are no numbers": choices(token_ids=["a"]),
     "negative ids": choices(token_ids=[-1, EOS]),
     "too many ids": choices(token_ids=[5] * 20),
+    "an id beyond the vocabulary": choices(token_ids=[5, 128, EOS]),
+    "an end token beyond the vocabulary": choices(token_ids=[5], stop_reason=10**30),
+    "an id that is true": choices(token_ids=[True, EOS]),
+    "an id that is a fraction": choices(token_ids=[5.0, EOS]),
+    "an object for a choice": (200, {"choices": {"0": 1}}),
+    "a finish reason that is a list": choices(finish_reason=["stop"]),
+    "an error with status 200": (200, {"error": {"message": "out of memory"}}),
+    "JSON of great depth": (200, b"[" * 100_000),
+    "a number of ten thousand digits": (200, b'{"choices": ' + b"9" * 10_000 + b"}"),
+    "text that is no UTF-8": (200, b"\xff\xfe\xfd"),
+    "a count of tokens that cannot be": (
+        200,
+        {"choices": [{"text": "a", "finish_reason": "stop"}], "usage": {"completion_tokens": -3}},
+    ),
     "neither ids nor text": choices(token_ids=None, text=None),
 }
 
@@ -211,6 +231,25 @@ def test_a_server_that_hangs(loopback: Loopback, tiny_tokenizer: Any) -> None:
     assert all(isinstance(outcome, Completion) for outcome in found.values())
 
 
+RAW: dict[str, bytes] = {
+    "a charset that is no encoding of text": b"200 OK\r\nContent-Type: text/html; charset=base64\r\n\r\n<html>",
+    "a charset that the body is not in": b"200 OK\r\nContent-Type: text/html; charset=utf-16\r\n\r\n<html>",
+    "compressed nonsense": b"200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 3\r\n\r\nabc",
+    "a body that breaks off": b'200 OK\r\nContent-Length: 999\r\n\r\n{"choices": [',
+    "a chunk that is none": b"200 OK\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\n",
+    "sent on to a host that is none": b"307 X\r\nLocation: http://a..b/\r\nContent-Length: 0\r\n\r\n",
+    "sent on to a file": b"307 X\r\nLocation: file:///x\r\nContent-Length: 0\r\n\r\n",
+    "sent on in a circle": b"307 X\r\nLocation: /v1/completions\r\nContent-Length: 0\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("reply", RAW.values(), ids=RAW.keys())
+def test_answers_that_are_hardly_http(loopback: Loopback, tiny_tokenizer: Any, reply: bytes) -> None:
+    loopback.raw = b"HTTP/1.1 " + reply
+    (found,) = answers(loopback.engine(model="tiny", attempts=2, concurrency=2), requests(1), tiny_tokenizer).values()
+    assert isinstance(found, Failure) and not found.permanent and "2 attempts" in found.reason
+
+
 # -- faults that stay ------------------------------------------------------------------------------------------------
 def test_nobody_listens(loopback: Loopback, tiny_tokenizer: Any) -> None:
     loopback.stop()
@@ -232,6 +271,24 @@ def test_a_prompt_that_is_refused_fails_alone(loopback: Loopback, tiny_tokenizer
     assert found.pop("r2@T0") == Failure("r2@T0", "status 400: too long")
     assert all(isinstance(outcome, Completion) for outcome in found.values())
     assert len(loopback.bodies) == 5
+
+
+@pytest.mark.parametrize("echo", [7, "abc", [1], {"0": 1}])
+def test_an_echo_that_is_no_list_of_ids(loopback: Loopback, tiny_tokenizer: Any, echo: Any) -> None:
+    loopback.rule = lambda body: choices(prompt_token_ids=echo)
+    with pytest.raises(UserError, match="changed the prompt's token ids"):
+        answers(loopback.engine(), requests(2), tiny_tokenizer)
+
+
+def test_a_prompt_that_the_server_counts_otherwise_fails(loopback: Loopback, tiny_tokenizer: Any) -> None:
+    def rule(body: dict[str, Any]) -> Reply:
+        return 200, good(body)[1] | {"usage": {"prompt_tokens": 4 if body["prompt"][1] == 10 else 3}}
+
+    loopback.rule = rule
+    found = answers(loopback.engine(), requests(3), tiny_tokenizer)
+    lost = found.pop("r0@T0")
+    assert isinstance(lost, Failure) and lost.permanent and "counted 4 tokens of a prompt of 3" in lost.reason
+    assert all(isinstance(outcome, Completion) for outcome in found.values())
 
 
 def test_a_server_that_changes_the_prompt_is_refused(loopback: Loopback, tiny_tokenizer: Any) -> None:
@@ -288,6 +345,79 @@ def test_a_server_that_is_never_well(loopback: Loopback, tiny_tokenizer: Any, tm
         run(loopback, tiny_tokenizer, tmp_path / "r.jsonl")
 
 
+def test_ids_beyond_the_vocabulary_are_failures_and_no_rows(
+    loopback: Loopback, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "r.jsonl"
+
+    def rule(body: dict[str, Any]) -> Reply:
+        return choices(token_ids=[5, 100, EOS]) if sum(body["prompt"]) % 2 else good(body)
+
+    loopback.rule = rule
+    report = run(loopback, tiny_tokenizer, path, attempts=2, vocab_size=100, concurrency=20)
+    assert report.new + len(report.failures) == len(TALKS) and report.failures and report.new
+    assert all("token id 100, and the target's vocabulary has 100" in failure.reason for failure in report.failures)
+    assert read_failures(path) == report.failures
+    assert max(i for row in read_rows(path) for i in row.response_ids) < 100
+
+
+def test_rows_that_a_full_context_cut_are_kept(loopback: Loopback, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    loopback.rule = lambda body: choices(finish_reason="length", token_ids=[5, 6, 7])
+    report = run(loopback, tiny_tokenizer, path)
+    assert (report.new, report.cut) == (20, 20) and "20 of them cut short by the server's context" in report.summary()
+    rows = read_rows(path)
+    assert {(row.finish_reason, len(row.response_ids)) for row in rows} == {("context", 3)}
+    asked = len(loopback.bodies)
+    again = run(loopback, tiny_tokenizer, path)
+    assert (again.kept, again.new, len(loopback.bodies)) == (20, 0, asked) and read_rows(path) == rows
+    with pytest.raises(UserError, match="another number of new tokens"):
+        regenerate(loopback.engine(), TALKS, tiny_tokenizer, [Sampler()], path, 2, 0, "cafe")
+
+
+# -- keys ------------------------------------------------------------------------------------------------------------
+def test_the_key_comes_from_the_environment(
+    loopback: Loopback, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REDRAFT_API_KEY", " sk-hidden\n")
+    answers(loopback.engine(), requests(1), tiny_tokenizer)
+    assert loopback.headers == ["Bearer sk-hidden"]
+    for status, kind in ((401, UserError), (400, None), (503, None)):
+        loopback.rule = lambda body, status=status: (status, b"no such key: sk-hidden")  # type: ignore[misc]
+        if kind is None:
+            (found,) = answers(loopback.engine(), requests(1), tiny_tokenizer).values()
+            assert isinstance(found, Failure) and "sk-hidden" not in found.reason
+            continue
+        with pytest.raises(kind, match="environment variable REDRAFT_API_KEY the right one") as caught:
+            answers(loopback.engine(), requests(1), tiny_tokenizer)
+        assert "no such key: ***" in str(caught.value) and "sk-hidden" not in str(caught.value)
+    monkeypatch.delenv("REDRAFT_API_KEY")
+    loopback.rule = lambda body: (403, b"who are you")
+    with pytest.raises(UserError, match="set the server's key in the environment variable REDRAFT_API_KEY"):
+        answers(loopback.engine(), requests(1), tiny_tokenizer)
+    assert loopback.headers[-1] is None
+    monkeypatch.setenv("REDRAFT_API_KEY", "two words")
+    with pytest.raises(UserError, match="REDRAFT_API_KEY holds characters that no key has"):
+        loopback.engine()
+
+
+@pytest.mark.parametrize(
+    "address", ["http://me:hush@h:1", "https://hush@h/v1", "http://h:1/v1?key=hush", "http://h#hush", "me:hush@h:1"]
+)
+def test_secrets_in_an_address_are_refused_and_not_repeated(address: str) -> None:
+    with pytest.raises(UserError, match="REDRAFT_API_KEY|is no address") as caught:
+        ServerEngine(address)
+    assert "hush" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "address", ["http://", "http://h:99999", "http://[::1", "ftp://h", "http://a b", "http://a..b"]
+)
+def test_addresses_that_are_none(address: str, tiny_tokenizer: Any) -> None:
+    with pytest.raises(UserError, match="is no address|cannot be used"):
+        list(ServerEngine(address, attempts=1).answer(requests(1), 8, tiny_tokenizer, (EOS,)))
+
+
 # -- servers without token ids ---------------------------------------------------------------------------------------
 REQUEST = Request("k", [1, 5], Sampler())
 
@@ -331,14 +461,78 @@ def test_inexact_text_is_a_listed_failure(loopback: Loopback, tiny_tokenizer: An
     assert isinstance(found["r1@T0"], Completion)
 
 
-def test_end_tokens_that_the_server_leaves_out(tiny_tokenizer: Any) -> None:
-    def read(ids: list[int], reason: str, limit: int = 4, ends: tuple[int, ...] = (EOS,), **more: Any) -> Completion:
-        choice = {"finish_reason": reason, "token_ids": ids} | more
-        return read_completion({"choices": [choice]}, REQUEST, limit, tiny_tokenizer, ends)
+def test_text_that_a_stop_string_cut_is_refused(tiny_tokenizer: Any) -> None:
+    value = {"choices": [{"text": "the hat", "finish_reason": "stop", "stop_reason": "\n"}]}
+    with pytest.raises(Exception, match="cut the text at a stop string"):
+        read_completion(value, REQUEST, 16, tiny_tokenizer, (EOS,))
 
-    assert read([5, EOS], "stop").response_ids == [5, EOS]
-    assert read([5], "stop").response_ids == [5, EOS]
-    assert read([5], "stop", ends=(2, 9), stop_reason=9).response_ids == [5, 9]
-    assert read([5], "stop", ends=(2, 9)).response_ids == [5, tiny_tokenizer.eos_token_id]
-    full = read([5, 6, 7, 8], "stop")
-    assert (full.response_ids, full.finish_reason) == ([5, 6, 7, 8], "length")
+
+# -- where a response ends -------------------------------------------------------------------------------------------
+def read(tokenizer: Any, ids: list[int], reason: str = "stop", ends: tuple[int, ...] = (2, 9), **more: Any) -> Any:
+    choice = {"finish_reason": reason, "token_ids": ids} | more
+    found = read_completion({"choices": [choice]}, REQUEST, 4, tokenizer, ends)
+    return found.response_ids, found.finish_reason
+
+
+def test_an_end_token_is_known_or_left_out(tiny_tokenizer: Any) -> None:
+    def one(*ids: int, **more: Any) -> Any:
+        return read(tiny_tokenizer, list(ids), **more)
+
+    assert one(5, EOS) == ([5, EOS], "stop")
+    assert one(5, ends=(EOS,)) == ([5, EOS], "stop")  # the target has no other
+    for name in ("stop_reason", "matched_stop"):
+        assert one(5, **{name: 9}) == ([5, 9], "stop")
+        assert one(5, 9, **{name: 9}) == ([5, 9], "stop")
+        assert one(5, 11, **{name: 11}) == ([5, 11], "stop")  # an end token of the server's own, once
+        assert one(5, **{name: "###"}) == one(5, ends=(EOS,), **{name: "###"}) == ([5], "stop")
+    for nothing in (None, True, 1.5, [9]):
+        assert one(5, stop_reason=nothing) == ([5], "stop")
+
+
+def test_what_is_written_behind_an_end_token_is_no_response(tiny_tokenizer: Any) -> None:
+    assert read(tiny_tokenizer, [5, 9, 6, 7], "length") == ([5, 9], "stop")
+    assert read(tiny_tokenizer, [5, 9], "length") == ([5, 9], "stop")
+
+
+def test_an_empty_answer_with_an_unknown_end_is_refused(tiny_tokenizer: Any) -> None:
+    assert read(tiny_tokenizer, [], ends=(EOS,)) == ([EOS], "stop")
+    with pytest.raises(Exception, match="does not say which end token"):
+        read(tiny_tokenizer, [])
+    with pytest.raises(Exception, match="an answer of 0 tokens"):
+        read(tiny_tokenizer, [], "length", (EOS,))
+
+
+def test_a_response_that_ends_at_the_limit(tiny_tokenizer: Any) -> None:
+    assert read(tiny_tokenizer, [5, 6, 7, 8], ends=(EOS,)) == ([5, 6, 7, 8], "length")
+
+
+def test_ids_of_another_vocabulary_are_refused(tiny_tokenizer: Any) -> None:
+    text = "the hat and then the other hat"
+    ids = tiny_tokenizer.encode(text, add_special_tokens=False)
+
+    def read_text(said: str, shift: int = 0) -> Any:
+        choice = {"finish_reason": "length", "text": said, "token_ids": [4 + (i + shift) % 100 for i in ids]}
+        return read_completion({"choices": [choice]}, REQUEST, 40, tiny_tokenizer, (EOS,)).response_ids
+
+    right = {"finish_reason": "stop", "text": text, "token_ids": [*ids, EOS]}
+    for said in (text, text.upper().lower(), text.replace(" ", "  "), text + "</s>", "", "short"):
+        found = read_completion({"choices": [right | {"text": said}]}, REQUEST, 40, tiny_tokenizer, (EOS,))
+        assert found.response_ids == [*ids, EOS]
+    with pytest.raises(Exception, match="its model has another vocabulary; serve the target"):
+        read_text(text, 31)
+    assert read_text("...", 31)
+
+
+# -- what a request says ---------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("sampler", "filters"),
+    [
+        (Sampler(0.7, 5, 0.9), {"top_k": 5, "top_p": 0.9, "min_p": 0.0}),
+        (Sampler(0.7), {"top_k": -1, "top_p": 1.0, "min_p": 0.0}),  # servers fill gaps, and SGLang refuses 0
+        (Sampler(), {}),
+    ],
+)
+def test_filters_in_a_request(sampler: Sampler, filters: dict[str, Any]) -> None:
+    body = completion_body(Request("k", [1, 5], sampler), "m", 8)
+    assert {name: body[name] for name in ("top_k", "top_p", "min_p") if name in body} == filters
+    assert body["temperature"] == sampler.temperature and body["repetition_penalty"] == 1.0

@@ -65,6 +65,7 @@ def test_coverage_by_hand(draft: Eagle3Draft) -> None:
     # Run lengths, cut at two: 2 1 0 1 and 0 2 1 0 1; seven anchors have two tokens left.
     assert found.positions == pytest.approx((6 / 9, 2 / 7))
     # Rounds: 2+1, 1 and 0+1, 2+1, 1; without a limit 2+1, 1 and 2+1, 2.
+    assert coverage(draft, rows, gamma=6).positions[-1] is None, "nothing is a share of nothing"
     assert found.tau_cap == pytest.approx(9 / 5) and found.tau_whole == pytest.approx(9 / 4)
 
 

@@ -134,15 +134,16 @@ def train(
     from redraft.pipeline.training import TrainData, train_new, train_old
     from redraft.train.trainer import TrainConfig
 
-    values = {"loss": loss, "gamma": gamma, "seed": seed, **settings(setting or [], TrainConfig)}
-    flags = {"epochs": epochs, "batch_anchors": batch_anchors, "learning_rate": learning_rate}
-    values |= {name: value for name, value in flags.items() if value is not None}
+    flags: dict[str, Any] = {"epochs": epochs, "batch_anchors": batch_anchors, "learning_rate": learning_rate}
+    # a flag with a default of its own counts as given where it differs from that
+    flags |= {"loss": None if loss == "kl" else loss, "gamma": None if gamma == 5 else gamma, "seed": seed or None}
+    values = {"loss": loss, "gamma": gamma, "seed": seed, **once(flags, settings(setting or [], TrainConfig))}
     spec = TargetSpec(target, dtype, device, adapter)
     data = TrainData(responses, heldout, heldout_responses, selection)
     if from_nothing and draft is None:
         train_new(spec, data, out, vocabulary, TrainConfig(**values), say, family)
     elif draft is not None and not from_nothing:
-        sizes = {"width": private_width, "rank": rank, **settings(private or [], PrivateSize)}
+        sizes = once({"width": private_width, "rank": rank}, settings(private or [], PrivateSize))
         config = TrainConfig(**adaptation(method) | values)
         train_old(spec, draft, data, out, config, method, PrivateSize(**sizes), say)
     else:
@@ -152,6 +153,7 @@ def train(
 def settings(given: list[str], config: Any) -> dict[str, Any]:
     """``NAME=VALUE`` texts as values of the types of a config's fields. Raises ``UserError``."""
     from redraft.pipeline.config import typed
+    from redraft.registry import nearest
 
     known = get_type_hints(config)
     found: dict[str, Any] = {}
@@ -159,9 +161,22 @@ def settings(given: list[str], config: Any) -> dict[str, Any]:
         name, equals, value = text.partition("=")
         name = name.strip().replace("-", "_")
         if not equals or name not in known:
-            raise UserError(f"setting {text!r} is not understood; write NAME=VALUE, one of {', '.join(known)}")
-        found[name] = typed(f"setting {name}", value.strip(), known[name])
+            near = nearest(name, known)
+            raise UserError(f"setting {text!r} is not understood{near}; write NAME=VALUE, one of {', '.join(known)}")
+        told = typed(f"setting {name}", value.strip(), known[name])
+        if found.setdefault(name, told) != told:
+            raise UserError(f"setting {name} is given twice, as {found[name]} and as {told}; give it once")
     return found
+
+
+def once(flags: dict[str, Any], named: dict[str, Any]) -> dict[str, Any]:
+    """Settings from flags of their own (None: not given) and ``NAME=VALUE``. Raises ``UserError`` for two values."""
+    given = {name: value for name, value in flags.items() if value is not None}
+    for name in given.keys() & named.keys():
+        if given[name] != named[name]:
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} is {given[name]} and the setting {name} is {named[name]}; give it once")
+    return given | named
 
 
 def adapt(
@@ -209,7 +224,9 @@ def adapt(
     temperatures: Annotated[list[float] | None, typer.Option(help="Regeneration temperature; repeatable.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Nucleus of sampled regeneration.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest response.")] = None,
-    server: Annotated[str | None, typer.Option(help="OpenAI-compatible server to regenerate with.")] = None,
+    server: Annotated[
+        str | None, typer.Option(help="OpenAI-compatible server to regenerate with; its key: REDRAFT_API_KEY.")
+    ] = None,
     server_model: Annotated[str | None, typer.Option(help="The target's name on that server.")] = None,
     batch_size: Annotated[
         int | None, typer.Option(help="Sequences decoded together, or requests under way at --server.")

@@ -21,6 +21,7 @@ from redraft.cli.common import (
     examples,
     say,
 )
+from redraft.errors import UserError
 
 
 def register(app: typer.Typer) -> None:
@@ -58,7 +59,9 @@ def regenerate(
     batch_size: Annotated[
         int, typer.Option(min=1, help="Sequences decoded together, or requests under way at --server.")
     ] = 64,
-    server: Annotated[str | None, typer.Option(help="OpenAI-compatible server that serves the target.")] = None,
+    server: Annotated[
+        str | None, typer.Option(help="OpenAI-compatible server that serves the target; its key: REDRAFT_API_KEY.")
+    ] = None,
     server_model: Annotated[str | None, typer.Option(help="The target's name on that server.")] = None,
     adapter: Adapter = None,
     dtype: Dtype = "bfloat16",
@@ -72,6 +75,10 @@ def regenerate(
     from redraft.pipeline.steps import TargetSpec, regenerate_file
     from redraft.sampling import Sampler
 
+    if server_model and not server:
+        raise UserError("--server-model names the target on a server; give --server too, or leave it out")
+    if not any(temperature) and (top_k or top_p != 1):
+        raise UserError("temperature 0 is greedy and leaves nothing to filter; drop --top-k and --top-p or raise it")
     samplers = [Sampler(t, top_k if t else 0, top_p if t else 1.0) for t in temperature]
     spec = TargetSpec(target, dtype, device, adapter)
     report = regenerate_file(spec, prompts, out, samplers, max_new_tokens, seed, batch_size, server, server_model)

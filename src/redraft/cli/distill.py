@@ -52,7 +52,9 @@ def distill(
     temperatures: Annotated[list[float] | None, typer.Option(help="Temperature of the answers; repeatable.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Nucleus of sampled answers.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer.")] = None,
-    server: Annotated[str | None, typer.Option(help="OpenAI-compatible server that answers.")] = None,
+    server: Annotated[
+        str | None, typer.Option(help="OpenAI-compatible server that answers; its key: REDRAFT_API_KEY.")
+    ] = None,
     server_model: Annotated[str | None, typer.Option(help="The target's name on that server.")] = None,
     server_only: Annotated[
         bool | None, typer.Option("--server-only", help="The target's weights are not here: config and tokenizer are.")

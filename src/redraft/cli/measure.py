@@ -163,6 +163,12 @@ def bench(
 
     if bool(draft) == bool(server):
         raise UserError("give --draft to measure drafts in this process, or --server to measure servers from outside")
+    if draft and (concurrency or server_model):
+        raise UserError("--concurrency and --server-model are for servers; give --server, or leave them out")
+    if server and (shape != "chain:5" or greedy_drafts or static or base_draft):
+        raise UserError(
+            "servers draft as they were started; leave out --shape, --greedy-drafts, --static, --base-draft"
+        )
     spec = TargetSpec(target, dtype, device, adapter)
     questions = Questions(prompts, suite or (), data, limit, trained_on)
     how = How(shape, sampler_of(temperature, top_k, top_p), greedy_drafts, max_new_tokens, seed, static)
@@ -181,7 +187,8 @@ def show(result: dict[str, Any]) -> None:
 
     printer = console()
     printer.print(bench_table(result))
-    printer.print(acceptance_table(result))
+    if result["drafts"]:
+        printer.print(acceptance_table(result))
     by_task = task_table(result)
     if by_task is not None:
         printer.print(by_task)

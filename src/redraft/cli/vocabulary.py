@@ -73,7 +73,7 @@ def vocabulary(
         seed=seed,
     )
     say(f"{found.share:.2%} of {found.tokens:,} tokens can be said by the {found.size:,} of the draft's vocabulary")
-    caps = ", ".join(f"{share:.3f}" for share in found.positions)
+    caps = ", ".join("none" if share is None else f"{share:.3f}" for share in found.positions)
     say(f"cap on acceptance by position of a chain of {gamma}: {caps}; on tau: {found.tau_cap:.2f}")
     if result["coverage"]["missing"] and worst:
         console().print(_table(result["coverage"]["missing"][:worst]))

@@ -21,6 +21,9 @@ from redraft.data.transport import Passing, Refused
 from redraft.errors import UserError
 from redraft.sampling import Sampler
 
+# Rounding may lift the logarithm of a certain token a little above zero.
+MOST_LOGPROB = 1e-2
+
 Top = tuple[list[list[int]], list[list[float]]]
 """Token ids and log-probabilities for every response token after the first."""
 
@@ -48,7 +51,8 @@ class TopEngine(ServerEngine):
     def tops(self, rows: Sequence[Row]) -> Iterator[tuple[str, Top] | Failure]:
         """Each row's key and figures, or a failure, as the server finishes them.
 
-        Raises ``UserError`` when the server gives no log-probabilities, cannot be reached or stops answering.
+        Figures of an id beyond the vocabulary are no answer. Raises ``UserError`` when the server gives no
+        log-probabilities, cannot be reached or stops answering.
         """
         by_key = {row.key: row for row in rows}
         requests = [Request(row.key, [*row.prompt_ids, *row.response_ids], Sampler()) for row in rows]
@@ -72,12 +76,18 @@ class TopEngine(ServerEngine):
             "prompt_logprobs": self.count,
         }
         try:
-            value = self._persist(lambda: self._connection.json("POST", "/v1/completions", body))
-            return row.key, read_tops(value, row, self.url)
+            return row.key, self._persist(lambda: self._figures(body, row))
         except Refused as error:
             return Failure(row.key, str(error))
         except Passing as error:
             return Failure(row.key, f"{error}, {self.attempts} attempts", permanent=False)
+
+    def _figures(self, body: dict[str, Any], row: Row) -> Top:
+        found = read_tops(self._connection.json("POST", "/v1/completions", body), row, self.url)
+        highest, size = max(map(max, found[0])), self.vocab_size
+        if size is not None and highest >= size:
+            raise Passing(f"log-probabilities of token id {highest}, and the target's vocabulary has {size}")
+        return found
 
 
 def read_tops(value: dict[str, Any], row: Row, url: str) -> Top:
@@ -94,7 +104,9 @@ def read_tops(value: dict[str, Any], row: Row, url: str) -> Top:
     begin, end = len(row.prompt_ids) + 1, len(row.prompt_ids) + len(row.response_ids)
     try:
         entries = [{int(i): float(entry["logprob"]) for i, entry in place.items()} for place in found[begin:end]]
-    except (TypeError, ValueError, AttributeError, KeyError):
+        if any(i < 0 or x > MOST_LOGPROB for entry in entries for i, x in entry.items()):
+            raise ValueError
+    except (TypeError, ValueError, OverflowError, AttributeError, KeyError):
         raise Passing("log-probabilities in no known form") from None
     # JSON has no infinity: a token that cannot be comes as the least number there is, or not at all.
     likely = [{i: x for i, x in entry.items() if math.isfinite(x)} for entry in entries]
@@ -128,7 +140,10 @@ def ask_tops(
     Raises ``UserError`` when any row has none in the end; what came is kept.
     """
     wanted = [row for row in rows if len(row.response_ids) > 1]
+    size = engine.vocab_size
     found = read_top_file(path, wanted)
+    # figures of ids that the target does not have are asked for again
+    found = {key: top for key, top in found.items() if size is None or max(map(max, top[0])) < size}
     kept = "".join(json.dumps({"key": key, "top": top}) + "\n" for key, top in found.items())
     failures: list[Failure] = []
     with open(path, "w") as file:

@@ -21,7 +21,7 @@ from torch import Tensor
 from redraft.data.generate import Completion, Request, generate
 from redraft.data.prompts import Conversation, check_length, prompt_messages, template_ids, user_turns
 from redraft.data.server import ServerEngine
-from redraft.data.store import Failure, Row, RowWriter, failures_path, row_key, write_failures
+from redraft.data.store import CONTEXT_FULL, Failure, Row, RowWriter, failures_path, row_key, write_failures
 from redraft.errors import UserError
 from redraft.sampling import Sampler
 from redraft.target import Target
@@ -77,11 +77,13 @@ class InProcessEngine:
 
 @dataclass
 class RegenerationReport:
-    """What a run did. Tokens are those of new rows; ``kept`` rows were there already."""
+    """What a run did. Tokens are those of new rows; ``kept`` rows were there already, ``cut`` counts the new ones
+    that ended because the engine's context was full."""
 
     path: Path
     new: int = 0
     kept: int = 0
+    cut: int = 0
     prompt_tokens: int = 0
     response_tokens: int = 0
     seconds: float = 0.0
@@ -96,6 +98,8 @@ class RegenerationReport:
         if self.new:
             rate = self.response_tokens / max(self.seconds, 1e-9)
             parts.append(f"{self.response_tokens:,} new tokens at {rate:,.0f} a second")
+        if self.cut:
+            parts.append(f"{self.cut:,} of them cut short by the server's context; start it with a longer one")
         if self.failures:
             parts.append(f"{len(self.failures):,} failed, listed in {failures_path(self.path)}")
         return ", ".join(parts)
@@ -280,7 +284,7 @@ class _Run:
                 ("top-k", row.top_k == sampler.top_k),
                 ("top-p", row.top_p == sampler.top_p),
                 ("seed", row.seed == self.seed),
-                ("number of new tokens", len(row.response_ids) == limit or row.finish_reason == "stop"),
+                ("number of new tokens", len(row.response_ids) == limit or row.finish_reason != "length"),
             )
             if not same
         ]
@@ -293,7 +297,10 @@ class _Run:
         self._reply(chain, row.response_ids)
 
     def _take(self, chain: _Chain, completion: Completion) -> None:
-        request, sampler = completion.request, chain.sampler
+        request, sampler, reason = completion.request, chain.sampler, completion.finish_reason
+        if reason == "length" and len(completion.response_ids) < self.max_new_tokens:
+            reason = CONTEXT_FULL
+            self.report.cut += 1
         row = Row(
             id=chain.conversation.id,
             prompt_ids=list(request.prompt_ids),
@@ -302,7 +309,7 @@ class _Run:
             top_k=sampler.top_k,
             top_p=sampler.top_p,
             seed=self.seed,
-            finish_reason=completion.finish_reason,
+            finish_reason=reason,
             target_hash=self.target_hash,
             turn=len(chain.replies),
         )

@@ -3,6 +3,10 @@
 Prompts go to ``/v1/completions`` as token ids, so that the server's chat template plays no part. vLLM gives token
 ids back (``return_token_ids``). From a server that does not, text is encoded again only where that is exact.
 
+An end token is never guessed. It is the last id, or the one that the server names (``stop_reason``, SGLang's
+``matched_stop``), or the target's only one. Where none of that holds the response ends with its last known token and
+keeps its finish reason: all it says is the target's, and the draft learns nothing of its end.
+
 Faults that may pass (refused connections, time-outs, status 429 and 5xx, answers that make no sense) are tried again
 with exponential backoff. Once a whole row of requests has used up its attempts, the server counts as gone: the run
 stops with what it has, and the same command goes on from there.
@@ -13,14 +17,26 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from difflib import SequenceMatcher
 from typing import Any
 
 from redraft.data.generate import Completion, Request
 from redraft.data.store import FINISH_REASONS, Failure
-from redraft.data.transport import Connection, Passing, Refused, completion_body, completion_tokens, excerpt
+from redraft.data.transport import (
+    Connection,
+    Passing,
+    Refused,
+    check_prompt,
+    completion_body,
+    completion_tokens,
+    excerpt,
+    first_choice,
+)
 from redraft.errors import UserError
 
 LONGEST_PAUSE = 30.0
+# A server's text against its ids: characters that are compared, those that a comparison needs, and the share alike.
+COMPARED, TELLING, ALIKE = 200, 12, 0.5
 
 
 class ServerEngine:
@@ -28,7 +44,8 @@ class ServerEngine:
 
     ``model`` is the served name; without it the server is asked and must serve exactly one. ``concurrency`` requests
     are under way at a time; each has ``timeout`` seconds an attempt and ``attempts`` attempts, with pauses of
-    ``backoff`` seconds, doubled every time. ``api_key`` is sent as a bearer token.
+    ``backoff`` seconds, doubled every time. ``api_key`` (by default that of the environment) is sent as a bearer
+    token. Ids from ``vocab_size`` on are no answer; without it those that the tokenizer does not know.
     """
 
     def __init__(
@@ -40,11 +57,12 @@ class ServerEngine:
         attempts: int = 5,
         backoff: float = 0.5,
         api_key: str | None = None,
+        vocab_size: int | None = None,
     ) -> None:
         self._connection = Connection(url, concurrency, timeout, api_key)
         self.url = self._connection.url
         self.model, self.concurrency = model, concurrency
-        self.attempts, self.backoff = attempts, backoff
+        self.attempts, self.backoff, self.vocab_size = attempts, backoff, vocab_size
         self._stop = threading.Event()
 
     def answer(
@@ -111,7 +129,7 @@ class ServerEngine:
 
         def attempt() -> Completion:
             value = self._connection.json("POST", "/v1/completions", body)
-            return read_completion(value, request, max_new_tokens, tokenizer, eos_ids)
+            return read_completion(value, request, max_new_tokens, tokenizer, eos_ids, self.vocab_size)
 
         try:
             return self._persist(attempt)
@@ -141,34 +159,65 @@ class ServerEngine:
 
 # -- answers ---------------------------------------------------------------------------------------------------------
 def read_completion(
-    value: dict[str, Any], request: Request, max_new_tokens: int, tokenizer: Any, eos_ids: Sequence[int]
+    value: dict[str, Any],
+    request: Request,
+    max_new_tokens: int,
+    tokenizer: Any,
+    eos_ids: Sequence[int],
+    vocab_size: int | None = None,
 ) -> Completion:
-    """The completion in a server's answer.
+    """The completion in a server's answer; ids must lie below ``vocab_size`` (by default the tokenizer's).
 
     Raises ``Passing`` for an answer that makes no sense, ``Refused`` when text cannot be turned back into exact
     token ids, ``UserError`` when the server did not take the prompt as it was sent.
     """
-    choices = value.get("choices")
-    choice = choices[0] if isinstance(choices, list) and choices else None
-    if not isinstance(choice, dict):
+    choice = first_choice(value)
+    if choice is None:
         raise Passing(f"an answer without choices: {excerpt(str(value))!r}")
     reason = choice.get("finish_reason")
     if reason not in FINISH_REASONS:
-        raise Passing(f"an answer with the finish reason {reason!r}")
-    echoed = choice.get("prompt_token_ids", value.get("prompt_token_ids"))
-    if echoed is not None and list(echoed) != list(request.prompt_ids):
-        raise UserError("the server changed the prompt's token ids; turn off whatever adds tokens to prompts there")
+        raise Passing(f"an answer with the finish reason {excerpt(repr(reason))}")
+    check_prompt(choice, value, request)
     ids = choice.get("token_ids")
     if ids is None:
-        ids = exact_ids(choice.get("text"), completion_tokens(value), reason, tokenizer)
+        if isinstance(_stopped_at(choice), str):
+            raise Refused("the server cut the text at a stop string, so its last tokens are lost; start it without any")
+        ids = exact_ids(choice.get("text"), completion_tokens(value, max_new_tokens + 1), reason, tokenizer)
     if not isinstance(ids, list) or not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
         raise Passing("an answer whose token ids are no list of numbers")
-    if reason == "stop" and not (ids and ids[-1] in eos_ids):
-        ids = [*ids, _end_token(choice, tokenizer, eos_ids)]
-    if not ids or len(ids) > max_new_tokens + 1:
+    if len(ids) > max_new_tokens + 1:
         raise Passing(f"an answer of {len(ids)} tokens where at most {max_new_tokens} were asked for")
+    ids, reason = _ended(ids, reason, choice, eos_ids)
+    size = len(tokenizer) if vocab_size is None else vocab_size
+    wrong = next((i for i in ids if not 0 <= i < size), None)
+    if wrong is not None:
+        raise Passing(f"an answer with token id {excerpt(str(wrong))}, and the target's vocabulary has {size}")
+    _check_vocabulary(choice.get("text"), ids, tokenizer)
     # A response that ends exactly at the limit may come without its end token; the limit is what ended it then.
     return Completion(request, ids[:max_new_tokens], reason if len(ids) <= max_new_tokens else "length")
+
+
+def _ended(ids: list[int], reason: str, choice: dict[str, Any], eos_ids: Sequence[int]) -> tuple[list[int], str]:
+    """The ids with the response's end, as far as it is known, and the finish reason. See the module's text.
+
+    What a server writes behind one of the target's end tokens is no part of the response.
+    """
+    found = next((n for n, i in enumerate(ids) if i in eos_ids), None)
+    if found is not None:
+        return ids[: found + 1], "stop"
+    if reason == "stop":
+        end = _stopped_at(choice)
+        if end is None and len(eos_ids) == 1:
+            end = int(eos_ids[0])
+        if isinstance(end, int) and ids[-1:] != [end]:
+            ids = [*ids, end]
+    if not ids and reason == "stop":
+        raise Refused(
+            "an empty answer, and the server does not say which end token it is; use one that gives token ids"
+        )
+    if not ids:
+        raise Passing("an answer of 0 tokens")
+    return ids, reason
 
 
 def exact_ids(text: Any, completion_tokens: int | None, reason: str, tokenizer: Any) -> list[int]:
@@ -191,11 +240,32 @@ def exact_ids(text: Any, completion_tokens: int | None, reason: str, tokenizer: 
     return ids
 
 
-def _end_token(choice: dict[str, Any], tokenizer: Any, eos_ids: Sequence[int]) -> int:
-    """The end token that the server left out of the ids."""
-    named = choice.get("stop_reason")
-    if isinstance(named, int) and not isinstance(named, bool):
-        return named
-    if len(eos_ids) == 1:
-        return int(eos_ids[0])
-    return int(tokenizer.eos_token_id)
+def _check_vocabulary(text: Any, ids: list[int], tokenizer: Any) -> None:
+    """Raise ``Refused`` where a server's text is not what its ids say: they are of another model's vocabulary.
+
+    Servers differ in blanks, special tokens and the text of the end, so letters and digits are compared, and loosely.
+    """
+    said = _letters(text)[:COMPARED] if isinstance(text, str) else ""
+    if len(said) < TELLING:
+        return
+    for skipped in (True, False):
+        read = _letters(tokenizer.decode(ids, skip_special_tokens=skipped))[: len(said)]
+        if read == said or SequenceMatcher(None, said, read, autojunk=False).ratio() >= ALIKE:
+            return
+    raise Refused(
+        f"the server's text {excerpt(str(text), 40)!r} is not what its token ids say with the target's tokenizer "
+        f"({excerpt(tokenizer.decode(ids), 40)!r}): its model has another vocabulary; serve the target"
+    )
+
+
+def _letters(text: str) -> str:
+    return "".join(character for character in text if character.isalnum())
+
+
+def _stopped_at(choice: dict[str, Any]) -> int | str | None:
+    """The token id or the stop string that the server says it stopped at; None where it says nothing."""
+    for name in ("stop_reason", "matched_stop"):  # vLLM and TensorRT-LLM, SGLang
+        found = choice.get(name)
+        if isinstance(found, int | str) and not isinstance(found, bool):
+            return found
+    return None

@@ -8,16 +8,24 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 import ssl
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import urlsplit
 
 from redraft.data.generate import Request
 from redraft.errors import UserError
+from redraft.provenance import without_secrets
+
+# The one place that a server's key comes from: a command line or a file would keep it.
+KEY_VARIABLE = "REDRAFT_API_KEY"
 
 RETRIED_STATUS = frozenset({408, 425, 429})
 FATAL_STATUS = frozenset({401, 403, 404, 405, 501})
 STREAM_END = "[DONE]"
+# JSON's own. What an answer's header names may be no encoding of text at all, and decoding then raises anything.
+ENCODING = "utf-8"
 
 
 class Passing(Exception):
@@ -36,20 +44,55 @@ def _certificates() -> ssl.SSLContext:
     return httpx.create_ssl_context()
 
 
+def check_address(url: str) -> str:
+    """The address of a server without ``/v1`` at its end.
+
+    Raises ``UserError`` for an address that is none, and for one that holds a user name, a password or a query:
+    addresses stand in results, logs and on pages. What may be secret is not in the message.
+    """
+    shown = without_secrets(url) if "://" in url else url.rpartition("@")[2].partition("?")[0]
+    try:
+        parts = urlsplit(url)
+        host = (parts.hostname or "").encode("idna")
+        whole = parts.scheme in ("http", "https") and bool(host) and parts.port != 0
+    except ValueError:
+        whole, parts = False, urlsplit("")
+    if not whole or any(c.isspace() or not c.isprintable() for c in url):
+        raise UserError(f"server {shown!r} is no address; write it like http://127.0.0.1:8000")
+    if "@" in parts.netloc or "?" in url or "#" in url:
+        raise UserError(
+            f"the address {shown} holds a user name, a password or a query, which results and logs would keep; "
+            f"give the address alone and the key in the environment variable {KEY_VARIABLE}"
+        )
+    return url.rstrip("/").removesuffix("/v1").rstrip("/")
+
+
+def server_key() -> str | None:
+    """The bearer key of the environment; none where it is not set. Raises ``UserError`` for one that cannot be sent."""
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    if not key.isascii() or not key.isprintable() or " " in key:
+        raise UserError(f"{KEY_VARIABLE} holds characters that no key has; set it to the server's key alone")
+    return key or None
+
+
 class Connection:
     """A server at ``url`` (with or without ``/v1``), used by up to ``connections`` threads at a time.
 
-    A request fails after ``timeout`` seconds without a byte. ``api_key`` is sent as a bearer token. Raises
-    ``UserError`` for an address that is none.
+    A request fails after ``timeout`` seconds without a byte. ``api_key``, by default that of the environment
+    (:func:`server_key`), is sent as a bearer token and stands in no message. Raises ``UserError`` for an address that
+    is none, or that holds a secret.
     """
 
     def __init__(self, url: str, connections: int = 1, timeout: float = 300.0, api_key: str | None = None) -> None:
-        if not url.startswith(("http://", "https://")):
-            raise UserError(f"server {url!r} is no address; write it like http://127.0.0.1:8000")
-        self.url = url.rstrip("/").removesuffix("/v1")
+        self.url = check_address(url)
         self.connections, self.timeout = connections, timeout
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._key = api_key or server_key()
+        self._headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         self._client: Any = None
+
+    def shown(self, text: str, length: int = 120) -> str:
+        """The beginning of what a server said, in one line and without the key, should it repeat that."""
+        return excerpt(text.replace(self._key, "***") if self._key else text, length)
 
     def open(self) -> None:
         """Make the client. Raises ``UserError`` where the package for it is missing."""
@@ -59,14 +102,19 @@ class Connection:
             raise UserError("talking to a server needs the package httpx: pip install redraft[vllm-client]") from error
         limits = httpx.Limits(max_connections=self.connections, max_keepalive_connections=self.connections)
         timeout = httpx.Timeout(self.timeout, connect=min(10.0, self.timeout))
-        self._client = httpx.Client(
-            base_url=self.url,
-            headers=self._headers,
-            limits=limits,
-            timeout=timeout,
-            follow_redirects=True,
-            verify=_certificates(),
-        )
+        try:
+            self._client = httpx.Client(
+                base_url=self.url,
+                headers=self._headers,
+                limits=limits,
+                timeout=timeout,
+                follow_redirects=True,
+                verify=_certificates(),
+            )
+        except httpx.InvalidURL as error:
+            raise UserError(
+                f"server {self.url!r} is no address ({error}); write it like http://127.0.0.1:8000"
+            ) from None
 
     def close(self) -> None:
         """Close the client; requests under way in other threads end with ``Passing``."""
@@ -74,21 +122,26 @@ class Connection:
             self._client.close()
 
     def text(self, method: str, path: str, body: dict[str, Any] | None = None) -> str:
-        """The answer's text. Raises ``Passing``, ``Refused``, and ``UserError`` where no request can ever succeed."""
+        """The answer's text, read as UTF-8.
+
+        Raises ``Passing``, ``Refused``, and ``UserError`` where no request can ever succeed.
+        """
         import httpx
 
         try:
             response = self._client.request(method, path, json=body)
         except httpx.TimeoutException as error:
             raise Passing(f"no answer within {self.timeout:g} s") from error
-        except (httpx.HTTPError, RuntimeError) as error:  # RuntimeError: the client was closed under this thread
+        except (httpx.HTTPError, httpx.InvalidURL, UnicodeError, RuntimeError) as error:
+            # RuntimeError: the client was closed under this thread; UnicodeError: sent on to a host that is none
             raise Passing(f"no connection: {error or type(error).__name__}") from error
+        response.encoding = ENCODING
         self._check(response.status_code, path, response.text)
         return response.text
 
     def json(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """The answer's JSON object; raises as :meth:`text` does."""
-        return _object(self.text(method, path, body))
+        return self._object(self.text(method, path, body))
 
     def events(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """The JSON objects of a server-sent event stream, as they arrive, up to its end mark.
@@ -99,6 +152,7 @@ class Connection:
 
         try:
             with self._client.stream("POST", path, json=body) as response:
+                response.encoding = ENCODING
                 if response.status_code >= 300:
                     response.read()
                     self._check(response.status_code, path, response.text)
@@ -108,10 +162,10 @@ class Connection:
                     if data == STREAM_END:
                         return
                     if data:
-                        yield _object(data)
+                        yield self._object(data)
         except httpx.TimeoutException as error:
             raise Passing(f"no answer within {self.timeout:g} s") from error
-        except (httpx.HTTPError, httpx.StreamError, RuntimeError) as error:
+        except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, UnicodeError, RuntimeError) as error:
             raise Passing(f"the connection broke: {error or type(error).__name__}") from error
         raise Passing("the stream broke off before its end")
 
@@ -132,24 +186,43 @@ class Connection:
     def _check(self, status: int, path: str, text: str) -> None:
         if status >= 500 and status not in FATAL_STATUS or status in RETRIED_STATUS:
             raise Passing(f"status {status}")
+        said = self.shown(text)
+        if status in (401, 403):
+            said += f"; {'is' if self._key else 'set'} the server's key in the environment variable {KEY_VARIABLE}"
+            said += " the right one?" if self._key else ""
         if status in FATAL_STATUS:
-            raise UserError(f"the server at {self.url} answers {path} with status {status}: {excerpt(text)}")
+            raise UserError(f"the server at {self.url} answers {path} with status {status}: {said}")
         if status >= 300:
-            raise Refused(f"status {status}: {excerpt(text)}")
+            raise Refused(f"status {status}: {said}")
+
+    def _object(self, text: str) -> dict[str, Any]:
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise Passing(f"an answer that is not JSON: {self.shown(text)!r}") from error
+        if not isinstance(value, dict):
+            raise Passing(f"an answer that is no JSON object: {self.shown(text)!r}")
+        if value.get("error"):
+            raise Passing(f"the server reports {self.shown(str(value['error']))!r}")
+        return value
 
 
 def completion_body(request: Request, model: str | None, max_new_tokens: int) -> dict[str, Any]:
-    """The body for ``/v1/completions``; every sampling value is named, since servers fill gaps with their own."""
+    """The body for ``/v1/completions``.
+
+    What a request leaves out servers fill with defaults of their own (the checkpoint's generation config, a top-k of
+    40), so filters that are off are named too where tokens are drawn; a greedy choice has none. Top-k is off at -1,
+    which every server takes: SGLang refuses 0.
+    """
     sampler = request.sampler
     seed = hashlib.sha256(f"{request.key}|{request.seed}".encode()).digest()
+    filters = {"top_p": sampler.top_p, "top_k": sampler.top_k or -1, "min_p": 0.0}
     return {
         "model": model,
         "prompt": list(request.prompt_ids),
         "max_tokens": max_new_tokens,
         "temperature": sampler.temperature,
-        "top_p": sampler.top_p,
-        "top_k": sampler.top_k,
-        "min_p": 0.0,
+        **({} if sampler.greedy else filters),
         "repetition_penalty": 1.0,
         "seed": int.from_bytes(seed[:4], "big") >> 1,
         "stream": False,
@@ -158,24 +231,46 @@ def completion_body(request: Request, model: str | None, max_new_tokens: int) ->
     }
 
 
-def completion_tokens(value: dict[str, Any]) -> int | None:
-    """The server's own count of output tokens, where the answer has one."""
+def counted(value: dict[str, Any], name: str, most: int | None = None) -> int | None:
+    """A count of the server's ``usage``, where the answer has one. Raises ``Passing`` for one that cannot be.
+
+    ``most`` is the highest that can be.
+    """
     usage = value.get("usage")
-    count = usage.get("completion_tokens") if isinstance(usage, dict) else None
-    return count if isinstance(count, int) and not isinstance(count, bool) else None
+    count = usage.get(name) if isinstance(usage, dict) else None
+    if count is None:
+        return None
+    if not isinstance(count, int) or isinstance(count, bool) or count < 0 or (most is not None and count > most):
+        raise Passing(f"an answer whose {name} is {excerpt(str(count))}")
+    return count
+
+
+def completion_tokens(value: dict[str, Any], most: int | None = None) -> int | None:
+    """The server's own count of output tokens, as :func:`counted`."""
+    return counted(value, "completion_tokens", most)
+
+
+def first_choice(value: dict[str, Any]) -> dict[str, Any] | None:
+    """The first choice of an answer or event; None in one without."""
+    choices = value.get("choices")
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    return choice if isinstance(choice, dict) else None
+
+
+def check_prompt(choice: dict[str, Any], value: dict[str, Any], request: Request) -> None:
+    """Raise ``UserError`` where the server changed the prompt's token ids, ``Refused`` where it counted others."""
+    echoed = choice.get("prompt_token_ids", value.get("prompt_token_ids"))
+    if echoed is not None and echoed != list(request.prompt_ids):
+        raise UserError("the server changed the prompt's token ids; turn off whatever adds tokens to prompts there")
+    found = counted(value, "prompt_tokens")
+    if found and found != len(request.prompt_ids):
+        raise Refused(
+            f"the server counted {found} tokens of a prompt of {len(request.prompt_ids)}; "
+            "turn off whatever adds tokens to prompts there or cuts them"
+        )
 
 
 def excerpt(text: str, length: int = 120) -> str:
     """The beginning of a text, in one line."""
     line = " ".join(text.split())
     return line if len(line) <= length else line[:length] + "..."
-
-
-def _object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise Passing(f"an answer that is not JSON: {excerpt(text)!r}") from error
-    if not isinstance(value, dict):
-        raise Passing(f"an answer that is no JSON object: {excerpt(text)!r}")
-    return value

@@ -12,13 +12,18 @@ token of a request being prefill's. The stop rule's cut is in it. The gauges ``s
 ``sglang:spec_accept_rate`` are means over the server's latest batches. They cannot be differenced; they are passed on
 under their own names, as last seen, and no figure is made of them.
 
-All engines (label ``engine``), ranks and models of one server are summed. Names may end in ``_total``.
+Samples of one counter with different labels (engines of a data-parallel server, models) are summed. Schedulers of
+one model that share its work (``tp_rank`` and the like) each count all of it, where they count at all: of these the
+highest is taken. A sample that stands there twice with the same labels, as of two processes whose registries were put
+together without a label of their own, is refused: whether to add them nobody knows. Names may end in ``_total``; a
+server that shows both spellings shows the same counter.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +39,8 @@ GENERATED = "generation_tokens"
 CACHED = {VLLM: "prefix_cache_hits", SGLANG: "cached_tokens"}
 GAUGES = ("spec_accept_length", "spec_accept_rate")
 STARTED = "process_start_time_seconds"
+# Labels of schedulers that share the work of one model, each of which counts all of it.
+SHARING = ("tp_rank", "pp_rank", "ep_rank", "moe_ep_rank", "moe_dp_rank", "attn_tp_rank", "attn_cp_rank")
 WANTED = (*ROUNDS.values(), DRAFTED, ACCEPTED, GENERATED, *CACHED.values(), *GAUGES, STARTED)
 SOURCES = {
     VLLM: "vLLM's counters: 1 + accepted tokens / rounds, so rounds which the stop rule cuts count in full",
@@ -46,6 +53,7 @@ class Reading:
     """One reading of ``/metrics``. ``prefix`` is the engine's, empty when the text is of neither engine.
 
     ``rounds`` is None where the server has no counter of them; ``per_position`` maps a position from 0 to its count.
+    ``parts`` holds every sample of a counter by name and labels, ``made`` the time when it began, where that is told.
     """
 
     prefix: str = ""
@@ -57,6 +65,8 @@ class Reading:
     cached: float | None = None
     started: float | None = None
     gauges: dict[str, float] = field(default_factory=dict)
+    parts: dict[str, float] = field(default_factory=dict)
+    made: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -79,67 +89,109 @@ class Counts:
 
 
 def parse_metrics(text: str) -> Reading:
-    """A reading from the Prometheus text format. Raises ``UserError`` for text that is not in that format."""
+    """A reading from the Prometheus text format.
+
+    Raises ``UserError`` for text that is not in that format, for a value that no counter has, and for a sample that
+    is there twice.
+    """
     try:
         from prometheus_client.parser import text_string_to_metric_families
     except ImportError as error:
         raise UserError(
             "reading a server's counters needs the package prometheus-client: pip install redraft[vllm-client]"
         ) from error
-    sums: dict[str, float] = defaultdict(float)
-    positions: dict[int, float] = defaultdict(float)
-    gauges: dict[str, float] = {}
-    families: set[str] = set()
+    found = _Samples()
     # a server has thousands of lines (histograms above all), and is read twice for every prompt
     lines = (line for line in text.splitlines() if any(name in line for name in WANTED))
     try:
         for family in text_string_to_metric_families("\n".join(lines)):
-            families.add(family.name.removesuffix("_total"))
+            found.families.add(family.name.removesuffix("_total"))
             for sample in family.samples:
-                name = sample.name.removesuffix("_total")
-                if name == VLLM + PER_POSITION:
-                    positions[int(sample.labels["position"])] += sample.value
-                elif name.removeprefix(SGLANG) in GAUGES:
-                    gauges[name] = sample.value
-                else:
-                    sums[name] += sample.value
+                found.take(sample.name, sample.labels, sample.value)
+        return _reading(found)
     except (ValueError, KeyError, IndexError) as error:
         raise UserError(f"the server's /metrics are not in the Prometheus text format: {error}") from error
-    return _reading(sums, positions, gauges, families)
 
 
-def _reading(
-    sums: dict[str, float], positions: dict[int, float], gauges: dict[str, float], families: set[str]
-) -> Reading:
-    prefix = next((p for p in ENGINES if any(name.startswith(p) for name in families)), "")
+@dataclass
+class _Samples:
+    """What of a text is of use, sample by sample."""
+
+    families: set[str] = field(default_factory=set)
+    counters: dict[str, dict[tuple[tuple[str, str], ...], float]] = field(default_factory=lambda: defaultdict(dict))
+    gauges: dict[str, float] = field(default_factory=dict)
+    made: dict[str, float] = field(default_factory=dict)
+    seen: set[tuple[str, tuple[tuple[str, str], ...]]] = field(default_factory=set)
+
+    def take(self, spelled: str, labels: Mapping[str, str], value: float) -> None:
+        """Raises ``UserError`` for a sample that is there twice, ``ValueError`` for a value that cannot be."""
+        name, key = spelled.removesuffix("_total"), tuple(sorted(labels.items()))
+        if name.removeprefix(SGLANG) in GAUGES:
+            self.gauges[name] = value
+            return
+        if name.endswith("_created"):
+            self.made[f"{name.removesuffix('_created')}{key}"] = value
+            return
+        if (spelled, key) in self.seen:
+            shown = ", ".join(f'{label}="{text}"' for label, text in key)
+            raise UserError(
+                f"the server's /metrics show {spelled}{{{shown}}} twice: counters of several processes without a "
+                "label that tells them apart; measure one process, or let the server put them together"
+            )
+        self.seen.add((spelled, key))
+        if not math.isfinite(value) or value < 0:
+            raise ValueError(f"{spelled} is {value}")
+        counter = self.counters[name]
+        counter[key] = max(value, counter.get(key, 0.0))  # both spellings of one sample agree
+
+    def sums(self, name: str) -> dict[str | None, float]:
+        """The counter by position (None where it has none): schedulers that share work once, all else added up."""
+        groups: dict[tuple[tuple[str, str], ...], float] = {}
+        for key, value in self.counters.get(name, {}).items():
+            whole = tuple(pair for pair in key if pair[0] not in SHARING)
+            groups[whole] = max(value, groups.get(whole, 0.0))
+        found: dict[str | None, float] = defaultdict(float)
+        for key, value in groups.items():
+            found[dict(key).get("position")] += value
+        return dict(found)
+
+
+def _reading(found: _Samples) -> Reading:
+    prefix = next((p for p in ENGINES if any(name.startswith(p) for name in found.families)), "")
+    started = sum(found.sums(STARTED).values()) if STARTED in found.counters else None
 
     def value(name: str) -> float | None:
         """A counter that is declared and has no sample yet has not counted anything: 0."""
         whole = prefix + name
-        return sums.get(whole, 0.0) if whole in families or whole in sums else None
+        there = whole in found.families or whole in found.counters
+        return sum(found.sums(whole).values()) if there else None
 
     if not prefix:
-        return Reading(started=sums.get(STARTED))
+        return Reading(started=started)
+    names = [prefix + name for name in (ROUNDS[prefix], DRAFTED, ACCEPTED, PER_POSITION, GENERATED, CACHED[prefix])]
     return Reading(
         prefix=prefix,
         rounds=value(ROUNDS[prefix]),
         drafted=value(DRAFTED),
         accepted=value(ACCEPTED),
-        per_position=dict(positions),
+        per_position={int(str(position)): count for position, count in found.sums(VLLM + PER_POSITION).items()},
         generated=value(GENERATED),
         cached=value(CACHED[prefix]),
-        started=sums.get(STARTED),
-        gauges=gauges,
+        started=started,
+        gauges=found.gauges,
+        parts={f"{name}{key}": count for name in names for key, count in found.counters.get(name, {}).items()},
+        made={key: time for key, time in found.made.items() if key.startswith(tuple(names))},
     )
 
 
 def difference(before: Reading, after: Reading, where: str) -> Counts:
     """What was counted between two readings of the server ``where``.
 
-    Raises ``UserError`` when a counter went backwards, vanished, or the server's process is another: it was
-    restarted, and what it had counted until then is lost.
+    Raises ``UserError`` when a counter, or one engine's part of it, went backwards, vanished or began anew, or the
+    server's process is another: it was restarted, and what it had counted until then is lost.
     """
     pairs = [
+        *((count, after.parts.get(part)) for part, count in before.parts.items()),
         (before.rounds, after.rounds),
         (before.drafted, after.drafted),
         (before.accepted, after.accepted),
@@ -147,8 +199,12 @@ def difference(before: Reading, after: Reading, where: str) -> Counts:
         (before.cached, after.cached),
         *((count, after.per_position.get(position)) for position, count in before.per_position.items()),
     ]
-    if before.started != after.started or any(old is not None and (new is None or new < old) for old, new in pairs):
-        raise UserError(f"the counters of the server {where} went backwards: it was restarted; measure again")
+    another = before.started != after.started or any(after.made.get(part) != at for part, at in before.made.items())
+    if another or any(old is not None and (new is None or new < old) for old, new in pairs):
+        raise UserError(
+            f"the counters of the server {where} went backwards: it was restarted; measure again "
+            "(where several processes answer in turn, each with counters of its own, measure one of them)"
+        )
     length = max(after.per_position, default=-1) + 1
     return Counts(
         prefix=after.prefix,
@@ -189,6 +245,25 @@ def total(parts: Iterable[Counts]) -> Counts:
         generated=summed([part.generated for part in found]),
         cached=summed([part.cached for part in found]),
     )
+
+
+def drafted_share(counts: Counts) -> float | None:
+    """Drafted tokens over rounds times positions; None where either is not counted. Below 1 some rounds drafted less
+    than others, and what was never drafted counts as rejected in :func:`acceptance`."""
+    most = (counts.rounds or 0) * len(counts.per_position)
+    return counts.drafted / most if most and counts.drafted is not None else None
+
+
+def contradiction(counts: Counts) -> str:
+    """What cannot be of a server's counts, for a message; empty where they agree with each other."""
+    rounds, accepted, places = counts.rounds or 0, counts.accepted, counts.per_position
+    if accepted is not None and counts.drafted is not None and accepted > counts.drafted:
+        return f"{accepted} accepted of {counts.drafted} drafted tokens"
+    if places and accepted is not None and sum(places) != accepted:
+        return f"{sum(places)} accepted tokens by position, {accepted} in all"
+    if any(after > before for before, after in zip([rounds, *places], places, strict=False)):
+        return f"more tokens accepted at a position than at the one before it ({rounds} rounds, then {places})"
+    return ""
 
 
 def acceptance(counts: Counts) -> tuple[list[float], list[float | None]]:

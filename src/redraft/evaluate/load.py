@@ -17,7 +17,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from redraft.data.generate import Request
-from redraft.data.transport import Connection, Passing, Refused, completion_body, completion_tokens, excerpt
+from redraft.data.transport import (
+    Connection,
+    Passing,
+    Refused,
+    check_prompt,
+    completion_body,
+    completion_tokens,
+    excerpt,
+    first_choice,
+)
 from redraft.errors import UserError
 from redraft.evaluate.counters import SGLANG, VLLM, Counts, Reading, difference, parse_metrics
 from redraft.evaluate.speed import Prompt
@@ -98,6 +107,11 @@ class Level:
     counts: list[Counts]
     by_prompt: bool
     gauges: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def in_flight(self) -> float:
+        """Requests under way on average: at the end of a level some workers have nothing left to ask."""
+        return sum(answer.seconds for answer in self.answers) / self.wall if self.wall else 0.0
 
     @property
     def good(self) -> list[Answer]:
@@ -207,10 +221,11 @@ class Session:
     # -- requests ----------------------------------------------------------------------------------------------------
     def answer(self, prompt: Prompt, index: int, max_new_tokens: int | None = None) -> Answer:
         """Ask one prompt once. A fault comes back as an answer; raises ``UserError`` where none can ever succeed."""
+        began = time.perf_counter()
         try:
             return self._ask(prompt, index, max_new_tokens or self.config.max_new_tokens)
         except (Passing, Refused) as error:
-            return Answer(fault=str(error))
+            return Answer(seconds=time.perf_counter() - began, fault=str(error))
 
     def _ask(self, prompt: Prompt, index: int, max_new_tokens: int) -> Answer:
         request = Request(prompt.id, prompt.ids, self.config.sampler, self.config.seed + index)
@@ -219,7 +234,7 @@ class Session:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
         began = time.perf_counter()
         if not self.streamed:
-            return _whole(self.connection.json("POST", "/v1/completions", body), request, began)
+            return _whole(self.connection.json("POST", "/v1/completions", body), body, request, began)
         return _streamed(self.connection, body, request, began)
 
     def warm(self, prompts: Sequence[Prompt], concurrency: int) -> None:
@@ -301,6 +316,9 @@ def paired(sessions: Sequence[Session], prompts: Sequence[Prompt], done: Done | 
                 gauges[session.name] = after.gauges
             if done:
                 done(f"prompt {index + 1} of {len(prompts)}, {session.name}")
+    for session in sessions:
+        if counts[session.name] and len(counts[session.name]) < len(prompts):
+            raise UserError(f"the server {session.where} stopped giving its counters half-way; measure again")
     return {
         name: Level(1, found, sum(a.seconds for a in found), counts[name], True, gauges.get(name, {}))
         for name, found in answers.items()
@@ -317,14 +335,14 @@ def _streamed(connection: Connection, body: dict[str, Any], request: Request, be
     counted: int | None = None
     finished = with_ids = False
     for event in connection.events("/v1/completions", body):
-        counted = completion_tokens(event) if completion_tokens(event) is not None else counted
-        choice = _choice(event)
+        found = completion_tokens(event, most_tokens(body))
+        counted = counted if found is None else found
+        choice = first_choice(event)
         if choice is None:
             continue
-        _check_echo(choice, event, request)
-        new = choice.get("token_ids")
-        text = choice.get("text") or ""
-        with_ids = with_ids or isinstance(new, list)
+        check_prompt(choice, event, request)
+        text, new = _text(choice), _ids(choice)
+        with_ids = with_ids or new is not None
         if new or text:
             last = time.perf_counter() - began
             first = last if first is None else first
@@ -342,31 +360,37 @@ def _streamed(connection: Connection, body: dict[str, Any], request: Request, be
     return Answer(tokens, seconds, first, last, "".join(texts), ids if with_ids else None)
 
 
-def _whole(value: dict[str, Any], request: Request, began: float) -> Answer:
+def _whole(value: dict[str, Any], body: dict[str, Any], request: Request, began: float) -> Answer:
     """An answer that came in one piece. Raises ``Refused`` when the server does not count its tokens."""
     seconds = time.perf_counter() - began
-    choice = _choice(value)
+    choice = first_choice(value)
     if choice is None or choice.get("finish_reason") is None:
         raise Passing(f"half an answer: {excerpt(str(value))!r}")
-    _check_echo(choice, value, request)
-    ids = choice.get("token_ids")
-    tokens = completion_tokens(value)
-    tokens = len(ids) if tokens is None and isinstance(ids, list) else tokens
+    check_prompt(choice, value, request)
+    ids = _ids(choice)
+    tokens = completion_tokens(value, most_tokens(body))
+    tokens = len(ids) if tokens is None and ids is not None else tokens
     if tokens is None:
         raise Refused("the answer has neither usage nor token ids; the speed of this server cannot be told")
-    return Answer(tokens, seconds, text=choice.get("text") or "", ids=ids if isinstance(ids, list) else None)
+    if tokens < 1:
+        raise Passing("an answer without tokens")
+    return Answer(tokens, seconds, text=_text(choice), ids=ids)
 
 
-def _choice(value: dict[str, Any]) -> dict[str, Any] | None:
-    """The first choice; None in an event without one. Raises ``Passing`` for an error that the server reports."""
-    if value.get("error"):
-        raise Passing(f"the server reports {excerpt(str(value['error']))!r}")
-    choices = value.get("choices")
-    choice = choices[0] if isinstance(choices, list) and choices else None
-    return choice if isinstance(choice, dict) else None
+def most_tokens(body: dict[str, Any]) -> int:
+    """The most tokens that a server may count: some count an end token beside those asked for."""
+    return int(body["max_tokens"]) + 1
 
 
-def _check_echo(choice: dict[str, Any], value: dict[str, Any], request: Request) -> None:
-    echoed = choice.get("prompt_token_ids", value.get("prompt_token_ids"))
-    if echoed is not None and list(echoed) != list(request.prompt_ids):
-        raise UserError("the server changed the prompt's token ids; turn off whatever adds tokens to prompts there")
+def _text(choice: dict[str, Any]) -> str:
+    text = choice.get("text")
+    if text is not None and not isinstance(text, str):
+        raise Passing(f"an answer whose text is {excerpt(repr(text))}")
+    return text or ""
+
+
+def _ids(choice: dict[str, Any]) -> list[int] | None:
+    ids = choice.get("token_ids")
+    if ids is not None and not (isinstance(ids, list) and all(type(i) is int and i >= 0 for i in ids)):
+        raise Passing("an answer whose token ids are no list of numbers")
+    return ids

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 from redraft.errors import UserError
-from redraft.evaluate.counters import ENGINES, ROUNDS, VLLM, total
+from redraft.evaluate.counters import ENGINES, ROUNDS, VLLM, contradiction, drafted_share, total
 from redraft.evaluate.load import Level, ServerConfig, Session, paired
 from redraft.evaluate.server_result import PLAIN, Contestant, server_result
 from redraft.evaluate.speed import Prompt, Tick
@@ -23,6 +23,9 @@ from redraft.evaluate.speed import Prompt, Tick
 # Starts a server and gives its address; leaving the context stops it.
 Starter = Callable[[], AbstractContextManager[str]]
 Server = str | Starter
+
+# Shares below which a reader must know: of positions that rounds drafted, of a level's requests under way on average.
+FULL_DRAFTS, BUSY = 0.99, 0.7
 
 
 def bench_servers(
@@ -133,11 +136,30 @@ def _check_counters(session: Session) -> None:
 
 
 def _check_level(session: Session, level: Level) -> None:
-    rounds = total(level.counts).rounds if level.counts else None
+    """Raise ``UserError`` for a level of which the figures would be wrong without showing it."""
+    whole = total(level.counts) if level.counts else None
+    rounds = whole.rounds if whole else None
     if session.name == PLAIN and rounds:
         raise UserError(f"the server {session.where} is called {PLAIN} but drafts; start it without speculation")
-    if session.name != PLAIN and not rounds:
+    if session.name == PLAIN:
+        return
+    if not whole or not rounds:
         raise UserError(f"the server {session.where} counted no round of speculation; does it run with its draft?")
+    if fault := contradiction(whole):
+        raise UserError(f"the counters of the server {session.where} contradict each other: {fault}; measure again")
+    received = sum(answer.tokens for answer in level.answers)
+    slack = 0.01 * received + len(level.answers)
+    if whole.generated is not None and whole.generated < received - slack:
+        raise UserError(
+            f"the counters of the server {session.where} hold {whole.generated} of the {received} tokens that it sent: "
+            "they are not those of all its processes; measure one process, or let the server put them together"
+        )
+    failed = len(level.answers) - len(level.good)
+    if failed and whole.accepted is None and not level.by_prompt:
+        raise UserError(
+            f"{failed} requests to the server {session.where} failed at concurrency {level.concurrency}, and its "
+            f"counter of rounds has theirs among the others': tau cannot be told; measure again"
+        )
 
 
 def _notes(session: Session, levels: Mapping[int, Level]) -> list[str]:
@@ -147,15 +169,33 @@ def _notes(session: Session, levels: Mapping[int, Level]) -> list[str]:
         if not level.counts:
             notes.append(f"{session.name} has no counters: its speed alone is measured")
             break
-        where = f"{session.name} at concurrency {concurrency}"
-        counts = total(level.counts)
-        received = sum(answer.tokens for answer in level.answers)
-        if counts.generated is not None and len(level.good) == len(level.answers):
-            if abs(counts.generated - received) > 0.01 * received + len(level.answers):
-                notes.append(
-                    f"{where}: the server generated {counts.generated} tokens, this run received {received}; "
-                    "was it busy with other work?"
-                )
-        if counts.cached:
-            notes.append(f"{where}: {counts.cached} prompt tokens came from the prefix cache")
+        notes += [f"{session.name} at concurrency {concurrency}: {note}" for note in _level_notes(session, level)]
+    return notes
+
+
+def _level_notes(session: Session, level: Level) -> list[str]:
+    notes, counts, number = [], total(level.counts), level.concurrency
+    failed = len(level.answers) - len(level.good)
+    received = sum(answer.tokens for answer in level.answers)
+    if level.by_prompt:  # a failed request is in no figure, but what it left running may be
+        counted = [c.generated for c, a in zip(level.counts, level.answers, strict=True) if not a.fault]
+        generated = None if None in counted else sum(count or 0 for count in counted)
+    else:
+        generated = None if failed else counts.generated
+    if generated is not None and abs(generated - received) > 0.01 * received + len(level.answers):
+        notes.append(
+            f"the server generated {generated} tokens, this run received {received}; was it busy with other work?"
+        )
+    if failed and not level.by_prompt:
+        notes.append(f"{failed} requests failed; their time and their rounds are in the figures, their tokens are not")
+    if counts.cached:
+        notes.append(f"{counts.cached} prompt tokens came from the prefix cache")
+    share = drafted_share(counts) if session.name != PLAIN else None
+    if share is not None and share < FULL_DRAFTS:
+        notes.append(
+            f"rounds drafted {share:.0%} of their positions on average; what was not drafted counts as rejected in the "
+            "acceptance by position"
+        )
+    if number > 1 and level.in_flight < BUSY * number:
+        notes.append(f"{level.in_flight:.1f} requests were under way on average; more prompts keep the server busier")
     return notes

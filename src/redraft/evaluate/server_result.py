@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from redraft.errors import UserError
 from redraft.evaluate.counters import ENGINES, SOURCES, Counts, acceptance, total
 from redraft.evaluate.load import Answer, Level, ServerConfig
 from redraft.evaluate.speed import SCHEMA, Prompt
@@ -58,6 +59,11 @@ def server_result(
     plain = measured.get(PLAIN)
     drafts = {name: found for name, found in measured.items() if name != PLAIN}
     kept = _kept(measured)
+    for found in drafts.values():
+        if found.base.by_prompt and not _with_rounds(found.base, kept):
+            raise UserError(
+                f"{found.name} drafted for none of the prompts that every server answered; give longer ones"
+            )
     widths = {len(total(found.base.counts).per_position) for found in drafts.values()}
     gamma = widths.pop() if len(widths) == 1 else 0
     batch = min(config.concurrencies)
@@ -177,7 +183,7 @@ def _summary(found: Contestant, plain: Contestant | None, kept: Sequence[int]) -
     summary: dict[str, Any] = {
         "tau_pooled": _ratio(level, tau),
         "tau_source": SOURCES[whole.prefix],
-        "tau_after_cut": _point(tokens / (whole.rounds or 1)),
+        "compared": len(answers),
         "acceptance_conditional": conditional,
         "acceptance_unconditional": unconditional,
         "tokens_per_second": _rate(level, kept),
@@ -185,6 +191,8 @@ def _summary(found: Contestant, plain: Contestant | None, kept: Sequence[int]) -
         "drafted": whole.drafted,
         "tokens": tokens,
     }
+    if not level.by_prompt and len(answers) == len(level.answers):
+        summary["tau_after_cut"] = _point(tokens / (whole.rounds or 1))
     if level.by_prompt:
         pairs = [(a.tokens - 1, c.rounds) for a, c in zip(answers, counts, strict=True) if c.rounds]
         summary["tau_after_cut"] = ratio_of_sums([n for n, _ in pairs], [d for _, d in pairs]).to_dict()
@@ -244,6 +252,7 @@ def _level(found: Contestant, plain: Contestant | None, concurrency: int, kept: 
         "tokens": sum(a.tokens for a in answers),
         "seconds": sum(a.seconds for a in answers) if level.by_prompt else level.wall,
         "tokens_per_second": _rate(level, kept),
+        "in_flight": round(level.in_flight, 2),
         "inter_token_ms": _spread([a.inter_token for a in answers]),
         "ttft_ms": _spread([a.first for a in answers]),
         "request_ms": _spread([a.seconds for a in answers]),

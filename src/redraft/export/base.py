@@ -102,6 +102,28 @@ class Exporter(Protocol):
 EXPORTERS: Registry[Exporter] = Registry("export format", package="redraft.export")
 
 
+Check = Callable[[Any, TargetInfo, int], tuple[Any, list[str]]]
+"""Draft, target and draft length -> the dense draft to be written, and notes. Raises ``UserError``, writes nothing."""
+CHECKS: dict[str, Check] = {}
+
+
+def checks(name: str) -> Callable[[Check], Check]:
+    """Decorator: what the exporter ``name`` refuses, apart from its writing."""
+
+    def file_under(check: Check) -> Check:
+        CHECKS[name] = check
+        return check
+
+    return file_under
+
+
+def check_export(name: str, draft: Any, target: Any, speculative_tokens: int = 5) -> None:
+    """Raise ``UserError`` where the exporter ``name`` would refuse this draft, before anything is spent on it."""
+    EXPORTERS.get(name)
+    if name in CHECKS:
+        CHECKS[name](draft, TargetInfo.of(target), speculative_tokens)
+
+
 # Formats of standalone drafts; all others hold drafts that read the target's states.
 STANDALONE_FORMATS: set[str] = set()
 

@@ -10,12 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from redraft.drafts.base import Draft
 from redraft.drafts.eagle1 import Eagle1Draft
 from redraft.errors import UserError
 from redraft.export.base import (
     ExportReport,
     TargetInfo,
-    check_tokens,
     dtype_name,
     layer_config,
     legacy_rope,
@@ -29,13 +29,12 @@ from redraft.export.eagle1_format import ARCHITECTURES, zero_bias
 from redraft.export.importer import import_checkpoint
 
 
-def export_eagle1(name: str, draft: Eagle1Draft, folder: Path, target: TargetInfo, tokens: int) -> ExportReport:
-    """Write ``draft`` for the engine ``name`` (``vllm`` or ``sglang``), private parts merged.
+def check_eagle1(name: str, draft: Eagle1Draft, target: TargetInfo) -> tuple[Eagle1Draft, list[str]]:
+    """The dense draft as the engine ``name`` (``vllm`` or ``sglang``) computes it, and notes.
 
     Raises ``UserError`` where the draft does not fit the target, is incomplete, or the engine would compute something
     else.
     """
-    check_tokens(tokens)
     dense, notes = prepare(draft, target)
     if name == "vllm":
         dense, dropped = without_bias(dense)
@@ -45,6 +44,13 @@ def export_eagle1(name: str, draft: Eagle1Draft, folder: Path, target: TargetInf
             "SGLang cannot run this draft: it replaces the draft's own embeddings with the target's; "
             "export it for vLLM instead"
         )
+    return dense, notes
+
+
+def export_eagle1(
+    name: str, draft: Draft, dense: Eagle1Draft, notes: list[str], folder: Path, target: TargetInfo, tokens: int
+) -> ExportReport:
+    """Write what :func:`check_eagle1` made of ``draft`` for the engine ``name``."""
     extra = zero_bias(dense) if name == "sglang" else {}
     counts = write_checkpoint(
         name, dense, folder, target, eagle1_config(dense, name), to_layers, import_checkpoint, extra

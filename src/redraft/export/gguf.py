@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from redraft.artifact import atomic_folder, check_tensors, tensors_bytes
-from redraft.drafts.base import Draft, family_of
-from redraft.drafts.standalone import StandaloneDraft, merge_experts
+from redraft.artifact import atomic_folder, tensors_bytes
+from redraft.drafts.base import Draft
+from redraft.drafts.standalone import StandaloneDraft
 from redraft.drafts.standalone_files import plain_state
 from redraft.errors import UserError
-from redraft.export.base import ExportReport, TargetInfo, check_formats, check_tokens, holds_standalone
+from redraft.export.base import ExportReport, TargetInfo, checks, holds_standalone
 from redraft.export.gguf_tokens import TokenFields, token_fields
-from redraft.export.standalone import check_language_model
+from redraft.export.standalone import dense_language_model
 from redraft.loading import gguf_of
 
 FILE = "model.gguf"
@@ -55,33 +55,40 @@ def export_gguf(
     Raises ``UserError`` for a draft of another family or shape, where engines would refuse the pair, and for a
     tokenizer that llama.cpp has no name for.
     """
-    check_tokens(speculative_tokens)
-    check_formats(["gguf"], family_of(draft))
-    assert isinstance(draft, StandaloneDraft)
     folder, info = Path(folder), TargetInfo.of(target)
-    dense = merge_experts(draft)
-    check_language_model(dense, info)
-    check_shape(dense.model.config)
+    dense, notes = check_gguf(draft, info, speculative_tokens)
     state = plain_state(dense.model)
-    check_tensors(state, state, "the draft to be exported")
     source = gguf_of(info.name)
     fields = token_fields(dense.tokenizer, dense.config.draft_vocab_size, source)
     written = dict(gguf_tensors(dense.model, state))
     with atomic_folder(folder, tensors_bytes(written) + (16 << 20), {FILE}) as new:
         _write(new / FILE, dense, info, written, fields)
         _check_file(new / FILE, written, fields)
-    width = draft.config.private_width
-    notes = [f"private experts of width {width} were merged into the MLPs"] if width else []
     return ExportReport(
         "gguf",
         folder,
         len(written),
         sum(tensor.numel() for tensor in state.values()),
         tensors_bytes(written),
-        merged_private=bool(width),
+        merged_private=bool(draft.config.private_width),
         serve=server_command(source, folder / FILE, speculative_tokens),
         warnings=(*notes, f"tokenizer: {fields.origin}"),
     )
+
+
+@checks("gguf")
+def check_gguf(draft: Any, info: TargetInfo, tokens: int) -> tuple[StandaloneDraft, list[str]]:
+    """The dense language model as llama.cpp computes it, and notes. Raises ``UserError``."""
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise UserError("a GGUF file needs the package gguf: pip install gguf") from error
+    dense, notes = dense_language_model("gguf", draft, info, tokens)
+    check_shape(dense.model.config)
+    for name in plain_state(dense.model):
+        tensor_name(name)
+    token_fields(dense.tokenizer, dense.config.draft_vocab_size, gguf_of(info.name))
+    return dense, notes
 
 
 def server_command(target: Path | None, draft: Path, tokens: int) -> str:
@@ -111,10 +118,7 @@ def gguf_tensors(model: Any, state: dict[str, Tensor]) -> Iterator[tuple[str, Te
     """Every tensor as the file has it. Raises ``UserError`` for one that has no place in the format."""
     config = model.config
     for name, tensor in state.items():
-        stem, _, leaf = name.rpartition(".")
-        place = _place(stem)
-        if place is None or leaf != "weight":
-            raise UserError(f"GGUF has no place for {name} in a Llama; export hf instead")
+        place = tensor_name(name)
         heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(place.split(".")[-1])
         kept = tensor.detach().cpu()
         if heads:
@@ -123,6 +127,15 @@ def gguf_tensors(model: Any, state: dict[str, Tensor]) -> Iterator[tuple[str, Te
     factors = rope_factors(model)
     if factors is not None:
         yield "rope_freqs.weight", factors
+
+
+def tensor_name(name: str) -> str:
+    """The format's name of a tensor, without its last part. Raises ``UserError`` for one that has no place in it."""
+    stem, _, leaf = name.rpartition(".")
+    place = _place(stem)
+    if place is None or leaf != "weight":
+        raise UserError(f"GGUF has no place for {name} in a Llama; export hf instead")
+    return place
 
 
 def _place(stem: str) -> str | None:

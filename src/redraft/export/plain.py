@@ -14,11 +14,13 @@ from redraft.drafts.eagle1 import Eagle1Draft
 from redraft.drafts.eagle3 import Eagle3Config, Eagle3Draft
 from redraft.errors import UserError
 from redraft.export.base import (
+    CHECKS,
     EXPORTERS,
     ExportReport,
     TargetInfo,
     check_formats,
     check_tokens,
+    checks,
     dtype_name,
     layer_config,
     legacy_rope,
@@ -29,7 +31,7 @@ from redraft.export.base import (
     sglang_command,
     write_checkpoint,
 )
-from redraft.export.eagle1 import export_eagle1
+from redraft.export.eagle1 import check_eagle1, export_eagle1
 from redraft.export.importer import import_checkpoint
 
 
@@ -53,16 +55,9 @@ def export_sglang(draft: Draft, folder: str | Path, target: Any, *, speculative_
 
 
 def _export(name: str, draft: Draft, folder: Path, info: TargetInfo, tokens: int) -> ExportReport:
-    check_formats([name], family_of(draft))
-    check_tokens(tokens)
-    if isinstance(draft, Eagle1Draft):
-        return export_eagle1(name, draft, folder, info, tokens)
-    dense, notes = prepare(draft, info)
-    limits = sglang_limits(dense.config, info)
-    if limits and name == "sglang":
-        raise UserError(f"SGLang cannot run this draft: {'; '.join(limits)}; export it for vLLM instead")
-    if limits:
-        notes.append(f"not for SGLang: {'; '.join(limits)}")
+    dense, notes = CHECKS[name](draft, info, tokens)
+    if isinstance(dense, Eagle1Draft):
+        return export_eagle1(name, draft, dense, notes, folder, info, tokens)
     counts = write_checkpoint(name, dense, folder, info, plain_config(dense), str, import_checkpoint)
     serve = serve_command(folder, info, tokens) if name == "plain" else sglang_command(folder, info, tokens, "EAGLE3")
     return ExportReport(
@@ -73,6 +68,29 @@ def _export(name: str, draft: Draft, folder: Path, info: TargetInfo, tokens: int
         serve=serve,
         warnings=(*notes, *(path_warnings(folder.absolute()) if name == "plain" else [])),
     )
+
+
+@checks("plain")
+def check_plain(draft: Any, info: TargetInfo, tokens: int) -> tuple[Any, list[str]]:
+    """The dense draft of the plain format, and notes on what SGLang would not compute. Raises ``UserError``."""
+    check_formats(["plain"], family_of(draft))
+    check_tokens(tokens)
+    dense, notes = prepare(draft, info)
+    limits = sglang_limits(dense.config, info)
+    return dense, notes + ([f"not for SGLang: {'; '.join(limits)}"] if limits else [])
+
+
+@checks("sglang")
+def check_sglang(draft: Any, info: TargetInfo, tokens: int) -> tuple[Any, list[str]]:
+    """The dense draft as SGLang computes it. Raises ``UserError`` where it would compute another."""
+    check_formats(["sglang"], family_of(draft))
+    check_tokens(tokens)
+    if isinstance(draft, Eagle1Draft):
+        return check_eagle1("sglang", draft, info)
+    dense, notes = prepare(draft, info)
+    if limits := sglang_limits(dense.config, info):
+        raise UserError(f"SGLang cannot run this draft: {'; '.join(limits)}; export it for vLLM instead")
+    return dense, notes
 
 
 def sglang_limits(config: Eagle3Config, target: TargetInfo) -> list[str]:

@@ -21,6 +21,7 @@ from redraft.export.base import (
     TargetInfo,
     check_formats,
     check_tokens,
+    checks,
     holds_standalone,
     path_warnings,
     serve_command,
@@ -38,32 +39,44 @@ def export_hf(
     another family, without a tokenizer, with another one than the target's, of another vocabulary or shorter context,
     and for tensors that are not sound.
     """
-    check_tokens(speculative_tokens)
-    check_formats(["hf"], family_of(draft))
-    assert isinstance(draft, StandaloneDraft)
     folder, info = Path(folder), TargetInfo.of(target)
-    dense = merge_experts(draft)
-    check_language_model(dense, info)
+    dense, notes = check_hf(draft, info, speculative_tokens)
     state = plain_state(dense.model)
-    check_tensors(state, state, "the draft to be exported")
     with atomic_folder(folder, tensors_bytes(state) + (16 << 20), FOLDER_FILES) as new:
         write_model(new, dense)
         back = load_target(str(new), dense.dtype)
         if tensors_hash(plain_state(back.model)) != tensors_hash(state):
             raise RuntimeError("the hf export does not read back as the draft that was written")
         check_tokenizers(back.tokenizer, dense.tokenizer)
-    width = draft.config.private_width
-    notes = [f"private experts of width {width} were merged into the MLPs"] if width else []
     return ExportReport(
         "hf",
         folder,
         len(state),
         sum(tensor.numel() for tensor in state.values()),
         tensors_bytes(state),
-        merged_private=bool(width),
+        merged_private=bool(draft.config.private_width),
         serve=serve_command(folder, info, speculative_tokens, "draft_model"),
         warnings=(*notes, *path_warnings(folder.absolute())),
     )
+
+
+@checks("hf")
+def check_hf(draft: Any, info: TargetInfo, tokens: int) -> tuple[StandaloneDraft, list[str]]:
+    """The dense language model, and notes. Raises ``UserError`` where engines would refuse the pair."""
+    return dense_language_model("hf", draft, info, tokens)
+
+
+def dense_language_model(name: str, draft: Any, info: TargetInfo, tokens: int) -> tuple[StandaloneDraft, list[str]]:
+    """What the formats of language models ask for: a dense draft that fits the target, sound in every tensor."""
+    check_tokens(tokens)
+    check_formats([name], family_of(draft))
+    assert isinstance(draft, StandaloneDraft)
+    dense = merge_experts(draft)
+    check_language_model(dense, info)
+    state = plain_state(dense.model)
+    check_tensors(state, state, "the draft to be exported")
+    width = draft.config.private_width
+    return dense, [f"private experts of width {width} were merged into the MLPs"] if width else []
 
 
 def check_language_model(draft: StandaloneDraft, target: TargetInfo) -> None:

@@ -18,6 +18,7 @@ from redraft.export.base import (
     TargetInfo,
     check_formats,
     check_tokens,
+    checks,
     dtype_name,
     layer_config,
     options,
@@ -27,7 +28,7 @@ from redraft.export.base import (
     to_layers,
     write_checkpoint,
 )
-from redraft.export.eagle1 import export_eagle1
+from redraft.export.eagle1 import check_eagle1, export_eagle1
 from redraft.export.importer import import_checkpoint
 
 
@@ -40,13 +41,9 @@ def export_vllm(draft: Draft, folder: str | Path, target: Any, *, speculative_to
     incomplete, or the target has no name for the engine to load.
     """
     info, folder = TargetInfo.of(target), Path(folder)
-    check_formats(["vllm"], family_of(draft))
-    if isinstance(draft, Eagle1Draft):
-        return export_eagle1("vllm", draft, folder, info, speculative_tokens)
-    if not info.name:
-        raise UserError("the export names the target for the engine; give the target's path or model id")
-    check_tokens(speculative_tokens)
-    dense, notes = prepare(draft, info)
+    dense, notes = check_vllm(draft, info, speculative_tokens)
+    if isinstance(dense, Eagle1Draft):
+        return export_eagle1("vllm", draft, dense, notes, folder, info, speculative_tokens)
     config = speculators_config(dense, info, speculative_tokens)
     counts = write_checkpoint("vllm", dense, folder, info, config, to_layers, import_checkpoint)
     return ExportReport(
@@ -57,6 +54,18 @@ def export_vllm(draft: Draft, folder: str | Path, target: Any, *, speculative_to
         serve=serve_command(folder, info, speculative_tokens),
         warnings=(*notes, *path_warnings(folder.absolute())),
     )
+
+
+@checks("vllm")
+def check_vllm(draft: Any, info: TargetInfo, tokens: int) -> tuple[Any, list[str]]:
+    """The dense draft as vLLM computes it, and notes. Raises ``UserError``."""
+    check_formats(["vllm"], family_of(draft))
+    check_tokens(tokens)
+    if isinstance(draft, Eagle1Draft):
+        return check_eagle1("vllm", draft, info)
+    if not info.name:
+        raise UserError("the export names the target for the engine; give the target's path or model id")
+    return prepare(draft, info)
 
 
 def speculators_config(draft: Eagle3Draft, target: TargetInfo, speculative_tokens: int) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from redraft.drafts.base import Draft, family_of
 from redraft.drafts.groups import prepare, trained_parameters
 from redraft.evaluate.speed import BenchConfig
 from redraft.export import EXPORTERS
-from redraft.export.base import check_formats, check_taps
+from redraft.export.base import check_export, check_formats
 from redraft.loading import ADAPTER_FILE
 from redraft.pipeline.bench import measure
 from redraft.pipeline.config import AdaptConfig, claim_run
@@ -84,10 +84,10 @@ class AdaptRun:
     def run(self) -> dict[str, Any]:
         """All stages; returns the benchmark's result."""
         # A draft that does not fit, or that no engine could load, must be refused before anything is spent.
-        c, taps = self.config, self.stale.draft.config.taps
-        if c.exports:
-            check_taps(taps)
+        c = self.config
         check_formats(c.exports, family_of(self.stale.draft))
+        for name in c.exports:
+            check_export(name, self.stale.draft, self.target, c.gamma)
         check_merge(c.method, c.private_size, c.exports)
         if c.replay:
             check_replayable(self.stale.draft)

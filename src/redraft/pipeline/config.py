@@ -11,15 +11,21 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from redraft.artifact import atomic_write_json, read_json
+from redraft.data.transport import check_address
 from redraft.drafts.groups import PrivateSize, check_bits, method
 from redraft.errors import UserError
 from redraft.export.base import check_formats
 from redraft.losses import LOSSES
 from redraft.pipeline.starts import parse_start
 from redraft.pipeline.yamlfile import read_yaml
+from redraft.registry import nearest
 from redraft.select import parse_scorer
 from redraft.select.rules import parse_budget
 from redraft.train.trainer import TrainConfig
+
+# Settings that stand on top and in a recipe too: name on top -> name in the recipe.
+TRAIN_TOO = {"loss": "loss", "gamma": "gamma", "seed": "seed"}
+SIZES_TOO = {"private_width": "width", "rank": "rank"}
 
 CONFIG_FILE = "config.json"
 REVISABLE = ("exports",)  # settings that a run may be gone on with otherwise
@@ -90,6 +96,12 @@ class AdaptConfig(BaseModel):
         description="training settings that differ from the method's (epochs, batch_anchors, learning_rate, ...)",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _once(cls, values: Any) -> Any:
+        found = one_value(values, "train", TrainConfig, "training setting", TRAIN_TOO)
+        return one_value(found, "private", PrivateSize, "private size", SIZES_TOO, lift=False)
+
     @field_validator("method")
     @classmethod
     def _method(cls, value: str) -> str:
@@ -114,6 +126,13 @@ class AdaptConfig(BaseModel):
         check_formats(value, "eagle3")
         return value
 
+    @field_validator("server")
+    @classmethod
+    def _server(cls, value: str | None) -> str | None:
+        if value is not None:
+            check_address(value)
+        return value
+
     @field_validator("start")
     @classmethod
     def _start(cls, value: str) -> str:
@@ -126,6 +145,10 @@ class AdaptConfig(BaseModel):
             raise UserError("give --prompts, or --responses with a log of served responses: one of the two")
         if self.responses and (self.server or self.eval_prompts):
             raise UserError("--responses takes served text as it is; --server and --eval-prompts go with --prompts")
+        if self.server_model and not self.server:
+            raise UserError("--server-model names the target on a server; give --server too, or leave it out")
+        if self.top_p != 1 and not any(self.temperatures):
+            raise UserError("--top-p filters what is sampled, and all --temperatures are 0; raise one, or leave it out")
         if self.responses and self.select_on == "prompts":
             raise UserError("--select-on prompts saves generation, and --responses are written already; leave it out")
         whole = parse_budget(self.budget).whole
@@ -189,11 +212,41 @@ def adaptation(method_name: str) -> dict[str, Any]:
     return {"epochs": 6.0, "batch_anchors": 768, "learning_rate": method(method_name).learning_rate}
 
 
+def one_value(values: Any, name: str, kind: Any, what: str, shared: Mapping[str, str], lift: bool = True) -> Any:
+    """The settings ``values``, where each of ``shared`` (name on top -> name in the recipe ``name``) has one value.
+
+    ``what`` names a setting of the recipe, which is of ``kind``. With ``lift`` a value that stands in the recipe alone
+    holds on top too, so that a run has one of it throughout.
+    Raises ``UserError`` for two values.
+    """
+    inner = values.get(name) if isinstance(values, dict) else None
+    if not isinstance(inner, dict):
+        return values
+    hints, found = get_type_hints(kind), dict(values)
+    for outer, own in shared.items():
+        if inner.get(own) is None:
+            continue
+        value = typed(f"{what} {own}", inner[own], hints[own])
+        there = values.get(outer)
+        if there is None:
+            found |= {outer: value} if lift else {}
+        elif typed(outer, there, hints[own]) != value:
+            raise UserError(
+                f"{outer.replace('_', '-')} is {there} and {name} {own} is {inner[own]}: two values of one setting; "
+                "give it once"
+            )
+    return found
+
+
 Settings = TypeVar("Settings", bound=BaseModel)
 
 
 def checked(kind: type[Settings], values: dict[str, Any], command: str) -> Settings:
     """Checked settings of a command. Raises ``UserError`` that names the first bad one."""
+    if unknown := sorted(set(values) - set(kind.model_fields)):
+        name = unknown[0].replace("_", "-")
+        known = [field.replace("_", "-") for field in kind.model_fields]
+        raise UserError(f"unknown setting {name}{nearest(name, known)}; see `{command} --help`")
     try:
         return kind(**values)
     except ValidationError as error:
@@ -215,7 +268,10 @@ def recipe(
     """
     known = {name: hint for name, hint in get_type_hints(kind).items() if name not in without}
     if unknown := sorted(set(values) - set(known)):
-        raise UserError(f"unknown {what} {', '.join(unknown)}; choose from {', '.join(sorted([*known, *beside]))}")
+        near = nearest(unknown[0], [*known, *beside])
+        raise UserError(
+            f"unknown {what} {', '.join(unknown)}{near}; choose from {', '.join(sorted([*known, *beside]))}"
+        )
     return kind(**{name: typed(f"{what} {name}", value, known[name]) for name, value in values.items()})
 
 
@@ -256,8 +312,33 @@ def typed(what: str, value: Any, hint: Any) -> Any:
 
 def read_settings(path: Path, command: str) -> dict[str, Any]:
     """The settings of ``command`` in a YAML file, dashes in their names as underscores. Raises ``UserError``."""
-    values = read_yaml(path, f"the settings of `{command}`")
-    return {key.replace("-", "_"): value for key, value in values.items()}
+    return underscored(read_yaml(path, f"the settings of `{command}`"), str(path))
+
+
+def underscored(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The settings with underscores in their names, also within recipes. Raises ``UserError`` for one in both forms."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name in found:
+            raise UserError(f"{where} has {name} twice, as {name} and with a dash; keep one")
+        found[name] = underscored(value, f"{where}: {name}") if isinstance(value, dict) else value
+    return found
+
+
+def merged(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a file under those of flags, which win; recipes key by key.
+
+    Raises ``UserError`` for something else than a recipe in the file where the flags give one.
+    """
+    found = {**values, **given}
+    for name, value in given.items():
+        old = values.get(name)
+        if isinstance(value, dict) and old is not None:
+            if not isinstance(old, dict):
+                raise UserError(f"{name} must hold settings as `name: value` lines, not {old!r}")
+            found[name] = {**old, **value}
+    return found
 
 
 def parse_config(values: dict[str, Any]) -> AdaptConfig:
@@ -267,7 +348,7 @@ def parse_config(values: dict[str, Any]) -> AdaptConfig:
 
 def read_config(path: Path, overrides: dict[str, Any] | None = None) -> AdaptConfig:
     """Settings from a YAML file; ``overrides`` (flags that were given) win. Raises ``UserError``."""
-    return parse_config(read_settings(path, COMMAND) | (overrides or {}))
+    return parse_config(merged(read_settings(path, COMMAND), overrides or {}))
 
 
 def claim_run(config: AdaptConfig) -> None:

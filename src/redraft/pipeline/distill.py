@@ -24,6 +24,7 @@ from redraft.drafts.standalone import StandaloneDraft, attach_experts
 from redraft.drafts.standalone_files import load_standalone, save_experts, save_standalone
 from redraft.errors import UserError
 from redraft.export import EXPORTERS
+from redraft.export.base import check_export
 from redraft.loading import check_tokenizers, load_tokenizer, locate, open_standalone, quiet, tokenizer_hash
 from redraft.pipeline.distill_config import DistillConfig, claim_distill
 from redraft.pipeline.models import open_target
@@ -114,6 +115,7 @@ class DistillRun:
     # -- stages ------------------------------------------------------------------------------------------------
     def run(self) -> dict[str, Any]:
         """All stages; returns the record of the run, ``distill.json``."""
+        self.check_exports()
         self.survey()
         done = {"pretrain": self.pretrain(), "align": self.align()}
         self.export()
@@ -127,6 +129,14 @@ class DistillRun:
         }
         atomic_write_json(self.folder / "distill.json", record)
         return record
+
+    def check_exports(self) -> None:
+        """Raise ``UserError``, before anything is spent, for a drafter that a format asked for does not hold."""
+        c = self.config
+        if c.exports and not (self.folder / "align.json").exists():
+            draft = self.start() if c.draft is None else open_standalone(c.draft, self.target)[0]
+            for name in c.exports:
+                check_export(name, draft, self.target, c.gamma)
 
     def survey(self) -> None:
         """Read all local text once: a bad byte must not be met after hours. Raises ``UserError``."""
@@ -189,7 +199,8 @@ class DistillRun:
             return TokenTeacher(self.target.vocab_size)
         if c.teacher == "tops":
             assert c.server is not None
-            engine = TopEngine(c.server, c.server_model, c.top_logprobs, c.batch_size)
+            size = self.target.vocab_size
+            engine = TopEngine(c.server, c.server_model, c.top_logprobs, c.batch_size, vocab_size=size)
             with self.ledger.stage("log-probabilities"), progress_bar("top", len(rows), "rows") as progress:
                 found = ask_tops(engine, rows, self.folder / "tops.jsonl", progress.update)
             return TopTeacher(found, self.target.vocab_size)

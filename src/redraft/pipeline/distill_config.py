@@ -8,14 +8,18 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from redraft.data.transport import check_address
 from redraft.errors import UserError
 from redraft.export.base import check_formats
 from redraft.losses import LOSSES
-from redraft.pipeline.config import checked, claim_folder, read_settings, recipe
+from redraft.pipeline.config import checked, claim_folder, merged, one_value, read_settings, recipe
 from redraft.train.distil import DistilConfig
 from redraft.train.pretrain import PretrainConfig
 
 COMMAND = "redraft distill"
+# Settings that stand on top and in a recipe too: name on top -> name in the recipe.
+ALIGN_TOO = {name: name for name in ("loss", "gamma", "text_share", "seed")}
+PRETRAIN_TOO = {"seed": "seed"}
 TEACHERS = ("states", "tops", "tokens")
 
 
@@ -68,10 +72,23 @@ class DistillConfig(BaseModel):
     eval_prompts: None = None
     bench_prompts: int = Field(0, ge=0, le=0)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _once(cls, values: Any) -> Any:
+        found = one_value(values, "align", DistilConfig, "alignment setting", ALIGN_TOO)
+        return one_value(found, "pretrain", PretrainConfig, "pretraining setting", PRETRAIN_TOO)
+
     @field_validator("loss")
     @classmethod
     def _loss(cls, value: str) -> str:
         LOSSES.get(value)
+        return value
+
+    @field_validator("server")
+    @classmethod
+    def _server(cls, value: str | None) -> str | None:
+        if value is not None:
+            check_address(value)
         return value
 
     @field_validator("exports")
@@ -94,6 +111,8 @@ class DistillConfig(BaseModel):
             raise UserError("give --prompts for the target to answer, or --responses with a log of served ones")
         if not self.text and (self.draft is None or self.text_share > 0):
             raise UserError("give --text to pretrain on and to mix in (with --draft and --text-share 0 none is needed)")
+        if self.server_model and not self.server:
+            raise UserError("--server-model names the target on a server; give --server too, or leave it out")
         if self.private_width and self.draft is None:
             raise UserError("private experts stand beside the MLPs of a trained drafter; give it with --draft")
         if self.server_only and self.teacher == "states":
@@ -125,11 +144,7 @@ class DistillConfig(BaseModel):
 
 def read_distill_config(path: Path | None, given: dict[str, Any]) -> DistillConfig:
     """Settings from a YAML file (if any); ``given`` flags win. Raises ``UserError``."""
-    values = read_settings(path, COMMAND) if path else {}
-    for name in ("pretrain", "align"):
-        if isinstance(values.get(name), dict) and name in given:
-            given = given | {name: values[name] | given[name]}
-    return checked(DistillConfig, values | given, COMMAND)
+    return checked(DistillConfig, merged(read_settings(path, COMMAND) if path else {}, given), COMMAND)
 
 
 def claim_distill(config: DistillConfig) -> None:

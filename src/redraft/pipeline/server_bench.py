@@ -21,7 +21,7 @@ from typing import Any
 
 from redraft import provenance
 from redraft.artifact import atomic_write_json
-from redraft.data.transport import Connection, Passing, Refused
+from redraft.data.transport import Connection, Passing, Refused, check_address
 from redraft.errors import UserError
 from redraft.evaluate.load import ServerConfig
 from redraft.evaluate.server import Server, bench_servers
@@ -58,13 +58,22 @@ def named_servers(given: Sequence[str]) -> dict[str, str]:
             name, equals, place = "server", "=", text
         address = place.startswith(("http://", "https://"))
         if not equals or not name.strip() or not (address or PORT in place):
+            shown = text if "://" in text else text.rpartition("@")[2]
             raise UserError(
-                f"--server {text} is not understood; write NAME=http://HOST:PORT, or NAME=COMMAND with {PORT} in it"
+                f"--server {provenance.without_secrets(shown)} is not understood; write NAME=http://HOST:PORT, "
+                f"or NAME=COMMAND with {PORT} in it"
             )
         if name in servers:
             raise UserError(f"two servers are called {name}; write --server NAME=... with names that differ")
         servers[name] = place
     return servers
+
+
+def check_places(servers: Mapping[str, str]) -> None:
+    """Raise ``UserError`` for an address that is none or holds a secret."""
+    for place in servers.values():
+        if PORT not in place:
+            check_address(place)
 
 
 def bench_servers_on(
@@ -83,6 +92,7 @@ def bench_servers_on(
     ``UserError``.
     """
     check_output(out, ".json")
+    check_places(servers)
     config = ServerConfig(
         sampler=how.sampler,
         max_new_tokens=how.max_new_tokens,
@@ -103,6 +113,7 @@ def bench_server_prompts(
 
     What a server that is started here prints goes to ``STEM-NAME.log`` beside ``out``. Raises ``UserError``.
     """
+    check_places(servers)
     contestants: dict[str, Server] = {
         name: _starter(place, out.with_name(f"{out.stem}-{name}.log")) if PORT in place else place
         for name, place in servers.items()

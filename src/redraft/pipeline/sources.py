@@ -119,7 +119,7 @@ class Source:
         store = self.store_of() if self.store_of and not server else None
         engine: Any = InProcessEngine(target, c.batch_size)
         if server:
-            engine = ServerEngine(server, c.server_model, c.batch_size)
+            engine = ServerEngine(server, c.server_model, c.batch_size, vocab_size=target.vocab_size)
         path = self.responses if name == "regenerate" else self.heldout
         with self.ledger.stage(name) as entry, progress_bar(name, len(prompts) * len(samplers), "rows") as progress:
             report = regenerate(

@@ -23,6 +23,7 @@ from redraft.artifact import (
 from redraft.data.prompts import Conversation, read_conversations
 from redraft.data.regenerate import InProcessEngine, ServerEngine, regenerate
 from redraft.data.store import encode_row, read_rows
+from redraft.data.transport import check_address
 from redraft.drafts.base import Proposer
 from redraft.drafts.experts import merge_private
 from redraft.drafts.scaling import scale_change
@@ -90,10 +91,13 @@ def regenerate_file(
     output that cannot be written.
     """
     check_output(out, ".jsonl")
+    if server:
+        check_address(server)
     conversations = read_conversations(prompts)
     target = spec.open()
-    local = InProcessEngine(target, batch_size)
-    engine: Any = ServerEngine(server, server_model, batch_size) if server else local
+    engine: Any = InProcessEngine(target, batch_size)
+    if server:
+        engine = ServerEngine(server, server_model, batch_size, vocab_size=target.vocab_size)
     with progress_bar("regenerate", len(conversations) * len(samplers), "rows") as progress:
         return regenerate(
             engine,

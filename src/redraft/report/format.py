@@ -20,8 +20,8 @@ def number(value: float | None, digits: int = 2) -> str:
 
 
 def bounds(interval: Interval | None, digits: int = 2) -> str:
-    """The two ends of an interval, ``1.95 to 2.21``; empty when there is none."""
-    if interval is None or missing(interval.low):
+    """The two ends of an interval, ``1.95 to 2.21``; empty when there is none, as over a single prompt."""
+    if interval is None or missing(interval.low) or interval.low == interval.high:
         return ""
     return f"{interval.low:.{digits}f} to {interval.high:.{digits}f}"
 

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from redraft.errors import UserError
+from redraft.provenance import without_secrets
 
 BENCH_SCHEMA = "redraft.bench/1"
 
@@ -85,7 +86,8 @@ class Score(_Open):
 class DraftResult(_Open):
     """One draft's measurements. ``acceptance_*`` hold one probability a drafted position.
 
-    ``speedup`` is absent without a plain baseline, ``time`` where the engine does not tell what a round's time went to.
+    ``compared`` prompts are in the figures, where some were not answered; all of them otherwise. ``speedup`` is absent
+    without a plain baseline, ``time`` where the engine does not tell what a round's time went to.
     """
 
     dtype: str = ""
@@ -102,6 +104,7 @@ class DraftResult(_Open):
     rounds: int = Field(gt=0)
     tokens: int = Field(gt=0)
     identical_to_plain: int | None = None
+    compared: int | None = None
     by_task: dict[str, TaskResult] = {}
     mbsu: dict[str, Mbsu] = {}
     divergence: Divergence | None = None
@@ -247,7 +250,7 @@ class BenchResult(_Open):
 
     setup: Setup
     plain: Plain | None = None
-    drafts: dict[str, DraftResult] = Field(min_length=1)
+    drafts: dict[str, DraftResult]
     gains: dict[str, dict[str, Interval]] = {}
     per_prompt: list[dict[str, Any]] = []
     plain_quality: dict[str, Score] = {}
@@ -326,7 +329,24 @@ def read_bench(path: Path) -> BenchResult:
         raise UserError(
             f"{path}: schema is {schema!r}, this redraft reads {BENCH_SCHEMA!r}; measure again with `redraft bench`"
         )
-    return parse(BenchResult, data, str(path))
+    if data.get("drafts") == {}:
+        raise UserError(
+            f"{path}: it has no drafts, only plain decoding, and a page shows drafts; measure one beside it"
+        )
+    return parse(BenchResult, {key: _shown(data[key]) if key in ADDRESSED else data[key] for key in data}, str(path))
+
+
+# The parts of a result that hold command lines and addresses; older versions kept passwords in them.
+ADDRESSED = ("provenance", "server")
+
+
+def _shown(value: Any) -> Any:
+    """The JSON value without what may be secret in its texts."""
+    if isinstance(value, dict):
+        return {key: _shown(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_shown(part) for part in value]
+    return without_secrets(value) if isinstance(value, str) else value
 
 
 def read_summary(path: Path) -> Summary:

@@ -152,7 +152,7 @@ def _section(index: int, path: Path, result: BenchResult) -> dict[str, Any]:
         "tasks": sections.tasks(result),
         "task_pictures": _task_pictures(result, name, colours),
         "traces": _traces(result),
-        "positions": max(len(d.acceptance_conditional) for d in result.drafts.values()),
+        "positions": max((len(d.acceptance_unconditional) for d in result.drafts.values()), default=0),
         "mbsu": sections.mbsu(result),
         "acceptance": plots.acceptance_svgs(result, name),
         "time": plots.time_svg(result, name),

@@ -284,5 +284,6 @@ def thinned(rows: Sequence[Any], limit: int = 14) -> list[Any]:
 
 
 def identical(draft: DraftResult, prompts: int) -> str:
-    """How many texts equal plain decoding's."""
-    return form.DASH if draft.identical_to_plain is None else f"{draft.identical_to_plain} of {prompts}"
+    """How many texts equal plain decoding's, of those that were compared."""
+    compared = prompts if draft.compared is None else draft.compared
+    return form.DASH if draft.identical_to_plain is None else f"{draft.identical_to_plain} of {compared}"

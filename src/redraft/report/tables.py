@@ -59,7 +59,8 @@ def acceptance_table(result: Mapping[str, Any] | BenchResult) -> Table:
     table = Table(title="acceptance by position", title_justify="left")
     table.add_column("draft", style="bold")
     table.add_column("of")
-    for position in range(1, max(len(draft.acceptance_conditional) for draft in bench.drafts.values()) + 1):
+    lengths = [len(draft.acceptance_unconditional) for draft in bench.drafts.values()]
+    for position in range(1, max(lengths, default=0) + 1):
         table.add_column(str(position), justify="right")
     for name, draft in bench.drafts.items():
         table.add_row(name, "rounds that reach it", *(form.number(v) for v in draft.acceptance_conditional))

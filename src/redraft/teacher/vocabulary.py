@@ -45,15 +45,16 @@ class Coverage:
     """What share of a text a draft vocabulary can say, and what that allows.
 
     ``share`` caps alpha. ``positions[j]`` is the share of rounds whose first j + 1 tokens can all be said, among
-    anchors with so many tokens left: the cap on the unconditional acceptance of position j of a chain. ``tau_cap`` is
-    the tau of a chain of ``gamma`` that is right wherever it can be, ``tau_whole`` that of one with every token.
+    anchors with so many tokens left (None where there is none): the cap on the unconditional acceptance of position j
+    of a chain. ``tau_cap`` is the tau of a chain of ``gamma`` that is right wherever it can be, ``tau_whole`` that of
+    one with every token.
     ``missing`` lists (id, count) of the tokens that cannot be said, most frequent first.
     """
 
     size: int
     tokens: int
     share: float
-    positions: tuple[float, ...]
+    positions: tuple[float | None, ...]
     gamma: int
     tau_cap: float
     tau_whole: float
@@ -96,7 +97,7 @@ def coverage_of(member_V: Tensor, size: int, rows: Sequence[Row], gamma: int) ->
         size=size,
         tokens=total,
         share=said / total,
-        positions=tuple(n / of if of else 0.0 for n, of in zip(able, asked, strict=True)),
+        positions=tuple(n / of if of else None for n, of in zip(able, asked, strict=True)),
         gamma=gamma,
         tau_cap=tau_of(rounds, used),
         tau_whole=tau_of(whole, used),

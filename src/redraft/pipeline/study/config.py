@@ -36,6 +36,7 @@ from redraft.pipeline.study.entries import (
     TargetEntry,
 )
 from redraft.pipeline.yamlfile import read_yaml
+from redraft.registry import nearest
 from redraft.select import Scorer, parse_scorer
 from redraft.train.replay import ReplayConfig
 from redraft.train.trainer import TrainConfig
@@ -237,15 +238,23 @@ class StudyConfig(Strict):
             raise UserError(f"selection {cell.selection} mixes general text in; give general: mix: PROMPTS")
 
 
+# Every name that the file may hold anywhere, to name the nearest to one that it may not.
+PARTS = (StudyConfig, TargetEntry, DataEntry, SelectionEntry, StartEntry, General, Speed, Grid, CellEntry)
+KNOWN = sorted({name for part in PARTS for name in part.model_fields})
+
+
 # -- reading -------------------------------------------------------------------------------------------------------
 def parse_study(values: Mapping[str, Any]) -> StudyConfig:
     """Checked settings. Raises ``UserError`` that names the first bad one."""
     try:
         return StudyConfig(**values)
     except ValidationError as error:
-        first = error.errors()[0]
+        # a name that is unknown tells more than that one like it is missing
+        first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
         place = ".".join(str(part) for part in first["loc"]) or "study"
         message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            message = f"unknown setting{nearest(str(first['loc'][-1]), KNOWN)}"
         raise UserError(f"{place}: {message[0].lower()}{message[1:]}; see docs/studies/README.md") from None
 
 
