@@ -63,9 +63,9 @@ def merge(model: Any, adapter: str) -> tuple[Any, list[str]]:
         for table in (model.get_input_embeddings(), model.get_output_embeddings()):
             if not torch.isfinite(table.weight[own:]).all():
                 raise UserError(
-                    f"the adapter {adapter} was trained with a vocabulary of {grown} rows and its base model has {own}; "
-                    "it must bring the new rows: save it with embedding and head in it (modules_to_save), or name a "
-                    "base model that has these rows"
+                    f"the adapter {adapter} was trained with a vocabulary of {grown} rows and its base model has "
+                    f"{own}; it must bring the new rows: save it with embedding and head in it (modules_to_save), or "
+                    "name a base model that has these rows"
                 )
         notes.append(f"the vocabulary was grown from {own} to {grown} rows, as the adapter {adapter} was trained")
     return model, notes

@@ -47,7 +47,7 @@ def load_model(place: dict[str, Any], spec: str, dtype: torch.dtype) -> tuple[An
     The third is none where the model computed here is the one that engines serve, and says in words what they round
     besides where it is not (:mod:`redraft.loading.quantised`). Raises ``UserError``.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     _check_folder(place, spec)
     notes: list[str] = []
@@ -56,7 +56,7 @@ def load_model(place: dict[str, Any], spec: str, dtype: torch.dtype) -> tuple[An
     _check_code(config, spec, notes)
     plan = quantised.plan(config, spec)
     with one_line(spec):
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = _class_of(config).from_pretrained(
             **place,
             **plan.arguments,
             dtype=dtype,
@@ -72,8 +72,20 @@ def load_model(place: dict[str, Any], spec: str, dtype: torch.dtype) -> tuple[An
     if plan.unpack:
         with one_line(spec):
             model = model.dequantize(dtype)
-    model = quantised.plain(model, plan, dtype)
+    model = quantised.plain(model, plan, dtype, spec)
     return model, [*notes, *plan.notes], plan.rounds
+
+
+def _class_of(config: Any) -> Any:
+    """The auto class that opens this config; a model of images whose text part has no class of its own opens whole."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    )
+
+    whole = type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if whole else AutoModelForCausalLM
 
 
 def _check_folder(place: dict[str, Any], spec: str) -> None:
@@ -190,7 +202,7 @@ def _check_tie(model: Any, spec: str) -> None:
     """
     head = getattr(model.get_output_embeddings(), "weight", None)
     embedding = getattr(model.get_input_embeddings(), "weight", None)
-    if not model.config.get_text_config().tie_word_embeddings or head is None or embedding is None:
+    if not getattr(model.config, "tie_word_embeddings", False) or head is None or embedding is None:
         return
     if head.data_ptr() != embedding.data_ptr():
         raise UserError(

@@ -8,6 +8,8 @@ Where activations or the cache are rounded too, it is not: the text must come fr
 from __future__ import annotations
 
 import importlib.util
+import inspect
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +23,8 @@ PACKAGES = {
     "fp8": ("accelerate",),
     "mxfp4": ("accelerate",),
 }
+
+PACKED = re.compile(r"(_scale|_scale_inv|_zero_point|_packed|_shape|\.(SCB|absmax|quant_map))$")
 
 
 @dataclass(frozen=True)
@@ -72,11 +76,17 @@ def plan(config: Any, spec: str) -> Plan:
 def _compressed_tensors(settings: dict[str, Any]) -> Plan:
     from transformers import CompressedTensorsConfig
 
+    # An unknown argument would be taken without a word, so the older name is used where the newer one is not there.
+    newer = "dequantize" in inspect.signature(CompressedTensorsConfig).parameters
     groups = (settings.get("config_groups") or {}).values()
     rounded = [name for name in ("input_activations", "output_activations") if any(g.get(name) for g in groups)]
     rounded += ["the key and value cache"] if settings.get("kv_cache_scheme") else []
     return Plan(
-        {"quantization_config": CompressedTensorsConfig(dequantize=True)},
+        {
+            "quantization_config": CompressedTensorsConfig(
+                **{"dequantize": True} if newer else {"run_compressed": False}
+            )
+        },
         "compressed-tensors",
         rounds=" and ".join(rounded).replace("_", " ") or None,
     )
@@ -104,10 +114,21 @@ def _bitsandbytes(settings: dict[str, Any]) -> Plan:
 _PLANS = {"compressed-tensors": _compressed_tensors, "fp8": _fp8, "mxfp4": _mxfp4, "bitsandbytes": _bitsandbytes}
 
 
-def plain(model: Any, done: Plan, dtype: torch.dtype) -> Any:
-    """The model as an ordinary one: in ``dtype``, and with nothing in its config that a saved copy would be read by."""
+def plain(model: Any, done: Plan, dtype: torch.dtype, spec: str) -> Any:
+    """The model as an ordinary one: in ``dtype``, and with nothing in its config that a saved copy would be read by.
+
+    Raises ``UserError`` where the library of the format has left something packed.
+    """
     if done.method is None:
         return model
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and tensor.element_size() > 1 and not PACKED.search(name):
+            continue
+        if isinstance(model.get_submodule(name.rpartition(".")[0]), torch.nn.Linear | torch.nn.Embedding):
+            raise UserError(
+                f"{spec} is quantised with {done.method}, and this release of transformers does not unpack {name}; "
+                "upgrade transformers, or give the unquantised checkpoint"
+            )
     for config in (model.config, model.config.get_text_config()):
         if hasattr(config, "quantization_config"):
             del config.quantization_config
