@@ -60,7 +60,7 @@ class AdaptRun:
             self.say(f"note on {c.target}: {note}")
         if rounded := served_otherwise(target):
             self.say(
-                f"note on {c.target}: it is served with quantised {rounded}; its text, that of the held-out prompts too, "
+                f"note on {c.target}: it is served with quantised {rounded}; its text, also that of held-out prompts, "
                 "is the server's, and what is computed here is near it: measure with redraft bench --server"
             )
         return target
