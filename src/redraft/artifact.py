@@ -1,7 +1,7 @@
 """redraft's own format: a draft, or the private part of one, as a folder of ``redraft.json`` and safetensors.
 
-Loading is strict in both directions: every missing, extra, misshaped or non-finite tensor is named. Nothing here
-reads or writes pickle. Writing is all or nothing: a new folder is filled beside the old one and takes its place at
+Loading is strict in both directions: every missing, extra, misshaped or non-finite tensor is named. No
+pickle is run or written. Writing is all or nothing: a new folder is filled beside the old one and takes its place at
 the end, after the free space of the disk has been checked. See docs/formats.md.
 """
 
@@ -69,6 +69,24 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
             return {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} is not a whole safetensors file ({error}); copy or download it again") from error
+
+
+def read_pickled(path: str | Path) -> dict[str, Tensor]:
+    """Every tensor of a file of torch's older kind (``pytorch_model.bin``), on the CPU.
+
+    torch's reader of tensors alone is used, which runs nothing that a file brings. Raises ``UserError`` when the file
+    holds anything but named tensors.
+    """
+    path = Path(path)
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the reader raises many kinds over a damaged or a foreign file
+        raise UserError(
+            f"{path} cannot be read as tensors alone, and pickle is never run; convert the weights to safetensors"
+        ) from error
+    if not isinstance(found, dict) or not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in found.items()):
+        raise UserError(f"{path} holds more than named tensors; convert the weights to safetensors")
+    return {name: tensor.detach().contiguous() for name, tensor in found.items()}
 
 
 def write_tensors(path: str | Path, state: Mapping[str, Tensor]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from redraft import artifact
 from redraft.errors import UserError
 from redraft.export import EXPORTERS, TargetInfo, import_checkpoint
+from redraft.export.maps import read_maps
 
 SHARED = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("export_families.py"))))
 FAMILY, TARGET, rewrite = SHARED.EAGLE3, SHARED.TARGET, SHARED.rewrite
@@ -49,7 +51,7 @@ def test_other_kinds_of_checkpoint_are_refused(tmp_path):
         import_checkpoint(tmp_path / "v", TARGET)
     EXPORTERS.get("plain")(make(), tmp_path / "p", TARGET)
     rewrite(tmp_path / "p", architectures=["LlamaForCausalLM"])
-    with pytest.raises(UserError, match="an Eagle3 draft has one of"):
+    with pytest.raises(UserError, match="a dense Eagle3 draft has one of"):
         import_checkpoint(tmp_path / "p", TARGET)
 
 
@@ -59,7 +61,7 @@ def test_sources_that_cannot_be_read(tmp_path, exported, monkeypatch):
     with pytest.raises(UserError, match="is a file"):
         import_checkpoint(exported / "config.json", TARGET)
     (exported / "model.safetensors").rename(exported / "pytorch_model.bin")
-    with pytest.raises(UserError, match="pytorch_model.bin, and pickle is never read; convert the weights"):
+    with pytest.raises(UserError, match="pytorch_model.bin cannot be read as tensors alone"):
         import_checkpoint(exported, TARGET)
     (exported / "config.json").write_text("{")
     with pytest.raises(UserError, match="not JSON: line 1"):
@@ -182,3 +184,133 @@ def test_facts_are_taken_from_a_huggingface_config():
         architectures=["LlamaForCausalLM"],
     )
     assert TargetInfo.of(config, "tuned/target") == TARGET
+
+
+def test_no_feature_ids_in_a_list_are_the_default_ones(tmp_path):
+    EXPORTERS.get("plain")(make(taps=(2, 4, 5)), tmp_path / "out", TARGET)
+    for change in (
+        {"eagle_aux_hidden_state_layer_ids": [], "eagle_config": None},
+        {"eagle_aux_hidden_state_layer_ids": None, "eagle_config": {"eagle_aux_hidden_state_layer_ids": []}},
+    ):
+        rewrite(tmp_path / "out", **change)
+        draft, meta = import_checkpoint(tmp_path / "out", TARGET)
+        assert draft.config.taps == (2, 4, 5) and "list of feature ids is empty" in meta["notes"][0]
+    nested = {"eagle_aux_hidden_state_layer_ids": [0, 2, 6]}
+    rewrite(tmp_path / "out", eagle_aux_hidden_state_layer_ids=[], eagle_config=nested)
+    assert import_checkpoint(tmp_path / "out", TARGET)[0].config.taps == (1, 3, 7)
+    rewrite(tmp_path / "out", eagle_config={"layer_ids": [1, 2, 3]})
+    with pytest.raises(UserError, match="eagle_config.layer_ids alone"):
+        import_checkpoint(tmp_path / "out", TARGET)
+
+
+@pytest.mark.parametrize("key", ["use_last_layernorm", "use_input_layernorm_in_first_layer", "use_aux_hidden_state"])
+def test_switches_of_other_trainers_are_refused_where_engines_do_otherwise(tmp_path, key):
+    EXPORTERS.get("plain")(make(), tmp_path / "out", TARGET)
+    rewrite(tmp_path / "out", eagle_config={key: True})
+    import_checkpoint(tmp_path / "out", TARGET)
+    rewrite(tmp_path / "out", eagle_config={key: False})
+    with pytest.raises(UserError, match=f"{key} False"):
+        import_checkpoint(tmp_path / "out", TARGET)
+
+
+def changed_maps(folder: Path, **changes):
+    """Import a draft over the ids 0, 3, 6, ... of 40 with these maps in its file (none: left out)."""
+    draft = make()
+    EXPORTERS.get("plain")(draft, folder, TARGET)
+    state = {**load_file(folder / "model.safetensors"), **changes}
+    rewrite(folder, {name: tensor for name, tensor in state.items() if tensor is not None})
+    back, meta = import_checkpoint(folder, TARGET)
+    assert_same(draft, back)
+    return meta["notes"]
+
+
+def test_vocabulary_maps_as_other_hands_write_them(tmp_path):
+    whole = {name: getattr(make(), name) for name in ("d2t", "t2d")}
+    ids = make().vocabulary()
+    told = [
+        changed_maps(tmp_path / "a", t2d=None),
+        changed_maps(tmp_path / "b", d2t=None),
+        changed_maps(tmp_path / "c", d2t=whole["d2t"].int(), t2d=whole["t2d"].to(torch.uint8)),
+        changed_maps(tmp_path / "d", d2t=ids.clone()),
+    ]
+    assert told == [
+        ["t2d is not in the file; derived from d2t"],
+        ["d2t is not in the file; derived from t2d"],
+        ["d2t was int32; taken as int64", "t2d was uint8; taken as bool"],
+        ["d2t held target ids; taken as such and turned into offsets"],
+    ]
+    with pytest.raises(UserError, match="t2d is uint8 with other values than 0 and 1"):
+        changed_maps(tmp_path / "e", t2d=2 * whole["t2d"].to(torch.uint8))
+    with pytest.raises(UserError, match="d2t points outside"):
+        changed_maps(tmp_path / "f", t2d=None, d2t=whole["d2t"] + 40)
+
+
+def test_a_long_map_that_may_hold_ids_is_refused_without_the_other():
+    ids = torch.arange(0, 600, 2)
+    config = replace(make().config, draft_vocab_size=300, target_vocab_size=1000)
+    marks = torch.zeros(1000, dtype=torch.bool)
+    marks[ids] = True
+    with pytest.raises(UserError, match="grows at every step, as target ids do"):
+        read_maps({"d2t": ids}, config, Path("draft"), [])
+    notes: list[str] = []
+    assert torch.equal(read_maps({"d2t": ids, "t2d": marks}, config, Path("draft"), notes)["d2t"], ids // 2)
+    assert notes == ["d2t held target ids; taken as such and turned into offsets"]
+    offsets = {"d2t": ids // 2, "t2d": marks}
+    assert torch.equal(read_maps(offsets, config, Path("draft"), notes)["d2t"], ids // 2) and len(notes) == 1
+
+
+class Runs:
+    """An object whose unpickling would write a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_tensors_of_the_older_kind_are_read_and_nothing_in_them_is_run(tmp_path):
+    draft, out = make(), tmp_path / "out"
+    EXPORTERS.get("plain")(draft, out, TARGET)
+    state = load_file(out / "model.safetensors")
+    (out / "model.safetensors").unlink()
+    names = sorted(state)
+    torch.save({name: state[name] for name in names[::2]}, out / "pytorch_model-00001-of-00002.bin")
+    torch.save({name: state[name] for name in names[1::2]}, out / "pytorch_model-00002-of-00002.bin")
+    back, meta = import_checkpoint(out, TARGET)
+    assert_same(draft, back)
+    assert len(meta["notes"]) == 2 and "reader of tensors alone" in meta["notes"][0]
+    torch.save({"fc.weight": Runs(tmp_path / "ran")}, out / "pytorch_model-00001-of-00002.bin")
+    with pytest.raises(UserError, match="cannot be read as tensors alone, and pickle is never run"):
+        import_checkpoint(out, TARGET)
+    torch.save({"state_dict": state}, out / "pytorch_model-00001-of-00002.bin")
+    with pytest.raises(UserError, match="holds more than named tensors"):
+        import_checkpoint(out, TARGET)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_hub_id_is_asked_for_the_older_kind_only_where_there_is_nothing_else(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    EXPORTERS.get("plain")(make(), tmp_path / "out", TARGET)
+    state, asked = load_file(tmp_path / "out" / "model.safetensors"), []
+    (tmp_path / "out" / "model.safetensors").unlink()
+
+    def download(name, allow_patterns, **kwargs):
+        asked.append(any("bin" in pattern for pattern in allow_patterns))
+        if asked[-1]:
+            torch.save(state, tmp_path / "out" / "pytorch_model.bin")
+        return str(tmp_path / "out")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert_same(make(), import_checkpoint("someone/some-draft", TARGET)[0])
+    assert asked == [False, True]
+
+
+def test_an_index_beside_a_whole_file_is_refused(tmp_path):
+    EXPORTERS.get("plain")(make(), tmp_path / "out", TARGET)
+    save_file(load_file(tmp_path / "out" / "model.safetensors"), tmp_path / "out" / "a.safetensors")
+    index = {"weight_map": {"fc.weight": "a.safetensors"}}
+    artifact.atomic_write_json(tmp_path / "out" / "model.safetensors.index.json", index)
+    with pytest.raises(UserError, match="delete the older weights"):
+        import_checkpoint(tmp_path / "out", TARGET)

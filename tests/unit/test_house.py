@@ -145,11 +145,16 @@ def test_files_and_functions_are_readable() -> None:
 
 
 def test_no_pickle_in_the_package() -> None:
+    """Tensors of torch's older files are read in one place, by the reader that runs nothing."""
+    reader = 'torch.load(path, map_location="cpu", weights_only=True)'
+    assert (PACKAGE / "artifact.py").read_text().count(reader) == 1
     found = [
         str(path.relative_to(ROOT))
         for path in modules()
         if re.search(
-            r"^\s*(?:import|from) (?:pickle|dill|cloudpickle)\b|torch\.(?:load|save)\(", path.read_text(), re.M
+            r"^\s*(?:import|from) (?:pickle|dill|cloudpickle)\b|torch\.(?:load|save)\(",
+            path.read_text().replace(reader, ""),
+            re.M,
         )
     ]
     assert not found, f"pickle in {found}"

@@ -125,7 +125,7 @@ def _tokenizer(folder: Path) -> Any:
     if not (folder / "tokenizer_config.json").is_file():
         return None
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise UserError(f"{folder} has a tokenizer that cannot be loaded: {str(error).splitlines()[0]}") from error
 

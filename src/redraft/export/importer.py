@@ -1,7 +1,7 @@
 """The inverse of the exporters: a public Eagle3 or Eagle1 checkpoint, in any of their formats, as a draft of ours.
 
 Strict: every missing, extra, misshaped or non-finite tensor is named, and an option that our draft does not compute
-is refused by its name rather than dropped. No pickle is read.
+is refused by its name rather than dropped. No pickle is run.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from redraft.artifact import META_FILE, check_tensors, fill, load_draft, read_json
 from redraft.drafts.base import Draft, check_fit
 from redraft.drafts.eagle3 import Eagle3Config, Eagle3Draft
@@ -19,11 +17,23 @@ from redraft.drafts.standalone import StandaloneDraft
 from redraft.errors import UserError
 from redraft.export import eagle1_format
 from redraft.export.base import CONFIG_FILE, TargetInfo, check_taps, check_vocabulary_map
+from redraft.export.maps import read_maps
 from redraft.export.reading import build_untrained, fetch, layer_faults, read_layer, read_rope, read_state
 from redraft.loading import ADAPTER_FILE, EMBEDDED_PREFIX
 from redraft.target import default_taps
 
 EAGLE3_ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "Eagle3Speculator", "Eagle3DraftModel")
+
+# Keys that a mixture of experts has.
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+# What our layer, and that of engines, does whatever ``eagle_config`` says.
+EAGLE_SWITCHES = {
+    "use_aux_hidden_state": True,
+    "use_input_layernorm_in_first_layer": True,
+    "use_last_layernorm": True,
+    "use_mtp_layernorm": False,
+    "parallel_draft_step": 1,
+}
 
 
 def is_language_model(source: str | Path) -> bool:
@@ -86,7 +96,7 @@ def _read_eagle3(
 ) -> Eagle3Draft:
     path = folder / CONFIG_FILE
     config = read_config(raw, info, path, notes, taps)
-    state = _drop_identity_maps(read_state(folder, notes), config, notes)
+    state = read_maps(read_state(folder, notes), config, folder, notes)
     config = _with(config, own_embedding="embed_tokens.weight" in state)
     check_fit(config, info)
     check_taps(config.taps)
@@ -95,17 +105,6 @@ def _read_eagle3(
     check_vocabulary_map(state, config, folder)
     fill(draft, state)
     return draft
-
-
-def _drop_identity_maps(state: dict[str, Tensor], config: Eagle3Config, notes: list[str]) -> dict[str, Tensor]:
-    """With the full vocabulary, maps that change nothing are left out: engines refuse them."""
-    if config.draft_vocab_size != config.target_vocab_size:
-        return state
-    for name, identity in (("d2t", lambda t: not t.any()), ("t2d", lambda t: bool(t.all()))):
-        if name in state and identity(state[name]):
-            notes.append(f"{name} was left out: it maps the full vocabulary onto itself")
-            del state[name]
-    return state
 
 
 # -- reading the config ----------------------------------------------------------------------------------------------
@@ -167,15 +166,15 @@ def _check_kind(raw: dict[str, Any], layer: dict[str, Any], eagle: dict[str, Any
             raise UserError(f"{path} is a {raw['speculators_model_type']} speculator; only eagle3 can be imported")
     elif not set(raw.get("architectures") or ()) & set(EAGLE3_ARCHITECTURES):
         known = ", ".join(EAGLE3_ARCHITECTURES)
+        experts = next((f" with {key} {raw[key]!r}, a mixture of experts" for key in EXPERTS if raw.get(key)), "")
         raise UserError(
-            f"{path} has architectures {raw.get('architectures')}; an Eagle3 draft has one of {known}, an Eagle1 draft "
-            f"one of {', '.join(eagle1_format.ARCHITECTURES)}"
+            f"{path} has architectures {raw.get('architectures')}{experts}; a dense Eagle3 draft has one of {known}, "
+            f"an Eagle1 draft one of {', '.join(eagle1_format.ARCHITECTURES)}"
         )
     faults = layer_faults(raw, layer, ("llama", "eagle3"))
     if layer.get("bias"):
         faults.append(f"bias {layer['bias']!r}")
-    if not eagle.get("use_aux_hidden_state", True):
-        faults.append("use_aux_hidden_state False")
+    faults += [f"{key} {eagle[key]!r}" for key, usual in EAGLE_SWITCHES.items() if eagle.get(key) not in (None, usual)]
     if faults:
         raise UserError(f"{path} asks for what redraft does not compute: {', '.join(faults)}")
 
@@ -190,16 +189,25 @@ def read_taps(
     """
     top, nested = raw.get("eagle_aux_hidden_state_layer_ids"), eagle.get("eagle_aux_hidden_state_layer_ids")
     for ids in (top, nested):
-        if ids is not None and not (isinstance(ids, list) and ids and all(type(k) is int for k in ids)):
+        if ids is not None and not (isinstance(ids, list) and all(type(k) is int for k in ids)):
             raise UserError(f"{path} has eagle_aux_hidden_state_layer_ids {ids!r}; a list of integers is needed")
+    if not top and not nested:
+        usual = default_taps(target.layers)
+        if top is not None or nested is not None:
+            notes.append(f"the list of feature ids is empty; taken as the default {list(usual)}")
+        if eagle.get("layer_ids"):
+            raise UserError(
+                f"{path} has its feature ids in eagle_config.layer_ids alone, which hands count differently; write "
+                "them as eagle_aux_hidden_state_layer_ids, each the number of layers passed"
+            )
+        return usual
+    top, nested = top or None, nested or None
     if top is not None:
         if nested is not None and [k + 1 for k in nested] != top:
             notes.append(f"the feature ids {top} (vLLM) and {nested} (SGLang, one less) disagree; {top} was taken")
         return tuple(top)
-    if nested is not None:
-        notes.append(f"the feature ids {nested} are outputs of layers counted from zero; taken as one more each")
-        return tuple(k + 1 for k in nested)
-    return default_taps(target.layers)
+    notes.append(f"the feature ids {nested} are outputs of layers counted from zero; taken as one more each")
+    return tuple(k + 1 for k in nested or ())
 
 
 def _with(config: Eagle3Config, **changes: Any) -> Eagle3Config:

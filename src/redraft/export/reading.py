@@ -11,14 +11,15 @@ from typing import Any, TypeVar
 from torch import Tensor
 from transformers import LlamaConfig
 
-from redraft.artifact import META_FILE, read_json, read_tensors, settle
+from redraft.artifact import META_FILE, read_json, read_pickled, read_tensors, settle
 from redraft.errors import UserError
-from redraft.export.base import CONFIG_FILE
+from redraft.export.base import CONFIG_FILE, WEIGHTS_FILE
 
 Built = TypeVar("Built")
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
 INDEX_FILE = "model.safetensors.index.json"
+PICKLED = "pytorch_model*.bin"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 # Older names of the same tensors.
@@ -33,7 +34,10 @@ LEGACY = (
 
 # -- finding the files -----------------------------------------------------------------------------------------------
 def fetch(source: str | Path) -> Path:
-    """The local folder of a checkpoint; a hub id is downloaded (config and safetensors only). Raises ``UserError``."""
+    """The local folder of a checkpoint; of a hub id, config and weights are downloaded. Raises ``UserError``.
+
+    Weights of torch's older kind are downloaded only where there are no safetensors.
+    """
     folder = Path(source).expanduser()
     settle(folder)
     if folder.is_dir():
@@ -46,7 +50,10 @@ def fetch(source: str | Path) -> Path:
 
     try:
         patterns = [CONFIG_FILE, META_FILE, "*.safetensors", INDEX_FILE]
-        return Path(snapshot_download(str(source), allow_patterns=patterns, etag_timeout=10))
+        found = Path(snapshot_download(str(source), allow_patterns=patterns, etag_timeout=10))
+        if not any(found.glob("*.safetensors")):
+            found = Path(snapshot_download(str(source), allow_patterns=[*patterns, PICKLED], etag_timeout=10))
+        return found
     except Exception as error:  # the hub client raises many kinds; to the user they are one
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
@@ -56,21 +63,12 @@ def fetch(source: str | Path) -> Path:
 
 
 def read_state(folder: Path, notes: list[str]) -> dict[str, Tensor]:
-    """Every tensor of the checkpoint under our names, from one or several safetensors files. Raises ``UserError``."""
-    if (folder / INDEX_FILE).is_file():
-        listed = read_json(folder / INDEX_FILE).get("weight_map")
-        if not isinstance(listed, dict) or not all(isinstance(v, str) for v in listed.values()):
-            raise UserError(f"{folder / INDEX_FILE} has no weight_map; download it again")
-        files = sorted({folder / Path(name).name for name in listed.values()})
-    else:
-        files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        pickles = [entry.name for entry in sorted(folder.iterdir()) if entry.suffix in PICKLES]
-        found = f"only {', '.join(pickles[:3])}, and pickle is never read" if pickles else "no weights"
-        raise UserError(f"{folder} holds {found}; convert the weights to safetensors first")
+    """Every tensor of the checkpoint under our names, from one or several files. Raises ``UserError``."""
     state: dict[str, Tensor] = {}
-    for file in files:
-        for name, tensor in read_tensors(file).items():
+    for file in weight_files(folder):
+        if file.suffix == ".bin":
+            notes.append(f"{file.name} was read through torch's reader of tensors alone")
+        for name, tensor in (read_pickled(file) if file.suffix == ".bin" else read_tensors(file)).items():
             ours = rename(name)
             if ours.endswith("rotary_emb.inv_freq"):
                 notes.append(f"{name} was left out: the angles follow from the config")
@@ -79,6 +77,29 @@ def read_state(folder: Path, notes: list[str]) -> dict[str, Tensor]:
                 raise UserError(f"{file} holds {name} a second time (as {ours}); keep one of them")
             state[ours] = tensor
     return state
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The checkpoint's weight files: those of its index, else all safetensors, else torch's older kind.
+
+    Raises ``UserError`` where there are none, or where an index and a whole file tell two sets of weights.
+    """
+    if (folder / INDEX_FILE).is_file():
+        listed = read_json(folder / INDEX_FILE).get("weight_map")
+        if not isinstance(listed, dict) or not all(isinstance(v, str) for v in listed.values()):
+            raise UserError(f"{folder / INDEX_FILE} has no weight_map; download it again")
+        files = sorted({folder / Path(name).name for name in listed.values()})
+        if (folder / WEIGHTS_FILE).is_file() and folder / WEIGHTS_FILE not in files:
+            raise UserError(
+                f"{folder} holds {WEIGHTS_FILE} and {INDEX_FILE} with other files; delete the older weights"
+            )
+    else:
+        files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob(PICKLED))
+    if not files:
+        pickles = [entry.name for entry in sorted(folder.iterdir()) if entry.suffix in PICKLES]
+        found = f"only {', '.join(pickles[:3])}, and pickle is never run" if pickles else "no weights"
+        raise UserError(f"{folder} holds {found}; convert the weights to safetensors first")
+    return files
 
 
 def rename(name: str) -> str:

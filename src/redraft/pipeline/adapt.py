@@ -21,7 +21,7 @@ from redraft.drafts.groups import prepare, trained_parameters
 from redraft.evaluate.speed import BenchConfig
 from redraft.export import EXPORTERS
 from redraft.export.base import check_export, check_formats
-from redraft.loading import ADAPTER_FILE
+from redraft.loading import ADAPTER_FILE, notes_of, served_otherwise
 from redraft.pipeline.bench import measure
 from redraft.pipeline.config import AdaptConfig, claim_run
 from redraft.pipeline.models import OpenDraft, contestants, open_draft, open_target, prompt_rows
@@ -55,7 +55,19 @@ class AdaptRun:
     @cached_property
     def target(self) -> Target:
         c = self.config
-        return open_target(c.target, c.dtype, c.device, c.adapter)
+        target = self._open_target(c.dtype)
+        for note in notes_of(target):
+            self.say(f"note on {c.target}: {note}")
+        if rounded := served_otherwise(target):
+            self.say(
+                f"note on {c.target}: it is served with quantised {rounded}; its text, also that of held-out prompts, "
+                "is the server's, and what is computed here is near it: measure with redraft bench --server"
+            )
+        return target
+
+    def _open_target(self, dtype: str) -> Target:
+        c = self.config
+        return open_target(c.target, dtype, c.device, c.adapter, served=bool(c.server or c.responses))
 
     @property
     def base_target(self) -> Target | None:
@@ -287,7 +299,11 @@ class AdaptRun:
         began = time.monotonic()
         with self.ledger.stage("bench") as entry:
             result = measure(
-                contestants(self.target, c.dtype, lambda d: open_target(c.target, d, c.device, c.adapter)),
+                contestants(
+                    self.target,
+                    c.dtype,
+                    lambda d: open_target(c.target, d, c.device, c.adapter, bool(c.server or c.responses)),
+                ),
                 drafts,
                 prompts,
                 BenchConfig(ChainShape(c.gamma), max_new_tokens=c.bench_tokens, seed=c.seed),

@@ -31,9 +31,9 @@ class OpenDraft:
     base_hash: str
 
 
-def open_target(spec: str, dtype: str, device: str, adapter: str | None = None) -> Target:
-    """Raises ``UserError`` when it cannot be loaded."""
-    return load_target(spec, getattr(torch, dtype), device, adapter=adapter)
+def open_target(spec: str, dtype: str, device: str, adapter: str | None = None, served: bool = False) -> Target:
+    """``served``: its text comes from a server. Raises ``UserError`` when it cannot be loaded (:func:`load_target`)."""
+    return load_target(spec, getattr(torch, dtype), device, adapter=adapter, served=served)
 
 
 def open_draft(source: str | Path, target: Target, base: str | Path | None = None) -> OpenDraft:

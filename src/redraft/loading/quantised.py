@@ -1,0 +1,138 @@
+"""Quantised checkpoints: which can be computed here, and whether what is computed is what engines serve.
+
+Weights are unpacked when the checkpoint is opened, by the library of its format, so that everything else meets an
+ordinary model. Where only weights are quantised that is the served model, up to the rounding of the number format.
+Where activations or the cache are rounded too, it is not: the text must come from the server then. See docs/targets.md.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from redraft.errors import UserError
+
+PACKAGES = {
+    "compressed-tensors": ("compressed_tensors",),
+    "bitsandbytes": ("bitsandbytes", "accelerate"),
+    "fp8": ("accelerate",),
+    "mxfp4": ("accelerate",),
+}
+
+PACKED = re.compile(r"(_scale|_scale_inv|_zero_point|_packed|_shape|\.(SCB|absmax|quant_map))$")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to open a checkpoint: arguments for ``from_pretrained``, whether to unpack behind it, what is rounded."""
+
+    arguments: dict[str, Any] = field(default_factory=dict)
+    method: str | None = None
+    unpack: bool = False
+    rounds: str | None = None
+
+    @property
+    def notes(self) -> list[str]:
+        if self.method is None:
+            return []
+        return [f"the weights were unpacked from {self.method}; they take the room of unquantised ones"]
+
+
+def settings_of(config: Any) -> dict[str, Any]:
+    """The quantisation that a config asks for, empty where it asks for none."""
+    for place in (config, config.get_text_config()):
+        found = getattr(place, "quantization_config", None)
+        if found:
+            return dict(found) if isinstance(found, dict) else found.to_dict()
+    return {}
+
+
+def plan(config: Any, spec: str) -> Plan:
+    """How to open the checkpoint with this config. Raises ``UserError`` where it cannot be computed here."""
+    settings = settings_of(config)
+    if not settings:
+        return Plan()
+    method = str(settings.get("quant_method") or "")
+    if settings.get("load_in_4bit") or settings.get("load_in_8bit") or "bitsandbytes" in method:
+        method = "bitsandbytes"
+    if method not in PACKAGES:
+        raise UserError(
+            f"{spec} is quantised with {method or 'a method that its config does not name'}, which cannot be computed "
+            "here; give the unquantised checkpoint (its answers may still come from a server of the quantised one, "
+            "--server)"
+        )
+    absent = [name for name in PACKAGES[method] if importlib.util.find_spec(name) is None]
+    if absent:
+        names = " ".join(name.replace("_", "-") for name in absent)
+        raise UserError(f"{spec} is quantised with {method}: pip install {names}, or give the unquantised checkpoint")
+    return _PLANS[method](settings)
+
+
+def _compressed_tensors(settings: dict[str, Any]) -> Plan:
+    from transformers import CompressedTensorsConfig
+
+    # An unknown argument would be taken without a word, so the older name is used where the newer one is not there.
+    newer = "dequantize" in inspect.signature(CompressedTensorsConfig).parameters
+    groups = (settings.get("config_groups") or {}).values()
+    rounded = [name for name in ("input_activations", "output_activations") if any(g.get(name) for g in groups)]
+    rounded += ["the key and value cache"] if settings.get("kv_cache_scheme") else []
+    return Plan(
+        {
+            "quantization_config": CompressedTensorsConfig(
+                **{"dequantize": True} if newer else {"run_compressed": False}
+            )
+        },
+        "compressed-tensors",
+        rounds=" and ".join(rounded).replace("_", " ") or None,
+    )
+
+
+def _fp8(settings: dict[str, Any]) -> Plan:
+    from transformers import FineGrainedFP8Config
+
+    return Plan(
+        {"quantization_config": FineGrainedFP8Config(dequantize=True)}, "fp8 blocks", rounds="input activations"
+    )
+
+
+def _mxfp4(settings: dict[str, Any]) -> Plan:
+    from transformers import Mxfp4Config
+
+    return Plan({"quantization_config": Mxfp4Config(dequantize=True)}, "mxfp4")
+
+
+def _bitsandbytes(settings: dict[str, Any]) -> Plan:
+    eight = bool(settings.get("load_in_8bit"))
+    return Plan({}, "bitsandbytes", unpack=True, rounds="input activations" if eight else None)
+
+
+_PLANS = {"compressed-tensors": _compressed_tensors, "fp8": _fp8, "mxfp4": _mxfp4, "bitsandbytes": _bitsandbytes}
+
+
+def plain(model: Any, done: Plan, dtype: torch.dtype, spec: str) -> Any:
+    """The model as an ordinary one: in ``dtype``, and with nothing in its config that a saved copy would be read by.
+
+    Raises ``UserError`` where the library of the format has left something packed.
+    """
+    if done.method is None:
+        return model
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and tensor.element_size() > 1 and not PACKED.search(name):
+            continue
+        if isinstance(model.get_submodule(name.rpartition(".")[0]), torch.nn.Linear | torch.nn.Embedding):
+            raise UserError(
+                f"{spec} is quantised with {done.method}, and this release of transformers does not unpack {name}; "
+                "upgrade transformers, or give the unquantised checkpoint"
+            )
+    for config in (model.config, model.config.get_text_config()):
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+    for name in ("hf_quantizer", "quantization_method", "is_quantized"):
+        if name in model.__dict__:
+            delattr(model, name)
+    return model.to(dtype)
