@@ -153,7 +153,7 @@ GOOD = {"prompt_ids": [1, 9], "response_ids": [20, EOS]}
         (GOOD | {"response_ids": [-1]}, "holds the id -1"),
         (GOOD | {"completion": "something else"}, "are they another tokenizer's"),
         (GOOD | {"target_hash": "beef"}, "served by another target (beef, this one is cafe)"),
-        (GOOD | {"finish_reason": "tool_calls"}, "not 'tool_calls'"),
+        (GOOD | {"finish_reason": "content_filter"}, "not 'content_filter'"),
         (GOOD | {"temperature": "hot"}, "temperature must be a number"),
         (GOOD | {"temperature": -1}, "temperature must be a number of 0"),
         (GOOD | {"prompt_ids": [5] * 99}, "do not fit into the target's context of 64"),

@@ -18,6 +18,7 @@ from redraft.cli.common import (
     Prompts,
     Seed,
     TargetName,
+    TemplateArgs,
     examples,
     say,
 )
@@ -61,6 +62,7 @@ def regenerate(
     server: Annotated[str | None, typer.Option(help="OpenAI-compatible server that serves the target.")] = None,
     server_model: Annotated[str | None, typer.Option(help="The target's name on that server.")] = None,
     adapter: Adapter = None,
+    template_args: TemplateArgs = None,
     dtype: Dtype = "bfloat16",
     device: Device = "cpu",
     seed: Seed = 0,
@@ -69,11 +71,12 @@ def regenerate(
 
     Token ids are kept as generated. A stopped run goes on where it was; what failed is listed beside the output.
     """
+    from redraft.data.template import parse_template_args
     from redraft.pipeline.steps import TargetSpec, regenerate_file
     from redraft.sampling import Sampler
 
     samplers = [Sampler(t, top_k if t else 0, top_p if t else 1.0) for t in temperature]
-    spec = TargetSpec(target, dtype, device, adapter)
+    spec = TargetSpec(target, dtype, device, adapter, parse_template_args(template_args or []))
     report = regenerate_file(spec, prompts, out, samplers, max_new_tokens, seed, batch_size, server, server_model)
     say(report.summary())
 
@@ -92,6 +95,7 @@ def select(
     base_target: BaseTarget = None,
     draft: Annotated[str | None, typer.Option(help="The present draft (scorer rejection, and coverage on it).")] = None,
     adapter: Adapter = None,
+    template_args: TemplateArgs = None,
     dtype: Dtype = "bfloat16",
     device: Device = "cpu",
     seed: Seed = 0,
@@ -100,6 +104,7 @@ def select(
 
     From responses, or from prompts before any is answered: --keep then writes the prompts to answer.
     """
+    from redraft.data.template import parse_template_args
     from redraft.pipeline.steps import TargetSpec, select_file
 
     manifest = select_file(
@@ -109,7 +114,7 @@ def select(
         scorer,
         budget,
         order=order,
-        target=TargetSpec(target, dtype, device, adapter) if target else None,
+        target=TargetSpec(target, dtype, device, adapter, parse_template_args(template_args or [])) if target else None,
         base_target=TargetSpec(base_target, dtype, device) if base_target else None,
         draft=draft,
         keep=keep,

@@ -15,6 +15,7 @@ from redraft import provenance
 from redraft.artifact import PRIVATE_FILE, atomic_write_json, read_json
 from redraft.data.mixture import mix
 from redraft.data.store import Row, read_rows
+from redraft.data.template import template_record
 from redraft.decode.tree import ChainShape
 from redraft.drafts.base import Draft, family_of
 from redraft.drafts.groups import prepare, trained_parameters
@@ -54,8 +55,11 @@ class AdaptRun:
     # -- what the stages work on -------------------------------------------------------------------------------
     @cached_property
     def target(self) -> Target:
+        return self._open(self.config.dtype)
+
+    def _open(self, dtype: str) -> Target:
         c = self.config
-        return open_target(c.target, c.dtype, c.device, c.adapter)
+        return open_target(c.target, dtype, c.device, c.adapter, c.template_args, self.folder)
 
     @property
     def base_target(self) -> Target | None:
@@ -287,11 +291,11 @@ class AdaptRun:
         began = time.monotonic()
         with self.ledger.stage("bench") as entry:
             result = measure(
-                contestants(self.target, c.dtype, lambda d: open_target(c.target, d, c.device, c.adapter)),
+                contestants(self.target, c.dtype, self._open),
                 drafts,
                 prompts,
                 BenchConfig(ChainShape(c.gamma), max_new_tokens=c.bench_tokens, seed=c.seed),
-                provenance.collect(seed=c.seed, device=c.device),
+                provenance.collect(c.seed, c.device, template_record(self.target.tokenizer)),
             )
             entry.add(tokens=sum(d["tokens"] for d in result["drafts"].values()))
         atomic_write_json(path, result)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from redraft.data.answers import reply_message
 from redraft.data.prompts import Message, check_length, template_ids
 from redraft.data.suites import SuiteItem, load_suite, run_turns
 from redraft.decode.engine import PlainDecoder
@@ -52,9 +53,9 @@ def suite_prompts(
 def _turn_prompts(item: SuiteItem, target: Target, max_new_tokens: int) -> list[Prompt]:
     found: list[Prompt] = []
 
-    def reply(messages: list[Message]) -> str:
+    def reply(messages: list[Message]) -> Message:
         answer = PlainDecoder(target).generate(found[-1].ids, max_new_tokens)
-        return target.tokenizer.decode(answer.ids, skip_special_tokens=True)
+        return reply_message(target.tokenizer, found[-1].ids, answer.ids, target.eos_ids)
 
     for number, messages in enumerate(run_turns(item.conversation, reply)):
         id = turn_id(item.id, number)

@@ -1,0 +1,275 @@
+"""An answer that came as text, as the tokens that the target wrote; and a reply of tokens, as the turn that it was.
+
+A chat template writes answers in its own way: it trims them, drops thoughts, opens an empty block of thoughts. What was
+served was written by the model behind the template's opening of its turn, so the answer's own text is put there, and
+of the template only what frames it is taken: marks between thoughts and answer, and the end token.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from redraft.data.shapes import with_turns
+from redraft.data.template import render, template_ids, template_text
+from redraft.data.turns import ASSISTANT, Message
+from redraft.errors import UserError
+
+__all__ = ["answer_ids", "continuation_ids", "reply_message"]
+
+ANSWER, THOUGHT = "redraftanswer", "redraftthought"
+# What opens and closes a block of thoughts in the public families of models that think.
+MARKS = (
+    ("<think>", "</think>"),
+    ("[THINK]", "[/THINK]"),
+    ("<seed:think>", "</seed:think>"),
+    ("◁think▷", "◁/think▷"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<thought>", "</thought>"),
+    ("<reasoning>", "</reasoning>"),
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),
+)
+HARMONY = re.compile(r"(?:<\|start\|>[^<]*)?<\|channel\|>([^<]*)(?:<\|constrain\|>[^<]*)?<\|message\|>")
+
+
+# -- text to tokens --------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class _Frame:
+    """What a template writes around an answer: before the thoughts, between the two, and behind, up to the end token.
+
+    ``before`` is what it writes between its opening of the turn and the thoughts, or the answer where there are none;
+    None where it does not write the turn behind that opening at all.
+    """
+
+    opened: str
+    before: str | None
+    between: str
+    behind: str
+    end: int | None
+
+
+def answer_ids(
+    tokenizer: Any,
+    id: str,
+    asked: Sequence[Message],
+    answer: str | Message,
+    eos_ids: Collection[int] = (),
+    *,
+    cut: bool = False,
+    served: bool = False,
+    counts: Collection[int] = (),
+) -> tuple[list[int], list[int], str]:
+    """(prompt ids, response ids, finish reason) of an ``answer`` to the messages ``asked``, by the chat template.
+
+    The response is the answer's own text behind the opening of the assistant's turn, its thoughts before it where it
+    has any, and the first end token that the template writes behind it (``stop``); without one where it was ``cut``
+    off or the template writes none (``length``). ``served`` answers are the model's own: nothing is put among them
+    that the model may not have written, unless the number of tokens, one of ``counts``, says that it did. Answers of
+    others are framed as the template does it. ``eos_ids`` are the target's end tokens (the tokenizer's own where none
+    are given).
+
+    Raises ``UserError`` for conversation ``id``: a template that cannot be followed or drops the thoughts, an answer
+    without the thoughts that its prompt opens, one with a tool call, one that holds an end token.
+    """
+    message: Message = {"role": ASSISTANT, "content": answer} if isinstance(answer, str) else answer
+    if message.get("tool_calls"):
+        raise UserError(
+            f"the answer in conversation {id} has tool_calls, whose tokens as the model wrote them cannot be told from "
+            "them; log token ids instead, or leave such rows out"
+        )
+    ends = set(eos_ids) or {int(tokenizer.eos_token_id)}
+    prompt = template_ids(tokenizer, id, asked)
+    frame = _frame(tokenizer, id, asked, bool(message.get("reasoning_content")), ends)
+    end = [] if cut or frame.end is None else [frame.end]
+    for text in _texts(id, frame, message, served, bool(counts), cut):
+        response = continuation_ids(tokenizer, prompt, frame.opened, text)
+        _refuse_ends(tokenizer, id, response, ends)
+        if not counts or len(response) + len(end) in counts or (end and len(response) in counts):
+            return prompt, [*response, *end], "stop" if end else "length"
+    raise UserError(
+        f"usage says {' or '.join(map(str, sorted(counts)))} tokens, but the answer in conversation {id} has "
+        f"{len(response) + len(end)} as text: the model wrote something else too; log token ids instead"
+    )
+
+
+def _frame(tokenizer: Any, id: str, asked: Sequence[Message], thinks: bool, ends: Collection[int]) -> _Frame:
+    opened = render(tokenizer, id, asked, True)
+    sample: Message = {"role": ASSISTANT, "content": ANSWER}
+    if thinks:
+        sample |= {"reasoning_content": THOUGHT}
+    whole = render(tokenizer, id, with_turns(asked, [*asked, sample]), False)
+    before, found, behind = whole.rpartition(ANSWER)
+    if not found:
+        raise UserError(f"the chat template does not write the answer of conversation {id}; log token ids instead")
+    lead = before[len(opened) :] if before.startswith(opened) else None
+    between = ""
+    if thinks:
+        lead, found, between = (lead or "").rpartition(THOUGHT)
+        if not found:
+            raise UserError(
+                f"the chat template leaves out the thoughts (reasoning_content) of the answer in conversation {id}, "
+                "so the tokens of the model's response cannot be told; log token ids instead"
+            )
+    tail = list(tokenizer(behind, add_special_tokens=False).input_ids)
+    place = next((place for place, token in enumerate(tail) if token in ends), None)
+    inner = tokenizer.decode(tail[:place], skip_special_tokens=False) if place is not None else ""
+    return _Frame(opened, lead, between, inner, None if place is None else tail[place])
+
+
+def _texts(id: str, frame: _Frame, message: Message, served: bool, counted: bool, cut: bool) -> Iterator[str]:
+    """What the model may have written, the likeliest first. Raises ``UserError``."""
+    content, thoughts = message["content"], message.get("reasoning_content", "")
+    opens = opened_thoughts(frame.opened)
+    behind = "" if cut else frame.behind.rstrip()
+    if thoughts:
+        assert frame.before is not None
+        if opens:
+            thoughts = _without(thoughts, opens[0])
+        begun = frame.before + _joined(frame.before or frame.opened, thoughts)
+        if cut and not content:
+            yield begun
+        else:
+            yield _joined_end(begun, frame.between) + frame.between + _joined(frame.between, content) + behind
+        return
+    if any(mark in content for pair in MARKS for mark in pair) or (cut and opens):
+        # The thoughts are in the text, closed or cut off in their midst. The prompt may have opened them already.
+        yield _joined(frame.opened, _without(content, opens[0])) if opens else content
+        return
+    if opens:
+        raise UserError(
+            f"the prompt of conversation {id} opens a block of thoughts, but its answer has none: they were split off "
+            "and lost; give reasoning_content too, or token ids"
+        )
+    if frame.before is None:
+        raise UserError(
+            f"the chat template does not write the answer of conversation {id} behind its own opening of an "
+            "assistant turn, so it cannot be placed; regenerate the answers, or give token ids"
+        )
+    yield from _plain_texts(id, frame, content, behind, served, counted)
+
+
+def _plain_texts(id: str, frame: _Frame, content: str, behind: str, served: bool, counted: bool) -> Iterator[str]:
+    """An answer without thoughts: as it is, or in the marks that the template puts around it."""
+    lead = frame.before or ""
+    if not lead.strip() and not behind:
+        yield content if content.startswith(lead) else lead + content
+        return
+    thinks = any(mark in lead for mark, _ in MARKS)
+    if not served and not thinks:
+        yield lead + content + behind
+        return
+    if served and counted:
+        yield content
+        yield lead + content + behind
+        return
+    raise UserError(
+        f"the chat template writes {(lead.strip() or behind)[:40]!r} around the answer of conversation {id}, which the "
+        "row does not hold, so what the model wrote cannot be told; "
+        + ("set --template-arg enable_thinking=false if it did not think, or " if thinks else "")
+        + "give its thoughts, or token ids"
+    )
+
+
+def _without(text: str, mark: str) -> str:
+    """The text behind an opening mark, which the prompt has already."""
+    return text.lstrip().removeprefix(mark) if text.lstrip().startswith(mark) else text
+
+
+def _joined(before: str, text: str) -> str:
+    """The text without the blanks that stand in front of it already."""
+    gap = before[len(before.rstrip()) :]
+    while gap and not text.startswith(gap):
+        gap = gap[1:]
+    return text[len(gap) :]
+
+
+def _joined_end(text: str, behind: str) -> str:
+    """The text without the blanks that follow it anyway."""
+    gap = behind[: len(behind) - len(behind.lstrip())]
+    while gap and not text.endswith(gap):
+        gap = gap[:-1]
+    return text[: len(text) - len(gap)] if gap else text
+
+
+def _refuse_ends(tokenizer: Any, id: str, response: Sequence[int], ends: Collection[int]) -> None:
+    if not response or response[0] in ends:
+        raise UserError(f"the answer in conversation {id} begins with an end token, so nothing of it is left")
+    inside = next((token for token in response if token in ends), None)
+    if inside is not None:
+        mark = tokenizer.decode([inside], skip_special_tokens=False)
+        raise UserError(f"the answer in conversation {id} holds the end token {mark}; take it out of the text")
+
+
+def continuation_ids(tokenizer: Any, prompt_ids: Sequence[int], prompt: str, text: str) -> list[int]:
+    """Token ids of ``text`` where it follows ``prompt``, whose ids are ``prompt_ids`` (as it is, nothing added)."""
+    joined = list(tokenizer(prompt + text, add_special_tokens=False).input_ids)
+    if joined[: len(prompt_ids)] == list(prompt_ids):
+        return joined[len(prompt_ids) :]
+    # A token across the border: no engine that was sent the prompt would produce it.
+    return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def opened_thoughts(prompt: str) -> tuple[str, str] | None:
+    """The marks of the block of thoughts that a prompt ends in; None where it opens none."""
+    end = prompt.rstrip()
+    return next((marks for marks in MARKS if end.endswith(marks[0])), None)
+
+
+# -- tokens to a turn ------------------------------------------------------------------------------------------------
+def reply_message(
+    tokenizer: Any, prompt_ids: Sequence[int], response_ids: Sequence[int], eos_ids: Collection[int]
+) -> Message:
+    """The assistant's turn that a chat server would hold of a response, for the history of the next turn.
+
+    Thoughts whose marks the template itself knows how to drop stay in the text; others are split off, as a server's
+    parser does it. Of gpt-oss's channels the final one is the answer. Raises ``ValueError`` where the answer cannot be
+    told from the rest.
+    """
+    ids = list(response_ids)
+    while ids and ids[-1] in eos_ids:
+        ids.pop()
+    text = tokenizer.decode(ids, skip_special_tokens=False)
+    if "<|channel|>" in text:
+        return _harmony(text)
+    opens = opened_thoughts(tokenizer.decode(list(prompt_ids[-16:]), skip_special_tokens=False))
+    marks = opens or next((pair for pair in MARKS if pair[0] in text or pair[1] in text), None)
+    if marks is None:
+        return {"role": ASSISTANT, "content": _said(tokenizer, ids, ())}
+    if marks[1] not in text:
+        raise ValueError("its thoughts do not end, so there is no answer")
+    special = set(marks) & set(tokenizer.all_special_tokens)
+    source = template_text(tokenizer)
+    if special or (marks[1] not in source and (opens or "reasoning_content" in source or "thinking" in source)):
+        _said(tokenizer, ids, marks)
+        thoughts, _, content = text.rpartition(marks[1])
+        thoughts = _without(thoughts, marks[0]).strip("\n")
+        thought: Message = {"reasoning_content": thoughts} if thoughts.strip() else {}
+        return {"role": ASSISTANT, "content": content.lstrip("\n"), **thought}
+    return {"role": ASSISTANT, "content": _said(tokenizer, ids, ())}
+
+
+def _said(tokenizer: Any, ids: Sequence[int], marks: Collection[str]) -> str:
+    """The text of ids. Raises ``ValueError`` for a special token in its midst that is none of ``marks``."""
+    special = set(tokenizer.all_special_ids) - set(tokenizer.convert_tokens_to_ids(list(marks)))
+    strange = next((token for token in ids if token in special), None)
+    if strange is not None:
+        mark = tokenizer.decode([strange], skip_special_tokens=False)
+        raise ValueError(f"it holds the special token {mark}, so what of it is the answer cannot be told")
+    return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def _harmony(text: str) -> Message:
+    """The final channel of a reply in gpt-oss's format, and what it thought before. Raises ``ValueError``."""
+    heads = list(HARMONY.finditer(text))
+    ends = [head.start() for head in heads[1:]] + [len(text)]
+    channels = [
+        (head[1].strip(), text[head.end() : end].removesuffix("<|end|>")) for head, end in zip(heads, ends, strict=True)
+    ]
+    final = [body for name, body in channels if name == "final"]
+    other = [name for name, _ in channels if name not in ("analysis", "final", "commentary")]
+    if len(final) != 1 or other or channels[-1][0] != "final" or "<|" in final[0]:
+        raise ValueError("it has no final channel to take the answer from")
+    thoughts = "\n".join(body for name, body in channels if name == "analysis")
+    return {"role": ASSISTANT, "content": final[0], **({"reasoning_content": thoughts} if thoughts else {})}
