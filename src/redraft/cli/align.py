@@ -180,7 +180,7 @@ def adapt(
         Path | None, typer.Option("--out", "-o", help="Run directory; a stopped run resumes from it.")
     ] = None,
     adapter: Adapter = None,
-    template_args: TemplateArgs = None,
+    template_arg: TemplateArgs = None,
     base_target: BaseTarget = None,
     eval_prompts: Annotated[
         str | None, typer.Option(help="Prompts to measure on; else held out from --prompts.")
@@ -251,8 +251,8 @@ def named_settings(given: dict[str, Any]) -> dict[str, Any]:
 
     kinds = {"train": TrainConfig, "private": PrivateSize}
     found: dict[str, Any] = {name: settings(given[name], kind) for name, kind in kinds.items() if name in given}
-    if "template_args" in given:
-        found["template_args"] = parse_template_args(given["template_args"])
+    if "template_arg" in given:
+        found["template_arg"] = parse_template_args(given["template_arg"])
     return found
 
 

@@ -62,7 +62,7 @@ def regenerate(
     server: Annotated[str | None, typer.Option(help="OpenAI-compatible server that serves the target.")] = None,
     server_model: Annotated[str | None, typer.Option(help="The target's name on that server.")] = None,
     adapter: Adapter = None,
-    template_args: TemplateArgs = None,
+    template_arg: TemplateArgs = None,
     dtype: Dtype = "bfloat16",
     device: Device = "cpu",
     seed: Seed = 0,
@@ -76,7 +76,7 @@ def regenerate(
     from redraft.sampling import Sampler
 
     samplers = [Sampler(t, top_k if t else 0, top_p if t else 1.0) for t in temperature]
-    spec = TargetSpec(target, dtype, device, adapter, parse_template_args(template_args or []))
+    spec = TargetSpec(target, dtype, device, adapter, parse_template_args(template_arg or []))
     report = regenerate_file(spec, prompts, out, samplers, max_new_tokens, seed, batch_size, server, server_model)
     say(report.summary())
 
@@ -95,7 +95,7 @@ def select(
     base_target: BaseTarget = None,
     draft: Annotated[str | None, typer.Option(help="The present draft (scorer rejection, and coverage on it).")] = None,
     adapter: Adapter = None,
-    template_args: TemplateArgs = None,
+    template_arg: TemplateArgs = None,
     dtype: Dtype = "bfloat16",
     device: Device = "cpu",
     seed: Seed = 0,
@@ -114,7 +114,7 @@ def select(
         scorer,
         budget,
         order=order,
-        target=TargetSpec(target, dtype, device, adapter, parse_template_args(template_args or [])) if target else None,
+        target=TargetSpec(target, dtype, device, adapter, parse_template_args(template_arg or [])) if target else None,
         base_target=TargetSpec(base_target, dtype, device) if base_target else None,
         draft=draft,
         keep=keep,

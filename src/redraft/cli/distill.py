@@ -29,7 +29,7 @@ def distill(
         Path | None, typer.Option("--out", "-o", help="Run directory; a stopped run resumes from it.")
     ] = None,
     adapter: Adapter = None,
-    template_args: TemplateArgs = None,
+    template_arg: TemplateArgs = None,
     draft: Annotated[str | None, typer.Option(help="A drafter to align, instead of pretraining a new one.")] = None,
     size: Annotated[
         str | None, typer.Option(help="Size of a new one: a share of the target (1/10), parameters (15M), or goel.")
@@ -89,8 +89,8 @@ def distill(
     for name, kind in (("pretrain", PretrainConfig), ("align", DistilConfig)):
         if name in given:
             given[name] = settings(given[name], kind)
-    if template_args:
-        given["template_args"] = parse_template_args(template_args)
+    if template_arg:
+        given["template_arg"] = parse_template_args(template_arg)
     parsed = read_distill_config(config, given)
     run = DistillRun(parsed, say)
     run.run()

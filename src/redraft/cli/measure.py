@@ -82,7 +82,7 @@ def probe(
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Longest answer.")] = 128,
     json_out: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
     adapter: Adapter = None,
-    template_args: TemplateArgs = None,
+    template_arg: TemplateArgs = None,
     dtype: Dtype = "bfloat16",
     device: Device = "cpu",
 ) -> None:
@@ -94,7 +94,7 @@ def probe(
     from redraft.report.tables import probe_panel
 
     found = probe_files(
-        TargetSpec(target, dtype, device, adapter, parse_template_args(template_args or [])),
+        TargetSpec(target, dtype, device, adapter, parse_template_args(template_arg or [])),
         draft,
         Questions(prompts, suite or (), data, limit),
         base_draft=base_draft,
@@ -154,7 +154,7 @@ def bench(
     concurrency: Annotated[list[int] | None, typer.Option(help="Requests under way at servers; repeatable.")] = None,
     server_model: Annotated[str | None, typer.Option(help="The target's name on servers that have several.")] = None,
     adapter: Adapter = None,
-    template_args: TemplateArgs = None,
+    template_arg: TemplateArgs = None,
     dtype: Dtype = "bfloat16",
     device: Device = "cpu",
     seed: Seed = 0,
@@ -168,7 +168,7 @@ def bench(
 
     if bool(draft) == bool(server):
         raise UserError("give --draft to measure drafts in this process, or --server to measure servers from outside")
-    spec = TargetSpec(target, dtype, device, adapter, parse_template_args(template_args or []))
+    spec = TargetSpec(target, dtype, device, adapter, parse_template_args(template_arg or []))
     questions = Questions(prompts, suite or (), data, limit, trained_on)
     how = How(shape, sampler_of(temperature, top_k, top_p), greedy_drafts, max_new_tokens, seed, static)
     if draft:

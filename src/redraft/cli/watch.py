@@ -57,7 +57,7 @@ def watch(
     rejected: Annotated[bool, typer.Option("--rejected", help="Show the rejected proposals too.")] = False,
     adapter: Adapter = None,
     base_draft: BaseDraft = None,
-    template_args: TemplateArgs = None,
+    template_arg: TemplateArgs = None,
     dtype: Dtype = "bfloat16",
     device: Device = "cpu",
     seed: Seed = 0,
@@ -77,7 +77,7 @@ def watch(
 
     sampler, form = sampler_of(temperature, top_k, top_p), parse_shape(shape)
     conversations = asked(prompt, prompts, limit)
-    spec = TargetSpec(target, dtype, device, adapter, parse_template_args(template_args or []))
+    spec = TargetSpec(target, dtype, device, adapter, parse_template_args(template_arg or []))
     with quiet():
         opened = spec.open()
         module, _ = open_proposer(draft, opened, base_draft)

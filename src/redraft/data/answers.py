@@ -17,7 +17,7 @@ from redraft.data.template import render, template_ids, template_text
 from redraft.data.turns import ASSISTANT, Message
 from redraft.errors import UserError
 
-__all__ = ["answer_ids", "continuation_ids", "reply_message"]
+__all__ = ["UnclearReply", "answer_ids", "continuation_ids", "reply_message"]
 
 ANSWER, THOUGHT = "redraftanswer", "redraftthought"
 # What opens and closes a block of thoughts in the public families of models that think.
@@ -217,6 +217,10 @@ def opened_thoughts(prompt: str) -> tuple[str, str] | None:
     return next((marks for marks in MARKS if end.endswith(marks[0])), None)
 
 
+class UnclearReply(ValueError):
+    """What of a reply is the answer cannot be told."""
+
+
 # -- tokens to a turn ------------------------------------------------------------------------------------------------
 def reply_message(
     tokenizer: Any, prompt_ids: Sequence[int], response_ids: Sequence[int], eos_ids: Collection[int]
@@ -224,7 +228,7 @@ def reply_message(
     """The assistant's turn that a chat server would hold of a response, for the history of the next turn.
 
     Thoughts whose marks the template itself knows how to drop stay in the text; others are split off, as a server's
-    parser does it. Of gpt-oss's channels the final one is the answer. Raises ``ValueError`` where the answer cannot be
+    parser does it. Of gpt-oss's channels the final one is the answer. Raises ``UnclearReply`` where it cannot be
     told from the rest.
     """
     ids = list(response_ids)
@@ -238,7 +242,7 @@ def reply_message(
     if marks is None:
         return {"role": ASSISTANT, "content": _said(tokenizer, ids, ())}
     if marks[1] not in text:
-        raise ValueError("its thoughts do not end, so there is no answer")
+        raise UnclearReply("its thoughts do not end, so there is no answer")
     special = set(marks) & set(tokenizer.all_special_tokens)
     source = template_text(tokenizer)
     if special or (marks[1] not in source and (opens or "reasoning_content" in source or "thinking" in source)):
@@ -251,17 +255,21 @@ def reply_message(
 
 
 def _said(tokenizer: Any, ids: Sequence[int], marks: Collection[str]) -> str:
-    """The text of ids. Raises ``ValueError`` for a special token in its midst that is none of ``marks``."""
-    special = set(tokenizer.all_special_ids) - set(tokenizer.convert_tokens_to_ids(list(marks)))
+    """The text of ids. Raises ``UnclearReply`` for a special token in its midst that is none of ``marks``.
+
+    Tokens that frame nothing (begin, padding, unknown) are left out, as servers do.
+    """
+    frameless = {tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
+    special = set(tokenizer.all_special_ids) - frameless - set(tokenizer.convert_tokens_to_ids(list(marks)))
     strange = next((token for token in ids if token in special), None)
     if strange is not None:
         mark = tokenizer.decode([strange], skip_special_tokens=False)
-        raise ValueError(f"it holds the special token {mark}, so what of it is the answer cannot be told")
+        raise UnclearReply(f"it holds the special token {mark}, so what of it is the answer cannot be told")
     return str(tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def _harmony(text: str) -> Message:
-    """The final channel of a reply in gpt-oss's format, and what it thought before. Raises ``ValueError``."""
+    """The final channel of a reply in gpt-oss's format, and what it thought before. Raises ``UnclearReply``."""
     heads = list(HARMONY.finditer(text))
     ends = [head.start() for head in heads[1:]] + [len(text)]
     channels = [
@@ -270,6 +278,6 @@ def _harmony(text: str) -> Message:
     final = [body for name, body in channels if name == "final"]
     other = [name for name, _ in channels if name not in ("analysis", "final", "commentary")]
     if len(final) != 1 or other or channels[-1][0] != "final" or "<|" in final[0]:
-        raise ValueError("it has no final channel to take the answer from")
+        raise UnclearReply("it has no final channel to take the answer from")
     thoughts = "\n".join(body for name, body in channels if name == "analysis")
     return {"role": ASSISTANT, "content": final[0], **({"reasoning_content": thoughts} if thoughts else {})}

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from redraft.data.answers import reply_message
+from redraft.data.answers import UnclearReply, reply_message
 from redraft.data.generate import Completion, Request, generate
 from redraft.data.prompts import Conversation, check_length, prompt_messages, template_ids, user_turns
 from redraft.data.server import ServerEngine
@@ -354,7 +354,7 @@ class _Run:
         last = len(chain.said) == user_turns(chain.conversation)
         try:
             reply = {} if last else reply_message(self.tokenizer, row.prompt_ids, row.response_ids, self.eos_ids)
-        except ValueError as error:
+        except UnclearReply as error:
             chain.replies.append({})
             reason = f"the reply before it ({row.key}) cannot be put into its history: {error}"
             self._break(chain, Failure(chain.key, reason))

@@ -59,7 +59,7 @@ class AdaptRun:
 
     def _open(self, dtype: str) -> Target:
         c = self.config
-        return open_target(c.target, dtype, c.device, c.adapter, c.template_args, self.folder)
+        return open_target(c.target, dtype, c.device, c.adapter, c.template_arg, self.folder)
 
     @property
     def base_target(self) -> Target | None:

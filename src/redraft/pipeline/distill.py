@@ -90,9 +90,9 @@ class DistillRun:
         c = self.config
         if c.server_only:
             served = served_target(c.target, c.device)
-            settle_template(served.tokenizer, c.template_args, self.folder)
+            settle_template(served.tokenizer, c.template_arg, self.folder)
             return served
-        target = open_target(c.target, c.dtype, c.device, c.adapter, c.template_args, self.folder)
+        target = open_target(c.target, c.dtype, c.device, c.adapter, c.template_arg, self.folder)
         target.tap(())  # the draft reads none of its states; only the head's input is kept
         return target
 

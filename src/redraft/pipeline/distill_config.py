@@ -27,7 +27,7 @@ class DistillConfig(BaseModel):
     target: str = Field(description="the chat target: folder, hub id, or a folder with a PEFT adapter")
     out: Path = Field(description="run directory; a stopped run resumes from it")
     adapter: str | None = Field(None, description="PEFT adapter to merge into --target")
-    template_args: dict[str, Any] = Field(
+    template_arg: dict[str, Any] = Field(
         default_factory=dict, description="arguments of the target's chat template, such as enable_thinking: false"
     )
     # the drafter
@@ -129,7 +129,7 @@ class DistillConfig(BaseModel):
 def read_distill_config(path: Path | None, given: dict[str, Any]) -> DistillConfig:
     """Settings from a YAML file (if any); ``given`` flags win. Raises ``UserError``."""
     values = read_settings(path, COMMAND) if path else {}
-    for name in ("pretrain", "align", "template_args"):
+    for name in ("pretrain", "align", "template_arg"):
         if isinstance(values.get(name), dict) and name in given:
             given = given | {name: values[name] | given[name]}
     return checked(DistillConfig, values | given, COMMAND)

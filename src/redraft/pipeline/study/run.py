@@ -88,7 +88,7 @@ class StudyRun:
         folder = self.folder / "bases" / slug(spec)
 
         def opener() -> Target:
-            return open_target(spec, c.dtype, c.device, None, c.template_args, self.folder)
+            return open_target(spec, c.dtype, c.device, None, c.template_arg, self.folder)
 
         return Model(opener, f"base {spec}", folder, c, self.ledger, self._tell)
 
@@ -256,7 +256,7 @@ def claim(config: StudyConfig, folder: Path) -> None:
         raise UserError(f"cannot use {folder} for the study: {error.strerror or error}") from None
     values, path = json.loads(config.model_dump_json()), folder / CONFIG_FILE
     if path.exists():
-        stored = {"template_args": {}} | read_json(path)  # a setting that is newer than some studies
+        stored = {"template_arg": {}} | read_json(path)  # a setting that is newer than some studies
         changed = sorted(key for key in {*stored, *values} - {*FREE, *NAMED} if stored.get(key) != values.get(key))
         for kind in NAMED:
             old, new = stored.get(kind, {}), values[kind]

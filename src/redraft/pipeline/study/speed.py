@@ -56,7 +56,7 @@ def speed_of(work: TargetWork, cells: list[Cell], say: Say) -> None:
         work.target,
         config.dtype,
         lambda dtype: open_target(
-            entry.target, dtype, config.device, entry.adapter, config.template_args, work.folder.parent.parent
+            entry.target, dtype, config.device, entry.adapter, config.template_arg, work.folder.parent.parent
         ),
     )
     for target in targets.values():
