@@ -30,7 +30,10 @@ MARKS = (
     ("<thought>", "</thought>"),
     ("<reasoning>", "</reasoning>"),
     ("<|begin_of_thought|>", "<|end_of_thought|>"),
+    ("<|channel>thought", "<channel|>"),
 )
+# What stands around an answer beside its thoughts.
+ANSWER_MARKS = ("<|START_RESPONSE|>", "<|END_RESPONSE|>")
 HARMONY = re.compile(r"(?:<\|start\|>[^<]*)?<\|channel\|>([^<]*)(?:<\|constrain\|>[^<]*)?<\|message\|>")
 
 
@@ -40,12 +43,12 @@ class _Frame:
     """What a template writes around an answer: before the thoughts, between the two, and behind, up to the end token.
 
     ``before`` is what it writes between its opening of the turn and the thoughts, or the answer where there are none;
-    None where it does not write the turn behind that opening at all.
+    None where it does not write the turn behind that opening at all. ``between`` is None where it drops the thoughts.
     """
 
     opened: str
     before: str | None
-    between: str
+    between: str | None
     behind: str
     end: int | None
 
@@ -103,15 +106,13 @@ def _frame(tokenizer: Any, id: str, asked: Sequence[Message], thinks: bool, ends
     before, found, behind = whole.rpartition(ANSWER)
     if not found:
         raise UserError(f"the chat template does not write the answer of conversation {id}; log token ids instead")
-    lead = before[len(opened) :] if before.startswith(opened) else None
-    between = ""
-    if thinks:
-        lead, found, between = (lead or "").rpartition(THOUGHT)
-        if not found:
-            raise UserError(
-                f"the chat template leaves out the thoughts (reasoning_content) of the answer in conversation {id}, "
-                "so the tokens of the model's response cannot be told; log token ids instead"
-            )
+    lead: str | None = before[len(opened) :] if before.startswith(opened) else None
+    between: str | None = None
+    if thinks and THOUGHT in (lead or ""):
+        lead, _, between = (lead or "").rpartition(THOUGHT)
+    elif lead is None and before.rstrip() == _without_block(opened).rstrip():
+        # The opening holds an empty block of thoughts that the template does not write into a history.
+        lead = ""
     tail = list(tokenizer(behind, add_special_tokens=False).input_ids)
     place = next((place for place, token in enumerate(tail) if token in ends), None)
     inner = tokenizer.decode(tail[:place], skip_special_tokens=False) if place is not None else ""
@@ -124,14 +125,7 @@ def _texts(id: str, frame: _Frame, message: Message, served: bool, counted: bool
     opens = opened_thoughts(frame.opened)
     behind = "" if cut else frame.behind.rstrip()
     if thoughts:
-        assert frame.before is not None
-        if opens:
-            thoughts = _without(thoughts, opens[0])
-        begun = frame.before + _joined(frame.before or frame.opened, thoughts)
-        if cut and not content:
-            yield begun
-        else:
-            yield _joined_end(begun, frame.between) + frame.between + _joined(frame.between, content) + behind
+        yield from _thought_texts(id, frame, content, thoughts, behind, counted, cut)
         return
     if any(mark in content for pair in MARKS for mark in pair) or (cut and opens):
         # The thoughts are in the text, closed or cut off in their midst. The prompt may have opened them already.
@@ -148,6 +142,31 @@ def _texts(id: str, frame: _Frame, message: Message, served: bool, counted: bool
             "assistant turn, so it cannot be placed; regenerate the answers, or give token ids"
         )
     yield from _plain_texts(id, frame, content, behind, served, counted)
+
+
+def _thought_texts(
+    id: str, frame: _Frame, content: str, thoughts: str, behind: str, counted: bool, cut: bool
+) -> Iterator[str]:
+    """Thoughts and answer that a server took apart: as the template joins them, or as its prompt's block asks for."""
+    opens = opened_thoughts(frame.opened)
+    if frame.between is not None:
+        lead = frame.before or ""
+        begun = lead + _joined(lead or frame.opened, _without(thoughts, opens[0]) if opens else thoughts)
+        if cut and not content:
+            yield begun
+        else:
+            yield _joined_end(begun, frame.between) + frame.between + _joined(frame.between, content) + behind
+        return
+    if opens and counted and not behind:
+        # Servers cut the text at the closing mark, and some of them take the blanks around it away.
+        yield thoughts + opens[1] + content
+        for around in ("\n", "\n\n"):
+            yield f"{_joined(frame.opened, thoughts.rstrip())}\n{opens[1]}{around}{content.lstrip()}"
+        return
+    raise UserError(
+        f"the chat template leaves out the thoughts (reasoning_content) of the answer in conversation {id}, so the "
+        "tokens of the model's response cannot be told; log token ids, or usage with completion_tokens"
+    )
 
 
 def _plain_texts(id: str, frame: _Frame, content: str, behind: str, served: bool, counted: bool) -> Iterator[str]:
@@ -175,6 +194,13 @@ def _plain_texts(id: str, frame: _Frame, content: str, behind: str, served: bool
 def _without(text: str, mark: str) -> str:
     """The text behind an opening mark, which the prompt has already."""
     return text.lstrip().removeprefix(mark) if text.lstrip().startswith(mark) else text
+
+
+def _without_block(opened: str) -> str:
+    """The opening of a turn without the closed block of thoughts that it ends in."""
+    end = opened.rstrip()
+    marks = next((pair for pair in MARKS if end.endswith(pair[1])), None)
+    return end[: end.rindex(marks[0])] if marks and marks[0] in end else opened
 
 
 def _joined(before: str, text: str) -> str:
@@ -239,33 +265,32 @@ def reply_message(
         return _harmony(text)
     opens = opened_thoughts(tokenizer.decode(list(prompt_ids[-16:]), skip_special_tokens=False))
     marks = opens or next((pair for pair in MARKS if pair[0] in text or pair[1] in text), None)
-    if marks is None:
-        return {"role": ASSISTANT, "content": _said(tokenizer, ids, ())}
-    if marks[1] not in text:
-        raise UnclearReply("its thoughts do not end, so there is no answer")
-    special = set(marks) & set(tokenizer.all_special_tokens)
-    source = template_text(tokenizer)
-    if special or (marks[1] not in source and (opens or "reasoning_content" in source or "thinking" in source)):
-        _said(tokenizer, ids, marks)
-        thoughts, _, content = text.rpartition(marks[1])
-        thoughts = _without(thoughts, marks[0]).strip("\n")
-        thought: Message = {"reasoning_content": thoughts} if thoughts.strip() else {}
-        return {"role": ASSISTANT, "content": content.lstrip("\n"), **thought}
-    return {"role": ASSISTANT, "content": _said(tokenizer, ids, ())}
+    thought: Message = {}
+    if marks is not None:
+        if marks[1] not in text:
+            raise UnclearReply("its thoughts do not end, so there is no answer")
+        source = template_text(tokenizer)
+        special = set(tokenizer.all_special_tokens).intersection(marks)
+        parsed = marks[1] not in source and (opens or "reasoning_content" in source or "thinking" in source)
+        if special or parsed:
+            thoughts, _, text = text.rpartition(marks[1])
+            thoughts, text = _without(thoughts, marks[0]).strip("\n"), text.lstrip("\n")
+            thought = {"reasoning_content": thoughts} if thoughts.strip() else {}
+    return {"role": ASSISTANT, "content": _said(tokenizer, text), **thought}
 
 
-def _said(tokenizer: Any, ids: Sequence[int], marks: Collection[str]) -> str:
-    """The text of ids. Raises ``UnclearReply`` for a special token in its midst that is none of ``marks``.
+def _said(tokenizer: Any, text: str) -> str:
+    """The text without tokens that frame nothing (begin, padding, unknown), which servers leave out as well.
 
-    Tokens that frame nothing (begin, padding, unknown) are left out, as servers do.
+    Raises ``UnclearReply`` for any other special token in it.
     """
-    frameless = {tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
-    special = set(tokenizer.all_special_ids) - frameless - set(tokenizer.convert_tokens_to_ids(list(marks)))
-    strange = next((token for token in ids if token in special), None)
-    if strange is not None:
-        mark = tokenizer.decode([strange], skip_special_tokens=False)
-        raise UnclearReply(f"it holds the special token {mark}, so what of it is the answer cannot be told")
-    return str(tokenizer.decode(ids, skip_special_tokens=True))
+    text = text.removeprefix(ANSWER_MARKS[0]).removesuffix(ANSWER_MARKS[1])
+    frameless = {tokenizer.bos_token, tokenizer.pad_token, tokenizer.unk_token}
+    for mark in tokenizer.all_special_tokens:
+        if mark in text and mark not in frameless:
+            raise UnclearReply(f"it holds the special token {mark}, so what of it is the answer cannot be told")
+        text = text.replace(mark, "")
+    return text
 
 
 def _harmony(text: str) -> Message:
