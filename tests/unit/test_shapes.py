@@ -17,9 +17,10 @@ DOCS = Path(__file__).resolve().parents[2] / "docs" / "text.md"
 TABLE = re.findall(r"^\| ([^|`]+) \| `(.+?)` \| (.+?) \| .*\|$", DOCS.read_text(), re.M)
 
 WITH_TOOLS = (
-    "{% if tools %}<|im_start|>tools {{ tools | map(attribute='function') | map(attribute='name') | join(' ') }}\n{% endif %}"
+    "{% if tools %}<|im_start|>tools {{ tools | map(attribute='function.name') | join(' ') }}\n{% endif %}"
     "{% for m in messages %}{% if m.role != 'developer' %}<|im_start|>{{ m.role }}\n{{ m.content }}"
-    "{% for c in m.tool_calls or [] %}CALL {{ c.function.name }} {{ c.function.arguments.city }}{% endfor %}<|im_end|>\n"
+    "{% for c in m.tool_calls or [] %}CALL {{ c.function.name }} {{ c.function.arguments.city }}{% endfor %}"
+    "<|im_end|>\n"
     "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 ASK = [{"role": "user", "content": "so?"}]

@@ -14,7 +14,7 @@ from typing import Any
 
 from redraft.data.shapes import with_turns
 from redraft.data.template import render, template_ids, template_text
-from redraft.data.turns import ASSISTANT, Message
+from redraft.data.turns import ASSISTANT, USER, Message
 from redraft.errors import UserError
 
 __all__ = ["UnclearReply", "answer_ids", "continuation_ids", "reply_message"]
@@ -86,14 +86,23 @@ def answer_ids(
     prompt = template_ids(tokenizer, id, asked)
     frame = _frame(tokenizer, id, asked, bool(message.get("reasoning_content")), ends)
     end = [] if cut or frame.end is None else [frame.end]
-    for text in _texts(id, frame, message, served, bool(counts), cut):
-        response = continuation_ids(tokenizer, prompt, frame.opened, text)
-        _refuse_ends(tokenizer, id, response, ends)
-        if not counts or len(response) + len(end) in counts or (end and len(response) in counts):
-            return prompt, [*response, *end], "stop" if end else "length"
+    texts = dict.fromkeys(_texts(id, frame, message, served, bool(counts), cut))
+    responses = [continuation_ids(tokenizer, prompt, frame.opened, text) for text in texts]
+    for each in responses:
+        _refuse_ends(tokenizer, id, each, ends)
+    response = _counted(id, responses, len(end), counts) if counts else responses[0]
+    return prompt, [*response, *end], "stop" if end else "length"
+
+
+def _counted(id: str, responses: Sequence[list[int]], end: int, counts: Collection[int]) -> list[int]:
+    """The one response that has as many tokens as were counted, with its end token or else without."""
+    fitting = [ids for ids in responses if len(ids) + end in counts] or [ids for ids in responses if len(ids) in counts]
+    if len(fitting) == 1:
+        return fitting[0]
+    have = "several spellings of that number" if fitting else f"{len(responses[0]) + end} as text"
     raise UserError(
-        f"usage says {' or '.join(map(str, sorted(counts)))} tokens, but the answer in conversation {id} has "
-        f"{len(response) + len(end)} as text: the model wrote something else too; log token ids instead"
+        f"usage says {' or '.join(map(str, sorted(counts)))} tokens, but the answer in conversation {id} has {have}, "
+        "so what else the model wrote cannot be told; log token ids instead"
     )
 
 
@@ -158,10 +167,8 @@ def _thought_texts(
             yield _joined_end(begun, frame.between) + frame.between + _joined(frame.between, content) + behind
         return
     if opens and counted and not behind:
-        # Servers cut the text at the closing mark, and some of them take the blanks around it away.
+        # A server that cut the text at the closing mark and left the blanks there; the count tells whether it did.
         yield thoughts + opens[1] + content
-        for around in ("\n", "\n\n"):
-            yield f"{_joined(frame.opened, thoughts.rstrip())}\n{opens[1]}{around}{content.lstrip()}"
         return
     raise UserError(
         f"the chat template leaves out the thoughts (reasoning_content) of the answer in conversation {id}, so the "
@@ -270,7 +277,7 @@ def reply_message(
         if marks[1] not in text:
             raise UnclearReply("its thoughts do not end, so there is no answer")
         source = template_text(tokenizer)
-        special = set(tokenizer.all_special_tokens).intersection(marks)
+        special = special_tokens(tokenizer).intersection(marks)
         parsed = marks[1] not in source and (opens or "reasoning_content" in source or "thinking" in source)
         if special or parsed:
             thoughts, _, text = text.rpartition(marks[1])
@@ -279,16 +286,28 @@ def reply_message(
     return {"role": ASSISTANT, "content": _said(tokenizer, text), **thought}
 
 
-def _said(tokenizer: Any, text: str) -> str:
-    """The text without tokens that frame nothing (begin, padding, unknown), which servers leave out as well.
+def special_tokens(tokenizer: Any) -> set[str]:
+    """What decoding leaves out of the text it shows: the named special tokens, and those added as special."""
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    return {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
 
-    Raises ``UnclearReply`` for any other special token in it.
+
+def _said(tokenizer: Any, text: str) -> str:
+    """The text without special tokens that frame no part of an answer, as servers show it.
+
+    These are the begin, padding and unknown token, and those of turns, which a model that runs on may write. Raises
+    ``UnclearReply`` for any other: what stands before or behind it may be something else than the answer.
     """
     text = text.removeprefix(ANSWER_MARKS[0]).removesuffix(ANSWER_MARKS[1])
-    frameless = {tokenizer.bos_token, tokenizer.pad_token, tokenizer.unk_token}
-    for mark in tokenizer.all_special_tokens:
-        if mark in text and mark not in frameless:
-            raise UnclearReply(f"it holds the special token {mark}, so what of it is the answer cannot be told")
+    found = {mark for mark in special_tokens(tokenizer) if mark in text}
+    strange = found - {tokenizer.bos_token, tokenizer.pad_token, tokenizer.unk_token}
+    if strange:
+        talk: list[Message] = [{"role": role, "content": ANSWER} for role in (USER, ASSISTANT, USER)]
+        turns = render(tokenizer, "of a sample", talk, False)
+        strange = {mark for mark in strange if mark not in turns}
+    if strange:
+        raise UnclearReply(f"it holds the special token {min(strange)}, so what of it is the answer cannot be told")
+    for mark in found:
         text = text.replace(mark, "")
     return text
 

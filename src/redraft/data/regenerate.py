@@ -174,9 +174,8 @@ def regenerate(
 
 def _moment(tokenizer: Any, out_path: str | Path) -> datetime | None:
     """The date that the template is shown, where it writes one and the run has none of its own."""
-    if not writes_date(tokenizer) or settings_of(tokenizer).fixed:
-        return None
-    return kept_moment(out_path)
+    known = settings_of(tokenizer)
+    return None if known.fixed or not writes_date(tokenizer) else kept_moment(out_path, known.moment)
 
 
 def _check_arguments(conversations: Sequence[Conversation], samplers: Sequence[Sampler], max_new_tokens: int) -> None:

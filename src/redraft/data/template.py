@@ -39,7 +39,7 @@ class TemplateSettings:
     """
 
     arguments: dict[str, Any] = field(default_factory=dict)
-    moment: datetime = field(default_factory=datetime.now)
+    moment: datetime = field(default_factory=lambda: datetime.now().replace(microsecond=0))
     fixed: bool = False
 
 
@@ -118,16 +118,15 @@ def date_path(path: str | Path) -> Path:
     return path / "date.json" if path.is_dir() else path.with_name(f"{path.name.removesuffix('.jsonl')}.date.json")
 
 
-def kept_moment(path: str | Path) -> datetime:
-    """The date and time of the run that writes to ``path``: as it was kept there, or now, and kept from now on.
+def kept_moment(path: str | Path, began: datetime) -> datetime:
+    """The date and time of the run that writes to ``path``: as it was kept there, or ``began``, kept from now on.
 
     Raises ``UserError`` for a file that holds no date.
     """
     place = date_path(path)
     if not place.exists():
-        now = datetime.now().replace(microsecond=0)
-        atomic_write_text(place, json.dumps({"date": now.isoformat()}) + "\n")
-        return now
+        atomic_write_text(place, json.dumps({"date": began.isoformat()}) + "\n")
+        return began
     try:
         return datetime.fromisoformat(json.loads(place.read_text())["date"])
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -51,8 +51,9 @@ def open_target(
 
 def settle_template(tokenizer: Any, template_args: Mapping[str, Any] | None = None, run: Path | None = None) -> None:
     """Give a tokenizer's template its arguments and the date of a ``run`` directory. Raises ``UserError``."""
-    dated = run is not None and writes_date(tokenizer)
-    use_template(tokenizer, template_args, kept_moment(run) if run is not None and dated else None)
+    known = use_template(tokenizer, template_args)
+    if run is not None and writes_date(tokenizer):
+        use_template(tokenizer, template_args, kept_moment(run, known.moment))
 
 
 def open_draft(source: str | Path, target: Target, base: str | Path | None = None) -> OpenDraft:
