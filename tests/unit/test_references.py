@@ -103,7 +103,7 @@ def test_conversations_without_their_answers_are_refused(messages: Any, text: st
 
 def test_templates_that_cannot_be_followed_are_refused(tiny_tokenizer: Any) -> None:
     tiny_tokenizer.chat_template = tiny_tokenizer.chat_template.replace("assistant\n", "assistant\n<think>")
-    with pytest.raises(UserError, match="chat template does not write"):
+    with pytest.raises(UserError, match="opens a block of thoughts"):
         reference_rows(TALKS, tiny_tokenizer, "cafe")
     tiny_tokenizer.chat_template = "{{ raise_exception('never') }}"
     with pytest.raises(UserError, match="chat template refuses conversation a"):

@@ -341,3 +341,45 @@ def test_chat_templates_that_do_not_work(
     tiny_tokenizer.chat_template = template
     with pytest.raises(UserError, match=message):
         run(ScriptedEngine(), tokenizer=tiny_tokenizer)
+
+
+# -- the history of a later turn -------------------------------------------------------------------------------------
+class Speaks:
+    """Answers everything with one text."""
+
+    def __init__(self, tokenizer: Any, text: str) -> None:
+        self.ids = list(tokenizer(text, add_special_tokens=False).input_ids)
+
+    def answer(self, requests: Sequence[Request], *args: Any, **kwargs: Any) -> Iterator[Completion]:
+        yield from (Completion(request, self.ids, "stop") for request in requests)
+
+
+def test_thoughts_in_special_marks_are_no_part_of_the_history(
+    run: Callable, tmp_path: Path, tiny_tokenizer: Any
+) -> None:
+    tiny_tokenizer.add_special_tokens({"extra_special_tokens": ["[THINK]", "[/THINK]"]})
+    engine = Speaks(tiny_tokenizer, "[THINK]a secret[/THINK]yes<|im_end|>")
+    run(engine, [TALKS[2]], samplers=[Sampler()], max_new_tokens=99)
+    first, second = read_rows(tmp_path / "r.jsonl")
+    assert "secret" in tiny_tokenizer.decode(first.response_ids)
+    assert "assistant\nyes<|im_end|>" in tiny_tokenizer.decode(second.prompt_ids)
+    assert "secret" not in tiny_tokenizer.decode(second.prompt_ids)
+
+
+def test_turns_behind_a_reply_that_is_not_clear_are_listed(run: Callable, tmp_path: Path, tiny_tokenizer: Any) -> None:
+    tiny_tokenizer.add_special_tokens({"extra_special_tokens": ["<x>"]})
+    report = run(Speaks(tiny_tokenizer, "so<x>user<|im_end|>"), [TALKS[1]], samplers=[Sampler()])
+    assert [row.key for row in read_rows(tmp_path / "r.jsonl")] == ["b@T0"]
+    failures = read_failures(tmp_path / "r.jsonl")
+    assert [failure.key for failure in failures] == ["b@T0#1", "b@T0#2"] and failures == report.failures
+    assert "(b@T0) cannot be put into its history: it holds the special token <x>" in failures[0].reason
+    again = run(Speaks(tiny_tokenizer, "so<x>user<|im_end|>"), [TALKS[1]], samplers=[Sampler()])
+    assert (again.kept, again.new, again.failures) == (1, 0, failures)
+
+
+def test_a_turn_behind_a_tools_result_is_listed(run: Callable, tmp_path: Path) -> None:
+    messages = [*TALKS[0].messages, {"role": "tool", "content": "noon"}, {"role": "user", "content": "and?"}]
+    run(ScriptedEngine(), [Conversation("t", messages)], samplers=[Sampler()])
+    assert [row.key for row in read_rows(tmp_path / "r.jsonl")] == ["t@T0"]
+    (failure,) = read_failures(tmp_path / "r.jsonl")
+    assert failure.key == "t@T0#1" and "the result of a tool stands before this turn" in failure.reason

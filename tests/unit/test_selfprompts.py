@@ -43,7 +43,10 @@ def test_an_end_without_a_token_of_its_own_is_found_in_the_text(tiny_tokenizer: 
         ("{% for m in messages %}<|im_start|>{{ m['content'] }}{% endfor %}", "cannot be told"),
         ("{% for m in messages %}<|im_start|>{{ m['content'][::-1] }}<|im_end|>{% endfor %}", "cannot be told"),
         ("{% for m in messages %}> {{ m['content'] }} | {{ m['content'] }} <{% endfor %}", "cannot be told"),
-        ("{{ raise_exception('roles must alternate') }}", "refuses a lone user turn: roles must alternate"),
+        (
+            "{{ raise_exception('roles must alternate') }}",
+            "refuses conversation with a lone user turn: roles must alternate",
+        ),
     ],
 )
 def test_templates_without_an_opening_are_refused(template: str | None, text: str, tiny_tokenizer: Any) -> None:

@@ -153,7 +153,7 @@ GOOD = {"prompt_ids": [1, 9], "response_ids": [20, EOS]}
         (GOOD | {"response_ids": [-1]}, "holds the id -1"),
         (GOOD | {"completion": "something else"}, "are they another tokenizer's"),
         (GOOD | {"target_hash": "beef"}, "served by another target (beef, this one is cafe)"),
-        (GOOD | {"finish_reason": "tool_calls"}, "not 'tool_calls'"),
+        (GOOD | {"finish_reason": "content_filter"}, "not 'content_filter'"),
         (GOOD | {"temperature": "hot"}, "temperature must be a number"),
         (GOOD | {"temperature": -1}, "temperature must be a number of 0"),
         (GOOD | {"prompt_ids": [5] * 99}, "do not fit into the target's context of 64"),
@@ -242,3 +242,90 @@ def test_traffic_costs_no_generation_and_is_read_again_after_a_kill(
     assert "nothing was generated" in said[-1]
     with pytest.raises(UserError, match="too few"):
         take_traffic(log(*served(9)), target, *paths, **settings)
+
+
+# -- what a request and an answer say beside the text ----------------------------------------------------------------
+TOOLED = "{% if tools %}{{ tools[0].function.name }}\n{% endif %}"
+TIDES = {"type": "function", "function": {"name": "tides"}}
+CALLED = {"role": "assistant", "content": None, "tool_calls": [TIDES | {"id": "1"}]}
+
+
+def one(log: Callable[..., Path], tokenizer: Any, record: dict[str, Any], **how: Any) -> tuple[str, str, str]:
+    (row,) = read_traces(log(record), tokenizer, "cafe", **how)
+    return tokenizer.decode(row.prompt_ids), tokenizer.decode(row.response_ids), row.finish_reason
+
+
+def test_tools_and_their_results_stand_in_the_prompt(log: Callable[..., Path], tiny_tokenizer: Any) -> None:
+    calls = "{% for m in messages %}{% for c in m.tool_calls or [] %}{{ c.function.name }} {% endfor %}{% endfor %}"
+    tiny_tokenizer.chat_template = TOOLED + calls + tiny_tokenizer.chat_template
+    talk = [*user("so?"), CALLED, {"role": "tool", "content": "noon", "tool_call_id": "1"}]
+    prompt, response, _ = one(log, tiny_tokenizer, {"messages": talk, "tools": [TIDES], "completion": "at noon"})
+    assert prompt.startswith("tides\ntides ") and "<|im_start|>tool\nnoon<|im_end|>" in prompt
+    assert response == "at noon<|im_end|>"
+
+
+def test_the_servers_counts_must_agree(log: Callable[..., Path], tiny_tokenizer: Any) -> None:
+    record = {"messages": user("so?"), "completion": "no"}
+    (row,) = read_traces(log(record), tiny_tokenizer, "cafe")
+    ids = {"prompt_ids": row.prompt_ids, "response_ids": row.response_ids}
+    for found in (record, ids, {"prompt": tiny_tokenizer.decode(row.prompt_ids), "completion": "no"}):
+        for less in (0, 1):
+            usage = {"prompt_tokens": len(row.prompt_ids), "completion_tokens": len(row.response_ids) - less}
+            assert one(log, tiny_tokenizer, found | {"usage": usage})[1] == "no<|im_end|>"
+        with pytest.raises(UserError, match=r"served\.jsonl:1: usage says 60 tokens"):
+            one(log, tiny_tokenizer, found | {"usage": {"completion_tokens": 60}})
+        with pytest.raises(UserError, match=r"usage says that the prompt had 3 tokens.*tools, a system turn"):
+            one(log, tiny_tokenizer, found | {"usage": {"prompt_tokens": 3}})
+    cut = record | {"finish_reason": "length", "usage": {"completion_tokens": 2}}
+    assert one(log, tiny_tokenizer, cut)[1:] == ("no", "length")
+
+
+def test_the_end_is_the_one_that_came(log: Callable[..., Path], tiny_tokenizer: Any) -> None:
+    chat = {"messages": user("so?"), "completion": "no", "finish_reason": "stop"}
+    raw = {"prompt": "<|im_start|>so?", "completion": "no", "finish_reason": "stop"}
+    ends = {"eos_ids": [EOS, 3]}
+    for record in (chat, raw):
+        # A stop string ended it, or a token of the engine's choice.
+        assert one(log, tiny_tokenizer, record | {"stop_reason": "END"}, **ends)[1:] == ("no", "length")
+        assert one(log, tiny_tokenizer, record | {"finish_reason": "stop_sequence"}, **ends)[1:] == ("no", "length")
+        assert one(log, tiny_tokenizer, record | {"stop_reason": 3}, **ends)[1:] == ("no<pad>", "stop")
+        assert one(log, tiny_tokenizer, record | {"finish_reason": {"type": "length"}}, **ends)[1:] == ("no", "length")
+    assert one(log, tiny_tokenizer, chat, **ends)[1] == "no<|im_end|>"
+    assert one(log, tiny_tokenizer, raw, **ends)[1] == "no"  # two end tokens, and nobody says which
+    with pytest.raises(UserError, match="stop_reason.*the target has 128 tokens"):
+        one(log, tiny_tokenizer, chat | {"stop_reason": 999})
+
+
+def test_ids_beside_what_a_server_split_off_are_still_checked(log: Callable[..., Path], tiny_tokenizer: Any) -> None:
+    ids = tiny_tokenizer("(hm) no<|im_end|>").input_ids
+    said = {"role": "assistant", "content": "no", "reasoning_content": "hm"}
+    record = {"prompt_token_ids": [9], "choices": [{"token_ids": ids, "message": said, "finish_reason": "stop"}]}
+    assert one(log, tiny_tokenizer, record)[1] == "(hm) no<|im_end|>"
+    assert one(log, tiny_tokenizer, record | {"choices": [{"token_ids": ids, "message": CALLED}]})[1][:4] == "(hm)"
+    wrong = record | {"choices": [{"token_ids": ids, "message": said | {"reasoning_content": "mm"}}]}
+    with pytest.raises(UserError, match="are they another tokenizer's"):
+        one(log, tiny_tokenizer, wrong)
+
+
+@pytest.mark.parametrize(
+    ("record", "text"),
+    [
+        ({"messages": user("x"), "choices": [{"message": CALLED, "finish_reason": "tool_calls"}]}, "has tool_calls"),
+        ({"messages": user("x"), "completion": "y", "tools": [TIDES]}, "leaves out its tools"),
+        ({"messages": user("x"), "completion": "y", "images": ["a.png"]}, 'the key "images" is not read'),
+        (
+            {"messages": user("x"), "choices": [{"message": {"content": "y", "reasoning": "z"}}]},
+            "leaves out the thoughts",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"text": "a"}, {"text": "b"}]}], "completion": "y"},
+            "several text parts",
+        ),
+    ],
+)
+def test_what_the_text_does_not_tell_is_refused(
+    log: Callable[..., Path], tiny_tokenizer: Any, record: dict[str, Any], text: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        one(log, tiny_tokenizer, record)
+    assert text in str(caught.value) and "served.jsonl:1: " in str(caught.value)

@@ -21,6 +21,7 @@ from redraft.cli.common import (
     Rank,
     Seed,
     TargetName,
+    TemplateArgs,
     console,
     examples,
     say,
@@ -194,6 +195,7 @@ def adapt(
         Path | None, typer.Option("--out", "-o", help="Run directory; a stopped run resumes from it.")
     ] = None,
     adapter: Adapter = None,
+    template_arg: TemplateArgs = None,
     base_target: BaseTarget = None,
     eval_prompts: Annotated[
         str | None, typer.Option(help="Prompts to measure on; else held out from --prompts.")
@@ -243,16 +245,11 @@ def adapt(
 ) -> None:
     """Everything in one go: regenerate, select, train, export, bench and report. Stop it and resume it at will."""
     given = {name: value for name, value in locals().items() if name != "config" and value not in (None, [])}
-    from redraft.drafts.groups import PrivateSize
     from redraft.pipeline.adapt import AdaptRun
     from redraft.pipeline.config import parse_config, read_config
     from redraft.report.tables import acceptance_table, bench_table, ledger_table
-    from redraft.train.trainer import TrainConfig
 
-    if train:
-        given["train"] = settings(train, TrainConfig)
-    if private:
-        given["private"] = settings(private, PrivateSize)
+    given |= named_settings(given)
     parsed = read_config(config, given) if config is not None else parse_config(given)
     run = AdaptRun(parsed, say)
     result = run.run()
@@ -261,6 +258,19 @@ def adapt(
     printer.print(acceptance_table(result))
     printer.print(ledger_table(run.ledger.to_dict()))
     say(f"draft: {run.folder / 'merged'}; page: {run.folder / 'report.html'}")
+
+
+def named_settings(given: dict[str, Any]) -> dict[str, Any]:
+    """The NAME=VALUE flags of ``adapt`` among ``given`` as settings in their types. Raises ``UserError``."""
+    from redraft.data.template import parse_template_args
+    from redraft.drafts.groups import PrivateSize
+    from redraft.train.trainer import TrainConfig
+
+    kinds = {"train": TrainConfig, "private": PrivateSize}
+    found: dict[str, Any] = {name: settings(given[name], kind) for name, kind in kinds.items() if name in given}
+    if "template_arg" in given:
+        found["template_arg"] = parse_template_args(given["template_arg"])
+    return found
 
 
 def merge(

@@ -162,6 +162,12 @@ TargetName = Annotated[
 ]
 OptionalTarget = Annotated[str | None, typer.Option("--target", help="Fine-tuned target: folder, hub id or adapter.")]
 Adapter = Annotated[str | None, typer.Option(help="PEFT adapter to merge into --target.")]
+TemplateArgs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--template-arg", help="Argument of the target's chat template, such as enable_thinking=false; repeatable."
+    ),
+]
 BaseTarget = Annotated[str | None, typer.Option(help="The target that the old draft was made for.")]
 DraftName = Annotated[str, typer.Option("--draft", help="Draft: redraft folder, EAGLE-3 checkpoint folder or hub id.")]
 BaseDraft = Annotated[str | None, typer.Option(help="The shared draft, when --draft is a private part.")]

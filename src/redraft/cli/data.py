@@ -18,6 +18,7 @@ from redraft.cli.common import (
     Prompts,
     Seed,
     TargetName,
+    TemplateArgs,
     examples,
     say,
 )
@@ -64,6 +65,7 @@ def regenerate(
     ] = None,
     server_model: Annotated[str | None, typer.Option(help="The target's name on that server.")] = None,
     adapter: Adapter = None,
+    template_arg: TemplateArgs = None,
     dtype: Dtype = "bfloat16",
     device: Device = "cpu",
     seed: Seed = 0,
@@ -72,6 +74,7 @@ def regenerate(
 
     Token ids are kept as generated. A stopped run goes on where it was; what failed is listed beside the output.
     """
+    from redraft.data.template import parse_template_args
     from redraft.pipeline.steps import TargetSpec, regenerate_file
     from redraft.sampling import Sampler
 
@@ -80,7 +83,7 @@ def regenerate(
     if not any(temperature) and (top_k or top_p != 1):
         raise UserError("temperature 0 is greedy and leaves nothing to filter; drop --top-k and --top-p or raise it")
     samplers = [Sampler(t, top_k if t else 0, top_p if t else 1.0) for t in temperature]
-    spec = TargetSpec(target, dtype, device, adapter)
+    spec = TargetSpec(target, dtype, device, adapter, parse_template_args(template_arg or []))
     report = regenerate_file(spec, prompts, out, samplers, max_new_tokens, seed, batch_size, server, server_model)
     say(report.summary())
 
@@ -99,6 +102,7 @@ def select(
     base_target: BaseTarget = None,
     draft: Annotated[str | None, typer.Option(help="The present draft (scorer rejection, and coverage on it).")] = None,
     adapter: Adapter = None,
+    template_arg: TemplateArgs = None,
     dtype: Dtype = "bfloat16",
     device: Device = "cpu",
     seed: Seed = 0,
@@ -107,6 +111,7 @@ def select(
 
     From responses, or from prompts before any is answered: --keep then writes the prompts to answer.
     """
+    from redraft.data.template import parse_template_args
     from redraft.pipeline.steps import TargetSpec, select_file
 
     manifest = select_file(
@@ -116,7 +121,7 @@ def select(
         scorer,
         budget,
         order=order,
-        target=TargetSpec(target, dtype, device, adapter) if target else None,
+        target=TargetSpec(target, dtype, device, adapter, parse_template_args(template_arg or [])) if target else None,
         base_target=TargetSpec(base_target, dtype, device) if base_target else None,
         draft=draft,
         keep=keep,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from redraft.cli.common import Adapter, Command, OptionalTarget, examples, say
+from redraft.cli.common import Adapter, Command, OptionalTarget, TemplateArgs, examples, say
 
 
 def register(app: typer.Typer) -> None:
@@ -29,6 +29,7 @@ def distill(
         Path | None, typer.Option("--out", "-o", help="Run directory; a stopped run resumes from it.")
     ] = None,
     adapter: Adapter = None,
+    template_arg: TemplateArgs = None,
     draft: Annotated[str | None, typer.Option(help="A drafter to align, instead of pretraining a new one.")] = None,
     size: Annotated[
         str | None, typer.Option(help="Size of a new one: a share of the target (1/10), parameters (15M), or goel.")
@@ -81,6 +82,7 @@ def distill(
     """Make a drafter of one's own: pretrain, let the target answer, align. Stop it and resume it at will."""
     given = {name: value for name, value in locals().items() if name != "config" and value not in (None, [])}
     from redraft.cli.align import settings
+    from redraft.data.template import parse_template_args
     from redraft.pipeline.distill import DistillRun
     from redraft.pipeline.distill_config import read_distill_config
     from redraft.train.distil import DistilConfig
@@ -89,6 +91,8 @@ def distill(
     for name, kind in (("pretrain", PretrainConfig), ("align", DistilConfig)):
         if name in given:
             given[name] = settings(given[name], kind)
+    if template_arg:
+        given["template_arg"] = parse_template_args(template_arg)
     parsed = read_distill_config(config, given)
     run = DistillRun(parsed, say)
     run.run()

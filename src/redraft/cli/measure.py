@@ -22,6 +22,7 @@ from redraft.cli.common import (
     Seed,
     Suites,
     TargetName,
+    TemplateArgs,
     console,
     examples,
     sampler_of,
@@ -81,17 +82,19 @@ def probe(
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Longest answer.")] = 128,
     json_out: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
     adapter: Adapter = None,
+    template_arg: TemplateArgs = None,
     dtype: Dtype = "bfloat16",
     device: Device = "cpu",
 ) -> None:
     """Say in a minute whether the present draft is healthy or stale, and whether aligning it is worth it."""
     from redraft.artifact import atomic_write_json
+    from redraft.data.template import parse_template_args
     from redraft.pipeline.questions import Questions
     from redraft.pipeline.steps import TargetSpec, probe_files
     from redraft.report.tables import probe_panel
 
     found = probe_files(
-        TargetSpec(target, dtype, device, adapter),
+        TargetSpec(target, dtype, device, adapter, parse_template_args(template_arg or [])),
         draft,
         Questions(prompts, suite or (), data, limit),
         base_draft=base_draft,
@@ -151,11 +154,13 @@ def bench(
     concurrency: Annotated[list[int] | None, typer.Option(help="Requests under way at servers; repeatable.")] = None,
     server_model: Annotated[str | None, typer.Option(help="The target's name on servers that have several.")] = None,
     adapter: Adapter = None,
+    template_arg: TemplateArgs = None,
     dtype: Dtype = "bfloat16",
     device: Device = "cpu",
     seed: Seed = 0,
 ) -> None:
     """Measure drafts against the fastest plain decoding: same prompts, same run, with 95% intervals."""
+    from redraft.data.template import parse_template_args
     from redraft.pipeline.bench import How, bench_files
     from redraft.pipeline.questions import Questions
     from redraft.pipeline.server_bench import bench_servers_on, named_servers
@@ -169,7 +174,7 @@ def bench(
         raise UserError(
             "servers draft as they were started; leave out --shape, --greedy-drafts, --static, --base-draft"
         )
-    spec = TargetSpec(target, dtype, device, adapter)
+    spec = TargetSpec(target, dtype, device, adapter, parse_template_args(template_arg or []))
     questions = Questions(prompts, suite or (), data, limit, trained_on)
     how = How(shape, sampler_of(temperature, top_k, top_p), greedy_drafts, max_new_tokens, seed, static)
     if draft:

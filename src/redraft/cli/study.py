@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from redraft.cli.common import Command, examples, say
+from redraft.cli.common import Command, TemplateArgs, examples, say
 from redraft.errors import UserError
 
 
@@ -32,6 +32,7 @@ def study(
         Path | None, typer.Option(help="Results file: make its tables and pictures again, and nothing else.")
     ] = None,
     list_cells: Annotated[bool, typer.Option("--list", help="Print the cells and stop.")] = False,
+    template_arg: TemplateArgs = None,
     full: Annotated[Path | None, typer.Option(help="File for what full reached, as the quickstart reads it.")] = None,
 ) -> None:
     """Compare methods, data, selections, losses and starts: one results file, its tables and pictures."""
@@ -46,6 +47,10 @@ def study(
 
     assert config is not None
     parsed = read_study(config)
+    if template_arg:
+        from redraft.data.template import parse_template_args
+
+        parsed = parsed.model_copy(update={"template_arg": parsed.template_arg | parse_template_args(template_arg)})
     if list_cells:
         for number, cell in enumerate(parsed.all_cells(), 1):
             say(f"{number:4}  {cell.key}")

@@ -15,6 +15,7 @@ from redraft.cli.common import (
     Dtype,
     Seed,
     TargetName,
+    TemplateArgs,
     console,
     examples,
     sampler_of,
@@ -56,6 +57,7 @@ def watch(
     rejected: Annotated[bool, typer.Option("--rejected", help="Show the rejected proposals too.")] = False,
     adapter: Adapter = None,
     base_draft: BaseDraft = None,
+    template_arg: TemplateArgs = None,
     dtype: Dtype = "bfloat16",
     device: Device = "cpu",
     seed: Seed = 0,
@@ -64,6 +66,7 @@ def watch(
 
     Without colours (a file, a pipe, NO_COLOR) brackets say the same.
     """
+    from redraft.data.template import parse_template_args
     from redraft.decode import make_decoder
     from redraft.decode.pieces import TokenText
     from redraft.decode.tree import parse_shape
@@ -74,8 +77,9 @@ def watch(
 
     sampler, form = sampler_of(temperature, top_k, top_p), parse_shape(shape)
     conversations = asked(prompt, prompts, limit)
+    spec = TargetSpec(target, dtype, device, adapter, parse_template_args(template_arg or []))
     with quiet():
-        opened = TargetSpec(target, dtype, device, adapter).open()
+        opened = spec.open()
         module, _ = open_proposer(draft, opened, base_draft)
     opened.tap(module.config.taps)
     ready = template_prompts(conversations, opened, max_new_tokens)

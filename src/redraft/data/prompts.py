@@ -1,7 +1,6 @@
-"""Prompt files of every common shape, brought to one: conversations of system, user and assistant turns.
+"""Prompt files of every common shape, brought to one: conversations, with their tools and template arguments.
 
-Read are JSON lines and JSON arrays of ``{"id", "messages": [{"role", "content"}]}``, ShareGPT
-(``conversations`` of ``from`` and ``value``) and Alpaca (``instruction``, ``input``, ``output``); plain text with
+Read are JSON lines and JSON arrays of rows (:mod:`redraft.data.shapes`; docs/text.md lists the shapes); plain text with
 one prompt a line (``.txt``); any of these with ``.gz``; and ``datasets:NAME``, ``datasets:NAME@SPLIT`` or
 ``datasets:NAME:CONFIG@SPLIT`` for a data set that the ``datasets`` library can load.
 """
@@ -12,25 +11,31 @@ import gzip
 import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from redraft.data.shapes import Conversation, Message, Turns, parse_conversation
+from redraft.data.template import template_ids
+from redraft.data.turns import ASSISTANT, USER
 from redraft.errors import UserError
 
-Message = dict[str, str]
+__all__ = [
+    "HUB_PREFIX",
+    "Conversation",
+    "Message",
+    "Turns",
+    "check_length",
+    "file_items",
+    "parse_conversation",
+    "prompt_messages",
+    "prompt_turns",
+    "read_conversations",
+    "stem_of",
+    "template_ids",
+    "user_turns",
+]
 
-ROLES = ("system", "user", "assistant")
-ROLE_NAMES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
 HUB_PREFIX = "datasets:"
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """Turns in order, each ``{"role", "content"}`` with the role ``system``, ``user`` or ``assistant``."""
-
-    id: str
-    messages: list[Message]
 
 
 def read_conversations(
@@ -66,77 +71,6 @@ def read_conversations(
     if not found:
         raise UserError(f"{path} is empty; it must hold at least one prompt")
     return found
-
-
-# -- one item --------------------------------------------------------------------------------------------------------
-def parse_conversation(item: Any, default_id: str) -> Conversation:
-    """The conversation of one item of any known shape. Raises ``ValueError`` that says what is wrong with it."""
-    if isinstance(item, str):
-        return Conversation(default_id, _checked([{"role": "user", "content": item}]))
-    if not isinstance(item, dict):
-        raise ValueError(f"a prompt must be a JSON object, not {json.dumps(item)[:40]}")
-    id = item.get("id")
-    if isinstance(id, bool) or not isinstance(id, (str, int, type(None))):
-        raise ValueError(f"the id must be text or a number, not {json.dumps(id)[:40]}")
-    turns = item.get("messages", item.get("conversations"))
-    if turns is not None:
-        messages = _turns(turns)
-    elif "instruction" in item:
-        messages = _alpaca(item)
-    else:
-        raise ValueError(
-            'no "messages" (or ShareGPT "conversations", or Alpaca "instruction") among its keys: '
-            + (", ".join(sorted(map(str, item))[:8]) or "none")
-        )
-    return Conversation(default_id if id is None or id == "" else str(id), _checked(messages))
-
-
-def _turns(turns: Any) -> list[Message]:
-    if not isinstance(turns, list):
-        raise ValueError("the turns of a conversation must be a list")
-    messages = []
-    for turn in turns:
-        if not isinstance(turn, dict):
-            raise ValueError(f"a turn must be a JSON object, not {json.dumps(turn)[:40]}")
-        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        messages.append({"role": _role(role), "content": _text(content)})
-    return messages
-
-
-def _role(role: Any) -> str:
-    plain = ROLE_NAMES.get(role, role) if isinstance(role, str) else role
-    if plain not in ROLES:
-        raise ValueError(f"unknown role {json.dumps(role)}; use {', '.join(ROLES)}")
-    return str(plain)
-
-
-def _text(content: Any) -> str:
-    """Plain text, or the joined text parts of the list form of content."""
-    if isinstance(content, str):
-        return content
-    if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
-        return "".join(part["text"] for part in content)
-    raise ValueError(f"the content of a turn must be text, not {json.dumps(content)[:40]}")
-
-
-def _alpaca(item: dict[str, Any]) -> list[Message]:
-    question = _text(item["instruction"])
-    if item.get("input"):
-        question += "\n\n" + _text(item["input"])
-    messages = [{"role": "system", "content": _text(item["system"])}] if item.get("system") else []
-    messages.append({"role": "user", "content": question})
-    if item.get("output"):
-        messages.append({"role": "assistant", "content": _text(item["output"])})
-    return messages
-
-
-def _checked(messages: list[Message]) -> list[Message]:
-    users = [message for message in messages if message["role"] == "user"]
-    if not users:
-        raise ValueError("the conversation has no user turn")
-    if not all(message["content"].strip() for message in users):
-        raise ValueError("a user turn is empty")
-    return messages
 
 
 # -- files -----------------------------------------------------------------------------------------------------------
@@ -209,47 +143,35 @@ def _hub_items(name: str) -> Iterator[tuple[int, str, Any]]:
 
 # -- prompts ---------------------------------------------------------------------------------------------------------
 def prompt_turns(conversation: Conversation) -> list[Message]:
-    """The turns to be answered: system and user turns in order. Reference answers are left out.
+    """The turns to be answered: all but the assistant's, in order. Reference answers are left out.
 
     The model's own reply belongs behind every user turn, also where two user turns follow each other.
     """
-    return [message for message in conversation.messages if message["role"] != "assistant"]
+    return [message for message in conversation.messages if message["role"] != ASSISTANT]
 
 
 def user_turns(conversation: Conversation) -> int:
     """How many replies a conversation asks for."""
-    return sum(message["role"] == "user" for message in conversation.messages)
+    return sum(message["role"] == USER for message in conversation.messages)
 
 
-def prompt_messages(conversation: Conversation, replies: Sequence[str]) -> list[Message]:
+def prompt_messages(conversation: Conversation, replies: Sequence[str | Message]) -> Turns:
     """The messages that lead to reply number ``len(replies)``, with the earlier ``replies`` in their places.
 
-    Raises ``ValueError`` when the conversation has no further user turn.
+    A reply is its text, or an assistant's turn. Raises ``ValueError`` when the conversation has no further user turn.
     """
-    messages: list[Message] = []
+    messages = conversation.turns(())
     answered = 0
     for message in prompt_turns(conversation):
         messages.append(message)
-        if message["role"] != "user":
+        if message["role"] != USER:
             continue
         if answered == len(replies):
             return messages
-        messages.append({"role": "assistant", "content": replies[answered]})
+        reply = replies[answered]
+        messages.append({"role": ASSISTANT, "content": reply} if isinstance(reply, str) else reply)
         answered += 1
     raise ValueError(f"conversation {conversation.id} has no user turn after {len(replies)} replies")
-
-
-def template_ids(tokenizer: Any, id: str, messages: Sequence[Message]) -> list[int]:
-    """Token ids of ``messages`` through the tokenizer's chat template, ready for the reply.
-
-    Raises ``UserError`` when there is no template, or when it refuses the messages of conversation ``id``.
-    """
-    if not getattr(tokenizer, "chat_template", None):
-        raise UserError("the target's tokenizer has no chat template; add one to its tokenizer_config.json")
-    try:
-        return list(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False))
-    except Exception as error:  # templates raise what they like, among it their own errors of the template engine
-        raise UserError(f"the chat template refuses conversation {id}: {error}") from error
 
 
 def check_length(key: str, prompt_tokens: int, max_new_tokens: int, context: int | None) -> None:

@@ -7,14 +7,16 @@ These rows make the comparison possible: same prompts, same chat template, the d
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from redraft.data.prompts import Conversation, Message, check_length, prompt_messages, template_ids
+from redraft.data.answers import answer_ids
+from redraft.data.prompts import Conversation, Message, check_length, prompt_messages
 from redraft.data.store import REFERENCE, Failure, Row, row_key
+from redraft.data.turns import ASSISTANT, SYSTEM, USER
 from redraft.errors import UserError
 
-__all__ = ["answer_ids", "continuation_ids", "reference_answers", "reference_rows"]
+__all__ = ["reference_answers", "reference_rows"]
 
 # What stands in the field where a sampled row has its temperature: anything but greedy.
 UNKNOWN_TEMPERATURE = 1.0
@@ -33,7 +35,8 @@ def reference_rows(
     """One row for every user turn, with the answer that stands behind it in the file; ``source`` is ``reference``.
 
     Turn by turn, as regeneration does it: the prompt of a later turn holds the reference answers to the earlier
-    ones. Prompt and answer are what the target's chat template makes of them, the end token as it writes it.
+    ones. The prompt is what the target's chat template makes of it; the answer stands behind it unchanged, with the
+    end token that the template writes. A turn of ``weight`` 0 gives no row and stays in the prompts of later ones.
     ``eos_ids`` are the target's end tokens (the tokenizer's own where none are given). Answers longer than
     ``max_new_tokens`` are cut there and finish with ``length``, as a regenerated one would; ``context`` is the
     longest sequence of the target. A later turn that no longer fits goes to ``failures`` where a list is given, with
@@ -50,6 +53,8 @@ def reference_rows(
         seen.add(conversation.id)
         answers = reference_answers(conversation)
         for turn, answer in enumerate(answers):
+            if answer.get("weight") == 0:
+                continue  # a turn that is only there to be answered
             asked = prompt_messages(conversation, answers[:turn])
             prompt, response, finish = answer_ids(tokenizer, conversation.id, asked, answer, eos_ids)
             try:
@@ -80,67 +85,28 @@ def reference_rows(
     return rows
 
 
-def reference_answers(conversation: Conversation) -> list[str]:
-    """The answer behind every user turn, in order.
+def reference_answers(conversation: Conversation) -> list[Message]:
+    """The assistant's turn behind every user turn, in order.
 
-    Raises ``UserError`` when a user turn has none, an empty one or two, or an answer stands before any question.
+    Raises ``UserError`` when a user turn has none, an empty one or two, or an answer stands before any question or
+    behind the result of a tool.
     """
-    answers: list[str] = []
-    role = "system"
+    answers: list[Message] = []
+    role = SYSTEM
     for message in conversation.messages:
         previous, role = role, message["role"]
-        if role == "assistant":
-            if previous != "user":
+        if role == ASSISTANT:
+            if previous != USER:
                 raise UserError(f"conversation {conversation.id} has an assistant turn that answers no user turn")
-            answers.append(message["content"])
-        elif previous == "user":
+            answers.append(message)
+        elif previous == USER:
             break
-    users = sum(message["role"] == "user" for message in conversation.messages)
-    if len(answers) < users or not all(answer.strip() for answer in answers):
-        without = next((n for n, answer in enumerate(answers) if not answer.strip()), len(answers))
+    users = sum(message["role"] == USER for message in conversation.messages)
+    empty = [not answer["content"].strip() and "tool_calls" not in answer for answer in answers]
+    if len(answers) < users or any(empty):
+        without = next((n for n, is_empty in enumerate(empty) if is_empty), len(answers))
         raise UserError(
             f"conversation {conversation.id} has no reference answer to its user turn {without + 1}; remove that turn, "
             "or regenerate the answers"
         )
     return answers
-
-
-def answer_ids(
-    tokenizer: Any, id: str, asked: Sequence[Message], answer: str, eos_ids: Collection[int] = ()
-) -> tuple[list[int], list[int], str]:
-    """(prompt ids, response ids, finish reason) of an ``answer`` to the messages ``asked``, by the chat template.
-
-    The response is what the template writes behind the opening of the assistant's turn, up to the first end token,
-    which is kept (``stop``); where the template writes none, all of it (``length``). Raises ``UserError`` when the
-    template cannot be followed for conversation ``id``.
-    """
-    prompt = template_ids(tokenizer, id, asked)
-    ends = set(eos_ids) or {int(tokenizer.eos_token_id)}
-    opened = _text(tokenizer, id, asked, True)
-    whole = _text(tokenizer, id, [*asked, {"role": "assistant", "content": answer}], False)
-    if not whole.startswith(opened):
-        raise UserError(
-            f"the chat template does not write the answer of conversation {id} behind its own opening of an "
-            "assistant turn, so a reference answer cannot be placed; regenerate the answers"
-        )
-    response = continuation_ids(tokenizer, prompt, opened, whole[len(opened) :])
-    end = next((place for place, token in enumerate(response) if token in ends), None)
-    if end == 0 or not response:
-        raise UserError(f"the answer in conversation {id} begins with an end token, so nothing of it is left")
-    return (prompt, response, "length") if end is None else (prompt, response[: end + 1], "stop")
-
-
-def continuation_ids(tokenizer: Any, prompt_ids: Sequence[int], prompt: str, text: str) -> list[int]:
-    """Token ids of ``text`` where it follows ``prompt``, whose ids are ``prompt_ids`` (as it is, nothing added)."""
-    joined = list(tokenizer(prompt + text, add_special_tokens=False).input_ids)
-    if joined[: len(prompt_ids)] == list(prompt_ids):
-        return joined[len(prompt_ids) :]
-    # A token across the border: no engine that was sent the prompt would produce it.
-    return list(tokenizer(text, add_special_tokens=False).input_ids)
-
-
-def _text(tokenizer: Any, id: str, messages: Sequence[Message], opening: bool) -> str:
-    try:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=opening))
-    except Exception as error:  # templates raise what they like
-        raise UserError(f"the chat template refuses conversation {id}: {error}") from error

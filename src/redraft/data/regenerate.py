@@ -1,8 +1,10 @@
 """The target answers the prompts in its own words: the training text of a draft.
 
 Token ids in, token ids out. Conversations go turn by turn: first the first turn of all of them, then the second, and
-so on. For the next turn the *text* of a reply is put back through the chat template, which is what a chat server
-does with the history it is sent; reference answers in the prompt file are not used.
+so on. For the next turn a reply is put back through the chat template as the turn that a chat server would hold of it,
+without the thoughts that it would split off; reference answers in the prompt file are not used.
+
+A template that writes the date is shown that of the run's start, which is kept beside the rows.
 
 A run that was killed goes on where it stopped. Every draw depends on the prompt, the sampler and the seed alone, so
 the outcome is that of a run that was not killed, but for rounding that depends on what shares a batch.
@@ -13,15 +15,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
+from redraft.data.answers import UnclearReply, reply_message
 from redraft.data.generate import Completion, Request, generate
 from redraft.data.prompts import Conversation, check_length, prompt_messages, template_ids, user_turns
 from redraft.data.server import ServerEngine
 from redraft.data.store import CONTEXT_FULL, Failure, Row, RowWriter, failures_path, row_key, write_failures
+from redraft.data.template import at_moment, date_path, kept_moment, settings_of, writes_date
+from redraft.data.turns import RESULTS, Message
 from redraft.errors import UserError
 from redraft.sampling import Sampler
 from redraft.target import Target
@@ -31,6 +37,11 @@ __all__ = ["Engine", "InProcessEngine", "RegenerationReport", "ServerEngine", "e
 FLUSH_ROWS, FLUSH_SECONDS = 32, 2.0
 # Features go to the disk in files of some size; a kill costs no more than these seconds of work.
 FLUSH_FEATURES_BYTES, FLUSH_FEATURES_SECONDS = 256 * 2**20, 10.0
+
+FOREIGN_RESULT = (
+    "the result of a tool stands before this turn, and it answers a call that the target did not make here; "
+    "give the served traffic with --responses instead"
+)
 
 Kept = tuple[Row, Tensor, Tensor]
 """A row with its taps [P + R - 2, K*H] and its final-norm states [R - 1, H], as its completion brought them."""
@@ -111,7 +122,8 @@ class _Chain:
 
     conversation: Conversation
     sampler: Sampler
-    replies: list[str] = field(default_factory=list)
+    replies: list[Message] = field(default_factory=list)
+    said: tuple[tuple[int, ...], ...] = ()
     broken: bool = False
 
     @property
@@ -158,10 +170,16 @@ def regenerate(
     _check_arguments(conversations, samplers, max_new_tokens)
     ends = tuple(eos_ids) or (int(tokenizer.eos_token_id),)
     chains = [_Chain(conversation, sampler) for sampler in samplers for conversation in conversations]
-    with RowWriter(out_path) as writer:
+    with RowWriter(out_path) as writer, at_moment(tokenizer, _moment(tokenizer, out_path)):
         run = _Run(engine, tokenizer, ends, context, max_new_tokens, seed, target_hash, writer, progress, features)
         run.check_stored()
         return run.finish(chains)
+
+
+def _moment(tokenizer: Any, out_path: str | Path) -> datetime | None:
+    """The date that the template is shown, where it writes one and the run has none of its own."""
+    known = settings_of(tokenizer)
+    return None if known.fixed or not writes_date(tokenizer) else kept_moment(out_path, known.moment)
 
 
 def _check_arguments(conversations: Sequence[Conversation], samplers: Sequence[Sampler], max_new_tokens: int) -> None:
@@ -235,11 +253,14 @@ class _Run:
     def _round(self, chains: Sequence[_Chain]) -> None:
         requests, everyone = list[Request](), list[Request]()
         waiting: dict[str, _Chain] = {}
-        templated: dict[tuple[str, ...], list[int]] = {}
+        templated: dict[tuple[str, Any], list[int]] = {}
         for chain in chains:
-            again = (chain.conversation.id, *chain.replies)
+            messages = prompt_messages(chain.conversation, chain.replies)
+            if any(message["role"] in RESULTS for message in messages):
+                self._break(chain, Failure(chain.key, FOREIGN_RESULT))
+                continue
+            again = (chain.conversation.id, chain.said)
             if again not in templated:
-                messages = prompt_messages(chain.conversation, chain.replies)
                 templated[again] = template_ids(self.tokenizer, chain.conversation.id, messages)
             prompt_ids, key = templated[again], chain.key
             request = Request(key, prompt_ids, chain.sampler, self.seed)
@@ -290,11 +311,13 @@ class _Run:
         ]
         if differs or len(row.response_ids) > limit:
             what = " and ".join(differs or ["number of new tokens"])
+            if differs == ["prompt"] and writes_date(self.tokenizer):
+                what += f" (the template writes the date: {date_path(self.writer.path)} must hold that of the rows)"
             raise UserError(
                 f"{self.writer.path}: row {row.key} was made with another {what}; name another file, or delete this one"
             )
         self.report.kept += 1
-        self._reply(chain, row.response_ids)
+        self._reply(chain, row)
 
     def _take(self, chain: _Chain, completion: Completion) -> None:
         request, sampler, reason = completion.request, chain.sampler, completion.finish_reason
@@ -317,7 +340,7 @@ class _Run:
         self.report.new += 1
         self.report.prompt_tokens += len(row.prompt_ids)
         self.report.response_tokens += len(row.response_ids)
-        self._reply(chain, row.response_ids)
+        self._reply(chain, row)
         if self.features is not None and completion.features is not None:
             self.kept.append((row, *completion.features))
             self.kept_bytes += sum(tensor.nbytes for tensor in completion.features)
@@ -331,8 +354,18 @@ class _Run:
             return len(self.buffer) >= FLUSH_ROWS or waited >= FLUSH_SECONDS
         return self.kept_bytes >= FLUSH_FEATURES_BYTES or waited >= FLUSH_FEATURES_SECONDS
 
-    def _reply(self, chain: _Chain, response_ids: Sequence[int]) -> None:
-        chain.replies.append(self.tokenizer.decode(response_ids, skip_special_tokens=True))
+    def _reply(self, chain: _Chain, row: Row) -> None:
+        """Put the reply into the chain's history; where the answer in it cannot be told, the later turns fail."""
+        chain.said = (*chain.said, tuple(row.response_ids))
+        last = len(chain.said) == user_turns(chain.conversation)
+        try:
+            reply = {} if last else reply_message(self.tokenizer, row.prompt_ids, row.response_ids, self.eos_ids)
+        except UnclearReply as error:
+            chain.replies.append({})
+            reason = f"the reply before it ({row.key}) cannot be put into its history: {error}"
+            self._break(chain, Failure(chain.key, reason))
+        else:
+            chain.replies.append(reply)
 
     def _break(self, chain: _Chain, failure: Failure) -> None:
         """A turn that fails takes the later turns of its conversation with it; all of them are listed."""

@@ -21,6 +21,7 @@ from redraft.data.generate import Completion, Request, generate
 from redraft.data.overlap import SENTINEL, words
 from redraft.data.prompts import Conversation, Message
 from redraft.data.store import Row, RowWriter, row_key
+from redraft.data.template import render
 from redraft.errors import UserError
 from redraft.sampling import Sampler
 from redraft.target import Target
@@ -75,14 +76,12 @@ def user_opening(tokenizer: Any, system: str | None = None) -> UserOpening:
     Raises ``UserError`` when there is no template, it writes nothing in front of a user's text or nothing behind it,
     or changes that text, so that the opening cannot be told.
     """
-    if not getattr(tokenizer, "chat_template", None):
-        raise UserError("the target's tokenizer has no chat template, so it has no opening of a user's turn")
     messages: list[Message] = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": SENTINEL})
     try:
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False))
-    except Exception as error:  # templates raise what they like
-        raise UserError(f"the chat template refuses a lone user turn: {error}; give a prompt file") from error
+        text = render(tokenizer, "with a lone user turn", messages, False)
+    except UserError as error:
+        raise UserError(f"{error}; give a prompt file") from error
     before, found, behind = text.partition(SENTINEL)
     if not found or SENTINEL in behind or not before.strip() or not behind.strip():
         raise UserError(

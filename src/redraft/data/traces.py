@@ -7,15 +7,17 @@ A log is a file of JSON lines or one JSON array (``.gz`` too), one served respon
   server and its offline engine give them, may hold the response.
 - ``messages`` that end with the assistant's answer: through the target's chat template. Only the last answer counts
   as served; what stands before it is its prompt. A log of whole conversations needs one record an answer.
-- ``messages`` that end with a user turn, and ``completion`` (or ``response``): the same.
+- ``messages`` that end with a user turn (or a tool's result), and ``completion`` (or ``response``): the same.
 - ``prompt`` and ``completion``: raw text as the engine had it, chat markup included.
 
 In the two last, a ``choices`` list of one entry with ``message`` or ``text``, as OpenAI-compatible servers answer, does
-for the completion.
+for the completion. Tools and template arguments of the request stand beside the messages (docs/text.md).
 
 Beside them, all optional: ``id``; ``finish_reason`` (``length`` for an answer that was cut off, so that no end token is
-put behind it); ``temperature``, ``top_k``, ``top_p`` as sampled with; ``target_hash``. Text is used only where it
-comes through the tokenizer unchanged: text that does not was written by other tokens than we would train on.
+put behind it); ``stop_reason`` (vLLM's: the token, or the text, that ended it); ``usage``, whose token counts must
+agree with ours; ``created``, the time of serving, which a template that writes the date needs; ``temperature``,
+``top_k``, ``top_p`` as sampled with; ``target_hash``. Text is used only where it comes through the tokenizer
+unchanged: text that does not was written by other tokens than we would train on.
 """
 
 from __future__ import annotations
@@ -23,12 +25,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from redraft.data.prompts import Message, file_items, parse_conversation, stem_of
-from redraft.data.references import UNKNOWN_TEMPERATURE, answer_ids, continuation_ids
-from redraft.data.store import FINISH_REASONS, TRAFFIC, Row
+from redraft.data.answers import answer_ids, continuation_ids
+from redraft.data.prompts import Turns, file_items, parse_conversation, stem_of
+from redraft.data.references import UNKNOWN_TEMPERATURE
+from redraft.data.store import TRAFFIC, Row
+from redraft.data.template import at_moment, date_matters
+from redraft.data.turns import ASSISTANT, RESULTS, THOUGHTS, USER, excerpt, parse_turn
 from redraft.errors import UserError
 
 __all__ = ["read_traces"]
@@ -36,6 +42,13 @@ __all__ = ["read_traces"]
 PROMPT_KEYS, RESPONSE_KEYS = ("prompt_ids", "prompt_token_ids"), ("response_ids", "token_ids")
 TEXT_KEYS = ("completion", "response")
 NESTED = ("choices", "outputs")
+TURN_KEYS = ("messages", "conversations", "conversation")
+# How servers call the end of a response: None is an end that is not the end token's.
+REASONS: dict[str, str | None] = {
+    **dict.fromkeys(("stop", "eos_token", "tool_calls", "function_call"), "stop"),
+    "length": "length",
+    "stop_sequence": None,
+}
 # A raw prompt of this many records without a single special token looks like bare user text.
 SUSPICIOUS = 0.5
 
@@ -113,10 +126,9 @@ def _row(reader: _Reader, item: Any, default_id: str) -> tuple[Row, bool]:
         raise ValueError(
             f"served by another target ({record['target_hash']}, this one is {reader.target_hash}); give its own log"
         )
-    reason = record.get("finish_reason")
-    if reason is not None and reason not in FINISH_REASONS:
-        raise ValueError(f"the finish reason must be one of {', '.join(FINISH_REASONS)}, not {reason!r}")
-    prompt, response, bare = _ids(reader, record, default_id, reason)
+    reason, ended = _reason(record)
+    prompt, response, bare = _ids(reader, record, default_id, ended)
+    _check_usage(reader, record, prompt, response, ended)
     response, finish = _cut(response, reason, reader)
     if reader.context is not None and len(prompt) + len(response) > reader.context:
         raise ValueError(
@@ -149,33 +161,47 @@ def _flat(item: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(entries, list) or len(entries) != 1 or not isinstance(entries[0], dict):
             raise ValueError(f'"{name}" must be a list of one response; write one record a response')
         entry = {key: value for key, value in entries[0].items() if value is not None}
-        message = entry.get("message")
-        text = message.get("content") if isinstance(message, dict) else entry.get("text")
-        return item | entry | ({"completion": text} if isinstance(text, str) else {})
+        said = entry.pop("message") if isinstance(entry.get("message"), dict) else entry.get("text")
+        return item | entry | ({"completion": said} if isinstance(said, str | dict) else {})
     return item
 
 
-def _ids(
-    reader: _Reader, record: dict[str, Any], default_id: str, reason: str | None
-) -> tuple[list[int], list[int], bool]:
+def _reason(record: dict[str, Any]) -> tuple[str | None, bool]:
+    """(finish reason as recorded, whether an end token ended the response; true where nobody says).
+
+    A response that a stop string ended has no end token: the model did not write one.
+    """
+    value = record.get("finish_reason")
+    value = value.get("type") if isinstance(value, dict) else value  # as SGLang's own interface writes it
+    if value is not None and (not isinstance(value, str) or value not in REASONS):
+        raise ValueError(f"the finish reason must be one of {', '.join(REASONS)}, not {value!r}")
+    reason = "stop" if value is None else REASONS[value]
+    if any(isinstance(record.get(key), str) and record[key] for key in ("stop_reason", "matched_stop")):
+        reason = None
+    if reason is None:
+        return "length", False
+    return (None if value is None else reason), reason == "stop"
+
+
+def _ids(reader: _Reader, record: dict[str, Any], default_id: str, ended: bool) -> tuple[list[int], list[int], bool]:
     """(prompt ids, response ids, whether the prompt is raw text without markup) of a record of any shape."""
     prompt_key = next((key for key in PROMPT_KEYS if record.get(key) is not None), None)
     response_key = next((key for key in RESPONSE_KEYS if record.get(key) is not None), None)
-    text = next((record[key] for key in TEXT_KEYS if isinstance(record.get(key), str)), None)
+    said = next((record[key] for key in TEXT_KEYS if isinstance(record.get(key), str | dict)), None)
     if prompt_key and response_key:
         prompt = _checked_ids(record[prompt_key], prompt_key, reader)
         response = _checked_ids(record[response_key], response_key, reader)
-        if text is not None:
-            _check_spelling(reader, response, text)
+        if said is not None:
+            _check_spelling(reader, response, said)
         return prompt, response, False
     if prompt_key or response_key:
         have, lack = (prompt_key, RESPONSE_KEYS) if prompt_key else (response_key, PROMPT_KEYS)
         raise ValueError(f'"{have}" without {" or ".join(lack)}; give the token ids of prompt and response')
-    if record.get("messages") is not None:
-        prompt, response = _from_messages(reader, record, default_id, text, reason)
+    if any(record.get(key) is not None for key in TURN_KEYS) or isinstance(record.get("prompt"), list):
+        prompt, response = _from_messages(reader, record, default_id, said, ended)
         return prompt, response, False
-    if isinstance(record.get("prompt"), str) and text is not None:
-        prompt, response = _from_text(reader, record["prompt"], text, reason)
+    if isinstance(record.get("prompt"), str) and isinstance(said, str):
+        prompt, response = _from_text(reader, record, said, ended)
         special = set(reader.tokenizer.all_special_ids)
         # The first token may be one that the tokenizer puts in front of every text.
         return prompt, response, not special.intersection(prompt[1:])
@@ -186,25 +212,70 @@ def _ids(
 
 
 def _from_messages(
-    reader: _Reader, record: dict[str, Any], default_id: str, text: str | None, reason: str | None
+    reader: _Reader, record: dict[str, Any], default_id: str, said: str | dict[str, Any] | None, ended: bool
 ) -> tuple[list[int], list[int]]:
-    messages: list[Message] = parse_conversation({"messages": record["messages"]}, default_id).messages
-    if text is not None:
-        messages = [*messages, {"role": "assistant", "content": text}]
-    if messages[-1]["role"] != "assistant":
+    _refuse_parts(record)
+    conversation = parse_conversation(record | {"id": None}, default_id)
+    messages = conversation.messages
+    if said is not None:
+        turn = {"content": said} if isinstance(said, str) else said
+        thoughts = {key: record[key] for key in THOUGHTS if isinstance(record.get(key), str)}
+        messages = [*messages, parse_turn(thoughts | turn | {"role": ASSISTANT})]
+    if messages[-1]["role"] != ASSISTANT:
         raise ValueError("the messages end with no answer of the assistant, and there is no completion")
-    if len(messages) < 2 or messages[-2]["role"] != "user":
+    if len(messages) < 2 or messages[-2]["role"] not in (USER, *RESULTS):
         raise ValueError("the last answer does not stand behind a user turn")
-    answer = messages[-1]["content"]
-    if not answer.strip():
+    asked, answer = conversation.turns(messages[:-1]), messages[-1]
+    thoughts = answer.get("reasoning_content", "")
+    if not answer["content"].strip() and "tool_calls" not in answer and (ended or not thoughts):
         raise ValueError("the last answer is empty")
-    _check_round_trip(reader, "answer", answer)
-    prompt, response, finish = answer_ids(reader.tokenizer, default_id, messages[:-1], answer, reader.eos_ids)
-    # The template ends every answer; one that was cut off when it was served had no end.
-    return prompt, response[:-1] if reason == "length" and finish == "stop" else response
+    _check_round_trip(reader, "answer", answer["content"])
+    _check_round_trip(reader, "thoughts of the answer", thoughts)
+    with at_moment(reader.tokenizer, _served_at(reader, record, default_id, asked)):
+        counts = _counts(record)
+        how: dict[str, Any] = {"cut": not ended, "served": True, "counts": counts}
+        prompt, response, _ = answer_ids(reader.tokenizer, default_id, asked, answer, reader.eos_ids, **how)
+    return prompt, _with_named_end(reader, record, response, ended)
 
 
-def _from_text(reader: _Reader, prompt: str, completion: str, reason: str | None) -> tuple[list[int], list[int]]:
+def _refuse_parts(record: dict[str, Any]) -> None:
+    """Engines join the text parts of one turn in different ways, so a log of them does not tell the prompt."""
+    turns: list[Any] = next((record[key] for key in TURN_KEYS if isinstance(record.get(key), list)), [])
+    for turn in turns:
+        content = turn.get("content") if isinstance(turn, dict) else None
+        if isinstance(content, list) and len(content) > 1:
+            raise ValueError("a turn's content has several text parts, which engines join differently; log token ids")
+
+
+def _served_at(reader: _Reader, record: dict[str, Any], id: str, asked: Turns) -> datetime | None:
+    """When the record was served, where its template writes the date. Raises ``ValueError`` where nobody says."""
+    if not date_matters(reader.tokenizer, id, asked):
+        return None
+    created = record.get("created")
+    try:
+        if isinstance(created, str):
+            return datetime.fromisoformat(created).astimezone().replace(tzinfo=None)
+        if isinstance(created, int | float) and not isinstance(created, bool):
+            return datetime.fromtimestamp(created)
+    except (ValueError, OverflowError, OSError) as error:
+        raise ValueError(f'"created" is no time, neither Unix seconds nor ISO: {excerpt(created)}') from error
+    raise ValueError(
+        'the chat template writes the date, and this record does not say when it was served; give "created" '
+        "(Unix seconds), or log token ids"
+    )
+
+
+def _with_named_end(reader: _Reader, record: dict[str, Any], response: list[int], ended: bool) -> list[int]:
+    """The response with the end token that the record names in place of the template's."""
+    named = next((record[key] for key in ("stop_reason", "matched_stop") if type(record.get(key)) is int), None)
+    if not ended or named is None:
+        return response
+    _checked_ids([named], "stop_reason", reader)
+    return [*(response[:-1] if response[-1] in reader.eos_ids else response), named]
+
+
+def _from_text(reader: _Reader, record: dict[str, Any], completion: str, ended: bool) -> tuple[list[int], list[int]]:
+    prompt = record["prompt"]
     if not prompt or not completion:
         raise ValueError("an empty prompt or completion")
     _check_round_trip(reader, "completion", completion)
@@ -212,9 +283,10 @@ def _from_text(reader: _Reader, prompt: str, completion: str, reason: str | None
     plain, whole = (list(reader.tokenizer(prompt, add_special_tokens=b).input_ids) for b in (False, True))
     prompt_ids = plain if plain and whole and plain[0] == whole[0] else whole
     response = continuation_ids(reader.tokenizer, plain, prompt, completion)
-    if reason != "length" and response[-1] not in reader.eos_ids:
-        response.append(int(reader.tokenizer.eos_token_id))
-    return prompt_ids, response
+    if ended and response[-1] not in reader.eos_ids and len(reader.eos_ids) == 1:
+        # Of several end tokens nobody knows which one it was: none is put there then.
+        response.append(reader.eos_ids[0])
+    return prompt_ids, _with_named_end(reader, record, response, ended)
 
 
 # -- checks ----------------------------------------------------------------------------------------------------------
@@ -230,11 +302,39 @@ def _checked_ids(value: Any, name: str, reader: _Reader) -> list[int]:
     return value
 
 
-def _check_spelling(reader: _Reader, response: list[int], text: str) -> None:
+def _counts(record: dict[str, Any]) -> tuple[int, ...]:
+    """How many tokens the server counted in the response; empty where it says nothing."""
+    usage = record.get("usage")
+    value = usage.get("completion_tokens") if isinstance(usage, dict) else None
+    return (value,) if type(value) is int and value > 0 else ()
+
+
+def _check_usage(reader: _Reader, record: dict[str, Any], prompt: list[int], response: list[int], ended: bool) -> None:
+    """The server's own counts must agree: tools, system turns or arguments that it added are not in the record."""
+    usage = record.get("usage")
+    asked = usage.get("prompt_tokens") if isinstance(usage, dict) else None
+    if type(asked) is int and asked not in (0, len(prompt)):
+        raise ValueError(
+            f"usage says that the prompt had {asked} tokens, but the target's chat template makes {len(prompt)}: the "
+            "engine was sent something else (tools, a system turn, template arguments); log token ids instead"
+        )
+    # The end token may be counted and not given, or given and not counted.
+    body = len(response) - (response[-1] in reader.eos_ids)
+    for count in _counts(record):
+        if count not in ((body, body + 1) if ended else (len(response),)):
+            raise ValueError(f"usage says {count} tokens, but the response has {len(response)}; log token ids instead")
+
+
+def _check_spelling(reader: _Reader, response: list[int], said: str | dict[str, Any]) -> None:
     """Ids beside text must spell it: another tokenizer's ids are numbers like any other."""
     plain, marked = (reader.tokenizer.decode(response, skip_special_tokens=skip) for skip in (True, False))
+    turn = parse_turn(said | {"role": ASSISTANT}) if isinstance(said, dict) else {"content": said}
+    text, thoughts = turn["content"], turn.get("reasoning_content", "")
     # Engines differ in the blanks they write, and in half a character at the end of a cut-off answer.
-    same = "".join(text.split()) in ("".join(plain.split()), "".join(marked.split()))
+    bare, *spelt = ("".join(part.split()) for part in (text, plain, marked))
+    # What a server splits off, thoughts and calls, stands beside the text in the ids.
+    split = bool(thoughts or "tool_calls" in turn)
+    same = bare in spelt or split and all("".join(part.split()) in spelt[1] for part in (text, thoughts))
     if not same and "\ufffd" not in plain + text:
         raise ValueError(
             f"the token ids of the response spell {plain.strip()[:40]!r}, but its text is {text.strip()[:40]!r}; "

@@ -15,6 +15,7 @@ from redraft import provenance
 from redraft.artifact import PRIVATE_FILE, atomic_write_json, read_json
 from redraft.data.mixture import mix
 from redraft.data.store import Row, read_rows
+from redraft.data.template import template_record
 from redraft.decode.tree import ChainShape
 from redraft.drafts.base import Draft, family_of
 from redraft.drafts.groups import prepare, trained_parameters
@@ -54,8 +55,7 @@ class AdaptRun:
     # -- what the stages work on -------------------------------------------------------------------------------
     @cached_property
     def target(self) -> Target:
-        c = self.config
-        target = self._open_target(c.dtype)
+        c, target = self.config, self._open(self.config.dtype)
         for note in notes_of(target):
             self.say(f"note on {c.target}: {note}")
         if rounded := served_otherwise(target):
@@ -65,9 +65,9 @@ class AdaptRun:
             )
         return target
 
-    def _open_target(self, dtype: str) -> Target:
-        c = self.config
-        return open_target(c.target, dtype, c.device, c.adapter, served=bool(c.server or c.responses))
+    def _open(self, dtype: str) -> Target:
+        c, served = self.config, bool(self.config.server or self.config.responses)
+        return open_target(c.target, dtype, c.device, c.adapter, c.template_arg, self.folder, served)
 
     @property
     def base_target(self) -> Target | None:
@@ -299,15 +299,11 @@ class AdaptRun:
         began = time.monotonic()
         with self.ledger.stage("bench") as entry:
             result = measure(
-                contestants(
-                    self.target,
-                    c.dtype,
-                    lambda d: open_target(c.target, d, c.device, c.adapter, bool(c.server or c.responses)),
-                ),
+                contestants(self.target, c.dtype, self._open),
                 drafts,
                 prompts,
                 BenchConfig(ChainShape(c.gamma), max_new_tokens=c.bench_tokens, seed=c.seed),
-                provenance.collect(seed=c.seed, device=c.device),
+                provenance.collect(c.seed, c.device, template_record(self.target.tokenizer)),
             )
             entry.add(tokens=sum(d["tokens"] for d in result["drafts"].values()))
         atomic_write_json(path, result)

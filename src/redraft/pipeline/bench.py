@@ -10,6 +10,7 @@ from typing import Any
 
 from redraft import provenance
 from redraft.artifact import atomic_write_json
+from redraft.data.template import template_record
 from redraft.decode.static import StaticTarget
 from redraft.decode.tree import ChainShape, Shape, check_drafts, parse_shape
 from redraft.drafts.base import Proposer
@@ -78,7 +79,7 @@ def bench_files(
         longest = max(len(prompt.ids) for prompt in prompts) + how.max_new_tokens
         targets = {name: StaticTarget(each, (1, shape.depth + 1), longest + 1) for name, each in targets.items()}
     config = BenchConfig(shape, how.sampler, how.greedy_drafts, how.max_new_tokens, how.seed)
-    record = provenance.collect(seed=how.seed, device=spec.device)
+    record = provenance.collect(how.seed, spec.device, template_record(target.tokenizer))
     result = measure(targets, opened, prompts, config, record)
     result["setup"]["static_shapes"] = how.static
     if picked:

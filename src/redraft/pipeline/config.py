@@ -50,6 +50,9 @@ class AdaptConfig(BaseModel):
     )
     out: Path = Field(description="run directory; a stopped run resumes from it")
     adapter: str | None = Field(None, description="PEFT adapter to merge into --target")
+    template_arg: dict[str, Any] = Field(
+        default_factory=dict, description="arguments of the target's chat template, such as enable_thinking: false"
+    )
     base_target: str | None = Field(None, description="the target the old draft was made for (scorer shift needs it)")
     eval_prompts: str | None = Field(None, description="prompts to measure on; by default held out from --prompts")
     method: str = Field("lora", description="which parameters are trained")

@@ -18,6 +18,7 @@ from redraft.artifact import atomic_write_json, tensors_hash
 from redraft.data.logprobs import TopEngine, ask_tops
 from redraft.data.packed import PackedText, TextSource
 from redraft.data.store import Row, read_rows
+from redraft.data.template import template_record
 from redraft.drafts.experts import is_private
 from redraft.drafts.shapes import fresh_standalone, shape_for
 from redraft.drafts.standalone import StandaloneDraft, attach_experts
@@ -27,7 +28,7 @@ from redraft.export import EXPORTERS
 from redraft.export.base import check_export
 from redraft.loading import check_tokenizers, load_tokenizer, locate, open_standalone, quiet, tokenizer_hash
 from redraft.pipeline.distill_config import DistillConfig, claim_distill
-from redraft.pipeline.models import open_target
+from redraft.pipeline.models import open_target, settle_template
 from redraft.pipeline.sources import Source
 from redraft.pipeline.stages import Say, build_features
 from redraft.progress import progress_bar
@@ -89,8 +90,10 @@ class DistillRun:
     def target(self) -> Target:
         c = self.config
         if c.server_only:
-            return served_target(c.target, c.device)
-        target = open_target(c.target, c.dtype, c.device, c.adapter)
+            served = served_target(c.target, c.device)
+            settle_template(served.tokenizer, c.template_arg, self.folder)
+            return served
+        target = open_target(c.target, c.dtype, c.device, c.adapter, c.template_arg, self.folder)
         target.tap(())  # the draft reads none of its states; only the head's input is kept
         return target
 
@@ -125,7 +128,9 @@ class DistillRun:
             "parameters": sum(p.numel() for p in self.aligned.parameters()),
             "parameters_per_token": self.aligned.parameters_per_token,
             "target_parameters_per_token": self.target.parameters_per_token,
-            "provenance": provenance.collect(seed=self.config.seed, device=self.config.device),
+            "provenance": provenance.collect(
+                self.config.seed, self.config.device, template_record(self.target.tokenizer)
+            ),
         }
         atomic_write_json(self.folder / "distill.json", record)
         return record
@@ -295,7 +300,7 @@ class DistillRun:
             "method": method,
             "target": {"name": self.target.name, "hash": self.target.content_hash()},
             "tokenizer_hash": tokenizer_hash(self.target.tokenizer),
-            "provenance": provenance.collect(seed=c.seed, device=c.device),
+            "provenance": provenance.collect(c.seed, c.device, template_record(self.target.tokenizer)),
         }
 
 

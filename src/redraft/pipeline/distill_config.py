@@ -31,6 +31,9 @@ class DistillConfig(BaseModel):
     target: str = Field(description="the chat target: folder, hub id, or a folder with a PEFT adapter")
     out: Path = Field(description="run directory; a stopped run resumes from it")
     adapter: str | None = Field(None, description="PEFT adapter to merge into --target")
+    template_arg: dict[str, Any] = Field(
+        default_factory=dict, description="arguments of the target's chat template, such as enable_thinking: false"
+    )
     # the drafter
     draft: str | None = Field(None, description="a drafter to align as it is, instead of pretraining a new one")
     size: str = Field("1/10", description="size of a new one: share of the target, parameters, or a preset's name")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ import torch
 
 from redraft.artifact import META_FILE, load_private, read_json, tensors_hash
 from redraft.data.overlap import find_overlap, same_text
-from redraft.data.prompts import Conversation, check_length, template_ids
+from redraft.data.prompts import Conversation, check_length, prompt_messages, template_ids
+from redraft.data.template import kept_moment, use_template, writes_date
 from redraft.drafts.base import Draft, Proposer, bind, check_fit, use_target_embedding
 from redraft.errors import UserError
 from redraft.evaluate.speed import Prompt
@@ -31,9 +32,30 @@ class OpenDraft:
     base_hash: str
 
 
-def open_target(spec: str, dtype: str, device: str, adapter: str | None = None, served: bool = False) -> Target:
-    """``served``: its text comes from a server. Raises ``UserError`` when it cannot be loaded (:func:`load_target`)."""
-    return load_target(spec, getattr(torch, dtype), device, adapter=adapter, served=served)
+def open_target(
+    spec: str,
+    dtype: str,
+    device: str,
+    adapter: str | None = None,
+    template_args: Mapping[str, Any] | None = None,
+    run: Path | None = None,
+    served: bool = False,
+) -> Target:
+    """The target, its chat template with these arguments and, in a ``run`` directory, with the date of that run.
+
+    ``served``: its text comes from a server (:func:`redraft.loading.load_target`). Raises ``UserError`` when it cannot
+    be loaded, or its template does not know an argument.
+    """
+    target = load_target(spec, getattr(torch, dtype), device, adapter=adapter, served=served)
+    settle_template(target.tokenizer, template_args, run)
+    return target
+
+
+def settle_template(tokenizer: Any, template_args: Mapping[str, Any] | None = None, run: Path | None = None) -> None:
+    """Give a tokenizer's template its arguments and the date of a ``run`` directory. Raises ``UserError``."""
+    known = use_template(tokenizer, template_args)
+    if run is not None and writes_date(tokenizer):
+        use_template(tokenizer, template_args, kept_moment(run, known.moment))
 
 
 def open_draft(source: str | Path, target: Target, base: str | Path | None = None) -> OpenDraft:
@@ -119,14 +141,7 @@ def template_prompts(conversations: Sequence[Conversation], target: Target, new_
     """First turns through the target's chat template. Raises ``UserError`` for one that leaves no room to answer."""
     found = []
     for conversation in conversations:
-        turns = []
-        for message in conversation.messages:
-            if message["role"] == "assistant":
-                break
-            turns.append(message)
-            if message["role"] == "user":
-                break
-        ids = template_ids(target.tokenizer, conversation.id, turns)
+        ids = template_ids(target.tokenizer, conversation.id, prompt_messages(conversation, ()))
         check_length(conversation.id, len(ids), new_tokens, target.context)
         found.append(Prompt(conversation.id, ids))
     return found

@@ -21,6 +21,7 @@ from typing import Any
 
 from redraft import provenance
 from redraft.artifact import atomic_write_json
+from redraft.data.template import template_record
 from redraft.data.transport import Connection, Passing, Refused, check_address
 from redraft.errors import UserError
 from redraft.evaluate.load import ServerConfig
@@ -28,6 +29,7 @@ from redraft.evaluate.server import Server, bench_servers
 from redraft.evaluate.speed import Prompt
 from redraft.loading import load_tokenizer
 from redraft.pipeline.bench import How
+from redraft.pipeline.models import settle_template
 from redraft.pipeline.questions import Questions
 from redraft.pipeline.steps import TargetSpec, check_output, target_info
 from redraft.progress import progress_bar
@@ -101,15 +103,22 @@ def bench_servers_on(
         models={name: model for name in servers} if model else {},
     )
     info: Any = spec.open() if questions.suites else None
-    info = info or Templater(load_tokenizer(spec.name), target_info(spec.name).context)
+    if info is None:
+        info = Templater(load_tokenizer(spec.name), target_info(spec.name).context)
+        settle_template(info.tokenizer, spec.template_args)
     asked = questions.read(info, how.max_new_tokens, how.seed)
-    return bench_server_prompts(servers, spec.name, asked, out, config)
+    return bench_server_prompts(servers, spec.name, asked, out, config, template_record(info.tokenizer))
 
 
 def bench_server_prompts(
-    servers: Mapping[str, str], target: str, asked: Sequence[Prompt], out: Path, config: ServerConfig
+    servers: Mapping[str, str],
+    target: str,
+    asked: Sequence[Prompt],
+    out: Path,
+    config: ServerConfig,
+    extra: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """:func:`bench_servers_on` for prompts that are templated already.
+    """:func:`bench_servers_on` for prompts that are templated already; ``extra`` goes into the record.
 
     What a server that is started here prints goes to ``STEM-NAME.log`` beside ``out``. Raises ``UserError``.
     """
@@ -118,7 +127,7 @@ def bench_server_prompts(
         name: _starter(place, out.with_name(f"{out.stem}-{name}.log")) if PORT in place else place
         for name, place in servers.items()
     }
-    record = provenance.collect(seed=config.seed, device="as the servers run")
+    record = provenance.collect(config.seed, "as the servers run", extra)
     requests = len(asked) * len(servers) * len(config.concurrencies)
     with progress_bar("bench", requests, "requests") as progress:
         result = bench_servers(

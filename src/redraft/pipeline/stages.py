@@ -12,6 +12,7 @@ from redraft import provenance
 from redraft.artifact import save_draft, save_private
 from redraft.coarse import Coarse
 from redraft.data.store import Row
+from redraft.data.template import template_record
 from redraft.drafts.base import Draft
 from redraft.drafts.experts import merge_private
 from redraft.drafts.groups import METHODS, PrivateSize, mergeable
@@ -86,7 +87,7 @@ def save_trained(
         "method": method,
         "target": {"name": target.name, "hash": target.content_hash()},
         "tokenizer_hash": tokenizer_hash(target.tokenizer),
-        "provenance": provenance.collect(seed=seed, device=str(target.device)),
+        "provenance": provenance.collect(seed, str(target.device), template_record(target.tokenizer)),
     }
     stored, old = half(draft), half(base.draft)
     parts: dict[str, Coarse] = {}

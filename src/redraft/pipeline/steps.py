@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from redraft.artifact import (
 )
 from redraft.data.prompts import Conversation, read_conversations
 from redraft.data.regenerate import InProcessEngine, ServerEngine, regenerate
+from redraft.data.shapes import row_of
 from redraft.data.store import encode_row, read_rows
 from redraft.data.transport import check_address
 from redraft.drafts.base import Proposer
@@ -54,13 +55,14 @@ class TargetSpec:
     dtype: str = "bfloat16"
     device: str = "cpu"
     adapter: str | None = None
+    template_args: Mapping[str, Any] = field(default_factory=dict)
 
     def open(self, dtype: str | None = None, served: bool = False) -> Target:
         """Load it, in another ``dtype`` if one is given; ``served`` as :func:`open_target`. Raises ``UserError``."""
         dtype = dtype or self.dtype
         if dtype not in ("bfloat16", "float32"):
             raise UserError(f"dtype must be bfloat16 or float32, not {dtype!r}")
-        return open_target(self.name, dtype, self.device, self.adapter, served)
+        return open_target(self.name, dtype, self.device, self.adapter, self.template_args, served=served)
 
 
 def check_output(path: Path, suffix: str = "") -> None:
@@ -181,7 +183,7 @@ def _write_kept(manifest: Manifest, rows: Sequence[Any], asked: Sequence[Convers
         atomic_write_text(keep, b"".join(encode_row(row) for row in manifest.apply(rows)).decode())
         return
     chosen = set(manifest.selected_keys)
-    lines = [json.dumps({"id": c.id, "messages": c.messages}) for c in asked if c.id in chosen]
+    lines = [json.dumps(row_of(c)) for c in asked if c.id in chosen]
     atomic_write_text(keep, "\n".join(lines) + "\n")
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from redraft.data.answers import UnclearReply, reply_message
 from redraft.data.prompts import Message, check_length, template_ids
 from redraft.data.suites import SuiteItem, load_suite, run_turns
+from redraft.data.turns import RESULTS
 from redraft.decode.engine import PlainDecoder
 from redraft.errors import UserError
 from redraft.evaluate.speed import Prompt
@@ -31,7 +34,8 @@ def suite_prompts(
     no part of any measurement. ``tick(prompts so far, id)`` is called as prompts are made.
 
     Raises ``UserError`` as ``load_suite`` does, for suites that share prompts' ids, and for a first turn that leaves no
-    room to answer; a conversation that outgrows the context ends before that turn.
+    room to answer; a conversation ends before a turn that outgrows the context, that stands behind a tool's result, or
+    behind a reply whose answer cannot be told from its thoughts.
     """
     suites = [load_suite(text, data, limit, seed) for text in texts]
     owner: dict[str, str] = {}
@@ -52,20 +56,23 @@ def suite_prompts(
 def _turn_prompts(item: SuiteItem, target: Target, max_new_tokens: int) -> list[Prompt]:
     found: list[Prompt] = []
 
-    def reply(messages: list[Message]) -> str:
+    def reply(messages: list[Message]) -> Message:
         answer = PlainDecoder(target).generate(found[-1].ids, max_new_tokens)
-        return target.tokenizer.decode(answer.ids, skip_special_tokens=True)
+        return reply_message(target.tokenizer, found[-1].ids, answer.ids, target.eos_ids)
 
-    for number, messages in enumerate(run_turns(item.conversation, reply)):
-        id = turn_id(item.id, number)
-        ids = template_ids(target.tokenizer, id, messages)
-        try:
-            check_length(id, len(ids), max_new_tokens, target.context)
-        except UserError:
-            if number == 0:
-                raise
-            break
-        found.append(Prompt(id, ids, item.task, item.reference))
+    with contextlib.suppress(UnclearReply):
+        for number, messages in enumerate(run_turns(item.conversation, reply)):
+            if any(message["role"] in RESULTS for message in messages):
+                break
+            id = turn_id(item.id, number)
+            ids = template_ids(target.tokenizer, id, messages)
+            try:
+                check_length(id, len(ids), max_new_tokens, target.context)
+            except UserError:
+                if number == 0:
+                    raise
+                break
+            found.append(Prompt(id, ids, item.task, item.reference))
     return found
 
 

@@ -13,7 +13,7 @@ import hashlib
 import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -154,12 +154,13 @@ def _turns(items: Sequence[SuiteItem], kind: Callable[[SuiteItem], str]) -> list
     return [item for turn in rounds for item in turn if item is not None]
 
 
-def run_turns(conversation: Conversation, reply: Callable[[list[Message]], str]) -> Iterator[list[Message]]:
+def run_turns(conversation: Conversation, reply: Callable[[list[Message]], str | Message]) -> Iterator[list[Message]]:
     """The messages that lead to each reply, turn by turn, with the model's own replies between them.
 
-    ``reply(messages)`` answers a turn as text; it is asked only when the next turn is, and so never for the last.
+    ``reply(messages)`` answers a turn, as text or as an assistant's turn; it is asked only when the next turn is, and
+    so never for the last.
     """
-    replies: list[str] = []
+    replies: list[str | Message] = []
     messages: list[Message] = []
     for number in range(user_turns(conversation)):
         if number:
@@ -225,5 +226,5 @@ def _item(name: str, definition: SuiteDefinition, asked: str, conversation: Conv
     while turns[-1]["role"] != "user":
         turns.pop()
     task = f"{name}:{group}" if group else name
-    bare = Conversation(conversation.id, turns)
+    bare = replace(conversation, messages=turns)
     return SuiteItem(conversation.id, task, bare, definition.reference(conversation))

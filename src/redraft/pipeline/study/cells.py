@@ -14,6 +14,7 @@ import torch
 from redraft import provenance
 from redraft.artifact import coarse_state, private_state, save_draft, tensors_bytes
 from redraft.coarse import Coarse
+from redraft.data.template import template_record
 from redraft.decode.tree_walk import simulate_tree
 from redraft.drafts.base import bind, family_of
 from redraft.drafts.experts import merge_private
@@ -102,7 +103,7 @@ def save(work: TargetWork, draft: Any, merge: bool, opened: OpenDraft, method_na
         "method": method_name,
         "target": {"name": work.target.name, "hash": work.target.content_hash()},
         "tokenizer_hash": tokenizer_hash(work.target.tokenizer),
-        "provenance": provenance.collect(seed=work.config.seed, device=work.config.device),
+        "provenance": provenance.collect(work.config.seed, work.config.device, template_record(work.target.tokenizer)),
     }
     save_draft(folder, merge_private(draft) if merge else draft, meta)
 

@@ -71,6 +71,7 @@ class StudyConfig(Strict):
     train: dict[str, Any] = {}
     speed: Speed | None = None
     keep_drafts: bool = False
+    template_arg: dict[str, Any] = Field(default={}, description="arguments of the targets' chat templates")
     batch_size: int = Field(default=64, gt=0)
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     device: str = "cpu"

@@ -22,6 +22,7 @@ from redraft.pipeline.study.shared import Model, TargetWork, slug
 from redraft.pipeline.study.speed import speed_cells, speed_of
 from redraft.progress import Progress, progress_bar
 from redraft.select.rules import parse_budget
+from redraft.target import Target
 from redraft.teacher.features import anchors
 
 CONFIG_FILE, RESULTS_FILE = "study.json", "results.json"
@@ -85,7 +86,11 @@ class StudyRun:
     def _base(self, spec: str) -> Model:
         c = self.config
         folder = self.folder / "bases" / slug(spec)
-        return Model(lambda: open_target(spec, c.dtype, c.device), f"base {spec}", folder, c, self.ledger, self._tell)
+
+        def opener() -> Target:
+            return open_target(spec, c.dtype, c.device, None, c.template_arg, self.folder)
+
+        return Model(opener, f"base {spec}", folder, c, self.ledger, self._tell)
 
     def _tell(self, stage: str, done: int, total: int) -> None:
         if self.board is not None:
@@ -251,7 +256,7 @@ def claim(config: StudyConfig, folder: Path) -> None:
         raise UserError(f"cannot use {folder} for the study: {error.strerror or error}") from None
     values, path = json.loads(config.model_dump_json()), folder / CONFIG_FILE
     if path.exists():
-        stored = read_json(path)
+        stored = {"template_arg": {}} | read_json(path)  # a setting that is newer than some studies
         changed = sorted(key for key in {*stored, *values} - {*FREE, *NAMED} if stored.get(key) != values.get(key))
         for kind in NAMED:
             old, new = stored.get(kind, {}), values[kind]

@@ -219,7 +219,7 @@ class TargetWork(Model):
     ) -> None:
         entry = config.targets[name]
         super().__init__(
-            lambda: open_target(entry.target, config.dtype, config.device, entry.adapter),
+            lambda: open_target(entry.target, config.dtype, config.device, entry.adapter, config.template_arg, folder),
             name,
             folder / "targets" / name,
             config,

@@ -15,7 +15,7 @@ import hashlib
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from redraft.data.embedded import maths_conversations
@@ -163,4 +163,4 @@ def first_turn(conversation: Conversation) -> Conversation:
         turns.append(message)
         if message["role"] == "user":
             break
-    return Conversation(conversation.id, [turn for turn in turns if turn["role"] != "assistant"])
+    return replace(conversation, messages=[turn for turn in turns if turn["role"] != "assistant"])

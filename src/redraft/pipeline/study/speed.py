@@ -8,6 +8,7 @@ from typing import Any
 
 from redraft import provenance
 from redraft.artifact import atomic_write_json
+from redraft.data.template import template_record
 from redraft.decode.tree import DynamicTree, parse_shape
 from redraft.evaluate.speed import BenchConfig, Prompt, bench
 from redraft.pipeline.models import contestants, open_draft, open_target, template_prompts
@@ -52,14 +53,18 @@ def speed_of(work: TargetWork, cells: list[Cell], say: Say) -> None:
         name: open_draft(folder, work.target).draft.to(work.target.device) for name, folder in names.items()
     }
     targets = contestants(
-        work.target, config.dtype, lambda dtype: open_target(entry.target, dtype, config.device, entry.adapter)
+        work.target,
+        config.dtype,
+        lambda dtype: open_target(
+            entry.target, dtype, config.device, entry.adapter, config.template_arg, work.folder.parent.parent
+        ),
     )
     for target in targets.values():
         target.tap(next(iter(drafts.values())).config.taps)
     prompts = _prompts(work, wanted.prompts)
     for run in left:
         shape, temperature = parse_shape(run[0]), run[1]
-        record = provenance.collect(seed=config.seed, device=config.device)
+        record = provenance.collect(config.seed, config.device, template_record(work.target.tokenizer))
         # A dynamic tree holds the draft's likeliest tokens, which are no draws from it.
         greedy = temperature > 0 and isinstance(shape, DynamicTree)
         how = BenchConfig(shape, Sampler(temperature), greedy, config.evaluation_tokens, config.seed, traces=0)

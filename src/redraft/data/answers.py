@@ -1,0 +1,327 @@
+"""An answer that came as text, as the tokens that the target wrote; and a reply of tokens, as the turn that it was.
+
+A chat template writes answers in its own way: it trims them, drops thoughts, opens an empty block of thoughts. What was
+served was written by the model behind the template's opening of its turn, so the answer's own text is put there, and
+of the template only what frames it is taken: marks between thoughts and answer, and the end token.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from redraft.data.shapes import with_turns
+from redraft.data.template import render, template_ids, template_text
+from redraft.data.turns import ASSISTANT, USER, Message
+from redraft.errors import UserError
+
+__all__ = ["UnclearReply", "answer_ids", "continuation_ids", "reply_message"]
+
+ANSWER, THOUGHT = "redraftanswer", "redraftthought"
+# What opens and closes a block of thoughts in the public families of models that think.
+MARKS = (
+    ("<think>", "</think>"),
+    ("[THINK]", "[/THINK]"),
+    ("<seed:think>", "</seed:think>"),
+    ("◁think▷", "◁/think▷"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<thought>", "</thought>"),
+    ("<reasoning>", "</reasoning>"),
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),
+    ("<|channel>thought", "<channel|>"),
+)
+# What stands around an answer beside its thoughts.
+ANSWER_MARKS = ("<|START_RESPONSE|>", "<|END_RESPONSE|>")
+HARMONY = re.compile(r"(?:<\|start\|>[^<]*)?<\|channel\|>([^<]*)(?:<\|constrain\|>[^<]*)?<\|message\|>")
+
+
+# -- text to tokens --------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class _Frame:
+    """What a template writes around an answer: before the thoughts, between the two, and behind, up to the end token.
+
+    ``before`` is what it writes between its opening of the turn and the thoughts, or the answer where there are none;
+    None where it does not write the turn behind that opening at all. ``between`` is None where it drops the thoughts.
+    """
+
+    opened: str
+    before: str | None
+    between: str | None
+    behind: str
+    end: int | None
+
+
+def answer_ids(
+    tokenizer: Any,
+    id: str,
+    asked: Sequence[Message],
+    answer: str | Message,
+    eos_ids: Collection[int] = (),
+    *,
+    cut: bool = False,
+    served: bool = False,
+    counts: Collection[int] = (),
+) -> tuple[list[int], list[int], str]:
+    """(prompt ids, response ids, finish reason) of an ``answer`` to the messages ``asked``, by the chat template.
+
+    The response is the answer's own text behind the opening of the assistant's turn, its thoughts before it where it
+    has any, and the first end token that the template writes behind it (``stop``); without one where it was ``cut``
+    off or the template writes none (``length``). ``served`` answers are the model's own: nothing is put among them
+    that the model may not have written, unless the number of tokens, one of ``counts``, says that it did. Answers of
+    others are framed as the template does it. ``eos_ids`` are the target's end tokens (the tokenizer's own where none
+    are given).
+
+    Raises ``UserError`` for conversation ``id``: a template that cannot be followed or drops the thoughts, an answer
+    without the thoughts that its prompt opens, one with a tool call, one that holds an end token.
+    """
+    message: Message = {"role": ASSISTANT, "content": answer} if isinstance(answer, str) else answer
+    if message.get("tool_calls"):
+        raise UserError(
+            f"the answer in conversation {id} has tool_calls, whose tokens as the model wrote them cannot be told from "
+            "them; log token ids instead, or leave such rows out"
+        )
+    ends = set(eos_ids) or {int(tokenizer.eos_token_id)}
+    prompt = template_ids(tokenizer, id, asked)
+    frame = _frame(tokenizer, id, asked, bool(message.get("reasoning_content")), ends)
+    end = [] if cut or frame.end is None else [frame.end]
+    texts = dict.fromkeys(_texts(id, frame, message, served, bool(counts), cut))
+    responses = [continuation_ids(tokenizer, prompt, frame.opened, text) for text in texts]
+    for each in responses:
+        _refuse_ends(tokenizer, id, each, ends)
+    response = _counted(id, responses, len(end), counts) if counts else responses[0]
+    return prompt, [*response, *end], "stop" if end else "length"
+
+
+def _counted(id: str, responses: Sequence[list[int]], end: int, counts: Collection[int]) -> list[int]:
+    """The one response that has as many tokens as were counted, with its end token or else without."""
+    fitting = [ids for ids in responses if len(ids) + end in counts] or [ids for ids in responses if len(ids) in counts]
+    if len(fitting) == 1:
+        return fitting[0]
+    have = "several spellings of that number" if fitting else f"{len(responses[0]) + end} as text"
+    raise UserError(
+        f"usage says {' or '.join(map(str, sorted(counts)))} tokens, but the answer in conversation {id} has {have}, "
+        "so what else the model wrote cannot be told; log token ids instead"
+    )
+
+
+def _frame(tokenizer: Any, id: str, asked: Sequence[Message], thinks: bool, ends: Collection[int]) -> _Frame:
+    opened = render(tokenizer, id, asked, True)
+    sample: Message = {"role": ASSISTANT, "content": ANSWER}
+    if thinks:
+        sample |= {"reasoning_content": THOUGHT}
+    whole = render(tokenizer, id, with_turns(asked, [*asked, sample]), False)
+    before, found, behind = whole.rpartition(ANSWER)
+    if not found:
+        raise UserError(f"the chat template does not write the answer of conversation {id}; log token ids instead")
+    lead: str | None = before[len(opened) :] if before.startswith(opened) else None
+    between: str | None = None
+    if thinks and THOUGHT in (lead or ""):
+        lead, _, between = (lead or "").rpartition(THOUGHT)
+    elif lead is None and before.rstrip() == _without_block(opened).rstrip():
+        # The opening holds an empty block of thoughts that the template does not write into a history.
+        lead = ""
+    tail = list(tokenizer(behind, add_special_tokens=False).input_ids)
+    place = next((place for place, token in enumerate(tail) if token in ends), None)
+    inner = tokenizer.decode(tail[:place], skip_special_tokens=False) if place is not None else ""
+    return _Frame(opened, lead, between, inner, None if place is None else tail[place])
+
+
+def _texts(id: str, frame: _Frame, message: Message, served: bool, counted: bool, cut: bool) -> Iterator[str]:
+    """What the model may have written, the likeliest first. Raises ``UserError``."""
+    content, thoughts = message["content"], message.get("reasoning_content", "")
+    opens = opened_thoughts(frame.opened)
+    behind = "" if cut else frame.behind.rstrip()
+    if thoughts:
+        yield from _thought_texts(id, frame, content, thoughts, behind, counted, cut)
+        return
+    if any(mark in content for pair in MARKS for mark in pair) or (cut and opens):
+        # The thoughts are in the text, closed or cut off in their midst. The prompt may have opened them already.
+        yield _joined(frame.opened, _without(content, opens[0])) if opens else content
+        return
+    if opens:
+        raise UserError(
+            f"the prompt of conversation {id} opens a block of thoughts, but its answer has none: they were split off "
+            "and lost; give reasoning_content too, or token ids"
+        )
+    if frame.before is None:
+        raise UserError(
+            f"the chat template does not write the answer of conversation {id} behind its own opening of an "
+            "assistant turn, so it cannot be placed; regenerate the answers, or give token ids"
+        )
+    yield from _plain_texts(id, frame, content, behind, served, counted)
+
+
+def _thought_texts(
+    id: str, frame: _Frame, content: str, thoughts: str, behind: str, counted: bool, cut: bool
+) -> Iterator[str]:
+    """Thoughts and answer that a server took apart: as the template joins them, or as its prompt's block asks for."""
+    opens = opened_thoughts(frame.opened)
+    if frame.between is not None:
+        lead = frame.before or ""
+        begun = lead + _joined(lead or frame.opened, _without(thoughts, opens[0]) if opens else thoughts)
+        if cut and not content:
+            yield begun
+        else:
+            yield _joined_end(begun, frame.between) + frame.between + _joined(frame.between, content) + behind
+        return
+    if opens and counted and not behind:
+        # A server that cut the text at the closing mark and left the blanks there; the count tells whether it did.
+        yield thoughts + opens[1] + content
+        return
+    raise UserError(
+        f"the chat template leaves out the thoughts (reasoning_content) of the answer in conversation {id}, so the "
+        "tokens of the model's response cannot be told; log token ids, or usage with completion_tokens"
+    )
+
+
+def _plain_texts(id: str, frame: _Frame, content: str, behind: str, served: bool, counted: bool) -> Iterator[str]:
+    """An answer without thoughts: as it is, or in the marks that the template puts around it."""
+    lead = frame.before or ""
+    if not lead.strip() and not behind:
+        yield content if content.startswith(lead) else lead + content
+        return
+    thinks = any(mark in lead for mark, _ in MARKS)
+    if not served and not thinks:
+        yield lead + content + behind
+        return
+    if served and counted:
+        yield content
+        yield lead + content + behind
+        return
+    raise UserError(
+        f"the chat template writes {(lead.strip() or behind)[:40]!r} around the answer of conversation {id}, which the "
+        "row does not hold, so what the model wrote cannot be told; "
+        + ("set --template-arg enable_thinking=false if it did not think, or " if thinks else "")
+        + "give its thoughts, or token ids"
+    )
+
+
+def _without(text: str, mark: str) -> str:
+    """The text behind an opening mark, which the prompt has already."""
+    return text.lstrip().removeprefix(mark) if text.lstrip().startswith(mark) else text
+
+
+def _without_block(opened: str) -> str:
+    """The opening of a turn without the closed block of thoughts that it ends in."""
+    end = opened.rstrip()
+    marks = next((pair for pair in MARKS if end.endswith(pair[1])), None)
+    return end[: end.rindex(marks[0])] if marks and marks[0] in end else opened
+
+
+def _joined(before: str, text: str) -> str:
+    """The text without the blanks that stand in front of it already."""
+    gap = before[len(before.rstrip()) :]
+    while gap and not text.startswith(gap):
+        gap = gap[1:]
+    return text[len(gap) :]
+
+
+def _joined_end(text: str, behind: str) -> str:
+    """The text without the blanks that follow it anyway."""
+    gap = behind[: len(behind) - len(behind.lstrip())]
+    while gap and not text.endswith(gap):
+        gap = gap[:-1]
+    return text[: len(text) - len(gap)] if gap else text
+
+
+def _refuse_ends(tokenizer: Any, id: str, response: Sequence[int], ends: Collection[int]) -> None:
+    if not response or response[0] in ends:
+        raise UserError(f"the answer in conversation {id} begins with an end token, so nothing of it is left")
+    inside = next((token for token in response if token in ends), None)
+    if inside is not None:
+        mark = tokenizer.decode([inside], skip_special_tokens=False)
+        raise UserError(f"the answer in conversation {id} holds the end token {mark}; take it out of the text")
+
+
+def continuation_ids(tokenizer: Any, prompt_ids: Sequence[int], prompt: str, text: str) -> list[int]:
+    """Token ids of ``text`` where it follows ``prompt``, whose ids are ``prompt_ids`` (as it is, nothing added)."""
+    joined = list(tokenizer(prompt + text, add_special_tokens=False).input_ids)
+    if joined[: len(prompt_ids)] == list(prompt_ids):
+        return joined[len(prompt_ids) :]
+    # A token across the border: no engine that was sent the prompt would produce it.
+    return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def opened_thoughts(prompt: str) -> tuple[str, str] | None:
+    """The marks of the block of thoughts that a prompt ends in; None where it opens none."""
+    end = prompt.rstrip()
+    return next((marks for marks in MARKS if end.endswith(marks[0])), None)
+
+
+class UnclearReply(ValueError):
+    """What of a reply is the answer cannot be told."""
+
+
+# -- tokens to a turn ------------------------------------------------------------------------------------------------
+def reply_message(
+    tokenizer: Any, prompt_ids: Sequence[int], response_ids: Sequence[int], eos_ids: Collection[int]
+) -> Message:
+    """The assistant's turn that a chat server would hold of a response, for the history of the next turn.
+
+    Thoughts whose marks the template itself knows how to drop stay in the text; others are split off, as a server's
+    parser does it. Of gpt-oss's channels the final one is the answer. Raises ``UnclearReply`` where it cannot be
+    told from the rest.
+    """
+    ids = list(response_ids)
+    while ids and ids[-1] in eos_ids:
+        ids.pop()
+    text = tokenizer.decode(ids, skip_special_tokens=False)
+    if "<|channel|>" in text:
+        return _harmony(text)
+    opens = opened_thoughts(tokenizer.decode(list(prompt_ids[-16:]), skip_special_tokens=False))
+    marks = opens or next((pair for pair in MARKS if pair[0] in text or pair[1] in text), None)
+    thought: Message = {}
+    if marks is not None:
+        if marks[1] not in text:
+            raise UnclearReply("its thoughts do not end, so there is no answer")
+        source = template_text(tokenizer)
+        special = special_tokens(tokenizer).intersection(marks)
+        parsed = marks[1] not in source and (opens or "reasoning_content" in source or "thinking" in source)
+        if special or parsed:
+            thoughts, _, text = text.rpartition(marks[1])
+            thoughts, text = _without(thoughts, marks[0]).strip("\n"), text.lstrip("\n")
+            thought = {"reasoning_content": thoughts} if thoughts.strip() else {}
+    return {"role": ASSISTANT, "content": _said(tokenizer, text), **thought}
+
+
+def special_tokens(tokenizer: Any) -> set[str]:
+    """What decoding leaves out of the text it shows: the named special tokens, and those added as special."""
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    return {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
+
+
+def _said(tokenizer: Any, text: str) -> str:
+    """The text without special tokens that frame no part of an answer, as servers show it.
+
+    These are the begin, padding and unknown token, and those of turns, which a model that runs on may write. Raises
+    ``UnclearReply`` for any other: what stands before or behind it may be something else than the answer.
+    """
+    text = text.removeprefix(ANSWER_MARKS[0]).removesuffix(ANSWER_MARKS[1])
+    found = {mark for mark in special_tokens(tokenizer) if mark in text}
+    strange = found - {tokenizer.bos_token, tokenizer.pad_token, tokenizer.unk_token}
+    if strange:
+        talk: list[Message] = [{"role": role, "content": ANSWER} for role in (USER, ASSISTANT, USER)]
+        turns = render(tokenizer, "of a sample", talk, False)
+        strange = {mark for mark in strange if mark not in turns}
+    if strange:
+        raise UnclearReply(f"it holds the special token {min(strange)}, so what of it is the answer cannot be told")
+    for mark in found:
+        text = text.replace(mark, "")
+    return text
+
+
+def _harmony(text: str) -> Message:
+    """The final channel of a reply in gpt-oss's format, and what it thought before. Raises ``UnclearReply``."""
+    heads = list(HARMONY.finditer(text))
+    ends = [head.start() for head in heads[1:]] + [len(text)]
+    channels = [
+        (head[1].strip(), text[head.end() : end].removesuffix("<|end|>")) for head, end in zip(heads, ends, strict=True)
+    ]
+    final = [body for name, body in channels if name == "final"]
+    other = [name for name, _ in channels if name not in ("analysis", "final", "commentary")]
+    if len(final) != 1 or other or channels[-1][0] != "final" or "<|" in final[0]:
+        raise UnclearReply("it has no final channel to take the answer from")
+    thoughts = "\n".join(body for name, body in channels if name == "analysis")
+    return {"role": ASSISTANT, "content": final[0], **({"reasoning_content": thoughts} if thoughts else {})}
