@@ -3,7 +3,7 @@
 oneDNN reorders a plain weight at every call. With a few tokens a pass, which is what decoding is, that takes longer
 than the product itself: a weight that was reordered once halves the time of a step. torch offers it only to compiled
 graphs, through operators that are not documented, and which data types they take depends on the processor. So each
-type is tried once on the machine at hand; where the operators are missing, refuse or are wrong, layers stay as they are.
+type is tried once on the machine at hand; where the operators are missing, refuse or err, layers stay as they are.
 
 The packed weight is a copy. It follows its weight: one that was trained, loaded or replaced is packed anew.
 """

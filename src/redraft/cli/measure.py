@@ -81,7 +81,7 @@ def probe(
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Longest answer.")] = 128,
     json_out: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
     adapter: Adapter = None,
-    dtype: Dtype = "bfloat16",
+    dtype: Dtype = "auto",
     device: Device = "cpu",
 ) -> None:
     """Say in a minute whether the present draft is healthy or stale, and whether aligning it is worth it."""
@@ -151,7 +151,7 @@ def bench(
     concurrency: Annotated[list[int] | None, typer.Option(help="Requests under way at servers; repeatable.")] = None,
     server_model: Annotated[str | None, typer.Option(help="The target's name on servers that have several.")] = None,
     adapter: Adapter = None,
-    dtype: Dtype = "bfloat16",
+    dtype: Dtype = "auto",
     device: Device = "cpu",
     seed: Seed = 0,
 ) -> None:

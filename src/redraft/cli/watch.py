@@ -56,7 +56,7 @@ def watch(
     rejected: Annotated[bool, typer.Option("--rejected", help="Show the rejected proposals too.")] = False,
     adapter: Adapter = None,
     base_draft: BaseDraft = None,
-    dtype: Dtype = "bfloat16",
+    dtype: Dtype = "auto",
     device: Device = "cpu",
     seed: Seed = 0,
 ) -> None:

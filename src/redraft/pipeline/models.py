@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from redraft.arithmetic import AUTO, TYPES, choose_dtype
 from redraft.artifact import META_FILE, load_private, read_json, tensors_hash
 from redraft.data.overlap import find_overlap, same_text
 from redraft.data.prompts import Conversation, check_length, template_ids
@@ -32,8 +33,8 @@ class OpenDraft:
 
 
 def open_target(spec: str, dtype: str, device: str, adapter: str | None = None) -> Target:
-    """Raises ``UserError`` when it cannot be loaded."""
-    return load_target(spec, getattr(torch, dtype), device, adapter=adapter)
+    """``dtype`` may be ``auto``. Raises ``UserError`` when it cannot be loaded."""
+    return load_target(spec, getattr(torch, choose_dtype(dtype, device)), device, adapter=adapter)
 
 
 def open_draft(source: str | Path, target: Target, base: str | Path | None = None) -> OpenDraft:
@@ -147,8 +148,8 @@ def prompt_rows(conversations: Sequence[Conversation], target: Target) -> list[P
 
 
 def contestants(target: Target, dtype: str, open_as: Callable[[str], Target]) -> dict[str, Target]:
-    """The target in float32 and bfloat16: the faster in plain decoding is the baseline. On a GPU only as it is."""
-    if target.device.type != "cpu":
-        return {dtype: target}
-    other = "float32" if dtype == "bfloat16" else "bfloat16"
-    return {dtype: target, other: open_as(other)}
+    """The target by the data types that compete: both for ``auto`` on a CPU, else the one that it is open in."""
+    own = str(target.dtype).removeprefix("torch.")
+    if target.device.type != "cpu" or dtype != AUTO:
+        return {own: target}
+    return {own: target} | {other: open_as(other) for other in TYPES if other != own}

@@ -76,6 +76,17 @@ class Checkpoint:
         temporary.replace(self.folder / name)
 
 
+def stored_precision(folder: Path, unrecorded: str) -> str | None:
+    """The data type that the training in ``folder`` computes in; None where none has begun. Raises ``UserError``.
+
+    ``unrecorded`` stands for that of a run of before this was recorded.
+    """
+    path = folder / "state.json"
+    if not path.exists():
+        return None
+    return str(read_json(path)["state"].get("arithmetic", {}).get("precision", unrecorded))
+
+
 def rows_digest(keys: list[str]) -> str:
     """A short fingerprint of which rows a run trains on."""
     return hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest()[:16]

@@ -71,7 +71,7 @@ class StudyConfig(Strict):
     speed: Speed | None = None
     keep_drafts: bool = False
     batch_size: int = Field(default=64, gt=0)
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     device: str = "cpu"
     seed: int = 0
 

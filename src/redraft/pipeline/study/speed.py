@@ -35,8 +35,11 @@ def speed_cells(config: StudyConfig, cells: list[Cell]) -> list[Cell]:
     return list(found.values())
 
 
-def speed_of(work: TargetWork, cells: list[Cell], say: Say) -> None:
-    """Measure what has no result yet and write each run beside the target's facts. Raises ``UserError``."""
+def speed_of(work: TargetWork, cells: list[Cell], dtype: str, say: Say) -> None:
+    """Measure what has no result yet and write each run beside the target's facts. Raises ``UserError``.
+
+    With ``dtype`` auto the data types compete.
+    """
     config, entry = work.config, work.entry
     wanted = config.speed
     assert wanted is not None
@@ -52,7 +55,7 @@ def speed_of(work: TargetWork, cells: list[Cell], say: Say) -> None:
         name: open_draft(folder, work.target).draft.to(work.target.device) for name, folder in names.items()
     }
     targets = contestants(
-        work.target, config.dtype, lambda dtype: open_target(entry.target, dtype, config.device, entry.adapter)
+        work.target, dtype, lambda other: open_target(entry.target, other, config.device, entry.adapter)
     )
     for target in targets.values():
         target.tap(next(iter(drafts.values())).config.taps)
