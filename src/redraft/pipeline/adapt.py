@@ -292,6 +292,7 @@ class AdaptRun:
                 prompts,
                 BenchConfig(ChainShape(c.gamma), max_new_tokens=c.bench_tokens, seed=c.seed),
                 provenance.collect(seed=c.seed, device=c.device),
+                lambda: open_target(c.target, "float32", c.device, c.adapter),
             )
             entry.add(tokens=sum(d["tokens"] for d in result["drafts"].values()))
         atomic_write_json(path, result)

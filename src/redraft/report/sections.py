@@ -37,6 +37,9 @@ def tiles(result: BenchResult) -> list[dict[str, Any]]:
     before, after = first_and_last(result)
     drafts = result.drafts
 
+    def named(name: str) -> str:
+        return f"{name} in {drafts[name].dtype}" if types_differ(result) else name
+
     def tile(label: str, pick: Any, unit: str, digits: int = 2) -> dict[str, Any] | None:
         old: Interval | None = pick(drafts[before]) if before != after else None
         new: Interval | None = pick(drafts[after])
@@ -45,8 +48,8 @@ def tiles(result: BenchResult) -> list[dict[str, Any]]:
         return {
             "label": label,
             "unit": unit,
-            "before_name": before,
-            "after_name": after,
+            "before_name": named(before),
+            "after_name": named(after),
             "before": form.number(old.value, digits) if old else None,
             "before_bounds": form.bounds(old, digits),
             "after": form.number(new.value, digits),
@@ -70,6 +73,26 @@ def gains(result: BenchResult) -> list[str]:
         for pair, kinds in result.gains.items()
         for kind, gain in kinds.items()
     ]
+
+
+def types_differ(result: BenchResult) -> bool:
+    """Whether a draft ran in another data type than plain decoding."""
+    plain = result.plain
+    return plain is not None and any(d.dtype not in ("", plain.fastest) for d in result.drafts.values())
+
+
+def slower(result: BenchResult) -> list[str]:
+    """One sentence a draft that does not make decoding faster, and whether its interval leaves that open."""
+    found = []
+    for name, draft in result.drafts.items():
+        ratio = draft.speedup
+        if ratio is None or ratio.value >= 1:
+            continue
+        sure = ratio.high is not None and ratio.high < 1
+        verdict = "is slower than plain decoding" if sure else "was not faster than plain decoding here"
+        ends = form.bounds(ratio)
+        found.append(f"{name} {verdict}: {form.times(ratio.value)}" + (f" (95% interval {ends})" if ends else ""))
+    return found
 
 
 def tasks(result: BenchResult) -> dict[str, dict[str, Any]]:
