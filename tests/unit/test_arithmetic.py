@@ -16,6 +16,7 @@ from redraft.errors import UserError
 from redraft.pipeline.config import parse_config, settled
 from redraft.pipeline.distill_config import claim_distill, read_distill_config
 from redraft.pipeline.models import contestants
+from redraft.pipeline.quickstart import EFFICIENCY, FEWEST, GIGA_OPERATIONS, QUESTIONS, SECONDS, affordable
 from redraft.pipeline.study.config import parse_study
 from redraft.pipeline.study.run import claim
 from redraft.train.checkpoint import stored_precision
@@ -187,6 +188,22 @@ def test_types_compete_only_where_none_was_named():
     assert contestants(target, "float32", pytest.fail) == {"float32": target}
     target.device = torch.device("cuda")
     assert contestants(target, AUTO, pytest.fail) == {"float32": target}
+
+
+# -- the quickstart's ten minutes ----------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("speeds", "wanted"),
+    [((420.0, 190.0), QUESTIONS), ((2.0, 190.0), 232), ((0.6, 110.0), 136), ((0.6, 20.0), FEWEST)],
+)
+def test_a_slower_machine_gets_fewer_questions_and_a_run_keeps_its_own(speeds, wanted, machine, tmp_path):
+    machine(*speeds)
+    said: list[str] = []
+    assert affordable(tmp_path, said.append) == wanted
+    assert len(said) == (wanted < QUESTIONS) and all(str(wanted) in line for line in said)
+    assert wanted == FEWEST or wanted * GIGA_OPERATIONS / QUESTIONS <= SECONDS * EFFICIENCY * max(speeds)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "prompts.jsonl").write_text("{}\n" * 200)
+    assert affordable(tmp_path, pytest.fail) == 200
 
 
 # -- Muon ----------------------------------------------------------------------------------------------------------
