@@ -221,10 +221,22 @@ def facts(provenance: dict[str, Any]) -> list[tuple[str, str]]:
         ("command", " ".join(map(str, argv)) if isinstance(argv, list) else ""),
         ("revision", commit + (" with uncommitted changes" if commit and revision.get("dirty") else "")),
         ("machine", ", ".join(filter(None, [str(machine.get("cpu") or ""), cores, memory]))),
+        ("arithmetic", arithmetic(_record(provenance.get("arithmetic")))),
         ("device", str(provenance.get("device") or "")),
         ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
     ]
     return [(key, value) for key, value in found if value]
+
+
+def arithmetic(record: dict[str, Any]) -> str:
+    """The level of instructions in force, whatever held it back, and the type that was chosen by trying."""
+    held = [f"{name} held to {limit}" for name, limit in _record(record.get("limits")).items() if limit]
+    chosen = []
+    for choice in map(_record, _record(record.get("chosen")).values()):
+        rates = {n: rate for n, rate in _record(choice.get("gflops")).items() if isinstance(rate, int | float)}
+        figures = ", ".join(f"{rate:.3g} in {name}" for name, rate in rates.items())
+        chosen.append(f"{choice.get('dtype')} chosen" + (f" (GFLOP/s: {figures})" if figures else ""))
+    return ", ".join(filter(None, [str(record.get("instructions") or ""), *held, *chosen]))
 
 
 def _record(value: Any) -> dict[str, Any]:
