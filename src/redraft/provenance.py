@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from redraft import arithmetic
 from redraft.errors import UserError
 from redraft.files import atomic_write_json
 from redraft.places import installed
@@ -52,7 +53,7 @@ def train_flops(trained: int, tokens: int, frozen_on_the_way: int = 0) -> int:
 
 # -- provenance ------------------------------------------------------------------------------------------------------
 def collect(seed: int | None = None, device: str | None = None, extra: dict[str, Any] | None = None) -> dict[str, Any]:
-    """A record of this run for a result file: command line, versions, revision, machine, seed, UTC time.
+    """A record of this run for a result file: command line, versions, revision, machine, arithmetic, seed, UTC time.
 
     ``extra`` is added at the end and wins over the keys collected here.
     """
@@ -62,6 +63,7 @@ def collect(seed: int | None = None, device: str | None = None, extra: dict[str,
         "versions": versions(),
         "revision": revision(),
         "machine": machine(),
+        "arithmetic": arithmetic.record(),
         "device": device or ("cuda" if torch.cuda.is_available() else "cpu"),
         "seed": seed,
     }

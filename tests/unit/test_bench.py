@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import io
 import runpy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from redraft.decode import make_decoder
 from redraft.decode.engine import PlainDecoder
@@ -16,10 +19,14 @@ from redraft.decode.static import StaticChainDecoder, StaticTarget
 from redraft.decode.tree import ChainShape, DynamicTree, parse_shape
 from redraft.drafts.eagle3 import fresh_draft
 from redraft.errors import UserError
+from redraft.evaluate import speed
 from redraft.evaluate.costs import costs
+from redraft.evaluate.divergence import plain_text
 from redraft.evaluate.speed import BenchConfig, Measured, Prompt, bench
 from redraft.evaluate.summary import gains
 from redraft.report.load import BenchResult, parse
+from redraft.report.sections import slower
+from redraft.report.tables import bench_table
 from redraft.sampling import Sampler
 
 PROMPTS = [Prompt(f"p{i}", [5 + i, 9, 40 + i, 7], task="odd" if i % 2 else "even") for i in range(5)]
@@ -41,18 +48,124 @@ def measured(tiny_target) -> Callable[[str], Measured]:
     )
 
 
-def test_data_types_compete_in_turns_on_the_same_prompts(tiny_target):
-    """A loser's speed stands beside the winner's of the same minutes, not beside its speed later on."""
-    targets = {name: tiny_target("llama", **SMALL) for name in ("float32", "bfloat16")}
-    targets["bfloat16"].model.to(torch.bfloat16)
-    config = BenchConfig(ChainShape(2), max_new_tokens=8, contest_prompts=2, alpha_prompts=1)
-    draft = {"new": fresh_draft(targets["float32"], range(100))}
-    result = bench(targets, draft, PROMPTS, config, {}).result
-    plain, won = result["plain"], result["plain"]["fastest"]
-    (lost,) = targets.keys() - {won}
-    assert "relative" not in plain[won] and plain[lost]["relative"]["value"] <= 1
-    assert result["setup"]["contest_prompts"] == {won: len(PROMPTS), lost: 2}
-    assert parse(BenchResult, result, "result").plain.relative[lost].value == plain[lost]["relative"]["value"]
+class Paced:
+    """Decoders that answer as the real ones do, and take the seconds that a table names for contestant and type."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: dict[tuple[str, str], float]) -> None:
+        self.seconds, self.order = seconds, []
+        real = speed._decoder
+        self.names: dict[int, str] = {}
+
+        def decoder(target, draft, config):
+            made = real(target, draft, config)
+            name = self.names.get(id(draft), "plain")
+            made.generate = self.paced(made.generate, name, str(target.dtype).removeprefix("torch."))
+            return made
+
+        monkeypatch.setattr(speed, "_decoder", decoder)
+
+    def paced(self, generate, name: str, dtype: str):
+        def run(ids, max_new_tokens, seed):
+            found = generate(ids, max_new_tokens, seed)
+            if max_new_tokens == TOKENS:
+                self.order.append((name, dtype, ids[0]))
+            # Seconds for every token, whatever the machine does meanwhile.
+            return replace(found, prefill_seconds=0.0, decode_seconds=self.seconds[name, dtype] * len(found.ids))
+
+        return run
+
+
+TOKENS = 20  # more than a warm-up decodes
+
+
+@pytest.fixture
+def contest(tiny_target, monkeypatch) -> Callable[..., tuple[Measured, Paced]]:
+    """``contest({(contestant, type): seconds a token})`` -> a benchmark of two drafts and the order of its turns."""
+
+    def run(seconds: dict[tuple[str, str], float], **options) -> tuple[Measured, Paced]:
+        targets = {name: tiny_target("llama", **SMALL) for name in ("float32", "bfloat16")}
+        targets["bfloat16"].model.to(torch.bfloat16)
+        drafts = {name: fresh_draft(targets["float32"], range(100), seed) for seed, name in enumerate(("old", "new"))}
+        paced = Paced(monkeypatch, seconds)
+        paced.names = {id(draft): name for name, draft in drafts.items()}
+        config = BenchConfig(ChainShape(2), max_new_tokens=TOKENS, alpha_prompts=1, **options)
+        return bench(targets, drafts, PROMPTS, config, {}), paced
+
+    return run
+
+
+# At one row a pass bfloat16 is the faster, at several float32: a processor without AVX512.
+SPLIT = {
+    ("plain", "float32"): 0.010, ("plain", "bfloat16"): 0.009,
+    ("old", "float32"): 0.012, ("old", "bfloat16"): 0.020,
+    ("new", "float32"): 0.006, ("new", "bfloat16"): 0.008,
+}  # fmt: skip
+
+
+def test_every_contestant_runs_in_the_type_that_is_fastest_for_it(contest):
+    measured, _ = contest(SPLIT)
+    result = measured.result
+    assert result["plain"]["fastest"] == result["setup"]["dtype"] == "bfloat16"
+    assert {name: found["dtype"] for name, found in result["drafts"].items()} == {"old": "float32", "new": "float32"}
+    assert {name: str(target.dtype) for name, target in measured.targets.items()} == {
+        "plain": "torch.bfloat16", "old": "torch.float32", "new": "torch.float32",
+    }  # fmt: skip
+    # Speed-ups are over the fastest plain decoding, whatever the draft's type.
+    assert result["drafts"]["new"]["speedup"]["value"] == pytest.approx(0.009 / 0.006)
+    assert result["drafts"]["old"]["speedup"]["value"] == pytest.approx(0.009 / 0.012)
+    assert result["plain"]["float32"]["relative"]["value"] == pytest.approx(0.9)
+    assert result["contest"]["new"]["bfloat16"]["tokens_per_second"] == pytest.approx(125)
+
+
+def test_a_type_that_is_clearly_beaten_is_left_out_of_further_prompts(contest):
+    measured, paced = contest(SPLIT, contest_prompts=3)
+    prompts = {n: {t: v["prompts"] for t, v in by.items()} for n, by in measured.result["contest"].items()}
+    assert prompts == {
+        "plain": {"float32": 3, "bfloat16": 3},  # 1.1 apart: all prompts
+        "old": {"float32": 1, "bfloat16": 1},  # 1.7 apart
+        "new": {"float32": 3, "bfloat16": 3},  # 1.3 apart
+    }
+    assert measured.result["setup"]["contest_prompts"] == {"bfloat16": len(PROMPTS), "float32": 3}
+    # In turns: no contestant is always the first, and every prompt is decoded by all before the next.
+    held = paced.order[:14]
+    assert [ids for _, _, ids in held] == [5] * 6 + [6] * 4 + [7] * 4
+    assert len({held[0][:2], held[6][:2], held[10][:2]}) == 3
+
+
+def test_texts_are_held_against_plain_decoding_in_the_drafts_own_type(contest):
+    """In float32 all are equal to it, also where plain decoding of the contest's winner rounds otherwise."""
+    measured, _ = contest(SPLIT)
+    assert all(found["identical_to_plain"] == len(PROMPTS) for found in measured.result["drafts"].values())
+    for name in ("old", "new"):
+        target = measured.targets[name]
+        assert measured.expected[name] == [PlainDecoder(target).generate(p.ids, TOKENS).ids for p in PROMPTS]
+    # A wrong token is seen, and what should stand there.
+    prompt, text = PROMPTS[0], list(measured.runs["new"][0].ids)
+    spoiled = [*text[:7], (text[7] + 1) % 100, *text[8:]]
+    assert plain_text(prompt.ids, spoiled, measured.targets["new"]) == text[:8]
+
+
+def test_one_type_alone_holds_no_contest(tiny_target, monkeypatch):
+    monkeypatch.setattr(speed, "contest", lambda *given: pytest.fail("a contest"))
+    result = measure(tiny_target("llama", **SMALL), prompts=PROMPTS[:2]).result
+    assert result["contest"] == {} and result["setup"]["contest_prompts"] == {"float32": 2}
+    assert {found["dtype"] for found in result["drafts"].values()} == {"float32"}
+
+
+def test_what_is_slower_than_plain_decoding_is_called_so(contest):
+    result = contest(SPLIT)[0].result
+    read = parse(BenchResult, result, "result")
+    (line,) = slower(read)
+    assert line.startswith("old is slower than plain decoding: 0.75")
+    shown = io.StringIO()
+    Console(file=shown, width=150).print(bench_table(result))
+    text = " ".join(shown.getvalue().split())
+    assert line.replace("\N{MULTIPLICATION SIGN}", "") in text.replace("\N{MULTIPLICATION SIGN}", "")
+    assert "new float32" in text and "plain bfloat16" in text and "fastest data type" in text
+    read.drafts["old"].speedup.high = 1.02
+    assert slower(read)[0].startswith("old was not faster than plain decoding here")
+    read.drafts["old"].speedup.value = 1.0
+    assert slower(read) == []
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import weakref
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,14 +17,24 @@ from redraft.drafts.eagle3 import fresh_draft
 from redraft.drafts.layers import Linear
 from redraft.prepack import PackedForward, prepack
 
-pytestmark = pytest.mark.skipif(not module.available(), reason="this build of torch cannot pack weights")
-
 TYPES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
+def stand_in_pack(weight: torch.Tensor) -> torch.Tensor:
+    return weight.clone()
+
+
 @pytest.fixture(autouse=True)
-def small_layers_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_layers_too(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """All layers are packed, whatever the processor: where it takes a type, by its own kernel, else by a stand-in."""
     monkeypatch.setattr(module, "LEAST_NUMBERS", 0)
+    module.takes.cache_clear()
+    if not all(map(module.takes, TYPES)):
+        monkeypatch.setattr(module, "pack", stand_in_pack)
+        monkeypatch.setattr(module, "product", nn.functional.linear)
+        module.takes.cache_clear()
+    yield
+    module.takes.cache_clear()
 
 
 def layer(dtype: torch.dtype = torch.float32, bias: bool = True, inputs: int = 48, outputs: int = 80) -> nn.Linear:
@@ -148,9 +159,64 @@ def test_layers_on_another_device_are_left_alone():
     assert "forward" not in prepack(layer().to("meta")).__dict__
 
 
-def test_a_build_that_cannot_pack_leaves_layers_alone(monkeypatch):
-    monkeypatch.setattr(module, "available", lambda: False)
-    assert "forward" not in prepack(layer()).__dict__
+# -- processors that do not take a type ------------------------------------------------------------------------------
+def refuses(*given: object) -> torch.Tensor:
+    raise RuntimeError("bf16 path needs the cpu support avx_ne_convert or avx512bw, avx512vl and avx512dq")
+
+
+def off_by_a_tenth(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return 1.1 * nn.functional.linear(x, packed, bias)
+
+
+def no_bias(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return nn.functional.linear(x, packed)
+
+
+PLANTED = {
+    "no reordering": (refuses, nn.functional.linear),
+    "no product": (stand_in_pack, refuses),
+    "wrong numbers": (stand_in_pack, off_by_a_tenth),
+    "bias forgotten": (stand_in_pack, no_bias),
+    "not a number": (stand_in_pack, lambda x, packed, bias: nn.functional.linear(x, packed, bias) * torch.nan),
+    "another type": (stand_in_pack, lambda x, packed, bias: nn.functional.linear(x, packed, bias).double()),
+}
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("planted", PLANTED)
+def test_a_processor_that_refuses_or_errs_gets_plain_products(planted, dtype, monkeypatch):
+    for name, kernel in zip(("pack", "product"), PLANTED[planted], strict=True):
+        monkeypatch.setattr(module, name, kernel)
+    module.takes.cache_clear()
+    plain, x = layer(dtype), rows(4, 48, dtype=dtype)
+    packed = prepack(copy.deepcopy(plain))
+    with torch.no_grad():
+        assert torch.equal(packed(x), plain(x)) and torch.equal(packed(x[:1]), plain(x[:1]))
+    assert not module.takes(dtype) and packed.forward.packed is None
+
+
+@pytest.mark.parametrize("operator", ["_reorder_linear_weight", "_linear_pointwise"])
+def test_what_torch_itself_raises_ends_in_plain_products(operator, monkeypatch):
+    """The operators as torch offers them, each refusing, before the trial and, for a shape of its own, after it."""
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "LEAST_NUMBERS", 0)
+    plain, x = layer(), rows(4, 48)
+    early, late = prepack(copy.deepcopy(plain)), prepack(copy.deepcopy(plain))
+    tried = module.takes(torch.float32)
+    monkeypatch.setattr(torch.ops.mkldnn, operator, refuses, raising=False)
+    with torch.no_grad():
+        assert torch.equal(late(x), plain(x)) and late.forward.packed is None and late.forward.refused == tried
+        module.takes.cache_clear()
+        assert torch.equal(early(x), plain(x)) and not early.forward.refused and not module.takes(torch.float32)
+
+
+def test_the_trial_is_held_once_a_process(monkeypatch):
+    calls = []
+    monkeypatch.setattr(module, "pack", lambda weight: calls.append(weight.dtype) or weight.clone())
+    monkeypatch.setattr(module, "product", nn.functional.linear)
+    module.takes.cache_clear()
+    assert all(module.takes(dtype) for dtype in [*TYPES, *TYPES]) and calls == list(TYPES)
+    assert not module.takes(torch.float64) and len(calls) == 2
 
 
 def test_targets_and_decoding_drafts_are_packed(tiny_target):

@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from redraft.errors import UserError
-from redraft.report import build_report, headline_png, tables
+from redraft.report import build_report, headline_png, sections, tables
 from redraft.report import format as form
 from redraft.report.costs import round_cost
 from redraft.report.load import BenchResult, read_bench, read_curve
@@ -291,6 +291,28 @@ def test_every_picture_speaks(rich_page: str) -> None:
 
 
 @pytest.mark.usefixtures("no_pictures")
+def test_the_arithmetic_that_a_result_was_made_with_is_said() -> None:
+    record = {"instructions": "AVX2", "limits": {"torch": "avx2", "onednn": "AVX2", "mkl": None}}
+    record |= {"chosen": {"cpu": {"dtype": "float32", "gflops": {"bfloat16": 0.91, "float32": 104.2}}}}
+    words = "AVX2, torch held to avx2, onednn held to AVX2, float32 chosen (GFLOP/s: 0.91 in bfloat16, 104 in float32)"
+    assert dict(sections.facts({"arithmetic": record}))["arithmetic"] == words
+    assert dict(sections.facts({"arithmetic": {"instructions": "AVX512", "limits": {}}}))["arithmetic"] == "AVX512"
+    assert "arithmetic" not in dict(sections.facts({"machine": {"cpu": "of before"}}))
+
+
+def test_a_draft_in_another_type_and_a_slow_one_are_told_on_the_page(made_up: dict[str, Path], tmp_path: Path) -> None:
+    result = json.loads(made_up["bench.json"].read_text())
+    result["drafts"]["aligned"]["dtype"] = "float32"
+    result["drafts"]["stale"]["speedup"] = {"value": 0.85, "low": 0.8, "high": 0.9}
+    path = tmp_path / "bench.json"
+    path.write_text(json.dumps(result))
+    page = build_report([path], tmp_path / "page.html").read_text()
+    assert "stale is slower than plain decoding: 0.85" in page and "(95% interval 0.80 to 0.90)" in page
+    assert "aligned in float32" in page and "data type that is fastest for it" in page
+    old = build_report([made_up["bench.json"]], tmp_path / "old.html").read_text()
+    assert "aligned in" not in old and "data type that is fastest" not in old
+
+
 def test_scores_that_differ_are_said_so(tmp_path: Path) -> None:
     result = DATA["rich_bench"]()
     result["drafts"]["stale"]["quality"]["gsm8k"]["correct"] = 4

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from redraft import provenance
+from redraft.arithmetic import Choice
 from redraft.data.store import Row
 from redraft.decode.engine import ChainDecoder, PlainDecoder
 from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
@@ -27,6 +28,7 @@ from redraft.target import Target
 from redraft.teacher.features import FeatureStore, anchors
 from redraft.teacher.simulate import row_alphas, simulate_greedy_chain, tau_of
 from redraft.teacher.unroll import collate, supervised, unroll
+from redraft.train import optimizer as optimizer_module
 from redraft.train.aim import STEPS
 from redraft.train.trainer import TrainConfig, Trainer, TrainResult, batch_order
 
@@ -212,6 +214,66 @@ def test_a_killed_run_resumes_to_the_same_bits(method, optimizer, target, draft,
     assert result.history == expected.history
     for (name, a), (_, b) in zip(whole.trained, work.trained, strict=True):
         assert torch.equal(a, b), name
+
+
+class KilledError(Exception):
+    """Where a process would have been killed."""
+
+
+class AtStepFive:
+    def update(self, done, **fields) -> None:
+        if fields["step"] == 5:
+            raise KilledError
+
+
+@pytest.fixture
+def processor(monkeypatch):
+    """``processor(type)``: from now on this type is the faster one."""
+    return lambda kind: monkeypatch.setattr(optimizer_module, "fastest", lambda device: Choice(kind))
+
+
+@pytest.fixture
+def moved(target, draft, store, rows, tmp_path, processor):
+    """``moved(one, other)`` -> a run on a processor where ``one`` type is fast, and a trainer that goes on with the
+    same, killed after a checkpoint, where ``other`` is."""
+
+    def make(one: str, other: str) -> tuple[Trainer, Trainer]:
+        processor(one)
+        whole = trainer(target, draft, store, rows, tmp_path / f"{one} whole")
+        whole.run()
+        with pytest.raises(KilledError):
+            trainer(target, draft, store, rows, tmp_path / one).run(AtStepFive())
+        processor(other)
+        return whole, trainer(target, draft, store, rows, tmp_path / one)
+
+    return make
+
+
+def losses(work: Trainer) -> list[float]:
+    """The losses along the run, to the last bit: they depend on every step before."""
+    return [json.loads(line)["loss"] for line in work.descent.curve.read_text().splitlines()]
+
+
+def test_a_run_keeps_its_arithmetic_on_another_processor(moved):
+    """Muon's type, and the precision of the losses, are those that the run was begun with."""
+    runs = []
+    for kinds in (("float32", "bfloat16"), ("bfloat16", "float32")):
+        whole, later = moved(*kinds)
+        later.descent.precision = "bfloat16"  # as if the target had been opened in another type
+        later.run()
+        assert later.descent.precision == "float32" and losses(whole) == losses(later)
+        runs.append(losses(whole))
+    assert runs[0][0] == pytest.approx(runs[1][0], rel=0.01) and runs[0] != runs[1], "the type makes a difference"
+
+
+def test_a_checkpoint_of_before_muon_had_a_choice_goes_on_in_bfloat16(moved):
+    whole, later = moved("bfloat16", "float32")
+    path = later.descent.checkpoint.path
+    stored = json.loads(path.read_text())
+    assert stored["state"].pop("arithmetic") == {"precision": "float32", "muon": "bfloat16"}
+    path.write_text(json.dumps(stored))
+    later.run()
+    assert losses(whole) == losses(later)
 
 
 def test_low_rank_updates_are_aimed_once_before_the_first_step(target, draft, store, rows, tmp_path):

@@ -186,7 +186,9 @@ Suites = Annotated[
 DataFolder = Annotated[
     Path | None, typer.Option("--data", help="Folder of the suites' files; by default that of REDRAFT_DATA.")
 ]
-Dtype = Annotated[str, typer.Option(help="Data type of the target: bfloat16 or float32.")]
+_DTYPE = typer.Option(help="Data type of the target: bfloat16, float32, or auto, the one this machine is faster in.")
+Dtype = Annotated[str, _DTYPE]
+OptionalDtype = Annotated[str | None, _DTYPE]
 Device = Annotated[str, typer.Option(help="Torch device: cpu, cuda, cuda:1, ...")]
 Gamma = Annotated[int, typer.Option(min=1, help="Drafted tokens a round.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]

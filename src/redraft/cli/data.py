@@ -66,7 +66,7 @@ def regenerate(
     server_model: Annotated[str | None, typer.Option(help="The target's name on that server.")] = None,
     adapter: Adapter = None,
     template_arg: TemplateArgs = None,
-    dtype: Dtype = "bfloat16",
+    dtype: Dtype = "auto",
     device: Device = "cpu",
     seed: Seed = 0,
 ) -> None:
@@ -103,7 +103,7 @@ def select(
     draft: Annotated[str | None, typer.Option(help="The present draft (scorer rejection, and coverage on it).")] = None,
     adapter: Adapter = None,
     template_arg: TemplateArgs = None,
-    dtype: Dtype = "bfloat16",
+    dtype: Dtype = "auto",
     device: Device = "cpu",
     seed: Seed = 0,
 ) -> None:

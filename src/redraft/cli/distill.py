@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from redraft.cli.common import Adapter, Command, OptionalTarget, TemplateArgs, examples, say
+from redraft.cli.common import Adapter, Command, OptionalDtype, OptionalTarget, TemplateArgs, examples, say
 
 
 def register(app: typer.Typer) -> None:
@@ -68,7 +68,7 @@ def distill(
     ] = None,
     text_share: Annotated[float | None, typer.Option(help="Share of plain text in alignment.")] = None,
     gamma: Annotated[int | None, typer.Option(help="Drafted tokens a round.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Data type of the target: bfloat16 or float32.")] = None,
+    dtype: OptionalDtype = None,
     device: Annotated[str | None, typer.Option(help="Torch device: cpu, cuda, ...")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
     exports: Annotated[list[str] | None, typer.Option(help="Formats to export: {formats}; repeatable.")] = None,

@@ -83,7 +83,7 @@ def probe(
     json_out: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
     adapter: Adapter = None,
     template_arg: TemplateArgs = None,
-    dtype: Dtype = "bfloat16",
+    dtype: Dtype = "auto",
     device: Device = "cpu",
 ) -> None:
     """Say in a minute whether the present draft is healthy or stale, and whether aligning it is worth it."""
@@ -155,7 +155,7 @@ def bench(
     server_model: Annotated[str | None, typer.Option(help="The target's name on servers that have several.")] = None,
     adapter: Adapter = None,
     template_arg: TemplateArgs = None,
-    dtype: Dtype = "bfloat16",
+    dtype: Dtype = "auto",
     device: Device = "cpu",
     seed: Seed = 0,
 ) -> None:

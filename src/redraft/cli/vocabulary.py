@@ -49,7 +49,7 @@ def vocabulary(
     base_draft: BaseDraft = None,
     adapter: Adapter = None,
     gamma: Gamma = 5,
-    dtype: Dtype = "bfloat16",
+    dtype: Dtype = "auto",
     device: Device = "cpu",
     seed: Seed = 0,
 ) -> None:

@@ -58,7 +58,7 @@ def watch(
     adapter: Adapter = None,
     base_draft: BaseDraft = None,
     template_arg: TemplateArgs = None,
-    dtype: Dtype = "bfloat16",
+    dtype: Dtype = "auto",
     device: Device = "cpu",
     seed: Seed = 0,
 ) -> None:

@@ -26,15 +26,11 @@ def costs(target: Target, draft: Proposer, runs: Runs, plain: Runs) -> dict[str,
     if not steps:
         return {"mbsu": {}}
     tau, gamma = tokens / len(records), steps / len(records)
-    read = draft.parameters_per_token * next(draft.parameters()).element_size()
-    found = {"bytes": metrics.cost_by_bytes(read, _bytes(target))}
+    # A draft decodes in its target's type, whatever type it came in.
+    size = target.head.weight.element_size()
+    found = {"bytes": metrics.cost_by_bytes(draft.parameters_per_token * size, target.parameters_per_token * size)}
     plain_step = step_seconds(plain)
     if plain_step > 0:
         drafting = sum(record.draft_seconds for record in records)
         found["time"] = metrics.cost_by_time(drafting, steps, plain_step, 1)
     return {"mbsu": {name: {"value": metrics.mbsu(tau, gamma, c), "cost": c} for name, c in found.items()}}
-
-
-def _bytes(target: Target) -> int:
-    """Bytes of parameters that one token's forward pass of the target reads."""
-    return target.parameters_per_token * target.head.weight.element_size()

@@ -69,6 +69,22 @@ def top_two(logits_RV: Tensor) -> tuple[Tensor, Tensor]:
     return best.indices, best.values[..., 0] - best.values[..., 1]
 
 
+@torch.inference_mode()
+def plain_text(prompt_ids: Sequence[int], ids: Sequence[int], target: Target) -> list[int]:
+    """What plain greedy decoding writes in the arithmetic of ``target``, as far as a text of its own can tell.
+
+    ``ids`` themselves where each is the target's best after those before it; else they end at the first that is not,
+    and that best stands in its place. One teacher-forced pass.
+    """
+    states_RH = _states(target, prompt_ids, ids)
+    for start in range(0, len(states_RH), CHUNK):
+        best = target.logits(states_RH[start : start + CHUNK]).argmax(-1).tolist()
+        wrong = first_difference(best, ids[start : start + CHUNK])
+        if wrong is not None:
+            return [*ids[: start + wrong], best[wrong]]
+    return list(ids)
+
+
 def explain(
     prompt_ids: Sequence[int], plain_ids: Sequence[int], other_ids: Sequence[int], exact: Target, low: Target
 ) -> Divergence | None:

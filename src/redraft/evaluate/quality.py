@@ -15,9 +15,8 @@ from typing import Any, Protocol
 from redraft.data.suites import SUITES, suite_of
 from redraft.data.suites.code import code_blocks, defined_names
 from redraft.evaluate.statistics import mean, paired_difference
+from redraft.evaluate.summary import PLAIN
 from redraft.registry import Registry
-
-PLAIN = "plain"
 
 # (output, reference) -> whether the output is right
 RULES: Registry[Callable[[str, str], bool]] = Registry("scoring rule")

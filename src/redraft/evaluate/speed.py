@@ -8,9 +8,9 @@ intervals over prompts.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from redraft.decode import make_decoder
 from redraft.decode.engine import Generation, PlainDecoder
@@ -20,11 +20,17 @@ from redraft.drafts.base import Proposer
 from redraft.errors import UserError
 from redraft.evaluate import summary
 from redraft.evaluate.costs import costs
+from redraft.evaluate.divergence import plain_text
 from redraft.evaluate.statistics import ratio_of_sums
+from redraft.evaluate.summary import PLAIN
 from redraft.sampling import Sampler
 from redraft.target import Target
 
 SCHEMA = "redraft.bench/1"
+# A data type that took so many times as long as another is beaten; what is closer is measured on more prompts.
+CLEAR = 1.5
+
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,7 @@ class BenchConfig:
     """What is measured, and how.
 
     ``greedy_drafts``: the draft proposes its likeliest tokens although the target samples. ``contest_prompts``: on how
-    many prompts the data types compete for the plain baseline; ``alpha_prompts``: on how many alpha is measured, in an
+    many prompts, at most, the data types compete; ``alpha_prompts``: on how many alpha is measured, in an
     untimed pass of its own; ``traces``: of how many the whole decoding is kept, for the token view.
     """
 
@@ -65,11 +71,15 @@ Tick = Callable[[int, str], None]
 
 @dataclass
 class Measured:
-    """A finished measurement: the result as plain JSON values, and the decoded prompts by contestant."""
+    """A finished measurement: the result as plain JSON values, and by contestant the decoded prompts and the target.
+
+    ``expected`` are, by draft, the texts of plain decoding in the draft's data type.
+    """
 
     result: dict[str, Any]
     runs: dict[str, list[Generation]]
-    target: Target
+    targets: dict[str, Target]
+    expected: dict[str, list[list[int]]]
 
 
 def bench(
@@ -82,52 +92,56 @@ def bench(
 ) -> Measured:
     """The result (schema ``redraft.bench/1``, docs/formats.md) with the generations that it comes from.
 
-    ``targets`` holds the same model by data type (``float32``, ``bfloat16``); the faster one in plain decoding is
-    the baseline and the target of all drafts. Raises ``UserError`` when there is nothing to measure.
+    ``targets`` holds the same model by data type (``float32``, ``bfloat16``). Plain decoding and every draft run in
+    the type that a short contest shows to be their fastest: one row a pass and several may want different ones.
+    Speed-ups are over the fastest plain decoding. Raises ``UserError`` when there is nothing to measure.
     """
     if not prompts:
         raise UserError("no prompts to measure on; give at least one")
-    contest = _contest(targets, prompts, config)
-    fastest = max(contest, key=lambda name: _rate(contest[name]))
-    target = targets[fastest]
-    decoders: dict[str, PlainDecoder] = {"plain": PlainDecoder(target, config.sampler)}
-    for name, draft in drafts.items():
-        decoders[name] = make_decoder(target, draft, config.shape, config.sampler, config.greedy_drafts)
+    counter = _Counter(tick)
+    held = contest(targets, drafts, prompts, config, counter) if len(targets) > 1 else {}
+    chosen = {
+        n: max(held[n], key=lambda t: _rate(held[n][t])) if held else next(iter(targets)) for n in [PLAIN, *drafts]
+    }
+    used = {name: targets[dtype] for name, dtype in chosen.items()}
+    decoders = {name: _decoder(target, drafts.get(name), config) for name, target in used.items()}
     for decoder in decoders.values():
         decoder.generate(prompts[0].ids, min(16, config.max_new_tokens), config.seed)  # warm-up
+    runs: dict[str, list[Generation]] = {name: [] for name in decoders}
     began = time.perf_counter()
-    runs = _measure(decoders, prompts, config, tick)
+    for index, prompt in enumerate(prompts):
+        for name, run in _turn(decoders, prompt, index, config):
+            runs[name].append(run)
+            counter.add(run, f"prompt {index + 1} of {len(prompts)}, {name}")
     wall, decoding = time.perf_counter() - began, sum(summary.seconds(g) for part in runs.values() for g in part)
-    plain: dict[str, dict[str, Any]] = {fastest: {"tokens_per_second": summary.speed(runs["plain"])}}
-    for name in contest.keys() - {fastest}:
-        plain[name] = {"tokens_per_second": summary.speed(contest[name])}
-        plain[name]["relative"] = summary.speedup(contest[name], contest[fastest])
+    expected = {name: _expected(name, chosen, runs, used[name], prompts, config) for name in drafts}
     tasks = [prompt.task for prompt in prompts]
     result: dict[str, Any] = {
         "schema": SCHEMA,
         "provenance": dict(provenance),
-        "setup": _setup(target, prompts, config, fastest, {n: len(found) for n, found in contest.items()})
+        "setup": _setup(used[PLAIN], prompts, config, chosen[PLAIN], held.get(PLAIN, {chosen[PLAIN]: []}))
         | {"overhead": wall / decoding - 1},
-        "plain": {**plain, "fastest": fastest},
+        "plain": _plain(runs[PLAIN], chosen[PLAIN], held.get(PLAIN, {})),
+        "contest": {name: {dtype: _entry(found) for dtype, found in by.items()} for name, by in held.items()},
         "drafts": {},
         "gains": summary.gains(runs, list(drafts)),
         "per_prompt": summary.per_prompt(runs, [prompt.id for prompt in prompts], tasks),
-        "traces": _traces(target, runs, prompts, config),
+        "traces": _traces(used[PLAIN], runs, prompts, config),
     }
     for name, draft in drafts.items():
         result["drafts"][name] = {
-            "dtype": fastest,
+            "dtype": chosen[name],
             "parameters": sum(p.numel() for p in draft.parameters()),
-            "alpha": _alpha(target, draft, prompts[: config.alpha_prompts], config),
-            **summary.summarise(runs[name], runs["plain"], config.depth),
-            **costs(target, draft, runs[name], runs["plain"]),
-            "by_task": summary.by_task(runs[name], runs["plain"], tasks),
+            "alpha": _alpha(used[name], draft, prompts[: config.alpha_prompts], config),
+            **summary.summarise(runs[name], runs[PLAIN], config.depth, expected[name]),
+            **costs(used[name], draft, runs[name], runs[PLAIN]),
+            "by_task": summary.by_task(runs[name], runs[PLAIN], tasks),
         }
-    return Measured(result, runs, target)
+    return Measured(result, runs, used, expected)
 
 
 def _setup(
-    target: Target, prompts: Sequence[Prompt], config: BenchConfig, dtype: str, contest: Mapping[str, int]
+    target: Target, prompts: Sequence[Prompt], config: BenchConfig, dtype: str, held: Mapping[str, Sequence[Generation]]
 ) -> dict[str, Any]:
     chain = isinstance(config.shape, ChainShape)
     fixed = config.sampler.greedy or config.greedy_drafts
@@ -143,42 +157,104 @@ def _setup(
         "seed": config.seed,
         "dtype": dtype,
         "speed": "tokens a second over prefill and decoding together",
-        "contest_prompts": {name: len(prompts) if name == dtype else count for name, count in contest.items()},
+        "contest_prompts": {name: len(prompts) if name == dtype else len(found) for name, found in held.items()},
     }
 
 
+def _plain(runs: Sequence[Generation], fastest: str, held: Mapping[str, Sequence[Generation]]) -> dict[str, Any]:
+    """Plain decoding by data type: the fastest on all prompts, the others on those of the contest, and over it."""
+    found: dict[str, Any] = {fastest: {"tokens_per_second": summary.speed(runs)}}
+    for name in held.keys() - {fastest}:
+        both = min(len(held[name]), len(held[fastest]))
+        relative = summary.speedup(held[name][:both], held[fastest][:both])
+        found[name] = {"tokens_per_second": summary.speed(held[name]), "relative": relative}
+    return {**found, "fastest": fastest}
+
+
+def _entry(found: Sequence[Generation]) -> dict[str, Any]:
+    return {"prompts": len(found), "tokens_per_second": _rate(found)}
+
+
+def _expected(
+    name: str,
+    chosen: Mapping[str, str],
+    runs: Mapping[str, Sequence[Generation]],
+    target: Target,
+    prompts: Sequence[Prompt],
+    config: BenchConfig,
+) -> list[list[int]]:
+    """The texts that a draft's must equal: plain decoding's, which greedily in another type is told by a pass."""
+    if chosen[name] == chosen[PLAIN] or not config.sampler.greedy:
+        return [run.ids for run in runs[PLAIN]]
+    return [plain_text(prompt.ids, run.ids, target) for prompt, run in zip(prompts, runs[name], strict=True)]
+
+
 # -- measuring -------------------------------------------------------------------------------------------------------
+class _Counter:
+    """Tokens of everything that is decoded, for a line of progress."""
+
+    def __init__(self, tick: Tick | None) -> None:
+        self.tick, self.tokens = tick, 0
+
+    def add(self, run: Generation, what: str) -> None:
+        self.tokens += len(run.ids)
+        if self.tick:
+            self.tick(self.tokens, what)
+
+
 def _rate(found: Sequence[Generation]) -> float:
     return sum(len(g.ids) for g in found) / sum(map(summary.seconds, found))
 
 
-def _contest(
-    targets: Mapping[str, Target], prompts: Sequence[Prompt], config: BenchConfig
-) -> dict[str, list[Generation]]:
-    """Plain decoding of a few prompts with every data type, in turns."""
-    decoders = {name: PlainDecoder(target, config.sampler) for name, target in targets.items()}
-    if len(decoders) == 1:
-        prompts = prompts[:1]
-    for decoder in decoders.values():
-        decoder.generate(prompts[0].ids, min(8, config.max_new_tokens), config.seed)  # warm-up
-    return _measure(decoders, prompts[: config.contest_prompts], config, None)
+def _decoder(target: Target, draft: Proposer | None, config: BenchConfig) -> PlainDecoder:
+    if draft is None:
+        return PlainDecoder(target, config.sampler)
+    return make_decoder(target, draft, config.shape, config.sampler, config.greedy_drafts)
 
 
-def _measure(
-    decoders: Mapping[str, PlainDecoder], prompts: Sequence[Prompt], config: BenchConfig, tick: Tick | None
-) -> dict[str, list[Generation]]:
+def _turn(
+    decoders: Mapping[Key, PlainDecoder], prompt: Prompt, index: int, config: BenchConfig
+) -> Iterator[tuple[Key, Generation]]:
+    """One prompt by every decoder; who begins rotates with the prompt's number."""
     names = list(decoders)
-    runs: dict[str, list[Generation]] = {name: [] for name in names}
-    tokens = 0
-    for index, prompt in enumerate(prompts):
-        turn = index % len(names)
-        for name in names[turn:] + names[:turn]:
-            found = decoders[name].generate(prompt.ids, config.max_new_tokens, config.seed + index)
-            runs[name].append(found)
-            tokens += len(found.ids)
-            if tick:
-                tick(tokens, f"prompt {index + 1} of {len(prompts)}, {name}")
-    return runs
+    turn = index % len(names)
+    for name in names[turn:] + names[:turn]:
+        yield name, decoders[name].generate(prompt.ids, config.max_new_tokens, config.seed + index)
+
+
+def contest(
+    targets: Mapping[str, Target],
+    drafts: Mapping[str, Proposer],
+    prompts: Sequence[Prompt],
+    config: BenchConfig,
+    counter: _Counter,
+) -> dict[str, dict[str, list[Generation]]]:
+    """A few prompts by every contestant in every data type, in turns: {contestant: {type: its generations}}.
+
+    A type that is clearly beaten is left out of the prompts that follow, and where one alone is left, all are.
+    """
+    open_keys = {
+        (name, dtype): _decoder(target, drafts.get(name), config)
+        for name in [PLAIN, *drafts]
+        for dtype, target in targets.items()
+    }
+    found: dict[str, dict[str, list[Generation]]] = {name: {t: [] for t in targets} for name in [PLAIN, *drafts]}
+    for decoder in open_keys.values():
+        decoder.generate(prompts[0].ids, min(8, config.max_new_tokens), config.seed)  # warm-up
+    for index, prompt in enumerate(prompts[: config.contest_prompts]):
+        for (name, dtype), run in _turn(open_keys, prompt, index, config):
+            found[name][dtype].append(run)
+            counter.add(run, f"which type is faster: {name} in {dtype}")
+        for name, by_type in found.items():
+            running = [dtype for dtype in by_type if (name, dtype) in open_keys]
+            rates = {dtype: _rate(by_type[dtype]) for dtype in running}
+            left = [dtype for dtype in running if rates[dtype] * CLEAR > max(rates.values())]
+            for dtype in running:
+                if dtype not in left or len(left) == 1:
+                    del open_keys[name, dtype]
+        if not open_keys:
+            break
+    return found
 
 
 def _alpha(target: Target, draft: Proposer, prompts: Sequence[Prompt], config: BenchConfig) -> dict[str, float] | None:
@@ -203,7 +279,7 @@ def _traces(
             "id": prompt.id,
             "task": prompt.task or None,
             "prompt": target.tokenizer.decode(prompt.ids),
-            "drafts": {n: trace(target.tokenizer, prompt.ids, r[i]) for n, r in runs.items() if n != "plain"},
+            "drafts": {n: trace(target.tokenizer, prompt.ids, r[i]) for n, r in runs.items() if n != PLAIN},
         }
         for i, prompt in enumerate(prompts[: config.traces])
     ]

@@ -14,6 +14,7 @@ from redraft.decode.engine import Generation
 from redraft.evaluate.statistics import mean, paired_difference, paired_ratio, ratio_of_sums
 
 Runs = Sequence[Generation]
+PLAIN = "plain"  # the contestant that every other is held against
 
 
 def seconds(generation: Generation) -> float:
@@ -60,8 +61,11 @@ def _rates(runs: Runs) -> tuple[list[int], list[float]]:
     return [len(r.ids) for r in runs], [seconds(r) for r in runs]
 
 
-def summarise(runs: Runs, plain: Runs, depth: int) -> dict[str, Any]:
-    """The figures of one draft on all prompts; ``depth`` is the most tokens that a round can accept."""
+def summarise(runs: Runs, plain: Runs, depth: int, expected: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """The figures of one draft on all prompts; ``depth`` is the most tokens that a round can accept.
+
+    ``expected`` are the texts of plain decoding in the draft's own data type.
+    """
     found = accepted(runs), depths(runs)
     kept = [run for run in runs if run.rounds]
     draft_s = sum(record.draft_seconds for run in runs for record in run.rounds)
@@ -81,7 +85,7 @@ def summarise(runs: Runs, plain: Runs, depth: int) -> dict[str, Any]:
         },
         "rounds": sum(len(run.rounds) for run in runs),
         "tokens": sum(_tokens(runs)),
-        "identical_to_plain": sum(a.ids == b.ids for a, b in zip(runs, plain, strict=True)),
+        "identical_to_plain": sum(list(run.ids) == list(ids) for run, ids in zip(runs, expected, strict=True)),
     }
 
 
@@ -117,7 +121,7 @@ def gains(runs: Mapping[str, Runs], names: Sequence[str]) -> dict[str, Any]:
 
 
 def per_prompt(
-    runs: Mapping[str, Runs], ids: Sequence[str], tasks: Sequence[str], baseline: str = "plain"
+    runs: Mapping[str, Runs], ids: Sequence[str], tasks: Sequence[str], baseline: str = PLAIN
 ) -> list[dict[str, Any]]:
     """One record a prompt: its task, and tokens, rounds and seconds of every contestant."""
 

@@ -48,8 +48,8 @@ class AdaptRun:
 
     def __init__(self, config: AdaptConfig, say: Say = print) -> None:
         """Raises ``UserError`` when the run directory belongs to other settings."""
-        claim_run(config)
-        self.config, self.say, self.folder = config, say, config.out
+        self.config, self.say, self.folder = claim_run(config, say), say, config.out
+        self.asked_dtype = config.dtype  # auto lets the types compete in the benchmark, whatever the run computes in
         self.ledger = provenance.Ledger.load(self.folder / "ledger.json")
 
     # -- what the stages work on -------------------------------------------------------------------------------
@@ -299,11 +299,12 @@ class AdaptRun:
         began = time.monotonic()
         with self.ledger.stage("bench") as entry:
             result = measure(
-                contestants(self.target, c.dtype, self._open),
+                contestants(self.target, self.asked_dtype, self._open),
                 drafts,
                 prompts,
                 BenchConfig(ChainShape(c.gamma), max_new_tokens=c.bench_tokens, seed=c.seed),
                 provenance.collect(c.seed, c.device, template_record(self.target.tokenizer)),
+                lambda: self._open("float32"),
             )
             entry.add(tokens=sum(d["tokens"] for d in result["drafts"].values()))
         atomic_write_json(path, result)

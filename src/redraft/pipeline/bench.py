@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ def bench_files(
 ) -> dict[str, Any]:
     """The paired benchmark of drafts by name; writes the result to ``out`` and returns it. Raises ``UserError``.
 
-    On a CPU plain decoding competes in float32 and bfloat16; on a GPU the target runs as ``spec`` says.
+    Where ``spec`` names no data type, plain decoding and every draft compete in float32 and bfloat16 on a CPU.
     """
     check_output(out, ".json")
     wanted = None if how.shape == AUTO else parse_shape(how.shape)
@@ -80,7 +80,7 @@ def bench_files(
         targets = {name: StaticTarget(each, (1, shape.depth + 1), longest + 1) for name, each in targets.items()}
     config = BenchConfig(shape, how.sampler, how.greedy_drafts, how.max_new_tokens, how.seed)
     record = provenance.collect(how.seed, spec.device, template_record(target.tokenizer))
-    result = measure(targets, opened, prompts, config, record)
+    result = measure(targets, opened, prompts, config, record, lambda: spec.open("float32"))
     result["setup"]["static_shapes"] = how.static
     if picked:
         result["setup"]["picked"] = picked
@@ -108,34 +108,48 @@ def measure(
     prompts: Sequence[Prompt],
     config: BenchConfig,
     record: Mapping[str, Any],
+    in_float32: Callable[[], Target],
 ) -> dict[str, Any]:
-    """:func:`redraft.evaluate.speed.bench` with a progress bar, near-ties explained and answers scored."""
+    """:func:`redraft.evaluate.speed.bench` with a progress bar, near-ties explained and answers scored.
+
+    ``in_float32`` opens the target in float32, where texts differ that were decoded in another type alone.
+    """
     done = itertools.count(1)
     with progress_bar("bench", len(prompts) * (1 + len(drafts)), "answers") as progress:
-        # Plain decoding of the first prompts, in every data type, goes before what is counted.
-        progress.update(0, now="choosing the data type")
-        tick = lambda tokens, what: progress.update(next(done), tokens=tokens, now=what)  # noqa: E731
+        progress.update(0, now="choosing data types")
+
+        def tick(tokens: int, what: str) -> None:
+            # The contest of data types goes before what is counted.
+            progress.update(next(done) if what.startswith("prompt ") else 0, tokens=tokens, now=what)
+
         found = bench(targets, drafts, prompts, config, record, tick)
-    if config.sampler.greedy and "float32" in targets:
-        explain_differences(found, prompts, targets["float32"])
+    if config.sampler.greedy and next(iter(targets.values())).device.type == "cpu":
+        explain_differences(found, prompts, lambda: targets.get("float32") or in_float32())
     score_answers(found, prompts)
     return found.result
 
 
-def explain_differences(found: Measured, prompts: Sequence[Prompt], exact: Target) -> None:
+def explain_differences(found: Measured, prompts: Sequence[Prompt], in_float32: Callable[[], Target]) -> None:
     """Say of every text that is not plain decoding's whether the target's two best tokens nearly tie where they part.
 
-    ``exact`` is the target in float32.
+    A draft's text is held against plain decoding in the draft's own data type. ``in_float32`` gives the target in
+    float32, asked only where texts differ.
     """
+    exact: Target | None = None
     for name, figures in found.result["drafts"].items():
-        pairs = zip(prompts, found.runs["plain"], found.runs[name], strict=True)
-        parted = [divergence.explain(p.ids, plain.ids, own.ids, exact, found.target) for p, plain, own in pairs]
+        parted: list[divergence.Divergence | None] = []
+        for prompt, expected, own in zip(prompts, found.expected[name], found.runs[name], strict=True):
+            if expected == own.ids:
+                parted.append(None)
+                continue
+            exact = exact or in_float32()
+            parted.append(divergence.explain(prompt.ids, expected, own.ids, exact, found.targets[name]))
         figures["divergence"] = divergence.summary(parted)
 
 
 def score_answers(found: Measured, prompts: Sequence[Prompt]) -> None:
     """Put the task scores of plain and speculative answers beside each other, where the prompts have references."""
-    tokenizer = found.target.tokenizer
+    tokenizer = found.targets[PLAIN].tokenizer
     outputs = {
         name: [tokenizer.decode(run.ids, skip_special_tokens=True) for run in runs] for name, runs in found.runs.items()
     }

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from redraft.arithmetic import AUTO, check_dtype, go_on_with
 from redraft.artifact import atomic_write_json, read_json
 from redraft.data.transport import check_address
 from redraft.drafts.groups import PrivateSize, check_bits, method
@@ -90,7 +91,9 @@ class AdaptConfig(BaseModel):
     bench_prompts: int = Field(24, gt=0, description="prompts of the final benchmark")
     bench_tokens: int = Field(128, gt=1, description="longest response in the benchmark")
     gamma: int = Field(5, gt=0, description="drafted tokens a round")
-    dtype: str = Field("bfloat16", description="data type of the target: bfloat16 or float32")
+    dtype: str = Field(
+        AUTO, description="data type of the target: bfloat16, float32, or auto, the one that the machine is faster in"
+    )
     device: str = Field("cpu", description="torch device")
     seed: int = 0
     exports: tuple[str, ...] = Field(("vllm",), description="formats to export")
@@ -173,9 +176,7 @@ class AdaptConfig(BaseModel):
     @field_validator("dtype")
     @classmethod
     def _dtype(cls, value: str) -> str:
-        if value not in ("bfloat16", "float32"):
-            raise UserError(f"dtype must be bfloat16 or float32, not {value!r}")
-        return value
+        return check_dtype(value)
 
     @property
     def self_prompts(self) -> int:
@@ -354,10 +355,27 @@ def read_config(path: Path, overrides: dict[str, Any] | None = None) -> AdaptCon
     return parse_config(merged(read_settings(path, COMMAND), overrides or {}))
 
 
-def claim_run(config: AdaptConfig) -> None:
-    """Make the run directory, or check that it belongs to the same settings. Raises ``UserError``."""
+def settled(config: Settings, file: Path, say: Callable[[str], None] | None) -> Settings:
+    """The settings with the data type of the run that ``file`` stands for; of one that begins here, of this machine.
+
+    Every run that was begun before there was a choice names its type there. Raises ``UserError``.
+    """
+    held: Any = config  # every settings model has these two
+    stored = str(read_json(file).get("dtype", "bfloat16")) if file.is_file() else None
+    if held.dtype != AUTO and stored is not None:
+        return config  # a difference is told beside the others
+    return config.model_copy(update={"dtype": go_on_with(held.dtype, stored, held.device, say)})
+
+
+def claim_run(config: AdaptConfig, say: Callable[[str], None] | None = None) -> AdaptConfig:
+    """Make the run directory, or check that it belongs to the same settings; the settings with the run's data type.
+
+    Raises ``UserError``.
+    """
+    config = settled(config, config.out / CONFIG_FILE, say)
     values = json.loads(config.model_dump_json(exclude={"out"})) | {"train": config.train_config().identity()}
     claim_folder(config.out, values, AdaptConfig, {"train": TrainConfig().identity()})
+    return config
 
 
 def claim_folder(

@@ -81,8 +81,7 @@ class DistillRun:
 
     def __init__(self, config: DistillConfig, say: Say = print) -> None:
         """Raises ``UserError`` when the run directory belongs to other settings."""
-        claim_distill(config)
-        self.config, self.say, self.folder = config, say, config.out
+        self.config, self.say, self.folder = claim_distill(config, say), say, config.out
         self.ledger = provenance.Ledger.load(self.folder / "ledger.json")
 
     # -- what the stages work on -------------------------------------------------------------------------------

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from redraft.arithmetic import AUTO, CHOICES
+from redraft.artifact import read_json
 from redraft.data.transport import check_address
 from redraft.errors import UserError
 from redraft.export.base import check_formats
 from redraft.losses import LOSSES
-from redraft.pipeline.config import checked, claim_folder, merged, one_value, read_settings, recipe
+from redraft.pipeline.config import (
+    CONFIG_FILE,
+    checked,
+    claim_folder,
+    merged,
+    one_value,
+    read_settings,
+    recipe,
+    settled,
+)
 from redraft.train.distil import DistilConfig
 from redraft.train.pretrain import PretrainConfig
 
@@ -21,6 +33,7 @@ COMMAND = "redraft distill"
 ALIGN_TOO = {name: name for name in ("loss", "gamma", "text_share", "seed")}
 PRETRAIN_TOO = {"seed": "seed"}
 TEACHERS = ("states", "tops", "tokens")
+RECIPES = ("pretrain", "align")
 
 
 class DistillConfig(BaseModel):
@@ -67,7 +80,9 @@ class DistillConfig(BaseModel):
     store_states: bool = Field(True, description="keep the target's states on disk over the epochs")
     align: dict[str, Any] = Field(default_factory=dict, description="alignment settings, such as epochs")
     gamma: int = Field(3, gt=0, description="drafted tokens a round")
-    dtype: str = Field("bfloat16", description="data type of the target: bfloat16 or float32")
+    dtype: str = Field(
+        AUTO, description="data type of the target: bfloat16, float32, or auto, the one that the machine is faster in"
+    )
     device: str = Field("cpu", description="torch device")
     seed: int = 0
     exports: tuple[str, ...] = Field(("hf",), description="formats to export")
@@ -103,7 +118,7 @@ class DistillConfig(BaseModel):
     @field_validator("teacher", "dtype", "embeddings")
     @classmethod
     def _choice(cls, value: str, info: Any) -> str:
-        choices = {"teacher": TEACHERS, "dtype": ("bfloat16", "float32"), "embeddings": ("target", "random")}
+        choices = {"teacher": TEACHERS, "dtype": CHOICES, "embeddings": ("target", "random")}
         if value not in choices[info.field_name]:
             raise UserError(f"{info.field_name} must be one of {', '.join(choices[info.field_name])}, not {value!r}")
         return value
@@ -137,11 +152,13 @@ class DistillConfig(BaseModel):
 
     def pretrain_config(self) -> PretrainConfig:
         """Raises ``UserError`` for an unknown setting."""
-        return recipe(PretrainConfig, {"seed": self.seed, **self.pretrain}, "pretraining setting")
+        own = {"seed": self.seed, "precision": self.dtype}
+        return recipe(PretrainConfig, own | self.pretrain, "pretraining setting")
 
     def align_config(self) -> DistilConfig:
         """Raises ``UserError`` for an unknown setting."""
         own = {"loss": self.loss, "gamma": self.gamma, "text_share": self.text_share, "seed": self.seed}
+        own["precision"] = self.dtype
         return recipe(DistilConfig, own | self.align, "alignment setting")
 
 
@@ -150,9 +167,20 @@ def read_distill_config(path: Path | None, given: dict[str, Any]) -> DistillConf
     return checked(DistillConfig, merged(read_settings(path, COMMAND) if path else {}, given), COMMAND)
 
 
-def claim_distill(config: DistillConfig) -> None:
-    """Make the run directory, or check that it belongs to the same settings. Raises ``UserError``."""
+def claim_distill(config: DistillConfig, say: Callable[[str], None] | None = None) -> DistillConfig:
+    """Make the run directory, or check that it belongs to the same settings; the settings with the run's data types.
+
+    Raises ``UserError``.
+    """
+    file = config.out / CONFIG_FILE
+    config = settled(config, file, say)
+    if file.is_file():
+        # What trains kept its precision whatever the target's type was, before there was a choice.
+        stored = read_json(file)
+        kept = {name: {key: v for key, v in stored.get(name, {}).items() if key == "precision"} for name in RECIPES}
+        config = config.model_copy(update={name: kept[name] | getattr(config, name) for name in RECIPES})
     values = json.loads(config.model_dump_json(exclude={"out"}))
     values |= {"pretrain": config.pretrain_config().identity(), "align": config.align_config().identity()}
     defaults = {"pretrain": PretrainConfig().identity(), "align": DistilConfig().identity()}
     claim_folder(config.out, values, DistillConfig, defaults)
+    return config

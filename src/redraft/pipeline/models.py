@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from redraft.arithmetic import AUTO, TYPES, choose_dtype
 from redraft.artifact import META_FILE, load_private, read_json, tensors_hash
 from redraft.data.overlap import find_overlap, same_text
 from redraft.data.prompts import Conversation, check_length, prompt_messages, template_ids
@@ -43,10 +44,10 @@ def open_target(
 ) -> Target:
     """The target, its chat template with these arguments and, in a ``run`` directory, with the date of that run.
 
-    ``served``: its text comes from a server (:func:`redraft.loading.load_target`). Raises ``UserError`` when it cannot
-    be loaded, or its template does not know an argument.
+    ``dtype`` may be ``auto``; ``served``: its text comes from a server (:func:`redraft.loading.load_target`). Raises
+    ``UserError`` when it cannot be loaded, or its template does not know an argument.
     """
-    target = load_target(spec, getattr(torch, dtype), device, adapter=adapter, served=served)
+    target = load_target(spec, getattr(torch, choose_dtype(dtype, device)), device, adapter=adapter, served=served)
     settle_template(target.tokenizer, template_args, run)
     return target
 
@@ -162,8 +163,8 @@ def prompt_rows(conversations: Sequence[Conversation], target: Target) -> list[P
 
 
 def contestants(target: Target, dtype: str, open_as: Callable[[str], Target]) -> dict[str, Target]:
-    """The target in float32 and bfloat16: the faster in plain decoding is the baseline. On a GPU only as it is."""
-    if target.device.type != "cpu":
-        return {dtype: target}
-    other = "float32" if dtype == "bfloat16" else "bfloat16"
-    return {dtype: target, other: open_as(other)}
+    """The target by the data types that compete: both for ``auto`` on a CPU, else the one that it is open in."""
+    own = str(target.dtype).removeprefix("torch.")
+    if target.device.type != "cpu" or dtype != AUTO:
+        return {own: target}
+    return {own: target} | {other: open_as(other) for other in TYPES if other != own}

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from redraft import provenance
+from redraft.arithmetic import fastest
 from redraft.artifact import atomic_write_json, atomic_write_text
 from redraft.data.embedded import maths_conversations
-from redraft.data.prompts import Conversation
+from redraft.data.prompts import Conversation, read_conversations
 from redraft.drafts.groups import prepare, trained_parameters
 from redraft.evaluate.speed import Prompt
 from redraft.pipeline.adapt import AdaptRun
@@ -25,6 +26,12 @@ from redraft.report.page import build_report
 
 EMBEDDED = "embedded:smollm2-135m-instruct"
 TRAIN_SEED, EVALUATION_SEED = 1, 2
+# Questions that are answered and trained on, and the 10^9 operations that all of them take, from a run's cost ledger.
+QUESTIONS, GIGA_OPERATIONS = 344, 51_000
+# On a processor that would take longer than these seconds for them there are fewer, but a draft learns from so many.
+SECONDS, FEWEST = 340, 128
+# What a whole model reaches of the speed that single products have in the trial.
+EFFICIENCY = 0.55
 
 
 def asset(name: str) -> Path:
@@ -50,7 +57,21 @@ def embedded_prompts(out: Path, train: int, evaluation: int) -> tuple[Path, Path
     return paths
 
 
-def quickstart_config(out: Path, train: int = 344, evaluation: int = 16) -> AdaptConfig:
+def affordable(out: Path, say: Callable[[str], None] = print) -> int:
+    """How many questions the ten minutes allow on this machine; of a run that has begun, as many as it has."""
+    written = out / "prompts.jsonl"
+    if (out / "run").is_dir() and written.is_file():
+        return len(written.read_text(encoding="utf-8").splitlines())
+    rate = max(dict(fastest("cpu").gflops).values())
+    share = SECONDS * rate * EFFICIENCY / GIGA_OPERATIONS
+    if share >= 1:
+        return QUESTIONS
+    count = max(FEWEST, int(QUESTIONS * share) // 8 * 8)
+    say(f"questions: {count} instead of {QUESTIONS}, for ten minutes at this machine's {rate:.0f} GFLOP/s")
+    return count
+
+
+def quickstart_config(out: Path, train: int = QUESTIONS, evaluation: int = 16) -> AdaptConfig:
     """The settings of the quickstart's adaptation."""
     prompts, measured = embedded_prompts(out, train, evaluation)
     return parse_config(
@@ -74,7 +95,7 @@ def quickstart_config(out: Path, train: int = 344, evaluation: int = 16) -> Adap
 def quickstart(out: Path, say: Callable[[str], None] = print) -> tuple[dict[str, Any], dict[str, Any], ProbeResult]:
     """Probe, regenerate, select, adapt, merge, export, bench; returns summary, benchmark result and probe."""
     began = time.monotonic()
-    config = quickstart_config(out)
+    config = quickstart_config(out, affordable(out, say))
     run = AdaptRun(config, say)
     found = run_probe(run)
     say(f"probe: {found.verdict}; {found.advice}")
@@ -121,6 +142,7 @@ def summarise(run: AdaptRun, result: dict[str, Any], minutes: float) -> dict[str
         "speedup": {name: drafts[name]["speedup"]["value"] for name in ("stale", "aligned")},
         "trained_fraction_of_full": trained / trained_parameters(run.stale.draft, "full"),
         "minutes": minutes,
+        "questions": len(read_conversations(run.config.prompts or "")),
         "sampler": f"{result['setup']['sampler']}, chain of {result['setup']['gamma']}",
         "provenance": provenance.collect(seed=run.config.seed, device=run.config.device),
     }

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from redraft.arithmetic import AUTO, choose_dtype
 from redraft.artifact import (
     META_FILE,
     atomic_write_text,
@@ -52,17 +53,15 @@ class TargetSpec:
     """A target as the command line names it."""
 
     name: str
-    dtype: str = "bfloat16"
+    dtype: str = AUTO
     device: str = "cpu"
     adapter: str | None = None
     template_args: Mapping[str, Any] = field(default_factory=dict)
 
     def open(self, dtype: str | None = None, served: bool = False) -> Target:
         """Load it, in another ``dtype`` if one is given; ``served`` as :func:`open_target`. Raises ``UserError``."""
-        dtype = dtype or self.dtype
-        if dtype not in ("bfloat16", "float32"):
-            raise UserError(f"dtype must be bfloat16 or float32, not {dtype!r}")
-        return open_target(self.name, dtype, self.device, self.adapter, self.template_args, served=served)
+        chosen = choose_dtype(dtype or self.dtype, self.device, print)
+        return open_target(self.name, chosen, self.device, self.adapter, self.template_args, served=served)
 
 
 def check_output(path: Path, suffix: str = "") -> None:

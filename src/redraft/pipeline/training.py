@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from redraft import provenance
+from redraft.arithmetic import AUTO, go_on_with
 from redraft.artifact import atomic_write_json
 from redraft.data.store import TRAFFIC, Row, read_rows
 from redraft.drafts.groups import PrivateSize, method, prepare
@@ -17,6 +18,7 @@ from redraft.pipeline.stages import Say, build_features, run_training, save_trai
 from redraft.pipeline.steps import TargetSpec
 from redraft.select.manifest import read_manifest
 from redraft.teacher.features import FeatureStore, anchors
+from redraft.train.checkpoint import stored_precision
 from redraft.train.trainer import TrainConfig, Trainer, TrainResult
 
 
@@ -54,6 +56,13 @@ class TrainData:
         return rows, kept
 
 
+def trained_dtype(out: Path, spec: TargetSpec, say: Say) -> str:
+    """The data type for the target of a training in ``out``: one that has begun keeps its own. Raises ``UserError``."""
+    # Before types were chosen they were bfloat16, unless the command said otherwise, as it then does now.
+    stored = stored_precision(out / "train", "bfloat16" if spec.dtype == AUTO else spec.dtype)
+    return go_on_with(spec.dtype, stored, spec.device, say)
+
+
 def train_new(
     spec: TargetSpec,
     data: TrainData,
@@ -67,7 +76,8 @@ def train_new(
     if data.heldout_responses is not None:
         raise UserError("--from-nothing holds responses out by number: give --heldout, not --heldout-responses")
     rows = [row for part in data.read() for row in part]
-    record = train_from_nothing(spec.open(), rows, out, vocabulary, config, data.heldout, say, family)
+    target = spec.open(trained_dtype(out, spec, say))
+    record = train_from_nothing(target, rows, out, vocabulary, config, data.heldout, say, family)
     say(f"held-out tau {record['tau']['value']:.2f}; draft: {out / 'draft'}")
 
 
@@ -88,7 +98,7 @@ def train_old(
     if not method(method_name).groups:
         raise UserError(f"method {method_name} trains nothing; choose another")
     rows, heldout = data.read()
-    target = spec.open()
+    target = spec.open(trained_dtype(out, spec, say))
     opened = open_draft(draft, target)
     target.tap(opened.draft.config.taps)
     size = size or PrivateSize()

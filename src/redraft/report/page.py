@@ -148,6 +148,8 @@ def _section(index: int, path: Path, result: BenchResult) -> dict[str, Any]:
         "colours": colours,
         "tiles": sections.tiles(result),
         "gains": sections.gains(result),
+        "slower": sections.slower(result),
+        "types_differ": sections.types_differ(result),
         "headline": plots.headline_svgs(result, name),
         "tasks": sections.tasks(result),
         "task_pictures": _task_pictures(result, name, colours),

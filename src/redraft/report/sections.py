@@ -37,6 +37,9 @@ def tiles(result: BenchResult) -> list[dict[str, Any]]:
     before, after = first_and_last(result)
     drafts = result.drafts
 
+    def named(name: str) -> str:
+        return f"{name} in {drafts[name].dtype}" if types_differ(result) else name
+
     def tile(label: str, pick: Any, unit: str, digits: int = 2) -> dict[str, Any] | None:
         old: Interval | None = pick(drafts[before]) if before != after else None
         new: Interval | None = pick(drafts[after])
@@ -45,8 +48,8 @@ def tiles(result: BenchResult) -> list[dict[str, Any]]:
         return {
             "label": label,
             "unit": unit,
-            "before_name": before,
-            "after_name": after,
+            "before_name": named(before),
+            "after_name": named(after),
             "before": form.number(old.value, digits) if old else None,
             "before_bounds": form.bounds(old, digits),
             "after": form.number(new.value, digits),
@@ -70,6 +73,26 @@ def gains(result: BenchResult) -> list[str]:
         for pair, kinds in result.gains.items()
         for kind, gain in kinds.items()
     ]
+
+
+def types_differ(result: BenchResult) -> bool:
+    """Whether a draft ran in another data type than plain decoding."""
+    plain = result.plain
+    return plain is not None and any(d.dtype not in ("", plain.fastest) for d in result.drafts.values())
+
+
+def slower(result: BenchResult) -> list[str]:
+    """One sentence a draft that does not make decoding faster, and whether its interval leaves that open."""
+    found = []
+    for name, draft in result.drafts.items():
+        ratio = draft.speedup
+        if ratio is None or ratio.value >= 1:
+            continue
+        sure = ratio.high is not None and ratio.high < 1
+        verdict = "is slower than plain decoding" if sure else "was not faster than plain decoding here"
+        ends = form.bounds(ratio)
+        found.append(f"{name} {verdict}: {form.times(ratio.value)}" + (f" (95% interval {ends})" if ends else ""))
+    return found
 
 
 def tasks(result: BenchResult) -> dict[str, dict[str, Any]]:
@@ -198,10 +221,22 @@ def facts(provenance: dict[str, Any]) -> list[tuple[str, str]]:
         ("command", " ".join(map(str, argv)) if isinstance(argv, list) else ""),
         ("revision", commit + (" with uncommitted changes" if commit and revision.get("dirty") else "")),
         ("machine", ", ".join(filter(None, [str(machine.get("cpu") or ""), cores, memory]))),
+        ("arithmetic", arithmetic(_record(provenance.get("arithmetic")))),
         ("device", str(provenance.get("device") or "")),
         ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
     ]
     return [(key, value) for key, value in found if value]
+
+
+def arithmetic(record: dict[str, Any]) -> str:
+    """The level of instructions in force, whatever held it back, and the type that was chosen by trying."""
+    held = [f"{name} held to {limit}" for name, limit in _record(record.get("limits")).items() if limit]
+    chosen = []
+    for choice in map(_record, _record(record.get("chosen")).values()):
+        rates = {n: rate for n, rate in _record(choice.get("gflops")).items() if isinstance(rate, int | float)}
+        figures = ", ".join(f"{rate:.3g} in {name}" for name, rate in rates.items())
+        chosen.append(f"{choice.get('dtype')} chosen" + (f" (GFLOP/s: {figures})" if figures else ""))
+    return ", ".join(filter(None, [str(record.get("instructions") or ""), *held, *chosen]))
 
 
 def _record(value: Any) -> dict[str, Any]:

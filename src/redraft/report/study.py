@@ -178,6 +178,8 @@ def _speed(runs: Sequence[Mapping[str, Any]]) -> str:
         lines.append([how, "plain", "1.00", ranged(plain[plain["fastest"]]["tokens_per_second"], _one), "1.00"])
         for name, found in run["drafts"].items():
             rate = ranged(found["tokens_per_second"], _one)
+            if found.get("dtype", plain["fastest"]) != plain["fastest"]:
+                name = f"{name} ({found['dtype']}, plain {plain['fastest']})"
             lines.append([how, name, ranged(found["tau_pooled"]), rate, ranged(found["speedup"])])
     return table(head, lines)
 

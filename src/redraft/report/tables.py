@@ -11,7 +11,16 @@ from rich.table import Table
 
 from redraft.report import format as form
 from redraft.report.load import BenchResult, Costs, Interval, Summary, parse
-from redraft.report.sections import identical, ledger_cells, recovery, sampler_line, tasks, total_of
+from redraft.report.sections import (
+    identical,
+    ledger_cells,
+    recovery,
+    sampler_line,
+    slower,
+    tasks,
+    total_of,
+    types_differ,
+)
 
 
 def _cell(interval: Interval | None, digits: int, unit: str = "") -> str:
@@ -31,7 +40,7 @@ def bench_table(result: Mapping[str, Any] | BenchResult) -> Table:
         title=f"{bench.setup.target}: {sampler_line(bench)}",
         title_justify="left",
         caption_justify="left",
-        caption="95% intervals over prompts; speed-up over the fastest plain decoding",
+        caption=_bench_caption(bench),
     )
     table.add_column("draft", style="bold")
     for name in ("tau", "tau macro", "alpha", "tokens/s", "speed-up", "same as plain"):
@@ -42,7 +51,7 @@ def bench_table(result: Mapping[str, Any] | BenchResult) -> Table:
         table.add_row(f"plain {kind}", "1.00", "1.00", form.DASH, _cell(rate, 1), relative, form.DASH, style="dim")
     for name, draft in bench.drafts.items():
         table.add_row(
-            name,
+            escape(name) + (f" [dim]{draft.dtype}[/dim]" if draft.dtype else ""),
             _cell(draft.tau_pooled, 2),
             _cell(draft.tau_macro, 2),
             _cell(draft.alpha, 3),
@@ -51,6 +60,13 @@ def bench_table(result: Mapping[str, Any] | BenchResult) -> Table:
             identical(draft, bench.setup.prompts),
         )
     return table
+
+
+def _bench_caption(bench: BenchResult) -> str:
+    lines = ["95% intervals over prompts; speed-up over the fastest plain decoding", *map(escape, slower(bench))]
+    if types_differ(bench):
+        lines.insert(1, "each in its fastest data type; texts are compared with plain decoding in the draft's own")
+    return "\n".join(lines)
 
 
 def acceptance_table(result: Mapping[str, Any] | BenchResult) -> Table:

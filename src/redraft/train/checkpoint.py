@@ -53,7 +53,7 @@ class Checkpoint:
 
     def save(self, trained: Named, optimizers: Optimizers, state: dict[str, Any]) -> None:
         """Write weights, optimisers and ``state`` as one. Raises ``UserError`` on a full disk; the last one stays."""
-        tensors = {f"weight/{name}": p for name, p in trained}
+        tensors: dict[str, torch.Tensor] = {f"weight/{name}": p for name, p in trained}
         tensors |= {f"optimizer/{key}": value for key, value in optimizers.state().items()}
         name = f"state-{state['step']:07d}.safetensors"
         write_checked(self.folder / name, tensors)
@@ -100,6 +100,17 @@ def digest(entry: dict[str, Any]) -> str:
     """A fingerprint of a JSON object without its ``checksum`` (16 hex digits)."""
     text = json.dumps({k: v for k, v in entry.items() if k != "checksum"}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def stored_precision(folder: Path, unrecorded: str) -> str | None:
+    """The data type that the training in ``folder`` computes in; None where none has begun. Raises ``UserError``.
+
+    ``unrecorded`` stands for that of a run of before this was recorded.
+    """
+    path = folder / "state.json"
+    if not path.exists():
+        return None
+    return str(read_json(path)["state"].get("arithmetic", {}).get("precision", unrecorded))
 
 
 def rows_digest(keys: list[str]) -> str:

@@ -21,13 +21,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from redraft.arithmetic import AUTO, CHOICES, choose_dtype
 from redraft.artifact import atomic_write_text
 from redraft.errors import UserError
 from redraft.progress import Progress
 from redraft.train.checkpoint import Checkpoint, Named
-from redraft.train.optimizer import OPTIMIZERS, Optimizers, learning_rate, make_optimizers
-
-PRECISIONS = ("bfloat16", "float32")
+from redraft.train.optimizer import OPTIMIZERS, Optimizers, learning_rate, make_optimizers, muon_type
 
 
 @dataclass(frozen=True)
@@ -75,12 +74,12 @@ class DescentConfig:
 class CausalConfig(DescentConfig):
     """How a causal LM is trained, whatever on."""
 
-    precision: str = "bfloat16"
+    precision: str = AUTO
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.precision not in PRECISIONS:
-            raise UserError(f"precision must be {' or '.join(PRECISIONS)}, not {self.precision!r}")
+        if self.precision not in CHOICES:
+            raise UserError(f"precision must be one of {', '.join(CHOICES)}, not {self.precision!r}")
 
 
 @dataclass
@@ -133,6 +132,7 @@ class Descent:
     ) -> None:
         """``trained`` are the parameters of ``model`` that move, in float32; losses are computed in ``precision``.
 
+        ``precision`` may be ``auto``; what a run was begun in is in its checkpoint, and it goes on so on any machine.
         ``identity`` says what else the checkpoint in ``folder`` belongs to. ``before`` is done once, ahead of the
         first evaluation, and gives the supervised tokens that it took. Raises ``UserError`` for another's checkpoint.
         """
@@ -141,7 +141,8 @@ class Descent:
         self.model, self.trained, self.source, self.total = model, trained, source, total
         self.measure, self.config, self.before = evaluate, config, before
         self.figure, self.sign = figure, 1 if higher else -1
-        self.device, self.precision = trained[0][1].device, precision
+        self.device = trained[0][1].device
+        self.precision = choose_dtype(precision, self.device.type)
         names = {"config": config.identity(), "trained": [n for n, _ in trained], "steps": total}
         names["shapes"] = [list(p.shape) for _, p in trained]
         self.folder, self.curve = folder, folder / "curve.jsonl"
@@ -158,6 +159,9 @@ class Descent:
         """
         optimizers = make_optimizers(self.trained, self.config.optimizer, self.config.weight_decay)
         state = self.checkpoint.load(self.trained, optimizers) or self.start(optimizers)
+        # A run of before this was recorded took what it was given, and torch's own arithmetic.
+        used = state.setdefault("arithmetic", {"precision": self.precision, "muon": "bfloat16"})
+        self.precision, optimizers.muon = used["precision"], used["muon"]
         self.done_before = self.ended(state)
         self.mend_curve(state["step"])
         self.model.train()
@@ -188,6 +192,7 @@ class Descent:
         figure = self.evaluate()
         state: dict[str, Any] = {"step": 0, "tokens": tokens, "seconds": seconds, "best": figure, "start": figure}
         state |= {"best_step": 0, "history": [[0, figure]], "segment": [0.0, 0], "position": {}}
+        state["arithmetic"] = {"precision": self.precision, "muon": muon_type(self.device)}
         self.curve.write_text("")
         self.checkpoint.save_best(self.trained)
         self.checkpoint.save(self.trained, optimizers, state)

@@ -2,17 +2,23 @@
 
 Matrices inside the layer take Muon (orthogonalised momentum, torch's own), scaled so that its steps have the size
 of AdamW's and one learning rate serves both; the head, the norms, biases and routers of experts take AdamW.
+
+torch's Muon orthogonalises in bfloat16, whatever the processor: where that is emulated it is nearly all of a step.
+There the same iteration runs in float32, which is the more exact besides.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+from redraft.arithmetic import fastest
 from redraft.errors import UserError
 
 OPTIMIZERS = ("muon", "adamw")
@@ -21,14 +27,17 @@ OPTIMIZERS = ("muon", "adamw")
 class Optimizers:
     """One or two torch optimisers that step together."""
 
-    def __init__(self, parts: list[torch.optim.Optimizer], names: dict[Any, str]) -> None:
-        self.parts, self.names = parts, names
+    def __init__(self, parts: list[torch.optim.Optimizer], names: dict[Any, str], muon: str = "bfloat16") -> None:
+        """``muon`` is the data type that Muon orthogonalises in."""
+        self.parts, self.names, self.muon = parts, names, muon
 
     def step(self, learning_rate: float) -> None:
         for part in self.parts:
             for group in part.param_groups:
                 group["lr"] = learning_rate
-            part.step()
+            exact = isinstance(part, torch.optim.Muon) and self.muon == "float32"
+            with InFloat32() if exact else nullcontext():
+                part.step()
             part.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Tensor]:
@@ -53,6 +62,21 @@ class Optimizers:
                     }
                     if found:
                         part.state[parameter] = found
+
+
+class InFloat32(TorchFunctionMode):
+    """While it is entered, what asks for a tensor in bfloat16 gets a float32 copy."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        asked = func is Tensor.bfloat16 or func is Tensor.to and torch.bfloat16 in (*args[1:], *given.values())
+        # Who asked may write into what it gets, so the tensor itself will not do.
+        return args[0].to(torch.float32, copy=True) if asked else func(*args, **given)
+
+
+def muon_type(device: torch.device) -> str:
+    """The data type for Muon's orthogonalisation: the faster on a CPU, torch's own bfloat16 elsewhere."""
+    return fastest("cpu").dtype if device.type == "cpu" else "bfloat16"
 
 
 def make_optimizers(named: Iterable[tuple[str, nn.Parameter]], kind: str, weight_decay: float) -> Optimizers:

@@ -73,7 +73,7 @@ class StudyConfig(Strict):
     keep_drafts: bool = False
     template_arg: dict[str, Any] = Field(default={}, description="arguments of the targets' chat templates")
     batch_size: int = Field(default=64, gt=0)
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     device: str = "cpu"
     seed: int = 0
 

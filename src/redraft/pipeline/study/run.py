@@ -13,6 +13,7 @@ from redraft import provenance
 from redraft.artifact import atomic_write_json, read_json
 from redraft.errors import UserError
 from redraft.evaluate.study import SCHEMA, derive
+from redraft.pipeline.config import settled
 from redraft.pipeline.models import open_target
 from redraft.pipeline.stages import Say
 from redraft.pipeline.study.cells import CELL_FORMULAS, run_cell
@@ -73,8 +74,8 @@ class StudyRun:
 
     def __init__(self, config: StudyConfig, out: Path, say: Say = print) -> None:
         """Raises ``UserError`` when the folder belongs to a study of other settings."""
-        claim(config, out)
-        self.config, self.folder, self.say = config, out, say
+        self.config, self.folder, self.say = claim(config, out, say), out, say
+        self.asked_dtype = config.dtype  # auto lets the types compete where speed is measured
         self.ledger = provenance.Ledger.load(out / "ledger.json")
         self.cells = list(config.all_cells())
         self.board: Board | None = None
@@ -144,7 +145,7 @@ class StudyRun:
             self.write(finished=False)
             self.say(f"{len(self.records())} of {len(self.cells)} cells: {told(record, read_json(facts_path))}")
         if wanted:
-            speed_of(work, wanted, self.say)
+            speed_of(work, wanted, self.asked_dtype, self.say)
 
     def _budget(self, work: TargetWork, cell: Cell) -> float:
         """Supervised tokens that the cell will train on, for the bar."""
@@ -248,13 +249,18 @@ def told(record: dict[str, Any], known: dict[str, Any]) -> str:
     return f"{record['key']}: tau {sum(tokens) / sum(rounds):.3f} ({seconds:.0f} s)"
 
 
-def claim(config: StudyConfig, folder: Path) -> None:
-    """Take the folder, or check that it holds the same study; cells and names may be added. Raises ``UserError``."""
+def claim(config: StudyConfig, folder: Path, say: Say | None = None) -> StudyConfig:
+    """Take the folder, or check that it holds the same study; the settings with the data type of the study.
+
+    Cells and names may be added. Raises ``UserError``.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot use {folder} for the study: {error.strerror or error}") from None
-    values, path = json.loads(config.model_dump_json()), folder / CONFIG_FILE
+    path = folder / CONFIG_FILE
+    config = settled(config, path, say)
+    values = json.loads(config.model_dump_json())
     if path.exists():
         stored = {"template_arg": {}} | read_json(path)  # a setting that is newer than some studies
         changed = sorted(key for key in {*stored, *values} - {*FREE, *NAMED} if stored.get(key) != values.get(key))
@@ -271,3 +277,4 @@ def claim(config: StudyConfig, folder: Path) -> None:
     elif any(folder.iterdir()):
         raise UserError(f"{folder} holds other files; give a new or empty folder")
     atomic_write_json(path, values)
+    return config

@@ -36,8 +36,11 @@ def speed_cells(config: StudyConfig, cells: list[Cell]) -> list[Cell]:
     return list(found.values())
 
 
-def speed_of(work: TargetWork, cells: list[Cell], say: Say) -> None:
-    """Measure what has no result yet and write each run beside the target's facts. Raises ``UserError``."""
+def speed_of(work: TargetWork, cells: list[Cell], dtype: str, say: Say) -> None:
+    """Measure what has no result yet and write each run beside the target's facts. Raises ``UserError``.
+
+    With ``dtype`` auto the data types compete.
+    """
     config, entry = work.config, work.entry
     wanted = config.speed
     assert wanted is not None
@@ -54,9 +57,9 @@ def speed_of(work: TargetWork, cells: list[Cell], say: Say) -> None:
     }
     targets = contestants(
         work.target,
-        config.dtype,
-        lambda dtype: open_target(
-            entry.target, dtype, config.device, entry.adapter, config.template_arg, work.folder.parent.parent
+        dtype,
+        lambda other: open_target(
+            entry.target, other, config.device, entry.adapter, config.template_arg, work.folder.parent.parent
         ),
     )
     for target in targets.values():
