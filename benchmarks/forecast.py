@@ -14,7 +14,7 @@ import hashlib
 import math
 import statistics
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from redraft.artifact import atomic_write_json, read_json
 from redraft.evaluate.forecast import (
@@ -32,6 +32,7 @@ from redraft.pipeline.trial import METHOD, PASSES, START
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+Choice: TypeAlias = tuple[tuple[str, ...], tuple[str, ...]]
 ASSET = ROOT / "src" / "redraft" / "assets" / "forecast.json"
 TARGETS = "forecast-targets"
 # One row a target: of targets that several studies have, the one with the most answers and the default's data.
@@ -45,9 +46,18 @@ STUDIES = (
 )
 # Benchmarks of `redraft adapt`'s own drafts: (file, old draft, aligned draft).
 BENCHES = (("patients-bench", "old", "lora"),)
-# Choices of observations that were tried; those that ship, from the narrowest interval to the one that needs least.
-TRIED = ((), ("level",), ("lost",), ("level", "lost"), ("trial",), ("level", "trial"))
-SHIPPED = (("lost",), ("level",))
+# Choices of observations that were tried, each with its guards. A level means something only among drafts that were
+# about as good on their base targets.
+TRIED: tuple[Choice, ...] = (
+    ((), ()),
+    (("level",), ("base",)),
+    (("lost",), ()),
+    (("level", "lost"), ()),
+    (("trial",), ()),
+    (("level", "trial"), ("base",)),
+)
+# Those that ship, in the order in which the probe asks them.
+SHIPPED = (TRIED[1], TRIED[0])
 
 
 def outcomes() -> list[Known]:
@@ -128,14 +138,14 @@ def evidence() -> tuple[dict[str, Any], dict[str, Any]]:
         "results": {name: hashlib.sha256((RESULTS / name).read_bytes()).hexdigest() for name in files},
         "targets": [one.name for one in known],
     }
-    fits = [calibrated(known, names) for names in SHIPPED]
+    fits = [calibrated(known, *choice) for choice in SHIPPED]
     ships = {"schema": SCHEMA, "families": ["eagle3"], "fits": [fit.to_dict() for fit in fits]}
     ships |= {**costs(), "trial_passes": PASSES, "provenance": origin}
     record = {
         "schema": f"{SCHEMA}-record",
         "provenance": origin,
         "targets": [row(one) for one in known],
-        "tried": [attempt(known, names) for names in TRIED if len(usable(known, names)) >= len(names) + 3],
+        "tried": [attempt(known, *choice) for choice in TRIED if enough(known, *choice)],
         "shipped": [fit.to_dict() for fit in fits],
     }
     return ships, record
@@ -148,9 +158,14 @@ def row(one: Known) -> dict[str, Any]:
     return {"name": one.name, "gamma": seen.gamma, **figures, "aligned_tau": one.aligned_tau, "step": one.step}
 
 
-def attempt(known: list[Known], names: tuple[str, ...]) -> dict[str, Any]:
+def enough(known: list[Known], names: tuple[str, ...], guards: tuple[str, ...]) -> bool:
+    """Whether a fit without one target has a degree of freedom."""
+    return len(usable(known, (*names, *guards))) >= len(names) + 3
+
+
+def attempt(known: list[Known], names: tuple[str, ...], guards: tuple[str, ...]) -> dict[str, Any]:
     """One choice of observations, left out in turn; ``held`` before and after the intervals were widened."""
-    fit, table = calibrated(known, names), leave_one_out(known, names)
+    fit, table = calibrated(known, names, guards), leave_one_out(known, names, guards)
     by_name = {one.name: one for one in known}
     for entry in table:
         seen = by_name[entry["name"]].seen
@@ -162,6 +177,7 @@ def attempt(known: list[Known], names: tuple[str, ...]) -> dict[str, Any]:
     errors = [entry["log_step"] - entry["predicted"] for entry in table]
     return {
         "observations": list(names),
+        "guards": list(guards),
         "targets": fit.targets,
         "error": math.sqrt(statistics.fmean(e * e for e in errors)),
         "held_unwidened": sum(abs(e) <= entry["half"] for e, entry in zip(errors, table, strict=True)),
@@ -175,9 +191,9 @@ def table(record: dict[str, Any]) -> str:
     """The leave-one-out table of the fits that ship, as Markdown."""
     tried = {tuple(entry["observations"]): entry for entry in record["tried"]}
     columns = [tried[tuple(fit["observations"])] for fit in record["shipped"]]
-    heads = ["with `--base-target`", "without"]
+    heads = ["forecast with the base pair", "forecast without"]
     lines = [
-        f"| target | tau before | base pair | {' | '.join(f'forecast {head}' for head in heads)} | tau after |",
+        f"| target | tau before | base pair | {' | '.join(heads)} | tau after |",
         f"| --- | ---: | ---: |{' ---: |' * (len(heads) + 1)}",
     ]
     for target in record["targets"]:

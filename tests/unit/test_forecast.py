@@ -90,6 +90,29 @@ def test_the_interval_is_that_of_one_more_observation() -> None:
     assert found[1] == pytest.approx(T_90[2] * deviation * math.sqrt(1.25), abs=1e-6)
 
 
+def test_nothing_is_extrapolated() -> None:
+    """A little beyond the evidence counts as its end, further off there is no forecast; a guard has no coefficient."""
+    rows = spread_out([0.6, 0.5, 0.5, 0.3, 0.2])
+    fit = least_squares(rows, ("level",), ("base",))
+    assert len(fit.coefficients) == 2 and len(fit.ranges) == 2
+    (low, high), _ = fit.ranges
+    edge, reference = rows[-1].seen, rows[2].seen.reference_tau
+    inside = fit.log_step(replace(edge, reference_tau=reference))
+    beyond = Seen(3, stepped(edge.tau, 3, 0.4 * (high - low)), reference)
+    assert fit.log_step(beyond) == pytest.approx(inside)
+    assert fit.log_step(Seen(3, stepped(edge.tau, 3, 0.6 * (high - low)), reference)) is None
+    assert (
+        fit.log_step(replace(edge, reference_tau=3.8)) is None
+        and fit.log_step(replace(edge, reference_tau=None)) is None
+    )
+
+
+def test_what_the_base_pair_reached_is_within_reach() -> None:
+    fit = least_squares(spread_out([0.05, 0.05, 0.051, 0.05]), ())
+    found = fit.forecast(Seen(3, 1.5, 2.5))
+    assert found is not None and found["value"] < 1.6 and found["high"] == 2.5
+
+
 def test_a_target_that_is_left_out_plays_no_part_in_its_forecast() -> None:
     rows = spread_out([0.2, 0.4, 0.3, 0.6, 0.5])
     changed = [*rows[:2], known("t2", rows[2].seen.tau, rows[2].seen.reference_tau or 0, 2.0), *rows[3:]]
@@ -149,16 +172,26 @@ def test_the_shipped_intervals_held() -> None:
 
 
 def test_the_shipped_forecast_knows_what_it_was_told() -> None:
-    """More lost, more to win; a base target is used where there is one; the interval holds the value."""
-    evidence = shipped()
-    found = []
-    for reference in (2.0, 2.3, 2.6):
-        fit = evidence.fit_for(Seen(3, 1.9, reference))
-        assert fit is not None and fit.observations == ("lost",)
-        forecast = fit.forecast(Seen(3, 1.9, reference))
-        assert forecast is not None and 1.9 < forecast["low"] < forecast["value"] < forecast["high"] <= 4
-        found.append(forecast["value"])
-    assert found == sorted(found) and found[0] < found[-1]
-    alone = evidence.fit_for(Seen(3, 1.9))
-    assert alone is not None and "lost" not in alone.observations
+    """The lower the draft stands, the more there is to win; the base pair's own acceptance is within reach."""
+    evidence, steps = shipped(), list[float]()
+    for tau in (1.6, 1.8, 2.0):
+        fit = evidence.fit_for(Seen(3, tau, 2.05))
+        assert fit is not None and fit.observations == ("level",)
+        forecast = fit.forecast(Seen(3, tau, 2.05))
+        assert forecast is not None and tau < forecast["low"] < forecast["value"] < forecast["high"] < 4
+        assert forecast["high"] >= 2.05
+        steps.append(logit(forecast["value"], 3) - logit(tau, 3))
+    assert steps == sorted(steps, reverse=True)
     assert evidence.training(2 * evidence.draft_share) == pytest.approx(2 * evidence.training_cost)
+
+
+@pytest.mark.parametrize("seen", [Seen(3, 1.8), Seen(3, 1.8, 3.4), Seen(3, 3.1, 3.4), Seen(3, 1.05, 2.05)])
+def test_a_draft_unlike_the_evidence_has_the_widest_interval(seen: Seen) -> None:
+    """Without its base pair, with a better one, far above or far below all that was seen."""
+    first, *_, last = shipped().fits
+    fit = shipped().fit_for(seen)
+    assert fit is last and fit.observations == () and first.log_step(seen) is None
+    found = fit.forecast(seen)
+    assert found is not None and found["high"] >= (seen.reference_tau or 0)
+    near = first.log_step(Seen(3, 1.8, 2.05))
+    assert near is not None and near[1] < (fit.log_step(seen) or (0, 0))[1]

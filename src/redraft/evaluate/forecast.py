@@ -32,6 +32,8 @@ SCHEMA = "redraft.forecast/1"
 # Two-sided 90% points of Student's t for 1, 2, ... degrees of freedom; the last one stands for all beyond.
 T_90 = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812, 1.796, 1.782, 1.771, 1.761, 1.753, 1.746)
 WANTED = 0.9
+# How far beyond the evidence an observation may lie, in widths of its range.
+REACH = 0.5
 # A draft that is never, or always, right has no finite logit; a step of nothing has no logarithm.
 LEAST_RATE, MOST_RATE, LEAST_STEP = 0.01, 0.99, 0.02
 
@@ -107,12 +109,22 @@ def _lost(seen: Seen) -> float | None:
     return None if seen.reference_tau is None else logit(seen.reference_tau, seen.gamma) - logit(seen.tau, seen.gamma)
 
 
+def _base(seen: Seen) -> float | None:
+    return None if seen.reference_tau is None else logit(seen.reference_tau, seen.gamma)
+
+
 def _tried(seen: Seen) -> float | None:
     return None if seen.trial_tau is None else logit(seen.trial_tau, seen.gamma) - logit(seen.tau, seen.gamma)
 
 
-# Observations by name: the old draft's own level, what it lost against its base target, what a trial brought.
-OBSERVATIONS: dict[str, Callable[[Seen], float | None]] = {"level": _level, "lost": _lost, "trial": _tried}
+# Observations by name: the old draft's own level, that on its base target, what it lost between the two, what a trial
+# brought.
+OBSERVATIONS: dict[str, Callable[[Seen], float | None]] = {
+    "level": _level,
+    "base": _base,
+    "lost": _lost,
+    "trial": _tried,
+}
 
 
 def observed(seen: Seen, names: Sequence[str]) -> Array | None:
@@ -128,11 +140,16 @@ def observed(seen: Seen, names: Sequence[str]) -> Array | None:
 class Fit:
     """``log(step) = coefficients . observations``, with what its interval is made of.
 
-    ``gram`` is the inverse of X'X [F, F], ``spread`` the residual standard deviation, ``widened`` how many times wider
-    than Student's interval the forecast's is. ``held`` of ``targets`` outcomes lay in that of a fit without them.
+    ``ranges`` are the least and the greatest of every observation in the evidence: what lies beyond counts as the
+    nearer one, and what lies further off (:data:`REACH`) has no forecast. So it is with ``guards``, observations that
+    only say whether the draft is like those of the evidence; their ranges come last. ``gram`` is the inverse of X'X
+    [F, F], ``spread`` the residual standard deviation, ``widened`` how many times wider than Student's interval the
+    forecast's is. ``held`` of ``targets`` outcomes lay in that of a fit without them.
     """
 
     observations: tuple[str, ...]
+    guards: tuple[str, ...]
+    ranges: tuple[tuple[float, float], ...]
     coefficients: tuple[float, ...]
     gram: tuple[tuple[float, ...], ...]
     spread: float
@@ -141,23 +158,33 @@ class Fit:
     held: int = 0
 
     def log_step(self, seen: Seen) -> tuple[float, float] | None:
-        """(log of the step, half the width of its interval); None where an observation is missing."""
-        x_F = observed(seen, self.observations)
-        if x_F is None:
+        """(log of the step, half the width of its interval); None where an observation is missing or far off."""
+        all_F = observed(seen, (*self.observations, *self.guards))
+        if all_F is None:
             return None
+        for place, (low, high) in enumerate(self.ranges, 1):
+            if not low - REACH * (high - low) <= all_F[place] <= high + REACH * (high - low):
+                return None
+            all_F[place] = min(max(all_F[place], low), high)
+        x_F = all_F[: 1 + len(self.observations)]
         free = self.targets - len(x_F)
         point = T_90[min(free, len(T_90)) - 1]
         distance = float(x_F @ np.array(self.gram) @ x_F)
         return float(x_F @ np.array(self.coefficients)), self.widened * point * self.spread * math.sqrt(1 + distance)
 
     def forecast(self, seen: Seen) -> dict[str, float] | None:
-        """tau after alignment with its interval, of a chain of the gamma that was seen."""
+        """tau after alignment with its interval, of a chain of the gamma that was seen; None as in :meth:`log_step`.
+
+        What the draft reached on its base target is within its reach again, so that the upper end is no lower.
+        """
         found = self.log_step(seen)
         if found is None:
             return None
         log, half = found
         ends = {"value": log, "low": log - half, "high": log + half}
-        return {name: stepped(seen.tau, seen.gamma, math.exp(end)) for name, end in ends.items()}
+        # A draft that is all but never wrong has no room for a step.
+        found_tau = {name: max(seen.tau, stepped(seen.tau, seen.gamma, math.exp(end))) for name, end in ends.items()}
+        return found_tau | {"high": max(found_tau["high"], seen.reference_tau or 0.0)}
 
     def sentence(self) -> str:
         """Where the forecast comes from, for the terminal."""
@@ -170,6 +197,8 @@ class Fit:
         """As plain JSON values."""
         return asdict(self) | {
             "observations": list(self.observations),
+            "guards": list(self.guards),
+            "ranges": [list(ends) for ends in self.ranges],
             "coefficients": list(self.coefficients),
             "gram": [list(row) for row in self.gram],
         }
@@ -177,9 +206,9 @@ class Fit:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Fit:
         """From :meth:`to_dict`."""
-        gram = tuple(tuple(row) for row in values["gram"])
-        lists = {name: tuple(values[name]) for name in ("observations", "coefficients")}
-        return cls(**{**values, **lists, "gram": gram})
+        lists = {name: tuple(values[name]) for name in ("observations", "guards", "coefficients")}
+        tables = {name: tuple(tuple(row) for row in values[name]) for name in ("ranges", "gram")}
+        return cls(**{**values, **lists, **tables})
 
 
 def usable(known: Sequence[Known], names: Sequence[str]) -> list[Known]:
@@ -187,12 +216,12 @@ def usable(known: Sequence[Known], names: Sequence[str]) -> list[Known]:
     return [one for one in known if observed(one.seen, names) is not None]
 
 
-def least_squares(known: Sequence[Known], names: Sequence[str]) -> Fit:
+def least_squares(known: Sequence[Known], names: Sequence[str], guards: Sequence[str] = ()) -> Fit:
     """The fit on the targets that have these observations.
 
     Raises ``ValueError`` when they are too few to leave a degree of freedom.
     """
-    rows = usable(known, names)
+    rows = usable(known, (*names, *guards))
     if len(rows) < len(names) + 2:
         raise ValueError(f"{len(rows)} targets are too few for {len(names)} observations and a constant")
     x_NF = np.array([observed(one.seen, names) for one in rows])
@@ -202,32 +231,38 @@ def least_squares(known: Sequence[Known], names: Sequence[str]) -> Fit:
     left_N = y_N - x_NF @ coefficients_F
     spread = math.sqrt(float(left_N @ left_N) / (len(rows) - x_NF.shape[1]))
     gram = tuple(tuple(float(v) for v in row) for row in gram_FF)
-    return Fit(tuple(names), tuple(float(c) for c in coefficients_F), gram, spread, len(rows))
+    every_NF = np.array([observed(one.seen, (*names, *guards)) for one in rows])
+    ranges = tuple((float(x_N.min()), float(x_N.max())) for x_N in every_NF.T[1:])
+    return Fit(tuple(names), tuple(guards), ranges, tuple(float(c) for c in coefficients_F), gram, spread, len(rows))
 
 
-def leave_one_out(known: Sequence[Known], names: Sequence[str]) -> list[dict[str, Any]]:
-    """Every target's outcome beside the forecast of a fit without it: logarithms of steps, half the width."""
-    rows = usable(known, names)
+def leave_one_out(known: Sequence[Known], names: Sequence[str], guards: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Every target's outcome beside the forecast of a fit without it: logarithms of steps, half the width.
+
+    A target that lies too far off from all others has no forecast, and is not in the list.
+    """
+    rows = usable(known, (*names, *guards))
     found = []
     for one in rows:
-        fit = least_squares([other for other in rows if other is not one], names)
+        fit = least_squares([other for other in rows if other is not one], names, guards)
         predicted = fit.log_step(one.seen)
-        assert predicted is not None
+        if predicted is None:
+            continue
         found.append(
             {"name": one.name, "log_step": math.log(one.step), "predicted": predicted[0], "half": predicted[1]}
         )
     return found
 
 
-def calibrated(known: Sequence[Known], names: Sequence[str]) -> Fit:
+def calibrated(known: Sequence[Known], names: Sequence[str], guards: Sequence[str] = ()) -> Fit:
     """The fit with its interval widened until nine of ten targets lie in that of a fit without them."""
-    table = leave_one_out(known, names)
+    table = leave_one_out(known, names, guards)
     misses = sorted(abs(row["log_step"] - row["predicted"]) / row["half"] for row in table)
     # Rounded up, so that what only just lies within goes on doing so.
     needed = math.ceil(100 * misses[math.ceil(WANTED * len(misses)) - 1]) / 100
     widened = max(1.0, needed)
     held = sum(miss <= widened for miss in misses)
-    return replace(least_squares(known, names), widened=widened, held=held)
+    return replace(least_squares(known, names, guards), widened=widened, held=held)
 
 
 # -- what ships ------------------------------------------------------------------------------------------------------
@@ -246,8 +281,8 @@ class Evidence:
     trial_passes: float
 
     def fit_for(self, seen: Seen) -> Fit | None:
-        """The first fit whose observations were all made."""
-        return next((fit for fit in self.fits if observed(seen, fit.observations) is not None), None)
+        """The first fit that has a forecast for this; the last one, which asks for nothing, always has."""
+        return next((fit for fit in self.fits if fit.log_step(seen) is not None), None)
 
     def training(self, share: float) -> float:
         """Generated tokens that a trained position costs, of a draft with this ``share`` of the target's parameters."""

@@ -320,12 +320,10 @@ def _more(observed: Seen, fit: Fit | None) -> str:
     """How to learn more than the forecast says."""
     ways = []
     if fit is not None and observed.reference_tau is None:
-        ways.append("--base-target")
+        ways.append("--base-target may narrow this")
     if fit is not None and observed.trial_tau is None:
-        ways.append("--trial")
-    if not ways:
-        return "redraft adapt measures it on held-out prompts"
-    return f"{' and '.join(ways)} may narrow this, redraft adapt measures it on held-out prompts"
+        ways.append("--trial shows what a few answers bring")
+    return ", ".join([*ways, "redraft adapt measures it on held-out prompts"])
 
 
 def adaptation_seconds(seen: Look, evidence: Evidence, size: float) -> float:
