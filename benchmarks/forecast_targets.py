@@ -5,15 +5,17 @@ the study's evaluation prompts and, where the target is at hand, a trial adaptat
 
     REDRAFT_DATA=folder python benchmarks/forecast_targets.py study selection/maths mild/code
 
-`adapt` measures a target of its own: the evaluation prompts as a probe would see them, then the default method on the
-target's own answers to the training prompts, all of them used, and the same evaluation prompts again:
+`bench BENCH --evaluation SOURCE` does so for the prompts of a committed benchmark. `adapt` measures a target of its own:
+the evaluation prompts as a probe would see them, then the default method on the target's own answers to the training
+prompts, all of them used, and the same evaluation prompts again:
 
     REDRAFT_DATA=folder python benchmarks/forecast_targets.py adapt maths-on-gsm8k \\
         --adapter src/redraft/assets/maths-lora \\
         --prompts data:math/gsm8k.train.jsonl.gz@104 --evaluation data:math/gsm8k.test.jsonl.gz@24
 
 Both write to benchmarks/results/forecast-targets.json, which benchmarks/forecast.py reads. Prompt sources are those of
-docs/studies/README.md. tau is that of a greedy chain of 3 on greedy answers. Two cores: about six minutes a target.
+docs/studies/README.md. tau is that of a greedy chain of 3 on greedy answers. Two cores of its own: about six
+minutes a target.
 """
 
 from __future__ import annotations
@@ -168,18 +170,11 @@ def from_target(name: str, options: argparse.Namespace) -> None:
     target = open_target(options.target, options.dtype, options.device, options.adapter)
     draft = open_draft(DRAFT, target).draft
     settings = {key: getattr(options, key) for key in ("target", "adapter", "prompts", "evaluation", "tokens")}
-    import json
-    from dataclasses import asdict
-
-    folder = Path("out/forecast") / name
-    store, rows = answers(target, draft, measured, options.tokens, folder)
-    (folder / "eval.json").write_text(json.dumps([asdict(r) for r in rows]))
-    found = {"settings": settings, "gamma": GAMMA, **seen(target, draft, rows, store, options.trial)}
-    print(found, flush=True)
-    _, own = answers(target, draft, training, options.tokens, folder)
-    (folder / "train.json").write_text(json.dumps([asdict(r) for r in own]))
-    store = FeatureStore(folder, {})
-    found |= adapted(target, draft, own[HELDOUT:], own[:HELDOUT], rows, store)
+    with tempfile.TemporaryDirectory(prefix="redraft-forecast-") as folder:
+        store, rows = answers(target, draft, measured, options.tokens, Path(folder))
+        found = {"settings": settings, "gamma": GAMMA, **seen(target, draft, rows, store, options.trial)}
+        store, own = answers(target, draft, training, options.tokens, Path(folder))
+        found |= adapted(target, draft, own[HELDOUT:], own[:HELDOUT], rows, store)
     moved = options.adapter or options.target != BASE
     found["reference_tau"] = reference(measured, options.tokens, options) if moved else found["stale_tau"]
     found |= {"seconds": round(time.monotonic() - began), "machine": provenance.machine()}

@@ -73,7 +73,7 @@ def test_the_fit_finds_what_made_the_steps() -> None:
     assert fit.coefficients == pytest.approx((-1.5, 0.8)) and fit.spread == pytest.approx(0, abs=1e-6)
     found = fit.forecast(rows[2].seen)
     assert found is not None
-    assert found["low"] == pytest.approx(found["high"]) == pytest.approx(rows[2].aligned_tau)
+    assert found["low"] == pytest.approx(found["value"]) == pytest.approx(rows[2].aligned_tau)
     # What was not measured cannot be used.
     assert fit.forecast(replace(rows[2].seen, reference_tau=None)) is None
 

@@ -134,6 +134,12 @@ def test_a_probe_with_a_trial_says_what_it_saw(target: Any) -> None:
     assert ("slower than plain decoding" in lines["speed-up now"]) == (found.speedup_now <= 1)
 
 
+def test_a_record_that_cannot_be_is_named(target: Any) -> None:
+    stated = {"value": 7.5, "low": 7.0, "high": 8.0}
+    with pytest.raises(UserError, match="a chain of 5 has a tau from 1 to 6, not 7.5; give --base-target"):
+        probe(target, TOYS.make_draft("fresh", target), PROMPTS[:3], 3, 12, known_reference=stated, known_gamma=5)
+
+
 def test_a_family_without_evidence_has_no_forecast(target: Any) -> None:
     draft = fresh("eagle1", target, range(100), seed=1)
     found = probe(target, draft, PROMPTS[:3], 2, 12)

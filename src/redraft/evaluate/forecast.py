@@ -189,8 +189,8 @@ class Fit:
     def sentence(self) -> str:
         """Where the forecast comes from, for the terminal."""
         return (
-            f"a forecast from {self.targets} targets whose outcome is known; the interval of a fit without it held "
-            f"that of {self.held}"
+            f"a forecast from {self.targets} targets whose outcome is known, {self.held} of which lay in the interval "
+            "of a fit without them"
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -240,6 +240,7 @@ def probe(
     evidence, family = shipped(), family_of(draft)
     if with_trial:
         check_trial(draft)
+    reference, where = _stated(known_reference if base_target is None else None, known_gamma or gamma, gamma)
     size = draft.parameters_per_token / target.parameters_per_token
     if say:
         training = evidence.training(size) * evidence.trial_passes if with_trial else 0.0
@@ -247,19 +248,31 @@ def probe(
         say(_announcement(expected_seconds(target, prompts, max_new_tokens, passes, types, training)))
     seen = look(target, draft, prompts, gamma, max_new_tokens, with_trial, progress)
     timed = round_cost(targets or target, draft, prompts[:TIMED_PROMPTS], gamma)
-    reference, where = known_reference, "stated by the draft's own record, on other prompts"
-    if reference is not None and known_gamma is not None and known_gamma != gamma:
-        reference = {end: same_chain(tau, known_gamma, gamma) for end, tau in reference.items()}
-        where += f", from a chain of {known_gamma}"
     if base_target is not None:
         reference = acceptance(base_target, draft, prompts, gamma, max_new_tokens, progress)
         where = "on the base target's own answers to the same prompts"
-    if reference is None:
-        where = "none: give --base-target to learn what the draft could reach"
     measured = reference["value"] if reference is not None and base_target is not None else None
     observed = Seen(gamma, seen.tau["value"], measured, seen.trial.tau["value"] if seen.trial else None)
     fit = evidence.fit_for(observed) if family in evidence.families else None
     return _result(draft, seen, timed, reference, where, observed, fit, evidence, size, len(prompts))
+
+
+def _stated(reference: Mapping[str, float] | None, known_gamma: int, gamma: int) -> tuple[dict[str, float] | None, str]:
+    """What a draft's record states of a chain of ``known_gamma``, as tau of one of ``gamma``, and words for it.
+
+    Raises ``UserError`` for a tau that no chain has.
+    """
+    if reference is None:
+        return None, "none: give --base-target to learn what the draft could reach"
+    where = "stated by the draft's own record, on other prompts"
+    if known_gamma == gamma:
+        return dict(reference), where
+    try:
+        converted = {end: same_chain(tau, known_gamma, gamma) for end, tau in reference.items()}
+    except ValueError as error:
+        text = f"the draft's record states a held-out tau that cannot be: {error}; give --base-target"
+        raise UserError(text) from error
+    return converted, f"{where}, from a chain of {known_gamma}"
 
 
 def _announcement(seconds: float) -> str:
