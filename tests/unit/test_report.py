@@ -230,8 +230,8 @@ def test_terminal_tables(made_up: dict[str, Path]) -> None:
     assert "135,000" in costs and "16.9 TFLOP" in costs and "2.1 GB" in costs
     summary = _print(tables.summary_table(json.loads(made_up["summary.json"].read_text())))
     assert "2.60" in summary and "92% of the gain" in summary and "8.2 minutes" in summary
-    probe = _print(tables.probe_panel("stale: adapt", {"tau": "1.43"}, healthy=False))
-    assert "stale: adapt" in probe and "1.43" in probe
+    probe = _print(tables.probe_panel("stale", {"tau": "1.43 [1.20, 1.60]"}, "try"))
+    assert "stale" in probe and "1.43 [1.20, 1.60]" in probe
 
 
 # -- what newer results add ------------------------------------------------------------------------------------------

@@ -81,7 +81,7 @@ def quickstart(
 
     summary, result, found = story.quickstart(out, say)
     printer = console()
-    printer.print(probe_panel(f"before: {found.verdict}", found.lines(), healthy=not found.adapt))
+    printer.print(probe_panel(f"before: {found.verdict}", found.lines(), found.action))
     printer.print(bench_table(result))
     printer.print(acceptance_table(result))
     ledger = out / "run" / "ledger.json"

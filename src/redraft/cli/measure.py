@@ -39,6 +39,7 @@ def register_probe(app: typer.Typer) -> None:
             "redraft probe --target my-model --draft old-draft --prompts prompts.jsonl",
             "redraft probe --target my-model --draft old-draft --base-target base-model --prompts prompts.jsonl "
             "--limit 32 --json probe.json",
+            "redraft probe --target my-model --draft old-draft --prompts prompts.jsonl --limit 24 --trial",
         ),
     )(probe)
 
@@ -80,19 +81,27 @@ def probe(
     limit: Annotated[int, typer.Option(min=2, help="How many of the prompts are asked.")] = 16,
     gamma: Gamma = 5,
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Longest answer.")] = 128,
+    trial: Annotated[
+        bool, typer.Option("--trial", help="Also adapt the draft to half of the answers and measure it on the others.")
+    ] = False,
     json_out: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
     adapter: Adapter = None,
     template_arg: TemplateArgs = None,
     dtype: Dtype = "auto",
     device: Device = "cpu",
 ) -> None:
-    """Say in a minute whether the present draft is healthy or stale, and whether aligning it is worth it."""
+    """Say whether the present draft is healthy or stale, and what aligning it would bring, in a minute or so.
+
+    It says at the start how long it will take.
+    """
     from redraft.artifact import atomic_write_json
     from redraft.data.template import parse_template_args
     from redraft.pipeline.questions import Questions
-    from redraft.pipeline.steps import TargetSpec, probe_files
+    from redraft.pipeline.steps import TargetSpec, check_output, probe_files
     from redraft.report.tables import probe_panel
 
+    if json_out is not None:
+        check_output(json_out, ".json")
     found = probe_files(
         TargetSpec(target, dtype, device, adapter, parse_template_args(template_arg or [])),
         draft,
@@ -101,10 +110,12 @@ def probe(
         base_target=TargetSpec(base_target, dtype, device) if base_target else None,
         gamma=gamma,
         max_new_tokens=max_new_tokens,
+        with_trial=trial,
+        say=say,
     )
     if json_out is not None:
         atomic_write_json(json_out, found.to_dict())
-    console().print(probe_panel(found.verdict, found.lines(), healthy=not found.adapt))
+    console().print(probe_panel(found.verdict, found.lines(), found.action))
 
 
 def named_drafts(given: list[str]) -> dict[str, str]:

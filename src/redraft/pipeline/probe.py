@@ -1,14 +1,16 @@
 """``redraft probe``: is the present draft healthy or stale, what would alignment bring, is it worth doing?
 
 The target answers a few prompts greedily (batched), the draft's rounds are walked over the features that passed by
-on the way, and two short decodings time a round. The reference is the same draft on the target it was made for.
-Drafts of every family are probed.
+on the way, and two short decodings time a round. The reference is the same draft on the target it was made for; what
+alignment would bring is a forecast with an interval (:mod:`redraft.evaluate.forecast`), to which a trial adaptation
+can be added. Drafts of every family are probed; there is a forecast for those that it was fitted on.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,40 +19,51 @@ from typing import Any
 from redraft.data.generate import Request, generate
 from redraft.data.regenerate import Kept
 from redraft.data.store import Row
-from redraft.decode import make_decoder
-from redraft.decode.engine import PlainDecoder
-from redraft.decode.tree import ChainShape
-from redraft.drafts.base import Proposer
+from redraft.drafts.base import Proposer, family_of
 from redraft.drafts.standalone import StandaloneDraft
 from redraft.errors import UserError
+from redraft.evaluate.forecast import Evidence, Fit, Seen, same_chain, shipped
 from redraft.evaluate.speed import Prompt, tau_interval
+from redraft.pipeline.advice import ADAPT_ANSWERS, ADAPT_PASSES, LEAVE, break_even, judge
+from redraft.pipeline.pace import TIMED_PROMPTS, RoundTime, expected_seconds, round_cost
+from redraft.pipeline.trial import Trial, check_trial, trial
+from redraft.report.format import duration
 from redraft.sampling import Sampler
 from redraft.target import Target
 from redraft.teacher.features import FeatureStore, anchors
 from redraft.teacher.simulate import simulate_greedy_chain
 from redraft.teacher.standalone import simulate_greedy_standalone
+from redraft.teacher.vocabulary import coverage
 
-# A draft that kept nine tenths of its accepted tokens is as good as on the day it was trained.
-HEALTHY_SHARE = 0.9
-# Alignment that makes serving less than a twentieth faster is not worth a maintainer's day.
-WORTHWHILE_GAIN = 1.05
+# A probe that takes longer says how to shorten it.
+MINUTE = 60.0
 
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """``tau`` and ``reference_tau`` with intervals; speed-ups are predictions from timed rounds."""
+    """``tau`` and ``reference_tau`` with intervals, ``forecast`` of tau after alignment, ``gain`` in speed; speed-ups
+    are predictions from timed rounds. ``adapt`` is whether alignment is worth a try."""
 
     verdict: str
     advice: str
+    action: str
     adapt: bool
     prompts: int
     gamma: int
     tau: dict[str, float]
     reference_tau: dict[str, float] | None
     reference: str
+    coverage: float | None
+    trial_tau: dict[str, float] | None
+    forecast: dict[str, float] | None
+    forecast_from: str
     round_cost: float
+    round_types: dict[str, str]
     speedup_now: float
     speedup_expected: float | None
+    gain: dict[str, float] | None
+    break_even: dict[str, Any] | None
+    break_even_text: str | None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -60,19 +73,35 @@ class ProbeResult:
         found = {
             "acceptance length": f"{_interval(self.tau)} (greedy chain of {self.gamma}, {self.prompts} prompts)",
             "reference": f"{_interval(self.reference_tau)} {self.reference}" if self.reference_tau else self.reference,
-            "speed-up now": f"{self.speedup_now:.2f}x predicted; a round costs {self.round_cost:.2f} plain steps",
         }
-        if self.speedup_expected is not None:
-            found["speed-up when aligned"] = f"{self.speedup_expected:.2f}x predicted, if the reference is reached"
+        if self.coverage is not None and self.coverage < 1:
+            found["vocabulary"] = f"the draft can say {self.coverage:.0%} of the target's tokens"
+        if self.trial_tau is not None:
+            found["trial adaptation"] = f"{_interval(self.trial_tau)} on answers that it was not trained on"
+        cost = f"a round costs {self.round_cost:.2f} plain steps"
+        found["speed-up now"] = f"{self.speedup_now:.2f}x predicted{_slower(self.speedup_now)}; {cost}"
+        if self.forecast is None:
+            found["when aligned"] = self.forecast_from
+        else:
+            speed = {end: tau / self.round_cost for end, tau in self.forecast.items()}
+            found["when aligned"] = f"acceptance length {_interval(self.forecast)}, {self.forecast_from}"
+            found["speed-up when aligned"] = f"{_interval(speed, 'x')} predicted{_slower(speed['value'])}"
+        if self.break_even_text:
+            found["break-even"] = self.break_even_text
         return found | {"advice": self.advice}
 
 
-def _interval(value: dict[str, float]) -> str:
+def _interval(value: Mapping[str, float], unit: str = "") -> str:
     if value["low"] == value["high"]:
-        return f"{value['value']:.2f}"
-    return f"{value['value']:.2f} [{value['low']:.2f}, {value['high']:.2f}]"
+        return f"{value['value']:.2f}{unit}"
+    return f"{value['value']:.2f}{unit} [{value['low']:.2f}, {value['high']:.2f}]"
 
 
+def _slower(speedup: float) -> str:
+    return ", slower than plain decoding" if speedup <= 1 else ""
+
+
+# -- the target's answers --------------------------------------------------------------------------------------------
 def greedy_rows(
     target: Target,
     prompts: Sequence[Prompt],
@@ -132,31 +161,59 @@ def acceptance(
 
     Raises ``UserError`` when no answer has two tokens.
     """
-    draft = draft.to(target.device)
     with greedy_answers(target, draft, prompts, max_new_tokens, progress) as (rows, store):
-        if not rows:
-            raise UserError("the target ends every answer at once; check its chat template and end token")
-        if isinstance(draft, StandaloneDraft):
-            accepted = simulate_greedy_standalone(draft, target, rows, gamma)
-        else:
-            assert store is not None
-            accepted = simulate_greedy_chain(draft, target, rows, store, gamma)
+        return walked(target, draft, rows, store, gamma)
+
+
+def walked(
+    target: Target, draft: Proposer, rows: Sequence[Row], store: FeatureStore | None, gamma: int
+) -> dict[str, float]:
+    """tau_pooled with its interval of the greedy chain over these greedy answers. Raises ``UserError`` for none."""
+    if not rows:
+        raise UserError("the target ends every answer at once; check its chat template and end token")
+    draft = draft.to(target.device)
+    if isinstance(draft, StandaloneDraft):
+        accepted = simulate_greedy_standalone(draft, target, rows, gamma)
+    else:
+        assert store is not None
+        accepted = simulate_greedy_chain(draft, target, rows, store, gamma)
     return tau_interval(accepted, {row.key: anchors(row) for row in rows})
 
 
-def round_cost(target: Target, draft: Proposer, prompts: Sequence[Prompt], gamma: int, tokens: int = 40) -> float:
-    """Measured time of one round (gamma drafted tokens and their verification) over one plain decoding step."""
-    plain, chain = PlainDecoder(target), make_decoder(target, draft, ChainShape(gamma))
-    plain_seconds = plain_steps = chain_seconds = rounds = 0.0
-    for index, prompt in enumerate(prompts):
-        a, b = plain.generate(prompt.ids, tokens), chain.generate(prompt.ids, tokens)
-        if index == 0 and len(prompts) > 1:
-            continue  # warm-up
-        plain_seconds, plain_steps = plain_seconds + a.decode_seconds, plain_steps + len(a.ids) - 1
-        chain_seconds, rounds = chain_seconds + b.decode_seconds, rounds + len(b.rounds)
-    if not rounds or not plain_steps:
-        raise UserError("the target's answers are too short to time a round; give other prompts")
-    return (chain_seconds / rounds) / (plain_seconds / plain_steps)
+# -- the whole -------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Look:
+    """A draft on a target's answers: tau with its interval, the vocabulary's coverage, seconds of a generated token,
+    mean length of an answer, and the trial where one was asked for."""
+
+    tau: dict[str, float]
+    coverage: float | None
+    token_seconds: float
+    length: float
+    trial: Trial | None
+
+
+def look(
+    target: Target,
+    draft: Proposer,
+    prompts: Sequence[Prompt],
+    gamma: int,
+    max_new_tokens: int,
+    with_trial: bool,
+    progress: Callable[..., None] | None,
+) -> Look:
+    """Have the target answer, and walk the draft over it. Raises ``UserError``."""
+    began = time.perf_counter()
+    with greedy_answers(target, draft, prompts, max_new_tokens, progress) as (rows, store):
+        seconds = time.perf_counter() - began
+        tau = walked(target, draft, rows, store, gamma)
+        tokens = sum(len(row.response_ids) for row in rows)
+        if isinstance(draft, StandaloneDraft):
+            return Look(tau, None, seconds / tokens, tokens / len(rows), None)
+        assert store is not None
+        tried = trial(target, draft, rows, store, gamma) if with_trial else None
+        share = coverage(draft, rows, gamma).share
+        return Look(tau, share, seconds / tokens, tokens / len(rows), tried)
 
 
 def probe(
@@ -168,46 +225,128 @@ def probe(
     base_target: Target | None = None,
     known_reference: dict[str, float] | None = None,
     progress: Callable[..., None] | None = None,
+    *,
+    known_gamma: int | None = None,
+    targets: Mapping[str, Target] | None = None,
+    with_trial: bool = False,
+    say: Callable[[str], None] | None = None,
 ) -> ProbeResult:
-    """Measure and judge. ``known_reference`` is the tau that the draft's own record states, used without a base."""
-    tau = acceptance(target, draft, prompts, gamma, max_new_tokens, progress)
-    cost = round_cost(target, draft, prompts[:3], gamma)
-    reference, where = known_reference, "stated by the draft's own record, on other prompts"
+    """Measure and judge.
+
+    ``known_reference`` is the tau that the draft's own record states, of a chain of ``known_gamma``, used without a
+    base. ``targets`` holds the target in the data types that it may be served in; ``with_trial`` adapts to a part of
+    the answers to narrow the forecast; ``say`` is told how long it will take. Raises ``UserError``.
+    """
+    evidence, family = shipped(), family_of(draft)
+    if with_trial:
+        check_trial(draft)
+    reference, where = _stated(known_reference if base_target is None else None, known_gamma or gamma, gamma)
+    size = draft.parameters_per_token / target.parameters_per_token
+    if say:
+        training = evidence.training(size) * evidence.trial_passes if with_trial else 0.0
+        passes, types = 2 if base_target is not None else 1, len(targets or [target])
+        say(_announcement(expected_seconds(target, prompts, max_new_tokens, passes, types, training)))
+    seen = look(target, draft, prompts, gamma, max_new_tokens, with_trial, progress)
+    timed = round_cost(targets or target, draft, prompts[:TIMED_PROMPTS], gamma)
     if base_target is not None:
         reference = acceptance(base_target, draft, prompts, gamma, max_new_tokens, progress)
         where = "on the base target's own answers to the same prompts"
+    measured = reference["value"] if reference is not None and base_target is not None else None
+    observed = Seen(gamma, seen.tau["value"], measured, seen.trial.tau["value"] if seen.trial else None)
+    fit = evidence.fit_for(observed) if family in evidence.families else None
+    return _result(draft, seen, timed, reference, where, observed, fit, evidence, size, len(prompts))
+
+
+def _stated(reference: Mapping[str, float] | None, known_gamma: int, gamma: int) -> tuple[dict[str, float] | None, str]:
+    """What a draft's record states of a chain of ``known_gamma``, as tau of one of ``gamma``, and words for it.
+
+    Raises ``UserError`` for a tau that no chain has.
+    """
     if reference is None:
-        where = "none: give --base-target to learn what the draft could reach"
-    verdict, advice, adapt, expected = judge(tau["value"], reference["value"] if reference else None, cost)
+        return None, "none: give --base-target to learn what the draft could reach"
+    where = "stated by the draft's own record, on other prompts"
+    if known_gamma == gamma:
+        return dict(reference), where
+    try:
+        converted = {end: same_chain(tau, known_gamma, gamma) for end, tau in reference.items()}
+    except ValueError as error:
+        text = f"the draft's record states a held-out tau that cannot be: {error}; give --base-target"
+        raise UserError(text) from error
+    return converted, f"{where}, from a chain of {known_gamma}"
+
+
+def _announcement(seconds: float) -> str:
+    longer = "; fewer prompts (--limit) or shorter answers (--max-new-tokens) take less" if seconds > MINUTE else ""
+    return f"this takes about {duration(max(1.0, seconds))} here, less where answers end early{longer}"
+
+
+def _result(
+    draft: Proposer,
+    seen: Look,
+    timed: RoundTime,
+    reference: dict[str, float] | None,
+    where: str,
+    observed: Seen,
+    fit: Fit | None,
+    evidence: Evidence,
+    size: float,
+    prompts: int,
+) -> ProbeResult:
+    """The judgement on what was measured, in figures and words."""
+    forecast = fit.forecast(observed) if fit else None
+    family, gamma = family_of(draft), observed.gamma
+    found = judge(seen.tau["value"], reference["value"] if reference else None, timed, forecast, _more(observed, fit))
+    paid = None
+    if forecast is not None and found.action != LEAVE:
+        seconds = adaptation_seconds(seen, evidence, size)
+        paid = break_even(seen.tau["value"], timed, forecast, seconds)
+    why = (
+        fit.sentence()
+        if fit
+        else f"no forecast: it was fitted on {' and '.join(evidence.families)} drafts, not {family}"
+    )
     return ProbeResult(
-        verdict=verdict,
-        advice=advice,
-        adapt=adapt,
-        prompts=len(prompts),
+        verdict=found.verdict,
+        advice=found.advice,
+        action=found.action,
+        adapt=found.action != LEAVE,
+        prompts=prompts,
         gamma=gamma,
-        tau=tau,
+        tau=seen.tau,
         reference_tau=reference,
         reference=where,
-        round_cost=cost,
-        speedup_now=tau["value"] / cost,
-        speedup_expected=expected,
+        coverage=seen.coverage,
+        trial_tau=seen.trial.tau if seen.trial else None,
+        forecast=forecast,
+        forecast_from=why,
+        round_cost=timed.cost,
+        round_types={"plain": timed.plain_type, "round": timed.round_type},
+        speedup_now=seen.tau["value"] / timed.cost,
+        speedup_expected=forecast["value"] / timed.cost if forecast else None,
+        gain=found.gain,
+        break_even=paid.to_dict() if paid else None,
+        break_even_text=paid.sentence() if paid else None,
     )
 
 
-def judge(tau: float, reference: float | None, cost: float) -> tuple[str, str, bool, float | None]:
-    """(verdict, advice, whether to adapt, expected speed-up when aligned)."""
-    if reference is None:
-        if tau <= cost:
-            return "slower than plain decoding", "adapt, or serve without a draft", True, None
-        return "unknown", "the draft pays off now; without a reference nobody can say how much was lost", False, None
-    share = (tau - 1) / (reference - 1) if reference > 1 else 1.0
-    expected = max(tau, reference) / cost
-    if share >= HEALTHY_SHARE:
-        return "healthy", "leave the draft as it is", False, expected
-    gain = reference / tau
-    lost = f"{1 - share:.0%} of the accepted tokens are lost"
-    if gain < WORTHWHILE_GAIN:
-        return "stale", f"{lost}, but alignment would gain only {gain - 1:.0%}: leave it", False, expected
-    if reference <= cost:
-        return "stale", f"{lost}; even aligned it would not beat plain decoding: use a better draft", False, expected
-    return "stale", f"adapt: {lost}, alignment would make serving about {gain:.2f} times as fast", True, expected
+def _more(observed: Seen, fit: Fit | None) -> str:
+    """How to learn more than the forecast says."""
+    ways = []
+    if fit is not None and observed.reference_tau is None:
+        ways.append("--base-target may narrow this")
+    if fit is not None and observed.trial_tau is None:
+        ways.append("--trial shows what a few answers bring")
+    return ", ".join([*ways, "redraft adapt measures it on held-out prompts"])
+
+
+def adaptation_seconds(seen: Look, evidence: Evidence, size: float) -> float:
+    """What `redraft adapt` would take here by default: answers at the pace of this probe, and training on them.
+
+    A trained position costs what it did in the trial, else as many generated tokens as in the committed runs, by the
+    draft's share ``size`` of the target's parameters.
+    """
+    tokens = ADAPT_ANSWERS * seen.length
+    position = evidence.training(size) * seen.token_seconds
+    if seen.trial is not None and seen.trial.tokens:
+        position = seen.trial.seconds / seen.trial.tokens
+    return tokens * seen.token_seconds + ADAPT_PASSES * tokens * position

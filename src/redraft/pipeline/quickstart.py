@@ -21,6 +21,7 @@ from redraft.pipeline.adapt import AdaptRun
 from redraft.pipeline.config import AdaptConfig, parse_config
 from redraft.pipeline.models import open_target, template_prompts
 from redraft.pipeline.probe import ProbeResult, probe
+from redraft.pipeline.steps import timed_targets
 from redraft.progress import progress_bar
 from redraft.report.page import build_report
 
@@ -116,6 +117,12 @@ def run_probe(run: AdaptRun, prompts: int = 12) -> ProbeResult:
     conversations = run.source.prompts[1][:prompts]
     asked: list[Prompt] = template_prompts(conversations, run.target, config.max_new_tokens)
     base = open_target(config.base_target, config.dtype, config.device) if config.base_target else None
+    targets = timed_targets(
+        run.target,
+        run.stale.draft,
+        config.dtype,
+        lambda dtype: open_target(config.target, dtype, config.device, config.adapter),
+    )
     with run.ledger.stage("probe"), progress_bar("probe", len(asked) * (2 if base else 1), "prompts") as progress:
         return probe(
             run.target,
@@ -125,6 +132,8 @@ def run_probe(run: AdaptRun, prompts: int = 12) -> ProbeResult:
             config.max_new_tokens,
             base,
             progress=progress.update,
+            targets=targets,
+            say=lambda text: run.say(f"probe: {text}"),
         )
 
 

@@ -35,7 +35,14 @@ from redraft.errors import UserError
 from redraft.export import EXPORTERS, ExportReport, TargetInfo, import_checkpoint
 from redraft.export.importer import is_language_model
 from redraft.loading import ADAPTER_FILE, adapter_base, load_tokenizer, locate, quiet, read_standalone
-from redraft.pipeline.models import open_draft, open_proposer, open_target, prompt_rows, use_target_embedding
+from redraft.pipeline.models import (
+    contestants,
+    open_draft,
+    open_proposer,
+    open_target,
+    prompt_rows,
+    use_target_embedding,
+)
 from redraft.pipeline.probe import ProbeResult, probe
 from redraft.pipeline.questions import Questions
 from redraft.progress import Progress, progress_bar
@@ -270,16 +277,40 @@ def probe_files(
     base_target: TargetSpec | None = None,
     gamma: int = 5,
     max_new_tokens: int = 128,
+    with_trial: bool = False,
+    say: Callable[[str], None] | None = None,
 ) -> ProbeResult:
-    """Measure and judge a draft on these prompts. Raises ``UserError``."""
+    """Measure and judge a draft on these prompts; ``say`` is told how long it takes. Raises ``UserError``."""
     questions.conversations  # noqa: B018  a bad prompt file is refused before anything large is loaded
     target = spec.open()
     opened, meta = open_proposer(draft, target, base_draft)
     asked = questions.read(target, max_new_tokens, 0)
     base = base_target.open() if base_target else None
+    stated = meta.get("heldout", {})
     with progress_bar("probe", len(asked) * (2 if base else 1), "prompts") as progress:
-        stated = meta.get("heldout", {}).get("tau")
-        return probe(target, opened, asked, gamma, max_new_tokens, base, stated, _counting(progress))
+        return probe(
+            target,
+            opened,
+            asked,
+            gamma,
+            max_new_tokens,
+            base,
+            stated.get("tau"),
+            _counting(progress),
+            known_gamma=stated.get("gamma"),
+            targets=timed_targets(target, opened, spec.dtype, spec.open),
+            with_trial=with_trial,
+            say=say,
+        )
+
+
+def timed_targets(target: Target, draft: Proposer, dtype: str, open_as: Callable[[str], Target]) -> dict[str, Target]:
+    """The target in the data types that it may be served in, each tapped where the draft reads."""
+    found = contestants(target, dtype, open_as)
+    if not isinstance(draft, StandaloneDraft):
+        for each in found.values():
+            each.tap(draft.config.taps)
+    return found
 
 
 def _counting(progress: Progress) -> Callable[..., None]:

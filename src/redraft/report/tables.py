@@ -108,19 +108,23 @@ def task_table(result: Mapping[str, Any] | BenchResult) -> Table | None:
     return table
 
 
-def probe_panel(verdict: str, lines: Mapping[str, str], healthy: bool) -> Panel:
-    """What `redraft probe` found: a verdict on top, one line a figure below."""
+# Of a probe's action: nothing to do, worth a try, worth doing.
+PROBE_COLOURS = {"leave": "green", "try": "cyan", "adapt": "yellow"}
+
+
+def probe_panel(verdict: str, lines: Mapping[str, str], action: str) -> Panel:
+    """What `redraft probe` found: a verdict on top, one line a figure below; ``action`` gives the colour."""
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim")
     grid.add_column()
     for key, value in lines.items():
-        grid.add_row(key, value)
+        grid.add_row(key, escape(value))
     return Panel(
         grid,
         title=f"[bold]{verdict}[/bold]",
         title_align="left",
         expand=False,
-        border_style="green" if healthy else "yellow",
+        border_style=PROBE_COLOURS[action],
     )
 
 
