@@ -56,6 +56,7 @@ class AdaptRun:
     @cached_property
     def target(self) -> Target:
         c, target = self.config, self._open(self.config.dtype)
+        self.say(f"target {c.target}: {target.verdict()}")
         for note in notes_of(target):
             self.say(f"note on {c.target}: {note}")
         if rounded := served_otherwise(target):

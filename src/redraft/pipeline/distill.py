@@ -94,6 +94,7 @@ class DistillRun:
             return served
         target = open_target(c.target, c.dtype, c.device, c.adapter, c.template_arg, self.folder)
         target.tap(())  # the draft reads none of its states; only the head's input is kept
+        self.say(f"target {c.target}: {target.verdict()}")
         return target
 
     @cached_property

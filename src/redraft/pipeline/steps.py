@@ -68,7 +68,10 @@ class TargetSpec:
     def open(self, dtype: str | None = None, served: bool = False) -> Target:
         """Load it, in another ``dtype`` if one is given; ``served`` as :func:`open_target`. Raises ``UserError``."""
         chosen = choose_dtype(dtype or self.dtype, self.device, print)
-        return open_target(self.name, chosen, self.device, self.adapter, self.template_args, served=served)
+        target = open_target(self.name, chosen, self.device, self.adapter, self.template_args, served=served)
+        if dtype is None:
+            print(f"target {self.name}: {target.verdict()}", flush=True)
+        return target
 
 
 def check_output(path: Path, suffix: str = "") -> None:

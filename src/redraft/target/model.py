@@ -130,6 +130,11 @@ class Target:
         """Which passes of ours are the model's own, tried once. Raises ``UserError`` where not even a plain one is."""
         return find_paths(self)
 
+    def verdict(self) -> str:
+        """One line: what this target is, and which passes of ours are its own. Raises ``UserError`` as ``paths``."""
+        kind = str(self.dtype).removeprefix("torch.")
+        return f"{type(self.model).__name__} of {self.layers} layers in {kind}; {self.paths.verdict()}"
+
     def require(self, path: str) -> None:
         """Raise ``UserError`` unless ``path`` (``masked``, ``slots``) equals the model's own passes."""
         if not getattr(self.paths, path):
