@@ -53,7 +53,7 @@ class Checkpoint:
 
     def save(self, trained: Named, optimizers: Optimizers, state: dict[str, Any]) -> None:
         """Write weights, optimisers and ``state`` as one. Raises ``UserError`` on a full disk; the last one stays."""
-        tensors = {f"weight/{name}": p for name, p in trained}
+        tensors: dict[str, torch.Tensor] = {f"weight/{name}": p for name, p in trained}
         tensors |= {f"optimizer/{key}": value for key, value in optimizers.state().items()}
         name = f"state-{state['step']:07d}.safetensors"
         write_checked(self.folder / name, tensors)
