@@ -20,3 +20,14 @@ def cache_argument(module: Any, held: Any) -> dict[str, Any]:
     """
     name = "cache" if _takes_cache(module.__class__) else "past_key_values"
     return {name: held, "use_cache": held is not None}
+
+
+def dequantized() -> dict[str, Any]:
+    """Arguments that have ``from_pretrained(gguf_file=...)`` give plain weights.
+
+    5.16 knows no other way; later releases may keep them packed, and have a config that says not to.
+    """
+    import transformers
+
+    config = getattr(transformers, "GgufConfig", None)
+    return {"quantization_config": config(dequantize=True)} if config is not None else {}
