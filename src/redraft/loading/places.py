@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from redraft.artifact import atomic_folder, read_json
+from redraft.compat import dequantized
 from redraft.errors import UserError
 from redraft.loading.quiet import first_line
 from redraft.places import cache_folder
@@ -174,15 +175,13 @@ def gguf_of(spec: str) -> Path | None:
 
 def _unpack(gguf: Path, folder: Path) -> None:
     """Write the model and the tokenizer of a GGUF file as a float32 checkpoint, all or nothing."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if importlib.util.find_spec("gguf") is None:
         raise UserError("unpacking a GGUF file needs the package gguf: pip install redraft[quickstart]")
     place = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     tokenizer = AutoTokenizer.from_pretrained(**place)
-    model = AutoModelForCausalLM.from_pretrained(
-        **place, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-    )
+    model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32, **dequantized())
     needed = 4 * sum(p.numel() for p in model.parameters()) + (16 << 20)
     with atomic_folder(folder, needed, CACHE_FILES) as new:
         model.save_pretrained(new, max_shard_size="100GB")
