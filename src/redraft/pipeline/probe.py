@@ -76,7 +76,8 @@ class ProbeResult:
         if self.coverage is not None and self.coverage < 1:
             found["vocabulary"] = f"the draft can say {self.coverage:.0%} of the target's tokens"
         if self.trial_tau is not None:
-            found["trial adaptation"] = f"{_interval(self.trial_tau)} on answers that it was not trained on"
+            how = "on each half of the answers, trained on the other; too few to forecast by"
+            found["trial adaptation"] = f"{_interval(self.trial_tau)} {how}"
         cost = f"a round costs {self.round_cost:.2f} plain steps"
         found["speed-up now"] = f"{self.speedup_now:.2f}x predicted{_slower(self.speedup_now)}; {cost}"
         if self.forecast is None:
