@@ -5,9 +5,9 @@ the study's evaluation prompts and, where the target is at hand, a trial adaptat
 
     REDRAFT_DATA=folder python benchmarks/forecast_targets.py study selection/maths mild/code
 
-`bench BENCH --evaluation SOURCE` does so for the prompts of a committed benchmark. `adapt` measures a target of its own:
-the evaluation prompts as a probe would see them, then the default method on the target's own answers to the training
-prompts, all of them used, and the same evaluation prompts again:
+`bench BENCH --evaluation SOURCE` does so for the prompts of a committed benchmark. `adapt` measures a target of its
+own: the evaluation prompts as a probe would see them, then the default method on the target's own answers to the
+training prompts, all of them used, and the same evaluation prompts again:
 
     REDRAFT_DATA=folder python benchmarks/forecast_targets.py adapt maths-on-gsm8k \\
         --adapter src/redraft/assets/maths-lora \\

@@ -18,7 +18,7 @@ from redraft.evaluate.speed import Prompt
 from redraft.pipeline import pace
 from redraft.pipeline import trial as trials
 from redraft.pipeline.advice import ADAPT_ANSWERS, ADAPT_PASSES
-from redraft.pipeline.pace import TIMED_PROMPTS, TIMED_TOKENS, expected_seconds, round_cost
+from redraft.pipeline.pace import TIMED_PROMPTS, TIMED_TOKENS, Pace, expected_seconds, first_batch, round_cost
 from redraft.pipeline.probe import Look, adaptation_seconds, greedy_answers, probe
 from redraft.pipeline.trial import PASSES, Trial, check_trial, halves, trial
 from redraft.teacher.features import anchors
@@ -85,15 +85,24 @@ def test_the_time_is_told_from_a_first_batch(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(pace, "generate", generate)
     monkeypatch.setattr(pace, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    found = first_batch(None, PROMPTS, 64)  # type: ignore[arg-type]
+    assert (found.batch, found.prompts) == (6, pytest.approx(2))
+    assert (found.single, found.step) == (pytest.approx(0.1), pytest.approx(0.5))
     timing = TIMED_PROMPTS * TIMED_TOKENS * 2 * 0.1
-    assert expected_seconds(None, PROMPTS, 64, 1, 1) == pytest.approx(2 + 64 * 0.5 + timing)
-    assert expected_seconds(None, PROMPTS, 64, 2, 2) == pytest.approx(2 * (2 + 64 * 0.5) + 2 * timing)
-    # A trial: so many generated tokens for every token that may be trained on.
-    training = 0.3 * len(PROMPTS) * 64 * 0.5 / len(PROMPTS)
-    assert expected_seconds(None, PROMPTS, 64, 1, 1, 0.3) == pytest.approx(2 + 64 * 0.5 + timing + training)
+    assert expected_seconds(found, 6, 64, 1, 1) == pytest.approx(2 + 64 * 0.5 + timing)
+    assert expected_seconds(found, 6, 64, 2, 2) == pytest.approx(2 * (2 + 64 * 0.5) + 2 * timing)
     # More prompts than are answered at once come in waves.
-    many = [PROMPTS[0]] * 130
-    assert expected_seconds(None, many, 64, 1, 1) == pytest.approx(3 * (2 + 64 * 0.5) + timing)
+    assert expected_seconds(found, 13, 64, 1, 1) == pytest.approx(3 * (2 + 64 * 0.5) + timing)
+    # A trial: so many generated tokens for every token that may be trained on.
+    trained = 0.3 * 6 * 64 * found.token(64)
+    assert expected_seconds(found, 6, 64, 1, 1, 0.3) == pytest.approx(2 + 64 * 0.5 + timing + trained)
+
+
+def test_a_step_of_many_answers_is_shared_by_them() -> None:
+    """0.1 s alone, 0.5 s for five: 0.1 s more for each, so 6.4 s for 64; and the prompt, by the token."""
+    assert Pace(5, 2.0, 0.1, 0.5).token(50.0) == pytest.approx(6.4 / 64 + 2.0 / 5 / 50)
+    # What costs no more for five costs no more for 64.
+    assert Pace(5, 0.0, 0.5, 0.5).token(50.0) == pytest.approx(0.5 / 64)
 
 
 def test_plain_decoding_and_rounds_count_in_their_fastest_types(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,12 +117,12 @@ def test_plain_decoding_and_rounds_count_in_their_fastest_types(monkeypatch: pyt
 
 def test_an_adaptation_costs_its_answers_and_its_passes() -> None:
     evidence = shipped()
-    seen = Look({}, None, token_seconds=0.01, length=50.0, trial=None)
-    tokens = ADAPT_ANSWERS * 50
+    pace, tokens = Pace(64, 0.0, 0.1, 0.64), ADAPT_ANSWERS * 50
     training = evidence.training(0.1) * 0.01
-    assert adaptation_seconds(seen, evidence, 0.1) == pytest.approx(tokens * (0.01 + ADAPT_PASSES * training))
-    tried = Look({}, None, 0.01, 50.0, Trial({}, 8, tokens=2000, seconds=10.0))
-    assert adaptation_seconds(tried, evidence, 0.1) == pytest.approx(tokens * (0.01 + ADAPT_PASSES * 0.005))
+    seen = Look({}, None, 50.0, trial=None)
+    assert adaptation_seconds(seen, evidence, pace, 0.1) == pytest.approx(tokens * (0.01 + ADAPT_PASSES * training))
+    tried = Look({}, None, 50.0, Trial({}, 8, tokens=2000, seconds=10.0))
+    assert adaptation_seconds(tried, evidence, pace, 0.1) == pytest.approx(tokens * (0.01 + ADAPT_PASSES * 0.005))
 
 
 # -- the whole -------------------------------------------------------------------------------------------------------

@@ -19,8 +19,8 @@ from redraft.target import Target
 
 # Decoded by each contestant to time a round; the first prompt warms up.
 TIMED_PROMPTS, TIMED_TOKENS = 3, 40
-# Tokens of the first batch, from which the time of the whole is told.
-FIRST_TOKENS = 8
+# Tokens of the first batch, from which the time of the whole is told; answers that are written at once.
+FIRST_TOKENS, WIDTH = 8, 64
 
 
 @dataclass(frozen=True)
@@ -77,14 +77,31 @@ def _timed(target: Target, draft: Proposer, prompts: Sequence[Prompt], gamma: in
     return plain_seconds / plain_steps, chain_seconds / rounds
 
 
-def expected_seconds(
-    target: Target, prompts: Sequence[Prompt], max_new_tokens: int, passes: int, types: int, training: float = 0.0
-) -> float:
-    """About how long a probe takes here, from a first small batch of these prompts.
+@dataclass(frozen=True)
+class Pace:
+    """How fast the target answers, from a first small batch: seconds of the prompts of ``batch`` answers together, of
+    one token of one answer alone, and of one token of all of them."""
 
-    ``passes`` counts the targets that answer, ``types`` the data types that are timed, ``training`` what a trained
-    token of a trial costs in generated ones. Answers may end early: the true time is rather below.
-    """
+    batch: int
+    prompts: float
+    single: float
+    step: float
+
+    def answering(self, count: int, tokens: int) -> float:
+        """Seconds of ``count`` answers of so many tokens, as many at once as here."""
+        return math.ceil(count / self.batch) * (self.prompts + self.step * tokens)
+
+    def token(self, length: float) -> float:
+        """Seconds of a generated token of answers of ``length`` tokens, their prompts counted in, at full width.
+
+        A step of more answers is taken to grow as it did from one answer to those of the first batch.
+        """
+        growth = max(0.0, self.step - self.single) / max(1, self.batch - 1)
+        return (self.step + growth * (WIDTH - self.batch)) / WIDTH + self.prompts / self.batch / length
+
+
+def first_batch(target: Target, prompts: Sequence[Prompt], max_new_tokens: int) -> Pace:
+    """Time a few tokens of these prompts, at most :data:`WIDTH` at once."""
 
     def seconds(asked: Sequence[Prompt], tokens: int) -> float:
         began = time.perf_counter()
@@ -92,12 +109,22 @@ def expected_seconds(
             pass
         return time.perf_counter() - began
 
-    few, batch = min(FIRST_TOKENS, max_new_tokens - 1), list(prompts[:64])
+    few, batch = max(1, min(FIRST_TOKENS, max_new_tokens - 1)), list(prompts[:WIDTH])
     seconds(batch[:1], 1 + few)  # warm-up
     single = (seconds(batch[:1], 1 + few) - seconds(batch[:1], 1)) / few
     first = seconds(batch, 1)
     step = (seconds(batch, 1 + few) - first) / few
-    waves = math.ceil(len(prompts) / len(batch))
-    answering = passes * waves * max(0.0, first + step * max_new_tokens)
-    timing = types * TIMED_PROMPTS * TIMED_TOKENS * 2 * max(0.0, single)
-    return answering + timing + training * len(prompts) * max_new_tokens * max(0.0, step) / len(batch)
+    return Pace(len(batch), first, max(0.0, single), max(0.0, step))
+
+
+def expected_seconds(
+    pace: Pace, prompts: int, max_new_tokens: int, passes: int, types: int, training: float = 0.0
+) -> float:
+    """About how long a probe takes here.
+
+    ``passes`` counts the targets that answer, ``types`` the data types that are timed, ``training`` what a token of a
+    trial costs in all, in generated ones. Answers may end early: the true time is rather below.
+    """
+    timing = types * TIMED_PROMPTS * TIMED_TOKENS * 2 * pace.single
+    trained = training * prompts * max_new_tokens * pace.token(max_new_tokens)
+    return passes * pace.answering(prompts, max_new_tokens) + timing + trained

@@ -9,7 +9,6 @@ can be added. Drafts of every family are probed; there is a forecast for those t
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -25,7 +24,7 @@ from redraft.errors import UserError
 from redraft.evaluate.forecast import Evidence, Fit, Seen, same_chain, shipped
 from redraft.evaluate.speed import Prompt, tau_interval
 from redraft.pipeline.advice import ADAPT_ANSWERS, ADAPT_PASSES, LEAVE, break_even, judge
-from redraft.pipeline.pace import TIMED_PROMPTS, RoundTime, expected_seconds, round_cost
+from redraft.pipeline.pace import TIMED_PROMPTS, Pace, RoundTime, expected_seconds, first_batch, round_cost
 from redraft.pipeline.trial import Trial, check_trial, trial
 from redraft.report.format import duration
 from redraft.sampling import Sampler
@@ -77,7 +76,8 @@ class ProbeResult:
         if self.coverage is not None and self.coverage < 1:
             found["vocabulary"] = f"the draft can say {self.coverage:.0%} of the target's tokens"
         if self.trial_tau is not None:
-            found["trial adaptation"] = f"{_interval(self.trial_tau)} on answers that it was not trained on"
+            how = "on each half of the answers, trained on the other; too few to forecast by"
+            found["trial adaptation"] = f"{_interval(self.trial_tau)} {how}"
         cost = f"a round costs {self.round_cost:.2f} plain steps"
         found["speed-up now"] = f"{self.speedup_now:.2f}x predicted{_slower(self.speedup_now)}; {cost}"
         if self.forecast is None:
@@ -183,12 +183,11 @@ def walked(
 # -- the whole -------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Look:
-    """A draft on a target's answers: tau with its interval, the vocabulary's coverage, seconds of a generated token,
-    mean length of an answer, and the trial where one was asked for."""
+    """A draft on a target's answers: tau with its interval, the vocabulary's coverage, mean length of an answer, and
+    the trial where one was asked for."""
 
     tau: dict[str, float]
     coverage: float | None
-    token_seconds: float
     length: float
     trial: Trial | None
 
@@ -203,17 +202,15 @@ def look(
     progress: Callable[..., None] | None,
 ) -> Look:
     """Have the target answer, and walk the draft over it. Raises ``UserError``."""
-    began = time.perf_counter()
     with greedy_answers(target, draft, prompts, max_new_tokens, progress) as (rows, store):
-        seconds = time.perf_counter() - began
         tau = walked(target, draft, rows, store, gamma)
-        tokens = sum(len(row.response_ids) for row in rows)
+        length = sum(len(row.response_ids) for row in rows) / len(rows)
         if isinstance(draft, StandaloneDraft):
-            return Look(tau, None, seconds / tokens, tokens / len(rows), None)
+            return Look(tau, None, length, None)
         assert store is not None
         tried = trial(target, draft, rows, store, gamma) if with_trial else None
         share = coverage(draft, rows, gamma).share
-        return Look(tau, share, seconds / tokens, tokens / len(rows), tried)
+        return Look(tau, share, length, tried)
 
 
 def probe(
@@ -242,10 +239,11 @@ def probe(
         check_trial(draft)
     reference, where = _stated(known_reference if base_target is None else None, known_gamma or gamma, gamma)
     size = draft.parameters_per_token / target.parameters_per_token
+    pace = first_batch(target, prompts, max_new_tokens)
     if say:
         training = evidence.training(size) * evidence.trial_passes if with_trial else 0.0
         passes, types = 2 if base_target is not None else 1, len(targets or [target])
-        say(_announcement(expected_seconds(target, prompts, max_new_tokens, passes, types, training)))
+        say(_announcement(expected_seconds(pace, len(prompts), max_new_tokens, passes, types, training)))
     seen = look(target, draft, prompts, gamma, max_new_tokens, with_trial, progress)
     timed = round_cost(targets or target, draft, prompts[:TIMED_PROMPTS], gamma)
     if base_target is not None:
@@ -254,7 +252,7 @@ def probe(
     measured = reference["value"] if reference is not None and base_target is not None else None
     observed = Seen(gamma, seen.tau["value"], measured, seen.trial.tau["value"] if seen.trial else None)
     fit = evidence.fit_for(observed) if family in evidence.families else None
-    return _result(draft, seen, timed, reference, where, observed, fit, evidence, size, len(prompts))
+    return _result(draft, seen, timed, reference, where, observed, fit, evidence, pace, size, len(prompts))
 
 
 def _stated(reference: Mapping[str, float] | None, known_gamma: int, gamma: int) -> tuple[dict[str, float] | None, str]:
@@ -289,6 +287,7 @@ def _result(
     observed: Seen,
     fit: Fit | None,
     evidence: Evidence,
+    pace: Pace,
     size: float,
     prompts: int,
 ) -> ProbeResult:
@@ -298,7 +297,7 @@ def _result(
     found = judge(seen.tau["value"], reference["value"] if reference else None, timed, forecast, _more(observed, fit))
     paid = None
     if forecast is not None and found.action != LEAVE:
-        seconds = adaptation_seconds(seen, evidence, size)
+        seconds = adaptation_seconds(seen, evidence, pace, size)
         paid = break_even(seen.tau["value"], timed, forecast, seconds)
     why = (
         fit.sentence()
@@ -339,14 +338,14 @@ def _more(observed: Seen, fit: Fit | None) -> str:
     return ", ".join([*ways, "redraft adapt measures it on held-out prompts"])
 
 
-def adaptation_seconds(seen: Look, evidence: Evidence, size: float) -> float:
-    """What `redraft adapt` would take here by default: answers at the pace of this probe, and training on them.
+def adaptation_seconds(seen: Look, evidence: Evidence, pace: Pace, size: float) -> float:
+    """What `redraft adapt` would take here by default: answers at this target's pace, and training on them.
 
     A trained position costs what it did in the trial, else as many generated tokens as in the committed runs, by the
     draft's share ``size`` of the target's parameters.
     """
-    tokens = ADAPT_ANSWERS * seen.length
-    position = evidence.training(size) * seen.token_seconds
+    tokens, token = ADAPT_ANSWERS * seen.length, pace.token(seen.length)
+    position = evidence.training(size) * token
     if seen.trial is not None and seen.trial.tokens:
         position = seen.trial.seconds / seen.trial.tokens
-    return tokens * seen.token_seconds + ADAPT_PASSES * tokens * position
+    return tokens * token + ADAPT_PASSES * tokens * position
