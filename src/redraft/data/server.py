@@ -249,7 +249,7 @@ def exact_ids(text: Any, completion_tokens: int | None, reason: str, tokenizer: 
 def _check_vocabulary(text: Any, ids: list[int], tokenizer: Any) -> None:
     """Raise ``Refused`` where a server's text is not what its ids say: they are of another model's vocabulary.
 
-    Servers differ in blanks, special tokens and the text of the end, so letters and digits are compared, and loosely.
+    Servers differ in blanks, special tokens and the text of the end, so letters are compared, and loosely.
     """
     said = _letters(text)[:COMPARED] if isinstance(text, str) else ""
     if len(said) < TELLING:
@@ -265,7 +265,7 @@ def _check_vocabulary(text: Any, ids: list[int], tokenizer: Any) -> None:
 
 
 def _letters(text: str) -> str:
-    return "".join(character for character in text if character.isalnum())
+    return "".join(character for character in text if character.isalpha())
 
 
 def _stopped_at(choice: dict[str, Any]) -> int | str | None:
