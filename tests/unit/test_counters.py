@@ -196,6 +196,16 @@ def test_rounds_that_draft_less_than_they_may_are_noted(fake: Make) -> None:
     assert any("rounds drafted 67% of their positions on average" in note for note in notes)
 
 
+def test_answers_that_go_on_behind_an_end_token_are_noted(fake: Make) -> None:
+    ids = [RIG.FAKE.plan(prompt.ids, LIMIT)[0] for prompt in PROMPTS]
+    end = ids[0][1]
+    behind = sum(end in answer[:-1] for answer in ids)
+    notes = run({"new": fake()}, eos_ids=(end,))["server"]["notes"]
+    said = f"{behind} answers go on behind an end token of the target; does the server know them all?"
+    assert notes == [f"new at concurrency 1: {said}"]
+    assert run({"new": fake()}, eos_ids=(2,))["server"]["notes"] == []
+
+
 def test_a_level_that_runs_out_of_prompts_is_noted(fake: Make) -> None:
     server = fake()
     last = PROMPTS[-1].ids

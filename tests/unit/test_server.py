@@ -470,7 +470,7 @@ def test_text_that_a_stop_string_cut_is_refused(tiny_tokenizer: Any) -> None:
 # -- where a response ends -------------------------------------------------------------------------------------------
 def read(tokenizer: Any, ids: list[int], reason: str = "stop", ends: tuple[int, ...] = (2, 9), **more: Any) -> Any:
     choice = {"finish_reason": reason, "token_ids": ids} | more
-    found = read_completion({"choices": [choice]}, REQUEST, 4, tokenizer, ends)
+    found = read_completion({"choices": [choice]}, REQUEST, 4, tokenizer, ends, open_end=True)
     return found.response_ids, found.finish_reason
 
 
@@ -487,6 +487,17 @@ def test_an_end_token_is_known_or_left_out(tiny_tokenizer: Any) -> None:
         assert one(5, **{name: "###"}) == one(5, ends=(EOS,), **{name: "###"}) == ([5], "stop")
     for nothing in (None, True, 1.5, [9]):
         assert one(5, stop_reason=nothing) == ([5], "stop")
+
+
+def test_an_unknown_end_is_refused_where_it_matters_and_left_out_in_regeneration(
+    loopback: Loopback, tiny_tokenizer: Any
+) -> None:
+    answer = {"choices": [{"finish_reason": "stop", "token_ids": [5, 6]}]}
+    with pytest.raises(Exception, match="does not say at which of the end tokens 2, 9 it stopped"):
+        read_completion(answer, REQUEST, 4, tiny_tokenizer, (2, 9))
+    loopback.rule = lambda body: (200, answer)
+    (found,) = loopback.engine().answer(requests(1), 8, tiny_tokenizer, (2, 9))
+    assert isinstance(found, Completion) and (found.response_ids, found.finish_reason) == ([5, 6], "stop")
 
 
 def test_what_is_written_behind_an_end_token_is_no_response(tiny_tokenizer: Any) -> None:

@@ -227,9 +227,7 @@ def adapt(
     temperatures: Annotated[list[float] | None, typer.Option(help="Regeneration temperature; repeatable.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Nucleus of sampled regeneration.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest response.")] = None,
-    server: Annotated[
-        str | None, typer.Option(help="OpenAI-compatible server to regenerate with; its key: REDRAFT_API_KEY.")
-    ] = None,
+    server: Annotated[str | None, typer.Option(help="OpenAI-compatible server; its key: REDRAFT_API_KEY.")] = None,
     server_model: Annotated[str | None, typer.Option(help="The target's name on that server.")] = None,
     batch_size: Annotated[
         int | None, typer.Option(help="Sequences decoded together, or requests under way at --server.")

@@ -160,7 +160,9 @@ def bench(
     base_draft: BaseDraft = None,
     server: Annotated[
         list[str] | None,
-        typer.Option(help="Measure servers instead: NAME=ADDRESS, or NAME=COMMAND with {port}; repeatable."),
+        typer.Option(
+            help="Measure servers (key: REDRAFT_API_KEY): NAME=ADDRESS, NAME=COMMAND with {port}; repeatable."
+        ),
     ] = None,
     concurrency: Annotated[list[int] | None, typer.Option(help="Requests under way at servers; repeatable.")] = None,
     server_model: Annotated[str | None, typer.Option(help="The target's name on servers that have several.")] = None,

@@ -129,7 +129,9 @@ class ServerEngine:
 
         def attempt() -> Completion:
             value = self._connection.json("POST", "/v1/completions", body)
-            return read_completion(value, request, max_new_tokens, tokenizer, eos_ids, self.vocab_size)
+            # all that a draft learns of such a response is right; of its end it learns nothing
+            limits = (max_new_tokens, tokenizer, eos_ids, self.vocab_size)
+            return read_completion(value, request, *limits, open_end=True)
 
         try:
             return self._persist(attempt)
@@ -165,10 +167,12 @@ def read_completion(
     tokenizer: Any,
     eos_ids: Sequence[int],
     vocab_size: int | None = None,
+    open_end: bool = False,
 ) -> Completion:
     """The completion in a server's answer; ids must lie below ``vocab_size`` (by default the tokenizer's).
 
-    Raises ``Passing`` for an answer that makes no sense, ``Refused`` when text cannot be turned back into exact
+    With ``open_end`` a response whose end token nobody names comes without one; else it is refused. Raises ``Passing``
+    for an answer that makes no sense, ``Refused`` when text cannot be turned back into exact
     token ids, ``UserError`` when the server did not take the prompt as it was sent.
     """
     choice = first_choice(value)
@@ -188,6 +192,8 @@ def read_completion(
     if len(ids) > max_new_tokens + 1:
         raise Passing(f"an answer of {len(ids)} tokens where at most {max_new_tokens} were asked for")
     ids, reason = _ended(ids, reason, choice, eos_ids)
+    if reason == "stop" and ids[-1] not in (*eos_ids, _stopped_at(choice)) and not open_end:
+        raise Refused(f"the server does not say at which of the end tokens {', '.join(map(str, eos_ids))} it stopped")
     size = len(tokenizer) if vocab_size is None else vocab_size
     wrong = next((i for i in ids if not 0 <= i < size), None)
     if wrong is not None:
@@ -243,7 +249,7 @@ def exact_ids(text: Any, completion_tokens: int | None, reason: str, tokenizer: 
 def _check_vocabulary(text: Any, ids: list[int], tokenizer: Any) -> None:
     """Raise ``Refused`` where a server's text is not what its ids say: they are of another model's vocabulary.
 
-    Servers differ in blanks, special tokens and the text of the end, so letters and digits are compared, and loosely.
+    Servers differ in blanks, special tokens and the text of the end, so letters are compared, and loosely.
     """
     said = _letters(text)[:COMPARED] if isinstance(text, str) else ""
     if len(said) < TELLING:
@@ -259,7 +265,7 @@ def _check_vocabulary(text: Any, ids: list[int], tokenizer: Any) -> None:
 
 
 def _letters(text: str) -> str:
-    return "".join(character for character in text if character.isalnum())
+    return "".join(character for character in text if character.isalpha())
 
 
 def _stopped_at(choice: dict[str, Any]) -> int | str | None:

@@ -11,7 +11,7 @@ gaps between messages would be those of rounds.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,6 +43,7 @@ class ServerConfig:
     """``concurrencies``: the levels, each with at least as many prompts. ``warmup``: requests before a level that are
     not counted, of ``warmup_tokens`` at most; never fewer than the level's workers. ``timeout``: seconds without a
     byte. ``tolerated``: share of requests that may fail before the run does. ``models``: served name by server.
+    ``eos_ids``: the target's end tokens, where they are known.
 
     Raises ``UserError`` for values that make no sense.
     """
@@ -57,6 +58,7 @@ class ServerConfig:
     tolerated: float = 0.03
     models: Mapping[str, str] = field(default_factory=dict)
     api_key: str | None = None
+    eos_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         levels = self.concurrencies
@@ -107,6 +109,10 @@ class Level:
     counts: list[Counts]
     by_prompt: bool
     gauges: dict[str, float] = field(default_factory=dict)
+
+    def behind(self, eos_ids: Collection[int]) -> int:
+        """How many answers go on behind one of these end tokens, as far as their ids came."""
+        return sum(any(i in eos_ids for i in (answer.ids or [])[:-1]) for answer in self.good)
 
     @property
     def in_flight(self) -> float:

@@ -196,6 +196,8 @@ def _level_notes(session: Session, level: Level) -> list[str]:
             f"rounds drafted {share:.0%} of their positions on average; what was not drafted counts as rejected in the "
             "acceptance by position"
         )
+    if behind := level.behind(session.config.eos_ids):
+        notes.append(f"{behind} answers go on behind an end token of the target; does the server know them all?")
     if number > 1 and level.in_flight < BUSY * number:
         notes.append(f"{level.in_flight:.1f} requests were under way on average; more prompts keep the server busier")
     return notes

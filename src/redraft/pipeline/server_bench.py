@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from redraft.errors import UserError
 from redraft.evaluate.load import ServerConfig
 from redraft.evaluate.server import Server, bench_servers
 from redraft.evaluate.speed import Prompt
-from redraft.loading import load_tokenizer
+from redraft.loading import ADAPTER_FILE, adapter_base, load_tokenizer, locate, quiet
 from redraft.pipeline.bench import How
 from redraft.pipeline.models import settle_template
 from redraft.pipeline.questions import Questions
@@ -107,7 +107,27 @@ def bench_servers_on(
         info = Templater(load_tokenizer(spec.name), target_info(spec.name).context)
         settle_template(info.tokenizer, spec.template_args)
     asked = questions.read(info, how.max_new_tokens, how.seed)
-    return bench_server_prompts(servers, spec.name, asked, out, config, template_record(info.tokenizer))
+    ends = info.eos_ids if questions.suites else end_ids(spec.name, info.tokenizer)
+    record = template_record(info.tokenizer)
+    return bench_server_prompts(servers, spec.name, asked, out, replace(config, eos_ids=ends), record)
+
+
+def end_ids(target: str, tokenizer: Any) -> tuple[int, ...]:
+    """The ids that end a response of a target, as ``Target.eos_ids`` has them, without its weights."""
+    from transformers import AutoConfig, GenerationConfig
+
+    base = adapter_base(target) if (Path(target) / ADAPTER_FILE).is_file() else target
+    found: list[Any] = [tokenizer.eos_token_id]
+    with quiet():
+        place = locate(base)
+        name, local = place["pretrained_model_name_or_path"], place["local_files_only"]
+        for kind in (AutoConfig, GenerationConfig):
+            try:
+                value = getattr(kind.from_pretrained(name, local_files_only=local), "eos_token_id", None)
+            except (OSError, ValueError, KeyError):  # a checkpoint may have no generation config
+                continue
+            found += value if isinstance(value, list | tuple) else [value]
+    return tuple(sorted({int(i) for i in found if i is not None}))
 
 
 def bench_server_prompts(
