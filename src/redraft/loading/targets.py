@@ -52,6 +52,7 @@ def load_target(
         if adapter is not None:
             model, more = merge(model, adapter)
             model, notes = model.to(dtype), [*notes, *more]
+        _check_finite(model, name)
         tokenizer = read_tokenizer(adapter, place, base)
         check_rows(tokenizer, model, name)
     setattr(model, _NOTES, tuple(notes))
@@ -79,6 +80,16 @@ def load_tokenizer(spec: str) -> Any:
             base = adapter_base(spec)
             return read_tokenizer(spec, locate(base), base)
         return read_tokenizer(None, locate(spec), spec)
+
+
+def _check_finite(model: Any, name: str) -> None:
+    """Raise ``UserError`` for a model with NaN or infinity in a parameter: its text would be token 0 for ever."""
+    for parameter, tensor in model.named_parameters():
+        if not tensor.numel() or not tensor.is_floating_point():
+            continue
+        low, high = tensor.detach().aminmax()
+        if not (torch.isfinite(low) and torch.isfinite(high)):
+            raise UserError(f"{name} holds NaN or infinity in {parameter} ; is its training sound?")
 
 
 def _to_device(model: Any, device: str | torch.device) -> Any:

@@ -12,6 +12,9 @@ import transformers
 from redraft.errors import UserError
 from redraft.loading.quiet import first_line, one_line
 
+# Files with the words of a tokenizer, of any kind.
+VOCABULARIES = ("tokenizer.json", "*.model", "*vocab*", "*.tiktoken", "tekken.json", "*.spm", "*.bpe")
+
 
 def read_tokenizer(adapter: str | None, place: dict[str, Any], spec: str) -> Any:
     """The adapter's own tokenizer where it ships one, else the base model's. Raises ``UserError``."""
@@ -31,6 +34,10 @@ def read_tokenizer(adapter: str | None, place: dict[str, Any], spec: str) -> Any
                 f"the tokenizer of {spec} asks to run Python code of its own (auto_map, {named or 'no class named'}), "
                 "which redraft never does; save it as a tokenizer.json that transformers reads itself"
             )
+    folder = Path(where["pretrained_model_name_or_path"])
+    if folder.is_dir() and not any(True for name in VOCABULARIES for _ in folder.glob(name)):
+        # transformers makes a tokenizer of a few special tokens then, and says nothing
+        raise UserError(f"{spec} has no tokenizer that can be loaded: there is no tokenizer.json or other vocabulary")
     try:
         return AutoTokenizer.from_pretrained(**place)
     except Exception as error:  # tokenizer files of strangers raise every kind of error
