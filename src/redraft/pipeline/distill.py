@@ -24,7 +24,15 @@ from redraft.drafts.standalone import StandaloneDraft, attach_experts
 from redraft.drafts.standalone_files import load_standalone, save_experts, save_standalone
 from redraft.errors import UserError
 from redraft.export import EXPORTERS
-from redraft.loading import check_tokenizers, load_tokenizer, locate, open_standalone, quiet, tokenizer_hash
+from redraft.loading import (
+    check_tokenizers,
+    load_tokenizer,
+    locate,
+    one_line,
+    open_standalone,
+    quiet,
+    tokenizer_hash,
+)
 from redraft.pipeline.distill_config import DistillConfig, claim_distill
 from redraft.pipeline.models import open_target
 from redraft.pipeline.sources import Source
@@ -62,13 +70,10 @@ def served_target(name: str, device: str) -> ServedTarget:
     """The target at ``name``, a folder or hub id, without its weights. Raises ``UserError``."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with quiet():
-        try:
-            config = AutoConfig.from_pretrained(**locate(name))
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config)
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"the config of {name} cannot be used: {' '.join(str(error).split())[:300]}") from error
+    with quiet(), one_line(f"the config of {name}"):
+        config = AutoConfig.from_pretrained(**locate(name))
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     target = ServedTarget(model, load_tokenizer(name), name=name, taps=())
     target.placed = torch.device(device)
     return target
