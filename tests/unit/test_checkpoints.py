@@ -151,6 +151,16 @@ def test_rows_without_a_token_are_padding_and_tokens_without_a_row_are_refused(s
     saved(vocab_size=120).refused("ids up to 127 .* and the model 120 rows in its embedding and head")
 
 
+def test_a_mark_of_images_beyond_the_last_row_is_noted(saved: Any) -> None:
+    found = saved()
+    found.target.tokenizer.add_tokens(["<image_soft_token>"])
+    found.target.tokenizer.save_pretrained(found.folder)
+    assert "<image_soft_token> and the model no row" in notes_of(found.holds())[0]
+    found.target.tokenizer.chat_template = "{{ '<image_soft_token>' }}"
+    found.target.tokenizer.save_pretrained(found.folder)
+    found.refused("ids up to 128 .* and the model 128 rows")
+
+
 # -- names -----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("second", ["layers.0.self_attn.q_proj.weight", "model.model.layers.0.self_attn.q_proj.weight"])
 def test_one_tensor_under_two_names(saved: Any, second: str) -> None:

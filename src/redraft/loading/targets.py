@@ -55,7 +55,7 @@ def load_target(
             model, notes = model.to(dtype), [*notes, *more, *_other_base(adapter, base)]
         _check_finite(model, name)
         tokenizer = read_tokenizer(adapter, place, base)
-        check_rows(tokenizer, model, name)
+        notes = [*notes, *check_rows(tokenizer, model, name)]
     setattr(model, _NOTES, tuple(notes))
     setattr(model, _ROUNDS, rounds)
     return Target(_to_device(model, device), tokenizer, name=name, taps=taps)
