@@ -36,6 +36,9 @@ def exported(request, tmp_path):
         ({"eagle_aux_hidden_state_layer_ids": [1, "2"]}, "a list of integers"),
         ({"eagle_aux_hidden_state_layer_ids": [5, 4, 2]}, "do not ascend strictly"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"norm_before_residual": "false"}, "norm_before_residual 'false'; true or false is needed"),
+        ({"eagle_aux_hidden_state_layer_ids": [-1, 2, 4]}, "below the first layer"),
+        ({"architectures": "LlamaForCausalLMEagle3"}, "a list of names is needed"),
     ],
 )
 def test_options_that_we_do_not_compute_are_refused_by_name(exported, change, message):
@@ -94,6 +97,32 @@ def test_a_hub_id_is_downloaded_without_pickle(tmp_path, monkeypatch):
     back, _ = import_checkpoint("someone/some-draft", TARGET)
     assert_same(make(), back)
     assert asked["name"] == "someone/some-draft" and not any("bin" in p for p in asked["patterns"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}, "rope_scaling": None}, "by kinds of layers"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0}, "rope_scaling": {"rope_type": "default"}},
+            "of differ",
+        ),
+        ({"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}, "rope_type 'mrope'"),
+        ({"rope_theta": None}, "rope_theta None"),
+    ],
+)
+def test_rotary_settings_that_tell_no_one_set_of_angles(tmp_path, change, message):
+    EXPORTERS.get("plain")(make(), tmp_path / "out", TARGET)
+    rewrite(tmp_path / "out", **change)
+    with pytest.raises(UserError, match=message):
+        import_checkpoint(tmp_path / "out", TARGET)
+
+
+def test_two_bases_of_the_angles_are_told(tmp_path):
+    EXPORTERS.get("plain")(make(), tmp_path / "out", TARGET)
+    rewrite(tmp_path / "out", rope_theta=5.0, rope_scaling=None, rope_parameters={"rope_theta": 7.0})
+    draft, meta = import_checkpoint(tmp_path / "out", TARGET)
+    assert draft.config.rope_parameters["rope_theta"] == 7.0 and "7.0 was taken" in meta["notes"][0]
 
 
 # -- older and other hands -------------------------------------------------------------------------------------------

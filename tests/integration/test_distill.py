@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import typer
+from tokenizers import AddedToken
 from typer.testing import CliRunner
 
 from redraft.artifact import META_FILE
@@ -201,7 +202,7 @@ def test_text_that_is_bad_is_met_before_anything_is_spent(place: Path, tmp_path:
 
 def test_another_tokenizer_is_refused(place: Path, tmp_path: Path) -> None:
     tokenizer = shared["build_tokenizer"]()
-    tokenizer.add_tokens(["zebra"])
+    tokenizer.add_tokens([AddedToken("he", special=True)])
     Target(shared["build_model"](num_hidden_layers=1), tokenizer).save(tmp_path / "other")
     with pytest.raises(UserError, match="another tokenizer than the target"):
         run(settings(place, tmp_path / "run", draft=str(tmp_path / "other")))

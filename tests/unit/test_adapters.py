@@ -210,3 +210,37 @@ def test_a_folder_of_several_adapters_names_one(write: Any, tmp_path: Path) -> N
     (tmp_path / "all-of-them").rename(tmp_path / "many" / "first")
     with pytest.raises(UserError, match="it holds several: name one, such as .*first"):
         load_target(str(tmp_path / "base"), adapter=str(tmp_path / "many"))
+
+
+class Runs:
+    """An object whose unpickling would write a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return (open, (str(self.path), "w"))
+
+
+def test_an_adapter_of_the_older_kind_is_read_and_nothing_in_it_is_run(write: Any, tmp_path: Path) -> None:
+    folder, expected = write(lora())
+    torch.save(dict(load_file(folder / "adapter_model.safetensors")), folder / "adapter_model.bin")
+    (folder / "adapter_model.safetensors").unlink()
+    holds(folder, expected)
+    torch.save({"x": Runs(tmp_path / "ran")}, folder / "adapter_model.bin")
+    refused(folder, "its pickle file holds more than tensors and is not read")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_adapter_on_another_base_than_it_names_is_told(write: Any, tmp_path: Path) -> None:
+    folder, _ = write(lora())
+    (tmp_path / "base").rename(tmp_path / "elsewhere")
+    notes = notes_of(load_target(str(tmp_path / "elsewhere"), adapter=str(folder)))
+    assert len(notes) == 1 and notes[0].endswith(f"as its base model and was put on {tmp_path / 'elsewhere'}")
+
+
+def test_a_module_that_was_trained_whole_and_is_not_in_the_file(write: Any) -> None:
+    folder, _ = write(lora(modules_to_save=["norm"]))
+    file = folder / "adapter_model.safetensors"
+    save_file({name: t for name, t in load_file(file).items() if "norm" not in name}, file, {"format": "pt"})
+    refused(folder, "does not fit its base model: 'base_model.model.model.* is not in its file")

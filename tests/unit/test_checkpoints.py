@@ -151,6 +151,55 @@ def test_rows_without_a_token_are_padding_and_tokens_without_a_row_are_refused(s
     saved(vocab_size=120).refused("ids up to 127 .* and the model 120 rows in its embedding and head")
 
 
+def test_a_mark_of_images_beyond_the_last_row_is_noted(saved: Any) -> None:
+    found = saved()
+    found.target.tokenizer.add_tokens(["<image_soft_token>"])
+    found.target.tokenizer.save_pretrained(found.folder)
+    assert "<image_soft_token> and the model no row" in notes_of(found.holds())[0]
+    found.target.tokenizer.chat_template = "{{ '<image_soft_token>' }}"
+    found.target.tokenizer.save_pretrained(found.folder)
+    found.refused("ids up to 128 .* and the model 128 rows")
+
+
+# -- names -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("second", ["layers.0.self_attn.q_proj.weight", "model.model.layers.0.self_attn.q_proj.weight"])
+def test_one_tensor_under_two_names(saved: Any, second: str) -> None:
+    found = saved()
+    found.add(second, shape=(32, 32))
+    found.refused(f"one tensor under two names, .*{re.escape(second)}")
+
+
+def test_names_without_the_prefix_are_the_same_model(saved: Any) -> None:
+    found = saved()
+    found.write({name.removeprefix("model."): tensor for name, tensor in found.state.items()})
+    found.holds()
+
+
+def test_experts_that_do_not_count_from_nought_or_are_there_twice(saved: Any) -> None:
+    found = saved("qwen3_moe", **MOE)
+    state = found.state
+    found.write({name.replace("layers.0.mlp.experts.3.", "layers.0.mlp.experts.5."): t for name, t in state.items()})
+    found.refused("numbers the experts of model.layers.0.mlp.experts as 0, 1, 2, 5")
+    found.write(state | {"model.layers.0.mlp.experts.gate_up_proj": torch.randn(4, 32, 32)})
+    found.refused("holds its experts twice")
+
+
+def test_numbers_that_are_no_weights(saved: Any) -> None:
+    found = saved()
+    state = found.state
+    found.write(state | {"model.norm.weight": torch.full((32,), float("nan"))})
+    found.refused("holds NaN or infinity in model.norm.weight")
+    found.write(state | {f"{LAYER}.q_proj.weight": torch.ones(32, 32, dtype=torch.int8)})
+    found.refused(f"holds whole numbers in {LAYER}.q_proj.weight")
+
+
+def test_a_tokenizer_without_its_words(saved: Any) -> None:
+    found = saved()
+    (found.folder / "tokenizer.json").unlink()
+    found.config("tokenizer_config.json", tokenizer_class="LlamaTokenizer")
+    found.refused("no tokenizer that can be loaded: there is no tokenizer.json")
+
+
 # -- files -----------------------------------------------------------------------------------------------------------
 def test_shards(saved: Any) -> None:
     found = saved()
@@ -282,6 +331,18 @@ def test_a_model_that_engines_round_further_is_for_servers_alone(saved: Any, tmp
     assert torch.equal(answers(again), answers(near)) and served_otherwise(again) is None
 
 
+def test_a_scale_that_is_not_there_and_a_file_that_is_not_quantised(saved: Any) -> None:
+    pytest.importorskip("accelerate")
+    found = saved(hidden_size=128, intermediate_size=256, num_attention_heads=4, num_key_value_heads=4)
+    plain = found.state
+    blocks_of_fp8(found)
+    lost = "model.layers.3.mlp.up_proj.weight_scale_inv"
+    found.write({name: tensor for name, tensor in found.state.items() if name != lost})
+    found.refused("holds model.layers.3.mlp.up_proj.weight in F8_E4M3 without its scale", served=True)
+    found.write(plain)
+    found.refused("says that it is quantised with fp8 blocks and holds plain weights", served=True)
+
+
 def test_experts_in_mxfp4(tmp_path: Path) -> None:
     """Two codes a byte, the low one first; a block of 32 shares a power of two. Only weights are rounded."""
     pytest.importorskip("accelerate")
@@ -355,6 +416,21 @@ def test_a_package_that_is_not_there_is_named(saved: Any, monkeypatch: pytest.Mo
     found.config(quantization_config={"quant_method": method, "load_in_4bit": method == "bitsandbytes"})
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     found.refused(f"is quantised with {method}: pip install {method}")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"quantization_status": "frozen"}, "quantization_status frozen"),
+        ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config sparse-24-bitmask"),
+        ({"transform_config": {"config_groups": {"u": {"type": "hadamard"}}}}, "transform_config"),
+    ],
+)
+def test_what_is_more_than_packed_weights(saved: Any, monkeypatch: Any, settings: Any, message: str) -> None:
+    found = saved()
+    found.config(quantization_config=compressed() | settings)
+    monkeypatch.setattr("redraft.loading.quantised.PACKAGES", {"compressed-tensors": ()})
+    found.refused(f"and {message}, which is not unpacked here")
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "modelopt", "hqq", None])

@@ -35,6 +35,8 @@ EAGLE_SWITCHES = {
     "parallel_draft_step": 1,
 }
 
+SWITCHES = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", "use_aux_norm")
+
 
 def is_language_model(source: str | Path) -> bool:
     """Whether a draft is a causal LM of its own, a standalone draft, and none that reads the target's states.
@@ -79,6 +81,7 @@ def import_checkpoint(
     notes: list[str] = []
     draft: Draft
     try:
+        _check_architectures(raw, path)
         if kind := eagle1_format.kind_of(raw, folder):
             draft = eagle1_format.read(raw, kind, info, folder, notes)
             meta = {"family": "eagle1", "format": kind, "verifier": None}
@@ -130,6 +133,7 @@ def read_config(
     eagle = eagle if isinstance(eagle, dict) else {}
     _check_kind(raw, layer, eagle, path)
     llama = read_layer(layer, path)
+    _check_switches(raw | eagle, path)
     options: dict[str, Any] = {key: bool(raw.get(key, False)) for key in ("norm_before_fc", "fc_norm", "norm_output")}
     options["norm_before_fc"] = bool(eagle.get("norm_before_fc", options["norm_before_fc"]))
     options["fc_norm"] = options["fc_norm"] or bool(raw.get("use_aux_norm", False))
@@ -139,6 +143,11 @@ def read_config(
     residual = raw.get("norm_before_residual")
     if residual is None and _speculators(raw):
         notes.append("norm_before_residual is not in the config; taken as true, as vLLM does")
+    theta, taken = layer.get("rope_theta"), llama.rope_parameters.get("rope_theta")
+    if theta is not None and theta != taken:
+        notes.append(
+            f"rope_theta {theta} and that of rope_parameters disagree; {taken} was taken, as transformers does"
+        )
     vocabulary = raw.get("draft_vocab_size")
     return Eagle3Config(
         hidden_size=llama.hidden_size,
@@ -157,6 +166,18 @@ def read_config(
         norm_before_residual=_speculators(raw) if residual is None else bool(residual),
         **options,
     )
+
+
+def _check_architectures(raw: dict[str, Any], path: Path) -> None:
+    if not isinstance(raw.get("architectures") or [], list):
+        raise UserError(f"{path} has architectures {raw['architectures']!r}; a list of names is needed")
+
+
+def _check_switches(values: dict[str, Any], path: Path) -> None:
+    """Raise ``UserError`` for a switch that is neither on nor off: the text "false" would count as on."""
+    for key in SWITCHES:
+        if values.get(key) not in (None, True, False):
+            raise UserError(f"{path} has {key} {values[key]!r}; true or false is needed")
 
 
 def _check_kind(raw: dict[str, Any], layer: dict[str, Any], eagle: dict[str, Any], path: Path) -> None:
@@ -191,6 +212,8 @@ def read_taps(
     for ids in (top, nested):
         if ids is not None and not (isinstance(ids, list) and all(type(k) is int for k in ids)):
             raise UserError(f"{path} has eagle_aux_hidden_state_layer_ids {ids!r}; a list of integers is needed")
+    if min(top or [0]) < 0 or min(nested or [0]) < -1:
+        raise UserError(f"{path} has feature ids below the first layer, {top or nested}; engines never give these")
     if not top and not nested:
         usual = default_taps(target.layers)
         if top is not None or nested is not None:

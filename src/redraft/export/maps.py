@@ -38,6 +38,8 @@ def read_maps(state: dict[str, Tensor], config: Eagle3Config, where: Path, notes
         notes.append("d2t is not in the file; derived from t2d")
     elif state["d2t"].ndim == 1:
         _settle_offsets(state, config.target_vocab_size, where, notes)
+    if not state["d2t"].any():
+        notes.append(f"d2t is zero throughout: the draft can say the ids 0 to {len(state['d2t']) - 1} alone")
     if "t2d" not in state and state["d2t"].ndim == 1:
         ids_D = state["d2t"] + torch.arange(len(state["d2t"]))
         if not _inside(ids_D, config.target_vocab_size):

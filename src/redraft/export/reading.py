@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from redraft.artifact import META_FILE, read_json, read_pickled, read_tensors, settle
 from redraft.errors import UserError
@@ -124,7 +125,26 @@ def layer_faults(raw: dict[str, Any], layer: dict[str, Any], model_types: tuple[
         "quantization_config": (bool(raw.get("quantization_config")), (False,)),
         "partial_rotary_factor": (_partial_rotary(layer), (1.0,)),
     }
-    return [f"{key} {value!r}" for key, (value, allowed) in wanted.items() if value not in allowed]
+    faults = [f"{key} {value!r}" for key, (value, allowed) in wanted.items() if value not in allowed]
+    return faults + _rope_faults(layer)
+
+
+def _rope_faults(layer: dict[str, Any]) -> list[str]:
+    """Rotary settings that tell no one set of angles, in words."""
+    parameters, scaling = layer.get("rope_parameters") or {}, layer.get("rope_scaling") or {}
+    if not isinstance(parameters, dict) or not isinstance(scaling, dict):
+        return [f"rotary settings {parameters!r} and {scaling!r}"]
+    faults = []
+    if any(isinstance(value, dict) for value in parameters.values()):
+        faults.append("rope_parameters by kinds of layers")
+    named = [place.get("rope_type") or place.get("type") for place in (parameters, scaling)]
+    kinds = {str(kind) for kind in named if kind}
+    faults += [f"rope_type {kind!r}" for kind in sorted(kinds - {"default", "su"} - set(ROPE_INIT_FUNCTIONS))]
+    if len(kinds) > 1:
+        faults.append(f"rope_parameters and rope_scaling of different types, {' and '.join(sorted(kinds))}")
+    if "rope_theta" in layer and layer["rope_theta"] is None and not parameters.get("rope_theta"):
+        faults.append("rope_theta None")
+    return faults
 
 
 def read_rope(parameters: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from redraft.loading.places import (
     gguf_of,
     locate,
 )
-from redraft.loading.quiet import quiet
+from redraft.loading.quiet import one_line, quiet
 from redraft.loading.standalone import open_standalone, read_standalone
 from redraft.loading.targets import load_target, load_tokenizer, notes_of, served_otherwise
 from redraft.loading.tokenizers import check_tokenizers, tokenizer_hash
@@ -33,6 +33,7 @@ __all__ = [
     "load_tokenizer",
     "locate",
     "notes_of",
+    "one_line",
     "open_standalone",
     "quiet",
     "read_standalone",

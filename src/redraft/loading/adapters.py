@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from redraft.errors import UserError
 from redraft.loading.places import ADAPTER_FILE, hub_cached, like_hub_id, on_hub
-from redraft.loading.quiet import first_line
+from redraft.loading.quiet import first_line, reason_of
 
 # Starting values that leave the base as it is. The others (pissa, olora, corda, loftq, ...) change it.
 PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -48,7 +48,8 @@ def merge(model: Any, adapter: str) -> tuple[Any, list[str]]:
     except UserError:
         raise
     except Exception as error:  # PEFT raises every kind of error over a file that it does not expect
-        raise UserError(f"the adapter {adapter} does not fit its base model: {first_line(error)}") from error
+        reason = f"{error} is not in its file" if isinstance(error, KeyError) else reason_of(error)
+        raise UserError(f"the adapter {adapter} does not fit its base model: {reason}") from error
     if report.missing_keys:
         raise UserError(
             f"the adapter {adapter} lacks tensors for its base model, first {sorted(report.missing_keys)[0]}; is it "

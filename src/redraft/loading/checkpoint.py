@@ -18,7 +18,8 @@ import transformers
 from redraft.artifact import read_json
 from redraft.errors import UserError
 from redraft.loading import quantised
-from redraft.loading.places import ADAPTER_FILE
+from redraft.loading.names import check_names
+from redraft.loading.places import ADAPTER_FILE, hub_cached
 from redraft.loading.quiet import one_line
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -65,6 +66,8 @@ def load_model(place: dict[str, Any], spec: str, dtype: torch.dtype) -> tuple[An
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
+    folder = Path(place["pretrained_model_name_or_path"])
+    check_names(folder if folder.is_dir() else Path(hub_cached(spec)), spec, plan.method)
     if getattr(model, "_hf_peft_config_loaded", False):
         raise UserError(f"{spec} is an adapter on the hub; download it and name its folder")
     _check_report(report, config, spec, notes)

@@ -70,7 +70,23 @@ def plan(config: Any, spec: str) -> Plan:
     if absent:
         names = " ".join(name.replace("_", "-") for name in absent)
         raise UserError(f"{spec} is quantised with {method}: pip install {names}, or give the unquantised checkpoint")
+    if unknown := _beside_weights(settings):
+        raise UserError(
+            f"{spec} is quantised with {method} and {unknown}, which is not unpacked here; give the "
+            "unquantised checkpoint"
+        )
     return _PLANS[method](settings)
+
+
+def _beside_weights(settings: dict[str, Any]) -> str | None:
+    """What a config asks for besides packed weights, in words: transforms in the forward pass, sparse storage, ..."""
+    sparse = (settings.get("sparsity_config") or {}).get("format") or "dense"
+    status = settings.get("quantization_status") or "compressed"
+    if (settings.get("transform_config") or {}).get("config_groups"):
+        return "transform_config"
+    if sparse != "dense":
+        return f"sparsity_config {sparse}"
+    return None if status == "compressed" else f"quantization_status {status}"
 
 
 def _compressed_tensors(settings: dict[str, Any]) -> Plan:

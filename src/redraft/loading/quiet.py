@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,7 +32,8 @@ def quiet() -> Iterator[None]:
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message with the next one where it ends in a colon; at most 300 characters."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    lines = [line.strip() for line in plain.splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
     if text.endswith(":") and len(lines) > 1:
         text = f"{text} {lines[1]}"
@@ -49,18 +51,21 @@ def one_line(what: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        text, kind = str(error), type(error).__name__
-        if "trust_remote_code" in text:
-            reason = (
-                "it asks to run Python code of its own (auto_map), which redraft never does; "
-                "use a model and tokenizer that transformers has itself"
-            )
-        elif "AutoModelForCausalLM" in text:
-            reason = "its architecture is no causal language model"
-        elif kind == "SafetensorError":
-            reason = f"a weight file is damaged ({first_line(error)}); copy or download it again"
-        elif "weights_only" in text or "Weights only load failed" in text:
-            reason = "its pickle file holds more than tensors and is not read; convert the weights to safetensors"
-        else:
-            reason = first_line(error)
-        raise UserError(f"{what} cannot be loaded: {reason}") from error
+        raise UserError(f"{what} cannot be loaded: {reason_of(error)}") from error
+
+
+def reason_of(error: BaseException) -> str:
+    """What a library says is wrong with a file, in one line and with the way out where it is known."""
+    text = str(error)
+    if "trust_remote_code" in text:
+        return (
+            "it asks to run Python code of its own (auto_map), which redraft never does; "
+            "use a model and tokenizer that transformers has itself"
+        )
+    if "AutoModelForCausalLM" in text:
+        return "its architecture is no causal language model"
+    if type(error).__name__ == "SafetensorError":
+        return f"a weight file is damaged ({first_line(error)}); copy or download it again"
+    if "weights_only" in text or "Weights only load failed" in text:
+        return "its pickle file holds more than tensors and is not read; convert the weights to safetensors"
+    return first_line(error)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from redraft.artifact import read_json
 from redraft.errors import UserError
 from redraft.loading.adapters import merge
 from redraft.loading.checkpoint import load_model
@@ -51,12 +52,22 @@ def load_target(
             )
         if adapter is not None:
             model, more = merge(model, adapter)
-            model, notes = model.to(dtype), [*notes, *more]
+            model, notes = model.to(dtype), [*notes, *more, *_other_base(adapter, base)]
+        _check_finite(model, name)
         tokenizer = read_tokenizer(adapter, place, base)
-        check_rows(tokenizer, model, name)
+        notes = [*notes, *check_rows(tokenizer, model, name)]
     setattr(model, _NOTES, tuple(notes))
     setattr(model, _ROUNDS, rounds)
     return Target(_to_device(model, device), tokenizer, name=name, taps=taps)
+
+
+def _other_base(adapter: str, base: str) -> list[str]:
+    """A note where an adapter in a folder names another base model than the one it was put on."""
+    file = Path(adapter) / ADAPTER_FILE
+    named = read_json(file).get("base_model_name_or_path") if file.is_file() else None
+    if not isinstance(named, str) or Path(named).name.lower() in ("", Path(base).name.lower()):
+        return []
+    return [f"the adapter {adapter} names {named} as its base model and was put on {base}"]
 
 
 def notes_of(target: Target) -> tuple[str, ...]:
@@ -79,6 +90,16 @@ def load_tokenizer(spec: str) -> Any:
             base = adapter_base(spec)
             return read_tokenizer(spec, locate(base), base)
         return read_tokenizer(None, locate(spec), spec)
+
+
+def _check_finite(model: Any, name: str) -> None:
+    """Raise ``UserError`` for a model with NaN or infinity in a parameter: its text would be token 0 for ever."""
+    for parameter, tensor in model.named_parameters():
+        if not tensor.numel() or not tensor.is_floating_point():
+            continue
+        low, high = tensor.detach().aminmax()
+        if not (torch.isfinite(low) and torch.isfinite(high)):
+            raise UserError(f"{name} holds NaN or infinity in {parameter}; is its training sound?")
 
 
 def _to_device(model: Any, device: str | torch.device) -> Any:

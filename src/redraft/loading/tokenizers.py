@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,11 @@ import transformers
 
 from redraft.errors import UserError
 from redraft.loading.quiet import first_line, one_line
+
+# Files with the words of a tokenizer, of any kind.
+VOCABULARIES = ("tokenizer.json", "*.model", "*vocab*", "*.tiktoken", "tekken.json", "*.spm", "*.bpe")
+
+MODALITY_MARK = re.compile(r"image|img|vision|video|audio", re.IGNORECASE)
 
 
 def read_tokenizer(adapter: str | None, place: dict[str, Any], spec: str) -> Any:
@@ -31,6 +37,10 @@ def read_tokenizer(adapter: str | None, place: dict[str, Any], spec: str) -> Any
                 f"the tokenizer of {spec} asks to run Python code of its own (auto_map, {named or 'no class named'}), "
                 "which redraft never does; save it as a tokenizer.json that transformers reads itself"
             )
+    folder = Path(where["pretrained_model_name_or_path"])
+    if folder.is_dir() and not any(True for name in VOCABULARIES for _ in folder.glob(name)):
+        # transformers makes a tokenizer of a few special tokens then, and says nothing
+        raise UserError(f"{spec} has no tokenizer that can be loaded: there is no tokenizer.json or other vocabulary")
     try:
         return AutoTokenizer.from_pretrained(**place)
     except Exception as error:  # tokenizer files of strangers raise every kind of error
@@ -63,13 +73,22 @@ def check_tokenizers(draft: Any, target: Any) -> None:
     raise UserError(f"the draft has another tokenizer than the target: {where}; give a draft of this model family")
 
 
-def check_rows(tokenizer: Any, model: Any, name: str) -> None:
-    """Raise ``UserError`` for a tokenizer with ids that the model has no row for; rows without a token are padding."""
+def check_rows(tokenizer: Any, model: Any, name: str) -> list[str]:
+    """Raise ``UserError`` for a tokenizer with ids that the model has no row for; rows without a token are padding.
+
+    Marks of images and sound beyond the last row, as the text-only Gemma 3 has one, are noted instead: no text has
+    them, and no head of this size says them.
+    """
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     rows = min(int(part.weight.shape[0]) for part in (head, embedding) if part is not None)
-    token, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    if last >= rows:
-        raise UserError(
-            f"the tokenizer of {name} has ids up to {last} ({token!r}) and the model {rows} rows in its embedding and "
-            f"head; resize the model to at least {last + 1} rows and train them, or take its first tokenizer"
-        )
+    beyond = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= rows)
+    if not beyond:
+        return []
+    template = str(tokenizer.chat_template or "")
+    if all(MODALITY_MARK.search(token) and token not in template for _, token in beyond):
+        return [f"the tokenizer of {name} has {beyond[0][1]} and the model no row for it; prompts must not hold it"]
+    last, token = beyond[-1]
+    raise UserError(
+        f"the tokenizer of {name} has ids up to {last} ({token!r}) and the model {rows} rows in its embedding and "
+        f"head; resize the model to at least {last + 1} rows and train them, or take its first tokenizer"
+    )

@@ -26,7 +26,15 @@ from redraft.drafts.standalone_files import load_standalone, save_experts, save_
 from redraft.errors import UserError
 from redraft.export import EXPORTERS
 from redraft.export.base import check_export
-from redraft.loading import check_tokenizers, load_tokenizer, locate, open_standalone, quiet, tokenizer_hash
+from redraft.loading import (
+    check_tokenizers,
+    load_tokenizer,
+    locate,
+    one_line,
+    open_standalone,
+    quiet,
+    tokenizer_hash,
+)
 from redraft.pipeline.distill_config import DistillConfig, claim_distill
 from redraft.pipeline.models import open_target, settle_template
 from redraft.pipeline.sources import Source
@@ -64,13 +72,10 @@ def served_target(name: str, device: str) -> ServedTarget:
     """The target at ``name``, a folder or hub id, without its weights. Raises ``UserError``."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with quiet():
-        try:
-            config = AutoConfig.from_pretrained(**locate(name))
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config)
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"the config of {name} cannot be used: {' '.join(str(error).split())[:300]}") from error
+    with quiet(), one_line(f"the config of {name}"):
+        config = AutoConfig.from_pretrained(**locate(name))
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     target = ServedTarget(model, load_tokenizer(name), name=name, taps=())
     target.placed = torch.device(device)
     return target

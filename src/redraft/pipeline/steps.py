@@ -34,7 +34,7 @@ from redraft.drafts.standalone_files import save_standalone
 from redraft.errors import UserError
 from redraft.export import EXPORTERS, ExportReport, TargetInfo, import_checkpoint
 from redraft.export.importer import is_language_model
-from redraft.loading import ADAPTER_FILE, adapter_base, load_tokenizer, locate, quiet, read_standalone
+from redraft.loading import ADAPTER_FILE, adapter_base, load_tokenizer, locate, one_line, quiet, read_standalone
 from redraft.pipeline.models import (
     contestants,
     open_draft,
@@ -202,12 +202,8 @@ def target_info(name: str) -> TargetInfo:
     from transformers import AutoConfig
 
     base = adapter_base(name) if (Path(name) / ADAPTER_FILE).is_file() else name
-    with quiet():
-        place = locate(base)
-        try:
-            config = AutoConfig.from_pretrained(**place)
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"the config of {base} cannot be read: {' '.join(str(error).split())[:300]}") from error
+    with quiet(), one_line(f"the config of {base}"):
+        config = AutoConfig.from_pretrained(**locate(base))
     return TargetInfo.of(config, name)
 
 
