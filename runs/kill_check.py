@@ -129,7 +129,8 @@ def compare(whole: Path, killed: Path) -> dict[str, Any]:
         left, right = load_file(whole / name), load_file(killed / name)
         found[name] = left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
     results = [json.loads((folder / "bench.json").read_text()) for folder in (whole, killed)]
-    if results[0]["setup"]["dtype"] == results[1]["setup"]["dtype"]:
+    types = [{name: draft["dtype"] for name, draft in result["drafts"].items()} for result in results]
+    if types[0] == types[1]:
         taus = [{name: draft["tau_pooled"] for name, draft in result["drafts"].items()} for result in results]
         found["tau"] = taus[0] == taus[1]
     else:

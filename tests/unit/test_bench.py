@@ -97,7 +97,7 @@ def contest(tiny_target, monkeypatch) -> Callable[..., tuple[Measured, Paced]]:
 # At one row a pass bfloat16 is the faster, at several float32: a processor without AVX512.
 SPLIT = {
     ("plain", "float32"): 0.010, ("plain", "bfloat16"): 0.009,
-    ("old", "float32"): 0.012, ("old", "bfloat16"): 0.020,
+    ("old", "float32"): 0.012, ("old", "bfloat16"): 0.030,
     ("new", "float32"): 0.006, ("new", "bfloat16"): 0.008,
 }  # fmt: skip
 
@@ -122,14 +122,14 @@ def test_a_type_that_is_clearly_beaten_is_left_out_of_further_prompts(contest):
     prompts = {n: {t: v["prompts"] for t, v in by.items()} for n, by in measured.result["contest"].items()}
     assert prompts == {
         "plain": {"float32": 3, "bfloat16": 3},  # 1.1 apart: all prompts
-        "old": {"float32": 1, "bfloat16": 1},  # 1.7 apart
-        "new": {"float32": 3, "bfloat16": 3},  # 1.3 apart
+        "old": {"float32": 1, "bfloat16": 1},  # 2.5 apart: clear at once
+        "new": {"float32": 2, "bfloat16": 2},  # 1.3 apart: clear after two
     }
     assert measured.result["setup"]["contest_prompts"] == {"bfloat16": len(PROMPTS), "float32": 3}
-    # In turns: no contestant is always the first, and every prompt is decoded by all before the next.
-    held = paced.order[:14]
-    assert [ids for _, _, ids in held] == [5] * 6 + [6] * 4 + [7] * 4
-    assert len({held[0][:2], held[6][:2], held[10][:2]}) == 3
+    # In turns: who begins rotates, and every prompt is decoded by all before the next.
+    held = paced.order[:12]
+    assert [ids for _, _, ids in held] == [5] * 6 + [6] * 4 + [7] * 2
+    assert held[0][:2] != held[6][:2]
 
 
 def test_texts_are_held_against_plain_decoding_in_the_drafts_own_type(contest):

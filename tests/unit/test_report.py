@@ -304,7 +304,7 @@ def test_a_draft_in_another_type_and_a_slow_one_are_told_on_the_page(made_up: di
     result = json.loads(made_up["bench.json"].read_text())
     result["drafts"]["aligned"]["dtype"] = "float32"
     result["drafts"]["stale"]["speedup"] = {"value": 0.85, "low": 0.8, "high": 0.9}
-    path = tmp_path / "bench.json"
+    path = tmp_path / "other.json"
     path.write_text(json.dumps(result))
     page = build_report([path], tmp_path / "page.html").read_text()
     assert "stale is slower than plain decoding: 0.85" in page and "(95% interval 0.80 to 0.90)" in page

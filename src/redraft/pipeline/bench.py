@@ -108,11 +108,12 @@ def measure(
     prompts: Sequence[Prompt],
     config: BenchConfig,
     record: Mapping[str, Any],
-    in_float32: Callable[[], Target],
+    in_float32: Callable[[], Target] | None = None,
 ) -> dict[str, Any]:
     """:func:`redraft.evaluate.speed.bench` with a progress bar, near-ties explained and answers scored.
 
-    ``in_float32`` opens the target in float32, where texts differ that were decoded in another type alone.
+    ``in_float32`` opens the target in float32, where texts differ that were decoded in another type alone; without it
+    these stay unexplained.
     """
     done = itertools.count(1)
     with progress_bar("bench", len(prompts) * (1 + len(drafts)), "answers") as progress:
@@ -123,8 +124,9 @@ def measure(
             progress.update(next(done) if what.startswith("prompt ") else 0, tokens=tokens, now=what)
 
         found = bench(targets, drafts, prompts, config, record, tick)
-    if config.sampler.greedy and next(iter(targets.values())).device.type == "cpu":
-        explain_differences(found, prompts, lambda: targets.get("float32") or in_float32())
+    exact = (lambda: targets["float32"]) if "float32" in targets else in_float32
+    if config.sampler.greedy and found.target.device.type == "cpu" and exact is not None:
+        explain_differences(found, prompts, exact)
     score_answers(found, prompts)
     return found.result
 
@@ -149,7 +151,7 @@ def explain_differences(found: Measured, prompts: Sequence[Prompt], in_float32: 
 
 def score_answers(found: Measured, prompts: Sequence[Prompt]) -> None:
     """Put the task scores of plain and speculative answers beside each other, where the prompts have references."""
-    tokenizer = found.targets[PLAIN].tokenizer
+    tokenizer = found.target.tokenizer
     outputs = {
         name: [tokenizer.decode(run.ids, skip_special_tokens=True) for run in runs] for name, runs in found.runs.items()
     }
