@@ -136,7 +136,7 @@ def _texts(id: str, frame: _Frame, message: Message, served: bool, counted: bool
     if thoughts:
         yield from _thought_texts(id, frame, content, thoughts, behind, counted, cut)
         return
-    if any(mark in content for pair in MARKS for mark in pair) or (cut and opens):
+    if any(_holds(content, pair) for pair in MARKS) or (cut and opens):
         # The thoughts are in the text, closed or cut off in their midst. The prompt may have opened them already.
         yield _joined(frame.opened, _without(content, opens[0])) if opens else content
         return
@@ -244,6 +244,11 @@ def continuation_ids(tokenizer: Any, prompt_ids: Sequence[int], prompt: str, tex
     return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 
+def _holds(text: str, marks: tuple[str, str]) -> bool:
+    """Whether a text begins with a block of thoughts, or holds the end of one that its prompt opened."""
+    return text.lstrip().startswith(marks[0]) or marks[1] in text
+
+
 def opened_thoughts(prompt: str) -> tuple[str, str] | None:
     """The marks of the block of thoughts that a prompt ends in; None where it opens none."""
     end = prompt.rstrip()
@@ -271,7 +276,7 @@ def reply_message(
     if "<|channel|>" in text:
         return _harmony(text)
     opens = opened_thoughts(tokenizer.decode(list(prompt_ids[-16:]), skip_special_tokens=False))
-    marks = opens or next((pair for pair in MARKS if pair[0] in text or pair[1] in text), None)
+    marks = opens or next((pair for pair in MARKS if _holds(text, pair)), None)
     thought: Message = {}
     if marks is not None:
         if marks[1] not in text:

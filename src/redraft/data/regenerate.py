@@ -257,7 +257,13 @@ class _Run:
                 continue
             again = (chain.conversation.id, chain.said)
             if again not in templated:
-                templated[again] = template_ids(self.tokenizer, chain.conversation.id, messages)
+                try:
+                    templated[again] = template_ids(self.tokenizer, chain.conversation.id, messages)
+                except UserError as error:
+                    if not chain.replies:
+                        raise  # the user's to mend; a later turn holds the target's own reply
+                    self._break(chain, Failure(chain.key, str(error)))
+                    continue
             prompt_ids, key = templated[again], chain.key
             request = Request(key, prompt_ids, chain.sampler, self.seed)
             if key in self.stored:
