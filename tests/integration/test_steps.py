@@ -91,7 +91,7 @@ def test_template_arguments_and_the_date_reach_prompts_and_records(moody: Path, 
     (moody / "r.date.json").write_text('{"date": "2031-02-03"}')
     assert redraft(f"{REGENERATE} r.jsonl --template-arg mood=good")[0] == 0
     tokenizer = load_tokenizer("target")
-    assert {tokenizer.decode(row.prompt_ids)[:17] for row in read_rows(moody / "r.jsonl")} == {"mood good\non 2031\n"}
+    assert {tokenizer.decode(row.prompt_ids)[:18] for row in read_rows(moody / "r.jsonl")} == {"mood good\non 2031\n"}
     code, _, error = redraft(f"{REGENERATE} r.jsonl --template-arg mood=bad")
     assert code == 2 and "was made with another prompt" in error
     code, _, error = redraft(f"{REGENERATE} r.jsonl --template-arg moon=full")
