@@ -98,6 +98,7 @@ AS_SERVED = {
         HYBRID, thought("\n\nyes ", "\nhm\n"), "\n", "<think>\nhm\n</think>\n\nyes <|im_end|>",
     ),
     "thoughts apart behind an opening": (OPENS, thought("yes"), "\n<think>\n", "it is so\n</think>\n\nyes<|im_end|>"),
+    "a break more than the opening has": (OPENS, "\nhm</think>yes", "\n<think>\n", "\nhm</think>yes<|im_end|>"),
     "thoughts apart in channels": (
         CHANNELS, thought("yes"), "",
         "<|channel|>analysis<|message|>it is so<|end|><|im_start|>assistant<|channel|>final<|message|>yes<|im_end|>",

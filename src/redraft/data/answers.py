@@ -138,7 +138,7 @@ def _texts(id: str, frame: _Frame, message: Message, served: bool, counted: bool
         return
     if any(_holds(content, pair) for pair in MARKS) or (cut and opens):
         # The thoughts are in the text, closed or cut off in their midst. The prompt may have opened them already.
-        yield _joined(frame.opened, _without(content, opens[0])) if opens else content
+        yield _behind_mark(frame.opened, content, opens[0]) if opens else content
         return
     if opens:
         raise UserError(
@@ -160,7 +160,7 @@ def _thought_texts(
     opens = opened_thoughts(frame.opened)
     if frame.between is not None:
         lead = frame.before or ""
-        begun = lead + _joined(lead or frame.opened, _without(thoughts, opens[0]) if opens else thoughts)
+        begun = _behind_mark(frame.opened, thoughts, opens[0]) if opens and not lead else lead + _joined(lead, thoughts)
         if cut and not content:
             yield begun
         else:
@@ -201,6 +201,11 @@ def _plain_texts(id: str, frame: _Frame, content: str, behind: str, served: bool
 def _without(text: str, mark: str) -> str:
     """The text behind an opening mark, which the prompt has already."""
     return text.lstrip().removeprefix(mark) if text.lstrip().startswith(mark) else text
+
+
+def _behind_mark(opened: str, text: str, mark: str) -> str:
+    """The text as it goes on behind ``opened``, which ends in the mark that the text may begin with once more."""
+    return _joined(opened, _without(text, mark)) if text.lstrip().startswith(mark) else text
 
 
 def _without_block(opened: str) -> str:
