@@ -165,7 +165,6 @@ def test_a_run_that_goes_on_another_day_keeps_its_rows_and_its_date(
 def test_rows_without_their_date_are_refused_by_name(
     answers: Callable[..., Any], builders: Any, tmp_path: Path
 ) -> None:
-    date_path(tmp_path / "r.jsonl").write_text('{"date": "2027-03-04"}')
     answers(dated(builders, 0))
     date_path(tmp_path / "r.jsonl").unlink()
     with pytest.raises(UserError, match=r"made with another prompt \(the template writes the date: .*r\.date\.json"):
@@ -173,6 +172,9 @@ def test_rows_without_their_date_are_refused_by_name(
     date_path(tmp_path / "r.jsonl").write_text("[]")
     with pytest.raises(UserError, match=r"r\.date\.json holds no date"):
         answers(dated(builders, 9))
+    (tmp_path / "r.jsonl").unlink()
+    answers(dated(builders, 9))  # a new run, with a date of its own
+    assert json.loads(date_path(tmp_path / "r.jsonl").read_text()) == {"date": "2027-03-13T00:00:00"}
 
 
 def test_a_template_without_a_date_leaves_no_file(answers: Callable[..., Any], builders: Any, tmp_path: Path) -> None:

@@ -118,13 +118,15 @@ def date_path(path: str | Path) -> Path:
     return path / "date.json" if path.is_dir() else path.with_name(f"{path.name.removesuffix('.jsonl')}.date.json")
 
 
-def kept_moment(path: str | Path, began: datetime) -> datetime:
+def kept_moment(path: str | Path, began: datetime, fresh: bool = False) -> datetime:
     """The date and time of the run that writes to ``path``: as it was kept there, or ``began``, kept from now on.
+
+    A ``fresh`` run begins now, whatever an earlier one left there.
 
     Raises ``UserError`` for a file that holds no date.
     """
     place = date_path(path)
-    if not place.exists():
+    if fresh or not place.exists():
         atomic_write_text(place, json.dumps({"date": began.isoformat()}) + "\n")
         return began
     try:
