@@ -219,7 +219,10 @@ SAID = {
         HEAD + "{{ m.content }}{{ m.reasoning_content }}" + TAIL + "{% endif %}",
         "<think>\nhm\n</think>\n\nyes", {"content": "yes", "reasoning_content": "hm"},
     ),
-    "marks that it knows nothing of": (TRIMS, "<think>hm</think>yes", {"content": "<think>hm</think>yes"}),
+    "marks that it knows nothing of": (
+        TRIMS, "<think>hm</think><response>yes</response>", {"content": "yes", "reasoning_content": "hm"},
+    ),
+    "an answer in marks alone": (TRIMS, "<answer>yes</answer>", {"content": "<answer>yes</answer>"}),
     "special marks": (TRIMS, "[THINK]hm[/THINK]yes<|im_end|>", {"content": "yes", "reasoning_content": "hm"}),
     "a channel of thoughts": (
         CLOSED, "<|channel>thought\nhm<channel|>yes", {"content": "yes", "reasoning_content": "hm"},

@@ -32,8 +32,8 @@ MARKS = (
     ("<|begin_of_thought|>", "<|end_of_thought|>"),
     ("<|channel>thought", "<channel|>"),
 )
-# What stands around an answer beside its thoughts.
-ANSWER_MARKS = ("<|START_RESPONSE|>", "<|END_RESPONSE|>")
+# What stands around an answer behind its thoughts.
+ANSWER_MARKS = (("<|START_RESPONSE|>", "<|END_RESPONSE|>"), ("<response>", "</response>"), ("<answer>", "</answer>"))
 HARMONY = re.compile(r"(?:<\|start\|>[^<]*)?<\|channel\|>([^<]*)(?:<\|constrain\|>[^<]*)?<\|message\|>")
 
 
@@ -270,7 +270,7 @@ def reply_message(
 ) -> Message:
     """The assistant's turn that a chat server would hold of a response, for the history of the next turn.
 
-    Thoughts whose marks the template itself knows how to drop stay in the text; others are split off, as a server's
+    Thoughts whose marks the template itself knows what to do with stay in the text; others are split off, as a server's
     parser does it. Of gpt-oss's channels the final one is the answer. Raises ``UnclearReply`` where it cannot be
     told from the rest.
     """
@@ -286,12 +286,9 @@ def reply_message(
     if marks is not None:
         if marks[1] not in text:
             raise UnclearReply("its thoughts do not end, so there is no answer")
-        source = template_text(tokenizer)
-        special = special_tokens(tokenizer).intersection(marks)
-        parsed = marks[1] not in source and (opens or "reasoning_content" in source or "thinking" in source)
-        if special or parsed:
+        if special_tokens(tokenizer).intersection(marks) or marks[1] not in template_text(tokenizer):
             thoughts, _, text = text.rpartition(marks[1])
-            thoughts, text = _without(thoughts, marks[0]).strip("\n"), text.lstrip("\n")
+            thoughts, text = _without(thoughts, marks[0]).strip("\n"), _unwrapped(text.lstrip("\n"))
             thought = {"reasoning_content": thoughts} if thoughts.strip() else {}
     return {"role": ASSISTANT, "content": _said(tokenizer, text), **thought}
 
@@ -302,13 +299,19 @@ def special_tokens(tokenizer: Any) -> set[str]:
     return {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
 
 
+def _unwrapped(text: str) -> str:
+    """The answer without the marks that stand around it behind thoughts, as servers' parsers give it."""
+    marks = next((pair for pair in ANSWER_MARKS if text.startswith(pair[0])), None)
+    return text.removeprefix(marks[0]).removesuffix(marks[1]) if marks else text
+
+
 def _said(tokenizer: Any, text: str) -> str:
     """The text without special tokens that frame no part of an answer, as servers show it.
 
     These are the begin, padding and unknown token, and those of turns, which a model that runs on may write. Raises
     ``UnclearReply`` for any other: what stands before or behind it may be something else than the answer.
     """
-    text = text.removeprefix(ANSWER_MARKS[0]).removesuffix(ANSWER_MARKS[1])
+    text = text.removeprefix(ANSWER_MARKS[0][0]).removesuffix(ANSWER_MARKS[0][1])
     found = {mark for mark in special_tokens(tokenizer) if mark in text}
     strange = found - {tokenizer.bos_token, tokenizer.pad_token, tokenizer.unk_token}
     if strange:
