@@ -15,7 +15,7 @@ from redraft.artifact import load_draft, save_draft
 from redraft.data.store import read_rows
 from redraft.drafts.eagle3 import fresh_draft
 from redraft.export import import_checkpoint
-from redraft.loading import tokenizer_hash
+from redraft.loading import load_tokenizer, tokenizer_hash
 from redraft.pipeline.steps import TargetSpec, read_draft, regenerate_file, target_info
 from redraft.sampling import Sampler
 from redraft.select.manifest import read_manifest
@@ -74,6 +74,33 @@ def test_regenerate_goes_on_where_it_stopped(place: Path, redraft: Any) -> None:
     code, out, _ = redraft(f"{REGENERATE} responses.jsonl")
     assert code == 0 and "12 responses, 5 of them already there" in out
     assert sorted(read_rows(responses), key=lambda r: r.key) == sorted(whole, key=lambda r: r.key)
+
+
+MOODY = "{% if mood is defined %}mood {{ mood }}\n{% endif %}on {{ strftime_now('%Y') }}\n"
+
+
+@pytest.fixture
+def moody(place: Path) -> Path:
+    """The target's template takes an argument and writes the year."""
+    template = place / "target" / "chat_template.jinja"
+    template.write_text(MOODY + template.read_text())
+    return place
+
+
+def test_template_arguments_and_the_date_reach_prompts_and_records(moody: Path, redraft: Any) -> None:
+    assert redraft(f"{REGENERATE} r.jsonl --template-arg mood=good")[0] == 0
+    tokenizer, year = load_tokenizer("target"), json.loads((moody / "r.date.json").read_text())["date"][:4]
+    assert {tokenizer.decode(row.prompt_ids)[:18] for row in read_rows(moody / "r.jsonl")} == {
+        f"mood good\non {year}\n"
+    }
+    code, _, error = redraft(f"{REGENERATE} r.jsonl --template-arg mood=bad")
+    assert code == 2 and "was made with another prompt" in error
+    code, _, error = redraft(f"{REGENERATE} r.jsonl --template-arg moon=full")
+    assert code == 2 and "knows no argument 'moon'" in error and error.count("\n") == 1
+    bench = "bench --target target --draft draft --prompts prompts.jsonl --limit 2 --max-new-tokens 4 --dtype float32"
+    assert redraft(f"{bench} --template-arg mood=3 --out b.json")[0] == 0
+    record = json.loads((moody / "b.json").read_text())["provenance"]["template"]
+    assert record["arguments"] == {"mood": 3} and record["date"].startswith("20")
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,7 @@ AS_SERVED = {
         HYBRID, thought("\n\nyes ", "\nhm\n"), "\n", "<think>\nhm\n</think>\n\nyes <|im_end|>",
     ),
     "thoughts apart behind an opening": (OPENS, thought("yes"), "\n<think>\n", "it is so\n</think>\n\nyes<|im_end|>"),
+    "a break more than the opening has": (OPENS, "\nhm</think>yes", "\n<think>\n", "\nhm</think>yes<|im_end|>"),
     "thoughts apart in channels": (
         CHANNELS, thought("yes"), "",
         "<|channel|>analysis<|message|>it is so<|end|><|im_start|>assistant<|channel|>final<|message|>yes<|im_end|>",
@@ -218,7 +219,10 @@ SAID = {
         HEAD + "{{ m.content }}{{ m.reasoning_content }}" + TAIL + "{% endif %}",
         "<think>\nhm\n</think>\n\nyes", {"content": "yes", "reasoning_content": "hm"},
     ),
-    "marks that it knows nothing of": (TRIMS, "<think>hm</think>yes", {"content": "<think>hm</think>yes"}),
+    "marks that it knows nothing of": (
+        TRIMS, "<think>hm</think><response>yes</response>", {"content": "yes", "reasoning_content": "hm"},
+    ),
+    "an answer in marks alone": (TRIMS, "<answer>yes</answer>", {"content": "<answer>yes</answer>"}),
     "special marks": (TRIMS, "[THINK]hm[/THINK]yes<|im_end|>", {"content": "yes", "reasoning_content": "hm"}),
     "a channel of thoughts": (
         CLOSED, "<|channel>thought\nhm<channel|>yes", {"content": "yes", "reasoning_content": "hm"},

@@ -129,6 +129,29 @@ def test_prompts_of_a_response_file(tiny_tokenizer: PreTrainedTokenizerFast) -> 
     assert [o.evaluation_id for o in find_overlap(found, evaluation)] == ["short", "long"]
 
 
+@pytest.mark.parametrize("marked", [True, False], ids=["marked turns", "bare text"])
+def test_a_services_system_turn_makes_its_prompts_no_repetitions(
+    tiny_tokenizer: PreTrainedTokenizerFast, marked: bool
+) -> None:
+    """Thirteen words and more that stand in every prompt say nothing about what is asked in it."""
+    shared = {
+        "role": "system",
+        "content": "answer in the shortest way that you can think of and never say what you do not know",
+    }
+    if not marked:
+        tiny_tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    rows = []
+    for number in range(6):
+        asked = [shared, {"role": "user", "content": f"what is {number}?"}]
+        rows.append(Row(str(number), template_ids(tiny_tokenizer, "a", asked), [5], 0.0, 0, 1.0, 0, "stop", "hash"))
+    found = list(trained_conversations(rows, tiny_tokenizer))
+    if marked:
+        assert found == [ask(str(number), f"what is {number}?") for number in range(6)]
+        assert not find_overlap(found[1:], found[:1])
+    else:
+        assert found[0].messages[0]["content"] == shared["content"] + "what is 0?"
+
+
 def test_a_split_trains_on_nothing_that_is_nearly_measured() -> None:
     names = ("Ann", "Bob", "Cy", "Dan", "Eve")
     prompts = [

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -159,3 +161,22 @@ def test_a_prompt_longer_than_the_context_is_refused_and_one_that_just_fits_is_n
 def test_a_data_set_name_without_the_library_or_the_data_set(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"redraft\[datasets\]|cannot load the data set"):
         read_conversations(f"datasets:{tmp_path}/nothing-here")
+
+
+def test_nulls_that_a_tables_columns_put_into_tools_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A data set has one set of columns for all rows, down into objects: what a tool lacks comes as null."""
+    tools = [
+        {
+            "type": "function",
+            "function": {"name": "a", "parameters": {"properties": {"x": {"type": "string"}, "y": None}}},
+        },
+        {"type": "function", "function": {"name": "b", "description": None, "parameters": {"properties": None}}},
+    ]
+    rows = [{"id": None, "messages": [USER | {"name": None, "tool_calls": None}], "tools": tools}]
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda *_, **__: rows))
+    (found,) = read_conversations("datasets:some/name")
+    assert found.messages == [USER]
+    assert [tool["function"] for tool in found.tools] == [
+        {"name": "a", "parameters": {"properties": {"x": {"type": "string"}}}},
+        {"name": "b", "parameters": {}},
+    ]

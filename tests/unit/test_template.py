@@ -27,6 +27,7 @@ from redraft.data.template import (
 )
 from redraft.data.traces import read_traces
 from redraft.errors import UserError
+from redraft.pipeline.config import claim_run, parse_config
 from redraft.pipeline.models import settle_template
 from redraft.sampling import Sampler
 
@@ -83,6 +84,18 @@ def test_a_saved_tokenizer_does_not_carry_a_runs_settings(tiny_tokenizer: Any, t
     assert not any("redraft" in path.read_text() for path in tmp_path.iterdir())
 
 
+def test_a_run_directory_belongs_to_its_arguments(tmp_path: Path) -> None:
+    values = {"target": "t", "draft": "d", "prompts": "p", "out": tmp_path / "run"}
+    claim_run(parse_config(values))
+    config = tmp_path / "run" / "config.json"
+    stored = json.loads(config.read_text())
+    assert stored.pop("template_arg") == {}
+    config.write_text(json.dumps(stored))  # a directory of before there were any
+    claim_run(parse_config(values))
+    with pytest.raises(UserError, match="another template_arg"):
+        claim_run(parse_config(values | {"template_arg": {"enable_thinking": False}}))
+
+
 # -- the date --------------------------------------------------------------------------------------------------------
 def shown(tokenizer: Any, moment: datetime) -> str:
     use_template(tokenizer, {}, moment)
@@ -106,6 +119,9 @@ def test_a_template_is_shown_the_moment_as_the_clock_would_show_it(tiny_tokenize
 def test_the_hour_counts_where_the_template_writes_it(tiny_tokenizer: Any) -> None:
     tiny_tokenizer.chat_template = "{{ strftime_now('%d %b %Y %H:%M:%S') }}\n" + TURN + OPEN
     assert shown(tiny_tokenizer, datetime(2027, 3, 4, 15, 6, 7)).startswith("04 Mar 2027 15:06:07\n")
+    tiny_tokenizer.chat_template = "{{ strftime_now(form) }}\n" + TURN + OPEN
+    use_template(tiny_tokenizer, {"form": "%j %H"}, datetime(2027, 3, 4, 15, 6, 7))
+    assert text(tiny_tokenizer).startswith("063 15\n")
 
 
 class Engine:
@@ -149,7 +165,6 @@ def test_a_run_that_goes_on_another_day_keeps_its_rows_and_its_date(
 def test_rows_without_their_date_are_refused_by_name(
     answers: Callable[..., Any], builders: Any, tmp_path: Path
 ) -> None:
-    date_path(tmp_path / "r.jsonl").write_text('{"date": "2027-03-04"}')
     answers(dated(builders, 0))
     date_path(tmp_path / "r.jsonl").unlink()
     with pytest.raises(UserError, match=r"made with another prompt \(the template writes the date: .*r\.date\.json"):
@@ -157,6 +172,9 @@ def test_rows_without_their_date_are_refused_by_name(
     date_path(tmp_path / "r.jsonl").write_text("[]")
     with pytest.raises(UserError, match=r"r\.date\.json holds no date"):
         answers(dated(builders, 9))
+    (tmp_path / "r.jsonl").unlink()
+    answers(dated(builders, 9))  # a new run, with a date of its own
+    assert json.loads(date_path(tmp_path / "r.jsonl").read_text()) == {"date": "2027-03-13T00:00:00"}
 
 
 def test_a_template_without_a_date_leaves_no_file(answers: Callable[..., Any], builders: Any, tmp_path: Path) -> None:

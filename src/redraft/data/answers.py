@@ -32,8 +32,8 @@ MARKS = (
     ("<|begin_of_thought|>", "<|end_of_thought|>"),
     ("<|channel>thought", "<channel|>"),
 )
-# What stands around an answer beside its thoughts.
-ANSWER_MARKS = ("<|START_RESPONSE|>", "<|END_RESPONSE|>")
+# What stands around an answer behind its thoughts.
+ANSWER_MARKS = (("<|START_RESPONSE|>", "<|END_RESPONSE|>"), ("<response>", "</response>"), ("<answer>", "</answer>"))
 HARMONY = re.compile(r"(?:<\|start\|>[^<]*)?<\|channel\|>([^<]*)(?:<\|constrain\|>[^<]*)?<\|message\|>")
 
 
@@ -136,9 +136,9 @@ def _texts(id: str, frame: _Frame, message: Message, served: bool, counted: bool
     if thoughts:
         yield from _thought_texts(id, frame, content, thoughts, behind, counted, cut)
         return
-    if any(mark in content for pair in MARKS for mark in pair) or (cut and opens):
+    if any(_holds(content, pair) for pair in MARKS) or (cut and opens):
         # The thoughts are in the text, closed or cut off in their midst. The prompt may have opened them already.
-        yield _joined(frame.opened, _without(content, opens[0])) if opens else content
+        yield _behind_mark(frame.opened, content, opens[0]) if opens else content
         return
     if opens:
         raise UserError(
@@ -160,7 +160,7 @@ def _thought_texts(
     opens = opened_thoughts(frame.opened)
     if frame.between is not None:
         lead = frame.before or ""
-        begun = lead + _joined(lead or frame.opened, _without(thoughts, opens[0]) if opens else thoughts)
+        begun = _behind_mark(frame.opened, thoughts, opens[0]) if opens and not lead else lead + _joined(lead, thoughts)
         if cut and not content:
             yield begun
         else:
@@ -201,6 +201,11 @@ def _plain_texts(id: str, frame: _Frame, content: str, behind: str, served: bool
 def _without(text: str, mark: str) -> str:
     """The text behind an opening mark, which the prompt has already."""
     return text.lstrip().removeprefix(mark) if text.lstrip().startswith(mark) else text
+
+
+def _behind_mark(opened: str, text: str, mark: str) -> str:
+    """The text as it goes on behind ``opened``, which ends in the mark that the text may begin with once more."""
+    return _joined(opened, _without(text, mark)) if text.lstrip().startswith(mark) else text
 
 
 def _without_block(opened: str) -> str:
@@ -244,6 +249,11 @@ def continuation_ids(tokenizer: Any, prompt_ids: Sequence[int], prompt: str, tex
     return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 
+def _holds(text: str, marks: tuple[str, str]) -> bool:
+    """Whether a text begins with a block of thoughts, or holds the end of one that its prompt opened."""
+    return text.lstrip().startswith(marks[0]) or marks[1] in text
+
+
 def opened_thoughts(prompt: str) -> tuple[str, str] | None:
     """The marks of the block of thoughts that a prompt ends in; None where it opens none."""
     end = prompt.rstrip()
@@ -260,7 +270,7 @@ def reply_message(
 ) -> Message:
     """The assistant's turn that a chat server would hold of a response, for the history of the next turn.
 
-    Thoughts whose marks the template itself knows how to drop stay in the text; others are split off, as a server's
+    Thoughts whose marks the template itself knows what to do with stay in the text; others are split off, as a server's
     parser does it. Of gpt-oss's channels the final one is the answer. Raises ``UnclearReply`` where it cannot be
     told from the rest.
     """
@@ -271,17 +281,14 @@ def reply_message(
     if "<|channel|>" in text:
         return _harmony(text)
     opens = opened_thoughts(tokenizer.decode(list(prompt_ids[-16:]), skip_special_tokens=False))
-    marks = opens or next((pair for pair in MARKS if pair[0] in text or pair[1] in text), None)
+    marks = opens or next((pair for pair in MARKS if _holds(text, pair)), None)
     thought: Message = {}
     if marks is not None:
         if marks[1] not in text:
             raise UnclearReply("its thoughts do not end, so there is no answer")
-        source = template_text(tokenizer)
-        special = special_tokens(tokenizer).intersection(marks)
-        parsed = marks[1] not in source and (opens or "reasoning_content" in source or "thinking" in source)
-        if special or parsed:
+        if special_tokens(tokenizer).intersection(marks) or marks[1] not in template_text(tokenizer):
             thoughts, _, text = text.rpartition(marks[1])
-            thoughts, text = _without(thoughts, marks[0]).strip("\n"), text.lstrip("\n")
+            thoughts, text = _without(thoughts, marks[0]).strip("\n"), _unwrapped(text.lstrip("\n"))
             thought = {"reasoning_content": thoughts} if thoughts.strip() else {}
     return {"role": ASSISTANT, "content": _said(tokenizer, text), **thought}
 
@@ -292,13 +299,19 @@ def special_tokens(tokenizer: Any) -> set[str]:
     return {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
 
 
+def _unwrapped(text: str) -> str:
+    """The answer without the marks that stand around it behind thoughts, as servers' parsers give it."""
+    marks = next((pair for pair in ANSWER_MARKS if text.startswith(pair[0])), None)
+    return text.removeprefix(marks[0]).removesuffix(marks[1]) if marks else text
+
+
 def _said(tokenizer: Any, text: str) -> str:
     """The text without special tokens that frame no part of an answer, as servers show it.
 
     These are the begin, padding and unknown token, and those of turns, which a model that runs on may write. Raises
     ``UnclearReply`` for any other: what stands before or behind it may be something else than the answer.
     """
-    text = text.removeprefix(ANSWER_MARKS[0]).removesuffix(ANSWER_MARKS[1])
+    text = text.removeprefix(ANSWER_MARKS[0][0]).removesuffix(ANSWER_MARKS[0][1])
     found = {mark for mark in special_tokens(tokenizer) if mark in text}
     strange = found - {tokenizer.bos_token, tokenizer.pad_token, tokenizer.unk_token}
     if strange:

@@ -10,6 +10,7 @@ be there because a template filled with other numbers is another problem.
 from __future__ import annotations
 
 import itertools
+import os.path
 import re
 import unicodedata
 from collections import Counter
@@ -17,8 +18,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from redraft.data.prompts import Conversation, template_ids
+from redraft.data.prompts import Conversation
 from redraft.data.store import Row
+from redraft.data.template import render
 from redraft.errors import UserError
 
 SHINGLE = 13
@@ -117,21 +119,35 @@ def refuse_overlap(training: Iterable[Conversation], evaluation: Sequence[Conver
 
 
 def trained_conversations(rows: Iterable[Row], tokenizer: Any) -> Iterator[Conversation]:
-    """The prompts of a response file as conversations of one user turn, for :func:`refuse_overlap`.
+    """The user turns of a response file's prompts as conversations, for :func:`refuse_overlap`.
 
-    What the chat template writes around a first user turn is cut off; a later turn keeps the whole text before it.
-    Responses of several temperatures to one prompt give it once.
+    What the chat template writes around them is cut off, and with it system turns and tools, which all prompts of a
+    service share. A prompt that does not show the template's marks is taken whole. Responses of several temperatures to
+    one prompt give it once.
     """
-    around = tokenizer.decode(
-        template_ids(tokenizer, "template", [{"role": "user", "content": SENTINEL}]), skip_special_tokens=True
-    )
-    before, _, behind = around.partition(SENTINEL)
+    opening, closing = _user_marks(tokenizer)
     seen: set[tuple[str, int]] = set()
     for row in rows:
         if (row.id, row.turn) in seen:
             continue
         seen.add((row.id, row.turn))
-        text = tokenizer.decode(row.prompt_ids, skip_special_tokens=True)
-        if row.turn == 0:
-            text = text.removeprefix(before).removesuffix(behind)
-        yield Conversation(row.id, [{"role": "user", "content": text}])
+        text = tokenizer.decode(row.prompt_ids, skip_special_tokens=False)
+        turns = [turn.partition(closing)[0] for turn in text.split(opening)[1:]] if opening and closing else []
+        turns = turns or [tokenizer.decode(row.prompt_ids, skip_special_tokens=True)]
+        yield Conversation(row.id, [{"role": "user", "content": turn} for turn in turns])
+
+
+def _user_marks(tokenizer: Any) -> tuple[str, str]:
+    """What the chat template writes before and behind the text of any user turn; empty where that cannot be told."""
+    names = [f"{SENTINEL}{number}x" for number in range(3)]
+    talk = [{"role": ("user", "assistant")[number % 2], "content": name} for number, name in enumerate(names)]
+    try:
+        text = render(tokenizer, "template", talk, True)
+    except UserError:  # it wants a system turn, or knows one question alone
+        text = ""
+    parts = re.split("|".join(names), text)
+    if len(parts) != 4:
+        return "", ""
+    opening = os.path.commonprefix([parts[0][::-1], parts[2][::-1]])[::-1]
+    closing = os.path.commonprefix([parts[1], parts[3]])
+    return (opening, closing) if opening.strip() and closing.strip() else ("", "")

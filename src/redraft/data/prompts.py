@@ -138,7 +138,14 @@ def _hub_items(name: str) -> Iterator[tuple[int, str, Any]]:
             f"cannot load the data set {name}: {reason}; check its name, config and split, and the network"
         ) from error
     for number, item in enumerate(rows, 1):
-        yield number, f"{HUB_PREFIX}{name}: row {number}", item
+        yield number, f"{HUB_PREFIX}{name}: row {number}", _without_nulls(item)
+
+
+def _without_nulls(value: Any) -> Any:
+    """A row without the nulls that a table's common columns put into objects that lack them, such as tools."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 # -- prompts ---------------------------------------------------------------------------------------------------------

@@ -170,16 +170,18 @@ def regenerate(
     _check_arguments(conversations, samplers, max_new_tokens)
     ends = tuple(eos_ids) or (int(tokenizer.eos_token_id),)
     chains = [_Chain(conversation, sampler) for sampler in samplers for conversation in conversations]
-    with RowWriter(out_path) as writer, at_moment(tokenizer, _moment(tokenizer, out_path)):
+    with RowWriter(out_path) as writer, at_moment(tokenizer, _moment(tokenizer, writer)):
         run = _Run(engine, tokenizer, ends, context, max_new_tokens, seed, target_hash, writer, progress, features)
         run.check_stored()
         return run.finish(chains)
 
 
-def _moment(tokenizer: Any, out_path: str | Path) -> datetime | None:
+def _moment(tokenizer: Any, writer: RowWriter) -> datetime | None:
     """The date that the template is shown, where it writes one and the run has none of its own."""
     known = settings_of(tokenizer)
-    return None if known.fixed or not writes_date(tokenizer) else kept_moment(out_path, known.moment)
+    if known.fixed or not writes_date(tokenizer):
+        return None
+    return kept_moment(writer.path, known.moment, fresh=not writer.rows)
 
 
 def _check_arguments(conversations: Sequence[Conversation], samplers: Sequence[Sampler], max_new_tokens: int) -> None:
@@ -261,7 +263,13 @@ class _Run:
                 continue
             again = (chain.conversation.id, chain.said)
             if again not in templated:
-                templated[again] = template_ids(self.tokenizer, chain.conversation.id, messages)
+                try:
+                    templated[again] = template_ids(self.tokenizer, chain.conversation.id, messages)
+                except UserError as error:
+                    if not chain.replies:
+                        raise  # the user's to mend; a later turn holds the target's own reply
+                    self._break(chain, Failure(chain.key, str(error)))
+                    continue
             prompt_ids, key = templated[again], chain.key
             request = Request(key, prompt_ids, chain.sampler, self.seed)
             if key in self.stored:

@@ -118,13 +118,15 @@ def date_path(path: str | Path) -> Path:
     return path / "date.json" if path.is_dir() else path.with_name(f"{path.name.removesuffix('.jsonl')}.date.json")
 
 
-def kept_moment(path: str | Path, began: datetime) -> datetime:
+def kept_moment(path: str | Path, began: datetime, fresh: bool = False) -> datetime:
     """The date and time of the run that writes to ``path``: as it was kept there, or ``began``, kept from now on.
+
+    A ``fresh`` run begins now, whatever an earlier one left there.
 
     Raises ``UserError`` for a file that holds no date.
     """
     place = date_path(path)
-    if not place.exists():
+    if fresh or not place.exists():
         atomic_write_text(place, json.dumps({"date": began.isoformat()}) + "\n")
         return began
     try:
@@ -160,9 +162,13 @@ def date_matters(tokenizer: Any, id: str, messages: Sequence[Message]) -> bool:
 
 def _with_date(template: str, moment: datetime) -> str:
     """The template with the moment in place of the clock."""
-    if not HOURS.search(template):
+    # A format that is not there to be read may hold any directive.
+    literal = len(re.findall(rf"{CLOCK}\(\s*['\"]", template)) == template.count(f"{CLOCK}(")
+    if literal and not HOURS.search(template):
+        # One text a day: a template is compiled once for each.
         moment = moment.replace(hour=0, minute=0, second=0, microsecond=0)
-    steps = "".join(f"|replace({'%' + d!r}, {_written(moment, d)!r})" for d in DIRECTIVES)
+    used = [d for d in DIRECTIVES if not literal or f"%{d}" in template]
+    steps = "".join(f"|replace({'%' + d!r}, {_written(moment, d)!r})" for d in used)
     return f"{{% macro {CLOCK}(format) -%}}{{{{ format{steps} }}}}{{%- endmacro %}}\n{template}"
 
 
