@@ -34,7 +34,16 @@ from redraft.drafts.standalone_files import save_standalone
 from redraft.errors import UserError
 from redraft.export import EXPORTERS, ExportReport, TargetInfo, import_checkpoint
 from redraft.export.importer import is_language_model
-from redraft.loading import ADAPTER_FILE, adapter_base, load_tokenizer, locate, one_line, quiet, read_standalone
+from redraft.loading import (
+    ADAPTER_FILE,
+    adapter_base,
+    load_tokenizer,
+    locate,
+    notes_of,
+    one_line,
+    quiet,
+    read_standalone,
+)
 from redraft.pipeline.models import (
     contestants,
     open_draft,
@@ -71,6 +80,8 @@ class TargetSpec:
         target = open_target(self.name, chosen, self.device, self.adapter, self.template_args, served=served)
         if dtype is None:
             print(f"target {self.name}: {target.verdict()}", flush=True)
+            for note in notes_of(target):
+                print(f"note on {self.name}: {note}", flush=True)
         return target
 
 
