@@ -26,14 +26,17 @@ HELDOUT_SHARE = 0.125
 
 
 def norm_weight(norm: nn.Module, width: int) -> Tensor:
-    """What a root-mean-square norm multiplies the scaled state by, [width] in float64.
+    """What a norm multiplies the scaled state by, [width] in float64.
 
-    Asked of the module itself, since some store the weight minus one. The epsilon below the root shifts all weights
-    alike by less than one part in 10,000, which no use of the ratio sees.
+    Asked of the module itself, since some store the weight minus one, with numbers of mean 0, since some take the mean
+    off. The epsilon below the root shifts all weights alike by less than one part in 10,000, which no use of the ratio
+    sees.
     """
     like = next(norm.parameters())
+    signs = torch.ones(width, dtype=like.dtype, device=like.device)
+    signs[1::2] = -1
     with torch.no_grad():
-        return norm(torch.ones(1, width, dtype=like.dtype, device=like.device))[0].double()
+        return ((norm(signs[None]) - norm(-signs[None]))[0] * signs).double() / 2
 
 
 @dataclass(frozen=True)

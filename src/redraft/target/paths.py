@@ -32,6 +32,15 @@ NARROWED = {"sliding_window": WINDOW, "attention_chunk_size": WINDOW, "floor_sca
 # fed to the model's own cache is the model's own arithmetic whichever it takes: there only a lost state shows.
 CLOSE, CLOSE_SHORT, FAR, CLOSE_OWN = 1e-4, 0.1, 0.3, 1e-2
 
+# The passes that are tried, in words.
+IN_WORDS = {
+    "cached": "passes through buffers of ours",
+    "own_cache": "passes through its own cache",
+    "masked": "passes under a tree's mask",
+    "slots": "passes over several texts at once",
+    "slots_by_kernel": "passes over several texts at once",
+}
+
 
 @dataclass(frozen=True)
 class Paths:
@@ -73,11 +82,11 @@ def find_paths(target: Any) -> Paths:
             if not found.cached:
                 found = replace(found, own_cache=trial.holds(trial.own_cache, CLOSE_OWN))
             elif not blind and target.mask_plan is not None:
+                slots = trial.holds(trial.slots)
                 stock = target.backbone.config._attn_implementation == "sdpa"
-                kernel = stock and trial.holds(trial.slots_by_kernel)
-                slots = kernel or trial.holds(trial.slots)
+                kernel = slots and stock and trial.holds(trial.slots_by_kernel)
                 found = replace(found, kernel=kernel, slots=slots, masked=trial.holds(trial.masked))
-    return found if found.slots and found.masked else replace(found, why=blind or trial.why or _unknown_layers(target))
+    return found if found.slots and found.masked else replace(found, why=blind or _unknown_layers(target) or trial.why)
 
 
 class _Trial:
@@ -96,13 +105,14 @@ class _Trial:
         try:
             ours, theirs = path()
         except Exception as error:  # whatever a model raises on a pass that it was not written for
-            self.why = self.why or f"{path.__name__}: {' '.join(str(error).split())[:120] or type(error).__name__}"
+            raised = " ".join(str(error).split())[:120] or type(error).__name__
+            self.why = self.why or f"{IN_WORDS[path.__name__]} fail with: {raised}"
             return False
         apart = _distance(ours, theirs)
         worst = apart.max() if self.own_BTH.dtype in (torch.float32, torch.float64) else apart.median()
         if bool(apart.isfinite().all()) and float(worst) <= max(self.tolerance, close):
             return True
-        self.why = self.why or f"{path.__name__.replace('_', ' ')} passes differ from its own by {float(worst):.2g}"
+        self.why = self.why or f"{IN_WORDS[path.__name__]} move its states by {float(worst):.2g} of their length"
         return False
 
     def cached(self) -> tuple[Tensor, Tensor]:
@@ -167,8 +177,11 @@ class _Trial:
 def _unknown_layers(target: Any) -> str:
     if target.mask_plan is not None:
         return ""
-    kinds = sorted(set(getattr(target.config, "layer_types", None) or []))
-    return f"layers of the kinds {', '.join(kinds)}" if kinds else "a window that the config does not name"
+    known = {"full_attention", "sliding_attention", "chunked_attention"}
+    kinds = sorted(set(getattr(target.config, "layer_types", None) or []) - known)
+    if kinds:
+        return f"its layers of the kind {', '.join(kinds)} keep more than keys and values"
+    return "its config does not say how wide its windows are"
 
 
 def _own(target: Any, ids_BT: Tensor) -> Tensor:
