@@ -17,6 +17,7 @@ import torch
 from redraft.data.generate import Request, generate
 from redraft.decode.engine import PlainDecoder
 from redraft.errors import UserError
+from redraft.export.base import TargetInfo
 from redraft.loading import quiet
 from redraft.sampling import Sampler
 from redraft.target import KeyValueCache, OwnCache, Target
@@ -158,6 +159,14 @@ def test_a_scaled_table_is_read_as_it_lies_in_the_file() -> None:
     ids = torch.tensor([[5, 6]])
     assert torch.equal(target.embedding(ids), target.model.get_input_embeddings().weight[ids])
     assert not torch.allclose(target.embedding(ids), target.model.get_input_embeddings()(ids))
+
+
+def test_an_export_names_the_whole_model_and_has_its_text_parts_sizes() -> None:
+    target = make("gemma3")
+    target.model.config.architectures = ["Gemma3ForConditionalGeneration"]
+    info = TargetInfo.of(target)
+    assert info.architectures == ("Gemma3ForConditionalGeneration",)
+    assert (info.hidden_size, info.layers, info.vocab_size, info.context) == (64, 8, 128, 512)
 
 
 def test_a_rope_that_follows_the_length_ends_where_its_angles_change() -> None:

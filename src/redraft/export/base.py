@@ -63,6 +63,8 @@ class TargetInfo:
         if isinstance(source, TargetInfo):
             return source
         config = getattr(source, "config", source)
+        # A target's config is that of its text part; engines know the model by the whole one's name.
+        whole = getattr(getattr(source, "model", None), "config", config)
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         return cls(
             name=name or getattr(source, "name", "") or getattr(config, "_name_or_path", "") or "",
@@ -70,7 +72,7 @@ class TargetInfo:
             layers=int(text.num_hidden_layers),
             vocab_size=int(text.vocab_size),
             context=int(text.max_position_embeddings),
-            architectures=tuple(getattr(config, "architectures", None) or ("LlamaForCausalLM",)),
+            architectures=tuple(getattr(whole, "architectures", None) or ("LlamaForCausalLM",)),
             tokenizer=getattr(source, "tokenizer", None),
         )
 
