@@ -71,7 +71,8 @@ class Checkpoint:
         if not self.path.exists():
             return None
         stored = self._stored()
-        self._best(trained)
+        if (self.folder / BEST_FILE).exists():  # some that train keep no best weights besides the last
+            self._best(trained)
         tensors = read_checked(self.folder / stored["file"], self._mend)
         self._copy({name: f"weight/{name}" for name, _ in trained}, tensors, trained, stored["file"])
         prefix = "optimizer/"
