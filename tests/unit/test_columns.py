@@ -35,6 +35,7 @@ def texts(row: dict[str, Any]) -> list[tuple[str, str]]:
         ({"instruction": "Choose.", "options": {"A": "x"}}, "options"),
         ({"instruction": "Answer.", "question": "Why?"}, "question"),
         ({"prompt": "Say it.", "data": ["a", "b"]}, "prompt"),
+        ({"messages": ASK, "prompt": "also?"}, "prompt"),
         ({"messages": ASK, "document": "It rains."}, "document"),
         ({"messages": ASK, "prompt": "Something else"}, "prompt"),
         ({"messages": ASK, "instructions": "Be brief."}, "instructions"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -60,8 +61,9 @@ def refuse_parts(item: Mapping[str, Any], key: str, texts: Sequence[str]) -> Non
 
 
 def _within(part: str, texts: Sequence[str]) -> bool:
-    """Whether one of the texts holds the part, whatever their blanks."""
-    return any(" ".join(part.split()) in " ".join(text.split()) for text in texts)
+    """Whether one of the texts holds the part as whole words, whatever their blanks."""
+    whole = re.compile(rf"(?<!\w){re.escape(' '.join(part.split()))}(?!\w)")
+    return any(whole.search(" ".join(text.split())) for text in texts)
 
 
 def _says_something(value: Any) -> bool:

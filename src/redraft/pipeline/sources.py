@@ -128,7 +128,7 @@ class Source:
         if server:
             engine = ServerEngine(server, c.server_model, c.batch_size, vocab_size=target.vocab_size)
         path = self.responses if name == "regenerate" else self.heldout
-        with self.ledger.stage(name) as entry, progress_bar(name, len(prompts) * len(samplers), "rows") as progress:
+        with self.ledger.stage(name) as entry, progress_bar(name, expected_rows(prompts, samplers), "rows") as progress:
             report = regenerate(
                 engine,
                 prompts,
