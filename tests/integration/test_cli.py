@@ -357,3 +357,10 @@ def test_keys_are_not_said_back(redraft: Any, arguments: list[str]) -> None:
     code, out, err = redraft(*arguments)
     assert code == 2 and "***" in out
     assert "hush" not in out + err
+
+
+def test_the_plan_knows_the_texts_of_a_settings_file(redraft: Any, tmp_path: Path) -> None:
+    file = tmp_path / "distill.yaml"
+    file.write_text(f"target: ./no\ntext: [corpus.txt]\nprompts: p.jsonl\nout: {tmp_path / 'run'}\n")
+    code, out, _ = redraft("distill", "--config", str(file))
+    assert code == 2 and "pretrained on corpus.txt," in out

@@ -191,6 +191,13 @@ def test_a_word_that_a_template_takes_for_true_is_refused(value: str) -> None:
         use_template(KNOWS, parse_template_args([f"enable_thinking={value}"]))
 
 
+@pytest.mark.parametrize("name", ["thinking", "so", "be", "on"])
+def test_a_name_in_a_text_or_of_a_turn_is_no_argument(name: str) -> None:
+    text = "so {# be #}{% if message.thinking or message['thinking'] %}{{ 'on' }}{% endif %}"
+    with pytest.raises(UserError, match="knows no argument"):
+        use_template(SimpleNamespace(chat_template=text), {name: True})
+
+
 def test_a_word_that_the_template_compares_is_handed_on() -> None:
     assert use_template(KNOWS, parse_template_args(["mode=off"])).arguments == {"mode": "off"}
 

@@ -96,7 +96,7 @@ def use_template(
             raise UserError(f"template argument {name} is {value!r}, which JSON cannot hold; give a number or a text")
         if name in RESERVED:
             raise UserError(f"{name} is no argument of a chat template; give only what the template itself asks for")
-        if not re.search(rf"\b{re.escape(name)}\b", text):
+        if not any(_reads(tag, name) for tag in _tags(text)):
             raise UserError(f"the target's chat template knows no argument {name!r}; see its source for those it has")
         if isinstance(value, str) and value.strip().lower() in SWITCHES and not _compares(text, name, value):
             raise UserError(
@@ -110,10 +110,21 @@ def use_template(
     return known
 
 
+def _tags(template: str) -> list[str]:
+    """What a template computes, without the text that it writes and its comments."""
+    return re.findall(r"\{[%{].*?[%}]\}", template, re.S)
+
+
+def _reads(tag: str, name: str) -> bool:
+    """Whether a tag names an argument: not within a text, and not as a part of a turn (``message.thinking``)."""
+    code = re.sub(r"'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\"", "''", tag, flags=re.S)
+    return re.search(rf"(?<![\w.]){re.escape(name)}\b", code) is not None
+
+
 def _compares(template: str, name: str, value: str) -> bool:
     """Whether a template holds an argument, or what it sets from it, against this text."""
     quoted = f"'{value}'", f'"{value}"'
-    tags = [tag for tag in re.findall(r"\{[%{].*?[%}]\}", template, re.S) if re.search(rf"\b{re.escape(name)}\b", tag)]
+    tags = [tag for tag in _tags(template) if _reads(tag, name)]
     renamed = any(re.search(r"\bset\b", tag) for tag in tags)
     return any(text in (template if renamed else tag) for text in quoted for tag in tags)
 
