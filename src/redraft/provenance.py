@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import resource
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from redraft import arithmetic
 from redraft.errors import UserError
 from redraft.files import atomic_write_json
 from redraft.places import installed
+from redraft.redacted import without_secrets
 
 FORWARD_FORMULA = "2 * parameters * tokens"
 TRAIN_FORMULA = "6 * trained * tokens + 4 * frozen_on_the_way * tokens"
@@ -68,25 +68,6 @@ def collect(seed: int | None = None, device: str | None = None, extra: dict[str,
         "seed": seed,
     }
     return record | (extra or {})
-
-
-# Passwords and queries of addresses, and the values of options and variables that hold keys.
-NAMES_OF_SECRETS = r"[\w-]*(?:api[-_]?key|(?:auth|access|hf)[-_]?token|password|secret)"
-SECRETS = (
-    (re.compile(r"(://)\S*@"), r"\1***@"),
-    (re.compile(r"(://[^\s?#]+)[?#]\S*"), r"\1?***"),
-    (
-        re.compile(rf"(--?{NAMES_OF_SECRETS}(?:=|\s+)|\b{NAMES_OF_SECRETS}=)(?:'[^']*'|\"[^\"]*\"|\S+)", re.IGNORECASE),
-        r"\1***",
-    ),
-)
-
-
-def without_secrets(text: str) -> str:
-    """The text with ``***`` for what of a command line or an address may be secret."""
-    for pattern, shown in SECRETS:
-        text = pattern.sub(shown, text)
-    return text
 
 
 def versions() -> dict[str, str]:

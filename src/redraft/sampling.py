@@ -9,6 +9,7 @@ Shape legend: N rows, V vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +52,20 @@ class Sampler:
         if self.top_p < 1:
             parts.append(f"top-p {self.top_p:g}")
         return ", ".join(parts)
+
+
+def samplers_of(temperatures: Sequence[float], top_p: float = 1.0, top_k: int = 0) -> list[Sampler]:
+    """The samplers of several temperatures; filters are for those that draw.
+
+    Raises ``UserError`` for no temperature, for one that is there twice and for values out of range.
+    """
+    Sampler(1.0, top_k, top_p)
+    if not temperatures or len({f"{t:g}" for t in temperatures}) < len(temperatures):
+        raise UserError(
+            "give at least one temperature, and every temperature once, not "
+            + (", ".join(f"{t:g}" for t in temperatures) or "none")
+        )
+    return [Sampler(t, top_k if t else 0, top_p if t else 1.0) for t in temperatures]
 
 
 def scale_logits(logits: Tensor, config: Any) -> Tensor:

@@ -318,3 +318,49 @@ def test_report_writes_page_and_picture(redraft: Any, tmp_path: Path) -> None:
     code, said, _ = redraft("report", str(tmp_path / "bench.json"), "--out", str(out), "--png", str(png))
     assert code == 0 and str(out) in said
     assert "made up" in out.read_text() and png.read_bytes().startswith(b"\x89PNG")
+
+
+# -- what a command writes over, and shows -----------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["select", "--responses", "rows.jsonl", "--scorer", "length", "--out", "s.json", "--keep", "rows.jsonl"],
+        ["select", "--responses", "rows.jsonl", "--scorer", "length", "--budget", "1", "--out", "./rows.jsonl"],
+        ["regenerate", "--target", "./no", "--prompts", "rows.jsonl", "--out", "rows.jsonl"],
+        ["report", "rows.jsonl", "--out", "rows.jsonl"],
+        ["select", "--responses", "rows.jsonl", "--scorer", "length", "--out", "new.json", "--keep", "new.json"],
+    ],
+)  # fmt: skip
+def test_what_a_command_reads_is_not_written_over(
+    redraft: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text('{"prompt": "a"}\n')
+    code, out, err = redraft(*arguments)
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1 and "which would be overwritten; name another file to write" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+    assert Path("rows.jsonl").read_text() == '{"prompt": "a"}\n'
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [*SERVERS, "new=http://127.0.0.1:9/v1?key=hush-hush-hush"],
+        [*SERVERS, "new=http://me:hush-hush-hush@127.0.0.1:9"],
+        [*SERVERS, "new=serve --api-key hush-hush-hush --port {port}"],
+        [*REGENERATE, "--server", "http://127.0.0.1:9/v1?key=hush-hush-hush"],
+        [*REGENERATE, "--server", "http://me:hush-hush-hush@127.0.0.1:9"],
+    ],
+)
+def test_keys_are_not_said_back(redraft: Any, arguments: list[str]) -> None:
+    code, out, err = redraft(*arguments)
+    assert code == 2 and "***" in out
+    assert "hush" not in out + err
+
+
+def test_the_plan_knows_the_texts_of_a_settings_file(redraft: Any, tmp_path: Path) -> None:
+    file = tmp_path / "distill.yaml"
+    file.write_text(f"target: ./no\ntext: [corpus.txt]\nprompts: p.jsonl\nout: {tmp_path / 'run'}\n")
+    code, out, _ = redraft("distill", "--config", str(file))
+    assert code == 2 and "pretrained on corpus.txt," in out

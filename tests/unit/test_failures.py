@@ -186,3 +186,8 @@ def test_help_is_there_at_once() -> None:
     began = time.perf_counter()
     done = subprocess.run([sys.executable, "-m", "redraft.cli.main", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "--debug" in done.stdout and time.perf_counter() - began < 20
+
+
+def test_a_trace_keeps_no_key_of_a_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["redraft", "bench", "--server", "new=serve --api-key hush-hush --port {port}"])
+    assert "hush" not in trace(RuntimeError("serve --api-key=hush-hush died"))

@@ -24,7 +24,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("loading",),
     ("drafts", "target", "losses"),
     ("metrics", "sampling", "artifact", "provenance", "prepack"),
-    ("registry", "progress", "coarse", "compat", "files", "places", "arithmetic"),
+    ("registry", "progress", "coarse", "compat", "files", "places", "redacted", "arithmetic"),
     ("errors",),
 )
 HEIGHT = {room: len(ROWS) - i for i, row in enumerate(ROWS) for room in row}

@@ -108,11 +108,12 @@ class Command(TyperCommand):
         Raises ``UserError`` when a disk is full; any other surprise is one line, with its trace in a file.
         """
         from redraft.cli.failures import as_user_error, unexpected
-        from redraft.cli.plans import announce
+        from redraft.cli.plans import announce, refuse_overwriting
         from redraft.errors import UserError
 
         name, out = str(self.name), ctx.params.get("out")
         try:
+            refuse_overwriting(ctx.params)
             announce(name, ctx.params)
             return super().invoke(ctx)
         except KeyboardInterrupt:

@@ -76,13 +76,13 @@ def regenerate(
     """
     from redraft.data.template import parse_template_args
     from redraft.pipeline.steps import TargetSpec, regenerate_file
-    from redraft.sampling import Sampler
+    from redraft.sampling import samplers_of
 
     if server_model and not server:
         raise UserError("--server-model names the target on a server; give --server too, or leave it out")
     if not any(temperature) and (top_k or top_p != 1):
         raise UserError("temperature 0 is greedy and leaves nothing to filter; drop --top-k and --top-p or raise it")
-    samplers = [Sampler(t, top_k if t else 0, top_p if t else 1.0) for t in temperature]
+    samplers = samplers_of(temperature, top_p, top_k)
     spec = TargetSpec(target, dtype, device, adapter, parse_template_args(template_arg or []))
     report = regenerate_file(spec, prompts, out, samplers, max_new_tokens, seed, batch_size, server, server_model)
     say(report.summary())

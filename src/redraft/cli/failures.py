@@ -17,6 +17,7 @@ from pathlib import Path
 from redraft.errors import UserError
 from redraft.files import atomic_write_text, disk_is_full, write_error
 from redraft.places import cache_folder, installed
+from redraft.redacted import without_keys
 
 # Files that only a run directory of ours has; other folders are not written to.
 MARKS = ("ledger.json", "study.json", "distill.json")
@@ -39,8 +40,8 @@ def as_user_error(error: BaseException, out: object = None) -> UserError | None:
 
 
 def without_secrets(text: str) -> str:
-    """``text`` without user names and passwords of addresses, and without the values of variables named as secrets."""
-    text = IN_ADDRESS.sub("***@", text)
+    """``text`` without user names and passwords of addresses, and without keys: of options, and the environment's."""
+    text = without_keys(IN_ADDRESS.sub("***@", text))
     values = {value for name, value in os.environ.items() if SECRET_NAME.search(name) and len(value) >= 8}
     for value in sorted(values, key=len, reverse=True):
         text = text.replace(value, "***")

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from redraft.errors import UserError
+from redraft.redacted import without_secrets
 
 # Larger files are not read only to count their lines.
 MOST_BYTES = 100 * 2**20
@@ -24,13 +28,29 @@ def announce(command: str, given: Given) -> None:
             from redraft.pipeline.yamlfile import read_yaml
 
             values = read_yaml(Path(given["config"]), "settings")
-            flags = {name: value for name, value in given.items() if value not in (None, [])}
+            flags = {name: value for name, value in given.items() if value not in (None, [], ())}
             given = {**given, **{name.replace("-", "_"): value for name, value in values.items()}, **flags}
         lines = [PLANS[command](given), found(given.get("out"))] if command in PLANS else []
     except Exception:  # a plan that fails must not hide what the command says about the same input
         return
     for line in filter(None, lines):
-        print(f"{command}: {line}", flush=True)
+        print(f"{command}: {without_secrets(line)}", flush=True)
+
+
+OUTPUTS = ("out", "keep", "json_out", "full")
+
+
+def refuse_overwriting(given: Given) -> None:
+    """Raise ``UserError`` where a command would write over something that it reads, or two results over each other."""
+    named = {name: value if isinstance(value, list | tuple) else [value] for name, value in given.items()}
+    paths = [(name, Path(str(v))) for name, values in named.items() for v in values if isinstance(v, str | Path)]
+    places = [(name, path.resolve()) for name, path in paths if name in OUTPUTS or os.path.exists(path)]
+    for at, (name, place) in enumerate(places):
+        for other, there in places[:at]:
+            if place == there and (name in OUTPUTS or other in OUTPUTS):
+                out, kept = (name, other) if name in OUTPUTS else (other, name)
+                flags = f"--{out.replace('_out', '')} and --{kept.replace('_out', '').replace('_', '-')}"
+                raise UserError(f"{flags} are both {place}, which would be overwritten; name another file to write")
 
 
 # -- counting --------------------------------------------------------------------------------------------------------
@@ -117,9 +137,10 @@ def found(out: Any) -> str:
 # -- one line a command ----------------------------------------------------------------------------------------------
 def _regenerate(g: Given) -> str:
     temperatures = g["temperature"]
-    by = f"the server {g['server'].rpartition('@')[2]}" if g.get("server") else target(g)
+    by = f"the server {g['server']}" if g.get("server") else target(g)
     number = items(Path(g["prompts"]))
-    most = f" = at most {number * len(temperatures) * g['max_new_tokens']:,} tokens" if number else ""
+    total = number * len(temperatures) * g["max_new_tokens"] if number else 0
+    most = f" = at most {total:,} tokens where each asks one question" if total else ""
     return (
         f"{counted(g['prompts'], 'prompts')}, answered by {by} at temperature {several(temperatures)}, "
         f"{tokens(g)}{most}, into {g['out']}"
@@ -166,7 +187,7 @@ def _probe(g: Given) -> str:
 
 
 def _bench(g: Given) -> str:
-    measured = several([name.rpartition("@")[2] for name in g.get("server") or g.get("draft") or ()])
+    measured = several(g.get("server") or g.get("draft") or ())
     return f"{measured} and plain decoding of {target(g)} on {asked(g)}, {tokens(g)}, {g['shape']}, into {g['out']}"
 
 

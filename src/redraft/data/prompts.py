@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -36,6 +37,8 @@ __all__ = [
 ]
 
 HUB_PREFIX = "datasets:"
+# JSON can write one half of a pair that makes a character; files that were cut in the middle of one do.
+HALF_A_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def read_conversations(
@@ -100,6 +103,7 @@ def file_items(path: Path) -> Iterator[tuple[int, str, Any]]:
     if path.name.removesuffix(".gz").endswith(".txt"):
         for number, line in enumerate(lines, 1):
             if line.strip():
+                _refuse_row(line, path, number)
                 yield number, f"{path}:{number}", line.strip()
         return
     if text.lstrip().startswith("["):
@@ -113,12 +117,35 @@ def file_items(path: Path) -> Iterator[tuple[int, str, Any]]:
 
 def _parse(text: str, path: Path, first_line: int) -> Any:
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        if HALF_A_CHARACTER.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise UserError(f"{path}:{line}: not JSON: {error.msg} (column {error.colno})") from error
+    except UnicodeEncodeError as error:
+        found = f"\\u{ord(error.object[error.start]):04x}"
+        near = error.object[max(0, error.start - 20) : error.start]
+        raise UserError(
+            f"{path}:{first_line}: {found} behind {near!r} is half a character, which no text can hold; take it out"
+        ) from error
+    except ValueError as error:  # a number of thousands of digits
+        raise UserError(f"{path}:{first_line}: not JSON that can be read: {error}") from error
     except RecursionError as error:
         raise UserError(f"{path}:{first_line}: not JSON that can be read: nested too deeply") from error
+
+
+def _refuse_row(line: str, path: Path, number: int) -> None:
+    """Raise ``UserError`` for a line of plain text that is a row, whose JSON would be asked as it stands."""
+    if not line.lstrip().startswith("{"):
+        return
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return
+    if isinstance(row, dict) and row:
+        raise UserError(f"{path}:{number}: a JSON row in a file of plain text; call the file .jsonl to have rows read")
 
 
 def _hub_items(name: str) -> Iterator[tuple[int, str, Any]]:
@@ -152,9 +179,12 @@ def _without_nulls(value: Any) -> Any:
 def prompt_turns(conversation: Conversation) -> list[Message]:
     """The turns to be answered: all but the assistant's, in order. Reference answers are left out.
 
-    The model's own reply belongs behind every user turn, also where two user turns follow each other.
+    The model's own reply belongs behind every user turn, also where two user turns follow each other. What an
+    assistant says before any question is no answer to one, and stays.
     """
-    return [message for message in conversation.messages if message["role"] != ASSISTANT]
+    turns = conversation.messages
+    first = next((number for number, message in enumerate(turns) if message["role"] == USER), 0)
+    return [message for n, message in enumerate(turns) if n < first or message["role"] != ASSISTANT]
 
 
 def user_turns(conversation: Conversation) -> int:

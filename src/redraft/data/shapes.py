@@ -10,12 +10,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from redraft.data.turns import ASSISTANT, SYSTEM, USER, Message, decoded, excerpt, parse_turns, text_of
+from redraft.data.columns import refuse_keys, refuse_parts, refuse_second_text
+from redraft.data.turns import ASSISTANT, SYSTEM, THOUGHTS, USER, Message, decoded, excerpt, parse_turns, text_of
 
 __all__ = ["Conversation", "Message", "Turns", "parse_conversation"]
 
 TURN_KEYS = ("messages", "conversations", "conversation")
-SYSTEM_KEYS = ("system", "system_prompt")
+SYSTEM_KEYS = ("system", "system_prompt", "system_message", "system_instruction")
 ANSWER_KEYS = ("completion", "response", "answer", "output")
 # Template arguments that requests carry outside chat_template_kwargs.
 LOOSE_ARGUMENTS = ("enable_thinking", "reasoning_effort")
@@ -26,18 +27,6 @@ RESERVED = frozenset(
     "tokenize sanitize_control_tokens padding truncation max_length return_tensors return_dict "
     "return_assistant_tokens_mask tokenizer_kwargs strftime_now raise_exception".split()
 )
-MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-# Keys that change the prompt in a way that is not followed here, by what to do about them.
-REFUSED = {
-    **dict.fromkeys(MEDIA, "only text can be trained on; leave such rows out"),
-    "chosen": "a pair of answers says not which one counts; keep the prompt, and one answer as completion",
-    "rejected": "a pair of answers says not which one counts; keep the prompt, and one answer as completion",
-    "chat_template": "the target's own chat template is used; set it in the tokenizer",
-    "documents": "write them into a turn, as the template would",
-    "continue_final_message": "an answer that goes on from a given beginning is no answer of its own; leave it out",
-}
-# Columns beside a question that belong to it in some way which only their data set knows.
-PARTS_OF_A_QUESTION = ("context", "choices", "options", "passage", "hint")
 
 
 @dataclass(frozen=True)
@@ -85,12 +74,9 @@ def parse_conversation(item: Any, default_id: str) -> Conversation:
     id = item.get("id")
     if isinstance(id, bool) or not isinstance(id, (str, int, type(None))):
         raise ValueError(f"the id must be text or a number, not {excerpt(id)}")
-    for key, advice in REFUSED.items():
-        if item.get(key):
-            raise ValueError(f'the key "{key}" is not read: {advice}')
-    if item.get("add_generation_prompt") is False:
-        raise ValueError('the key "add_generation_prompt" is not read: the answer\'s turn is always opened')
-    messages = checked(_with_system(item, _messages(item)))
+    item = _with_extra_body(item)
+    refuse_keys(item)
+    messages = checked(_with_thoughts(item, _with_system(item, _messages(item))))
     name = default_id if id is None or id == "" else str(id)
     return Conversation(name, messages, tools_of(item), arguments_of(item))
 
@@ -100,25 +86,38 @@ def _messages(item: dict[str, Any]) -> list[Message]:
     """The turns of a row, without the system text of a key of its own."""
     for key in TURN_KEYS:
         if item.get(key) is not None:
-            return parse_turns(item[key])
+            return _alone(item, key, parse_turns(item[key]), ("prompt", "instruction"))
     if isinstance(item.get("prompt"), list):
+        asked = _alone(item, "prompt", parse_turns(item["prompt"]), ())
         answer = item.get("completion")
-        return parse_turns(item["prompt"]) + (parse_turns(answer) if isinstance(answer, list) else _answer(item))
+        return asked + (parse_turns(answer) if isinstance(answer, list) else _answer(item))
     if item.get("data") is not None:
-        return _alternating(item["data"])
+        return _alone(item, "data", _alternating(item["data"]), ("prompt", "instruction", "question"))
+    if _is_list_of_texts(item.get("turns")):
+        asked = [{"role": USER, "content": text} for text in item["turns"]]
+        return _alone(item, "turns", asked, ("prompt", "instruction", "question"))
     if "instruction" in item:
-        return [*_history(item.get("history")), {"role": USER, "content": _instruction(item)}, *_answer(item)]
+        turn = {"role": USER, "content": _instruction(item)}
+        _alone(item, "instruction", [turn], ("prompt", "question"))
+        return [*_history(item.get("history")), turn, *_answer(item)]
     if item.get("question") and item.get("prompt"):
         raise ValueError('both "question" and "prompt"; keep what is asked')
     for key in ("question", "prompt"):
         if item.get(key) is not None:
-            if part := next((name for name in PARTS_OF_A_QUESTION if item.get(name)), None):
-                raise ValueError(f'the key "{part}" beside "{key}" is not read; write what is asked into one text')
-            return [{"role": USER, "content": text_of(item[key])}, *_answer(item)]
+            return [*_alone(item, key, [{"role": USER, "content": text_of(item[key])}], ()), *_answer(item)]
     raise ValueError(
         'no "messages" (or ShareGPT "conversations", Alpaca "instruction", "prompt", "question") among its keys: '
         + (", ".join(sorted(map(str, item))[:8]) or "none")
     )
+
+
+def _alone(item: dict[str, Any], key: str, messages: list[Message], others: Sequence[str]) -> list[Message]:
+    """The turns under ``key``, if no other key says something that they lack. Raises ``ValueError``."""
+    texts = [message["content"] for message in messages if message["role"] != ASSISTANT]
+    refuse_parts(item, key, texts)
+    for other in others:
+        refuse_second_text(item, other, key, texts)
+    return messages
 
 
 def _answer(item: dict[str, Any]) -> list[Message]:
@@ -134,7 +133,7 @@ def _instruction(item: dict[str, Any]) -> str:
     parts = [text_of(item[key]) for key in ("input", "context") if item.get(key)]
     if len(parts) > 1:
         raise ValueError('both "input" and "context" stand beside the instruction; keep one')
-    return "\n\n".join([text_of(item["instruction"]), *parts])
+    return "\n\n".join(text for text in (text_of(item["instruction"]), *parts) if text)
 
 
 def _history(pairs: Any) -> list[Message]:
@@ -149,9 +148,42 @@ def _history(pairs: Any) -> list[Message]:
 
 def _alternating(texts: Any) -> list[Message]:
     """UltraChat's list of texts, the user's first."""
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+    if not _is_list_of_texts(texts):
         raise ValueError(f'"data" must be a list of texts, the user\'s first, not {excerpt(texts)}')
     return [{"role": (USER, ASSISTANT)[number % 2], "content": text} for number, text in enumerate(texts)]
+
+
+def _is_list_of_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
+def _with_extra_body(item: dict[str, Any]) -> dict[str, Any]:
+    """The row with what a client's ``extra_body`` lays beside its keys; template arguments stay where they are.
+
+    Raises ``ValueError`` for a key that is there twice with two values.
+    """
+    if not item.get("extra_body"):
+        return item
+    extra = decoded(item["extra_body"], "extra_body")
+    if not isinstance(extra, dict):
+        raise ValueError(f'"extra_body" must be an object, not {excerpt(extra)}')
+    laid = {key: value for key, value in extra.items() if key not in (*ARGUMENT_KEYS, *LOOSE_ARGUMENTS)}
+    for key, value in laid.items():
+        if item.get(key) not in (None, value):
+            raise ValueError(f'"{key}" stands beside extra_body and in it, with two values; keep one')
+    return {**item, **laid, "extra_body": extra}
+
+
+def _with_thoughts(item: dict[str, Any], messages: list[Message]) -> list[Message]:
+    """The turns, the last answer with the thoughts that stand in a key of the row. Raises ``ValueError``."""
+    found = {key: item[key] for key in THOUGHTS if isinstance(item.get(key), str) and item[key]}
+    if not found or messages[-1:] == [] or messages[-1]["role"] != ASSISTANT:
+        return messages
+    last = messages[-1]
+    thoughts = {*found.values(), *([last[THOUGHTS[0]]] if last.get(THOUGHTS[0]) else [])}
+    if len(thoughts) > 1:
+        raise ValueError(f'the key "{next(iter(found))}" and another are two thoughts of the last answer; keep one')
+    return [*messages[:-1], {**last, THOUGHTS[0]: thoughts.pop()}]
 
 
 def _with_system(item: dict[str, Any], messages: list[Message]) -> list[Message]:
@@ -225,6 +257,9 @@ def arguments_of(item: Mapping[str, Any]) -> dict[str, Any]:
             if not isinstance(given, dict):
                 raise ValueError(f'"{key}" must be an object of names and values, not {excerpt(given)}')
             found |= {name: value for name, value in given.items() if value is not None}
+    for name, value in found.items():
+        if isinstance(value, str) and value.strip().lower() in ("true", "false"):
+            raise ValueError(f"{name} is the text {value!r}, which templates take for true; write it without quotes")
     if wrong := sorted(RESERVED & found.keys()):
         raise ValueError(f"{wrong[0]} is no argument of a chat template; leave it out of chat_template_kwargs")
     return found

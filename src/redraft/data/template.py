@@ -26,6 +26,9 @@ __all__ = ["TemplateSettings", "kept_moment", "parse_template_args", "render", "
 
 SENTINEL = "redraftturn"
 CLOCK = "strftime_now"
+# Words that people write for true and false. As texts all of them are true, unless the template compares them.
+WORDS = ("true", "false", "null", "none")
+SWITCHES = ("true", "false", "yes", "no", "on", "off", "0", "1")
 # Directives of strftime, first those of a C library with a mark; and those among all that tell the hour.
 DIRECTIVES = [f"-{letter}" for letter in "dmHIMSjye"] + list("aAwdbBmyYHIMSpfzZjUWcxXGuVeDFTR")
 HOURS = re.compile(r"%-?[HIMSpfcXTR]")
@@ -52,13 +55,30 @@ def parse_template_args(given: Sequence[str]) -> dict[str, Any]:
         name = name.strip()
         if not equals or not name.isidentifier():
             raise UserError(f"template argument {text!r} is not understood; write NAME=VALUE, as enable_thinking=false")
-        if value.strip() in ("True", "False", "None"):
+        if value not in WORDS and value.strip().lower() in WORDS:
             raise UserError(f"template argument {text!r}: write true, false or null, or it would be the text {value!r}")
-        try:
-            found[name] = json.loads(value)
-        except ValueError:
-            found[name] = value
+        told = _value(value)
+        if name in found and found[name] != told:
+            raise UserError(f"template argument {name} is given twice, as {found[name]!r} and {told!r}; give it once")
+        found[name] = told
     return found
+
+
+def _value(text: str) -> Any:
+    """JSON, or else a text. NaN and Infinity are no JSON, and would equal nothing that was kept of a run."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return value if _kept_as_it_is(value) else text
+
+
+def _kept_as_it_is(value: Any) -> bool:
+    """Whether a value is the same when it is read back from the record of a run."""
+    try:
+        return bool(json.loads(json.dumps(value, allow_nan=False)) == value)
+    except (TypeError, ValueError, RecursionError):
+        return False
 
 
 def use_template(
@@ -66,20 +86,47 @@ def use_template(
 ) -> TemplateSettings:
     """Give the tokenizer's template these arguments from now on, and this moment as its date for good.
 
-    Raises ``UserError`` for an argument that the template does not know, or that is none of a template's.
+    Raises ``UserError`` for an argument that the template does not know, or that is none of a template's, and for a
+    word such as "off" that the template would take for true.
     """
     given = dict(arguments or {})
     text = template_text(tokenizer)
-    for name in given:
+    for name, value in given.items():
+        if not _kept_as_it_is(value):
+            raise UserError(f"template argument {name} is {value!r}, which JSON cannot hold; give a number or a text")
         if name in RESERVED:
             raise UserError(f"{name} is no argument of a chat template; give only what the template itself asks for")
-        if not re.search(rf"\b{re.escape(name)}\b", text):
+        if not any(_reads(tag, name) for tag in _tags(text)):
             raise UserError(f"the target's chat template knows no argument {name!r}; see its source for those it has")
+        if isinstance(value, str) and value.strip().lower() in SWITCHES and not _compares(text, name, value):
+            raise UserError(
+                f"template argument {name} is the text {value!r}, which a template takes for true whatever it says; "
+                "write true or false, without quotes"
+            )
     known = settings_of(tokenizer)
     known.arguments = given
     if moment is not None:
         known.moment, known.fixed = moment, True
     return known
+
+
+def _tags(template: str) -> list[str]:
+    """What a template computes, without the text that it writes and its comments."""
+    return re.findall(r"\{[%{].*?[%}]\}", template, re.S)
+
+
+def _reads(tag: str, name: str) -> bool:
+    """Whether a tag names an argument: not within a text, and not as a part of a turn (``message.thinking``)."""
+    code = re.sub(r"'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\"", "''", tag, flags=re.S)
+    return re.search(rf"(?<![\w.]){re.escape(name)}\b", code) is not None
+
+
+def _compares(template: str, name: str, value: str) -> bool:
+    """Whether a template holds an argument, or what it sets from it, against this text."""
+    quoted = f"'{value}'", f'"{value}"'
+    tags = [tag for tag in _tags(template) if _reads(tag, name)]
+    renamed = any(re.search(r"\bset\b", tag) for tag in tags)
+    return any(text in (template if renamed else tag) for text in quoted for tag in tags)
 
 
 def settings_of(tokenizer: Any) -> TemplateSettings:

@@ -51,6 +51,7 @@ REASONS: dict[str, str | None] = {
 }
 # A raw prompt of this many records without a single special token looks like bare user text.
 SUSPICIOUS = 0.5
+EARLIEST = 2018  # no year of serving lies before it
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def _row(reader: _Reader, item: Any, default_id: str) -> tuple[Row, bool]:
     if not isinstance(item, dict):
         raise ValueError("a record must be a JSON object")
     record = _flat(item)
-    if record.get("target_hash", reader.target_hash) != reader.target_hash:
+    if record.get("target_hash") not in (None, reader.target_hash):
         raise ValueError(
             f"served by another target ({record['target_hash']}, this one is {reader.target_hash}); give its own log"
         )
@@ -135,7 +136,9 @@ def _row(reader: _Reader, item: Any, default_id: str) -> tuple[Row, bool]:
             f"{len(prompt) + len(response)} tokens do not fit into the target's context of {reader.context}, so it "
             "cannot have served them; is this the log of another model?"
         )
-    id = record.get("id", record.get("request_id"))
+    id = next((record[key] for key in ("id", "request_id") if record.get(key) is not None), None)
+    if isinstance(id, bool) or not isinstance(id, str | int | None):
+        raise ValueError(f"the id must be text or a whole number, not {excerpt(id)}")
     temperature, top_k, top_p = _sampler(record)
     row = Row(
         id=default_id if id is None or id == "" else str(id),
@@ -153,7 +156,15 @@ def _row(reader: _Reader, item: Any, default_id: str) -> tuple[Row, bool]:
 
 
 def _flat(item: dict[str, Any]) -> dict[str, Any]:
-    """The record with the one entry of its ``choices`` or ``outputs`` list laid over it."""
+    """The record with the one entry of its ``choices`` or ``outputs`` list laid over it.
+
+    A request and the server's whole answer to it may stand in keys of their own, as proxies log them.
+    """
+    for name in ("request", "response"):
+        inner = item.get(name)
+        body = inner.get("body", inner) if isinstance(inner, dict) else None
+        if isinstance(body, dict) and body.keys() & {"messages", "prompt", *NESTED}:
+            item = {key: value for key, value in item.items() if key != name} | body
     for name in NESTED:
         entries = item.get(name)
         if entries is None:
@@ -176,18 +187,28 @@ def _reason(record: dict[str, Any]) -> tuple[str | None, bool]:
     if value is not None and (not isinstance(value, str) or value not in REASONS):
         raise ValueError(f"the finish reason must be one of {', '.join(REASONS)}, not {value!r}")
     reason = "stop" if value is None else REASONS[value]
-    if any(isinstance(record.get(key), str) and record[key] for key in ("stop_reason", "matched_stop")):
+    if any(isinstance(stop, str) and stop for stop in _stops(record)):
         reason = None
     if reason is None:
         return "length", False
     return (None if value is None else reason), reason == "stop"
 
 
+def _stops(record: dict[str, Any]) -> list[Any]:
+    """What the server says the response stopped at: a token id or a stop string. The names are vLLM's and SGLang's."""
+    reason = record.get("finish_reason")
+    matched = reason.get("matched") if isinstance(reason, dict) else None
+    return [record.get("stop_reason"), record.get("matched_stop"), matched]
+
+
 def _ids(reader: _Reader, record: dict[str, Any], default_id: str, ended: bool) -> tuple[list[int], list[int], bool]:
     """(prompt ids, response ids, whether the prompt is raw text without markup) of a record of any shape."""
     prompt_key = next((key for key in PROMPT_KEYS if record.get(key) is not None), None)
     response_key = next((key for key in RESPONSE_KEYS if record.get(key) is not None), None)
-    said = next((record[key] for key in TEXT_KEYS if isinstance(record.get(key), str | dict)), None)
+    given = [record[key] for key in TEXT_KEYS if isinstance(record.get(key), str | dict)]
+    if len(given) > 1 and given[0] != given[1]:
+        raise ValueError(f"two answers, in {' and '.join(TEXT_KEYS)}; keep the one that was served")
+    said = given[0] if given else None
     if prompt_key and response_key:
         prompt = _checked_ids(record[prompt_key], prompt_key, reader)
         response = _checked_ids(record[response_key], response_key, reader)
@@ -201,6 +222,11 @@ def _ids(reader: _Reader, record: dict[str, Any], default_id: str, ended: bool) 
         prompt, response = _from_messages(reader, record, default_id, said, ended)
         return prompt, response, False
     if isinstance(record.get("prompt"), str) and isinstance(said, str):
+        if apart := next((key for key in (*THOUGHTS, "tool_calls") if record.get(key)), None):
+            raise ValueError(
+                f'"{apart}" stands apart from a completion of raw text, so the text that the model wrote cannot be '
+                "told; give messages or token ids"
+            )
         prompt, response = _from_text(reader, record, said, ended)
         special = set(reader.tokenizer.all_special_ids)
         # The first token may be one that the tokenizer puts in front of every text.
@@ -215,7 +241,8 @@ def _from_messages(
     reader: _Reader, record: dict[str, Any], default_id: str, said: str | dict[str, Any] | None, ended: bool
 ) -> tuple[list[int], list[int]]:
     _refuse_parts(record)
-    conversation = parse_conversation(record | {"id": None}, default_id)
+    apart = {"id": None} | (dict.fromkeys(TEXT_KEYS) if said is not None else {})
+    conversation = parse_conversation(record | apart, default_id)
     messages = conversation.messages
     if said is not None:
         turn = {"content": said} if isinstance(said, str) else said
@@ -252,22 +279,36 @@ def _served_at(reader: _Reader, record: dict[str, Any], id: str, asked: Turns) -
     if not date_matters(reader.tokenizer, id, asked):
         return None
     created = record.get("created")
-    try:
-        if isinstance(created, str):
-            return datetime.fromisoformat(created).astimezone().replace(tzinfo=None)
-        if isinstance(created, int | float) and not isinstance(created, bool):
-            return datetime.fromtimestamp(created)
-    except (ValueError, OverflowError, OSError) as error:
-        raise ValueError(f'"created" is no time, neither Unix seconds nor ISO: {excerpt(created)}') from error
+    if created is not None:
+        return _time(created)
     raise ValueError(
         'the chat template writes the date, and this record does not say when it was served; give "created" '
         "(Unix seconds), or log token ids"
     )
 
 
+def _time(created: Any) -> datetime:
+    """Unix seconds or an ISO text as the local time. Raises ``ValueError``, also for a time before there were LLMs."""
+    try:
+        if isinstance(created, str):
+            found = datetime.fromisoformat(created).astimezone().replace(tzinfo=None)
+        elif isinstance(created, int | float) and not isinstance(created, bool):
+            found = datetime.fromtimestamp(created)
+        else:
+            raise ValueError("neither a number nor a text")
+        if found.year < EARLIEST:
+            raise ValueError(f"a time in {found.year}")  # 0 where a server fills in nothing; digits read as a date
+    except (ValueError, OverflowError, OSError) as error:
+        raise ValueError(
+            f'"created" is no time of serving, neither Unix seconds nor ISO: {excerpt(created)} ({error}); give the '
+            "time, or log token ids"
+        ) from error
+    return found
+
+
 def _with_named_end(reader: _Reader, record: dict[str, Any], response: list[int], ended: bool) -> list[int]:
     """The response with the end token that the record names in place of the template's."""
-    named = next((record[key] for key in ("stop_reason", "matched_stop") if type(record.get(key)) is int), None)
+    named = next((stop for stop in _stops(record) if type(stop) is int), None)
     if not ended or named is None:
         return response
     _checked_ids([named], "stop_reason", reader)
@@ -302,18 +343,26 @@ def _checked_ids(value: Any, name: str, reader: _Reader) -> list[int]:
     return value
 
 
+def _usage(record: dict[str, Any], name: str) -> int | None:
+    """A count of the server's; None where it says nothing, or 0 as servers do that do not count."""
+    usage = record.get("usage")
+    value = usage.get(name) if isinstance(usage, dict) else None
+    if not isinstance(usage, dict | None) or type(value) not in (int, type(None)):
+        shown = usage if value is None else value
+        raise ValueError(f'"usage" must be an object of whole numbers as servers give it, not {excerpt(shown)}')
+    return value or None
+
+
 def _counts(record: dict[str, Any]) -> tuple[int, ...]:
     """How many tokens the server counted in the response; empty where it says nothing."""
-    usage = record.get("usage")
-    value = usage.get("completion_tokens") if isinstance(usage, dict) else None
-    return (value,) if type(value) is int and value > 0 else ()
+    value = _usage(record, "completion_tokens")
+    return () if value is None else (value,)
 
 
 def _check_usage(reader: _Reader, record: dict[str, Any], prompt: list[int], response: list[int], ended: bool) -> None:
     """The server's own counts must agree: tools, system turns or arguments that it added are not in the record."""
-    usage = record.get("usage")
-    asked = usage.get("prompt_tokens") if isinstance(usage, dict) else None
-    if type(asked) is int and asked not in (0, len(prompt)):
+    asked = _usage(record, "prompt_tokens")
+    if asked not in (None, len(prompt)):
         raise ValueError(
             f"usage says that the prompt had {asked} tokens, but the target's chat template makes {len(prompt)}: the "
             "engine was sent something else (tools, a system turn, template arguments); log token ids instead"
@@ -363,11 +412,14 @@ def _cut(response: list[int], reason: str | None, reader: _Reader) -> tuple[list
 def _sampler(record: dict[str, Any]) -> tuple[float, int, float]:
     """(temperature, top-k, top-p) as recorded; a temperature of 1 where none is."""
     found = []
-    for name, default, least in (("temperature", UNKNOWN_TEMPERATURE, 0.0), ("top_k", 0, -1), ("top_p", 1.0, 0.0)):
+    ranges = (("temperature", UNKNOWN_TEMPERATURE, 0.0, math.inf), ("top_k", 0, -1, math.inf), ("top_p", 1.0, 0.0, 1))
+    for name, default, least, most in ranges:
         value = record.get(name)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < least:
-            raise ValueError(f"{name} must be a number of {least:g} or more, not {value!r}")
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not number or not least <= value <= most or (name == "top_k" and value != int(value)):
+            upto = f"{least:g} or more" if most == math.inf else f"{least:g} to {most:g}"
+            raise ValueError(f"{name} must be a {'whole ' if name == 'top_k' else ''}number of {upto}, not {value!r}")
         found.append(value)
     # Engines write "no limit" as -1 or 0.
     return float(found[0]), max(0, int(found[1])), float(found[2]) or 1.0

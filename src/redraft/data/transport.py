@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from redraft.data.generate import Request
 from redraft.errors import UserError
-from redraft.provenance import without_secrets
+from redraft.redacted import without_secrets
 
 # The one place that a server's key comes from: a command line or a file would keep it.
 KEY_VARIABLE = "REDRAFT_API_KEY"

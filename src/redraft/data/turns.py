@@ -25,7 +25,10 @@ THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 TEXT_PARTS = ("text", "input_text", "output_text")
 CALL_KEYS = ("tool_calls", "function_call")
 # Of a turn: present and not empty, they say that its text is not all there is to it.
-UNREAD = ("image", "images", "video", "videos", "audio", "refusal", "prefix", "partial")
+UNREAD = (
+    "image images image_url image_urls video videos audio audios files attachments refusal prefix partial"
+).split()
+UNTRAINED = ("train", "loss")  # set to false as a weight of 0 is set elsewhere
 
 
 def excerpt(value: Any) -> str:
@@ -102,7 +105,8 @@ def _assistant(turn: Mapping[str, Any]) -> Message:
         found[THOUGHTS[0]] = thoughts
     if calls := calls_of(turn):
         found["tool_calls"] = calls
-    return found | ({"weight": 0} if turn.get("weight") == 0 else {})
+    untrained = turn.get("weight") == 0 or any(turn.get(key) is False for key in UNTRAINED)
+    return found | ({"weight": 0} if untrained else {})
 
 
 def thoughts_of(turn: Mapping[str, Any]) -> str:
@@ -120,7 +124,8 @@ def thoughts_of(turn: Mapping[str, Any]) -> str:
 
 def calls_of(turn: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The tool calls of an assistant's turn, from ``tool_calls`` or the older ``function_call``. ``ValueError``."""
-    given = turn.get("tool_calls") or ([turn["function_call"]] if turn.get("function_call") else [])
+    older = [turn["function_call"]] if turn.get("function_call") else []
+    given = decoded(turn.get("tool_calls") or older, "tool_calls")
     if not isinstance(given, list):
         raise ValueError(f'"tool_calls" must be a list, not {excerpt(given)}')
     return [call_of(call) for call in given]

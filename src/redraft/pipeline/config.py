@@ -20,6 +20,7 @@ from redraft.losses import LOSSES
 from redraft.pipeline.starts import parse_start
 from redraft.pipeline.yamlfile import read_yaml
 from redraft.registry import nearest
+from redraft.sampling import samplers_of
 from redraft.select import parse_scorer
 from redraft.select.rules import parse_budget
 from redraft.train.trainer import TrainConfig
@@ -32,6 +33,7 @@ CONFIG_FILE = "config.json"
 REVISABLE = ("exports",)  # settings that a run may be gone on with otherwise
 COMMAND = "redraft adapt"
 SELF = "self"
+ARGUMENTS = "template_arg"
 
 
 class AdaptConfig(BaseModel):
@@ -153,6 +155,7 @@ class AdaptConfig(BaseModel):
             raise UserError("--responses takes served text as it is; --server and --eval-prompts go with --prompts")
         if self.server_model and not self.server:
             raise UserError("--server-model names the target on a server; give --server too, or leave it out")
+        assert samplers_of(self.temperatures, self.top_p)
         if self.top_p != 1 and not any(self.temperatures):
             raise UserError("--top-p filters what is sampled, and all --temperatures are 0; raise one, or leave it out")
         if self.responses and self.select_on == "prompts":
@@ -166,6 +169,11 @@ class AdaptConfig(BaseModel):
             raise UserError("--general and --general-share go together: the responses, and their share of all tokens")
         assert self.self_prompts >= 0 and self.private_size
         return self
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _rows(cls, value: Any) -> Any:
+        return str(value) if type(value) is int else value  # a number of rows, as YAML reads it
 
     @field_validator("budget")
     @classmethod
@@ -256,9 +264,16 @@ def checked(kind: type[Settings], values: dict[str, Any], command: str) -> Setti
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"]) or "settings"
-        raise UserError(f"{name.replace('_', '-')}: {first['msg'].lower()}; see `{command} --help`") from None
+        said = FORMS.get(first["type"], first["msg"].lower())
+        raise UserError(f"{name.replace('_', '-')}: {said}; see `{command} --help`") from None
 
 
+# How a value of another form is written in a file.
+FORMS = {
+    "tuple_type": "must be a list, written [a, b]",
+    "dict_type": "must hold settings as `name: value` lines",
+    "string_type": "must be a text, written in quotes where it looks like a number",
+}
 Recipe = TypeVar("Recipe")
 
 
@@ -326,7 +341,9 @@ def underscored(values: Mapping[str, Any], where: str) -> dict[str, Any]:
         name = str(key).replace("-", "_")
         if name in found:
             raise UserError(f"{where} has {name} twice, as {name} and with a dash; keep one")
-        found[name] = underscored(value, f"{where}: {name}") if isinstance(value, dict) else value
+        # what an argument of a template holds is the template's own
+        inner = isinstance(value, dict) and not where.endswith(f": {ARGUMENTS}")
+        found[name] = underscored(value, f"{where}: {name}") if inner else value
     return found
 
 

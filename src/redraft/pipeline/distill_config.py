@@ -25,6 +25,7 @@ from redraft.pipeline.config import (
     recipe,
     settled,
 )
+from redraft.sampling import samplers_of
 from redraft.train.distil import DistilConfig
 from redraft.train.pretrain import PretrainConfig
 
@@ -127,6 +128,7 @@ class DistillConfig(BaseModel):
     def _together(self) -> DistillConfig:
         if (self.prompts is None) == (self.responses is None):
             raise UserError("give --prompts for the target to answer, or --responses with a log of served ones")
+        assert samplers_of(self.temperatures, self.top_p)
         if not self.text and (self.draft is None or self.text_share > 0):
             raise UserError("give --text to pretrain on and to mix in (with --draft and --text-share 0 none is needed)")
         if self.server_model and not self.server:

@@ -33,6 +33,7 @@ from redraft.pipeline.models import settle_template
 from redraft.pipeline.questions import Questions
 from redraft.pipeline.steps import TargetSpec, check_output, target_info
 from redraft.progress import progress_bar
+from redraft.redacted import without_secrets
 
 PORT = "{port}"
 START_SECONDS = 900.0
@@ -62,7 +63,7 @@ def named_servers(given: Sequence[str]) -> dict[str, str]:
         if not equals or not name.strip() or not (address or PORT in place):
             shown = text if "://" in text else text.rpartition("@")[2]
             raise UserError(
-                f"--server {provenance.without_secrets(shown)} is not understood; write NAME=http://HOST:PORT, "
+                f"--server {without_secrets(shown)} is not understood; write NAME=http://HOST:PORT, "
                 f"or NAME=COMMAND with {PORT} in it"
             )
         if name in servers:

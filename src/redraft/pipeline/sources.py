@@ -25,7 +25,7 @@ from redraft.pipeline.models import split_prompts, template_prompts
 from redraft.pipeline.stages import Say
 from redraft.pipeline.traffic import Traffic, take_traffic
 from redraft.progress import progress_bar
-from redraft.sampling import Sampler
+from redraft.sampling import Sampler, samplers_of
 from redraft.target import Target
 from redraft.teacher.features import FeatureStore, anchors
 
@@ -116,7 +116,7 @@ class Source:
         train, heldout, _ = self.prompts
         if self.chosen is not None:
             train = [conversation for conversation in train if conversation.id in self.chosen]
-        samplers = [Sampler(t, 0, c.top_p if t else 1.0) for t in c.temperatures]
+        samplers = samplers_of(c.temperatures, c.top_p)
         self._answer("regenerate", train, samplers, c.server)
         apart = self.heldout_server or (c.server if served_otherwise(self.target_of()) else None)
         self._answer("regenerate held-out", heldout, [Sampler()], apart)
@@ -128,7 +128,7 @@ class Source:
         if server:
             engine = ServerEngine(server, c.server_model, c.batch_size, vocab_size=target.vocab_size)
         path = self.responses if name == "regenerate" else self.heldout
-        with self.ledger.stage(name) as entry, progress_bar(name, len(prompts) * len(samplers), "rows") as progress:
+        with self.ledger.stage(name) as entry, progress_bar(name, expected_rows(prompts, samplers), "rows") as progress:
             report = regenerate(
                 engine,
                 prompts,

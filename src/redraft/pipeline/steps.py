@@ -22,7 +22,7 @@ from redraft.artifact import (
     tensors_hash,
 )
 from redraft.data.prompts import Conversation, read_conversations
-from redraft.data.regenerate import InProcessEngine, ServerEngine, regenerate
+from redraft.data.regenerate import InProcessEngine, ServerEngine, expected_rows, regenerate
 from redraft.data.shapes import row_of
 from redraft.data.store import encode_row, read_rows
 from redraft.data.transport import check_address
@@ -120,7 +120,7 @@ def regenerate_file(
     engine: Any = InProcessEngine(target, batch_size)
     if server:
         engine = ServerEngine(server, server_model, batch_size, vocab_size=target.vocab_size)
-    with progress_bar("regenerate", len(conversations) * len(samplers), "rows") as progress:
+    with progress_bar("regenerate", expected_rows(conversations, samplers), "rows") as progress:
         return regenerate(
             engine,
             conversations,

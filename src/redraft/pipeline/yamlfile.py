@@ -11,18 +11,27 @@ import yaml
 from redraft.errors import UserError
 
 BOOLEAN = "tag:yaml.org,2002:bool"
+NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+TIMESTAMP = "tag:yaml.org,2002:timestamp"
 
 
 class Loader(yaml.SafeLoader):
     """YAML that refuses a key that is there twice (the first would be lost), and where ``on`` is a word.
 
-    Booleans are true and false alone, as YAML 1.2 has it.
+    Booleans are true and false alone, and a date or a time (``12:30``) is a text, as YAML 1.2 has it.
     """
 
     yaml_implicit_resolvers = {
-        first: [(tag, form) for tag, form in found if tag != BOOLEAN]
+        first: [(tag, form) for tag, form in found if tag not in (BOOLEAN, TIMESTAMP)]
         for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
+
+
+def _number(loader: Loader, node: yaml.ScalarNode) -> Any:
+    """A number, unless it is written with colons: in base 60 nobody counts."""
+    if ":" in node.value:
+        return node.value
+    return loader.construct_yaml_int(node) if node.tag == NUMBERS[0] else loader.construct_yaml_float(node)
 
 
 def _mapping(loader: Loader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -36,6 +45,8 @@ def _mapping(loader: Loader, node: yaml.MappingNode) -> dict[Any, Any]:
 
 
 Loader.add_implicit_resolver(BOOLEAN, re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+for kind in NUMBERS:
+    Loader.add_constructor(kind, _number)
 Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 
