@@ -245,3 +245,21 @@ def test_texts_that_fill_the_context_are_decoded_together_as_alone(kind: str) ->
     assert [found.ids for found in decoder.generate(prompts, 20)] == alone
     with pytest.raises(UserError, match=f"{kind} rope, which static steps cannot follow"):
         StaticTarget(target, (4,))
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("gemma3n_text", {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 128, "laurel_rank": 8}),
+        ("opt", {"word_embed_proj_dim": 32, "ffn_dim": 64}),
+    ],
+)
+def test_layers_that_keep_more_than_a_vector_a_token_have_no_taps(kind: str, changes: dict[str, Any]) -> None:
+    """Of Gemma 3n's four streams, row i would have been given number i; OPT may have layers wider than its states."""
+    sizes = ZOO.SHAPE | {"layer_types": ["full_attention"] * 8, "activation_sparsity_pattern": [0.0] * 8}
+    with quiet():
+        config = AutoConfig.for_model(kind, **sizes | {"num_kv_shared_layers": 2} | changes)
+        target = Target(AutoModelForCausalLM.from_config(config).eval())
+    assert target.paths.cached, "it still writes its own text"
+    with pytest.raises(UserError, match="has states .* where one vector a token is needed"):
+        target.forward(torch.tensor([[5, 6, 7]]))

@@ -201,17 +201,13 @@ def _own(target: Any, ids_BT: Tensor) -> Tensor:
     Raises ``UserError`` when logits or taps are not the model's.
     """
     out = target.model(input_ids=ids_BT, use_cache=False, output_hidden_states=True)
-    step = target.forward(ids_BT)
+    step = target.forward(ids_BT, taps=False)
     name = type(target.model).__name__
     if not _same(target.logits(step.hidden_BTH), out.logits):
         raise UserError(
             f"the logits of {name} are not its head over the states of its text part, so no draft can be trained on it"
         )
-    states = [out.hidden_states[k] if 0 <= k < target.layers else None for k in target.taps]
-    taps = step.taps_BTKH.split(target.hidden_size, -1) if target.taps else ()
-    for k, ours, theirs in zip(target.taps, taps, states, strict=True):
-        if theirs is not None and not _same(ours, theirs):
-            raise UserError(f"the states after layer {k} of {name} cannot be read; no draft can be trained on it")
+    _check_taps(target, ids_BT, out.hidden_states)
     return step.hidden_BTH
 
 
@@ -221,6 +217,20 @@ def _blind(target: Any, wide_BTH: Tensor, narrow_BTH: Tensor) -> str:
     if plan is None or plan.kinds == ("full_attention",) or not torch.equal(wide_BTH, narrow_BTH):
         return ""
     return "its window could not be narrowed for the trial"
+
+
+def _check_taps(target: Any, ids_BT: Tensor, states: Any) -> None:
+    """Raise ``UserError`` when taps are not the model's own states."""
+    try:
+        fused_BTKH = target.forward(ids_BT).taps_BTKH
+    except UserError:  # there are none; who asks for them is told, and nobody else needs them
+        return
+    for k, ours in zip(target.taps, fused_BTKH.split(target.hidden_size, -1) if target.taps else (), strict=True):
+        if 0 <= k < target.layers and not _same(ours, states[k]):
+            raise UserError(
+                f"the states after layer {k} of {type(target.model).__name__} cannot be read; "
+                "no draft can be trained on it"
+            )
 
 
 def _effect(target: Any, ids_BT: Tensor, wide_BTH: Tensor) -> float:
@@ -256,7 +266,7 @@ def _same(ours: Tensor, theirs: Tensor) -> bool:
 
 @contextmanager
 def _narrowed(target: Any, names: Iterable[str] = tuple(NARROWED)) -> Iterator[bool]:
-    """The target with these numbers made narrow, in its config and wherever a module keeps them; whether there are any."""
+    """The target with these numbers made narrow, in its config and wherever a module keeps them; if there are any."""
     kept: list[tuple[Any, str, int]] = []
     for holder in [target.backbone.config, *target.backbone.modules()]:
         for name in names:
