@@ -190,7 +190,7 @@ class Target:
 
         ``mask_B1TC`` is boolean, true where a query may look, over cached and new tokens; windows are added to it.
         Without it the model makes its own causal masks. No logits are computed here: ask :meth:`logits` for the
-        positions that matter. Raises ``UserError`` where tapped layers keep more than one vector a token (Gemma 3n).
+        positions that matter. Raises ``UserError`` where tapped layers keep more than a vector a token.
         """
         self._caught.clear()
         mask: Any = mask_B1TC
@@ -217,8 +217,8 @@ class Target:
         caught = self._caught[k]
         if caught.shape != hidden_BTH.shape:
             raise UserError(
-                f"{type(self.model).__name__} has states {list(caught.shape)} after layer {k}, where one vector a token "
-                "is needed, so no draft can read them; distill a language model of its own"
+                f"{type(self.model).__name__} has states {list(caught.shape)} after layer {k}, where one vector a "
+                "token is needed, so no draft can read them; distill a language model of its own"
             )
         return caught
 
