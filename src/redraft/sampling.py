@@ -70,9 +70,10 @@ def samplers_of(temperatures: Sequence[float], top_p: float = 1.0, top_k: int = 
 
 def scale_logits(logits: Tensor, config: Any) -> Tensor:
     """What a head gives [..., V] -> the model's logits [..., V]: the factors and the soft cap that its config names."""
-    scale = getattr(config, "logit_scale", None)
-    if scale is not None:
-        logits = logits * scale
+    for name in ("logit_scale", "lm_head_multiplier"):
+        scale = getattr(config, name, None)
+        if scale is not None:
+            logits = logits * scale
     divisor = getattr(config, "logits_scaling", None)
     if divisor is not None:
         logits = logits / divisor

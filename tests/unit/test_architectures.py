@@ -13,9 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from redraft.data.generate import Request, generate
+from redraft.decode.batched import BatchedChainDecoder
 from redraft.decode.engine import PlainDecoder
+from redraft.decode.static import StaticTarget
+from redraft.drafts.eagle1 import fresh_eagle1
+from redraft.drafts.eagle3 import fresh_draft
 from redraft.errors import UserError
 from redraft.export.base import TargetInfo
 from redraft.loading import quiet
@@ -88,6 +93,31 @@ def test_a_kernel_that_computes_something_else_is_not_used(monkeypatch: pytest.M
     monkeypatch.setitem(slots_module.AttentionInterface._global_mapping, "redraft_slots", doubled)
     paths = make("llama").paths
     assert not paths.kernel and paths.slots and paths.masked, "the model's own attention is still there"
+
+
+def test_in_a_short_type_a_pass_counts_by_what_stands_behind_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most states of the trial are a prompt's, and right: a mask that shows everything must be seen all the same."""
+    half = Target(make("llama").model.to(torch.bfloat16)).paths
+    assert half.masked and half.slots
+    monkeypatch.setattr(masks_module.MaskPlan, "masks", lambda self, allowed, *rest: torch.ones_like(allowed))
+    wrong = Target(make("llama").model.to(torch.bfloat16)).paths
+    assert wrong.cached and not (wrong.masked or wrong.slots or wrong.kernel)
+
+
+def test_a_number_of_little_effect_is_judged_by_its_own() -> None:
+    """Attention that grows with the place is lost in slots; beside chunks its effect is small, and rounding nearly as
+    large."""
+    exact = make("llama4_text")
+    assert not exact.paths.slots and exact.paths.cached
+    half = Target(exact.model.to(torch.bfloat16)).paths
+    assert not half.slots and (half.cached or half.own_cache)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_small_factor_on_the_logits_is_seen_in_every_type(dtype: torch.dtype) -> None:
+    target = Target(make("llama", logits_scaling=1.06).model.to(dtype))
+    with pytest.raises(UserError, match="logits of LlamaForCausalLM are not its head over the states"):
+        target.paths  # noqa: B018
 
 
 def test_a_target_that_does_not_read_its_head_from_its_states_is_refused() -> None:
@@ -172,6 +202,8 @@ def test_an_export_names_the_whole_model_and_has_its_text_parts_sizes() -> None:
 def test_a_rope_that_follows_the_length_ends_where_its_angles_change() -> None:
     rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 128}
     assert make("llama", rope_parameters=rope).context == 128
+    kinds = {"full_attention": rope, "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}
+    assert make("llama", rope_parameters=kinds).context == 128
     assert make("llama").context == 512
 
 
@@ -179,3 +211,64 @@ def test_a_mask_needs_to_know_where_its_columns_stand() -> None:
     target = make("llama")
     with pytest.raises(ValueError, match="a mask needs positions, a cache"):
         target.forward(torch.tensor([[5]]), KeyValueCache(8, 4), mask_B1TC=torch.ones(1, 1, 1, 1, dtype=torch.bool))
+
+
+def test_a_new_draft_takes_plain_angles_where_the_targets_follow_the_length() -> None:
+    """Engines read such angles in ways of their own; within the context they are the plain ones."""
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 500.0}
+    for fresh in (fresh_eagle1, lambda target: fresh_draft(target, range(100))):
+        found = fresh(make("llama", rope_parameters=rope)).config.rope_parameters
+        assert found == {"rope_type": "default", "rope_theta": 500.0}
+
+
+def test_a_new_draft_starts_where_the_final_norm_has_no_weight() -> None:
+    with quiet():
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("olmo", **ZOO.SHAPE))
+    assert torch.allclose(fresh_draft(Target(model), range(100)).norm.weight, torch.ones(64), atol=1e-3)
+
+
+def test_a_new_draft_takes_the_first_layers_heads_where_layers_differ() -> None:
+    changes = {"global_head_dim": 32, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 128}
+    with quiet():
+        config = AutoConfig.for_model("gemma4_text", **ZOO.SHAPE | ZOO.WINDOW | changes)
+        target = Target(AutoModelForCausalLM.from_config(config))
+    assert fresh_draft(target, range(100)).config.head_dim == fresh_eagle1(target).config.head_dim == 16
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_texts_that_fill_the_context_are_decoded_together_as_alone(kind: str) -> None:
+    """Short rows are padded to the widest: behind the context that would bend the angles of all rows."""
+    rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "original_max_position_embeddings": 40}
+    config = AutoConfig.for_model("llama", **ZOO.SHAPE | {"max_position_embeddings": 40, "rope_parameters": rope})
+    with quiet(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        config.initializer_range, config.eos_token_id = 0.3, None
+        target = Target(AutoModelForCausalLM.from_config(config).eval())
+    assert target.context == 40
+    prompts = [text[:20] for text in ZOO.texts(4, 20)]
+    alone = [PlainDecoder(target).generate(prompt, 20).ids for prompt in prompts]
+    decoder = BatchedChainDecoder(target, fresh_draft(target, range(100)), 4, slots=3)
+    ZOO.Planted(decoder, prompts, alone)
+    assert [found.ids for found in decoder.generate(prompts, 20)] == alone
+    with pytest.raises(UserError, match=f"{kind} rope, which static steps cannot follow"):
+        StaticTarget(target, (4,))
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("gemma3n_text", {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 128, "laurel_rank": 8}),
+        ("opt", {"word_embed_proj_dim": 32, "ffn_dim": 64}),
+    ],
+)
+def test_layers_that_keep_more_than_a_vector_a_token_have_no_taps(kind: str, changes: dict[str, Any]) -> None:
+    """Of Gemma 3n's four streams, row i would have been given number i; OPT may have layers wider than its states."""
+    sizes = ZOO.SHAPE | {"layer_types": ["full_attention"] * 8, "activation_sparsity_pattern": [0.0] * 8}
+    with quiet():
+        config = AutoConfig.for_model(kind, **sizes | {"num_kv_shared_layers": 2} | changes)
+        target = Target(AutoModelForCausalLM.from_config(config).eval())
+    assert target.paths.cached, "it still writes its own text"
+    with pytest.raises(UserError, match="has states .* where one vector a token is needed"):
+        target.forward(torch.tensor([[5, 6, 7]]))

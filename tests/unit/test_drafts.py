@@ -285,6 +285,33 @@ def test_rotary_positions_equal_transformers(tiny_target):
     torch.testing.assert_close(got, expected[0])
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_angles_do_not_hang_on_what_was_asked_before(kind):
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    from redraft.drafts.layers import Rotary
+
+    rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0}
+    if kind == "longrope":
+        rope |= {
+            "short_factor": [1.0, 1.5, 2.0, 3.0],
+            "long_factor": [9.0] * 4,
+            "original_max_position_embeddings": 600,
+        }
+    positions = torch.arange(600)
+    rotary = Rotary(rope, 8, 600)
+    before = rotary(positions[:9])[0]
+    rotary(positions)  # the table grows to twice as many
+    config = LlamaConfig(
+        head_dim=8, hidden_size=8, num_attention_heads=1, max_position_embeddings=600, rope_parameters=dict(rope)
+    )
+    own = LlamaRotaryEmbedding(config)(torch.zeros(1), positions[None])
+    assert torch.equal(rotary(positions[:9])[0], before)
+    for ours, theirs in zip(rotary(positions), own, strict=True):
+        torch.testing.assert_close(ours, theirs[0])
+
+
 # -- scaling ---------------------------------------------------------------------------------------------------------
 def test_scaled_head_rows_go_by_their_tokens(draft, tiny_target):
     """A vocabulary that was refreshed before training: shared tokens on the line, new ones as they are."""

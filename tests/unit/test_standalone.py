@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from redraft.artifact import tensors_hash
 from redraft.data.store import Row
@@ -21,7 +21,7 @@ from redraft.decode.static import StaticTarget
 from redraft.decode.tree import parse_shape
 from redraft.drafts.experts import is_private
 from redraft.drafts.shapes import fresh_standalone, parameters_of, projected, shape_for, spread_layers
-from redraft.drafts.standalone import StandaloneDraft, attach_experts, merge_experts
+from redraft.drafts.standalone import StandaloneDraft, attach_experts, merge_experts, untrained
 from redraft.drafts.standalone_files import load_experts, load_standalone, save_experts, save_standalone
 from redraft.errors import UserError
 from redraft.export import EXPORTERS
@@ -175,6 +175,29 @@ def test_rotary_frequencies_stay_exact_in_bfloat16(target):
     draft = make("copy", target)
     before = draft.model.model.rotary_emb.inv_freq.clone()
     assert torch.equal(draft.to(torch.bfloat16).model.model.rotary_emb.inv_freq, before)
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_a_model_whose_tokens_cannot_be_taken_back_is_no_draft(ours, target, tmp_path):
+    """A convolution's state keeps no keys: refused when it is opened, not in the midst of a round."""
+    sizes = {name: getattr(target.config, name) for name in ("vocab_size", "hidden_size", "intermediate_size")}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2, "full_attn_idxs": [1]}
+    draft = StandaloneDraft(untrained(AutoConfig.for_model("lfm2", **sizes, **heads)), target.tokenizer)
+    if ours:
+        save_standalone(tmp_path / "d", draft, {})
+    else:
+        draft.model.save_pretrained(tmp_path / "d")
+        target.tokenizer.save_pretrained(tmp_path / "d")
+    with pytest.raises(UserError, match="d cannot be a draft: Lfm2ForCausalLM cannot take tokens back"):
+        open_standalone(tmp_path / "d", target)
+
+
+def test_a_draft_whose_logits_are_not_its_heads_is_refused(target, tmp_path):
+    draft = fresh_standalone(target, shape_for(target, "1/3"))
+    draft.model.config.logits_scaling = 1.5  # what a Llama does not know
+    save_standalone(tmp_path / "d", StandaloneDraft(draft.model, target.tokenizer), {})
+    with pytest.raises(UserError, match="cannot be a draft: the logits of LlamaForCausalLM are not its head"):
+        open_standalone(tmp_path / "d", target)
 
 
 def test_private_experts_are_a_file_of_their_own(target, tmp_path):

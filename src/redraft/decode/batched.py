@@ -314,7 +314,10 @@ class BatchedChainDecoder:
         last = [one.generation.ids[-1] if one is not None else 0 for one in flight.rows]
         ids_BT = torch.cat([ids_BG.new_tensor(last)[:, None], ids_BG], 1)
         tokens = ids_BT.shape[1]
-        step = target.forward(ids_BT, cache, cache.positions(tokens), cache.mask(tokens))
+        # What pads a short row must not stand behind the context: some models bend the angles of a whole pass by its
+        # furthest position. It writes its keys where it would anyway, and nobody looks at them.
+        positions_BT = cache.positions(tokens).clamp(max=target.context - 1)
+        step = target.forward(ids_BT, cache, positions_BT, cache.mask(tokens))
         assert step.taps_BTKH is not None
         logits_BTV = target.logits(step.hidden_BTH)
         width, counts_B = tokens - 1, ids_BG.new_tensor(proposal.counts)

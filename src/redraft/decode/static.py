@@ -29,6 +29,7 @@ from redraft.drafts.base import Draft
 from redraft.errors import UserError
 from redraft.sampling import Sampler
 from redraft.target import FixedLayer, KeyValueCache, Target, TargetStep
+from redraft.target.structure import length_bound_ropes
 
 WARM_UPS = 3
 
@@ -134,9 +135,10 @@ class StaticTarget(Target):
         longer one is asked for. Raises ``UserError`` when there is no width, or one below 1, and for a target whose
         rotary frequencies follow the length: it asks the device for that at every step, which no graph can hold.
         """
-        rope = getattr(target.model.config, "rope_parameters", None) or {}
-        if rope.get("rope_type") == "dynamic":
-            raise UserError(f"{target.name} has a dynamic rope, which static steps cannot follow; leave --static out")
+        for rope in length_bound_ropes(target.config):
+            raise UserError(
+                f"{target.name} has a {rope['rope_type']} rope, which static steps cannot follow; leave --static out"
+            )
         target.require("masked")
         super().__init__(target.model, target.tokenizer, target.name, target.taps)
         if not widths or min(widths) < 1:

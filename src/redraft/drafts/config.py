@@ -15,16 +15,33 @@ def rope_of(config: Any) -> dict[str, Any]:
     """The rotary settings that a new draft takes over from a text model's config.
 
     Of several for several kinds of layers, those of full attention. Angles that are tabulated for one head width or
-    turn a part of the head alone are the model's own affair: a new draft learns the plain ones as well.
+    turn a part of the head alone are the model's own affair: a new draft learns the plain ones as well. So are those
+    that follow the length of the text: within the target's context they are the plain ones, and engines read them in
+    other ways.
     """
     known = dict(getattr(config, "rope_parameters", None) or {})
     if known and all(isinstance(value, dict) for value in known.values()):
         known = dict(known.get("full_attention") or next(iter(known.values())))
     theta = known.get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0
-    if known.get("rope_type", "default") not in ("default", "linear", "dynamic", "llama3", "yarn"):
+    if known.get("rope_type", "default") not in ("default", "linear", "llama3", "yarn"):
         return {"rope_theta": theta, "rope_type": "default"}
     dropped = ("partial_rotary_factor", "mrope_section", "mrope_interleaved")
     return {"rope_theta": theta, "rope_type": "default"} | {k: v for k, v in known.items() if k not in dropped}
+
+
+def heads_of(config: Any) -> dict[str, Any]:
+    """Query heads, key heads and head width that a new draft takes over, the first layer's where layers differ."""
+
+    def value(name: str) -> int:
+        try:
+            return int(getattr(config, name, None) or 0)
+        except RuntimeError:  # transformers' answer to who asks for one value where there are several
+            return int(getattr(config.per_layer_config[0], name))
+
+    heads = value("num_attention_heads")
+    width = value("head_dim") or config.hidden_size // heads
+    key_heads = value("num_key_value_heads") or heads
+    return {"num_attention_heads": heads, "num_key_value_heads": key_heads, "head_dim": width}
 
 
 def inner_width(config: Any) -> int:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from redraft.artifact import FAMILIES
-from redraft.drafts.config import EagleConfig, inner_width, rope_of
+from redraft.drafts.config import EagleConfig, heads_of, inner_width, rope_of
 from redraft.drafts.experts import SharedPrivateMLP, merge_private
 from redraft.drafts.layers import Attend, Attention, DraftLayer, Linear, RMSNorm, Rotary
 from redraft.drafts.routing import balance_loss
@@ -193,13 +193,10 @@ def fresh_eagle1(target: Any, seed: int = 0, intermediate: int | None = None, fc
     ``fc_bias`` as in the configs that EAGLE published (``bias``); without it every engine can load the draft.
     """
     source = target.config
-    heads = source.num_attention_heads
     config = Eagle1Config(
         hidden_size=target.hidden_size,
         intermediate_size=intermediate or inner_width(source),
-        num_attention_heads=heads,
-        num_key_value_heads=getattr(source, "num_key_value_heads", heads),
-        head_dim=getattr(source, "head_dim", None) or target.hidden_size // heads,
+        **heads_of(source),
         target_vocab_size=target.vocab_size,
         rms_norm_eps=float(getattr(source, "rms_norm_eps", 1e-5)),
         rope_parameters=rope_of(source),

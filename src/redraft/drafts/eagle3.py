@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from redraft.artifact import FAMILIES
-from redraft.drafts.config import EagleConfig, inner_width, rope_of
+from redraft.drafts.config import EagleConfig, heads_of, inner_width, rope_of
 from redraft.drafts.experts import SharedPrivateMLP, merge_private
 from redraft.drafts.layers import Attend, Attention, DraftLayer, Linear, RMSNorm, Rotary
 from redraft.drafts.routing import balance_loss
@@ -197,13 +197,10 @@ def fresh_draft(target: Any, vocabulary: Sequence[int], seed: int = 0, intermedi
     the residual stream start small, so that training begins from the target's late features.
     """
     source = target.config
-    heads = source.num_attention_heads
     config = Eagle3Config(
         hidden_size=target.hidden_size,
         intermediate_size=intermediate or inner_width(source),
-        num_attention_heads=heads,
-        num_key_value_heads=getattr(source, "num_key_value_heads", heads),
-        head_dim=getattr(source, "head_dim", None) or target.hidden_size // heads,
+        **heads_of(source),
         target_hidden_size=target.hidden_size,
         target_vocab_size=target.vocab_size,
         draft_vocab_size=len(vocabulary),

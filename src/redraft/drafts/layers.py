@@ -36,7 +36,9 @@ class RMSNorm(nn.RMSNorm):
 class Rotary:
     """Cosines and sines of rotary positions, from transformers' own initialisers, tabulated once.
 
-    The table is not part of the module's state: it follows from the configuration.
+    The table is not part of the module's state: it follows from the configuration. Kinds whose angles follow the length
+    of the text (``dynamic``, ``longrope``) have those of texts within their original length, whatever was asked before:
+    no longer text is ever given to a target of such a kind.
     """
 
     def __init__(self, rope_parameters: dict[str, Any], head_dim: int, max_position_embeddings: int) -> None:
@@ -60,11 +62,12 @@ class Rotary:
 
     def grow(self, length: int, device: torch.device) -> None:
         """Tabulate positions 0 to ``length`` - 1."""
-        embedding = self.embedding.to(device)
-        positions = torch.arange(length, device=device)[None]
-        with torch.no_grad():
-            cosines, sines = embedding(torch.zeros(1, dtype=torch.float32, device=device), positions)
-        self.table = (cosines[0].clone(), sines[0].clone())
+        # Not by the embedding's own forward: it takes the table's length for the text's, and that bends the angles of
+        # every position where they follow the length.
+        frequencies = self.embedding.original_inv_freq.to(device, torch.float32)
+        angles = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequencies)
+        angles, scale = torch.cat([angles, angles], -1), self.embedding.attention_scaling
+        self.table = (angles.cos() * scale, angles.sin() * scale)
 
 
 def rotate(x_NHD: Tensor, cosines_ND: Tensor, sines_ND: Tensor) -> Tensor:

@@ -30,9 +30,9 @@ def norm_weight(norm: nn.Module, width: int) -> Tensor:
 
     Asked of the module itself, since some store the weight minus one, with numbers of mean 0, since some take the mean
     off. The epsilon below the root shifts all weights alike by less than one part in 10,000, which no use of the ratio
-    sees.
+    sees. A norm without a weight multiplies by one.
     """
-    like = next(norm.parameters())
+    like = next(norm.parameters(), torch.ones(1))
     signs = torch.ones(width, dtype=like.dtype, device=like.device)
     signs[1::2] = -1
     with torch.no_grad():

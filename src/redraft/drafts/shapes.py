@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from redraft.drafts.config import rope_of
+from redraft.drafts.config import heads_of, rope_of
 from redraft.drafts.standalone import StandaloneDraft, untrained
 from redraft.errors import UserError
 
@@ -108,8 +108,7 @@ def _widest(target: Any, depth: int, head: int, budget: float, tied: bool | None
 
 
 def _head_dim(target: Any) -> int:
-    config = target.config
-    return min(WIDEST_HEAD, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    return min(WIDEST_HEAD, heads_of(target.config)["head_dim"])
 
 
 def _config(target: Any, layers: int, width: int, inner: int, heads: int, tied: bool | None) -> Any:

@@ -39,12 +39,32 @@ def read_standalone(source: str | Path, base: str | Path | None = None) -> tuple
             kept = torch.promote_types(kept, parameter.dtype) if is_private(name) else kept
         return draft.to(kept), meta
     if known:
-        return load_standalone(place)
+        draft, meta = load_standalone(place)
+        _check_passes(Target(draft.model, taps=()), source)
+        draft.model.requires_grad_(True)
+        return draft, meta
     found = load_target(str(source), _file_dtype(str(source)))
     found.tap(())  # its hooks would stay on the model and keep states that nobody reads
+    _check_passes(found, source)
     about = {"family": "standalone", "method": None, "source": str(source), "format": "huggingface"}
     meta = about | {"notes": list(notes_of(found))}
     return StandaloneDraft(found.model.requires_grad_(True), found.tokenizer), meta
+
+
+def _check_passes(model: Target, source: str | Path) -> None:
+    """Raise ``UserError`` for a model whose proposals here would not be its own.
+
+    A draft's logits are its head over its states, and rounds take tokens back from buffers of keys and values.
+    """
+    try:
+        paths = model.paths
+    except UserError as error:
+        raise UserError(f"{source} cannot be a draft: {error}") from error
+    if not paths.cached:
+        raise UserError(
+            f"{source} cannot be a draft: {type(model.model).__name__} cannot take tokens back ({paths.why}); give a "
+            "language model of attention layers, as Llama and Qwen are"
+        )
 
 
 def _file_dtype(spec: str) -> torch.dtype:

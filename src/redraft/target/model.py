@@ -190,7 +190,7 @@ class Target:
 
         ``mask_B1TC`` is boolean, true where a query may look, over cached and new tokens; windows are added to it.
         Without it the model makes its own causal masks. No logits are computed here: ask :meth:`logits` for the
-        positions that matter.
+        positions that matter. Raises ``UserError`` where tapped layers keep more than a vector a token.
         """
         self._caught.clear()
         mask: Any = mask_B1TC
@@ -208,9 +208,19 @@ class Target:
         fused = None
         if taps:
             # A draft that reads no features gets them with a width of nothing.
-            fused = torch.cat([self._caught[k] for k in self.taps] or [hidden[..., :0]], -1)
+            fused = torch.cat([self._tapped(k, hidden) for k in self.taps] or [hidden[..., :0]], -1)
         self._caught.clear()
         return TargetStep(hidden, fused)
+
+    def _tapped(self, k: int, hidden_BTH: Tensor) -> Tensor:
+        """What was caught after k layers [B, T, H]. Raises ``UserError`` where a layer keeps more than one vector."""
+        caught = self._caught[k]
+        if caught.shape != hidden_BTH.shape:
+            raise UserError(
+                f"{type(self.model).__name__} has states {list(caught.shape)} after layer {k}, where one vector a "
+                "token is needed, so no draft can read them; distill a language model of its own"
+            )
+        return caught
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:

@@ -60,14 +60,20 @@ def plain_embedding(table: Any) -> Any:
 def context_length(config: Any) -> int:
     """Tokens of the longest text whose rotary angles are those that shorter ones have."""
     longest = int(config.max_position_embeddings)
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") in LENGTH_BOUND_ROPES:
+    for rope in length_bound_ropes(config):
         first = rope.get("original_max_position_embeddings") or getattr(
             config, "original_max_position_embeddings", None
         )
         # Without it, the config's own length is where the angles begin to change.
         longest = min(longest, int(first or longest))
     return longest
+
+
+def length_bound_ropes(config: Any) -> list[dict[str, Any]]:
+    """The rotary settings whose angles follow the length of the text, of all kinds of layers that have some."""
+    known = getattr(config, "rope_parameters", None) or {}
+    ropes = list(known.values()) if known and all(isinstance(value, dict) for value in known.values()) else [known]
+    return [rope for rope in ropes if rope.get("rope_type") in LENGTH_BOUND_ROPES]
 
 
 def active_parameters(decoder: nn.Module, config: Any) -> int:
