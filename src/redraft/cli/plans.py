@@ -24,7 +24,7 @@ def announce(command: str, given: Given) -> None:
             from redraft.pipeline.yamlfile import read_yaml
 
             values = read_yaml(Path(given["config"]), "settings")
-            flags = {name: value for name, value in given.items() if value not in (None, [])}
+            flags = {name: value for name, value in given.items() if value not in (None, [], ())}
             given = {**given, **{name.replace("-", "_"): value for name, value in values.items()}, **flags}
         lines = [PLANS[command](given), found(given.get("out"))] if command in PLANS else []
     except Exception:  # a plan that fails must not hide what the command says about the same input
