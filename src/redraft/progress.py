@@ -65,11 +65,11 @@ class Meter:
         return (self.done - self.first[1]) / (self.now() - self.first[0])
 
     def text(self, unit: str) -> str:
-        """``840 tokens/s, 3:07 left``, as far as it is known."""
+        """``840 tokens/s, 3:07 left``, as far as it is known; without a rate where the amount has no unit (``""``)."""
         rate = self.rate
         if rate is None:
             return ""
-        words = [f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.1f} {unit}/s"]
+        words = [f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.1f} {unit}/s"] if unit else []
         if self.total:
             words.append(f"{clock(max(0, self.total - self.done) / rate)} left")
         return ", ".join(words)
@@ -147,7 +147,8 @@ def progress_bar(
 ) -> Iterator[Progress]:
     """A progress for the body of ``with``: a bar when ``stream`` (standard error) is a terminal, else plain lines.
 
-    ``total`` is the amount that ``update`` counts up to, in ``unit``; ``None`` when it is not known.
+    ``total`` is the amount that ``update`` counts up to, in ``unit`` (``""``: a share of the work, whose rate would say
+    nothing); ``None`` when it is not known.
     """
     stream = stream if stream is not None else sys.stderr
     if not stream.isatty():

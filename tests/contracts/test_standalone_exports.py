@@ -39,9 +39,12 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def byte_level_tokenizer() -> PreTrainedTokenizerFast:
-    """256 bytes, two special tokens and a merge, as most public tokenizers are made."""
-    words = ["<s>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "th"]
-    backend = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [("t", "h")]))
+    """256 bytes, two special tokens and two merges, as most public tokenizers are made.
+
+    Not one merge: transformers 5.16 reads a list of one member from a GGUF file as the member itself.
+    """
+    words = ["<s>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "th", "an"]
+    backend = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [("t", "h"), ("a", "n")]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in words[:2]])

@@ -146,6 +146,13 @@ def test_settings_of_a_file_count_and_flags_win(tmp_path, capsys) -> None:
     )
 
 
+def test_lists_of_a_file_are_not_hidden_by_flags_left_out(tmp_path, capsys) -> None:
+    """Options that repeat come as an empty tuple where they are not given."""
+    (tmp_path / "c.yaml").write_text("target: t\nprompts: p.jsonl\ntext: [corpus, more.txt]\n")
+    plans.announce("distill", {"config": tmp_path / "c.yaml", "target": None, "text": (), "out": None})
+    assert "pretrained on corpus, more.txt, aligned with t" in capsys.readouterr().out
+
+
 def test_a_run_that_goes_on_says_what_is_there(tmp_path, capsys) -> None:
     run = tmp_path / "run"
     (run / "train").mkdir(parents=True)

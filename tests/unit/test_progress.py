@@ -40,6 +40,7 @@ def test_what_goes_before_the_work_does_not_count() -> None:
     now.time += 4
     meter.update(40)
     assert meter.text("units") == "10 units/s, 1:36 left"
+    assert meter.text("") == "1:36 left"
 
 
 def test_meter_without_total_gives_the_rate_only() -> None:

@@ -18,7 +18,8 @@ from redraft.errors import UserError
 from redraft.report import build_report, headline_png, sections, tables
 from redraft.report import format as form
 from redraft.report.costs import round_cost
-from redraft.report.load import BenchResult, read_bench, read_curve
+from redraft.report.load import BenchResult, CurvePoint, read_bench, read_curve
+from redraft.report.plots import COLOURS, training_svgs
 
 DATA = runpy.run_path(str(Path(__file__).parents[1] / "report_data.py"))
 
@@ -212,6 +213,45 @@ def test_figures_that_do_not_exist_are_dashes(made_up: dict[str, Path], tmp_path
     shown = re.sub(r"<svg.*?</svg>", "", page, flags=re.DOTALL)
     assert shown.count("&ndash;") > 4
     assert not re.search(r"\bnan\b", shown)
+
+
+def test_a_gain_that_is_the_same_everywhere_has_no_empty_interval(made_up: dict[str, Path], tmp_path: Path) -> None:
+    def edit(data: dict) -> None:
+        data["gains"]["aligned over stale"]["tau"] = {"value": 0.0, "low": 0.0, "high": 0.0}
+
+    page = build_report([_edit(made_up, edit)], tmp_path / "r.html").read_text()
+    assert "aligned over stale: acceptance length higher by 0.00</p>" in page
+    assert "times the tokens a second (95% interval " in page and not re.search(r"\(95% interval\s*\)", page)
+
+
+def test_plain_decoding_in_another_type_says_what_its_speed_up_is_over(
+    made_up: dict[str, Path], tmp_path: Path
+) -> None:
+    """Its rate is over a few prompts and so is the ratio: the rates of the table alone give another number."""
+    said = "lain bfloat16: on the few prompts that chose the data type, and over float32 on the same ones"
+
+    def edit(data: dict) -> None:
+        data["plain"] = {
+            "float32": {"tokens_per_second": {"value": 500.0, "low": 400.0, "high": 600.0}},
+            "bfloat16": {
+                "tokens_per_second": {"value": 300.0, "low": 290.0, "high": 310.0},
+                "relative": {"value": 0.8, "low": 0.7, "high": 0.9},
+            },
+            "fastest": "float32",
+        }
+
+    assert said not in _print(tables.bench_table(json.loads(made_up["bench.json"].read_text())))
+    path = _edit(made_up, edit)
+    assert f"P{said}." in build_report([path], tmp_path / "r.html").read_text()
+    assert f"p{said}" in _print(tables.bench_table(json.loads(path.read_text())))
+
+
+@pytest.mark.parametrize(("steps", "drawn"), [(1, "<use"), (2, "<path")])
+def test_a_training_of_one_step_is_a_dot_and_of_more_a_line(steps: int, drawn: str) -> None:
+    points = [CurvePoint(step=step, loss=1.0, tokens=10 * step) for step in range(1, steps + 1)]
+    picture = training_svgs(points, None)[0]
+    shown = re.findall(rf"(<use|<path)\b[^>]*style=\"fill: [^>]*stroke: {COLOURS['aligned']}", picture)
+    assert shown == [drawn]
 
 
 def _print(renderable: object) -> str:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from redraft.errors import UserError
-from redraft.target import FINAL, Target, default_taps
+from redraft.target import FINAL, Target, default_taps, new_taps
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 pytestmark = pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -184,7 +184,9 @@ def test_the_target_is_frozen_and_its_figures_are_right(tiny_target: Callable, a
     assert not any(p.requires_grad for p in target.model.parameters()) and not target.model.training
     assert not target.forward(ids(1, 3)).hidden_BTH.requires_grad
     assert (target.layers, target.hidden_size, target.vocab_size, target.context) == (6, 32, 128, 512)
-    assert target.taps == default_taps(6) == (2, 3, 3)
+    assert target.taps == new_taps(6) == (1, 3, 5) and default_taps(6) == (2, 3, 3)
+    assert new_taps(30) == default_taps(30) == (2, 15, 27)
+    assert all(list(new_taps(n)) == sorted({*new_taps(n)}) and new_taps(n)[-1] <= n for n in range(1, 12))
     assert target.eos_ids == (2,)
     everything = sum(p.numel() for p in target.model.parameters())
     assert target.parameters_per_token == everything - target.embedding.weight.numel()

@@ -157,7 +157,7 @@ class DistillRun:
         with self.ledger.stage("survey"):
             size = TextSource(names, self.config.text_field).survey()
         atomic_write_json(path, {"files": names, "bytes": size})
-        self.say(f"text: {size / 1e6:,.1f} MB in local files")
+        self.say(f"text: {size:,} bytes in local files")
 
     def start(self) -> StandaloneDraft:
         """The untrained drafter of the shape asked for. Raises ``UserError`` when there is none."""

@@ -43,7 +43,8 @@ class TrainData:
             if not train or not kept:
                 raise UserError(
                     f"{self.responses}: {len(kept)} greedy rows can be held out and {len(train)} are left to train on; "
-                    "regenerate more prompts, some at temperature 0, or give --heldout-responses"
+                    "hold fewer back (--heldout), regenerate more prompts, some at temperature 0, or give "
+                    "--heldout-responses"
                 )
             return train, kept
         kept = [row for row in read_rows(self.heldout_responses) if anchors(row)]

@@ -26,6 +26,12 @@ def bounds(interval: Interval | None, digits: int = 2) -> str:
     return f"{interval.low:.{digits}f} to {interval.high:.{digits}f}"
 
 
+def interval(figure: Interval) -> str:
+    """`` (95% interval 1.95 to 2.21)``; empty when there is none."""
+    ends = bounds(figure)
+    return f" (95% interval {ends})" if ends else ""
+
+
 def percent(value: float | None, digits: int = 0) -> str:
     """A share between 0 and 1 as a percentage."""
     return DASH if value is None or missing(value) else f"{100 * value:.{digits}f}%"

@@ -149,6 +149,7 @@ def _section(index: int, path: Path, result: BenchResult) -> dict[str, Any]:
         "tiles": sections.tiles(result),
         "gains": sections.gains(result),
         "slower": sections.slower(result),
+        "others_apart": sections.others_apart(result),
         "types_differ": sections.types_differ(result),
         "headline": plots.headline_svgs(result, name),
         "tasks": sections.tasks(result),

@@ -326,7 +326,8 @@ def training_svgs(points: Sequence[CurvePoint], stale: tuple[str, float] | None)
         else ("step", [float(p.step) for p in points])
     )
     with _figure(WIDTH, 2.7) as (figure, axes):
-        axes.plot(at, [p.loss for p in points], color=COLOURS["aligned"], linewidth=1.4)
+        # a line through one point is nothing at all
+        axes.plot(at, [p.loss for p in points], "-" if at[1:] else "o", color=COLOURS["aligned"], linewidth=1.4)
         axes.set_title("training loss")
         axes.set_xlabel(label)
         pictures.append(_svg(figure, "curve-loss", "Training loss"))

@@ -66,13 +66,21 @@ def tiles(result: BenchResult) -> list[dict[str, Any]]:
 
 
 def gains(result: BenchResult) -> list[str]:
-    """One sentence a measured gain, with its paired interval."""
+    """One sentence a measured gain, with its paired interval; without one where it is the same at every prompt."""
     words = {"tau": "acceptance length higher by {}", "speed": "{} times the tokens a second"}
     return [
-        f"{pair}: {words.get(kind, kind + ' {}').format(form.number(gain.value))} (95% interval {form.bounds(gain)})"
+        f"{pair}: {words.get(kind, kind + ' {}').format(form.number(gain.value))}{form.interval(gain)}"
         for pair, kinds in result.gains.items()
         for kind, gain in kinds.items()
     ]
+
+
+def others_apart(result: BenchResult) -> str:
+    """What the rows of plain decoding in other data types are over, as their rates alone say something else."""
+    if result.plain is None or not result.plain.relative:
+        return ""
+    kinds = " and ".join(f"plain {kind}" for kind in result.plain.relative)
+    return f"{kinds}: on the few prompts that chose the data type, and over {result.plain.fastest} on the same ones"
 
 
 def types_differ(result: BenchResult) -> bool:
@@ -90,8 +98,7 @@ def slower(result: BenchResult) -> list[str]:
             continue
         sure = ratio.high is not None and ratio.high < 1
         verdict = "is slower than plain decoding" if sure else "was not faster than plain decoding here"
-        ends = form.bounds(ratio)
-        found.append(f"{name} {verdict}: {form.times(ratio.value)}" + (f" (95% interval {ends})" if ends else ""))
+        found.append(f"{name} {verdict}: {form.times(ratio.value)}{form.interval(ratio)}")
     return found
 
 

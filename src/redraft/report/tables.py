@@ -14,6 +14,7 @@ from redraft.report.load import BenchResult, Costs, Interval, Summary, parse
 from redraft.report.sections import (
     identical,
     ledger_cells,
+    others_apart,
     recovery,
     sampler_line,
     slower,
@@ -64,6 +65,8 @@ def bench_table(result: Mapping[str, Any] | BenchResult) -> Table:
 
 def _bench_caption(bench: BenchResult) -> str:
     lines = ["95% intervals over prompts; speed-up over the fastest plain decoding", *map(escape, slower(bench))]
+    if apart := others_apart(bench):
+        lines.insert(1, apart)
     if types_differ(bench):
         lines.insert(1, "each in its fastest data type; texts are compared with plain decoding in the draft's own")
     return "\n".join(lines)

@@ -63,7 +63,7 @@ class Target:
         self.embedding: Any = plain_embedding(self.backbone.get_input_embeddings())
         self.config: Any = model.config.get_text_config(decoder=True)
         self.layers = len(self.backbone.layers)
-        self.taps = tuple(taps) if taps is not None else default_taps(self.layers)
+        self.taps = tuple(taps) if taps is not None else new_taps(self.layers)
         self._caught: dict[int, Tensor] = {}
         self._hooks: list[Any] = []
         self.tap(self.taps)
@@ -269,5 +269,19 @@ def _catch_output(caught: dict[int, Tensor], k: int) -> Callable[..., None]:
 
 
 def default_taps(layers: int) -> tuple[int, int, int]:
-    """EAGLE-3's low, middle and high features (arXiv 2503.01840): after 2, n // 2 and n - 3 layers."""
+    """EAGLE-3's low, middle and high features (arXiv 2503.01840): after 2, n // 2 and n - 3 layers.
+
+    Engines read these where a checkpoint names none.
+    """
     return (min(2, layers), layers // 2, max(layers - 3, 0))
+
+
+def new_taps(layers: int) -> tuple[int, ...]:
+    """Features of a new draft: the default ones, or, where these name a layer twice (6 layers or fewer), others.
+
+    Engines read each layer once, so a draft with a layer twice could be trained and never served.
+    """
+    usual = default_taps(layers)
+    if usual[0] < usual[1] < usual[2]:
+        return usual
+    return (1, layers // 2, layers - 1) if layers > 3 else tuple(range(min(3, layers + 1)))

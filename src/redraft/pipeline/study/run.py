@@ -102,7 +102,7 @@ class StudyRun:
         """All cells that have no record yet, target by target; returns the results. Raises ``UserError``."""
         counted = [cell for cell in self.cells if self.config.trains(cell.method)] or self.cells
         units = {cell: self._units(cell) if cell in counted else 0 for cell in self.cells}
-        with progress_bar("study", sum(units.values()), "units") as bar:
+        with progress_bar("study", sum(units.values()), "") as bar:
             self.board = Board(bar)
             works = {name: self._work(name) for name in self.config.targets}
             self.board.done = sum(units[cell] for cell in self.cells if self.record_path(cell).exists())
