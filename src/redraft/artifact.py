@@ -94,10 +94,18 @@ def write_tensors(path: str | Path, state: Mapping[str, Tensor]) -> None:
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
     # One entry only: the writer shuffles the order of several. Hugging Face's loaders ask for this one.
     save_file(plain, str(path), metadata={"format": "pt"})
-    # The writer leaves files that their owner alone may read, and an engine often runs as somebody else.
+    let_others_read(path)
+
+
+def let_others_read(*paths: str | Path) -> None:
+    """The usual rights for files of safetensors, which its writer leaves to their owner alone.
+
+    An engine often runs as somebody else.
+    """
     mask = os.umask(0)
     os.umask(mask)
-    os.chmod(path, 0o666 & ~mask)
+    for path in paths:
+        os.chmod(path, 0o666 & ~mask)
 
 
 # -- files of a run, each with the fingerprint of what it holds ------------------------------------------------------

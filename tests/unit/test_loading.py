@@ -58,6 +58,7 @@ def make_adapter(base: Target, folder: Path, base_name: str, **settings: Any) ->
 def test_a_saved_target_comes_back(tmp_path: Path, tiny_target: Callable[..., Target], architecture: str) -> None:
     target = tiny_target(architecture)
     target.save(tmp_path / "m")
+    assert (tmp_path / "m" / "model.safetensors").stat().st_mode & 0o044, "a server of somebody else may read it"
     again = load_target(str(tmp_path / "m"), torch.float32, taps=(1, 3))
     assert torch.equal(outputs(again), outputs(target))
     assert again.taps == (1, 3) and again.name == str(tmp_path / "m")

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from redraft.artifact import let_others_read
 from redraft.compat import cache_argument
 from redraft.errors import UserError
 from redraft.prepack import prepack
@@ -248,6 +249,7 @@ class Target:
     def save(self, folder: str | Path) -> None:
         """Write an ordinary checkpoint (adapter merged in), so that a serving engine can load this target."""
         self.model.save_pretrained(folder)
+        let_others_read(*Path(folder).glob("*.safetensors"))
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
 
