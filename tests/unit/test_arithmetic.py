@@ -193,7 +193,13 @@ def test_types_compete_only_where_none_was_named():
 # -- the quickstart's ten minutes ----------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("speeds", "wanted"),
-    [((420.0, 190.0), QUESTIONS), ((343.0, 138.0), 288), ((2.0, 190.0), 232), ((0.6, 110.0), 136), ((0.6, 20.0), FEWEST)],
+    [
+        ((420.0, 190.0), QUESTIONS),
+        ((343.0, 138.0), 288),
+        ((2.0, 190.0), 232),
+        ((0.6, 110.0), 136),
+        ((0.6, 20.0), FEWEST),
+    ],
 )
 def test_a_slower_machine_gets_fewer_questions_and_a_run_keeps_its_own(speeds, wanted, machine, tmp_path):
     machine(*speeds)
