@@ -103,6 +103,8 @@ def build(name: str, spread: float = 0.3, seed: int = 0) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    if kind == "gemma2":
+        model.set_attn_implementation("eager")  # older releases compute it without its soft cap otherwise
     model.generation_config.eos_token_id = 2
     return model
 

@@ -63,6 +63,9 @@ class Target:
         self.head: Any = model.get_output_embeddings()
         self.embedding: Any = plain_embedding(self.backbone.get_input_embeddings())
         self.config: Any = model.config.get_text_config(decoder=True)
+        if getattr(self.config, "attn_logit_softcapping", None) and self.backbone.config._attn_implementation == "sdpa":
+            # Older releases of transformers run Gemma 2 so, and leave its soft cap out without a word.
+            self.backbone.set_attn_implementation("eager")
         self.layers = len(self.backbone.layers)
         self.taps = tuple(taps) if taps is not None else new_taps(self.layers)
         self._caught: dict[int, Tensor] = {}
