@@ -126,6 +126,12 @@ def test_a_target_that_does_not_read_its_head_from_its_states_is_refused() -> No
         target.paths  # noqa: B018
 
 
+def test_a_target_that_chooses_its_keys_is_refused() -> None:
+    target = make("llama", index_topk=2048)
+    with pytest.raises(UserError, match="chooses the keys of its attention by an index"):
+        target.new_cache(8)
+
+
 def test_windows_are_narrow_for_the_trial_alone() -> None:
     target = make("gemma3")
     assert target.paths.masked and target.config.sliding_window == 16

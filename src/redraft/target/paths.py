@@ -74,6 +74,12 @@ class Paths:
 
 def find_paths(target: Any) -> Paths:
     """Try them all. Raises ``UserError`` where even a plain pass is not the model's own."""
+    if getattr(target.config, "index_topk", None):
+        # Its choice is of thousands of keys, which no short trial reaches, and it was seen to move with the padding.
+        raise UserError(
+            f"{type(target.model).__name__} chooses the keys of its attention by an index (index_topk), and that "
+            "choice moves with what shares a pass: its states cannot be had exactly here, so no draft can be trained on it"
+        )
     generator = torch.Generator().manual_seed(0)
     high = min(target.vocab_size, 20_000)
     ids_BT = torch.randint(min(100, high // 2), high, (2, TOKENS), generator=generator).to(target.device)
