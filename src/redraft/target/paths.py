@@ -78,7 +78,7 @@ def find_paths(target: Any) -> Paths:
         # Its choice is of thousands of keys, which no short trial reaches, and it was seen to move with the padding.
         raise UserError(
             f"{type(target.model).__name__} chooses the keys of its attention by an index (index_topk), and that "
-            "choice moves with what shares a pass: its states cannot be had exactly here, so no draft can be trained on it"
+            "choice moves with what shares a pass: its states cannot be had exactly, so no draft can be trained on it"
         )
     generator = torch.Generator().manual_seed(0)
     high = min(target.vocab_size, 20_000)
