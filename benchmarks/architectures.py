@@ -23,6 +23,9 @@ import torch
 from safetensors.torch import load_file
 
 from redraft import provenance
+from redraft.adaptation.adapt import AdaptRun
+from redraft.adaptation.config import parse_config
+from redraft.adaptation.models import open_draft
 from redraft.artifact import atomic_write_json, atomic_write_text, save_draft
 from redraft.data.generate import Request, generate
 from redraft.data.store import Row
@@ -32,13 +35,10 @@ from redraft.decode.tree import StaticTree
 from redraft.decode.tree_engine import TreeDecoder
 from redraft.drafts.eagle3 import fresh_draft
 from redraft.errors import UserError
+from redraft.features.store import FeatureStore
 from redraft.loading import quiet
-from redraft.pipeline.adapt import AdaptRun
-from redraft.pipeline.config import parse_config
-from redraft.pipeline.models import open_draft
 from redraft.sampling import Sampler
 from redraft.target import Target
-from redraft.teacher.features import FeatureStore
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
 ZOO = SimpleNamespace(**runpy.run_path(str(TESTS / "architectures.py")))

@@ -19,17 +19,17 @@ from pathlib import Path
 from typing import Any
 
 from redraft import provenance
+from redraft.adaptation.stages import half
+from redraft.adaptation.study.cells import measure, private_bytes
+from redraft.adaptation.study.config import read_study
+from redraft.adaptation.study.entries import Cell
+from redraft.adaptation.study.run import StudyRun
+from redraft.adaptation.study.shared import TargetWork
 from redraft.artifact import atomic_write_json, load_draft, read_json
 from redraft.drafts.groups import trainable_names
 from redraft.drafts.scaling import coarse_change
 from redraft.errors import UserError
 from redraft.evaluate.statistics import paired_ratio, paired_recovery, ratio_of_sums
-from redraft.pipeline.stages import half
-from redraft.pipeline.study.cells import measure, private_bytes
-from redraft.pipeline.study.config import read_study
-from redraft.pipeline.study.entries import Cell
-from redraft.pipeline.study.run import StudyRun
-from redraft.pipeline.study.shared import TargetWork
 from redraft.progress import progress_bar
 from redraft.report.format import DASH
 from redraft.report.study import ranged

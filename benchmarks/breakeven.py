@@ -25,8 +25,8 @@ import torch
 from redraft import provenance
 from redraft.artifact import atomic_write_json
 from redraft.decode.auto import measure_costs
-from redraft.drafts.shapes import fresh_standalone, shape_for, spread_layers
 from redraft.drafts.standalone import StandaloneDraft
+from redraft.drafts.standalone.shapes import fresh_standalone, shape_for, spread_layers
 from redraft.errors import UserError
 from redraft.progress import progress_bar
 from redraft.target import Target

@@ -16,6 +16,7 @@ import statistics
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from redraft.adaptation.trial import METHOD, PASSES, START
 from redraft.artifact import atomic_write_json, read_json
 from redraft.evaluate.forecast import (
     SCHEMA,
@@ -28,7 +29,6 @@ from redraft.evaluate.forecast import (
     usable,
 )
 from redraft.evaluate.study import MAIN, NONE, Study
-from redraft.pipeline.trial import METHOD, PASSES, START
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

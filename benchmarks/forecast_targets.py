@@ -31,6 +31,13 @@ from typing import Any
 import torch
 
 from redraft import provenance
+from redraft.acceptance.simulate import simulate_greedy_chain
+from redraft.adaptation.config import adaptation
+from redraft.adaptation.models import open_draft, open_target, template_prompts
+from redraft.adaptation.probe import acceptance, greedy_rows
+from redraft.adaptation.study.config import parse_study
+from redraft.adaptation.study.sources import read_sources, without_overlap
+from redraft.adaptation.trial import METHOD, START, trial
 from redraft.artifact import atomic_write_json, read_json
 from redraft.data.prompts import Conversation
 from redraft.data.store import Row
@@ -38,17 +45,10 @@ from redraft.drafts.base import Draft
 from redraft.drafts.groups import PrivateSize, prepare
 from redraft.errors import UserError
 from redraft.evaluate.speed import tau_interval
-from redraft.pipeline.config import adaptation
-from redraft.pipeline.models import open_draft, open_target, template_prompts
-from redraft.pipeline.probe import acceptance, greedy_rows
-from redraft.pipeline.starts import StartContext, apply_start
-from redraft.pipeline.study.config import parse_study
-from redraft.pipeline.study.sources import read_sources, without_overlap
-from redraft.pipeline.trial import METHOD, START, trial
+from redraft.features.store import FeatureStore, anchors
+from redraft.starts.apply import StartContext, apply_start
+from redraft.starts.vocabulary import coverage
 from redraft.target import Target
-from redraft.teacher.features import FeatureStore, anchors
-from redraft.teacher.simulate import simulate_greedy_chain
-from redraft.teacher.vocabulary import coverage
 from redraft.train.trainer import TrainConfig, Trainer
 
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 from redraft import provenance
+from redraft.adaptation.models import open_draft, open_target, template_prompts
 from redraft.artifact import atomic_write_json
 from redraft.data.prompts import Conversation, read_conversations
 from redraft.decode import make_decoder
@@ -38,7 +39,6 @@ from redraft.errors import UserError
 from redraft.evaluate.divergence import Divergence, explain, summary
 from redraft.evaluate.speed import Prompt
 from redraft.evaluate.statistics import ratio_of_sums
-from redraft.pipeline.models import open_draft, open_target, template_prompts
 from redraft.progress import Progress, progress_bar
 from redraft.target import Target
 

@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 
 from redraft import provenance
+from redraft.acceptance.simulate import expected_rounds_sampled, simulate_greedy_chain
+from redraft.adaptation.models import open_draft, open_target, template_prompts
 from redraft.artifact import atomic_write_json
 from redraft.data import generate as generation
 from redraft.data.embedded import maths_conversations
@@ -36,12 +38,10 @@ from redraft.decode.engine import ChainDecoder, Generation
 from redraft.drafts.eagle3 import Eagle3Draft
 from redraft.evaluate.speed import Prompt
 from redraft.evaluate.statistics import paired_difference, ratio_of_sums
-from redraft.pipeline.models import open_draft, open_target, template_prompts
+from redraft.features.store import FeatureStore, anchors
 from redraft.progress import Progress, progress_bar
 from redraft.sampling import Sampler
 from redraft.target import Target, TargetStep
-from redraft.teacher.features import FeatureStore, anchors
-from redraft.teacher.simulate import expected_rounds_sampled, simulate_greedy_chain
 
 WANTED_SPEED = 20.0
 

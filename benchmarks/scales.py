@@ -18,18 +18,18 @@ from pathlib import Path
 from typing import Any
 
 from redraft import provenance
+from redraft.acceptance.simulate import simulate_greedy_chain
+from redraft.adaptation.models import open_draft, open_target
+from redraft.adaptation.sources import own_answers
+from redraft.adaptation.study.sources import first_turn, read_source
 from redraft.artifact import atomic_write_json, read_json
 from redraft.drafts.base import Draft
 from redraft.drafts.experts import merge_private
 from redraft.drafts.scaling import scale_change
 from redraft.evaluate.statistics import paired_difference, paired_ratio, ratio_of_sums
-from redraft.pipeline.models import open_draft, open_target
-from redraft.pipeline.sources import own_answers
-from redraft.pipeline.study.sources import first_turn, read_source
+from redraft.features.store import FeatureStore, anchors
 from redraft.progress import progress_bar
 from redraft.sampling import Sampler
-from redraft.teacher.features import FeatureStore, anchors
-from redraft.teacher.simulate import simulate_greedy_chain
 
 Rounds = dict[str, list[int]]  # by set, in the order of its prompts
 STALE = "stale"

@@ -20,19 +20,19 @@ from pathlib import Path
 from typing import Any
 
 from redraft import provenance
+from redraft.acceptance.simulate import simulate_greedy_chain
+from redraft.adaptation.models import open_draft, open_target
 from redraft.artifact import atomic_write_json
 from redraft.data.store import Row, read_rows
 from redraft.drafts.base import Draft
-from redraft.drafts.leastsquares import RATIOS
 from redraft.errors import UserError
 from redraft.evaluate.speed import tau_interval
 from redraft.evaluate.statistics import paired_difference
-from redraft.pipeline.models import open_draft, open_target
-from redraft.pipeline.starts import StartContext, apply_start
-from redraft.teacher.features import FeatureStore, anchors
-from redraft.teacher.ridge import moments, resolved
-from redraft.teacher.simulate import simulate_greedy_chain
-from redraft.teacher.vocabulary import coverage
+from redraft.features.store import FeatureStore, anchors
+from redraft.starts.apply import StartContext, apply_start
+from redraft.starts.leastsquares import RATIOS
+from redraft.starts.ridge import moments, resolved
+from redraft.starts.vocabulary import coverage
 
 Rounds = dict[str, list[int]]
 

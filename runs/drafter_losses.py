@@ -5,7 +5,7 @@
 ``--run`` is a run of ``redraft distill``: its pretrained drafter, responses, text and alignment settings are taken, the
 loss and the seed replaced. Measured is block efficiency (accepted tokens and one more, over target calls) on the
 target's own answers to each task's test prompts, greedy and sampled, by the exact walks of
-:mod:`redraft.teacher.standalone`. A killed run goes on. ``--tables RESULT`` prints the tables of a result file.
+:mod:`redraft.acceptance.standalone`. A killed run goes on. ``--tables RESULT`` prints the tables of a result file.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from pathlib import Path
 from typing import Any
 
 from redraft import provenance
+from redraft.acceptance.standalone import expected_rounds_standalone, target_probabilities
+from redraft.adaptation.distill import DistillRun
+from redraft.adaptation.distill_config import DistillConfig
+from redraft.adaptation.sources import own_answers
+from redraft.adaptation.study.sources import first_turn, read_source, without_overlap
 from redraft.artifact import atomic_write_json, read_json
 from redraft.data.overlap import trained_conversations
 from redraft.data.store import Row
 from redraft.decode.auto import measure_costs
 from redraft.drafts.standalone import StandaloneDraft
-from redraft.drafts.standalone_files import load_standalone, save_standalone
+from redraft.drafts.standalone.files import load_standalone, save_standalone
 from redraft.evaluate.statistics import paired_difference, ratio_of_sums
+from redraft.features.store import anchors
 from redraft.metrics import cost_by_bytes, mbsu
-from redraft.pipeline.distill import DistillRun
-from redraft.pipeline.distill_config import DistillConfig
-from redraft.pipeline.sources import own_answers
-from redraft.pipeline.study.sources import first_turn, read_source, without_overlap
 from redraft.progress import progress_bar
 from redraft.sampling import Sampler
-from redraft.teacher.features import anchors
-from redraft.teacher.standalone import expected_rounds_standalone, target_probabilities
 from redraft.train.distil import distil
 
 # What the drafter saw of its kind in training, and, last, what it did not.

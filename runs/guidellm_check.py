@@ -20,6 +20,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from redraft.adaptation.models import template_prompts
+from redraft.adaptation.server_bench import Templater, launched
+from redraft.adaptation.steps import target_info
 from redraft.artifact import atomic_write_json, atomic_write_text
 from redraft.data.prompts import read_conversations
 from redraft.errors import UserError
@@ -27,9 +30,6 @@ from redraft.evaluate.load import ServerConfig
 from redraft.evaluate.server import bench_servers
 from redraft.evaluate.speed import Prompt
 from redraft.loading import load_tokenizer
-from redraft.pipeline.models import template_prompts
-from redraft.pipeline.server_bench import Templater, launched
-from redraft.pipeline.steps import target_info
 from redraft.progress import progress_bar
 from redraft.provenance import collect
 

@@ -23,11 +23,11 @@ import torch
 from safetensors.torch import load_file
 
 from redraft import provenance
+from redraft.adaptation.quickstart import asset, embedded_prompts
 from redraft.artifact import atomic_write_json, read_json
 from redraft.data.store import read_rows
 from redraft.errors import UserError
-from redraft.pipeline.quickstart import asset, embedded_prompts
-from redraft.teacher.features import FeatureStore, anchors
+from redraft.features.store import FeatureStore, anchors
 
 FEATURES = "features/index.json"
 STAGES = {

@@ -9,13 +9,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from redraft.adaptation.models import open_draft, open_target
+from redraft.adaptation.quickstart import EMBEDDED
+from redraft.adaptation.stage1 import save_general, split_rows
 from redraft.artifact import atomic_write_bytes
 from redraft.data.store import encode_row, read_rows
-from redraft.pipeline.models import open_draft, open_target
-from redraft.pipeline.quickstart import EMBEDDED
-from redraft.pipeline.stage1 import save_general, split_rows
-from redraft.teacher.features import FeatureStore, anchors
-from redraft.teacher.vocabulary import coverage
+from redraft.features.store import FeatureStore, anchors
+from redraft.starts.vocabulary import coverage
 
 
 def main() -> None:

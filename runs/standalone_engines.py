@@ -34,6 +34,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from redraft.adaptation.models import open_proposer, open_target, template_prompts
 from redraft.artifact import atomic_write_json, atomic_write_text
 from redraft.data.embedded import maths_conversations
 from redraft.data.prompts import read_conversations
@@ -43,7 +44,6 @@ from redraft.drafts.standalone import StandaloneDraft
 from redraft.errors import UserError
 from redraft.export import EXPORTERS
 from redraft.loading import quiet
-from redraft.pipeline.models import open_proposer, open_target, template_prompts
 from redraft.provenance import collect
 from redraft.target import Target
 from turns import Worker, take_turns

@@ -16,6 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
+from redraft.adaptation.models import open_draft, open_target, template_prompts
 from redraft.artifact import atomic_write_json, atomic_write_text
 from redraft.data.prompts import read_conversations
 from redraft.decode.engine import ChainDecoder
@@ -24,7 +25,6 @@ from redraft.errors import UserError
 from redraft.evaluate.statistics import ratio_of_sums
 from redraft.export import EXPORTERS
 from redraft.loading import quiet
-from redraft.pipeline.models import open_draft, open_target, template_prompts
 from redraft.target import Target
 
 

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from redraft.drafts.eagle3 import fresh_draft
 from redraft.drafts.experts import is_private
-from redraft.drafts.shapes import fresh_standalone, shape_for
 from redraft.drafts.standalone import StandaloneDraft, attach_experts
+from redraft.drafts.standalone.shapes import fresh_standalone, shape_for
 from redraft.errors import UserError
 from redraft.export import EXPORTERS
 from redraft.export.base import STANDALONE_FORMATS

@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from redraft import arithmetic
+from redraft.adaptation.adapt import AdaptRun
+from redraft.adaptation.config import parse_config
+from redraft.adaptation.probe import probe
 from redraft.evaluate.speed import Prompt
-from redraft.pipeline.adapt import AdaptRun
-from redraft.pipeline.config import parse_config
-from redraft.pipeline.probe import probe
 
 PRODUCTS = ("mm", "linear", "matmul", "dot_product", "einsum", "mkldnn")
 

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from redraft.drafts.shapes import fresh_standalone
-from redraft.drafts.standalone_files import save_standalone
+from redraft.drafts.standalone.files import save_standalone
+from redraft.drafts.standalone.shapes import fresh_standalone
 
 
 @pytest.fixture

@@ -13,13 +13,13 @@ import pytest
 from rich.markup import render
 from typer.main import get_command
 
+from redraft.adaptation.config import AdaptConfig, parse_config, read_config
 from redraft.cli import align, main, measure
 from redraft.cli.common import CHOICES
 from redraft.drafts.groups import METHODS
 from redraft.errors import UserError
 from redraft.export import EXPORTERS
 from redraft.losses import LOSSES
-from redraft.pipeline.config import AdaptConfig, parse_config, read_config
 from redraft.select import SCORERS
 from redraft.train.trainer import TrainConfig
 
@@ -290,7 +290,7 @@ def test_every_setting_of_adapt_is_a_flag_and_only_given_ones_are_handed_on(
         seen.update(config.model_dump(exclude_unset=True))
         raise UserError("far enough")
 
-    monkeypatch.setattr("redraft.pipeline.adapt.AdaptRun", stop)
+    monkeypatch.setattr("redraft.adaptation.adapt.AdaptRun", stop)
     settings = tmp_path / "adapt.yaml"
     settings.write_text("target: my-model\ndraft: old\nprompts: p.jsonl\nout: run\nmethod: fc\ngamma: 3\n")
     flags = ["--method", "eda", "--temperatures", "0", "--temperatures", "0.7", "--train", "epochs=2"]

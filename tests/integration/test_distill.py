@@ -13,13 +13,13 @@ import typer
 from tokenizers import AddedToken
 from typer.testing import CliRunner
 
+from redraft.adaptation.distill import DistillRun, served_target
+from redraft.adaptation.distill_config import read_distill_config
 from redraft.artifact import META_FILE
 from redraft.cli import distill as command
 from redraft.data.store import read_rows
 from redraft.errors import UserError
 from redraft.loading import load_target, open_standalone
-from redraft.pipeline.distill import DistillRun, served_target
-from redraft.pipeline.distill_config import read_distill_config
 from redraft.target import Target
 from redraft.train.checkpoint import Checkpoint
 

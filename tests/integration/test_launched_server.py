@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from redraft.adaptation.server_bench import launched
 from redraft.errors import UserError
-from redraft.pipeline.server_bench import launched
 
 httpx = pytest.importorskip("httpx")
 
@@ -71,7 +71,7 @@ def test_a_signal_stops_the_launched_server_too(tmp_path: Path) -> None:
     script.write_text(SERVE)
     program = (
         "import pathlib, time\n"
-        "from redraft.pipeline.server_bench import launched\n"
+        "from redraft.adaptation.server_bench import launched\n"
         f"with launched({f'{sys.executable} {script} {{port}}'!r}, pathlib.Path({str(tmp_path / 'log')!r})) as url:\n"
         f"    pathlib.Path({str(marker)!r} + '.new').write_text(url)\n"
         f"    pathlib.Path({str(marker)!r} + '.new').rename({str(marker)!r})\n"

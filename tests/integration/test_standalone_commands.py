@@ -12,23 +12,23 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from redraft.adaptation.auto import auto_shape, run_lengths
+from redraft.adaptation.models import open_draft, open_proposer
+from redraft.adaptation.probe import acceptance, greedy_rows, probe
+from redraft.adaptation.steps import export_folder, merge_folder, read_draft, target_info
 from redraft.artifact import save_draft, tensors_hash
 from redraft.decode import make_decoder
 from redraft.decode.auto import chain_tau, measure_costs, pick_shape
 from redraft.decode.batched import BatchedChainDecoder
 from redraft.decode.tree import ChainShape
 from redraft.drafts.experts import is_private
-from redraft.drafts.shapes import fresh_standalone, shape_for
 from redraft.drafts.standalone import StandaloneDraft, attach_experts
-from redraft.drafts.standalone_files import load_standalone, save_experts, save_standalone
+from redraft.drafts.standalone.files import load_standalone, save_experts, save_standalone
+from redraft.drafts.standalone.shapes import fresh_standalone, shape_for
 from redraft.errors import UserError
 from redraft.evaluate.speed import BenchConfig, Prompt, bench
 from redraft.export import EXPORTERS, TargetInfo
 from redraft.export.importer import is_language_model
-from redraft.pipeline.auto import auto_shape, run_lengths
-from redraft.pipeline.models import open_draft, open_proposer
-from redraft.pipeline.probe import acceptance, greedy_rows, probe
-from redraft.pipeline.steps import export_folder, merge_folder, read_draft, target_info
 from redraft.report.load import BenchResult, parse
 from redraft.sampling import Sampler
 

@@ -14,8 +14,8 @@ import pytest
 from rich.console import Console
 
 from redraft.decode.accept import accept_greedy
-from redraft.drafts.shapes import fresh_standalone
-from redraft.drafts.standalone_files import save_standalone
+from redraft.drafts.standalone.files import save_standalone
+from redraft.drafts.standalone.shapes import fresh_standalone
 from redraft.errors import UserError
 
 METRICS = """# TYPE llamacpp:spec_decode_num_drafts_total counter

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+from redraft.adaptation.steps import TargetSpec, read_draft, regenerate_file, target_info
 from redraft.artifact import load_draft, save_draft
 from redraft.data.store import read_rows
 from redraft.drafts.eagle3 import fresh_draft
 from redraft.export import import_checkpoint
 from redraft.loading import load_tokenizer, tokenizer_hash
-from redraft.pipeline.steps import TargetSpec, read_draft, regenerate_file, target_info
 from redraft.sampling import Sampler
 from redraft.select.manifest import read_manifest
 from redraft.target import Target

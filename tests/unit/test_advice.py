@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from redraft.pipeline.advice import WORTHWHILE_GAIN, break_even, judge, rounded
-from redraft.pipeline.pace import RoundTime
+from redraft.adaptation.advice import WORTHWHILE_GAIN, break_even, judge, rounded
+from redraft.adaptation.pace import RoundTime
 
 TIME = RoundTime(plain=0.04, round=0.06)  # a draft pays from a tau of 1.5 on
 

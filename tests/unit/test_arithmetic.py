@@ -11,14 +11,14 @@ import torch
 from torch import nn
 
 from redraft import arithmetic, provenance
+from redraft.adaptation.config import parse_config, settled
+from redraft.adaptation.distill_config import claim_distill, read_distill_config
+from redraft.adaptation.models import contestants
+from redraft.adaptation.quickstart import EFFICIENCY, FEWEST, GIGA_OPERATIONS, QUESTIONS, SECONDS, affordable
+from redraft.adaptation.study.config import parse_study
+from redraft.adaptation.study.run import claim
 from redraft.arithmetic import AUTO, TYPES, Choice, choose_dtype, fastest, go_on_with
 from redraft.errors import UserError
-from redraft.pipeline.config import parse_config, settled
-from redraft.pipeline.distill_config import claim_distill, read_distill_config
-from redraft.pipeline.models import contestants
-from redraft.pipeline.quickstart import EFFICIENCY, FEWEST, GIGA_OPERATIONS, QUESTIONS, SECONDS, affordable
-from redraft.pipeline.study.config import parse_study
-from redraft.pipeline.study.run import claim
 from redraft.train.checkpoint import stored_precision
 from redraft.train.optimizer import InFloat32, make_optimizers, muon_type
 

@@ -6,6 +6,8 @@ import json
 
 import pytest
 
+from redraft.adaptation.auto import auto_shape, run_lengths
+from redraft.adaptation.probe import greedy_rows
 from redraft.data.generate import Request, generate
 from redraft.decode import make_decoder
 from redraft.decode.auto import (
@@ -23,8 +25,6 @@ from redraft.decode.tree import ChainShape, DynamicTree, StaticTree
 from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
 from redraft.errors import UserError
 from redraft.evaluate.speed import Prompt
-from redraft.pipeline.auto import auto_shape, run_lengths
-from redraft.pipeline.probe import greedy_rows
 from redraft.sampling import Sampler
 from redraft.target import Target
 

@@ -18,7 +18,7 @@ from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
 from redraft.drafts.groups import METHODS, PrivateSize, check_bits
 from redraft.drafts.scaling import coarse_change
 from redraft.errors import UserError
-from redraft.teacher.vocabulary import refresh_vocabulary
+from redraft.starts.vocabulary import refresh_vocabulary
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
+from redraft.adaptation.config import parse_config, read_config
 from redraft.data.prompts import parse_conversation, prompt_messages, read_conversations
 from redraft.data.template import parse_template_args, use_template
 from redraft.data.traces import read_traces
 from redraft.errors import UserError
-from redraft.pipeline.config import parse_config, read_config
 
 ASK = [{"role": "user", "content": "so?"}]
 NEEDED = "target: t\ndraft: d\nprompts: p.jsonl\nout: run\n"
@@ -240,7 +240,7 @@ def test_settings_that_cannot_be_meant_are_refused_before_anything_runs(tmp_path
 
 
 def test_temperatures_of_distillation_are_looked_at_too(tmp_path: Path) -> None:
-    from redraft.pipeline.distill_config import read_distill_config
+    from redraft.adaptation.distill_config import read_distill_config
 
     values = {"target": "t", "text": ("x",), "prompts": "p", "out": str(tmp_path)}
     with pytest.raises(UserError, match="every temperature once"):

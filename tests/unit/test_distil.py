@@ -17,10 +17,10 @@ from redraft.data.logprobs import parse_top
 from redraft.data.packed import PackedText, TextSource
 from redraft.data.store import Row
 from redraft.errors import UserError
+from redraft.features.store import FeatureStore, anchors
 from redraft.losses import LOSSES
 from redraft.sampling import Sampler
 from redraft.target import Target
-from redraft.teacher.features import FeatureStore, anchors
 from redraft.train.causal import CausalModel
 from redraft.train.checkpoint import Checkpoint
 from redraft.train.distil import DistilConfig, Distillation, MixedSteps, distil, step_order

@@ -13,6 +13,10 @@ import torch
 import torch.nn.functional as F
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from redraft.acceptance.simulate import expected_rounds_sampled, row_alphas, simulate_greedy_chain
+from redraft.acceptance.unroll import collate, unroll
+from redraft.adaptation.models import open_draft
+from redraft.adaptation.probe import probe
 from redraft.artifact import load_draft, load_private, save_draft, save_private, tensors_hash
 from redraft.data.store import Row
 from redraft.decode import make_decoder
@@ -27,13 +31,9 @@ from redraft.drafts.groups import PrivateSize, group_of, prepare
 from redraft.errors import UserError
 from redraft.evaluate.speed import BenchConfig, Prompt, bench
 from redraft.export import EXPORTERS
-from redraft.pipeline.models import open_draft
-from redraft.pipeline.probe import probe
+from redraft.features.store import FeatureStore, anchors
 from redraft.sampling import Sampler
 from redraft.target import FINAL, Target
-from redraft.teacher.features import FeatureStore, anchors
-from redraft.teacher.simulate import expected_rounds_sampled, row_alphas, simulate_greedy_chain
-from redraft.teacher.unroll import collate, unroll
 from redraft.train.objective import make_objective
 from redraft.train.optimizer import make_optimizers
 from redraft.train.regression import CHUNK, Recipe, RegressionObjective, row_lengths

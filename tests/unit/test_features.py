@@ -13,9 +13,7 @@ from redraft.data.generate import Completion, Request, generate
 from redraft.data.regenerate import Kept
 from redraft.data.store import Row
 from redraft.errors import UserError
-from redraft.sampling import Sampler
-from redraft.target import Target
-from redraft.teacher.features import (
+from redraft.features.store import (
     ENOUGH_TOKENS,
     MOST_PADDING,
     SPARE_BYTES,
@@ -24,6 +22,8 @@ from redraft.teacher.features import (
     common_prefix,
     length_batches,
 )
+from redraft.sampling import Sampler
+from redraft.target import Target
 
 
 def rows_with(opening: list[int], lengths: list[int], seed: int = 0) -> list[Row]:
@@ -183,7 +183,7 @@ def test_stored_features_leave_a_build_nothing_to_do(answered, tmp_path):
 
 
 def test_few_shards_are_open_at_once(answered, tmp_path, monkeypatch):
-    monkeypatch.setattr("redraft.teacher.features.OPEN_SHARDS", 2)
+    monkeypatch.setattr("redraft.features.store.OPEN_SHARDS", 2)
     store = FeatureStore(tmp_path / "features", {})
     kept = kept_rows(answered[1])
     for each in kept:

@@ -15,8 +15,8 @@ gguf = pytest.importorskip("gguf")
 
 from transformers import AutoTokenizer, LlamaConfig, Qwen3Config  # noqa: E402
 
-from redraft.drafts.shapes import fresh_standalone  # noqa: E402
 from redraft.drafts.standalone import StandaloneDraft  # noqa: E402
+from redraft.drafts.standalone.shapes import fresh_standalone  # noqa: E402
 from redraft.errors import UserError  # noqa: E402
 from redraft.export import EXPORTERS  # noqa: E402
 from redraft.export.gguf import check_shape, interleave, rope_factors  # noqa: E402

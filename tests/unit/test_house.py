@@ -16,10 +16,11 @@ PACKAGE = ROOT / "src" / "redraft"
 # From the roof to the ground. A room may import rooms of lower rows, and itself.
 ROWS: tuple[tuple[str, ...], ...] = (
     ("cli",),
-    ("pipeline",),
+    ("adaptation",),
     ("train", "evaluate", "export", "report"),
-    ("select", "decode"),
-    ("teacher",),
+    ("select", "decode", "starts"),
+    ("acceptance",),
+    ("features",),
     ("data",),
     ("loading",),
     ("drafts", "target", "losses"),

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from redraft.adaptation.models import split_prompts
 from redraft.data.overlap import find_overlap, refuse_overlap, same_text, trained_conversations
 from redraft.data.prompts import Conversation, read_conversations, template_ids
 from redraft.data.store import Row
 from redraft.errors import UserError
-from redraft.pipeline.models import split_prompts
 
 DATA = Path(os.environ.get("REDRAFT_DATA") or Path(__file__).resolve().parents[2].parent / "shared" / "data")
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no data folder at {DATA}; name one with REDRAFT_DATA")

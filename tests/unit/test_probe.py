@@ -10,18 +10,18 @@ from typing import Any
 import pytest
 import torch
 
+from redraft.adaptation import pace
+from redraft.adaptation import trial as trials
+from redraft.adaptation.advice import ADAPT_ANSWERS, ADAPT_PASSES
+from redraft.adaptation.pace import TIMED_PROMPTS, TIMED_TOKENS, Pace, expected_seconds, first_batch, round_cost
+from redraft.adaptation.probe import Look, adaptation_seconds, greedy_answers, probe
+from redraft.adaptation.trial import PASSES, Trial, check_trial, halves, trial
 from redraft.drafts.base import fresh
-from redraft.drafts.shapes import fresh_standalone
+from redraft.drafts.standalone.shapes import fresh_standalone
 from redraft.errors import UserError
 from redraft.evaluate.forecast import same_chain, shipped
 from redraft.evaluate.speed import Prompt
-from redraft.pipeline import pace
-from redraft.pipeline import trial as trials
-from redraft.pipeline.advice import ADAPT_ANSWERS, ADAPT_PASSES
-from redraft.pipeline.pace import TIMED_PROMPTS, TIMED_TOKENS, Pace, expected_seconds, first_batch, round_cost
-from redraft.pipeline.probe import Look, adaptation_seconds, greedy_answers, probe
-from redraft.pipeline.trial import PASSES, Trial, check_trial, halves, trial
-from redraft.teacher.features import anchors
+from redraft.features.store import anchors
 
 TOYS = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("toys.py"))))
 PROMPTS = [Prompt(f"p{i}", ids) for i, ids in enumerate(TOYS.prompts(6))]

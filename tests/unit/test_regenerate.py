@@ -14,9 +14,9 @@ from redraft.data.prompts import Conversation
 from redraft.data.regenerate import InProcessEngine, RegenerationReport, expected_rows, regenerate
 from redraft.data.store import Failure, Row, RowWriter, failures_path, read_failures, read_rows
 from redraft.errors import UserError
+from redraft.features.store import FeatureStore
 from redraft.sampling import Sampler
 from redraft.target import Target
-from redraft.teacher.features import FeatureStore
 
 EOS = 2
 

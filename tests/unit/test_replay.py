@@ -15,16 +15,16 @@ import pytest
 import torch
 
 from redraft import provenance
+from redraft.acceptance.simulate import simulate_greedy_chain, tau_of
+from redraft.acceptance.unroll import collate
+from redraft.adaptation.replay import replay
 from redraft.data.store import REFERENCE, Row
 from redraft.decode.engine import ChainDecoder, PlainDecoder
 from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
 from redraft.errors import UserError
+from redraft.features.store import FeatureStore, anchors
 from redraft.losses import LOSSES
-from redraft.pipeline.replay import replay
 from redraft.target import Target
-from redraft.teacher.features import FeatureStore, anchors
-from redraft.teacher.simulate import simulate_greedy_chain, tau_of
-from redraft.teacher.unroll import collate
 from redraft.train.replay import (
     ReplayBatch,
     ReplayConfig,

@@ -15,10 +15,10 @@ from redraft.data.store import Row
 from redraft.drafts.eagle1 import fresh_eagle1
 from redraft.drafts.eagle3 import Eagle3Config, Eagle3Draft, fresh_draft
 from redraft.drafts.experts import attach_low_rank
-from redraft.drafts.leastsquares import Moments, fit
 from redraft.errors import UserError
+from redraft.starts.leastsquares import Moments, fit
+from redraft.starts.ridge import ridge
 from redraft.target import Target, TargetStep
-from redraft.teacher.ridge import ridge
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},

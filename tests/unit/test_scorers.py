@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from redraft.acceptance.simulate import row_alphas
+from redraft.features.store import FeatureStore
 from redraft.select import ScoringContext, score_rows
 from redraft.select import acceptance as acceptance_module
 from redraft.select import entropy as entropy_module
@@ -18,8 +20,6 @@ from redraft.select.entropy import Entropy, entropies
 from redraft.select.length import Length
 from redraft.select.rejection import Rejection
 from redraft.target import Target
-from redraft.teacher.features import FeatureStore
-from redraft.teacher.simulate import row_alphas
 
 MakeTarget = Callable[..., Target]
 make_draft = runpy.run_path(str(Path(__file__).with_name("toys.py")))["make_draft"]

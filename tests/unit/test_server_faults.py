@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, GenerationConfig
 
+from redraft.adaptation.bench import How
+from redraft.adaptation.questions import Questions
+from redraft.adaptation.server_bench import bench_servers_on, end_ids, named_servers
+from redraft.adaptation.steps import TargetSpec
 from redraft.errors import UserError
-from redraft.pipeline.bench import How
-from redraft.pipeline.questions import Questions
-from redraft.pipeline.server_bench import bench_servers_on, end_ids, named_servers
-from redraft.pipeline.steps import TargetSpec
 
 pytest.importorskip("httpx")
 pytest.importorskip("prometheus_client")

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
+from redraft.adaptation.config import AdaptConfig, merged, parse_config, read_config, underscored
+from redraft.adaptation.distill_config import DistillConfig, read_distill_config
+from redraft.adaptation.study.config import parse_study
 from redraft.cli.align import once, settings
 from redraft.errors import UserError
-from redraft.pipeline.config import AdaptConfig, merged, parse_config, read_config, underscored
-from redraft.pipeline.distill_config import DistillConfig, read_distill_config
-from redraft.pipeline.study.config import parse_study
 from redraft.train.trainer import TrainConfig
 
 ADAPT: dict[str, Any] = {"target": "t", "draft": "d", "prompts": "p", "out": "o"}

@@ -14,6 +14,13 @@ import numpy as np
 import pytest
 import torch
 
+from redraft.acceptance.simulate import (
+    expected_rounds_sampled,
+    simulate_greedy_chain,
+    tau_expected,
+    tau_of,
+    visits,
+)
 from redraft.data.store import REFERENCE, Row
 from redraft.decode.engine import ChainDecoder, Generation, PlainDecoder
 from redraft.decode.tree import DynamicTree, StaticTree
@@ -21,16 +28,9 @@ from redraft.decode.tree_engine import TreeDecoder
 from redraft.decode.tree_walk import simulate_tree
 from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
 from redraft.errors import UserError
+from redraft.features.store import FeatureStore, anchors
 from redraft.sampling import Sampler
 from redraft.target import Target
-from redraft.teacher.features import FeatureStore, anchors
-from redraft.teacher.simulate import (
-    expected_rounds_sampled,
-    simulate_greedy_chain,
-    tau_expected,
-    tau_of,
-    visits,
-)
 
 SMALL = runpy.run_path(str(Path(__file__).with_name("toys.py")))["SMALL"]
 GAMMA, TOKENS, DECODINGS = 3, 12, 120
@@ -281,7 +281,7 @@ def test_portions_do_not_matter(target, draft, tmp_path, monkeypatch):
     rows = [as_row(i, plain.generate(prompt(i), TOKENS, seed=i), prompt(i), sampler) for i in range(8)]
     store = features(target, rows, tmp_path)
     whole = expected_rounds_sampled(draft, target, rows, store, GAMMA, sampler)
-    monkeypatch.setattr("redraft.teacher.simulate.CHUNK", 3)
+    monkeypatch.setattr("redraft.acceptance.simulate.CHUNK", 3)
     assert expected_rounds_sampled(draft, target, rows, store, GAMMA, sampler, batch_anchors=20) == pytest.approx(
         whole, rel=1e-5
     )

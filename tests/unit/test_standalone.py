@@ -12,6 +12,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from redraft.acceptance.standalone import (
+    expected_rounds_standalone,
+    run_lengths,
+    simulate_greedy_standalone,
+    target_probabilities,
+)
 from redraft.artifact import tensors_hash
 from redraft.data.store import Row
 from redraft.decode import make_decoder
@@ -20,19 +26,13 @@ from redraft.decode.standalone import StandaloneDecoder
 from redraft.decode.static import StaticTarget
 from redraft.decode.tree import parse_shape
 from redraft.drafts.experts import is_private
-from redraft.drafts.shapes import fresh_standalone, parameters_of, projected, shape_for, spread_layers
 from redraft.drafts.standalone import StandaloneDraft, attach_experts, merge_experts, untrained
-from redraft.drafts.standalone_files import load_experts, load_standalone, save_experts, save_standalone
+from redraft.drafts.standalone.files import load_experts, load_standalone, save_experts, save_standalone
+from redraft.drafts.standalone.shapes import fresh_standalone, parameters_of, projected, shape_for, spread_layers
 from redraft.errors import UserError
 from redraft.export import EXPORTERS
 from redraft.loading import check_tokenizers, open_standalone
 from redraft.sampling import Sampler, warp
-from redraft.teacher.standalone import (
-    expected_rounds_standalone,
-    run_lengths,
-    simulate_greedy_standalone,
-    target_probabilities,
-)
 
 TOYS = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("toys.py"))))
 prompts = TOYS.prompts

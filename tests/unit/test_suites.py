@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
+from redraft.adaptation.suites import suite_prompts
 from redraft.data.prompts import Conversation
 from redraft.data.suites import DATA_VARIABLE, SUITES, load_suite, run_turns
 from redraft.decode.engine import PlainDecoder
 from redraft.errors import UserError
-from redraft.pipeline.suites import suite_prompts
 from redraft.target import Target
 
 # One row of each public source, with its own columns.

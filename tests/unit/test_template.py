@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from redraft.adaptation.config import claim_run, parse_config
+from redraft.adaptation.models import settle_template
 from redraft.data.generate import Completion
 from redraft.data.prompts import Conversation, template_ids
 from redraft.data.regenerate import regenerate
@@ -27,8 +29,6 @@ from redraft.data.template import (
 )
 from redraft.data.traces import read_traces
 from redraft.errors import UserError
-from redraft.pipeline.config import claim_run, parse_config
-from redraft.pipeline.models import settle_template
 from redraft.sampling import Sampler
 
 TURN = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from redraft import provenance
+from redraft.adaptation.traffic import split_traffic, take_traffic
 from redraft.data.overlap import same_text, trained_conversations
 from redraft.data.store import TRAFFIC, Row, read_rows
 from redraft.data.traces import read_traces
 from redraft.errors import UserError
-from redraft.pipeline.traffic import split_traffic, take_traffic
 from redraft.target import Target
 
 EOS = 2

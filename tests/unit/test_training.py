@@ -16,6 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from redraft import provenance
+from redraft.acceptance.simulate import row_alphas, simulate_greedy_chain, tau_of
+from redraft.acceptance.unroll import collate, supervised, unroll
+from redraft.adaptation.stages import run_training
 from redraft.arithmetic import Choice
 from redraft.data.store import Row
 from redraft.decode.engine import ChainDecoder, PlainDecoder
@@ -23,11 +26,8 @@ from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
 from redraft.drafts.experts import attach_private, merge_private
 from redraft.drafts.groups import PrivateSize, prepare
 from redraft.errors import UserError
-from redraft.pipeline.stages import run_training
+from redraft.features.store import FeatureStore, anchors
 from redraft.target import Target
-from redraft.teacher.features import FeatureStore, anchors
-from redraft.teacher.simulate import row_alphas, simulate_greedy_chain, tau_of
-from redraft.teacher.unroll import collate, supervised, unroll
 from redraft.train import optimizer as optimizer_module
 from redraft.train.aim import STEPS
 from redraft.train.trainer import TrainConfig, Trainer, TrainResult, batch_order

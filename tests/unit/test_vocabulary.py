@@ -28,8 +28,8 @@ from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
 from redraft.drafts.experts import attach_low_rank
 from redraft.errors import UserError
 from redraft.loading import tokenizer_hash
+from redraft.starts.vocabulary import choose_swaps, coverage, refresh_vocabulary, run_lengths
 from redraft.target import Target
-from redraft.teacher.vocabulary import choose_swaps, coverage, refresh_vocabulary, run_lengths
 
 IDS = [2, *range(10, 50)]
 

@@ -76,7 +76,7 @@ def quickstart(
     ),
 ) -> None:
     """The whole story on a small embedded model: a target fine-tuned on maths gets its lost speed-up back."""
-    from redraft.pipeline import quickstart as story
+    from redraft.adaptation import quickstart as story
     from redraft.report.tables import acceptance_table, bench_table, ledger_table, probe_panel, summary_table
 
     summary, result, found = story.quickstart(out, say)
@@ -130,10 +130,10 @@ def train(
     seed: Seed = 0,
 ) -> None:
     """Train a small part of an old draft, or a new draft, on the target's own responses. A stopped run goes on."""
+    from redraft.adaptation.config import adaptation
+    from redraft.adaptation.steps import TargetSpec
+    from redraft.adaptation.training import TrainData, train_new, train_old
     from redraft.drafts.groups import PrivateSize
-    from redraft.pipeline.config import adaptation
-    from redraft.pipeline.steps import TargetSpec
-    from redraft.pipeline.training import TrainData, train_new, train_old
     from redraft.train.trainer import TrainConfig
 
     flags: dict[str, Any] = {"epochs": epochs, "batch_anchors": batch_anchors, "learning_rate": learning_rate}
@@ -154,7 +154,7 @@ def train(
 
 def settings(given: list[str], config: Any) -> dict[str, Any]:
     """``NAME=VALUE`` texts as values of the types of a config's fields. Raises ``UserError``."""
-    from redraft.pipeline.config import typed
+    from redraft.adaptation.config import typed
     from redraft.registry import nearest
 
     known = get_type_hints(config)
@@ -244,8 +244,8 @@ def adapt(
 ) -> None:
     """Everything in one go: regenerate, select, train, export, bench and report. Stop it and resume it at will."""
     given = {name: value for name, value in locals().items() if name != "config" and value not in (None, [])}
-    from redraft.pipeline.adapt import AdaptRun
-    from redraft.pipeline.config import parse_config, read_config
+    from redraft.adaptation.adapt import AdaptRun
+    from redraft.adaptation.config import parse_config, read_config
     from redraft.report.tables import acceptance_table, bench_table, ledger_table
 
     given |= named_settings(given)
@@ -284,7 +284,7 @@ def merge(
     ] = 1.0,
 ) -> None:
     """Fold a private part into the shared draft: an ordinary dense draft, with no extra work for engines."""
-    from redraft.pipeline.steps import merge_folder, target_info
+    from redraft.adaptation.steps import merge_folder, target_info
 
     meta = merge_folder(private, base_draft, out, target_info(target) if target else None, scale)
     say(f"{out}: {meta['parameters']:,} parameters, method {meta.get('method')}")
@@ -299,8 +299,8 @@ def export(
     gamma: Gamma = 5,
 ) -> None:
     """Write a draft in the format that a serving engine loads: complete, or not at all."""
+    from redraft.adaptation.steps import export_folder, target_info
     from redraft.export import EXPORTERS
-    from redraft.pipeline.steps import export_folder, target_info
 
     EXPORTERS.get(format)
     found = export_folder(draft, target_info(target), format, out, base_draft, gamma)

@@ -42,7 +42,7 @@ def _methods() -> list[str]:
 
 
 def _starts() -> list[str]:
-    from redraft.pipeline.starts import STARTS
+    from redraft.starts.apply import STARTS
 
     return STARTS.names()
 
@@ -64,13 +64,13 @@ CHOICES: dict[str, Callable[[], list[str]]] = {
 
 
 def _adapt() -> Any:
-    from redraft.pipeline.config import AdaptConfig
+    from redraft.adaptation.config import AdaptConfig
 
     return AdaptConfig
 
 
 def _distill() -> Any:
-    from redraft.pipeline.distill_config import DistillConfig
+    from redraft.adaptation.distill_config import DistillConfig
 
     return DistillConfig
 

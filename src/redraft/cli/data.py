@@ -74,8 +74,8 @@ def regenerate(
 
     Token ids are kept as generated. A stopped run goes on where it was; what failed is listed beside the output.
     """
+    from redraft.adaptation.steps import TargetSpec, regenerate_file
     from redraft.data.template import parse_template_args
-    from redraft.pipeline.steps import TargetSpec, regenerate_file
     from redraft.sampling import samplers_of
 
     if server_model and not server:
@@ -111,8 +111,8 @@ def select(
 
     From responses, or from prompts before any is answered: --keep then writes the prompts to answer.
     """
+    from redraft.adaptation.steps import TargetSpec, select_file
     from redraft.data.template import parse_template_args
-    from redraft.pipeline.steps import TargetSpec, select_file
 
     manifest = select_file(
         responses,

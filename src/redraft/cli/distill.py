@@ -81,10 +81,10 @@ def distill(
 ) -> None:
     """Make a drafter of one's own: pretrain, let the target answer, align. Stop it and resume it at will."""
     given = {name: value for name, value in locals().items() if name != "config" and value not in (None, [])}
+    from redraft.adaptation.distill import DistillRun
+    from redraft.adaptation.distill_config import read_distill_config
     from redraft.cli.align import settings
     from redraft.data.template import parse_template_args
-    from redraft.pipeline.distill import DistillRun
-    from redraft.pipeline.distill_config import read_distill_config
     from redraft.train.distil import DistilConfig
     from redraft.train.pretrain import PretrainConfig
 

@@ -94,10 +94,10 @@ def probe(
 
     It says at the start how long it will take.
     """
+    from redraft.adaptation.questions import Questions
+    from redraft.adaptation.steps import TargetSpec, check_output, probe_files
     from redraft.artifact import atomic_write_json
     from redraft.data.template import parse_template_args
-    from redraft.pipeline.questions import Questions
-    from redraft.pipeline.steps import TargetSpec, check_output, probe_files
     from redraft.report.tables import probe_panel
 
     if json_out is not None:
@@ -173,11 +173,11 @@ def bench(
     seed: Seed = 0,
 ) -> None:
     """Measure drafts against the fastest plain decoding: same prompts, same run, with 95% intervals."""
+    from redraft.adaptation.bench import How, bench_files
+    from redraft.adaptation.questions import Questions
+    from redraft.adaptation.server_bench import bench_servers_on, named_servers
+    from redraft.adaptation.steps import TargetSpec
     from redraft.data.template import parse_template_args
-    from redraft.pipeline.bench import How, bench_files
-    from redraft.pipeline.questions import Questions
-    from redraft.pipeline.server_bench import bench_servers_on, named_servers
-    from redraft.pipeline.steps import TargetSpec
 
     if bool(draft) == bool(server):
         raise UserError("give --draft to measure drafts in this process, or --server to measure servers from outside")

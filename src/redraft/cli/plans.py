@@ -25,7 +25,7 @@ def announce(command: str, given: Given) -> None:
     """Print the lines for ``command``. What cannot be read is left for the command itself to refuse."""
     try:
         if command in ("adapt", "distill") and given.get("config") is not None:
-            from redraft.pipeline.yamlfile import read_yaml
+            from redraft.adaptation.yamlfile import read_yaml
 
             values = read_yaml(Path(given["config"]), "settings")
             flags = {name: value for name, value in given.items() if value not in (None, [], ())}

@@ -38,12 +38,12 @@ def study(
     """Compare methods, data, selections, losses and starts: one results file, its tables and pictures."""
     if (config is None) == (tables is None):
         raise UserError("give the YAML file of a study, or --tables with the results of one")
-    from redraft.pipeline.study.tables import write_full, write_tables
+    from redraft.adaptation.study.tables import write_full, write_tables
 
     if tables is not None:
         say(f"tables: {write_tables(tables, out)}")
         return
-    from redraft.pipeline.study.config import read_study
+    from redraft.adaptation.study.config import read_study
 
     assert config is not None
     parsed = read_study(config)
@@ -57,7 +57,7 @@ def study(
         return
     if out is None:
         raise UserError("name the folder of the study with --out")
-    from redraft.pipeline.study.run import RESULTS_FILE, StudyRun
+    from redraft.adaptation.study.run import RESULTS_FILE, StudyRun
 
     results = StudyRun(parsed, out, say).run()
     if full is not None:

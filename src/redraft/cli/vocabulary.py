@@ -57,8 +57,8 @@ def vocabulary(
 
     A refresh keeps the size, carries the rows that stay, and makes new ones from the target's head.
     """
-    from redraft.pipeline.steps import TargetSpec
-    from redraft.pipeline.vocabulary import vocabulary_file
+    from redraft.adaptation.steps import TargetSpec
+    from redraft.adaptation.vocabulary import vocabulary_file
 
     found, refreshed, result = vocabulary_file(
         TargetSpec(target, dtype, device, adapter),

@@ -66,13 +66,13 @@ def watch(
 
     Without colours (a file, a pipe, NO_COLOR) brackets say the same.
     """
+    from redraft.adaptation.models import open_proposer, template_prompts
+    from redraft.adaptation.steps import TargetSpec
     from redraft.data.template import parse_template_args
     from redraft.decode import make_decoder
     from redraft.decode.pieces import TokenText
     from redraft.decode.tree import parse_shape
     from redraft.loading import quiet
-    from redraft.pipeline.models import open_proposer, template_prompts
-    from redraft.pipeline.steps import TargetSpec
     from redraft.report.live import Watcher, coloured, legend
 
     sampler, form = sampler_of(temperature, top_k, top_p), parse_shape(shape)

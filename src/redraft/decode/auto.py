@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from redraft.acceptance.simulate import walk
 from redraft.decode.engine import PlainDecoder, SpeculativeDecoder, _Uniforms
 from redraft.decode.standalone import DraftKeys
 from redraft.drafts.base import Proposer
@@ -25,7 +26,6 @@ from redraft.drafts.standalone import StandaloneDraft
 from redraft.errors import UserError
 from redraft.sampling import Sampler
 from redraft.target import Target
-from redraft.teacher.simulate import walk
 
 if TYPE_CHECKING:
     from redraft.decode.tree import Shape

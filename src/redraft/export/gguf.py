@@ -20,7 +20,7 @@ from torch import Tensor
 from redraft.artifact import atomic_folder, tensors_bytes
 from redraft.drafts.base import Draft
 from redraft.drafts.standalone import StandaloneDraft
-from redraft.drafts.standalone_files import plain_state
+from redraft.drafts.standalone.files import plain_state
 from redraft.errors import UserError
 from redraft.export.base import ExportReport, TargetInfo, checks, holds_standalone
 from redraft.export.gguf_tokens import TokenFields, token_fields

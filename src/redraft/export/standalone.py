@@ -14,7 +14,7 @@ import torch
 from redraft.artifact import atomic_folder, check_tensors, tensors_bytes, tensors_hash
 from redraft.drafts.base import Draft, family_of
 from redraft.drafts.standalone import StandaloneDraft, merge_experts
-from redraft.drafts.standalone_files import FOLDER_FILES, plain_state, write_model
+from redraft.drafts.standalone.files import FOLDER_FILES, plain_state, write_model
 from redraft.errors import UserError
 from redraft.export.base import (
     ExportReport,

@@ -24,7 +24,7 @@ def read_standalone(source: str | Path, base: str | Path | None = None) -> tuple
     """
     from redraft.drafts.experts import is_private
     from redraft.drafts.standalone import StandaloneDraft
-    from redraft.drafts.standalone_files import load_experts, load_standalone
+    from redraft.drafts.standalone.files import load_experts, load_standalone
 
     place = Path(source)
     known = (place / META_FILE).is_file()

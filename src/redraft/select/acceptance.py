@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from redraft.acceptance.simulate import row_alphas
+from redraft.features.store import FeatureStore
 from redraft.target import Target
-from redraft.teacher.features import FeatureStore
-from redraft.teacher.simulate import row_alphas
 
 # Tokens whose features lie on the disk at once: 220 MB for three taps of width 576 in bfloat16.
 PORTION_TOKENS = 2**16

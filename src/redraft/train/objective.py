@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from redraft.acceptance.unroll import Batch, supervised, unroll
 from redraft.losses import LOSSES
 from redraft.target import Target
-from redraft.teacher.unroll import Batch, supervised, unroll
 from redraft.train.portions import portions, sum_over_portions
 
 if TYPE_CHECKING:

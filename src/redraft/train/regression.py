@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from redraft.acceptance.unroll import Batch, unroll
 from redraft.drafts.base import Draft, bind
 from redraft.target import Target
-from redraft.teacher.unroll import Batch, unroll
 from redraft.train.portions import portions, sum_over_portions
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ round that ends early.
 
 No decoding is needed for that. Up to its first rejected token a round of a chain conditions on accepted tokens, and
 those are the response's own; the draft's inputs are therefore the teacher-forced ones, and the walk over stored
-responses visits the very states that decoding would (see :mod:`redraft.teacher.simulate`). With v(m) the chance that
+responses visits the very states that decoding would (see :mod:`redraft.acceptance.simulate`). With v(m) the chance that
 a round starts at anchor m, w_i the chance that its i-th token is accepted and R_j = w_1 ... w_j,
 
     reached(m, j) = v(m) (R_j - R_L)          in a round that ends early, given the text
@@ -32,14 +32,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from redraft.acceptance.simulate import acceptance_given_text, anchor_batches, check_own, matches, visits
+from redraft.acceptance.unroll import Batch, collate, supervised
 from redraft.data.store import Row
 from redraft.errors import UserError
+from redraft.features.store import FeatureStore, anchors
 from redraft.progress import Progress
 from redraft.sampling import Sampler
 from redraft.target import Target
-from redraft.teacher.features import FeatureStore, anchors
-from redraft.teacher.simulate import acceptance_given_text, anchor_batches, check_own, matches, visits
-from redraft.teacher.unroll import Batch, collate, supervised
 from redraft.train.objective import Objective, UnrollObjective, with_extra_loss
 from redraft.train.trainer import TrainConfig, Trainer
 

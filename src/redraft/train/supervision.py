@@ -23,8 +23,8 @@ from torch import Tensor
 from redraft.data.logprobs import Top
 from redraft.data.store import Row
 from redraft.errors import UserError
+from redraft.features.store import FeatureStore, anchors
 from redraft.target import Target
-from redraft.teacher.features import FeatureStore, anchors
 
 TeacherLogits = Callable[[Tensor], Tensor]
 """Indices [N] into the supervised positions of some rows -> the teacher's logits [N, V] there."""

@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
+from redraft.acceptance.simulate import anchor_batches, simulate_greedy_chain, tau_of
+from redraft.acceptance.unroll import Batch, collate
 from redraft.data.store import Row
 from redraft.drafts.base import Draft
 from redraft.errors import UserError
+from redraft.features.store import FeatureStore, anchors
 from redraft.losses import LOSSES
 from redraft.progress import Progress
 from redraft.target import Target
-from redraft.teacher.features import FeatureStore, anchors
-from redraft.teacher.simulate import anchor_batches, simulate_greedy_chain, tau_of
-from redraft.teacher.unroll import Batch, collate
 from redraft.train.aim import STEPS, aim_updates, settle, waiting
 from redraft.train.checkpoint import rows_digest
 from redraft.train.descent import Descent, DescentConfig, Step

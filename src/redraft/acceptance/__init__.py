@@ -1,0 +1,1 @@
+"""Acceptance without decoding: rounds walked over stored responses of the target."""

@@ -1,0 +1,351 @@
+"""``redraft probe``: is the present draft healthy or stale, what would alignment bring, is it worth doing?
+
+The target answers a few prompts greedily (batched), the draft's rounds are walked over the features that passed by
+on the way, and two short decodings time a round. The reference is the same draft on the target it was made for; what
+alignment would bring is a forecast with an interval (:mod:`redraft.evaluate.forecast`), to which a trial adaptation
+can be added. Drafts of every family are probed; there is a forecast for those that it was fitted on.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from redraft.acceptance.simulate import simulate_greedy_chain
+from redraft.acceptance.standalone import simulate_greedy_standalone
+from redraft.adaptation.advice import ADAPT_ANSWERS, ADAPT_PASSES, LEAVE, break_even, judge
+from redraft.adaptation.pace import TIMED_PROMPTS, Pace, RoundTime, expected_seconds, first_batch, round_cost
+from redraft.adaptation.trial import Trial, check_trial, trial
+from redraft.data.generate import Request, generate
+from redraft.data.regenerate import Kept
+from redraft.data.store import Row
+from redraft.drafts.base import Proposer, family_of
+from redraft.drafts.standalone import StandaloneDraft
+from redraft.errors import UserError
+from redraft.evaluate.forecast import Evidence, Fit, Seen, same_chain, shipped
+from redraft.evaluate.speed import Prompt, tau_interval
+from redraft.features.store import FeatureStore, anchors
+from redraft.report.format import duration
+from redraft.sampling import Sampler
+from redraft.starts.vocabulary import coverage
+from redraft.target import Target
+
+# A probe that takes longer says how to shorten it.
+MINUTE = 60.0
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """``tau`` and ``reference_tau`` with intervals, ``forecast`` of tau after alignment, ``gain`` in speed; speed-ups
+    are predictions from timed rounds. ``adapt`` is whether alignment is worth a try."""
+
+    verdict: str
+    advice: str
+    action: str
+    adapt: bool
+    prompts: int
+    gamma: int
+    tau: dict[str, float]
+    reference_tau: dict[str, float] | None
+    reference: str
+    coverage: float | None
+    trial_tau: dict[str, float] | None
+    forecast: dict[str, float] | None
+    forecast_from: str
+    round_cost: float
+    round_types: dict[str, str]
+    speedup_now: float
+    speedup_expected: float | None
+    gain: dict[str, float] | None
+    break_even: dict[str, Any] | None
+    break_even_text: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def lines(self) -> dict[str, str]:
+        """The figures as label and text, for the terminal."""
+        found = {
+            "acceptance length": f"{_interval(self.tau)} (greedy chain of {self.gamma}, {self.prompts} prompts)",
+            "reference": f"{_interval(self.reference_tau)} {self.reference}" if self.reference_tau else self.reference,
+        }
+        if self.coverage is not None and self.coverage < 1:
+            found["vocabulary"] = f"the draft can say {self.coverage:.0%} of the target's tokens"
+        if self.trial_tau is not None:
+            how = "on each half of the answers, trained on the other; too few to forecast by"
+            found["trial adaptation"] = f"{_interval(self.trial_tau)} {how}"
+        cost = f"a round costs {self.round_cost:.2f} plain steps"
+        found["speed-up now"] = f"{self.speedup_now:.2f}x predicted{_slower(self.speedup_now)}; {cost}"
+        if self.forecast is None:
+            found["when aligned"] = self.forecast_from
+        else:
+            speed = {end: tau / self.round_cost for end, tau in self.forecast.items()}
+            found["when aligned"] = f"acceptance length {_interval(self.forecast)}, {self.forecast_from}"
+            found["speed-up when aligned"] = f"{_interval(speed, 'x')} predicted{_slower(speed['value'])}"
+        if self.break_even_text:
+            found["break-even"] = self.break_even_text
+        return found | {"advice": self.advice}
+
+
+def _interval(value: Mapping[str, float], unit: str = "") -> str:
+    if value["low"] == value["high"]:
+        return f"{value['value']:.2f}{unit}"
+    return f"{value['value']:.2f}{unit} [{value['low']:.2f}, {value['high']:.2f}]"
+
+
+def _slower(speedup: float) -> str:
+    return ", slower than plain decoding" if speedup <= 1 else ""
+
+
+# -- the target's answers --------------------------------------------------------------------------------------------
+def greedy_rows(
+    target: Target,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    progress: Callable[..., None] | None = None,
+    store: FeatureStore | None = None,
+) -> list[Row]:
+    """The target's greedy answers, those left out that have no position to be measured at.
+
+    ``store`` takes the features that the target computes on the way.
+    """
+    requests = [Request(p.id, p.ids, Sampler()) for p in prompts]
+    rows, kept, tokens = list[Row](), list[Kept](), 0
+    for done in generate(target, requests, max_new_tokens, features=store is not None):
+        texts = (done.request.key, list(done.request.prompt_ids), done.response_ids)
+        row = Row(*texts, 0.0, 0, 1.0, 0, done.finish_reason, "")
+        rows.append(row)
+        if done.features:
+            kept.append((row, *done.features))
+        tokens += len(done.response_ids)
+        if progress:
+            progress(len(rows), tokens=tokens)
+    if store is not None:
+        store.put(kept)
+    return [row for row in rows if anchors(row)]
+
+
+@contextmanager
+def greedy_answers(
+    target: Target,
+    draft: Proposer,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    progress: Callable[..., None] | None = None,
+) -> Iterator[tuple[list[Row], FeatureStore | None]]:
+    """The target's greedy answers and their features; none of those for a standalone draft, which reads text alone."""
+    if isinstance(draft, StandaloneDraft):
+        yield greedy_rows(target, prompts, max_new_tokens, progress), None
+        return
+    target.tap(draft.config.taps)
+    with tempfile.TemporaryDirectory(prefix="redraft-probe-", ignore_cleanup_errors=True) as folder:
+        store = FeatureStore(Path(folder), {})
+        rows = greedy_rows(target, prompts, max_new_tokens, progress, store)
+        store.build(target, rows)  # nothing, unless the disk was too full to keep them
+        yield rows, store
+
+
+def acceptance(
+    target: Target,
+    draft: Proposer,
+    prompts: Sequence[Prompt],
+    gamma: int,
+    max_new_tokens: int,
+    progress: Callable[..., None] | None = None,
+) -> dict[str, float]:
+    """tau_pooled with its interval of the greedy chain on the target's own greedy answers, without decoding.
+
+    Raises ``UserError`` when no answer has two tokens.
+    """
+    with greedy_answers(target, draft, prompts, max_new_tokens, progress) as (rows, store):
+        return walked(target, draft, rows, store, gamma)
+
+
+def walked(
+    target: Target, draft: Proposer, rows: Sequence[Row], store: FeatureStore | None, gamma: int
+) -> dict[str, float]:
+    """tau_pooled with its interval of the greedy chain over these greedy answers. Raises ``UserError`` for none."""
+    if not rows:
+        raise UserError("the target ends every answer at once; check its chat template and end token")
+    draft = draft.to(target.device)
+    if isinstance(draft, StandaloneDraft):
+        accepted = simulate_greedy_standalone(draft, target, rows, gamma)
+    else:
+        assert store is not None
+        accepted = simulate_greedy_chain(draft, target, rows, store, gamma)
+    return tau_interval(accepted, {row.key: anchors(row) for row in rows})
+
+
+# -- the whole -------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Look:
+    """A draft on a target's answers: tau with its interval, the vocabulary's coverage, mean length of an answer, and
+    the trial where one was asked for."""
+
+    tau: dict[str, float]
+    coverage: float | None
+    length: float
+    trial: Trial | None
+
+
+def look(
+    target: Target,
+    draft: Proposer,
+    prompts: Sequence[Prompt],
+    gamma: int,
+    max_new_tokens: int,
+    with_trial: bool,
+    progress: Callable[..., None] | None,
+) -> Look:
+    """Have the target answer, and walk the draft over it. Raises ``UserError``."""
+    with greedy_answers(target, draft, prompts, max_new_tokens, progress) as (rows, store):
+        tau = walked(target, draft, rows, store, gamma)
+        length = sum(len(row.response_ids) for row in rows) / len(rows)
+        if isinstance(draft, StandaloneDraft):
+            return Look(tau, None, length, None)
+        assert store is not None
+        tried = trial(target, draft, rows, store, gamma) if with_trial else None
+        share = coverage(draft, rows, gamma).share
+        return Look(tau, share, length, tried)
+
+
+def probe(
+    target: Target,
+    draft: Proposer,
+    prompts: Sequence[Prompt],
+    gamma: int,
+    max_new_tokens: int = 128,
+    base_target: Target | None = None,
+    known_reference: dict[str, float] | None = None,
+    progress: Callable[..., None] | None = None,
+    *,
+    known_gamma: int | None = None,
+    targets: Mapping[str, Target] | None = None,
+    with_trial: bool = False,
+    say: Callable[[str], None] | None = None,
+) -> ProbeResult:
+    """Measure and judge.
+
+    ``known_reference`` is the tau that the draft's own record states, of a chain of ``known_gamma``, used without a
+    base. ``targets`` holds the target in the data types that it may be served in; ``with_trial`` adapts to a part of
+    the answers to narrow the forecast; ``say`` is told how long it will take. Raises ``UserError``.
+    """
+    evidence, family = shipped(), family_of(draft)
+    if with_trial:
+        check_trial(draft)
+    reference, where = _stated(known_reference if base_target is None else None, known_gamma or gamma, gamma)
+    size = draft.parameters_per_token / target.parameters_per_token
+    pace = first_batch(target, prompts, max_new_tokens)
+    if say:
+        training = evidence.training(size) * evidence.trial_passes if with_trial else 0.0
+        passes, types = 2 if base_target is not None else 1, len(targets or [target])
+        say(_announcement(expected_seconds(pace, len(prompts), max_new_tokens, passes, types, training)))
+    seen = look(target, draft, prompts, gamma, max_new_tokens, with_trial, progress)
+    timed = round_cost(targets or target, draft, prompts[:TIMED_PROMPTS], gamma)
+    if base_target is not None:
+        reference = acceptance(base_target, draft, prompts, gamma, max_new_tokens, progress)
+        where = "on the base target's own answers to the same prompts"
+    measured = reference["value"] if reference is not None and base_target is not None else None
+    observed = Seen(gamma, seen.tau["value"], measured, seen.trial.tau["value"] if seen.trial else None)
+    fit = evidence.fit_for(observed) if family in evidence.families else None
+    return _result(draft, seen, timed, reference, where, observed, fit, evidence, pace, size, len(prompts))
+
+
+def _stated(reference: Mapping[str, float] | None, known_gamma: int, gamma: int) -> tuple[dict[str, float] | None, str]:
+    """What a draft's record states of a chain of ``known_gamma``, as tau of one of ``gamma``, and words for it.
+
+    Raises ``UserError`` for a tau that no chain has.
+    """
+    if reference is None:
+        return None, "none: give --base-target to learn what the draft could reach"
+    where = "stated by the draft's own record, on other prompts"
+    if known_gamma == gamma:
+        return dict(reference), where
+    try:
+        converted = {end: same_chain(tau, known_gamma, gamma) for end, tau in reference.items()}
+    except ValueError as error:
+        text = f"the draft's record states a held-out tau that cannot be: {error}; give --base-target"
+        raise UserError(text) from error
+    return converted, f"{where}, from a chain of {known_gamma}"
+
+
+def _announcement(seconds: float) -> str:
+    longer = "; fewer prompts (--limit) or shorter answers (--max-new-tokens) take less" if seconds > MINUTE else ""
+    return f"this takes about {duration(max(1.0, seconds))} here, less where answers end early{longer}"
+
+
+def _result(
+    draft: Proposer,
+    seen: Look,
+    timed: RoundTime,
+    reference: dict[str, float] | None,
+    where: str,
+    observed: Seen,
+    fit: Fit | None,
+    evidence: Evidence,
+    pace: Pace,
+    size: float,
+    prompts: int,
+) -> ProbeResult:
+    """The judgement on what was measured, in figures and words."""
+    forecast = fit.forecast(observed) if fit else None
+    family, gamma = family_of(draft), observed.gamma
+    found = judge(seen.tau["value"], reference["value"] if reference else None, timed, forecast, _more(observed, fit))
+    paid = None
+    if forecast is not None and found.action != LEAVE:
+        seconds = adaptation_seconds(seen, evidence, pace, size)
+        paid = break_even(seen.tau["value"], timed, forecast, seconds)
+    why = (
+        fit.sentence()
+        if fit
+        else f"no forecast: it was fitted on {' and '.join(evidence.families)} drafts, not {family}"
+    )
+    return ProbeResult(
+        verdict=found.verdict,
+        advice=found.advice,
+        action=found.action,
+        adapt=found.action != LEAVE,
+        prompts=prompts,
+        gamma=gamma,
+        tau=seen.tau,
+        reference_tau=reference,
+        reference=where,
+        coverage=seen.coverage,
+        trial_tau=seen.trial.tau if seen.trial else None,
+        forecast=forecast,
+        forecast_from=why,
+        round_cost=timed.cost,
+        round_types={"plain": timed.plain_type, "round": timed.round_type},
+        speedup_now=seen.tau["value"] / timed.cost,
+        speedup_expected=forecast["value"] / timed.cost if forecast else None,
+        gain=found.gain,
+        break_even=paid.to_dict() if paid else None,
+        break_even_text=paid.sentence() if paid else None,
+    )
+
+
+def _more(observed: Seen, fit: Fit | None) -> str:
+    """How to learn more than the forecast says."""
+    ways = []
+    if fit is not None and observed.reference_tau is None:
+        ways.append("--base-target may narrow this")
+    if fit is not None and observed.trial_tau is None:
+        ways.append("--trial shows what a few answers bring")
+    return ", ".join([*ways, "redraft adapt measures it on held-out prompts"])
+
+
+def adaptation_seconds(seen: Look, evidence: Evidence, pace: Pace, size: float) -> float:
+    """What `redraft adapt` would take here by default: answers at this target's pace, and training on them.
+
+    A trained position costs what it did in the trial, else as many generated tokens as in the committed runs, by the
+    draft's share ``size`` of the target's parameters.
+    """
+    tokens, token = ADAPT_ANSWERS * seen.length, pace.token(seen.length)
+    position = evidence.training(size) * token
+    if seen.trial is not None and seen.trial.tokens:
+        position = seen.trial.seconds / seen.trial.tokens
+    return tokens * token + ADAPT_PASSES * tokens * position

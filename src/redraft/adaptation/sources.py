@@ -1,0 +1,180 @@
+"""Where an adaptation's text comes from: prompts that the target answers, questions it asks itself, or served traffic.
+
+Whatever the source, two response files come of it, ``responses.jsonl`` to train on and ``heldout.jsonl`` of greedy
+answers (or served ones) for early stopping, and prompts to measure on that neither file holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from redraft import provenance
+from redraft.adaptation.config import AdaptConfig
+from redraft.adaptation.models import split_prompts, template_prompts
+from redraft.adaptation.stages import Say
+from redraft.adaptation.traffic import Traffic, take_traffic
+from redraft.data.overlap import refuse_overlap
+from redraft.data.prompts import Conversation, read_conversations
+from redraft.data.regenerate import InProcessEngine, ServerEngine, expected_rows, regenerate
+from redraft.data.selfprompts import self_prompts
+from redraft.data.store import Row, read_rows
+from redraft.errors import UserError
+from redraft.evaluate.speed import Prompt
+from redraft.features.store import FeatureStore, anchors
+from redraft.loading import served_otherwise
+from redraft.progress import progress_bar
+from redraft.sampling import Sampler, samplers_of
+from redraft.target import Target
+
+
+class Source:
+    """The text of one run directory; ``target_of`` opens the target when it is first needed."""
+
+    def __init__(
+        self,
+        config: AdaptConfig,
+        target_of: Callable[[], Target],
+        ledger: provenance.Ledger,
+        say: Say,
+        heldout_server: str | None = None,
+        store_of: Callable[[], FeatureStore] | None = None,
+    ) -> None:
+        """``heldout_server`` answers the held-out prompts where the target itself is not at hand.
+
+        ``store_of``: where a target in this process puts the features of what it answers; it taps the target.
+        """
+        self.config, self.target_of, self.ledger, self.say = config, target_of, ledger, say
+        self.heldout_server, self.store_of = heldout_server, store_of
+        # The ids of the training prompts that are answered; all of them where there is no such choice.
+        self.chosen: frozenset[str] | None = None
+        self.responses = config.out / "responses.jsonl"
+        self.heldout = config.out / "heldout.jsonl"
+
+    @cached_property
+    def prompts(self) -> tuple[list[Conversation], list[Conversation], list[Conversation]]:
+        """(train, heldout, evaluation) of a run that generates. Raises ``UserError``."""
+        c = self.config
+        conversations = self._asked()
+        if c.eval_prompts is None:
+            return split_prompts(conversations, c.heldout_prompts, c.bench_prompts, c.seed)
+        evaluation = read_conversations(c.eval_prompts)[: c.bench_prompts]
+        refuse_overlap(conversations, evaluation, c.eval_prompts)
+        train, heldout, _ = split_prompts(conversations, c.heldout_prompts, 0, c.seed)
+        return train, heldout, evaluation
+
+    def _asked(self) -> list[Conversation]:
+        c = self.config
+        if not c.self_prompts:
+            assert c.prompts is not None  # the settings are checked: traffic has no prompts
+            return read_conversations(c.prompts)
+        target = self.target_of()
+        if rounded := served_otherwise(target):
+            raise UserError(
+                f"{c.target} is served with quantised {rounded} and cannot write prompts here; give --prompts instead"
+            )
+        with self.ledger.stage("self-prompts") as entry, progress_bar("self-prompts", c.self_prompts) as progress:
+            found, report = self_prompts(
+                target,
+                c.self_prompts,
+                c.seed,
+                c.out / "self-prompts.jsonl",
+                batch_size=c.batch_size,
+                progress=progress.update,
+            )
+            flops = provenance.forward_flops(target.parameters_per_token, report.tokens)
+            entry.add(report.tokens, flops, provenance.FORWARD_FORMULA)
+        self.say(f"self-prompts: {report.summary()}")
+        return found
+
+    @cached_property
+    def traffic(self) -> Traffic:
+        """Served responses by purpose; both response files are written."""
+        c = self.config
+        assert c.responses is not None
+        return take_traffic(
+            c.responses,
+            self.target_of(),
+            self.responses,
+            self.heldout,
+            heldout=c.heldout_prompts,
+            evaluation=c.bench_prompts,
+            seed=c.seed,
+            max_new_tokens=c.max_new_tokens,
+            ledger=self.ledger,
+            say=self.say,
+        )
+
+    def write(self) -> None:
+        """Both response files, complete. Raises ``UserError``; a killed run goes on."""
+        c = self.config
+        if c.responses:
+            assert self.traffic
+            return
+        train, heldout, _ = self.prompts
+        if self.chosen is not None:
+            train = [conversation for conversation in train if conversation.id in self.chosen]
+        samplers = samplers_of(c.temperatures, c.top_p)
+        self._answer("regenerate", train, samplers, c.server)
+        apart = self.heldout_server or (c.server if served_otherwise(self.target_of()) else None)
+        self._answer("regenerate held-out", heldout, [Sampler()], apart)
+
+    def _answer(self, name: str, prompts: Sequence[Conversation], samplers: list[Sampler], server: str | None) -> None:
+        c, target = self.config, self.target_of()
+        store = self.store_of() if self.store_of and not server else None
+        engine: Any = InProcessEngine(target, c.batch_size)
+        if server:
+            engine = ServerEngine(server, c.server_model, c.batch_size, vocab_size=target.vocab_size)
+        path = self.responses if name == "regenerate" else self.heldout
+        with self.ledger.stage(name) as entry, progress_bar(name, expected_rows(prompts, samplers), "rows") as progress:
+            report = regenerate(
+                engine,
+                prompts,
+                target.tokenizer,
+                samplers,
+                path,
+                c.max_new_tokens,
+                c.seed,
+                target.content_hash(),
+                progress.update,
+                eos_ids=target.eos_ids,
+                context=target.context,
+                features=store,
+            )
+            tokens = report.prompt_tokens + report.response_tokens
+            flops = provenance.forward_flops(target.parameters_per_token, tokens)
+            entry.add(tokens, flops, provenance.FORWARD_FORMULA, report.bytes_written)
+        self.say(f"{name}: {report.summary()}")
+
+    def evaluation(self) -> list[Prompt]:
+        """The prompts to measure on, as the target reads them. Raises ``UserError`` for one that is too long."""
+        if self.config.responses:
+            return self.traffic.prompts()
+        return template_prompts(self.prompts[2], self.target_of(), self.config.bench_tokens)
+
+
+def own_answers(
+    target: Target, prompts: Sequence[Conversation], sampler: Sampler, path: Path, max_new_tokens: int, seed: int = 0
+) -> list[Row]:
+    """The target's answers to these prompts, made once, in the file ``path``; those with an anchor, by key.
+
+    Raises ``UserError`` for prompts that do not fit and rows in the file that do not belong there.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with progress_bar(path.stem, expected_rows(prompts, [sampler]), "rows") as progress:
+        regenerate(
+            InProcessEngine(target),
+            prompts,
+            target.tokenizer,
+            [sampler],
+            path,
+            max_new_tokens,
+            seed,
+            target.content_hash(),
+            progress.update,
+            eos_ids=target.eos_ids,
+            context=target.context,
+        )
+    return sorted((row for row in read_rows(path) if anchors(row)), key=lambda row: row.key)

@@ -1,0 +1,280 @@
+"""A whole study: every cell of the config, resumed wherever it was killed, into one results file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from redraft import provenance
+from redraft.adaptation.config import settled
+from redraft.adaptation.models import open_target
+from redraft.adaptation.stages import Say
+from redraft.adaptation.study.cells import CELL_FORMULAS, run_cell
+from redraft.adaptation.study.config import StudyConfig
+from redraft.adaptation.study.entries import ANY, Cell
+from redraft.adaptation.study.shared import Model, TargetWork, slug
+from redraft.adaptation.study.speed import speed_cells, speed_of
+from redraft.artifact import atomic_write_json, read_json
+from redraft.errors import UserError
+from redraft.evaluate.study import SCHEMA, derive
+from redraft.features.store import anchors
+from redraft.progress import Progress, progress_bar
+from redraft.select.rules import parse_budget
+from redraft.target import Target
+
+CONFIG_FILE, RESULTS_FILE = "study.json", "results.json"
+# What may be changed or added to while results are kept: other cells, and what is said about them.
+FREE = ("about", "grid", "cells", "speed", "keep_drafts")
+NAMED = ("targets", "data", "methods", "selections", "starts")
+# A bar counts thousandths of a cell trained on everything. What trains nothing is no part of it, unless nothing is
+# trained at all.
+CELL_UNITS = 1000
+# Of it the part that no selection saves: loading, measuring.
+LEAST_SHARE = 0.3
+
+
+class Board:
+    """One bar over all cells; whatever is under way is named beside it."""
+
+    def __init__(self, bar: Progress) -> None:
+        self.bar, self.done, self.shown = bar, 0, 0
+
+    def tell(self, stage: str, done: int, total: int) -> None:
+        """A stage that all cells wait for: its share is shown, the bar stays where it is."""
+        self.show(max(self.done, self.shown), f"{stage} {100 * done / max(total, 1):.0f}%")
+
+    def show(self, done: int, now: str, tau: float | None = None) -> None:
+        """One line on where the study is."""
+        self.shown = done
+        self.bar.update(done, now=now, heldout_tau=tau)
+
+    @contextmanager
+    def cell(self, key: str, units: int, budget: float) -> Iterator[Progress]:
+        """Progress of one cell in supervised tokens, as its share of the bar."""
+        board, begin = self, self.done
+
+        class Share:
+            def update(self, done: int, **fields: Any) -> None:
+                tau = fields.get("heldout_tau")
+                share = min(1.0, done / max(budget, 1.0))
+                board.show(begin + round(units * share), key, tau)
+
+        self.show(self.done, key)
+        yield Share()
+        self.done = begin + units
+        self.show(self.done, key)
+
+
+class StudyRun:
+    """One study in one folder."""
+
+    def __init__(self, config: StudyConfig, out: Path, say: Say = print) -> None:
+        """Raises ``UserError`` when the folder belongs to a study of other settings."""
+        self.config, self.folder, self.say = claim(config, out, say), out, say
+        self.asked_dtype = config.dtype  # auto lets the types compete where speed is measured
+        self.ledger = provenance.Ledger.load(out / "ledger.json")
+        self.cells = list(config.all_cells())
+        self.board: Board | None = None
+        self.bases: dict[str, Model] = {}
+        for entry in config.targets.values():
+            if entry.base_target is not None:
+                self.bases.setdefault(entry.base_target, self._base(entry.base_target))
+
+    def _base(self, spec: str) -> Model:
+        c = self.config
+        folder = self.folder / "bases" / slug(spec)
+
+        def opener() -> Target:
+            return open_target(spec, c.dtype, c.device, None, c.template_arg, self.folder)
+
+        return Model(opener, f"base {spec}", folder, c, self.ledger, self._tell)
+
+    def _tell(self, stage: str, done: int, total: int) -> None:
+        if self.board is not None:
+            self.board.tell(stage, done, total)
+
+    # -- running -----------------------------------------------------------------------------------------------
+    def run(self) -> dict[str, Any]:
+        """All cells that have no record yet, target by target; returns the results. Raises ``UserError``."""
+        counted = [cell for cell in self.cells if self.config.trains(cell.method)] or self.cells
+        units = {cell: self._units(cell) if cell in counted else 0 for cell in self.cells}
+        with progress_bar("study", sum(units.values()), "") as bar:
+            self.board = Board(bar)
+            works = {name: self._work(name) for name in self.config.targets}
+            self.board.done = sum(units[cell] for cell in self.cells if self.record_path(cell).exists())
+            for name in self.config.targets:
+                # A target that is done with is let go of.
+                self._run_target(works.pop(name), [cell for cell in self.cells if cell.target == name], units)
+            self.board = None
+        return self.write(finished=True)
+
+    def _units(self, cell: Cell) -> int:
+        """What the bar counts for a cell: less where a selection shortens the training."""
+        budget = parse_budget(self.config.selection_of(cell.selection).budget if cell.selection != ANY else "100%")
+        shorter = self.config.budget == "epochs" and budget.kind == "fraction"
+        return round(CELL_UNITS * max(LEAST_SHARE, float(budget.amount))) if shorter else CELL_UNITS
+
+    def _work(self, name: str) -> TargetWork:
+        """What the cells of a target share, its prompts read: bad ones are refused before any model is loaded."""
+        work = TargetWork(name, self.folder, self.config, self.ledger, self._tell, self.bases)
+        _ = work.prompts
+        if self.config.general is not None:
+            _ = work.general
+        return work
+
+    def _run_target(self, work: TargetWork, cells: list[Cell], units: dict[Cell, int]) -> None:
+        """The cells of one target, those of the same data together."""
+        facts_path = work.folder / "facts.json"
+        wanted = speed_cells(self.config, cells)
+        open_cells = [cell for cell in cells if not self.finished(cell, wanted)]
+        assert self.board is not None
+        kinds = list(dict.fromkeys((cell.data, cell.selection) for cell in cells))
+        for cell in sorted(open_cells, key=lambda cell: kinds.index((cell.data, cell.selection))):
+            keep = self.config.keep_drafts or cell in wanted
+            budget = self._budget(work, cell)
+            with self.board.cell(cell.key, units[cell], budget) as progress:
+                record = run_cell(work, cell, keep, progress)
+            # The record says that a cell is done with: whatever the results read beside it must be there by then.
+            atomic_write_json(facts_path, facts(work, facts_path))
+            atomic_write_json(self.record_path(cell), record)
+            shutil.rmtree(self.record_path(cell).parent / "train", ignore_errors=True)
+            self.write(finished=False)
+            self.say(f"{len(self.records())} of {len(self.cells)} cells: {told(record, read_json(facts_path))}")
+        if wanted:
+            speed_of(work, wanted, self.asked_dtype, self.say)
+
+    def _budget(self, work: TargetWork, cell: Cell) -> float:
+        """Supervised tokens that the cell will train on, for the bar."""
+        if not self.config.trains(cell.method):
+            return 1.0
+        name = next(iter(self.config.data)) if self.config.budget == "tokens" else cell.data
+        epochs = self.config.train_config(cell.loss, cell.seed).epochs
+        rows = work.rows(name) if self.config.budget == "tokens" else work.select(cell.data, cell.selection).rows
+        return sum(map(anchors, rows)) * epochs
+
+    def finished(self, cell: Cell, wanted: list[Cell]) -> bool:
+        """Whether a cell has its record, and its draft where speed is to be measured."""
+        path = self.record_path(cell)
+        return path.exists() and (cell not in wanted or (path.parent / "draft").is_dir())
+
+    # -- results -----------------------------------------------------------------------------------------------
+    def record_path(self, cell: Cell) -> Path:
+        return self.folder / "cells" / slug(cell.key) / "record.json"
+
+    def records(self) -> list[dict[str, Any]]:
+        """Records of the finished cells, in the config's order."""
+        return [read_json(self.record_path(cell)) for cell in self.cells if self.record_path(cell).exists()]
+
+    def write(self, finished: bool) -> dict[str, Any]:
+        """Write the results of what is finished, and return them; figures are worked out at the end alone."""
+        config = self.config
+        targets = {}
+        for name in config.targets:
+            path = self.folder / "targets" / name / "facts.json"
+            if path.exists():
+                speeds = [read_json(p) for p in sorted(path.parent.glob("speed-*.json"))]
+                targets[name] = read_json(path) | ({"speed": speeds} if speeds else {})
+        results: dict[str, Any] = {
+            "schema": SCHEMA,
+            "name": config.name,
+            "about": config.about,
+            "finished": finished,
+            "config": json.loads(config.model_dump_json()),
+            "setup": setup(config),
+            "provenance": provenance.collect(seed=config.seed, device=config.device),
+            "ledger": self.ledger.to_dict(),
+            "targets": targets,
+            "cells": self.records(),
+        }
+        if finished:
+            results["figures"] = derive(results)
+        atomic_write_json(self.folder / RESULTS_FILE, results)
+        return results
+
+
+def setup(config: StudyConfig) -> dict[str, Any]:
+    """What every table says below its figures."""
+    first = next(iter(config.data))
+    rules = {
+        "tokens": f"every training run sees as many supervised tokens as the set number of epochs over all of {first}",
+        "epochs": "every training run passes over its own rows for the set number of epochs",
+    }
+    walk = "rounds walked over stored answers of the target; expected rounds where the text is sampled"
+    if tree := config.tree_shape:
+        walk += f"; beside the chain a {tree.describe()} of the draft's likeliest tokens"
+    return {
+        "chain": f"chain of {config.gamma}",
+        "walk": walk,
+        "budget": rules[config.budget],
+        "train": vars(config.train_config("kl", 0)) | {"loss": "of the cell", "seed": "of the cell"},
+        "flops": CELL_FORMULAS,
+        "reference": {"data": first, "seeds": "the same, or the first"},
+    }
+
+
+def facts(work: TargetWork, path: Path) -> dict[str, Any]:
+    """What is known of a target, and the prompts that its rounds belong to; data of an earlier run stay."""
+    prompts: Any = work.prompts
+    data = read_json(path)["data"] if path.exists() else {}
+    for name, rows in work.known_rows().items():
+        generated = work.config.data[name].kind in ("regenerated", "self")
+        data[name] = {
+            "kind": work.config.data[name].kind,
+            "rows": len(rows),
+            "tokens": sum(map(anchors, rows)),
+            "generated_tokens": sum(len(r.prompt_ids) + len(r.response_ids) for r in rows) if generated else 0,
+        }
+    return {
+        "target": work.target.name,
+        "hash": work.target.content_hash(),
+        "base_target": work.entry.base_target,
+        "draft": work.entry.draft,
+        "target_parameters_per_token": work.target.parameters_per_token,
+        "prompts": {"train": len(prompts.train), "heldout": len(prompts.heldout)}
+        | {f"evaluation {task}": len(part) for task, part in prompts.evaluation.items()},
+        "dropped_as_overlap": prompts.dropped,
+        "data": data,
+        "sets": {name: asked.to_dict() for name, asked in work.sets.items()},
+    }
+
+
+def told(record: dict[str, Any], known: dict[str, Any]) -> str:
+    """One line on a finished cell."""
+    tokens, rounds = known["sets"]["greedy"]["tokens"], record["rounds"]["greedy"]
+    seconds = sum(record["seconds"].values())
+    return f"{record['key']}: tau {sum(tokens) / sum(rounds):.3f} ({seconds:.0f} s)"
+
+
+def claim(config: StudyConfig, folder: Path, say: Say | None = None) -> StudyConfig:
+    """Take the folder, or check that it holds the same study; the settings with the data type of the study.
+
+    Cells and names may be added. Raises ``UserError``.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot use {folder} for the study: {error.strerror or error}") from None
+    path = folder / CONFIG_FILE
+    config = settled(config, path, say)
+    values = json.loads(config.model_dump_json())
+    if path.exists():
+        stored = {"template_arg": {}} | read_json(path)  # a setting that is newer than some studies
+        changed = sorted(key for key in {*stored, *values} - {*FREE, *NAMED} if stored.get(key) != values.get(key))
+        for kind in NAMED:
+            old, new = stored.get(kind, {}), values[kind]
+            changed += [f"{kind} {name}" for name in old if name in new and old[name] != new[name]]
+        if next(iter(stored.get("data", {})), None) != next(iter(values["data"])):
+            changed.append("first data")
+        if changed:
+            raise UserError(
+                f"{folder} belongs to a study with another {', '.join(changed)}; give another folder, or the same "
+                "settings to go on with it"
+            )
+    elif any(folder.iterdir()):
+        raise UserError(f"{folder} holds other files; give a new or empty folder")
+    atomic_write_json(path, values)
+    return config

@@ -1,0 +1,1 @@
+"""What the target computes of its responses, kept for every epoch and every method."""

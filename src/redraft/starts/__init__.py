@@ -1,0 +1,1 @@
+"""What a draft may start from: nearly free adaptations without a gradient."""

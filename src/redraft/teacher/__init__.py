@@ -1,1 +1,0 @@
-"""Teacher-forced passes over stored responses: features, the unroll, simulated acceptance."""
