@@ -45,9 +45,9 @@ def commands_page() -> str:
         "",
         f"{plain(group.help)}",
         "",
-        "What `redraft COMMAND --help` says, on one page. Options that may be given several times are marked *repeatable*.",
-        "Exit codes: 0 done, 2 a mistake in what was given (one line says which), 130 interrupted, 1 a defect of redraft",
-        "([more](formats.md#when-a-command-fails)).",
+        "What `redraft COMMAND --help` says, on one page. Options that may be given several times are marked",
+        "*repeatable*. Exit codes: 0 done, 2 a mistake in what was given (one line says which), 130 interrupted,",
+        "1 a defect of redraft ([more](formats.md#when-a-command-fails)).",
         "",
         "| command | what it does |",
         "| --- | --- |",
@@ -144,8 +144,8 @@ def settings_page() -> str:
         "",
         WRITTEN,
         "",
-        "What may stand in a YAML file, under the names of the flags (dashes or underscores). Flags win, key by key. An",
-        "unknown key is refused with the nearest name.",
+        "What may stand in a YAML file, under the names of the flags (dashes or underscores). Flags win, key by key.",
+        "An unknown key is refused with the nearest name.",
     ]
     for title, (about, kind) in MODELS.items():
         lines += ["", f"## {title}", "", about, "", "| key | type | default | meaning |", "| --- | --- | --- | --- |"]
