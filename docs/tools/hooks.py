@@ -26,7 +26,7 @@ def on_files(files: Files, config: Any) -> Files:
         files.append(File.generated(config, name, content=relinked(text, ROOT, DOCS)))
     for page in [*(ROOT / source for source in PAGES), *DOCS.rglob("*.md")]:
         for place in linked(page):
-            name = on_site(place)
+            name = site_path(place)
             if name.startswith("files/") and place.is_file() and files.get_file_from_path(name) is None:
                 files.append(File.generated(config, name, abs_src_path=str(place)))
     return files
@@ -48,10 +48,10 @@ def linked(page: Path) -> Iterator[Path]:
 def relinked(text: str, folder: Path, shown_in: Path) -> str:
     """``text`` of a file in ``folder``, its links as a page in ``shown_in``, a folder of docs/, has them."""
     up = "../" * len(shown_in.relative_to(DOCS).parts)
-    return LINK.sub(lambda found: up + on_site((folder / found[1]).resolve()), text)
+    return LINK.sub(lambda found: up + site_path((folder / found[1]).resolve()), text)
 
 
-def on_site(place: Path) -> str:
+def site_path(place: Path) -> str:
     """Where a file of the repository is on the site."""
     inside = place.relative_to(ROOT).as_posix()
     return PAGES.get(inside) or (inside.removeprefix("docs/") if place.is_relative_to(DOCS) else f"files/{inside}")
