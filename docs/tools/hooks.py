@@ -16,6 +16,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
+ROLE = re.compile(r":(?:func|class|mod|meth|data|attr):<code>~?([^<]*)</code>")
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)\s#]+)(?=[)#])")
 
 
@@ -38,6 +39,11 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         return markdown
     folder = Path(page.file.abs_src_path).parent
     return relinked(markdown, folder, folder)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Docstrings name other things as :func:`name`, which Markdown shows as it stands: leave the name alone."""
+    return ROLE.sub(r"<code>\1</code>", html)
 
 
 def linked(page: Path) -> Iterator[Path]:
