@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +30,13 @@ from redraft.files import atomic_write_text as atomic_write_text
 from redraft.files import replacing
 from redraft.files import require_free_space as require_free_space
 from redraft.files import settle as settle
-from redraft.registry import Registry
+from redraft.registries import FAMILIES
 
 SCHEMA = 1
 META_FILE = "redraft.json"
 DRAFT_FILE = "draft.safetensors"
 PRIVATE_FILE = "private.safetensors"
 OWN_FILES = {META_FILE, DRAFT_FILE, PRIVATE_FILE, "README.md"}
-
-# A draft family files the function that builds an untrained draft from the ``config`` entry of redraft.json. The
-# draft must keep that entry as ``draft.config`` with a ``to_dict`` method.
-FAMILIES: Registry[Callable[[dict[str, Any]], nn.Module]] = Registry("draft family", package="redraft.drafts")
 
 
 # -- tensors ---------------------------------------------------------------------------------------------------------

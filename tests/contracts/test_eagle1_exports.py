@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from redraft.errors import UserError
-from redraft.export import EXPORTERS, import_checkpoint
+from redraft.export import import_checkpoint
+from redraft.registries import EXPORTERS
 
 SHARED = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("export_families.py"))))
 FAMILY, TARGET, refused, rewrite = SHARED.EAGLE1, SHARED.TARGET, SHARED.refused, SHARED.rewrite

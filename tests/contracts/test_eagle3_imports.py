@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from redraft import artifact
 from redraft.errors import UserError
-from redraft.export import EXPORTERS, TargetInfo, import_checkpoint
+from redraft.export import TargetInfo, import_checkpoint
 from redraft.export.maps import read_maps
+from redraft.registries import EXPORTERS
 
 SHARED = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("export_families.py"))))
 FAMILY, TARGET, rewrite = SHARED.EAGLE3, SHARED.TARGET, SHARED.rewrite

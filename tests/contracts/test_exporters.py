@@ -16,12 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from redraft import artifact
+from redraft import artifact, registries
 from redraft.drafts.experts import attach_low_rank, attach_private, is_private, merge_private
 from redraft.drafts.standalone import StandaloneDraft
 from redraft.errors import UserError
-from redraft.export import EXPORTERS, import_checkpoint
+from redraft.export import import_checkpoint
 from redraft.export.base import CHECKS, check_export
+from redraft.registries import EXPORTERS
 
 SHARED = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("export_families.py"))))
 FAMILIES, TARGET = SHARED.FAMILIES, SHARED.TARGET
@@ -63,7 +64,7 @@ LAYERS = [
 
 
 def test_every_family_is_held_to_this_contract():
-    assert {family.name for family in FAMILIES} == set(artifact.FAMILIES.names()) - {StandaloneDraft.family}
+    assert {family.name for family in FAMILIES} == set(registries.FAMILIES.names()) - {StandaloneDraft.family}
 
 
 # -- round trips -------------------------------------------------------------------------------------------------------

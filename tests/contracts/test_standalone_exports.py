@@ -18,13 +18,13 @@ from redraft.drafts.experts import is_private
 from redraft.drafts.standalone import StandaloneDraft, attach_experts
 from redraft.drafts.standalone.shapes import fresh_standalone, shape_for
 from redraft.errors import UserError
-from redraft.export import EXPORTERS
 from redraft.export.base import STANDALONE_FORMATS
+from redraft.registries import EXPORTERS
 from redraft.target import Target
 
 pytest.importorskip("gguf")
 
-EXPORTERS.names()  # imports every format
+EXPORTERS.items()  # imports every format
 FORMATS = sorted(STANDALONE_FORMATS)
 ROWS = 300
 IDS = torch.arange(4, 24)[None]

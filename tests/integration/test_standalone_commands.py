@@ -27,8 +27,9 @@ from redraft.drafts.standalone.files import load_standalone, save_experts, save_
 from redraft.drafts.standalone.shapes import fresh_standalone, shape_for
 from redraft.errors import UserError
 from redraft.evaluate.speed import BenchConfig, Prompt, bench
-from redraft.export import EXPORTERS, TargetInfo
+from redraft.export import TargetInfo
 from redraft.export.importer import is_language_model
+from redraft.registries import EXPORTERS
 from redraft.report.load import BenchResult, parse
 from redraft.sampling import Sampler
 

@@ -30,8 +30,8 @@ from redraft.drafts.experts import attach_private, merge_private
 from redraft.drafts.groups import PrivateSize, group_of, prepare
 from redraft.errors import UserError
 from redraft.evaluate.speed import BenchConfig, Prompt, bench
-from redraft.export import EXPORTERS
 from redraft.features.store import FeatureStore, anchors
+from redraft.registries import EXPORTERS
 from redraft.sampling import Sampler
 from redraft.target import FINAL, Target
 from redraft.train.objective import make_objective

@@ -21,7 +21,7 @@ from redraft.data.store import Row
 from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
 from redraft.drafts.groups import PrivateSize, prepare
 from redraft.features.store import FeatureStore
-from redraft.losses import LOSSES
+from redraft.registries import LOSSES
 from redraft.target import Target
 from redraft.train.objective import UnrollObjective, WithExtraLoss, make_objective, sum_over_workers
 from redraft.train.portions import portions, sum_over_portions

@@ -30,8 +30,8 @@ from redraft.drafts.standalone import StandaloneDraft, attach_experts, merge_exp
 from redraft.drafts.standalone.files import load_experts, load_standalone, save_experts, save_standalone
 from redraft.drafts.standalone.shapes import fresh_standalone, parameters_of, projected, shape_for, spread_layers
 from redraft.errors import UserError
-from redraft.export import EXPORTERS
 from redraft.loading import check_tokenizers, open_standalone
+from redraft.registries import EXPORTERS
 from redraft.sampling import Sampler, warp
 
 TOYS = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("toys.py"))))

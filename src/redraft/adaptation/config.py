@@ -17,7 +17,7 @@ from redraft.data.transport import check_address
 from redraft.drafts.groups import PrivateSize, check_bits, method
 from redraft.errors import UserError
 from redraft.export.base import check_formats
-from redraft.losses import LOSSES
+from redraft.registries import LOSSES
 from redraft.registry import nearest
 from redraft.sampling import samplers_of
 from redraft.select import parse_scorer

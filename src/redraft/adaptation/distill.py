@@ -30,7 +30,6 @@ from redraft.drafts.standalone import StandaloneDraft, attach_experts
 from redraft.drafts.standalone.files import load_standalone, save_experts, save_standalone
 from redraft.drafts.standalone.shapes import fresh_standalone, shape_for
 from redraft.errors import UserError
-from redraft.export import EXPORTERS
 from redraft.export.base import check_export
 from redraft.features.store import FeatureStore, anchors
 from redraft.loading import (
@@ -43,6 +42,7 @@ from redraft.loading import (
     tokenizer_hash,
 )
 from redraft.progress import progress_bar
+from redraft.registries import EXPORTERS
 from redraft.target import Target
 from redraft.train.descent import DescentResult
 from redraft.train.distil import distil

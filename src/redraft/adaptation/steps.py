@@ -42,7 +42,7 @@ from redraft.drafts.scaling import scale_change
 from redraft.drafts.standalone import StandaloneDraft, merge_experts
 from redraft.drafts.standalone.files import save_standalone
 from redraft.errors import UserError
-from redraft.export import EXPORTERS, ExportReport, TargetInfo, import_checkpoint
+from redraft.export import ExportReport, TargetInfo, import_checkpoint
 from redraft.export.importer import is_language_model
 from redraft.features.store import anchors
 from redraft.loading import (
@@ -56,6 +56,7 @@ from redraft.loading import (
     read_standalone,
 )
 from redraft.progress import Progress, progress_bar
+from redraft.registries import EXPORTERS
 from redraft.sampling import Sampler
 from redraft.select import ScoringContext, parse_scorer
 from redraft.select.acceptance import alpha_measurer

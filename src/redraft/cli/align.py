@@ -300,7 +300,7 @@ def export(
 ) -> None:
     """Write a draft in the format that a serving engine loads: complete, or not at all."""
     from redraft.adaptation.steps import export_folder, target_info
-    from redraft.export import EXPORTERS
+    from redraft.registries import EXPORTERS
 
     EXPORTERS.get(format)
     found = export_folder(draft, target_info(target), format, out, base_draft, gamma)

@@ -31,7 +31,7 @@ from redraft.drafts.base import AnyDraft, Draft, check_fit
 from redraft.drafts.eagle3 import Eagle3Config, Eagle3Draft
 from redraft.drafts.experts import merge_private
 from redraft.errors import UserError
-from redraft.registry import Registry
+from redraft.registries import EXPORTERS
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -101,9 +101,6 @@ class Exporter(Protocol):
     def __call__(self, draft: Any, folder: str | Path, target: Any, *, speculative_tokens: int = 5) -> ExportReport: ...
 
 
-EXPORTERS: Registry[Exporter] = Registry("export format", package="redraft.export")
-
-
 Check = Callable[[Any, TargetInfo, int], tuple[Any, list[str]]]
 """Draft, target and draft length -> the dense draft to be written, and notes. Raises ``UserError``, writes nothing."""
 CHECKS: dict[str, Check] = {}
@@ -131,9 +128,9 @@ STANDALONE_FORMATS: set[str] = set()
 
 
 def holds_standalone(name: str) -> Callable[[Exporter], Exporter]:
-    """Decorator: file an exporter under ``name`` as a format of standalone drafts."""
+    """Decorator: the exporter ``name`` writes a format of standalone drafts."""
     STANDALONE_FORMATS.add(name)
-    return EXPORTERS.register(name)
+    return lambda exporter: exporter
 
 
 def check_formats(names: Sequence[str], family: str) -> None:

@@ -26,6 +26,7 @@ from redraft.export.base import ExportReport, TargetInfo, checks, holds_standalo
 from redraft.export.gguf_tokens import TokenFields, token_fields
 from redraft.export.standalone import dense_language_model
 from redraft.loading import gguf_of
+from redraft.registries import EXPORTERS
 
 FILE = "model.gguf"
 ARCHITECTURE = "llama"
@@ -45,6 +46,7 @@ LAYER = {
 }
 
 
+@EXPORTERS.register("gguf")
 @holds_standalone("gguf")
 def export_gguf(
     draft: Draft | StandaloneDraft, folder: str | Path, target: Any, *, speculative_tokens: int = 5

@@ -15,7 +15,6 @@ from redraft.drafts.eagle3 import Eagle3Config, Eagle3Draft
 from redraft.errors import UserError
 from redraft.export.base import (
     CHECKS,
-    EXPORTERS,
     ExportReport,
     TargetInfo,
     check_formats,
@@ -33,6 +32,7 @@ from redraft.export.base import (
 )
 from redraft.export.eagle1 import check_eagle1, export_eagle1
 from redraft.export.importer import import_checkpoint
+from redraft.registries import EXPORTERS
 
 
 @EXPORTERS.register("plain")

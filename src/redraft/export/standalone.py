@@ -27,8 +27,10 @@ from redraft.export.base import (
     serve_command,
 )
 from redraft.loading import check_tokenizers, load_target
+from redraft.registries import EXPORTERS
 
 
+@EXPORTERS.register("hf")
 @holds_standalone("hf")
 def export_hf(
     draft: Draft | StandaloneDraft, folder: str | Path, target: Any, *, speculative_tokens: int = 5

@@ -13,7 +13,6 @@ from redraft.drafts.eagle1 import Eagle1Draft
 from redraft.drafts.eagle3 import Eagle3Draft
 from redraft.errors import UserError
 from redraft.export.base import (
-    EXPORTERS,
     ExportReport,
     TargetInfo,
     check_formats,
@@ -30,6 +29,7 @@ from redraft.export.base import (
 )
 from redraft.export.eagle1 import check_eagle1, export_eagle1
 from redraft.export.importer import import_checkpoint
+from redraft.registries import EXPORTERS
 
 
 @EXPORTERS.register("vllm")

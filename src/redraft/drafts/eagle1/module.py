@@ -18,12 +18,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from redraft.artifact import FAMILIES
 from redraft.drafts.config import EagleConfig, heads_of, inner_width, rope_of
 from redraft.drafts.experts import SharedPrivateMLP, merge_private
 from redraft.drafts.layers import Attend, Attention, DraftLayer, Linear, RMSNorm, Rotary
 from redraft.drafts.routing import balance_loss
 from redraft.errors import UserError
+from redraft.registries import FAMILIES
 
 # The tap of the target's final-norm state (``redraft.target.FINAL``, a room of the same row).
 FINAL_TAP = -1

@@ -20,10 +20,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from redraft.artifact import FAMILIES
 from redraft.compat import cache_argument
 from redraft.drafts.experts import SharedPrivateMLP, is_private, start_private
 from redraft.errors import UserError
+from redraft.registries import FAMILIES
 from redraft.sampling import scale_logits
 
 # What transformers writes into a config besides the model itself.
