@@ -18,6 +18,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("cli",),
     ("adaptation",),
     ("train", "evaluate", "export", "report"),
+    ("attic",),
     ("select", "decode", "starts"),
     ("acceptance",),
     ("features",),
@@ -123,7 +124,7 @@ def test_imports_point_down() -> None:
         ("drafts", "def f():\n    from redraft.train import loop", False),
         ("drafts", "from ..target import Target", False),
         ("drafts", "from redraft import target", False),
-        ("drafts", "from redraft.attic import x", False),
+        ("drafts", "from redraft.cellar import x", False),
         ("registry", "from redraft.artifact import x", False),
     ],
 )

@@ -20,6 +20,7 @@ from redraft.adaptation.replay import replay
 from redraft.adaptation.sources import Source
 from redraft.adaptation.stages import Say, build_features, check_merge, half, run_training, save_trained
 from redraft.artifact import PRIVATE_FILE, atomic_write_json, read_json
+from redraft.attic.aim import aim
 from redraft.data.mixture import mix
 from redraft.data.store import Row, read_rows
 from redraft.data.template import template_record
@@ -212,7 +213,9 @@ class AdaptRun:
         if names:
             self.features("features", rows)
             self.features("features held-out", heldout)
-            trainer = Trainer(draft, self.target, self.store, rows, heldout, c.train_config(), self.folder / "train")
+            trainer = Trainer(
+                draft, self.target, self.store, rows, heldout, c.train_config(), self.folder / "train", before=aim
+            )
             result = run_training(trainer, self.ledger, self.say)
             draft = self.replay(trainer.draft, rows, heldout)
         saved = list(dict.fromkeys([*names, *started.changed]))

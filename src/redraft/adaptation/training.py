@@ -13,6 +13,7 @@ from redraft.adaptation.stages import Say, build_features, run_training, save_tr
 from redraft.adaptation.steps import TargetSpec
 from redraft.arithmetic import AUTO, go_on_with
 from redraft.artifact import atomic_write_json
+from redraft.attic.aim import aim
 from redraft.data.store import TRAFFIC, Row, read_rows
 from redraft.drafts.groups import PrivateSize, method, prepare
 from redraft.errors import UserError
@@ -107,7 +108,7 @@ def train_old(
     store = FeatureStore(out / "features", {"target": target.content_hash(), "taps": list(target.taps)})
     ledger = provenance.Ledger.load(out / "ledger.json")
     build_features("features", store, target, [*rows, *heldout], ledger)
-    trainer = Trainer(trained, target, store, rows, heldout, config, out / "train", opened.base_hash)
+    trainer = Trainer(trained, target, store, rows, heldout, config, out / "train", opened.base_hash, aim)
     result = run_training(trainer, ledger, say)
     save_trained(out, trainer.draft, names, opened, method_name, target, config.seed, size.bits)
     atomic_write_json(out / "train.json", asdict(result))

@@ -182,7 +182,7 @@ def attach_low_rank(
     """A copy of ``draft`` with updates of ``rank`` on the linear layers that ``on`` fits (all by default).
 
     They start at zero. ``alpha`` scales them by alpha / rank, as peft does; without it the scale is one. With ``aim``
-    training begins by turning them to where the gradient is (``train/aim.py``).
+    training begins by turning them to where the gradient is (``attic/aim.py``).
     Raises ``UserError`` when there are some already, for a rank or alpha that is not positive, and for a pattern
     that fits nothing.
     """

@@ -43,7 +43,7 @@ class PrivateSize:
 
     ``width`` is the inner width of the private expert, or of all private experts together. Low-rank updates have
     ``rank`` and, with ``alpha``, peft's scale alpha / rank (else one); ``on`` are patterns of the linear layers that
-    have them (all by default); with ``aim`` they begin where the gradient is (``train/aim.py``). Without a width or
+    have them (all by default); with ``aim`` they begin where the gradient is (``attic/aim.py``). Without a width or
     a rank what is trained is made a fifth of the draft (``SHARE``), as in the studies. ``bits``: the change of the
     draft's own matrices is told in so many bits a weight (:mod:`redraft.coarse`). ``experts``, ``active`` and
     ``balance`` (weight of the load-balancing term) are for routed experts; ``shared_experts`` > 1 cuts the old MLP too,

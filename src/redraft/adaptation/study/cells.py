@@ -18,6 +18,7 @@ from redraft.adaptation.stages import half
 from redraft.adaptation.study.entries import ANY, NONE, Cell
 from redraft.adaptation.study.shared import Asked, Costs, Selected, TargetWork, features_stage, row_tokens, slug
 from redraft.artifact import coarse_state, private_state, save_draft, tensors_bytes
+from redraft.attic.aim import aim
 from redraft.coarse import Coarse
 from redraft.data.template import template_record
 from redraft.decode.tree_walk import simulate_tree
@@ -173,7 +174,7 @@ def train(
     store = work.features(cell.data, work.rows(cell.data), taps)
     if work.config.selection_of(cell.selection).general:
         store = work.features("general-mix", work.general_rows, taps)
-    trainer = Trainer(draft, work.target, store, selected.rows, work.heldout, settings, folder)
+    trainer = Trainer(draft, work.target, store, selected.rows, work.heldout, settings, folder, before=aim)
     with work.ledger.stage(f"{work.name}: train") as entry:
         first = trainer.run(progress)
         if not trainer.descent.done_before:
