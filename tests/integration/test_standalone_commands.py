@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 from redraft.adaptation.auto import auto_shape, run_lengths
 from redraft.adaptation.models import open_draft, open_proposer
 from redraft.adaptation.probe import acceptance, greedy_rows, probe
-from redraft.adaptation.steps import export_folder, merge_folder, read_draft, target_info
+from redraft.adaptation.steps import read_draft
+from redraft.api.files import export, merge
 from redraft.artifact import save_draft, tensors_hash
 from redraft.decode import make_decoder
 from redraft.decode.auto import chain_tau, measure_costs, pick_shape
@@ -184,10 +185,10 @@ def test_experts_are_merged_into_a_plain_folder(dtype, target, half, tmp_path):
             if is_private(name):
                 parameter.normal_(std=0.2, generator=torch.Generator().manual_seed(2))
     save_experts(tmp_path / "private", split.to(dtype), tensors_hash(wide.state_dict()), {"method": "eda"})
-    meta = merge_folder(str(tmp_path / "private"), str(tmp_path / "base"), tmp_path / "merged")
+    found = merge(tmp_path / "private", tmp_path / "base", tmp_path / "merged")
     merged, stored = load_standalone(tmp_path / "merged")
-    assert meta["method"] == stored["method"] == "eda" and merged.dtype == dtype
-    assert meta["parameters"] == sum(p.numel() for p in merged.parameters())
+    assert found.method == stored["method"] == "eda" and merged.dtype == dtype
+    assert found.parameters == sum(p.numel() for p in merged.parameters())
     with torch.no_grad():
         assert torch.allclose(merged.float()(IDS), split.float()(IDS), atol=1e-4)
     with pytest.raises(UserError, match="--base-draft"):
@@ -197,8 +198,8 @@ def test_experts_are_merged_into_a_plain_folder(dtype, target, half, tmp_path):
 def test_export_from_the_command_compares_the_tokenizers(target, half, tmp_path):
     target.save(tmp_path / "target")
     save_standalone(tmp_path / "own", half.to(torch.bfloat16), {})
-    info = target_info(str(tmp_path / "target"))
-    report = export_folder(str(tmp_path / "own"), info, "hf", tmp_path / "out", gamma=3)
+    named = tmp_path / "target"
+    report = export(tmp_path / "own", named, "hf", tmp_path / "out", gamma=3)
     assert report.bytes == 2 * report.parameters
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.dtype == torch.bfloat16
@@ -208,7 +209,7 @@ def test_export_from_the_command_compares_the_tokenizers(target, half, tmp_path)
     tokens["a"], tokens["b"] = tokens["b"], tokens["a"]
     path.write_text(json.dumps(tokenizer))
     with pytest.raises(UserError, match="another tokenizer"):
-        export_folder(str(tmp_path / "own"), info, "hf", tmp_path / "again")
+        export(tmp_path / "own", named, "hf", tmp_path / "again")
     assert TargetInfo.of(target).tokenizer is target.tokenizer
 
 

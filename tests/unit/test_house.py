@@ -10,12 +10,15 @@ from pathlib import Path
 
 import pytest
 
+import redraft
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "src" / "redraft"
 
 # From the roof to the ground. A room may import rooms of lower rows, and itself.
 ROWS: tuple[tuple[str, ...], ...] = (
     ("cli",),
+    ("api",),
     ("adaptation",),
     ("train", "evaluate", "export", "report"),
     ("attic",),
@@ -27,7 +30,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("drafts", "target", "losses"),
     ("metrics", "sampling", "artifact", "provenance", "prepack"),
     ("registries",),
-    ("registry", "progress", "coarse", "compat", "files", "places", "redacted", "arithmetic"),
+    ("registry", "progress", "coarse", "compat", "files", "places", "redacted", "arithmetic", "shown"),
     ("errors",),
 )
 HEIGHT = {room: len(ROWS) - i for i, row in enumerate(ROWS) for room in row}
@@ -92,11 +95,16 @@ def tracked_files() -> list[Path]:
 
 
 def test_the_package_init_imports_nothing_heavy() -> None:
-    """Only the version, and the environment that must be set before torch's first product."""
+    """What it offers is imported when it is asked for, and typed in a file of its own that lists the same names."""
     tree = ast.parse((PACKAGE / "__init__.py").read_text())
     imported = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
-    assert imported == ["os"] and not any(isinstance(node, ast.ImportFrom) for node in ast.walk(tree))
-    assert not any(isinstance(node, ast.FunctionDef | ast.ClassDef) for node in ast.walk(tree))
+    assert imported == ["importlib", "os"] and not any(isinstance(node, ast.ImportFrom) for node in ast.walk(tree))
+    stub = ast.parse((PACKAGE / "__init__.pyi").read_text())
+    lines = [node for node in stub.body if isinstance(node, ast.ImportFrom)]
+    typed = {(node.module, alias.name) for node in lines for alias in node.names}
+    assert typed == {(home, name) for name, home in redraft._HOME_OF.items()}
+    rooms = {path.stem for path in PACKAGE.iterdir()}
+    assert not rooms & set(redraft._HOME_OF), "importing a room of this name would take the name's place"
 
 
 def test_every_room_has_its_place() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from redraft import provenance
 from redraft.adaptation.auto import auto_shape
-from redraft.adaptation.models import contestants, open_proposer
+from redraft.adaptation.models import OpenDraft, contestants, open_proposer
 from redraft.adaptation.questions import Questions
 from redraft.adaptation.steps import TargetSpec, check_output
 from redraft.artifact import atomic_write_json
@@ -44,11 +44,11 @@ class How:
 
 def bench_files(
     spec: TargetSpec,
-    drafts: Mapping[str, str],
+    drafts: Mapping[str, str | Path | OpenDraft],
     questions: Questions,
     out: Path,
     how: How,
-    base_draft: str | None = None,
+    base_draft: str | Path | OpenDraft | None = None,
 ) -> dict[str, Any]:
     """The paired benchmark of drafts by name; writes the result to ``out`` and returns it. Raises ``UserError``.
 

@@ -15,22 +15,30 @@ from redraft.artifact import META_FILE, load_private, read_json, tensors_hash
 from redraft.data.overlap import find_overlap, same_text
 from redraft.data.prompts import Conversation, check_length, prompt_messages, template_ids
 from redraft.data.template import kept_moment, use_template, writes_date
-from redraft.drafts.base import Draft, Proposer, bind, check_fit, use_target_embedding
+from redraft.drafts.base import Proposer, bind, check_fit, family_of, use_target_embedding
 from redraft.errors import UserError
 from redraft.evaluate.speed import Prompt
 from redraft.export import import_checkpoint
 from redraft.export.importer import is_language_model
 from redraft.loading import load_target, open_standalone, tokenizer_hash
+from redraft.shown import Shown, lines
 from redraft.target import Target
 
 
-@dataclass
-class OpenDraft:
-    """A draft with what is known of it. ``base_hash`` identifies the tensors as they were on disk."""
+@dataclass(repr=False)
+class OpenDraft(Shown):
+    """A draft, bound to its target, with what is known of it. ``base_hash`` identifies the tensors as they were on
+    disk, in ``source``."""
 
-    draft: Draft
+    draft: Any
     meta: dict[str, Any]
     base_hash: str
+    source: str = ""
+
+    def __rich__(self) -> Any:
+        size = sum(parameter.numel() for parameter in self.draft.parameters())
+        known = [f"{family_of(self.draft)} draft of {size:,} parameters", *self.meta.get("notes", [])]
+        return lines(f"{self.source or 'draft'}: {'; '.join(known)}")
 
 
 def open_target(
@@ -59,15 +67,17 @@ def settle_template(tokenizer: Any, template_args: Mapping[str, Any] | None = No
         use_template(tokenizer, template_args, kept_moment(run, known.moment))
 
 
-def open_draft(source: str | Path, target: Target, base: str | Path | None = None) -> OpenDraft:
+def open_draft(source: str | Path | OpenDraft, target: Target, base: str | Path | OpenDraft | None = None) -> OpenDraft:
     """A draft that reads the target's states, in float32, checked against the target's sizes and tokenizer.
 
     Notes of an import go along in ``meta``. For who takes standalone drafts too there is :func:`open_proposer`.
 
     A folder with a private part needs ``base``, the draft that it was trained on. An embedding that a public
     checkpoint ships is dropped where the target's own fits: the teacher is always the target at hand.
-    Raises ``UserError``.
+    One that is open already comes back as it is. Raises ``UserError``.
     """
+    if isinstance(source, OpenDraft):
+        return source
     if is_language_model(source):
         raise UserError(
             f"{source} is a language model of its own, where a draft that reads the target's states is needed; "
@@ -80,24 +90,24 @@ def open_draft(source: str | Path, target: Target, base: str | Path | None = Non
         shared = open_draft(base, target)
         draft, meta = load_private(folder, shared.draft, shared.base_hash)
         check_fit(draft.config, target)
-        return OpenDraft(bind(draft.float(), target), meta, tensors_hash(draft.state_dict()))
+        return OpenDraft(bind(draft.float(), target), meta, tensors_hash(draft.state_dict()), str(source))
     draft, meta = import_checkpoint(source, target)
     base_hash = tensors_hash(draft.state_dict())
     _check_origin(source, meta, target)
-    return OpenDraft(bind(use_target_embedding(draft.float(), target), target), meta, base_hash)
+    return OpenDraft(bind(use_target_embedding(draft.float(), target), target), meta, base_hash, str(source))
 
 
 def open_proposer(
-    source: str | Path, target: Target, base: str | Path | None = None
+    source: str | Path | OpenDraft, target: Target, base: str | Path | OpenDraft | None = None
 ) -> tuple[Proposer, dict[str, Any]]:
     """Any draft in float32, a standalone one too, and its metadata: for decoding and measuring.
 
     A private part needs ``base``. Raises ``UserError``.
     """
-    if not is_language_model(source):
+    if isinstance(source, OpenDraft) or not is_language_model(source):
         opened = open_draft(source, target, base)
         return opened.draft, opened.meta
-    draft, meta = open_standalone(source, target, base)
+    draft, meta = open_standalone(source, target, base.source if isinstance(base, OpenDraft) else base)
     # A draft that brings its tokenizer has had it compared already.
     if draft.tokenizer is None:
         _check_origin(source, meta, target)

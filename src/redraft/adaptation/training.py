@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from redraft import provenance
-from redraft.adaptation.models import open_draft
+from redraft.adaptation.models import OpenDraft, open_draft
 from redraft.adaptation.stage1 import split_rows, train_from_nothing
 from redraft.adaptation.stages import Say, build_features, run_training, save_trained
 from redraft.adaptation.steps import TargetSpec
@@ -73,19 +74,22 @@ def train_new(
     config: TrainConfig,
     say: Say = print,
     family: str = "eagle3",
-) -> None:
-    """Stage 1: a draft of ``family`` from nothing, in ``out/draft``. Raises ``UserError``; a killed run goes on."""
+) -> dict[str, Any]:
+    """Stage 1: a draft of ``family`` from nothing, in ``out/draft``; returns what its record says of it.
+
+    Raises ``UserError``; a killed run goes on.
+    """
     if data.heldout_responses is not None:
         raise UserError("--from-nothing holds responses out by number: give --heldout, not --heldout-responses")
     rows = [row for part in data.read() for row in part]
     target = spec.open(trained_dtype(out, spec, say))
     record = train_from_nothing(target, rows, out, vocabulary, config, data.heldout, say, family)
-    say(f"held-out tau {record['tau']['value']:.2f}; draft: {out / 'draft'}")
+    return record
 
 
 def train_old(
     spec: TargetSpec,
-    draft: str,
+    draft: str | Path | OpenDraft,
     data: TrainData,
     out: Path,
     config: TrainConfig,
@@ -112,5 +116,4 @@ def train_old(
     result = run_training(trainer, ledger, say)
     save_trained(out, trainer.draft, names, opened, method_name, target, config.seed, size.bits)
     atomic_write_json(out / "train.json", asdict(result))
-    say(f"draft: {out / 'merged'}")
     return result

@@ -130,9 +130,8 @@ def train(
     seed: Seed = 0,
 ) -> None:
     """Train a small part of an old draft, or a new draft, on the target's own responses. A stopped run goes on."""
-    from redraft.adaptation.config import adaptation
     from redraft.adaptation.steps import TargetSpec
-    from redraft.adaptation.training import TrainData, train_new, train_old
+    from redraft.api import adapting
     from redraft.drafts.groups import PrivateSize
     from redraft.train.trainer import TrainConfig
 
@@ -140,16 +139,24 @@ def train(
     # a flag with a default of its own counts as given where it differs from that
     flags |= {"loss": None if loss == "kl" else loss, "gamma": None if gamma == 5 else gamma, "seed": seed or None}
     values = {"loss": loss, "gamma": gamma, "seed": seed, **once(flags, settings(setting or [], TrainConfig))}
-    spec = TargetSpec(target, dtype, device, adapter)
-    data = TrainData(responses, heldout, heldout_responses, selection)
-    if from_nothing and draft is None:
-        train_new(spec, data, out, vocabulary, TrainConfig(**values), say, family)
-    elif draft is not None and not from_nothing:
-        sizes = once({"width": private_width, "rank": rank}, settings(private or [], PrivateSize))
-        config = TrainConfig(**adaptation(method) | values)
-        train_old(spec, draft, data, out, config, method, PrivateSize(**sizes), say)
-    else:
+    if from_nothing == (draft is not None):
         raise UserError("give either --draft, the old draft to adapt, or --from-nothing for a new one")
+    trained = adapting.train(
+        TargetSpec(target, dtype, device, adapter),
+        responses,
+        out,
+        draft=draft,
+        method=method,
+        private=once({"width": private_width, "rank": rank}, settings(private or [], PrivateSize)),
+        family=family,
+        vocabulary=vocabulary,
+        selection=selection,
+        heldout=heldout,
+        heldout_responses=heldout_responses,
+        say=say,
+        **values,
+    )
+    say(str(trained))
 
 
 def settings(given: list[str], config: Any) -> dict[str, Any]:
@@ -244,19 +251,9 @@ def adapt(
 ) -> None:
     """Everything in one go: regenerate, select, train, export, bench and report. Stop it and resume it at will."""
     given = {name: value for name, value in locals().items() if name != "config" and value not in (None, [])}
-    from redraft.adaptation.adapt import AdaptRun
-    from redraft.adaptation.config import parse_config, read_config
-    from redraft.report.tables import acceptance_table, bench_table, ledger_table
+    from redraft.api import adapting
 
-    given |= named_settings(given)
-    parsed = read_config(config, given) if config is not None else parse_config(given)
-    run = AdaptRun(parsed, say)
-    result = run.run()
-    printer = console()
-    printer.print(bench_table(result))
-    printer.print(acceptance_table(result))
-    printer.print(ledger_table(run.ledger.to_dict()))
-    say(f"draft: {run.folder / 'merged'}; page: {run.folder / 'report.html'}")
+    console().print(adapting.adapt(config=config, say=say, **given | named_settings(given)))
 
 
 def named_settings(given: dict[str, Any]) -> dict[str, Any]:
@@ -284,10 +281,9 @@ def merge(
     ] = 1.0,
 ) -> None:
     """Fold a private part into the shared draft: an ordinary dense draft, with no extra work for engines."""
-    from redraft.adaptation.steps import merge_folder, target_info
+    from redraft.api import files
 
-    meta = merge_folder(private, base_draft, out, target_info(target) if target else None, scale)
-    say(f"{out}: {meta['parameters']:,} parameters, method {meta.get('method')}")
+    say(str(files.merge(private, base_draft, out, target=target, scale=scale)))
 
 
 def export(
@@ -299,12 +295,6 @@ def export(
     gamma: Gamma = 5,
 ) -> None:
     """Write a draft in the format that a serving engine loads: complete, or not at all."""
-    from redraft.adaptation.steps import export_folder, target_info
-    from redraft.registries import EXPORTERS
+    from redraft.api import files
 
-    EXPORTERS.get(format)
-    found = export_folder(draft, target_info(target), format, out, base_draft, gamma)
-    for warning in found.warnings:
-        say(f"note: {warning}")
-    say(f"{found.folder}: {found.parameters:,} parameters, {found.bytes / 1e6:.1f} MB")
-    say(f"serve with: {found.serve}")
+    say(str(files.export(draft, target, format, out, base_draft=base_draft, gamma=gamma)))

@@ -148,16 +148,6 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def sampler_of(temperature: float, top_k: int, top_p: float) -> Any:
-    """The sampler of these flags. Raises ``UserError`` for values out of range and for filters of a greedy choice."""
-    from redraft.errors import UserError
-    from redraft.sampling import Sampler
-
-    if temperature == 0 and (top_k or top_p != 1):
-        raise UserError("temperature 0 is greedy and leaves nothing to filter; drop --top-k and --top-p or raise it")
-    return Sampler(temperature, top_k, top_p)
-
-
 TargetName = Annotated[
     str, typer.Option("--target", help="Fine-tuned target: folder, hub id, or folder of an adapter.")
 ]

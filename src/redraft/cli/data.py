@@ -22,7 +22,6 @@ from redraft.cli.common import (
     examples,
     say,
 )
-from redraft.errors import UserError
 
 
 def register(app: typer.Typer) -> None:
@@ -74,18 +73,24 @@ def regenerate(
 
     Token ids are kept as generated. A stopped run goes on where it was; what failed is listed beside the output.
     """
-    from redraft.adaptation.steps import TargetSpec, regenerate_file
+    from redraft.adaptation.steps import TargetSpec
+    from redraft.api import text
     from redraft.data.template import parse_template_args
-    from redraft.sampling import samplers_of
 
-    if server_model and not server:
-        raise UserError("--server-model names the target on a server; give --server too, or leave it out")
-    if not any(temperature) and (top_k or top_p != 1):
-        raise UserError("temperature 0 is greedy and leaves nothing to filter; drop --top-k and --top-p or raise it")
-    samplers = samplers_of(temperature, top_p, top_k)
-    spec = TargetSpec(target, dtype, device, adapter, parse_template_args(template_arg or []))
-    report = regenerate_file(spec, prompts, out, samplers, max_new_tokens, seed, batch_size, server, server_model)
-    say(report.summary())
+    report = text.regenerate(
+        TargetSpec(target, dtype, device, adapter, parse_template_args(template_arg or [])),
+        prompts,
+        out,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        server=server,
+        server_model=server_model,
+        seed=seed,
+    )
+    say(str(report))
 
 
 def select(
@@ -111,15 +116,16 @@ def select(
 
     From responses, or from prompts before any is answered: --keep then writes the prompts to answer.
     """
-    from redraft.adaptation.steps import TargetSpec, select_file
+    from redraft.adaptation.steps import TargetSpec
+    from redraft.api import text
     from redraft.data.template import parse_template_args
 
-    manifest = select_file(
-        responses,
-        prompts,
+    manifest = text.select(
         out,
-        scorer,
-        budget,
+        responses=responses,
+        prompts=prompts,
+        scorer=scorer,
+        budget=budget,
         order=order,
         target=TargetSpec(target, dtype, device, adapter, parse_template_args(template_arg or [])) if target else None,
         base_target=TargetSpec(base_target, dtype, device) if base_target else None,
@@ -127,5 +133,4 @@ def select(
         keep=keep,
         seed=seed,
     )
-    kept, total = len(manifest.selected_keys), len(manifest.entries)
-    say(f"{kept} of {total} rows kept ({manifest.selected_tokens:,} tokens) by {scorer}; {out} says why")
+    say(f"{manifest}; {out} says why")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -25,7 +25,6 @@ from redraft.cli.common import (
     TemplateArgs,
     console,
     examples,
-    sampler_of,
     say,
 )
 from redraft.errors import UserError
@@ -94,28 +93,30 @@ def probe(
 
     It says at the start how long it will take.
     """
-    from redraft.adaptation.questions import Questions
-    from redraft.adaptation.steps import TargetSpec, check_output, probe_files
+    from redraft.adaptation.steps import TargetSpec, check_output
+    from redraft.api import measuring
     from redraft.artifact import atomic_write_json
     from redraft.data.template import parse_template_args
-    from redraft.report.tables import probe_panel
 
     if json_out is not None:
         check_output(json_out, ".json")
-    found = probe_files(
+    found = measuring.probe(
         TargetSpec(target, dtype, device, adapter, parse_template_args(template_arg or [])),
         draft,
-        Questions(prompts, suite or (), data, limit),
+        prompts,
+        suite=suite or (),
+        data=data,
         base_draft=base_draft,
         base_target=TargetSpec(base_target, dtype, device) if base_target else None,
+        limit=limit,
         gamma=gamma,
         max_new_tokens=max_new_tokens,
-        with_trial=trial,
+        trial=trial,
         say=say,
     )
     if json_out is not None:
         atomic_write_json(json_out, found.to_dict())
-    console().print(probe_panel(found.verdict, found.lines(), found.action))
+    console().print(found)
 
 
 def named_drafts(given: list[str]) -> dict[str, str]:
@@ -173,45 +174,35 @@ def bench(
     seed: Seed = 0,
 ) -> None:
     """Measure drafts against the fastest plain decoding: same prompts, same run, with 95% intervals."""
-    from redraft.adaptation.bench import How, bench_files
-    from redraft.adaptation.questions import Questions
-    from redraft.adaptation.server_bench import bench_servers_on, named_servers
+    from redraft.adaptation.server_bench import named_servers
     from redraft.adaptation.steps import TargetSpec
+    from redraft.api import measuring
     from redraft.data.template import parse_template_args
 
-    if bool(draft) == bool(server):
-        raise UserError("give --draft to measure drafts in this process, or --server to measure servers from outside")
-    if draft and (concurrency or server_model):
-        raise UserError("--concurrency and --server-model are for servers; give --server, or leave them out")
-    if server and (shape != "chain:5" or greedy_drafts or static or base_draft):
-        raise UserError(
-            "servers draft as they were started; leave out --shape, --greedy-drafts, --static, --base-draft"
-        )
-    spec = TargetSpec(target, dtype, device, adapter, parse_template_args(template_arg or []))
-    questions = Questions(prompts, suite or (), data, limit, trained_on)
-    how = How(shape, sampler_of(temperature, top_k, top_p), greedy_drafts, max_new_tokens, seed, static)
-    if draft:
-        result = bench_files(spec, named_drafts(draft), questions, out, how, base_draft)
-    else:
-        levels = tuple(concurrency or [1])
-        result = bench_servers_on(spec, named_servers(server or []), questions, out, how, levels, server_model)
-    show(result)
+    result = measuring.bench(
+        TargetSpec(target, dtype, device, adapter, parse_template_args(template_arg or [])),
+        named_drafts(draft or []),
+        out,
+        prompts=prompts,
+        suite=suite or (),
+        data=data,
+        limit=limit,
+        trained_on=trained_on,
+        shape=shape,
+        greedy_drafts=greedy_drafts,
+        static=static,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        base_draft=base_draft,
+        servers=named_servers(server or []),
+        concurrency=concurrency or (),
+        server_model=server_model,
+        seed=seed,
+    )
+    console().print(result)
     say(f"{out}; for the page: redraft report {out} --out {out.with_suffix('.html')}")
-
-
-def show(result: dict[str, Any]) -> None:
-    """A benchmark's tables, for the terminal."""
-    from redraft.report.tables import acceptance_table, bench_table, task_table
-
-    printer = console()
-    printer.print(bench_table(result))
-    if result["drafts"]:
-        printer.print(acceptance_table(result))
-    by_task = task_table(result)
-    if by_task is not None:
-        printer.print(by_task)
-    if picked := result["setup"].get("picked"):
-        say(f"gamma=auto: {picked}")
 
 
 def report(
@@ -224,8 +215,8 @@ def report(
     title: Annotated[str, typer.Option(help="Title of the page.")] = "Draft alignment report",
 ) -> None:
     """Turn results into one HTML page that needs nothing else: nothing is fetched, now or when it is opened."""
-    from redraft.report import build_report, headline_png
+    from redraft.api import measuring
 
-    say(str(build_report(results, out, curve, ledger, summary, title)))
+    say(str(measuring.report(results, out, curve=curve, ledger=ledger, summary=summary, png=png, title=title)))
     if png is not None:
-        say(str(headline_png(results[0], png)))
+        say(str(png))

@@ -38,28 +38,22 @@ def study(
     """Compare methods, data, selections, losses and starts: one results file, its tables and pictures."""
     if (config is None) == (tables is None):
         raise UserError("give the YAML file of a study, or --tables with the results of one")
-    from redraft.adaptation.study.tables import write_full, write_tables
-
     if tables is not None:
+        from redraft.adaptation.study.tables import write_tables
+
         say(f"tables: {write_tables(tables, out)}")
         return
-    from redraft.adaptation.study.config import read_study
-
     assert config is not None
-    parsed = read_study(config)
-    if template_arg:
-        from redraft.data.template import parse_template_args
-
-        parsed = parsed.model_copy(update={"template_arg": parsed.template_arg | parse_template_args(template_arg)})
     if list_cells:
-        for number, cell in enumerate(parsed.all_cells(), 1):
+        from redraft.adaptation.study.config import read_study
+
+        for number, cell in enumerate(read_study(config).all_cells(), 1):
             say(f"{number:4}  {cell.key}")
         return
     if out is None:
         raise UserError("name the folder of the study with --out")
-    from redraft.adaptation.study.run import RESULTS_FILE, StudyRun
+    from redraft.api import adapting
+    from redraft.data.template import parse_template_args
 
-    results = StudyRun(parsed, out, say).run()
-    if full is not None:
-        write_full(results, full, f"study {parsed.name}")
-    say(f"results: {out / RESULTS_FILE}; tables: {write_tables(out / RESULTS_FILE)}")
+    found = adapting.study(config, out, template_arg=parse_template_args(template_arg or []), full=full, say=say)
+    say(f"results: {found.results}; tables: {found.tables}")

@@ -18,7 +18,6 @@ from redraft.cli.common import (
     TemplateArgs,
     console,
     examples,
-    sampler_of,
     say,
 )
 from redraft.errors import UserError
@@ -74,8 +73,9 @@ def watch(
     from redraft.decode.tree import parse_shape
     from redraft.loading import quiet
     from redraft.report.live import Watcher, coloured, legend
+    from redraft.sampling import asked_samplers
 
-    sampler, form = sampler_of(temperature, top_k, top_p), parse_shape(shape)
+    (sampler,), form = asked_samplers([temperature], top_p, top_k), parse_shape(shape)
     conversations = asked(prompt, prompts, limit)
     spec = TargetSpec(target, dtype, device, adapter, parse_template_args(template_arg or []))
     with quiet():
