@@ -1,4 +1,3 @@
-from redraft.adaptation.models import OpenDraft as OpenDraft
 from redraft.adaptation.probe import ProbeResult as ProbeResult
 from redraft.adaptation.steps import TargetSpec as TargetSpec
 from redraft.api.adapting import adapt as adapt
@@ -14,8 +13,9 @@ from redraft.api.opening import open_target as open_target
 from redraft.api.text import regenerate as regenerate
 from redraft.api.text import select as select
 from redraft.data.regenerate import RegenerationReport as RegenerationReport
+from redraft.drafts.formats.base import ExportReport as ExportReport
+from redraft.drafts.opening import OpenDraft as OpenDraft
 from redraft.errors import UserError as UserError
-from redraft.export.base import ExportReport as ExportReport
 from redraft.registries import EXPORTERS as EXPORTERS
 from redraft.registries import FAMILIES as FAMILIES
 from redraft.registries import LOSSES as LOSSES

@@ -24,8 +24,8 @@ from redraft import artifact
 from redraft.drafts.base import Draft
 from redraft.drafts.eagle1 import Eagle1Config, Eagle1Draft
 from redraft.drafts.eagle3 import Eagle3Config, Eagle3Draft
+from redraft.drafts.formats.base import TargetInfo
 from redraft.errors import UserError
-from redraft.export import TargetInfo
 from redraft.export.base import STANDALONE_FORMATS
 from redraft.registries import EXPORTERS
 

@@ -16,7 +16,7 @@ from typer.main import get_command
 from redraft.adaptation.config import AdaptConfig, parse_config, read_config
 from redraft.cli import align, main, measure
 from redraft.cli.common import CHOICES
-from redraft.drafts.groups import METHODS
+from redraft.drafts.methods import METHODS
 from redraft.errors import UserError
 from redraft.registries import EXPORTERS, LOSSES, SCORERS
 from redraft.train.trainer import TrainConfig

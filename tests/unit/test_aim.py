@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from redraft.attic.aim import aim_updates, leading_directions, waiting
-from redraft.drafts.groups import METHODS, PrivateSize
 from redraft.drafts.layers import Linear
+from redraft.drafts.methods import METHODS, PrivateSize
 
 
 class Two(nn.Module):

@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from redraft.acceptance.unroll import Batch, collate, supervised, unroll
 from redraft.data.store import Row
 from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
-from redraft.drafts.groups import PrivateSize, prepare
+from redraft.drafts.groups import prepare
+from redraft.drafts.methods import PrivateSize
 from redraft.features.store import FeatureStore
 from redraft.registries import LOSSES
 from redraft.target import Target

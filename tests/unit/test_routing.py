@@ -10,12 +10,13 @@ import copy
 import pytest
 import torch
 
-from redraft.artifact import load_draft, save_draft
 from redraft.decode.engine import ChainDecoder, PlainDecoder
 from redraft.drafts.eagle3 import Eagle3Config, Eagle3Draft, fresh_draft
 from redraft.drafts.experts import SharedPrivateMLP, attach_private, merge_private
-from redraft.drafts.groups import PrivateSize, mergeable, prepare
+from redraft.drafts.files import load_draft, save_draft
+from redraft.drafts.groups import prepare
 from redraft.drafts.layers import GatedMLP
+from redraft.drafts.methods import PrivateSize, mergeable
 from redraft.drafts.routing import RoutedMLP, Router
 from redraft.errors import UserError
 from redraft.export.base import STANDALONE_FORMATS

@@ -9,36 +9,13 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from redraft.adaptation.models import (
-    OpenDraft,
-    contestants,
-    open_target,
-    use_target_embedding,
-)
-from redraft.adaptation.stages import half
+from redraft.adaptation.models import contestants, open_target
 from redraft.arithmetic import AUTO, choose_dtype
-from redraft.artifact import (
-    META_FILE,
-    load_draft,
-    load_private,
-    read_json,
-    tensors_hash,
-)
 from redraft.data.template import settings_of
-from redraft.drafts.base import Proposer
-from redraft.drafts.standalone import StandaloneDraft
+from redraft.drafts.base import Draft
+from redraft.drafts.formats.base import TargetInfo
 from redraft.errors import UserError
-from redraft.export import TargetInfo, import_checkpoint
-from redraft.export.importer import is_language_model
-from redraft.loading import (
-    ADAPTER_FILE,
-    adapter_base,
-    locate,
-    notes_of,
-    one_line,
-    quiet,
-    read_standalone,
-)
+from redraft.loading import ADAPTER_FILE, adapter_base, locate, notes_of, one_line, quiet
 from redraft.target import Target
 
 
@@ -108,39 +85,10 @@ def target_info(target: AnyTarget) -> TargetInfo:
     return TargetInfo.of(config, name)
 
 
-def read_draft(
-    source: str | Path | OpenDraft, info: TargetInfo | None, base: str | Path | OpenDraft | None = None
-) -> tuple[Proposer, dict[str, Any]]:
-    """A draft in the types of its file: own format, a private part on ``base``, or a public checkpoint.
-
-    One that is open already comes in bfloat16. ``info`` is needed for public checkpoints of drafts that read the
-    target's states alone. Raises ``UserError``.
-    """
-    if isinstance(source, OpenDraft):
-        return half(source.draft), source.meta
-    if is_language_model(source):
-        return read_standalone(source, base.source if isinstance(base, OpenDraft) else base)
-    folder = Path(source)
-    if (folder / META_FILE).is_file():
-        if read_json(folder / META_FILE).get("kind") != "private":
-            return load_draft(folder)
-        if base is None:
-            raise UserError(f"{source} is a private part; name the draft that it belongs to with --base-draft")
-        shared, _ = read_draft(base, info)
-        if isinstance(shared, StandaloneDraft):
-            raise UserError(f"{base} is a language model of its own, and {source} no private part of one")
-        base_hash = tensors_hash(shared.state_dict())
-        sizes: Any = info  # of the target's facts, only its width is read
-        return load_private(folder, use_target_embedding(shared, sizes) if info else shared, base_hash)
-    if info is None:
-        raise UserError(f"{source} is not in redraft's own format; give --target, whose sizes it must fit")
-    return import_checkpoint(source, info)
-
-
-def timed_targets(target: Target, draft: Proposer, dtype: str, open_as: Callable[[str], Target]) -> dict[str, Target]:
+def timed_targets(target: Target, draft: Draft, dtype: str, open_as: Callable[[str], Target]) -> dict[str, Target]:
     """The target in the data types that it may be served in, each tapped where the draft reads."""
     found = contestants(target, dtype, open_as)
-    if not isinstance(draft, StandaloneDraft):
+    if draft.taps:
         for each in found.values():
-            each.tap(draft.config.taps)
+            each.tap(draft.taps)
     return found

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from redraft import provenance
-from redraft.adaptation.models import OpenDraft, open_draft
+from redraft.adaptation.models import open_draft
 from redraft.adaptation.stage1 import split_rows, train_from_nothing
 from redraft.adaptation.stages import Say, build_features, run_training, save_trained
 from redraft.adaptation.steps import TargetSpec
@@ -16,7 +16,9 @@ from redraft.arithmetic import AUTO, go_on_with
 from redraft.artifact import atomic_write_json
 from redraft.attic.aim import aim
 from redraft.data.store import TRAFFIC, Row, read_rows
-from redraft.drafts.groups import PrivateSize, method, prepare
+from redraft.drafts.groups import prepare
+from redraft.drafts.methods import PrivateSize, method
+from redraft.drafts.opening import AnyDraft
 from redraft.errors import UserError
 from redraft.features.store import FeatureStore, anchors
 from redraft.select.manifest import read_manifest
@@ -89,7 +91,7 @@ def train_new(
 
 def train_old(
     spec: TargetSpec,
-    draft: str | Path | OpenDraft,
+    draft: AnyDraft,
     data: TrainData,
     out: Path,
     config: TrainConfig,

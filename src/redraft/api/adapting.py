@@ -8,14 +8,14 @@ from typing import Any
 
 from redraft.adaptation.adapt import AdaptRun
 from redraft.adaptation.config import AdaptConfig, adaptation, parse_config, read_config, recipe
-from redraft.adaptation.models import OpenDraft
 from redraft.adaptation.steps import AnyTarget, TargetSpec
 from redraft.adaptation.study.config import StudyConfig, read_study
 from redraft.adaptation.study.run import RESULTS_FILE, StudyRun
 from redraft.adaptation.study.tables import write_full, write_tables
 from redraft.adaptation.training import TrainData, train_new, train_old
-from redraft.api.opening import AnyDraft, Say, path_of
-from redraft.drafts.groups import PrivateSize
+from redraft.api.opening import Say, path_of
+from redraft.drafts.methods import PrivateSize
+from redraft.drafts.opening import AnyDraft, OpenDraft
 from redraft.report.results import Adaptation, Benchmark, Study, Trained
 from redraft.train.trainer import TrainConfig
 
@@ -53,7 +53,7 @@ def adapt(
     if spec is not None and spec.opened is not None:
         run.target = spec.opened
     if isinstance(draft, OpenDraft):
-        run.target.tap(draft.draft.config.taps)
+        run.target.tap(draft.draft.taps)
         run.stale = draft
     figures, folder = run.run(), run.folder
     return Adaptation(

@@ -6,16 +6,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from redraft.adaptation.steps import AnyTarget, read_draft, target_info
-from redraft.api.opening import AnyDraft, name_of
-from redraft.artifact import save_draft
-from redraft.drafts.experts import merge_private
+from redraft.adaptation.stages import half
+from redraft.adaptation.steps import AnyTarget, target_info
+from redraft.api.opening import name_of
+from redraft.drafts.base import Draft
+from redraft.drafts.files import save_draft
+from redraft.drafts.formats.base import ExportReport, TargetInfo
+from redraft.drafts.opening import AnyDraft, OpenDraft, read_draft
 from redraft.drafts.scaling import scale_change
-from redraft.drafts.standalone import StandaloneDraft, merge_experts
-from redraft.drafts.standalone.files import save_standalone
-from redraft.export import ExportReport
 from redraft.loading import load_tokenizer, quiet
-from redraft.registries import EXPORTERS
+from redraft.registries import EXPORTERS, FAMILIES
 from redraft.report.results import Merged
 
 
@@ -34,19 +34,20 @@ def merge(
         redraft.merge("run/private", "old-draft", "merged", scale=0.7)
     """
     out, info = Path(out), None if target is None else target_info(target)
-    draft, meta = read_draft(private, info, base_draft)
+    draft, meta = _read(private, info, base_draft)
     kept = {key: meta[key] for key in ("method", "target", "tokenizer_hash", "provenance") if key in meta}
     origin = {"merged_from": {"base": name_of(base_draft), "private": name_of(private), "scale": scale}}
     if scale != 1:
-        draft = scale_change(draft, read_draft(base_draft, info)[0], scale)
-    merged: Any
-    if isinstance(draft, StandaloneDraft):
-        merged = merge_experts(draft)
-        save_standalone(out, merged, kept | origin)
-    else:
-        merged = merge_private(draft)
-        save_draft(out, merged, kept | origin)
+        draft = scale_change(draft, _read(base_draft, info)[0], scale)
+    merged = draft.merged()
+    save_draft(out, merged, kept | origin)
     return Merged(out, sum(parameter.numel() for parameter in merged.parameters()), kept.get("method"))
+
+
+def _read(draft: AnyDraft, info: TargetInfo | None, base_draft: AnyDraft | None = None) -> tuple[Draft, dict[str, Any]]:
+    """A draft in the types of its file; an opened one, which is in float32, in those that drafts are stored in."""
+    found, meta = read_draft(draft, info, base_draft)
+    return (half(found) if isinstance(draft, OpenDraft) else found), meta
 
 
 def export(
@@ -66,9 +67,9 @@ def export(
     """
     exporter = EXPORTERS.get(format)
     info = target_info(target)
-    found, _ = read_draft(draft, info, base_draft)
-    if isinstance(found, StandaloneDraft) and info.tokenizer is None:
-        # Such a draft must speak as the target does, down to its special tokens.
+    found, _ = _read(draft, info, base_draft)
+    if not FAMILIES.get(found.family).reads_states and info.tokenizer is None:
+        # A model by itself must speak as the target does, down to its special tokens.
         with quiet():
             info = replace(info, tokenizer=load_tokenizer(info.name))
     return exporter(found, Path(out), info, speculative_tokens=gamma)

@@ -13,7 +13,8 @@ from redraft.adaptation.probe import ProbeResult
 from redraft.adaptation.questions import Questions
 from redraft.adaptation.server_bench import bench_servers_on
 from redraft.adaptation.steps import AnyTarget, TargetSpec, timed_targets
-from redraft.api.opening import AnyDraft, Say, name_of, path_of, text_of
+from redraft.api.opening import Say, name_of, path_of, text_of
+from redraft.drafts.opening import AnyDraft
 from redraft.errors import UserError
 from redraft.progress import Progress, progress_bar
 from redraft.report import build_report, headline_png

@@ -6,15 +6,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from redraft.adaptation import models
-from redraft.adaptation.models import OpenDraft, open_proposer
+from redraft.adaptation.models import open_any
 from redraft.adaptation.steps import AnyTarget, TargetSpec
-from redraft.artifact import tensors_hash
-from redraft.export.importer import is_language_model
+from redraft.drafts.opening import AnyDraft, OpenDraft
 from redraft.target import Target
 
-AnyDraft = str | Path | OpenDraft
-"""A draft by name, or opened."""
 Say = Callable[[str], None]
 
 
@@ -43,11 +39,7 @@ def open_draft(draft: AnyDraft, target: AnyTarget, *, base_draft: AnyDraft | Non
 
         stale = redraft.open_draft("old-draft", target)
     """
-    opened = TargetSpec.of(target).open()
-    if isinstance(draft, OpenDraft) or not is_language_model(draft):
-        return models.open_draft(draft, opened, base_draft)
-    found, meta = open_proposer(draft, opened, base_draft)
-    return OpenDraft(found, meta, tensors_hash(found.state_dict()), str(draft))
+    return open_any(draft, TargetSpec.of(target).open(), base_draft)
 
 
 def name_of(draft: AnyDraft) -> str:

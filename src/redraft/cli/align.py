@@ -259,7 +259,7 @@ def adapt(
 def named_settings(given: dict[str, Any]) -> dict[str, Any]:
     """The NAME=VALUE flags of ``adapt`` among ``given`` as settings in their types. Raises ``UserError``."""
     from redraft.data.template import parse_template_args
-    from redraft.drafts.groups import PrivateSize
+    from redraft.drafts.methods import PrivateSize
     from redraft.train.trainer import TrainConfig
 
     kinds = {"train": TrainConfig, "private": PrivateSize}

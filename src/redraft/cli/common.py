@@ -36,7 +36,7 @@ def _formats() -> list[str]:
 
 
 def _methods() -> list[str]:
-    from redraft.drafts.groups import METHODS
+    from redraft.drafts.methods import METHODS
 
     return list(METHODS)
 
