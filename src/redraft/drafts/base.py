@@ -131,7 +131,7 @@ class Family(ABC):
     # Whether its drafts read the target's states; one of a family that does not is a model by itself.
     reads_states: ClassVar[bool] = True
     # The formats that its drafts are written in, each by its ``formats.base.Writer``, and what is
-    # said of a {format} that is not among these {choices}.
+    # said of a {format} that is not among them.
     writers: ClassVar[Mapping[str, Any]] = {}
     refusal: ClassVar[str]
     # Checkpoints of other hands: the names of architectures by which they are told, for messages, and whether the

@@ -19,8 +19,8 @@ class Eagle1Family(Family):
     name = "eagle1"
     writers = WRITERS
     refusal = (
-        "an Eagle1 draft reads the target's states and has no file that all engines load alike, which {format} would "
-        "be; export it for {choices}"
+        "an Eagle1 draft reads the target's states and has no file that all engines load alike, nor one of {format}; "
+        "export it for vllm or for sglang"
     )
     architectures = tuple(ARCHITECTURES)
 

@@ -19,7 +19,8 @@ class Eagle3Family(Family):
     name = "eagle3"
     writers = WRITERS
     refusal = (
-        "this draft reads the target's states and is no language model, which {format} is for; export it for {choices}"
+        "this draft reads the target's states and is no language model, which {format} is for; export it for vllm or "
+        "sglang"
     )
     architectures = ARCHITECTURES
 

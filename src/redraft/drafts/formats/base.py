@@ -140,7 +140,7 @@ class Format:
         """How drafts of this family are written. Raises ``UserError`` where they are not."""
         known = FAMILIES.get(family)
         if self.name not in known.writers:
-            raise UserError(known.refusal.format(format=self.name, choices=" or ".join(sorted(known.writers))))
+            raise UserError(known.refusal.format(format=self.name))
         writer: Writer = known.writers[self.name]
         return writer
 
