@@ -29,7 +29,7 @@ from redraft.decode.tree import parse_shape
 from redraft.drafts.experts import attach_private, is_private, merge_private, private_names
 from redraft.drafts.files import load_draft, load_private, save_draft, save_private
 from redraft.drafts.standalone import StandaloneDraft, untrained
-from redraft.drafts.standalone.shapes import fresh_standalone, parameters_of, projected, shape_for, spread_layers
+from redraft.drafts.standalone.shapes import fresh_standalone, parameters_of, projected, shape_for
 from redraft.errors import UserError
 from redraft.loading import check_tokenizers
 from redraft.registries import EXPORTERS
@@ -97,7 +97,7 @@ def test_all_layers_of_the_target_are_the_target(tiny_target):
         target = tiny_target(architecture, num_hidden_layers=3)
         with torch.no_grad():
             assert torch.equal(make("copy", target)(IDS), target.model(IDS).logits)
-    half = fresh_standalone(target, layers=spread_layers(target, 2))
+    half = fresh_standalone(target, layers=[0, 2])
     expected = target.backbone.layers[2].mlp.up_proj.weight
     assert torch.equal(half.model.model.layers[1].mlp.up_proj.weight, expected)
     with pytest.raises(UserError, match="layers 0 to 2"):

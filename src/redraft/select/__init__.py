@@ -2,8 +2,8 @@
 
 One file a scorer, found by the registry. Every scorer's numbers say the same thing: higher is more worth training
 on. Rows may be answered ones or prompts alone (an empty response): a scorer then works on the prompt, before any
-generation is paid for. A scorer with settings is written ``shift:metric=l2,layer=12``, see :func:`parse_scorer`. See
-:mod:`redraft.select.rules` for budgets and :mod:`redraft.select.manifest` for the record of what was chosen and why.
+generation is paid for. A scorer with settings is written ``shift:metric=l2,layer=12``, see :func:`parse_scorer`.
+:mod:`redraft.select.rules` has the budgets, :mod:`redraft.select.manifest` the record of what was chosen and why.
 """
 
 from __future__ import annotations
