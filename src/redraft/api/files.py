@@ -47,7 +47,8 @@ def merge(
 def _read(draft: AnyDraft, info: TargetInfo | None, base_draft: AnyDraft | None = None) -> tuple[Draft, dict[str, Any]]:
     """A draft in the types of its file; an opened one, which is in float32, in those that drafts are stored in."""
     found, meta = read_draft(draft, info, base_draft)
-    return (half(found) if isinstance(draft, OpenDraft) else found), meta
+    opened = isinstance(draft, OpenDraft) or isinstance(base_draft, OpenDraft)
+    return (half(found) if opened else found), meta
 
 
 def export(
