@@ -1,8 +1,8 @@
 """The registries of what can be named on the command line or in a settings file, and the plugins that add to them.
 
 Nothing here imports torch, and no name does: see :mod:`redraft.registry`. What an entry must be stands beside those
-there are: ``redraft.losses``, ``redraft.select``, ``redraft.starts``, ``redraft.drafts.base``,
-``redraft.drafts.formats.base`` and ``redraft.data.suites``.
+there are: ``redraft.losses``, ``redraft.select``, ``redraft.starts``, ``redraft.drafts.formats.base``,
+``redraft.drafts.base`` and ``redraft.data.suites``.
 
 A plugin is a module that registers at import, ``package.module``, or a function that does so when it is called,
 ``package.module:function``. Installed packages name theirs in the entry point group ``redraft.plugins``; any other is

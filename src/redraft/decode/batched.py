@@ -27,7 +27,7 @@ from torch import Tensor
 from redraft.decode.accept import accept_chains
 from redraft.decode.engine import Generation, Round, _check_room, _trim, _Uniforms, for_decoding
 from redraft.drafts.base import Draft
-from redraft.drafts.eagle import EagleDraft
+from redraft.drafts.eagle.module import EagleDraft
 from redraft.drafts.standalone import StandaloneDraft
 from redraft.errors import UserError
 from redraft.sampling import Sampler, draw, warp

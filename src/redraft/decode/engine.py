@@ -23,7 +23,7 @@ from torch import Tensor
 
 from redraft.decode.accept import accept_chain, accept_greedy
 from redraft.drafts.base import Draft
-from redraft.drafts.eagle import EagleDraft
+from redraft.drafts.eagle.module import EagleDraft
 from redraft.errors import UserError
 from redraft.prepack import prepack
 from redraft.sampling import Sampler, draw, warp

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from redraft.drafts.eagle import EagleConfig, EagleDraft, EagleLayer, layer_of
+from redraft.drafts.eagle.module import EagleConfig, EagleDraft, EagleLayer, layer_of
 from redraft.drafts.layers import Linear, RMSNorm, norm_weight
 from redraft.errors import UserError
 
