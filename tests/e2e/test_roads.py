@@ -113,7 +113,7 @@ def test_prompts_are_chosen_before_any_is_answered(world, tmp_path, scorer):
     whole, found = len(run.source.prompts[0]), stages(run)
     assert len(kept) == whole // 2
     rows = list(read_rows(run.source.responses))
-    assert {row.id for row in rows} == kept and len(run.training_rows()) == len(run.rows(run.source.responses))
+    assert {row.id for row in rows} == kept and len(run.training_rows()) == len(run.responses())
     tokens = sum(len(row.prompt_ids) for row in rows)
     # What is scored are prompts, twice as many as are answered; a pass of the target where acceptance is asked for.
     assert found["select"]["tokens"] > tokens and (found["select"]["flops"] > 0) == (scorer == "rejection")

@@ -22,7 +22,7 @@ from redraft.losses import LOSSES
 from redraft.progress import Progress
 from redraft.target import Target
 from redraft.train.aim import STEPS, aim_updates, settle, waiting
-from redraft.train.checkpoint import rows_digest
+from redraft.train.checkpoint import OLD_DRAFT, rows_digest
 from redraft.train.descent import Descent, DescentConfig, Step
 from redraft.train.objective import Objective, make_objective
 
@@ -116,7 +116,7 @@ class Trainer:
             {
                 "rows": rows_digest([r.key for r in self.rows]),
                 "draft": self.draft.config.to_dict(),
-                "old draft": origin,
+                OLD_DRAFT: origin,
             },
             # As the target decodes, so is its draft trained.
             precision="bfloat16" if target.dtype == torch.bfloat16 else "float32",

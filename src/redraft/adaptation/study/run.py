@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from redraft import provenance
 from redraft.adaptation.config import settled
 from redraft.adaptation.models import open_target
-from redraft.adaptation.stages import Say
-from redraft.adaptation.study.cells import CELL_FORMULAS, run_cell
+from redraft.adaptation.runs import Log, Say, row_tokens
+from redraft.adaptation.study.answers import Model, slug
+from redraft.adaptation.study.cells import CELL_FORMULAS, cell_folder, run_cell
 from redraft.adaptation.study.config import StudyConfig
 from redraft.adaptation.study.entries import ANY, Cell
-from redraft.adaptation.study.shared import Model, TargetWork, slug
+from redraft.adaptation.study.selection import select
 from redraft.adaptation.study.speed import speed_cells, speed_of
+from redraft.adaptation.study.targets import TargetWork
 from redraft.artifact import atomic_write_json, read_json
 from redraft.errors import UserError
 from redraft.evaluate.study import SCHEMA, derive
@@ -55,18 +58,25 @@ class Board:
     @contextmanager
     def cell(self, key: str, units: int, budget: float) -> Iterator[Progress]:
         """Progress of one cell in supervised tokens, as its share of the bar."""
-        board, begin = self, self.done
+        begin = self.done
 
-        class Share:
-            def update(self, done: int, **fields: Any) -> None:
-                tau = fields.get("heldout_tau")
-                share = min(1.0, done / max(budget, 1.0))
-                board.show(begin + round(units * share), key, tau)
+        def show(done: int, tau: float | None) -> None:
+            self.show(begin + round(units * min(1.0, done / max(budget, 1.0))), key, tau)
 
         self.show(self.done, key)
-        yield Share()
+        yield Share(show)
         self.done = begin + units
         self.show(self.done, key)
+
+
+@dataclass(frozen=True)
+class Share:
+    """A progress that is one part of the board's bar, or one stage named beside it."""
+
+    show: Callable[[int, float | None], None]
+
+    def update(self, done: int, **fields: Any) -> None:
+        self.show(done, fields.get("heldout_tau"))
 
 
 class StudyRun:
@@ -85,17 +95,21 @@ class StudyRun:
                 self.bases.setdefault(entry.base_target, self._base(entry.base_target))
 
     def _base(self, spec: str) -> Model:
-        c = self.config
-        folder = self.folder / "bases" / slug(spec)
+        c, name = self.config, f"base {spec}"
 
         def opener() -> Target:
             return open_target(spec, c.dtype, c.device, None, c.template_arg, self.folder)
 
-        return Model(opener, f"base {spec}", folder, c, self.ledger, self._tell)
+        return Model(name, opener, self.folder / "bases" / slug(spec), c, self._log(name))
 
-    def _tell(self, stage: str, done: int, total: int) -> None:
-        if self.board is not None:
-            self.board.tell(stage, done, total)
+    def _log(self, name: str) -> Log:
+        """The log of what is done with one target: the study's ledger and bar, and nothing said in between."""
+        return Log(self.ledger, lambda text: None, f"{name}: ", self._stage)
+
+    @contextmanager
+    def _stage(self, stage: str, total: int | None, unit: str) -> Iterator[Progress]:
+        """A stage that cells wait for, told beside the bar."""
+        yield Share(lambda done, tau: self.board.tell(stage, done, total or 1) if self.board else None)
 
     # -- running -----------------------------------------------------------------------------------------------
     def run(self) -> dict[str, Any]:
@@ -104,7 +118,7 @@ class StudyRun:
         units = {cell: self._units(cell) if cell in counted else 0 for cell in self.cells}
         with progress_bar("study", sum(units.values()), "") as bar:
             self.board = Board(bar)
-            works = {name: self._work(name) for name in self.config.targets}
+            works = {name: self.work(name) for name in self.config.targets}
             self.board.done = sum(units[cell] for cell in self.cells if self.record_path(cell).exists())
             for name in self.config.targets:
                 # A target that is done with is let go of.
@@ -118,9 +132,9 @@ class StudyRun:
         shorter = self.config.budget == "epochs" and budget.kind == "fraction"
         return round(CELL_UNITS * max(LEAST_SHARE, float(budget.amount))) if shorter else CELL_UNITS
 
-    def _work(self, name: str) -> TargetWork:
+    def work(self, name: str) -> TargetWork:
         """What the cells of a target share, its prompts read: bad ones are refused before any model is loaded."""
-        work = TargetWork(name, self.folder, self.config, self.ledger, self._tell, self.bases)
+        work = TargetWork(name, self.folder, self.config, self._log(name), self.bases)
         _ = work.prompts
         if self.config.general is not None:
             _ = work.general
@@ -153,7 +167,7 @@ class StudyRun:
             return 1.0
         name = next(iter(self.config.data)) if self.config.budget == "tokens" else cell.data
         epochs = self.config.train_config(cell.loss, cell.seed).epochs
-        rows = work.rows(name) if self.config.budget == "tokens" else work.select(cell.data, cell.selection).rows
+        rows = work.rows(name) if self.config.budget == "tokens" else select(work, cell.data, cell.selection).rows
         return sum(map(anchors, rows)) * epochs
 
     def finished(self, cell: Cell, wanted: list[Cell]) -> bool:
@@ -163,7 +177,7 @@ class StudyRun:
 
     # -- results -----------------------------------------------------------------------------------------------
     def record_path(self, cell: Cell) -> Path:
-        return self.folder / "cells" / slug(cell.key) / "record.json"
+        return cell_folder(self.folder, cell) / "record.json"
 
     def records(self) -> list[dict[str, Any]]:
         """Records of the finished cells, in the config's order."""
@@ -226,7 +240,7 @@ def facts(work: TargetWork, path: Path) -> dict[str, Any]:
             "kind": work.config.data[name].kind,
             "rows": len(rows),
             "tokens": sum(map(anchors, rows)),
-            "generated_tokens": sum(len(r.prompt_ids) + len(r.response_ids) for r in rows) if generated else 0,
+            "generated_tokens": row_tokens(rows) if generated else 0,
         }
     return {
         "target": work.target.name,
