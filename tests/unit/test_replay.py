@@ -18,14 +18,14 @@ from redraft import provenance
 from redraft.acceptance.simulate import simulate_greedy_chain, tau_of
 from redraft.acceptance.unroll import collate
 from redraft.adaptation.core import Adaptation, Plan
-from redraft.adaptation.models import OpenDraft
 from redraft.adaptation.runs import Log
 from redraft.data.store import REFERENCE, Row
 from redraft.decode.engine import ChainDecoder, PlainDecoder
 from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
+from redraft.drafts.opening import OpenDraft
 from redraft.errors import UserError
 from redraft.features.store import FeatureStore, anchors
-from redraft.losses import LOSSES
+from redraft.registries import LOSSES
 from redraft.target import Target
 from redraft.train.replay import (
     ReplayBatch,

@@ -14,19 +14,22 @@ from redraft import provenance
 from redraft.adaptation.bench import measure
 from redraft.adaptation.config import AdaptConfig, claim_run
 from redraft.adaptation.core import Adaptation, Plan, half, open_old
-from redraft.adaptation.models import OpenDraft, contestants, open_draft, open_target, prompt_rows
+from redraft.adaptation.models import contestants, open_draft, open_target, prompt_rows
 from redraft.adaptation.runs import Run, Say, row_tokens, supervised_rows
 from redraft.adaptation.scoring import scoring_context
 from redraft.adaptation.sources import Source
-from redraft.artifact import PRIVATE_FILE, atomic_write_json, read_json
+from redraft.artifact import atomic_write_json, read_json
 from redraft.data.mixture import mix
 from redraft.data.store import Row
 from redraft.decode.tree import ChainShape
-from redraft.drafts.base import Draft, family_of
-from redraft.drafts.groups import mergeable, trained_parameters
+from redraft.drafts.base import Draft
+from redraft.drafts.files import PRIVATE_FILE
+from redraft.drafts.formats.base import check_formats
+from redraft.drafts.groups import trained_parameters
+from redraft.drafts.methods import mergeable
+from redraft.drafts.opening import OpenDraft
 from redraft.errors import UserError
 from redraft.evaluate.speed import BenchConfig
-from redraft.export.base import check_formats
 from redraft.loading import ADAPTER_FILE, notes_of, served_otherwise
 from redraft.report.page import build_report
 from redraft.select import parse_scorer
@@ -109,7 +112,7 @@ class AdaptRun(Run[AdaptConfig]):
     def check(self) -> None:
         """Refuse, before anything is spent, a draft that does not fit or that no engine could load."""
         c, draft = self.config, self.stale.draft
-        check_formats(c.exports, family_of(draft))
+        check_formats(c.exports, draft.family)
         self.check_exports(draft)
         if c.exports and not mergeable(c.method, c.private_size):
             raise UserError(

@@ -18,14 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from redraft import provenance
-from redraft.adaptation.models import OpenDraft, open_draft
+from redraft.adaptation.models import open_draft
 from redraft.adaptation.runs import Log, add_forward, record_of, row_tokens
-from redraft.artifact import atomic_write_json, read_checked, read_json, save_draft, save_private, write_checked
+from redraft.artifact import atomic_write_json, read_checked, read_json, write_checked
 from redraft.coarse import Coarse
 from redraft.data.store import Row
 from redraft.drafts.base import Draft
-from redraft.drafts.experts import merge_private
-from redraft.drafts.groups import METHODS, PrivateSize, prepare
+from redraft.drafts.files import save_draft, save_private
+from redraft.drafts.groups import prepare
+from redraft.drafts.methods import METHODS, PrivateSize
+from redraft.drafts.opening import OpenDraft
 from redraft.drafts.scaling import coarse_change
 from redraft.features.store import FeatureStore, anchors
 from redraft.loading import tokenizer_hash
@@ -134,7 +136,7 @@ class Adaptation:
         """The target is tapped where the draft reads it. ``folder`` holds the training's state, the features (unless
         a ``store`` is given) and what is saved; passes of replay lie in ``replay``, or in a folder of their own.
         """
-        target.tap(old.draft.config.taps)
+        target.tap(old.draft.taps)
         self.target, self.old, self.plan, self.folder, self.log = target, old, plan, folder, log
         self.replay_folder = replay_folder or folder / "replay"
         self.started = StartResult(old.draft)
@@ -148,7 +150,7 @@ class Adaptation:
     @cached_property
     def store(self) -> FeatureStore:
         """The features that the draft is trained on."""
-        return feature_store(self.folder / "features", self.target, self.old.draft.config.taps)
+        return feature_store(self.folder / "features", self.target, self.old.draft.taps)
 
     def features(self, name: str, rows: Sequence[Row]) -> None:
         """Build what is missing of the features of ``rows`` as the stage ``name``. Raises ``UserError``."""
@@ -167,7 +169,7 @@ class Adaptation:
             given = replace(context(), progress=progress.update)
             started = apply_start(self.plan.start, self.old.draft, given)
             entry.add(started.tokens, int(started.flops), provenance.FORWARD_FORMULA)
-        self.target.tap(started.draft.config.taps)
+        self.target.tap(started.draft.taps)
         for note in started.notes:
             self.log.say(f"note on {stage}: {note}")
         self.started = started
@@ -264,4 +266,4 @@ class Adaptation:
         """The whole draft in ``folder``: dense, but for routed experts, which stay as they are."""
         stored, _ = self.stored
         dense = max(stored.config.private_experts, stored.config.shared_experts) <= 1
-        save_draft(folder, merge_private(stored) if dense else stored, self.meta(**more))
+        save_draft(folder, stored.merged() if dense else stored, self.meta(**more))

@@ -17,16 +17,16 @@ from redraft.acceptance.simulate import tau_of
 from redraft.acceptance.standalone import simulate_greedy_standalone
 from redraft.adaptation.core import build_features, draft_meta, feature_store, half
 from redraft.adaptation.distill_config import DistillConfig, claim_distill
-from redraft.adaptation.models import settle_template
+from redraft.adaptation.models import open_proposer, settle_template
 from redraft.adaptation.runs import Run, Say, row_tokens, supervised_rows
 from redraft.adaptation.sources import Source
 from redraft.artifact import atomic_write_json, tensors_hash
 from redraft.data.logprobs import TopEngine, ask_tops
 from redraft.data.packed import PackedText, TextSource
 from redraft.data.store import Row
-from redraft.drafts.experts import is_private
-from redraft.drafts.standalone import StandaloneDraft, attach_experts
-from redraft.drafts.standalone.files import load_standalone, save_experts, save_standalone
+from redraft.drafts.experts import attach_private, is_private, private_names
+from redraft.drafts.files import load_draft, save_draft, save_private
+from redraft.drafts.standalone import StandaloneDraft
 from redraft.drafts.standalone.shapes import fresh_standalone, shape_for
 from redraft.errors import UserError
 from redraft.features.store import FeatureStore, anchors
@@ -35,7 +35,6 @@ from redraft.loading import (
     load_tokenizer,
     locate,
     one_line,
-    open_standalone,
     quiet,
 )
 from redraft.target import Target
@@ -117,7 +116,7 @@ class DistillRun(Run[DistillConfig]):
         """All stages; returns the record of the run, ``distill.json``."""
         if self.config.exports and not (self.folder / "align.json").exists():
             given = self.config.draft
-            self.check_exports(self.start() if given is None else open_standalone(given, self.target)[0])
+            self.check_exports(self.start() if given is None else open_proposer(given, self.target)[0])
         self.survey()
         done = {"pretrain": self.pretrain(), "align": self.align()}
         self.export()
@@ -172,7 +171,7 @@ class DistillRun(Run[DistillConfig]):
             result = pretrain(draft.model, text, config, self.folder / "pretrain", progress, heldout)
             flops = provenance.train_flops(draft.parameters_per_token, result.tokens)
             entry.add(result.tokens, flops, provenance.TRAIN_FORMULA)
-        save_standalone(self.folder / "pretrained", draft, self.meta("pretrain"))
+        save_draft(self.folder / "pretrained", draft, self.meta("pretrain"))
         atomic_write_json(done, asdict(result))
         self.say(f"pretrain: held-out perplexity {result.start:,.1f} -> {result.best:,.2f} in {result.steps} steps")
         return result
@@ -207,15 +206,15 @@ class DistillRun(Run[DistillConfig]):
         drafter that private experts are added to."""
         c = self.config
         if c.draft is None:
-            draft, _ = load_standalone(self.folder / "pretrained")
+            draft, _ = load_draft(self.folder / "pretrained")
             draft = draft.float().bind(self.target).to(self.target.device)
         else:
-            draft, _ = open_standalone(c.draft, self.target)
+            draft, _ = open_proposer(c.draft, self.target)
         check_tokenizers(draft.tokenizer, self.target.tokenizer)
         draft.requires_grad_(True)
         base_hash = tensors_hash(draft.state_dict())
         if c.private_width:
-            draft = attach_experts(draft, c.private_width, c.seed).bind(self.target)
+            draft = attach_private(draft, c.private_width, c.seed).bind(self.target)
             for name, parameter in draft.named_parameters():
                 parameter.requires_grad_(is_private(name))
         return draft, base_hash
@@ -247,8 +246,8 @@ class DistillRun(Run[DistillConfig]):
             entry.add(result.tokens, flops, f"{provenance.TRAIN_FORMULA} (prompts read)")
         stored, meta = half(draft), self.meta("eda" if c.private_width else "full")
         if c.private_width:
-            save_experts(self.folder / "private", stored, base_hash, meta)
-        save_standalone(self.folder / "draft", stored, meta)
+            save_private(self.folder / "private", stored, private_names(stored), base_hash, meta)
+        save_draft(self.folder / "draft", stored, meta)
         atomic_write_json(done, asdict(result))
         why = "stopped early" if result.stopped_early else "whole budget"
         self.say(
@@ -265,7 +264,7 @@ class DistillRun(Run[DistillConfig]):
     @cached_property
     def aligned(self) -> StandaloneDraft:
         """The finished drafter as it is on disk."""
-        return load_standalone(self.folder / "draft")[0].bind(self.target)
+        return load_draft(self.folder / "draft")[0].bind(self.target)
 
     def finished(self) -> StandaloneDraft:
         return self.aligned

@@ -15,12 +15,12 @@ from redraft.adaptation.distill_config import DistillConfig
 from redraft.adaptation.models import open_target
 from redraft.data.store import Row, read_rows
 from redraft.data.template import template_record
-from redraft.drafts.base import Proposer
-from redraft.export import EXPORTERS
-from redraft.export.base import check_export
+from redraft.drafts.base import Draft
+from redraft.drafts.formats.base import check_export
 from redraft.features.store import anchors
 from redraft.progress import Progress, progress_bar
 from redraft.provenance import Entry, Ledger
+from redraft.registries import EXPORTERS
 from redraft.target import Target
 
 Say = Callable[[str], None]
@@ -118,12 +118,12 @@ class Run(Generic[Settings]):
         """Where the results of this run come from."""
         return record_of(self.target, self.config.seed)
 
-    def check_exports(self, draft: Proposer) -> None:
+    def check_exports(self, draft: Draft) -> None:
         """Raise ``UserError``, before anything is spent, for a draft that a format asked for does not hold."""
         for name in self.config.exports:
             check_export(name, draft, self.target, self.config.gamma)
 
-    def finished(self) -> Proposer:
+    def finished(self) -> Draft:
         """The draft that the run ends with, in the type in which it is served."""
         raise NotImplementedError
 

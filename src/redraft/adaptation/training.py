@@ -12,14 +12,14 @@ import torch
 
 from redraft.acceptance.simulate import simulate_greedy_chain
 from redraft.adaptation.core import Adaptation, Plan, half, open_old
-from redraft.adaptation.models import OpenDraft
 from redraft.adaptation.runs import Log, Say, supervised_rows
 from redraft.adaptation.steps import TargetSpec
 from redraft.arithmetic import AUTO, go_on_with
 from redraft.artifact import atomic_write_json
 from redraft.data.store import TRAFFIC, Row
 from redraft.drafts.base import Draft, fresh
-from redraft.drafts.groups import PrivateSize, method
+from redraft.drafts.methods import PrivateSize, method
+from redraft.drafts.opening import OpenDraft
 from redraft.errors import UserError
 from redraft.evaluate.speed import tau_interval
 from redraft.features.store import FeatureStore, anchors

@@ -13,17 +13,18 @@ import torch
 from redraft import provenance
 from redraft.acceptance.simulate import expected_rounds_sampled, simulate_greedy_chain
 from redraft.adaptation.core import Adaptation, Plan, half
-from redraft.adaptation.models import OpenDraft
 from redraft.adaptation.runs import row_tokens
 from redraft.adaptation.study.answers import features_stage, slug
 from redraft.adaptation.study.entries import ANY, NONE, Cell
 from redraft.adaptation.study.selection import Selected, select, spend, spend_all
 from redraft.adaptation.study.targets import Asked, TargetWork
-from redraft.artifact import coarse_state, private_state, tensors_bytes
+from redraft.artifact import tensors_bytes
 from redraft.coarse import Coarse
 from redraft.decode.tree_walk import simulate_tree
-from redraft.drafts.base import bind
-from redraft.drafts.groups import method, trained_parameters
+from redraft.drafts.files import coarse_state, private_state
+from redraft.drafts.groups import trained_parameters
+from redraft.drafts.methods import method
+from redraft.drafts.opening import OpenDraft
 from redraft.errors import UserError
 from redraft.features.store import anchors
 from redraft.progress import Progress
@@ -217,7 +218,7 @@ def measure(work: TargetWork, draft: Any) -> dict[str, list[float]]:
 
 def rounds_of(work: TargetWork, draft: Any, name: str, asked: Asked) -> list[float]:
     model, gamma = asked.model, work.config.gamma
-    bind(draft, model.target)
+    draft.bind(model.target)
     store = model.features(name, asked.rows, draft.config.taps)
     with work.log.bar(f"{work.name}: measure {name}", len(asked.rows), "answers") as progress:
         progress.update(0)

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from redraft.adaptation.models import OpenDraft, open_draft, open_target
+from redraft.adaptation.models import open_draft, open_target
 from redraft.adaptation.runs import Log
 from redraft.adaptation.sources import ask_itself
 from redraft.adaptation.study.answers import Model, named
@@ -24,6 +24,7 @@ from redraft.data.references import reference_rows
 from redraft.data.store import Row
 from redraft.data.traces import read_traces
 from redraft.decode.tree import DynamicTree, StaticTree
+from redraft.drafts.opening import OpenDraft
 from redraft.errors import UserError
 from redraft.features.store import anchors
 from redraft.sampling import Sampler
