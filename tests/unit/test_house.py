@@ -20,12 +20,12 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("train", "evaluate", "export", "report"),
     ("select", "decode", "starts"),
     ("acceptance",),
-    ("features",),
     ("data",),
+    ("features",),
     ("loading",),
     ("drafts", "target", "losses"),
     ("metrics", "sampling", "artifact", "provenance", "prepack"),
-    ("registry", "progress", "coarse", "compat", "files", "places", "redacted", "arithmetic"),
+    ("registry", "progress", "coarse", "compat", "files", "places", "redacted", "arithmetic", "rows"),
     ("errors",),
 )
 HEIGHT = {room: len(ROWS) - i for i, row in enumerate(ROWS) for room in row}

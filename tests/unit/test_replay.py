@@ -22,8 +22,9 @@ from redraft.data.store import REFERENCE, Row
 from redraft.decode.engine import ChainDecoder, PlainDecoder
 from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
 from redraft.errors import UserError
-from redraft.features.store import FeatureStore, anchors
+from redraft.features import FeatureStore
 from redraft.losses import LOSSES
+from redraft.rows import anchors
 from redraft.target import Target
 from redraft.train.replay import (
     ReplayBatch,

@@ -29,16 +29,18 @@ from redraft.drafts.groups import prepare, trained_parameters
 from redraft.evaluate.speed import BenchConfig
 from redraft.export import EXPORTERS
 from redraft.export.base import check_export, check_formats
-from redraft.features.store import FeatureStore, anchors
+from redraft.features import FeatureStore
 from redraft.loading import ADAPTER_FILE, notes_of, served_otherwise
 from redraft.progress import progress_bar
 from redraft.report.page import build_report
+from redraft.rows import anchors
 from redraft.select import Scorer, ScoringContext, parse_scorer
 from redraft.select.acceptance import alpha_measurer
 from redraft.select.manifest import Manifest, read_manifest
 from redraft.select.rules import choose, parse_budget
 from redraft.starts.apply import StartContext, StartResult, apply_start, start_needs
 from redraft.target import Target
+from redraft.train.aim import aim
 from redraft.train.replay import ReplayConfig, check_replayable
 from redraft.train.trainer import Trainer, TrainResult
 
@@ -212,7 +214,8 @@ class AdaptRun:
         if names:
             self.features("features", rows)
             self.features("features held-out", heldout)
-            trainer = Trainer(draft, self.target, self.store, rows, heldout, c.train_config(), self.folder / "train")
+            folder = self.folder / "train"
+            trainer = Trainer(draft, self.target, self.store, rows, heldout, c.train_config(), folder, before=aim)
             result = run_training(trainer, self.ledger, self.say)
             draft = self.replay(trainer.draft, rows, heldout)
         saved = list(dict.fromkeys([*names, *started.changed]))

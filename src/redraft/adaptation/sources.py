@@ -23,9 +23,10 @@ from redraft.data.selfprompts import self_prompts
 from redraft.data.store import Row, read_rows
 from redraft.errors import UserError
 from redraft.evaluate.speed import Prompt
-from redraft.features.store import FeatureStore, anchors
+from redraft.features import FeatureStore
 from redraft.loading import served_otherwise
 from redraft.progress import progress_bar
+from redraft.rows import anchors
 from redraft.sampling import Sampler, samplers_of
 from redraft.target import Target
 
@@ -132,16 +133,13 @@ class Source:
             report = regenerate(
                 engine,
                 prompts,
-                target.tokenizer,
+                target,
                 samplers,
                 path,
                 c.max_new_tokens,
                 c.seed,
-                target.content_hash(),
                 progress.update,
-                eos_ids=target.eos_ids,
-                context=target.context,
-                features=store,
+                store,
             )
             tokens = report.prompt_tokens + report.response_tokens
             flops = provenance.forward_flops(target.parameters_per_token, tokens)
@@ -164,17 +162,5 @@ def own_answers(
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with progress_bar(path.stem, expected_rows(prompts, [sampler]), "rows") as progress:
-        regenerate(
-            InProcessEngine(target),
-            prompts,
-            target.tokenizer,
-            [sampler],
-            path,
-            max_new_tokens,
-            seed,
-            target.content_hash(),
-            progress.update,
-            eos_ids=target.eos_ids,
-            context=target.context,
-        )
+        regenerate(InProcessEngine(target), prompts, target, [sampler], path, max_new_tokens, seed, progress.update)
     return sorted((row for row in read_rows(path) if anchors(row)), key=lambda row: row.key)

@@ -19,9 +19,10 @@ from redraft.drafts.experts import merge_private
 from redraft.drafts.groups import METHODS, PrivateSize, mergeable
 from redraft.drafts.scaling import coarse_change
 from redraft.errors import UserError
-from redraft.features.store import FeatureStore, anchors
+from redraft.features import FeatureStore
 from redraft.loading import tokenizer_hash
 from redraft.progress import progress_bar
+from redraft.rows import anchors
 from redraft.target import Target
 from redraft.train.trainer import Trainer, TrainResult
 
@@ -51,7 +52,7 @@ def run_training(trainer: Trainer, ledger: provenance.Ledger, say: Say) -> Train
         unrolled = getattr(trainer.draft, "objective", "unroll") == "unroll"
         steps = result.anchors * (trainer.config.unroll if unrolled else 1)
         flops = provenance.train_flops(trained, steps, trainer.draft.parameters_per_token - trained)
-        if not trainer.descent.done_before:  # a run that had ended is read, not paid for again
+        if not trainer.loop.done_before:  # a run that had ended is read, not paid for again
             entry.add(result.anchors, flops, f"({provenance.TRAIN_FORMULA}) * unroll")
     why = "stopped early" if result.stopped_early else "whole budget"
     say(f"train: held-out tau {result.start_tau:.3f} -> {result.best_tau:.3f} in {result.steps} steps ({why})")

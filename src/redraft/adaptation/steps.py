@@ -44,7 +44,6 @@ from redraft.drafts.standalone.files import save_standalone
 from redraft.errors import UserError
 from redraft.export import EXPORTERS, ExportReport, TargetInfo, import_checkpoint
 from redraft.export.importer import is_language_model
-from redraft.features.store import anchors
 from redraft.loading import (
     ADAPTER_FILE,
     adapter_base,
@@ -56,6 +55,7 @@ from redraft.loading import (
     read_standalone,
 )
 from redraft.progress import Progress, progress_bar
+from redraft.rows import anchors
 from redraft.sampling import Sampler
 from redraft.select import ScoringContext, parse_scorer
 from redraft.select.acceptance import alpha_measurer
@@ -124,15 +124,12 @@ def regenerate_file(
         return regenerate(
             engine,
             conversations,
-            target.tokenizer,
+            target,
             list(samplers),
             out,
             max_new_tokens,
             seed,
-            target.content_hash(),
             progress.update,
-            eos_ids=target.eos_ids,
-            context=target.context,
         )
 
 

@@ -16,8 +16,10 @@ from redraft.artifact import atomic_write_json
 from redraft.data.store import TRAFFIC, Row, read_rows
 from redraft.drafts.groups import PrivateSize, method, prepare
 from redraft.errors import UserError
-from redraft.features.store import FeatureStore, anchors
+from redraft.features import FeatureStore
+from redraft.rows import anchors
 from redraft.select.manifest import read_manifest
+from redraft.train.aim import aim
 from redraft.train.checkpoint import stored_precision
 from redraft.train.trainer import TrainConfig, Trainer, TrainResult
 
@@ -107,7 +109,7 @@ def train_old(
     store = FeatureStore(out / "features", {"target": target.content_hash(), "taps": list(target.taps)})
     ledger = provenance.Ledger.load(out / "ledger.json")
     build_features("features", store, target, [*rows, *heldout], ledger)
-    trainer = Trainer(trained, target, store, rows, heldout, config, out / "train", opened.base_hash)
+    trainer = Trainer(trained, target, store, rows, heldout, config, out / "train", opened.base_hash, before=aim)
     result = run_training(trainer, ledger, say)
     save_trained(out, trainer.draft, names, opened, method_name, target, config.seed, size.bits)
     atomic_write_json(out / "train.json", asdict(result))

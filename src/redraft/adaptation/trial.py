@@ -21,7 +21,8 @@ from redraft.drafts.eagle3 import Eagle3Draft
 from redraft.drafts.groups import PrivateSize, prepare
 from redraft.errors import UserError
 from redraft.evaluate.speed import tau_interval
-from redraft.features.store import FeatureStore, anchors
+from redraft.features import FeatureStore
+from redraft.rows import anchors
 from redraft.starts.apply import StartContext, apply_start
 from redraft.target import Target
 from redraft.train.trainer import TrainConfig, Trainer

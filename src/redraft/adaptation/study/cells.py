@@ -26,11 +26,12 @@ from redraft.drafts.experts import merge_private
 from redraft.drafts.groups import mergeable, method, prepare, trained_parameters
 from redraft.drafts.scaling import coarse_change
 from redraft.errors import UserError
-from redraft.features.store import anchors
 from redraft.loading import tokenizer_hash
 from redraft.progress import Progress
+from redraft.rows import anchors
 from redraft.sampling import Sampler
 from redraft.starts.apply import StartContext, StartResult, apply_start
+from redraft.train.aim import aim
 from redraft.train.replay import check_replayable
 from redraft.train.trainer import TrainConfig, Trainer, TrainResult
 
@@ -173,10 +174,10 @@ def train(
     store = work.features(cell.data, work.rows(cell.data), taps)
     if work.config.selection_of(cell.selection).general:
         store = work.features("general-mix", work.general_rows, taps)
-    trainer = Trainer(draft, work.target, store, selected.rows, work.heldout, settings, folder)
+    trainer = Trainer(draft, work.target, store, selected.rows, work.heldout, settings, folder, before=aim)
     with work.ledger.stage(f"{work.name}: train") as entry:
         first = trainer.run(progress)
-        if not trainer.descent.done_before:
+        if not trainer.loop.done_before:
             entry.add(first.anchors, train_flops(trainer, [first]), CELL_FORMULAS["train"])
     again = work.config.replay_of(cell.method)
     if again is None:

@@ -26,12 +26,13 @@ from redraft.data.mixture import mix
 from redraft.data.overlap import refuse_overlap, trained_conversations
 from redraft.data.prompts import Conversation
 from redraft.data.references import reference_rows
-from redraft.data.regenerate import InProcessEngine, Kept, expected_rows, regenerate
+from redraft.data.regenerate import InProcessEngine, expected_rows, regenerate
 from redraft.data.store import Row, read_rows
 from redraft.data.traces import read_traces
 from redraft.decode.tree import DynamicTree, StaticTree
 from redraft.errors import UserError
-from redraft.features.store import FeatureStore, anchors
+from redraft.features import FeatureStore, RowFeatures
+from redraft.rows import anchors
 from redraft.sampling import Sampler
 from redraft.select import ScoringContext, parse_scorer, score_rows
 from redraft.select.acceptance import alpha_measurer
@@ -136,16 +137,13 @@ class Model:
             report = regenerate(
                 InProcessEngine(target, self.config.batch_size),
                 conversations,
-                target.tokenizer,
+                target,
                 list(samplers),
                 path,
                 max_new_tokens,
                 self.config.seed,
-                target.content_hash(),
                 lambda done, **_: self.tell(stage, done, total),
-                eos_ids=target.eos_ids,
-                context=target.context,
-                features=NamedKeeper(name, self.store(taps)),
+                NamedKeeper(name, self.store(taps)),
             )
             tokens = report.prompt_tokens + report.response_tokens
             flops = provenance.forward_flops(target.parameters_per_token, tokens)
@@ -198,8 +196,8 @@ class NamedKeeper:
     def __init__(self, name: str, store: FeatureStore) -> None:
         self.name, self.store = name, store
 
-    def put(self, found: Sequence[Kept]) -> bool:
-        return self.store.put([(renamed(self.name, row), taps, hidden) for row, taps, hidden in found])
+    def put(self, found: Sequence[RowFeatures]) -> bool:
+        return self.store.put([each._replace(row=renamed(self.name, each.row)) for each in found])
 
 
 def renamed(name: str, row: Row) -> Row:
