@@ -16,7 +16,7 @@ from redraft.adaptation.runs import supervised_rows
 from redraft.adaptation.training import NEW, heldout_record, split_rows
 from redraft.artifact import atomic_write_bytes, save_draft
 from redraft.data.store import encode_row, read_rows
-from redraft.features.store import anchors
+from redraft.rows import anchors
 from redraft.starts.vocabulary import coverage
 
 

@@ -17,16 +17,17 @@ PACKAGE = ROOT / "src" / "redraft"
 ROWS: tuple[tuple[str, ...], ...] = (
     ("cli",),
     ("adaptation",),
-    ("train", "evaluate", "export", "report"),
+    ("train", "evaluate", "report"),
     ("select", "decode", "starts"),
     ("acceptance",),
-    ("features",),
     ("data",),
+    ("features",),
+    ("drafts",),
     ("loading",),
-    ("drafts", "target", "losses"),
+    ("target", "losses"),
     ("metrics", "sampling", "artifact", "provenance", "prepack"),
     ("registries",),
-    ("registry", "progress", "coarse", "compat", "files", "places", "redacted", "arithmetic"),
+    ("registry", "progress", "coarse", "compat", "files", "places", "redacted", "arithmetic", "rows"),
     ("errors",),
 )
 HEIGHT = {room: len(ROWS) - i for i, row in enumerate(ROWS) for room in row}

@@ -24,8 +24,9 @@ from redraft.decode.engine import ChainDecoder, PlainDecoder
 from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
 from redraft.drafts.opening import OpenDraft
 from redraft.errors import UserError
-from redraft.features.store import FeatureStore, anchors
+from redraft.features import FeatureStore
 from redraft.registries import LOSSES
+from redraft.rows import anchors
 from redraft.target import Target
 from redraft.train.replay import (
     ReplayBatch,

@@ -29,11 +29,13 @@ from redraft.drafts.groups import prepare
 from redraft.drafts.methods import METHODS, PrivateSize
 from redraft.drafts.opening import OpenDraft
 from redraft.drafts.scaling import coarse_change
-from redraft.features.store import FeatureStore, anchors
+from redraft.features import FeatureStore
 from redraft.loading import tokenizer_hash
 from redraft.progress import Progress
+from redraft.rows import anchors
 from redraft.starts.apply import StartContext, StartResult, apply_start
 from redraft.target import Target
+from redraft.train.aim import aim
 from redraft.train.replay import ReplayConfig, ReplayTrainer, replay_settings, replay_states
 from redraft.train.trainer import TrainConfig, Trainer, TrainResult
 
@@ -96,7 +98,7 @@ def run_training(trainer: Trainer, log: Log, reporter: Progress | None = None) -
     budget = round(sum(map(anchors, trainer.rows)) * trainer.config.epochs)
     with log.counted("train", budget, reporter=reporter) as (entry, progress):
         result = trainer.run(progress)
-        if not trainer.descent.done_before:  # a run that had ended is read, not paid for again
+        if not trainer.loop.done_before:  # a run that had ended is read, not paid for again
             flops = training_flops(trainer, result)
             entry.add(result.anchors, flops, f"({provenance.TRAIN_FORMULA}) * unroll")
     why = "stopped early" if result.stopped_early else "whole budget"
@@ -184,7 +186,9 @@ class Adaptation:
         self.features("features", rows)
         self.features("features held-out", heldout)
         place, origin = self.folder / "train", self.old.base_hash
-        trainer = Trainer(self.draft, self.target, self.store, rows, heldout, self.plan.train, place, origin)
+        trainer = Trainer(
+            self.draft, self.target, self.store, rows, heldout, self.plan.train, place, origin, before=aim
+        )
         self._run(trainer, reporter)
         self.replay(rows, heldout)
         return self.results[0]

@@ -29,7 +29,7 @@ from redraft.drafts.files import load_draft, save_draft, save_private
 from redraft.drafts.standalone import StandaloneDraft
 from redraft.drafts.standalone.shapes import fresh_standalone, shape_for
 from redraft.errors import UserError
-from redraft.features.store import FeatureStore, anchors
+from redraft.features import ComputedFeatures, FeatureStore
 from redraft.loading import (
     check_tokenizers,
     load_tokenizer,
@@ -37,11 +37,12 @@ from redraft.loading import (
     one_line,
     quiet,
 )
+from redraft.rows import anchors
 from redraft.target import Target
-from redraft.train.descent import DescentResult
 from redraft.train.distil import distil
+from redraft.train.loop import LoopResult
 from redraft.train.pretrain import pretrain
-from redraft.train.supervision import StateTeacher, Teacher, TokenTeacher, TopTeacher
+from redraft.train.teachers import StateTeacher, Teacher, TokenTeacher, TopTeacher
 
 SERVED = "served"
 
@@ -150,7 +151,7 @@ class DistillRun(Run[DistillConfig]):
         shape = shape_for(self.target, c.size, c.layers, c.tied)
         return fresh_standalone(self.target, shape, c.seed, c.embeddings, c.tied)
 
-    def pretrain(self) -> DescentResult | None:
+    def pretrain(self) -> LoopResult | None:
         """A new drafter, trained on the text, in ``pretrained``; nothing where a drafter is given."""
         c, done = self.config, self.folder / "pretrain.json"
         if c.draft is not None:
@@ -197,7 +198,7 @@ class DistillRun(Run[DistillConfig]):
                 found = ask_tops(engine, rows, self.folder / "tops.jsonl", progress.update)
             return TopTeacher(found, self.target.vocab_size)
         if not c.store_states:
-            return StateTeacher(self.target)
+            return StateTeacher(self.target, ComputedFeatures(self.target))
         build_features("features", self.store, self.target, rows, self.log)
         return StateTeacher(self.target, self.store)
 
@@ -219,7 +220,7 @@ class DistillRun(Run[DistillConfig]):
                 parameter.requires_grad_(is_private(name))
         return draft, base_hash
 
-    def align(self) -> DescentResult:
+    def align(self) -> LoopResult:
         """The drafter, taught by the target, in ``draft``; its private part also in ``private``."""
         c, done = self.config, self.folder / "align.json"
         if done.exists():
@@ -274,7 +275,7 @@ class DistillRun(Run[DistillConfig]):
         return draft_meta(self.target, method, self.config.seed)
 
 
-def result_of(path: Path) -> DescentResult:
+def result_of(path: Path) -> LoopResult:
     """A stage's result as it was stored."""
     value = json.loads(path.read_text())
-    return DescentResult(**value | {"history": [(int(step), float(figure)) for step, figure in value["history"]]})
+    return LoopResult(**value | {"history": [(int(step), float(figure)) for step, figure in value["history"]]})

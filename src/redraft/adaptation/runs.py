@@ -17,10 +17,10 @@ from redraft.data.store import Row, read_rows
 from redraft.data.template import template_record
 from redraft.drafts.base import Draft
 from redraft.drafts.formats.base import check_export
-from redraft.features.store import anchors
 from redraft.progress import Progress, progress_bar
 from redraft.provenance import Entry, Ledger
 from redraft.registries import EXPORTERS
+from redraft.rows import anchors
 from redraft.target import Target
 
 Say = Callable[[str], None]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from redraft.acceptance.simulate import row_alphas
-from redraft.features.store import FeatureStore
+from redraft.features import FeatureStore
 from redraft.select import Scorer, ScoringContext
 from redraft.select.acceptance import alpha_measurer
 from redraft.target import Target

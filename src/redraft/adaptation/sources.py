@@ -19,7 +19,6 @@ from redraft.adaptation.traffic import Traffic, take_traffic
 from redraft.data.overlap import refuse_overlap
 from redraft.data.prompts import Conversation, read_conversations
 from redraft.data.regenerate import (
-    FeatureKeeper,
     InProcessEngine,
     RegenerationReport,
     ServerEngine,
@@ -30,7 +29,7 @@ from redraft.data.selfprompts import SelfPromptReport, self_prompts
 from redraft.data.store import Row
 from redraft.errors import UserError
 from redraft.evaluate.speed import Prompt
-from redraft.features.store import FeatureStore
+from redraft.features import FeatureKeeper, FeatureStore
 from redraft.loading import served_otherwise
 from redraft.provenance import Ledger
 from redraft.sampling import Sampler, samplers_of
@@ -145,16 +144,13 @@ def answer(
         report = regenerate(
             engine,
             prompts,
-            target.tokenizer,
-            list(samplers),
+            target,
+            samplers,
             path,
             max_new_tokens,
             seed,
-            target.content_hash(),
             progress.update,
-            eos_ids=target.eos_ids,
-            context=target.context,
-            features=features,
+            features,
         )
         tokens = report.prompt_tokens + report.response_tokens
         add_forward(entry, target, tokens, bytes_written=report.bytes_written)

@@ -33,10 +33,10 @@ from redraft.drafts.formats.base import ExportReport, TargetInfo
 from redraft.drafts.opening import read_draft
 from redraft.drafts.scaling import scale_change
 from redraft.errors import UserError
-from redraft.features.store import anchors
 from redraft.loading import ADAPTER_FILE, adapter_base, load_tokenizer, locate, notes_of, one_line, quiet
 from redraft.progress import Progress, progress_bar
 from redraft.registries import EXPORTERS, FAMILIES
+from redraft.rows import anchors
 from redraft.sampling import Sampler
 from redraft.select import ScoringContext, parse_scorer
 from redraft.select.acceptance import alpha_measurer
@@ -105,15 +105,12 @@ def regenerate_file(
         return regenerate(
             engine,
             conversations,
-            target.tokenizer,
+            target,
             list(samplers),
             out,
             max_new_tokens,
             seed,
-            target.content_hash(),
             progress.update,
-            eos_ids=target.eos_ids,
-            context=target.context,
         )
 
 

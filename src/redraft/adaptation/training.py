@@ -22,8 +22,9 @@ from redraft.drafts.methods import PrivateSize, method
 from redraft.drafts.opening import OpenDraft
 from redraft.errors import UserError
 from redraft.evaluate.speed import tau_interval
-from redraft.features.store import FeatureStore, anchors
+from redraft.features import FeatureStore
 from redraft.provenance import Ledger
+from redraft.rows import anchors
 from redraft.select.manifest import read_manifest
 from redraft.target import Target
 from redraft.train.checkpoint import stored_precision

@@ -18,9 +18,10 @@ from redraft.adaptation.runs import Log
 from redraft.adaptation.sources import answer
 from redraft.adaptation.study.config import StudyConfig
 from redraft.data.prompts import Conversation
-from redraft.data.regenerate import InProcessEngine, Kept
+from redraft.data.regenerate import InProcessEngine
 from redraft.data.store import Row, read_rows
-from redraft.features.store import FeatureStore, anchors
+from redraft.features import FeatureStore, RowFeatures
+from redraft.rows import anchors
 from redraft.sampling import Sampler
 from redraft.target import Target
 
@@ -51,8 +52,8 @@ class NamedKeeper:
     def __init__(self, name: str, store: FeatureStore) -> None:
         self.name, self.store = name, store
 
-    def put(self, found: Sequence[Kept]) -> bool:
-        return self.store.put([(_renamed(self.name, row), taps, hidden) for row, taps, hidden in found])
+    def put(self, found: Sequence[RowFeatures]) -> bool:
+        return self.store.put([each._replace(row=_renamed(self.name, each.row)) for each in found])
 
 
 class Model:

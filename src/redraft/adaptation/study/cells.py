@@ -26,9 +26,9 @@ from redraft.drafts.groups import trained_parameters
 from redraft.drafts.methods import method
 from redraft.drafts.opening import OpenDraft
 from redraft.errors import UserError
-from redraft.features.store import anchors
 from redraft.progress import Progress
 from redraft.provenance import Ledger
+from redraft.rows import anchors
 from redraft.sampling import Sampler
 from redraft.starts.apply import StartContext
 from redraft.train.replay import ReplayConfig, check_replayable

@@ -16,9 +16,9 @@ from redraft.adaptation.study.targets import TargetWork
 from redraft.artifact import atomic_write_json, read_json
 from redraft.data.mixture import mix
 from redraft.data.store import Row, read_rows
-from redraft.features.store import anchors
 from redraft.progress import Progress
 from redraft.provenance import Entry, Ledger
+from redraft.rows import anchors
 from redraft.select import parse_scorer, score_rows
 from redraft.select.rules import parse_budget
 from redraft.select.rules import select as select_rows

@@ -26,7 +26,7 @@ from redraft.data.traces import read_traces
 from redraft.decode.tree import DynamicTree, StaticTree
 from redraft.drafts.opening import OpenDraft
 from redraft.errors import UserError
-from redraft.features.store import anchors
+from redraft.rows import anchors
 from redraft.sampling import Sampler
 from redraft.target import Target
 
