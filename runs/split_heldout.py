@@ -14,8 +14,9 @@ from redraft.adaptation.models import open_draft, open_target
 from redraft.adaptation.quickstart import EMBEDDED
 from redraft.adaptation.runs import supervised_rows
 from redraft.adaptation.training import NEW, heldout_record, split_rows
-from redraft.artifact import atomic_write_bytes, save_draft
+from redraft.artifact import atomic_write_bytes
 from redraft.data.store import encode_row, read_rows
+from redraft.drafts.files import save_draft
 from redraft.rows import anchors
 from redraft.starts.vocabulary import coverage
 
