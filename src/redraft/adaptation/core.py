@@ -31,7 +31,6 @@ from redraft.drafts.opening import OpenDraft
 from redraft.drafts.scaling import coarse_change
 from redraft.features import FeatureStore
 from redraft.loading import tokenizer_hash
-from redraft.progress import Progress
 from redraft.rows import anchors
 from redraft.starts.apply import StartContext, StartResult, apply_start
 from redraft.target import Target
@@ -90,13 +89,10 @@ def training_flops(trainer: Trainer, result: TrainResult) -> int:
     return provenance.train_flops(trained, positions, max(0, trainer.draft.parameters_per_token - trained))
 
 
-def run_training(trainer: Trainer, log: Log, reporter: Progress | None = None) -> TrainResult:
-    """Train to the end as the stage ``train``; ``reporter`` counts supervised tokens in place of a bar of its own.
-
-    Raises ``UserError``.
-    """
+def run_training(trainer: Trainer, log: Log) -> TrainResult:
+    """Train to the end as the stage ``train``. Raises ``UserError``."""
     budget = round(sum(map(anchors, trainer.rows)) * trainer.config.epochs)
-    with log.counted("train", budget, reporter=reporter) as (entry, progress):
+    with log.counted("train", budget) as (entry, progress):
         result = trainer.run(progress)
         if not trainer.loop.done_before:  # a run that had ended is read, not paid for again
             flops = training_flops(trainer, result)
@@ -181,7 +177,7 @@ class Adaptation:
         plan, begun = self.plan, copy.deepcopy(self.started.draft)
         self.draft, self.trained = prepare(begun, plan.method, plan.size, plan.train.seed, self.target)
 
-    def train(self, rows: Sequence[Row], heldout: Sequence[Row], reporter: Progress | None = None) -> TrainResult:
+    def train(self, rows: Sequence[Row], heldout: Sequence[Row]) -> TrainResult:
         """Train what is marked, then in passes of replay; the result of the first training. Raises ``UserError``."""
         self.features("features", rows)
         self.features("features held-out", heldout)
@@ -189,12 +185,12 @@ class Adaptation:
         trainer = Trainer(
             self.draft, self.target, self.store, rows, heldout, self.plan.train, place, origin, before=aim
         )
-        self._run(trainer, reporter)
+        self._run(trainer)
         self.replay(rows, heldout)
         return self.results[0]
 
-    def _run(self, trainer: Trainer, reporter: Progress | None = None) -> None:
-        result = run_training(trainer, self.log, reporter)
+    def _run(self, trainer: Trainer) -> None:
+        result = run_training(trainer, self.log)
         self.draft = trainer.draft
         self.results.append(result)
         self.flops += training_flops(trainer, result)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -47,15 +47,9 @@ class Log:
             yield entry
 
     @contextmanager
-    def counted(
-        self, name: str, total: int | None, unit: str = "tokens", reporter: Progress | None = None
-    ) -> Iterator[tuple[Entry, Progress]]:
-        """Time a stage that counts up to ``total``, on a bar of its own where no ``reporter`` is given.
-
-        Raises ``UserError`` as :meth:`stage`.
-        """
-        bar = self.bar(self.prefix + name, total, unit) if reporter is None else nullcontext(reporter)
-        with self.stage(name) as entry, bar as progress:
+    def counted(self, name: str, total: int | None, unit: str = "tokens") -> Iterator[tuple[Entry, Progress]]:
+        """Time a stage that counts up to ``total``. Raises ``UserError`` as :meth:`stage`."""
+        with self.stage(name) as entry, self.bar(self.prefix + name, total, unit) as progress:
             yield entry, progress
 
     def entry(self, name: str) -> Entry:

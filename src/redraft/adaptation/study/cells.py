@@ -26,7 +26,6 @@ from redraft.drafts.groups import trained_parameters
 from redraft.drafts.methods import method
 from redraft.drafts.opening import OpenDraft
 from redraft.errors import UserError
-from redraft.progress import Progress
 from redraft.provenance import Ledger
 from redraft.rows import anchors
 from redraft.sampling import Sampler
@@ -45,7 +44,7 @@ CELL_FORMULAS = {
 }
 
 
-def run_cell(work: TargetWork, cell: Cell, keep: bool, progress: Progress | None = None) -> dict[str, Any]:
+def run_cell(work: TargetWork, cell: Cell, keep: bool) -> dict[str, Any]:
     """Train and measure; the record of the cell for the results. A killed cell goes on where it stopped.
 
     ``keep`` saves the trained draft beside the record. Raises ``UserError``.
@@ -63,7 +62,7 @@ def run_cell(work: TargetWork, cell: Cell, keep: bool, progress: Progress | None
     }
     if job.trained:
         assert selected is not None
-        train(work, cell, job, selected, progress)
+        train(work, cell, job, selected)
         spend_all(costs, selected.costs)
         training_costs(costs, work, job, selected)
         record |= training_record(job, selected)
@@ -153,7 +152,7 @@ def started(work: TargetWork, cell: Cell, job: Adaptation, selected: Selected | 
     return costs
 
 
-def train(work: TargetWork, cell: Cell, job: Adaptation, selected: Selected, progress: Progress | None) -> None:
+def train(work: TargetWork, cell: Cell, job: Adaptation, selected: Selected) -> None:
     """Train to the end of the budget, from a checkpoint where there is one. Raises ``UserError``.
 
     Features are built for all rows of the data at once, whatever a cell keeps of them: every cell then trains on
@@ -164,7 +163,7 @@ def train(work: TargetWork, cell: Cell, job: Adaptation, selected: Selected, pro
     work.features(cell.data, work.rows(cell.data), taps)
     if work.config.selection_of(cell.selection).general:
         work.features("general-mix", work.general_rows, taps)
-    job.train(selected.rows, work.heldout, progress)
+    job.train(selected.rows, work.heldout)
 
 
 def training_costs(costs: Ledger, work: TargetWork, job: Adaptation, selected: Selected) -> None:
