@@ -19,7 +19,8 @@ from redraft.decode.engine import _Uniforms
 from redraft.decode.tree import DynamicTree, StaticTree
 from redraft.decode.tree_engine import TreeDecoder
 from redraft.drafts.base import Draft
-from redraft.features.store import FeatureStore, anchors
+from redraft.features import FeatureStore
+from redraft.rows import anchors
 from redraft.target import Target
 
 
