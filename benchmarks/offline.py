@@ -40,7 +40,7 @@ from redraft.evaluate.speed import Prompt
 from redraft.evaluate.statistics import paired_difference, ratio_of_sums
 from redraft.features.store import FeatureStore, anchors
 from redraft.progress import Progress, progress_bar
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
 from redraft.target import Target, TargetStep
 
 WANTED_SPEED = 20.0

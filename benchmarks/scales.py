@@ -29,7 +29,7 @@ from redraft.drafts.scaling import scale_change
 from redraft.evaluate.statistics import paired_difference, paired_ratio, ratio_of_sums
 from redraft.features.store import FeatureStore, anchors
 from redraft.progress import progress_bar
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
 
 Rounds = dict[str, list[int]]  # by set, in the order of its prompts
 STALE = "stale"

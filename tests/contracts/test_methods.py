@@ -15,9 +15,10 @@ from torch import Tensor
 from redraft.artifact import load_private, save_private, tensors_hash
 from redraft.drafts.base import Draft, bind, fresh
 from redraft.drafts.experts import is_private, merge_private
-from redraft.drafts.groups import METHODS, PrivateSize, group_of, mergeable, prepare, trained_parameters
+from redraft.drafts.groups import group_of, prepare, trained_parameters
 from redraft.drafts.scaling import scale_change
 from redraft.errors import UserError
+from redraft.settings.methods import METHODS, PrivateSize, mergeable
 from redraft.target import Target
 from redraft.train.optimizer import make_optimizers
 

@@ -12,7 +12,7 @@ import torch
 
 from redraft.adaptation import sources
 from redraft.adaptation.adapt import AdaptRun
-from redraft.adaptation.config import AdaptConfig, claim_run, parse_config
+from redraft.adaptation.claim import claim_run
 from redraft.artifact import load_draft, load_private, save_draft, tensors_hash
 from redraft.data.prompts import read_conversations
 from redraft.data.selfprompts import SelfPromptReport
@@ -20,6 +20,7 @@ from redraft.data.store import read_rows
 from redraft.drafts.eagle3 import Eagle3Draft
 from redraft.errors import UserError
 from redraft.select.manifest import read_manifest
+from redraft.settings.adapt import AdaptConfig
 
 
 def settings(world: Path, out: Path, **changes: Any) -> AdaptConfig:
@@ -39,7 +40,7 @@ def settings(world: Path, out: Path, **changes: Any) -> AdaptConfig:
         "train": {"epochs": 1, "batch_anchors": 128},
         "exports": (),
     }
-    return parse_config(values | changes)
+    return AdaptConfig(**values | changes)
 
 
 def quiet(text: str) -> None:

@@ -13,13 +13,14 @@ import pytest
 from rich.markup import render
 from typer.main import get_command
 
-from redraft.adaptation.config import AdaptConfig, parse_config, read_config
 from redraft.cli import align, main, measure
 from redraft.cli.common import CHOICES
-from redraft.drafts.groups import METHODS
 from redraft.errors import UserError
 from redraft.registries import EXPORTERS, LOSSES, SCORERS
-from redraft.train.trainer import TrainConfig
+from redraft.settings.adapt import AdaptConfig
+from redraft.settings.methods import METHODS
+from redraft.settings.training import TrainConfig
+from redraft.settings.yamlfile import read
 
 SERVERS = ["bench", "--target", "./no", "--prompts", "p", "--out", "b.json", "--server"]
 REGENERATE = ["regenerate", "--target", "./no", "--prompts", "p", "--out", "o.jsonl"]
@@ -230,8 +231,8 @@ def test_a_file_of_settings_is_read_as_people_mean_it(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(
         "target: t\ndraft: d\nprompts: p\nout: o\nprivate: {on: [q_proj]}\nbatch-size: 3\n"
     )
-    read = read_config(tmp_path / "a.yaml")
-    assert read.private_size.on == ("q_proj",) and read.batch_size == 3
+    found = read(AdaptConfig, tmp_path / "a.yaml")
+    assert found.private_size.on == ("q_proj",) and found.batch_size == 3
     for text, words in (
         ("on: 1\n1: 2\n", "`name: value` lines"),
         ("a: 1\na: 2\n", "there twice"),
@@ -239,34 +240,34 @@ def test_a_file_of_settings_is_read_as_people_mean_it(tmp_path: Path) -> None:
     ):
         (tmp_path / "a.yaml").write_text(text)
         with pytest.raises(UserError, match=words):
-            read_config(tmp_path / "a.yaml")
+            read(AdaptConfig, tmp_path / "a.yaml")
     with pytest.raises(UserError, match="cannot be read"):
-        read_config(tmp_path)
-    train = parse_config({**paths, "train": {"learning_rate": "4e-3", "batch_anchors": 5e3}}).train_config()
+        read(AdaptConfig, tmp_path)
+    train = AdaptConfig(**{**paths, "train": {"learning_rate": "4e-3", "batch_anchors": 5e3}}).train_config()
     assert train.learning_rate == 4e-3 and train.batch_anchors == 5000 and type(train.batch_anchors) is int
-    assert parse_config({**paths, "private": {"on": ["q_proj"], "alpha": 32}}).private_size.on == ("q_proj",)
-    assert parse_config({**paths, "private": {"alpha": None}}).private_size.alpha is None
+    assert AdaptConfig(**{**paths, "private": {"on": ["q_proj"], "alpha": 32}}).private_size.on == ("q_proj",)
+    assert AdaptConfig(**{**paths, "private": {"alpha": None}}).private_size.alpha is None
     for wrong in ({"epochs": "many"}, {"epochs": True}, {"seed": 0.5}, {"optimizer": 3}, {"clip": None}, {"clip": [1]}):
         with pytest.raises(UserError, match=f"training setting {next(iter(wrong))} must be a"):
-            parse_config({**paths, "train": wrong}).train_config()
-    assert parse_config({**paths, "train": {"seed": 2**53 + 1}}).train_config().seed == 2**53 + 1
+            AdaptConfig(**{**paths, "train": wrong}).train_config()
+    assert AdaptConfig(**{**paths, "train": {"seed": 2**53 + 1}}).train_config().seed == 2**53 + 1
     for empty in ({"patience": -1}, {"evaluate_every": 0}, {"epochs": "inf"}, {"epochs": 0}, {"learning_rate": -1}):
         with pytest.raises(UserError, match=f"training setting {next(iter(empty))} must be "):
-            parse_config({**paths, "train": empty}).train_config()
+            AdaptConfig(**{**paths, "train": empty}).train_config()
     for value in (False, "false", "False"):
-        assert parse_config({**paths, "private": {"aim": value}}).private_size.aim is False
+        assert AdaptConfig(**{**paths, "private": {"aim": value}}).private_size.aim is False
     with pytest.raises(UserError, match="private size aim must be true or false, not 0"):
-        parse_config({**paths, "private": {"aim": 0}})
+        AdaptConfig(**{**paths, "private": {"aim": 0}})
     with pytest.raises(UserError, match="private size on must be a list of names, not 7"):
-        parse_config({**paths, "private": {"on": 7}})
+        AdaptConfig(**{**paths, "private": {"on": 7}})
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_trains_as_it_was_measured_unless_told_otherwise(name: str) -> None:
     paths = {"target": "t", "draft": "d", "prompts": "p", "out": "o", "method": name}
-    found = parse_config(paths).train_config()
+    found = AdaptConfig(**paths).train_config()
     assert (found.epochs, found.batch_anchors, found.learning_rate) == (6, 768, METHODS[name].learning_rate)
-    given = parse_config({**paths, "train": {"learning_rate": 1e-4, "epochs": 2}}).train_config()
+    given = AdaptConfig(**{**paths, "train": {"learning_rate": 1e-4, "epochs": 2}}).train_config()
     assert (given.epochs, given.batch_anchors, given.learning_rate) == (2, 768, 1e-4)
     assert METHODS["full"].learning_rate < METHODS["lora"].learning_rate
 

@@ -14,12 +14,13 @@ from tokenizers import AddedToken
 from typer.testing import CliRunner
 
 from redraft.adaptation.distill import DistillRun, served_target
-from redraft.adaptation.distill_config import read_distill_config
 from redraft.artifact import META_FILE
 from redraft.cli import distill as command
 from redraft.data.store import read_rows
 from redraft.errors import UserError
 from redraft.loading import load_target, open_standalone
+from redraft.settings.distill import DistillConfig
+from redraft.settings.yamlfile import read
 from redraft.target import Target
 from redraft.train.checkpoint import Checkpoint
 
@@ -60,7 +61,7 @@ def settings(place: Path, out: Path, **more: Any) -> dict[str, Any]:
 
 def run(values: dict[str, Any]) -> tuple[DistillRun, dict[str, Any], list[str]]:
     said: list[str] = []
-    job = DistillRun(read_distill_config(None, values), said.append)
+    job = DistillRun(read(DistillConfig, None, values), said.append)
     return job, job.run(), said
 
 
@@ -188,7 +189,7 @@ def test_yaml_and_flags(place: Path, tmp_path: Path) -> None:
     values["pretrain"] = {"learning_rate": "3e-4", "tokens": 1e6}
     path = tmp_path / "c.yaml"
     path.write_text(json.dumps({key.replace("_", "-"): value for key, value in values.items()}))
-    parsed = read_distill_config(path, {"pretrain": {"length": 64}, "loss": "tv"})
+    parsed = read(DistillConfig, path, {"pretrain": {"length": 64}, "loss": "tv"})
     made = parsed.pretrain_config()
     assert (made.learning_rate, made.tokens, made.length, parsed.loss) == (3e-4, 1_000_000, 64, "tv")
 

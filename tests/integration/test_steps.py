@@ -17,8 +17,8 @@ from redraft.data.store import read_rows
 from redraft.drafts.eagle3 import fresh_draft
 from redraft.export import import_checkpoint
 from redraft.loading import load_tokenizer, tokenizer_hash
-from redraft.sampling import Sampler
 from redraft.select.manifest import read_manifest
+from redraft.settings.sampler import Sampler
 from redraft.target import Target
 
 WORDS = "the rain in the north is on the river and the stone is in the hand of one man".split()

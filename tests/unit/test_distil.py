@@ -19,11 +19,12 @@ from redraft.data.store import Row
 from redraft.errors import UserError
 from redraft.features.store import FeatureStore, anchors
 from redraft.registries import LOSSES
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
+from redraft.settings.training import DistilConfig
 from redraft.target import Target
 from redraft.train.causal import CausalModel
 from redraft.train.checkpoint import Checkpoint
-from redraft.train.distil import DistilConfig, Distillation, MixedSteps, distil, step_order
+from redraft.train.distil import Distillation, MixedSteps, distil, step_order
 from redraft.train.supervision import StateTeacher, TokenTeacher, TopTeacher
 
 HERE = Path(__file__).parents[1]

@@ -17,21 +17,10 @@ from redraft.drafts.experts import (
     match_linears,
     merge_private,
 )
-from redraft.drafts.groups import (
-    GROUPS,
-    LOW_RANK,
-    RANK_STEP,
-    SHARE,
-    WIDTH_STEP,
-    PrivateSize,
-    group_of,
-    method,
-    prepare,
-    trainable_names,
-    trained_parameters,
-)
+from redraft.drafts.groups import GROUPS, group_of, prepare, trainable_names, trained_parameters
 from redraft.drafts.scaling import scale_change
 from redraft.errors import UserError
+from redraft.settings.methods import LOW_RANK, RANK_STEP, SHARE, WIDTH_STEP, PrivateSize, method
 from redraft.target import Target
 
 

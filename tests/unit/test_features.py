@@ -22,7 +22,7 @@ from redraft.features.store import (
     common_prefix,
     length_batches,
 )
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
 from redraft.target import Target
 
 

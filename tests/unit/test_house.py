@@ -25,8 +25,10 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("loading",),
     ("drafts", "target", "losses"),
     ("metrics", "sampling", "artifact", "provenance", "prepack"),
+    ("progress", "coarse", "compat", "files", "places", "arithmetic"),
+    ("settings",),
     ("registries",),
-    ("registry", "progress", "coarse", "compat", "files", "places", "redacted", "arithmetic"),
+    ("registry", "redacted"),
     ("errors",),
 )
 HEIGHT = {room: len(ROWS) - i for i, row in enumerate(ROWS) for room in row}

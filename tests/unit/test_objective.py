@@ -19,13 +19,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from redraft.acceptance.unroll import Batch, collate, supervised, unroll
 from redraft.data.store import Row
 from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
-from redraft.drafts.groups import PrivateSize, prepare
+from redraft.drafts.groups import prepare
 from redraft.features.store import FeatureStore
 from redraft.registries import LOSSES
+from redraft.settings.methods import PrivateSize
+from redraft.settings.training import TrainConfig
 from redraft.target import Target
 from redraft.train.objective import UnrollObjective, WithExtraLoss, make_objective, sum_over_workers
 from redraft.train.portions import portions, sum_over_portions
-from redraft.train.trainer import TrainConfig, Trainer
+from redraft.train.trainer import Trainer
 
 J, WORDS, WIDTH = 3, 120, 32
 EXACT = [name for name, loss in LOSSES.items() if not getattr(loss, "sampled", False)]

@@ -24,17 +24,17 @@ from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
 from redraft.errors import UserError
 from redraft.features.store import FeatureStore, anchors
 from redraft.registries import LOSSES
+from redraft.settings.training import ReplayConfig, TrainConfig
 from redraft.target import Target
 from redraft.train.replay import (
     ReplayBatch,
-    ReplayConfig,
     ReplayObjective,
     ReplayTrainer,
     lost_states,
     replay_settings,
     replay_states,
 )
-from redraft.train.trainer import TrainConfig, Trainer
+from redraft.train.trainer import Trainer
 
 GAMMA = 4
 toys: dict[str, Any] = runpy.run_path(str(Path(__file__).parent / "toys.py"))

@@ -14,12 +14,13 @@ from redraft.artifact import load_draft, save_draft
 from redraft.decode.engine import ChainDecoder, PlainDecoder
 from redraft.drafts.eagle3 import Eagle3Config, Eagle3Draft, fresh_draft
 from redraft.drafts.experts import SharedPrivateMLP, attach_private, merge_private
-from redraft.drafts.groups import PrivateSize, mergeable, prepare
+from redraft.drafts.groups import prepare
 from redraft.drafts.layers import GatedMLP
 from redraft.drafts.routing import RoutedMLP, Router
 from redraft.errors import UserError
 from redraft.export.base import STANDALONE_FORMATS
 from redraft.registries import EXPORTERS
+from redraft.settings.methods import PrivateSize, mergeable
 from redraft.train.optimizer import make_optimizers
 
 H = 8

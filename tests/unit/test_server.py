@@ -19,7 +19,7 @@ from redraft.data.server import read_completion
 from redraft.data.store import Failure, read_failures, read_rows
 from redraft.data.transport import completion_body
 from redraft.errors import UserError
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
 
 pytest.importorskip("httpx")
 LOOPBACK = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("loopback.py"))))

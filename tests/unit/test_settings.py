@@ -7,23 +7,24 @@ from typing import Any
 
 import pytest
 
-from redraft.adaptation.config import AdaptConfig, merged, parse_config, read_config, underscored
-from redraft.adaptation.distill_config import DistillConfig, read_distill_config
-from redraft.adaptation.study.config import parse_study
 from redraft.cli.align import once, settings
 from redraft.errors import UserError
-from redraft.train.trainer import TrainConfig
+from redraft.settings.adapt import AdaptConfig
+from redraft.settings.distill import DistillConfig
+from redraft.settings.studies import parse_study
+from redraft.settings.training import TrainConfig
+from redraft.settings.yamlfile import merged, read, underscored
 
 ADAPT: dict[str, Any] = {"target": "t", "draft": "d", "prompts": "p", "out": "o"}
 DISTILL: dict[str, Any] = {"target": "t", "out": "o", "prompts": "p", "text": ["x.txt"]}
 
 
 def adapt(**given: Any) -> AdaptConfig:
-    return parse_config(ADAPT | given)
+    return AdaptConfig(**ADAPT | given)
 
 
 def distill(**given: Any) -> DistillConfig:
-    return read_distill_config(None, DISTILL | given)
+    return read(DistillConfig, None, DISTILL | given)
 
 
 # -- merging ---------------------------------------------------------------------------------------------------------
@@ -33,14 +34,14 @@ def test_flags_and_the_blocks_of_a_file_hold_together(tmp_path: Path) -> None:
         "target: t\ndraft: d\nprompts: p\nout: o\n"
         "train: {epochs: 4, learning-rate: 2e-3, clip: 3}\nprivate: {alpha: 9, on: [q_proj]}\n"
     )
-    found = read_config(path, {"train": {"learning_rate": 1e-3}, "private": {"alpha": 2.0}, "gamma": 2})
+    found = read(AdaptConfig, path, {"train": {"learning_rate": 1e-3}, "private": {"alpha": 2.0}, "gamma": 2})
     train, size = found.train_config(), found.private_size
     assert (train.epochs, train.learning_rate, train.clip, train.gamma) == (4, 1e-3, 3, 2)
     assert (size.alpha, size.on) == (2.0, ("q_proj",))
     path.write_text(
         "target: t\nout: o\nprompts: p\ntext: [x.txt]\nalign: {epochs: 2, warmup: 0.1}\npretrain: {tokens: 5000}\n"
     )
-    other = read_distill_config(path, {"align": {"epochs": 1.0}, "pretrain": {"length": 64}})
+    other = read(DistillConfig, path, {"align": {"epochs": 1.0}, "pretrain": {"length": 64}})
     assert (other.align_config().epochs, other.align_config().warmup) == (1, 0.1)
     assert (other.pretrain_config().tokens, other.pretrain_config().length) == (5000, 64)
 

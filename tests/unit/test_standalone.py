@@ -24,7 +24,6 @@ from redraft.decode import make_decoder
 from redraft.decode.engine import PlainDecoder
 from redraft.decode.standalone import StandaloneDecoder
 from redraft.decode.static import StaticTarget
-from redraft.decode.tree import parse_shape
 from redraft.drafts.experts import is_private
 from redraft.drafts.standalone import StandaloneDraft, attach_experts, merge_experts, untrained
 from redraft.drafts.standalone.files import load_experts, load_standalone, save_experts, save_standalone
@@ -32,7 +31,9 @@ from redraft.drafts.standalone.shapes import fresh_standalone, parameters_of, pr
 from redraft.errors import UserError
 from redraft.loading import check_tokenizers, open_standalone
 from redraft.registries import EXPORTERS
-from redraft.sampling import Sampler, warp
+from redraft.sampling import warp
+from redraft.settings.sampler import Sampler
+from redraft.settings.shapes import parse_shape
 
 TOYS = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("toys.py"))))
 prompts = TOYS.prompts

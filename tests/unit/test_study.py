@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 
-from redraft.adaptation.study.config import parse_study
 from redraft.adaptation.study.run import StudyRun
-from redraft.adaptation.study.sources import parse_source, read_prompts, read_source
+from redraft.adaptation.study.sources import read_prompts, read_source
 from redraft.adaptation.study.speed import speed_cells
 from redraft.errors import UserError
+from redraft.settings.studies import parse_study
+from redraft.settings.texts import parse_source
 
 DATA = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "study_data.py")))
 settings, prompts = DATA.settings, DATA.prompts

@@ -24,13 +24,15 @@ from redraft.data.store import Row
 from redraft.decode.engine import ChainDecoder, PlainDecoder
 from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
 from redraft.drafts.experts import attach_private, merge_private
-from redraft.drafts.groups import PrivateSize, prepare
+from redraft.drafts.groups import prepare
 from redraft.errors import UserError
 from redraft.features.store import FeatureStore, anchors
+from redraft.settings.methods import PrivateSize
+from redraft.settings.training import TrainConfig
 from redraft.target import Target
 from redraft.train import optimizer as optimizer_module
 from redraft.train.aim import STEPS
-from redraft.train.trainer import TrainConfig, Trainer, TrainResult, batch_order
+from redraft.train.trainer import Trainer, TrainResult, batch_order
 
 TOYS = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("toys.py"))))
 

@@ -50,7 +50,8 @@ from redraft.data.store import REFERENCE, Row
 from redraft.drafts.base import Draft, bind
 from redraft.errors import UserError
 from redraft.features.store import FeatureStore, anchors
-from redraft.sampling import Sampler, token_probability
+from redraft.sampling import token_probability
+from redraft.settings.sampler import Sampler
 from redraft.target import Target
 
 # Rows of logits that probabilities are taken from at once: enough for the head's product, few enough for the cache.

@@ -14,7 +14,7 @@ from typing import Any
 from redraft import provenance
 from redraft.acceptance.simulate import row_alphas
 from redraft.adaptation.bench import measure
-from redraft.adaptation.config import AdaptConfig, claim_run
+from redraft.adaptation.claim import claim_run
 from redraft.adaptation.models import OpenDraft, contestants, open_draft, open_target, prompt_rows
 from redraft.adaptation.replay import replay
 from redraft.adaptation.sources import Source
@@ -23,7 +23,6 @@ from redraft.artifact import PRIVATE_FILE, atomic_write_json, read_json
 from redraft.data.mixture import mix
 from redraft.data.store import Row, read_rows
 from redraft.data.template import template_record
-from redraft.decode.tree import ChainShape
 from redraft.drafts.base import Draft, family_of
 from redraft.drafts.groups import prepare, trained_parameters
 from redraft.evaluate.speed import BenchConfig
@@ -33,13 +32,19 @@ from redraft.loading import ADAPTER_FILE, notes_of, served_otherwise
 from redraft.progress import progress_bar
 from redraft.registries import EXPORTERS
 from redraft.report.page import build_report
-from redraft.select import Scorer, ScoringContext, parse_scorer
+from redraft.select import Scorer, ScoringContext
 from redraft.select.acceptance import alpha_measurer
 from redraft.select.manifest import Manifest, read_manifest
-from redraft.select.rules import choose, parse_budget
-from redraft.starts.apply import StartContext, StartResult, apply_start, start_needs
+from redraft.select.rules import choose
+from redraft.settings.adapt import AdaptConfig
+from redraft.settings.budget import parse_budget
+from redraft.settings.scorers import parse_scorer
+from redraft.settings.shapes import ChainShape
+from redraft.settings.texts import start_needs
+from redraft.settings.training import ReplayConfig
+from redraft.starts.apply import StartContext, StartResult, apply_start
 from redraft.target import Target
-from redraft.train.replay import ReplayConfig, check_replayable
+from redraft.train.replay import check_replayable
 from redraft.train.trainer import Trainer, TrainResult
 
 

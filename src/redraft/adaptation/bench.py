@@ -16,14 +16,14 @@ from redraft.adaptation.steps import TargetSpec, check_output
 from redraft.artifact import atomic_write_json
 from redraft.data.template import template_record
 from redraft.decode.static import StaticTarget
-from redraft.decode.tree import ChainShape, Shape, check_drafts, parse_shape
 from redraft.drafts.base import Proposer
 from redraft.errors import UserError
 from redraft.evaluate import divergence
 from redraft.evaluate.quality import PLAIN, quality_table
 from redraft.evaluate.speed import BenchConfig, Measured, Prompt, bench
 from redraft.progress import progress_bar
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
+from redraft.settings.shapes import ChainShape, Shape, check_drafts, parse_shape
 from redraft.target import Target
 
 AUTO = "auto"

@@ -16,7 +16,7 @@ import torch
 from redraft import provenance
 from redraft.acceptance.simulate import tau_of
 from redraft.acceptance.standalone import simulate_greedy_standalone
-from redraft.adaptation.distill_config import DistillConfig, claim_distill
+from redraft.adaptation.claim import claim_distill
 from redraft.adaptation.models import open_target, settle_template
 from redraft.adaptation.sources import Source
 from redraft.adaptation.stages import Say, build_features
@@ -43,6 +43,7 @@ from redraft.loading import (
 )
 from redraft.progress import progress_bar
 from redraft.registries import EXPORTERS
+from redraft.settings.distill import DistillConfig
 from redraft.target import Target
 from redraft.train.descent import DescentResult
 from redraft.train.distil import distil

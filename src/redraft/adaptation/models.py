@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from redraft.arithmetic import AUTO, TYPES, choose_dtype
+from redraft.arithmetic import choose_dtype
 from redraft.artifact import META_FILE, load_private, read_json, tensors_hash
 from redraft.data.overlap import find_overlap, same_text
 from redraft.data.prompts import Conversation, check_length, prompt_messages, template_ids
@@ -21,6 +21,7 @@ from redraft.evaluate.speed import Prompt
 from redraft.export import import_checkpoint
 from redraft.export.importer import is_language_model
 from redraft.loading import load_target, open_standalone, tokenizer_hash
+from redraft.settings.base import AUTO, TYPES
 from redraft.target import Target
 
 

@@ -30,7 +30,7 @@ from redraft.evaluate.forecast import Evidence, Fit, Seen, same_chain, shipped
 from redraft.evaluate.speed import Prompt, tau_interval
 from redraft.features.store import FeatureStore, anchors
 from redraft.report.format import duration
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
 from redraft.starts.vocabulary import coverage
 from redraft.target import Target
 

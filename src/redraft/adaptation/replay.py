@@ -14,9 +14,10 @@ from redraft.artifact import atomic_write_json, read_checked, read_json, write_c
 from redraft.data.store import Row
 from redraft.features.store import FeatureStore, anchors
 from redraft.progress import progress_bar
+from redraft.settings.training import ReplayConfig, TrainConfig
 from redraft.target import Target
-from redraft.train.replay import ReplayConfig, ReplayTrainer, replay_settings, replay_states
-from redraft.train.trainer import TrainConfig, TrainResult
+from redraft.train.replay import ReplayTrainer, replay_settings, replay_states
+from redraft.train.trainer import TrainResult
 
 STATES_FILE, SUMMARY_FILE = "states.safetensors", "states.json"
 

@@ -26,7 +26,7 @@ from redraft.adaptation.questions import Questions
 from redraft.adaptation.steps import TargetSpec, check_output, target_info
 from redraft.artifact import atomic_write_json
 from redraft.data.template import template_record
-from redraft.data.transport import Connection, Passing, Refused, check_address
+from redraft.data.transport import Connection, Passing, Refused
 from redraft.errors import UserError
 from redraft.evaluate.load import ServerConfig
 from redraft.evaluate.server import Server, bench_servers
@@ -34,6 +34,7 @@ from redraft.evaluate.speed import Prompt
 from redraft.loading import ADAPTER_FILE, adapter_base, load_tokenizer, locate, quiet
 from redraft.progress import progress_bar
 from redraft.redacted import without_secrets
+from redraft.settings.texts import check_address
 
 PORT = "{port}"
 START_SECONDS = 900.0

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from redraft import provenance
-from redraft.adaptation.config import AdaptConfig
 from redraft.adaptation.models import split_prompts, template_prompts
 from redraft.adaptation.stages import Say
 from redraft.adaptation.traffic import Traffic, take_traffic
@@ -26,7 +25,8 @@ from redraft.evaluate.speed import Prompt
 from redraft.features.store import FeatureStore, anchors
 from redraft.loading import served_otherwise
 from redraft.progress import progress_bar
-from redraft.sampling import Sampler, samplers_of
+from redraft.settings.adapt import AdaptConfig
+from redraft.settings.sampler import Sampler, samplers_of
 from redraft.target import Target
 
 

@@ -18,8 +18,9 @@ from redraft.errors import UserError
 from redraft.evaluate.speed import tau_interval
 from redraft.features.store import FeatureStore, anchors
 from redraft.loading import tokenizer_hash
+from redraft.settings.training import TrainConfig
 from redraft.target import Target
-from redraft.train.trainer import TrainConfig, Trainer
+from redraft.train.trainer import Trainer
 
 
 def choose_vocabulary(rows: Sequence[Row], size: int, vocab_size: int) -> tuple[list[int], float]:

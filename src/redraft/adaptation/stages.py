@@ -16,12 +16,12 @@ from redraft.data.store import Row
 from redraft.data.template import template_record
 from redraft.drafts.base import Draft
 from redraft.drafts.experts import merge_private
-from redraft.drafts.groups import METHODS, PrivateSize, mergeable
 from redraft.drafts.scaling import coarse_change
 from redraft.errors import UserError
 from redraft.features.store import FeatureStore, anchors
 from redraft.loading import tokenizer_hash
 from redraft.progress import progress_bar
+from redraft.settings.methods import METHODS, PrivateSize, mergeable
 from redraft.target import Target
 from redraft.train.trainer import Trainer, TrainResult
 

@@ -21,7 +21,7 @@ from redraft.adaptation.models import (
 )
 from redraft.adaptation.probe import ProbeResult, probe
 from redraft.adaptation.questions import Questions
-from redraft.arithmetic import AUTO, choose_dtype
+from redraft.arithmetic import choose_dtype
 from redraft.artifact import (
     META_FILE,
     atomic_write_text,
@@ -35,7 +35,6 @@ from redraft.data.prompts import Conversation, read_conversations
 from redraft.data.regenerate import InProcessEngine, ServerEngine, expected_rows, regenerate
 from redraft.data.shapes import row_of
 from redraft.data.store import encode_row, read_rows
-from redraft.data.transport import check_address
 from redraft.drafts.base import Proposer
 from redraft.drafts.experts import merge_private
 from redraft.drafts.scaling import scale_change
@@ -57,11 +56,15 @@ from redraft.loading import (
 )
 from redraft.progress import Progress, progress_bar
 from redraft.registries import EXPORTERS
-from redraft.sampling import Sampler
-from redraft.select import ScoringContext, parse_scorer
+from redraft.select import ScoringContext
 from redraft.select.acceptance import alpha_measurer
 from redraft.select.manifest import Manifest
-from redraft.select.rules import check_order, choose, parse_budget
+from redraft.select.rules import check_order, choose
+from redraft.settings.base import AUTO
+from redraft.settings.budget import parse_budget
+from redraft.settings.sampler import Sampler
+from redraft.settings.scorers import parse_scorer
+from redraft.settings.texts import check_address
 from redraft.target import Target
 
 

@@ -11,15 +11,18 @@ from redraft.adaptation.models import open_draft
 from redraft.adaptation.stage1 import split_rows, train_from_nothing
 from redraft.adaptation.stages import Say, build_features, run_training, save_trained
 from redraft.adaptation.steps import TargetSpec
-from redraft.arithmetic import AUTO, go_on_with
+from redraft.arithmetic import go_on_with
 from redraft.artifact import atomic_write_json
 from redraft.data.store import TRAFFIC, Row, read_rows
-from redraft.drafts.groups import PrivateSize, method, prepare
+from redraft.drafts.groups import prepare
 from redraft.errors import UserError
 from redraft.features.store import FeatureStore, anchors
 from redraft.select.manifest import read_manifest
+from redraft.settings.base import AUTO
+from redraft.settings.methods import PrivateSize, method
+from redraft.settings.training import TrainConfig
 from redraft.train.checkpoint import stored_precision
-from redraft.train.trainer import TrainConfig, Trainer, TrainResult
+from redraft.train.trainer import Trainer, TrainResult
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from redraft.data.store import CONTEXT_FULL, Failure, Row, RowWriter, failures_p
 from redraft.data.template import at_moment, date_path, kept_moment, settings_of, writes_date
 from redraft.data.turns import RESULTS, Message
 from redraft.errors import UserError
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
 from redraft.target import Target
 
 __all__ = ["Engine", "InProcessEngine", "RegenerationReport", "ServerEngine", "expected_rows", "regenerate"]

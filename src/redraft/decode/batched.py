@@ -29,7 +29,8 @@ from redraft.decode.engine import Generation, Round, _check_room, _trim, _Unifor
 from redraft.drafts.base import Draft, check_fit
 from redraft.drafts.standalone import StandaloneDraft
 from redraft.errors import UserError
-from redraft.sampling import Sampler, draw, warp
+from redraft.sampling import draw, warp
+from redraft.settings.sampler import Sampler
 from redraft.target import Target
 from redraft.target.slots import SlotCache, causal_mask, slot_attention, write
 

@@ -25,7 +25,8 @@ from redraft.decode.accept import accept_chain, accept_greedy
 from redraft.drafts.base import Draft, Proposer, bind, check_fit
 from redraft.errors import UserError
 from redraft.prepack import prepack
-from redraft.sampling import Sampler, draw, warp
+from redraft.sampling import draw, warp
+from redraft.settings.sampler import Sampler
 from redraft.target import Target
 
 

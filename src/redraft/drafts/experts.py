@@ -27,6 +27,7 @@ from torch import Tensor
 from redraft.drafts.layers import Linear
 from redraft.drafts.routing import RoutedMLP, Router
 from redraft.errors import UserError
+from redraft.settings.methods import check_experts
 
 if TYPE_CHECKING:
     from redraft.drafts.base import AnyDraft
@@ -131,12 +132,6 @@ def start_private(mlp: SharedPrivateMLP, old: Any, generator: torch.Generator) -
         # A router over all the slices of the old MLP starts at zero, which weighs each of them with exactly one.
         if side.router is not None and (side is private or side.router.active < side.router.experts):
             side.router.spread(generator)
-
-
-def check_experts(side: str, experts: int, active: int) -> None:
-    """Raise ``UserError`` when no router can give each token ``active`` of ``experts``."""
-    if experts < 1 or not 1 <= active <= experts:
-        raise UserError(f"{active} active of {experts} {side} experts cannot be; give 1 <= active <= experts")
 
 
 def _check_counts(side: str, width: int, experts: int, active: int) -> None:

@@ -15,6 +15,7 @@ from redraft import provenance
 from redraft.data.store import Row
 from redraft.errors import UserError
 from redraft.registries import STARTS
+from redraft.settings.texts import parse_start
 from redraft.starts.delta import delta
 from redraft.starts.ridge import ridge
 from redraft.starts.vocabulary import refresh_vocabulary
@@ -112,21 +113,6 @@ STARTS.register("delta")(Start(frozenset({"base_target"}), "head rows moved by t
 STARTS.register("vocabulary")(
     Start(frozenset({"rows"}), "unused tokens of the draft swapped for those the target uses", _vocabulary)
 )
-
-
-def parse_start(text: str) -> list[str]:
-    """The names in ``ridge`` or ``vocabulary+ridge``. Raises ``UserError`` for an unknown name or one given twice."""
-    names = [part.strip() for part in text.split("+")]
-    for name in names:
-        STARTS.get(name)
-    if len(set(names)) < len(names):
-        raise UserError(f"start {text!r} names a start twice; give each once")
-    return names
-
-
-def start_needs(text: str) -> frozenset[str]:
-    """What the starts that ``text`` names need of the context. Raises ``UserError`` for an unknown name."""
-    return frozenset().union(*(STARTS.get(name).needs for name in parse_start(text)))
 
 
 def apply_start(text: str, draft: Any, context: StartContext) -> StartResult:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,35 +18,12 @@ from redraft.drafts.base import Draft
 from redraft.errors import UserError
 from redraft.features.store import FeatureStore, anchors
 from redraft.progress import Progress
-from redraft.registries import LOSSES
+from redraft.settings.training import TrainConfig
 from redraft.target import Target
 from redraft.train.aim import STEPS, aim_updates, settle, waiting
 from redraft.train.checkpoint import rows_digest
-from redraft.train.descent import Descent, DescentConfig, Step
+from redraft.train.descent import Descent, Step
 from redraft.train.objective import Objective, make_objective
-
-
-@dataclass(frozen=True)
-class TrainConfig(DescentConfig):
-    """How to train. ``batch_anchors`` counts supervised positions a step; ``unroll`` is EAGLE-3's J."""
-
-    optimizer: str = "muon"
-    loss: str = "kl"
-    epochs: float = 3.0
-    batch_anchors: int = 1536
-    unroll: int = 3
-    step_decay: float = 0.8
-    gamma: int = 5
-
-    def __post_init__(self) -> None:
-        """Raises ``UserError`` for a setting that would train nothing, or without end."""
-        super().__post_init__()
-        LOSSES.get(self.loss)
-        if not 0 < self.epochs < math.inf:
-            raise UserError(f"training setting epochs must be above 0 and finite, not {self.epochs!r}")
-        for name in ("batch_anchors", "unroll", "gamma"):
-            if getattr(self, name) < 1:
-                raise UserError(f"training setting {name} must be 1 or more, not {getattr(self, name)!r}")
 
 
 @dataclass

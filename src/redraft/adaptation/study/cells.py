@@ -15,7 +15,6 @@ from redraft import provenance
 from redraft.acceptance.simulate import expected_rounds_sampled, simulate_greedy_chain
 from redraft.adaptation.models import OpenDraft
 from redraft.adaptation.stages import half
-from redraft.adaptation.study.entries import ANY, NONE, Cell
 from redraft.adaptation.study.shared import Asked, Costs, Selected, TargetWork, features_stage, row_tokens, slug
 from redraft.artifact import coarse_state, private_state, save_draft, tensors_bytes
 from redraft.coarse import Coarse
@@ -23,16 +22,19 @@ from redraft.data.template import template_record
 from redraft.decode.tree_walk import simulate_tree
 from redraft.drafts.base import bind, family_of
 from redraft.drafts.experts import merge_private
-from redraft.drafts.groups import mergeable, method, prepare, trained_parameters
+from redraft.drafts.groups import prepare, trained_parameters
 from redraft.drafts.scaling import coarse_change
 from redraft.errors import UserError
 from redraft.features.store import anchors
 from redraft.loading import tokenizer_hash
 from redraft.progress import Progress
-from redraft.sampling import Sampler
+from redraft.settings.methods import mergeable, method
+from redraft.settings.sampler import Sampler
+from redraft.settings.studies import ANY, NONE, Cell
+from redraft.settings.training import TrainConfig
 from redraft.starts.apply import StartContext, StartResult, apply_start
 from redraft.train.replay import check_replayable
-from redraft.train.trainer import TrainConfig, Trainer, TrainResult
+from redraft.train.trainer import Trainer, TrainResult
 
 CELL_FORMULAS = {
     "generation": f"{provenance.FORWARD_FORMULA}, of every row that had to be generated",

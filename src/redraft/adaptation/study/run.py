@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from redraft import provenance
-from redraft.adaptation.config import settled
+from redraft.adaptation.claim import settled
 from redraft.adaptation.models import open_target
 from redraft.adaptation.stages import Say
 from redraft.adaptation.study.cells import CELL_FORMULAS, run_cell
-from redraft.adaptation.study.config import StudyConfig
-from redraft.adaptation.study.entries import ANY, Cell
 from redraft.adaptation.study.shared import Model, TargetWork, slug
 from redraft.adaptation.study.speed import speed_cells, speed_of
 from redraft.artifact import atomic_write_json, read_json
@@ -23,7 +21,8 @@ from redraft.errors import UserError
 from redraft.evaluate.study import SCHEMA, derive
 from redraft.features.store import anchors
 from redraft.progress import Progress, progress_bar
-from redraft.select.rules import parse_budget
+from redraft.settings.budget import parse_budget
+from redraft.settings.studies import ANY, Cell, StudyConfig
 from redraft.target import Target
 
 CONFIG_FILE, RESULTS_FILE = "study.json", "results.json"

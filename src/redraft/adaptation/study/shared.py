@@ -18,8 +18,6 @@ from typing import Any
 from redraft import provenance
 from redraft.acceptance.simulate import row_alphas
 from redraft.adaptation.models import OpenDraft, PromptRow, open_draft, open_target
-from redraft.adaptation.study.config import StudyConfig
-from redraft.adaptation.study.entries import NONE, DataEntry, SelectionEntry, TargetEntry
 from redraft.adaptation.study.sources import Prompts, first_turn, read_prompts, read_sources, without_overlap
 from redraft.artifact import atomic_write_json, read_json
 from redraft.data.mixture import mix
@@ -29,13 +27,16 @@ from redraft.data.references import reference_rows
 from redraft.data.regenerate import InProcessEngine, Kept, expected_rows, regenerate
 from redraft.data.store import Row, read_rows
 from redraft.data.traces import read_traces
-from redraft.decode.tree import DynamicTree, StaticTree
 from redraft.errors import UserError
 from redraft.features.store import FeatureStore, anchors
-from redraft.sampling import Sampler
-from redraft.select import ScoringContext, parse_scorer, score_rows
+from redraft.select import ScoringContext, score_rows
 from redraft.select.acceptance import alpha_measurer
-from redraft.select.rules import parse_budget, select
+from redraft.select.rules import select
+from redraft.settings.budget import parse_budget
+from redraft.settings.sampler import Sampler
+from redraft.settings.scorers import parse_scorer
+from redraft.settings.shapes import DynamicTree, StaticTree
+from redraft.settings.studies import NONE, DataEntry, SelectionEntry, StudyConfig, TargetEntry
 from redraft.target import Target
 
 Tell = Callable[[str, int, int], None]

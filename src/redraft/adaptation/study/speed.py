@@ -9,14 +9,13 @@ from typing import Any
 from redraft import provenance
 from redraft.adaptation.models import contestants, open_draft, open_target, template_prompts
 from redraft.adaptation.stages import Say
-from redraft.adaptation.study.config import StudyConfig
-from redraft.adaptation.study.entries import ANY, NONE, Cell
 from redraft.adaptation.study.shared import TargetWork, slug
 from redraft.artifact import atomic_write_json
 from redraft.data.template import template_record
-from redraft.decode.tree import DynamicTree, parse_shape
 from redraft.evaluate.speed import BenchConfig, Prompt, bench
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
+from redraft.settings.shapes import DynamicTree, parse_shape
+from redraft.settings.studies import ANY, NONE, Cell, StudyConfig
 
 
 def speed_cells(config: StudyConfig, cells: list[Cell]) -> list[Cell]:
