@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from redraft.cli.align import once, settings
+from redraft.cli.generate import block_values
 from redraft.errors import UserError
 from redraft.settings.adapt import AdaptConfig
 from redraft.settings.distill import DistillConfig
+from redraft.settings.steps import TrainSettings
 from redraft.settings.studies import parse_study
 from redraft.settings.training import TrainConfig
 from redraft.settings.yamlfile import merged, read, underscored
@@ -107,8 +108,8 @@ def test_a_value_in_a_block_alone_is_the_runs_and_the_same_twice_is_one() -> Non
         ({"server": "h:1"}, "is no address"),
         ({"gama": 3}, r"unknown setting gama \(did you mean gamma\?\)"),
         ({"max_new_token": 3}, r"unknown setting max-new-token \(did you mean max-new-tokens\?\)"),
-        ({"train": {"epoch": 3}}, r"unknown training setting epoch \(did you mean epochs\?\)"),
-        ({"private": {"experst": 3}}, r"unknown private size experst \(did you mean experts\?\)"),
+        ({"train": {"epoch": 3}}, r"unknown setting epoch \(did you mean epochs\?\) in train"),
+        ({"private": {"experst": 3}}, r"unknown setting experst \(did you mean experts\?\) in private"),
     ],
 )
 def test_settings_that_go_astray_are_named(given: dict[str, Any], said: str) -> None:
@@ -118,7 +119,7 @@ def test_settings_that_go_astray_are_named(given: dict[str, Any], said: str) -> 
 
 
 def test_unknown_names_in_a_study_and_in_distill() -> None:
-    with pytest.raises(UserError, match=r"unknown setting \(did you mean prompts\?\)"):
+    with pytest.raises(UserError, match=r"unknown setting promts \(did you mean prompts\?\) in targets t"):
         parse_study({"name": "n", "targets": {"t": {"target": "t", "draft": "d", "promts": ["p"]}}})
     with pytest.raises(UserError, match=r"unknown setting heldout-promts \(did you mean heldout-prompts\?\)"):
         distill(heldout_promts=3)
@@ -127,11 +128,12 @@ def test_unknown_names_in_a_study_and_in_distill() -> None:
 
 
 def test_flags_that_are_given_twice() -> None:
-    assert settings(["epochs=4", "clip=2", "epochs=4.0"], TrainConfig) == {"epochs": 4.0, "clip": 2.0}
+    assert block_values(["epochs=4", "clip=2", "epochs=4.0"], TrainConfig) == {"epochs": 4.0, "clip": 2.0}
     with pytest.raises(UserError, match=r"setting epochs is given twice, as 4.0 and as 5.0"):
-        settings(["epochs=4", "epochs=5"], TrainConfig)
+        block_values(["epochs=4", "epochs=5"], TrainConfig)
     with pytest.raises(UserError, match=r"'epoch=4' is not understood \(did you mean epochs\?\)"):
-        settings(["epoch=4"], TrainConfig)
-    assert once({"epochs": None, "gamma": 3}, {"epochs": 4.0, "gamma": 3}) == {"epochs": 4.0, "gamma": 3}
-    with pytest.raises(UserError, match="--batch-anchors is 5 and the setting batch_anchors is 6; give it once"):
-        once({"batch_anchors": 5}, {"batch_anchors": 6})
+        block_values(["epoch=4"], TrainConfig)
+    train = {"target": "t", "responses": "r", "out": "o", "draft": "d"}
+    assert TrainSettings(**train, epochs=4, setting={"epochs": 4.0, "clip": 2}).train_config().clip == 2
+    with pytest.raises(UserError, match="batch-anchors is 5 and setting batch_anchors is 6: two values"):
+        TrainSettings(**train, batch_anchors=5, setting={"batch_anchors": 6})

@@ -91,6 +91,11 @@ class Text:
     def tokens(self) -> int:
         return self.prompts + self.answers
 
+    def without(self, rows: int) -> Text:
+        """The text less so many rows that are kept back, where there are more."""
+        share = max(1, self.rows - rows) / max(1, self.rows)
+        return Text(round(self.rows * share), round(self.prompts * share), round(self.answers * share))
+
 
 @dataclass
 class Costs:
@@ -248,7 +253,7 @@ def adapt_costs(s: AdaptConfig) -> Costs:
     if budget.kind == "rows":
         kept = min(1.0, float(budget.amount) / max(1, text.rows))
     chosen = Text(round(text.rows * kept), round(text.prompts * kept), round(text.answers * kept))
-    _train(costs, s, target, chosen, features=s.responses is not None)
+    _train(costs, s, target, chosen.without(s.heldout_prompts), features=s.responses is not None)
     return costs
 
 

@@ -351,7 +351,7 @@ def bench(settings: BenchSettings) -> None:
     """Measure drafts against the fastest plain decoding: same prompts, same run, with 95% intervals."""
     from redraft.adaptation.bench import How, bench_files
     from redraft.adaptation.questions import Questions
-    from redraft.adaptation.server_bench import bench_servers_on, named_servers
+    from redraft.adaptation.server_bench import bench_servers_on
 
     s = settings
     questions = Questions(s.prompts, s.suite, s.data, s.limit, s.trained_on)
@@ -359,8 +359,8 @@ def bench(settings: BenchSettings) -> None:
     if s.draft:
         result = bench_files(spec(s), s.drafts, questions, s.out, how, s.base_draft)
     else:
-        servers, levels = named_servers(list(s.server)), s.concurrency or (1,)
-        result = bench_servers_on(spec(s), servers, questions, s.out, how, levels, s.server_model)
+        levels = s.concurrency or (1,)
+        result = bench_servers_on(spec(s), s.servers, questions, s.out, how, levels, s.server_model)
     show(result)
     say(f"{s.out}; for the page: redraft report {s.out} --out {s.out.with_suffix('.html')}")
 

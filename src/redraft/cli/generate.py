@@ -65,7 +65,7 @@ class Command(TyperCommand):
 
         Raises ``UserError`` when a disk is full; any other surprise is one line, with its trace in a file.
         """
-        name, out = str(self.name), ctx.params.get("out")
+        name = str(self.name)
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
@@ -76,6 +76,7 @@ class Command(TyperCommand):
         except Exception as error:
             if ctx.find_root().params.get("debug"):
                 raise
+            out = ctx.params.get("out")  # also where a file of settings says so
             if known := as_user_error(error, out):
                 raise known from error
             print(unexpected(error, name, out), file=sys.stderr)
@@ -86,12 +87,13 @@ def add_command(app: typer.Typer, kind: type[Settings], call: Callable[[Any], No
     """Add the command of the settings ``kind`` to ``app``: ``call`` does the work, its docstring is the help."""
     name = kind.COMMAND
 
-    def run(**given: Any) -> None:
+    def run(ctx: typer.Context, **given: Any) -> None:
         path, dry_run = given.pop("settings_file", None), given.pop("dry_run", False)
         settings = read(kind, path, {key: _typed(kind, key, value) for key, value in _given(given)})
-        check_places(settings)
+        ctx.params["out"] = getattr(settings, "out", None)
         refuse_overwriting(settings)
         announce(settings)
+        check_places(settings)
         if dry_run:
             from redraft.adaptation.estimate import plan
 
@@ -99,9 +101,13 @@ def add_command(app: typer.Typer, kind: type[Settings], call: Callable[[Any], No
         else:
             call(settings)
 
+    keyword = inspect.Parameter.KEYWORD_ONLY
     parameters = [
-        inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-        for key, default, annotation in _parameters(kind)
+        inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context),
+        *(
+            inspect.Parameter(key, keyword, default=default, annotation=hint)
+            for key, default, hint in _parameters(kind)
+        ),
     ]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

@@ -145,13 +145,15 @@ def complaints(error: ValidationError, known: Iterable[str] = (), block: str = "
 
 def _sentence(one: Any, known: list[str], block: str) -> str:
     kind, context = one["type"], one.get("ctx", {})
-    place = " ".join(str(part).replace("_", "-") for part in filter(None, (block, *one["loc"])))
+    parts = [*filter(None, [block]), *map(str, one["loc"])]
+    place = parts[0].replace("_", "-") if len(parts) == 1 else " ".join(parts)
     if kind == "said":
         return f"{place}: {context['text']}" if len(one["loc"]) > 1 else str(context["text"])
     if kind in UNKNOWN:
         *outer, name = place.split(" ")
         inside = f" in {' '.join(outer)}" if outer else ""
-        return f"unknown setting {name}{nearest(name, [other.replace('_', '-') for other in known])}{inside}"
+        near = nearest(name, known if outer else [other.replace("_", "-") for other in known])
+        return f"unknown setting {name}{near}{inside}"
     if kind == "missing":
         return f"{place} is missing"
     if kind == "value_error":

@@ -12,6 +12,7 @@ from redraft.settings.common import PROMPT_FORMS, OnTarget, ShapeText, SuiteName
 from redraft.settings.sampler import Sampler
 from redraft.settings.shapes import check_drafts, parse_shape
 from redraft.settings.steps import SHARED_DRAFT
+from redraft.settings.texts import PORT, check_address, named_servers
 
 
 class Questioned(OnTarget):
@@ -88,6 +89,15 @@ class BenchSettings(Sampled, Questioned):
             drafts[name] = place
         return drafts
 
+    @property
+    def servers(self) -> dict[str, str]:
+        """Name -> address, or command that starts a server. Raises ``UserError``, also for a secret in an address."""
+        servers = named_servers(self.server)
+        for place in servers.values():
+            if PORT not in place:
+                check_address(place)
+        return servers
+
     def conflicts(self) -> Iterator[str]:
         if bool(self.draft) == bool(self.server):
             yield "give --draft to measure drafts in this process, or --server to measure servers from outside"
@@ -99,7 +109,7 @@ class BenchSettings(Sampled, Questioned):
             yield f"--static records the steps of a chain, not of {self.shape}; give --shape chain:5, or leave it out"
         if not self.prompts and not self.suite:
             yield "nothing to measure on; give --prompts FILE or --suite NAME"
-        assert self.sampler and (not self.draft or self.drafts)
+        _ = self.sampler, self.drafts, self.servers
         if self.shape != "auto":
             check_drafts(parse_shape(self.shape), self.greedy_drafts or self.sampler.greedy)
 

@@ -15,6 +15,7 @@ from redraft.registries import STARTS
 from redraft.settings.base import known_name
 
 KEY_VARIABLE = "REDRAFT_API_KEY"
+PORT = "{port}"  # in a command that starts a server
 SELF = "self"
 MATHS, DATA, SUITE = "maths", "data", "suite"
 WORDS = ("true", "false", "null", "none")
@@ -41,6 +42,29 @@ def check_address(url: str) -> str:
             f"give the address alone and the key in the environment variable {KEY_VARIABLE}"
         )
     return url.rstrip("/").removesuffix("/v1").rstrip("/")
+
+
+def named_servers(given: Sequence[str]) -> dict[str, str]:
+    """``NAME=ADDRESS``, ``NAME=COMMAND`` with ``{port}`` in it, or an address alone, which is called ``server``.
+
+    Raises ``UserError`` for anything else and for a name that is there twice.
+    """
+    servers: dict[str, str] = {}
+    for text in given:
+        name, equals, place = text.partition("=")
+        if text.startswith(("http://", "https://")):
+            name, equals, place = "server", "=", text
+        address = place.startswith(("http://", "https://"))
+        if not equals or not name.strip() or not (address or PORT in place):
+            shown = text if "://" in text else text.rpartition("@")[2]
+            raise UserError(
+                f"--server {without_secrets(shown)} is not understood; write NAME=http://HOST:PORT, "
+                f"or NAME=COMMAND with {PORT} in it"
+            )
+        if name in servers:
+            raise UserError(f"two servers are called {name}; write --server NAME=... with names that differ")
+        servers[name] = place
+    return servers
 
 
 # -- prompts -----------------------------------------------------------------------------------------------------------
