@@ -228,8 +228,8 @@ def test_a_file_means_what_it_says(tmp_path: Path) -> None:
     ("more", "why"),
     [
         ("max_new_tokens: 1:30", "max-new-tokens"),
-        ("temperatures: 0.7", r"temperatures: must be a list, written \[a, b\]"),
-        ("template_arg: a=1", "template-arg: must hold settings as `name: value` lines"),
+        ("temperatures: 0.7", r"temperatures must be a list, written \[a, b\]"),
+        ("template_arg: a=1", "template-arg must hold settings as `name: value` lines"),
         ("temperatures: [0.7, 0.7]", "every temperature once, not 0.7, 0.7"),
         ("temperatures: []", "at least one temperature"),
         ("temperatures: [-1]", "temperature must be 0"),

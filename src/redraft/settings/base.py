@@ -108,7 +108,7 @@ def one_of(kind: str, names: Callable[[], Iterable[str]]) -> AfterValidator:
 def check_dtype(value: str) -> str:
     """``value`` if it names a data type or ``auto``. Raises ``UserError``."""
     if value not in (*TYPES, AUTO):
-        raise UserError(f"dtype must be {', '.join(TYPES)} or {AUTO}, not {value!r}")
+        raise UserError(f"dtype must be {AUTO}, {' or '.join(TYPES)}, not {value!r}")
     return value
 
 
