@@ -66,7 +66,8 @@ def main() -> None:
         return
     if not (options.run and options.work and options.out):
         parser.error("give --run, --work and --out, or --tables RESULT")
-    run = DistillRun(DistillConfig(**read_json(options.run / "config.json"), out=options.run))
+    kept = {name: v for name, v in read_json(options.run / "config.json").items() if name in DistillConfig.model_fields}
+    run = DistillRun(DistillConfig(**kept, out=options.run))
     result = Comparison(run, options).result()
     atomic_write_json(options.out, result)
     print(tables(result))

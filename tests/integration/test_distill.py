@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-import typer
 from tokenizers import AddedToken
 from typer.testing import CliRunner
 
 from redraft.adaptation.distill import DistillRun, served_target
 from redraft.artifact import META_FILE
-from redraft.cli import distill as command
+from redraft.cli.main import app
 from redraft.data.store import read_rows
 from redraft.errors import UserError
 from redraft.loading import load_target, open_standalone
@@ -171,10 +170,10 @@ def test_a_server_alone(place: Path, tmp_path: Path) -> None:
         ({"responses": "log.jsonl"}, "give --prompts for the target to answer"),
         ({"private_width": 8}, "give it with --draft"),
         ({"loss": "mse"}, "unknown loss"),
-        ({"teacher": "gold"}, "teacher must be one of states, tops, tokens"),
-        ({"pretrain": {"token": 5}}, "unknown pretraining setting token"),
-        ({"align": {"epochs": "many"}}, "alignment setting epochs must be a number, not 'many'"),
-        ({"gamma": 0}, "gamma: .*see `redraft distill --help`"),
+        ({"teacher": "gold"}, "teacher must be 'states', 'tops' or 'tokens'"),
+        ({"pretrain": {"token": 5}}, "unknown setting token .* in pretrain"),
+        ({"align": {"epochs": "many"}}, "align epochs must be a number, not 'many'"),
+        ({"gamma": 0}, "gamma must be above 0, not 0; see `redraft distill --help`"),
         ({"size": "1/100000"}, "no shape meets"),
     ],
 )
@@ -216,9 +215,6 @@ def test_a_served_target_has_the_shape_of_the_real_one(place: Path) -> None:
 
 
 def test_the_command_takes_its_settings_as_flags(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    app = typer.Typer()
-    command.register(app)
-    app.command()(lambda: None)
     seen: list[Any] = []
     monkeypatch.setattr(DistillRun, "run", lambda self: seen.append(self.config))
     flags = ["--target", str(place / "target"), "--out", str(tmp_path / "run"), "--text", str(place / "text.txt")]

@@ -282,7 +282,7 @@ def test_a_table_that_is_padded_further_is_cut(target: Target, rows: list[Row]) 
 def test_bad_settings_are_refused_at_once(target: Target, rows: list[Row], text: PackedText, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="unknown loss"):
         replace(CONFIG, loss="mse")
-    with pytest.raises(UserError, match="share of text"):
+    with pytest.raises(UserError, match="text-share must be below 1"):
         replace(CONFIG, text_share=1.0)
     with pytest.raises(UserError, match="two or more tokens"):
         distil(small(), StateTeacher(target), [], CONFIG, tmp_path / "run", lambda: 1.0)

@@ -179,7 +179,7 @@ def test_reference_answers_are_refused(target: Target, rows: list[Row], store: F
     "bad", [{"passes": -1}, {"epochs": 0}, {"rate": 0}, {"failed": 0}, {"accepted": 0}, {"floor": -1}]
 )
 def test_settings_that_cannot_be_meant_are_refused(bad: dict[str, float]) -> None:
-    with pytest.raises(UserError, match="replay:"):
+    with pytest.raises(UserError, match=f"{next(iter(bad))} must be "):
         ReplayConfig(**bad)  # type: ignore[arg-type]
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import typer
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -22,7 +21,7 @@ from redraft.artifact import (
     tensors_hash,
     write_tensors,
 )
-from redraft.cli import vocabulary as command
+from redraft.cli.main import app
 from redraft.data.store import Row, RowWriter
 from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
 from redraft.drafts.experts import attach_low_rank
@@ -78,7 +77,7 @@ def test_the_cap_is_reached_by_a_draft_that_is_right_wherever_it_can_be(
     target: Target, draft: Eagle3Draft, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same rounds as the simulator walks when every proposal that can be right is."""
-    from redraft.teacher import simulate
+    from redraft.acceptance import simulate
 
     rows = text()
 
@@ -225,9 +224,6 @@ def place(tmp_path: Path, target: Target, draft: Eagle3Draft, monkeypatch: pytes
 
 
 def run(line: str) -> tuple[str, BaseException | None]:
-    app = typer.Typer()
-    app.callback()(lambda: None)
-    command.register(app)
     result = CliRunner().invoke(app, line.split())
     return result.output, result.exception
 

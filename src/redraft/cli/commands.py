@@ -177,11 +177,8 @@ def select(settings: SelectSettings) -> None:
     )
     kept, total = len(manifest.selected_keys), len(manifest.entries)
     what = "responses" if s.prompts is None else "prompts"
-    say(
-        f"kept {kept} of the {total} {what} that can be scored, {manifest.selected_tokens:,} tokens: the budget "
-        f"{s.budget}, {s.order} scores of {s.scorer} first"
-    )
-    say(f"manifest: {s.out}" + (f"; kept {what}: {s.keep}" if s.keep else ""))
+    how = f"the budget {s.budget}, {s.order} scores of {s.scorer} first"
+    say(f"{kept} of {total} scored {what} kept, {manifest.selected_tokens:,} tokens: {how}; {s.out} says why")
 
 
 @command(

@@ -89,7 +89,7 @@ def add_command(app: typer.Typer, kind: type[Settings], call: Callable[[Any], No
 
     def run(ctx: typer.Context, **given: Any) -> None:
         path, dry_run = given.pop("settings_file", None), given.pop("dry_run", False)
-        settings = read(kind, path, {key: _typed(kind, key, value) for key, value in _given(given)})
+        settings = read(kind, path, {key: _typed(kind, key, value) for key, value in _given(kind, given)})
         ctx.params["out"] = getattr(settings, "out", None)
         refuse_overwriting(settings)
         announce(settings)
@@ -116,10 +116,11 @@ def add_command(app: typer.Typer, kind: type[Settings], call: Callable[[Any], No
     app.command(name=name, cls=Command, epilog=shown)(run)
 
 
-def _given(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def _given(kind: type[Settings], values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """The flags that were really there."""
     for name, value in values.items():
-        if value is not None and value is not False and value != []:
+        absent = value is None or value == [] or value is False and kind.model_fields[name].default is False
+        if not absent:
             yield name, value
 
 
