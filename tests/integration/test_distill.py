@@ -13,11 +13,12 @@ from tokenizers import AddedToken
 from typer.testing import CliRunner
 
 from redraft.adaptation.distill import DistillRun, served_target
-from redraft.artifact import META_FILE
+from redraft.adaptation.models import open_proposer
 from redraft.cli.main import app
 from redraft.data.store import read_rows
+from redraft.drafts.files import META_FILE
 from redraft.errors import UserError
-from redraft.loading import load_target, open_standalone
+from redraft.loading import load_target
 from redraft.settings.distill import DistillConfig
 from redraft.settings.yamlfile import read
 from redraft.target import Target
@@ -131,7 +132,7 @@ def test_a_given_drafter_gets_private_experts(place: Path, tmp_path: Path) -> No
     assert torch.equal(found["model.embed_tokens.weight"], old["model.embed_tokens.weight"])
     wide = found["model.layers.0.mlp.gate_proj.weight"]
     assert wide.shape[0] == 64 + 8 and torch.equal(wide[:64], old["model.layers.0.mlp.gate_proj.weight"])
-    both, _ = open_standalone(tmp_path / "run" / "private", job.target, tmp_path / "sibling")
+    both, _ = open_proposer(tmp_path / "run" / "private", job.target, tmp_path / "sibling")
     assert both.config.private_width == 8
 
 

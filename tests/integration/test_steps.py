@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from redraft.adaptation.steps import TargetSpec, read_draft, regenerate_file, target_info
-from redraft.artifact import load_draft, save_draft
+from redraft.adaptation.steps import TargetSpec, target_info
+from redraft.api.text import regenerate
 from redraft.data.store import read_rows
 from redraft.drafts.eagle3 import fresh_draft
-from redraft.export import import_checkpoint
+from redraft.drafts.files import load_draft, save_draft
+from redraft.drafts.opening import read_draft
 from redraft.loading import load_tokenizer, tokenizer_hash
 from redraft.select.manifest import read_manifest
-from redraft.settings.sampler import Sampler
 from redraft.target import Target
 
 WORDS = "the rain in the north is on the river and the stone is in the hand of one man".split()
@@ -37,14 +37,8 @@ def furnish(folder: Path, target: Target) -> None:
     save_draft(folder / "draft", draft, meta | {"tokenizer_hash": tokenizer_hash(target.tokenizer)})
     lines = [{"id": f"p{i}", "messages": [{"role": "user", "content": " ".join(WORDS[i : i + 4])}]} for i in range(12)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    samplers = [Sampler()]
-    regenerate_file(
-        TargetSpec(str(folder / "target"), "float32"),
-        str(folder / "prompts.jsonl"),
-        folder / "responses.jsonl",
-        samplers,
-        max_new_tokens=12,
-    )
+    spec = TargetSpec(str(folder / "target"), "float32")
+    regenerate(spec, folder / "prompts.jsonl", folder / "responses.jsonl", max_new_tokens=12)
 
 
 @pytest.fixture
@@ -162,7 +156,7 @@ def test_train_merge_export_and_back(place: Path, redraft: Any) -> None:
         code, out, err = redraft(f"{exported} {name} --out {name}")
         assert code == 0, err
         assert "serve with: vllm serve target" in out
-        back, _ = import_checkpoint(place / name, target_info("target"))
+        back, _ = read_draft(place / name, target_info("target"))
         for key, tensor in back.state_dict().items():
             assert torch.equal(tensor, merged.state_dict()[key]), key
 

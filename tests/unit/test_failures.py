@@ -37,7 +37,7 @@ def fail_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     def fail(*arguments: Any, **options: Any) -> None:
         raise error
 
-    monkeypatch.setattr("redraft.report.build_report", fail)
+    monkeypatch.setattr("redraft.api.measuring.build_report", fail)
 
 
 # -- defects ---------------------------------------------------------------------------------------------------------

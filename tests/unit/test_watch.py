@@ -179,9 +179,9 @@ def test_one_prompt_or_a_file() -> None:
 
 def test_the_command_prints_what_the_decoder_says(tiny_target, tmp_path, monkeypatch, capsys) -> None:
     """With a decoder that plays back rounds: the command's own part, from prompt to summary."""
-    from redraft.artifact import save_draft
     from redraft.cli import watching
     from redraft.drafts.eagle3 import fresh_draft
+    from redraft.drafts.files import save_draft
     from redraft.loading import tokenizer_hash
 
     target = tiny_target("llama", taps=(1, 3, 5))

@@ -11,8 +11,8 @@ from pydantic import BaseModel
 
 from redraft.arithmetic import go_on_with
 from redraft.artifact import atomic_write_json, read_json
+from redraft.drafts.formats.base import check_formats
 from redraft.errors import UserError
-from redraft.export.base import check_formats
 from redraft.settings.adapt import AdaptConfig
 from redraft.settings.base import AUTO
 from redraft.settings.distill import DistillConfig

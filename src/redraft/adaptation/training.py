@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from redraft import provenance
 from redraft.adaptation.models import open_draft
@@ -13,8 +14,10 @@ from redraft.adaptation.stages import Say, build_features, run_training, save_tr
 from redraft.adaptation.steps import TargetSpec
 from redraft.arithmetic import go_on_with
 from redraft.artifact import atomic_write_json
+from redraft.attic.aim import aim
 from redraft.data.store import TRAFFIC, Row, read_rows
 from redraft.drafts.groups import prepare
+from redraft.drafts.opening import AnyDraft
 from redraft.errors import UserError
 from redraft.features.store import FeatureStore, anchors
 from redraft.select.manifest import read_manifest
@@ -75,19 +78,22 @@ def train_new(
     config: TrainConfig,
     say: Say = print,
     family: str = "eagle3",
-) -> None:
-    """Stage 1: a draft of ``family`` from nothing, in ``out/draft``. Raises ``UserError``; a killed run goes on."""
+) -> dict[str, Any]:
+    """Stage 1: a draft of ``family`` from nothing, in ``out/draft``; returns what its record says of it.
+
+    Raises ``UserError``; a killed run goes on.
+    """
     if data.heldout_responses is not None:
         raise UserError("--from-nothing holds responses out by number: give --heldout, not --heldout-responses")
     rows = [row for part in data.read() for row in part]
     target = spec.open(trained_dtype(out, spec, say))
     record = train_from_nothing(target, rows, out, vocabulary, config, data.heldout, say, family)
-    say(f"held-out tau {record['tau']['value']:.2f}; draft: {out / 'draft'}")
+    return record
 
 
 def train_old(
     spec: TargetSpec,
-    draft: str,
+    draft: AnyDraft,
     data: TrainData,
     out: Path,
     config: TrainConfig,
@@ -110,9 +116,8 @@ def train_old(
     store = FeatureStore(out / "features", {"target": target.content_hash(), "taps": list(target.taps)})
     ledger = provenance.Ledger.load(out / "ledger.json")
     build_features("features", store, target, [*rows, *heldout], ledger)
-    trainer = Trainer(trained, target, store, rows, heldout, config, out / "train", opened.base_hash)
+    trainer = Trainer(trained, target, store, rows, heldout, config, out / "train", opened.base_hash, aim)
     result = run_training(trainer, ledger, say)
     save_trained(out, trainer.draft, names, opened, method_name, target, config.seed, size.bits)
     atomic_write_json(out / "train.json", asdict(result))
-    say(f"draft: {out / 'merged'}")
     return result

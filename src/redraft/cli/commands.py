@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -72,6 +73,13 @@ def spec(settings: Any, name: str | None = None) -> Any:
     return TargetSpec(settings.target, settings.dtype, settings.device, settings.adapter, settings.template_arg)
 
 
+def rest(settings: Settings, *without: str) -> dict[str, Any]:
+    """The settings, as keywords of the library's call, but for those of :func:`spec` and the ones named."""
+    of_target = ("target", "adapter", "template_arg", "dtype", "device")
+    names = [name for name in type(settings).model_fields if name not in (*of_target, *without)]
+    return {name: getattr(settings, name) for name in names}
+
+
 @command(QuickstartSettings, "redraft quickstart", "redraft quickstart --out /tmp/demo")
 def quickstart(settings: QuickstartSettings) -> None:
     """The whole story on a small embedded model: a target fine-tuned on maths gets its lost speed-up back."""
@@ -103,27 +111,19 @@ def probe(settings: ProbeSettings) -> None:
 
     It says at the start how long it will take.
     """
-    from redraft.adaptation.questions import Questions
-    from redraft.adaptation.steps import check_output, probe_files
+    from redraft.adaptation.steps import check_output
+    from redraft.api import measuring
     from redraft.artifact import atomic_write_json
-    from redraft.report.tables import probe_panel
 
-    if settings.json_out is not None:
-        check_output(settings.json_out, ".json")
-    found = probe_files(
-        spec(settings),
-        settings.draft,
-        Questions(settings.prompts, settings.suite, settings.data, settings.limit),
-        base_draft=settings.base_draft,
-        base_target=spec(settings, settings.base_target) if settings.base_target else None,
-        gamma=settings.gamma,
-        max_new_tokens=settings.max_new_tokens,
-        with_trial=settings.trial,
-        say=say,
-    )
-    if settings.json_out is not None:
-        atomic_write_json(settings.json_out, found.to_dict())
-    console().print(probe_panel(found.verdict, found.lines(), found.action))
+    s = settings
+    if s.json_out is not None:
+        check_output(s.json_out, ".json")
+    base = spec(s, s.base_target) if s.base_target else None
+    asked = rest(s, "draft", "prompts", "base_target", "json_out", "seed")
+    found = measuring.probe(spec(s), s.draft, s.prompts, base_target=base, say=say, **asked)
+    if s.json_out is not None:
+        atomic_write_json(s.json_out, found.to_dict())
+    console().print(found)
 
 
 @command(
@@ -138,11 +138,10 @@ def regenerate(settings: RegenerateSettings) -> None:
 
     Token ids are kept as generated. A stopped run goes on where it was; what failed is listed beside the output.
     """
-    from redraft.adaptation.steps import regenerate_file
+    from redraft.api import text
 
     s = settings
-    serving = (s.batch_size, s.server, s.server_model)
-    say(regenerate_file(spec(s), s.prompts, s.out, s.samplers, s.max_new_tokens, s.seed, *serving).summary())
+    say(str(text.regenerate(spec(s), s.prompts, s.out, **rest(s, "prompts", "out"))))
 
 
 @command(
@@ -159,22 +158,11 @@ def select(settings: SelectSettings) -> None:
 
     From responses, or from prompts before any is answered: --keep then writes the prompts to answer.
     """
-    from redraft.adaptation.steps import select_file
+    from redraft.api import text
 
     s = settings
-    manifest = select_file(
-        s.responses,
-        s.prompts,
-        s.out,
-        s.scorer,
-        s.budget,
-        order=s.order,
-        target=spec(s) if s.target else None,
-        base_target=spec(s, s.base_target) if s.base_target else None,
-        draft=s.draft,
-        keep=s.keep,
-        seed=s.seed,
-    )
+    target, base = spec(s) if s.target else None, spec(s, s.base_target) if s.base_target else None
+    manifest = text.select(s.out, target=target, base_target=base, **rest(s, "out", "base_target"))
     kept, total = len(manifest.selected_keys), len(manifest.entries)
     what = "responses" if s.prompts is None else "prompts"
     how = f"the budget {s.budget}, {s.order} scores of {s.scorer} first"
@@ -240,14 +228,13 @@ def missing_tokens(missing: list[dict[str, Any]]) -> Any:
 )
 def train(settings: TrainSettings) -> None:
     """Train a small part of an old draft, or a new draft, on the target's own responses. A stopped run goes on."""
-    from redraft.adaptation.training import TrainData, train_new, train_old
+    from redraft.api import adapting
 
-    s, config = settings, settings.train_config()
-    data = TrainData(s.responses, s.heldout, s.heldout_responses, s.selection)
-    if s.draft is None:
-        train_new(spec(s), data, s.out, s.vocabulary, config, say, s.family)
-    else:
-        train_old(spec(s), s.draft, data, s.out, config, s.method, s.private_size, say)
+    s = settings
+    sizes = {"width": s.private_width, "rank": s.rank, **s.private}
+    names = ("draft", "method", "family", "vocabulary", "selection", "heldout", "heldout_responses")
+    what = {name: getattr(s, name) for name in names}
+    say(str(adapting.train(spec(s), s.responses, s.out, private=sizes, say=say, **what, **s.training())))
 
 
 @command(
@@ -258,16 +245,9 @@ def train(settings: TrainSettings) -> None:
 )
 def adapt(settings: AdaptConfig) -> None:
     """Everything in one go: regenerate, select, train, export, bench and report. Stop it and resume it at will."""
-    from redraft.adaptation.adapt import AdaptRun
-    from redraft.report.tables import acceptance_table, bench_table, ledger_table
+    from redraft.api import adapting
 
-    run = AdaptRun(settings, say)
-    result = run.run()
-    printer = console()
-    printer.print(bench_table(result))
-    printer.print(acceptance_table(result))
-    printer.print(ledger_table(run.ledger.to_dict()))
-    say(f"draft: {run.folder / 'merged'}; page: {run.folder / 'report.html'}")
+    console().print(adapting.adapt(say=say, **settings.given()))
 
 
 @command(
@@ -278,13 +258,13 @@ def adapt(settings: AdaptConfig) -> None:
 )
 def merge(settings: MergeSettings) -> None:
     """Fold a private part into the shared draft: an ordinary dense draft, with no extra work for engines."""
-    from redraft.adaptation.steps import merge_folder, target_info
+    from redraft.api import files
 
     s = settings
-    meta = merge_folder(s.private, s.base_draft, s.out, target_info(s.target) if s.target else None, s.scale)
+    merged = files.merge(s.private, s.base_draft, s.out, target=s.target, scale=s.scale)
     share = "the whole change" if s.scale == 1 else f"{s.scale:g} times the change"
-    say(f"{share} of the private part {s.private} (method {meta.get('method')}) is in the shared draft {s.base_draft}")
-    say(f"dense draft: {s.out}, {meta['parameters']:,} parameters")
+    say(f"{share} of the private part {s.private} (method {merged.method}) is in the shared draft {s.base_draft}")
+    say(str(merged))
 
 
 @command(
@@ -309,14 +289,12 @@ def merge_target(settings: MergeTargetSettings) -> None:
 def export(settings: ExportSettings) -> None:
     """Write a draft in the format that a serving engine loads: complete, or not at all."""
     from redraft.adaptation.merged_target import adapter_note, served
-    from redraft.adaptation.steps import export_folder, target_info
+    from redraft.api import files
 
     s = settings
-    found = export_folder(s.draft, target_info(s.target), s.format, s.out, s.base_draft, s.gamma)
-    for warning in filter(None, [*found.warnings, adapter_note(s.target)]):
-        say(f"note: {warning}")
-    say(f"{found.folder}: {found.parameters:,} parameters, {found.bytes / 1e6:.1f} MB")
-    say(f"serve with: {served(found.serve, s.target)}")
+    found = files.export(s.draft, s.target, s.format, s.out, base_draft=s.base_draft, gamma=s.gamma)
+    notes = (*found.warnings, *filter(None, [adapter_note(s.target)]))
+    say(str(replace(found, warnings=notes, serve=served(found.serve, s.target))))
 
 
 @command(
@@ -346,35 +324,12 @@ def distill(settings: DistillConfig) -> None:
 )
 def bench(settings: BenchSettings) -> None:
     """Measure drafts against the fastest plain decoding: same prompts, same run, with 95% intervals."""
-    from redraft.adaptation.bench import How, bench_files
-    from redraft.adaptation.questions import Questions
-    from redraft.adaptation.server_bench import bench_servers_on
+    from redraft.api import measuring
 
     s = settings
-    questions = Questions(s.prompts, s.suite, s.data, s.limit, s.trained_on)
-    how = How(s.shape, s.sampler, s.greedy_drafts, s.max_new_tokens, s.seed, s.static)
-    if s.draft:
-        result = bench_files(spec(s), s.drafts, questions, s.out, how, s.base_draft)
-    else:
-        levels = s.concurrency or (1,)
-        result = bench_servers_on(spec(s), s.servers, questions, s.out, how, levels, s.server_model)
-    show(result)
+    asked = rest(s, "draft", "server", "out")
+    console().print(measuring.bench(spec(s), s.drafts, s.out, servers=s.servers, **asked))
     say(f"{s.out}; for the page: redraft report {s.out} --out {s.out.with_suffix('.html')}")
-
-
-def show(result: dict[str, Any]) -> None:
-    """A benchmark's tables, for the terminal."""
-    from redraft.report.tables import acceptance_table, bench_table, task_table
-
-    printer = console()
-    printer.print(bench_table(result))
-    if result["drafts"]:
-        printer.print(acceptance_table(result))
-    by_task = task_table(result)
-    if by_task is not None:
-        printer.print(by_task)
-    if picked := result["setup"].get("picked"):
-        say(f"gamma=auto: {picked}")
 
 
 @command(
@@ -385,12 +340,12 @@ def show(result: dict[str, Any]) -> None:
 )
 def report(settings: ReportSettings) -> None:
     """Turn results into one HTML page that needs nothing else: nothing is fetched, now or when it is opened."""
-    from redraft.report import build_report, headline_png
+    from redraft.api import measuring
 
     s = settings
-    say(str(build_report(list(s.results), s.out, s.curve, s.ledger, s.summary, s.title)))
+    say(str(measuring.report(list(s.results), s.out, **rest(s, "results", "out"))))
     if s.png is not None:
-        say(str(headline_png(s.results[0], s.png)))
+        say(str(s.png))
 
 
 @command(
@@ -402,26 +357,22 @@ def report(settings: ReportSettings) -> None:
 def study(settings: StudySettings) -> None:
     """Compare methods, data, selections, losses and starts: one results file, its tables and pictures."""
     s = settings
-    if s.config is not None:
-        parsed = read_study(s.config)
-        parsed = parsed.model_copy(update={"template_arg": parsed.template_arg | s.template_arg})
-        if s.list_cells:
-            for number, cell in enumerate(parsed.all_cells(), 1):
-                say(f"{number:4}  {cell.key}")
-            return
-        if s.out is None:
-            raise UserError("name the folder of the study with --out")
-    from redraft.adaptation.study.run import RESULTS_FILE, StudyRun
-    from redraft.adaptation.study.tables import write_full, write_tables
-
     if s.tables is not None:
+        from redraft.adaptation.study.tables import write_tables
+
         say(f"tables: {write_tables(s.tables, s.out)}")
         return
-    assert s.out is not None
-    results = StudyRun(parsed, s.out, say).run()
-    if s.full is not None:
-        write_full(results, s.full, f"study {parsed.name}")
-    say(f"results: {s.out / RESULTS_FILE}; tables: {write_tables(s.out / RESULTS_FILE)}")
+    assert s.config is not None
+    if s.list_cells:
+        for number, cell in enumerate(read_study(s.config).all_cells(), 1):
+            say(f"{number:4}  {cell.key}")
+        return
+    if s.out is None:
+        raise UserError("name the folder of the study with --out")
+    from redraft.api import adapting
+
+    found = adapting.study(s.config, s.out, template_arg=s.template_arg, full=s.full, say=say)
+    say(f"results: {found.results}; tables: {found.tables}")
 
 
 @command(

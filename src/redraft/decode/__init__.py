@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from redraft.decode.engine import SpeculativeDecoder
-    from redraft.drafts.base import Proposer
+    from redraft.drafts.base import Draft
     from redraft.settings.sampler import Sampler
     from redraft.settings.shapes import Shape
     from redraft.target import Target
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def make_decoder(
     target: Target,
-    draft: Proposer,
+    draft: Draft,
     shape: Shape,
     sampler: Sampler | None = None,
     greedy_drafts: bool = False,

@@ -1,59 +1,31 @@
-"""Named parameter groups of a draft, and the methods that are sets of them.
-
-A method says which groups are trained; everything else is frozen. All methods start from the same draft, see the
-same data and meet the same budget, so that they can be compared. ``scratch`` alone starts from a new draft of the
-same shape.
-"""
+"""Applying a method to a draft: the groups of its parameters, what of them is trained, and how large parts become."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from fnmatch import fnmatchcase
+from typing import Any
 
-from redraft.drafts.base import AnyDraft
+from redraft.drafts.base import AnyDraft, Draft
 from redraft.drafts.experts import attach_low_rank, attach_private, match_linears
 from redraft.errors import UserError
-from redraft.settings.methods import (
-    LOW_RANK,
-    RANK_STEP,
-    SHARE,
-    WIDTH_STEP,
-    PrivateSize,
-    check_bits,
-    method,
-)
-
-GROUPS: dict[str, tuple[str, ...]] = {
-    "private": ("midlayer.mlp.private.",),
-    "router": ("midlayer.mlp.router.",),
-    "fc": ("fc.", "input_norm.", "fc_norm."),
-    "norms": (
-        "midlayer.input_layernorm.",
-        "midlayer.hidden_norm.",
-        "midlayer.post_attention_layernorm.",
-        "norm.",
-    ),
-    "attention": ("midlayer.self_attn.",),
-    "shared": ("midlayer.mlp.gate_proj.", "midlayer.mlp.up_proj.", "midlayer.mlp.down_proj."),
-    "head": ("lm_head.",),
-    "embed": ("embed_tokens.",),
-}
+from redraft.settings.methods import LOW_RANK, RANK_STEP, SHARE, WIDTH_STEP, PrivateSize, check_bits, method
 
 
-def group_of(parameter: str) -> str:
-    """The group of a parameter by its name. Raises ``KeyError`` when it has none (a defect of ours)."""
+def group_of(draft: Draft, parameter: str) -> str:
+    """The group of a parameter by its name. Raises ``KeyError`` when it has none (a defect of its family)."""
     if f".{LOW_RANK}." in f".{parameter}":
         return LOW_RANK
-    for group, prefixes in GROUPS.items():
-        if parameter.startswith(prefixes):
+    for group, patterns in draft.GROUPS.items():
+        if any(fnmatchcase(parameter, pattern) for pattern in patterns):
             return group
     raise KeyError(f"parameter {parameter} belongs to no group")
 
 
-def trainable_names(draft: AnyDraft, method_name: str) -> list[str]:
+def trainable_names(draft: Draft, method_name: str) -> list[str]:
     """Names of the parameters that ``method_name`` trains on this draft, in the draft's own order."""
     groups = method(method_name).groups
-    return [name for name, _ in draft.named_parameters() if group_of(name) in groups]
+    return [name for name, _ in draft.named_parameters() if group_of(draft, name) in groups]
 
 
 def prepare(
@@ -71,7 +43,7 @@ def prepare(
     if chosen.fresh:
         if target is None:
             raise UserError(f"method {method_name} starts a new draft and needs the target, which was not given")
-        draft = cast(AnyDraft, draft.restarted(target, seed))
+        draft = draft.restarted(target, seed)
     # What the method trains besides its private part leaves the part so much room.
     room = int(SHARE * trained_parameters(draft, "full")) - trained_parameters(draft, method_name)
     if chosen.private:
@@ -87,16 +59,17 @@ def prepare(
     return draft, names
 
 
-def fair_width(draft: AnyDraft, room: int, experts: int = 1) -> int:
+def fair_width(draft: Draft, room: int, experts: int = 1) -> int:
     """The inner width at which private ``experts`` together have about ``room`` parameters, and no more."""
-    most = room // (3 * draft.config.hidden_size)
+    downs = [draft.get_parameter(f"{name}.down_proj.weight") for name in draft.mlps()]
+    most = room // sum(3 * len(down) for down in downs)
     step = experts * max(1, round(WIDTH_STEP / experts))
     if most < step:  # a draft so small that every row counts
         step = experts
     return max(experts, most // step * step)
 
 
-def fair_rank(draft: AnyDraft, room: int, on: Sequence[str] = ()) -> int:
+def fair_rank(draft: Draft, room: int, on: Sequence[str] = ()) -> int:
     """The rank at which updates of the layers that ``on`` names have about ``room`` parameters, and no more; or the
     rank of the smallest of these layers if that is less. Raises ``UserError`` for a pattern that fits nothing.
     """
@@ -150,7 +123,7 @@ def _with_low_rank(draft: AnyDraft, size: PrivateSize, seed: int, room: int) -> 
     return draft
 
 
-def trained_parameters(draft: AnyDraft, method_name: str) -> int:
+def trained_parameters(draft: Draft, method_name: str) -> int:
     """How many parameters the method trains on this draft, as :func:`prepare` returned it."""
     names = set(trainable_names(draft, method_name))
     return sum(p.numel() for n, p in draft.named_parameters() if n in names)

@@ -267,6 +267,10 @@ class Settings(Part):
         if mistakes:
             raise UserError(f"{'; '.join(mistakes)}; see `redraft {self.COMMAND} --help`")
 
+    def given(self) -> dict[str, Any]:
+        """The settings that are not left to their defaults, as keywords."""
+        return {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
+
     @classmethod
     def _once(cls, values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         """The values with one of each of ``ONCE``, and a sentence for each that has two."""

@@ -6,7 +6,6 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
-from redraft.errors import UserError
 from redraft.registries import EXPORTERS, SUITES
 from redraft.settings.base import AUTO, DtypeName, Settings, check, known_name, one_of, setting
 from redraft.settings.budget import parse_budget
@@ -41,7 +40,6 @@ SuiteName = Annotated[str, check(_suite)]
 TemplateArgs = Annotated[dict[str, Any], BeforeValidator(_arguments)]
 
 PROMPT_FORMS = "JSONL, ShareGPT, Alpaca, text lines, or datasets:NAME"
-GREEDY = "temperature 0 is greedy and leaves nothing to filter; drop --top-k and --top-p or raise it"
 NO_SERVER = "--server-model names the target on a server; give --server too, or leave it out"
 
 
@@ -58,9 +56,3 @@ class OnTarget(Settings):
     )
     device: str = setting("cpu", "torch device: cpu, cuda, cuda:1, ...")
     seed: int = setting(0, "seed of everything random")
-
-
-def check_filters(greedy: bool, top_k: int, top_p: float) -> None:
-    """Raise ``UserError`` for filters of a choice that draws nothing."""
-    if greedy and (top_k or top_p != 1):
-        raise UserError(GREEDY)

@@ -8,8 +8,8 @@ from typing import ClassVar
 
 from redraft.errors import UserError
 from redraft.settings.base import Settings, setting
-from redraft.settings.common import PROMPT_FORMS, OnTarget, ShapeText, SuiteName, check_filters
-from redraft.settings.sampler import Sampler
+from redraft.settings.common import PROMPT_FORMS, OnTarget, ShapeText, SuiteName
+from redraft.settings.sampler import Sampler, asked_samplers
 from redraft.settings.shapes import check_drafts, parse_shape
 from redraft.settings.steps import SHARED_DRAFT
 from redraft.settings.texts import PORT, check_address, named_servers
@@ -33,8 +33,7 @@ class Sampled(OnTarget):
     @property
     def sampler(self) -> Sampler:
         """Raises ``UserError`` for values out of range and for filters of a greedy choice."""
-        check_filters(self.temperature == 0, self.top_k, self.top_p)
-        return Sampler(self.temperature, self.top_k, self.top_p)
+        return asked_samplers([self.temperature], self.top_p, self.top_k)[0]
 
 
 class ProbeSettings(Questioned):

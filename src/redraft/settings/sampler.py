@@ -56,3 +56,10 @@ def samplers_of(temperatures: Sequence[float], top_p: float = 1.0, top_k: int = 
             + (", ".join(f"{t:g}" for t in temperatures) or "none")
         )
     return [Sampler(t, top_k if t else 0, top_p if t else 1.0) for t in temperatures]
+
+
+def asked_samplers(temperatures: Sequence[float], top_p: float = 1.0, top_k: int = 0) -> list[Sampler]:
+    """:func:`samplers_of`, where filters that nothing is drawn through are a mistake. Raises ``UserError``."""
+    if not any(temperatures) and (top_k or top_p != 1):
+        raise UserError("temperature 0 is greedy and leaves nothing to filter; drop --top-k and --top-p or raise it")
+    return samplers_of(temperatures, top_p, top_k)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from redraft.settings.adapt import Adapting, adaptation
 from redraft.settings.base import Settings, block_of, setting
@@ -16,9 +16,8 @@ from redraft.settings.common import (
     FormatName,
     OnTarget,
     ScorerName,
-    check_filters,
 )
-from redraft.settings.sampler import Sampler, samplers_of
+from redraft.settings.sampler import Sampler, asked_samplers
 from redraft.settings.training import TrainConfig
 
 SHARED_DRAFT = "shared draft, when --draft is a private part"
@@ -50,12 +49,11 @@ class RegenerateSettings(OnTarget):
     @property
     def samplers(self) -> list[Sampler]:
         """One sampler a temperature."""
-        return samplers_of(self.temperature, self.top_p, self.top_k)
+        return asked_samplers(self.temperature, self.top_p, self.top_k)
 
     def conflicts(self) -> Iterator[str]:
         if self.server_model and not self.server:
             yield NO_SERVER
-        check_filters(not any(self.temperature), self.top_k, self.top_p)
         assert self.samplers
 
 
@@ -110,11 +108,14 @@ class TrainSettings(Adapting):
         {}, "any other training setting, NAME=VALUE; repeatable"
     )
 
+    def training(self) -> dict[str, Any]:
+        """The training settings that were given."""
+        given = {name: getattr(self, name) for name in self.OWN if getattr(self, name) is not None}
+        return {**given, **self.setting}
+
     def train_config(self) -> TrainConfig:
         """The training's settings: the method's for an old draft, with those that were given."""
-        given = {name: getattr(self, name) for name in self.OWN if getattr(self, name) is not None}
-        begin = {} if self.from_nothing else adaptation(self.method)
-        return TrainConfig(**{**begin, **given, **self.setting})
+        return TrainConfig(**{**({} if self.from_nothing else adaptation(self.method)), **self.training()})
 
     def conflicts(self) -> Iterator[str]:
         if self.from_nothing == (self.draft is not None):

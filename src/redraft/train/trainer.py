@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,6 @@ from redraft.features.store import FeatureStore, anchors
 from redraft.progress import Progress
 from redraft.settings.training import TrainConfig
 from redraft.target import Target
-from redraft.train.aim import STEPS, aim_updates, settle, waiting
 from redraft.train.checkpoint import rows_digest
 from redraft.train.descent import Descent, Step
 from redraft.train.objective import Objective, make_objective
@@ -28,7 +27,7 @@ from redraft.train.objective import Objective, make_objective
 
 @dataclass
 class TrainResult:
-    """The outcome. ``anchors`` counts supervised positions, those that low-rank updates were aimed by included;
+    """The outcome. ``anchors`` counts supervised positions, those of what was done ``before`` included;
     ``history`` lists every evaluation as (step, held-out tau)."""
 
     best_tau: float
@@ -65,8 +64,10 @@ class Trainer:
         config: TrainConfig,
         folder: Path,
         origin: str = "",
+        before: Callable[[Trainer], int] | None = None,
     ) -> None:
-        """``origin`` names what the draft was before, where its shape does not say it.
+        """``origin`` names what the draft was before, where its shape does not say it; ``before`` is done once, ahead
+        of the first evaluation, and gives the supervised positions that it took.
 
         Raises ``UserError`` when no row can be supervised or the folder belongs to another run.
         """
@@ -96,7 +97,7 @@ class Trainer:
             },
             # As the target decodes, so is its draft trained.
             precision="bfloat16" if target.dtype == torch.bfloat16 else "float32",
-            before=self.aim,
+            before=None if before is None else partial(before, self),
         )
 
     def new_objective(self) -> Objective:
@@ -116,7 +117,6 @@ class Trainer:
         checkpoint before it stays.
         """
         done = self.descent.run(reporter)
-        settle(self.draft)
         return TrainResult(
             best_tau=done.best,
             start_tau=done.start,
@@ -126,22 +126,6 @@ class Trainer:
             stopped_early=done.stopped_early,
             history=done.history,
         )
-
-    def aim(self) -> int:
-        """Turn new low-rank updates to where the gradient of the first steps is; the supervised positions it took."""
-        if not waiting(self.draft):
-            return 0
-        seen: list[int] = []
-
-        def backward() -> None:
-            self.draft.train()
-            for number, step in zip(range(min(STEPS, self.descent.total)), self.steps(0, {}), strict=False):
-                for part in step.parts:
-                    self.descent.loss(part, number).backward()
-                seen.append(step.tokens)
-
-        aim_updates(self.draft, backward)
-        return sum(seen)
 
     # -- steps -------------------------------------------------------------------------------------------------
     def steps(self, begin: int, position: dict[str, Any]) -> Iterator[Step]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from redraft.drafts.config import heads_of, rope_of
-from redraft.drafts.standalone import StandaloneDraft, untrained
+from redraft.drafts.standalone.module import StandaloneDraft, untrained
 from redraft.errors import UserError
 
 # Layers, width, inner width of the MLP, heads. "goel": the 115M drafter of Llama 2 Chat 7B (arXiv 2403.00858).
@@ -172,15 +172,6 @@ def fresh_standalone(
             _start_tables(draft, target)
     _speak_like(model, target)
     return draft.bind(target).to(target.device)
-
-
-def spread_layers(target: Any, count: int) -> list[int]:
-    """``count`` layers of the target, evenly spread, the first and the last among them."""
-    if not 1 <= count <= target.layers:
-        raise UserError(f"cannot take {count} of the target's {target.layers} layers")
-    if count == 1:
-        return [0]
-    return [round(i * (target.layers - 1) / (count - 1)) for i in range(count)]
 
 
 def _pruned_shape(target: Any, layers: Sequence[int]) -> Any:

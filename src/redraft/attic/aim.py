@@ -7,7 +7,7 @@ As outer is zero, the draft is what it was.
 
 After LoRA-GA (arXiv 2407.05000), which starts outer as well and takes what it adds off the shared matrix; that would no
 longer be the shared one, so it is left out here. Off by default: it brought a faster start and no better end
-(docs/studies/learning-rates.md).
+(docs/studies/learning-rates.md). Where it is asked for, :func:`aim` is what a trainer does before its first step.
 
 Shape legend: O outputs, I inputs of a matrix, R rank, K leading vectors.
 """
@@ -15,6 +15,7 @@ Shape legend: O outputs, I inputs of a matrix, R rank, K leading vectors.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,11 +34,24 @@ def waiting(draft: nn.Module) -> list[Linear]:
     return [layer for layer in layers if layer.low_rank is not None and layer.low_rank.aim]
 
 
-def settle(draft: nn.Module) -> None:
-    """What is aimed, or trained, is not aimed again."""
-    for layer in waiting(draft):
-        assert layer.low_rank is not None
-        layer.low_rank.aim = False
+def aim(trainer: Any) -> int:
+    """Aim the new updates of ``trainer.draft`` by the first steps of a ``redraft.train.trainer.Trainer``.
+
+    Returns the supervised positions that it took, 0 where no update waits to be aimed.
+    """
+    if not waiting(trainer.draft):
+        return 0
+    seen: list[int] = []
+
+    def backward() -> None:
+        trainer.draft.train()
+        for number, step in zip(range(min(STEPS, trainer.descent.total)), trainer.steps(0, {}), strict=False):
+            for part in step.parts:
+                trainer.descent.loss(part, number).backward()
+            seen.append(step.tokens)
+
+    aim_updates(trainer.draft, backward)
+    return sum(seen)
 
 
 def aim_updates(draft: nn.Module, backward: Callable[[], None]) -> None:
@@ -56,7 +70,9 @@ def aim_updates(draft: nn.Module, backward: Callable[[], None]) -> None:
         for layer in layers:
             layer.weight.requires_grad_(False)
         draft.zero_grad(set_to_none=True)
-    settle(draft)
+    for layer in layers:
+        assert layer.low_rank is not None
+        layer.low_rank.aim = False
 
 
 @torch.no_grad()
