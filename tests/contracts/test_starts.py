@@ -12,7 +12,8 @@ from redraft.data.store import Row
 from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
 from redraft.errors import UserError
 from redraft.registries import STARTS
-from redraft.starts.apply import StartContext, apply_start, parse_start
+from redraft.settings.texts import parse_start
+from redraft.starts.apply import StartContext, apply_start
 from redraft.target import Target
 
 

@@ -20,7 +20,6 @@ from redraft.artifact import tensors_hash
 from redraft.decode import make_decoder
 from redraft.decode.auto import chain_tau, measure_costs, pick_shape
 from redraft.decode.batched import BatchedChainDecoder
-from redraft.decode.tree import ChainShape
 from redraft.drafts.experts import attach_private, is_private, private_names
 from redraft.drafts.files import load_draft, save_draft, save_private
 from redraft.drafts.formats.base import TargetInfo
@@ -31,7 +30,8 @@ from redraft.errors import UserError
 from redraft.evaluate.speed import BenchConfig, Prompt, bench
 from redraft.registries import EXPORTERS
 from redraft.report.load import BenchResult, parse
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
+from redraft.settings.shapes import ChainShape
 
 TOYS = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "unit" / "toys.py")))
 PROMPTS = [Prompt(f"p{i}", ids) for i, ids in enumerate(TOYS.prompts(4))]

@@ -18,13 +18,14 @@ from redraft.acceptance.unroll import Batch, collate, supervised, unroll
 from redraft.data.store import Row
 from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
 from redraft.drafts.groups import prepare
-from redraft.drafts.methods import PrivateSize
 from redraft.features import FeatureStore
 from redraft.registries import LOSSES
+from redraft.settings.methods import PrivateSize
+from redraft.settings.training import TrainConfig
 from redraft.target import Target
 from redraft.train.objective import UnrollObjective, WithExtraLoss, make_objective
 from redraft.train.portions import portions, sum_over_portions
-from redraft.train.trainer import TrainConfig, Trainer
+from redraft.train.trainer import Trainer
 
 J, WORDS, WIDTH = 3, 120, 32
 EXACT = [name for name, loss in LOSSES.items() if not getattr(loss, "sampled", False)]

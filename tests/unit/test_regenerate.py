@@ -15,7 +15,7 @@ from redraft.data.regenerate import InProcessEngine, RegenerationReport, expecte
 from redraft.data.store import Failure, Row, RowWriter, failures_path, read_failures, read_rows
 from redraft.errors import UserError
 from redraft.features import FeatureStore, RowFeatures
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
 from redraft.target import Target
 
 EOS = 2

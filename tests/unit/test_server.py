@@ -20,7 +20,7 @@ from redraft.data.server import read_completion
 from redraft.data.store import Failure, read_failures, read_rows
 from redraft.data.transport import completion_body
 from redraft.errors import UserError
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
 from redraft.target import Facts
 
 pytest.importorskip("httpx")

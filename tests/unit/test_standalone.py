@@ -25,7 +25,6 @@ from redraft.decode import make_decoder
 from redraft.decode.engine import PlainDecoder
 from redraft.decode.standalone import StandaloneDecoder
 from redraft.decode.static import StaticTarget
-from redraft.decode.tree import parse_shape
 from redraft.drafts.experts import attach_private, is_private, merge_private, private_names
 from redraft.drafts.files import load_draft, load_private, save_draft, save_private
 from redraft.drafts.standalone import StandaloneDraft, untrained
@@ -33,7 +32,9 @@ from redraft.drafts.standalone.shapes import fresh_standalone, parameters_of, pr
 from redraft.errors import UserError
 from redraft.loading import check_tokenizers
 from redraft.registries import EXPORTERS
-from redraft.sampling import Sampler, warp
+from redraft.sampling import warp
+from redraft.settings.sampler import Sampler
+from redraft.settings.shapes import parse_shape
 
 TOYS = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("toys.py"))))
 prompts = TOYS.prompts

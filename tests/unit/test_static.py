@@ -14,7 +14,7 @@ from redraft.decode.engine import ChainDecoder, PlainDecoder
 from redraft.decode.static import Recorded, StaticCache, StaticChainDecoder, StaticTarget, graphs_available
 from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
 from redraft.errors import UserError
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
 from redraft.target import Target
 
 WIDTHS = (1, 4, 6)

@@ -27,13 +27,14 @@ from redraft.decode.engine import ChainDecoder, PlainDecoder
 from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
 from redraft.drafts.experts import attach_private, merge_private
 from redraft.drafts.groups import prepare
-from redraft.drafts.methods import PrivateSize
 from redraft.errors import UserError
 from redraft.features import FeatureStore
 from redraft.rows import anchors
+from redraft.settings.methods import PrivateSize
+from redraft.settings.training import TrainConfig
 from redraft.target import Target
 from redraft.train import optimizer as optimizer_module
-from redraft.train.trainer import TrainConfig, Trainer, TrainResult, batch_order
+from redraft.train.trainer import Trainer, TrainResult, batch_order
 
 TOYS = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("toys.py"))))
 

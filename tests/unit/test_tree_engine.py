@@ -13,11 +13,12 @@ import torch
 from redraft.decode import make_decoder, tree_engine
 from redraft.decode.accept import accept_trees
 from redraft.decode.engine import ChainDecoder, DraftCache, Generation, PlainDecoder, Round
-from redraft.decode.tree import ChainShape, DynamicTree, StaticTree, Topology
+from redraft.decode.tree import Topology
 from redraft.decode.tree_engine import Proposal, TreeDecoder, TreeMask
 from redraft.drafts.eagle3 import fresh_draft
 from redraft.errors import UserError
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
+from redraft.settings.shapes import ChainShape, DynamicTree, StaticTree
 from redraft.target import Target
 
 TOYS = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("toys.py"))))

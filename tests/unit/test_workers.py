@@ -16,13 +16,14 @@ from redraft.data.packed import PackedText, TextSource
 from redraft.data.store import Row
 from redraft.drafts.eagle3 import fresh_draft
 from redraft.features import FeatureStore
+from redraft.settings.training import DistilConfig, PretrainConfig, TrainConfig
 from redraft.target import Target
 from redraft.train.causal import CausalModel
-from redraft.train.distil import DistilConfig, Distillation, MixedSteps
+from redraft.train.distil import Distillation, MixedSteps
 from redraft.train.loop import Step
-from redraft.train.pretrain import PretrainConfig, TextSteps
+from redraft.train.pretrain import TextSteps
 from redraft.train.teachers import StateTeacher
-from redraft.train.trainer import TrainConfig, Trainer
+from redraft.train.trainer import Trainer
 from redraft.train.workers import SINGLE, Shares, TorchWorkers, Workers, present_workers, sum_gradients
 
 BUILDERS = runpy.run_path(str(Path(__file__).parents[1] / "tiny_models.py"))

@@ -51,7 +51,8 @@ from redraft.drafts.base import Draft
 from redraft.errors import UserError
 from redraft.features import FeatureSource
 from redraft.rows import anchor_batches, anchors
-from redraft.sampling import Sampler, token_probability
+from redraft.sampling import token_probability
+from redraft.settings.sampler import Sampler
 from redraft.target import Head
 
 # Rows of logits that probabilities are taken from at once: enough for the head's product, few enough for the cache.

@@ -20,7 +20,8 @@ from redraft.acceptance.simulate import CHUNK, ROWS, check_sampler, visits, walk
 from redraft.data.store import Row
 from redraft.drafts.standalone import StandaloneDraft
 from redraft.rows import anchors, length_batches
-from redraft.sampling import Sampler, token_probability
+from redraft.sampling import token_probability
+from redraft.settings.sampler import Sampler
 from redraft.target import Target
 
 BATCH_TOKENS = 2048

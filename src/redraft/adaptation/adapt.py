@@ -12,7 +12,7 @@ from typing import Any
 
 from redraft import provenance
 from redraft.adaptation.bench import measure
-from redraft.adaptation.config import AdaptConfig, claim_run
+from redraft.adaptation.claim import claim_run
 from redraft.adaptation.core import Adaptation, Plan, half, open_old
 from redraft.adaptation.models import contestants, open_draft, open_target, prompt_rows, settle_template
 from redraft.adaptation.runs import Run, Say, row_tokens, supervised_rows
@@ -21,23 +21,27 @@ from redraft.adaptation.sources import Source
 from redraft.artifact import atomic_write_json, read_json
 from redraft.data.mixture import mix
 from redraft.data.store import Row
-from redraft.decode.tree import ChainShape
 from redraft.drafts.base import Draft
 from redraft.drafts.files import PRIVATE_FILE
 from redraft.drafts.formats.base import check_formats
 from redraft.drafts.groups import trained_parameters
-from redraft.drafts.methods import mergeable
 from redraft.drafts.opening import AnyDraft, OpenDraft
 from redraft.errors import UserError
 from redraft.evaluate.speed import BenchConfig
 from redraft.loading import ADAPTER_FILE, notes_of, served_otherwise
 from redraft.report.page import build_report
-from redraft.select import parse_scorer
 from redraft.select.manifest import Manifest, read_manifest
-from redraft.select.rules import choose, parse_budget
-from redraft.starts.apply import StartContext, start_needs
+from redraft.select.rules import choose
+from redraft.settings.adapt import AdaptConfig
+from redraft.settings.budget import parse_budget
+from redraft.settings.methods import mergeable
+from redraft.settings.scorers import parse_scorer
+from redraft.settings.shapes import ChainShape
+from redraft.settings.texts import start_needs
+from redraft.settings.training import ReplayConfig
+from redraft.starts.apply import StartContext
 from redraft.target import Target
-from redraft.train.replay import ReplayConfig, check_replayable
+from redraft.train.replay import check_replayable
 from redraft.train.trainer import TrainResult
 
 

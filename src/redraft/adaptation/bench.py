@@ -16,7 +16,6 @@ from redraft.adaptation.steps import TargetSpec, check_output
 from redraft.artifact import atomic_write_json
 from redraft.data.template import template_record
 from redraft.decode.static import StaticTarget
-from redraft.decode.tree import ChainShape, Shape, check_drafts, parse_shape
 from redraft.drafts.base import Draft
 from redraft.drafts.opening import AnyDraft
 from redraft.errors import UserError
@@ -24,7 +23,8 @@ from redraft.evaluate import divergence
 from redraft.evaluate.quality import PLAIN, quality_table
 from redraft.evaluate.speed import BenchConfig, Measured, Prompt, bench
 from redraft.progress import progress_bar
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
+from redraft.settings.shapes import ChainShape, Shape, check_drafts, parse_shape
 from redraft.target import Target
 
 AUTO = "auto"

@@ -27,16 +27,17 @@ from redraft.data.store import Row
 from redraft.drafts.base import Draft
 from redraft.drafts.files import save_draft, save_private
 from redraft.drafts.groups import prepare
-from redraft.drafts.methods import METHODS, PrivateSize
 from redraft.drafts.opening import AnyDraft, OpenDraft
 from redraft.drafts.scaling import coarse_change
 from redraft.features import FeatureStore
 from redraft.loading import tokenizer_hash
 from redraft.rows import anchors
+from redraft.settings.methods import METHODS, PrivateSize
+from redraft.settings.training import ReplayConfig, TrainConfig
 from redraft.starts.apply import StartContext, StartResult, apply_start
 from redraft.target import Target
-from redraft.train.replay import ReplayConfig, ReplayTrainer, replay_settings, replay_states
-from redraft.train.trainer import TrainConfig, Trainer, TrainResult
+from redraft.train.replay import ReplayTrainer, replay_settings, replay_states
+from redraft.train.trainer import Trainer, TrainResult
 
 Module = TypeVar("Module", bound=nn.Module)
 NO_START = "none"

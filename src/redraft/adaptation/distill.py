@@ -15,8 +15,8 @@ import torch
 from redraft import provenance
 from redraft.acceptance.simulate import tau_of
 from redraft.acceptance.standalone import simulate_greedy_standalone
+from redraft.adaptation.claim import claim_distill
 from redraft.adaptation.core import build_features, draft_meta, feature_store, half
-from redraft.adaptation.distill_config import DistillConfig, claim_distill
 from redraft.adaptation.models import open_proposer, settle_template
 from redraft.adaptation.runs import Run, Say, row_tokens, supervised_rows
 from redraft.adaptation.sources import Source
@@ -38,6 +38,7 @@ from redraft.loading import (
     quiet,
 )
 from redraft.rows import anchors
+from redraft.settings.distill import DistillConfig
 from redraft.target import Target
 from redraft.train.distil import distil
 from redraft.train.loop import LoopResult

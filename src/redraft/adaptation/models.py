@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from redraft.arithmetic import AUTO, TYPES, choose_dtype
+from redraft.arithmetic import choose_dtype
 from redraft.data.overlap import find_overlap, same_text
 from redraft.data.prompts import Conversation, check_length, prompt_messages, template_ids
 from redraft.data.template import kept_moment, use_template, writes_date
@@ -18,6 +18,7 @@ from redraft.drafts.opening import AnyDraft, OpenDraft, family_at, open_checkpoi
 from redraft.errors import UserError
 from redraft.evaluate.speed import Prompt
 from redraft.loading import load_target
+from redraft.settings.base import AUTO, TYPES
 from redraft.target import Target
 
 

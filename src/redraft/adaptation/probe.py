@@ -31,7 +31,7 @@ from redraft.features import FeatureStore, RowFeatures
 from redraft.report.format import duration
 from redraft.report.tables import probe_panel
 from redraft.rows import anchors
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
 from redraft.shown import Shown
 from redraft.starts.vocabulary import coverage
 from redraft.target import Target

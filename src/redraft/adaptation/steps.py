@@ -9,13 +9,24 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from redraft.adaptation.models import contestants, open_target
-from redraft.arithmetic import AUTO, choose_dtype
+from redraft.adaptation.models import (
+    contestants,
+    open_target,
+)
+from redraft.arithmetic import choose_dtype
 from redraft.data.template import settings_of
 from redraft.drafts.base import Draft
 from redraft.drafts.formats.base import TargetInfo
 from redraft.errors import UserError
-from redraft.loading import ADAPTER_FILE, adapter_base, locate, notes_of, one_line, quiet
+from redraft.loading import (
+    ADAPTER_FILE,
+    adapter_base,
+    locate,
+    notes_of,
+    one_line,
+    quiet,
+)
+from redraft.settings.base import AUTO
 from redraft.target import Target
 
 

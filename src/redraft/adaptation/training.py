@@ -14,11 +14,10 @@ from redraft.acceptance.simulate import simulate_greedy_chain
 from redraft.adaptation.core import Adaptation, Plan, half, open_old
 from redraft.adaptation.runs import Log, Say, supervised_rows
 from redraft.adaptation.steps import TargetSpec
-from redraft.arithmetic import AUTO, go_on_with
+from redraft.arithmetic import go_on_with
 from redraft.artifact import atomic_write_json
 from redraft.data.store import TRAFFIC, Row
 from redraft.drafts.base import Draft, fresh
-from redraft.drafts.methods import PrivateSize, method
 from redraft.drafts.opening import AnyDraft, OpenDraft
 from redraft.errors import UserError
 from redraft.evaluate.speed import tau_interval
@@ -26,9 +25,12 @@ from redraft.features import FeatureStore
 from redraft.provenance import Ledger
 from redraft.rows import anchors
 from redraft.select.manifest import read_manifest
+from redraft.settings.base import AUTO
+from redraft.settings.methods import PrivateSize, method
+from redraft.settings.training import TrainConfig
 from redraft.target import Target
 from redraft.train.checkpoint import stored_precision
-from redraft.train.trainer import TrainConfig, TrainResult
+from redraft.train.trainer import TrainResult
 
 NEW = "scratch"
 

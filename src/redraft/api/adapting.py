@@ -7,17 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from redraft.adaptation.adapt import AdaptRun
-from redraft.adaptation.config import AdaptConfig, adaptation, parse_config, read_config, recipe
 from redraft.adaptation.steps import AnyTarget, TargetSpec
-from redraft.adaptation.study.config import StudyConfig, read_study
 from redraft.adaptation.study.run import RESULTS_FILE, StudyRun
 from redraft.adaptation.study.tables import write_full, write_tables
 from redraft.adaptation.training import TrainData, train_new, train_old
 from redraft.api.opening import Say, path_of
-from redraft.drafts.methods import PrivateSize
 from redraft.drafts.opening import AnyDraft, OpenDraft
 from redraft.report.results import Adapted, Benchmark, Study, Trained
-from redraft.train.trainer import TrainConfig
+from redraft.settings.adapt import AdaptConfig, adaptation
+from redraft.settings.methods import PrivateSize
+from redraft.settings.studies import StudyConfig, read_study
+from redraft.settings.training import TrainConfig
+from redraft.settings.yamlfile import read
 
 
 def adapt(
@@ -48,7 +49,7 @@ def adapt(
         given["draft"] = draft.source if isinstance(draft, OpenDraft) else str(draft)
     if out is not None:
         given["out"] = Path(out)
-    parsed: AdaptConfig = read_config(Path(config), given) if isinstance(config, str | Path) else parse_config(given)
+    parsed = read(AdaptConfig, Path(config) if isinstance(config, str | Path) else None, given)
     opened = draft if isinstance(draft, OpenDraft) else None
     run = AdaptRun(parsed, say, spec.opened if spec else None, opened)
     figures, folder = run.run(), run.folder
@@ -90,10 +91,10 @@ def train(
     spec, out = TargetSpec.of(target), Path(out)
     data = TrainData(Path(responses), heldout, path_of(heldout_responses), path_of(selection))
     if draft is None:
-        record = train_new(spec, data, out, vocabulary, recipe(TrainConfig, settings, "training setting"), say, family)
+        record = train_new(spec, data, out, vocabulary, TrainConfig(**settings), say, family)
         return Trained(out / "draft", None, record["tau"]["value"], None)
-    config = recipe(TrainConfig, adaptation(method) | settings, "training setting")
-    size = recipe(PrivateSize, dict(private or {}), "private size")
+    config = TrainConfig(**adaptation(method) | settings)
+    size = PrivateSize(**private or {})
     result = train_old(spec, draft, data, out, config, method, size, say)
     part = out / "private"
     return Trained(out / "merged", part if part.is_dir() else None, result.best_tau, result.start_tau)

@@ -19,7 +19,7 @@ from redraft.errors import UserError
 from redraft.progress import Progress, progress_bar
 from redraft.report import build_report, headline_png
 from redraft.report.results import Benchmark, Page
-from redraft.sampling import asked_samplers
+from redraft.settings.sampler import asked_samplers
 
 
 def probe(

@@ -17,15 +17,17 @@ from redraft.data.regenerate import InProcessEngine, RegenerationReport, ServerE
 from redraft.data.regenerate import regenerate as answer
 from redraft.data.shapes import row_of
 from redraft.data.store import encode_row, read_rows
-from redraft.data.transport import check_address
 from redraft.errors import UserError
 from redraft.progress import progress_bar
 from redraft.rows import anchors
-from redraft.sampling import asked_samplers
-from redraft.select import ScoringContext, parse_scorer
+from redraft.select import ScoringContext
 from redraft.select.acceptance import alpha_measurer
 from redraft.select.manifest import Manifest
-from redraft.select.rules import check_order, choose, parse_budget
+from redraft.select.rules import check_order, choose
+from redraft.settings.budget import parse_budget
+from redraft.settings.sampler import asked_samplers
+from redraft.settings.scorers import parse_scorer
+from redraft.settings.texts import check_address
 
 
 def regenerate(

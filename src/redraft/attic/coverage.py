@@ -28,8 +28,9 @@ from torch import Tensor
 from redraft.attic.greedy import Floats, greedy_order
 from redraft.errors import UserError
 from redraft.registries import SCORERS
-from redraft.select import ScorableRow, ScoringContext, parse_scorer, score_rows, scorer_text
+from redraft.select import ScorableRow, ScoringContext, score_rows
 from redraft.select.states import FINAL, batched_states, check_layer
+from redraft.settings.scorers import parse_scorer, scorer_text
 from redraft.target import Target
 
 WIDTH = 128

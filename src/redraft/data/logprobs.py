@@ -19,7 +19,7 @@ from redraft.data.server import ServerEngine
 from redraft.data.store import Failure, Row
 from redraft.data.transport import Passing, Refused
 from redraft.errors import UserError
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
 
 # Rounding may lift the logarithm of a certain token a little above zero.
 MOST_LOGPROB = 1e-2

@@ -28,7 +28,7 @@ from redraft.data.template import at_moment, date_path, kept_moment, settings_of
 from redraft.data.turns import RESULTS, Message
 from redraft.errors import UserError
 from redraft.features import FeatureKeeper, RowFeatures
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
 from redraft.shown import Shown, lines
 from redraft.target import Facts, Target
 

@@ -23,7 +23,7 @@ from redraft.data.prompts import Conversation, Message
 from redraft.data.store import Row, RowWriter, row_key
 from redraft.data.template import render
 from redraft.errors import UserError
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
 from redraft.target import Target
 
 __all__ = ["NearDuplicates", "SelfPromptReport", "UserOpening", "self_prompts", "user_opening"]

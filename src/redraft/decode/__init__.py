@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from redraft.decode.engine import SpeculativeDecoder
-    from redraft.decode.tree import Shape
     from redraft.drafts.base import Draft
-    from redraft.sampling import Sampler
+    from redraft.settings.sampler import Sampler
+    from redraft.settings.shapes import Shape
     from redraft.target import Target
 
 
@@ -28,10 +28,10 @@ def make_decoder(
     from redraft.decode.engine import ChainDecoder
     from redraft.decode.standalone import StandaloneDecoder
     from redraft.decode.static import StaticChainDecoder, StaticTarget
-    from redraft.decode.tree import ChainShape
     from redraft.decode.tree_engine import TreeDecoder
     from redraft.drafts.standalone import StandaloneDraft
     from redraft.errors import UserError
+    from redraft.settings.shapes import ChainShape
 
     if isinstance(draft, StandaloneDraft):
         if not isinstance(shape, ChainShape):

@@ -24,11 +24,11 @@ from redraft.decode.standalone import DraftKeys
 from redraft.drafts.base import Draft
 from redraft.drafts.standalone import StandaloneDraft
 from redraft.errors import UserError
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
 from redraft.target import Target
 
 if TYPE_CHECKING:
-    from redraft.decode.tree import Shape
+    from redraft.settings.shapes import Shape
 
 # Chains whose rounds are timed; costs of the lengths between them are interpolated.
 TIMED_CHAINS = (1, 2, 4, 8)
@@ -129,7 +129,7 @@ def measure_costs(
     Raises ``UserError`` when the draft does not fit the target or a shape does not go with the sampler.
     """
     from redraft.decode import make_decoder
-    from redraft.decode.tree import ChainShape
+    from redraft.settings.shapes import ChainShape
 
     every = [*(ChainShape(gamma) for gamma in sorted(set(gammas))), *shapes]
     decoders = [make_decoder(target, draft, shape, sampler, greedy_drafts) for shape in every]
@@ -248,7 +248,7 @@ def default_trees(sampler: Sampler | None = None, greedy_drafts: bool = False) -
     A small and a full dynamic one (EAGLE-2's, arXiv 2406.16858); where drafts are sampled, which rules those out, a
     static one that is widest at its root.
     """
-    from redraft.decode.tree import DynamicTree, StaticTree
+    from redraft.settings.shapes import DynamicTree, StaticTree
 
     if greedy_drafts or sampler is None or sampler.greedy:
         return [DynamicTree(depth=4, top_k=4, nodes=12), DynamicTree(depth=5, top_k=10, nodes=60)]
@@ -278,7 +278,7 @@ def pick_shape(
     Raises ``UserError`` without prompts, for ``longest`` below 1, or when answers are too short to measure.
     """
     from redraft.decode import make_decoder
-    from redraft.decode.tree import ChainShape
+    from redraft.settings.shapes import ChainShape
 
     if not prompts:
         raise UserError("gamma=auto needs prompts to measure on; give at least one")

@@ -30,7 +30,8 @@ from redraft.drafts.base import Draft
 from redraft.drafts.eagle.module import EagleDraft
 from redraft.drafts.standalone import StandaloneDraft
 from redraft.errors import UserError
-from redraft.sampling import Sampler, draw, warp
+from redraft.sampling import draw, warp
+from redraft.settings.sampler import Sampler
 from redraft.target import Target
 from redraft.target.slots import SlotCache, causal_mask, slot_attention, write
 

@@ -26,7 +26,8 @@ from redraft.drafts.base import Draft
 from redraft.drafts.eagle.module import EagleDraft
 from redraft.errors import UserError
 from redraft.prepack import prepack
-from redraft.sampling import Sampler, draw, warp
+from redraft.sampling import draw, warp
+from redraft.settings.sampler import Sampler
 from redraft.target import Target
 
 

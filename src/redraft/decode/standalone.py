@@ -17,7 +17,7 @@ from torch import Tensor
 from redraft.decode.engine import ChainDecoder, _Uniforms
 from redraft.drafts.standalone import StandaloneDraft
 from redraft.loading import check_tokenizers
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
 from redraft.target import KeyValueCache, Target
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from redraft.decode.engine import ChainDecoder, DraftCache, _Uniforms
 from redraft.drafts.base import Draft
 from redraft.errors import UserError
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
 from redraft.target import FixedLayer, KeyValueCache, Target, TargetStep
 from redraft.target.structure import length_bound_ropes
 

@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 from redraft.decode import make_decoder
 from redraft.decode.engine import Generation, PlainDecoder
 from redraft.decode.pieces import trace
-from redraft.decode.tree import ChainShape, Shape
 from redraft.drafts.base import Draft
 from redraft.errors import UserError
 from redraft.evaluate import summary
@@ -23,7 +22,8 @@ from redraft.evaluate.costs import costs
 from redraft.evaluate.divergence import plain_text
 from redraft.evaluate.statistics import ratio_of_sums
 from redraft.evaluate.summary import PLAIN
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
+from redraft.settings.shapes import ChainShape, Shape
 from redraft.target import Target
 
 SCHEMA = "redraft.bench/1"

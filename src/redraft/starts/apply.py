@@ -13,6 +13,7 @@ from typing import Any
 from redraft.data.store import Row
 from redraft.errors import UserError
 from redraft.registries import STARTS
+from redraft.settings.texts import parse_start
 from redraft.target import Target
 
 
@@ -53,21 +54,6 @@ class Start:
     needs: frozenset[str]
     about: str
     run: Callable[[Any, StartContext], StartResult]
-
-
-def parse_start(text: str) -> list[str]:
-    """The names in ``ridge`` or ``vocabulary+ridge``. Raises ``UserError`` for an unknown name or one given twice."""
-    names = [part.strip() for part in text.split("+")]
-    for name in names:
-        STARTS.get(name)
-    if len(set(names)) < len(names):
-        raise UserError(f"start {text!r} names a start twice; give each once")
-    return names
-
-
-def start_needs(text: str) -> frozenset[str]:
-    """What the starts that ``text`` names need of the context. Raises ``UserError`` for an unknown name."""
-    return frozenset().union(*(STARTS.get(name).needs for name in parse_start(text)))
 
 
 def apply_start(text: str, draft: Any, context: StartContext) -> StartResult:

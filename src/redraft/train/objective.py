@@ -21,7 +21,7 @@ from redraft.target import Head
 from redraft.train.portions import portions, sum_over_portions
 
 if TYPE_CHECKING:
-    from redraft.train.trainer import TrainConfig
+    from redraft.settings.training import TrainConfig
 
 
 class Objective(Protocol):
