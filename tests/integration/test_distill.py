@@ -13,13 +13,13 @@ import typer
 from tokenizers import AddedToken
 from typer.testing import CliRunner
 
-from redraft.adaptation.distill import DistillRun, served_target
+from redraft.adaptation.distill import DistillRun
 from redraft.adaptation.distill_config import read_distill_config
 from redraft.artifact import META_FILE
 from redraft.cli import distill as command
 from redraft.data.store import read_rows
 from redraft.errors import UserError
-from redraft.loading import load_target, open_standalone
+from redraft.loading import load_target, open_standalone, read_facts
 from redraft.target import Target
 from redraft.train.checkpoint import Checkpoint
 
@@ -209,7 +209,7 @@ def test_another_tokenizer_is_refused(place: Path, tmp_path: Path) -> None:
 
 
 def test_a_served_target_has_the_shape_of_the_real_one(place: Path) -> None:
-    served, real = served_target(str(place / "target"), "cpu"), load_target(str(place / "target"))
+    served, real = read_facts(str(place / "target")), load_target(str(place / "target"))
     assert served.parameters_per_token == real.parameters_per_token and served.vocab_size == real.vocab_size
     assert served.eos_ids == real.eos_ids and served.device == torch.device("cpu")
 

@@ -30,7 +30,7 @@ from redraft.evaluate.speed import BenchConfig
 from redraft.export import EXPORTERS
 from redraft.export.base import check_export, check_formats
 from redraft.features import FeatureStore
-from redraft.loading import ADAPTER_FILE, notes_of, served_otherwise
+from redraft.loading import ADAPTER_FILE
 from redraft.progress import progress_bar
 from redraft.report.page import build_report
 from redraft.rows import anchors
@@ -59,9 +59,9 @@ class AdaptRun:
     def target(self) -> Target:
         c, target = self.config, self._open(self.config.dtype)
         self.say(f"target {c.target}: {target.verdict()}")
-        for note in notes_of(target):
+        for note in target.notes:
             self.say(f"note on {c.target}: {note}")
-        if rounded := served_otherwise(target):
+        if rounded := target.rounding:
             self.say(
                 f"note on {c.target}: it is served with quantised {rounded}; its text, also that of held-out prompts, "
                 "is the server's, and what is computed here is near it: measure with redraft bench --server"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -35,51 +34,16 @@ from redraft.export.base import check_export
 from redraft.features import ComputedFeatures, FeatureStore
 from redraft.loading import (
     check_tokenizers,
-    load_tokenizer,
-    locate,
-    one_line,
     open_standalone,
-    quiet,
+    read_facts,
     tokenizer_hash,
 )
 from redraft.progress import progress_bar
 from redraft.rows import anchors
-from redraft.target import Target
 from redraft.train.distil import distil
 from redraft.train.loop import LoopResult
 from redraft.train.pretrain import pretrain
 from redraft.train.teachers import StateTeacher, Teacher, TokenTeacher, TopTeacher
-
-SERVED = "served"
-
-
-class ServedTarget(Target):
-    """A target of which config and tokenizer are here and the weights behind a server: shape facts and no forward."""
-
-    placed = torch.device("cpu")
-
-    @property
-    def device(self) -> torch.device:
-        """Where a draft for it belongs."""
-        return self.placed
-
-    def content_hash(self) -> str:
-        """A fingerprint of the config: the weights cannot be looked at."""
-        text = json.dumps(self.config.to_dict(), sort_keys=True, default=str)
-        return f"{SERVED}-{hashlib.sha256(text.encode()).hexdigest()[:9]}"
-
-
-def served_target(name: str, device: str) -> ServedTarget:
-    """The target at ``name``, a folder or hub id, without its weights. Raises ``UserError``."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with quiet(), one_line(f"the config of {name}"):
-        config = AutoConfig.from_pretrained(**locate(name))
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    target = ServedTarget(model, load_tokenizer(name), name=name, taps=())
-    target.placed = torch.device(device)
-    return target
 
 
 class DistillRun:
@@ -92,10 +56,11 @@ class DistillRun:
 
     # -- what the stages work on -------------------------------------------------------------------------------
     @cached_property
-    def target(self) -> Target:
+    def target(self) -> Any:
+        """The target; of one that is behind a server alone, what config and tokenizer say."""
         c = self.config
         if c.server_only:
-            served = served_target(c.target, c.device)
+            served = read_facts(c.target, device=c.device)
             settle_template(served.tokenizer, c.template_arg, self.folder)
             return served
         target = open_target(c.target, c.dtype, c.device, c.adapter, c.template_arg, self.folder)

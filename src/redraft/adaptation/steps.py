@@ -17,6 +17,7 @@ from redraft.adaptation.models import (
     open_proposer,
     open_target,
     prompt_rows,
+    settle_template,
     use_target_embedding,
 )
 from redraft.adaptation.probe import ProbeResult, probe
@@ -44,16 +45,7 @@ from redraft.drafts.standalone.files import save_standalone
 from redraft.errors import UserError
 from redraft.export import EXPORTERS, ExportReport, TargetInfo, import_checkpoint
 from redraft.export.importer import is_language_model
-from redraft.loading import (
-    ADAPTER_FILE,
-    adapter_base,
-    load_tokenizer,
-    locate,
-    notes_of,
-    one_line,
-    quiet,
-    read_standalone,
-)
+from redraft.loading import load_tokenizer, open_facts, quiet, read_facts, read_standalone
 from redraft.progress import Progress, progress_bar
 from redraft.rows import anchors
 from redraft.sampling import Sampler
@@ -61,7 +53,7 @@ from redraft.select import ScoringContext, parse_scorer
 from redraft.select.acceptance import alpha_measurer
 from redraft.select.manifest import Manifest
 from redraft.select.rules import check_order, choose, parse_budget
-from redraft.target import Target
+from redraft.target import Facts, Target
 
 
 @dataclass(frozen=True)
@@ -80,9 +72,15 @@ class TargetSpec:
         target = open_target(self.name, chosen, self.device, self.adapter, self.template_args, served=served)
         if dtype is None:
             print(f"target {self.name}: {target.verdict()}", flush=True)
-            for note in notes_of(target):
+            for note in target.notes:
                 print(f"note on {self.name}: {note}", flush=True)
         return target
+
+    def facts(self) -> Facts:
+        """What is known of it, where nothing is computed with it here. Raises ``UserError``."""
+        found = open_facts(self.name, self.adapter)
+        settle_template(found.tokenizer, self.template_args)
+        return found
 
 
 def check_output(path: Path, suffix: str = "") -> None:
@@ -116,10 +114,14 @@ def regenerate_file(
     if server:
         check_address(server)
     conversations = read_conversations(prompts)
-    target = spec.open(served=bool(server))
-    engine: Any = InProcessEngine(target, batch_size)
+    engine: Any
+    target: Facts
     if server:
+        target = spec.facts()
         engine = ServerEngine(server, server_model, batch_size, vocab_size=target.vocab_size)
+    else:
+        target = opened = spec.open()
+        engine = InProcessEngine(opened, batch_size)
     with progress_bar("regenerate", expected_rows(conversations, samplers), "rows") as progress:
         return regenerate(
             engine,
@@ -207,12 +209,7 @@ def _write_kept(manifest: Manifest, rows: Sequence[Any], asked: Sequence[Convers
 # -- merge and export ------------------------------------------------------------------------------------------------
 def target_info(name: str) -> TargetInfo:
     """The facts about a target that a draft must fit, without its weights. Raises ``UserError``."""
-    from transformers import AutoConfig
-
-    base = adapter_base(name) if (Path(name) / ADAPTER_FILE).is_file() else name
-    with quiet(), one_line(f"the config of {base}"):
-        config = AutoConfig.from_pretrained(**locate(base))
-    return TargetInfo.of(config, name)
+    return TargetInfo.of(read_facts(name, tokenizer=False), name)
 
 
 def read_draft(source: str, info: TargetInfo | None, base: str | None = None) -> tuple[Proposer, dict[str, Any]]:

@@ -59,12 +59,12 @@ class TargetInfo:
 
     @classmethod
     def of(cls, source: Any, name: str = "") -> TargetInfo:
-        """From a ``redraft.target.Target``, a Hugging Face config (also of a model with a text part), or itself."""
+        """From ``redraft.target.Facts``, a target among them, a Hugging Face config, also of more than text, or itself."""
         if isinstance(source, TargetInfo):
             return source
         config = getattr(source, "config", source)
         # A target's config is that of its text part; engines know the model by the whole one's name.
-        whole = getattr(getattr(source, "model", None), "config", config)
+        whole = getattr(source, "whole_config", config)
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         return cls(
             name=name or getattr(source, "name", "") or getattr(config, "_name_or_path", "") or "",

@@ -2,9 +2,10 @@
 
 ``places`` finds the files, ``checkpoint`` reads a model strictly, ``quantised`` knows what quantised checkpoints
 compute, ``adapters`` merges PEFT adapters, ``tokenizers`` reads and compares tokenizers, ``targets`` puts these
-together and ``standalone`` opens standalone drafts.
+together, ``parts`` reads facts and head without the model, and ``standalone`` opens standalone drafts.
 """
 
+from redraft.loading.parts import open_facts, open_head, read_facts
 from redraft.loading.places import (
     ADAPTER_FILE,
     CACHE_FILES,
@@ -17,7 +18,7 @@ from redraft.loading.places import (
 )
 from redraft.loading.quiet import one_line, quiet
 from redraft.loading.standalone import open_standalone, read_standalone
-from redraft.loading.targets import load_target, load_tokenizer, notes_of, served_otherwise
+from redraft.loading.targets import load_target, load_tokenizer
 from redraft.loading.tokenizers import check_tokenizers, tokenizer_hash
 
 __all__ = [
@@ -32,11 +33,12 @@ __all__ = [
     "load_target",
     "load_tokenizer",
     "locate",
-    "notes_of",
     "one_line",
+    "open_facts",
+    "open_head",
     "open_standalone",
     "quiet",
+    "read_facts",
     "read_standalone",
-    "served_otherwise",
     "tokenizer_hash",
 ]

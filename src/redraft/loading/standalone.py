@@ -9,9 +9,10 @@ import torch
 
 from redraft.artifact import META_FILE, read_json
 from redraft.errors import UserError
-from redraft.loading.places import ADAPTER_FILE, adapter_base, locate
-from redraft.loading.quiet import one_line, quiet
-from redraft.loading.targets import load_target, notes_of
+from redraft.loading.parts import read_config
+from redraft.loading.places import locate, split_adapter
+from redraft.loading.quiet import quiet
+from redraft.loading.targets import load_target
 from redraft.loading.tokenizers import check_tokenizers
 from redraft.target import Target
 
@@ -47,7 +48,7 @@ def read_standalone(source: str | Path, base: str | Path | None = None) -> tuple
     found.tap(())  # its hooks would stay on the model and keep states that nobody reads
     _check_passes(found, source)
     about = {"family": "standalone", "method": None, "source": str(source), "format": "huggingface"}
-    meta = about | {"notes": list(notes_of(found))}
+    meta = about | {"notes": list(found.notes)}
     return StandaloneDraft(found.model.requires_grad_(True), found.tokenizer), meta
 
 
@@ -69,11 +70,9 @@ def _check_passes(model: Target, source: str | Path) -> None:
 
 def _file_dtype(spec: str) -> torch.dtype:
     """The data type that a checkpoint's config names: that of its file."""
-    from transformers import AutoConfig
-
-    base = adapter_base(spec) if (Path(spec) / ADAPTER_FILE).is_file() else spec
-    with quiet(), one_line(f"the config of {base}"):
-        config = AutoConfig.from_pretrained(**locate(base))
+    base, _ = split_adapter(spec)
+    with quiet():
+        config = read_config(locate(base), base)
     named = config.dtype or config.get_text_config().dtype
     return named if isinstance(named, torch.dtype) else torch.float32
 

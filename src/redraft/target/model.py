@@ -54,9 +54,9 @@ class Target(Head):
         name: str = "",
         taps: Sequence[int] | None = None,
         notes: Sequence[str] = (),
-        rounds: str | None = None,
+        rounding: str | None = None,
     ) -> None:
-        """``notes`` and ``rounds`` as :class:`~redraft.target.Facts` has them.
+        """``notes`` and ``rounding`` as :class:`~redraft.target.Facts` has them.
 
         Raises ``UserError`` for a model that is no stack of decoder layers with a final norm and a head.
         """
@@ -64,7 +64,7 @@ class Target(Head):
         self.backbone: Any = text_decoder(model)
         generation = getattr(model, "generation_config", None)
         super().__init__(
-            Facts(name, model.config, tokenizer, generation=generation, notes=tuple(notes), rounds=rounds),
+            Facts(name, model.config, tokenizer, generation=generation, notes=tuple(notes), rounding=rounding),
             plain_embedding(self.backbone.get_input_embeddings()),
             final_norm(self.backbone),
             model.get_output_embeddings(),
@@ -81,7 +81,7 @@ class Target(Head):
     def layers(self) -> int:
         return len(self.backbone.layers)
 
-    @property
+    @cached_property
     def parameters_per_token(self) -> int:
         """See :attr:`redraft.target.Facts.parameters_per_token`."""
         return parameters_per_token(self.model)
