@@ -23,7 +23,7 @@ from redraft.train.loop import Step
 from redraft.train.pretrain import PretrainConfig, TextSteps
 from redraft.train.teachers import StateTeacher
 from redraft.train.trainer import TrainConfig, Trainer
-from redraft.train.workers import SINGLE, Shares, TorchWorkers, Workers, present_workers, sum_gradients
+from redraft.train.workers import SINGLE, Shares, Workers, sum_gradients
 
 BUILDERS = runpy.run_path(str(Path(__file__).parents[1] / "tiny_models.py"))
 
@@ -41,7 +41,7 @@ def together(work: Callable[[Workers], None], meet: Path) -> None:
 
 def _member(work: Callable[[Workers], None], rank: int, meet: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=2)
-    work(present_workers())
+    work(Workers.present())
     torch.distributed.destroy_process_group()
 
 
@@ -65,11 +65,11 @@ def store(target: Target, rows: list[Row], tmp_path_factory: pytest.TempPathFact
 
 
 def test_alone_and_in_a_group(tmp_path: Path) -> None:
-    assert present_workers() is not None and present_workers().size == 1
+    assert Workers.present().size == 1 and Workers.present().writes
     assert SINGLE.sum(torch.tensor([1.0, 2.0])).tolist() == [1.0, 2.0]
 
     def work(workers: Workers) -> None:
-        assert isinstance(workers, TorchWorkers) and workers.size == 2 and workers.writes == (workers.rank == 0)
+        assert workers.size == 2 and workers.writes == (workers.rank == 0)
         assert workers.sum(torch.tensor([1.0 + workers.rank, 10.0])).tolist() == [3.0, 20.0]
         one, other, none = (torch.zeros(2, requires_grad=True) for _ in range(3))
         (one if workers.rank else other).grad = torch.ones(2)
@@ -81,14 +81,11 @@ def test_alone_and_in_a_group(tmp_path: Path) -> None:
 
 
 def test_a_worker_without_a_part_stands_in_and_counts_for_nothing() -> None:
-    class Second:
-        rank, size = 1, 2
-
+    class Second(Workers):
         def sum(self, tensor: torch.Tensor) -> torch.Tensor:
             return tensor + 10
 
-    worker: Any = Second()
-    shares = Shares(worker)
+    shares = Shares(Second(1, 2))
     assert shares.of(range(5)) == range(1, 5, 2) and shares.sum(torch.ones(1)) == 11 and shares.loss(torch.ones(1)) == 1
     assert shares.of([7]) == [7] and shares.sum(torch.ones(1)) == 10 and shares.loss(torch.ones(1)) == 0
     assert Shares(SINGLE).of([7, 8]) == [7, 8]

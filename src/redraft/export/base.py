@@ -59,7 +59,7 @@ class TargetInfo:
 
     @classmethod
     def of(cls, source: Any, name: str = "") -> TargetInfo:
-        """From ``redraft.target.Facts``, a target among them, a Hugging Face config, also of more than text, or itself."""
+        """From ``redraft.target.Facts`` (a target is one), a Hugging Face config, also of more than text, or itself."""
         if isinstance(source, TargetInfo):
             return source
         config = getattr(source, "config", source)
