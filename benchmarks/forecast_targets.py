@@ -45,7 +45,8 @@ from redraft.drafts.base import Draft
 from redraft.drafts.groups import PrivateSize, prepare
 from redraft.errors import UserError
 from redraft.evaluate.speed import tau_interval
-from redraft.features.store import FeatureStore, anchors
+from redraft.features.store import FeatureStore
+from redraft.rows import anchors
 from redraft.starts.apply import StartContext, apply_start
 from redraft.starts.vocabulary import coverage
 from redraft.target import Target

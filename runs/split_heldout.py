@@ -14,7 +14,8 @@ from redraft.adaptation.quickstart import EMBEDDED
 from redraft.adaptation.stage1 import save_general, split_rows
 from redraft.artifact import atomic_write_bytes
 from redraft.data.store import encode_row, read_rows
-from redraft.features.store import FeatureStore, anchors
+from redraft.features.store import FeatureStore
+from redraft.rows import anchors
 from redraft.starts.vocabulary import coverage
 
 

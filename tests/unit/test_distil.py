@@ -16,14 +16,16 @@ from redraft.data.generate import Request, generate
 from redraft.data.logprobs import parse_top
 from redraft.data.packed import PackedText, TextSource
 from redraft.data.store import Row
+from redraft.drafts.standalone.causal import CausalModel
+from redraft.drafts.standalone.objective import Distillation
 from redraft.errors import UserError
-from redraft.features.store import FeatureStore, anchors
+from redraft.features.store import FeatureStore
 from redraft.losses import LOSSES
+from redraft.rows import anchors
 from redraft.sampling import Sampler
 from redraft.target import Target
-from redraft.train.causal import CausalModel
 from redraft.train.checkpoint import Checkpoint
-from redraft.train.distil import DistilConfig, Distillation, MixedSteps, distil, step_order
+from redraft.train.distil import DistilConfig, MixedSteps, distil, step_order
 from redraft.train.supervision import StateTeacher, TokenTeacher, TopTeacher
 
 HERE = Path(__file__).parents[1]

@@ -11,32 +11,33 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from batched import BatchedChainDecoder
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from redraft.acceptance.simulate import expected_rounds_sampled, row_alphas, simulate_greedy_chain
-from redraft.acceptance.unroll import collate, unroll
 from redraft.adaptation.models import open_draft
 from redraft.adaptation.probe import probe
 from redraft.artifact import load_draft, load_private, save_draft, save_private, tensors_hash
 from redraft.data.store import Row
-from redraft.decode import make_decoder
-from redraft.decode.batched import BatchedChainDecoder
 from redraft.decode.engine import ChainDecoder, PlainDecoder
+from redraft.decode.make import make_decoder
 from redraft.decode.static import StaticChainDecoder
 from redraft.decode.tree import ChainShape, parse_shape
 from redraft.drafts.base import check_fit, family_of, fresh, use_target_embedding
+from redraft.drafts.eagle.unroll import collate, unroll
 from redraft.drafts.eagle1 import FINAL_TAP, Eagle1Config, Eagle1Draft, fresh_eagle1
+from redraft.drafts.eagle1.objective import CHUNK, Recipe, RegressionObjective, row_lengths
 from redraft.drafts.experts import attach_private, merge_private
 from redraft.drafts.groups import PrivateSize, group_of, prepare
 from redraft.errors import UserError
 from redraft.evaluate.speed import BenchConfig, Prompt, bench
 from redraft.export import EXPORTERS
-from redraft.features.store import FeatureStore, anchors
+from redraft.features.store import FeatureStore
+from redraft.rows import anchors
 from redraft.sampling import Sampler
 from redraft.target import FINAL, Target
 from redraft.train.objective import make_objective
 from redraft.train.optimizer import make_optimizers
-from redraft.train.regression import CHUNK, Recipe, RegressionObjective, row_lengths
 from redraft.train.trainer import TrainConfig, Trainer
 
 TOYS = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("toys.py"))))
@@ -208,7 +209,7 @@ def learnt(target: Target, rows: list[Row], store: FeatureStore, steps: int = 80
 
 def test_the_simulated_chain_is_the_decoded_one(target, rows, store):
     draft = learnt(target, rows, store)
-    simulated = simulate_greedy_chain(draft, target, rows, store, GAMMA, batch_anchors=40)
+    simulated = simulate_greedy_chain(draft, target, rows, store, GAMMA)
     decoder = ChainDecoder(target, draft, GAMMA)
     runs = {row.key: decoder.generate(row.prompt_ids, TOKENS).rounds for row in rows}
     decoded = {key: [min(found.accepted, len(found.kept)) for found in rounds] for key, rounds in runs.items()}

@@ -13,15 +13,8 @@ from redraft.data.generate import Completion, Request, generate
 from redraft.data.regenerate import Kept
 from redraft.data.store import Row
 from redraft.errors import UserError
-from redraft.features.store import (
-    ENOUGH_TOKENS,
-    MOST_PADDING,
-    SPARE_BYTES,
-    FeatureStore,
-    anchors,
-    common_prefix,
-    length_batches,
-)
+from redraft.features.store import ENOUGH_TOKENS, MOST_PADDING, SPARE_BYTES, FeatureStore, common_prefix
+from redraft.rows import anchors, length_batches
 from redraft.sampling import Sampler
 from redraft.target import Target
 

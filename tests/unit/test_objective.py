@@ -16,16 +16,18 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from redraft.acceptance.unroll import Batch, collate, supervised, unroll
 from redraft.data.store import Row
+from redraft.drafts.eagle.unroll import Batch, collate, supervised, unroll
 from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
+from redraft.drafts.eagle3.objective import UnrollObjective
 from redraft.drafts.groups import PrivateSize, prepare
 from redraft.features.store import FeatureStore
 from redraft.losses import LOSSES
+from redraft.losses.portions import portions, sum_over_portions
 from redraft.target import Target
-from redraft.train.objective import UnrollObjective, WithExtraLoss, make_objective, sum_over_workers
-from redraft.train.portions import portions, sum_over_portions
+from redraft.train.objective import WithExtraLoss, make_objective
 from redraft.train.trainer import TrainConfig, Trainer
+from redraft.train.workers import sum_over_workers
 
 J, WORDS, WIDTH = 3, 120, 32
 EXACT = [name for name, loss in LOSSES.items() if not getattr(loss, "sampled", False)]

@@ -16,14 +16,15 @@ import torch
 
 from redraft import provenance
 from redraft.acceptance.simulate import simulate_greedy_chain, tau_of
-from redraft.acceptance.unroll import collate
 from redraft.adaptation.replay import replay
 from redraft.data.store import REFERENCE, Row
 from redraft.decode.engine import ChainDecoder, PlainDecoder
+from redraft.drafts.eagle.unroll import collate
 from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
 from redraft.errors import UserError
-from redraft.features.store import FeatureStore, anchors
+from redraft.features.store import FeatureStore
 from redraft.losses import LOSSES
+from redraft.rows import anchors
 from redraft.target import Target
 from redraft.train.replay import (
     ReplayBatch,
@@ -87,7 +88,7 @@ def test_the_states_are_those_that_decoding_meets(
     target: Target, rows: list[Row], store: FeatureStore, draft: Eagle3Draft
 ) -> None:
     settings = ReplayConfig(passes=1, accepted=1.0, failed=5.0)
-    found = replay_states(draft, target, rows, store, GAMMA, settings, batch_anchors=60)
+    found = replay_states(draft, target, rows, store, GAMMA, settings)
     decoder, lost, rounds = ChainDecoder(target, draft, gamma=GAMMA), 0, 0
     for row in rows:
         expected = torch.zeros(anchors(row), GAMMA)

@@ -29,10 +29,11 @@ from redraft.drafts.groups import prepare, trained_parameters
 from redraft.evaluate.speed import BenchConfig
 from redraft.export import EXPORTERS
 from redraft.export.base import check_export, check_formats
-from redraft.features.store import FeatureStore, anchors
+from redraft.features.store import FeatureStore
 from redraft.loading import ADAPTER_FILE, notes_of, served_otherwise
 from redraft.progress import progress_bar
 from redraft.report.page import build_report
+from redraft.rows import anchors
 from redraft.select import Scorer, ScoringContext, parse_scorer
 from redraft.select.acceptance import alpha_measurer
 from redraft.select.manifest import Manifest, read_manifest

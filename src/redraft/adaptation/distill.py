@@ -14,8 +14,7 @@ from typing import Any
 import torch
 
 from redraft import provenance
-from redraft.acceptance.simulate import tau_of
-from redraft.acceptance.standalone import simulate_greedy_standalone
+from redraft.acceptance.simulate import simulate_greedy_chain, tau_of
 from redraft.adaptation.distill_config import DistillConfig, claim_distill
 from redraft.adaptation.models import open_target, settle_template
 from redraft.adaptation.sources import Source
@@ -32,7 +31,7 @@ from redraft.drafts.standalone.shapes import fresh_standalone, shape_for
 from redraft.errors import UserError
 from redraft.export import EXPORTERS
 from redraft.export.base import check_export
-from redraft.features.store import FeatureStore, anchors
+from redraft.features.store import FeatureStore
 from redraft.loading import (
     check_tokenizers,
     load_tokenizer,
@@ -43,6 +42,7 @@ from redraft.loading import (
     tokenizer_hash,
 )
 from redraft.progress import progress_bar
+from redraft.rows import anchors
 from redraft.target import Target
 from redraft.train.descent import DescentResult
 from redraft.train.distil import distil
@@ -277,7 +277,7 @@ class DistillRun:
     def efficiency(self, draft: StandaloneDraft, heldout: Sequence[Row]) -> Callable[[], float]:
         """Tokens a target call on the held-out responses, as the draft stands when it is asked."""
         gamma = self.config.align_config().gamma
-        return lambda: tau_of(simulate_greedy_standalone(draft, self.target, heldout, gamma), list(heldout))
+        return lambda: tau_of(simulate_greedy_chain(draft, self.target, heldout, None, gamma), list(heldout))
 
     def export(self) -> list[Path]:
         """Write the drafter in every format asked for."""

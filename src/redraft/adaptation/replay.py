@@ -12,8 +12,9 @@ from redraft import provenance
 from redraft.adaptation.stages import Say, run_training
 from redraft.artifact import atomic_write_json, read_checked, read_json, write_checked
 from redraft.data.store import Row
-from redraft.features.store import FeatureStore, anchors
+from redraft.features.store import FeatureStore
 from redraft.progress import progress_bar
+from redraft.rows import anchors
 from redraft.target import Target
 from redraft.train.replay import ReplayConfig, ReplayTrainer, replay_settings, replay_states
 from redraft.train.trainer import TrainConfig, TrainResult

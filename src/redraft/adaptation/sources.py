@@ -23,9 +23,10 @@ from redraft.data.selfprompts import self_prompts
 from redraft.data.store import Row, read_rows
 from redraft.errors import UserError
 from redraft.evaluate.speed import Prompt
-from redraft.features.store import FeatureStore, anchors
+from redraft.features.store import FeatureStore
 from redraft.loading import served_otherwise
 from redraft.progress import progress_bar
+from redraft.rows import anchors
 from redraft.sampling import Sampler, samplers_of
 from redraft.target import Target
 

@@ -16,8 +16,9 @@ from redraft.data.store import Row
 from redraft.drafts.base import Draft, fresh
 from redraft.errors import UserError
 from redraft.evaluate.speed import tau_interval
-from redraft.features.store import FeatureStore, anchors
+from redraft.features.store import FeatureStore
 from redraft.loading import tokenizer_hash
+from redraft.rows import anchors
 from redraft.target import Target
 from redraft.train.trainer import TrainConfig, Trainer
 

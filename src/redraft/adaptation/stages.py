@@ -19,9 +19,10 @@ from redraft.drafts.experts import merge_private
 from redraft.drafts.groups import METHODS, PrivateSize, mergeable
 from redraft.drafts.scaling import coarse_change
 from redraft.errors import UserError
-from redraft.features.store import FeatureStore, anchors
+from redraft.features.store import FeatureStore
 from redraft.loading import tokenizer_hash
 from redraft.progress import progress_bar
+from redraft.rows import anchors
 from redraft.target import Target
 from redraft.train.trainer import Trainer, TrainResult
 

@@ -44,7 +44,6 @@ from redraft.drafts.standalone.files import save_standalone
 from redraft.errors import UserError
 from redraft.export import EXPORTERS, ExportReport, TargetInfo, import_checkpoint
 from redraft.export.importer import is_language_model
-from redraft.features.store import anchors
 from redraft.loading import (
     ADAPTER_FILE,
     adapter_base,
@@ -56,6 +55,7 @@ from redraft.loading import (
     read_standalone,
 )
 from redraft.progress import Progress, progress_bar
+from redraft.rows import anchors
 from redraft.sampling import Sampler
 from redraft.select import ScoringContext, parse_scorer
 from redraft.select.acceptance import alpha_measurer

@@ -14,7 +14,7 @@ from redraft.data.overlap import same_text, trained_conversations
 from redraft.data.store import Row, encode_row
 from redraft.data.traces import read_traces
 from redraft.evaluate.speed import Prompt
-from redraft.features.store import anchors
+from redraft.rows import anchors
 from redraft.target import Target
 
 

@@ -16,7 +16,8 @@ from redraft.artifact import atomic_write_json
 from redraft.data.store import TRAFFIC, Row, read_rows
 from redraft.drafts.groups import PrivateSize, method, prepare
 from redraft.errors import UserError
-from redraft.features.store import FeatureStore, anchors
+from redraft.features.store import FeatureStore
+from redraft.rows import anchors
 from redraft.select.manifest import read_manifest
 from redraft.train.checkpoint import stored_precision
 from redraft.train.trainer import TrainConfig, Trainer, TrainResult

@@ -12,8 +12,8 @@ from redraft.adaptation.steps import TargetSpec, check_output
 from redraft.artifact import atomic_write_json, save_draft
 from redraft.data.store import read_rows
 from redraft.errors import UserError
-from redraft.features.store import anchors
 from redraft.loading import tokenizer_hash
+from redraft.rows import anchors
 from redraft.starts.vocabulary import Coverage, RefreshReport, coverage, refresh_vocabulary
 
 SCHEMA = "redraft.vocabulary/1"

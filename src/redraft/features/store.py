@@ -28,6 +28,7 @@ from redraft.artifact import atomic_write_json, read_json, tensors_hash, write_s
 from redraft.data.regenerate import Kept
 from redraft.data.store import Row
 from redraft.errors import UserError
+from redraft.rows import anchors, length_batches
 from redraft.target import KeyValueCache, Target
 
 SHARD_BYTES = 256 * 2**20
@@ -37,13 +38,6 @@ SPARE_BYTES = 2**30
 OPEN_SHARDS = 256
 INDEX_FILE, CHECKSUMS = "index.json", "checksums"
 MEND = "delete that file and give the same command again, which computes its rows anew"
-MOST_PADDING = 0.06
-ENOUGH_TOKENS = 512
-
-
-def anchors(row: Row) -> int:
-    """How many positions of a row can be supervised."""
-    return max(0, len(row.response_ids) - 1)
 
 
 def feature_bytes(rows: Sequence[Row], target: Target) -> int:
@@ -51,26 +45,6 @@ def feature_bytes(rows: Sequence[Row], target: Target) -> int:
     width = target.hidden_size * target.head.weight.element_size()
     positions = sum(len(r.prompt_ids) + anchors(r) - 1 for r in rows if anchors(r))
     return positions * len(target.taps) * width + sum(anchors(r) for r in rows) * width
-
-
-def length_batches(rows: Sequence[Row], batch_tokens: int) -> Iterator[list[Row]]:
-    """Rows of similar length together, at most ``batch_tokens`` padded tokens a batch.
-
-    A batch that is large enough to keep the machine busy is closed before a row that would pad the others by more
-    than ``MOST_PADDING``.
-    """
-    batch: list[Row] = []
-    held = 0
-    for row in sorted(rows, key=lambda r: (len(r.prompt_ids) + len(r.response_ids), r.key)):
-        longest = len(row.prompt_ids) + len(row.response_ids)
-        padded = len(batch) * longest > (1 + MOST_PADDING) * held and held >= ENOUGH_TOKENS
-        if batch and (padded or (len(batch) + 1) * longest > batch_tokens):
-            yield batch
-            batch, held = [], 0
-        batch.append(row)
-        held += longest
-    if batch:
-        yield batch
 
 
 def common_prefix(rows: Sequence[Row]) -> list[int]:

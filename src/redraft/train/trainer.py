@@ -12,19 +12,19 @@ from typing import Any
 
 import torch
 
-from redraft.acceptance.simulate import anchor_batches, simulate_greedy_chain, tau_of
-from redraft.acceptance.unroll import Batch, collate
+from redraft.acceptance.simulate import simulate_greedy_chain, tau_of
 from redraft.data.store import Row
 from redraft.drafts.base import Draft
 from redraft.errors import UserError
-from redraft.features.store import FeatureStore, anchors
+from redraft.features.store import FeatureStore
 from redraft.losses import LOSSES
 from redraft.progress import Progress
+from redraft.rows import anchor_batches, anchors
 from redraft.target import Target
 from redraft.train.aim import STEPS, aim_updates, settle, waiting
 from redraft.train.checkpoint import rows_digest
 from redraft.train.descent import Descent, DescentConfig, Step
-from redraft.train.objective import Objective, make_objective
+from redraft.train.workers import sum_over_workers
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Trainer:
         self.heldout = [r for r in heldout if anchors(r)]
         if not self.rows or not self.heldout:
             raise UserError("no row has two or more response tokens to train or to evaluate on; give longer responses")
-        self.objective = self.new_objective()
+        self.objective = draft.objective(target, config, sum_over_workers)
         self.trained = [(n, p) for n, p in draft.named_parameters() if p.requires_grad]
         if any(p.dtype != torch.float32 for _, p in self.trained):
             raise ValueError("a draft is trained in float32; autocast sees to the rest")
@@ -122,10 +122,6 @@ class Trainer:
             precision="bfloat16" if target.dtype == torch.bfloat16 else "float32",
             before=self.aim,
         )
-
-    def new_objective(self) -> Objective:
-        """What a step minimises: by default what the draft's family trains with."""
-        return make_objective(self.draft, self.target, self.config)
 
     def evaluate(self) -> float:
         """tau_pooled of a greedy chain on the held-out rows."""
@@ -173,7 +169,7 @@ class Trainer:
         for batch, size in self.batches(begin):
             yield Step([partial(self.objective, batch)], size)
 
-    def batches(self, begin: int) -> Iterator[tuple[Batch, int]]:
+    def batches(self, begin: int) -> Iterator[tuple[Any, int]]:
         """The collated batches of step ``begin`` and all later ones, each with its supervised positions."""
         epoch, offset = 0, 0
         while True:
@@ -182,6 +178,6 @@ class Trainer:
                 yield self.collated(rows).to(self.target.device), sum(map(anchors, rows))
             epoch, offset = epoch + 1, offset + len(order)
 
-    def collated(self, rows: Sequence[Row]) -> Batch:
+    def collated(self, rows: Sequence[Row]) -> Any:
         """The batch of these rows, as the objective reads it."""
-        return collate(rows, self.store, self.config.unroll)
+        return self.objective.collate(rows, self.store)

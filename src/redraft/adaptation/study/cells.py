@@ -26,9 +26,9 @@ from redraft.drafts.experts import merge_private
 from redraft.drafts.groups import mergeable, method, prepare, trained_parameters
 from redraft.drafts.scaling import coarse_change
 from redraft.errors import UserError
-from redraft.features.store import anchors
 from redraft.loading import tokenizer_hash
 from redraft.progress import Progress
+from redraft.rows import anchors
 from redraft.sampling import Sampler
 from redraft.starts.apply import StartContext, StartResult, apply_start
 from redraft.train.replay import check_replayable

@@ -21,8 +21,8 @@ from redraft.adaptation.study.speed import speed_cells, speed_of
 from redraft.artifact import atomic_write_json, read_json
 from redraft.errors import UserError
 from redraft.evaluate.study import SCHEMA, derive
-from redraft.features.store import anchors
 from redraft.progress import Progress, progress_bar
+from redraft.rows import anchors
 from redraft.select.rules import parse_budget
 from redraft.target import Target
 

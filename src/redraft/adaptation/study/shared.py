@@ -31,7 +31,8 @@ from redraft.data.store import Row, read_rows
 from redraft.data.traces import read_traces
 from redraft.decode.tree import DynamicTree, StaticTree
 from redraft.errors import UserError
-from redraft.features.store import FeatureStore, anchors
+from redraft.features.store import FeatureStore
+from redraft.rows import anchors
 from redraft.sampling import Sampler
 from redraft.select import ScoringContext, parse_scorer, score_rows
 from redraft.select.acceptance import alpha_measurer

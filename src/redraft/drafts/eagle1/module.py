@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from redraft.artifact import FAMILIES
 from redraft.drafts.config import EagleConfig, heads_of, inner_width, rope_of
 from redraft.drafts.experts import SharedPrivateMLP, merge_private
+from redraft.drafts.glue import EagleGlue
 from redraft.drafts.layers import Attend, Attention, DraftLayer, Linear, RMSNorm, Rotary
 from redraft.drafts.routing import balance_loss
 from redraft.errors import UserError
@@ -88,11 +89,15 @@ class _Head:
         return self.scale(self.project(states))
 
 
-class Eagle1Draft(nn.Module):
+class Eagle1Draft(EagleGlue, nn.Module):
     """Weights and forward of an Eagle1 draft. Its head is the target's: :meth:`bind` it before asking for logits."""
 
     family: ClassVar[str] = "eagle1"
-    objective: ClassVar[str] = "regression"
+
+    def objective(self, target, settings, reduce):
+        from redraft.drafts.eagle1.objective import RegressionObjective
+
+        return RegressionObjective(self, target, settings, reduce)
 
     def __init__(self, config: Eagle1Config) -> None:
         super().__init__()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from redraft.artifact import FAMILIES
 from redraft.drafts.config import EagleConfig, heads_of, inner_width, rope_of
 from redraft.drafts.experts import SharedPrivateMLP, merge_private
+from redraft.drafts.glue import EagleGlue
 from redraft.drafts.layers import Attend, Attention, DraftLayer, Linear, RMSNorm, Rotary, norm_weight
 from redraft.drafts.routing import balance_loss
 from redraft.errors import UserError
@@ -66,11 +67,18 @@ class Eagle3Layer(DraftLayer):
         return torch.cat([self.input_layernorm(embeds), normed], -1), residual
 
 
-class Eagle3Draft(nn.Module):
+class Eagle3Draft(EagleGlue, nn.Module):
     """Weights and forward of an Eagle3 draft. Embeddings are the target's unless the checkpoint ships its own."""
 
     d2t: Tensor
     t2d: Tensor
+    family = "eagle3"
+    weighable = True
+
+    def objective(self, target, settings, reduce):
+        from redraft.drafts.eagle3.objective import UnrollObjective
+
+        return UnrollObjective(self, target, settings, reduce)
 
     def __init__(self, config: Eagle3Config, vocabulary: Tensor | None = None) -> None:
         """``vocabulary`` [D]: sorted target ids of the draft vocabulary; by default the first D ids."""

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from redraft.artifact import FAMILIES
 from redraft.compat import cache_argument
 from redraft.drafts.experts import SharedPrivateMLP, is_private, start_private
+from redraft.drafts.glue import Glue
 from redraft.errors import UserError
 from redraft.sampling import scale_logits
 
@@ -79,11 +80,26 @@ class StandaloneConfig:
             raise UserError(f"transformers does not know this architecture: {str(error).splitlines()[0]}") from error
 
 
-class StandaloneDraft(nn.Module):
+class StandaloneDraft(Glue, nn.Module):
     """A causal LM as a draft. ``model`` is the plain Hugging Face module, for whoever trains or saves it."""
 
     family: ClassVar[str] = "standalone"
     reduced: ClassVar[bool] = False
+
+    def proposer(self, target, capacity):
+        from redraft.drafts.standalone.proposer import StandaloneProposer
+
+        return StandaloneProposer(self, capacity)
+
+    def walk(self, target):
+        from redraft.drafts.textwalk import TextWalk
+
+        return TextWalk(self, target, self.states)
+
+    def objective(self, target, settings, reduce):
+        from redraft.drafts.standalone.objective import StandaloneObjective
+
+        return StandaloneObjective(self, target, settings, reduce)
 
     def __init__(self, model: Any, tokenizer: Any = None) -> None:
         """Raises ``UserError`` for a model that is no dense decoder."""
