@@ -36,7 +36,6 @@ from redraft.features.store import FeatureStore
 from redraft.rows import anchors
 from redraft.sampling import Sampler
 from redraft.target import FINAL, Target
-from redraft.train.objective import make_objective
 from redraft.train.optimizer import make_optimizers
 from redraft.train.trainer import TrainConfig, Trainer
 
@@ -333,24 +332,23 @@ def test_the_objective_is_the_formula_value_and_gradient(target, rows, store):
 
 def test_the_noise_is_uniform_scaled_by_the_rows_length_and_new_every_step(target, rows, store):
     draft = fresh_eagle1(target)
-    objective = make_objective(draft, target, TrainConfig())
-    inner = getattr(objective, "objective", objective)
-    assert isinstance(inner, RegressionObjective) and inner.recipe == Recipe(1.0, 0.1, 0.1, 512)
+    objective = draft.objective(target, TrainConfig())
+    assert isinstance(objective, RegressionObjective) and objective.recipe == Recipe(1.0, 0.1, 0.1, 512)
     batch = collate(rows, store, 1)
     lengths = row_lengths(batch)
     sizes = [len(r.prompt_ids) + len(r.response_ids) for r in rows]
     assert lengths.unique_consecutive().tolist() == [n for i, n in enumerate(sizes) if not i or n != sizes[i - 1]]
-    noise = inner.noisy(batch).taps_N - batch.taps_N
+    noise = objective.noisy(batch).taps_N - batch.taps_N
     widest = 0.1 * 512 / lengths[:, None]
     assert bool((noise.abs() <= widest * 1.001).all())
     spread = (noise / widest).flatten()
     assert abs(float(spread.mean())) < 0.03 and abs(float(spread.var()) - 1 / 3) < 0.03
-    assert torch.equal(inner.noisy(batch).taps_N, inner.noisy(batch).taps_N)
+    assert torch.equal(objective.noisy(batch).taps_N, objective.noisy(batch).taps_N)
     with torch.no_grad():
         draft.fc.weight[0, 0] += 1e-3
-    assert not torch.equal(inner.noisy(batch).taps_N - batch.taps_N, noise)
+    assert not torch.equal(objective.noisy(batch).taps_N - batch.taps_N, noise)
     other = RegressionObjective(draft, target, TrainConfig(seed=1))
-    assert not torch.equal(other.noisy(batch).taps_N, inner.noisy(batch).taps_N)
+    assert not torch.equal(other.noisy(batch).taps_N, objective.noisy(batch).taps_N)
     assert RegressionObjective(draft, target, TrainConfig(), QUIET).noisy(batch) is batch
 
 

@@ -27,6 +27,7 @@ from redraft.data.template import template_record
 from redraft.drafts.experts import is_private
 from redraft.drafts.standalone import StandaloneDraft, attach_experts
 from redraft.drafts.standalone.files import load_standalone, save_experts, save_standalone
+from redraft.drafts.standalone.objective import Teacher
 from redraft.drafts.standalone.shapes import fresh_standalone, shape_for
 from redraft.errors import UserError
 from redraft.export import EXPORTERS
@@ -47,7 +48,7 @@ from redraft.target import Target
 from redraft.train.descent import DescentResult
 from redraft.train.distil import distil
 from redraft.train.pretrain import pretrain
-from redraft.train.supervision import StateTeacher, Teacher, TokenTeacher, TopTeacher
+from redraft.train.supervision import StateTeacher, TokenTeacher, TopTeacher
 
 SERVED = "served"
 

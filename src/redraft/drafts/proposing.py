@@ -32,6 +32,11 @@ Reduce = Callable[[Tensor], Tensor]
 """Adds sums over all workers of a distributed run."""
 
 
+def alone(sums: Tensor) -> Tensor:
+    """The sum over the workers of a run where there is one."""
+    return sums
+
+
 class Features(Protocol):
     """What the target computed over stored rows."""
 
@@ -172,6 +177,6 @@ class Proposes:
         """The draft over stored responses of ``target``."""
         raise NotImplementedError
 
-    def objective(self, target: Target, settings: ObjectiveSettings, reduce: Reduce) -> Objective[Any]:
+    def objective(self, target: Target, settings: ObjectiveSettings, reduce: Reduce = alone) -> Objective[Any]:
         """What a training step minimises. Raises ``UserError`` for an unknown loss."""
         raise NotImplementedError

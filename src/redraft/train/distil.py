@@ -28,14 +28,13 @@ from torch import Tensor
 from redraft.data.packed import PackedText, Position, ahead
 from redraft.data.store import Row
 from redraft.drafts.standalone.causal import CausalModel
-from redraft.drafts.standalone.objective import Distillation, size
+from redraft.drafts.standalone.objective import Distillation, Teacher, size
 from redraft.errors import UserError
 from redraft.losses import LOSSES
 from redraft.progress import Progress
 from redraft.rows import anchors
 from redraft.train.checkpoint import rows_digest
 from redraft.train.descent import CausalConfig, Descent, DescentResult, Step
-from redraft.train.supervision import Teacher
 from redraft.train.workers import sum_over_workers
 
 

@@ -94,10 +94,10 @@ class Eagle1Draft(EagleGlue, nn.Module):
 
     family: ClassVar[str] = "eagle1"
 
-    def objective(self, target, settings, reduce):
+    def objective(self, target, settings, reduce=lambda sums: sums):
         from redraft.drafts.eagle1.objective import RegressionObjective
 
-        return RegressionObjective(self, target, settings, reduce)
+        return RegressionObjective(self, target, settings, reduce=reduce)
 
     def __init__(self, config: Eagle1Config) -> None:
         super().__init__()

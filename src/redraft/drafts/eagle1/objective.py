@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from redraft.drafts.eagle.unroll import Batch, collate, unroll
-from redraft.drafts.proposing import Features, ObjectiveSettings, Reduce
+from redraft.drafts.proposing import Features, ObjectiveSettings, Reduce, alone
 from redraft.losses.portions import portions, sum_over_portions
 from redraft.rows import TokenRow
 from redraft.target import Target
@@ -48,7 +48,12 @@ class RegressionObjective:
     """A batch to a scalar loss. Rows, weights of the draft and ``config.seed`` decide it to the bit."""
 
     def __init__(
-        self, draft: Any, target: Target, config: ObjectiveSettings, reduce: Reduce, recipe: Recipe = Recipe()
+        self,
+        draft: Any,
+        target: Target,
+        config: ObjectiveSettings,
+        recipe: Recipe = Recipe(),
+        reduce: Reduce = alone,
     ) -> None:
         """``config`` gives the seed of the noise; its loss and its draft steps play no part here. ``reduce`` sums
         over workers."""

@@ -75,10 +75,10 @@ class Eagle3Draft(EagleGlue, nn.Module):
     family = "eagle3"
     weighable = True
 
-    def objective(self, target, settings, reduce):
+    def objective(self, target, settings, reduce=lambda sums: sums):
         from redraft.drafts.eagle3.objective import UnrollObjective
 
-        return UnrollObjective(self, target, settings, reduce)
+        return UnrollObjective(self, target, settings, reduce=reduce)
 
     def __init__(self, config: Eagle3Config, vocabulary: Tensor | None = None) -> None:
         """``vocabulary`` [D]: sorted target ids of the draft vocabulary; by default the first D ids."""

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from redraft.drafts.eagle.unroll import Batch, collate, supervised, unroll
-from redraft.drafts.proposing import Features, ObjectiveSettings, Reduce
+from redraft.drafts.proposing import Features, ObjectiveSettings, Reduce, alone
 from redraft.losses import LOSSES
 from redraft.losses.portions import portions, sum_over_portions
 from redraft.rows import TokenRow
@@ -39,10 +39,10 @@ class UnrollObjective:
         draft: Any,
         target: Target,
         config: ObjectiveSettings,
-        reduce: Reduce,
         portion_numbers: int | None = None,
+        reduce: Reduce = alone,
     ) -> None:
-        """``reduce`` sums counts and statistics over workers. ``portion_numbers``: by default what suits the device.
+        """``portion_numbers``: by default what suits the device. ``reduce`` sums counts and statistics over workers.
 
         Raises ``UserError`` for an unknown loss.
         """

@@ -96,7 +96,7 @@ class StandaloneDraft(Glue, nn.Module):
 
         return TextWalk(self, target, self.states)
 
-    def objective(self, target, settings, reduce):
+    def objective(self, target, settings, reduce=lambda sums: sums):
         from redraft.drafts.standalone.objective import StandaloneObjective
 
         return StandaloneObjective(self, target, settings, reduce)

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from redraft.drafts.proposing import Features, ObjectiveSettings, Reduce
+from redraft.drafts.proposing import Features, ObjectiveSettings, Reduce, alone
 from redraft.drafts.standalone.causal import CausalModel
 from redraft.losses import LOSSES
 from redraft.rows import TokenRow, anchors
@@ -48,7 +48,7 @@ class Distillation:
         teacher: Teacher,
         loss: str,
         gamma: int,
-        reduce: Reduce,
+        reduce: Reduce = alone,
     ) -> None:
         """``reduce`` adds batch statistics over workers. Raises ``UserError`` for an unknown loss."""
         self.causal, self.teacher, self.reduce = causal, teacher, reduce
@@ -158,7 +158,7 @@ class TextBatch:
 class StandaloneObjective:
     """See :class:`redraft.drafts.proposing.Objective`: every position counts the same."""
 
-    def __init__(self, draft: Any, target: Target, config: ObjectiveSettings, reduce: Reduce) -> None:
+    def __init__(self, draft: Any, target: Target, config: ObjectiveSettings, reduce: Reduce = alone) -> None:
         """Raises ``UserError`` for an unknown loss."""
         self.causal, self.target, self.config, self.reduce = CausalModel(draft.model), target, config, reduce
         LOSSES.get(config.loss)
