@@ -41,9 +41,9 @@ from redraft.data.prompts import read_conversations
 from redraft.decode.engine import ChainDecoder, PlainDecoder
 from redraft.drafts.standalone import StandaloneDraft
 from redraft.errors import UserError
-from redraft.export import EXPORTERS
 from redraft.loading import quiet
 from redraft.provenance import collect
+from redraft.registries import EXPORTERS
 from redraft.target import Target
 from turns import Worker, take_turns
 from vllm_check import against, counts, served, speeds

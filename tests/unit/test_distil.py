@@ -20,7 +20,7 @@ from redraft.drafts.standalone.causal import CausalModel
 from redraft.drafts.standalone.objective import Distillation
 from redraft.errors import UserError
 from redraft.features.store import FeatureStore
-from redraft.losses import LOSSES
+from redraft.registries import LOSSES
 from redraft.rows import anchors
 from redraft.sampling import Sampler
 from redraft.target import Target

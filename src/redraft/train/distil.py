@@ -30,8 +30,8 @@ from redraft.data.store import Row
 from redraft.drafts.standalone.causal import CausalModel
 from redraft.drafts.standalone.objective import Distillation, Teacher, size
 from redraft.errors import UserError
-from redraft.losses import LOSSES
 from redraft.progress import Progress
+from redraft.registries import LOSSES
 from redraft.rows import anchors
 from redraft.train.checkpoint import rows_digest
 from redraft.train.descent import CausalConfig, Descent, DescentResult, Step

@@ -15,10 +15,10 @@ import torch
 from redraft.acceptance.simulate import simulate_greedy_chain, tau_of
 from redraft.data.store import Row
 from redraft.drafts.base import Draft
+from redraft.drafts.proposing import Features
 from redraft.errors import UserError
-from redraft.features.store import FeatureStore
-from redraft.losses import LOSSES
 from redraft.progress import Progress
+from redraft.registries import LOSSES
 from redraft.rows import anchor_batches, anchors
 from redraft.target import Target
 from redraft.train.aim import STEPS, aim_updates, settle, waiting
@@ -83,7 +83,7 @@ class Trainer:
         self,
         draft: Draft,
         target: Target,
-        store: FeatureStore,
+        store: Features,
         rows: Sequence[Row],
         heldout: Sequence[Row],
         config: TrainConfig,

@@ -42,7 +42,8 @@ class Batch:
     weight_MJ: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(**{name: None if value is None else value.to(device) for name, value in vars(self).items()})
+        moved: dict[str, Any] = {name: value.to(device) for name, value in vars(self).items() if value is not None}
+        return Batch(**moved)
 
 
 def collate(

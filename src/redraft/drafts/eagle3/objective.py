@@ -15,8 +15,8 @@ from torch import Tensor
 
 from redraft.drafts.eagle.unroll import Batch, collate, supervised, unroll
 from redraft.drafts.proposing import Features, ObjectiveSettings, Reduce, alone
-from redraft.losses import LOSSES
 from redraft.losses.portions import portions, sum_over_portions
+from redraft.registries import LOSSES
 from redraft.rows import TokenRow
 from redraft.target import Target
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from redraft.drafts.proposing import Features, ObjectiveSettings, Reduce, alone
 from redraft.drafts.standalone.causal import CausalModel
-from redraft.losses import LOSSES
+from redraft.registries import LOSSES
 from redraft.rows import TokenRow, anchors
 from redraft.target import Target
 
@@ -30,7 +30,8 @@ TeacherLogits = Callable[[Tensor], Tensor]
 class Teacher(Protocol):
     """``of(rows, device)`` gives the teacher's logits at the supervised positions of rows, in their order."""
 
-    vocab_size: int
+    @property
+    def vocab_size(self) -> int: ...
 
     def of(self, rows: Sequence[Any], device: torch.device) -> TeacherLogits: ...
 
