@@ -10,8 +10,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from redraft.cli import watch
-from redraft.decode.engine import Generation, Round
 from redraft.decode.pieces import TokenText, trace
+from redraft.decode.requests import Generation, Round
 from redraft.errors import UserError
 from redraft.report.live import Watcher, coloured, legend, paint
 from redraft.report.tokens import Piece
@@ -195,8 +195,8 @@ def test_help_has_examples_and_bad_shapes_are_refused_before_loading() -> None:
 def test_the_command_prints_what_the_decoder_says(tiny_target, tmp_path, monkeypatch, capsys) -> None:
     """With a decoder that plays back rounds: the command's own part, from prompt to summary."""
     import redraft.decode
-    from redraft.artifact import save_draft
     from redraft.drafts.eagle3 import fresh_draft
+    from redraft.drafts.files import save_draft
     from redraft.loading import tokenizer_hash
 
     target = tiny_target("llama", taps=(1, 3, 5))

@@ -15,10 +15,11 @@ import torch
 from redraft.data.packed import PackedText, TextSource
 from redraft.data.store import Row
 from redraft.drafts.eagle3 import fresh_draft
+from redraft.drafts.standalone.causal import CausalModel
+from redraft.drafts.standalone.objective import Distillation
 from redraft.features import FeatureStore
 from redraft.target import Target
-from redraft.train.causal import CausalModel
-from redraft.train.distil import DistilConfig, Distillation, MixedSteps
+from redraft.train.distil import DistilConfig, MixedSteps
 from redraft.train.loop import Step
 from redraft.train.pretrain import PretrainConfig, TextSteps
 from redraft.train.teachers import StateTeacher
@@ -148,9 +149,10 @@ def test_distillation_with_text(micro: int, target: Target, rows: list[Row], tmp
 
     def steps_of(workers: Workers) -> tuple[Any, Step]:
         causal = CausalModel(BUILDERS["build_model"](seed=1, num_hidden_layers=1))
-        distillation = Distillation(causal, StateTeacher(target, states), "tvdpp", 2, workers)
+        shares = Shares(workers)
+        distillation = Distillation(causal, StateTeacher(target, states), "tvdpp", 2, shares.sum)
         packed = PackedText(TextSource([str(text)]), BUILDERS["build_tokenizer"](), 16, 0)
-        return causal.model, next(MixedSteps(distillation, rows, config, packed).steps(0, {}))
+        return causal.model, next(MixedSteps(distillation, rows, config, packed, shares).steps(0, {}))
 
     same_gradient(steps_of, tmp_path)
 

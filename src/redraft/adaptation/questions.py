@@ -13,9 +13,10 @@ from redraft.adaptation.suites import suite_prompts
 from redraft.data.overlap import refuse_overlap, trained_conversations
 from redraft.data.prompts import Conversation, read_conversations
 from redraft.data.store import read_rows
-from redraft.data.suites import SUITES, load_suite
+from redraft.data.suites import load_suite
 from redraft.errors import UserError
 from redraft.evaluate.speed import Prompt
+from redraft.registries import SUITES
 
 
 @dataclass(frozen=True)

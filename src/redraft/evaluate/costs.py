@@ -9,12 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 from redraft import metrics
-from redraft.drafts.base import Proposer
+from redraft.drafts.base import Draft
 from redraft.evaluate.summary import Runs, step_seconds
 from redraft.target import Target
 
 
-def costs(target: Target, draft: Proposer, runs: Runs, plain: Runs) -> dict[str, Any]:
+def costs(target: Target, draft: Draft, runs: Runs, plain: Runs) -> dict[str, Any]:
     """``{"mbsu": {"time": ..., "bytes": ...}}``, each with its ``value`` and the ``cost`` of a draft step.
 
     A draft step is one level of a round's proposal: a token of a chain, a level of a tree. Gamma is the mean number

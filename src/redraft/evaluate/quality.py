@@ -12,10 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any, Protocol
 
-from redraft.data.suites import SUITES, suite_of
+from redraft.data.suites import suite_of
 from redraft.data.suites.code import code_blocks, defined_names
 from redraft.evaluate.statistics import mean, paired_difference
 from redraft.evaluate.summary import PLAIN
+from redraft.registries import SUITES
 from redraft.registry import Registry
 
 # (output, reference) -> whether the output is right

@@ -1,8 +1,8 @@
-"""Opening targets, tokenizers and standalone drafts: a folder, a hub id, a PEFT adapter, or an embedded model.
+"""Opening targets and tokenizers: a folder, a hub id, a PEFT adapter, or an embedded model.
 
 ``places`` finds the files, ``checkpoint`` reads a model strictly, ``quantised`` knows what quantised checkpoints
 compute, ``adapters`` merges PEFT adapters, ``tokenizers`` reads and compares tokenizers, ``targets`` puts these
-together, ``parts`` reads facts and head without the model, and ``standalone`` opens standalone drafts.
+together, and ``parts`` reads facts and head without the model.
 """
 
 from redraft.loading.parts import open_facts, open_head, read_facts
@@ -17,7 +17,6 @@ from redraft.loading.places import (
     locate,
 )
 from redraft.loading.quiet import one_line, quiet
-from redraft.loading.standalone import open_standalone, read_standalone
 from redraft.loading.targets import load_target, load_tokenizer
 from redraft.loading.tokenizers import check_tokenizers, tokenizer_hash
 
@@ -36,9 +35,7 @@ __all__ = [
     "one_line",
     "open_facts",
     "open_head",
-    "open_standalone",
     "quiet",
     "read_facts",
-    "read_standalone",
     "tokenizer_hash",
 ]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from redraft.data.suites import SUITES, SuiteDefinition
+from redraft.data.suites import SuiteDefinition
+from redraft.registries import SUITES
 
 
 def pubmedqa_row(row: dict[str, Any], number: int) -> dict[str, Any]:

@@ -12,22 +12,21 @@ width, Q query heads, G query heads a key head, E key heads, W head width, J dra
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from redraft.data.store import Row
-from redraft.drafts.base import Draft
-from redraft.drafts.eagle3 import Eagle3Draft
 from redraft.features import FeatureSource
-from redraft.rows import anchors
+from redraft.rows import TokenRow, anchors
 
 
 @dataclass
 class Batch:
-    """Packed rows. ``future_MJ`` holds x_{t+2+j}, or -1 behind the end of the response."""
+    """Packed rows. ``future_MJ`` holds x_{t+2+j}, or -1 behind the end of the response; ``weight_MJ``, where there is
+    one, what each state counts for in training."""
 
     ids_N: Tensor
     taps_N: Tensor
@@ -40,13 +39,17 @@ class Batch:
     row_M: Tensor
     column_M: Tensor
     visible_BAT: Tensor
+    weight_MJ: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(**{name: value.to(device) for name, value in vars(self).items()})
+        moved: dict[str, Any] = {name: value.to(device) for name, value in vars(self).items() if value is not None}
+        return Batch(**moved)
 
 
-def collate(rows: Sequence[Row], store: FeatureSource, steps: int) -> Batch:
-    """Pack rows with their stored features for an unroll of ``steps`` draft steps."""
+def collate(
+    rows: Sequence[TokenRow], features: FeatureSource, steps: int, weights: Mapping[str, Tensor] | None = None
+) -> Batch:
+    """Pack rows with their features for an unroll of ``steps`` draft steps; ``weights`` [A, J] by row key."""
     pairs = [len(r.prompt_ids) + anchors(r) - 1 for r in rows]
     counts = [anchors(r) for r in rows]
     starts = [sum(pairs[:i]) for i in range(len(rows))]
@@ -54,7 +57,7 @@ def collate(rows: Sequence[Row], store: FeatureSource, steps: int) -> Batch:
     ids, taps, hidden, future, anchor = [], [], [], [], []
     for row, size, count, start in zip(rows, pairs, counts, starts, strict=True):
         full = torch.tensor([*row.prompt_ids, *row.response_ids])
-        row_taps, row_hidden = store.get(row)
+        row_taps, row_hidden = features.get(row)
         taps.append(row_taps)
         hidden.append(row_hidden)
         ids.append(full[1 : size + 1])
@@ -81,6 +84,7 @@ def collate(rows: Sequence[Row], store: FeatureSource, steps: int) -> Batch:
         row_M=torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(counts)),
         column_M=torch.cat([torch.arange(count) for count in counts]),
         visible_BAT=visible,
+        weight_MJ=None if weights is None else torch.cat([weights[row.key] for row in rows]),
     )
 
 
@@ -141,7 +145,7 @@ class UnrollAttention:
         return x_MEW[self.batch.query_BA].transpose(1, 2).unsqueeze(2)
 
 
-def unroll(draft: Draft, embedding: nn.Module, batch: Batch, steps: int) -> Generator[Tensor, Tensor | None, None]:
+def unroll(draft: Any, embedding: nn.Module, batch: Batch, steps: int) -> Generator[Tensor, Tensor | None, None]:
     """Pre-norm states [M, H] of draft steps 0 .. ``steps`` - 1 at every anchor.
 
     A mask [M] that is sent back drops anchors from all later steps: the next states are those of the anchors that
@@ -166,13 +170,13 @@ def unroll(draft: Draft, embedding: nn.Module, batch: Batch, steps: int) -> Gene
         keep_M = yield states_M
 
 
-def supervised(draft: Draft, batch: Batch) -> Tensor:
+def supervised(draft: Any, batch: Batch) -> Tensor:
     """Whether step j of an anchor can be reached and be right, [M, J].
 
     A chain reaches step j only through tokens that the draft can say, so an anchor is dropped from the first
     future token that lies outside the draft vocabulary or behind the end of the response.
     """
     inside = batch.future_MJ >= 0
-    if isinstance(draft, Eagle3Draft) and draft.reduced:
+    if draft.reduced:
         inside = inside & draft.t2d[batch.future_MJ.clamp(min=0)]
     return inside.long().cumprod(-1).bool()
