@@ -14,11 +14,13 @@ import torch
 
 from redraft.data.packed import PackedText, TextSource
 from redraft.data.store import Row
+from redraft.drafts.eagle1 import fresh_eagle1
+from redraft.drafts.eagle1.objective import RegressionObjective
 from redraft.drafts.eagle3 import fresh_draft
 from redraft.drafts.standalone.causal import CausalModel
 from redraft.drafts.standalone.objective import Distillation
 from redraft.features import FeatureStore
-from redraft.target import Target
+from redraft.target import FINAL, Target
 from redraft.train.distil import DistilConfig, MixedSteps
 from redraft.train.loop import Step
 from redraft.train.pretrain import PretrainConfig, TextSteps
@@ -129,12 +131,30 @@ def one_step(draft: Any, target: Target, store: FeatureStore, rows: list[Row], l
     return steps_of
 
 
+@pytest.mark.parametrize("count", [7, 1])
 @pytest.mark.parametrize("loss", ["kl", "tvdpp", "acceptance"])  # a mean, batch statistics, a loss over chains
 def test_the_unrolled_objective(
-    loss: str, target: Target, store: FeatureStore, rows: list[Row], tmp_path: Path
+    loss: str, count: int, target: Target, store: FeatureStore, rows: list[Row], tmp_path: Path
 ) -> None:
+    """Also of a batch of one row, which leaves a worker without any."""
     draft = fresh_draft(target, range(100), seed=2)
-    same_gradient(one_step(draft, target, store, rows, loss, tmp_path), tmp_path)
+    same_gradient(one_step(draft, target, store, rows[-count:], loss, tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize("count", [7, 1])
+def test_the_regression_objective(
+    count: int,
+    tiny_target: Callable[..., Target],
+    rows: list[Row],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without its noise, which is drawn for a batch and so differs with the division."""
+    monkeypatch.setattr(RegressionObjective, "noisy", lambda self, batch: batch)
+    target = tiny_target("llama", taps=(FINAL,))
+    store = FeatureStore(tmp_path / "features", {})
+    store.build(target, rows)
+    same_gradient(one_step(fresh_eagle1(target, 2), target, store, rows[-count:], "kl", tmp_path), tmp_path)
 
 
 @pytest.mark.parametrize("micro", [64, 10_000])
