@@ -30,7 +30,7 @@ from redraft.drafts.methods import mergeable
 from redraft.drafts.opening import OpenDraft
 from redraft.errors import UserError
 from redraft.evaluate.speed import BenchConfig
-from redraft.loading import ADAPTER_FILE, notes_of, served_otherwise
+from redraft.loading import ADAPTER_FILE
 from redraft.report.page import build_report
 from redraft.select import parse_scorer
 from redraft.select.manifest import Manifest, read_manifest
@@ -59,9 +59,9 @@ class AdaptRun(Run[AdaptConfig]):
     @cached_property
     def target(self) -> Target:
         name, target = self.config.target, super().target
-        for note in notes_of(target):
+        for note in target.notes:
             self.say(f"note on {name}: {note}")
-        if rounded := served_otherwise(target):
+        if rounded := target.rounding:
             self.say(
                 f"note on {name}: it is served with quantised {rounded}; its text, also that of held-out prompts, "
                 "is the server's, and what is computed here is near it: measure with redraft bench --server"

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from redraft.data.packed import PackedText, Position, ahead
+from redraft.drafts.standalone.causal import CausalModel
 from redraft.errors import UserError
 from redraft.progress import Progress
-from redraft.train.causal import CausalModel
 from redraft.train.loop import CausalConfig, LoopResult, Step, TrainingLoop
 from redraft.train.workers import SINGLE, Workers
 

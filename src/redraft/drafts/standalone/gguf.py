@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from redraft.artifact import tensors_bytes
-from redraft.drafts.formats.base import Format, TargetInfo, Written
+from redraft.drafts.formats.base import ExportReport, Format, TargetInfo
 from redraft.drafts.standalone.folder import OTHER_BYTES
 from redraft.drafts.standalone.gguf_tokens import TokenFields, token_fields
 from redraft.drafts.standalone.module import StandaloneDraft
@@ -65,7 +65,7 @@ class GgufWriter:
         token_fields(dense.tokenizer, dense.config.draft_vocab_size, gguf_of(target.name))
         return dense, []
 
-    def write(self, dense: StandaloneDraft, folder: Path, target: TargetInfo, tokens: int) -> Written:
+    def write(self, dense: StandaloneDraft, folder: Path, target: TargetInfo, tokens: int) -> ExportReport:
         """Read back before it is in place."""
         state, source = dense.stored(), gguf_of(target.name)
         fields = token_fields(dense.tokenizer, dense.config.draft_vocab_size, source)
@@ -73,13 +73,8 @@ class GgufWriter:
         with atomic_folder(folder, tensors_bytes(written) + OTHER_BYTES, {FILE}) as new:
             _write(new / FILE, dense, target, written, fields)
             _check_file(new / FILE, written, fields)
-        return Written(
-            len(written),
-            sum(tensor.numel() for tensor in state.values()),
-            tensors_bytes(written),
-            server_command(source, folder / FILE, tokens),
-            (f"tokenizer: {fields.origin}",),
-        )
+        parameters, serve = sum(t.numel() for t in state.values()), server_command(source, folder / FILE, tokens)
+        return ExportReport.of("gguf", folder, written, parameters, serve, [f"tokenizer: {fields.origin}"])
 
 
 def server_command(target: Path | None, draft: Path, tokens: int) -> str:

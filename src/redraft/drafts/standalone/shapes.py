@@ -235,6 +235,5 @@ def projected(table_VS: Tensor, width: int, std: float) -> Tensor:
 
 def _speak_like(model: Any, target: Any) -> None:
     """The target's special tokens, so that engines end the draft's answers where they end the target's."""
-    source = getattr(target.model, "generation_config", None)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(model.generation_config, name, getattr(source, name, None))
+        setattr(model.generation_config, name, getattr(target.generation, name, None))
