@@ -49,9 +49,9 @@ def half(draft: Module) -> Module:
     return copy.deepcopy(draft).to(torch.bfloat16)
 
 
-def open_old(source: str | Path, target: Target, log: Log, base: str | Path | None = None) -> OpenDraft:
+def open_old(source: str | Path, target: Target, log: Log) -> OpenDraft:
     """The draft that an adaptation begins with; notes of its import are said. Raises ``UserError``."""
-    opened = open_draft(source, target, base)
+    opened = open_draft(source, target)
     for note in opened.meta.get("notes", []):
         log.say(f"note on {source}: {note}")
     return opened
