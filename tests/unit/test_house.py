@@ -24,6 +24,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("data",),
     ("drafts",),
     ("features",),
+    ("drafts",),
     ("loading",),
     ("target", "losses"),
     ("metrics", "sampling", "artifact", "provenance", "prepack", "graphs"),

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from redraft import provenance
 from redraft.acceptance.simulate import row_alphas, simulate_greedy_chain, tau_of
-from redraft.adaptation.stages import run_training
+from redraft.adaptation.core import run_training
+from redraft.adaptation.runs import Log
 from redraft.arithmetic import Choice
 from redraft.data.store import Row
 from redraft.decode.engine import ChainDecoder, PlainDecoder
@@ -322,10 +323,28 @@ def test_a_run_directory_of_another_draft_is_refused(target, draft, store, rows,
             work(name, origin)
 
 
+@pytest.mark.parametrize("named", ["", None])
+def test_a_run_that_did_not_name_its_old_draft_goes_on(named, target, draft, store, rows, tmp_path):
+    def work(origin: str) -> Trainer:
+        return Trainer(copy.deepcopy(draft), target, store, rows[:18], rows[18:], CONFIG, tmp_path / "run", origin)
+
+    result = work("").run()
+    path = tmp_path / "run" / "state.json"
+    stored = json.loads(path.read_text())
+    del stored["identity"]["old draft"], stored["checksum"]  # what was written before there were checksums
+    stored["identity"] |= {} if named is None else {"old draft": named}
+    path.write_text(json.dumps(stored))
+    assert work("some draft").run() == result
+    stored["identity"]["old draft"] = "another"
+    path.write_text(json.dumps(stored))
+    with pytest.raises(UserError, match="another old draft"):
+        work("some draft")
+
+
 def test_what_ended_before_is_read_and_not_paid_for_again(target, draft, store, rows, tmp_path):
     def run() -> tuple[provenance.Ledger, TrainResult]:
         ledger = provenance.Ledger()
-        return ledger, run_training(trainer(target, draft, store, rows, tmp_path / "run"), ledger, lambda _: None)
+        return ledger, run_training(trainer(target, draft, store, rows, tmp_path / "run"), Log(ledger, lambda _: None))
 
     (first, result), (second, again) = run(), run()
     assert again == result and first.stages[0].tokens == result.anchors > 0 and first.stages[0].flops > 0

@@ -171,6 +171,7 @@ class ReplayTrainer(Trainer):
         config: TrainConfig,
         folder: Path,
         states: Mapping[str, Tensor],
+        origin: str = "",
     ) -> None:
         """``config.unroll`` must be the steps of ``states``. Raises ``UserError`` as :class:`Trainer` does, for a
         draft family that is not trained by unrolling, and when no round was lost."""
@@ -178,7 +179,7 @@ class ReplayTrainer(Trainer):
             raise UserError("no round ended early, so there is nothing to replay")
         check_replayable(draft)
         self.states = states
-        super().__init__(draft, target, store, [r for r in rows if r.key in states], heldout, config, folder)
+        super().__init__(draft, target, store, [r for r in rows if r.key in states], heldout, config, folder, origin)
 
     def collated(self, rows: Sequence[Row]) -> Any:
         """As the trainer's, with the weights of the rows' states."""

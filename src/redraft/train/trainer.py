@@ -22,7 +22,7 @@ from redraft.progress import Progress
 from redraft.registries import LOSSES
 from redraft.rows import anchor_batches, anchors
 from redraft.target import Head
-from redraft.train.checkpoint import rows_digest
+from redraft.train.checkpoint import OLD_DRAFT, rows_digest
 from redraft.train.loop import LoopConfig, Step, TrainingLoop
 from redraft.train.workers import SINGLE, Shares, Workers
 
@@ -120,7 +120,7 @@ class Trainer:
             {
                 "rows": rows_digest([r.key for r in self.rows]),
                 "draft": self.draft.config.to_dict(),
-                "old draft": origin,
+                OLD_DRAFT: origin,
             },
             # As the target decodes, so is its draft trained.
             precision="bfloat16" if target.dtype == torch.bfloat16 else "float32",
