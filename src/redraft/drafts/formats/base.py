@@ -172,12 +172,6 @@ def path_warnings(folder: Path) -> list[str]:
     return [f"vLLM reads a method out of the {', '.join(found)} in this path; give the method or rename the folder"]
 
 
-def check_tokens(speculative_tokens: int) -> None:
-    """Raise ``UserError`` for a draft length below 1."""
-    if speculative_tokens < 1:
-        raise UserError(f"speculative tokens must be 1 or more, not {speculative_tokens}")
-
-
 def serve_command(folder: Path, target: TargetInfo, tokens: int, method: str = "eagle3") -> str:
     """The vLLM command that serves the target with this draft."""
     draft = json.dumps({"model": str(folder), "method": method, "num_speculative_tokens": tokens})
