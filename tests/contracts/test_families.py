@@ -194,7 +194,7 @@ def test_a_family_without_trees_says_so(draft: Draft, target: Target) -> None:
 
 def test_sampled_output_follows_the_target(draft: Draft, target: Target) -> None:
     for shape in (ChainShape(2), *([STATIC] if draft.grows_trees else [])):
-        assert TOYS.pairs_misfit(make_decoder(target, draft, shape, SAMPLED), [5, 9, 70], 150) < 4.5
+        assert TOYS.pairs_misfit(make_decoder(target, draft, shape, SAMPLED), [5, 9, 70], 250) < 4.5
 
 
 def test_greedy_drafts_give_the_very_tokens_of_plain_sampling(draft: Draft, target: Target) -> None:
