@@ -39,7 +39,7 @@ from redraft.decode.requests import Generation
 from redraft.drafts.eagle3 import Eagle3Draft
 from redraft.evaluate.speed import Prompt
 from redraft.evaluate.statistics import paired_difference, ratio_of_sums
-from redraft.features.store import FeatureStore
+from redraft.features import FeatureStore
 from redraft.progress import Progress, progress_bar
 from redraft.rows import anchors
 from redraft.sampling import Sampler

@@ -30,7 +30,7 @@ from redraft.decode.auto import measure_costs
 from redraft.drafts.files import load_draft, save_draft
 from redraft.drafts.standalone import StandaloneDraft
 from redraft.evaluate.statistics import paired_difference, ratio_of_sums
-from redraft.features.store import FeatureStore
+from redraft.features import FeatureStore
 from redraft.metrics import cost_by_bytes, mbsu
 from redraft.progress import progress_bar
 from redraft.rows import anchors

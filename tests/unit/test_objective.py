@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import copy
 import json
-import multiprocessing
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,12 +21,11 @@ from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
 from redraft.drafts.eagle3.objective import UnrollObjective
 from redraft.drafts.groups import prepare
 from redraft.drafts.methods import PrivateSize
-from redraft.features.store import FeatureStore
+from redraft.features import FeatureStore
 from redraft.losses.portions import portions, sum_over_portions
 from redraft.registries import LOSSES
 from redraft.target import Target
 from redraft.train.trainer import TrainConfig, Trainer
-from redraft.train.workers import sum_over_workers
 
 J, WORDS, WIDTH = 3, 120, 32
 EXACT = [name for name, loss in LOSSES.items() if not getattr(loss, "sampled", False)]
@@ -230,23 +227,6 @@ def test_counts_and_statistics_are_of_all_workers(target, batch) -> None:
     counts, statistics = seen[::2], seen[1::2]
     torch.testing.assert_close(*statistics)
     assert statistics[0][1] == counts[0].sum() == supervised(draft, batch).sum()
-
-
-def _worker(rank: int, path: str) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
-    assert sum_over_workers(torch.tensor([1.0 + rank, 10.0])).tolist() == [3.0, 20.0]
-    torch.distributed.destroy_process_group()
-
-
-def test_statistics_add_over_workers(tmp_path: Path) -> None:
-    assert sum_over_workers(torch.tensor([1.0, 2.0])).tolist() == [1.0, 2.0]
-    context = multiprocessing.get_context("fork")
-    workers = [context.Process(target=_worker, args=(rank, str(tmp_path / "meet"))) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(120)
-    assert [worker.exitcode for worker in workers] == [0, 0]
 
 
 # -- what a draft adds, and what a loss needs not have -----------------------------------------------------------------

@@ -29,7 +29,7 @@ from redraft.decode.tree_engine import TreeDecoder
 from redraft.decode.tree_walk import simulate_tree
 from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
 from redraft.errors import UserError
-from redraft.features.store import FeatureStore
+from redraft.features import FeatureStore
 from redraft.rows import anchors
 from redraft.sampling import Sampler
 from redraft.target import Target

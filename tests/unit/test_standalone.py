@@ -97,8 +97,6 @@ def test_all_layers_of_the_target_are_the_target(tiny_target):
     assert torch.equal(half.model.model.layers[1].mlp.up_proj.weight, expected)
     with pytest.raises(UserError, match="layers 0 to 2"):
         fresh_standalone(target, layers=[3])
-    with pytest.raises(UserError, match="its own widths"):
-        fresh_standalone(target, shape_for(target, "1/3"), layers=[0])
 
 
 def test_starts_follow_the_seed_and_the_targets_tables(target):

@@ -46,11 +46,11 @@ import torch
 
 from redraft.data.store import REFERENCE, Row
 from redraft.drafts.base import Draft
-from redraft.drafts.proposing import Features
 from redraft.errors import UserError
+from redraft.features import FeatureSource
 from redraft.rows import anchors
 from redraft.sampling import Sampler
-from redraft.target import Target
+from redraft.target import Head
 
 
 # -- the walk --------------------------------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ def tau_of(accepted: Mapping[str, Sequence[int]], rows: Sequence[Row]) -> float:
 # -- drafts over stored rows -----------------------------------------------------------------------------------------
 @torch.inference_mode()
 def simulate_greedy_chain(
-    draft: Draft, target: Target, rows: Sequence[Row], store: Features | None, gamma: int
+    draft: Draft, target: Head, rows: Sequence[Row], store: FeatureSource | None, gamma: int
 ) -> dict[str, list[int]]:
     """Accepted draft tokens of every round, by row key. ``rows`` must hold greedy responses of this target.
 
@@ -108,9 +108,9 @@ def simulate_greedy_chain(
 @torch.inference_mode()
 def expected_rounds_sampled(
     draft: Draft,
-    target: Target,
+    target: Head,
     rows: Sequence[Row],
-    store: Features | None,
+    store: FeatureSource | None,
     gamma: int,
     sampler: Sampler,
     greedy_drafts: bool = False,
@@ -131,7 +131,7 @@ def expected_rounds_sampled(
 
 
 @torch.inference_mode()
-def row_alphas(draft: Draft, target: Target, rows: Sequence[Row], store: Features | None) -> list[float]:
+def row_alphas(draft: Draft, target: Head, rows: Sequence[Row], store: FeatureSource | None) -> list[float]:
     """alpha of the first drafted position, averaged over each row's anchors, in the order of ``rows``.
 
     The target's probabilities are over its whole vocabulary, so what the draft cannot say counts against it. Rows

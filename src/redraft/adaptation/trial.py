@@ -21,7 +21,7 @@ from redraft.drafts.groups import PrivateSize, prepare
 from redraft.errors import UserError
 from redraft.evaluate.forecast import shipped
 from redraft.evaluate.speed import tau_interval
-from redraft.features.store import FeatureStore
+from redraft.features import FeatureStore
 from redraft.rows import anchors
 from redraft.starts.apply import StartContext, apply_start
 from redraft.target import Target

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from redraft import provenance
+from redraft.adaptation.core import half
 from redraft.adaptation.models import open_draft
-from redraft.adaptation.stages import half
 from redraft.adaptation.steps import TargetSpec, check_output
 from redraft.artifact import atomic_write_json
 from redraft.data.store import read_rows

@@ -19,7 +19,7 @@ from redraft.decode.requests import Request, Uniforms
 from redraft.decode.tree import DynamicTree, StaticTree
 from redraft.decode.tree_engine import TreeDecoder
 from redraft.drafts.base import Draft
-from redraft.drafts.proposing import Features
+from redraft.features import FeatureSource
 from redraft.rows import anchors
 from redraft.target import Target
 
@@ -29,7 +29,7 @@ def simulate_tree(
     draft: Draft,
     target: Target,
     rows: Sequence[Row],
-    store: Features,
+    store: FeatureSource,
     shape: StaticTree | DynamicTree,
     max_new_tokens: int,
     progress: Callable[[int], None] | None = None,
@@ -51,7 +51,7 @@ def simulate_tree(
     return found
 
 
-def _rounds(decoder: TreeDecoder, row: Row, store: Features, max_new_tokens: int) -> list[int]:
+def _rounds(decoder: TreeDecoder, row: Row, store: FeatureSource, max_new_tokens: int) -> list[int]:
     """Accepted tokens of each round of one response; the first token comes from prefill."""
     device, begin = decoder.target.device, len(row.prompt_ids)
     known = [*row.prompt_ids, *row.response_ids]

@@ -20,9 +20,10 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 from torch import Tensor
 
+from redraft.features import FeatureSource
 from redraft.rows import AnyRow, TokenRow
 from redraft.sampling import Sampler
-from redraft.target import Target
+from redraft.target import Head, Target
 
 Pick = Callable[[Tensor], Tensor]
 """Logits [N, D] over the draft vocabulary -> the index [N] to propose in each row. Rows are asked for in the order of
@@ -35,14 +36,6 @@ Reduce = Callable[[Tensor], Tensor]
 def alone(sums: Tensor) -> Tensor:
     """The sum over the workers of a run where there is one."""
     return sums
-
-
-class Features(Protocol):
-    """What the target computed over stored rows."""
-
-    def get(self, row: Any) -> tuple[Tensor, Tensor]:
-        """The taps [P + A - 1, K*F] of a row's prompt and response, and the final-norm states [A, F] at its anchors."""
-        ...
 
 
 # -- decoding --------------------------------------------------------------------------------------------------------
@@ -97,20 +90,22 @@ class Walk(Protocol):
     """A draft over stored responses of its target, without decoding. Rows come out in an order of the walk's own;
     rows without an anchor are left out. ``features`` may be None for a draft without taps."""
 
-    def runs(self, rows: Sequence[AnyRow], features: Features | None, gamma: int) -> Iterator[tuple[AnyRow, list[int]]]:
+    def runs(
+        self, rows: Sequence[AnyRow], features: FeatureSource | None, gamma: int
+    ) -> Iterator[tuple[AnyRow, list[int]]]:
         """For each anchor of a row how many greedy proposals in a row are right when a round starts there, at most
         ``gamma``."""
         ...
 
     def chances(
-        self, rows: Sequence[AnyRow], features: Features | None, gamma: int, sampler: Sampler
+        self, rows: Sequence[AnyRow], features: FeatureSource | None, gamma: int, sampler: Sampler
     ) -> Iterator[tuple[AnyRow, Tensor]]:
         """The chance [A, J] that the j-th token behind each anchor came by acceptance, given that it came: w of
         :mod:`redraft.acceptance.simulate`. 0 behind the end of the response and behind a token that cannot be
         accepted; of a greedy sampler 1 up to the first wrong proposal."""
         ...
 
-    def alphas(self, rows: Sequence[AnyRow], features: Features | None) -> Iterator[tuple[AnyRow, float]]:
+    def alphas(self, rows: Sequence[AnyRow], features: FeatureSource | None) -> Iterator[tuple[AnyRow, float]]:
         """The mean over a row's anchors of sum_x min(target, draft) at the first drafted position. The target's
         probabilities are over its whole vocabulary."""
         ...
@@ -144,7 +139,7 @@ class Objective(Protocol[Batch]):
     """From rows to one number to differentiate."""
 
     def collate(
-        self, rows: Sequence[TokenRow], features: Features, weights: Mapping[str, Tensor] | None = None
+        self, rows: Sequence[TokenRow], features: FeatureSource, weights: Mapping[str, Tensor] | None = None
     ) -> Batch:
         """The rows as a batch, which has ``.to(device)``. ``weights`` [A, J] by row key say what each state (anchor
         and draft step) counts for, in place of the objective's own; asked of drafts that are ``weighable`` only."""
@@ -173,10 +168,10 @@ class Proposes:
         request after another. A family without one gives its usual proposer."""
         return self.proposer(target, capacity)
 
-    def walk(self, target: Target) -> Walk:
+    def walk(self, target: Head) -> Walk:
         """The draft over stored responses of ``target``."""
         raise NotImplementedError
 
-    def objective(self, target: Target, settings: ObjectiveSettings, reduce: Reduce = alone) -> Objective[Any]:
+    def objective(self, target: Head, settings: ObjectiveSettings, reduce: Reduce = alone) -> Objective[Any]:
         """What a training step minimises. Raises ``UserError`` for an unknown loss."""
         raise NotImplementedError

@@ -17,10 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from redraft.drafts import chances
-from redraft.drafts.proposing import Features
+from redraft.features import FeatureSource
 from redraft.rows import AnyRow, anchors, length_batches
 from redraft.sampling import Sampler
-from redraft.target import Target
 
 BATCH_TOKENS = 2048
 
@@ -29,14 +28,16 @@ class TextWalk:
     """See :class:`redraft.drafts.proposing.Walk`. Without features the target computes its final states anew."""
 
     def __init__(
-        self, draft: Any, target: Target, states: Callable[[Tensor], Tensor], batch_tokens: int = BATCH_TOKENS
+        self, draft: Any, target: Any, states: Callable[[Tensor], Tensor], batch_tokens: int = BATCH_TOKENS
     ) -> None:
         """``states(ids [B, T])`` gives the draft's states [B, T, H] behind every token of texts that are padded on the
         right; its ``logits`` and ``vocabulary`` say what follows."""
         self.draft, self.target, self.states, self.batch_tokens = draft.bind(target), target, states, batch_tokens
 
     @torch.inference_mode()
-    def runs(self, rows: Sequence[AnyRow], features: Features | None, gamma: int) -> Iterator[tuple[AnyRow, list[int]]]:
+    def runs(
+        self, rows: Sequence[AnyRow], features: FeatureSource | None, gamma: int
+    ) -> Iterator[tuple[AnyRow, list[int]]]:
         vocabulary = self.draft.vocabulary()
         for row, states_AH in self.own(rows):
             best = vocabulary[chances.likeliest(self.draft.logits, states_AH)].tolist()
@@ -45,7 +46,7 @@ class TextWalk:
 
     @torch.inference_mode()
     def chances(
-        self, rows: Sequence[AnyRow], features: Features | None, gamma: int, sampler: Sampler
+        self, rows: Sequence[AnyRow], features: FeatureSource | None, gamma: int, sampler: Sampler
     ) -> Iterator[tuple[AnyRow, Tensor]]:
         if sampler.greedy:
             for row, runs in self.runs(rows, features, gamma):
@@ -60,7 +61,7 @@ class TextWalk:
             yield row, F.pad(accepted_A, (0, gamma)).unfold(0, gamma, 1)[:-1]
 
     @torch.inference_mode()
-    def alphas(self, rows: Sequence[AnyRow], features: Features | None) -> Iterator[tuple[AnyRow, float]]:
+    def alphas(self, rows: Sequence[AnyRow], features: FeatureSource | None) -> Iterator[tuple[AnyRow, float]]:
         vocabulary = self.draft.vocabulary()
         pairs = zip(self.own(rows), self.hidden(rows, features), strict=True)
         for (row, states_AH), (_, hidden_AH) in pairs:
@@ -80,7 +81,7 @@ class TextWalk:
         finally:
             self.draft.train(training)
 
-    def hidden(self, rows: Sequence[AnyRow], features: Features | None) -> Iterator[tuple[AnyRow, Tensor]]:
+    def hidden(self, rows: Sequence[AnyRow], features: FeatureSource | None) -> Iterator[tuple[AnyRow, Tensor]]:
         """Row by row the target's final-norm states [A, H], in the order of :meth:`own`."""
         if features is None:
             states = lambda ids_BT: self.target.forward(ids_BT, taps=False).hidden_BTH  # noqa: E731

@@ -1,7 +1,7 @@
 """Distillation of a causal LM from a target's responses, under any loss of the registry, with plain text mixed in.
 
 One teacher-forced pass gives the draft's distribution at every response token (prompts are read and not supervised);
-the teacher's comes from ``train/supervision.py``. As everywhere here, the first response token comes from prefill and
+the teacher's comes from ``train/teachers.py``. As everywhere here, the first response token comes from prefill and
 is nobody's to draft. Text, with next-token cross-entropy, is mixed in by a share of all supervised tokens (0.1 is the
 9:1 of Goel et al., arXiv 2403.00858) to keep the draft from forgetting what its pretraining gave it.
 
@@ -34,8 +34,8 @@ from redraft.progress import Progress
 from redraft.registries import LOSSES
 from redraft.rows import anchors
 from redraft.train.checkpoint import rows_digest
-from redraft.train.descent import CausalConfig, Descent, DescentResult, Step
-from redraft.train.workers import sum_over_workers
+from redraft.train.loop import CausalConfig, LoopResult, Step, TrainingLoop
+from redraft.train.workers import SINGLE, Shares, Workers
 
 
 @dataclass(frozen=True)
@@ -86,10 +86,16 @@ class MixedSteps:
     """Optimiser steps of responses with blocks of text among them."""
 
     def __init__(
-        self, distillation: Distillation, rows: Sequence[Row], config: DistilConfig, text: PackedText | None
+        self,
+        distillation: Distillation,
+        rows: Sequence[Row],
+        config: DistilConfig,
+        text: PackedText | None,
+        shares: Shares | None = None,
     ) -> None:
+        """``shares`` divides every step among the workers; ``distillation`` sums by it."""
         self.distillation, self.rows, self.config, self.text = distillation, rows, config, text
-        self.causal = distillation.causal
+        self.causal, self.shares = distillation.causal, shares or Shares(SINGLE)
 
     def steps(self, begin: int, position: dict[str, Any]) -> Iterator[Step]:
         """Steps from number ``begin`` on, without end. ``position`` has the place in the text and the text's tokens
@@ -119,16 +125,18 @@ class MixedSteps:
 
     def step(self, rows: Sequence[Row], blocks: Sequence[Tensor], position: dict[str, Any]) -> Step:
         """Responses and text weigh by their supervised tokens."""
-        micro = groups(sorted(rows, key=size), self.config.micro_tokens, size)
+        every = groups(sorted(rows, key=size), self.config.micro_tokens, size)
+        shares = self.shares
+        micro = shares.of(every)
         supervised, written = sum(map(anchors, rows)), sum(len(block) - 1 for block in blocks)
         weight = supervised / (supervised + written)
-        count = sum(map(self.distillation.pairs, micro))
+        count = sum(map(self.distillation.pairs, every))
         shared: list[Tensor | None] = []
 
         def responses(part: Sequence[Row]) -> Tensor:
             if not shared:  # the weights are those of the step from the first part to the last
                 shared.append(self.distillation.statistics(micro))
-            return weight * self.distillation(part, count, shared[0])
+            return shares.loss(weight * self.distillation(part, count, shared[0]))
 
         def texts(block_BT: Tensor) -> Tensor:
             return self.causal.block_loss(block_BT) * ((1 - weight) / written)
@@ -136,7 +144,8 @@ class MixedSteps:
         parts: list[Callable[[], Tensor]] = [partial(responses, part) for part in micro]
         if blocks:
             at_once = max(1, self.config.micro_tokens // self.config.text_length)
-            parts += [partial(texts, part) for part in torch.stack(list(blocks)).split(at_once)]
+            split = torch.stack(list(blocks)).split(at_once)
+            parts += [partial(texts, part) for part in split[shares.workers.rank :: shares.workers.size]]
         return Step(parts, supervised + written, position)
 
 
@@ -149,7 +158,8 @@ def distil(
     evaluate: Callable[[], float],
     text: PackedText | None = None,
     progress: Progress | None = None,
-) -> DescentResult:
+    workers: Workers = SINGLE,
+) -> LoopResult:
     """Train ``model`` in place on ``rows``; on return it has the weights with the highest ``evaluate()``.
 
     ``evaluate`` gives the held-out block efficiency of the model as it stands; training stops when it has not risen
@@ -162,14 +172,17 @@ def distil(
     if (text is None) != (config.text_share == 0) or (text and text.length != config.text_length):
         raise UserError("text and its share go together: give both for a mix, or a share of 0 without text")
     causal = CausalModel(model)
-    distillation = Distillation(causal, teacher, config.loss, config.gamma, sum_over_workers)
+    shares = Shares(workers)
+    distillation = Distillation(causal, teacher, config.loss, config.gamma, shares.sum)
     total = max(1, round(config.epochs * len(step_order(kept, config, 0))))
     identity = {
         "rows": rows_digest([row.key for row in kept]),
         "teacher": type(teacher).__name__,
         "text": list(text.source.files) if text else [],
     }
-    steps = MixedSteps(distillation, kept, config, text)
+    steps = MixedSteps(distillation, kept, config, text, shares)
     model, trained = causal.model.float(), causal.trained
-    descent = Descent(model, trained, steps, total, evaluate, config, folder, identity, precision=config.precision)
-    return descent.run(progress)
+    loop = TrainingLoop(
+        model, trained, steps, total, evaluate, config, folder, identity, precision=config.precision, workers=workers
+    )
+    return loop.run(progress)

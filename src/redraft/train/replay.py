@@ -36,12 +36,12 @@ from redraft.acceptance.simulate import check_own, visits
 from redraft.data.store import Row
 from redraft.drafts.base import Draft
 from redraft.drafts.chances import run_lengths
-from redraft.drafts.proposing import Features
 from redraft.errors import UserError
+from redraft.features import FeatureSource
 from redraft.progress import Progress
 from redraft.rows import anchors
 from redraft.sampling import Sampler
-from redraft.target import Target
+from redraft.target import Head
 from redraft.train.trainer import TrainConfig, Trainer
 
 
@@ -85,9 +85,9 @@ class ReplayStates:
 @torch.no_grad()
 def replay_states(
     draft: Draft,
-    target: Target,
+    target: Head,
     rows: Sequence[Row],
-    store: Features | None,
+    store: FeatureSource | None,
     gamma: int,
     config: ReplayConfig,
     greedy_drafts: bool = False,
@@ -164,13 +164,14 @@ class ReplayTrainer(Trainer):
     def __init__(
         self,
         draft: Draft,
-        target: Target,
-        store: Features,
+        target: Head,
+        store: FeatureSource,
         rows: Sequence[Row],
         heldout: Sequence[Row],
         config: TrainConfig,
         folder: Path,
         states: Mapping[str, Tensor],
+        origin: str = "",
     ) -> None:
         """``config.unroll`` must be the steps of ``states``. Raises ``UserError`` as :class:`Trainer` does, for a
         draft family that is not trained by unrolling, and when no round was lost."""
@@ -178,7 +179,7 @@ class ReplayTrainer(Trainer):
             raise UserError("no round ended early, so there is nothing to replay")
         check_replayable(draft)
         self.states = states
-        super().__init__(draft, target, store, [r for r in rows if r.key in states], heldout, config, folder)
+        super().__init__(draft, target, store, [r for r in rows if r.key in states], heldout, config, folder, origin)
 
     def collated(self, rows: Sequence[Row]) -> Any:
         """As the trainer's, with the weights of the rows' states."""

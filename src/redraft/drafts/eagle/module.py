@@ -21,7 +21,7 @@ from redraft.drafts.eagle.static import StaticProposer
 from redraft.drafts.eagle.walk import EagleWalk
 from redraft.drafts.experts import SharedPrivateMLP
 from redraft.drafts.layers import Attend, Attention, Linear, RMSNorm, Rotary
-from redraft.target import Target
+from redraft.target import Head, Target
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +130,7 @@ class EagleDraft(Draft):
     def static_proposer(self, target: Target, capacity: int, gamma: int) -> StaticProposer:
         return StaticProposer(self, target, capacity, gamma)
 
-    def walk(self, target: Target) -> EagleWalk:
+    def walk(self, target: Head) -> EagleWalk:
         return EagleWalk(self, target)
 
     def mlps(self) -> tuple[str, ...]:

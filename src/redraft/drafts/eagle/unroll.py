@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from redraft.drafts.proposing import Features
+from redraft.features import FeatureSource
 from redraft.rows import TokenRow, anchors
 
 
@@ -47,7 +47,7 @@ class Batch:
 
 
 def collate(
-    rows: Sequence[TokenRow], features: Features, steps: int, weights: Mapping[str, Tensor] | None = None
+    rows: Sequence[TokenRow], features: FeatureSource, steps: int, weights: Mapping[str, Tensor] | None = None
 ) -> Batch:
     """Pack rows with their features for an unroll of ``steps`` draft steps; ``weights`` [A, J] by row key."""
     pairs = [len(r.prompt_ids) + anchors(r) - 1 for r in rows]

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from redraft.drafts import chances
 from redraft.drafts.eagle.unroll import Batch, collate, unroll
-from redraft.drafts.proposing import Features
+from redraft.features import FeatureSource
 from redraft.rows import AnyRow, anchor_batches, anchors
 from redraft.sampling import Sampler
-from redraft.target import Target
+from redraft.target import Head
 
 Judge = Callable[[int, Tensor, Tensor], Tensor]
 """(step, places of the anchors that are left, their states) -> which of them go on."""
@@ -28,16 +28,18 @@ class EagleWalk:
     # Anchors that are walked at once, and where whole distributions are compared.
     batch_anchors, alpha_anchors = 1024, 256
 
-    def __init__(self, draft: Any, target: Target) -> None:
+    def __init__(self, draft: Any, target: Head) -> None:
         self.draft, self.target = draft.bind(target), target
 
-    def runs(self, rows: Sequence[AnyRow], features: Features | None, gamma: int) -> Iterator[tuple[AnyRow, list[int]]]:
+    def runs(
+        self, rows: Sequence[AnyRow], features: FeatureSource | None, gamma: int
+    ) -> Iterator[tuple[AnyRow, list[int]]]:
         for group, batch in self.batches(rows, features, gamma, self.batch_anchors):
             for row, part in zip(group, self.matches(batch, gamma).split([*map(anchors, group)]), strict=True):
                 yield row, part.tolist()
 
     def chances(
-        self, rows: Sequence[AnyRow], features: Features | None, gamma: int, sampler: Sampler
+        self, rows: Sequence[AnyRow], features: FeatureSource | None, gamma: int, sampler: Sampler
     ) -> Iterator[tuple[AnyRow, Tensor]]:
         for group, batch in self.batches(rows, features, gamma, self.batch_anchors):
             if sampler.greedy:
@@ -47,7 +49,7 @@ class EagleWalk:
                 chances_MJ = self.accepted(batch, gamma, sampler)
             yield from zip(group, chances_MJ.cpu().split([*map(anchors, group)]), strict=True)
 
-    def alphas(self, rows: Sequence[AnyRow], features: Features | None) -> Iterator[tuple[AnyRow, float]]:
+    def alphas(self, rows: Sequence[AnyRow], features: FeatureSource | None) -> Iterator[tuple[AnyRow, float]]:
         vocabulary = self.draft.vocabulary()
         for group, batch in self.batches(rows, features, 1, self.alpha_anchors):
             with torch.inference_mode(), chances.autocast(self.target.device, self.target.dtype):
@@ -57,7 +59,7 @@ class EagleWalk:
                 yield row, float(part.mean())
 
     def batches(
-        self, rows: Sequence[AnyRow], features: Features | None, gamma: int, batch_anchors: int
+        self, rows: Sequence[AnyRow], features: FeatureSource | None, gamma: int, batch_anchors: int
     ) -> Iterator[tuple[list[AnyRow], Batch]]:
         """Rows of similar length with what an unroll reads of them."""
         assert features is not None

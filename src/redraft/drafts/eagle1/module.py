@@ -22,7 +22,7 @@ from redraft.drafts.eagle1.objective import RegressionObjective
 from redraft.drafts.layers import Linear
 from redraft.drafts.proposing import ObjectiveSettings, Reduce, alone
 from redraft.errors import UserError
-from redraft.target import FINAL, Target
+from redraft.target import FINAL, Head
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +126,7 @@ class Eagle1Draft(EagleDraft):
             raise ValueError("an Eagle1 draft has no head of its own; bind it to its target first")
         return self._head(states)
 
-    def objective(self, target: Target, settings: ObjectiveSettings, reduce: Reduce = alone) -> RegressionObjective:
+    def objective(self, target: Head, settings: ObjectiveSettings, reduce: Reduce = alone) -> RegressionObjective:
         return RegressionObjective(self, target, settings, reduce=reduce)
 
     def start(self, target: Any, seed: int) -> None:

@@ -25,10 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from redraft.drafts.eagle.unroll import Batch, collate, unroll
-from redraft.drafts.proposing import Features, ObjectiveSettings, Reduce, alone
+from redraft.drafts.proposing import ObjectiveSettings, Reduce, alone
+from redraft.features import FeatureSource
 from redraft.losses.portions import portions, sum_over_portions
 from redraft.rows import TokenRow
-from redraft.target import Target
+from redraft.target import Head
 
 # Positions whose logits over the whole vocabulary stand in memory at once.
 CHUNK = 128
@@ -50,7 +51,7 @@ class RegressionObjective:
     def __init__(
         self,
         draft: Any,
-        target: Target,
+        target: Head,
         config: ObjectiveSettings,
         recipe: Recipe = Recipe(),
         reduce: Reduce = alone,
@@ -61,7 +62,7 @@ class RegressionObjective:
         self.reduce = reduce
 
     def collate(
-        self, rows: Sequence[TokenRow], features: Features, weights: Mapping[str, Tensor] | None = None
+        self, rows: Sequence[TokenRow], features: FeatureSource, weights: Mapping[str, Tensor] | None = None
     ) -> Batch:
         """See :class:`redraft.drafts.proposing.Objective`; there is one draft step, and no weights."""
         assert weights is None

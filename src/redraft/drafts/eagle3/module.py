@@ -21,7 +21,7 @@ from redraft.drafts.eagle3.objective import UnrollObjective
 from redraft.drafts.layers import Linear, RMSNorm, norm_weight
 from redraft.drafts.proposing import ObjectiveSettings, Reduce, alone
 from redraft.errors import UserError
-from redraft.target import Target
+from redraft.target import Head
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +140,7 @@ class Eagle3Draft(EagleDraft):
     def carry(self, states: Tensor) -> Tensor:
         return self.norm(states) if self.config.norm_output else states
 
-    def objective(self, target: Target, settings: ObjectiveSettings, reduce: Reduce = alone) -> UnrollObjective:
+    def objective(self, target: Head, settings: ObjectiveSettings, reduce: Reduce = alone) -> UnrollObjective:
         return UnrollObjective(self, target, settings, reduce=reduce)
 
     def logits(self, states: Tensor) -> Tensor:

@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from redraft.drafts.eagle.unroll import Batch, collate, supervised, unroll
-from redraft.drafts.proposing import Features, ObjectiveSettings, Reduce, alone
+from redraft.drafts.proposing import ObjectiveSettings, Reduce, alone
+from redraft.features import FeatureSource
 from redraft.losses.portions import portions, sum_over_portions
 from redraft.registries import LOSSES
 from redraft.rows import TokenRow
-from redraft.target import Target
+from redraft.target import Head
 
 # Draft and teacher logits that stand in memory at once, counted in numbers: 256 MiB in float32, which keeps any device
 # busy. A CPU is a third faster with 64 MiB: larger matrices are given back to the system after every use, and fetching
@@ -37,7 +38,7 @@ class UnrollObjective:
     def __init__(
         self,
         draft: Any,
-        target: Target,
+        target: Head,
         config: ObjectiveSettings,
         portion_numbers: int | None = None,
         reduce: Reduce = alone,
@@ -53,7 +54,7 @@ class UnrollObjective:
         self.head_DF, self.bias_D = target.head.weight[vocabulary], None if bias is None else bias[vocabulary]
 
     def collate(
-        self, rows: Sequence[TokenRow], features: Features, weights: Mapping[str, Tensor] | None = None
+        self, rows: Sequence[TokenRow], features: FeatureSource, weights: Mapping[str, Tensor] | None = None
     ) -> Batch:
         """See :class:`redraft.drafts.proposing.Objective`."""
         return collate(rows, features, self.config.unroll, weights)

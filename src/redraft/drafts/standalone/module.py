@@ -31,7 +31,7 @@ from redraft.drafts.textwalk import TextWalk
 from redraft.errors import UserError
 from redraft.loading import check_tokenizers
 from redraft.sampling import scale_logits
-from redraft.target import Target
+from redraft.target import Head, Target
 
 # What transformers writes into a config besides the model itself.
 PASSING = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
@@ -147,10 +147,10 @@ class StandaloneDraft(Draft):
     def proposer(self, target: Target, capacity: int) -> StandaloneProposer:
         return StandaloneProposer(self, capacity)
 
-    def walk(self, target: Target) -> TextWalk:
+    def walk(self, target: Head) -> TextWalk:
         return TextWalk(self, target, self.states)
 
-    def objective(self, target: Target, settings: ObjectiveSettings, reduce: Reduce = alone) -> StandaloneObjective:
+    def objective(self, target: Head, settings: ObjectiveSettings, reduce: Reduce = alone) -> StandaloneObjective:
         return StandaloneObjective(self, target, settings, reduce)
 
     def mlps(self) -> tuple[str, ...]:

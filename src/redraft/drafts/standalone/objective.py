@@ -17,11 +17,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from redraft.drafts.proposing import Features, ObjectiveSettings, Reduce, alone
+from redraft.drafts.proposing import ObjectiveSettings, Reduce, alone
 from redraft.drafts.standalone.causal import CausalModel
+from redraft.features import FeatureSource
 from redraft.registries import LOSSES
 from redraft.rows import TokenRow, anchors
-from redraft.target import Target
+from redraft.target import Head
 
 TeacherLogits = Callable[[Tensor], Tensor]
 """Indices [N] into the supervised positions of some rows -> the teacher's logits [N, V] there."""
@@ -137,7 +138,7 @@ class TextBatch:
 
     rows: Sequence[TokenRow]
     hidden_MH: Tensor
-    target: Target
+    target: Head
 
     @property
     def vocab_size(self) -> int:
@@ -159,13 +160,13 @@ class TextBatch:
 class StandaloneObjective:
     """See :class:`redraft.drafts.proposing.Objective`: every position counts the same."""
 
-    def __init__(self, draft: Any, target: Target, config: ObjectiveSettings, reduce: Reduce = alone) -> None:
+    def __init__(self, draft: Any, target: Head, config: ObjectiveSettings, reduce: Reduce = alone) -> None:
         """Raises ``UserError`` for an unknown loss."""
         self.causal, self.target, self.config, self.reduce = CausalModel(draft.model), target, config, reduce
         LOSSES.get(config.loss)
 
     def collate(
-        self, rows: Sequence[TokenRow], features: Features, weights: Mapping[str, Tensor] | None = None
+        self, rows: Sequence[TokenRow], features: FeatureSource, weights: Mapping[str, Tensor] | None = None
     ) -> TextBatch:
         assert weights is None
         return TextBatch(rows, torch.cat([features.get(row)[1] for row in rows]), self.target)
