@@ -34,7 +34,7 @@ from redraft.decode.tree_engine import TreeDecoder
 from redraft.drafts.eagle3 import fresh_draft
 from redraft.drafts.files import save_draft
 from redraft.errors import UserError
-from redraft.features.store import FeatureStore
+from redraft.features import FeatureStore
 from redraft.loading import quiet
 from redraft.settings.adapt import AdaptConfig
 from redraft.settings.sampler import Sampler

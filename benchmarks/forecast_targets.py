@@ -43,7 +43,8 @@ from redraft.drafts.base import Draft
 from redraft.drafts.groups import prepare
 from redraft.errors import UserError
 from redraft.evaluate.speed import tau_interval
-from redraft.features.store import FeatureStore, anchors
+from redraft.features import FeatureStore
+from redraft.rows import anchors
 from redraft.settings.adapt import adaptation
 from redraft.settings.methods import PrivateSize
 from redraft.settings.studies import parse_study

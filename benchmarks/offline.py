@@ -38,8 +38,9 @@ from redraft.decode.engine import ChainDecoder, Generation
 from redraft.drafts.eagle3 import Eagle3Draft
 from redraft.evaluate.speed import Prompt
 from redraft.evaluate.statistics import paired_difference, ratio_of_sums
-from redraft.features.store import FeatureStore, anchors
+from redraft.features import FeatureStore
 from redraft.progress import Progress, progress_bar
+from redraft.rows import anchors
 from redraft.settings.sampler import Sampler
 from redraft.target import Target, TargetStep
 

@@ -29,9 +29,9 @@ from redraft.decode.auto import measure_costs
 from redraft.drafts.files import load_draft, save_draft
 from redraft.drafts.standalone import StandaloneDraft
 from redraft.evaluate.statistics import paired_difference, ratio_of_sums
-from redraft.features.store import anchors
 from redraft.metrics import cost_by_bytes, mbsu
 from redraft.progress import progress_bar
+from redraft.rows import anchors
 from redraft.settings.distill import DistillConfig
 from redraft.settings.sampler import Sampler
 from redraft.train.distil import distil

@@ -29,7 +29,7 @@ _HOMES = {
     "redraft.adaptation.steps": ("TargetSpec",),
     "redraft.data.regenerate": ("RegenerationReport",),
     "redraft.drafts.formats.base": ("ExportReport",),
-    "redraft.report.results": ("Adaptation", "Benchmark", "Merged", "Page", "Study", "Trained"),
+    "redraft.report.results": ("Adapted", "Benchmark", "Merged", "Page", "Study", "Trained"),
     "redraft.select.manifest": ("Manifest",),
     "redraft.target": ("Target",),
     "redraft.errors": ("UserError",),

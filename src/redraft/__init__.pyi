@@ -23,7 +23,7 @@ from redraft.registries import SCORERS as SCORERS
 from redraft.registries import STARTS as STARTS
 from redraft.registries import SUITES as SUITES
 from redraft.registries import load_plugin as load_plugin
-from redraft.report.results import Adaptation as Adaptation
+from redraft.report.results import Adapted as Adapted
 from redraft.report.results import Benchmark as Benchmark
 from redraft.report.results import Merged as Merged
 from redraft.report.results import Page as Page

@@ -30,8 +30,9 @@ from redraft.drafts.files import load_draft, load_private, save_draft, save_priv
 from redraft.drafts.groups import group_of, prepare
 from redraft.errors import UserError
 from redraft.evaluate.speed import BenchConfig, Prompt, bench
-from redraft.features.store import FeatureStore, anchors
+from redraft.features import FeatureStore
 from redraft.registries import EXPORTERS
+from redraft.rows import anchors
 from redraft.settings.methods import PrivateSize
 from redraft.settings.sampler import Sampler
 from redraft.settings.shapes import ChainShape, parse_shape
@@ -372,7 +373,7 @@ def test_training_lowers_the_loss_and_a_killed_run_resumes_to_the_same_bits(targ
     expected = whole.run()
     best = {name: parameter.detach().clone() for name, parameter in whole.trained}
     # The run hands out its best weights by held-out tau; what training does to the loss shows in its last.
-    whole.descent.checkpoint.load(whole.trained, make_optimizers(whole.trained, CONFIG.optimizer, CONFIG.weight_decay))
+    whole.loop.checkpoint.load(whole.trained, make_optimizers(whole.trained, CONFIG.optimizer, CONFIG.weight_decay))
     assert float(measured(batch).detach()) < before
 
     class Killed(BaseException):
@@ -389,6 +390,6 @@ def test_training_lowers_the_loss_and_a_killed_run_resumes_to_the_same_bits(targ
     assert again.run().history == expected.history
     for name, parameter in again.trained:
         assert torch.equal(best[name], parameter), name
-    again.descent.checkpoint.load(again.trained, make_optimizers(again.trained, CONFIG.optimizer, CONFIG.weight_decay))
+    again.loop.checkpoint.load(again.trained, make_optimizers(again.trained, CONFIG.optimizer, CONFIG.weight_decay))
     for (name, a), (_, b) in zip(whole.trained, again.trained, strict=True):
         assert torch.equal(a, b), name

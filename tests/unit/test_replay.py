@@ -17,13 +17,16 @@ import torch
 from redraft import provenance
 from redraft.acceptance.simulate import simulate_greedy_chain, tau_of
 from redraft.acceptance.unroll import collate
-from redraft.adaptation.replay import replay
+from redraft.adaptation.core import Adaptation, Plan
+from redraft.adaptation.runs import Log
 from redraft.data.store import REFERENCE, Row
 from redraft.decode.engine import ChainDecoder, PlainDecoder
 from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
+from redraft.drafts.opening import OpenDraft
 from redraft.errors import UserError
-from redraft.features.store import FeatureStore, anchors
+from redraft.features import FeatureStore
 from redraft.registries import LOSSES
+from redraft.rows import anchors
 from redraft.settings.training import ReplayConfig, TrainConfig
 from redraft.target import Target
 from redraft.train.replay import (
@@ -233,8 +236,21 @@ def test_replay_trains_on_lost_rounds_and_never_ends_worse(
     settings = ReplayConfig(passes=2, epochs=6, rate=0.6, failed=2.0)
     before = tau_of(simulate_greedy_chain(draft, target, rows, store, GAMMA), rows)
     ledger, said = provenance.Ledger(), list[str]()
-    arguments = (target, store, rows, rows, config, settings, tmp_path / "replay", ledger, said.append)
-    replayed, results = replay(copy.deepcopy(draft), *arguments)
+
+    def replay() -> Adaptation:
+        job = Adaptation(
+            target,
+            OpenDraft(copy.deepcopy(draft), {}, "old"),
+            Plan("full", train=config, replay=settings),
+            tmp_path,
+            Log(ledger, said.append),
+            store,
+        )
+        job.replay(rows, rows)
+        return job
+
+    job = replay()
+    replayed, results = job.draft, job.results
     after = tau_of(simulate_greedy_chain(replayed, target, rows, store, GAMMA), rows)
     assert results[0].start_tau == pytest.approx(before) and after == pytest.approx(results[-1].best_tau)
     assert after > before
@@ -242,18 +258,16 @@ def test_replay_trains_on_lost_rounds_and_never_ends_worse(
     assert ledger.stages[0].tokens == 2 * GAMMA * sum(map(anchors, rows))
     assert sum("rounds ended early" in line for line in said) == 2
     # The same call again: nothing is walked or trained, and the same weights come out.
-    again, _ = replay(copy.deepcopy(draft), *arguments)
-    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), replayed.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(replay().draft.parameters(), replayed.parameters(), strict=True))
     assert sum("rounds ended early" in line for line in said) == 2
 
 
 def test_off_is_the_default_and_nothing_to_replay_is_said(
     target: Target, rows: list[Row], store: FeatureStore, draft: Eagle3Draft, tmp_path: Path
 ) -> None:
-    arguments = (target, store, rows, rows, TrainConfig(gamma=GAMMA))
-    rest = (tmp_path / "replay", provenance.Ledger(), lambda text: None)
-    same, results = replay(draft, *arguments, ReplayConfig(), *rest)
-    assert same is draft and results == [] and not (tmp_path / "replay").exists()
+    job = Adaptation(target, OpenDraft(draft, {}, ""), Plan("full"), tmp_path, Log(provenance.Ledger()), store)
+    job.replay(rows, rows)
+    assert job.draft is draft and job.results == [] and not (tmp_path / "replay").exists()
     with pytest.raises(UserError, match="nothing to replay"):
         ReplayTrainer(draft, target, store, rows, rows, TrainConfig(), tmp_path / "none", {})
 

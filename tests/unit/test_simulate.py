@@ -27,7 +27,8 @@ from redraft.decode.tree_engine import TreeDecoder
 from redraft.decode.tree_walk import simulate_tree
 from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
 from redraft.errors import UserError
-from redraft.features.store import FeatureStore, anchors
+from redraft.features import FeatureStore
+from redraft.rows import anchors
 from redraft.settings.sampler import Sampler
 from redraft.settings.shapes import DynamicTree, StaticTree
 from redraft.target import Target

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from redraft import provenance
 from redraft.acceptance.simulate import row_alphas, simulate_greedy_chain, tau_of
 from redraft.acceptance.unroll import collate, supervised, unroll
-from redraft.adaptation.stages import run_training
+from redraft.adaptation.core import run_training
+from redraft.adaptation.runs import Log
 from redraft.arithmetic import Choice
 from redraft.attic.aim import STEPS, aim
 from redraft.data.store import Row
@@ -27,7 +28,8 @@ from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
 from redraft.drafts.experts import attach_private, merge_private
 from redraft.drafts.groups import prepare
 from redraft.errors import UserError
-from redraft.features.store import FeatureStore, anchors
+from redraft.features import FeatureStore
+from redraft.rows import anchors
 from redraft.settings.methods import PrivateSize
 from redraft.settings.training import TrainConfig
 from redraft.target import Target
@@ -176,12 +178,12 @@ def test_only_the_trained_groups_move_and_the_loss_falls(method, optimizer, targ
     batch = collate(work.rows, store, config.unroll)
     first = float(work.objective(batch).detach())
     result = work.run()
-    work.descent.checkpoint.load(work.trained, make(work))
+    work.loop.checkpoint.load(work.trained, make(work))
     assert float(work.objective(batch).detach()) < first
     trained = {n for n, _ in work.trained}
     for name, parameter in work.draft.named_parameters():
         assert torch.equal(before[name], parameter.detach()) == (name not in trained), name
-    assert result.steps == work.descent.total
+    assert result.steps == work.loop.total
 
 
 def make(work: Trainer):
@@ -253,7 +255,7 @@ def moved(target, draft, store, rows, tmp_path, processor):
 
 def losses(work: Trainer) -> list[float]:
     """The losses along the run, to the last bit: they depend on every step before."""
-    return [json.loads(line)["loss"] for line in work.descent.curve.read_text().splitlines()]
+    return [json.loads(line)["loss"] for line in work.loop.curve.read_text().splitlines()]
 
 
 def test_a_run_keeps_its_arithmetic_on_another_processor(moved):
@@ -261,16 +263,16 @@ def test_a_run_keeps_its_arithmetic_on_another_processor(moved):
     runs = []
     for kinds in (("float32", "bfloat16"), ("bfloat16", "float32")):
         whole, later = moved(*kinds)
-        later.descent.precision = "bfloat16"  # as if the target had been opened in another type
+        later.loop.precision = "bfloat16"  # as if the target had been opened in another type
         later.run()
-        assert later.descent.precision == "float32" and losses(whole) == losses(later)
+        assert later.loop.precision == "float32" and losses(whole) == losses(later)
         runs.append(losses(whole))
     assert runs[0][0] == pytest.approx(runs[1][0], rel=0.01) and runs[0] != runs[1], "the type makes a difference"
 
 
 def test_a_checkpoint_of_before_muon_had_a_choice_goes_on_in_bfloat16(moved):
     whole, later = moved("bfloat16", "float32")
-    path = later.descent.checkpoint.path
+    path = later.loop.checkpoint.path
     stored = json.loads(path.read_text())
     assert stored["state"].pop("arithmetic") == {"precision": "float32", "muon": "bfloat16"}
     del stored["checksum"]  # nor was there one then
@@ -293,8 +295,8 @@ def test_low_rank_updates_are_aimed_once_before_the_first_step(target, draft, st
     result = trainer(target, draft, store, rows, tmp_path / "run", "lora" + AIMED).run()
     plain = trainer(target, draft, store, rows, tmp_path / "plain", "fc").run()
     assert result.anchors == plain.anchors + sum(size for _, size in batches)
-    again = trainer(target, draft, store, rows, tmp_path / "run", "lora" + AIMED).run()
-    assert (again.anchors, again.history) == (result.anchors, result.history), "what was trained is not aimed again"
+    again = trainer(target, draft, store, rows, tmp_path / "run", "lora" + AIMED)
+    assert again.run() == result, "what a checkpoint brought back is not aimed again"
 
 
 def test_a_run_directory_of_another_draft_is_refused(target, draft, store, rows, tmp_path):
@@ -322,10 +324,28 @@ def test_a_run_directory_of_another_draft_is_refused(target, draft, store, rows,
             work(name, origin)
 
 
+@pytest.mark.parametrize("named", ["", None])
+def test_a_run_that_did_not_name_its_old_draft_goes_on(named, target, draft, store, rows, tmp_path):
+    def work(origin: str) -> Trainer:
+        return Trainer(copy.deepcopy(draft), target, store, rows[:18], rows[18:], CONFIG, tmp_path / "run", origin)
+
+    result = work("").run()
+    path = tmp_path / "run" / "state.json"
+    stored = json.loads(path.read_text())
+    del stored["identity"]["old draft"], stored["checksum"]  # what was written before there were checksums
+    stored["identity"] |= {} if named is None else {"old draft": named}
+    path.write_text(json.dumps(stored))
+    assert work("some draft").run() == result
+    stored["identity"]["old draft"] = "another"
+    path.write_text(json.dumps(stored))
+    with pytest.raises(UserError, match="another old draft"):
+        work("some draft")
+
+
 def test_what_ended_before_is_read_and_not_paid_for_again(target, draft, store, rows, tmp_path):
     def run() -> tuple[provenance.Ledger, TrainResult]:
         ledger = provenance.Ledger()
-        return ledger, run_training(trainer(target, draft, store, rows, tmp_path / "run"), ledger, lambda _: None)
+        return ledger, run_training(trainer(target, draft, store, rows, tmp_path / "run"), Log(ledger, lambda _: None))
 
     (first, result), (second, again) = run(), run()
     assert again == result and first.stages[0].tokens == result.anchors > 0 and first.stages[0].flops > 0

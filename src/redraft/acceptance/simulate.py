@@ -49,10 +49,11 @@ from redraft.acceptance.unroll import Batch, collate, unroll
 from redraft.data.store import REFERENCE, Row
 from redraft.drafts.base import Draft
 from redraft.errors import UserError
-from redraft.features.store import FeatureStore, anchors
+from redraft.features import FeatureSource
+from redraft.rows import anchor_batches, anchors
 from redraft.sampling import token_probability
 from redraft.settings.sampler import Sampler
-from redraft.target import Target
+from redraft.target import Head
 
 # Rows of logits that probabilities are taken from at once: enough for the head's product, few enough for the cache.
 CHUNK = 128
@@ -60,24 +61,7 @@ CHUNK = 128
 ROWS = 256
 
 
-def anchor_batches(rows: Sequence[Row], batch_anchors: int) -> Iterator[list[Row]]:
-    """Rows of similar length together, at most ``batch_anchors`` supervised positions a batch.
-
-    Rows of equal length keep the order they are given in.
-    """
-    batch: list[Row] = []
-    for row in sorted(rows, key=lambda r: len(r.prompt_ids) + len(r.response_ids)):
-        if not anchors(row):
-            continue
-        if batch and sum(anchors(r) for r in batch) + anchors(row) > batch_anchors:
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
-
-
-def matches(draft: Draft, target: Target, batch: Batch, gamma: int) -> Tensor:
+def matches(draft: Draft, target: Head, batch: Batch, gamma: int) -> Tensor:
     """How many proposals in a row are right when a round starts at each anchor, [M], at most ``gamma``.
 
     An anchor whose proposal was wrong is not drafted from any further.
@@ -97,7 +81,7 @@ def matches(draft: Draft, target: Target, batch: Batch, gamma: int) -> Tensor:
 
 
 def _draft_on(
-    draft: Draft, target: Target, batch: Batch, gamma: int, judge: Callable[[int, Tensor, Tensor], Tensor]
+    draft: Draft, target: Head, batch: Batch, gamma: int, judge: Callable[[int, Tensor, Tensor], Tensor]
 ) -> None:
     """Unroll at most ``gamma`` steps, each from the anchors alone that the step before was worth it for.
 
@@ -124,7 +108,7 @@ def walk(run_lengths: Sequence[int]) -> list[int]:
 
 
 def matches_by_key(
-    draft: Draft, target: Target, rows: Sequence[Row], store: FeatureStore, gamma: int, batch_anchors: int
+    draft: Draft, target: Head, rows: Sequence[Row], store: FeatureSource, gamma: int, batch_anchors: int
 ) -> Iterator[tuple[str, list[int]]]:
     """Row by row its key and the run length at every anchor (see :func:`matches`)."""
     for group in anchor_batches(sorted(rows, key=lambda r: r.key), batch_anchors):
@@ -138,9 +122,9 @@ def matches_by_key(
 @torch.inference_mode()
 def simulate_greedy_chain(
     draft: Draft,
-    target: Target,
+    target: Head,
     rows: Sequence[Row],
-    store: FeatureStore,
+    store: FeatureSource,
     gamma: int,
     batch_anchors: int = 1024,
 ) -> dict[str, list[int]]:
@@ -156,9 +140,9 @@ def simulate_greedy_chain(
 @torch.inference_mode()
 def expected_rounds_sampled(
     draft: Draft,
-    target: Target,
+    target: Head,
     rows: Sequence[Row],
-    store: FeatureStore,
+    store: FeatureSource,
     gamma: int,
     sampler: Sampler,
     greedy_drafts: bool = False,
@@ -201,7 +185,7 @@ def check_sampler(rows: Sequence[Row], sampler: Sampler) -> None:
             )
 
 
-def acceptance_given_text(draft: Draft, target: Target, batch: Batch, gamma: int, sampler: Sampler) -> Tensor:
+def acceptance_given_text(draft: Draft, target: Head, batch: Batch, gamma: int, sampler: Sampler) -> Tensor:
     """w [M, J]: the chance that the j-th token behind each anchor came by acceptance, given that it came.
 
     min(1, draft / target) of that token under the warped distributions; 0 behind the end of the response and behind a
@@ -269,7 +253,7 @@ def tau_of(accepted: Mapping[str, Sequence[int]], rows: Sequence[Row]) -> float:
 
 @torch.inference_mode()
 def row_alphas(
-    draft: Draft, target: Target, rows: Sequence[Row], store: FeatureStore, batch_anchors: int = 256
+    draft: Draft, target: Head, rows: Sequence[Row], store: FeatureSource, batch_anchors: int = 256
 ) -> list[float]:
     """alpha of the first drafted position, averaged over each row's anchors, in the order of ``rows``.
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from redraft.acceptance.simulate import CHUNK, ROWS, check_sampler, visits, walk
 from redraft.data.store import Row
 from redraft.drafts.standalone import StandaloneDraft
-from redraft.features.store import anchors, length_batches
+from redraft.rows import anchors, length_batches
 from redraft.sampling import token_probability
 from redraft.settings.sampler import Sampler
 from redraft.target import Target

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from redraft.data.store import Row
-from redraft.features.store import FeatureStore, anchors
+from redraft.features import FeatureSource
+from redraft.rows import anchors
 
 
 @dataclass
@@ -43,7 +44,7 @@ class Batch:
         return Batch(**{name: value.to(device) for name, value in vars(self).items()})
 
 
-def collate(rows: Sequence[Row], store: FeatureStore, steps: int) -> Batch:
+def collate(rows: Sequence[Row], store: FeatureSource, steps: int) -> Batch:
     """Pack rows with their stored features for an unroll of ``steps`` draft steps."""
     pairs = [len(r.prompt_ids) + anchors(r) - 1 for r in rows]
     counts = [anchors(r) for r in rows]

@@ -21,16 +21,16 @@ from redraft.adaptation.advice import ADAPT_ANSWERS, ADAPT_PASSES, LEAVE, break_
 from redraft.adaptation.pace import TIMED_PROMPTS, Pace, RoundTime, expected_seconds, first_batch, round_cost
 from redraft.adaptation.trial import Trial, check_trial, trial
 from redraft.data.generate import Request, generate
-from redraft.data.regenerate import Kept
 from redraft.data.store import Row
 from redraft.drafts.base import Draft
 from redraft.drafts.standalone import StandaloneDraft
 from redraft.errors import UserError
 from redraft.evaluate.forecast import Evidence, Fit, Seen, same_chain, shipped
 from redraft.evaluate.speed import Prompt, tau_interval
-from redraft.features.store import FeatureStore, anchors
+from redraft.features import FeatureStore, RowFeatures
 from redraft.report.format import duration
 from redraft.report.tables import probe_panel
+from redraft.rows import anchors
 from redraft.settings.sampler import Sampler
 from redraft.shown import Shown
 from redraft.starts.vocabulary import coverage
@@ -119,13 +119,13 @@ def greedy_rows(
     ``store`` takes the features that the target computes on the way.
     """
     requests = [Request(p.id, p.ids, Sampler()) for p in prompts]
-    rows, kept, tokens = list[Row](), list[Kept](), 0
+    rows, kept, tokens = list[Row](), list[RowFeatures](), 0
     for done in generate(target, requests, max_new_tokens, features=store is not None):
         texts = (done.request.key, list(done.request.prompt_ids), done.response_ids)
         row = Row(*texts, 0.0, 0, 1.0, 0, done.finish_reason, "")
         rows.append(row)
         if done.features:
-            kept.append((row, *done.features))
+            kept.append(RowFeatures(row, *done.features))
         tokens += len(done.response_ids)
         if progress:
             progress(len(rows), tokens=tokens)

@@ -13,7 +13,7 @@ from redraft.adaptation.study.tables import write_full, write_tables
 from redraft.adaptation.training import TrainData, train_new, train_old
 from redraft.api.opening import Say, path_of
 from redraft.drafts.opening import AnyDraft, OpenDraft
-from redraft.report.results import Adaptation, Benchmark, Study, Trained
+from redraft.report.results import Adapted, Benchmark, Study, Trained
 from redraft.settings.adapt import AdaptConfig, adaptation
 from redraft.settings.methods import PrivateSize
 from redraft.settings.studies import StudyConfig, read_study
@@ -29,7 +29,7 @@ def adapt(
     config: str | Path | Mapping[str, Any] | None = None,
     say: Say = print,
     **settings: Any,
-) -> Adaptation:
+) -> Adapted:
     """Everything in one go, in the run directory ``out``: regenerate, select, train, export, measure, report.
 
     ``settings`` are those of ``redraft adapt --help``, underscores for hyphens; ``config`` a YAML file (or a mapping)
@@ -50,14 +50,10 @@ def adapt(
     if out is not None:
         given["out"] = Path(out)
     parsed = read(AdaptConfig, Path(config) if isinstance(config, str | Path) else None, given)
-    run = AdaptRun(parsed, say)
-    if spec is not None and spec.opened is not None:
-        run.target = spec.opened
-    if isinstance(draft, OpenDraft):
-        run.target.tap(draft.draft.taps)
-        run.stale = draft
+    opened = draft if isinstance(draft, OpenDraft) else None
+    run = AdaptRun(parsed, say, spec.opened if spec else None, opened)
     figures, folder = run.run(), run.folder
-    return Adaptation(
+    return Adapted(
         folder,
         folder / "merged",
         folder / "private" if (folder / "private").is_dir() else None,

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from redraft.adaptation.stages import half
+from redraft.adaptation.core import half
 from redraft.adaptation.steps import AnyTarget, target_info
 from redraft.api.opening import name_of
 from redraft.drafts.base import Draft

@@ -18,8 +18,8 @@ from redraft.data.regenerate import regenerate as answer
 from redraft.data.shapes import row_of
 from redraft.data.store import encode_row, read_rows
 from redraft.errors import UserError
-from redraft.features.store import anchors
 from redraft.progress import progress_bar
+from redraft.rows import anchors
 from redraft.select import ScoringContext
 from redraft.select.acceptance import alpha_measurer
 from redraft.select.manifest import Manifest
@@ -64,19 +64,7 @@ def regenerate(
     if server:
         engine = ServerEngine(server, server_model, batch_size, vocab_size=opened.vocab_size)
     with progress_bar("regenerate", expected_rows(conversations, samplers), "rows") as progress:
-        return answer(
-            engine,
-            conversations,
-            opened.tokenizer,
-            samplers,
-            out,
-            max_new_tokens,
-            seed,
-            opened.content_hash(),
-            progress.update,
-            eos_ids=opened.eos_ids,
-            context=opened.context,
-        )
+        return answer(engine, conversations, opened, samplers, out, max_new_tokens, seed, progress.update)
 
 
 def select(

@@ -7,7 +7,7 @@ As outer is zero, the draft is what it was.
 
 After LoRA-GA (arXiv 2407.05000), which starts outer as well and takes what it adds off the shared matrix; that would no
 longer be the shared one, so it is left out here. Off by default: it brought a faster start and no better end
-(docs/studies/learning-rates.md). Where it is asked for, :func:`aim` is what a trainer does before its first step.
+(docs/studies/learning-rates.md).
 
 Shape legend: O outputs, I inputs of a matrix, R rank, K leading vectors.
 """
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from redraft.drafts.layers import Linear
+from redraft.train.workers import sum_gradients
 
 # Steps whose batches the gradient is taken over.
 STEPS = 4
@@ -28,30 +29,29 @@ STEPS = 4
 SPARE, ROUNDS = 16, 4
 
 
-def waiting(draft: nn.Module) -> list[Linear]:
-    """Layers whose update is new and still to be aimed."""
-    layers = [layer for layer in draft.modules() if isinstance(layer, Linear)]
-    return [layer for layer in layers if layer.low_rank is not None and layer.low_rank.aim]
-
-
 def aim(trainer: Any) -> int:
-    """Aim the new updates of ``trainer.draft`` by the first steps of a ``redraft.train.trainer.Trainer``.
-
-    Returns the supervised positions that it took, 0 where no update waits to be aimed.
-    """
+    """A :class:`~redraft.train.trainer.Trainer`'s ``before``: turn new low-rank updates to where the gradient of the
+    first steps is. Gives the supervised positions that it took, 0 where no update waits."""
     if not waiting(trainer.draft):
         return 0
     seen: list[int] = []
 
     def backward() -> None:
         trainer.draft.train()
-        for number, step in zip(range(min(STEPS, trainer.descent.total)), trainer.steps(0, {}), strict=False):
+        for number, step in zip(range(min(STEPS, trainer.loop.total)), trainer.steps(0, {}), strict=False):
             for part in step.parts:
-                trainer.descent.loss(part, number).backward()
+                trainer.loop.loss(part, number).backward()
             seen.append(step.tokens)
+        sum_gradients((p for p in trainer.draft.parameters() if p.requires_grad), trainer.workers)
 
     aim_updates(trainer.draft, backward)
     return sum(seen)
+
+
+def waiting(draft: nn.Module) -> list[Linear]:
+    """Layers whose update is new and still to be aimed."""
+    layers = [layer for layer in draft.modules() if isinstance(layer, Linear)]
+    return [layer for layer in layers if layer.low_rank is not None and layer.low_rank.aim]
 
 
 def aim_updates(draft: nn.Module, backward: Callable[[], None]) -> None:

@@ -32,8 +32,8 @@ from redraft import provenance
 from redraft.attic.delta import check_same_shape
 from redraft.data.store import Row
 from redraft.errors import UserError
-from redraft.features.store import anchors, length_batches
 from redraft.registries import STARTS
+from redraft.rows import anchors, length_batches
 from redraft.starts.apply import Start, StartContext, StartResult
 from redraft.starts.leastsquares import Moments, fit
 from redraft.target import Target

@@ -18,7 +18,8 @@ from redraft.decode.accept import follow_tree
 from redraft.decode.engine import _Uniforms
 from redraft.decode.tree_engine import TreeDecoder
 from redraft.drafts.base import Draft
-from redraft.features.store import FeatureStore, anchors
+from redraft.features import FeatureStore
+from redraft.rows import anchors
 from redraft.settings.shapes import DynamicTree, StaticTree
 from redraft.target import Target
 

@@ -32,7 +32,7 @@ class Benchmark(Shown):
 
 
 @dataclass(frozen=True)
-class Adaptation(Shown):
+class Adapted(Shown):
     """A finished run in ``folder``: the ``draft`` (merged, in redraft's format), ``exports`` by format, the ``page``.
 
     ``private`` holds only what was trained; None where that is every weight. ``ledger`` is what each stage cost.

@@ -1,7 +1,7 @@
 """Distillation of a causal LM from a target's responses, under any loss of the registry, with plain text mixed in.
 
 One teacher-forced pass gives the draft's distribution at every response token (prompts are read and not supervised);
-the teacher's comes from ``train/supervision.py``. As everywhere here, the first response token comes from prefill and
+the teacher's comes from ``train/teachers.py``. As everywhere here, the first response token comes from prefill and
 is nobody's to draft. Text, with next-token cross-entropy, is mixed in by a share of all supervised tokens (0.1 is the
 9:1 of Goel et al., arXiv 2403.00858) to keep the draft from forgetting what its pretraining gave it.
 
@@ -27,15 +27,15 @@ from torch import Tensor
 from redraft.data.packed import PackedText, Position, ahead
 from redraft.data.store import Row
 from redraft.errors import UserError
-from redraft.features.store import anchors
 from redraft.progress import Progress
 from redraft.registries import LOSSES
+from redraft.rows import anchors
 from redraft.settings.training import DistilConfig
 from redraft.train.causal import CausalModel
 from redraft.train.checkpoint import rows_digest
-from redraft.train.descent import Descent, DescentResult, Step
-from redraft.train.objective import sum_over_workers
-from redraft.train.supervision import Teacher, TeacherLogits
+from redraft.train.loop import LoopResult, Step, TrainingLoop
+from redraft.train.teachers import Teacher, TeacherLogits
+from redraft.train.workers import SINGLE, Shares, Workers
 
 
 def size(row: Row) -> int:
@@ -72,10 +72,10 @@ class Distillation:
         teacher: Teacher,
         loss: str,
         gamma: int,
-        reduce: Callable[[Tensor], Tensor] = sum_over_workers,
+        workers: Workers = SINGLE,
     ) -> None:
-        """``reduce`` adds batch statistics over workers. Raises ``UserError`` for an unknown loss."""
-        self.causal, self.teacher, self.reduce = causal, teacher, reduce
+        """Raises ``UserError`` for an unknown loss."""
+        self.causal, self.teacher, self.shares = causal, teacher, Shares(workers)
         self.loss = LOSSES.get(loss)
         self.chained = hasattr(self.loss, "chain")
         self.steps = gamma if self.chained else 1
@@ -110,7 +110,7 @@ class Distillation:
         teacher, inside_MJ = self.teacher.of(rows, states[0].device), self.inside(rows)
         if hasattr(loss, "statistics"):
             if statistics is None:  # these rows are the whole step
-                statistics = self.reduce(self.sums(states, teacher, inside_MJ))
+                statistics = self.shares.sum(self.sums(states, teacher, inside_MJ))
             loss = partial(loss, statistics=statistics)
 
         def value(part: slice, states: list[Tensor]) -> Tensor:
@@ -142,8 +142,8 @@ class Distillation:
             return torch.stack(found).sum(0)
 
     def statistics(self, micro: Sequence[Sequence[Row]]) -> Tensor | None:
-        """Statistics over the micro-batches of a step and all workers, in a pass of its own; None where the loss
-        needs none, and where there is one micro-batch, which then sees to it itself."""
+        """Statistics over this worker's micro-batches of a step, summed over all workers, in a pass of its own; None
+        where the loss needs none, and where there is one micro-batch, which then sees to it itself."""
         if not hasattr(self.loss, "statistics") or len(micro) < 2:
             return None
         found = []
@@ -151,7 +151,7 @@ class Distillation:
             for rows in micro:
                 states = self.states(rows)
                 found.append(self.sums(states, self.teacher.of(rows, states[0].device), self.inside(rows)))
-            return self.reduce(torch.stack(found).sum(0))
+            return self.shares.sum(torch.stack(found).sum(0))
 
 
 # -- steps -----------------------------------------------------------------------------------------------------------
@@ -192,16 +192,18 @@ class MixedSteps:
 
     def step(self, rows: Sequence[Row], blocks: Sequence[Tensor], position: dict[str, Any]) -> Step:
         """Responses and text weigh by their supervised tokens."""
-        micro = groups(sorted(rows, key=size), self.config.micro_tokens, size)
+        every = groups(sorted(rows, key=size), self.config.micro_tokens, size)
+        shares = self.distillation.shares
+        micro = shares.of(every)
         supervised, written = sum(map(anchors, rows)), sum(len(block) - 1 for block in blocks)
         weight = supervised / (supervised + written)
-        count = sum(map(self.distillation.pairs, micro))
+        count = sum(map(self.distillation.pairs, every))
         shared: list[Tensor | None] = []
 
         def responses(part: Sequence[Row]) -> Tensor:
             if not shared:  # the weights are those of the step from the first part to the last
                 shared.append(self.distillation.statistics(micro))
-            return weight * self.distillation(part, count, shared[0])
+            return shares.loss(weight * self.distillation(part, count, shared[0]))
 
         def texts(block_BT: Tensor) -> Tensor:
             return self.causal.block_loss(block_BT) * ((1 - weight) / written)
@@ -209,7 +211,8 @@ class MixedSteps:
         parts: list[Callable[[], Tensor]] = [partial(responses, part) for part in micro]
         if blocks:
             at_once = max(1, self.config.micro_tokens // self.config.text_length)
-            parts += [partial(texts, part) for part in torch.stack(list(blocks)).split(at_once)]
+            split = torch.stack(list(blocks)).split(at_once)
+            parts += [partial(texts, part) for part in split[shares.workers.rank :: shares.workers.size]]
         return Step(parts, supervised + written, position)
 
 
@@ -222,7 +225,8 @@ def distil(
     evaluate: Callable[[], float],
     text: PackedText | None = None,
     progress: Progress | None = None,
-) -> DescentResult:
+    workers: Workers = SINGLE,
+) -> LoopResult:
     """Train ``model`` in place on ``rows``; on return it has the weights with the highest ``evaluate()``.
 
     ``evaluate`` gives the held-out block efficiency of the model as it stands; training stops when it has not risen
@@ -235,7 +239,7 @@ def distil(
     if (text is None) != (config.text_share == 0) or (text and text.length != config.text_length):
         raise UserError("text and its share go together: give both for a mix, or a share of 0 without text")
     causal = CausalModel(model)
-    distillation = Distillation(causal, teacher, config.loss, config.gamma)
+    distillation = Distillation(causal, teacher, config.loss, config.gamma, workers)
     total = max(1, round(config.epochs * len(step_order(kept, config, 0))))
     identity = {
         "rows": rows_digest([row.key for row in kept]),
@@ -244,5 +248,7 @@ def distil(
     }
     steps = MixedSteps(distillation, kept, config, text)
     model, trained = causal.model.float(), causal.trained
-    descent = Descent(model, trained, steps, total, evaluate, config, folder, identity, precision=config.precision)
-    return descent.run(progress)
+    loop = TrainingLoop(
+        model, trained, steps, total, evaluate, config, folder, identity, precision=config.precision, workers=workers
+    )
+    return loop.run(progress)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from redraft.acceptance.unroll import Batch, supervised, unroll
 from redraft.registries import LOSSES
-from redraft.target import Target
+from redraft.target import Head
 from redraft.train.portions import portions, sum_over_portions
 
 if TYPE_CHECKING:
@@ -36,10 +36,8 @@ class Objective(Protocol):
 PORTION_NUMBERS = {"cpu": 2**24, "cuda": 2**26}
 
 
-def sum_over_workers(sums: Tensor) -> Tensor:
-    """The sum over all workers of a distributed run; of a single process, its own."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(sums)
+def alone(sums: Tensor) -> Tensor:
+    """The sum over the workers of a run where there is one."""
     return sums
 
 
@@ -54,12 +52,12 @@ class UnrollObjective:
     def __init__(
         self,
         draft: Any,
-        target: Target,
+        target: Head,
         config: TrainConfig,
         portion_numbers: int | None = None,
-        reduce: Callable[[Tensor], Tensor] = sum_over_workers,
+        reduce: Callable[[Tensor], Tensor] = alone,
     ) -> None:
-        """``portion_numbers``: by default what suits the device. ``reduce`` adds batch statistics over workers.
+        """``portion_numbers``: by default what suits the device. ``reduce`` sums counts and statistics over workers.
 
         Raises ``UserError`` for an unknown loss.
         """
@@ -75,15 +73,15 @@ class UnrollObjective:
             return self.target.scale_logits(F.linear(batch.hidden_M[anchors], self.head_DF, self.bias_D))
 
     def weights(self, batch: Batch, inside_MJ: Tensor) -> Tensor:
-        """What each anchor's loss at each step counts for, [M, J]; they sum to 1.
+        """What each anchor's loss at each step counts for, [M, J]; over all workers they sum to 1.
 
         The mean over anchors of a step, and over steps with weights that decay. A loss over chains weighs steps by
         itself: every reached step counts the same.
         """
         inside = inside_MJ.float()
         if hasattr(self.loss, "chain"):
-            return inside / inside.sum().clamp(min=1)
-        counts_J = inside.sum(0)
+            return inside / self.reduce(inside.sum()).clamp(min=1)
+        counts_J = self.reduce(inside.sum(0))
         decays_J = self.config.step_decay ** torch.arange(inside.shape[1], device=inside.device) * (counts_J > 0)
         return inside * (decays_J / counts_J.clamp(min=1) / decays_J.sum().clamp(min=1e-9))
 
@@ -145,15 +143,20 @@ class WithExtraLoss:
         return self.objective(batch) + self.draft.extra_loss()
 
 
-def make_objective(draft: Any, target: Target, config: TrainConfig) -> Objective:
-    """The objective that the draft's family trains with. Raises ``UserError`` for an unknown loss."""
+def make_objective(
+    draft: Any, target: Head, config: TrainConfig, reduce: Callable[[Tensor], Tensor] = alone
+) -> Objective:
+    """The objective that the draft's family trains with; ``reduce`` sums over workers.
+
+    Raises ``UserError`` for an unknown loss.
+    """
     kind = getattr(draft, "objective", "unroll")
     if kind == "regression":
         from redraft.train.regression import RegressionObjective
 
-        objective: Objective = RegressionObjective(draft, target, config)
+        objective: Objective = RegressionObjective(draft, target, config, reduce=reduce)
     elif kind == "unroll":
-        objective = UnrollObjective(draft, target, config)
+        objective = UnrollObjective(draft, target, config, reduce=reduce)
     else:
         raise ValueError(f"{type(draft).__name__} names the objective {kind!r}; there are unroll and regression")
     return with_extra_loss(objective, draft)

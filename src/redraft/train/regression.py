@@ -16,6 +16,7 @@ Shape legend: N packed pairs, M supervised anchors, C anchors of a portion, H wi
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from redraft.acceptance.unroll import Batch, unroll
 from redraft.drafts.base import Draft
-from redraft.target import Target
+from redraft.target import Head
 from redraft.train.portions import portions, sum_over_portions
 
 if TYPE_CHECKING:
@@ -48,16 +49,27 @@ class Recipe:
 class RegressionObjective:
     """A batch to a scalar loss. Rows, weights of the draft and ``config.seed`` decide it to the bit."""
 
-    def __init__(self, draft: Draft, target: Target, config: TrainConfig, recipe: Recipe = Recipe()) -> None:
-        """``config`` gives the seed of the noise; its loss and its draft steps play no part here."""
+    def __init__(
+        self,
+        draft: Draft,
+        target: Head,
+        config: TrainConfig,
+        recipe: Recipe = Recipe(),
+        reduce: Callable[[Tensor], Tensor] = lambda sums: sums,
+    ) -> None:
+        """``config`` gives the seed of the noise; its loss and its draft steps play no part here. ``reduce`` sums
+        over workers."""
         self.draft, self.target, self.seed, self.recipe = draft.bind(target), target, config.seed, recipe
+        self.reduce = reduce
 
     def __call__(self, batch: Batch) -> Tensor:
-        """The mean loss over the anchors of ``batch``."""
+        """The mean loss over the anchors of ``batch``; of several workers, this one's share of it."""
         states_MH = next(unroll(self.draft, self.target.embedding, self.noisy(batch), 1))
         recipe = self.recipe
         loss = recipe.state_weight * F.smooth_l1_loss(states_MH.float(), batch.hidden_M.float())
-        return loss + recipe.word_weight * self.words(states_MH, batch.hidden_M)
+        loss = loss + recipe.word_weight * self.words(states_MH, batch.hidden_M)
+        count = loss.new_tensor(float(len(states_MH)))
+        return loss * (len(states_MH) / self.reduce(count))
 
     def words(self, states_MH: Tensor, hidden_MH: Tensor) -> Tensor:
         """Mean cross-entropy of the draft's words against the target's distribution, portion by portion."""

@@ -32,15 +32,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from redraft.acceptance.simulate import acceptance_given_text, anchor_batches, check_own, matches, visits
+from redraft.acceptance.simulate import acceptance_given_text, check_own, matches, visits
 from redraft.acceptance.unroll import Batch, collate, supervised
 from redraft.data.store import Row
 from redraft.errors import UserError
-from redraft.features.store import FeatureStore, anchors
+from redraft.features import FeatureSource
 from redraft.progress import Progress
+from redraft.rows import anchor_batches, anchors
 from redraft.settings.sampler import Sampler
 from redraft.settings.training import ReplayConfig, TrainConfig
-from redraft.target import Target
+from redraft.target import Head
 from redraft.train.objective import Objective, UnrollObjective, with_extra_loss
 from redraft.train.trainer import Trainer
 
@@ -62,9 +63,9 @@ class ReplayStates:
 @torch.no_grad()
 def replay_states(
     draft: Any,
-    target: Target,
+    target: Head,
     rows: Sequence[Row],
-    store: FeatureStore,
+    store: FeatureSource,
     gamma: int,
     config: ReplayConfig,
     batch_anchors: int = 1024,
@@ -95,7 +96,7 @@ def replay_states(
 
 def _walk(
     draft: Any,
-    target: Target,
+    target: Head,
     rows: Sequence[Row],
     batch: Batch,
     gamma: int,
@@ -117,7 +118,7 @@ def _walk(
             found.weights[row.key] = torch.from_numpy(weight).float()
 
 
-def acceptance_chances(draft: Any, target: Target, batch: Batch, gamma: int, sampler: Sampler) -> Tensor:
+def acceptance_chances(draft: Any, target: Head, batch: Batch, gamma: int, sampler: Sampler) -> Tensor:
     """w [M, J]: the chance that the j-th token behind each anchor comes by acceptance, given the text.
 
     Greedy chains have 1 up to the first wrong proposal and 0 behind it.
@@ -169,10 +170,10 @@ class ReplayObjective(UnrollObjective):
     """
 
     def weights(self, batch: Batch, inside_MJ: Tensor) -> Tensor:
-        """What each state's loss counts for, [M, J]; they sum to 1."""
+        """What each state's loss counts for, [M, J]; over all workers they sum to 1."""
         assert isinstance(batch, ReplayBatch)
         weight_MJ = batch.weight_MJ * inside_MJ
-        return weight_MJ / weight_MJ.sum().clamp(min=1e-9)
+        return weight_MJ / self.reduce(weight_MJ.sum()).clamp(min=1e-9)
 
 
 class ReplayTrainer(Trainer):
@@ -181,13 +182,14 @@ class ReplayTrainer(Trainer):
     def __init__(
         self,
         draft: Any,
-        target: Target,
-        store: FeatureStore,
+        target: Head,
+        store: FeatureSource,
         rows: Sequence[Row],
         heldout: Sequence[Row],
         config: TrainConfig,
         folder: Path,
         states: Mapping[str, Tensor],
+        origin: str = "",
     ) -> None:
         """``config.unroll`` must be the steps of ``states``. Raises ``UserError`` as :class:`Trainer` does, for a
         draft family that is not trained by unrolling, and when no round was lost."""
@@ -195,11 +197,12 @@ class ReplayTrainer(Trainer):
             raise UserError("no round ended early, so there is nothing to replay")
         check_replayable(draft)
         self.states = states
-        super().__init__(draft, target, store, [r for r in rows if r.key in states], heldout, config, folder)
+        super().__init__(draft, target, store, [r for r in rows if r.key in states], heldout, config, folder, origin)
 
     def new_objective(self) -> Objective:
         """The loss on the states of the walk, plus what the draft itself asks for."""
-        return with_extra_loss(ReplayObjective(self.draft, self.target, self.config), self.draft)
+        objective = ReplayObjective(self.draft, self.target, self.config, reduce=self.shares.sum)
+        return with_extra_loss(objective, self.draft)
 
     def collated(self, rows: Sequence[Row]) -> Batch:
         """As the trainer's, with the weights of the rows' states."""

@@ -10,24 +10,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from redraft.acceptance.simulate import anchor_batches, simulate_greedy_chain, tau_of
+from redraft.acceptance.simulate import simulate_greedy_chain, tau_of
 from redraft.acceptance.unroll import Batch, collate
 from redraft.data.store import Row
 from redraft.drafts.base import Draft
 from redraft.errors import UserError
-from redraft.features.store import FeatureStore, anchors
+from redraft.features import FeatureSource
 from redraft.progress import Progress
+from redraft.rows import anchor_batches, anchors
 from redraft.settings.training import TrainConfig
-from redraft.target import Target
-from redraft.train.checkpoint import rows_digest
-from redraft.train.descent import Descent, Step
+from redraft.target import Head
+from redraft.train.checkpoint import OLD_DRAFT, rows_digest
+from redraft.train.loop import Step, TrainingLoop
 from redraft.train.objective import Objective, make_objective
+from redraft.train.workers import SINGLE, Shares, Workers
 
 
 @dataclass
 class TrainResult:
-    """The outcome. ``anchors`` counts supervised positions, those of what was done ``before`` included;
+    """The outcome. ``anchors`` counts supervised positions, those of the hook ahead of training included;
     ``history`` lists every evaluation as (step, held-out tau)."""
 
     best_tau: float
@@ -57,21 +60,24 @@ class Trainer:
     def __init__(
         self,
         draft: Draft,
-        target: Target,
-        store: FeatureStore,
+        target: Head,
+        store: FeatureSource,
         rows: Sequence[Row],
         heldout: Sequence[Row],
         config: TrainConfig,
         folder: Path,
         origin: str = "",
+        *,
         before: Callable[[Trainer], int] | None = None,
+        workers: Workers = SINGLE,
     ) -> None:
-        """``origin`` names what the draft was before, where its shape does not say it; ``before`` is done once, ahead
+        """``origin`` names what the draft was before, where its shape does not say it. ``before`` is done once, ahead
         of the first evaluation, and gives the supervised positions that it took.
 
         Raises ``UserError`` when no row can be supervised or the folder belongs to another run.
         """
         self.draft, self.target, self.store, self.config = draft.to(target.device), target, store, config
+        self.workers, self.shares = workers, Shares(workers)
         self.rows = [r for r in rows if anchors(r)]
         self.heldout = [r for r in heldout if anchors(r)]
         if not self.rows or not self.heldout:
@@ -81,28 +87,28 @@ class Trainer:
         if any(p.dtype != torch.float32 for _, p in self.trained):
             raise ValueError("a draft is trained in float32; autocast sees to the rest")
         per_epoch = len(batch_order(self.rows, config, 0))
-        total = max(1, round(config.epochs * per_epoch))
-        self.descent = Descent(
+        self.loop = TrainingLoop(
             self.draft,
             self.trained,
             self,
-            total,
+            max(1, round(config.epochs * per_epoch)),
             self.evaluate,
             config,
             folder,
             {
                 "rows": rows_digest([r.key for r in self.rows]),
                 "draft": self.draft.config.to_dict(),
-                "old draft": origin,
+                OLD_DRAFT: origin,
             },
             # As the target decodes, so is its draft trained.
             precision="bfloat16" if target.dtype == torch.bfloat16 else "float32",
-            before=None if before is None else partial(before, self),
+            before=partial(before, self) if before else None,
+            workers=workers,
         )
 
     def new_objective(self) -> Objective:
         """What a step minimises: by default what the draft's family trains with."""
-        return make_objective(self.draft, self.target, self.config)
+        return make_objective(self.draft, self.target, self.config, self.shares.sum)
 
     def evaluate(self) -> float:
         """tau_pooled of a greedy chain on the held-out rows."""
@@ -116,7 +122,7 @@ class Trainer:
         arguments, ends with the same bits. Raises ``UserError`` when a loss or a gradient is not finite; the
         checkpoint before it stays.
         """
-        done = self.descent.run(reporter)
+        done = self.loop.run(reporter)
         return TrainResult(
             best_tau=done.best,
             start_tau=done.start,
@@ -131,15 +137,20 @@ class Trainer:
     def steps(self, begin: int, position: dict[str, Any]) -> Iterator[Step]:
         """The optimiser steps from number ``begin`` on: each is one batch."""
         for batch, size in self.batches(begin):
-            yield Step([partial(self.objective, batch)], size)
+            yield Step([partial(self.part, batch)], size)
+
+    def part(self, batch: Batch) -> Tensor:
+        """The loss of this worker's batch, as it counts in the step."""
+        return self.shares.loss(self.objective(batch))
 
     def batches(self, begin: int) -> Iterator[tuple[Batch, int]]:
-        """The collated batches of step ``begin`` and all later ones, each with its supervised positions."""
+        """This worker's share of the batches of step ``begin`` and all later ones, collated, each with the supervised
+        positions of the whole."""
         epoch, offset = 0, 0
         while True:
             order = batch_order(self.rows, self.config, epoch)
             for rows in order[max(0, begin - offset) :]:
-                yield self.collated(rows).to(self.target.device), sum(map(anchors, rows))
+                yield self.collated(self.shares.of(rows)).to(self.target.device), sum(map(anchors, rows))
             epoch, offset = epoch + 1, offset + len(order)
 
     def collated(self, rows: Sequence[Row]) -> Batch:
