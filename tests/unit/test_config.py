@@ -183,7 +183,7 @@ def test_a_plan_agrees_with_the_ledger_of_the_run(place: Path, redraft: Any) -> 
     ("command", "stage"),
     [
         ("train --target target --draft draft --responses run/responses.jsonl --heldout 4 --out new", "features"),
-        ("regenerate --target target --prompts prompts.jsonl --out n.jsonl --temperature 0,1", "regenerate"),
+        ("regenerate --target target --prompts prompts.jsonl --out n --temperature 0 --temperature 1", "regenerate"),
         ("distill --target target --text draft --prompts prompts.jsonl --out new --pretrain tokens=1e6", "pretrain"),
         ("study study.yaml --out new", "train"),
     ],
