@@ -289,7 +289,7 @@ def test_every_setting_of_adapt_is_a_flag_and_only_given_ones_are_handed_on(
     assert "Undefined" not in out
     seen: dict[str, Any] = {}
 
-    def stop(config: AdaptConfig, *rest: Any) -> None:
+    def stop(config: AdaptConfig, *_: Any) -> None:
         seen.update(config.model_dump(exclude_unset=True))
         raise UserError("far enough")
 

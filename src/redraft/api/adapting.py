@@ -11,14 +11,13 @@ from redraft.adaptation.steps import AnyTarget, TargetSpec
 from redraft.adaptation.study.run import RESULTS_FILE, StudyRun
 from redraft.adaptation.study.tables import write_full, write_tables
 from redraft.adaptation.training import TrainData, train_new, train_old
-from redraft.api.opening import Say, path_of
+from redraft.api.opening import Say, checked, name_of
 from redraft.drafts.opening import AnyDraft, OpenDraft
 from redraft.report.results import Adapted, Benchmark, Study, Trained
-from redraft.settings.adapt import AdaptConfig, adaptation
-from redraft.settings.methods import PrivateSize
+from redraft.settings.adapt import AdaptConfig
+from redraft.settings.steps import TrainSettings
 from redraft.settings.studies import StudyConfig, read_study
-from redraft.settings.training import TrainConfig
-from redraft.settings.yamlfile import read
+from redraft.settings.yamlfile import merged, read, underscored
 
 
 def adapt(
@@ -37,19 +36,15 @@ def adapt(
 
         run = redraft.adapt(target, "old-draft", "run", prompts="prompts.jsonl", method="lora", exports=["vllm"])
     """
-    given = {**(dict(config) if isinstance(config, Mapping) else {}), **settings}
     spec = None if target is None else TargetSpec.of(target)
-    if spec is not None:
-        given["target"] = spec.name
+    named: dict[str, Any] = {"target": name_of(target), "draft": name_of(draft), "out": out}
     if spec is not None and not isinstance(target, str | Path):  # a name alone leaves these to ``settings``
-        named: dict[str, Any] = {"dtype": spec.dtype, "device": spec.device, "adapter": spec.adapter}
+        named |= {"dtype": spec.dtype, "device": spec.device, "adapter": spec.adapter}
         named |= {"template_arg": dict(spec.template_args)} if spec.template_args else {}
-        given = {key: value for key, value in named.items() if value is not None} | given
-    if draft is not None:
-        given["draft"] = draft.source if isinstance(draft, OpenDraft) else str(draft)
-    if out is not None:
-        given["out"] = Path(out)
-    parsed = read(AdaptConfig, Path(config) if isinstance(config, str | Path) else None, given)
+    given = {name: value for name, value in named.items() if value is not None} | settings
+    if isinstance(config, Mapping):
+        given, config = merged(underscored(config, "config"), given), None
+    parsed = read(AdaptConfig, None if config is None else Path(config), given)
     opened = draft if isinstance(draft, OpenDraft) else None
     run = AdaptRun(parsed, say, spec.opened if spec else None, opened)
     figures, folder = run.run(), run.folder
@@ -88,16 +83,16 @@ def train(
 
         redraft.train(target, "responses.jsonl", "run", draft="old-draft", method="lora", epochs=4, loss="tv")
     """
-    spec, out = TargetSpec.of(target), Path(out)
-    data = TrainData(Path(responses), heldout, path_of(heldout_responses), path_of(selection))
+    own = {name: value for name, value in settings.items() if name in TrainSettings.OWN}
+    rest = {name: value for name, value in settings.items() if name not in own}
+    s = checked(TrainSettings, locals(), from_nothing=draft is None, setting=rest, **own)
+    spec, data = TargetSpec.of(target), TrainData(s.responses, s.heldout, s.heldout_responses, s.selection)
     if draft is None:
-        record = train_new(spec, data, out, vocabulary, TrainConfig(**settings), say, family)
-        return Trained(out / "draft", None, record["tau"]["value"], None)
-    config = TrainConfig(**adaptation(method) | settings)
-    size = PrivateSize(**private or {})
-    result = train_old(spec, draft, data, out, config, method, size, say)
-    part = out / "private"
-    return Trained(out / "merged", part if part.is_dir() else None, result.best_tau, result.start_tau)
+        record = train_new(spec, data, s.out, s.vocabulary, s.train_config(), say, s.family)
+        return Trained(s.out / "draft", None, record["tau"]["value"], None)
+    result = train_old(spec, draft, data, s.out, s.train_config(), s.method, s.private_size, say)
+    part = s.out / "private"
+    return Trained(s.out / "merged", part if part.is_dir() else None, result.best_tau, result.start_tau)
 
 
 def study(
@@ -114,8 +109,7 @@ def study(
 
         print(redraft.study("study.yaml", "out/study"))
     """
-    parsed = config if isinstance(config, StudyConfig) else read_study(Path(config))
-    out = Path(out)
+    parsed, out = config if isinstance(config, StudyConfig) else read_study(Path(config)), Path(out)
     if template_arg:
         parsed = parsed.model_copy(update={"template_arg": parsed.template_arg | dict(template_arg)})
     results = StudyRun(parsed, out, say).run()

@@ -8,7 +8,7 @@ from typing import Any
 
 from redraft.adaptation.core import half
 from redraft.adaptation.steps import AnyTarget, target_info
-from redraft.api.opening import name_of
+from redraft.api.opening import checked
 from redraft.drafts.base import Draft
 from redraft.drafts.files import save_draft
 from redraft.drafts.formats.base import ExportReport, TargetInfo
@@ -17,6 +17,7 @@ from redraft.drafts.scaling import scale_change
 from redraft.loading import load_tokenizer, quiet
 from redraft.registries import EXPORTERS, FAMILIES
 from redraft.report.results import Merged
+from redraft.settings.steps import ExportSettings, MergeSettings
 
 
 def merge(
@@ -33,15 +34,15 @@ def merge(
 
         redraft.merge("run/private", "old-draft", "merged", scale=0.7)
     """
-    out, info = Path(out), None if target is None else target_info(target)
+    s, info = checked(MergeSettings, locals()), None if target is None else target_info(target)
     draft, meta = _read(private, info, base_draft)
     kept = {key: meta[key] for key in ("method", "target", "tokenizer_hash", "provenance") if key in meta}
-    origin = {"merged_from": {"base": name_of(base_draft), "private": name_of(private), "scale": scale}}
-    if scale != 1:
-        draft = scale_change(draft, _read(base_draft, info)[0], scale)
+    origin = {"merged_from": {"base": s.base_draft, "private": s.private, "scale": s.scale}}
+    if s.scale != 1:
+        draft = scale_change(draft, _read(base_draft, info)[0], s.scale)
     merged = draft.merged()
-    save_draft(out, merged, kept | origin)
-    return Merged(out, sum(parameter.numel() for parameter in merged.parameters()), kept.get("method"))
+    save_draft(s.out, merged, kept | origin)
+    return Merged(s.out, sum(parameter.numel() for parameter in merged.parameters()), kept.get("method"))
 
 
 def _read(draft: AnyDraft, info: TargetInfo | None, base_draft: AnyDraft | None = None) -> tuple[Draft, dict[str, Any]]:
@@ -66,11 +67,11 @@ def export(
 
         print(redraft.export("run/merged", "my-model", "vllm", "draft-for-vllm").serve)
     """
-    exporter = EXPORTERS.get(format)
-    info = target_info(target)
+    s = checked(ExportSettings, locals())
+    exporter, info = EXPORTERS.get(s.format), target_info(target)
     found, _ = _read(draft, info, base_draft)
     if not FAMILIES.get(found.family).reads_states and info.tokenizer is None:
         # A model by itself must speak as the target does, down to its special tokens.
         with quiet():
             info = replace(info, tokenizer=load_tokenizer(info.name))
-    return exporter(found, Path(out), info, speculative_tokens=gamma)
+    return exporter(found, s.out, info, speculative_tokens=s.gamma)

@@ -13,13 +13,12 @@ from redraft.adaptation.probe import ProbeResult
 from redraft.adaptation.questions import Questions
 from redraft.adaptation.server_bench import bench_servers_on
 from redraft.adaptation.steps import AnyTarget, TargetSpec, timed_targets
-from redraft.api.opening import Say, name_of, path_of, text_of
+from redraft.api.opening import Say, checked, name_of
 from redraft.drafts.opening import AnyDraft
-from redraft.errors import UserError
 from redraft.progress import Progress, progress_bar
 from redraft.report import build_report, headline_png
 from redraft.report.results import Benchmark, Page
-from redraft.settings.sampler import asked_samplers
+from redraft.settings.measure import BenchSettings, ProbeSettings, ReportSettings
 
 
 def probe(
@@ -45,12 +44,12 @@ def probe(
         found = redraft.probe(target, "old-draft", prompts="prompts.jsonl")
         found.tau["value"], found.verdict
     """
-    spec = TargetSpec.of(target)
-    questions = Questions(text_of(prompts), suite, path_of(data), limit)
+    s, spec = checked(ProbeSettings, locals()), TargetSpec.of(target)
+    questions = Questions(s.prompts, s.suite, s.data, s.limit)
     questions.conversations  # noqa: B018  a bad prompt file is refused before anything large is loaded
     opened = spec.open()
     found, meta = open_proposer(draft, opened, base_draft)
-    asked = questions.read(opened, max_new_tokens, 0)
+    asked = questions.read(opened, s.max_new_tokens, 0)
     base = TargetSpec.of(base_target).open() if base_target is not None else None
     stated = meta.get("heldout", {})
     with progress_bar("probe", len(asked) * (2 if base else 1), "prompts") as progress:
@@ -58,14 +57,14 @@ def probe(
             opened,
             found,
             asked,
-            gamma,
-            max_new_tokens,
+            s.gamma,
+            s.max_new_tokens,
             base,
             stated.get("tau"),
             _counting(progress),
             known_gamma=stated.get("gamma"),
             targets=timed_targets(opened, found, spec.dtype, spec.open),
-            with_trial=trial,
+            with_trial=s.trial,
             say=say,
         )
 
@@ -114,24 +113,17 @@ def bench(
 
         redraft.bench(target, {"stale": "old-draft", "aligned": run.draft}, "bench.json", prompts="eval.jsonl")
     """
-    if bool(drafts) == bool(servers):
-        raise UserError("give --draft to measure drafts in this process, or --server to measure servers from outside")
-    if drafts and (concurrency or server_model):
-        raise UserError("--concurrency and --server-model are for servers; give --server, or leave them out")
-    if servers and (shape != "chain:5" or greedy_drafts or static or base_draft):
-        raise UserError(
-            "servers draft as they were started; leave out --shape, --greedy-drafts, --static, --base-draft"
-        )
-    spec, out = TargetSpec.of(target), Path(out)
-    questions = Questions(text_of(prompts), suite, path_of(data), limit, path_of(trained_on))
-    (sampler,) = asked_samplers([temperature], top_p, top_k)
-    how = How(shape, sampler, greedy_drafts, max_new_tokens, seed, static)
-    if servers:
-        levels = tuple(concurrency or (1,))
-        return Benchmark(out, bench_servers_on(spec, servers, questions, out, how, levels, server_model))
-    assert drafts is not None
-    named = drafts if isinstance(drafts, Mapping) else {Path(name_of(drafts)).name or "draft": drafts}
-    return Benchmark(out, bench_files(spec, named, questions, out, how, base_draft))
+    places = drafts if isinstance(drafts, Mapping) else {"": drafts} if drafts is not None else {}
+    draft = tuple(f"{name}={name_of(place)}" if name else str(name_of(place)) for name, place in places.items())
+    server = tuple(f"{name}={place}" for name, place in (servers or {}).items())
+    s, spec = checked(BenchSettings, locals()), TargetSpec.of(target)
+    questions = Questions(s.prompts, s.suite, s.data, s.limit, s.trained_on)
+    how = How(s.shape, s.sampler, s.greedy_drafts, s.max_new_tokens, s.seed, s.static)
+    if s.servers:
+        levels = s.concurrency or (1,)
+        return Benchmark(s.out, bench_servers_on(spec, s.servers, questions, s.out, how, levels, s.server_model))
+    named = dict(zip(s.drafts, places.values(), strict=True))
+    return Benchmark(s.out, bench_files(spec, named, questions, s.out, how, base_draft))
 
 
 def report(
@@ -151,8 +143,9 @@ def report(
         redraft.report("bench.json", "report.html", ledger="run/ledger.json")
     """
     several = [results] if isinstance(results, str | Path | Benchmark) else list(results)
-    paths = [each.path if isinstance(each, Benchmark) else Path(each) for each in several]
-    page = build_report(paths, Path(out), path_of(curve), path_of(ledger), path_of(summary), title)
-    if png is not None:
-        headline_png(paths[0], Path(png))
+    results = [each.path if isinstance(each, Benchmark) else Path(each) for each in several]
+    s = checked(ReportSettings, locals())
+    page = build_report(list(s.results), s.out, s.curve, s.ledger, s.summary, s.title)
+    if s.png is not None:
+        headline_png(s.results[0], s.png)
     return Page(page)

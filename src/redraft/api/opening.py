@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from redraft.adaptation.models import open_any
 from redraft.adaptation.steps import AnyTarget, TargetSpec
 from redraft.drafts.opening import AnyDraft, OpenDraft
+from redraft.settings.base import Settings
 from redraft.target import Target
 
 Say = Callable[[str], None]
+Kind = TypeVar("Kind", bound=Settings)
 
 
 def open_target(
@@ -42,14 +44,19 @@ def open_draft(draft: AnyDraft, target: AnyTarget, *, base_draft: AnyDraft | Non
     return open_any(draft, TargetSpec.of(target).open(), base_draft)
 
 
-def name_of(draft: AnyDraft) -> str:
-    """Where a draft came from."""
-    return draft.source if isinstance(draft, OpenDraft) else str(draft)
+def checked(kind: type[Kind], given: Mapping[str, Any], **more: Any) -> Kind:
+    """The settings of a command among the arguments ``given`` of a function, each in its type.
+
+    Opened targets and drafts stand there by name. Raises ``UserError`` that tells all mistakes.
+    """
+    known = {name: value for name, value in {**given, **more}.items() if name in kind.model_fields}
+    return kind(**{name: name_of(value) for name, value in known.items() if value is not None})
 
 
-def text_of(place: str | Path | None) -> str | None:
-    return None if place is None else str(place)
-
-
-def path_of(place: str | Path | None) -> Path | None:
-    return None if place is None else Path(place)
+def name_of(given: Any) -> Any:
+    """What an opened target or draft is called; anything else as it is, paths as texts."""
+    if isinstance(given, OpenDraft):
+        return given.source or "the opened draft"
+    if isinstance(given, TargetSpec | Target):
+        return TargetSpec.of(given).name or "the opened target"
+    return str(given) if isinstance(given, Path) else given

@@ -9,25 +9,24 @@ from typing import Any
 
 from redraft.adaptation import models
 from redraft.adaptation.models import prompt_rows
+from redraft.adaptation.runs import supervised_rows
 from redraft.adaptation.steps import AnyTarget, TargetSpec, check_output
-from redraft.api.opening import AnyDraft
+from redraft.api.opening import AnyDraft, checked
 from redraft.artifact import atomic_write_text
 from redraft.data.prompts import Conversation, read_conversations
 from redraft.data.regenerate import InProcessEngine, RegenerationReport, ServerEngine, expected_rows
 from redraft.data.regenerate import regenerate as answer
 from redraft.data.shapes import row_of
-from redraft.data.store import encode_row, read_rows
+from redraft.data.store import encode_row
 from redraft.errors import UserError
 from redraft.progress import progress_bar
-from redraft.rows import anchors
 from redraft.select import ScoringContext
 from redraft.select.acceptance import alpha_measurer
 from redraft.select.manifest import Manifest
-from redraft.select.rules import check_order, choose
+from redraft.select.rules import choose
 from redraft.settings.budget import parse_budget
-from redraft.settings.sampler import asked_samplers
 from redraft.settings.scorers import parse_scorer
-from redraft.settings.texts import check_address
+from redraft.settings.steps import RegenerateSettings, SelectSettings
 
 
 def regenerate(
@@ -51,20 +50,16 @@ def regenerate(
 
         redraft.regenerate(target, "prompts.jsonl", "responses.jsonl", temperature=[0.0, 0.7], top_p=0.95)
     """
-    out, spec = Path(out), TargetSpec.of(target)
-    samplers = asked_samplers(temperature, top_p, top_k)
-    if server_model and not server:
-        raise UserError("--server-model names the target on a server; give --server too, or leave it out")
-    check_output(out, ".jsonl")
-    if server:
-        check_address(server)
-    conversations = read_conversations(str(prompts))
-    opened = spec.open(served=bool(server))
-    engine: Any = InProcessEngine(opened, batch_size)
-    if server:
-        engine = ServerEngine(server, server_model, batch_size, vocab_size=opened.vocab_size)
-    with progress_bar("regenerate", expected_rows(conversations, samplers), "rows") as progress:
-        return answer(engine, conversations, opened, samplers, out, max_new_tokens, seed, progress.update)
+    s, spec = checked(RegenerateSettings, locals()), TargetSpec.of(target)
+    check_output(s.out, ".jsonl")
+    conversations = read_conversations(s.prompts)
+    opened = spec.open(served=bool(s.server))
+    engine: Any = InProcessEngine(opened, s.batch_size)
+    if s.server:
+        engine = ServerEngine(s.server, s.server_model, s.batch_size, vocab_size=opened.vocab_size)
+    with progress_bar("regenerate", expected_rows(conversations, s.samplers), "rows") as progress:
+        told = progress.update
+        return answer(engine, conversations, opened, s.samplers, s.out, s.max_new_tokens, s.seed, told)
 
 
 def select(
@@ -89,42 +84,37 @@ def select(
 
         redraft.select("selection.json", responses="responses.jsonl", target=target, draft="old-draft", budget="50%")
     """
-    by, wanted, out = parse_scorer(scorer), parse_budget(budget), Path(out)
-    check_order(order)
-    if (responses is None) == (prompts is None):
-        raise UserError("give either --responses or --prompts (before generation)")
-    check_output(out)
-    if keep is not None:
-        check_output(Path(keep))
+    s, by = checked(SelectSettings, locals()), parse_scorer(scorer)
+    for path in filter(None, (s.out, s.keep)):
+        check_output(path)
     spec = None if target is None else TargetSpec.of(target)
-    needs_target = bool({"target", "alpha_of"} & by.needs) or responses is None
+    needs_target = bool({"target", "alpha_of"} & by.needs) or s.responses is None
     if needs_target and spec is None:
         raise UserError(f"scorer {by.name} needs the fine-tuned target here; give --target")
     if "alpha_of" in by.needs and draft is None:
         raise UserError(f"scorer {by.name} measures the present draft here; give --draft")
     if "base_target" in by.needs and base_target is None:
         raise UserError(f"scorer {by.name} compares the target with its base; give --base-target")
-    asked = read_conversations(str(prompts)) if prompts is not None else []
-    answered = [row for row in read_rows(responses) if anchors(row)] if responses is not None else []
+    asked = read_conversations(s.prompts) if s.prompts is not None else []
     opened = spec.open() if spec and needs_target else None
-    rows: list[Any] = prompt_rows(asked, opened) if opened and asked else answered
-    source = responses if responses is not None else prompts if Path(str(prompts)).is_file() else None
+    rows: list[Any] = prompt_rows(asked, opened) if opened and asked else supervised_rows(s.responses or Path())
     with progress_bar("select", len(rows), "rows") as progress:
         context = ScoringContext(
             target=opened,
             base_target=TargetSpec.of(base_target).open() if base_target and "base_target" in by.needs else None,
             device=spec.device if spec else "cpu",
-            seed=seed,
+            seed=s.seed,
             progress=lambda done, total: progress.update(done),
-            scratch=out.parent,
+            scratch=s.out.parent,
         )
         if opened and draft and "alpha_of" in by.needs:
             present = models.open_draft(draft, opened).draft
-            context.alpha_of = alpha_measurer(present, opened, out.parent, context.progress)
-        manifest = choose(by, rows, context, wanted, order, source)  # type: ignore[arg-type]
-    manifest.write(out)
-    if keep is not None:
-        _write_kept(manifest, rows, asked, Path(keep))
+            context.alpha_of = alpha_measurer(present, opened, s.out.parent, context.progress)
+        source = s.responses or (Path(s.prompts) if s.prompts and Path(s.prompts).is_file() else None)
+        manifest = choose(by, rows, context, parse_budget(s.budget), s.order, source)
+    manifest.write(s.out)
+    if s.keep is not None:
+        _write_kept(manifest, rows, asked, s.keep)
     return manifest
 
 

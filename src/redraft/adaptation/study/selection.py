@@ -22,7 +22,7 @@ from redraft.select import score_rows
 from redraft.select.rules import select as select_rows
 from redraft.settings.budget import parse_budget
 from redraft.settings.scorers import parse_scorer
-from redraft.settings.studies import NONE, SelectionEntry
+from redraft.settings.study_parts import NONE, SelectionEntry
 
 
 @dataclass
