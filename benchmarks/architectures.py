@@ -20,6 +20,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from batched import BatchedChainDecoder
 from safetensors.torch import load_file
 
 from redraft import provenance
@@ -28,7 +29,6 @@ from redraft.adaptation.models import open_draft
 from redraft.artifact import atomic_write_json, atomic_write_text
 from redraft.data.generate import Request, generate
 from redraft.data.store import Row
-from redraft.decode.batched import BatchedChainDecoder
 from redraft.decode.engine import ChainDecoder
 from redraft.decode.tree_engine import TreeDecoder
 from redraft.drafts.eagle3 import fresh_draft

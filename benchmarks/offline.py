@@ -34,7 +34,8 @@ from redraft.data.embedded import maths_conversations
 from redraft.data.generate import Features, Request
 from redraft.data.prompts import read_conversations
 from redraft.data.store import Row
-from redraft.decode.engine import ChainDecoder, Generation
+from redraft.decode.engine import ChainDecoder
+from redraft.decode.requests import Generation
 from redraft.drafts.eagle3 import Eagle3Draft
 from redraft.evaluate.speed import Prompt
 from redraft.evaluate.statistics import paired_difference, ratio_of_sums

@@ -27,9 +27,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from redraft import provenance
 from redraft.artifact import atomic_write_json
 from redraft.data.packed import PackedText, TextSource
+from redraft.drafts.standalone.causal import CausalModel
 from redraft.loading import load_tokenizer
 from redraft.settings.training import PretrainConfig
-from redraft.train.causal import CausalModel
 from redraft.train.loop import TrainingLoop
 from redraft.train.optimizer import make_optimizers
 from redraft.train.pretrain import TextSteps

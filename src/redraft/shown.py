@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.text import Text
 
 WIDTH = 140
@@ -26,12 +26,18 @@ class Shown:
     def _repr_html_(self) -> str:
         return self._console().export_html(inline_styles=True, code_format=HTML)
 
+    def show(self, console: Console) -> None:
+        """Print it; lines of text are not broken, however long they are."""
+        found = self.__rich__()
+        for part in found.renderables if isinstance(found, Group) else [found]:
+            console.print(part, soft_wrap=isinstance(part, Text))
+
     def _console(self) -> Console:
         console = Console(file=io.StringIO(), width=WIDTH, record=True, highlight=False)
-        console.print(self.__rich__(), crop=False)
+        self.show(console)
         return console
 
 
 def lines(*texts: str) -> Text:
     """Plain lines, which are not wrapped."""
-    return Text("\n".join(texts), no_wrap=True, overflow="ignore")
+    return Text("\n".join(texts))

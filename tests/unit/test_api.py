@@ -1,4 +1,4 @@
-"""The Python API: what `import redraft` offers, names and defaults, opened objects, results that show themselves."""
+"""The Python API: what `import redraft` offers, its names and defaults, opened objects, results that print well."""
 
 from __future__ import annotations
 

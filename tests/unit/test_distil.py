@@ -5,12 +5,9 @@ from __future__ import annotations
 import json
 import math
 import runpy
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -19,6 +16,8 @@ from redraft.data.generate import Request, generate
 from redraft.data.logprobs import parse_top
 from redraft.data.packed import PackedText, TextSource
 from redraft.data.store import Row
+from redraft.drafts.standalone.causal import CausalModel
+from redraft.drafts.standalone.objective import Distillation
 from redraft.errors import UserError
 from redraft.features import ComputedFeatures, FeatureStore
 from redraft.registries import LOSSES
@@ -26,9 +25,8 @@ from redraft.rows import anchors
 from redraft.settings.sampler import Sampler
 from redraft.settings.training import DistilConfig
 from redraft.target import Target
-from redraft.train.causal import CausalModel
 from redraft.train.checkpoint import Checkpoint
-from redraft.train.distil import Distillation, MixedSteps, distil, step_order
+from redraft.train.distil import MixedSteps, distil, step_order
 from redraft.train.teachers import StateTeacher, TokenTeacher, TopTeacher
 
 HERE = Path(__file__).parents[1]
@@ -121,13 +119,8 @@ def test_micro_batches_add_up_to_the_step(loss: str, target: Target, rows: list[
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-6)
 
 
-def summing(add: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """A worker of several whose sums are what ``add`` makes of its own."""
-    return SimpleNamespace(rank=0, size=1, writes=True, sum=add)
-
-
 def test_batch_statistics_go_over_micro_batches_and_workers(target: Target, rows: list[Row]) -> None:
-    """TVD++ on a half of the rows, with the other half's statistics added by the workers, is the whole's share."""
+    """TVD++ on a half of the rows, with the other half's statistics added by ``reduce``, is the whole's share."""
     causal = CausalModel(small())
     whole = Distillation(causal, live(target), "tvdpp", 3)
     halves, count = (rows[:10], rows[10:]), whole.pairs(rows)
@@ -135,9 +128,9 @@ def test_batch_statistics_go_over_micro_batches_and_workers(target: Target, rows
         expected = float(whole(rows, count))
         sums = {}
         for name, half in enumerate(halves):
-            Distillation(causal, live(target), "tvdpp", 3, summing(lambda s, n=name: sums.setdefault(n, s)))(half, 1)
+            Distillation(causal, live(target), "tvdpp", 3, lambda s, n=name: sums.setdefault(n, s))(half, 1)
         found = [
-            Distillation(causal, live(target), "tvdpp", 3, summing(lambda s, n=n: s + sums[1 - n]))(half, count)
+            Distillation(causal, live(target), "tvdpp", 3, lambda s, n=n: s + sums[1 - n])(half, count)
             for n, half in enumerate(halves)
         ]
     assert float(sum(found)) == pytest.approx(expected, rel=1e-5)

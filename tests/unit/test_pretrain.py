@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 
 from redraft.data.packed import PackedText, TextSource
+from redraft.drafts.standalone import causal as causal_module
+from redraft.drafts.standalone.causal import CausalModel
 from redraft.errors import UserError
 from redraft.settings.training import PretrainConfig
-from redraft.train import causal as causal_module
-from redraft.train.causal import CausalModel
 from redraft.train.checkpoint import Checkpoint
 from redraft.train.pretrain import perplexity, pretrain
 

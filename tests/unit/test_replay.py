@@ -16,7 +16,6 @@ import torch
 
 from redraft import provenance
 from redraft.acceptance.simulate import simulate_greedy_chain, tau_of
-from redraft.acceptance.unroll import collate
 from redraft.adaptation.core import Adaptation, Plan
 from redraft.adaptation.runs import Log
 from redraft.data.store import REFERENCE, Row
@@ -29,14 +28,7 @@ from redraft.registries import LOSSES
 from redraft.rows import anchors
 from redraft.settings.training import ReplayConfig, TrainConfig
 from redraft.target import Target
-from redraft.train.replay import (
-    ReplayBatch,
-    ReplayObjective,
-    ReplayTrainer,
-    lost_states,
-    replay_settings,
-    replay_states,
-)
+from redraft.train.replay import ReplayTrainer, lost_states, replay_settings, replay_states
 from redraft.train.trainer import Trainer
 
 GAMMA = 4
@@ -90,7 +82,7 @@ def test_the_states_are_those_that_decoding_meets(
     target: Target, rows: list[Row], store: FeatureStore, draft: Eagle3Draft
 ) -> None:
     settings = ReplayConfig(passes=1, accepted=1.0, failed=5.0)
-    found = replay_states(draft, target, rows, store, GAMMA, settings, batch_anchors=60)
+    found = replay_states(draft, target, rows, store, GAMMA, settings)
     decoder, lost, rounds = ChainDecoder(target, draft, gamma=GAMMA), 0, 0
     for row in rows:
         expected = torch.zeros(anchors(row), GAMMA)
@@ -192,17 +184,15 @@ def test_equal_weights_without_decay_are_plain_training(
 ) -> None:
     """At one draft step the objective is the trainer's own; a weight of zero takes a state out."""
     config = TrainConfig(unroll=1, batch_anchors=64)
-    batch = collate(rows, store, 1)
-    weighted = ReplayBatch(**vars(batch), weight_MJ=torch.ones(len(batch.anchor_M), 1))
-    from redraft.train.objective import make_objective
-
-    plain, ours = make_objective(draft, target, config), ReplayObjective(draft, target, config)
-    torch.testing.assert_close(ours(weighted), plain(batch))
-    torch.testing.assert_close(ours(replace(weighted, weight_MJ=3 * weighted.weight_MJ)), plain(batch))
+    objective = draft.objective(target, config)
+    plain = objective(objective.collate(rows, store))
+    weighted = objective.collate(rows, store, {row.key: torch.ones(anchors(row), 1) for row in rows})
+    torch.testing.assert_close(objective(weighted), plain)
+    torch.testing.assert_close(objective(replace(weighted, weight_MJ=3 * weighted.weight_MJ)), plain)
     first = torch.zeros_like(weighted.weight_MJ)
     first[: anchors(rows[0])] = 1.0
-    alone = ReplayBatch(**vars(collate(rows[:1], store, 1)), weight_MJ=torch.ones(anchors(rows[0]), 1))
-    torch.testing.assert_close(ours(replace(weighted, weight_MJ=first)), ours(alone))
+    alone = objective.collate(rows[:1], store, {rows[0].key: torch.ones(anchors(rows[0]), 1)})
+    torch.testing.assert_close(objective(replace(weighted, weight_MJ=first)), objective(alone))
 
 
 @pytest.mark.parametrize("loss", LOSSES.names())
@@ -210,16 +200,15 @@ def test_every_loss_sees_the_weighed_states_alone(
     loss: str, target: Target, rows: list[Row], store: FeatureStore, draft: Eagle3Draft
 ) -> None:
     """The rest of the batch changes neither the value nor the gradient of a loss without randomness."""
-    objective = ReplayObjective(draft, target, TrainConfig(loss=loss, unroll=GAMMA))
+    objective = draft.objective(target, TrainConfig(loss=loss, unroll=GAMMA))
     states = replay_states(draft, target, rows, store, GAMMA, ReplayConfig(failed=3.0)).weights
     chosen = [row for row in rows if row.key in states][:3]
     silent = {row.key: torch.zeros(anchors(row), GAMMA) for row in rows if row not in chosen}
 
     def gradient(part: list[Row]) -> tuple[torch.Tensor, torch.Tensor]:
-        weight_MJ = torch.cat([(states | silent)[row.key] for row in part])
         draft.zero_grad()
         torch.manual_seed(0)
-        value = objective(ReplayBatch(**vars(collate(part, store, GAMMA)), weight_MJ=weight_MJ))
+        value = objective(objective.collate(part, store, states | silent))
         value.backward()
         return value.detach(), draft.fc.weight.grad.clone()
 

@@ -230,7 +230,7 @@ def test_choose_refuses_before_it_scores() -> None:
         ("shift:", "not understood; write NAME"),
         ("shift:metric=", "not understood"),
         ("shift:metric=l2,", "not understood"),
-        ("shift:metrik=l2", "no setting 'metrik'; choose from: metric, layer, pooling"),
+        ("shift:metrik=l2", "no setting 'metrik' (did you mean metric?); choose from: metric, layer, pooling"),
         ("shift:metric=l1", "unknown shift metric 'l1'"),
         ("shift:layer=top", "unknown layer 'top'"),
         ("shift:layer=1.5", "unknown layer '1.5'"),

@@ -14,17 +14,20 @@ import torch
 
 from redraft.data.packed import PackedText, TextSource
 from redraft.data.store import Row
+from redraft.drafts.eagle1 import fresh_eagle1
+from redraft.drafts.eagle1.objective import RegressionObjective
 from redraft.drafts.eagle3 import fresh_draft
+from redraft.drafts.standalone.causal import CausalModel
+from redraft.drafts.standalone.objective import Distillation
 from redraft.features import FeatureStore
 from redraft.settings.training import DistilConfig, PretrainConfig, TrainConfig
-from redraft.target import Target
-from redraft.train.causal import CausalModel
-from redraft.train.distil import Distillation, MixedSteps
+from redraft.target import FINAL, Target
+from redraft.train.distil import MixedSteps
 from redraft.train.loop import Step
 from redraft.train.pretrain import TextSteps
 from redraft.train.teachers import StateTeacher
 from redraft.train.trainer import Trainer
-from redraft.train.workers import SINGLE, Shares, TorchWorkers, Workers, present_workers, sum_gradients
+from redraft.train.workers import SINGLE, Shares, Workers, sum_gradients
 
 BUILDERS = runpy.run_path(str(Path(__file__).parents[1] / "tiny_models.py"))
 
@@ -42,7 +45,7 @@ def together(work: Callable[[Workers], None], meet: Path) -> None:
 
 def _member(work: Callable[[Workers], None], rank: int, meet: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=2)
-    work(present_workers())
+    work(Workers.present())
     torch.distributed.destroy_process_group()
 
 
@@ -66,11 +69,11 @@ def store(target: Target, rows: list[Row], tmp_path_factory: pytest.TempPathFact
 
 
 def test_alone_and_in_a_group(tmp_path: Path) -> None:
-    assert present_workers() is not None and present_workers().size == 1
+    assert Workers.present().size == 1 and Workers.present().writes
     assert SINGLE.sum(torch.tensor([1.0, 2.0])).tolist() == [1.0, 2.0]
 
     def work(workers: Workers) -> None:
-        assert isinstance(workers, TorchWorkers) and workers.size == 2 and workers.writes == (workers.rank == 0)
+        assert workers.size == 2 and workers.writes == (workers.rank == 0)
         assert workers.sum(torch.tensor([1.0 + workers.rank, 10.0])).tolist() == [3.0, 20.0]
         one, other, none = (torch.zeros(2, requires_grad=True) for _ in range(3))
         (one if workers.rank else other).grad = torch.ones(2)
@@ -82,14 +85,11 @@ def test_alone_and_in_a_group(tmp_path: Path) -> None:
 
 
 def test_a_worker_without_a_part_stands_in_and_counts_for_nothing() -> None:
-    class Second:
-        rank, size = 1, 2
-
+    class Second(Workers):
         def sum(self, tensor: torch.Tensor) -> torch.Tensor:
             return tensor + 10
 
-    worker: Any = Second()
-    shares = Shares(worker)
+    shares = Shares(Second(1, 2))
     assert shares.of(range(5)) == range(1, 5, 2) and shares.sum(torch.ones(1)) == 11 and shares.loss(torch.ones(1)) == 1
     assert shares.of([7]) == [7] and shares.sum(torch.ones(1)) == 10 and shares.loss(torch.ones(1)) == 0
     assert Shares(SINGLE).of([7, 8]) == [7, 8]
@@ -132,12 +132,30 @@ def one_step(draft: Any, target: Target, store: FeatureStore, rows: list[Row], l
     return steps_of
 
 
+@pytest.mark.parametrize("count", [7, 1])
 @pytest.mark.parametrize("loss", ["kl", "tvdpp", "acceptance"])  # a mean, batch statistics, a loss over chains
 def test_the_unrolled_objective(
-    loss: str, target: Target, store: FeatureStore, rows: list[Row], tmp_path: Path
+    loss: str, count: int, target: Target, store: FeatureStore, rows: list[Row], tmp_path: Path
 ) -> None:
+    """Also of a batch of one row, which leaves a worker without any."""
     draft = fresh_draft(target, range(100), seed=2)
-    same_gradient(one_step(draft, target, store, rows, loss, tmp_path), tmp_path)
+    same_gradient(one_step(draft, target, store, rows[-count:], loss, tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize("count", [7, 1])
+def test_the_regression_objective(
+    count: int,
+    tiny_target: Callable[..., Target],
+    rows: list[Row],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without its noise, which is drawn for a batch and so differs with the division."""
+    monkeypatch.setattr(RegressionObjective, "noisy", lambda self, batch: batch)
+    target = tiny_target("llama", taps=(FINAL,))
+    store = FeatureStore(tmp_path / "features", {})
+    store.build(target, rows)
+    same_gradient(one_step(fresh_eagle1(target, 2), target, store, rows[-count:], "kl", tmp_path), tmp_path)
 
 
 @pytest.mark.parametrize("micro", [64, 10_000])
@@ -152,9 +170,10 @@ def test_distillation_with_text(micro: int, target: Target, rows: list[Row], tmp
 
     def steps_of(workers: Workers) -> tuple[Any, Step]:
         causal = CausalModel(BUILDERS["build_model"](seed=1, num_hidden_layers=1))
-        distillation = Distillation(causal, StateTeacher(target, states), "tvdpp", 2, workers)
+        shares = Shares(workers)
+        distillation = Distillation(causal, StateTeacher(target, states), "tvdpp", 2, shares.sum)
         packed = PackedText(TextSource([str(text)]), BUILDERS["build_tokenizer"](), 16, 0)
-        return causal.model, next(MixedSteps(distillation, rows, config, packed).steps(0, {}))
+        return causal.model, next(MixedSteps(distillation, rows, config, packed, shares).steps(0, {}))
 
     same_gradient(steps_of, tmp_path)
 

@@ -29,7 +29,6 @@ from redraft.drafts.groups import trained_parameters
 from redraft.drafts.opening import AnyDraft, OpenDraft
 from redraft.errors import UserError
 from redraft.evaluate.speed import BenchConfig
-from redraft.loading import notes_of, served_otherwise
 from redraft.report.page import build_report
 from redraft.select.manifest import Manifest, read_manifest
 from redraft.select.rules import choose
@@ -73,9 +72,9 @@ class AdaptRun(Run[AdaptConfig]):
     @cached_property
     def target(self) -> Target:
         name, target = self.config.target, super().target
-        for note in notes_of(target):
+        for note in target.notes:
             self.say(f"note on {name}: {note}")
-        if rounded := served_otherwise(target):
+        if rounded := target.rounding:
             self.say(
                 f"note on {name}: it is served with quantised {rounded}; its text, also that of held-out prompts, "
                 "is the server's, and what is computed here is near it: measure with redraft bench --server"
@@ -208,18 +207,16 @@ class AdaptRun(Run[AdaptConfig]):
             self.say(f"note: {note}")
         return found
 
-    def bench(self, extra: dict[str, Draft] | None = None) -> dict[str, Any]:
+    def bench(self) -> dict[str, Any]:
         """Plain decoding, the stale and the aligned draft on the evaluation prompts."""
         c, path = self.config, self.folder / "bench.json"
         if path.exists():
             return json.loads(path.read_text())
-        drafts = {"stale": self.stale.draft, "aligned": self.aligned, **(extra or {})}
-        prompts = self.source.evaluation(c.bench_tokens)
-        began = time.monotonic()
+        prompts, began = self.source.evaluation(c.bench_tokens), time.monotonic()
         with self.log.stage("bench") as entry:
             result = measure(
                 contestants(self.target, self.asked_dtype, self.open_target),
-                drafts,
+                {"stale": self.stale.draft, "aligned": self.aligned},
                 prompts,
                 BenchConfig(ChainShape(c.gamma), max_new_tokens=c.bench_tokens, seed=c.seed),
                 self.record(),

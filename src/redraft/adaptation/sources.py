@@ -28,7 +28,6 @@ from redraft.data.store import Row
 from redraft.errors import UserError
 from redraft.evaluate.speed import Prompt
 from redraft.features import FeatureKeeper, FeatureStore
-from redraft.loading import served_otherwise
 from redraft.provenance import Ledger
 from redraft.settings.adapt import AdaptConfig
 from redraft.settings.distill import DistillConfig
@@ -76,7 +75,7 @@ class Source:
             assert c.prompts is not None  # the settings are checked: traffic has no prompts
             return read_conversations(c.prompts)
         target = self.target_of()
-        if rounded := served_otherwise(target):
+        if rounded := target.rounding:
             raise UserError(
                 f"{c.target} is served with quantised {rounded} and cannot write prompts here; give --prompts instead"
             )
@@ -102,7 +101,7 @@ class Source:
             train = [conversation for conversation in train if conversation.id in self.chosen]
         samplers = samplers_of(c.temperatures, c.top_p)
         self._answer("regenerate", train, samplers, c.server)
-        apart = self.heldout_server or (c.server if served_otherwise(self.target_of()) else None)
+        apart = self.heldout_server or (c.server if self.target_of().rounding else None)
         self._answer("regenerate held-out", heldout, [Sampler()], apart)
 
     def _answer(self, name: str, prompts: Sequence[Conversation], samplers: list[Sampler], server: str | None) -> None:

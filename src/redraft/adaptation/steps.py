@@ -7,27 +7,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
 from redraft.adaptation.models import (
     contestants,
     open_target,
+    settle_template,
 )
 from redraft.arithmetic import choose_dtype
 from redraft.data.template import settings_of
 from redraft.drafts.base import Draft
 from redraft.drafts.formats.base import TargetInfo
 from redraft.errors import UserError
-from redraft.loading import (
-    ADAPTER_FILE,
-    adapter_base,
-    locate,
-    notes_of,
-    one_line,
-    quiet,
-)
+from redraft.loading import open_facts, read_facts
 from redraft.settings.base import AUTO
-from redraft.target import Target
+from redraft.target import Facts, Target
 
 
 @dataclass(frozen=True)
@@ -65,9 +57,17 @@ class TargetSpec:
         target = open_target(self.name, chosen, self.device, self.adapter, self.template_args, served=served)
         if dtype is None:
             print(f"target {self.name}: {target.verdict()}", flush=True)
-            for note in notes_of(target):
+            for note in target.notes:
                 print(f"note on {self.name}: {note}", flush=True)
         return target
+
+    def facts(self) -> Facts:
+        """What is known of it, where nothing is computed with it here. Raises ``UserError``."""
+        if self.opened is not None:
+            return self.opened.facts
+        found = open_facts(self.name, self.adapter)
+        settle_template(found.tokenizer, self.template_args)
+        return found
 
 
 AnyTarget = str | Path | TargetSpec | Target
@@ -89,11 +89,7 @@ def target_info(target: AnyTarget) -> TargetInfo:
     spec = TargetSpec.of(target)
     if spec.opened is not None:
         return TargetInfo.of(spec.opened)
-    name = spec.name
-    base = adapter_base(name) if (Path(name) / ADAPTER_FILE).is_file() else name
-    with quiet(), one_line(f"the config of {base}"):
-        config = AutoConfig.from_pretrained(**locate(base))
-    return TargetInfo.of(config, name)
+    return TargetInfo.of(read_facts(spec.name, tokenizer=False), spec.name)
 
 
 def timed_targets(target: Target, draft: Draft, dtype: str, open_as: Callable[[str], Target]) -> dict[str, Target]:

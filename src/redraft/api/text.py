@@ -27,6 +27,7 @@ from redraft.select.rules import choose
 from redraft.settings.budget import parse_budget
 from redraft.settings.scorers import parse_scorer
 from redraft.settings.steps import RegenerateSettings, SelectSettings
+from redraft.target import Facts
 
 
 def regenerate(
@@ -53,13 +54,17 @@ def regenerate(
     s, spec = checked(RegenerateSettings, locals()), TargetSpec.of(target)
     check_output(s.out, ".jsonl")
     conversations = read_conversations(s.prompts)
-    opened = spec.open(served=bool(s.server))
-    engine: Any = InProcessEngine(opened, s.batch_size)
+    facts: Facts
+    engine: Any
     if s.server:
-        engine = ServerEngine(s.server, s.server_model, s.batch_size, vocab_size=opened.vocab_size)
+        facts = spec.facts()
+        engine = ServerEngine(s.server, s.server_model, s.batch_size, vocab_size=facts.vocab_size)
+    else:
+        facts = opened = spec.open()
+        engine = InProcessEngine(opened, s.batch_size)
     with progress_bar("regenerate", expected_rows(conversations, s.samplers), "rows") as progress:
         told = progress.update
-        return answer(engine, conversations, opened, s.samplers, s.out, s.max_new_tokens, s.seed, told)
+        return answer(engine, conversations, facts, s.samplers, s.out, s.max_new_tokens, s.seed, told)
 
 
 def select(

@@ -123,7 +123,7 @@ def probe(settings: ProbeSettings) -> None:
     found = measuring.probe(spec(s), s.draft, s.prompts, base_target=base, say=say, **asked)
     if s.json_out is not None:
         atomic_write_json(s.json_out, found.to_dict())
-    console().print(found)
+    found.show(console())
 
 
 @command(
@@ -247,7 +247,7 @@ def adapt(settings: AdaptConfig) -> None:
     """Everything in one go: regenerate, select, train, export, bench and report. Stop it and resume it at will."""
     from redraft.api import adapting
 
-    console().print(adapting.adapt(say=say, **settings.given()))
+    adapting.adapt(say=say, **settings.given()).show(console())
 
 
 @command(
@@ -328,7 +328,7 @@ def bench(settings: BenchSettings) -> None:
 
     s = settings
     asked = rest(s, "draft", "server", "out")
-    console().print(measuring.bench(spec(s), s.drafts, s.out, servers=s.servers, **asked))
+    measuring.bench(spec(s), s.drafts, s.out, servers=s.servers, **asked).show(console())
     say(f"{s.out}; for the page: redraft report {s.out} --out {s.out.with_suffix('.html')}")
 
 

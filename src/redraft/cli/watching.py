@@ -7,7 +7,7 @@ from rich.console import Console
 from redraft.adaptation.models import open_proposer, template_prompts
 from redraft.adaptation.steps import TargetSpec
 from redraft.data.prompts import Conversation, read_conversations
-from redraft.decode import make_decoder
+from redraft.decode.make import make_decoder
 from redraft.decode.pieces import TokenText
 from redraft.loading import quiet
 from redraft.report.live import Watcher, coloured, legend

@@ -19,14 +19,16 @@ from torch import Tensor
 
 from redraft.artifact import tensors_hash
 from redraft.drafts.experts import Parted, merge_private
+from redraft.drafts.proposing import Proposes
 from redraft.drafts.routing import balance_loss
 from redraft.registries import FAMILIES
 
 
-class Draft(Parted, ABC):
+class Draft(Parted, Proposes, ABC):
     """A module that proposes tokens to a target.
 
-    ``config`` is a :class:`redraft.drafts.config.DraftConfig`. How a draft reads states and text is its family's.
+    ``config`` is a :class:`redraft.drafts.config.DraftConfig`. How a draft reads states and text is its family's; what
+    it proposes, and how it is trained, is asked by the methods of :class:`redraft.drafts.proposing.Proposes`.
     """
 
     family: ClassVar[str]

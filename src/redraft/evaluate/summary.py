@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from redraft import metrics
-from redraft.decode.engine import Generation
+from redraft.decode.requests import Generation
 from redraft.evaluate.statistics import mean, paired_difference, paired_ratio, ratio_of_sums
 
 Runs = Sequence[Generation]

@@ -19,8 +19,8 @@ from rich.text import Text
 from redraft.report.tokens import Piece, fates, kinds, visible
 
 if TYPE_CHECKING:
-    from redraft.decode.engine import Round
     from redraft.decode.pieces import TokenText
+    from redraft.decode.requests import Round
 
 STYLES = {
     "accepted": "color(16) on color(153)",

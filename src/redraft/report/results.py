@@ -48,7 +48,7 @@ class Adapted(Shown):
 
     def __rich__(self) -> Group:
         where = lines(f"draft: {self.draft}; page: {self.page}")
-        return Group(self.benchmark.__rich__(), ledger_table(self.ledger), where)
+        return Group(*self.benchmark.__rich__().renderables, ledger_table(self.ledger), where)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,10 +21,10 @@ class Facts:
     """A target by its config and tokenizer. :class:`~redraft.target.Head` and :class:`~redraft.target.Target` are
     such facts too, with the weights that they hold.
 
-    ``config`` is the text model's config, ``architectures`` the class names that engines know the whole model by,
-    ``generation`` its generation config, ``notes`` what was noted on opening it, in sentences for the user. ``rounds``
-    says in words what engines round when they serve it and the weights at hand do not; none where both are the same:
-    who generates or measures in process must refuse a target that has it.
+    ``config`` is that of the text model and ``whole_config`` that of the whole one, ``generation`` its generation
+    config, ``notes`` what was noted on opening it, in sentences for the user. ``rounding`` says in words what engines
+    round when they serve it and the weights at hand do not, none where both are the same: who generates or measures in
+    process must refuse a target that has it.
     """
 
     def __init__(
@@ -34,14 +35,17 @@ class Facts:
         *,
         generation: Any = None,
         notes: tuple[str, ...] = (),
-        rounds: str | None = None,
+        rounding: str | None = None,
         fingerprint: Callable[[], str] | None = None,
+        device: str | torch.device = "cpu",
     ) -> None:
-        """``config`` is that of the whole model. ``fingerprint`` gives the hash of the weights where there are some."""
+        """``config`` is that of the whole model. ``fingerprint`` gives the hash of the weights where there are some;
+        ``device`` is where drafts for it belong where there are none."""
         self.name, self.tokenizer, self.generation = name, tokenizer, generation
         self.whole_config: Any = config
         self.config: Any = config.get_text_config(decoder=True)
-        self.notes, self.rounds, self._fingerprint = notes, rounds, fingerprint
+        self.notes, self.rounding = notes, rounding
+        self._fingerprint, self._device = fingerprint, torch.device(device)
 
     @property
     def facts(self) -> Facts:
@@ -52,6 +56,11 @@ class Facts:
     def architectures(self) -> tuple[str, ...]:
         """Class names of the whole model, as its config lists them; none where it lists none."""
         return tuple(getattr(self.whole_config, "architectures", None) or ())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are, and the drafts for it belong."""
+        return self._device
 
     @property
     def hidden_size(self) -> int:
@@ -80,7 +89,7 @@ class Facts:
             found.extend(value if isinstance(value, (list, tuple)) else [value])
         return tuple(sorted({int(i) for i in found if i is not None}))
 
-    @property
+    @cached_property
     def parameters_per_token(self) -> int:
         """Parameters that one token's forward pass multiplies: all but the embedding table, plus the head.
 

@@ -21,30 +21,14 @@ class Head(Facts):
     """
 
     def __init__(self, facts: Facts, embedding: Any, norm: Any, head: Any) -> None:
-        super().__init__(
-            facts.name,
-            facts.whole_config,
-            facts.tokenizer,
-            generation=facts.generation,
-            notes=facts.notes,
-            rounds=facts.rounds,
-            fingerprint=facts.content_hash,
-        )
+        super().__init__(**_parts(facts), fingerprint=facts.content_hash)
         self.embedding, self.norm, self.head = embedding, norm, head
 
     @property
     def facts(self) -> Facts:
         """The facts alone, which hold no weights."""
         known = self.content_hash()
-        return Facts(
-            self.name,
-            self.whole_config,
-            self.tokenizer,
-            generation=self.generation,
-            notes=self.notes,
-            rounds=self.rounds,
-            fingerprint=lambda: known,
-        )
+        return Facts(**_parts(self), fingerprint=lambda: known, device=self.device)
 
     @property
     def head_part(self) -> Head:
@@ -72,3 +56,8 @@ class Head(Facts):
     def scale_logits(self, logits: Tensor) -> Tensor:
         """The head's output with the scaling and soft cap that the config names."""
         return scale_logits(logits, self.config)
+
+
+def _parts(facts: Facts) -> dict[str, Any]:
+    names = ("name", "tokenizer", "generation", "notes", "rounding")
+    return {"config": facts.whole_config} | {name: getattr(facts, name) for name in names}

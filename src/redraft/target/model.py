@@ -54,9 +54,9 @@ class Target(Head):
         name: str = "",
         taps: Sequence[int] | None = None,
         notes: Sequence[str] = (),
-        rounds: str | None = None,
+        rounding: str | None = None,
     ) -> None:
-        """``notes`` and ``rounds`` as :class:`~redraft.target.Facts` has them.
+        """``notes`` and ``rounding`` as :class:`~redraft.target.Facts` has them.
 
         Raises ``UserError`` for a model that is no stack of decoder layers with a final norm and a head.
         """
@@ -64,7 +64,7 @@ class Target(Head):
         self.backbone: Any = text_decoder(model)
         generation = getattr(model, "generation_config", None)
         super().__init__(
-            Facts(name, model.config, tokenizer, generation=generation, notes=tuple(notes), rounds=rounds),
+            Facts(name, model.config, tokenizer, generation=generation, notes=tuple(notes), rounding=rounding),
             plain_embedding(self.backbone.get_input_embeddings()),
             final_norm(self.backbone),
             model.get_output_embeddings(),
@@ -81,7 +81,7 @@ class Target(Head):
     def layers(self) -> int:
         return len(self.backbone.layers)
 
-    @property
+    @cached_property
     def parameters_per_token(self) -> int:
         """See :attr:`redraft.target.Facts.parameters_per_token`."""
         return parameters_per_token(self.model)
@@ -136,7 +136,7 @@ class Target(Head):
                 f"{type(self.model).__name__} cannot be decoded step by step in this process ({self.paths.why}); "
                 "measure it through a --server"
             )
-        return OwnCache(self.config, self._run)
+        return OwnCache(self.config, self.text_states)
 
     def new_buffers(self, capacity: int) -> KeyValueCache:
         """Buffers of ours, for who has asked ``paths`` whether they may be used."""
@@ -147,7 +147,7 @@ class Target(Head):
         """How this model takes masks of ours; nothing where it takes none."""
         return MaskPlan.of(self.backbone.config)
 
-    def _run(self, ids_BT: Tensor, cache: Any, mask: Any = None, positions_BT: Tensor | None = None) -> Tensor:
+    def text_states(self, ids_BT: Tensor, cache: Any, mask: Any = None, positions_BT: Tensor | None = None) -> Tensor:
         """Final-norm states [B, T, H] of the model's text part, called as transformers calls it."""
         return self.backbone(
             input_ids=ids_BT,
@@ -182,7 +182,7 @@ class Target(Head):
         if isinstance(cache, OwnCache):
             cache.begin(ids_BT)
             inner = cache.inner
-        hidden = self._run(ids_BT, inner, mask, positions_BT)
+        hidden = self.text_states(ids_BT, inner, mask, positions_BT)
         self._caught[FINAL] = hidden
         fused = None
         if taps:

@@ -138,7 +138,7 @@ class _Trial:
 
     def own_cache(self) -> Parts:
         """The same through the model's own cache."""
-        return self._stepwise(OwnCache(self.target.config, self.target._run))
+        return self._stepwise(OwnCache(self.target.config, self.target.text_states))
 
     def _stepwise(self, cache: Any) -> Parts:
         ids_1T, found = self.ids_BT[:1], []

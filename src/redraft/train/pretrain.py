@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from redraft.data.packed import PackedText, Position, ahead
+from redraft.drafts.standalone.causal import CausalModel
 from redraft.progress import Progress
 from redraft.settings.training import PretrainConfig
-from redraft.train.causal import CausalModel
 from redraft.train.loop import LoopResult, Step, TrainingLoop
 from redraft.train.workers import SINGLE, Workers
 

@@ -14,29 +14,18 @@ Shape legend: M supervised positions of a batch, N those of a portion, K likelie
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from redraft.data.logprobs import Top
 from redraft.data.store import Row
+from redraft.drafts.standalone.objective import TeacherLogits
 from redraft.errors import UserError
 from redraft.features import FeatureSource
 from redraft.rows import anchors
 from redraft.target import Head
-
-TeacherLogits = Callable[[Tensor], Tensor]
-"""Indices [N] into the supervised positions of some rows -> the teacher's logits [N, V] there."""
-
-
-class Teacher(Protocol):
-    """``of(rows, device)`` gives the teacher's logits at the supervised positions of rows, in their order."""
-
-    vocab_size: int
-
-    def of(self, rows: Sequence[Row], device: torch.device) -> TeacherLogits: ...
 
 
 class StateTeacher:

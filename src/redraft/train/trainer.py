@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from redraft.acceptance.simulate import simulate_greedy_chain, tau_of
-from redraft.acceptance.unroll import Batch, collate
 from redraft.data.store import Row
 from redraft.drafts.base import Draft
 from redraft.errors import UserError
@@ -24,7 +23,6 @@ from redraft.settings.training import TrainConfig
 from redraft.target import Head
 from redraft.train.checkpoint import OLD_DRAFT, rows_digest
 from redraft.train.loop import Step, TrainingLoop
-from redraft.train.objective import Objective, make_objective
 from redraft.train.workers import SINGLE, Shares, Workers
 
 
@@ -82,7 +80,7 @@ class Trainer:
         self.heldout = [r for r in heldout if anchors(r)]
         if not self.rows or not self.heldout:
             raise UserError("no row has two or more response tokens to train or to evaluate on; give longer responses")
-        self.objective = self.new_objective()
+        self.objective = draft.objective(target, config, self.shares.sum)
         self.trained = [(n, p) for n, p in draft.named_parameters() if p.requires_grad]
         if any(p.dtype != torch.float32 for _, p in self.trained):
             raise ValueError("a draft is trained in float32; autocast sees to the rest")
@@ -105,10 +103,6 @@ class Trainer:
             before=partial(before, self) if before else None,
             workers=workers,
         )
-
-    def new_objective(self) -> Objective:
-        """What a step minimises: by default what the draft's family trains with."""
-        return make_objective(self.draft, self.target, self.config, self.shares.sum)
 
     def evaluate(self) -> float:
         """tau_pooled of a greedy chain on the held-out rows."""
@@ -139,11 +133,11 @@ class Trainer:
         for batch, size in self.batches(begin):
             yield Step([partial(self.part, batch)], size)
 
-    def part(self, batch: Batch) -> Tensor:
+    def part(self, batch: Any) -> Tensor:
         """The loss of this worker's batch, as it counts in the step."""
         return self.shares.loss(self.objective(batch))
 
-    def batches(self, begin: int) -> Iterator[tuple[Batch, int]]:
+    def batches(self, begin: int) -> Iterator[tuple[Any, int]]:
         """This worker's share of the batches of step ``begin`` and all later ones, collated, each with the supervised
         positions of the whole."""
         epoch, offset = 0, 0
@@ -153,6 +147,6 @@ class Trainer:
                 yield self.collated(self.shares.of(rows)).to(self.target.device), sum(map(anchors, rows))
             epoch, offset = epoch + 1, offset + len(order)
 
-    def collated(self, rows: Sequence[Row]) -> Batch:
+    def collated(self, rows: Sequence[Row]) -> Any:
         """The batch of these rows, as the objective reads it."""
-        return collate(rows, self.store, self.config.unroll)
+        return self.objective.collate(rows, self.store)

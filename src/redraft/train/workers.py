@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -11,71 +11,41 @@ from torch import Tensor
 Part = TypeVar("Part")
 
 
-class Workers(Protocol):
-    """What training is handed of the processes it shares a step with.
+class Workers:
+    """What training is handed of the processes that it shares a step with; by default there is one.
 
-    ``rank`` counts from 0 to ``size`` - 1. A step's batch is the same whatever their number: each takes its share, and
-    counts, statistics and gradients are summed.
+    A step's batch is the same whatever their number: each takes its share, and counts, statistics and gradients are
+    summed. ``rank`` counts from 0 to ``size`` - 1.
     """
 
-    @property
-    def rank(self) -> int: ...
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.rank, self.size = rank, size
 
-    @property
-    def size(self) -> int: ...
+    @classmethod
+    def present(cls) -> Workers:
+        """Those of the ``torch.distributed`` group, where one is initialised; else this process alone."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return cls()
+        return cls(torch.distributed.get_rank(), torch.distributed.get_world_size())
 
     @property
     def writes(self) -> bool:
         """Whether this process is the one that writes files."""
-        ...
+        return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The tensor summed over all workers, in place; every worker must call it."""
-        ...
-
-    def wait(self) -> None:
-        """Return when every worker has come here."""
-        ...
-
-
-class SingleWorker:
-    """One process on its own."""
-
-    rank, size, writes = 0, 1, True
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        """The tensor itself."""
+        """The tensor summed over all workers, in place; all must call it."""
+        if self.size > 1:
+            torch.distributed.all_reduce(tensor)
         return tensor
 
     def wait(self) -> None:
-        """There is nobody to wait for."""
+        """Return when all workers have come here."""
+        if self.size > 1:
+            torch.distributed.barrier()
 
 
-class TorchWorkers:
-    """The processes of an initialised ``torch.distributed`` group."""
-
-    def __init__(self) -> None:
-        """Raises ``RuntimeError`` where no process group has been initialised."""
-        self.rank, self.size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        self.writes = self.rank == 0
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        """See :class:`Workers`."""
-        torch.distributed.all_reduce(tensor)
-        return tensor
-
-    def wait(self) -> None:
-        """See :class:`Workers`."""
-        torch.distributed.barrier()
-
-
-def present_workers() -> Workers:
-    """Those of this process: of the ``torch.distributed`` group where one is initialised, else itself alone."""
-    together = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return TorchWorkers() if together else SingleWorker()
-
-
-SINGLE = SingleWorker()
+SINGLE = Workers()
 
 
 class Shares:

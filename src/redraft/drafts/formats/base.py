@@ -41,12 +41,12 @@ class TargetInfo:
 
     @classmethod
     def of(cls, source: Any, name: str = "") -> TargetInfo:
-        """From a ``redraft.target.Target``, a Hugging Face config (also of a model with a text part), or itself."""
+        """From ``redraft.target.Facts`` (a target is one), a Hugging Face config, also of more than text, or itself."""
         if isinstance(source, TargetInfo):
             return source
         config = getattr(source, "config", source)
         # A target's config is that of its text part; engines know the model by the whole one's name.
-        whole = getattr(getattr(source, "model", None), "config", config)
+        whole = getattr(source, "whole_config", config)
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         return cls(
             name=name or getattr(source, "name", "") or getattr(config, "_name_or_path", "") or "",
@@ -175,12 +175,6 @@ def path_warnings(folder: Path) -> list[str]:
     if not found:
         return []
     return [f"vLLM reads a method out of the {', '.join(found)} in this path; give the method or rename the folder"]
-
-
-def check_tokens(speculative_tokens: int) -> None:
-    """Raise ``UserError`` for a draft length below 1."""
-    if speculative_tokens < 1:
-        raise UserError(f"speculative tokens must be 1 or more, not {speculative_tokens}")
 
 
 def serve_command(folder: Path, target: TargetInfo, tokens: int, method: str = "eagle3") -> str:

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 from redraft.drafts.formats.reading import Checkpoint
 from redraft.drafts.standalone.module import StandaloneDraft
 from redraft.errors import UserError
-from redraft.loading import ADAPTER_FILE, adapter_base, load_target, locate, notes_of, one_line, quiet
+from redraft.loading import ADAPTER_FILE, adapter_base, load_target, locate, one_line, quiet
 from redraft.target import Target
 
 
@@ -28,7 +28,7 @@ def read(checkpoint: Checkpoint, target: Any, notes: list[str]) -> tuple[Standal
     found = load_target(source, _file_dtype(source))
     found.tap(())  # its hooks would stay on the model and keep states that nobody reads
     _check_passes(found, source)
-    notes += notes_of(found)
+    notes += found.notes
     return StandaloneDraft(found.model.requires_grad_(True), found.tokenizer), {"format": "huggingface"}
 
 
