@@ -20,10 +20,9 @@ from redraft.decode.tree import ChainShape, DynamicTree, parse_shape
 from redraft.drafts.eagle3 import fresh_draft
 from redraft.errors import UserError
 from redraft.evaluate import speed
-from redraft.evaluate.costs import costs
 from redraft.evaluate.divergence import plain_text
 from redraft.evaluate.speed import BenchConfig, Measured, Prompt, bench
-from redraft.evaluate.summary import gains
+from redraft.evaluate.summary import costs, gains
 from redraft.report.load import BenchResult, parse
 from redraft.report.sections import slower
 from redraft.report.tables import bench_table

@@ -18,8 +18,8 @@ from redraft.evaluate.counters import ENGINES, SOURCES, Counts, acceptance, tota
 from redraft.evaluate.load import Answer, Level, ServerConfig
 from redraft.evaluate.speed import SCHEMA, Prompt
 from redraft.evaluate.statistics import bootstrap, mean, paired_difference, paired_ratio, ratio_of_sums
+from redraft.evaluate.summary import PLAIN
 
-PLAIN = "plain"
 FAULTS_LISTED = 20
 
 Pairs = tuple[list[float], list[float]]

@@ -19,7 +19,6 @@ from redraft.decode.tree import ChainShape, Shape
 from redraft.drafts.base import Proposer
 from redraft.errors import UserError
 from redraft.evaluate import summary
-from redraft.evaluate.costs import costs
 from redraft.evaluate.divergence import plain_text
 from redraft.evaluate.statistics import ratio_of_sums
 from redraft.evaluate.summary import PLAIN
@@ -140,7 +139,7 @@ def bench(
             "parameters": sum(p.numel() for p in draft.parameters()),
             "alpha": _alpha(used[name], draft, prompts[: config.alpha_prompts], config),
             **summary.summarise(runs[name], runs[PLAIN], config.depth, expected[name]),
-            **costs(used[name], draft, runs[name], runs[PLAIN]),
+            **summary.costs(used[name], draft, runs[name], runs[PLAIN]),
             "by_task": summary.by_task(runs[name], runs[PLAIN], tasks),
         }
     return Measured(result, runs, used, expected)

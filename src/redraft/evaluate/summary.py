@@ -11,7 +11,9 @@ from typing import Any
 
 from redraft import metrics
 from redraft.decode.engine import Generation
+from redraft.drafts.base import Proposer
 from redraft.evaluate.statistics import mean, paired_difference, paired_ratio, ratio_of_sums
+from redraft.target import Target
 
 Runs = Sequence[Generation]
 PLAIN = "plain"  # the contestant that every other is held against
@@ -24,7 +26,7 @@ def seconds(generation: Generation) -> float:
 
 def speed(runs: Runs) -> dict[str, float]:
     """Tokens a second over prefill and decoding, with its interval."""
-    return ratio_of_sums([len(r.ids) for r in runs], [seconds(r) for r in runs]).to_dict()
+    return ratio_of_sums(*_rates(runs)).to_dict()
 
 
 def step_seconds(runs: Runs) -> float:
@@ -33,14 +35,9 @@ def step_seconds(runs: Runs) -> float:
     return sum(run.decode_seconds for run in runs) / steps if steps else math.nan
 
 
-def accepted(runs: Runs) -> list[list[int]]:
-    """Accepted draft tokens of every round, a list a prompt."""
-    return [[record.accepted for record in run.rounds] for run in runs]
-
-
-def depths(runs: Runs) -> list[list[int]]:
-    """How many tokens every round could have accepted: a chain's length, a tree's depth."""
-    return [[record.depth for record in run.rounds] for run in runs]
+def kept(runs: Runs) -> list[Generation]:
+    """Those that had rounds: a response of one token comes from prefill alone."""
+    return [run for run in runs if run.rounds]
 
 
 def _tokens(runs: Runs) -> list[int]:
@@ -49,8 +46,11 @@ def _tokens(runs: Runs) -> list[int]:
 
 
 def _tau(runs: Runs) -> dict[str, float]:
-    kept = [run for run in runs if run.rounds]
-    return ratio_of_sums(_tokens(kept), [len(run.rounds) for run in kept]).to_dict()
+    return ratio_of_sums(*_rounds(kept(runs))).to_dict()
+
+
+def _rounds(runs: Runs) -> tuple[list[int], list[int]]:
+    return _tokens(runs), [len(run.rounds) for run in runs]
 
 
 def speedup(runs: Runs, plain: Runs) -> dict[str, float]:
@@ -66,15 +66,16 @@ def summarise(runs: Runs, plain: Runs, depth: int, expected: Sequence[Sequence[i
 
     ``expected`` are the texts of plain decoding in the draft's own data type.
     """
-    found = accepted(runs), depths(runs)
-    kept = [run for run in runs if run.rounds]
-    draft_s = sum(record.draft_seconds for run in runs for record in run.rounds)
-    verify_s = sum(record.verify_seconds for run in runs for record in run.rounds)
+    records = [run.rounds for run in runs]
+    accepted, drafted = ([[getattr(r, name) for r in rounds] for rounds in records] for name in ("accepted", "depth"))
+    conditional, unconditional = metrics.acceptance_by_position(accepted, drafted, depth)
+    draft_s = sum(record.draft_seconds for rounds in records for record in rounds)
+    verify_s = sum(record.verify_seconds for rounds in records for record in rounds)
     return {
         "tau_pooled": _tau(runs),
-        "tau_macro": mean([(len(run.ids) - 1) / len(run.rounds) for run in kept]).to_dict(),
-        "acceptance_conditional": _plain_numbers(metrics.acceptance_conditional(*found, depth)),
-        "acceptance_unconditional": _plain_numbers(metrics.acceptance_unconditional(*found, depth)),
+        "tau_macro": mean([(len(run.ids) - 1) / len(run.rounds) for run in kept(runs)]).to_dict(),
+        "acceptance_conditional": _plain_numbers(conditional),
+        "acceptance_unconditional": _plain_numbers(unconditional),
         "tokens_per_second": speed(runs),
         "speedup": speedup(runs, plain),
         "time": {
@@ -87,6 +88,28 @@ def summarise(runs: Runs, plain: Runs, depth: int, expected: Sequence[Sequence[i
         "tokens": sum(_tokens(runs)),
         "identical_to_plain": sum(list(run.ids) == list(ids) for run, ids in zip(runs, expected, strict=True)),
     }
+
+
+def costs(target: Target, draft: Proposer, runs: Runs, plain: Runs) -> dict[str, Any]:
+    """``{"mbsu": {"time": ..., "bytes": ...}}``: tau / (c * gamma + 1) (Goel et al., arXiv 2403.00858) and c, the
+    ``cost`` of a draft step in units of a target step, from measured seconds and from the bytes that a step reads.
+
+    A draft step is one level of a round's proposal: a token of a chain, a level of a tree. Gamma is the mean number
+    of levels a round. ``time`` is null when no round, or no plain step, was timed.
+    """
+    records = [record for run in runs for record in run.rounds]
+    steps = sum(record.depth for record in records)
+    if not steps:
+        return {"mbsu": {}}
+    tau, gamma = sum(_tokens(kept(runs))) / len(records), steps / len(records)
+    # A draft decodes in its target's type, whatever type it came in.
+    size = target.head.weight.element_size()
+    found = {"bytes": metrics.cost_by_bytes(draft.parameters_per_token * size, target.parameters_per_token * size)}
+    plain_step = step_seconds(plain)
+    if plain_step > 0:
+        drafting = sum(record.draft_seconds for record in records)
+        found["time"] = metrics.cost_by_time(drafting, steps, plain_step, 1)
+    return {"mbsu": {name: {"value": metrics.mbsu(tau, gamma, c), "cost": c} for name, c in found.items()}}
 
 
 def by_task(runs: Runs, plain: Runs, tasks: Sequence[str]) -> dict[str, Any]:
@@ -112,17 +135,14 @@ def gains(runs: Mapping[str, Runs], names: Sequence[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in names[1:]:
         new, old = runs[name], runs[names[0]]
-        pairs = [(_tokens(r), [len(run.rounds) for run in r]) for r in (new, old)]
         found[f"{name} over {names[0]}"] = {
-            "tau": paired_difference(pairs[0], pairs[1]).to_dict(),
+            "tau": paired_difference(_rounds(new), _rounds(old)).to_dict(),
             "speed": paired_ratio(_rates(new), _rates(old)).to_dict(),
         }
     return found
 
 
-def per_prompt(
-    runs: Mapping[str, Runs], ids: Sequence[str], tasks: Sequence[str], baseline: str = PLAIN
-) -> list[dict[str, Any]]:
+def per_prompt(runs: Mapping[str, Runs], ids: Sequence[str], tasks: Sequence[str]) -> list[dict[str, Any]]:
     """One record a prompt: its task, and tokens, rounds and seconds of every contestant."""
 
     def entry(run: Generation) -> dict[str, Any]:
@@ -135,10 +155,10 @@ def per_prompt(
 
     found = []
     for i, (name, task) in enumerate(zip(ids, tasks, strict=True)):
-        plain = runs[baseline][i]
+        plain = runs[PLAIN][i]
         record: dict[str, Any] = {"id": name, "task": task} if task else {"id": name}
         record["plain"] = {"tokens": len(plain.ids), "seconds": round(seconds(plain), 4)}
-        record["drafts"] = {name: entry(part[i]) for name, part in runs.items() if name != baseline}
+        record["drafts"] = {name: entry(part[i]) for name, part in runs.items() if name != PLAIN}
         found.append(record)
     return found
 
