@@ -26,6 +26,7 @@ from redraft.data.transport import (
     Connection,
     Passing,
     Refused,
+    answer_ids,
     check_prompt,
     completion_body,
     completion_tokens,
@@ -182,13 +183,11 @@ def read_completion(
     if reason not in FINISH_REASONS:
         raise Passing(f"an answer with the finish reason {excerpt(repr(reason))}")
     check_prompt(choice, value, request)
-    ids = choice.get("token_ids")
+    ids = answer_ids(choice)
     if ids is None:
         if isinstance(_stopped_at(choice), str):
             raise Refused("the server cut the text at a stop string, so its last tokens are lost; start it without any")
         ids = exact_ids(choice.get("text"), completion_tokens(value, max_new_tokens + 1), reason, tokenizer)
-    if not isinstance(ids, list) or not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-        raise Passing("an answer whose token ids are no list of numbers")
     if len(ids) > max_new_tokens + 1:
         raise Passing(f"an answer of {len(ids)} tokens where at most {max_new_tokens} were asked for")
     ids, reason = _ended(ids, reason, choice, eos_ids)

@@ -257,6 +257,22 @@ def first_choice(value: dict[str, Any]) -> dict[str, Any] | None:
     return choice if isinstance(choice, dict) else None
 
 
+def answer_text(choice: dict[str, Any]) -> str:
+    """The text of a choice; empty in one without. Raises ``Passing`` where it is no text."""
+    text = choice.get("text")
+    if text is not None and not isinstance(text, str):
+        raise Passing(f"an answer whose text is {excerpt(repr(text))}")
+    return text or ""
+
+
+def answer_ids(choice: dict[str, Any]) -> list[int] | None:
+    """The token ids of a choice; None in one without. Raises ``Passing`` where they are no ids."""
+    ids = choice.get("token_ids")
+    if ids is not None and not (isinstance(ids, list) and all(type(i) is int and i >= 0 for i in ids)):
+        raise Passing("an answer whose token ids are no list of numbers")
+    return ids
+
+
 def check_prompt(choice: dict[str, Any], value: dict[str, Any], request: Request) -> None:
     """Raise ``UserError`` where the server changed the prompt's token ids, ``Refused`` where it counted others."""
     echoed = choice.get("prompt_token_ids", value.get("prompt_token_ids"))

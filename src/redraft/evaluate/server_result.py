@@ -248,7 +248,7 @@ def _level(found: Contestant, plain: Contestant | None, concurrency: int, kept: 
     whole = total(counts)
     entry: dict[str, Any] = {
         "requests": len(level.answers),
-        "failed": len(level.answers) - len(level.good),
+        "failed": level.failed,
         "tokens": sum(a.tokens for a in answers),
         "seconds": sum(a.seconds for a in answers) if level.by_prompt else level.wall,
         "tokens_per_second": _rate(level, kept),
