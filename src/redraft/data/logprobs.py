@@ -12,14 +12,12 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from redraft.data.generate import Completion, Request
 from redraft.data.server import ServerEngine
 from redraft.data.store import Failure, Row
-from redraft.data.transport import Passing, Refused
+from redraft.data.transport import Passing
 from redraft.errors import UserError
-from redraft.sampling import Sampler
 
 # Rounding may lift the logarithm of a certain token a little above zero.
 MOST_LOGPROB = 1e-2
@@ -54,35 +52,16 @@ class TopEngine(ServerEngine):
         Figures of an id beyond the vocabulary are no answer. Raises ``UserError`` when the server gives no
         log-probabilities, cannot be reached or stops answering.
         """
-        by_key = {row.key: row for row in rows}
-        requests = [Request(row.key, [*row.prompt_ids, *row.response_ids], Sampler()) for row in rows]
-        self._stop.clear()
-        self._connection.open()
-        try:
-            self.model = self.model or self._served_model()
-            # The pool hands on whatever the job gives.
-            job = cast(Callable[[Request], Completion | Failure], lambda r: self._score(r, by_key[r.key]))
-            yield from cast(Iterator[Any], self._all(requests, job))
-        finally:
-            self._stop.set()
-            self._connection.close()
+        yield from self.ask([(row.key, row) for row in rows], lambda row: (row.key, self._figures(row)))
 
-    def _score(self, request: Request, row: Row) -> tuple[str, Top] | Failure:
+    def _figures(self, row: Row) -> Top:
         body = {
             "model": self.model,
-            "prompt": list(request.prompt_ids),
+            "prompt": [*row.prompt_ids, *row.response_ids],
             "max_tokens": 1,
             "temperature": 0.0,
             "prompt_logprobs": self.count,
         }
-        try:
-            return row.key, self._persist(lambda: self._figures(body, row))
-        except Refused as error:
-            return Failure(row.key, str(error))
-        except Passing as error:
-            return Failure(row.key, f"{error}, {self.attempts} attempts", permanent=False)
-
-    def _figures(self, body: dict[str, Any], row: Row) -> Top:
         found = read_tops(self._connection.json("POST", "/v1/completions", body), row, self.url)
         highest, size = max(map(max, found[0])), self.vocab_size
         if size is not None and highest >= size:

@@ -18,7 +18,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from difflib import SequenceMatcher
-from typing import Any
+from itertools import islice
+from typing import Any, TypeVar
 
 from redraft.data.generate import Completion, Request
 from redraft.data.store import FINISH_REASONS, Failure
@@ -34,6 +35,9 @@ from redraft.data.transport import (
     first_choice,
 )
 from redraft.errors import UserError
+
+Item = TypeVar("Item")
+Outcome = TypeVar("Outcome")
 
 LONGEST_PAUSE = 30.0
 # A server's text against its ids: characters that are compared, those that a comparison needs, and the share alike.
@@ -81,33 +85,34 @@ class ServerEngine:
         server gives none.
         Raises ``UserError`` when the server cannot be reached at all, knows no such model, or stops answering.
         """
-        if not requests:
+
+        def attempt(request: Request) -> Completion:
+            body = completion_body(request, self.model, max_new_tokens)
+            value = self._connection.json("POST", "/v1/completions", body)
+            # all that a draft learns of such a response is right; of its end it learns nothing
+            limits = (max_new_tokens, tokenizer, eos_ids, self.vocab_size)
+            return read_completion(value, request, *limits, open_end=True)
+
+        yield from self.ask([(request.key, request) for request in requests], attempt)
+
+    def ask(self, items: Sequence[tuple[str, Item]], attempt: Callable[[Item], Outcome]) -> Iterator[Outcome | Failure]:
+        """What ``attempt`` makes of every (key, item), or a failure, ``concurrency`` at a time, as they finish.
+
+        Raises ``UserError`` as :meth:`answer` does: as many given up in a row as are under way at a time mean that the
+        server is gone.
+        """
+        if not items:
             return
         self._stop.clear()
         self._connection.open()
-        try:
-            if self.model is None:
-                self.model = self._served_model()
-
-            def job(request: Request) -> Completion | Failure:
-                return self._answer(request, max_new_tokens, tokenizer, eos_ids)
-
-            yield from self._all(requests, job)
-        finally:
-            self._stop.set()
-            self._connection.close()
-
-    def _all(
-        self, requests: Sequence[Request], job: Callable[[Request], Completion | Failure]
-    ) -> Iterator[Completion | Failure]:
-        """Run the jobs, ``concurrency`` at a time. As many given up in a row mean that the server is gone."""
-        waiting, running = iter(requests), set[Future[Completion | Failure]]()
         pool = ThreadPoolExecutor(self.concurrency, thread_name_prefix="redraft-server")
+        waiting, running = iter(items), set[Future[Outcome | Failure]]()
         given_up = 0
         try:
+            self.model = self.model or self._served_model()
             while True:
-                while len(running) < self.concurrency and (request := next(waiting, None)) is not None:
-                    running.add(pool.submit(job, request))
+                for key, item in islice(waiting, self.concurrency - len(running)):
+                    running.add(pool.submit(self._try, key, item, attempt))
                 if not running:
                     return
                 done, running = wait(running, return_when=FIRST_COMPLETED)
@@ -121,27 +126,18 @@ class ServerEngine:
         finally:
             self._stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
+            self._connection.close()
 
     # -- one request -------------------------------------------------------------------------------------------------
-    def _answer(
-        self, request: Request, max_new_tokens: int, tokenizer: Any, eos_ids: Sequence[int]
-    ) -> Completion | Failure:
-        body = completion_body(request, self.model, max_new_tokens)
-
-        def attempt() -> Completion:
-            value = self._connection.json("POST", "/v1/completions", body)
-            # all that a draft learns of such a response is right; of its end it learns nothing
-            limits = (max_new_tokens, tokenizer, eos_ids, self.vocab_size)
-            return read_completion(value, request, *limits, open_end=True)
-
+    def _try(self, key: str, item: Item, attempt: Callable[[Item], Outcome]) -> Outcome | Failure:
         try:
-            return self._persist(attempt)
+            return self._persist(lambda: attempt(item))
         except Refused as error:
-            return Failure(request.key, str(error))
+            return Failure(key, str(error))
         except Passing as error:
-            return Failure(request.key, f"{error}, {self.attempts} attempts", permanent=False)
+            return Failure(key, f"{error}, {self.attempts} attempts", permanent=False)
 
-    def _persist(self, attempt: Callable[[], Any]) -> Any:
+    def _persist(self, attempt: Callable[[], Outcome]) -> Outcome:
         """The attempt's result; it is repeated with growing pauses while it raises ``Passing``."""
         for number in range(self.attempts):
             try:
