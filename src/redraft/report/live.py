@@ -10,33 +10,23 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from redraft.decode.engine import Round
+from redraft.decode.pieces import TokenText
 from redraft.report.tokens import Piece, fates, kinds, visible
 
-if TYPE_CHECKING:
-    from redraft.decode.engine import Round
-    from redraft.decode.pieces import TokenText
-
-STYLES = {
-    "accepted": "color(16) on color(153)",
-    "corrected": "color(16) on color(216) underline",
-    "bonus": "color(16) on color(157) underline2",
-    "prefill": "color(16) on color(252)",
-    "rejected": "dim strike",
-    "unused": "dim",
-}
-MARKS = {
-    "accepted": "[]",
-    "corrected": "<>",
-    "bonus": "{}",
-    "prefill": "()",
-    "rejected": "~~",
-    "unused": "~~",
+# By kind: the style where there are colours, and the brackets where there are none.
+LOOKS = {
+    "accepted": ("color(16) on color(153)", "[]"),
+    "corrected": ("color(16) on color(216) underline", "<>"),
+    "bonus": ("color(16) on color(157) underline2", "{}"),
+    "prefill": ("color(16) on color(252)", "()"),
+    "rejected": ("dim strike", "~~"),
+    "unused": ("dim", "~~"),
 }
 SHOWN_KINDS = ("accepted", "corrected", "bonus", "prefill")
 TAIL = 2000  # pieces that a screen can hold at most
@@ -52,12 +42,12 @@ def paint(pieces: Sequence[Piece], colour: bool) -> Text:
     text = Text()
     for index, piece in enumerate(pieces):
         shown = visible(piece.text, breaks=piece.kind in SHOWN_KINDS)
+        style, mark = LOOKS[piece.kind]
         if colour:
-            text.append(shown, STYLES[piece.kind])
+            text.append(shown, style)
             continue
-        mark = MARKS[piece.kind]
-        opens = index == 0 or MARKS[pieces[index - 1].kind] != mark
-        closes = index + 1 == len(pieces) or MARKS[pieces[index + 1].kind] != mark
+        opens = index == 0 or LOOKS[pieces[index - 1].kind][1] != mark
+        closes = index + 1 == len(pieces) or LOOKS[pieces[index + 1].kind][1] != mark
         text.append((mark[0] if opens else "") + shown + (mark[1] if closes else ""))
     return text
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from redraft.report.plots import COLOURS, MARKERS, OTHERS, WIDTH, _figure
+from redraft.report.drawing import COLOURS, MARKERS, OTHERS, WIDTH, figure, png
 from redraft.report.study import label
 
 TAU = "acceptance length \N{GREEK SMALL LETTER TAU}"
@@ -111,7 +109,7 @@ def draw(curves: Mapping[str, Curve], title: str, axis: str, level: float | None
     shades = [*OTHERS, *MORE]
     curves = dict(sorted(apart(curves, bool(unit)).items(), key=lambda item: -item[1][-1][1]))
     names, common = shorter(list(curves))
-    with _white(1.9 * WIDTH, 3.6 + 0.09 * len(curves)) as (figure, axes):
+    with figure(1.9 * WIDTH, 3.6 + 0.09 * len(curves), white=True) as (made, axes):
         for index, (name, points) in enumerate(zip(names, curves.values(), strict=True)):
             colour = COLOURS.get(name) or shades[index % len(shades)]
             x, y = [point[0] for point in points], [point[1] for point in points]
@@ -128,10 +126,8 @@ def draw(curves: Mapping[str, Curve], title: str, axis: str, level: float | None
         axes.set_xlabel(axis)
         axes.set_ylabel(TAU)
         axes.set_title(title)
-        figure.legend(loc="outside right upper", fontsize=8, title=common or None, title_fontsize=8, alignment="left")
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=130, transparent=False, facecolor="white", metadata={"Software": None})
-        return buffer.getvalue()
+        made.legend(loc="outside right upper", fontsize=8, title=common or None, title_fontsize=8, alignment="left")
+        return png(made, 130)
 
 
 def shorter(names: Sequence[str]) -> tuple[list[str], str]:
@@ -175,9 +171,3 @@ def _quantities(axes: Any, unit: str, values: Sequence[float]) -> None:
     axes.xaxis.set_major_locator(LogLocator(subs=steps))
     axes.xaxis.set_major_formatter(EngFormatter(unit))
     axes.xaxis.set_minor_formatter(NullFormatter())
-
-
-@contextmanager
-def _white(width: float, height: float) -> Iterator[Any]:
-    with _figure(width, height, ink="#1b1f24", grid="#d5d9de") as drawn:
-        yield drawn
