@@ -159,7 +159,7 @@ def test_a_prompt_longer_than_the_context_is_refused_and_one_that_just_fits_is_n
 
 
 def test_a_data_set_name_without_the_library_or_the_data_set(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"redraft\[datasets\]|cannot load the data set"):
+    with pytest.raises(UserError, match=r"redraft\[datasets\]|cannot read datasets:"):
         read_conversations(f"datasets:{tmp_path}/nothing-here")
 
 

@@ -136,7 +136,8 @@ def test_a_named_data_set_is_read_with_its_config_and_split(
 ) -> None:
     calls = []
 
-    def load_dataset(repository: str, config: str | None, split: str) -> list[dict[str, Any]]:
+    def load_dataset(repository: str, config: str | None, split: str, streaming: bool) -> list[dict[str, Any]]:
+        assert not streaming
         calls.append((repository, config, split))
         return [row]
 

@@ -47,6 +47,11 @@ def words(text: str) -> list[str]:
     return WORDS.findall(plain.casefold())
 
 
+def numbers_of(found: Iterable[str]) -> set[str]:
+    """Those of the words that have a digit."""
+    return {word for word in found if any(map(str.isdigit, word))}
+
+
 def same_text(conversation: Conversation) -> str:
     """What makes two prompts the same prompt: the words of the user turns; the bare text where there are no words."""
     turns = [m["content"] for m in conversation.messages if m["role"] == "user"]
@@ -91,7 +96,7 @@ class _Turn:
     def __init__(self, index: int, found: Sequence[str]) -> None:
         self.index = index
         self.shingles = _shingles([found])
-        self.numbers = {word for word in found if any(map(str.isdigit, word))}
+        self.numbers = numbers_of(found)
 
 
 def _long_turns(conversation: Conversation) -> list[list[str]]:

@@ -18,7 +18,6 @@ Shape legend: B blocks, T tokens.
 from __future__ import annotations
 
 import gzip
-import json
 import queue
 import random
 import threading
@@ -32,7 +31,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from redraft.data.prompts import HUB_PREFIX
+from redraft.data.prompts import HUB_PREFIX, hub_rows, parse_json
+from redraft.data.turns import keys_of
 from redraft.errors import UserError
 
 PIECE_BYTES = 1 << 14
@@ -104,7 +104,7 @@ def _file_pieces(path: Path, text_field: str) -> Iterator[str]:
     if kind_of(path) in JSON:
         for number, line in _lines(path):
             if line.strip():
-                yield _text_of(_json(line, path, number), text_field, f"{path}:{number}")
+                yield _text_of(parse_json(line, path, number), text_field, f"{path}:{number}")
         return
     held: list[str] = []
     size = 0
@@ -117,37 +117,17 @@ def _file_pieces(path: Path, text_field: str) -> Iterator[str]:
     yield "".join(held)
 
 
-def _json(line: str, path: Path, number: int) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}:{number}: not JSON ({error}); a line must hold one object") from None
-
-
 def _text_of(item: Any, text_field: str, place: str) -> str:
     text = item.get(text_field) if isinstance(item, dict) else None
     if not isinstance(text, str):
-        known = ", ".join(sorted(map(str, item))[:8]) if isinstance(item, dict) else type(item).__name__
+        known = keys_of(item) if isinstance(item, dict) else type(item).__name__
         raise UserError(f"{place}: no text under {text_field!r} (there is {known}); name the field that holds it")
     return text
 
 
 def _hub_pieces(name: str, text_field: str, skip: int) -> Iterator[str]:
-    place, _, split = name.removeprefix(HUB_PREFIX).partition("@")
-    repository, _, config = place.partition(":")
-    try:
-        import datasets
-    except ImportError as error:
-        raise UserError(f"reading {name} needs the package datasets: pip install redraft[datasets]") from error
-    try:
-        rows = datasets.load_dataset(repository, config or None, split=split or "train", streaming=True)
-        for number, item in enumerate(rows.skip(skip), skip + 1):
-            yield _text_of(item, text_field, f"{name}: row {number}")
-    except UserError:
-        raise
-    except Exception as error:  # the library raises whatever its file systems raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"cannot read {name}: {reason}; check name, config and split, and the network") from error
+    for number, item in hub_rows(name, skip):
+        yield _text_of(item, text_field, f"{name}: row {number}")
 
 
 @dataclass

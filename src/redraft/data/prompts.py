@@ -27,7 +27,9 @@ __all__ = [
     "Turns",
     "check_length",
     "file_items",
+    "hub_rows",
     "parse_conversation",
+    "parse_json",
     "prompt_messages",
     "prompt_turns",
     "read_conversations",
@@ -52,8 +54,7 @@ def read_conversations(
     conversation with no user turn, an id that is there twice.
     """
     if str(path).startswith(HUB_PREFIX):
-        name = str(path).removeprefix(HUB_PREFIX)
-        stem, items = name, _hub_items(name)
+        stem, items = str(path).removeprefix(HUB_PREFIX), _hub_items(str(path))
     else:
         path = Path(path)
         stem, items = stem_of(path), file_items(path)
@@ -107,15 +108,16 @@ def file_items(path: Path) -> Iterator[tuple[int, str, Any]]:
                 yield number, f"{path}:{number}", line.strip()
         return
     if text.lstrip().startswith("["):
-        for number, item in enumerate(_parse(text, path, 1), 1):
+        for number, item in enumerate(parse_json(text, path, 1), 1):
             yield number, f"{path}: item {number}", item
         return
     for number, line in enumerate(lines, 1):
         if line.strip():
-            yield number, f"{path}:{number}", _parse(line, path, number)
+            yield number, f"{path}:{number}", parse_json(line, path, number)
 
 
-def _parse(text: str, path: Path, first_line: int) -> Any:
+def parse_json(text: str, path: Path, first_line: int) -> Any:
+    """The JSON value of a text that begins on this line of a file. Raises ``UserError`` with file and line."""
     try:
         value = json.loads(text)
         if HALF_A_CHARACTER.search(text):
@@ -149,23 +151,27 @@ def _refuse_row(line: str, path: Path, number: int) -> None:
 
 
 def _hub_items(name: str) -> Iterator[tuple[int, str, Any]]:
-    place, _, split = name.partition("@")
+    for number, item in hub_rows(name):
+        yield number, f"{name}: row {number}", _without_nulls(item)
+
+
+def hub_rows(name: str, skip: int | None = None) -> Iterator[tuple[int, Any]]:
+    """Number and value of every row of a ``datasets:`` name, in order; streamed from behind the first ``skip``, if any.
+
+    Raises ``UserError`` where the library is missing or cannot read the data set.
+    """
+    place, _, split = name.removeprefix(HUB_PREFIX).partition("@")
     repository, _, config = place.partition(":")
     try:
         import datasets
     except ImportError as error:
-        raise UserError(
-            f"reading {HUB_PREFIX}{name} needs the package datasets: pip install redraft[datasets]"
-        ) from error
+        raise UserError(f"reading {name} needs the package datasets: pip install redraft[datasets]") from error
     try:
-        rows = datasets.load_dataset(repository, config or None, split=split or "train")
+        rows = datasets.load_dataset(repository, config or None, split=split or "train", streaming=skip is not None)
+        yield from enumerate(rows.skip(skip) if skip else rows, (skip or 0) + 1)
     except Exception as error:  # the library raises whatever its file systems raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"cannot load the data set {name}: {reason}; check its name, config and split, and the network"
-        ) from error
-    for number, item in enumerate(rows, 1):
-        yield number, f"{HUB_PREFIX}{name}: row {number}", _without_nulls(item)
+        raise UserError(f"cannot read {name}: {reason}; check its name, config and split, and the network") from error
 
 
 def _without_nulls(value: Any) -> Any:

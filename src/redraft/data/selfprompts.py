@@ -12,13 +12,13 @@ from __future__ import annotations
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from redraft.data.generate import Completion, Request, generate
-from redraft.data.overlap import SENTINEL, words
+from redraft.data.overlap import SENTINEL, numbers_of, words
 from redraft.data.prompts import Conversation, Message
 from redraft.data.store import Row, RowWriter, row_key
 from redraft.data.template import render
@@ -76,10 +76,8 @@ def user_opening(tokenizer: Any, system: str | None = None) -> UserOpening:
     Raises ``UserError`` when there is no template, it writes nothing in front of a user's text or nothing behind it,
     or changes that text, so that the opening cannot be told.
     """
-    messages: list[Message] = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": SENTINEL})
     try:
-        text = render(tokenizer, "with a lone user turn", messages, False)
+        text = render(tokenizer, "with a lone user turn", _asked(system, SENTINEL), False)
     except UserError as error:
         raise UserError(f"{error}; give a prompt file") from error
     before, found, behind = text.partition(SENTINEL)
@@ -90,12 +88,14 @@ def user_opening(tokenizer: Any, system: str | None = None) -> UserOpening:
         )
     ids = list(tokenizer(before, add_special_tokens=False).input_ids)
     end = list(tokenizer(behind, add_special_tokens=False).input_ids)
-    stop = (end[0],) if end[0] in set(tokenizer.all_special_ids) | set(_added_ids(tokenizer)) else ()
-    return UserOpening(ids, behind.strip(), stop)
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return UserOpening(ids, behind.strip(), (end[0],) if end[0] in {*tokenizer.all_special_ids, *added} else ())
 
 
-def _added_ids(tokenizer: Any) -> Iterable[int]:
-    return getattr(tokenizer, "added_tokens_decoder", {})
+def _asked(system: str | None, text: str) -> list[Message]:
+    """A user's turn behind the system turn, where there is one."""
+    before: list[Message] = [{"role": "system", "content": system}] if system else []
+    return [*before, {"role": "user", "content": text}]
 
 
 def self_prompts(
@@ -129,35 +129,32 @@ def self_prompts(
         raise UserError(f"{max_new_tokens} new tokens do not fit into the target's context of {target.context}")
     with RowWriter(path) as writer:
         run = _Run(target, opening, sampler, seed, max_new_tokens, batch_size, system, writer, progress)
+        run.check_stored()
         return run.collect(count), run.report
 
 
+@dataclass
 class _Run:
     """The state of one run."""
 
-    def __init__(
-        self,
-        target: Target,
-        opening: UserOpening,
-        sampler: Sampler,
-        seed: int,
-        max_new_tokens: int,
-        batch_size: int,
-        system: str | None,
-        writer: RowWriter,
-        progress: Callable[..., None] | None,
-    ) -> None:
-        self.target, self.opening, self.sampler, self.seed = target, opening, sampler, seed
-        self.max_new_tokens, self.batch_size, self.system = max_new_tokens, batch_size, system
-        self.writer, self.progress = writer, progress
-        self.hash = target.content_hash()
+    target: Target
+    opening: UserOpening
+    sampler: Sampler
+    seed: int
+    max_new_tokens: int
+    batch_size: int
+    system: str | None
+    writer: RowWriter
+    progress: Callable[..., None] | None
+
+    def __post_init__(self) -> None:
+        self.hash = self.target.content_hash()
         self.report = SelfPromptReport()
         self.kept: list[Conversation] = []
         self.seen = NearDuplicates()
-        self.stored = {row.key: row for row in writer.rows}
-        self._check_stored()
+        self.stored = {row.key: row for row in self.writer.rows}
 
-    def _check_stored(self) -> None:
+    def check_stored(self) -> None:
         wanted = (self.hash, self.opening.ids, self.sampler, self.seed)
         for row in self.stored.values():
             found = (row.target_hash, row.prompt_ids, Sampler(row.temperature, row.top_k, row.top_p), row.seed)
@@ -214,17 +211,8 @@ class _Run:
             self._store(buffer)
 
     def _row(self, number: int, done: Completion) -> Row:
-        return Row(
-            id=f"self/{number}",
-            prompt_ids=self.opening.ids,
-            response_ids=done.response_ids,
-            temperature=self.sampler.temperature,
-            top_k=self.sampler.top_k,
-            top_p=self.sampler.top_p,
-            seed=self.seed,
-            finish_reason=done.finish_reason,
-            target_hash=self.hash,
-        )
+        drawn = done.response_ids, self.sampler, done.finish_reason, self.hash
+        return Row.of(f"self/{number}", self.opening.ids, *drawn, seed=self.seed)
 
     def _store(self, rows: list[Row]) -> None:
         self.writer.append(rows)
@@ -236,15 +224,14 @@ class _Run:
         """Keep the draw of this number, or count why not."""
         self.report.draws += 1
         text, finished = self._text(self.stored[self._key(number)])
-        reason = "unfinished" if not finished else unusable(text, self._marks())
+        marks = (self.opening.ending, *self.target.tokenizer.all_special_tokens)
+        reason = "unfinished" if not finished else unusable(text, marks)
         if reason is None and not self.seen.add(text):
             reason = "near duplicates"
         if reason is not None:
             self.report.dropped[reason] += 1
             return
-        messages: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
-        messages.append({"role": "user", "content": text})
-        self.kept.append(Conversation(f"self/{self.seed}/{number}", messages))
+        self.kept.append(Conversation(f"self/{self.seed}/{number}", _asked(self.system, text)))
 
     def _text(self, row: Row) -> tuple[str, bool]:
         """The text of a draw up to the end of the turn, and whether that end came."""
@@ -254,9 +241,6 @@ class _Run:
             return text.strip(), row.finish_reason == "stop"
         head, found, _ = text.partition(self.opening.ending)
         return head.strip(), bool(found) or row.finish_reason == "stop"
-
-    def _marks(self) -> tuple[str, ...]:
-        return (self.opening.ending, *self.target.tokenizer.all_special_tokens)
 
 
 # -- what is of use --------------------------------------------------------------------------------------------------
@@ -291,7 +275,7 @@ class NearDuplicates:
         found = words(text)
         span = min(SHINGLE, len(found))
         shingles = {tuple(found[i : i + span]) for i in range(len(found) - span + 1)}
-        numbers = {word for word in found if any(map(str.isdigit, word))}
+        numbers = numbers_of(found)
         shared = Counter(index for shingle in shingles for index in self.holders.get(shingle, ()))
         for index, count in shared.items():
             others, their_numbers = self.texts[index]

@@ -30,7 +30,7 @@ from redraft.data.transport import (
     answer_ids,
     check_prompt,
     completion_body,
-    completion_tokens,
+    counted,
     excerpt,
     first_choice,
 )
@@ -183,7 +183,7 @@ def read_completion(
     if ids is None:
         if isinstance(_stopped_at(choice), str):
             raise Refused("the server cut the text at a stop string, so its last tokens are lost; start it without any")
-        ids = exact_ids(choice.get("text"), completion_tokens(value, max_new_tokens + 1), reason, tokenizer)
+        ids = exact_ids(choice.get("text"), counted(value, "completion_tokens", max_new_tokens + 1), reason, tokenizer)
     if len(ids) > max_new_tokens + 1:
         raise Passing(f"an answer of {len(ids)} tokens where at most {max_new_tokens} were asked for")
     ids, reason = _ended(ids, reason, choice, eos_ids)

@@ -245,11 +245,6 @@ def counted(value: dict[str, Any], name: str, most: int | None = None) -> int | 
     return count
 
 
-def completion_tokens(value: dict[str, Any], most: int | None = None) -> int | None:
-    """The server's own count of output tokens, as :func:`counted`."""
-    return counted(value, "completion_tokens", most)
-
-
 def first_choice(value: dict[str, Any]) -> dict[str, Any] | None:
     """The first choice of an answer or event; None in one without."""
     choices = value.get("choices")

@@ -36,6 +36,16 @@ def excerpt(value: Any) -> str:
     return json.dumps(value, default=str)[:40]
 
 
+def keys_of(item: Mapping[str, Any]) -> str:
+    """The first keys of a row, for a message."""
+    return ", ".join(sorted(map(str, item))[:8]) or "none"
+
+
+def exchange(question: str, answer: str) -> list[Message]:
+    """A user's turn and the assistant's answer to it."""
+    return [{"role": USER, "content": question}, {"role": ASSISTANT, "content": answer}]
+
+
 def decoded(value: Any, name: str) -> Any:
     """A value that may be written as JSON text. Raises ``ValueError``."""
     if not isinstance(value, str):

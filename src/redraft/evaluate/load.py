@@ -25,7 +25,7 @@ from redraft.data.transport import (
     answer_text,
     check_prompt,
     completion_body,
-    completion_tokens,
+    counted,
     first_choice,
 )
 from redraft.errors import UserError
@@ -352,12 +352,12 @@ def _read(events: Iterable[dict[str, Any]], body: dict[str, Any], request: Reque
     texts: list[str] = []
     ids: list[int] = []
     times: list[float] = []
-    counted: int | None = None
+    tokens: int | None = None
     finished = with_ids = False
     for event in events:
         # some servers count an end token beside the tokens that were asked for
-        found = completion_tokens(event, int(body["max_tokens"]) + 1)
-        counted = counted if found is None else found
+        found = counted(event, "completion_tokens", int(body["max_tokens"]) + 1)
+        tokens = tokens if found is None else found
         choice = first_choice(event)
         if choice is None:
             continue
@@ -372,7 +372,7 @@ def _read(events: Iterable[dict[str, Any]], body: dict[str, Any], request: Reque
     seconds = time.perf_counter() - began
     if not finished:
         raise Passing(f"half an answer: the {what} ended without a finish reason")
-    tokens = counted if counted is not None else len(ids) if with_ids else None
+    tokens = len(ids) if tokens is None and with_ids else tokens
     if tokens is None:
         raise Refused(f"the {what} has neither usage nor token ids; the speed of this server cannot be told")
     if tokens < 1 or (body["stream"] and not times):
