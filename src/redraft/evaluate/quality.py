@@ -14,8 +14,8 @@ from typing import Any, Protocol
 
 from redraft.data.suites import SUITES, suite_of
 from redraft.data.suites.code import code_blocks, defined_names
+from redraft.evaluate.figures import PLAIN
 from redraft.evaluate.statistics import mean, paired_difference
-from redraft.evaluate.summary import PLAIN
 from redraft.registry import Registry
 
 # (output, reference) -> whether the output is right

@@ -1,4 +1,4 @@
-"""From decoded prompts to figures: what the benchmark says of one draft, of its tasks, and of one draft over another.
+"""From decoded prompts to figures: what the benchmark says of one draft.
 
 Everything is a function of :class:`Generation` records; whoever measured them does not matter here.
 """
@@ -12,11 +12,10 @@ from typing import Any
 from redraft import metrics
 from redraft.decode.engine import Generation
 from redraft.drafts.base import Proposer
-from redraft.evaluate.statistics import mean, paired_difference, paired_ratio, ratio_of_sums
+from redraft.evaluate.figures import PLAIN, Tally
 from redraft.target import Target
 
 Runs = Sequence[Generation]
-PLAIN = "plain"  # the contestant that every other is held against
 
 
 def seconds(generation: Generation) -> float:
@@ -24,41 +23,10 @@ def seconds(generation: Generation) -> float:
     return generation.prefill_seconds + generation.decode_seconds
 
 
-def speed(runs: Runs) -> dict[str, float]:
-    """Tokens a second over prefill and decoding, with its interval."""
-    return ratio_of_sums(*_rates(runs)).to_dict()
-
-
-def step_seconds(runs: Runs) -> float:
-    """Mean seconds of one plain decoding step; ``nan`` where no prompt had one."""
-    steps = sum(len(run.ids) - 1 for run in runs)
-    return sum(run.decode_seconds for run in runs) / steps if steps else math.nan
-
-
-def kept(runs: Runs) -> list[Generation]:
-    """Those that had rounds: a response of one token comes from prefill alone."""
-    return [run for run in runs if run.rounds]
-
-
-def _tokens(runs: Runs) -> list[int]:
-    """Tokens that the rounds produced: the first one, which prefill gives, counts nowhere."""
-    return [len(run.ids) - 1 for run in runs]
-
-
-def _tau(runs: Runs) -> dict[str, float]:
-    return ratio_of_sums(*_rounds(kept(runs))).to_dict()
-
-
-def _rounds(runs: Runs) -> tuple[list[int], list[int]]:
-    return _tokens(runs), [len(run.rounds) for run in runs]
-
-
-def speedup(runs: Runs, plain: Runs) -> dict[str, float]:
-    return paired_ratio(_rates(runs), _rates(plain)).to_dict()
-
-
-def _rates(runs: Runs) -> tuple[list[int], list[float]]:
-    return [len(r.ids) for r in runs], [seconds(r) for r in runs]
+def tally(runs: Runs) -> Tally:
+    """Tokens, seconds and rounds of every prompt."""
+    lengths = [len(run.ids) for run in runs]
+    return Tally(lengths, [*map(seconds, runs)], [n - 1 for n in lengths], [len(run.rounds) for run in runs])
 
 
 def summarise(runs: Runs, plain: Runs, depth: int, expected: Sequence[Sequence[int]]) -> dict[str, Any]:
@@ -71,21 +39,22 @@ def summarise(runs: Runs, plain: Runs, depth: int, expected: Sequence[Sequence[i
     conditional, unconditional = metrics.acceptance_by_position(accepted, drafted, depth)
     draft_s = sum(record.draft_seconds for rounds in records for record in rounds)
     verify_s = sum(record.verify_seconds for rounds in records for record in rounds)
+    mine = tally(runs)
     return {
-        "tau_pooled": _tau(runs),
-        "tau_macro": mean([(len(run.ids) - 1) / len(run.rounds) for run in kept(runs)]).to_dict(),
+        "tau_pooled": mine.tau(),
+        "tau_macro": mine.tau_macro(),
         "acceptance_conditional": _plain_numbers(conditional),
         "acceptance_unconditional": _plain_numbers(unconditional),
-        "tokens_per_second": speed(runs),
-        "speedup": speedup(runs, plain),
+        "tokens_per_second": mine.rate(),
+        "speedup": mine.speedup(tally(plain)),
         "time": {
             "draft": draft_s,
             "verify": verify_s,
             "prefill": sum(r.prefill_seconds for r in runs),
             "other": sum(r.decode_seconds for r in runs) - draft_s - verify_s,
         },
-        "rounds": sum(len(run.rounds) for run in runs),
-        "tokens": sum(_tokens(runs)),
+        "rounds": sum(mine.rounds),
+        "tokens": sum(mine.of_rounds),
         "identical_to_plain": sum(list(run.ids) == list(ids) for run, ids in zip(runs, expected, strict=True)),
     }
 
@@ -101,45 +70,15 @@ def costs(target: Target, draft: Proposer, runs: Runs, plain: Runs) -> dict[str,
     steps = sum(record.depth for record in records)
     if not steps:
         return {"mbsu": {}}
-    tau, gamma = sum(_tokens(kept(runs))) / len(records), steps / len(records)
+    tau, gamma = sum(len(run.ids) - 1 for run in runs if run.rounds) / len(records), steps / len(records)
     # A draft decodes in its target's type, whatever type it came in.
     size = target.head.weight.element_size()
     found = {"bytes": metrics.cost_by_bytes(draft.parameters_per_token * size, target.parameters_per_token * size)}
-    plain_step = step_seconds(plain)
-    if plain_step > 0:
+    plain_steps, plain_seconds = sum(len(run.ids) - 1 for run in plain), sum(run.decode_seconds for run in plain)
+    if plain_steps and plain_seconds > 0:
         drafting = sum(record.draft_seconds for record in records)
-        found["time"] = metrics.cost_by_time(drafting, steps, plain_step, 1)
+        found["time"] = metrics.cost_by_time(drafting, steps, plain_seconds, plain_steps)
     return {"mbsu": {name: {"value": metrics.mbsu(tau, gamma, c), "cost": c} for name, c in found.items()}}
-
-
-def by_task(runs: Runs, plain: Runs, tasks: Sequence[str]) -> dict[str, Any]:
-    """Acceptance and speed of one draft on the prompts of each task; empty where prompts have none."""
-    found: dict[str, Any] = {}
-    for task in sorted(set(tasks) - {""}):
-        rows = [i for i, name in enumerate(tasks) if name == task]
-        part, base = [runs[i] for i in rows], [plain[i] for i in rows]
-        if not any(run.rounds for run in part):
-            continue
-        found[task] = {
-            "prompts": len(rows),
-            "tau_pooled": _tau(part),
-            "speedup": speedup(part, base),
-            "tokens_per_second": speed(part),
-            "plain_tokens_per_second": speed(base),
-        }
-    return found
-
-
-def gains(runs: Mapping[str, Runs], names: Sequence[str]) -> dict[str, Any]:
-    """Every later draft against the first, paired over the same prompts."""
-    found: dict[str, Any] = {}
-    for name in names[1:]:
-        new, old = runs[name], runs[names[0]]
-        found[f"{name} over {names[0]}"] = {
-            "tau": paired_difference(_rounds(new), _rounds(old)).to_dict(),
-            "speed": paired_ratio(_rates(new), _rates(old)).to_dict(),
-        }
-    return found
 
 
 def per_prompt(runs: Mapping[str, Runs], ids: Sequence[str], tasks: Sequence[str]) -> list[dict[str, Any]]:
