@@ -30,7 +30,6 @@ from redraft.data.transport import Connection, Passing, Refused, check_address
 from redraft.errors import UserError
 from redraft.evaluate.load import ServerConfig
 from redraft.evaluate.server import Server, bench_servers
-from redraft.evaluate.speed import Prompt
 from redraft.loading import ADAPTER_FILE, adapter_base, load_tokenizer, locate, quiet
 from redraft.progress import progress_bar
 from redraft.redacted import without_secrets
@@ -72,13 +71,6 @@ def named_servers(given: Sequence[str]) -> dict[str, str]:
     return servers
 
 
-def check_places(servers: Mapping[str, str]) -> None:
-    """Raise ``UserError`` for an address that is none or holds a secret."""
-    for place in servers.values():
-        if PORT not in place:
-            check_address(place)
-
-
 def bench_servers_on(
     spec: TargetSpec,
     servers: Mapping[str, str],
@@ -91,11 +83,14 @@ def bench_servers_on(
     """Measure ``servers`` (:func:`named_servers`) at these concurrencies; writes the result to ``out`` and returns it.
 
     Of the target only tokenizer and config are read, but for suites, whose later turns stand behind its own replies.
-    ``model`` is the served name where a server has several; the shape of ``how`` is the servers' own affair. Raises
-    ``UserError``.
+    ``model`` is the served name where a server has several; the shape of ``how`` is the servers' own affair. What a
+    server that is started here prints goes to ``STEM-NAME.log`` beside ``out``. Raises ``UserError``.
     """
     check_output(out, ".json")
-    check_places(servers)
+    for place in servers.values():
+        if PORT not in place:
+            check_address(place)
+    # A wrong level is refused before anything is loaded.
     config = ServerConfig(
         sampler=how.sampler,
         max_new_tokens=how.max_new_tokens,
@@ -109,8 +104,19 @@ def bench_servers_on(
         settle_template(info.tokenizer, spec.template_args)
     asked = questions.read(info, how.max_new_tokens, how.seed)
     ends = info.eos_ids if questions.suites else end_ids(spec.name, info.tokenizer)
-    record = template_record(info.tokenizer)
-    return bench_server_prompts(servers, spec.name, asked, out, replace(config, eos_ids=ends), record)
+    contestants: dict[str, Server] = {
+        name: _starter(place, out.with_name(f"{out.stem}-{name}.log")) if PORT in place else place
+        for name, place in servers.items()
+    }
+    record = provenance.collect(how.seed, "as the servers run", template_record(info.tokenizer))
+    requests = len(asked) * len(servers) * len(levels)
+    with progress_bar("bench", requests, "requests") as progress:
+        config = replace(config, eos_ids=ends)
+        result = bench_servers(
+            contestants, asked, config, spec.name, record, lambda done, what: progress.update(done, now=what)
+        )
+    atomic_write_json(out, result)
+    return result
 
 
 def end_ids(target: str, tokenizer: Any) -> tuple[int, ...]:
@@ -129,33 +135,6 @@ def end_ids(target: str, tokenizer: Any) -> tuple[int, ...]:
                 continue
             found += value if isinstance(value, list | tuple) else [value]
     return tuple(sorted({int(i) for i in found if i is not None}))
-
-
-def bench_server_prompts(
-    servers: Mapping[str, str],
-    target: str,
-    asked: Sequence[Prompt],
-    out: Path,
-    config: ServerConfig,
-    extra: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """:func:`bench_servers_on` for prompts that are templated already; ``extra`` goes into the record.
-
-    What a server that is started here prints goes to ``STEM-NAME.log`` beside ``out``. Raises ``UserError``.
-    """
-    check_places(servers)
-    contestants: dict[str, Server] = {
-        name: _starter(place, out.with_name(f"{out.stem}-{name}.log")) if PORT in place else place
-        for name, place in servers.items()
-    }
-    record = provenance.collect(config.seed, "as the servers run", extra)
-    requests = len(asked) * len(servers) * len(config.concurrencies)
-    with progress_bar("bench", requests, "requests") as progress:
-        result = bench_servers(
-            contestants, asked, config, target, record, lambda done, what: progress.update(done, now=what)
-        )
-    atomic_write_json(out, result)
-    return result
 
 
 # -- servers that are started here -----------------------------------------------------------------------------------
