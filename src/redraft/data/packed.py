@@ -125,11 +125,6 @@ def _text_of(item: Any, text_field: str, place: str) -> str:
     return text
 
 
-def _hub_pieces(name: str, text_field: str, skip: int) -> Iterator[str]:
-    for number, item in hub_rows(name, skip):
-        yield _text_of(item, text_field, f"{name}: row {number}")
-
-
 @dataclass
 class TextSource:
     """Pieces of text in a fixed order. ``names`` are files, folders and ``datasets:`` names.
@@ -151,8 +146,9 @@ class TextSource:
             hub = name.startswith(HUB_PREFIX)
             # A data set can skip cheaply, but how many it has is known only at its end.
             lazily = hub and name == self.files[-1]
-            found = _hub_pieces(name, self.text_field, skip if lazily else 0) if hub else self._of_file(name)
-            for piece in found:
+            rows = hub_rows(name, skip if lazily else 0) if hub else ()
+            texts = (_text_of(item, self.text_field, f"{name}: row {number}") for number, item in rows)
+            for piece in texts if hub else self._of_file(name):
                 if skip and not lazily:
                     skip -= 1
                 else:

@@ -53,11 +53,12 @@ def read_conversations(
     Raises ``UserError`` with file and line for: a missing or empty file, broken JSON, an unknown shape or role, a
     conversation with no user turn, an id that is there twice.
     """
+    items: Iterator[tuple[int, str, Any]]
     if str(path).startswith(HUB_PREFIX):
-        stem, items = str(path).removeprefix(HUB_PREFIX), _hub_items(str(path))
+        stem = str(path).removeprefix(HUB_PREFIX)
+        items = ((number, f"{path}: row {number}", _without_nulls(item)) for number, item in hub_rows(str(path)))
     else:
-        path = Path(path)
-        stem, items = stem_of(path), file_items(path)
+        stem, items = stem_of(Path(path)), file_items(Path(path))
     found: list[Conversation] = []
     places: dict[str, str] = {}
     for number, place, item in items:
@@ -148,11 +149,6 @@ def _refuse_row(line: str, path: Path, number: int) -> None:
         return
     if isinstance(row, dict) and row:
         raise UserError(f"{path}:{number}: a JSON row in a file of plain text; call the file .jsonl to have rows read")
-
-
-def _hub_items(name: str) -> Iterator[tuple[int, str, Any]]:
-    for number, item in hub_rows(name):
-        yield number, f"{name}: row {number}", _without_nulls(item)
 
 
 def hub_rows(name: str, skip: int | None = None) -> Iterator[tuple[int, Any]]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from redraft.data.generate import Completion, Request, generate
+from redraft.data.generate import Request, generate
 from redraft.data.overlap import SENTINEL, numbers_of, words
 from redraft.data.prompts import Conversation, Message
 from redraft.data.store import Row, RowWriter, row_key
@@ -201,7 +201,9 @@ class _Run:
             for done in generate(
                 self.target, requests, self.max_new_tokens, self.batch_size, stop_ids=self.opening.stop_ids
             ):
-                buffer.append(self._row(missing[done.request.key], done))
+                drawn = done.response_ids, self.sampler, done.finish_reason, self.hash
+                id = f"self/{missing[done.request.key]}"
+                buffer.append(Row.of(id, self.opening.ids, *drawn, seed=self.seed))
                 self.report.new += 1
                 self.report.tokens += len(self.opening.ids) + len(done.response_ids)
                 if len(buffer) >= self.batch_size:
@@ -209,10 +211,6 @@ class _Run:
                     buffer = []
         finally:
             self._store(buffer)
-
-    def _row(self, number: int, done: Completion) -> Row:
-        drawn = done.response_ids, self.sampler, done.finish_reason, self.hash
-        return Row.of(f"self/{number}", self.opening.ids, *drawn, seed=self.seed)
 
     def _store(self, rows: list[Row]) -> None:
         self.writer.append(rows)

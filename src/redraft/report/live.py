@@ -99,13 +99,13 @@ class Watcher:
     def on_round(self, record: Round) -> None:
         """Take one round; the first one without proposals is prefill's token."""
         self.last = self.clock()
-        fresh = self._prefill(record) if not record.proposed and not self.pieces else self._round(record)
+        if record.proposed or self.pieces:
+            fresh = self._round(record)
+        else:
+            fresh = [Piece(self.texts.push(token), "prefill") for token in record.kept]
         self.pieces += fresh
         if self.live is None:
             self.console.print(paint(fresh, self.colour), end="", soft_wrap=True)
-
-    def _prefill(self, record: Round) -> list[Piece]:
-        return [Piece(self.texts.push(token), "prefill") for token in record.kept]
 
     def _round(self, record: Round) -> list[Piece]:
         proposed = self.texts.proposed(record) if self.rejected else []

@@ -13,7 +13,8 @@ from redraft.report.study import label
 TAU = "acceptance length \N{GREEK SMALL LETTER TAU}"
 MORE = ("#5b6bb5", "#b0604a", "#6d8f3c", "#7a7a7a")
 Row = Mapping[str, Any]
-Curve = Sequence[tuple[float, float, float | None, float | None]]
+Point = tuple[float, float, float | None, float | None]
+Curve = Sequence[Point]
 """(x, y, low, high) in order; the ends are None where there is no interval."""
 
 
@@ -54,8 +55,8 @@ def training_curves(results: Mapping[str, Any], cells: Sequence[Row]) -> dict[st
 def kept_curves(results: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Curve]:
     """tau over what selection keeps, a line for every method and scorer; all of the data closes every line."""
     named = results["config"]["selections"]
-    found: dict[str, list[tuple[float, float, float | None, float | None]]] = {}
-    whole: dict[str, tuple[float, float, float | None, float | None]] = {}
+    found: dict[str, list[Point]] = {}
+    whole: dict[str, Point] = {}
     for row in rows:
         if row["kept_tokens"] is None:
             continue
@@ -69,12 +70,9 @@ def kept_curves(results: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Cu
         where = " on prompts" if entry and entry["on"] == "prompts" else ""
         mixed = f" + {entry['general']:.0%} general" if entry and entry["general"] else ""
         found.setdefault(f"{start}; {scorer}{where}{mixed}", []).append(point)
-    closed = {name: [*points, *_whole(name, whole)] for name, points in found.items()}
-    return {name: sorted(points) for name, points in closed.items()}
-
-
-def _whole(name: str, whole: Mapping[str, Any]) -> list[Any]:
-    return [point for start, point in whole.items() if name.startswith(f"{start}; ")][:1]
+    for name, points in found.items():
+        points += [point for start, point in whole.items() if name.startswith(f"{start}; ")][:1]
+    return {name: sorted(points) for name, points in found.items()}
 
 
 def width_curves(rows: Sequence[Row]) -> dict[str, Curve]:
