@@ -118,9 +118,10 @@ def answers(engine: ServerEngine, asked: list[Request], tokenizer: Any) -> dict[
 
 
 # -- a server in good health -----------------------------------------------------------------------------------------
-def test_ids_go_in_and_ids_come_out(loopback: Loopback, tiny_tokenizer: Any) -> None:
+def test_ids_go_in_and_ids_come_out(loopback: Loopback, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REDRAFT_API_KEY", "secret")
     asked = requests(10, Sampler(0.7, 5, 0.9))
-    found = answers(loopback.engine(api_key="secret"), asked, tiny_tokenizer)
+    found = answers(loopback.engine(), asked, tiny_tokenizer)
     assert found.keys() == {request.key for request in asked}
     for request in asked:
         outcome = found[request.key]

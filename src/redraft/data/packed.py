@@ -18,15 +18,15 @@ Shape legend: B blocks, T tokens.
 from __future__ import annotations
 
 import gzip
-import queue
 import random
-import threading
 import zlib
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -282,38 +282,12 @@ def ahead(make: Callable[[], Iterator[T]], depth: int = 8) -> Iterator[T]:
 
     Errors come out where the item would have. Closing the generator ends the thread.
     """
-    line: queue.Queue[tuple[bool, Any]] = queue.Queue(depth)
-    stop = threading.Event()
-
-    def put(item: tuple[bool, Any]) -> bool:
-        while not stop.is_set():
-            try:
-                line.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def work() -> None:
-        try:
-            for item in make():
-                if not put((True, item)):
-                    return
-            put((False, None))
-        except BaseException as error:  # handed over to the reader, whatever it is
-            put((False, error))
-
-    thread = threading.Thread(target=work, name="redraft-text", daemon=True)
-    thread.start()
+    end, items = object(), make()
+    reader = ThreadPoolExecutor(1, thread_name_prefix="redraft-text")
     try:
-        while True:
-            more, item = line.get()
-            if more:
-                yield item
-            elif item is None:
-                return
-            else:
-                raise item
+        waiting = deque(reader.submit(next, items, end) for _ in range(depth))
+        while (item := waiting.popleft().result()) is not end:
+            waiting.append(reader.submit(next, items, end))
+            yield cast(T, item)
     finally:
-        stop.set()
-        thread.join()
+        reader.shutdown(wait=True, cancel_futures=True)

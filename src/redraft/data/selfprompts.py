@@ -19,9 +19,10 @@ from typing import Any
 
 from redraft.data.generate import Request, generate
 from redraft.data.overlap import SENTINEL, numbers_of, words
-from redraft.data.prompts import Conversation, Message
+from redraft.data.prompts import Conversation
 from redraft.data.store import Row, RowWriter, row_key
 from redraft.data.template import render
+from redraft.data.turns import USER
 from redraft.errors import UserError
 from redraft.sampling import Sampler
 from redraft.target import Target
@@ -70,14 +71,14 @@ class SelfPromptReport:
         )
 
 
-def user_opening(tokenizer: Any, system: str | None = None) -> UserOpening:
-    """The opening of a user's turn by the chat template, behind the ``system`` turn or the template's own.
+def user_opening(tokenizer: Any) -> UserOpening:
+    """The opening of a user's turn by the chat template, behind the template's own system turn if it has one.
 
     Raises ``UserError`` when there is no template, it writes nothing in front of a user's text or nothing behind it,
     or changes that text, so that the opening cannot be told.
     """
     try:
-        text = render(tokenizer, "with a lone user turn", _asked(system, SENTINEL), False)
+        text = render(tokenizer, "with a lone user turn", [{"role": USER, "content": SENTINEL}], False)
     except UserError as error:
         raise UserError(f"{error}; give a prompt file") from error
     before, found, behind = text.partition(SENTINEL)
@@ -92,12 +93,6 @@ def user_opening(tokenizer: Any, system: str | None = None) -> UserOpening:
     return UserOpening(ids, behind.strip(), (end[0],) if end[0] in {*tokenizer.all_special_ids, *added} else ())
 
 
-def _asked(system: str | None, text: str) -> list[Message]:
-    """A user's turn behind the system turn, where there is one."""
-    before: list[Message] = [{"role": "system", "content": system}] if system else []
-    return [*before, {"role": "user", "content": text}]
-
-
 def self_prompts(
     target: Target,
     count: int,
@@ -107,7 +102,6 @@ def self_prompts(
     sampler: Sampler = SAMPLER,
     max_new_tokens: int = 160,
     batch_size: int = 64,
-    system: str | None = None,
     progress: Callable[..., None] | None = None,
 ) -> tuple[list[Conversation], SelfPromptReport]:
     """``count`` different questions in the target's own words, and what became of the other draws.
@@ -115,7 +109,7 @@ def self_prompts(
     The raw draws go to the response file ``path``; those that are there already are used again, so the same command
     goes on after a kill. A draw is dropped that does not end, is empty or has hardly a word, repeats itself, holds
     marks of the chat template or broken characters, or nearly is an earlier one. ``progress(questions, draws=n)`` is
-    called as draws come in. ``system`` is the system turn to be served with; it stands in the conversations too.
+    called as draws come in.
 
     Raises ``UserError``: for a greedy sampler, a chat template without an opening, stored draws that do not belong
     here, and when far too few draws are of use.
@@ -124,11 +118,11 @@ def self_prompts(
         raise UserError(f"the number of prompts must be 1 or more, not {count}")
     if sampler.greedy:
         raise UserError("greedy drafts of a user's turn are all the same; give a temperature above 0")
-    opening = user_opening(target.tokenizer, system)
+    opening = user_opening(target.tokenizer)
     if len(opening.ids) + max_new_tokens > target.context:
         raise UserError(f"{max_new_tokens} new tokens do not fit into the target's context of {target.context}")
     with RowWriter(path) as writer:
-        run = _Run(target, opening, sampler, seed, max_new_tokens, batch_size, system, writer, progress)
+        run = _Run(target, opening, sampler, seed, max_new_tokens, batch_size, writer, progress)
         run.check_stored()
         return run.collect(count), run.report
 
@@ -143,7 +137,6 @@ class _Run:
     seed: int
     max_new_tokens: int
     batch_size: int
-    system: str | None
     writer: RowWriter
     progress: Callable[..., None] | None
 
@@ -229,7 +222,7 @@ class _Run:
         if reason is not None:
             self.report.dropped[reason] += 1
             return
-        self.kept.append(Conversation(f"self/{self.seed}/{number}", _asked(self.system, text)))
+        self.kept.append(Conversation(f"self/{self.seed}/{number}", [{"role": USER, "content": text}]))
 
     def _text(self, row: Row) -> tuple[str, bool]:
         """The text of a draw up to the end of the turn, and whether that end came."""

@@ -49,8 +49,8 @@ class ServerEngine:
 
     ``model`` is the served name; without it the server is asked and must serve exactly one. ``concurrency`` requests
     are under way at a time; each has ``timeout`` seconds an attempt and ``attempts`` attempts, with pauses of
-    ``backoff`` seconds, doubled every time. ``api_key`` (by default that of the environment) is sent as a bearer
-    token. Ids from ``vocab_size`` on are no answer; without it those that the tokenizer does not know.
+    ``backoff`` seconds, doubled every time. Ids from ``vocab_size`` on are no answer; without it those that the
+    tokenizer does not know.
     """
 
     def __init__(
@@ -61,10 +61,9 @@ class ServerEngine:
         timeout: float = 300.0,
         attempts: int = 5,
         backoff: float = 0.5,
-        api_key: str | None = None,
         vocab_size: int | None = None,
     ) -> None:
-        self._connection = Connection(url, concurrency, timeout, api_key)
+        self._connection = Connection(url, concurrency, timeout)
         self.url = self._connection.url
         self.model, self.concurrency = model, concurrency
         self.attempts, self.backoff, self.vocab_size = attempts, backoff, vocab_size

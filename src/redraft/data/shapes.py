@@ -66,14 +66,10 @@ class Turns(list[Message]):
         super().__init__(messages)
         self.tools, self.arguments = list(tools), dict(arguments or {})
 
-    def but(self, messages: Iterable[Message]) -> Turns:
-        """Other messages, the same beside them."""
-        return Turns(messages, self.tools, self.arguments)
-
 
 def with_turns(asked: Sequence[Message], messages: Iterable[Message]) -> Turns:
     """``messages`` with the tools and arguments of ``asked``, where it has any."""
-    return asked.but(messages) if isinstance(asked, Turns) else Turns(messages)
+    return Turns(messages, asked.tools, asked.arguments) if isinstance(asked, Turns) else Turns(messages)
 
 
 def parse_conversation(item: Any, default_id: str) -> Conversation:

@@ -78,15 +78,15 @@ def server_key() -> str | None:
 class Connection:
     """A server at ``url`` (with or without ``/v1``), used by up to ``connections`` threads at a time.
 
-    A request fails after ``timeout`` seconds without a byte. ``api_key``, by default that of the environment
-    (:func:`server_key`), is sent as a bearer token and stands in no message. Raises ``UserError`` for an address that
+    A request fails after ``timeout`` seconds without a byte. The key of the environment (:func:`server_key`) is sent as
+    a bearer token and stands in no message. Raises ``UserError`` for an address that
     is none, or that holds a secret.
     """
 
-    def __init__(self, url: str, connections: int = 1, timeout: float = 300.0, api_key: str | None = None) -> None:
+    def __init__(self, url: str, connections: int = 1, timeout: float = 300.0) -> None:
         self.url = check_address(url)
         self.connections, self.timeout = connections, timeout
-        self._key = api_key or server_key()
+        self._key = server_key()
         self._headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         self._client: Any = None
 

@@ -58,7 +58,6 @@ class ServerConfig:
     timeout: float = 300.0
     tolerated: float = 0.03
     models: Mapping[str, str] = field(default_factory=dict)
-    api_key: str | None = None
     eos_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -141,7 +140,7 @@ class Session:
 
     def __init__(self, name: str, url: str, config: ServerConfig) -> None:
         self.name, self.config = name, config
-        self.connection = Connection(url, max(config.concurrencies) + 1, config.timeout, config.api_key)
+        self.connection = Connection(url, max(config.concurrencies) + 1, config.timeout)
         self.model = ""
         self.streamed = True
         self.engine = ""
