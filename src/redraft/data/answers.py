@@ -17,8 +17,6 @@ from redraft.data.template import render, template_ids, template_text
 from redraft.data.turns import ASSISTANT, USER, Message
 from redraft.errors import UserError
 
-__all__ = ["UnclearReply", "answer_ids", "continuation_ids", "reply_message"]
-
 ANSWER, THOUGHT = "redraftanswer", "redraftthought"
 # What opens and closes a block of thoughts in the public families of models that think.
 MARKS = (

@@ -16,8 +16,6 @@ from redraft.data.store import REFERENCE, UNKNOWN, Failure, Row, row_key
 from redraft.data.turns import ASSISTANT, SYSTEM, USER
 from redraft.errors import UserError
 
-__all__ = ["reference_answers", "reference_rows"]
-
 
 def reference_rows(
     conversations: Iterable[Conversation],

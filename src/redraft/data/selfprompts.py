@@ -27,8 +27,6 @@ from redraft.errors import UserError
 from redraft.sampling import Sampler
 from redraft.target import Target
 
-__all__ = ["NearDuplicates", "SelfPromptReport", "UserOpening", "self_prompts", "user_opening"]
-
 SAMPLER = Sampler(1.0, 0, 0.95)
 # Self-Instruct (arXiv 2212.10560) keeps an instruction whose overlap with all others is below 0.7; its measure is
 # ROUGE-L, ours the share of four-word shingles, which an index answers without comparing every pair.

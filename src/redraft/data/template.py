@@ -22,8 +22,6 @@ from redraft.data.shapes import RESERVED, Turns, with_turns
 from redraft.data.turns import ASSISTANT, USER, Message
 from redraft.errors import UserError
 
-__all__ = ["TemplateSettings", "kept_moment", "parse_template_args", "render", "template_ids", "use_template"]
-
 SENTINEL = "redraftturn"
 CLOCK = "strftime_now"
 # Words that people write for true and false. As texts all of them are true, unless the template compares them.

@@ -38,8 +38,6 @@ from redraft.data.turns import ASSISTANT, RESULTS, THOUGHTS, USER, excerpt, keys
 from redraft.errors import UserError
 from redraft.sampling import Sampler
 
-__all__ = ["read_traces"]
-
 PROMPT_KEYS, RESPONSE_KEYS = ("prompt_ids", "prompt_token_ids"), ("response_ids", "token_ids")
 TEXT_KEYS = ("completion", "response")
 NESTED = ("choices", "outputs")

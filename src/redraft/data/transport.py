@@ -11,6 +11,7 @@ import json
 import os
 import ssl
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -126,15 +127,8 @@ class Connection:
 
         Raises ``Passing``, ``Refused``, and ``UserError`` where no request can ever succeed.
         """
-        import httpx
-
-        try:
+        with self._reaching("no connection"):
             response = self._client.request(method, path, json=body)
-        except httpx.TimeoutException as error:
-            raise Passing(f"no answer within {self.timeout:g} s") from error
-        except (httpx.HTTPError, httpx.InvalidURL, UnicodeError, RuntimeError) as error:
-            # RuntimeError: the client was closed under this thread; UnicodeError: sent on to a host that is none
-            raise Passing(f"no connection: {error or type(error).__name__}") from error
         response.encoding = ENCODING
         self._check(response.status_code, path, response.text)
         return response.text
@@ -148,26 +142,32 @@ class Connection:
 
         Raises as :meth:`text` does, and ``Passing`` when the stream breaks off before its end mark.
         """
+        with self._reaching("the connection broke"), self._client.stream("POST", path, json=body) as response:
+            response.encoding = ENCODING
+            if response.status_code >= 300:
+                response.read()
+                self._check(response.status_code, path, response.text)
+            for line in response.iter_lines():
+                # other fields of the format (event, id, comments) carry nothing here
+                data = line.removeprefix("data:").strip() if line.startswith("data:") else ""
+                if data == STREAM_END:
+                    return
+                if data:
+                    yield self._object(data)
+        raise Passing("the stream broke off before its end")
+
+    @contextmanager
+    def _reaching(self, fault: str) -> Iterator[None]:
+        """``Passing`` for what the network does; ``fault`` is what it is called but for a time-out."""
         import httpx
 
         try:
-            with self._client.stream("POST", path, json=body) as response:
-                response.encoding = ENCODING
-                if response.status_code >= 300:
-                    response.read()
-                    self._check(response.status_code, path, response.text)
-                for line in response.iter_lines():
-                    # other fields of the format (event, id, comments) carry nothing here
-                    data = line.removeprefix("data:").strip() if line.startswith("data:") else ""
-                    if data == STREAM_END:
-                        return
-                    if data:
-                        yield self._object(data)
+            yield
         except httpx.TimeoutException as error:
             raise Passing(f"no answer within {self.timeout:g} s") from error
-        except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, UnicodeError, RuntimeError) as error:
-            raise Passing(f"the connection broke: {error or type(error).__name__}") from error
-        raise Passing("the stream broke off before its end")
+        except (httpx.HTTPError, httpx.InvalidURL, UnicodeError, RuntimeError) as error:
+            # RuntimeError: the client was closed under this thread; UnicodeError: sent on to a host that is none
+            raise Passing(f"{fault}: {error or type(error).__name__}") from error
 
     def served_models(self) -> list[str]:
         """Names of the models the server lists. Raises as :meth:`text`, and ``UserError`` for a list that is none."""

@@ -155,7 +155,7 @@ def _section(index: int, path: Path, result: BenchResult) -> dict[str, Any]:
         "quality": scores,
         "quality_verdict": sections.quality_verdict(scores),
         "quality_picture": _quality_picture(scores, name, colours),
-        "divergences": sections.divergences(result),
+        "divergences": {key: d.divergence for key, d in result.drafts.items() if d.divergence},
         "prompts": (prompts := sections.prompt_rows(result)),
         "prompt_tasks": any(row["task"] for row in prompts),
         "facts": sections.facts(result.provenance),
