@@ -26,7 +26,7 @@ from redraft import provenance
 from redraft.adaptation.adapt import AdaptRun
 from redraft.adaptation.config import parse_config
 from redraft.adaptation.models import open_draft
-from redraft.artifact import atomic_write_json, atomic_write_text, save_draft
+from redraft.artifact import atomic_write_json, atomic_write_text
 from redraft.data.generate import Request, generate
 from redraft.data.store import Row
 from redraft.decode.batched import BatchedChainDecoder
@@ -34,6 +34,7 @@ from redraft.decode.engine import ChainDecoder
 from redraft.decode.tree import StaticTree
 from redraft.decode.tree_engine import TreeDecoder
 from redraft.drafts.eagle3 import fresh_draft
+from redraft.drafts.files import save_draft
 from redraft.errors import UserError
 from redraft.features.store import FeatureStore
 from redraft.loading import quiet

@@ -25,7 +25,8 @@ from redraft.adaptation.study.config import read_study
 from redraft.adaptation.study.entries import Cell
 from redraft.adaptation.study.run import StudyRun
 from redraft.adaptation.study.shared import TargetWork
-from redraft.artifact import atomic_write_json, load_draft, read_json
+from redraft.artifact import atomic_write_json, read_json
+from redraft.drafts.files import load_draft
 from redraft.drafts.groups import trainable_names
 from redraft.drafts.scaling import coarse_change
 from redraft.errors import UserError

@@ -42,7 +42,8 @@ from redraft.artifact import atomic_write_json, read_json
 from redraft.data.prompts import Conversation
 from redraft.data.store import Row
 from redraft.drafts.base import Draft
-from redraft.drafts.groups import PrivateSize, prepare
+from redraft.drafts.groups import prepare
+from redraft.drafts.methods import PrivateSize
 from redraft.errors import UserError
 from redraft.evaluate.speed import tau_interval
 from redraft.features.store import FeatureStore, anchors

@@ -27,8 +27,8 @@ from redraft.artifact import atomic_write_json, read_json
 from redraft.data.overlap import trained_conversations
 from redraft.data.store import Row
 from redraft.decode.auto import measure_costs
+from redraft.drafts.files import load_draft, save_draft
 from redraft.drafts.standalone import StandaloneDraft
-from redraft.drafts.standalone.files import load_standalone, save_standalone
 from redraft.evaluate.statistics import paired_difference, ratio_of_sums
 from redraft.features.store import anchors
 from redraft.metrics import cost_by_bytes, mbsu
@@ -123,7 +123,7 @@ class Comparison:
                 text,
                 progress,
             )
-        save_standalone(folder / "draft", draft, self.run.meta("full"))
+        save_draft(folder / "draft", draft, self.run.meta("full"))
         cell = {"loss": loss, "seed": seed, **asdict(found), "rounds": self.rounds(draft)}
         atomic_write_json(folder / "cell.json", cell)
         return cell
@@ -141,7 +141,7 @@ class Comparison:
     def result(self) -> dict[str, Any]:
         """The whole result: raw cells, and what the tables need besides."""
         losses, seeds = self.options.losses.split(","), [int(seed) for seed in self.options.seeds.split(",")]
-        before = load_standalone(self.options.run / "pretrained")[0].float().bind(self.target).to(self.target.device)
+        before = load_draft(self.options.run / "pretrained")[0].float().bind(self.target).to(self.target.device)
         cells = [{"loss": PRETRAINED, "seed": 0, "rounds": self.rounds(before)}]
         cells += [self.cell(loss, seed) for seed in seeds for loss in losses]
         costs = measure_costs(self.target, before.to(self.target.dtype), next(iter(self.sets.values()))[0].prompt_ids)

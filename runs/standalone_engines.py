@@ -42,9 +42,9 @@ from redraft.decode.engine import PlainDecoder
 from redraft.decode.standalone import StandaloneDecoder
 from redraft.drafts.standalone import StandaloneDraft
 from redraft.errors import UserError
-from redraft.export import EXPORTERS
 from redraft.loading import quiet
 from redraft.provenance import collect
+from redraft.registries import EXPORTERS
 from redraft.target import Target
 from turns import Worker, take_turns
 from vllm_check import against, counts, served, speeds

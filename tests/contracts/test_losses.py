@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from redraft.losses import LOSSES, Loss
+from redraft.losses import Loss
 from redraft.losses.tvdpp import mean_and_std, policy_gradient
 from redraft.losses.tvdpp_sampled import sampled_policy_gradient
+from redraft.registries import LOSSES
 from redraft.sampling import draw
 
 N, D = 12, 7

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from redraft.errors import UserError
-from redraft.select import SCORERS, Scorer, ScoringContext, parse_scorer, score_rows, scorer_text
+from redraft.registries import SCORERS
+from redraft.select import Scorer, ScoringContext, parse_scorer, score_rows, scorer_text
 from redraft.select.rules import choose, select
 from redraft.target import Target
 

@@ -11,7 +11,8 @@ import torch
 from redraft.data.store import Row
 from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
 from redraft.errors import UserError
-from redraft.starts.apply import STARTS, StartContext, apply_start, parse_start, spread
+from redraft.registries import STARTS
+from redraft.starts.apply import StartContext, apply_start, parse_start, spread
 from redraft.target import Target
 
 

@@ -13,11 +13,12 @@ import torch
 from redraft.adaptation import sources
 from redraft.adaptation.adapt import AdaptRun
 from redraft.adaptation.config import AdaptConfig, claim_run, parse_config
-from redraft.artifact import load_draft, load_private, save_draft, tensors_hash
+from redraft.artifact import tensors_hash
 from redraft.data.prompts import read_conversations
 from redraft.data.selfprompts import SelfPromptReport
 from redraft.data.store import read_rows
 from redraft.drafts.eagle3 import Eagle3Draft
+from redraft.drafts.files import load_draft, load_private, save_draft
 from redraft.errors import UserError
 from redraft.select.manifest import read_manifest
 

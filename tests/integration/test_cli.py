@@ -16,11 +16,9 @@ from typer.main import get_command
 from redraft.adaptation.config import AdaptConfig, parse_config, read_config
 from redraft.cli import align, main, measure
 from redraft.cli.common import CHOICES
-from redraft.drafts.groups import METHODS
+from redraft.drafts.methods import METHODS
 from redraft.errors import UserError
-from redraft.export import EXPORTERS
-from redraft.losses import LOSSES
-from redraft.select import SCORERS
+from redraft.registries import EXPORTERS, LOSSES, SCORERS
 from redraft.train.trainer import TrainConfig
 
 SERVERS = ["bench", "--target", "./no", "--prompts", "p", "--out", "b.json", "--server"]

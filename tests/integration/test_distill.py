@@ -15,11 +15,12 @@ from typer.testing import CliRunner
 
 from redraft.adaptation.distill import DistillRun, served_target
 from redraft.adaptation.distill_config import read_distill_config
-from redraft.artifact import META_FILE
+from redraft.adaptation.models import open_proposer
 from redraft.cli import distill as command
 from redraft.data.store import read_rows
+from redraft.drafts.files import META_FILE
 from redraft.errors import UserError
-from redraft.loading import load_target, open_standalone
+from redraft.loading import load_target
 from redraft.target import Target
 from redraft.train.checkpoint import Checkpoint
 
@@ -131,7 +132,7 @@ def test_a_given_drafter_gets_private_experts(place: Path, tmp_path: Path) -> No
     assert torch.equal(found["model.embed_tokens.weight"], old["model.embed_tokens.weight"])
     wide = found["model.layers.0.mlp.gate_proj.weight"]
     assert wide.shape[0] == 64 + 8 and torch.equal(wide[:64], old["model.layers.0.mlp.gate_proj.weight"])
-    both, _ = open_standalone(tmp_path / "run" / "private", job.target, tmp_path / "sibling")
+    both, _ = open_proposer(tmp_path / "run" / "private", job.target, tmp_path / "sibling")
     assert both.config.private_width == 8
 
 

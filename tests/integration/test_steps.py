@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from redraft.adaptation.steps import TargetSpec, read_draft, regenerate_file, target_info
-from redraft.artifact import load_draft, save_draft
+from redraft.adaptation.steps import TargetSpec, regenerate_file, target_info
 from redraft.data.store import read_rows
 from redraft.drafts.eagle3 import fresh_draft
-from redraft.export import import_checkpoint
+from redraft.drafts.files import load_draft, save_draft
+from redraft.drafts.opening import read_draft
 from redraft.loading import load_tokenizer, tokenizer_hash
 from redraft.sampling import Sampler
 from redraft.select.manifest import read_manifest
@@ -162,7 +162,7 @@ def test_train_merge_export_and_back(place: Path, redraft: Any) -> None:
         code, out, err = redraft(f"{exported} {name} --out {name}")
         assert code == 0, err
         assert "serve with: vllm serve target" in out
-        back, _ = import_checkpoint(place / name, target_info("target"))
+        back, _ = read_draft(place / name, target_info("target"))
         for key, tensor in back.state_dict().items():
             assert torch.equal(tensor, merged.state_dict()[key]), key
 

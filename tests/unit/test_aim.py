@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from redraft.drafts.groups import METHODS, PrivateSize
 from redraft.drafts.layers import Linear
+from redraft.drafts.methods import METHODS, PrivateSize
 from redraft.train.aim import aim_updates, leading_directions, settle, waiting
 
 

@@ -21,8 +21,8 @@ from redraft.decode.engine import PlainDecoder
 from redraft.decode.static import StaticTarget
 from redraft.drafts.eagle1 import fresh_eagle1
 from redraft.drafts.eagle3 import fresh_draft
+from redraft.drafts.formats.base import TargetInfo
 from redraft.errors import UserError
-from redraft.export.base import TargetInfo
 from redraft.loading import quiet
 from redraft.sampling import Sampler
 from redraft.target import KeyValueCache, OwnCache, Target

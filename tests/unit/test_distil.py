@@ -18,7 +18,7 @@ from redraft.data.packed import PackedText, TextSource
 from redraft.data.store import Row
 from redraft.errors import UserError
 from redraft.features.store import FeatureStore, anchors
-from redraft.losses import LOSSES
+from redraft.registries import LOSSES
 from redraft.sampling import Sampler
 from redraft.target import Target
 from redraft.train.causal import CausalModel

@@ -17,21 +17,23 @@ from redraft.acceptance.simulate import expected_rounds_sampled, row_alphas, sim
 from redraft.acceptance.unroll import collate, unroll
 from redraft.adaptation.models import open_draft
 from redraft.adaptation.probe import probe
-from redraft.artifact import load_draft, load_private, save_draft, save_private, tensors_hash
+from redraft.artifact import tensors_hash
 from redraft.data.store import Row
 from redraft.decode import make_decoder
 from redraft.decode.batched import BatchedChainDecoder
 from redraft.decode.engine import ChainDecoder, PlainDecoder
 from redraft.decode.static import StaticChainDecoder
 from redraft.decode.tree import ChainShape, parse_shape
-from redraft.drafts.base import check_fit, family_of, fresh, use_target_embedding
+from redraft.drafts.base import fresh
 from redraft.drafts.eagle1 import FINAL_TAP, Eagle1Config, Eagle1Draft, fresh_eagle1
 from redraft.drafts.experts import attach_private, merge_private
-from redraft.drafts.groups import PrivateSize, group_of, prepare
+from redraft.drafts.files import load_draft, load_private, save_draft, save_private
+from redraft.drafts.groups import group_of, prepare
+from redraft.drafts.methods import PrivateSize
 from redraft.errors import UserError
 from redraft.evaluate.speed import BenchConfig, Prompt, bench
-from redraft.export import EXPORTERS
 from redraft.features.store import FeatureStore, anchors
+from redraft.registries import EXPORTERS
 from redraft.sampling import Sampler
 from redraft.target import FINAL, Target
 from redraft.train.objective import make_objective
@@ -129,13 +131,13 @@ def test_copies_project_with_their_own_matrix(target):
 def test_a_target_of_other_sizes_is_refused(target, tiny_target):
     draft = fresh_eagle1(target)
     with pytest.raises(UserError, match="features of width 32, target has 16"):
-        check_fit(draft.config, tiny_target("llama", hidden_size=16))
+        draft.config.check_fit(tiny_target("llama", hidden_size=16))
     with pytest.raises(UserError, match="vocabulary of 128, target has 120"):
         ChainDecoder(tiny_target("llama", vocab_size=120), draft)
     with pytest.raises(UserError, match="unknown draft family 'medusa'"):
         fresh("medusa", target, [])
-    assert family_of(fresh("eagle1", target, [])) == "eagle1"
-    assert family_of(fresh("eagle3", target, range(9))) == "eagle3"
+    assert fresh("eagle1", target, []).family == "eagle1"
+    assert fresh("eagle3", target, range(9)).family == "eagle3"
 
 
 def test_a_new_draft_of_the_same_shape(target):
@@ -240,7 +242,7 @@ def test_a_private_part_changes_nothing_at_first_and_merges_exactly(target, rows
     for name in ("eda", "eda+fc", "lora"):
         split, names = prepare(copy.deepcopy(draft), name, PrivateSize(width=12, rank=4))
         assert torch.equal(chain_logits(split, target, rows, store), before)
-        assert names and {group_of(n) for n in names} <= {"private", "fc", "low_rank", "norms"}
+        assert names and {group_of(split, n) for n in names} <= {"private", "fc", "low_rank", "norms"}
         shaken(split, 0.05)
         merged = merge_private(split)
         assert isinstance(merged, Eagle1Draft) and not merged.config.private_width and not merged.config.low_rank
@@ -251,7 +253,7 @@ def test_a_private_part_changes_nothing_at_first_and_merges_exactly(target, rows
 
 def test_every_parameter_has_a_group(target):
     draft = fresh_eagle1(target, fc_bias=True)
-    assert {group_of(name) for name, _ in draft.named_parameters()} == {"fc", "attention", "shared", "norms"}
+    assert {group_of(draft, name) for name, _ in draft.named_parameters()} == {"fc", "attention", "shared", "norms"}
     _, names = prepare(copy.deepcopy(draft), "fc", PrivateSize())
     assert names == ["fc.weight", "fc.bias"]
     _, names = prepare(copy.deepcopy(draft), "full", PrivateSize())
@@ -283,7 +285,7 @@ def test_an_embedding_of_its_own_gives_way_to_the_targets(target):
     own = Eagle1Draft(replace(fresh_eagle1(target).config, own_embedding=True))
     ids = torch.arange(5)
     assert torch.equal(own.embed(ids, target.embedding), own.embed_tokens(ids))
-    bare = use_target_embedding(own, target)
+    bare = own.borrowing(target)
     assert torch.equal(bare.embed(ids, target.embedding), target.embedding(ids))
     assert "embed_tokens.weight" in own.state_dict() and "embed_tokens.weight" not in bare.state_dict()
 

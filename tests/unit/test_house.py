@@ -25,6 +25,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("loading",),
     ("drafts", "target", "losses"),
     ("metrics", "sampling", "artifact", "provenance", "prepack"),
+    ("registries",),
     ("registry", "progress", "coarse", "compat", "files", "places", "redacted", "arithmetic"),
     ("errors",),
 )

@@ -19,9 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from redraft.acceptance.unroll import Batch, collate, supervised, unroll
 from redraft.data.store import Row
 from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
-from redraft.drafts.groups import PrivateSize, prepare
+from redraft.drafts.groups import prepare
+from redraft.drafts.methods import PrivateSize
 from redraft.features.store import FeatureStore
-from redraft.losses import LOSSES
+from redraft.registries import LOSSES
 from redraft.target import Target
 from redraft.train.objective import UnrollObjective, WithExtraLoss, make_objective, sum_over_workers
 from redraft.train.portions import portions, sum_over_portions

@@ -23,7 +23,7 @@ from redraft.decode.engine import ChainDecoder, PlainDecoder
 from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
 from redraft.errors import UserError
 from redraft.features.store import FeatureStore, anchors
-from redraft.losses import LOSSES
+from redraft.registries import LOSSES
 from redraft.target import Target
 from redraft.train.replay import (
     ReplayBatch,

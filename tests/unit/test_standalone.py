@@ -18,6 +18,7 @@ from redraft.acceptance.standalone import (
     simulate_greedy_standalone,
     target_probabilities,
 )
+from redraft.adaptation.models import open_proposer
 from redraft.artifact import tensors_hash
 from redraft.data.store import Row
 from redraft.decode import make_decoder
@@ -25,13 +26,13 @@ from redraft.decode.engine import PlainDecoder
 from redraft.decode.standalone import StandaloneDecoder
 from redraft.decode.static import StaticTarget
 from redraft.decode.tree import parse_shape
-from redraft.drafts.experts import is_private
-from redraft.drafts.standalone import StandaloneDraft, attach_experts, merge_experts, untrained
-from redraft.drafts.standalone.files import load_experts, load_standalone, save_experts, save_standalone
+from redraft.drafts.experts import attach_private, is_private, merge_private, private_names
+from redraft.drafts.files import load_draft, load_private, save_draft, save_private
+from redraft.drafts.standalone import StandaloneDraft, untrained
 from redraft.drafts.standalone.shapes import fresh_standalone, parameters_of, projected, shape_for, spread_layers
 from redraft.errors import UserError
-from redraft.export import EXPORTERS
-from redraft.loading import check_tokenizers, open_standalone
+from redraft.loading import check_tokenizers
+from redraft.registries import EXPORTERS
 from redraft.sampling import Sampler, warp
 
 TOYS = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("toys.py"))))
@@ -125,7 +126,7 @@ def test_starts_follow_the_seed_and_the_targets_tables(target):
 
 # -- private experts and files -----------------------------------------------------------------------------------------
 def trained_split(draft: StandaloneDraft) -> StandaloneDraft:
-    split = attach_experts(draft, 24, seed=3)
+    split = attach_private(draft, 24, seed=3)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in split.named_parameters():
@@ -138,23 +139,23 @@ def trained_split(draft: StandaloneDraft) -> StandaloneDraft:
 def test_private_experts_start_at_nothing_and_merge_into_a_plain_model(architecture, tiny_target):
     draft = make("half", tiny_target(architecture, num_hidden_layers=2, tie_word_embeddings=True))
     with torch.no_grad():
-        assert torch.equal(attach_experts(draft, 24)(IDS), draft(IDS))
+        assert torch.equal(attach_private(draft, 24)(IDS), draft(IDS))
         split = trained_split(draft)
-        merged = merge_experts(split)
+        merged = merge_private(split)
         assert not torch.allclose(split(IDS), draft(IDS), atol=1e-2)
         assert torch.allclose(merged(IDS), split(IDS), atol=1e-4)
     assert merged.model.config.intermediate_size == 64 + 24 and not merged.config.private_width
     assert type(merged.model) is type(draft.model) and merged.parameters_per_token == split.parameters_per_token
     assert not any(is_private(name) for name in merged.state_dict())
     with pytest.raises(UserError, match="already"):
-        attach_experts(split, 8)
+        attach_private(split, 8)
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_draft_is_a_plain_folder_and_comes_back_bit_for_bit(tied, target, tmp_path):
     draft = fresh_standalone(target, shape_for(target, "1/3"), tied=tied).to(torch.bfloat16)
-    save_standalone(tmp_path / "d", draft, {"method": "pretrain", "provenance": {"a": 1}})
-    back, meta = load_standalone(tmp_path / "d")
+    save_draft(tmp_path / "d", draft, {"method": "pretrain", "provenance": {"a": 1}})
+    back, meta = load_draft(tmp_path / "d")
     assert meta["family"] == "standalone" and meta["method"] == "pretrain" and back.dtype == torch.bfloat16
     assert tensors_hash(back.state_dict()) == tensors_hash(draft.state_dict())
     head, table = back.model.get_output_embeddings().weight, back.model.get_input_embeddings().weight
@@ -163,12 +164,12 @@ def test_a_draft_is_a_plain_folder_and_comes_back_bit_for_bit(tied, target, tmp_
     with torch.no_grad():
         assert torch.equal(plain(IDS).logits, back(IDS)) and torch.equal(back(IDS), draft(IDS))
     check_tokenizers(back.tokenizer, target.tokenizer)
-    opened, _ = open_standalone(tmp_path / "d", target)
+    opened, _ = open_proposer(tmp_path / "d", target)
     assert opened.dtype == torch.float32
     path = tmp_path / "d" / "redraft.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"content_hash": "0" * 16}))
     with pytest.raises(UserError, match="content hash"):
-        load_standalone(tmp_path / "d")
+        load_draft(tmp_path / "d")
 
 
 def test_rotary_frequencies_stay_exact_in_bfloat16(target):
@@ -184,38 +185,37 @@ def test_a_model_whose_tokens_cannot_be_taken_back_is_no_draft(ours, target, tmp
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2, "full_attn_idxs": [1]}
     draft = StandaloneDraft(untrained(AutoConfig.for_model("lfm2", **sizes, **heads)), target.tokenizer)
     if ours:
-        save_standalone(tmp_path / "d", draft, {})
+        save_draft(tmp_path / "d", draft, {})
     else:
         draft.model.save_pretrained(tmp_path / "d")
         target.tokenizer.save_pretrained(tmp_path / "d")
     with pytest.raises(UserError, match="d cannot be a draft: Lfm2ForCausalLM cannot take tokens back"):
-        open_standalone(tmp_path / "d", target)
+        open_proposer(tmp_path / "d", target)
 
 
 def test_a_draft_whose_logits_are_not_its_heads_is_refused(target, tmp_path):
     draft = fresh_standalone(target, shape_for(target, "1/3"))
     draft.model.config.logits_scaling = 1.5  # what a Llama does not know
-    save_standalone(tmp_path / "d", StandaloneDraft(draft.model, target.tokenizer), {})
+    save_draft(tmp_path / "d", StandaloneDraft(draft.model, target.tokenizer), {})
     with pytest.raises(UserError, match="cannot be a draft: the logits of LlamaForCausalLM are not its head"):
-        open_standalone(tmp_path / "d", target)
+        open_proposer(tmp_path / "d", target)
 
 
 def test_private_experts_are_a_file_of_their_own(target, tmp_path):
     base = make("half", target)
     split = trained_split(base)
-    base_hash = tensors_hash(base.state_dict())
-    save_experts(tmp_path / "p", split, base_hash, {"method": "eda"})
-    save_standalone(tmp_path / "base", base, {})
-    back, _ = load_experts(tmp_path / "p", base)
-    opened, _ = open_standalone(tmp_path / "p", target, base=tmp_path / "base")
+    base_hash = base.base_hash()
+    save_private(tmp_path / "p", split, private_names(split), base_hash, {"method": "eda"})
+    save_draft(tmp_path / "base", base, {})
+    back, _ = load_private(tmp_path / "p", base, base_hash)
+    opened, _ = open_proposer(tmp_path / "p", target, base=tmp_path / "base")
     with torch.no_grad():
         assert torch.equal(back(IDS), split(IDS)) and torch.equal(opened(IDS), split(IDS))
+    copied = make("copy", target)
     with pytest.raises(UserError, match="belongs to the base draft"):
-        load_experts(tmp_path / "p", make("copy", target))
+        load_private(tmp_path / "p", copied, copied.base_hash())
     with pytest.raises(UserError, match="--base-draft"):
-        open_standalone(tmp_path / "p", target)
-    with pytest.raises(UserError, match="no private experts"):
-        save_experts(tmp_path / "q", base, base_hash, {})
+        open_proposer(tmp_path / "p", target)
 
 
 def test_another_tokenizer_is_refused_with_the_first_difference(target):

@@ -15,10 +15,11 @@ import pytest
 
 from redraft.adaptation.questions import suite_prompts
 from redraft.data.prompts import Conversation
-from redraft.data.suites import DATA_VARIABLE, SUITES, load_suite, run_turns
+from redraft.data.suites import DATA_VARIABLE, load_suite, run_turns
 from redraft.decode.engine import PlainDecoder
 from redraft.errors import UserError
 from redraft.evaluate.speed import Prompt
+from redraft.registries import SUITES
 from redraft.target import Target
 
 # One row of each public source, with its own columns.

@@ -24,7 +24,8 @@ from redraft.data.store import Row
 from redraft.decode.engine import ChainDecoder, PlainDecoder
 from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
 from redraft.drafts.experts import attach_private, merge_private
-from redraft.drafts.groups import PrivateSize, prepare
+from redraft.drafts.groups import prepare
+from redraft.drafts.methods import PrivateSize
 from redraft.errors import UserError
 from redraft.features.store import FeatureStore, anchors
 from redraft.target import Target

@@ -195,8 +195,8 @@ def test_help_has_examples_and_bad_shapes_are_refused_before_loading() -> None:
 def test_the_command_prints_what_the_decoder_says(tiny_target, tmp_path, monkeypatch, capsys) -> None:
     """With a decoder that plays back rounds: the command's own part, from prompt to summary."""
     import redraft.decode
-    from redraft.artifact import save_draft
     from redraft.drafts.eagle3 import fresh_draft
+    from redraft.drafts.files import save_draft
     from redraft.loading import tokenizer_hash
 
     target = tiny_target("llama", taps=(1, 3, 5))

@@ -47,7 +47,7 @@ from torch import Tensor
 
 from redraft.acceptance.unroll import Batch, collate, unroll
 from redraft.data.store import REFERENCE, Row
-from redraft.drafts.base import Draft, bind
+from redraft.drafts.base import Draft
 from redraft.errors import UserError
 from redraft.features.store import FeatureStore, anchors
 from redraft.sampling import Sampler, token_probability
@@ -81,7 +81,7 @@ def matches(draft: Draft, target: Target, batch: Batch, gamma: int) -> Tensor:
 
     An anchor whose proposal was wrong is not drafted from any further.
     """
-    vocabulary = bind(draft, target).vocabulary()
+    vocabulary = draft.bind(target).vocabulary()
     runs_M = torch.zeros(len(batch.future_MJ), dtype=torch.long, device=batch.future_MJ.device)
 
     def right(step: int, places: Tensor, states: Tensor) -> Tensor:
@@ -208,7 +208,7 @@ def acceptance_given_text(draft: Draft, target: Target, batch: Batch, gamma: int
     not), the limit is taken: 1 if the draft gives it any.
     """
     place_V = torch.full((target.vocab_size,), -1, device=batch.future_MJ.device)
-    place_V[bind(draft, target).vocabulary()] = torch.arange(draft.config.draft_vocab_size, device=place_V.device)
+    place_V[draft.bind(target).vocabulary()] = torch.arange(draft.config.draft_vocab_size, device=place_V.device)
     future_MJ = batch.future_MJ
     autocast = torch.autocast(target.device.type, torch.bfloat16, enabled=target.dtype == torch.bfloat16)
     # The target's probability of a token does not depend on where the round began: one row of logits an anchor.
@@ -276,7 +276,7 @@ def row_alphas(
     without an anchor give 0.
     """
     alphas = {row.key: 0.0 for row in rows}
-    vocabulary = bind(draft, target).vocabulary()
+    vocabulary = draft.bind(target).vocabulary()
     for group in anchor_batches(sorted(rows, key=lambda r: r.key), batch_anchors):
         batch = collate(group, store, 1).to(target.device)
         with torch.autocast(target.device.type, torch.bfloat16, enabled=target.dtype == torch.bfloat16):

@@ -14,13 +14,12 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from redraft.data.store import Row
-from redraft.drafts.base import Draft
-from redraft.drafts.eagle3 import Eagle3Draft
 from redraft.features.store import FeatureStore, anchors
 
 
@@ -140,7 +139,7 @@ class UnrollAttention:
         return x_MEW[self.batch.query_BA].transpose(1, 2).unsqueeze(2)
 
 
-def unroll(draft: Draft, embedding: nn.Module, batch: Batch, steps: int) -> Generator[Tensor, Tensor | None, None]:
+def unroll(draft: Any, embedding: nn.Module, batch: Batch, steps: int) -> Generator[Tensor, Tensor | None, None]:
     """Pre-norm states [M, H] of draft steps 0 .. ``steps`` - 1 at every anchor.
 
     A mask [M] that is sent back drops anchors from all later steps: the next states are those of the anchors that
@@ -165,13 +164,13 @@ def unroll(draft: Draft, embedding: nn.Module, batch: Batch, steps: int) -> Gene
         keep_M = yield states_M
 
 
-def supervised(draft: Draft, batch: Batch) -> Tensor:
+def supervised(draft: Any, batch: Batch) -> Tensor:
     """Whether step j of an anchor can be reached and be right, [M, J].
 
     A chain reaches step j only through tokens that the draft can say, so an anchor is dropped from the first
     future token that lies outside the draft vocabulary or behind the end of the response.
     """
     inside = batch.future_MJ >= 0
-    if isinstance(draft, Eagle3Draft) and draft.reduced:
+    if draft.reduced:
         inside = inside & draft.t2d[batch.future_MJ.clamp(min=0)]
     return inside.long().cumprod(-1).bool()

@@ -19,19 +19,20 @@ from redraft.adaptation.models import OpenDraft, contestants, open_draft, open_t
 from redraft.adaptation.replay import replay
 from redraft.adaptation.sources import Source
 from redraft.adaptation.stages import Say, build_features, check_merge, half, run_training, save_trained
-from redraft.artifact import PRIVATE_FILE, atomic_write_json, read_json
+from redraft.artifact import atomic_write_json, read_json
 from redraft.data.mixture import mix
 from redraft.data.store import Row, read_rows
 from redraft.data.template import template_record
 from redraft.decode.tree import ChainShape
-from redraft.drafts.base import Draft, family_of
+from redraft.drafts.base import Draft
+from redraft.drafts.files import PRIVATE_FILE
+from redraft.drafts.formats.base import check_export, check_formats
 from redraft.drafts.groups import prepare, trained_parameters
 from redraft.evaluate.speed import BenchConfig
-from redraft.export import EXPORTERS
-from redraft.export.base import check_export, check_formats
 from redraft.features.store import FeatureStore, anchors
 from redraft.loading import ADAPTER_FILE, notes_of, served_otherwise
 from redraft.progress import progress_bar
+from redraft.registries import EXPORTERS
 from redraft.report.page import build_report
 from redraft.select import Scorer, ScoringContext, parse_scorer
 from redraft.select.acceptance import alpha_measurer
@@ -98,7 +99,7 @@ class AdaptRun:
         """All stages; returns the benchmark's result."""
         # A draft that does not fit, or that no engine could load, must be refused before anything is spent.
         c = self.config
-        check_formats(c.exports, family_of(self.stale.draft))
+        check_formats(c.exports, self.stale.draft.family)
         for name in c.exports:
             check_export(name, self.stale.draft, self.target, c.gamma)
         check_merge(c.method, c.private_size, c.exports)

@@ -12,7 +12,7 @@ from redraft.acceptance.standalone import matches_standalone
 from redraft.adaptation.probe import greedy_answers
 from redraft.decode.auto import Pick, pick_shape
 from redraft.decode.tree import Shape
-from redraft.drafts.base import Proposer
+from redraft.drafts.base import Draft
 from redraft.drafts.standalone import StandaloneDraft
 from redraft.evaluate.speed import Prompt
 from redraft.sampling import Sampler
@@ -24,7 +24,7 @@ DECODED_PROMPTS = 3
 
 @torch.inference_mode()
 def run_lengths(
-    target: Target, draft: Proposer, prompts: Sequence[Prompt], max_new_tokens: int, longest: int
+    target: Target, draft: Draft, prompts: Sequence[Prompt], max_new_tokens: int, longest: int
 ) -> list[list[int]]:
     """How many proposals in a row are right from each anchor of each greedy response, at most ``longest``."""
     draft = draft.eval().to(target.device)
@@ -37,7 +37,7 @@ def run_lengths(
 
 def auto_shape(
     target: Target,
-    draft: Proposer,
+    draft: Draft,
     prompts: Sequence[Prompt],
     sampler: Sampler | None = None,
     longest: int = 8,

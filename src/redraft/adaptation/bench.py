@@ -17,7 +17,7 @@ from redraft.artifact import atomic_write_json
 from redraft.data.template import template_record
 from redraft.decode.static import StaticTarget
 from redraft.decode.tree import ChainShape, Shape, check_drafts, parse_shape
-from redraft.drafts.base import Proposer
+from redraft.drafts.base import Draft
 from redraft.errors import UserError
 from redraft.evaluate import divergence
 from redraft.evaluate.quality import PLAIN, quality_table
@@ -88,7 +88,7 @@ def bench_files(
     return result
 
 
-def _pick(target: Target, named: tuple[str, Proposer], prompts: Sequence[Prompt], how: How) -> tuple[Shape | None, str]:
+def _pick(target: Target, named: tuple[str, Draft], prompts: Sequence[Prompt], how: How) -> tuple[Shape | None, str]:
     """The fastest shape for the last draft; the shortest chain is measured where no draft pays off."""
     name, draft = named
     sampled = not (how.sampler.greedy or how.greedy_drafts)
@@ -104,7 +104,7 @@ def _pick(target: Target, named: tuple[str, Proposer], prompts: Sequence[Prompt]
 
 def measure(
     targets: Mapping[str, Target],
-    drafts: Mapping[str, Proposer],
+    drafts: Mapping[str, Draft],
     prompts: Sequence[Prompt],
     config: BenchConfig,
     record: Mapping[str, Any],

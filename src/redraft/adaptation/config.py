@@ -14,10 +14,10 @@ from redraft.adaptation.yamlfile import read_yaml
 from redraft.arithmetic import AUTO, check_dtype, go_on_with
 from redraft.artifact import atomic_write_json, read_json
 from redraft.data.transport import check_address
-from redraft.drafts.groups import PrivateSize, check_bits, method
+from redraft.drafts.formats.base import check_formats
+from redraft.drafts.methods import PrivateSize, check_bits, method
 from redraft.errors import UserError
-from redraft.export.base import check_formats
-from redraft.losses import LOSSES
+from redraft.registries import LOSSES
 from redraft.registry import nearest
 from redraft.sampling import samplers_of
 from redraft.select import parse_scorer

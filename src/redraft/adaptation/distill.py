@@ -17,7 +17,7 @@ from redraft import provenance
 from redraft.acceptance.simulate import tau_of
 from redraft.acceptance.standalone import simulate_greedy_standalone
 from redraft.adaptation.distill_config import DistillConfig, claim_distill
-from redraft.adaptation.models import open_target, settle_template
+from redraft.adaptation.models import open_proposer, open_target, settle_template
 from redraft.adaptation.sources import Source
 from redraft.adaptation.stages import Say, build_features
 from redraft.artifact import atomic_write_json, tensors_hash
@@ -25,24 +25,16 @@ from redraft.data.logprobs import TopEngine, ask_tops
 from redraft.data.packed import PackedText, TextSource
 from redraft.data.store import Row, read_rows
 from redraft.data.template import template_record
-from redraft.drafts.experts import is_private
-from redraft.drafts.standalone import StandaloneDraft, attach_experts
-from redraft.drafts.standalone.files import load_standalone, save_experts, save_standalone
+from redraft.drafts.experts import attach_private, is_private, private_names
+from redraft.drafts.files import load_draft, save_draft, save_private
+from redraft.drafts.formats.base import check_export
+from redraft.drafts.standalone import StandaloneDraft
 from redraft.drafts.standalone.shapes import fresh_standalone, shape_for
 from redraft.errors import UserError
-from redraft.export import EXPORTERS
-from redraft.export.base import check_export
 from redraft.features.store import FeatureStore, anchors
-from redraft.loading import (
-    check_tokenizers,
-    load_tokenizer,
-    locate,
-    one_line,
-    open_standalone,
-    quiet,
-    tokenizer_hash,
-)
+from redraft.loading import check_tokenizers, load_tokenizer, locate, one_line, quiet, tokenizer_hash
 from redraft.progress import progress_bar
+from redraft.registries import EXPORTERS
 from redraft.target import Target
 from redraft.train.descent import DescentResult
 from redraft.train.distil import distil
@@ -144,7 +136,7 @@ class DistillRun:
         """Raise ``UserError``, before anything is spent, for a drafter that a format asked for does not hold."""
         c = self.config
         if c.exports and not (self.folder / "align.json").exists():
-            draft = self.start() if c.draft is None else open_standalone(c.draft, self.target)[0]
+            draft = self.start() if c.draft is None else open_proposer(c.draft, self.target)[0]
             for name in c.exports:
                 check_export(name, draft, self.target, c.gamma)
 
@@ -188,7 +180,7 @@ class DistillRun:
             result = pretrain(draft.model, text, config, self.folder / "pretrain", progress, heldout)
             flops = provenance.train_flops(draft.parameters_per_token, result.tokens)
             entry.add(result.tokens, flops, provenance.TRAIN_FORMULA)
-        save_standalone(self.folder / "pretrained", draft, self.meta("pretrain"))
+        save_draft(self.folder / "pretrained", draft, self.meta("pretrain"))
         atomic_write_json(done, asdict(result))
         self.say(f"pretrain: held-out perplexity {result.start:,.1f} -> {result.best:,.2f} in {result.steps} steps")
         return result
@@ -224,15 +216,15 @@ class DistillRun:
         drafter that private experts are added to."""
         c = self.config
         if c.draft is None:
-            draft, _ = load_standalone(self.folder / "pretrained")
+            draft, _ = load_draft(self.folder / "pretrained")
             draft = draft.float().bind(self.target).to(self.target.device)
         else:
-            draft, _ = open_standalone(c.draft, self.target)
+            draft, _ = open_proposer(c.draft, self.target)
         check_tokenizers(draft.tokenizer, self.target.tokenizer)
         draft.requires_grad_(True)
         base_hash = tensors_hash(draft.state_dict())
         if c.private_width:
-            draft = attach_experts(draft, c.private_width, c.seed).bind(self.target)
+            draft = attach_private(draft, c.private_width, c.seed).bind(self.target)
             for name, parameter in draft.named_parameters():
                 parameter.requires_grad_(is_private(name))
         return draft, base_hash
@@ -264,8 +256,8 @@ class DistillRun:
             entry.add(result.tokens, flops, f"{provenance.TRAIN_FORMULA} (prompts read)")
         half = copy.deepcopy(draft).to(torch.bfloat16)
         if c.private_width:
-            save_experts(self.folder / "private", half, base_hash, self.meta("eda"))
-        save_standalone(self.folder / "draft", half, self.meta("eda" if c.private_width else "full"))
+            save_private(self.folder / "private", half, private_names(half), base_hash, self.meta("eda"))
+        save_draft(self.folder / "draft", half, self.meta("eda" if c.private_width else "full"))
         atomic_write_json(done, asdict(result))
         why = "stopped early" if result.stopped_early else "whole budget"
         self.say(
@@ -296,7 +288,7 @@ class DistillRun:
     @cached_property
     def aligned(self) -> StandaloneDraft:
         """The finished drafter as it is on disk."""
-        return load_standalone(self.folder / "draft")[0].bind(self.target)
+        return load_draft(self.folder / "draft")[0].bind(self.target)
 
     def meta(self, method: str) -> dict[str, Any]:
         """What a saved drafter says of itself."""

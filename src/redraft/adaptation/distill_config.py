@@ -22,9 +22,9 @@ from redraft.adaptation.config import (
 from redraft.arithmetic import AUTO, CHOICES
 from redraft.artifact import read_json
 from redraft.data.transport import check_address
+from redraft.drafts.formats.base import check_formats
 from redraft.errors import UserError
-from redraft.export.base import check_formats
-from redraft.losses import LOSSES
+from redraft.registries import LOSSES
 from redraft.sampling import samplers_of
 from redraft.train.distil import DistilConfig
 from redraft.train.pretrain import PretrainConfig

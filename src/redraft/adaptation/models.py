@@ -11,26 +11,14 @@ from typing import Any
 import torch
 
 from redraft.arithmetic import AUTO, TYPES, choose_dtype
-from redraft.artifact import META_FILE, load_private, read_json, tensors_hash
 from redraft.data.overlap import find_overlap, same_text
 from redraft.data.prompts import Conversation, check_length, prompt_messages, template_ids
 from redraft.data.template import kept_moment, use_template, writes_date
-from redraft.drafts.base import Draft, Proposer, bind, check_fit, use_target_embedding
+from redraft.drafts.opening import OpenDraft, family_at, open_checkpoint
 from redraft.errors import UserError
 from redraft.evaluate.speed import Prompt
-from redraft.export import import_checkpoint
-from redraft.export.importer import is_language_model
-from redraft.loading import load_target, open_standalone, tokenizer_hash
+from redraft.loading import load_target
 from redraft.target import Target
-
-
-@dataclass
-class OpenDraft:
-    """A draft with what is known of it. ``base_hash`` identifies the tensors as they were on disk."""
-
-    draft: Draft
-    meta: dict[str, Any]
-    base_hash: str
 
 
 def open_target(
@@ -68,47 +56,27 @@ def open_draft(source: str | Path, target: Target, base: str | Path | None = Non
     checkpoint ships is dropped where the target's own fits: the teacher is always the target at hand.
     Raises ``UserError``.
     """
-    if is_language_model(source):
+    if not family_at(source).reads_states:
         raise UserError(
             f"{source} is a language model of its own, where a draft that reads the target's states is needed; "
             "align it with redraft distill --draft"
         )
-    folder = Path(source)
-    if (folder / META_FILE).is_file() and read_json(folder / META_FILE).get("kind") == "private":
-        if base is None:
-            raise UserError(f"{source} is a private part; name the draft it belongs to with --base-draft")
-        shared = open_draft(base, target)
-        draft, meta = load_private(folder, shared.draft, shared.base_hash)
-        check_fit(draft.config, target)
-        return OpenDraft(bind(draft.float(), target), meta, tensors_hash(draft.state_dict()))
-    draft, meta = import_checkpoint(source, target)
-    base_hash = tensors_hash(draft.state_dict())
-    _check_origin(source, meta, target)
-    return OpenDraft(bind(use_target_embedding(draft.float(), target), target), meta, base_hash)
+    return _open(source, target, base)
 
 
-def open_proposer(
-    source: str | Path, target: Target, base: str | Path | None = None
-) -> tuple[Proposer, dict[str, Any]]:
+def open_proposer(source: str | Path, target: Target, base: str | Path | None = None) -> tuple[Any, dict[str, Any]]:
     """Any draft in float32, a standalone one too, and its metadata: for decoding and measuring.
 
     A private part needs ``base``. Raises ``UserError``.
     """
-    if not is_language_model(source):
-        opened = open_draft(source, target, base)
-        return opened.draft, opened.meta
-    draft, meta = open_standalone(source, target, base)
-    # A draft that brings its tokenizer has had it compared already.
-    if draft.tokenizer is None:
-        _check_origin(source, meta, target)
-    return draft, meta
+    opened = _open(source, target, base)
+    return opened.draft, opened.meta
 
 
-def _check_origin(source: str | Path, meta: dict[str, Any], target: Target) -> None:
-    """Raise ``UserError`` for a draft whose record names another tokenizer than the target's."""
-    expected = meta.get("tokenizer_hash")
-    if expected and target.tokenizer is not None and expected != tokenizer_hash(target.tokenizer):
-        raise UserError(f"{source} was made for another tokenizer than the target's; give a draft of this model family")
+def _open(source: str | Path, target: Target, base: str | Path | None) -> OpenDraft:
+    opened = open_checkpoint(source, target, base, torch.float32)
+    opened.draft = opened.draft.borrowing(target).bind(target)
+    return opened
 
 
 def split_prompts(

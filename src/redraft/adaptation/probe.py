@@ -23,7 +23,7 @@ from redraft.adaptation.trial import Trial, check_trial, trial
 from redraft.data.generate import Request, generate
 from redraft.data.regenerate import Kept
 from redraft.data.store import Row
-from redraft.drafts.base import Proposer, family_of
+from redraft.drafts.base import Draft
 from redraft.drafts.standalone import StandaloneDraft
 from redraft.errors import UserError
 from redraft.evaluate.forecast import Evidence, Fit, Seen, same_chain, shipped
@@ -132,7 +132,7 @@ def greedy_rows(
 @contextmanager
 def greedy_answers(
     target: Target,
-    draft: Proposer,
+    draft: Draft,
     prompts: Sequence[Prompt],
     max_new_tokens: int,
     progress: Callable[..., None] | None = None,
@@ -151,7 +151,7 @@ def greedy_answers(
 
 def acceptance(
     target: Target,
-    draft: Proposer,
+    draft: Draft,
     prompts: Sequence[Prompt],
     gamma: int,
     max_new_tokens: int,
@@ -166,7 +166,7 @@ def acceptance(
 
 
 def walked(
-    target: Target, draft: Proposer, rows: Sequence[Row], store: FeatureStore | None, gamma: int
+    target: Target, draft: Draft, rows: Sequence[Row], store: FeatureStore | None, gamma: int
 ) -> dict[str, float]:
     """tau_pooled with its interval of the greedy chain over these greedy answers. Raises ``UserError`` for none."""
     if not rows:
@@ -194,7 +194,7 @@ class Look:
 
 def look(
     target: Target,
-    draft: Proposer,
+    draft: Draft,
     prompts: Sequence[Prompt],
     gamma: int,
     max_new_tokens: int,
@@ -215,7 +215,7 @@ def look(
 
 def probe(
     target: Target,
-    draft: Proposer,
+    draft: Draft,
     prompts: Sequence[Prompt],
     gamma: int,
     max_new_tokens: int = 128,
@@ -234,7 +234,7 @@ def probe(
     base. ``targets`` holds the target in the data types that it may be served in; ``with_trial`` adapts to a part of
     the answers to narrow the forecast; ``say`` is told how long it will take. Raises ``UserError``.
     """
-    evidence, family = shipped(), family_of(draft)
+    evidence, family = shipped(), draft.family
     if with_trial:
         check_trial(draft)
     reference, where = _stated(known_reference if base_target is None else None, known_gamma or gamma, gamma)
@@ -279,7 +279,7 @@ def _announcement(seconds: float) -> str:
 
 
 def _result(
-    draft: Proposer,
+    draft: Draft,
     seen: Look,
     timed: RoundTime,
     reference: dict[str, float] | None,
@@ -293,7 +293,7 @@ def _result(
 ) -> ProbeResult:
     """The judgement on what was measured, in figures and words."""
     forecast = fit.forecast(observed) if fit else None
-    family, gamma = family_of(draft), observed.gamma
+    family, gamma = draft.family, observed.gamma
     found = judge(seen.tau["value"], reference["value"] if reference else None, timed, forecast, _more(observed, fit))
     paid = None
     if forecast is not None and found.action != LEAVE:

@@ -17,11 +17,12 @@ from redraft.data.answers import UnclearReply, reply_message
 from redraft.data.overlap import refuse_overlap, trained_conversations
 from redraft.data.prompts import Conversation, Message, check_length, read_conversations, template_ids
 from redraft.data.store import read_rows
-from redraft.data.suites import SUITES, Suite, SuiteItem, load_suite, run_turns
+from redraft.data.suites import Suite, SuiteItem, load_suite, run_turns
 from redraft.data.turns import RESULTS
 from redraft.decode.engine import PlainDecoder
 from redraft.errors import UserError
 from redraft.evaluate.speed import Prompt
+from redraft.registries import SUITES
 from redraft.target import Target
 
 

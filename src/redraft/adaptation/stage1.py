@@ -11,9 +11,9 @@ import torch
 from redraft import provenance
 from redraft.acceptance.simulate import simulate_greedy_chain
 from redraft.adaptation.stages import Say, build_features, half, run_training
-from redraft.artifact import save_draft
 from redraft.data.store import Row
 from redraft.drafts.base import Draft, fresh
+from redraft.drafts.files import save_draft
 from redraft.errors import UserError
 from redraft.evaluate.speed import tau_interval
 from redraft.features.store import FeatureStore, anchors

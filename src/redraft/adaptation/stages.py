@@ -10,13 +10,13 @@ import torch
 
 from redraft import provenance
 from redraft.adaptation.models import OpenDraft
-from redraft.artifact import save_draft, save_private
 from redraft.coarse import Coarse
 from redraft.data.store import Row
 from redraft.data.template import template_record
 from redraft.drafts.base import Draft
 from redraft.drafts.experts import merge_private
-from redraft.drafts.groups import METHODS, PrivateSize, mergeable
+from redraft.drafts.files import save_draft, save_private
+from redraft.drafts.methods import METHODS, PrivateSize, mergeable
 from redraft.drafts.scaling import coarse_change
 from redraft.errors import UserError
 from redraft.features.store import FeatureStore, anchors

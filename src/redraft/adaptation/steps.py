@@ -17,45 +17,26 @@ from redraft.adaptation.models import (
     open_proposer,
     open_target,
     prompt_rows,
-    use_target_embedding,
 )
 from redraft.adaptation.probe import ProbeResult, probe
 from redraft.adaptation.questions import Questions
 from redraft.arithmetic import AUTO, choose_dtype
-from redraft.artifact import (
-    META_FILE,
-    atomic_write_text,
-    load_draft,
-    load_private,
-    read_json,
-    save_draft,
-    tensors_hash,
-)
+from redraft.artifact import atomic_write_text
 from redraft.data.prompts import Conversation, read_conversations
 from redraft.data.regenerate import InProcessEngine, ServerEngine, expected_rows, regenerate
 from redraft.data.shapes import row_of
 from redraft.data.store import encode_row, read_rows
 from redraft.data.transport import check_address
-from redraft.drafts.base import Proposer
-from redraft.drafts.experts import merge_private
+from redraft.drafts.base import Draft
+from redraft.drafts.files import save_draft
+from redraft.drafts.formats.base import ExportReport, TargetInfo
+from redraft.drafts.opening import read_draft
 from redraft.drafts.scaling import scale_change
-from redraft.drafts.standalone import StandaloneDraft, merge_experts
-from redraft.drafts.standalone.files import save_standalone
 from redraft.errors import UserError
-from redraft.export import EXPORTERS, ExportReport, TargetInfo, import_checkpoint
-from redraft.export.importer import is_language_model
 from redraft.features.store import anchors
-from redraft.loading import (
-    ADAPTER_FILE,
-    adapter_base,
-    load_tokenizer,
-    locate,
-    notes_of,
-    one_line,
-    quiet,
-    read_standalone,
-)
+from redraft.loading import ADAPTER_FILE, adapter_base, load_tokenizer, locate, notes_of, one_line, quiet
 from redraft.progress import Progress, progress_bar
+from redraft.registries import EXPORTERS, FAMILIES
 from redraft.sampling import Sampler
 from redraft.select import ScoringContext, parse_scorer
 from redraft.select.acceptance import alpha_measurer
@@ -218,30 +199,6 @@ def target_info(name: str) -> TargetInfo:
     return TargetInfo.of(config, name)
 
 
-def read_draft(source: str, info: TargetInfo | None, base: str | None = None) -> tuple[Proposer, dict[str, Any]]:
-    """A draft in the types of its file: own format, a private part on ``base``, or a public checkpoint.
-
-    ``info`` is needed for public checkpoints of drafts that read the target's states alone. Raises ``UserError``.
-    """
-    if is_language_model(source):
-        return read_standalone(source, base)
-    folder = Path(source)
-    if (folder / META_FILE).is_file():
-        if read_json(folder / META_FILE).get("kind") != "private":
-            return load_draft(folder)
-        if base is None:
-            raise UserError(f"{source} is a private part; name the draft that it belongs to with --base-draft")
-        shared, _ = read_draft(base, info)
-        if isinstance(shared, StandaloneDraft):
-            raise UserError(f"{base} is a language model of its own, and {source} no private part of one")
-        base_hash = tensors_hash(shared.state_dict())
-        sizes: Any = info  # of the target's facts, only its width is read
-        return load_private(folder, use_target_embedding(shared, sizes) if info else shared, base_hash)
-    if info is None:
-        raise UserError(f"{source} is not in redraft's own format; give --target, whose sizes it must fit")
-    return import_checkpoint(source, info)
-
-
 def merge_folder(
     private: str, base: str, out: Path, info: TargetInfo | None = None, scale: float = 1.0
 ) -> dict[str, Any]:
@@ -254,13 +211,8 @@ def merge_folder(
     origin = {"merged_from": {"base": base, "private": private, "scale": scale}}
     if scale != 1:
         draft = scale_change(draft, read_draft(base, info)[0], scale)
-    merged: Proposer
-    if isinstance(draft, StandaloneDraft):
-        merged = merge_experts(draft)
-        save_standalone(out, merged, kept | origin)
-    else:
-        merged = merge_private(draft)
-        save_draft(out, merged, kept | origin)
+    merged = draft.merged()
+    save_draft(out, merged, kept | origin)
     return kept | {"parameters": sum(parameter.numel() for parameter in merged.parameters())}
 
 
@@ -270,8 +222,8 @@ def export_folder(
     """Write a draft in the format of an engine. Raises ``UserError`` where the engine could not compute it alike."""
     exporter = EXPORTERS.get(name)
     found, _ = read_draft(draft, info, base)
-    if isinstance(found, StandaloneDraft):
-        # Such a draft must speak as the target does, down to its special tokens.
+    if not FAMILIES.get(found.family).reads_states:
+        # A model by itself must speak as the target does, down to its special tokens.
         with quiet():
             info = replace(info, tokenizer=load_tokenizer(info.name))
     return exporter(found, out, info, speculative_tokens=gamma)
@@ -314,12 +266,12 @@ def probe_files(
         )
 
 
-def timed_targets(target: Target, draft: Proposer, dtype: str, open_as: Callable[[str], Target]) -> dict[str, Target]:
+def timed_targets(target: Target, draft: Draft, dtype: str, open_as: Callable[[str], Target]) -> dict[str, Target]:
     """The target in the data types that it may be served in, each tapped where the draft reads."""
     found = contestants(target, dtype, open_as)
-    if not isinstance(draft, StandaloneDraft):
+    if draft.taps:
         for each in found.values():
-            each.tap(draft.config.taps)
+            each.tap(draft.taps)
     return found
 
 

@@ -14,7 +14,8 @@ from redraft.adaptation.steps import TargetSpec
 from redraft.arithmetic import AUTO, go_on_with
 from redraft.artifact import atomic_write_json
 from redraft.data.store import TRAFFIC, Row, read_rows
-from redraft.drafts.groups import PrivateSize, method, prepare
+from redraft.drafts.groups import prepare
+from redraft.drafts.methods import PrivateSize, method
 from redraft.errors import UserError
 from redraft.features.store import FeatureStore, anchors
 from redraft.select.manifest import read_manifest

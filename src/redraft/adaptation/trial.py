@@ -16,9 +16,10 @@ from pathlib import Path
 from redraft.acceptance.simulate import simulate_greedy_chain
 from redraft.adaptation.config import adaptation
 from redraft.data.store import Row
-from redraft.drafts.base import Draft, Proposer, family_of
+from redraft.drafts.base import Draft
 from redraft.drafts.eagle3 import Eagle3Draft
-from redraft.drafts.groups import PrivateSize, prepare
+from redraft.drafts.groups import prepare
+from redraft.drafts.methods import PrivateSize
 from redraft.errors import UserError
 from redraft.evaluate.speed import tau_interval
 from redraft.features.store import FeatureStore, anchors
@@ -45,12 +46,10 @@ class Trial:
     seconds: float
 
 
-def check_trial(draft: Proposer) -> None:
+def check_trial(draft: Draft) -> None:
     """Raise ``UserError`` for a draft of a family that no trial adapts."""
     if not isinstance(draft, Eagle3Draft):
-        raise UserError(
-            f"a trial adapts EAGLE-3 drafts, this one is of the family {family_of(draft)}; leave --trial out"
-        )
+        raise UserError(f"a trial adapts EAGLE-3 drafts, this one is of the family {draft.family}; leave --trial out")
 
 
 def halves(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:

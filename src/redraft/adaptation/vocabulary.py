@@ -9,8 +9,9 @@ from redraft import provenance
 from redraft.adaptation.models import open_draft
 from redraft.adaptation.stages import half
 from redraft.adaptation.steps import TargetSpec, check_output
-from redraft.artifact import atomic_write_json, save_draft
+from redraft.artifact import atomic_write_json
 from redraft.data.store import read_rows
+from redraft.drafts.files import save_draft
 from redraft.errors import UserError
 from redraft.features.store import anchors
 from redraft.loading import tokenizer_hash

@@ -133,7 +133,7 @@ def train(
     from redraft.adaptation.config import adaptation
     from redraft.adaptation.steps import TargetSpec
     from redraft.adaptation.training import TrainData, train_new, train_old
-    from redraft.drafts.groups import PrivateSize
+    from redraft.drafts.methods import PrivateSize
     from redraft.train.trainer import TrainConfig
 
     flags: dict[str, Any] = {"epochs": epochs, "batch_anchors": batch_anchors, "learning_rate": learning_rate}
@@ -262,7 +262,7 @@ def adapt(
 def named_settings(given: dict[str, Any]) -> dict[str, Any]:
     """The NAME=VALUE flags of ``adapt`` among ``given`` as settings in their types. Raises ``UserError``."""
     from redraft.data.template import parse_template_args
-    from redraft.drafts.groups import PrivateSize
+    from redraft.drafts.methods import PrivateSize
     from redraft.train.trainer import TrainConfig
 
     kinds = {"train": TrainConfig, "private": PrivateSize}
@@ -300,7 +300,7 @@ def export(
 ) -> None:
     """Write a draft in the format that a serving engine loads: complete, or not at all."""
     from redraft.adaptation.steps import export_folder, target_info
-    from redraft.export import EXPORTERS
+    from redraft.registries import EXPORTERS
 
     EXPORTERS.get(format)
     found = export_folder(draft, target_info(target), format, out, base_draft, gamma)

@@ -18,37 +18,37 @@ if TYPE_CHECKING:
 
 
 def _losses() -> list[str]:
-    from redraft.losses import LOSSES
+    from redraft.registries import LOSSES
 
     return LOSSES.names()
 
 
 def _scorers() -> list[str]:
-    from redraft.select import SCORERS
+    from redraft.registries import SCORERS
 
     return SCORERS.names()
 
 
 def _formats() -> list[str]:
-    from redraft.export import EXPORTERS
+    from redraft.registries import EXPORTERS
 
     return EXPORTERS.names()
 
 
 def _methods() -> list[str]:
-    from redraft.drafts.groups import METHODS
+    from redraft.drafts.methods import METHODS
 
     return list(METHODS)
 
 
 def _starts() -> list[str]:
-    from redraft.starts.apply import STARTS
+    from redraft.registries import STARTS
 
     return STARTS.names()
 
 
 def _suites() -> list[str]:
-    from redraft.data.suites import SUITES
+    from redraft.registries import SUITES
 
     return SUITES.names()
 

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from redraft.decode.engine import SpeculativeDecoder
     from redraft.decode.tree import Shape
-    from redraft.drafts.base import Proposer
+    from redraft.drafts.base import Draft
     from redraft.sampling import Sampler
     from redraft.target import Target
 
 
 def make_decoder(
     target: Target,
-    draft: Proposer,
+    draft: Draft,
     shape: Shape,
     sampler: Sampler | None = None,
     greedy_drafts: bool = False,

@@ -21,7 +21,7 @@ import torch
 from redraft.acceptance.simulate import walk
 from redraft.decode.engine import PlainDecoder, SpeculativeDecoder, _Uniforms
 from redraft.decode.standalone import DraftKeys
-from redraft.drafts.base import Proposer
+from redraft.drafts.base import Draft
 from redraft.drafts.standalone import StandaloneDraft
 from redraft.errors import UserError
 from redraft.sampling import Sampler
@@ -115,7 +115,7 @@ class Pick:
 # -- costs -----------------------------------------------------------------------------------------------------------
 def measure_costs(
     target: Target,
-    draft: Proposer,
+    draft: Draft,
     prompt_ids: Sequence[int],
     gammas: Sequence[int] = TIMED_CHAINS,
     shapes: Sequence[Shape] = (),
@@ -258,7 +258,7 @@ def default_trees(sampler: Sampler | None = None, greedy_drafts: bool = False) -
 
 def pick_shape(
     target: Target,
-    draft: Proposer,
+    draft: Draft,
     prompts: Sequence[Sequence[int]],
     run_lengths: Sequence[Sequence[int]] | None = None,
     longest: int = 8,

@@ -26,7 +26,8 @@ from torch import Tensor
 
 from redraft.decode.accept import accept_chains
 from redraft.decode.engine import Generation, Round, _check_room, _trim, _Uniforms, for_decoding
-from redraft.drafts.base import Draft, check_fit
+from redraft.drafts.base import Draft
+from redraft.drafts.eagle import EagleDraft
 from redraft.drafts.standalone import StandaloneDraft
 from redraft.errors import UserError
 from redraft.sampling import Sampler, draw, warp
@@ -40,7 +41,7 @@ Done = Callable[[int, Generation], None]
 class DraftSlots:
     """Keys and values [B, K, C, W] of the draft's one layer, and how many verified pairs each slot holds."""
 
-    def __init__(self, draft: Draft, size: int, capacity: int) -> None:
+    def __init__(self, draft: EagleDraft, size: int, capacity: int) -> None:
         config, like = draft.config, draft.fc.weight
         self.capacity = capacity
         self.keys = like.new_zeros(size, config.num_key_value_heads, capacity, config.head_dim)
@@ -122,7 +123,7 @@ class BatchedChainDecoder:
         target.require("slots")
         if isinstance(draft, StandaloneDraft):
             raise UserError("batched decoding takes no standalone draft; decode with it one request at a time")
-        check_fit(draft.config, target)
+        draft.check_fit(target)
         if gamma < 1:
             raise UserError(f"gamma must be at least 1, not {gamma}")
         if slots < 1:

@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from redraft.decode.accept import accept_chain, accept_greedy
-from redraft.drafts.base import Draft, Proposer, bind, check_fit
+from redraft.drafts.base import Draft
+from redraft.drafts.eagle import EagleDraft
 from redraft.errors import UserError
 from redraft.prepack import prepack
 from redraft.sampling import Sampler, draw, warp
@@ -68,7 +69,7 @@ class Generation:
 class DraftCache:
     """Fixed buffers for the keys and values [C, K, W] of the draft's one layer."""
 
-    def __init__(self, draft: Draft, capacity: int) -> None:
+    def __init__(self, draft: EagleDraft, capacity: int) -> None:
         config, like = draft.config, draft.fc.weight
         self.keys = like.new_empty(config.num_key_value_heads, capacity, config.head_dim)
         self.values = torch.empty_like(self.keys)
@@ -170,7 +171,7 @@ def for_decoding(draft: Any, target: Target) -> Any:
     """
     if any((p.dtype, p.device) != (target.dtype, target.device) for p in draft.parameters()):
         draft = copy.deepcopy(draft)
-    return prepack(bind(draft.eval().to(target.device, target.dtype), target))
+    return prepack(draft.eval().to(target.device, target.dtype).bind(target))
 
 
 class SpeculativeDecoder(PlainDecoder):
@@ -188,14 +189,14 @@ class SpeculativeDecoder(PlainDecoder):
     draft: Any
 
     def __init__(
-        self, target: Target, draft: Proposer, sampler: Sampler | None = None, greedy_drafts: bool = False
+        self, target: Target, draft: Draft, sampler: Sampler | None = None, greedy_drafts: bool = False
     ) -> None:
         """``greedy_drafts``: the draft proposes its likeliest tokens also when the target samples.
 
         Raises ``UserError`` when the draft does not fit the target.
         """
         super().__init__(target, sampler)
-        check_fit(draft.config, target)
+        draft.check_fit(target)
         self.draft = for_decoding(draft, target)
         self.fixed = greedy_drafts or self.sampler.greedy
         self.vocabulary = self.draft.vocabulary()
@@ -273,7 +274,7 @@ class ChainDecoder(SpeculativeDecoder):
     def __init__(
         self,
         target: Target,
-        draft: Proposer,
+        draft: Draft,
         gamma: int = 5,
         sampler: Sampler | None = None,
         measure_overlap: bool = False,

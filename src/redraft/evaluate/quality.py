@@ -12,11 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
-from redraft.data.suites import SUITES, suite_of
+from redraft.data.suites import suite_of
 from redraft.data.suites.code import code_blocks, defined_names
 from redraft.evaluate.figures import PLAIN
 from redraft.evaluate.speed import Prompt
 from redraft.evaluate.statistics import mean, paired_difference
+from redraft.registries import SUITES
 from redraft.registry import Registry
 
 # (output, reference) -> whether the output is right

@@ -16,7 +16,7 @@ from redraft.decode import make_decoder
 from redraft.decode.engine import Generation, PlainDecoder
 from redraft.decode.pieces import trace
 from redraft.decode.tree import ChainShape, Shape
-from redraft.drafts.base import Proposer
+from redraft.drafts.base import Draft
 from redraft.errors import UserError
 from redraft.evaluate import summary
 from redraft.evaluate.divergence import plain_text
@@ -89,7 +89,7 @@ class Measured:
 
 def bench(
     targets: Mapping[str, Target],
-    drafts: Mapping[str, Proposer],
+    drafts: Mapping[str, Draft],
     prompts: Sequence[Prompt],
     config: BenchConfig,
     provenance: Mapping[str, Any],
@@ -212,7 +212,7 @@ def _rate(found: Sequence[Generation]) -> float:
     return sum(len(g.ids) for g in found) / sum(map(summary.seconds, found))
 
 
-def _decoder(target: Target, draft: Proposer | None, config: BenchConfig) -> PlainDecoder:
+def _decoder(target: Target, draft: Draft | None, config: BenchConfig) -> PlainDecoder:
     if draft is None:
         return PlainDecoder(target, config.sampler)
     return make_decoder(target, draft, config.shape, config.sampler, config.greedy_drafts)
@@ -230,7 +230,7 @@ def _turn(
 
 def contest(
     targets: Mapping[str, Target],
-    drafts: Mapping[str, Proposer],
+    drafts: Mapping[str, Draft],
     prompts: Sequence[Prompt],
     config: BenchConfig,
     counter: _Counter,
@@ -264,7 +264,7 @@ def contest(
     return found
 
 
-def _alpha(target: Target, draft: Proposer, prompts: Sequence[Prompt], config: BenchConfig) -> dict[str, float] | None:
+def _alpha(target: Target, draft: Draft, prompts: Sequence[Prompt], config: BenchConfig) -> dict[str, float] | None:
     """Mean of sum_x min(target, draft) along a chain of the shape's depth; at temperature 1 when decoding is greedy."""
     decoder = make_decoder(target, draft, ChainShape(config.depth), config.sampler, measure_overlap=True)
     limit = min(64, config.max_new_tokens)

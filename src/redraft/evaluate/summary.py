@@ -11,7 +11,7 @@ from typing import Any
 
 from redraft import metrics
 from redraft.decode.engine import Generation
-from redraft.drafts.base import Proposer
+from redraft.drafts.base import Draft
 from redraft.evaluate.figures import PLAIN, Tally
 from redraft.target import Target
 
@@ -59,7 +59,7 @@ def summarise(runs: Runs, plain: Runs, depth: int, expected: Sequence[Sequence[i
     }
 
 
-def costs(target: Target, draft: Proposer, runs: Runs, plain: Runs) -> dict[str, Any]:
+def costs(target: Target, draft: Draft, runs: Runs, plain: Runs) -> dict[str, Any]:
     """``{"mbsu": {"time": ..., "bytes": ...}}``: tau / (c * gamma + 1) (Goel et al., arXiv 2403.00858) and c, the
     ``cost`` of a draft step in units of a target step, from measured seconds and from the bytes that a step reads.
 

@@ -1,8 +1,8 @@
-"""Opening targets, tokenizers and standalone drafts: a folder, a hub id, a PEFT adapter, or an embedded model.
+"""Opening targets and tokenizers: a folder, a hub id, a PEFT adapter, or an embedded model.
 
 ``places`` finds the files, ``checkpoint`` reads a model strictly, ``quantised`` knows what quantised checkpoints
-compute, ``adapters`` merges PEFT adapters, ``tokenizers`` reads and compares tokenizers, ``targets`` puts these
-together and ``standalone`` opens standalone drafts.
+compute, ``adapters`` merges PEFT adapters, ``tokenizers`` reads and compares tokenizers, and ``targets`` puts these
+together.
 """
 
 from redraft.loading.places import (
@@ -16,7 +16,6 @@ from redraft.loading.places import (
     locate,
 )
 from redraft.loading.quiet import one_line, quiet
-from redraft.loading.standalone import open_standalone, read_standalone
 from redraft.loading.targets import load_target, load_tokenizer, notes_of, served_otherwise
 from redraft.loading.tokenizers import check_tokenizers, tokenizer_hash
 
@@ -34,9 +33,7 @@ __all__ = [
     "locate",
     "notes_of",
     "one_line",
-    "open_standalone",
     "quiet",
-    "read_standalone",
     "served_otherwise",
     "tokenizer_hash",
 ]

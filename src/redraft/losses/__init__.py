@@ -34,12 +34,8 @@ Shape legend: N positions, D draft vocabulary, J draft steps.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from torch import Tensor
 
-from redraft.registry import Registry
-
 Loss: TypeAlias = Callable[..., tuple[Tensor, Tensor]]
-
-LOSSES: Registry[Any] = Registry("loss", package="redraft.losses")

@@ -23,8 +23,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from redraft.losses import LOSSES
 from redraft.losses.rows import Acceptance, computing_dtype, weighted_sum, with_gradient
+from redraft.registries import LOSSES
 
 # A batch whose rewards all but agree would be divided by nothing.
 LEAST_STD = 1e-4

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 
 from redraft.errors import UserError
-from redraft.registry import Registry
+from redraft.registries import SCORERS
 from redraft.target import Target
 
 
@@ -75,8 +75,6 @@ class Scorer(Protocol):
     def settings(self) -> dict[str, Any]: ...
     def score(self, rows: Sequence[ScorableRow], context: ScoringContext) -> list[float]: ...
 
-
-SCORERS: Registry[Callable[..., Scorer]] = Registry("scorer", package="redraft.select")
 
 # How the command line calls what a context field holds.
 _FIELD_NAMES = {

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from redraft.errors import UserError
-from redraft.select import SCORERS, ScorableRow, ScoringContext, parse_scorer, score_rows, scorer_text
+from redraft.registries import SCORERS
+from redraft.select import ScorableRow, ScoringContext, parse_scorer, score_rows, scorer_text
 from redraft.select.greedy import Floats, greedy_order
 from redraft.select.states import FINAL, batched_states, check_layer
 from redraft.target import Target

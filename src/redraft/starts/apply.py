@@ -14,7 +14,7 @@ from typing import Any
 from redraft import provenance
 from redraft.data.store import Row
 from redraft.errors import UserError
-from redraft.registry import Registry
+from redraft.registries import STARTS
 from redraft.starts.delta import delta
 from redraft.starts.ridge import ridge
 from redraft.starts.vocabulary import refresh_vocabulary
@@ -60,8 +60,6 @@ class Start:
     run: Callable[[Any, StartContext], StartResult]
 
 
-STARTS: Registry[Start] = Registry("start")
-
 # Each row goes through two targets, and fc has far fewer weights than so many rows have features.
 RIDGE_ROWS = 300
 
@@ -106,17 +104,14 @@ def _vocabulary(draft: Any, context: StartContext) -> StartResult:
     return StartResult(renewed, report.changed, report.notes, details=details)
 
 
-for _name, _start in {
-    "none": Start(frozenset(), "the stale draft as it is", _none),
-    "ridge": Start(
-        frozenset({"base_target", "rows"}), "fc re-solved so that features land where the base's did", _ridge
-    ),
-    "delta": Start(frozenset({"base_target"}), "head rows moved by the target's own change", _delta),
-    "vocabulary": Start(
-        frozenset({"rows"}), "unused tokens of the draft swapped for those the target uses", _vocabulary
-    ),
-}.items():
-    STARTS.register(_name)(_start)
+STARTS.register("none")(Start(frozenset(), "the stale draft as it is", _none))
+STARTS.register("ridge")(
+    Start(frozenset({"base_target", "rows"}), "fc re-solved so that features land where the base's did", _ridge)
+)
+STARTS.register("delta")(Start(frozenset({"base_target"}), "head rows moved by the target's own change", _delta))
+STARTS.register("vocabulary")(
+    Start(frozenset({"rows"}), "unused tokens of the draft swapped for those the target uses", _vocabulary)
+)
 
 
 def parse_start(text: str) -> list[str]:

@@ -29,8 +29,8 @@ from redraft.data.packed import PackedText, Position, ahead
 from redraft.data.store import Row
 from redraft.errors import UserError
 from redraft.features.store import anchors
-from redraft.losses import LOSSES
 from redraft.progress import Progress
+from redraft.registries import LOSSES
 from redraft.train.causal import CausalModel
 from redraft.train.checkpoint import rows_digest
 from redraft.train.descent import CausalConfig, Descent, DescentResult, Step

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from redraft.acceptance.unroll import Batch, supervised, unroll
-from redraft.losses import LOSSES
+from redraft.registries import LOSSES
 from redraft.target import Target
 from redraft.train.portions import portions, sum_over_portions
 

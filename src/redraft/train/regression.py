@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from redraft.acceptance.unroll import Batch, unroll
-from redraft.drafts.base import Draft, bind
+from redraft.drafts.base import Draft
 from redraft.target import Target
 from redraft.train.portions import portions, sum_over_portions
 
@@ -50,7 +50,7 @@ class RegressionObjective:
 
     def __init__(self, draft: Draft, target: Target, config: TrainConfig, recipe: Recipe = Recipe()) -> None:
         """``config`` gives the seed of the noise; its loss and its draft steps play no part here."""
-        self.draft, self.target, self.seed, self.recipe = bind(draft, target), target, config.seed, recipe
+        self.draft, self.target, self.seed, self.recipe = draft.bind(target), target, config.seed, recipe
 
     def __call__(self, batch: Batch) -> Tensor:
         """The mean loss over the anchors of ``batch``."""

@@ -18,8 +18,8 @@ from redraft.data.store import Row
 from redraft.drafts.base import Draft
 from redraft.errors import UserError
 from redraft.features.store import FeatureStore, anchors
-from redraft.losses import LOSSES
 from redraft.progress import Progress
+from redraft.registries import LOSSES
 from redraft.target import Target
 from redraft.train.aim import STEPS, aim_updates, settle, waiting
 from redraft.train.checkpoint import rows_digest

@@ -17,13 +17,14 @@ from redraft.adaptation.models import OpenDraft
 from redraft.adaptation.stages import half
 from redraft.adaptation.study.entries import ANY, NONE, Cell
 from redraft.adaptation.study.shared import Asked, Costs, Selected, TargetWork, features_stage, row_tokens, slug
-from redraft.artifact import coarse_state, private_state, save_draft, tensors_bytes
+from redraft.artifact import tensors_bytes
 from redraft.coarse import Coarse
 from redraft.data.template import template_record
 from redraft.decode.tree_walk import simulate_tree
-from redraft.drafts.base import bind, family_of
 from redraft.drafts.experts import merge_private
-from redraft.drafts.groups import mergeable, method, prepare, trained_parameters
+from redraft.drafts.files import coarse_state, private_state, save_draft
+from redraft.drafts.groups import prepare, trained_parameters
+from redraft.drafts.methods import mergeable, method
 from redraft.drafts.scaling import coarse_change
 from redraft.errors import UserError
 from redraft.features.store import anchors
@@ -99,7 +100,7 @@ def run_cell(work: TargetWork, cell: Cell, keep: bool, progress: Progress | None
 def save(work: TargetWork, draft: Any, merge: bool, opened: OpenDraft, method_name: str, folder: Path) -> None:
     """Save the trained draft, merged where it can be, to be measured for speed or kept."""
     meta = {
-        "family": family_of(draft),
+        "family": draft.family,
         "method": method_name,
         "target": {"name": work.target.name, "hash": work.target.content_hash()},
         "tokenizer_hash": tokenizer_hash(work.target.tokenizer),
@@ -256,7 +257,7 @@ def measure(work: TargetWork, draft: Any) -> dict[str, list[float]]:
 
 def rounds_of(work: TargetWork, draft: Any, name: str, asked: Asked) -> list[float]:
     model, gamma = asked.model, work.config.gamma
-    bind(draft, model.target)
+    draft.bind(model.target)
     store = model.features(name, asked.rows, draft.config.taps)
     work.tell(f"{work.name}: measure {name}", 0, 1)
     if asked.tree is not None:

@@ -33,9 +33,9 @@ from redraft.adaptation.study.entries import (
 )
 from redraft.adaptation.yamlfile import read_yaml
 from redraft.decode.tree import ChainShape, DynamicTree, StaticTree, parse_shape
-from redraft.drafts.groups import METHODS, PrivateSize, method
+from redraft.drafts.methods import METHODS, PrivateSize, method
 from redraft.errors import UserError
-from redraft.losses import LOSSES
+from redraft.registries import LOSSES
 from redraft.registry import nearest
 from redraft.select import Scorer, parse_scorer
 from redraft.train.replay import ReplayConfig

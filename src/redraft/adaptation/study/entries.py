@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from redraft.adaptation.config import recipe
 from redraft.adaptation.study.sources import parse_source
 from redraft.decode.tree import parse_shape
-from redraft.drafts.groups import PrivateSize
+from redraft.drafts.methods import PrivateSize
 from redraft.select import parse_scorer
 from redraft.select.rules import parse_budget
 from redraft.starts.apply import parse_start, start_needs

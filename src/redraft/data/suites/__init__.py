@@ -20,7 +20,7 @@ from typing import Any
 from redraft.data.prompts import HUB_PREFIX, Conversation, Message, prompt_messages, read_conversations, user_turns
 from redraft.data.turns import keys_of
 from redraft.errors import UserError
-from redraft.registry import Registry
+from redraft.registries import SUITES
 
 DATA_VARIABLE = "REDRAFT_DATA"
 KNOWN_SHAPES = frozenset({"messages", "conversations", "instruction"})
@@ -101,9 +101,6 @@ class SuiteDefinition:
         return {self.category(id), self.group(id)} - {""}
 
 
-SUITES: Registry[SuiteDefinition] = Registry("suite", package="redraft.data.suites")
-
-
 def load_suite(text: str, data_dir: str | Path | None = None, limit: int | None = None, seed: int = 0) -> Suite:
     """The suite that ``text`` asks for: ``NAME``, ``NAME:CATEGORY``, and either with ``=FILE`` or ``=datasets:...``.
 
@@ -117,7 +114,7 @@ def load_suite(text: str, data_dir: str | Path | None = None, limit: int | None 
         raise UserError(f"the number of prompts of a suite must be at least 1, not {limit}")
     place, equals, path = text.partition("=")
     name, colon, category = place.strip().partition(":")
-    definition = SUITES.get(name)
+    definition: SuiteDefinition = SUITES.get(name)
     if equals and not path.strip():
         raise UserError(f"--suite {text!r} names no file behind the =; write {name}=FILE")
     conversations, source = _read(name, definition, path.strip(), data_dir)

@@ -11,8 +11,9 @@ import warnings
 from typing import Any
 
 from redraft.data.prompts import Conversation
-from redraft.data.suites import SUITES, SuiteDefinition, last_answer
+from redraft.data.suites import SuiteDefinition, last_answer
 from redraft.data.turns import exchange
+from redraft.registries import SUITES
 
 FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.M | re.S)
 

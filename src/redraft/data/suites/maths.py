@@ -7,8 +7,9 @@ from typing import Any
 
 from redraft.data.embedded import maths_conversations
 from redraft.data.prompts import Conversation
-from redraft.data.suites import SUITES, SuiteDefinition
+from redraft.data.suites import SuiteDefinition
 from redraft.data.turns import exchange
+from redraft.registries import SUITES
 
 POOL, POOL_SEED = 200, 2
 CALCULATOR = re.compile(r"<<[^<>]*>>")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from redraft.data.suites import SUITES, SuiteDefinition
+from redraft.data.suites import SuiteDefinition
 from redraft.data.turns import exchange
+from redraft.registries import SUITES
 
 
 def pubmedqa_row(row: dict[str, Any], number: int) -> dict[str, Any]:

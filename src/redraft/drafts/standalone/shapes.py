@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from redraft.drafts.config import heads_of, rope_of
-from redraft.drafts.standalone import StandaloneDraft, untrained
+from redraft.drafts.standalone.module import StandaloneDraft, untrained
 from redraft.errors import UserError
 
 # Layers, width, inner width of the MLP, heads. "goel": the 115M drafter of Llama 2 Chat 7B (arXiv 2403.00858).

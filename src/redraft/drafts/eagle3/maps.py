@@ -1,16 +1,17 @@
-"""Vocabulary maps of Eagle3 checkpoints as several hands write them, brought into the one form of this project.
+"""Vocabulary maps of Eagle3 checkpoints: as several hands write them, brought into the one form of this project.
 
 Shape legend: D draft vocabulary, V target vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from redraft.drafts.eagle3 import Eagle3Config
+from redraft.drafts.eagle3.module import Eagle3Config
 from redraft.errors import UserError
 
 # With this many entries or more, offsets that grow at every step would mean that no two ids of the map are
@@ -92,6 +93,26 @@ def _settle_offsets(state: dict[str, Tensor], rows: int, where: Path, notes: lis
     if sure and not (told is not None and _same_set(found_D + numbers_D, told)):
         state["d2t"] = found_D - numbers_D
         notes.append("d2t held target ids; taken as such and turned into offsets")
+
+
+def check_vocabulary_map(state: Mapping[str, Tensor], config: Eagle3Config, where: str | Path) -> None:
+    """The maps must describe one ascending set of target ids. Raises ``UserError``.
+
+    ``d2t`` [D] holds offsets (target id = i + d2t[i]); ``t2d`` [V] marks the ids that the draft can say.
+    """
+    if config.draft_vocab_size > config.target_vocab_size:
+        raise UserError(f"{where}: a draft vocabulary of {config.draft_vocab_size} exceeds the target's")
+    if config.draft_vocab_size == config.target_vocab_size:
+        return
+    ids_D = state["d2t"] + torch.arange(config.draft_vocab_size)
+    if int(ids_D.min()) < 0 or int(ids_D.max()) >= config.target_vocab_size:
+        raise UserError(f"{where}: d2t points outside the target's vocabulary of {config.target_vocab_size}")
+    if not bool((ids_D[1:] > ids_D[:-1]).all()):
+        raise UserError(f"{where}: d2t must hold offsets that give ascending target ids (id = i + d2t[i])")
+    member_V = torch.zeros(config.target_vocab_size, dtype=torch.bool)
+    member_V[ids_D] = True
+    if not torch.equal(member_V, state["t2d"].bool()):
+        raise UserError(f"{where}: t2d does not mark the same target ids as d2t")
 
 
 def _inside(ids_D: Tensor, rows: int) -> bool:

@@ -1,31 +1,26 @@
-"""The inverse of the exporters: a public Eagle3 or Eagle1 checkpoint, in any of their formats, as a draft of ours.
+"""Reading Eagle3 checkpoints of other hands: the speculators format and the plain one.
 
 Strict: every missing, extra, misshaped or non-finite tensor is named, and an option that our draft does not compute
-is refused by its name rather than dropped. No pickle is run.
+is refused by its name rather than dropped.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from redraft.artifact import META_FILE, check_tensors, fill, load_draft, read_json
-from redraft.drafts.base import Draft, check_fit
-from redraft.drafts.eagle3 import Eagle3Config, Eagle3Draft
-from redraft.drafts.standalone import StandaloneDraft
+from redraft.artifact import check_tensors
+from redraft.drafts.eagle3.maps import check_vocabulary_map, read_maps
+from redraft.drafts.eagle3.module import Eagle3Config, Eagle3Draft
+from redraft.drafts.formats.base import TargetInfo
+from redraft.drafts.formats.reading import Checkpoint, build_untrained, layer_faults, layer_fields, read_state
 from redraft.errors import UserError
-from redraft.export import eagle1_format
-from redraft.export.base import CONFIG_FILE, TargetInfo, check_taps, check_vocabulary_map
-from redraft.export.maps import read_maps
-from redraft.export.reading import build_untrained, fetch, layer_faults, read_layer, read_rope, read_state
-from redraft.loading import ADAPTER_FILE, EMBEDDED_PREFIX
 from redraft.target import default_taps
 
-EAGLE3_ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "Eagle3Speculator", "Eagle3DraftModel")
+ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "Eagle3Speculator", "Eagle3DraftModel")
 
-# Keys that a mixture of experts has.
-EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 # What our layer, and that of engines, does whatever ``eagle_config`` says.
 EAGLE_SWITCHES = {
     "use_aux_hidden_state": True,
@@ -38,76 +33,31 @@ EAGLE_SWITCHES = {
 SWITCHES = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", "use_aux_norm")
 
 
-def is_language_model(source: str | Path) -> bool:
-    """Whether a draft is a causal LM of its own, a standalone draft, and none that reads the target's states.
-
-    ``source`` is a folder of any kind, a hub id or ``embedded:NAME``. Raises ``UserError`` when it cannot be read.
-    """
-    if str(source).startswith(EMBEDDED_PREFIX) or (Path(source) / ADAPTER_FILE).is_file():
-        return True
-    folder = fetch(source)
-    if (folder / META_FILE).is_file():
-        return read_json(folder / META_FILE).get("family") == StandaloneDraft.family
-    raw = read_json(folder / CONFIG_FILE)
-    named = [name for name in raw.get("architectures") or () if isinstance(name, str)]
-    if _speculators(raw) or set(named) & set(EAGLE3_ARCHITECTURES):
-        return False
-    # EAGLE's own checkpoints, of one layer, name their target's architecture.
-    if raw.get("num_hidden_layers", 1) == 1 and eagle1_format.kind_of(raw, folder):
-        return False
-    return any(name.endswith("ForCausalLM") and name not in eagle1_format.ARCHITECTURES for name in named)
+def recognises(checkpoint: Checkpoint) -> bool:
+    return _speculators(checkpoint.config) or bool(checkpoint.architectures & set(ARCHITECTURES))
 
 
-def import_checkpoint(
-    source: str | Path, target: Any, taps: tuple[int, ...] | None = None
-) -> tuple[Draft, dict[str, Any]]:
-    """A draft from a folder or a hub id: an Eagle3 one in the speculators or plain format, an Eagle1 one as vLLM,
-    SGLang or EAGLE's own code has them, or redraft's own format.
-
-    ``target`` is whatever :meth:`TargetInfo.of` takes; ``taps`` overrules the feature ids of an Eagle3 checkpoint.
-    Tensors keep their dtypes. Returns the draft and its metadata: family, format, source, verifier, notes and the
-    config as it was found. Raises ``UserError`` when the source cannot be read, is no such checkpoint, or does not fit
-    the target.
-    """
-    info, folder = TargetInfo.of(target), fetch(source)
-    if (folder / META_FILE).is_file():
-        if read_json(folder / META_FILE).get("family") == "standalone":
-            raise UserError(f"{source} is a standalone draft, where one that reads the target's states is needed")
-        found, meta = load_draft(folder)
-        check_fit(found.config, info)
-        return found, meta | {"format": "redraft", "source": str(source), "notes": []}
-    path = folder / CONFIG_FILE
-    raw = read_json(path)
-    notes: list[str] = []
-    draft: Draft
-    try:
-        _check_architectures(raw, path)
-        if kind := eagle1_format.kind_of(raw, folder):
-            draft = eagle1_format.read(raw, kind, info, folder, notes)
-            meta = {"family": "eagle1", "format": kind, "verifier": None}
-        else:
-            draft = _read_eagle3(raw, info, folder, notes, taps)
-            meta = {"family": "eagle3", "format": "speculators" if _speculators(raw) else "plain"}
-            meta["verifier"] = _verifier(raw)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} has a value of the wrong kind: {error}") from error
-    return draft, meta | {"method": None, "source": str(source), "notes": notes, "source_config": raw}
-
-
-def _read_eagle3(
-    raw: dict[str, Any], info: TargetInfo, folder: Path, notes: list[str], taps: tuple[int, ...] | None
-) -> Eagle3Draft:
-    path = folder / CONFIG_FILE
-    config = read_config(raw, info, path, notes, taps)
+def read(
+    checkpoint: Checkpoint, target: TargetInfo, notes: list[str], taps: tuple[int, ...] | None = None
+) -> tuple[Eagle3Draft, dict[str, Any]]:
+    """The draft and its metadata; ``taps`` overrules the feature ids. Raises ``UserError``."""
+    raw, folder = checkpoint.config, checkpoint.folder
+    config = read_config(raw, target, checkpoint.path, notes, taps)
     state = read_maps(read_state(folder, notes), config, folder, notes)
-    config = _with(config, own_embedding="embed_tokens.weight" in state)
-    check_fit(config, info)
+    config = replace(config, own_embedding="embed_tokens.weight" in state)
+    config.check_fit(target)
     check_taps(config.taps)
-    draft = build_untrained(lambda: Eagle3Draft(config), path)
+    draft = build_untrained(lambda: Eagle3Draft(config), checkpoint.path)
     check_tensors(state, draft.state_dict(), folder)
     check_vocabulary_map(state, config, folder)
-    fill(draft, state)
-    return draft
+    draft.fill(state)
+    return draft, {"format": "speculators" if _speculators(raw) else "plain", "verifier": _verifier(raw)}
+
+
+def check_taps(taps: tuple[int, ...]) -> None:
+    """Engines collect features in layer order and once each, so ids must ascend strictly. Raises ``UserError``."""
+    if not taps or any(after <= before for before, after in zip(taps, taps[1:], strict=False)):
+        raise UserError(f"taps {list(taps)} do not ascend strictly; engines read each layer once and in layer order")
 
 
 # -- reading the config ----------------------------------------------------------------------------------------------
@@ -132,7 +82,7 @@ def read_config(
     eagle = raw.get("eagle_config")
     eagle = eagle if isinstance(eagle, dict) else {}
     _check_kind(raw, layer, eagle, path)
-    llama = read_layer(layer, path)
+    llama = layer_fields(layer, path)
     _check_switches(raw | eagle, path)
     options: dict[str, Any] = {key: bool(raw.get(key, False)) for key in ("norm_before_fc", "fc_norm", "norm_output")}
     options["norm_before_fc"] = bool(eagle.get("norm_before_fc", options["norm_before_fc"]))
@@ -143,34 +93,20 @@ def read_config(
     residual = raw.get("norm_before_residual")
     if residual is None and _speculators(raw):
         notes.append("norm_before_residual is not in the config; taken as true, as vLLM does")
-    theta, taken = layer.get("rope_theta"), llama.rope_parameters.get("rope_theta")
+    theta, taken = layer.get("rope_theta"), llama["rope_parameters"].get("rope_theta")
     if theta is not None and theta != taken:
         notes.append(
             f"rope_theta {theta} and that of rope_parameters disagree; {taken} was taken, as transformers does"
         )
     vocabulary = raw.get("draft_vocab_size")
     return Eagle3Config(
-        hidden_size=llama.hidden_size,
-        intermediate_size=llama.intermediate_size,
-        num_attention_heads=llama.num_attention_heads,
-        num_key_value_heads=llama.num_key_value_heads,
-        head_dim=llama.head_dim,
-        target_hidden_size=int(raw.get("target_hidden_size") or llama.hidden_size),
-        target_vocab_size=llama.vocab_size,
-        draft_vocab_size=int(llama.vocab_size if vocabulary is None else vocabulary),
+        **llama,
+        target_hidden_size=int(raw.get("target_hidden_size") or llama["hidden_size"]),
+        draft_vocab_size=int(llama["target_vocab_size"] if vocabulary is None else vocabulary),
         taps=tuple(taps) if taps is not None else read_taps(raw, eagle, target, path, notes),
-        rms_norm_eps=float(llama.rms_norm_eps),
-        rope_parameters=read_rope(llama.rope_parameters),
-        max_position_embeddings=llama.max_position_embeddings,
-        attention_bias=bool(llama.attention_bias),
         norm_before_residual=_speculators(raw) if residual is None else bool(residual),
         **options,
     )
-
-
-def _check_architectures(raw: dict[str, Any], path: Path) -> None:
-    if not isinstance(raw.get("architectures") or [], list):
-        raise UserError(f"{path} has architectures {raw['architectures']!r}; a list of names is needed")
 
 
 def _check_switches(values: dict[str, Any], path: Path) -> None:
@@ -185,13 +121,6 @@ def _check_kind(raw: dict[str, Any], layer: dict[str, Any], eagle: dict[str, Any
     if _speculators(raw):
         if raw["speculators_model_type"] != "eagle3":
             raise UserError(f"{path} is a {raw['speculators_model_type']} speculator; only eagle3 can be imported")
-    elif not set(raw.get("architectures") or ()) & set(EAGLE3_ARCHITECTURES):
-        known = ", ".join(EAGLE3_ARCHITECTURES)
-        experts = next((f" with {key} {raw[key]!r}, a mixture of experts" for key in EXPERTS if raw.get(key)), "")
-        raise UserError(
-            f"{path} has architectures {raw.get('architectures')}{experts}; a dense Eagle3 draft has one of {known}, "
-            f"an Eagle1 draft one of {', '.join(eagle1_format.ARCHITECTURES)}"
-        )
     faults = layer_faults(raw, layer, ("llama", "eagle3"))
     if layer.get("bias"):
         faults.append(f"bias {layer['bias']!r}")
@@ -231,7 +160,3 @@ def read_taps(
         return tuple(top)
     notes.append(f"the feature ids {nested} are outputs of layers counted from zero; taken as one more each")
     return tuple(k + 1 for k in nested or ())
-
-
-def _with(config: Eagle3Config, **changes: Any) -> Eagle3Config:
-    return Eagle3Config(**{**config.__dict__, **changes})

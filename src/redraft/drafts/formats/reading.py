@@ -1,10 +1,11 @@
-"""What the importers of all families share: finding a checkpoint's files, its tensors, and its one Llama layer."""
+"""Reading checkpoints of other hands: finding their files, their tensors, and their one Llama layer."""
 
 from __future__ import annotations
 
 import copy
 import re
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,9 +13,12 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from redraft.artifact import META_FILE, read_json, read_pickled, read_tensors, settle
+from redraft.artifact import read_json, read_pickled, read_tensors
+from redraft.drafts.files import META_FILE
+from redraft.drafts.formats.base import CONFIG_FILE, WEIGHTS_FILE
 from redraft.errors import UserError
-from redraft.export.base import CONFIG_FILE, WEIGHTS_FILE
+from redraft.files import settle
+from redraft.loading import ADAPTER_FILE, EMBEDDED_PREFIX
 
 Built = TypeVar("Built")
 
@@ -31,6 +35,45 @@ LEGACY = (
     (re.compile(r"^aux_norm_mid\."), "fc_norm.1."),
     (re.compile(r"^aux_norm_high\."), "fc_norm.2."),
 )
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a draft lies, and what its JSON files say before any weight is read.
+
+    ``meta`` is redraft.json and ``config`` config.json; both are empty for an embedded model, which lies in no folder,
+    and for an adapter of a language model.
+    """
+
+    source: str
+    folder: Path = Path()
+    meta: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def at(cls, source: str | Path) -> Checkpoint:
+        """Look at a folder, a hub id, which is downloaded, or ``embedded:NAME``. Raises ``UserError``."""
+        if str(source).startswith(EMBEDDED_PREFIX):
+            return cls(str(source))
+        folder = fetch(source)
+        if (folder / ADAPTER_FILE).is_file():
+            return cls(str(source), folder)
+        if (folder / META_FILE).is_file():
+            return cls(str(source), folder, meta=read_json(folder / META_FILE))
+        config = read_json(folder / CONFIG_FILE)
+        named = config.get("architectures") or []
+        if not isinstance(named, list):
+            raise UserError(f"{folder / CONFIG_FILE} has architectures {named!r}; a list of names is needed")
+        return cls(str(source), folder, config=config)
+
+    @property
+    def path(self) -> Path:
+        """The config.json, for messages."""
+        return self.folder / CONFIG_FILE
+
+    @property
+    def architectures(self) -> set[str]:
+        return {name for name in self.config.get("architectures") or () if isinstance(name, str)}
 
 
 # -- finding the files -----------------------------------------------------------------------------------------------
@@ -147,26 +190,34 @@ def _rope_faults(layer: dict[str, Any]) -> list[str]:
     return faults
 
 
-def read_rope(parameters: dict[str, Any]) -> dict[str, Any]:
-    """Without the older key ``type`` and the older name ``su``; transformers has merged all else."""
-    ours = {key: value for key, value in parameters.items() if key != "type"}
-    return ours | {"rope_type": "longrope" if ours.get("rope_type") == "su" else ours.get("rope_type", "default")}
-
-
 def _partial_rotary(layer: dict[str, Any]) -> float:
     places = (layer, layer.get("rope_parameters") or {}, layer.get("rope_scaling") or {})
     return next((place["partial_rotary_factor"] for place in places if place.get("partial_rotary_factor")), 1.0)
 
 
-def read_layer(layer: dict[str, Any], path: Path) -> Any:
-    """The layer's keys through transformers' own Llama config: engines fill absent keys with the same defaults."""
+def layer_fields(layer: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The fields of :class:`redraft.drafts.eagle.EagleConfig` that a Llama config tells. Raises ``UserError``.
+
+    Through transformers' own Llama config: engines fill absent keys with the same defaults. Rotary settings are without
+    the older key ``type`` and the older name ``su``; transformers has merged all else.
+    """
     values = copy.deepcopy(layer)
     values["model_type"] = "llama"
     values["architectures"] = None
     try:
-        return LlamaConfig.from_dict(values)
+        llama = LlamaConfig.from_dict(values)
     except Exception as error:  # validation raises several kinds; all mean a bad value in the file
         raise UserError(f"{path} is not a usable config: {' '.join(str(error).split())[:200]}") from error
+    rope = {key: value for key, value in llama.rope_parameters.items() if key != "type"}
+    kind = rope.get("rope_type", "default")
+    same = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    return {name: getattr(llama, name) for name in same} | {
+        "target_vocab_size": llama.vocab_size,
+        "rms_norm_eps": float(llama.rms_norm_eps),
+        "rope_parameters": rope | {"rope_type": "longrope" if kind == "su" else kind},
+        "max_position_embeddings": llama.max_position_embeddings,
+        "attention_bias": bool(llama.attention_bias),
+    }
 
 
 def build_untrained(build: Callable[[], Built], path: Path) -> Built:

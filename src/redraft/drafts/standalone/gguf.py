@@ -2,7 +2,7 @@
 
 llama.cpp turns neighbouring components of a head where Hugging Face turns the two halves, so the rows of ``q_proj`` and
 ``k_proj`` are interleaved within each head. Norms are float32, as its kernels expect, everything else keeps the draft's
-own data type. The tokenizer is the target's (:mod:`redraft.export.gguf_tokens`).
+own data type. The tokenizer is the target's (:mod:`redraft.drafts.standalone.gguf_tokens`).
 
 Shape legend: O output rows, I input columns.
 """
@@ -17,15 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from redraft.artifact import atomic_folder, tensors_bytes
-from redraft.drafts.base import Draft
-from redraft.drafts.standalone import StandaloneDraft
-from redraft.drafts.standalone.files import plain_state
+from redraft.artifact import tensors_bytes
+from redraft.drafts.formats.base import Format, TargetInfo, Written
+from redraft.drafts.standalone.folder import OTHER_BYTES
+from redraft.drafts.standalone.gguf_tokens import TokenFields, token_fields
+from redraft.drafts.standalone.module import StandaloneDraft
+from redraft.drafts.standalone.writing import dense_model
 from redraft.errors import UserError
-from redraft.export.base import ExportReport, TargetInfo, checks, holds_standalone
-from redraft.export.gguf_tokens import TokenFields, token_fields
-from redraft.export.standalone import dense_language_model
+from redraft.files import atomic_folder
 from redraft.loading import gguf_of
+from redraft.registries import EXPORTERS
 
 FILE = "model.gguf"
 ARCHITECTURE = "llama"
@@ -45,50 +46,40 @@ LAYER = {
 }
 
 
-@holds_standalone("gguf")
-def export_gguf(
-    draft: Draft | StandaloneDraft, folder: str | Path, target: Any, *, speculative_tokens: int = 5
-) -> ExportReport:
-    """Write a standalone draft as ``model.gguf``, private experts merged; read back before it is in place.
-
-    The tokenizer is copied from the target's own GGUF file where there is one, else written from ``tokenizer.json``.
-    Raises ``UserError`` for a draft of another family or shape, where engines would refuse the pair, and for a
-    tokenizer that llama.cpp has no name for.
-    """
-    folder, info = Path(folder), TargetInfo.of(target)
-    dense, notes = check_gguf(draft, info, speculative_tokens)
-    state = plain_state(dense.model)
-    source = gguf_of(info.name)
-    fields = token_fields(dense.tokenizer, dense.config.draft_vocab_size, source)
-    written = dict(gguf_tensors(dense.model, state))
-    with atomic_folder(folder, tensors_bytes(written) + (16 << 20), {FILE}) as new:
-        _write(new / FILE, dense, info, written, fields)
-        _check_file(new / FILE, written, fields)
-    return ExportReport(
-        "gguf",
-        folder,
-        len(written),
-        sum(tensor.numel() for tensor in state.values()),
-        tensors_bytes(written),
-        merged_private=bool(draft.config.private_width),
-        serve=server_command(source, folder / FILE, speculative_tokens),
-        warnings=(*notes, f"tokenizer: {fields.origin}"),
-    )
+EXPORTERS.register("gguf")(Format("gguf"))
 
 
-@checks("gguf")
-def check_gguf(draft: Any, info: TargetInfo, tokens: int) -> tuple[StandaloneDraft, list[str]]:
-    """The dense language model as llama.cpp computes it, and notes. Raises ``UserError``."""
-    try:
-        import gguf  # noqa: F401
-    except ImportError as error:
-        raise UserError("a GGUF file needs the package gguf: pip install gguf") from error
-    dense, notes = dense_language_model("gguf", draft, info, tokens)
-    check_shape(dense.model.config)
-    for name in plain_state(dense.model):
-        tensor_name(name)
-    token_fields(dense.tokenizer, dense.config.draft_vocab_size, gguf_of(info.name))
-    return dense, notes
+class GgufWriter:
+    """The format ``gguf``: one file, its tokenizer copied from the target's own GGUF file where there is one."""
+
+    def check(self, draft: StandaloneDraft, target: TargetInfo) -> tuple[StandaloneDraft, list[str]]:
+        """The dense language model as llama.cpp computes it. Raises ``UserError`` where it would compute another."""
+        try:
+            import gguf  # noqa: F401
+        except ImportError as error:
+            raise UserError("a GGUF file needs the package gguf: pip install gguf") from error
+        dense = dense_model(draft, target)
+        check_shape(dense.model.config)
+        for name in dense.stored():
+            tensor_name(name)
+        token_fields(dense.tokenizer, dense.config.draft_vocab_size, gguf_of(target.name))
+        return dense, []
+
+    def write(self, dense: StandaloneDraft, folder: Path, target: TargetInfo, tokens: int) -> Written:
+        """Read back before it is in place."""
+        state, source = dense.stored(), gguf_of(target.name)
+        fields = token_fields(dense.tokenizer, dense.config.draft_vocab_size, source)
+        written = dict(gguf_tensors(dense.model, state))
+        with atomic_folder(folder, tensors_bytes(written) + OTHER_BYTES, {FILE}) as new:
+            _write(new / FILE, dense, target, written, fields)
+            _check_file(new / FILE, written, fields)
+        return Written(
+            len(written),
+            sum(tensor.numel() for tensor in state.values()),
+            tensors_bytes(written),
+            server_command(source, folder / FILE, tokens),
+            (f"tokenizer: {fields.origin}",),
+        )
 
 
 def server_command(target: Path | None, draft: Path, tokens: int) -> str:
