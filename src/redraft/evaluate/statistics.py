@@ -20,6 +20,7 @@ Array = npt.NDArray[np.float64]
 Pairs = tuple[npt.ArrayLike, npt.ArrayLike]
 """Numerators and denominators of a ratio, an entry each a prompt."""
 T = TypeVar("T")
+LEVEL = 0.95  # of every interval
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,11 @@ def resample_counts(prompts: int, draws: int, seed: int) -> Array:
 
 
 def _interval(value: float, drawn_D: Array) -> Interval:
-    """The 2.5% and 97.5% points of the finite draws: a resample without a statistic (0/0) says nothing about it."""
+    """Percentiles of the finite draws: a resample whose statistic does not exist (0/0) says nothing about it."""
     finite = drawn_D[np.isfinite(drawn_D)]
     if not finite.size:
         return Interval(float(value), float("nan"), float("nan"))
-    low, high = np.quantile(finite, [0.025, 0.975])
+    low, high = np.quantile(finite, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(float(value), float(low), float(high))
 
 
