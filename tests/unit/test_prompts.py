@@ -11,14 +11,8 @@ from typing import Any
 
 import pytest
 
-from redraft.data.prompts import (
-    Conversation,
-    check_length,
-    prompt_messages,
-    prompt_turns,
-    read_conversations,
-    user_turns,
-)
+from redraft.data.prompts import check_length, prompt_messages, prompt_turns, read_conversations, user_turns
+from redraft.data.shapes import Conversation
 from redraft.errors import UserError
 
 USER = {"role": "user", "content": "how many?"}

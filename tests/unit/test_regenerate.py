@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from redraft.data.generate import Completion, Request
-from redraft.data.prompts import Conversation
 from redraft.data.regenerate import InProcessEngine, RegenerationReport, expected_rows, regenerate
+from redraft.data.shapes import Conversation
 from redraft.data.store import Failure, Row, RowWriter, failures_path, read_rows
 from redraft.errors import UserError
 from redraft.features.store import FeatureStore

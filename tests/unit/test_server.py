@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from redraft.data.generate import Completion
-from redraft.data.prompts import Conversation
 from redraft.data.regenerate import ServerEngine, regenerate
+from redraft.data.shapes import Conversation
 from redraft.data.store import Failure, failures_path, read_rows
 from redraft.errors import UserError
 from redraft.sampling import Sampler

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from redraft.adaptation.questions import suite_prompts
-from redraft.data.prompts import Conversation
+from redraft.data.shapes import Conversation
 from redraft.data.suites import DATA_VARIABLE, load_suite, run_turns
 from redraft.decode.engine import PlainDecoder
 from redraft.errors import UserError

@@ -15,10 +15,12 @@ from typing import Any
 from redraft.adaptation.models import template_prompts
 from redraft.data.answers import UnclearReply, reply_message
 from redraft.data.overlap import refuse_overlap, trained_conversations
-from redraft.data.prompts import Conversation, Message, check_length, read_conversations, template_ids
+from redraft.data.prompts import check_length, read_conversations
+from redraft.data.shapes import Conversation
 from redraft.data.store import read_rows
 from redraft.data.suites import Suite, SuiteItem, load_suite, run_turns
-from redraft.data.turns import RESULTS
+from redraft.data.template import template_ids
+from redraft.data.turns import RESULTS, Message
 from redraft.decode.engine import PlainDecoder
 from redraft.errors import UserError
 from redraft.evaluate.speed import Prompt

@@ -223,10 +223,7 @@ def _joined(before: str, text: str) -> str:
 
 def _joined_end(text: str, behind: str) -> str:
     """The text without the blanks that follow it anyway."""
-    gap = behind[: len(behind) - len(behind.lstrip())]
-    while gap and not text.endswith(gap):
-        gap = gap[:-1]
-    return text[: len(text) - len(gap)] if gap else text
+    return _joined(behind[::-1], text[::-1])[::-1]
 
 
 def _refuse_ends(tokenizer: Any, id: str, response: Sequence[int], ends: Collection[int]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection
 
-from redraft.data.prompts import Conversation
+from redraft.data.shapes import Conversation
 from redraft.data.turns import exchange
 from redraft.errors import UserError
 

@@ -15,28 +15,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from redraft.data.shapes import Conversation, Message, Turns, parse_conversation
-from redraft.data.template import template_ids
-from redraft.data.turns import ASSISTANT, USER
+from redraft.data.shapes import Conversation, Turns, parse_conversation
+from redraft.data.turns import ASSISTANT, USER, Message
 from redraft.errors import UserError
-
-__all__ = [
-    "HUB_PREFIX",
-    "Conversation",
-    "Message",
-    "Turns",
-    "check_length",
-    "file_items",
-    "hub_rows",
-    "parse_conversation",
-    "parse_json",
-    "prompt_messages",
-    "prompt_turns",
-    "read_conversations",
-    "stem_of",
-    "template_ids",
-    "user_turns",
-]
 
 HUB_PREFIX = "datasets:"
 # JSON can write one half of a pair that makes a character; files that were cut in the middle of one do.

@@ -11,9 +11,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from redraft.data.answers import answer_ids
-from redraft.data.prompts import Conversation, Message, check_length, prompt_messages
+from redraft.data.prompts import check_length, prompt_messages
+from redraft.data.shapes import Conversation
 from redraft.data.store import REFERENCE, UNKNOWN, Failure, Row, row_key
-from redraft.data.turns import ASSISTANT, SYSTEM, USER
+from redraft.data.turns import ASSISTANT, SYSTEM, USER, Message
 from redraft.errors import UserError
 
 

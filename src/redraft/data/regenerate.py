@@ -23,10 +23,10 @@ from torch import Tensor
 
 from redraft.data.answers import UnclearReply, reply_message
 from redraft.data.generate import Completion, Request, generate
-from redraft.data.prompts import Conversation, check_length, prompt_messages, template_ids, user_turns
+from redraft.data.prompts import Conversation, check_length, prompt_messages, user_turns
 from redraft.data.server import ServerEngine
 from redraft.data.store import CONTEXT_FULL, Failure, Row, RowWriter, failures_path, row_key, write_failures
-from redraft.data.template import at_moment, date_path, kept_moment, settings_of, writes_date
+from redraft.data.template import at_moment, date_path, kept_moment, settings_of, template_ids, writes_date
 from redraft.data.turns import RESULTS, Message
 from redraft.errors import UserError
 from redraft.sampling import Sampler

@@ -19,7 +19,7 @@ from typing import Any
 
 from redraft.data.generate import Request, generate
 from redraft.data.overlap import SENTINEL, numbers_of, words
-from redraft.data.prompts import Conversation
+from redraft.data.shapes import Conversation
 from redraft.data.store import Row, RowWriter, row_key
 from redraft.data.template import render
 from redraft.data.turns import USER

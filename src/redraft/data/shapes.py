@@ -24,8 +24,6 @@ from redraft.data.turns import (
     text_of,
 )
 
-__all__ = ["Conversation", "Message", "Turns", "parse_conversation"]
-
 TURN_KEYS = ("messages", "conversations", "conversation")
 SYSTEM_KEYS = ("system", "system_prompt", "system_message", "system_instruction")
 ANSWER_KEYS = ("completion", "response", "answer", "output")

@@ -30,8 +30,8 @@ from pathlib import Path
 from typing import Any
 
 from redraft.data.answers import answer_ids, continuation_ids
-from redraft.data.prompts import Turns, file_items, parse_conversation, stem_of
-from redraft.data.shapes import TURN_KEYS, id_of
+from redraft.data.prompts import file_items, stem_of
+from redraft.data.shapes import TURN_KEYS, Turns, id_of, parse_conversation
 from redraft.data.store import TRAFFIC, UNKNOWN, Row
 from redraft.data.template import at_moment, date_matters
 from redraft.data.turns import ASSISTANT, RESULTS, THOUGHTS, USER, excerpt, keys_of, parse_turn

@@ -17,8 +17,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from redraft.data.prompts import HUB_PREFIX, Conversation, Message, prompt_messages, read_conversations, user_turns
-from redraft.data.turns import keys_of
+from redraft.data.prompts import HUB_PREFIX, prompt_messages, read_conversations, user_turns
+from redraft.data.shapes import Conversation
+from redraft.data.turns import Message, keys_of
 from redraft.errors import UserError
 from redraft.registries import SUITES
 

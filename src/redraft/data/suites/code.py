@@ -10,7 +10,7 @@ import re
 import warnings
 from typing import Any
 
-from redraft.data.prompts import Conversation
+from redraft.data.shapes import Conversation
 from redraft.data.suites import SuiteDefinition, last_answer
 from redraft.data.turns import exchange
 from redraft.registries import SUITES

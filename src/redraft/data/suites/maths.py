@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from redraft.data.embedded import maths_conversations
-from redraft.data.prompts import Conversation
+from redraft.data.shapes import Conversation
 from redraft.data.suites import SuiteDefinition
 from redraft.data.turns import exchange
 from redraft.registries import SUITES
