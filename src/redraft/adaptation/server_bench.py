@@ -26,7 +26,7 @@ from redraft.adaptation.questions import Questions
 from redraft.adaptation.steps import TargetSpec, check_output, target_info
 from redraft.artifact import atomic_write_json
 from redraft.data.template import template_record
-from redraft.data.transport import Connection, Passing, Refused, check_address
+from redraft.data.transport import Connection, Refused, Transient, check_address
 from redraft.errors import UserError
 from redraft.evaluate.load import ServerConfig
 from redraft.evaluate.server import Server, bench_servers
@@ -176,7 +176,7 @@ def _wait(process: subprocess.Popen[bytes], url: str, log: Path, seconds: float)
             try:
                 connection.served_models()
                 return
-            except (Passing, Refused):
+            except (Transient, Refused):
                 if process.poll() is not None:
                     raise UserError(f"the server ended with exit code {process.returncode}; {_tail(log)}") from None
                 if time.monotonic() > deadline:

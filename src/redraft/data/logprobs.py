@@ -16,7 +16,7 @@ from typing import Any
 
 from redraft.data.server import ServerEngine
 from redraft.data.store import Failure, Row
-from redraft.data.transport import Passing
+from redraft.data.transport import Transient
 from redraft.errors import UserError
 
 # Rounding may lift the logarithm of a certain token a little above zero.
@@ -65,16 +65,16 @@ class TopEngine(ServerEngine):
         found = read_tops(self._connection.json("POST", "/v1/completions", body), row, self.url)
         highest, size = max(map(max, found[0])), self.vocab_size
         if size is not None and highest >= size:
-            raise Passing(f"log-probabilities of token id {highest}, and the target's vocabulary has {size}")
+            raise Transient(f"log-probabilities of token id {highest}, and the target's vocabulary has {size}")
         return found
 
 
 def read_tops(value: dict[str, Any], row: Row, url: str) -> Top:
-    """The figures in a server's answer. Raises ``UserError`` where it has none, ``Passing`` where they do not fit."""
+    """The figures in a server's answer. Raises ``UserError`` where it has none, ``Transient`` where they do not fit."""
     try:
         found = value["choices"][0].get("prompt_logprobs")
     except (KeyError, IndexError, TypeError, AttributeError):
-        raise Passing("an answer without choices") from None
+        raise Transient("an answer without choices") from None
     if found is None:
         raise UserError(
             f"the server at {url} gives no log-probabilities of a prompt; use one that does (vLLM), or train on its "
@@ -86,11 +86,11 @@ def read_tops(value: dict[str, Any], row: Row, url: str) -> Top:
         if any(i < 0 or x > MOST_LOGPROB for entry in entries for i, x in entry.items()):
             raise ValueError
     except (TypeError, ValueError, OverflowError, AttributeError, KeyError):
-        raise Passing("log-probabilities in no known form") from None
+        raise Transient("log-probabilities in no known form") from None
     # JSON has no infinity: a token that cannot be comes as the least number there is, or not at all.
     likely = [{i: x for i, x in entry.items() if math.isfinite(x)} for entry in entries]
     if len(likely) != len(row.response_ids) - 1 or not all(likely):
-        raise Passing(f"log-probabilities of {len(likely)} tokens where {len(row.response_ids) - 1} were asked for")
+        raise Transient(f"log-probabilities of {len(likely)} tokens where {len(row.response_ids) - 1} were asked for")
     return [list(entry) for entry in likely], [list(entry.values()) for entry in likely]
 
 

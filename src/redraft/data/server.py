@@ -25,8 +25,8 @@ from redraft.data.generate import Completion, Request
 from redraft.data.store import FINISH_REASONS, Failure
 from redraft.data.transport import (
     Connection,
-    Passing,
     Refused,
+    Transient,
     answer_ids,
     check_prompt,
     completion_body,
@@ -133,15 +133,15 @@ class ServerEngine:
             return self._persist(lambda: attempt(item))
         except Refused as error:
             return Failure(key, str(error))
-        except Passing as error:
+        except Transient as error:
             return Failure(key, f"{error}, {self.attempts} attempts", permanent=False)
 
     def _persist(self, attempt: Callable[[], Outcome]) -> Outcome:
-        """The attempt's result; it is repeated with growing pauses while it raises ``Passing``."""
+        """The attempt's result; it is repeated with growing pauses while it raises ``Transient``."""
         for number in range(self.attempts):
             try:
                 return attempt()
-            except Passing:
+            except Transient:
                 pause = min(LONGEST_PAUSE, self.backoff * 2**number)
                 if number + 1 == self.attempts or self._stop.wait(pause):
                     raise
@@ -150,7 +150,7 @@ class ServerEngine:
     def _served_model(self) -> str:
         try:
             names = self._persist(self._connection.served_models)
-        except (Passing, Refused) as error:
+        except (Transient, Refused) as error:
             raise UserError(f"the server at {self.url} cannot be used: {error}; is it up?") from error
         return self._connection.the_model(names)
 
@@ -167,16 +167,16 @@ def read_completion(
 ) -> Completion:
     """The completion in a server's answer; ids must lie below ``vocab_size`` (by default the tokenizer's).
 
-    With ``open_end`` a response whose end token nobody names comes without one; else it is refused. Raises ``Passing``
+    With ``open_end`` a response whose end token nobody names comes without one; else it is refused. Raises ``Transient``
     for an answer that makes no sense, ``Refused`` when text cannot be turned back into exact
     token ids, ``UserError`` when the server did not take the prompt as it was sent.
     """
     choice = first_choice(value)
     if choice is None:
-        raise Passing(f"an answer without choices: {excerpt(str(value))!r}")
+        raise Transient(f"an answer without choices: {excerpt(str(value))!r}")
     reason = choice.get("finish_reason")
     if reason not in FINISH_REASONS:
-        raise Passing(f"an answer with the finish reason {excerpt(repr(reason))}")
+        raise Transient(f"an answer with the finish reason {excerpt(repr(reason))}")
     check_prompt(choice, value, request)
     ids = answer_ids(choice)
     if ids is None:
@@ -184,14 +184,14 @@ def read_completion(
             raise Refused("the server cut the text at a stop string, so its last tokens are lost; start it without any")
         ids = exact_ids(choice.get("text"), counted(value, "completion_tokens", max_new_tokens + 1), reason, tokenizer)
     if len(ids) > max_new_tokens + 1:
-        raise Passing(f"an answer of {len(ids)} tokens where at most {max_new_tokens} were asked for")
+        raise Transient(f"an answer of {len(ids)} tokens where at most {max_new_tokens} were asked for")
     ids, reason = _ended(ids, reason, choice, eos_ids)
     if reason == "stop" and ids[-1] not in (*eos_ids, _stopped_at(choice)) and not open_end:
         raise Refused(f"the server does not say at which of the end tokens {', '.join(map(str, eos_ids))} it stopped")
     size = len(tokenizer) if vocab_size is None else vocab_size
     wrong = next((i for i in ids if not 0 <= i < size), None)
     if wrong is not None:
-        raise Passing(f"an answer with token id {excerpt(str(wrong))}, and the target's vocabulary has {size}")
+        raise Transient(f"an answer with token id {excerpt(str(wrong))}, and the target's vocabulary has {size}")
     _check_vocabulary(choice.get("text"), ids, tokenizer)
     # A response that ends exactly at the limit may come without its end token; the limit is what ended it then.
     return Completion(request, ids[:max_new_tokens], reason if len(ids) <= max_new_tokens else "length")
@@ -216,7 +216,7 @@ def _ended(ids: list[int], reason: str, choice: dict[str, Any], eos_ids: Sequenc
             "an empty answer, and the server does not say which end token it is; use one that gives token ids"
         )
     if not ids:
-        raise Passing("an answer of 0 tokens")
+        raise Transient("an answer of 0 tokens")
     return ids, reason
 
 
@@ -227,7 +227,7 @@ def exact_ids(text: Any, completion_tokens: int | None, reason: str, tokenizer: 
     or without the end token). Raises ``Refused`` otherwise.
     """
     if not isinstance(text, str):
-        raise Passing("an answer with neither token ids nor text")
+        raise Transient("an answer with neither token ids nor text")
     ids = list(tokenizer.encode(text, add_special_tokens=False))
     counts = {len(ids), len(ids) + 1} if reason == "stop" else {len(ids)}
     # U+FFFD stands for bytes that did not make a character: what they were is lost

@@ -29,7 +29,7 @@ STREAM_END = "[DONE]"
 ENCODING = "utf-8"
 
 
-class Passing(Exception):
+class Transient(Exception):
     """A fault that the next attempt may not meet."""
 
 
@@ -118,14 +118,14 @@ class Connection:
             ) from None
 
     def close(self) -> None:
-        """Close the client; requests under way in other threads end with ``Passing``."""
+        """Close the client; requests under way in other threads end with ``Transient``."""
         if self._client is not None:
             self._client.close()
 
     def text(self, method: str, path: str, body: dict[str, Any] | None = None) -> str:
         """The answer's text, read as UTF-8.
 
-        Raises ``Passing``, ``Refused``, and ``UserError`` where no request can ever succeed.
+        Raises ``Transient``, ``Refused``, and ``UserError`` where no request can ever succeed.
         """
         with self._reaching("no connection"):
             response = self._client.request(method, path, json=body)
@@ -140,7 +140,7 @@ class Connection:
     def events(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """The JSON objects of a server-sent event stream, as they arrive, up to its end mark.
 
-        Raises as :meth:`text` does, and ``Passing`` when the stream breaks off before its end mark.
+        Raises as :meth:`text` does, and ``Transient`` when the stream breaks off before its end mark.
         """
         with self._reaching("the connection broke"), self._client.stream("POST", path, json=body) as response:
             response.encoding = ENCODING
@@ -154,20 +154,20 @@ class Connection:
                     return
                 if data:
                     yield self._object(data)
-        raise Passing("the stream broke off before its end")
+        raise Transient("the stream broke off before its end")
 
     @contextmanager
     def _reaching(self, fault: str) -> Iterator[None]:
-        """``Passing`` for what the network does; ``fault`` is what it is called but for a time-out."""
+        """``Transient`` for what the network does; ``fault`` is what it is called but for a time-out."""
         import httpx
 
         try:
             yield
         except httpx.TimeoutException as error:
-            raise Passing(f"no answer within {self.timeout:g} s") from error
+            raise Transient(f"no answer within {self.timeout:g} s") from error
         except (httpx.HTTPError, httpx.InvalidURL, UnicodeError, RuntimeError) as error:
             # RuntimeError: the client was closed under this thread; UnicodeError: sent on to a host that is none
-            raise Passing(f"{fault}: {error or type(error).__name__}") from error
+            raise Transient(f"{fault}: {error or type(error).__name__}") from error
 
     def served_models(self) -> list[str]:
         """Names of the models the server lists. Raises as :meth:`text`, and ``UserError`` for a list that is none."""
@@ -185,7 +185,7 @@ class Connection:
 
     def _check(self, status: int, path: str, text: str) -> None:
         if status >= 500 and status not in FATAL_STATUS or status in RETRIED_STATUS:
-            raise Passing(f"status {status}")
+            raise Transient(f"status {status}")
         said = self.shown(text)
         if status in (401, 403):
             said += f"; {'is' if self._key else 'set'} the server's key in the environment variable {KEY_VARIABLE}"
@@ -199,11 +199,11 @@ class Connection:
         try:
             value = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise Passing(f"an answer that is not JSON: {self.shown(text)!r}") from error
+            raise Transient(f"an answer that is not JSON: {self.shown(text)!r}") from error
         if not isinstance(value, dict):
-            raise Passing(f"an answer that is no JSON object: {self.shown(text)!r}")
+            raise Transient(f"an answer that is no JSON object: {self.shown(text)!r}")
         if value.get("error"):
-            raise Passing(f"the server reports {self.shown(str(value['error']))!r}")
+            raise Transient(f"the server reports {self.shown(str(value['error']))!r}")
         return value
 
 
@@ -232,7 +232,7 @@ def completion_body(request: Request, model: str | None, max_new_tokens: int) ->
 
 
 def counted(value: dict[str, Any], name: str, most: int | None = None) -> int | None:
-    """A count of the server's ``usage``, where the answer has one. Raises ``Passing`` for one that cannot be.
+    """A count of the server's ``usage``, where the answer has one. Raises ``Transient`` for one that cannot be.
 
     ``most`` is the highest that can be.
     """
@@ -241,7 +241,7 @@ def counted(value: dict[str, Any], name: str, most: int | None = None) -> int | 
     if count is None:
         return None
     if not isinstance(count, int) or isinstance(count, bool) or count < 0 or (most is not None and count > most):
-        raise Passing(f"an answer whose {name} is {excerpt(str(count))}")
+        raise Transient(f"an answer whose {name} is {excerpt(str(count))}")
     return count
 
 
@@ -253,18 +253,18 @@ def first_choice(value: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def answer_text(choice: dict[str, Any]) -> str:
-    """The text of a choice; empty in one without. Raises ``Passing`` where it is no text."""
+    """The text of a choice; empty in one without. Raises ``Transient`` where it is no text."""
     text = choice.get("text")
     if text is not None and not isinstance(text, str):
-        raise Passing(f"an answer whose text is {excerpt(repr(text))}")
+        raise Transient(f"an answer whose text is {excerpt(repr(text))}")
     return text or ""
 
 
 def answer_ids(choice: dict[str, Any]) -> list[int] | None:
-    """The token ids of a choice; None in one without. Raises ``Passing`` where they are no ids."""
+    """The token ids of a choice; None in one without. Raises ``Transient`` where they are no ids."""
     ids = choice.get("token_ids")
     if ids is not None and not (isinstance(ids, list) and all(type(i) is int and i >= 0 for i in ids)):
-        raise Passing("an answer whose token ids are no list of numbers")
+        raise Transient("an answer whose token ids are no list of numbers")
     return ids
 
 

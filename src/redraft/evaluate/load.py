@@ -19,8 +19,8 @@ from typing import Any
 from redraft.data.generate import Request
 from redraft.data.transport import (
     Connection,
-    Passing,
     Refused,
+    Transient,
     answer_ids,
     answer_text,
     check_prompt,
@@ -159,7 +159,7 @@ class Session:
             self._find_mode(prompts[0])
             self.engine = self.read().prefix
             self.version = self._version()
-        except (Passing, Refused) as error:
+        except (Transient, Refused) as error:
             self.close()
             raise UserError(f"the server {self.where} cannot be used: {error}; is it up?") from error
         except BaseException:
@@ -203,7 +203,7 @@ class Session:
         """The engine's version where it tells; None is no fault."""
         try:
             found = self.connection.json("GET", VERSION_PATHS[self.engine]).get("version")
-        except (KeyError, Passing, Refused, UserError):
+        except (KeyError, Transient, Refused, UserError):
             return None
         return str(found) if found else None
 
@@ -217,7 +217,7 @@ class Session:
         except (UserError, Refused):  # a status such as 404 or 401: it has none, or none for us
             self._metrics = False
             return Reading()
-        except Passing as error:
+        except Transient as error:
             raise UserError(f"the server {self.where} does not give its counters: {error}") from error
         return parse_metrics(text)
 
@@ -240,7 +240,7 @@ class Session:
         began = time.perf_counter()
         try:
             return self._ask(prompt, index, max_new_tokens or self.config.max_new_tokens)
-        except (Passing, Refused) as error:
+        except (Transient, Refused) as error:
             return Answer(seconds=time.perf_counter() - began, fault=str(error))
 
     def _ask(self, prompt: Prompt, index: int, max_new_tokens: int) -> Answer:
@@ -345,7 +345,7 @@ def paired(sessions: Sequence[Session], prompts: Sequence[Prompt], done: Done | 
 def _read(events: Iterable[dict[str, Any]], body: dict[str, Any], request: Request, began: float) -> Answer:
     """The answer in the events of a stream, or in the one object of a server that does not stream.
 
-    Raises ``Passing`` for half an answer, ``Refused`` for one without token counts.
+    Raises ``Transient`` for half an answer, ``Refused`` for one without token counts.
     """
     what = "stream" if body["stream"] else "answer"
     texts: list[str] = []
@@ -370,11 +370,11 @@ def _read(events: Iterable[dict[str, Any]], body: dict[str, Any], request: Reque
         finished = finished or choice.get("finish_reason") is not None
     seconds = time.perf_counter() - began
     if not finished:
-        raise Passing(f"half an answer: the {what} ended without a finish reason")
+        raise Transient(f"half an answer: the {what} ended without a finish reason")
     tokens = len(ids) if tokens is None and with_ids else tokens
     if tokens is None:
         raise Refused(f"the {what} has neither usage nor token ids; the speed of this server cannot be told")
     if tokens < 1 or (body["stream"] and not times):
-        raise Passing("an answer without tokens")
+        raise Transient("an answer without tokens")
     first, last = (times[0], times[-1]) if body["stream"] else (None, None)
     return Answer(tokens, seconds, first, last, "".join(texts), ids if with_ids else None)
