@@ -167,9 +167,9 @@ def read_completion(
 ) -> Completion:
     """The completion in a server's answer; ids must lie below ``vocab_size`` (by default the tokenizer's).
 
-    With ``open_end`` a response whose end token nobody names comes without one; else it is refused. Raises ``Transient``
-    for an answer that makes no sense, ``Refused`` when text cannot be turned back into exact
-    token ids, ``UserError`` when the server did not take the prompt as it was sent.
+    With ``open_end`` a response whose end token nobody names comes without one; else it is refused. Raises
+    ``Transient`` for an answer that makes no sense, ``Refused`` when text cannot be turned back into exact token ids,
+    ``UserError`` when the server did not take the prompt as it was sent.
     """
     choice = first_choice(value)
     if choice is None:
