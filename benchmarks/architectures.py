@@ -20,6 +20,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from batched import BatchedChainDecoder
 from safetensors.torch import load_file
 
 from redraft import provenance
@@ -29,14 +30,13 @@ from redraft.adaptation.models import open_draft
 from redraft.artifact import atomic_write_json, atomic_write_text
 from redraft.data.generate import Request, generate
 from redraft.data.store import Row
-from redraft.decode.batched import BatchedChainDecoder
 from redraft.decode.engine import ChainDecoder
 from redraft.decode.tree import StaticTree
 from redraft.decode.tree_engine import TreeDecoder
 from redraft.drafts.eagle3 import fresh_draft
 from redraft.drafts.files import save_draft
 from redraft.errors import UserError
-from redraft.features.store import FeatureStore
+from redraft.features import FeatureStore
 from redraft.loading import quiet
 from redraft.sampling import Sampler
 from redraft.target import Target

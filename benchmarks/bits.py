@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from redraft import provenance
-from redraft.adaptation.stages import half
+from redraft.adaptation.core import half
 from redraft.adaptation.study.cells import measure, private_bytes
 from redraft.adaptation.study.config import read_study
 from redraft.adaptation.study.entries import Cell
 from redraft.adaptation.study.run import StudyRun
-from redraft.adaptation.study.shared import TargetWork
 from redraft.artifact import atomic_write_json, read_json
 from redraft.drafts.files import load_draft
 from redraft.drafts.groups import trainable_names
@@ -81,7 +80,7 @@ def result_of(options: argparse.Namespace) -> dict[str, Any]:
     config = read_study(options.config)
     run = StudyRun(config, options.study)
     target = options.target or next(iter(config.targets))
-    work = TargetWork(target, options.study, config, run.ledger, lambda *_: None, run.bases)
+    work = run.work(target)
     asked = cells_of(run, target, options.method)
     cells = [cell for cell in asked if (run.record_path(cell).parent / "draft").is_dir()]
     if not cells:

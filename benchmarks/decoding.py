@@ -23,15 +23,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from batched import BatchedChainDecoder
 
 from redraft import provenance
 from redraft.adaptation.models import open_draft, open_target, template_prompts
 from redraft.artifact import atomic_write_json
 from redraft.data.embedded import maths_conversations
 from redraft.decode.auto import measure_costs
-from redraft.decode.batched import BatchedChainDecoder
-from redraft.decode.engine import ChainDecoder, DraftCache
+from redraft.decode.engine import ChainDecoder
 from redraft.decode.tree import ChainShape, DynamicTree, Shape, StaticTree, Topology, parse_shape
+from redraft.drafts.eagle.proposer import DraftCache
 from redraft.drafts.eagle3 import Eagle3Draft
 from redraft.evaluate.speed import BenchConfig, bench
 from redraft.target import Target

@@ -46,7 +46,8 @@ from redraft.drafts.groups import prepare
 from redraft.drafts.methods import PrivateSize
 from redraft.errors import UserError
 from redraft.evaluate.speed import tau_interval
-from redraft.features.store import FeatureStore, anchors
+from redraft.features import FeatureStore
+from redraft.rows import anchors
 from redraft.starts.apply import StartContext, apply_start
 from redraft.starts.vocabulary import coverage
 from redraft.target import Target

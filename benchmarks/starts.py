@@ -28,7 +28,8 @@ from redraft.drafts.base import Draft
 from redraft.errors import UserError
 from redraft.evaluate.speed import tau_interval
 from redraft.evaluate.statistics import paired_difference
-from redraft.features.store import FeatureStore, anchors
+from redraft.features import FeatureStore
+from redraft.rows import anchors
 from redraft.starts.apply import StartContext, apply_start
 from redraft.starts.leastsquares import RATIOS
 from redraft.starts.ridge import moments, resolved

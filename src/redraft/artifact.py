@@ -44,14 +44,18 @@ def tensors_bytes(state: Mapping[str, Tensor]) -> int:
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """Every tensor of one safetensors file, on the CPU. Raises ``UserError`` when it is missing or damaged."""
-    path = Path(path)
-    if not path.is_file():
+    if not Path(path).is_file():
         raise UserError(f"{path} does not exist")
+    return _whole_file(path, "not a whole safetensors file", "copy or download it again")[0]
+
+
+def _whole_file(path: str | Path, fault: str, mend: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file and the texts of its header. Raises ``UserError``."""
     try:
         with safe_open(str(path), framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is not a whole safetensors file ({error}); copy or download it again") from error
+        raise UserError(f"{path} is {fault} ({error}); {mend}") from error
 
 
 def read_pickled(path: str | Path) -> dict[str, Tensor]:
@@ -113,13 +117,8 @@ def read_checked(path: str | Path, mend: str) -> dict[str, Tensor]:
 
     Raises ``UserError`` that names the file, and says with ``mend`` what to do, when it is missing or damaged.
     """
-    path = Path(path)
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            stored = (file.metadata() or {}).get(CHECKSUM)
-            found = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is missing or damaged ({error}); {mend}") from error
+    found, header = _whole_file(path, "missing or damaged", mend)
+    stored = header.get(CHECKSUM)
     if stored is not None and stored != tensors_hash(found):
         raise UserError(f"{path} is damaged: it no longer holds what was written; {mend}")
     return found

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from redraft import artifact
 from redraft.drafts.eagle3.maps import read_maps
 from redraft.drafts.formats.base import TargetInfo
-from redraft.drafts.opening import read_draft
+from redraft.drafts.opening import family_at, read_draft
 from redraft.errors import UserError
 from redraft.registries import EXPORTERS
 
@@ -56,7 +56,9 @@ def test_other_kinds_of_checkpoint_are_refused(tmp_path):
         read_draft(tmp_path / "v", TARGET)
     EXPORTERS.get("plain")(make(), tmp_path / "p", TARGET)
     rewrite(tmp_path / "p", architectures=["LlamaForCausalLM"])
-    with pytest.raises(UserError, match="a dense Eagle3 draft has one of"):
+    assert not family_at(tmp_path / "p").reads_states
+    rewrite(tmp_path / "p", architectures=["MixtralEagle3Draft"], num_local_experts=4)
+    with pytest.raises(UserError, match="4, a mixture of experts; .*LlamaForCausalLMEagle, LlamaForCausalLMEagle3,"):
         read_draft(tmp_path / "p", TARGET)
 
 

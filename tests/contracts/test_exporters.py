@@ -23,7 +23,6 @@ from redraft.drafts.formats.base import check_export
 from redraft.drafts.opening import read_draft
 from redraft.drafts.standalone import StandaloneDraft
 from redraft.errors import UserError
-from redraft.export.base import CHECKS
 from redraft.registries import EXPORTERS
 
 SHARED = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("export_families.py"))))
@@ -97,8 +96,9 @@ def test_a_format_that_does_not_hold_a_draft_refuses_it_by_one_line(tmp_path, fa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_every_exporter_can_be_asked_before_it_writes():
-    assert set(CHECKS) == set(EXPORTERS.names())
+def test_every_format_is_one_of_a_family():
+    known = [name for _, family in registries.FAMILIES.items() for name in family.writers]
+    assert set(known) == set(EXPORTERS.names())
 
 
 @each_format

@@ -18,14 +18,12 @@ from redraft.drafts.experts import attach_private, is_private
 from redraft.drafts.standalone import StandaloneDraft
 from redraft.drafts.standalone.shapes import fresh_standalone, shape_for
 from redraft.errors import UserError
-from redraft.export.base import STANDALONE_FORMATS
-from redraft.registries import EXPORTERS
+from redraft.registries import EXPORTERS, FAMILIES
 from redraft.target import Target
 
 pytest.importorskip("gguf")
 
-EXPORTERS.items()  # imports every format
-FORMATS = sorted(STANDALONE_FORMATS)
+FORMATS = sorted(FAMILIES.get("standalone").writers)
 ROWS = 300
 IDS = torch.arange(4, 24)[None]
 LLAMA3 = runpy.run_path(str(Path(__file__).parents[1] / "tiny_drafts.py"))["LLAMA3"]

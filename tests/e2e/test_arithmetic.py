@@ -16,6 +16,7 @@ from redraft import arithmetic
 from redraft.adaptation.adapt import AdaptRun
 from redraft.adaptation.config import parse_config
 from redraft.adaptation.probe import probe
+from redraft.adaptation.runs import supervised_rows
 from redraft.evaluate.speed import Prompt
 
 PRODUCTS = ("mm", "linear", "matmul", "dot_product", "einsum", "mkldnn")
@@ -63,7 +64,7 @@ def adapted(config: Any) -> Products:
         run.select()
         run.train()
         run.export()
-        prompts = [Prompt(row.id, list(row.prompt_ids)) for row in run.rows(run.source.heldout)[:2]]
+        prompts = [Prompt(row.id, list(row.prompt_ids)) for row in supervised_rows(run.source.heldout)[:2]]
         probe(run.target, run.aligned, prompts, 3, 12)
     return found
 

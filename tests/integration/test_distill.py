@@ -13,15 +13,15 @@ import typer
 from tokenizers import AddedToken
 from typer.testing import CliRunner
 
-from redraft.adaptation.distill import DistillRun, served_target
+from redraft.adaptation.distill import DistillRun
 from redraft.adaptation.distill_config import read_distill_config
 from redraft.adaptation.models import open_proposer
 from redraft.cli import distill as command
 from redraft.data.store import read_rows
 from redraft.drafts.files import META_FILE
 from redraft.errors import UserError
-from redraft.loading import load_target
-from redraft.target import Target
+from redraft.loading import load_target, read_facts
+from redraft.target import Facts, Target
 from redraft.train.checkpoint import Checkpoint
 
 HERE = Path(__file__).parents[1]
@@ -149,7 +149,7 @@ def test_a_server_alone(place: Path, tmp_path: Path) -> None:
     values = settings(place, tmp_path / "run", target=str(bare), server_only=True, server=fake.url, embeddings="random")
     values |= {"teacher": "tokens", "loss": "kl", "batch_size": 2, "exports": ()}
     job, record, _ = run(values)
-    assert record["align"]["steps"] > 0 and isinstance(job.target, Target)
+    assert record["align"]["steps"] > 0 and type(job.target) is Facts
     assert not list((tmp_path / "run").glob("features*"))
     rows = read_rows(tmp_path / "run" / "responses.jsonl")
     assert rows[0].target_hash.startswith("served-")
@@ -210,7 +210,7 @@ def test_another_tokenizer_is_refused(place: Path, tmp_path: Path) -> None:
 
 
 def test_a_served_target_has_the_shape_of_the_real_one(place: Path) -> None:
-    served, real = served_target(str(place / "target"), "cpu"), load_target(str(place / "target"))
+    served, real = read_facts(str(place / "target")), load_target(str(place / "target"))
     assert served.parameters_per_token == real.parameters_per_token and served.vocab_size == real.vocab_size
     assert served.eos_ids == real.eos_ids and served.device == torch.device("cpu")
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from batched import BatchedChainDecoder
 from transformers import AutoModelForCausalLM
 
 from redraft.adaptation.auto import auto_shape, run_lengths
@@ -17,9 +18,9 @@ from redraft.adaptation.models import open_draft, open_proposer
 from redraft.adaptation.probe import acceptance, greedy_rows, probe
 from redraft.adaptation.steps import export_folder, merge_folder, target_info
 from redraft.artifact import tensors_hash
-from redraft.decode import make_decoder
 from redraft.decode.auto import chain_tau, measure_costs, pick_shape
-from redraft.decode.batched import BatchedChainDecoder
+from redraft.decode.engine import ChainDecoder
+from redraft.decode.make import make_decoder
 from redraft.decode.tree import ChainShape
 from redraft.drafts.experts import attach_private, is_private, private_names
 from redraft.drafts.files import load_draft, save_draft, save_private
@@ -151,16 +152,14 @@ def test_only_chains_are_tried(target, half):
 
 
 def test_timed_rounds_all_start_from_the_same_state(target, half, monkeypatch):
-    from redraft.decode.standalone import StandaloneDecoder
-
     seen: set[tuple[int, int, int]] = set()
-    before = StandaloneDecoder.round
+    before = ChainDecoder.round
 
-    def watched(self, last, ids_T, taps_T, draft_cache, cache, room, uniforms):
-        seen.add((draft_cache.length, draft_cache.verified, cache.length))
-        return before(self, last, ids_T, taps_T, draft_cache, cache, room, uniforms)
+    def watched(self, request):
+        seen.add((request.proposer.cache.length, request.proposer.verified, request.cache.length))
+        return before(self, request)
 
-    monkeypatch.setattr(StandaloneDecoder, "round", watched)
+    monkeypatch.setattr(ChainDecoder, "round", watched)
     prompt = PROMPTS[0].ids
     costs = measure_costs(target, half, prompt, (1, 3), repeats=3)
     assert seen == {(len(prompt), len(prompt), len(prompt))}

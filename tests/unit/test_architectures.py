@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from batched import BatchedChainDecoder
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from redraft.data.generate import Request, generate
-from redraft.decode.batched import BatchedChainDecoder
 from redraft.decode.engine import PlainDecoder
 from redraft.decode.static import StaticTarget
 from redraft.drafts.eagle1 import fresh_eagle1

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from batched import BatchedChainDecoder
 
-from redraft.decode.batched import BatchedChainDecoder
 from redraft.decode.engine import ChainDecoder, PlainDecoder
 from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
 from redraft.errors import UserError

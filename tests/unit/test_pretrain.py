@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 
 from redraft.data.packed import PackedText, TextSource
+from redraft.drafts.standalone import causal as causal_module
+from redraft.drafts.standalone.causal import CausalModel
 from redraft.errors import UserError
-from redraft.train import causal as causal_module
-from redraft.train.causal import CausalModel
 from redraft.train.checkpoint import Checkpoint
 from redraft.train.pretrain import PretrainConfig, perplexity, pretrain
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import LlamaConfig
 
 from redraft.data.generate import Completion
 from redraft.data.regenerate import ServerEngine, regenerate
@@ -17,6 +18,7 @@ from redraft.data.shapes import Conversation
 from redraft.data.store import Failure, failures_path, read_rows
 from redraft.errors import UserError
 from redraft.sampling import Sampler
+from redraft.target import Facts
 
 pytest.importorskip("httpx")
 RIG = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("engine_rig.py"))))
@@ -218,8 +220,12 @@ def test_a_server_that_changes_the_prompt_is_refused(loopback: Loopback, tiny_to
 TALKS = [Conversation(f"t{i}", [{"role": "user", "content": f"question {i}"}]) for i in range(20)]
 
 
+def known(tokenizer: Any) -> Facts:
+    return Facts("served", LlamaConfig(max_position_embeddings=512, eos_token_id=2), tokenizer)
+
+
 def run(loopback: Loopback, tokenizer: Any, path: Path, **settings: Any) -> Any:
-    return regenerate(loopback.engine(**settings), TALKS, tokenizer, [Sampler()], path, 8, 0, "cafe")
+    return regenerate(loopback.engine(**settings), TALKS, known(tokenizer), [Sampler()], path, 8)
 
 
 def test_a_server_that_dies_half_way(loopback: Loopback, tiny_tokenizer: Any, tmp_path: Path) -> None:
@@ -289,4 +295,4 @@ def test_rows_that_a_full_context_cut_are_kept(loopback: Loopback, tiny_tokenize
     again = run(loopback, tiny_tokenizer, path)
     assert (again.kept, again.new, len(loopback.bodies)) == (20, 0, asked) and read_rows(path) == rows
     with pytest.raises(UserError, match="another number of new tokens"):
-        regenerate(loopback.engine(), TALKS, tiny_tokenizer, [Sampler()], path, 2, 0, "cafe")
+        regenerate(loopback.engine(), TALKS, known(tiny_tokenizer), [Sampler()], path, 2)

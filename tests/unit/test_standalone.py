@@ -12,20 +12,15 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from redraft.acceptance.standalone import (
-    expected_rounds_standalone,
-    run_lengths,
-    simulate_greedy_standalone,
-    target_probabilities,
-)
+from redraft.acceptance.simulate import expected_rounds_sampled, simulate_greedy_chain
 from redraft.adaptation.models import open_proposer
 from redraft.artifact import tensors_hash
 from redraft.data.store import Row
-from redraft.decode import make_decoder
-from redraft.decode.engine import PlainDecoder
-from redraft.decode.standalone import StandaloneDecoder
+from redraft.decode.engine import ChainDecoder, PlainDecoder
+from redraft.decode.make import make_decoder
 from redraft.decode.static import StaticTarget
 from redraft.decode.tree import parse_shape
+from redraft.drafts.chances import run_lengths
 from redraft.drafts.experts import attach_private, is_private, merge_private, private_names
 from redraft.drafts.files import load_draft, load_private, save_draft, save_private
 from redraft.drafts.standalone import StandaloneDraft, untrained
@@ -102,8 +97,6 @@ def test_all_layers_of_the_target_are_the_target(tiny_target):
     assert torch.equal(half.model.model.layers[1].mlp.up_proj.weight, expected)
     with pytest.raises(UserError, match="layers 0 to 2"):
         fresh_standalone(target, layers=[3])
-    with pytest.raises(UserError, match="its own widths"):
-        fresh_standalone(target, shape_for(target, "1/3"), layers=[0])
 
 
 def test_starts_follow_the_seed_and_the_targets_tables(target):
@@ -223,17 +216,17 @@ def test_another_tokenizer_is_refused_with_the_first_difference(target):
     draft.tokenizer = copy.deepcopy(target.tokenizer)
     draft.tokenizer.add_tokens(["extra"])
     with pytest.raises(UserError, match="another tokenizer"):
-        StandaloneDecoder(target, draft)
+        ChainDecoder(target, draft)
     wide = copy.deepcopy(target.config)
     wide.vocab_size = 4096
     with pytest.raises(UserError, match="the target's own tokenizer"):
-        StandaloneDecoder(target, StandaloneDraft(AutoModelForCausalLM.from_config(wide)))
+        ChainDecoder(target, StandaloneDraft(AutoModelForCausalLM.from_config(wide)))
 
 
 # -- decoding ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", ["fresh", "wrong", "half", "copy"])
 def test_greedy_output_is_plain_decoding_token_for_token(kind, target):
-    plain, chain = PlainDecoder(target), StandaloneDecoder(target, make(kind, target), gamma=3)
+    plain, chain = PlainDecoder(target), ChainDecoder(target, make(kind, target), gamma=3)
     for prompt in prompts(4):
         expected, got = plain.generate(prompt, 30), chain.generate(prompt, 30)
         assert got.ids == expected.ids and got.finish_reason == expected.finish_reason
@@ -247,23 +240,23 @@ def test_greedy_output_is_plain_decoding_token_for_token(kind, target):
     ids=lambda x: x if isinstance(x, str) else x.describe(),
 )
 def test_sampled_output_follows_the_target(kind, sampler, target):
-    decoder = StandaloneDecoder(target, make(kind, target), gamma=2, sampler=sampler)
+    decoder = ChainDecoder(target, make(kind, target), gamma=2, sampler=sampler)
     assert TOYS.pairs_misfit(decoder, [5, 9, 70], 300) < 4.5
 
 
 def test_the_drafts_cache_holds_what_a_pass_over_the_text_would_give(target):
     """Kept guesses, roll-back and refeeding leave the very keys of the verified text."""
-    decoder = StandaloneDecoder(target, make("half", target), gamma=4)
-    caches = []
-    new = decoder.new_caches
-    decoder.new_caches = lambda tokens: caches.append(new(tokens)) or caches[-1]
+    decoder = ChainDecoder(target, make("half", target), gamma=4)
+    proposers = []
+    new = decoder.new_proposer
+    decoder.new_proposer = lambda tokens: proposers.append(new(tokens)) or proposers[-1]
     prompt = prompts(1)[0]
     ids = [*prompt, *decoder.generate(prompt, 25).ids]
-    known = caches[0][1].verified
-    fresh = new(len(ids))[1]
+    known = proposers[0].verified
+    fresh = new(len(ids)).cache
     with torch.inference_mode():
         decoder.draft.states(torch.tensor([ids[:known]]), fresh)
-    for mine, other in zip(caches[0][1].layers, fresh.layers, strict=True):
+    for mine, other in zip(proposers[0].cache.layers, fresh.layers, strict=True):
         assert torch.allclose(mine.keys[:, :, :known], other.keys[:, :, :known], atol=1e-5)
 
 
@@ -272,7 +265,7 @@ def test_accepted_counts_are_those_of_assisted_generation(target, monkeypatch):
 
     gamma, counts = 3, []
     draft = make("half", target)
-    decoder = StandaloneDecoder(target, draft, gamma)
+    decoder = ChainDecoder(target, draft, gamma)
     assistant = draft.model
     assistant.generation_config.num_assistant_tokens = gamma
     assistant.generation_config.num_assistant_tokens_schedule = "constant"
@@ -304,7 +297,7 @@ def test_accepted_counts_are_those_of_assisted_generation(target, monkeypatch):
 def test_the_registered_way_to_a_decoder_takes_standalone_drafts(target):
     draft = make("half", target)
     decoder = make_decoder(target, draft, parse_shape("chain:4"), measure_overlap=True)
-    assert isinstance(decoder, StandaloneDecoder) and decoder.gamma == 4
+    assert isinstance(decoder, ChainDecoder) and decoder.gamma == 4
     found = decoder.generate(prompts(1)[0], 12)
     assert all(len(r.overlap) == len(r.proposed) for r in found.rounds)
     assert all(0 <= x <= 1.0001 for r in found.rounds for x in r.overlap)
@@ -326,10 +319,10 @@ def test_run_lengths_count_what_follows():
 
 @pytest.mark.parametrize("kind", ["half", "wrong", "copy"])
 def test_the_simulation_is_the_decoding(kind, target):
-    decoder = StandaloneDecoder(target, make(kind, target), gamma=3)
+    decoder = ChainDecoder(target, make(kind, target), gamma=3)
     found = [(prompt, decoder.generate(prompt, 24)) for prompt in prompts(5)]
     rows = rows_of(target, [(prompt, generation.ids) for prompt, generation in found])
-    simulated = simulate_greedy_standalone(decoder.draft, target, rows, 3, batch_tokens=64)
+    simulated = simulate_greedy_chain(decoder.draft, target, rows, None, 3)
     for row, (_, generation) in zip(rows, found, strict=True):
         if not generation.rounds:
             assert row.key not in simulated
@@ -342,12 +335,14 @@ def test_the_simulation_is_the_decoding(kind, target):
 def test_expected_rounds_are_those_of_sampled_decoding(target):
     """Rounds minus their expectation given the text is zero on average, and the probabilities are the models' own."""
     sampler, draft = Sampler(1.0, 0, 0.9), make("half", target)
-    decoder = StandaloneDecoder(target, draft, gamma=3, sampler=sampler)
+    decoder = ChainDecoder(target, draft, gamma=3, sampler=sampler)
     found = [([5, 9, 70], decoder.generate([5, 9, 70], 12, seed=seed)) for seed in range(80)]
     rows = rows_of(target, [(prompt, generation.ids) for prompt, generation in found], sampler)
-    known = target_probabilities(target, rows, sampler)
-    expected = expected_rounds_standalone(draft, target, rows, 3, sampler, known=known)
-    assert expected == expected_rounds_standalone(draft, target, rows, 3, sampler)
+    expected = expected_rounds_sampled(draft, target, rows, None, 3, sampler)
+    walk = draft.walk(target)
+    hidden = {row.key: states for row, states in walk.hidden(rows, None)}
+    stored = SimpleNamespace(get=lambda row: (None, hidden[row.key]))
+    assert expected == expected_rounds_sampled(draft, target, rows, stored, 3, sampler)
     rest = torch.tensor(
         [len(g.rounds) - expected[row.key] for row, (_, g) in zip(rows, found, strict=True) if g.rounds]
     ).double()
@@ -357,9 +352,10 @@ def test_expected_rounds_are_those_of_sampled_decoding(target):
     text = torch.tensor([[*row.prompt_ids, *row.response_ids]])
     probs = warp(target.model(text).logits[0], sampler)
     wanted = [probs[len(row.prompt_ids) + i, token] for i, token in enumerate(row.response_ids[1:])]
-    assert torch.allclose(known[row.key].float(), torch.stack(wanted).float(), atol=1e-5)
+    known = walk.target_chances(row, hidden[row.key], sampler)
+    assert torch.allclose(known.float(), torch.stack(wanted).float(), atol=1e-5)
     with pytest.raises(UserError, match="same sampler"):
-        expected_rounds_standalone(draft, target, rows, 3, Sampler(0.5))
+        expected_rounds_sampled(draft, target, rows, None, 3, Sampler(0.5))
 
 
 # -- export ------------------------------------------------------------------------------------------------------------

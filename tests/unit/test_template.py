@@ -130,11 +130,11 @@ class Engine:
 
 
 @pytest.fixture
-def answers(tmp_path: Path) -> Callable[..., Any]:
+def answers(tmp_path: Path, tiny_facts: Any) -> Callable[..., Any]:
     talks = [Conversation(id, ASK) for id in "abc"]
 
     def call(tokenizer: Any, name: str = "r.jsonl") -> Any:
-        return regenerate(Engine(), talks, tokenizer, [Sampler()], tmp_path / name, 4, 0, "cafe")
+        return regenerate(Engine(), talks, tiny_facts(tokenizer), [Sampler()], tmp_path / name, 4)
 
     return call
 

@@ -16,15 +16,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from redraft import provenance
-from redraft.acceptance.unroll import collate
-from redraft.adaptation.stages import run_training
+from redraft.adaptation.core import run_training
+from redraft.adaptation.runs import Log
 from redraft.arithmetic import Choice
+from redraft.drafts.eagle.unroll import collate
 from redraft.drafts.groups import prepare
 from redraft.drafts.methods import PrivateSize
 from redraft.errors import UserError
-from redraft.features.store import anchors
+from redraft.rows import anchors
 from redraft.train import optimizer as optimizer_module
-from redraft.train.aim import STEPS
+from redraft.train.aim import STEPS, aim
 from redraft.train.trainer import TrainConfig, Trainer, TrainResult, batch_order
 
 RIG = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("training_rig.py"))))
@@ -41,7 +42,7 @@ AIMED = " aimed"  # behind a method: its low-rank updates begin where the gradie
 
 def trainer(target, draft, store, rows, folder, method="eda+fc", config=CONFIG) -> Trainer:
     ready, _ = prepare(copy.deepcopy(draft), method.removesuffix(AIMED), PrivateSize(16, 4, aim=AIMED in method))
-    return Trainer(ready, target, store, rows[:18], rows[18:], config, folder)
+    return Trainer(ready, target, store, rows[:18], rows[18:], config, folder, before=aim)
 
 
 @pytest.mark.parametrize("method", ["eda", "fc", "eda+fc", "lora", "full"])
@@ -53,12 +54,12 @@ def test_only_the_trained_groups_move_and_the_loss_falls(method, optimizer, targ
     batch = collate(work.rows, store, config.unroll)
     first = float(work.objective(batch).detach())
     result = work.run()
-    work.descent.checkpoint.load(work.trained, make(work))
+    work.loop.checkpoint.load(work.trained, make(work))
     assert float(work.objective(batch).detach()) < first
     trained = {n for n, _ in work.trained}
     for name, parameter in work.draft.named_parameters():
         assert torch.equal(before[name], parameter.detach()) == (name not in trained), name
-    assert result.steps == work.descent.total
+    assert result.steps == work.loop.total
 
 
 def make(work: Trainer):
@@ -130,7 +131,7 @@ def moved(target, draft, store, rows, tmp_path, processor):
 
 def losses(work: Trainer) -> list[float]:
     """The losses along the run, to the last bit: they depend on every step before."""
-    return [json.loads(line)["loss"] for line in work.descent.curve.read_text().splitlines()]
+    return [json.loads(line)["loss"] for line in work.loop.curve.read_text().splitlines()]
 
 
 def test_a_run_keeps_its_arithmetic_on_another_processor(moved):
@@ -138,16 +139,16 @@ def test_a_run_keeps_its_arithmetic_on_another_processor(moved):
     runs = []
     for kinds in (("float32", "bfloat16"), ("bfloat16", "float32")):
         whole, later = moved(*kinds)
-        later.descent.precision = "bfloat16"  # as if the target had been opened in another type
+        later.loop.precision = "bfloat16"  # as if the target had been opened in another type
         later.run()
-        assert later.descent.precision == "float32" and losses(whole) == losses(later)
+        assert later.loop.precision == "float32" and losses(whole) == losses(later)
         runs.append(losses(whole))
     assert runs[0][0] == pytest.approx(runs[1][0], rel=0.01) and runs[0] != runs[1], "the type makes a difference"
 
 
 def test_a_checkpoint_of_before_muon_had_a_choice_goes_on_in_bfloat16(moved):
     whole, later = moved("bfloat16", "float32")
-    path = later.descent.checkpoint.path
+    path = later.loop.checkpoint.path
     stored = json.loads(path.read_text())
     assert stored["state"].pop("arithmetic") == {"precision": "float32", "muon": "bfloat16"}
     del stored["checksum"]  # nor was there one then
@@ -162,17 +163,16 @@ def test_low_rank_updates_are_aimed_once_before_the_first_step(target, draft, st
     drawn = {n: p.detach().clone() for n, p in work.trained}
     batches = list(islice(work.batches(0), STEPS))
     before = [float(work.objective(batch).detach()) for batch, _ in batches]
-    assert work.aim() == sum(size for _, size in batches)
+    assert aim(work) == sum(size for _, size in batches)
     assert [float(work.objective(batch).detach()) for batch, _ in batches] == pytest.approx(before)
     turned = {n for n, p in work.trained if not torch.equal(p.detach(), drawn[n])}
     assert turned == {n for n in drawn if n.endswith("inner")}
-    assert work.aim() == 0
+    assert aim(work) == 0
     result = trainer(target, draft, store, rows, tmp_path / "run", "lora" + AIMED).run()
     plain = trainer(target, draft, store, rows, tmp_path / "plain", "fc").run()
     assert result.anchors == plain.anchors + sum(size for _, size in batches)
     again = trainer(target, draft, store, rows, tmp_path / "run", "lora" + AIMED)
-    again.run()
-    assert again.aim() == 0, "what a checkpoint brought back is trained already"
+    assert again.run() == result, "what a checkpoint brought back is not aimed again"
 
 
 def test_a_run_directory_of_another_draft_is_refused(target, draft, store, rows, tmp_path):
@@ -200,10 +200,28 @@ def test_a_run_directory_of_another_draft_is_refused(target, draft, store, rows,
             work(name, origin)
 
 
+@pytest.mark.parametrize("named", ["", None])
+def test_a_run_that_did_not_name_its_old_draft_goes_on(named, target, draft, store, rows, tmp_path):
+    def work(origin: str) -> Trainer:
+        return Trainer(copy.deepcopy(draft), target, store, rows[:18], rows[18:], CONFIG, tmp_path / "run", origin)
+
+    result = work("").run()
+    path = tmp_path / "run" / "state.json"
+    stored = json.loads(path.read_text())
+    del stored["identity"]["old draft"], stored["checksum"]  # what was written before there were checksums
+    stored["identity"] |= {} if named is None else {"old draft": named}
+    path.write_text(json.dumps(stored))
+    assert work("some draft").run() == result
+    stored["identity"]["old draft"] = "another"
+    path.write_text(json.dumps(stored))
+    with pytest.raises(UserError, match="another old draft"):
+        work("some draft")
+
+
 def test_what_ended_before_is_read_and_not_paid_for_again(target, draft, store, rows, tmp_path):
     def run() -> tuple[provenance.Ledger, TrainResult]:
         ledger = provenance.Ledger()
-        return ledger, run_training(trainer(target, draft, store, rows, tmp_path / "run"), ledger, lambda _: None)
+        return ledger, run_training(trainer(target, draft, store, rows, tmp_path / "run"), Log(ledger, lambda _: None))
 
     (first, result), (second, again) = run(), run()
     assert again == result and first.stages[0].tokens == result.anchors > 0 and first.stages[0].flops > 0
@@ -310,20 +328,22 @@ def test_a_run_directory_of_another_config_is_refused(target, draft, store, rows
         trainer(target, draft, store, rows, tmp_path / "run", method="fc")
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(target, draft, store, rows, tmp_path):
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(target, draft, store, rows, tmp_path, monkeypatch):
     work = trainer(target, draft, store, rows, tmp_path / "run")
-    work.objective = lambda batch: work.trained[0][1].sum() * float("nan")
+    parameter = work.trained[0][1]
+    monkeypatch.setattr(type(work.objective), "__call__", lambda self, batch: parameter.sum() * float("nan"))
     with pytest.raises(UserError, match="loss became nan at step 0"):
         work.run()
     assert (tmp_path / "run" / "state.json").exists()
     assert all(torch.isfinite(p).all() for p in work.draft.parameters())
 
 
-def test_a_gradient_that_is_not_finite_stops_before_a_weight_moves(target, draft, store, rows, tmp_path):
+def test_a_gradient_that_is_not_finite_stops_before_a_weight_moves(target, draft, store, rows, tmp_path, monkeypatch):
     """A finite loss may have an infinite gradient: clipping would spread it over every weight."""
     work = trainer(target, draft, store, rows, tmp_path / "run")
     weight = work.trained[0][1]
-    work.objective = lambda batch: (weight - weight.detach()).abs().sqrt().sum()
+    steep = lambda self, batch: (weight - weight.detach()).abs().sqrt().sum()  # noqa: E731
+    monkeypatch.setattr(type(work.objective), "__call__", steep)
     before = [p.detach().clone() for _, p in work.trained]
     with pytest.raises(
         UserError, match=r"gradient became (inf|nan) at step 0 .*last good checkpoint is that of step 0"

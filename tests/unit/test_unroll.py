@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from redraft.acceptance.simulate import row_alphas, simulate_greedy_chain, tau_of
-from redraft.acceptance.unroll import collate, supervised, unroll
 from redraft.data.store import Row
 from redraft.decode.engine import ChainDecoder
+from redraft.drafts.eagle.unroll import collate, supervised, unroll
 from redraft.drafts.eagle3 import Eagle3Draft
 from redraft.drafts.experts import attach_private, merge_private
-from redraft.features.store import FeatureStore, anchors
+from redraft.features import FeatureStore
+from redraft.rows import anchors
 from redraft.target import Target
 
 RIG = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("training_rig.py"))))
@@ -34,7 +35,7 @@ def test_the_simulated_chain_is_the_decoded_one(kind, target, rows, store, draft
         draft = merge_private(draft)
     # A head fitted to the rows, so that rounds accept something.
     fit(draft, target, rows, store)
-    simulated = simulate_greedy_chain(draft, target, rows, store, gamma=4, batch_anchors=60)
+    simulated = simulate_greedy_chain(draft, target, rows, store, gamma=4)
     decoder = ChainDecoder(target, draft, gamma=4)
     runs = {row.key: decoder.generate(row.prompt_ids, 24).rounds for row in rows}
     # A simulation knows nothing behind the end token, where verification may go on accepting for nobody.

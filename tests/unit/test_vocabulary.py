@@ -70,7 +70,7 @@ def test_the_cap_is_reached_by_a_draft_that_is_right_wherever_it_can_be(
     target: Target, draft: Eagle3Draft, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same rounds as the simulator walks when every proposal that can be right is."""
-    from redraft.teacher import simulate
+    from redraft.acceptance import simulate
 
     rows = text()
 

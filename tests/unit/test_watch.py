@@ -10,8 +10,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from redraft.cli import watch
-from redraft.decode.engine import Generation, Round
 from redraft.decode.pieces import TokenText, trace
+from redraft.decode.requests import Generation, Round
 from redraft.errors import UserError
 from redraft.report.live import Watcher, coloured, legend, paint
 from redraft.report.tokens import Piece

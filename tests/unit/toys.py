@@ -17,7 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from redraft.decode.engine import Generation, PlainDecoder
+from redraft.decode.engine import PlainDecoder
+from redraft.decode.requests import Generation
 from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
 from redraft.sampling import Sampler, draw, warp
 from redraft.target import Target

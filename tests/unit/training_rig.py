@@ -15,7 +15,8 @@ import torch
 from redraft.data.store import Row
 from redraft.decode.engine import PlainDecoder
 from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
-from redraft.features.store import FeatureStore, anchors
+from redraft.features import FeatureStore
+from redraft.rows import anchors
 from redraft.target import Target
 
 TOYS = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("toys.py"))))

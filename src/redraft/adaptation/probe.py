@@ -16,20 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from redraft.acceptance.simulate import simulate_greedy_chain
-from redraft.acceptance.standalone import simulate_greedy_standalone
 from redraft.adaptation.advice import ADAPT_ANSWERS, ADAPT_PASSES, LEAVE, break_even, judge
 from redraft.adaptation.pace import TIMED_PROMPTS, Pace, RoundTime, expected_seconds, first_batch, round_cost
 from redraft.adaptation.trial import Trial, check_trial, trial
 from redraft.data.generate import Request, generate
-from redraft.data.regenerate import Kept
 from redraft.data.store import Row
 from redraft.drafts.base import Draft
-from redraft.drafts.standalone import StandaloneDraft
 from redraft.errors import UserError
 from redraft.evaluate.forecast import Evidence, Fit, Seen, same_chain, shipped
 from redraft.evaluate.speed import Prompt, tau_interval
-from redraft.features.store import FeatureStore, anchors
+from redraft.features import FeatureStore, RowFeatures
 from redraft.report.format import duration
+from redraft.rows import anchors
 from redraft.sampling import Sampler
 from redraft.starts.vocabulary import coverage
 from redraft.target import Target
@@ -114,13 +112,13 @@ def greedy_rows(
     ``store`` takes the features that the target computes on the way.
     """
     requests = [Request(p.id, p.ids, Sampler()) for p in prompts]
-    rows, kept, tokens = list[Row](), list[Kept](), 0
+    rows, kept, tokens = list[Row](), list[RowFeatures](), 0
     for done in generate(target, requests, max_new_tokens, features=store is not None):
         texts = (done.request.key, list(done.request.prompt_ids), done.response_ids)
         row = Row(*texts, 0.0, 0, 1.0, 0, done.finish_reason, "")
         rows.append(row)
         if done.features:
-            kept.append((row, *done.features))
+            kept.append(RowFeatures(row, *done.features))
         tokens += len(done.response_ids)
         if progress:
             progress(len(rows), tokens=tokens)
@@ -137,11 +135,11 @@ def greedy_answers(
     max_new_tokens: int,
     progress: Callable[..., None] | None = None,
 ) -> Iterator[tuple[list[Row], FeatureStore | None]]:
-    """The target's greedy answers and their features; none of those for a standalone draft, which reads text alone."""
-    if isinstance(draft, StandaloneDraft):
+    """The target's greedy answers and their features; none of those for a draft that reads text alone."""
+    if not draft.taps:
         yield greedy_rows(target, prompts, max_new_tokens, progress), None
         return
-    target.tap(draft.config.taps)
+    target.tap(draft.taps)
     with tempfile.TemporaryDirectory(prefix="redraft-probe-", ignore_cleanup_errors=True) as folder:
         store = FeatureStore(Path(folder), {})
         rows = greedy_rows(target, prompts, max_new_tokens, progress, store)
@@ -171,12 +169,7 @@ def walked(
     """tau_pooled with its interval of the greedy chain over these greedy answers. Raises ``UserError`` for none."""
     if not rows:
         raise UserError("the target ends every answer at once; check its chat template and end token")
-    draft = draft.to(target.device)
-    if isinstance(draft, StandaloneDraft):
-        accepted = simulate_greedy_standalone(draft, target, rows, gamma)
-    else:
-        assert store is not None
-        accepted = simulate_greedy_chain(draft, target, rows, store, gamma)
+    accepted = simulate_greedy_chain(draft.to(target.device), target, rows, store, gamma)
     return tau_interval(accepted, {row.key: anchors(row) for row in rows})
 
 
@@ -205,9 +198,8 @@ def look(
     with greedy_answers(target, draft, prompts, max_new_tokens, progress) as (rows, store):
         tau = walked(target, draft, rows, store, gamma)
         length = sum(len(row.response_ids) for row in rows) / len(rows)
-        if isinstance(draft, StandaloneDraft):
+        if store is None:  # a draft that reads text alone says every token, and no trial adapts it
             return Look(tau, None, length, None)
-        assert store is not None
         tried = trial(target, draft, rows, store, gamma) if with_trial else None
         share = coverage(draft, rows, gamma).share
         return Look(tau, share, length, tried)

@@ -13,7 +13,7 @@ from typing import Any
 from redraft import provenance
 from redraft.adaptation.adapt import AdaptRun
 from redraft.adaptation.config import AdaptConfig, parse_config
-from redraft.adaptation.models import open_target, template_prompts
+from redraft.adaptation.models import template_prompts
 from redraft.adaptation.probe import ProbeResult, probe
 from redraft.adaptation.steps import timed_targets
 from redraft.arithmetic import fastest
@@ -22,7 +22,6 @@ from redraft.data.embedded import maths_conversations
 from redraft.data.prompts import Conversation, read_conversations
 from redraft.drafts.groups import prepare, trained_parameters
 from redraft.evaluate.speed import Prompt
-from redraft.progress import progress_bar
 from redraft.report.page import build_report
 
 EMBEDDED = "embedded:smollm2-135m-instruct"
@@ -118,14 +117,8 @@ def run_probe(run: AdaptRun, prompts: int = 12) -> ProbeResult:
     config = run.config
     conversations = run.source.prompts[1][:prompts]
     asked: list[Prompt] = template_prompts(conversations, run.target, config.max_new_tokens)
-    base = open_target(config.base_target, config.dtype, config.device) if config.base_target else None
-    targets = timed_targets(
-        run.target,
-        run.stale.draft,
-        config.dtype,
-        lambda dtype: open_target(config.target, dtype, config.device, config.adapter),
-    )
-    with run.ledger.stage("probe"), progress_bar("probe", len(asked) * (2 if base else 1), "prompts") as progress:
+    base, targets = run.open_base(), timed_targets(run.target, run.stale.draft, config.dtype, run.open_target)
+    with run.log.counted("probe", len(asked) * (2 if base else 1), "prompts") as (_, progress):
         return probe(
             run.target,
             run.stale.draft,

@@ -17,6 +17,7 @@ from redraft.adaptation.models import (
     open_proposer,
     open_target,
     prompt_rows,
+    settle_template,
 )
 from redraft.adaptation.probe import ProbeResult, probe
 from redraft.adaptation.questions import Questions
@@ -33,16 +34,16 @@ from redraft.drafts.formats.base import ExportReport, TargetInfo
 from redraft.drafts.opening import read_draft
 from redraft.drafts.scaling import scale_change
 from redraft.errors import UserError
-from redraft.features.store import anchors
-from redraft.loading import ADAPTER_FILE, adapter_base, load_tokenizer, locate, notes_of, one_line, quiet
+from redraft.loading import load_tokenizer, open_facts, quiet, read_facts
 from redraft.progress import Progress, progress_bar
 from redraft.registries import EXPORTERS, FAMILIES
+from redraft.rows import anchors
 from redraft.sampling import Sampler
 from redraft.select import ScoringContext, parse_scorer
 from redraft.select.acceptance import alpha_measurer
 from redraft.select.manifest import Manifest
 from redraft.select.rules import check_order, choose, parse_budget
-from redraft.target import Target
+from redraft.target import Facts, Target
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,15 @@ class TargetSpec:
         target = open_target(self.name, chosen, self.device, self.adapter, self.template_args, served=served)
         if dtype is None:
             print(f"target {self.name}: {target.verdict()}", flush=True)
-            for note in notes_of(target):
+            for note in target.notes:
                 print(f"note on {self.name}: {note}", flush=True)
         return target
+
+    def facts(self) -> Facts:
+        """What is known of it, where nothing is computed with it here. Raises ``UserError``."""
+        found = open_facts(self.name, self.adapter)
+        settle_template(found.tokenizer, self.template_args)
+        return found
 
 
 def check_output(path: Path, suffix: str = "") -> None:
@@ -97,23 +104,24 @@ def regenerate_file(
     if server:
         check_address(server)
     conversations = read_conversations(prompts)
-    target = spec.open(served=bool(server))
-    engine: Any = InProcessEngine(target, batch_size)
+    engine: Any
+    target: Facts
     if server:
+        target = spec.facts()
         engine = ServerEngine(server, server_model, batch_size, vocab_size=target.vocab_size)
+    else:
+        target = opened = spec.open()
+        engine = InProcessEngine(opened, batch_size)
     with progress_bar("regenerate", expected_rows(conversations, samplers), "rows") as progress:
         return regenerate(
             engine,
             conversations,
-            target.tokenizer,
+            target,
             list(samplers),
             out,
             max_new_tokens,
             seed,
-            target.content_hash(),
             progress.update,
-            eos_ids=target.eos_ids,
-            context=target.context,
         )
 
 
@@ -191,12 +199,7 @@ def _write_kept(manifest: Manifest, rows: Sequence[Any], asked: Sequence[Convers
 # -- merge and export ------------------------------------------------------------------------------------------------
 def target_info(name: str) -> TargetInfo:
     """The facts about a target that a draft must fit, without its weights. Raises ``UserError``."""
-    from transformers import AutoConfig
-
-    base = adapter_base(name) if (Path(name) / ADAPTER_FILE).is_file() else name
-    with quiet(), one_line(f"the config of {base}"):
-        config = AutoConfig.from_pretrained(**locate(base))
-    return TargetInfo.of(config, name)
+    return TargetInfo.of(read_facts(name, tokenizer=False), name)
 
 
 def merge_folder(

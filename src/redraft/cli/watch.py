@@ -69,7 +69,7 @@ def watch(
     from redraft.adaptation.models import open_proposer, template_prompts
     from redraft.adaptation.steps import TargetSpec
     from redraft.data.template import parse_template_args
-    from redraft.decode import make_decoder
+    from redraft.decode.make import make_decoder
     from redraft.decode.pieces import TokenText
     from redraft.decode.tree import parse_shape
     from redraft.loading import quiet

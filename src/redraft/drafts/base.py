@@ -9,7 +9,8 @@ by ``FAMILIES.get(draft.family)``, and never which class a draft is.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -18,14 +19,16 @@ from torch import Tensor
 
 from redraft.artifact import tensors_hash
 from redraft.drafts.experts import Parted, merge_private
+from redraft.drafts.proposing import Proposes
 from redraft.drafts.routing import balance_loss
 from redraft.registries import FAMILIES
 
 
-class Draft(Parted, ABC):
+class Draft(Parted, Proposes, ABC):
     """A module that proposes tokens to a target.
 
-    ``config`` is a :class:`redraft.drafts.config.DraftConfig`. How a draft reads states and text is its family's.
+    ``config`` is a :class:`redraft.drafts.config.DraftConfig`. How a draft reads states and text is its family's; what
+    it proposes, and how it is trained, is asked by the methods of :class:`redraft.drafts.proposing.Proposes`.
     """
 
     family: ClassVar[str]
@@ -124,68 +127,57 @@ class Draft(Parted, ABC):
 AnyDraft = TypeVar("AnyDraft", bound=Draft)
 
 
-class Family(ABC):
-    """What all drafts of one kind share, and the way in and out of them."""
+def _nothing(*_: Any) -> None:
+    return None
 
-    name: ClassVar[str]
-    # Whether its drafts read the target's states; one of a family that does not is a model by itself.
-    reads_states: ClassVar[bool] = True
-    # The formats that its drafts are written in, each by its ``formats.base.Writer``, and what is
-    # said of a {format} that is not among these {choices}.
-    writers: ClassVar[Mapping[str, Any]] = {}
-    refusal: ClassVar[str]
-    # Checkpoints of other hands: the names of architectures by which they are told, for messages, and whether the
-    # family takes whatever no other knows.
-    architectures: ClassVar[tuple[str, ...]] = ()
-    takes_any: ClassVar[bool] = False
-    # The weights in a folder of its own format, and what else such a folder may hold.
-    weights_file: ClassVar[str] = "draft.safetensors"
-    other_files: ClassVar[tuple[str, ...]] = ()
-    other_bytes: ClassVar[int] = 0
 
-    # -- drafts ------------------------------------------------------------------------------------------------
-    @abstractmethod
-    def build(self, config: dict[str, Any]) -> Draft:
-        """An untrained draft of the ``config`` entry of redraft.json, private parts included, for a loader to fill.
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """What all drafts of one kind share, and the way in and out of them. Whatever fails raises ``UserError``.
 
-        Raises ``UserError`` for a config that describes none.
-        """
+    Drafts: ``build(config)`` gives an untrained draft of the ``config`` entry of redraft.json, private parts included,
+    for a loader to fill; ``fresh(target, vocabulary, seed)`` a new one for a target, bound to it, where ``vocabulary``
+    concerns families that have one of their own. ``reads_states``: whether its drafts read the target's states; one
+    that does not is a model by itself.
 
-    @abstractmethod
-    def fresh(self, target: Any, vocabulary: Sequence[int], seed: int = 0) -> Draft:
-        """A new draft for ``target``, bound to it; ``vocabulary`` concerns families that have one of their own."""
+    Its own folders: ``weights_file`` beside redraft.json, and whatever ``write_beside(folder, draft)`` writes and
+    ``read_beside(folder, draft)`` gives back to the draft, ``other_files`` of ``other_bytes`` at most. ``merges``: a
+    whole draft is saved with its private parts merged. ``check_usable(draft, source)`` refuses a loaded draft whose
+    proposals here would not be its own.
 
-    # -- its own folders ---------------------------------------------------------------------------------------
-    def storable(self, draft: Any) -> Draft:
-        """The draft as a folder of its own format holds it."""
-        return draft
+    Checkpoints of other hands: ``recognises(checkpoint)`` says whether a
+    :class:`redraft.drafts.formats.reading.Checkpoint` is of this family, ``takes_any`` that it is asked after all
+    others, ``architectures`` the names by which its own are told, for messages. ``read(checkpoint, target, notes,
+    **options)`` gives the draft, in the types of its file, and what its record says of it; ``target`` holds the facts
+    about one, or is none where the family does without; what our draft does not compute or hold is refused.
 
-    def write_beside(self, folder: Path, draft: Any) -> None:
-        """Write what belongs into a folder besides weights and redraft.json."""
-        return None
+    Engines: ``writers`` has a :class:`redraft.drafts.formats.base.Writer` for each format; ``refusal`` is what is said
+    of a ``{format}`` that is not among them.
+    """
 
-    def read_beside(self, folder: Path, draft: Any) -> None:
-        """Give the draft what :meth:`write_beside` wrote. Raises ``UserError``."""
-        return None
+    name: str
+    build: Callable[[dict[str, Any]], Draft]
+    fresh: Callable[[Any, Sequence[int], int], Draft]
+    reads_states: bool = True
 
-    def check_usable(self, draft: Any, source: str) -> None:
-        """Raise ``UserError`` for a draft from ``source`` whose proposals here would not be its own."""
-        return None
+    weights_file: str = "draft.safetensors"
+    other_files: tuple[str, ...] = ()
+    other_bytes: int = 0
+    merges: bool = False
+    write_beside: Callable[[Path, Any], None] = _nothing
+    read_beside: Callable[[Path, Any], None] = _nothing
+    check_usable: Callable[[Any, str], None] = _nothing
 
-    # -- checkpoints of others ---------------------------------------------------------------------------------
-    @abstractmethod
-    def recognises(self, checkpoint: Any) -> bool:
-        """Whether this :class:`redraft.drafts.formats.reading.Checkpoint` is of this family."""
+    recognises: Callable[[Any], bool]
+    takes_any: bool = False
+    architectures: tuple[str, ...] = ()
+    read: Callable[..., tuple[Draft, dict[str, Any]]]
 
-    @abstractmethod
-    def read(self, checkpoint: Any, target: Any, notes: list[str], **options: Any) -> tuple[Draft, dict[str, Any]]:
-        """The draft of a checkpoint that :meth:`recognises`, in the types of its file, and what its record says.
-
-        ``target`` is a ``Target``, the facts about one, or ``None`` where the family does without. Raises
-        ``UserError`` for what our draft does not compute or hold, and one that does not fit.
-        """
+    writers: Mapping[str, Any] = field(default_factory=dict)
+    refusal: str = "drafts of this family are not written as {format}"
 
 
 def fresh(family: str, target: Any, vocabulary: Sequence[int], seed: int = 0) -> Draft:
     """A new draft of a family for ``target``. Raises ``UserError`` for an unknown family."""
-    return FAMILIES.get(family).fresh(target, vocabulary, seed)
+    draft: Draft = FAMILIES.get(family).fresh(target, vocabulary, seed)
+    return draft

@@ -93,7 +93,7 @@ def save_draft(folder: str | Path, draft: Draft, meta: Mapping[str, Any]) -> Non
     Raises ``UserError`` on NaN, a full disk, or a folder that holds other files.
     """
     family = FAMILIES.get(draft.family)
-    draft = family.storable(draft)
+    draft = draft.merged() if family.merges else draft
     state = draft.stored()
     check_tensors(state, state, "the draft to be saved")
     with atomic_folder(folder, tensors_bytes(state) + family.other_bytes, own_files(draft.family)) as new:

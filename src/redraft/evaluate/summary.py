@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from redraft import metrics
-from redraft.decode.engine import Generation
+from redraft.decode.requests import Generation
 from redraft.drafts.base import Draft
 from redraft.evaluate.figures import PLAIN, Tally
 from redraft.target import Target

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from redraft.data.store import Row
 from redraft.errors import UserError
-from redraft.features.store import anchors, length_batches
+from redraft.rows import anchors, length_batches
 from redraft.starts.delta import check_same_shape
 from redraft.starts.leastsquares import Moments, fit
 from redraft.target import Target

@@ -25,7 +25,7 @@ from redraft.acceptance.simulate import tau_of, walk
 from redraft.data.store import Row
 from redraft.drafts.layers import norm_weight
 from redraft.errors import UserError
-from redraft.features.store import anchors
+from redraft.rows import anchors
 from redraft.starts.rowmap import RowMap, fit_row_map
 from redraft.target import Target
 

@@ -15,16 +15,37 @@ Shape legend: O outputs, I inputs of a matrix, R rank, K leading vectors.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from redraft.drafts.layers import Linear
+from redraft.train.workers import sum_gradients
 
 # Steps whose batches the gradient is taken over.
 STEPS = 4
 # More vectors than are wanted, and rounds of iteration: what makes the randomised decomposition exact in practice.
 SPARE, ROUNDS = 16, 4
+
+
+def aim(trainer: Any) -> int:
+    """A :class:`~redraft.train.trainer.Trainer`'s ``before``: turn new low-rank updates to where the gradient of the
+    first steps is. Gives the supervised positions that it took, 0 where no update waits."""
+    if not waiting(trainer.draft):
+        return 0
+    seen: list[int] = []
+
+    def backward() -> None:
+        trainer.draft.train()
+        for number, step in zip(range(min(STEPS, trainer.loop.total)), trainer.steps(0, {}), strict=False):
+            for part in step.parts:
+                trainer.loop.loss(part, number).backward()
+            seen.append(step.tokens)
+        sum_gradients((p for p in trainer.draft.parameters() if p.requires_grad), trainer.workers)
+
+    aim_updates(trainer.draft, backward)
+    return sum(seen)
 
 
 def waiting(draft: nn.Module) -> list[Linear]:

@@ -17,10 +17,12 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from redraft.drafts.eagle import EagleConfig, EagleDraft, EagleLayer, layer_of
+from redraft.drafts.eagle.module import EagleConfig, EagleDraft, EagleLayer, layer_of
+from redraft.drafts.eagle1.objective import RegressionObjective
 from redraft.drafts.layers import Linear
+from redraft.drafts.proposing import ObjectiveSettings, Reduce, alone
 from redraft.errors import UserError
-from redraft.target import FINAL
+from redraft.target import FINAL, Head
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +87,6 @@ class Eagle1Draft(EagleDraft):
     """Weights and forward of an Eagle1 draft. Its head is the target's: :meth:`bind` it before asking for logits."""
 
     family: ClassVar[str] = "eagle1"
-    objective: ClassVar[str] = "regression"
     config: Eagle1Config
 
     def __init__(self, config: Eagle1Config) -> None:
@@ -124,6 +125,9 @@ class Eagle1Draft(EagleDraft):
         if self._head is None:
             raise ValueError("an Eagle1 draft has no head of its own; bind it to its target first")
         return self._head(states)
+
+    def objective(self, target: Head, settings: ObjectiveSettings, reduce: Reduce = alone) -> RegressionObjective:
+        return RegressionObjective(self, target, settings, reduce=reduce)
 
     def start(self, target: Any, seed: int) -> None:
         """Random, with ``fc`` passing the state through: the first guess at the next state is the last one itself."""

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from redraft.drafts.eagle.writing import LayerWriter, dtype_name, layer_config, legacy_rope, prepare, to_layers
 from redraft.drafts.eagle1.module import Eagle1Draft
 from redraft.drafts.eagle1.reading import ARCHITECTURES
 from redraft.drafts.formats.base import TargetInfo, serve_command, sglang_command
-from redraft.drafts.formats.writing import LayerWriter, dtype_name, layer_config, legacy_rope, prepare, to_layers
 from redraft.errors import UserError
 
 

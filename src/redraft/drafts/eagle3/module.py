@@ -16,9 +16,12 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from redraft.drafts.eagle import EagleConfig, EagleDraft, EagleLayer, layer_of
+from redraft.drafts.eagle.module import EagleConfig, EagleDraft, EagleLayer, layer_of
+from redraft.drafts.eagle3.objective import UnrollObjective
 from redraft.drafts.layers import Linear, RMSNorm, norm_weight
+from redraft.drafts.proposing import ObjectiveSettings, Reduce, alone
 from redraft.errors import UserError
+from redraft.target import Head
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +80,7 @@ class Eagle3Draft(EagleDraft):
 
     family: ClassVar[str] = "eagle3"
     TOKEN_ROWS: ClassVar[tuple[str, ...]] = ("lm_head.weight",)
+    weighable: ClassVar[bool] = True
     config: Eagle3Config
     d2t: Tensor
     t2d: Tensor
@@ -135,6 +139,9 @@ class Eagle3Draft(EagleDraft):
 
     def carry(self, states: Tensor) -> Tensor:
         return self.norm(states) if self.config.norm_output else states
+
+    def objective(self, target: Head, settings: ObjectiveSettings, reduce: Reduce = alone) -> UnrollObjective:
+        return UnrollObjective(self, target, settings, reduce=reduce)
 
     def logits(self, states: Tensor) -> Tensor:
         """Logits [N, D] over the draft vocabulary of pre-norm states [N, H]."""

@@ -11,11 +11,11 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from redraft.drafts.eagle.writing import LayerWriter, dtype_name, layer_config, legacy_rope, prepare, to_layers
 from redraft.drafts.eagle3.maps import check_vocabulary_map
 from redraft.drafts.eagle3.module import Eagle3Config, Eagle3Draft
 from redraft.drafts.eagle3.reading import check_taps
 from redraft.drafts.formats.base import Format, TargetInfo, path_warnings, serve_command, sglang_command
-from redraft.drafts.formats.writing import LayerWriter, dtype_name, layer_config, legacy_rope, prepare, to_layers
 from redraft.errors import UserError
 from redraft.registries import EXPORTERS
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,12 +40,12 @@ class TargetInfo:
 
     @classmethod
     def of(cls, source: Any, name: str = "") -> TargetInfo:
-        """From a ``redraft.target.Target``, a Hugging Face config (also of a model with a text part), or itself."""
+        """From ``redraft.target.Facts`` (a target is one), a Hugging Face config, also of more than text, or itself."""
         if isinstance(source, TargetInfo):
             return source
         config = getattr(source, "config", source)
         # A target's config is that of its text part; engines know the model by the whole one's name.
-        whole = getattr(getattr(source, "model", None), "config", config)
+        whole = getattr(source, "whole_config", config)
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         return cls(
             name=name or getattr(source, "name", "") or getattr(config, "_name_or_path", "") or "",
@@ -67,23 +67,26 @@ class ExportReport:
     tensors: int
     parameters: int
     bytes: int
-    merged_private: bool
     serve: str
     warnings: tuple[str, ...] = ()
+    merged_private: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        folder: Path,
+        written: Mapping[str, Any],
+        parameters: int,
+        serve: str,
+        warnings: Sequence[str] = (),
+    ) -> ExportReport:
+        """The report of a file that holds the tensors ``written``."""
+        size = sum(tensor.numel() * tensor.element_size() for tensor in written.values())
+        return cls(name, folder, len(written), parameters, size, serve, tuple(warnings))
 
     def to_dict(self) -> dict[str, Any]:
         return {**self.__dict__, "folder": str(self.folder), "warnings": list(self.warnings)}
-
-
-@dataclass(frozen=True)
-class Written:
-    """What a writer says of its files: how much they hold, the command that serves them, and what to know."""
-
-    tensors: int
-    parameters: int
-    bytes: int
-    serve: str
-    warnings: tuple[str, ...] = ()
 
 
 class Writer(Protocol):
@@ -92,7 +95,7 @@ class Writer(Protocol):
     def check(self, draft: Any, target: TargetInfo) -> tuple[Any, list[str]]:
         """The dense draft as the format's engine computes it, and notes. Raises ``UserError``; writes nothing."""
 
-    def write(self, dense: Any, folder: Path, target: TargetInfo, tokens: int) -> Written:
+    def write(self, dense: Any, folder: Path, target: TargetInfo, tokens: int) -> ExportReport:
         """Write what :meth:`check` gave, whole or not at all. Raises ``UserError``."""
 
 
@@ -111,17 +114,9 @@ class Format:
         """
         folder, info = Path(folder), TargetInfo.of(target)
         dense, notes = self.check(draft, info, speculative_tokens)
-        written = self.writer(draft.family).write(dense, folder, info, speculative_tokens)
-        return ExportReport(
-            self.name,
-            folder,
-            written.tensors,
-            written.parameters,
-            written.bytes,
-            merged_private=bool(draft.config.private_width or draft.config.low_rank),
-            serve=written.serve,
-            warnings=(*notes, *written.warnings),
-        )
+        report = self.writer(draft.family).write(dense, folder, info, speculative_tokens)
+        merged = bool(draft.config.private_width or draft.config.low_rank)
+        return replace(report, merged_private=merged, warnings=(*notes, *report.warnings))
 
     def check(self, draft: Any, target: Any, speculative_tokens: int = 5) -> tuple[Any, list[str]]:
         """The dense draft to be written, and notes. Raises ``UserError`` wherever writing would; writes nothing."""
@@ -135,7 +130,7 @@ class Format:
         """How drafts of this family are written. Raises ``UserError`` where they are not."""
         known = FAMILIES.get(family)
         if self.name not in known.writers:
-            raise UserError(known.refusal.format(format=self.name, choices=" or ".join(sorted(known.writers))))
+            raise UserError(known.refusal.format(format=self.name))
         writer: Writer = known.writers[self.name]
         return writer
 
@@ -175,12 +170,6 @@ def path_warnings(folder: Path) -> list[str]:
     if not found:
         return []
     return [f"vLLM reads a method out of the {', '.join(found)} in this path; give the method or rename the folder"]
-
-
-def check_tokens(speculative_tokens: int) -> None:
-    """Raise ``UserError`` for a draft length below 1."""
-    if speculative_tokens < 1:
-        raise UserError(f"speculative tokens must be 1 or more, not {speculative_tokens}")
 
 
 def serve_command(folder: Path, target: TargetInfo, tokens: int, method: str = "eagle3") -> str:

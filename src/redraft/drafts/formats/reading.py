@@ -27,6 +27,19 @@ INDEX_FILE = "model.safetensors.index.json"
 PICKLED = "pytorch_model*.bin"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
+# Fields of the layer that a Llama config has under the same name, but for ``target_``.
+LAYER_FIELDS = (
+    "target_vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "attention_bias",
+)
+
 # Older names of the same tensors.
 LEGACY = (
     (re.compile(r"^model\."), ""),
@@ -196,7 +209,7 @@ def _partial_rotary(layer: dict[str, Any]) -> float:
 
 
 def layer_fields(layer: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The fields of :class:`redraft.drafts.eagle.EagleConfig` that a Llama config tells. Raises ``UserError``.
+    """The fields of :class:`redraft.drafts.eagle.module.EagleConfig` that a Llama config tells. Raises ``UserError``.
 
     Through transformers' own Llama config: engines fill absent keys with the same defaults. Rotary settings are without
     the older key ``type`` and the older name ``su``; transformers has merged all else.
@@ -210,14 +223,9 @@ def layer_fields(layer: dict[str, Any], path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not a usable config: {' '.join(str(error).split())[:200]}") from error
     rope = {key: value for key, value in llama.rope_parameters.items() if key != "type"}
     kind = rope.get("rope_type", "default")
-    same = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
-    return {name: getattr(llama, name) for name in same} | {
-        "target_vocab_size": llama.vocab_size,
-        "rms_norm_eps": float(llama.rms_norm_eps),
-        "rope_parameters": rope | {"rope_type": "longrope" if kind == "su" else kind},
-        "max_position_embeddings": llama.max_position_embeddings,
-        "attention_bias": bool(llama.attention_bias),
-    }
+    fields = {ours: getattr(llama, ours.removeprefix("target_")) for ours in LAYER_FIELDS}
+    exact = {"rms_norm_eps": float(llama.rms_norm_eps), "attention_bias": bool(llama.attention_bias)}
+    return fields | exact | {"rope_parameters": rope | {"rope_type": "longrope" if kind == "su" else kind}}
 
 
 def build_untrained(build: Callable[[], Built], path: Path) -> Built:

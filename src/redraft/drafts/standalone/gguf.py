@@ -10,7 +10,7 @@ Shape legend: O output rows, I input columns.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from redraft.artifact import tensors_bytes
-from redraft.drafts.formats.base import Format, TargetInfo, Written
+from redraft.drafts.formats.base import ExportReport, Format, TargetInfo
 from redraft.drafts.standalone.folder import OTHER_BYTES
 from redraft.drafts.standalone.gguf_tokens import TokenFields, token_fields
 from redraft.drafts.standalone.module import StandaloneDraft
@@ -32,19 +32,6 @@ FILE = "model.gguf"
 ARCHITECTURE = "llama"
 # Numbers of the format: data type of a tensor, and of the file as a whole.
 TYPES = {torch.float32: ("F32", 0), torch.float16: ("F16", 1), torch.bfloat16: ("BF16", 32)}
-WHOLE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-LAYER = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-
 
 EXPORTERS.register("gguf")(Format("gguf"))
 
@@ -60,12 +47,11 @@ class GgufWriter:
             raise UserError("a GGUF file needs the package gguf: pip install gguf") from error
         dense = dense_model(draft, target)
         check_shape(dense.model.config)
-        for name in dense.stored():
-            tensor_name(name)
+        tensor_names(dense.stored(), dense.layers)
         token_fields(dense.tokenizer, dense.config.draft_vocab_size, gguf_of(target.name))
         return dense, []
 
-    def write(self, dense: StandaloneDraft, folder: Path, target: TargetInfo, tokens: int) -> Written:
+    def write(self, dense: StandaloneDraft, folder: Path, target: TargetInfo, tokens: int) -> ExportReport:
         """Read back before it is in place."""
         state, source = dense.stored(), gguf_of(target.name)
         fields = token_fields(dense.tokenizer, dense.config.draft_vocab_size, source)
@@ -73,13 +59,8 @@ class GgufWriter:
         with atomic_folder(folder, tensors_bytes(written) + OTHER_BYTES, {FILE}) as new:
             _write(new / FILE, dense, target, written, fields)
             _check_file(new / FILE, written, fields)
-        return Written(
-            len(written),
-            sum(tensor.numel() for tensor in state.values()),
-            tensors_bytes(written),
-            server_command(source, folder / FILE, tokens),
-            (f"tokenizer: {fields.origin}",),
-        )
+        parameters, serve = sum(t.numel() for t in state.values()), server_command(source, folder / FILE, tokens)
+        return ExportReport.of("gguf", folder, written, parameters, serve, [f"tokenizer: {fields.origin}"])
 
 
 def server_command(target: Path | None, draft: Path, tokens: int) -> str:
@@ -108,35 +89,27 @@ def check_shape(config: Any) -> None:
 def gguf_tensors(model: Any, state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Every tensor as the file has it. Raises ``UserError`` for one that has no place in the format."""
     config = model.config
-    for name, tensor in state.items():
-        place = tensor_name(name)
-        heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(place.split(".")[-1])
-        kept = tensor.detach().cpu()
+    for name, place in tensor_names(state, config.num_hidden_layers).items():
+        heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(place.split(".")[-2])
+        kept = state[name].detach().cpu()
         if heads:
             kept = interleave(kept, heads)
-        yield f"{place}.weight", kept.float() if kept.ndim == 1 else kept.contiguous()
+        yield place, kept.float() if kept.ndim == 1 else kept.contiguous()
     factors = rope_factors(model)
     if factors is not None:
         yield "rope_freqs.weight", factors
 
 
-def tensor_name(name: str) -> str:
-    """The format's name of a tensor, without its last part. Raises ``UserError`` for one that has no place in it."""
-    stem, _, leaf = name.rpartition(".")
-    place = _place(stem)
-    if place is None or leaf != "weight":
-        raise UserError(f"GGUF has no place for {name} in a Llama; export hf instead")
-    return place
+def tensor_names(names: Iterable[str], layers: int) -> dict[str, str]:
+    """The format's names of a Llama's tensors. Raises ``UserError`` for one that has no place in it."""
+    import gguf
 
-
-def _place(stem: str) -> str | None:
-    """The format's name of a module."""
-    if stem in WHOLE:
-        return WHOLE[stem]
-    parts = stem.split(".", 3)
-    if parts[:2] == ["model", "layers"] and len(parts) == 4 and parts[3] in LAYER:
-        return f"blk.{parts[2]}.{LAYER[parts[3]]}"
-    return None
+    known = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, layers)
+    found = {name: known.get_name(name, try_suffixes=(".weight",)) for name in names}
+    for name, place in found.items():
+        if place is None or not place.endswith(".weight"):
+            raise UserError(f"GGUF has no place for {name} in a Llama; export hf instead")
+    return found
 
 
 def interleave(weight_OI: Tensor, heads: int) -> Tensor:

@@ -24,9 +24,14 @@ from redraft.compat import cache_argument
 from redraft.drafts.base import Draft
 from redraft.drafts.config import DraftConfig
 from redraft.drafts.experts import attach_parts
+from redraft.drafts.proposing import ObjectiveSettings, Reduce, alone
+from redraft.drafts.standalone.objective import StandaloneObjective
+from redraft.drafts.standalone.proposer import StandaloneProposer
+from redraft.drafts.textwalk import TextWalk
 from redraft.errors import UserError
 from redraft.loading import check_tokenizers
 from redraft.sampling import scale_logits
+from redraft.target import Head, Target
 
 # What transformers writes into a config besides the model itself.
 PASSING = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
@@ -138,6 +143,15 @@ class StandaloneDraft(Draft):
         config.check_fit(target)
         new = type(self)(untrained(config.huggingface(), seed)).inherit(self)
         return new.to(self.device, self.dtype).bind(target)
+
+    def proposer(self, target: Target, capacity: int) -> StandaloneProposer:
+        return StandaloneProposer(self, capacity)
+
+    def walk(self, target: Head) -> TextWalk:
+        return TextWalk(self, target, self.states)
+
+    def objective(self, target: Head, settings: ObjectiveSettings, reduce: Reduce = alone) -> StandaloneObjective:
+        return StandaloneObjective(self, target, settings, reduce)
 
     def mlps(self) -> tuple[str, ...]:
         layers = next(name for name, part in self.named_modules() if part is self.model.base_model.layers)

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 from redraft.drafts.formats.reading import Checkpoint
 from redraft.drafts.standalone.module import StandaloneDraft
 from redraft.errors import UserError
-from redraft.loading import ADAPTER_FILE, adapter_base, load_target, locate, notes_of, one_line, quiet
+from redraft.loading import ADAPTER_FILE, adapter_base, load_target, locate, one_line, quiet
 from redraft.target import Target
 
 
@@ -22,17 +22,23 @@ def recognises(checkpoint: Checkpoint) -> bool:
     return any(name.endswith("ForCausalLM") for name in checkpoint.architectures)
 
 
-def read(checkpoint: Checkpoint, notes: list[str]) -> tuple[StandaloneDraft, dict[str, Any]]:
+def read(checkpoint: Checkpoint, target: Any, notes: list[str]) -> tuple[StandaloneDraft, dict[str, Any]]:
     """The model in the data type of its file. Raises ``UserError``."""
     source = checkpoint.source
     found = load_target(source, _file_dtype(source))
     found.tap(())  # its hooks would stay on the model and keep states that nobody reads
-    check_passes(found, source)
-    notes += notes_of(found)
+    _check_passes(found, source)
+    notes += found.notes
     return StandaloneDraft(found.model.requires_grad_(True), found.tokenizer), {"format": "huggingface"}
 
 
-def check_passes(model: Target, source: str | Path) -> None:
+def check_usable(draft: StandaloneDraft, source: str) -> None:
+    """Raise ``UserError`` for a draft whose proposals here would not be its own."""
+    _check_passes(Target(draft.model, taps=()), source)
+    draft.model.requires_grad_(True)  # a target's weights are frozen
+
+
+def _check_passes(model: Target, source: str | Path) -> None:
     """Raise ``UserError`` for a model whose proposals here would not be its own.
 
     A draft's logits are its head over its states, and rounds take tokens back from buffers of keys and values.

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from redraft.artifact import check_tensors, tensors_bytes, tensors_hash, write_tensors
-from redraft.drafts.formats.base import Format, TargetInfo, Written, path_warnings, serve_command
+from redraft.drafts.formats.base import ExportReport, Format, TargetInfo, path_warnings, serve_command
 from redraft.drafts.standalone.folder import OTHER_BYTES, OTHER_FILES, WEIGHTS_FILE, write_beside
 from redraft.drafts.standalone.module import StandaloneDraft
 from redraft.errors import UserError
@@ -29,20 +29,19 @@ class ModelWriter:
         """The dense language model. Raises ``UserError`` where engines would refuse the pair."""
         return dense_model(draft, target), []
 
-    def write(self, dense: StandaloneDraft, folder: Path, target: TargetInfo, tokens: int) -> Written:
+    def write(self, dense: StandaloneDraft, folder: Path, target: TargetInfo, tokens: int) -> ExportReport:
         """Read back before it is in place."""
         state = dense.stored()
-        size = tensors_bytes(state)
-        with atomic_folder(folder, size + OTHER_BYTES, {WEIGHTS_FILE, "README.md", *OTHER_FILES}) as new:
+        known = {WEIGHTS_FILE, "README.md", *OTHER_FILES}
+        with atomic_folder(folder, tensors_bytes(state) + OTHER_BYTES, known) as new:
             write_beside(new, dense)
             write_tensors(new / WEIGHTS_FILE, state)
             back = load_target(str(new), dense.dtype)
             if tensors_hash(StandaloneDraft(back.model).stored()) != tensors_hash(state):
                 raise RuntimeError("the hf export does not read back as the draft that was written")
             check_tokenizers(back.tokenizer, dense.tokenizer)
-        parameters = sum(tensor.numel() for tensor in state.values())
-        serve = serve_command(folder, target, tokens, "draft_model")
-        return Written(len(state), parameters, size, serve, tuple(path_warnings(folder.absolute())))
+        parameters, serve = sum(t.numel() for t in state.values()), serve_command(folder, target, tokens, "draft_model")
+        return ExportReport.of("hf", folder, state, parameters, serve, path_warnings(folder.absolute()))
 
 
 def dense_model(draft: StandaloneDraft, target: TargetInfo) -> StandaloneDraft:

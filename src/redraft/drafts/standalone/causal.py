@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from redraft.losses.portions import Value, portions, sum_over_portions
 from redraft.sampling import scale_logits
-from redraft.train.portions import Value, portions, sum_over_portions
 
 # Logits that stand in memory at once, counted in numbers, whatever vocabulary and sequence are. A GPU needs larger
 # matrices to be busy: every portion also adds a gradient of the head's size to the sum.
@@ -97,7 +97,7 @@ class CausalModel:
         return portions(count, max(1, self.portion_numbers // (copies * self.vocab_size)))
 
     def portioned(self, value: Value, states: Sequence[Tensor]) -> Tensor:
-        """The sum of ``value`` over portions of positions; see :func:`redraft.train.portions.sum_over_portions`."""
+        """The sum of ``value`` over portions of positions; see :func:`redraft.losses.portions.sum_over_portions`."""
         head = [p for p in self.head.parameters() if p.requires_grad]
         return sum_over_portions(value, self.slices(len(states[0]), len(states)), states, head)
 

@@ -14,52 +14,35 @@ Shape legend: M supervised positions of a batch, N those of a portion, K likelie
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from redraft.data.logprobs import Top
 from redraft.data.store import Row
+from redraft.drafts.standalone.objective import TeacherLogits
 from redraft.errors import UserError
-from redraft.features.store import FeatureStore, anchors
-from redraft.target import Target
-
-TeacherLogits = Callable[[Tensor], Tensor]
-"""Indices [N] into the supervised positions of some rows -> the teacher's logits [N, V] there."""
-
-
-class Teacher(Protocol):
-    """``of(rows, device)`` gives the teacher's logits at the supervised positions of rows, in their order."""
-
-    vocab_size: int
-
-    def of(self, rows: Sequence[Row], device: torch.device) -> TeacherLogits: ...
+from redraft.features import FeatureSource
+from redraft.rows import anchors
+from redraft.target import Head
 
 
 class StateTeacher:
-    """The target's distribution, from states that are stored, or computed as they are needed where none are."""
+    """The target's distribution, from its states through its head."""
 
-    def __init__(self, target: Target, store: FeatureStore | None = None) -> None:
-        self.target, self.store, self.vocab_size = target, store, target.vocab_size
+    def __init__(self, target: Head, source: FeatureSource) -> None:
+        self.target, self.source, self.vocab_size = target, source, target.vocab_size
 
     def of(self, rows: Sequence[Row], device: torch.device) -> TeacherLogits:
         """See :class:`Teacher`."""
-        found = [self.store.get(row)[1] if self.store else self.live(row) for row in rows]
-        hidden_MH = torch.cat(found).to(self.target.device)
+        hidden_MH = torch.cat([self.source.get(row)[1] for row in rows]).to(self.target.device)
 
         def logits(index_N: Tensor) -> Tensor:
             with torch.no_grad():
                 return self.target.scale_logits(self.target.head(hidden_MH[index_N.to(hidden_MH.device)])).to(device)
 
         return logits
-
-    def live(self, row: Row) -> Tensor:
-        """Final-norm states [R - 1, H] in front of every response token after the first."""
-        ids_1T = torch.tensor([[*row.prompt_ids, *row.response_ids[:-1]]], device=self.target.device)
-        # A clone is no inference tensor, which autograd would refuse to index.
-        return self.target.forward(ids_1T, taps=False).hidden_BTH[0, len(row.prompt_ids) :].clone()
 
 
 class TopTeacher:

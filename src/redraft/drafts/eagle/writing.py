@@ -13,8 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from redraft.artifact import check_tensors, tensors_bytes, tensors_hash, write_tensors
-from redraft.drafts.eagle import EagleDraft
-from redraft.drafts.formats.base import CONFIG_FILE, WEIGHTS_FILE, TargetInfo, Written
+from redraft.drafts.eagle.module import EagleDraft
+from redraft.drafts.formats.base import CONFIG_FILE, WEIGHTS_FILE, ExportReport, TargetInfo
+from redraft.drafts.formats.reading import LAYER_FIELDS
 from redraft.drafts.opening import read_draft
 from redraft.errors import UserError
 from redraft.files import atomic_folder, atomic_write_json
@@ -25,51 +26,40 @@ EXPORTED_FILES = {CONFIG_FILE, WEIGHTS_FILE, "README.md"}
 FREE_ROPE_TYPES = ("default", "linear", "llama3")
 
 
-def no_tensors(draft: EagleDraft) -> dict[str, Tensor]:
-    return {}
-
-
-def no_warnings(folder: Path) -> list[str]:
-    return []
-
-
 @dataclass(frozen=True)
 class LayerWriter:
-    """A format of such drafts; ``checked`` gives the dense draft and notes, ``config`` the whole config.json."""
+    """A format of such drafts: a :class:`redraft.drafts.formats.base.Writer`.
+
+    ``check`` gives the dense draft and notes, ``config`` the whole config.json, ``serve`` the command; ``extra`` are
+    tensors that the format asks for and the draft does not have.
+    """
 
     name: str
-    checked: Callable[[Any, TargetInfo], tuple[Any, list[str]]]
+    check: Callable[[Any, TargetInfo], tuple[Any, list[str]]]
     config: Callable[[Any, TargetInfo, int], dict[str, Any]]
     serve: Callable[[Path, TargetInfo, int], str]
     rename: Callable[[str], str] = str
-    # Tensors that the format asks for and the draft does not have.
-    extra: Callable[[Any], Mapping[str, Tensor]] = no_tensors
-    warnings: Callable[[Path], list[str]] = no_warnings
+    extra: Callable[[Any], Mapping[str, Tensor]] | None = None
+    warnings: Callable[[Path], list[str]] | None = None
 
-    def check(self, draft: Any, target: TargetInfo) -> tuple[Any, list[str]]:
-        return self.checked(draft, target)
-
-    def write(self, dense: Any, folder: Path, target: TargetInfo, tokens: int) -> Written:
+    def write(self, dense: Any, folder: Path, target: TargetInfo, tokens: int) -> ExportReport:
         """Write config and weights, read them back as any checkpoint is read, and only then put the folder in place.
 
         Raises ``UserError`` on a full disk or a folder that holds other files, and ``RuntimeError`` when reading does
         not give the same draft (a defect of ours).
         """
         state = dense.state_dict()
-        renamed = {self.rename(key): tensor for key, tensor in state.items()} | dict(self.extra(dense))
+        renamed = {self.rename(key): tensor for key, tensor in state.items()}
+        renamed |= self.extra(dense) if self.extra else {}
         with atomic_folder(folder, tensors_bytes(renamed), EXPORTED_FILES) as new:
             write_tensors(new / WEIGHTS_FILE, renamed)
             atomic_write_json(new / CONFIG_FILE, self.config(dense, target, tokens))
             back, _ = read_draft(new, target)
             if back.config != dense.config or tensors_hash(back.state_dict()) != tensors_hash(state):
                 raise RuntimeError(f"the {self.name} export does not read back as the draft that was written")
-        return Written(
-            len(renamed),
-            sum(parameter.numel() for parameter in dense.parameters()),
-            tensors_bytes(renamed),
-            self.serve(folder, target, tokens),
-            tuple(self.warnings(folder.absolute())),
-        )
+        parameters = sum(parameter.numel() for parameter in dense.parameters())
+        warnings = self.warnings(folder.absolute()) if self.warnings else []
+        return ExportReport.of(self.name, folder, renamed, parameters, self.serve(folder, target, tokens), warnings)
 
 
 # -- checks ----------------------------------------------------------------------------------------------------------
@@ -100,20 +90,10 @@ def cover_context(draft: EagleDraft, target: TargetInfo) -> tuple[EagleDraft, li
 # -- config.json -----------------------------------------------------------------------------------------------------
 def layer_config(draft: EagleDraft) -> dict[str, Any]:
     """The keys that describe the decoder layer in the terms of a Hugging Face Llama config, none left to defaults."""
-    config = draft.config
-    return {
+    return {ours.removeprefix("target_"): getattr(draft.config, ours) for ours in LAYER_FIELDS} | {
         "model_type": "llama",
-        "vocab_size": config.target_vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
         "num_hidden_layers": 1,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
         "hidden_act": "silu",
-        "max_position_embeddings": config.max_position_embeddings,
-        "rms_norm_eps": config.rms_norm_eps,
-        "attention_bias": config.attention_bias,
         "mlp_bias": False,
         "tie_word_embeddings": False,
     }

@@ -1,9 +1,10 @@
-"""Optimiser steps over micro-batches that a kill does not change: the loop of all training here.
+"""The training loop of everything that is trained here; a run that was killed goes on to the same bits.
 
 A step is the sum of its parts' gradients (gradient accumulation); a part is a callable that gives a scalar already
-divided by what the whole step counts. Weights, optimiser state, position in the data and every figure of the curve
-so far are in the checkpoint; what a step draws at random is a function of seed and step. A loss or gradient that is
-not finite stops the run before any weight is changed, so that no checkpoint ever holds it.
+divided by what the whole step counts, over all its parts and all workers. Weights, optimiser state, position in the
+data and every metric of the curve so far are in the checkpoint; what a step draws at random is a function of seed and
+step. A loss or gradient that is not finite stops the run before any weight is changed, so that no checkpoint ever
+holds it.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ from redraft.errors import UserError
 from redraft.progress import Progress
 from redraft.train.checkpoint import Checkpoint, Named
 from redraft.train.optimizer import OPTIMIZERS, Optimizers, learning_rate, make_optimizers, muon_type
+from redraft.train.workers import SINGLE, Workers, sum_gradients
 
 
 @dataclass(frozen=True)
-class DescentConfig:
+class LoopConfig:
     """How anything is trained. ``warmup`` is the share of all steps before the cosine, ``patience`` how many
     evaluations may pass without a new best (0: all steps are done). Besides at evaluations a checkpoint is written
     when ``save_seconds`` have gone by."""
@@ -71,7 +73,7 @@ class DescentConfig:
 
 
 @dataclass(frozen=True)
-class CausalConfig(DescentConfig):
+class CausalConfig(LoopConfig):
     """How a causal LM is trained, whatever on."""
 
     precision: str = AUTO
@@ -84,7 +86,8 @@ class CausalConfig(DescentConfig):
 
 @dataclass
 class Step:
-    """The parts of one optimiser step, the supervised tokens in it, and the position in the data behind it."""
+    """One optimiser step: the parts that this worker computes, the supervised tokens of all workers' parts, and the
+    position in the data behind it."""
 
     parts: Sequence[Callable[[], Tensor]]
     tokens: int
@@ -98,8 +101,9 @@ class StepSource(Protocol):
 
 
 @dataclass
-class DescentResult:
-    """The outcome. ``figure`` is what the evaluation gives; ``history`` lists (step, figure)."""
+class LoopResult:
+    """The outcome. ``best`` and ``start`` are values of the metric that picks the best weights; ``history`` lists
+    (step, metric)."""
 
     best: float
     start: float
@@ -111,8 +115,8 @@ class DescentResult:
     history: list[tuple[int, float]]
 
 
-class Descent:
-    """A run over ``total`` steps of ``source``. ``evaluate`` gives the figure that picks the best weights."""
+class TrainingLoop:
+    """A run over ``total`` steps of ``source``. ``evaluate`` gives the metric that picks the best weights."""
 
     def __init__(
         self,
@@ -121,26 +125,28 @@ class Descent:
         source: StepSource,
         total: int,
         evaluate: Callable[[], float],
-        config: DescentConfig,
+        config: LoopConfig,
         folder: Path,
         identity: dict[str, Any],
         *,
         precision: str,
-        figure: str = "heldout_tau",
-        higher: bool = True,
+        metric: str = "heldout_tau",
+        higher_is_better: bool = True,
         before: Callable[[], int] | None = None,
+        workers: Workers = SINGLE,
     ) -> None:
         """``trained`` are the parameters of ``model`` that move, in float32; losses are computed in ``precision``.
 
         ``precision`` may be ``auto``; what a run was begun in is in its checkpoint, and it goes on so on any machine.
         ``identity`` says what else the checkpoint in ``folder`` belongs to. ``before`` is done once, ahead of the
-        first evaluation, and gives the supervised tokens that it took. Raises ``UserError`` for another's checkpoint.
+        first evaluation, and gives the supervised tokens that it took. ``metric`` names what ``evaluate`` gives in
+        ``curve.jsonl``. Raises ``UserError`` for another's checkpoint.
         """
         if not trained:
             raise ValueError("no parameter requires a gradient")
         self.model, self.trained, self.source, self.total = model, trained, source, total
-        self.measure, self.config, self.before = evaluate, config, before
-        self.figure, self.sign = figure, 1 if higher else -1
+        self.measure, self.config, self.before, self.workers = evaluate, config, before, workers
+        self.metric, self.sign = metric, 1 if higher_is_better else -1
         self.device = trained[0][1].device
         self.precision = choose_dtype(precision, self.device.type)
         names = {"config": config.identity(), "trained": [n for n, _ in trained], "steps": total}
@@ -151,19 +157,22 @@ class Descent:
         self.checkpoint = Checkpoint(folder, names | identity)
 
     # -- the loop ----------------------------------------------------------------------------------------------
-    def run(self, reporter: Progress | None = None) -> DescentResult:
+    def run(self, reporter: Progress | None = None) -> LoopResult:
         """Train to the end, or until patience is out. On return the model holds the weights of the best evaluation.
 
         A killed run, started again with the same arguments, ends with the same bits. Raises ``UserError`` when a
         loss or a gradient is not finite; the checkpoint before it stays.
         """
         optimizers = make_optimizers(self.trained, self.config.optimizer, self.config.weight_decay)
-        state = self.checkpoint.load(self.trained, optimizers) or self.start(optimizers)
+        stored = self.checkpoint.load(self.trained, optimizers)
+        self.workers.wait()  # nobody writes before all have looked
+        state = stored or self.start(optimizers)
         # A run of before this was recorded took what it was given, and torch's own arithmetic.
         used = state.setdefault("arithmetic", {"precision": self.precision, "muon": "bfloat16"})
         self.precision, optimizers.muon = used["precision"], used["muon"]
         self.done_before = self.ended(state)
-        self.mend_curve(state["step"])
+        if self.workers.writes:
+            self.mend_curve(state["step"])
         self.model.train()
         began = saved = time.monotonic()
         spent = state["seconds"]
@@ -176,35 +185,48 @@ class Descent:
                 if due:
                     self.evaluation(state)
                 if due or time.monotonic() - saved >= self.config.save_seconds:
-                    self.checkpoint.save(self.trained, optimizers, state)
+                    self.save(optimizers, state)
                     saved = time.monotonic()
+        self.workers.wait()
         self.checkpoint.load_best(self.trained)
         self.model.eval()
-        history = [(int(step), float(figure)) for step, figure in state["history"]]
+        history = [(int(step), float(metric)) for step, metric in state["history"]]
         kept = {k: state[k] for k in ("best", "start", "best_step", "tokens", "seconds")}
-        return DescentResult(**kept, steps=state["step"], stopped_early=state["step"] < self.total, history=history)
+        return LoopResult(**kept, steps=state["step"], stopped_early=state["step"] < self.total, history=history)
 
     def start(self, optimizers: Optimizers) -> dict[str, Any]:
         """The state before the first step, on disk."""
         began = time.monotonic()
         tokens = self.before() if self.before else 0
         seconds = time.monotonic() - began if tokens else 0.0
-        figure = self.evaluate()
-        state: dict[str, Any] = {"step": 0, "tokens": tokens, "seconds": seconds, "best": figure, "start": figure}
-        state |= {"best_step": 0, "history": [[0, figure]], "segment": [0.0, 0], "position": {}}
+        metric = self.evaluate()
+        state: dict[str, Any] = {"step": 0, "tokens": tokens, "seconds": seconds, "best": metric, "start": metric}
+        state |= {"best_step": 0, "history": [[0, metric]], "segment": [0.0, 0], "position": {}}
         state["arithmetic"] = {"precision": self.precision, "muon": muon_type(self.device)}
-        self.curve.write_text("")
-        self.checkpoint.save_best(self.trained)
-        self.checkpoint.save(self.trained, optimizers, state)
+        if self.workers.writes:
+            self.curve.write_text("")
+            self.checkpoint.save_best(self.trained)
+        self.save(optimizers, state)
         return state
 
+    def save(self, optimizers: Optimizers, state: dict[str, Any]) -> None:
+        """The state as it is, on disk."""
+        if self.workers.writes:
+            self.checkpoint.save(self.trained, optimizers, state)
+
     def evaluate(self) -> float:
-        """The figure as the weights stand."""
+        """The metric as the weights stand: one worker measures, and all get the same number."""
         self.model.eval()
         with torch.no_grad(), self.autocast():
-            figure = self.measure()
+            found = self.measure() if self.workers.writes else 0.0
         self.model.train()
-        return figure
+        return self.summed(found)
+
+    def summed(self, value: float) -> float:
+        """A number summed over the workers."""
+        if self.workers.size == 1:
+            return value
+        return float(self.workers.sum(torch.tensor([value], dtype=torch.float64, device=self.device)))
 
     def ended(self, state: dict[str, Any]) -> bool:
         """Whether all steps are done, or patience is out."""
@@ -220,21 +242,25 @@ class Descent:
         state["segment"] = [state["segment"][0] + loss, state["segment"][1] + 1]
         if reporter:
             reporter.update(
-                state["tokens"], loss=loss, step=state["step"], **{self.figure: float(state["history"][-1][1])}
+                state["tokens"], loss=loss, step=state["step"], **{self.metric: float(state["history"][-1][1])}
             )
 
     def evaluation(self, state: dict[str, Any]) -> None:
         """Measure, keep the weights if they are the best so far, and write the curve's line."""
-        figure = self.evaluate()
-        state["history"].append([state["step"], figure])
-        if self.sign * figure > self.sign * state["best"]:
-            state["best"], state["best_step"] = figure, state["step"]
-            self.checkpoint.save_best(self.trained)
+        metric = self.evaluate()
+        state["history"].append([state["step"], metric])
+        better = self.sign * metric > self.sign * state["best"]
+        if better:
+            state["best"], state["best_step"] = metric, state["step"]
         total, count = state["segment"]
         state["segment"] = [0.0, 0]
+        if not self.workers.writes:
+            return
+        if better:
+            self.checkpoint.save_best(self.trained)
         entry = {"step": state["step"], "tokens": state["tokens"], "seconds": round(state["seconds"], 1)}
         with self.curve.open("a") as file:
-            file.write(json.dumps({**entry, "loss": total / count, self.figure: figure}) + "\n")
+            file.write(json.dumps({**entry, "loss": total / count, self.metric: metric}) + "\n")
 
     def mend_curve(self, step: int) -> None:
         """Drop lines behind the checkpoint: a kill between the two would leave them there twice."""
@@ -250,15 +276,17 @@ class Descent:
         """Gradients of all parts, then one move of the weights; the step's loss. Raises ``UserError`` (see run)."""
         total = 0.0
         for number, part in enumerate(parts):
-            loss = self.loss(part, step, number)
+            # As one worker alone would number its parts.
+            loss = self.loss(part, step, number * self.workers.size + self.workers.rank)
             loss.backward()
             total += float(loss.detach())
+        sum_gradients((p for _, p in self.trained), self.workers)
         norm = float(torch.nn.utils.clip_grad_norm_([p for _, p in self.trained], self.config.clip))
         if not math.isfinite(norm):
             self.stop(f"the gradient became {norm}", step)
         config = self.config
         optimizers.step(learning_rate(step, self.total, config.learning_rate, config.warmup))
-        return total
+        return self.summed(total)
 
     def loss(self, part: Callable[[], Tensor], step: int, number: int = 0) -> Tensor:
         """The loss of a part of a step. What it draws is a function of seed, step and the part's number, so that a

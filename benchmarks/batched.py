@@ -25,10 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from redraft.decode.accept import accept_chains
-from redraft.decode.engine import Generation, Round, _check_room, _trim, _Uniforms, for_decoding
+from redraft.decode.engine import for_decoding
+from redraft.decode.requests import Generation, Round, Uniforms, check_room, trim
 from redraft.drafts.base import Draft
-from redraft.drafts.eagle import EagleDraft
-from redraft.drafts.standalone import StandaloneDraft
 from redraft.errors import UserError
 from redraft.sampling import Sampler, draw, warp
 from redraft.target import Target
@@ -41,7 +40,7 @@ Done = Callable[[int, Generation], None]
 class DraftSlots:
     """Keys and values [B, K, C, W] of the draft's one layer, and how many verified pairs each slot holds."""
 
-    def __init__(self, draft: EagleDraft, size: int, capacity: int) -> None:
+    def __init__(self, draft: Draft, size: int, capacity: int) -> None:
         config, like = draft.config, draft.fc.weight
         self.capacity = capacity
         self.keys = like.new_zeros(size, config.num_key_value_heads, capacity, config.head_dim)
@@ -72,7 +71,7 @@ class _Sequence:
     """A request in flight: its place among the prompts, its uniforms, and the pairs that the draft has not seen."""
 
     index: int
-    uniforms: _Uniforms
+    uniforms: Uniforms
     generation: Generation
     began: float
     pending_ids: list[int]
@@ -121,8 +120,8 @@ class BatchedChainDecoder:
         slots below 1, and for a target whose text is not its own in such a pass.
         """
         target.require("slots")
-        if isinstance(draft, StandaloneDraft):
-            raise UserError("batched decoding takes no standalone draft; decode with it one request at a time")
+        if not draft.taps:
+            raise UserError(f"batched decoding takes no {draft.family} draft; decode with it one request at a time")
         draft.check_fit(target)
         if gamma < 1:
             raise UserError(f"gamma must be at least 1, not {gamma}")
@@ -149,7 +148,7 @@ class BatchedChainDecoder:
         do not fit the context, or when there is not one seed a prompt.
         """
         for prompt in prompts:
-            _check_room(self.target, prompt, max_new_tokens)
+            check_room(self.target, prompt, max_new_tokens)
         seeds = [0] * len(prompts) if seeds is None else list(seeds)
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts")
@@ -157,8 +156,8 @@ class BatchedChainDecoder:
         waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
         if not waiting:
             return []
-        if self.target.taps != self.draft.config.taps:
-            self.target.tap(self.draft.config.taps)
+        if self.target.taps != self.draft.taps:
+            self.target.tap(self.draft.taps)
         flight = self._take_off(min(self.slots, len(prompts)), len(prompts[waiting[0]]) + max_new_tokens)
         group = max(1, len(flight.rows) // 8)
         with slot_attention(self.target):
@@ -204,7 +203,7 @@ class BatchedChainDecoder:
         flight.draft_cache.lengths[rows_b] = ends_b - 1
         logits_bV = target.logits(step.hidden_BTH[torch.arange(len(group), device=device), ends_b - 1])
         for i, (row, (index, (_, seed))) in enumerate(zip(free, group.items(), strict=True)):
-            uniforms = _Uniforms(seed, device)
+            uniforms = Uniforms(seed, device)
             first = self._first(logits_bV[i], uniforms)
             taps_TF = step.taps_BTKH[i, lengths[i] - 1 : lengths[i]].clone()
             one = _Sequence(index, uniforms, Generation([first], "length", 0.0, 0.0), 0.0, [first], taps_TF)
@@ -214,7 +213,7 @@ class BatchedChainDecoder:
             if (joined := flight.rows[row]) is not None:
                 joined.generation.prefill_seconds, joined.began = now - began, now
 
-    def _first(self, logits_V: Tensor, uniforms: _Uniforms) -> int:
+    def _first(self, logits_V: Tensor, uniforms: Uniforms) -> int:
         if self.sampler.greedy:
             return int(logits_V.argmax())
         return int(draw(warp(logits_V[None], self.sampler), uniforms.take(1)))
@@ -222,7 +221,7 @@ class BatchedChainDecoder:
     def _land(self, flight: _Flight, max_new_tokens: int, found: list[Generation | None], done: Done | None) -> None:
         """Free the slots of sequences that have ended."""
         for row, one in flight.active():
-            reason = _trim(one.generation.ids[-1:], self.ends, 2)[1]
+            reason = trim(one.generation.ids[-1:], self.ends, 2)[1]
             if reason is None and len(one.generation.ids) < max_new_tokens:
                 continue
             one.generation.finish_reason = reason or "length"
@@ -246,7 +245,7 @@ class BatchedChainDecoder:
             proposed = proposal.ids_BG[row, : proposal.counts[row]].tolist()
             kept = [*proposed[: accepted[row]], following[row]]
             one.pending_ids, one.pending_taps_TF = kept, taps_BTF[row, : accepted[row] + 1]
-            shown = _trim(kept, self.ends, rooms[row])[0]
+            shown = trim(kept, self.ends, rooms[row])[0]
             one.generation.ids.extend(shown)
             record = Round(proposed, accepted[row], shown, drafted - start, verified - drafted)
             one.generation.rounds.append(record)

@@ -1,46 +1,30 @@
-"""What a training step minimises: from a packed batch to one number to differentiate.
-
-A draft family names its objective (``draft.objective``, by default "unroll"). The trainer knows none of them.
+"""EAGLE-3's objective: training-time test under a loss of the registry.
 
 Shape legend: M supervised anchors, N those of a portion at a step, J draft steps, D draft vocabulary, H draft width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from redraft.acceptance.unroll import Batch, supervised, unroll
+from redraft.drafts.eagle.unroll import Batch, collate, supervised, unroll
+from redraft.drafts.proposing import ObjectiveSettings, Reduce, alone
+from redraft.features import FeatureSource
+from redraft.losses.portions import portions, sum_over_portions
 from redraft.registries import LOSSES
-from redraft.target import Target
-from redraft.train.portions import portions, sum_over_portions
-
-if TYPE_CHECKING:
-    from redraft.train.trainer import TrainConfig
-
-
-class Objective(Protocol):
-    """A callable that gives the scalar loss of a batch, ready for ``backward``."""
-
-    def __call__(self, batch: Batch) -> Tensor: ...
-
+from redraft.rows import TokenRow
+from redraft.target import Head
 
 # Draft and teacher logits that stand in memory at once, counted in numbers: 256 MiB in float32, which keeps any device
 # busy. A CPU is a third faster with 64 MiB: larger matrices are given back to the system after every use, and fetching
 # their pages again costs more than the arithmetic on them.
 PORTION_NUMBERS = {"cpu": 2**24, "cuda": 2**26}
-
-
-def sum_over_workers(sums: Tensor) -> Tensor:
-    """The sum over all workers of a distributed run; of a single process, its own."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(sums)
-    return sums
 
 
 class UnrollObjective:
@@ -54,12 +38,12 @@ class UnrollObjective:
     def __init__(
         self,
         draft: Any,
-        target: Target,
-        config: TrainConfig,
+        target: Head,
+        config: ObjectiveSettings,
         portion_numbers: int | None = None,
-        reduce: Callable[[Tensor], Tensor] = sum_over_workers,
+        reduce: Reduce = alone,
     ) -> None:
-        """``portion_numbers``: by default what suits the device. ``reduce`` adds batch statistics over workers.
+        """``portion_numbers``: by default what suits the device. ``reduce`` sums counts and statistics over workers.
 
         Raises ``UserError`` for an unknown loss.
         """
@@ -69,26 +53,35 @@ class UnrollObjective:
         vocabulary, bias = draft.vocabulary().to(target.device), target.head.bias
         self.head_DF, self.bias_D = target.head.weight[vocabulary], None if bias is None else bias[vocabulary]
 
+    def collate(
+        self, rows: Sequence[TokenRow], features: FeatureSource, weights: Mapping[str, Tensor] | None = None
+    ) -> Batch:
+        """See :class:`redraft.drafts.proposing.Objective`."""
+        return collate(rows, features, self.config.unroll, weights)
+
     def teacher_logits(self, batch: Batch, anchors: slice = slice(None)) -> Tensor:
         """The target's logits [M, D] at the draft vocabulary alone, of the token that each anchor predicts."""
         with torch.no_grad():
             return self.target.scale_logits(F.linear(batch.hidden_M[anchors], self.head_DF, self.bias_D))
 
     def weights(self, batch: Batch, inside_MJ: Tensor) -> Tensor:
-        """What each anchor's loss at each step counts for, [M, J]; they sum to 1.
+        """What each anchor's loss at each step counts for, [M, J]; over all workers they sum to 1.
 
         The mean over anchors of a step, and over steps with weights that decay. A loss over chains weighs steps by
-        itself: every reached step counts the same.
+        itself: every reached step counts the same. Where the batch brings weights, one mean over all states.
         """
+        if batch.weight_MJ is not None:
+            weight_MJ = batch.weight_MJ * inside_MJ
+            return weight_MJ / self.reduce(weight_MJ.sum()).clamp(min=1e-9)
         inside = inside_MJ.float()
         if hasattr(self.loss, "chain"):
-            return inside / inside.sum().clamp(min=1)
-        counts_J = inside.sum(0)
+            return inside / self.reduce(inside.sum()).clamp(min=1)
+        counts_J = self.reduce(inside.sum(0))
         decays_J = self.config.step_decay ** torch.arange(inside.shape[1], device=inside.device) * (counts_J > 0)
         return inside * (decays_J / counts_J.clamp(min=1) / decays_J.sum().clamp(min=1e-9))
 
     def __call__(self, batch: Batch) -> Tensor:
-        """The weighted mean of the loss over anchors and draft steps."""
+        """The weighted mean of the loss over anchors and draft steps, plus the balance of routed experts."""
         inside_MJ = supervised(self.draft, batch)
         weight_MJ = self.weights(batch, inside_MJ) * inside_MJ
         steps = max(1, int((weight_MJ > 0).any(0).sum()))
@@ -107,7 +100,7 @@ class UnrollObjective:
             return torch.stack(sums).sum()
 
         trained = [p for p in self.draft.parameters() if p.requires_grad]
-        return sum_over_portions(value, slices, states, trained)
+        return sum_over_portions(value, slices, states, trained) + self.draft.extra_loss()
 
     def rows(
         self, batch: Batch, weight_MJ: Tensor, part: slice, states: list[Tensor]
@@ -132,33 +125,3 @@ class UnrollObjective:
                 draft, teacher, _ = self.rows(batch, weight_MJ, part, [s[part] for s in states])
                 found += [self.loss.statistics(*step) for step in zip(draft, teacher, strict=True)]
             return self.reduce(torch.stack(found).sum(0))
-
-
-class WithExtraLoss:
-    """An objective plus what the draft itself asks for, such as the load balance of routed experts."""
-
-    def __init__(self, objective: Objective, draft: Any) -> None:
-        self.objective, self.draft = objective, draft
-
-    def __call__(self, batch: Batch) -> Tensor:
-        """The objective's loss plus ``draft.extra_loss()``, which the forward pass has filled and reading clears."""
-        return self.objective(batch) + self.draft.extra_loss()
-
-
-def make_objective(draft: Any, target: Target, config: TrainConfig) -> Objective:
-    """The objective that the draft's family trains with. Raises ``UserError`` for an unknown loss."""
-    kind = getattr(draft, "objective", "unroll")
-    if kind == "regression":
-        from redraft.train.regression import RegressionObjective
-
-        objective: Objective = RegressionObjective(draft, target, config)
-    elif kind == "unroll":
-        objective = UnrollObjective(draft, target, config)
-    else:
-        raise ValueError(f"{type(draft).__name__} names the objective {kind!r}; there are unroll and regression")
-    return with_extra_loss(objective, draft)
-
-
-def with_extra_loss(objective: Objective, draft: Any) -> Objective:
-    """The objective, plus what the draft itself asks for if it asks for anything."""
-    return WithExtraLoss(objective, draft) if hasattr(draft, "extra_loss") else objective

@@ -16,20 +16,20 @@ Shape legend: N packed pairs, M supervised anchors, C anchors of a portion, H wi
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from redraft.acceptance.unroll import Batch, unroll
-from redraft.drafts.base import Draft
-from redraft.target import Target
-from redraft.train.portions import portions, sum_over_portions
-
-if TYPE_CHECKING:
-    from redraft.train.trainer import TrainConfig
+from redraft.drafts.eagle.unroll import Batch, collate, unroll
+from redraft.drafts.proposing import ObjectiveSettings, Reduce, alone
+from redraft.features import FeatureSource
+from redraft.losses.portions import portions, sum_over_portions
+from redraft.rows import TokenRow
+from redraft.target import Head
 
 # Positions whose logits over the whole vocabulary stand in memory at once.
 CHUNK = 128
@@ -48,16 +48,35 @@ class Recipe:
 class RegressionObjective:
     """A batch to a scalar loss. Rows, weights of the draft and ``config.seed`` decide it to the bit."""
 
-    def __init__(self, draft: Draft, target: Target, config: TrainConfig, recipe: Recipe = Recipe()) -> None:
-        """``config`` gives the seed of the noise; its loss and its draft steps play no part here."""
+    def __init__(
+        self,
+        draft: Any,
+        target: Head,
+        config: ObjectiveSettings,
+        recipe: Recipe = Recipe(),
+        reduce: Reduce = alone,
+    ) -> None:
+        """``config`` gives the seed of the noise; its loss and its draft steps play no part here. ``reduce`` sums
+        over workers."""
         self.draft, self.target, self.seed, self.recipe = draft.bind(target), target, config.seed, recipe
+        self.reduce = reduce
+
+    def collate(
+        self, rows: Sequence[TokenRow], features: FeatureSource, weights: Mapping[str, Tensor] | None = None
+    ) -> Batch:
+        """See :class:`redraft.drafts.proposing.Objective`; there is one draft step, and no weights."""
+        assert weights is None
+        return collate(rows, features, 1)
 
     def __call__(self, batch: Batch) -> Tensor:
-        """The mean loss over the anchors of ``batch``."""
+        """The mean loss over the anchors of ``batch``, plus the balance of routed experts; of several workers, this
+        one's share of it."""
         states_MH = next(unroll(self.draft, self.target.embedding, self.noisy(batch), 1))
         recipe = self.recipe
         loss = recipe.state_weight * F.smooth_l1_loss(states_MH.float(), batch.hidden_M.float())
-        return loss + recipe.word_weight * self.words(states_MH, batch.hidden_M)
+        loss = loss + recipe.word_weight * self.words(states_MH, batch.hidden_M)
+        count = loss.new_tensor(float(len(states_MH)))
+        return loss * (len(states_MH) / self.reduce(count)) + self.draft.extra_loss()
 
     def words(self, states_MH: Tensor, hidden_MH: Tensor) -> Tensor:
         """Mean cross-entropy of the draft's words against the target's distribution, portion by portion."""

@@ -16,8 +16,12 @@ from torch import Tensor, nn
 
 from redraft.drafts.base import Draft
 from redraft.drafts.config import DraftConfig, heads_of, inner_width, rope_of
+from redraft.drafts.eagle.proposer import EagleProposer
+from redraft.drafts.eagle.static import StaticProposer
+from redraft.drafts.eagle.walk import EagleWalk
 from redraft.drafts.experts import SharedPrivateMLP
 from redraft.drafts.layers import Attend, Attention, Linear, RMSNorm, Rotary
+from redraft.target import Head, Target
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +102,8 @@ class EagleDraft(Draft):
         "embed": ("embed_tokens.*",),
     }
 
+    grows_trees: ClassVar[bool] = True
+
     fc: Linear
     midlayer: EagleLayer
     embed_tokens: nn.Embedding | None
@@ -116,6 +122,16 @@ class EagleDraft(Draft):
             assert isinstance(layer, Linear)
             layer.attach_low_rank(config.low_rank, config.low_rank_alpha)
         self.rotary = Rotary(config.rope_parameters, config.head_dim, config.max_position_embeddings)
+
+    # -- proposals ---------------------------------------------------------------------------------------------
+    def proposer(self, target: Target, capacity: int) -> EagleProposer:
+        return EagleProposer(self, target, capacity)
+
+    def static_proposer(self, target: Target, capacity: int, gamma: int) -> StaticProposer:
+        return StaticProposer(self, target, capacity, gamma)
+
+    def walk(self, target: Head) -> EagleWalk:
+        return EagleWalk(self, target)
 
     def mlps(self) -> tuple[str, ...]:
         return ("midlayer.mlp",)

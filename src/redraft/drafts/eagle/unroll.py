@@ -12,20 +12,21 @@ width, Q query heads, G query heads a key head, E key heads, W head width, J dra
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from redraft.data.store import Row
-from redraft.features.store import FeatureStore, anchors
+from redraft.features import FeatureSource
+from redraft.rows import TokenRow, anchors
 
 
 @dataclass
 class Batch:
-    """Packed rows. ``future_MJ`` holds x_{t+2+j}, or -1 behind the end of the response."""
+    """Packed rows. ``future_MJ`` holds x_{t+2+j}, or -1 behind the end of the response; ``weight_MJ``, where there is
+    one, what each state counts for in training."""
 
     ids_N: Tensor
     taps_N: Tensor
@@ -38,13 +39,17 @@ class Batch:
     row_M: Tensor
     column_M: Tensor
     visible_BAT: Tensor
+    weight_MJ: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(**{name: value.to(device) for name, value in vars(self).items()})
+        moved: dict[str, Any] = {name: value.to(device) for name, value in vars(self).items() if value is not None}
+        return Batch(**moved)
 
 
-def collate(rows: Sequence[Row], store: FeatureStore, steps: int) -> Batch:
-    """Pack rows with their stored features for an unroll of ``steps`` draft steps."""
+def collate(
+    rows: Sequence[TokenRow], features: FeatureSource, steps: int, weights: Mapping[str, Tensor] | None = None
+) -> Batch:
+    """Pack rows with their features for an unroll of ``steps`` draft steps; ``weights`` [A, J] by row key."""
     pairs = [len(r.prompt_ids) + anchors(r) - 1 for r in rows]
     counts = [anchors(r) for r in rows]
     starts = [sum(pairs[:i]) for i in range(len(rows))]
@@ -52,7 +57,7 @@ def collate(rows: Sequence[Row], store: FeatureStore, steps: int) -> Batch:
     ids, taps, hidden, future, anchor = [], [], [], [], []
     for row, size, count, start in zip(rows, pairs, counts, starts, strict=True):
         full = torch.tensor([*row.prompt_ids, *row.response_ids])
-        row_taps, row_hidden = store.get(row)
+        row_taps, row_hidden = features.get(row)
         taps.append(row_taps)
         hidden.append(row_hidden)
         ids.append(full[1 : size + 1])
@@ -79,6 +84,7 @@ def collate(rows: Sequence[Row], store: FeatureStore, steps: int) -> Batch:
         row_M=torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(counts)),
         column_M=torch.cat([torch.arange(count) for count in counts]),
         visible_BAT=visible,
+        weight_MJ=None if weights is None else torch.cat([weights[row.key] for row in rows]),
     )
 
 
