@@ -10,6 +10,7 @@ What a client sees is measured: speed counts from sending a request to the end o
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
@@ -53,7 +54,12 @@ def bench_servers(
         )
     one_by_one = any(callable(server) for server in servers.values())
     at_once = [[item] for item in servers.items()] if one_by_one else [list(servers.items())]
-    done, measured = _counting(tick), dict[str, Contestant]()
+    asked, measured = itertools.count(1), dict[str, Contestant]()
+
+    def done(what: str) -> None:
+        if tick:
+            tick(next(asked), what)
+
     for group in at_once:
         with ExitStack() as stack:
             sessions = []
@@ -66,18 +72,6 @@ def bench_servers(
 
 
 # -- measuring -------------------------------------------------------------------------------------------------------
-def _counting(tick: Tick | None) -> Callable[[str], None]:
-    count = 0
-
-    def done(what: str) -> None:
-        nonlocal count
-        count += 1
-        if tick:
-            tick(count, what)
-
-    return done
-
-
 def _levels(
     sessions: Sequence[Session], prompts: Sequence[Prompt], config: ServerConfig, done: Callable[[str], None]
 ) -> dict[str, Contestant]:

@@ -176,8 +176,6 @@ def _summary(found: Contestant, plain: Contestant | None, kept: Sequence[int]) -
 def _level(found: Contestant, plain: Contestant | None, concurrency: int, kept: Sequence[int]) -> dict[str, Any]:
     """One server at one concurrency, for ``server.levels``."""
     level = found.levels[concurrency]
-    if level is not found.base:
-        kept = [i for i, answer in enumerate(level.answers) if not answer.fault]
     answers, counts = _one(level, kept)
     whole, mine = total(counts), _tally(level, kept)
     entry: dict[str, Any] = {
