@@ -1,4 +1,4 @@
-"""A matrix told as a known one plus a change of a few bits a weight.
+"""A matrix stored as a known one plus a change of a few bits a weight.
 
 What training changes in a whole matrix is many small numbers of like size, which low rank cannot hold and few bits can
 (BitDelta, arXiv 2402.10193, for the change of whole language models). A row's change is rounded to 2^bits evenly spaced
@@ -40,7 +40,7 @@ class Coarse:
 
 
 def coarsen(matrix_DH: Tensor, known_DH: Tensor, bits: int, source_D: Tensor | None = None) -> Coarse:
-    """``matrix`` as a change of ``known``. Raises ``ValueError`` for bits that there are not and shapes that differ."""
+    """``matrix`` as a quantised change of ``known``. Raises ``ValueError`` for bits that there are not and shapes that differ."""
     if not 1 <= bits <= MOST_BITS:
         raise ValueError(f"{bits} bits; 1 to {MOST_BITS} are possible")
     matrix = matrix_DH.detach().float().cpu()
@@ -66,7 +66,7 @@ def coarsen(matrix_DH: Tensor, known_DH: Tensor, bits: int, source_D: Tensor | N
 
 
 def told(coarse: Coarse, known_DH: Tensor) -> Tensor:
-    """The matrix [D, H], in the type of ``known`` and on the CPU. Raises ``ValueError`` where the two do not fit."""
+    """The matrix [D, H] that was stored, in the type of ``known`` and on the CPU. Raises ``ValueError`` where the two do not fit."""
     known = placed(known_DH, coarse.source)
     width = -(-coarse.columns * coarse.bits // 8)
     fits = known.shape == (len(coarse.step), coarse.columns) and coarse.codes.shape == (len(coarse.step), width)

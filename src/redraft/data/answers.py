@@ -1,4 +1,4 @@
-"""An answer that came as text, as the tokens that the target wrote; and a reply of tokens, as the turn that it was.
+"""Between text and tokens: the token ids of an answer that came as text, and the chat turn of a response in ids.
 
 A chat template writes answers in its own way: it trims them, drops thoughts, opens an empty block of thoughts. What was
 served was written by the model behind the template's opening of its turn, so the answer's own text is put there, and

@@ -7,7 +7,7 @@ An end token is never guessed. It is the last id, or the one that the server nam
 ``matched_stop``), or the target's only one. Where none of that holds the response ends with its last known token and
 keeps its finish reason: all it says is the target's, and the draft learns nothing of its end.
 
-Faults that may pass (refused connections, time-outs, status 429 and 5xx, answers that make no sense) are tried again
+Transient faults (refused connections, time-outs, status 429 and 5xx, answers that make no sense) are tried again
 with exponential backoff. Once a whole row of requests has used up its attempts, the server counts as gone: the run
 stops with what it has, and the same command goes on from there.
 """

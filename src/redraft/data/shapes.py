@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from redraft.data.columns import refuse_keys, refuse_parts, refuse_second_text
 from redraft.data.turns import (
     ASSISTANT,
     SYSTEM,
@@ -23,6 +22,7 @@ from redraft.data.turns import (
     parse_turns,
     text_of,
 )
+from redraft.data.unread_keys import refuse_keys, refuse_parts, refuse_second_text
 
 TURN_KEYS = ("messages", "conversations", "conversation")
 SYSTEM_KEYS = ("system", "system_prompt", "system_message", "system_instruction")

@@ -1,4 +1,4 @@
-"""HTTP to an OpenAI-compatible server: addresses, requests, streams, and which faults may pass.
+"""HTTP to an OpenAI-compatible server: addresses, requests, streams, and which faults are transient.
 
 Shared by regeneration (which tries again) and the server benchmark (which never does: a retry would hide in the time).
 """

@@ -1,4 +1,4 @@
-"""One turn of a conversation, under the names that data sets and servers give it, in one form.
+"""Turns of a conversation: the many names that data sets and servers have for the same thing, brought to one form.
 
 A turn is ``{"role", "content"}`` with text as content, and where it has them ``reasoning_content`` (what an assistant
 thought before it spoke), ``tool_calls`` (OpenAI's, the arguments as an object), ``tool_call_id`` and ``name``.
