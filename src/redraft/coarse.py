@@ -40,7 +40,10 @@ class Coarse:
 
 
 def coarsen(matrix_DH: Tensor, known_DH: Tensor, bits: int, source_D: Tensor | None = None) -> Coarse:
-    """``matrix`` as a quantised change of ``known``. Raises ``ValueError`` for bits that there are not and shapes that differ."""
+    """``matrix`` as a quantised change of ``known``.
+
+    Raises ``ValueError`` for bits that there are not and shapes that differ.
+    """
     if not 1 <= bits <= MOST_BITS:
         raise ValueError(f"{bits} bits; 1 to {MOST_BITS} are possible")
     matrix = matrix_DH.detach().float().cpu()
@@ -66,7 +69,10 @@ def coarsen(matrix_DH: Tensor, known_DH: Tensor, bits: int, source_D: Tensor | N
 
 
 def told(coarse: Coarse, known_DH: Tensor) -> Tensor:
-    """The matrix [D, H] that was stored, in the type of ``known`` and on the CPU. Raises ``ValueError`` where the two do not fit."""
+    """The matrix [D, H] that was stored, in the type of ``known`` and on the CPU.
+
+    Raises ``ValueError`` where the two do not fit.
+    """
     known = placed(known_DH, coarse.source)
     width = -(-coarse.columns * coarse.bits // 8)
     fits = known.shape == (len(coarse.step), coarse.columns) and coarse.codes.shape == (len(coarse.step), width)
