@@ -14,12 +14,11 @@ import pytest
 from redraft.adaptation.claim import claim_run
 from redraft.adaptation.models import settle_template
 from redraft.data.generate import Completion
-from redraft.data.prompts import Conversation, template_ids
 from redraft.data.regenerate import regenerate
 from redraft.data.selfprompts import user_opening
-from redraft.data.shapes import Turns
+from redraft.data.shapes import Conversation, Turns
 from redraft.data.store import read_rows
-from redraft.data.template import TemplateSettings, date_path, settings_of, template_record, use_template
+from redraft.data.template import TemplateSettings, date_path, settings_of, template_ids, template_record, use_template
 from redraft.data.traces import read_traces
 from redraft.errors import UserError
 from redraft.settings.adapt import AdaptConfig
