@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from redraft.adaptation.steps import TargetSpec, regenerate_file, target_info
+from redraft.adaptation.steps import TargetSpec, target_info
+from redraft.api.text import regenerate
 from redraft.data.store import read_rows
 from redraft.drafts.eagle3 import fresh_draft
 from redraft.drafts.files import load_draft, save_draft
 from redraft.drafts.opening import read_draft
 from redraft.loading import load_tokenizer, tokenizer_hash
-from redraft.sampling import Sampler
 from redraft.select.manifest import read_manifest
 from redraft.target import Target
 
@@ -37,14 +37,8 @@ def furnish(folder: Path, target: Target) -> None:
     save_draft(folder / "draft", draft, meta | {"tokenizer_hash": tokenizer_hash(target.tokenizer)})
     lines = [{"id": f"p{i}", "messages": [{"role": "user", "content": " ".join(WORDS[i : i + 4])}]} for i in range(12)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    samplers = [Sampler()]
-    regenerate_file(
-        TargetSpec(str(folder / "target"), "float32"),
-        str(folder / "prompts.jsonl"),
-        folder / "responses.jsonl",
-        samplers,
-        max_new_tokens=12,
-    )
+    spec = TargetSpec(str(folder / "target"), "float32")
+    regenerate(spec, folder / "prompts.jsonl", folder / "responses.jsonl", max_new_tokens=12)
 
 
 @pytest.fixture

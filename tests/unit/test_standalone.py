@@ -19,16 +19,19 @@ from redraft.data.store import Row
 from redraft.decode.engine import ChainDecoder, PlainDecoder
 from redraft.decode.make import make_decoder
 from redraft.decode.static import StaticTarget
-from redraft.decode.tree import parse_shape
 from redraft.drafts.chances import run_lengths
 from redraft.drafts.experts import attach_private, is_private, merge_private, private_names
 from redraft.drafts.files import load_draft, load_private, save_draft, save_private
+from redraft.drafts.groups import prepare
 from redraft.drafts.standalone import StandaloneDraft, untrained
-from redraft.drafts.standalone.shapes import fresh_standalone, parameters_of, projected, shape_for, spread_layers
+from redraft.drafts.standalone.shapes import fresh_standalone, parameters_of, projected, shape_for
 from redraft.errors import UserError
 from redraft.loading import check_tokenizers
 from redraft.registries import EXPORTERS
-from redraft.sampling import Sampler, warp
+from redraft.sampling import warp
+from redraft.settings.methods import PrivateSize
+from redraft.settings.sampler import Sampler
+from redraft.settings.shapes import parse_shape
 
 TOYS = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("toys.py"))))
 prompts = TOYS.prompts
@@ -92,7 +95,7 @@ def test_all_layers_of_the_target_are_the_target(tiny_target):
         target = tiny_target(architecture, num_hidden_layers=3)
         with torch.no_grad():
             assert torch.equal(make("copy", target)(IDS), target.model(IDS).logits)
-    half = fresh_standalone(target, layers=spread_layers(target, 2))
+    half = fresh_standalone(target, layers=[0, 2])
     expected = target.backbone.layers[2].mlp.up_proj.weight
     assert torch.equal(half.model.model.layers[1].mlp.up_proj.weight, expected)
     with pytest.raises(UserError, match="layers 0 to 2"):
@@ -209,6 +212,30 @@ def test_private_experts_are_a_file_of_their_own(target, tmp_path):
         load_private(tmp_path / "p", copied, copied.base_hash())
     with pytest.raises(UserError, match="--base-draft"):
         open_proposer(tmp_path / "p", target)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", ["eda", "eda-moe", "lora", "lora-peer", "norms", "head", "full"])
+def test_every_method_that_adds_or_trains_parts_works_on_a_language_model(name, tied, tiny_target, tmp_path):
+    base = make("half", tiny_target("llama", num_hidden_layers=2, tie_word_embeddings=tied))
+    split, names = prepare(copy.deepcopy(base), name, PrivateSize(width=8, rank=4, experts=2, active=1), seed=1)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        assert torch.equal(split(IDS), base(IDS))
+        for part in names:
+            weight = split.get_parameter(part)
+            weight.add_(torch.randn(weight.shape, generator=generator) * 0.1)
+        assert not torch.allclose(split(IDS), base(IDS), atol=1e-3)
+        save_private(tmp_path / "p", split, names, base.base_hash(), {"method": name})
+        back, _ = load_private(tmp_path / "p", base, base.base_hash())
+        assert back.config == split.config and torch.equal(back(IDS), split(IDS))
+        if name == "eda-moe":
+            with pytest.raises(UserError, match="cannot be merged"):
+                split.merged()
+        else:
+            dense = split.merged()
+            assert type(dense.model) is type(base.model) and torch.allclose(dense(IDS), split(IDS), atol=1e-4)
+            assert set(dense.state_dict()) == set(base.state_dict())
 
 
 def test_another_tokenizer_is_refused_with_the_first_difference(target):
