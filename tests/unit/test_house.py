@@ -24,7 +24,6 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("data",),
     ("drafts",),
     ("features",),
-    ("drafts",),
     ("loading",),
     ("target", "losses"),
     ("metrics", "sampling", "artifact", "provenance", "prepack", "graphs"),
