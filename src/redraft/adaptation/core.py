@@ -49,9 +49,9 @@ def half(draft: Module) -> Module:
     return copy.deepcopy(draft).to(torch.bfloat16)
 
 
-def open_old(source: str | Path, target: Head, log: Log, base: str | Path | None = None) -> OpenDraft:
+def open_old(source: str | Path, target: Head, log: Log) -> OpenDraft:
     """The draft that an adaptation begins with; notes of its import are said. Raises ``UserError``."""
-    opened = open_draft(source, target, base)
+    opened = open_draft(source, target)
     for note in opened.meta.get("notes", []):
         log.say(f"note on {source}: {note}")
     return opened
@@ -84,8 +84,8 @@ def build_features(name: str, store: FeatureStore, target: Target, rows: Sequenc
 def training_flops(trainer: Trainer, result: TrainResult) -> int:
     """FLOPs of all steps of a training: the trained weights', and those that gradients pass through."""
     trained = sum(parameter.numel() for _, parameter in trainer.trained)
-    unrolled = getattr(trainer.draft, "objective", "unroll") == "unroll"
-    positions = result.anchors * (trainer.config.unroll if unrolled else 1)
+    # An objective with a state for every draft step computes as many positions.
+    positions = result.anchors * (trainer.config.unroll if trainer.draft.weighable else 1)
     return provenance.train_flops(trained, positions, max(0, trainer.draft.parameters_per_token - trained))
 
 
