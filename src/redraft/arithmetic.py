@@ -113,7 +113,8 @@ def trial() -> dict[str, float]:
     than in another. The types take turns, so that a machine that slows down slows both.
     """
     weight, rows = torch.linspace(-1, 1, WIDTH * WIDTH).sin_(), torch.linspace(-2, 3, ROWS * WIDTH).cos_()
-    given = {n: (weight.to(t).view(WIDTH, WIDTH), rows.to(t).view(ROWS, WIDTH)) for n, t in _torch_types().items()}
+    types = {name: getattr(torch, name) for name in TYPES}
+    given = {n: (weight.to(t).view(WIDTH, WIDTH), rows.to(t).view(ROWS, WIDTH)) for n, t in types.items()}
     with torch.inference_mode():
         for pair in given.values():
             _products(*pair)  # builds the kernels
@@ -126,10 +127,6 @@ def trial() -> dict[str, float]:
                 best[name], spent[name] = min(best[name], took), spent[name] + took
     operations = 3 * 2 * ROWS * WIDTH * WIDTH
     return {name: operations / seconds / 1e9 for name, seconds in best.items()}
-
-
-def _torch_types() -> dict[str, torch.dtype]:
-    return {name: getattr(torch, name) for name in TYPES}
 
 
 def _products(weight: Tensor, rows: Tensor) -> None:

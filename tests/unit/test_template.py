@@ -14,16 +14,16 @@ import pytest
 from redraft.adaptation.config import claim_run, parse_config
 from redraft.adaptation.models import settle_template
 from redraft.data.generate import Completion
-from redraft.data.prompts import Conversation, template_ids
 from redraft.data.regenerate import regenerate
 from redraft.data.selfprompts import user_opening
-from redraft.data.shapes import Turns
+from redraft.data.shapes import Conversation, Turns
 from redraft.data.store import read_rows
 from redraft.data.template import (
     TemplateSettings,
     date_path,
     parse_template_args,
     settings_of,
+    template_ids,
     template_record,
     use_template,
 )

@@ -12,8 +12,8 @@ import torch
 
 from redraft.arithmetic import AUTO, TYPES, choose_dtype
 from redraft.data.overlap import find_overlap, same_text
-from redraft.data.prompts import Conversation, check_length, prompt_messages, template_ids
-from redraft.data.template import kept_moment, use_template, writes_date
+from redraft.data.prompts import Conversation, check_length, prompt_messages
+from redraft.data.template import kept_moment, template_ids, use_template, writes_date
 from redraft.drafts.opening import OpenDraft, family_at, open_checkpoint
 from redraft.errors import UserError
 from redraft.evaluate.speed import Prompt

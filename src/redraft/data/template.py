@@ -22,8 +22,6 @@ from redraft.data.shapes import RESERVED, Turns, with_turns
 from redraft.data.turns import ASSISTANT, USER, Message
 from redraft.errors import UserError
 
-__all__ = ["TemplateSettings", "kept_moment", "parse_template_args", "render", "template_ids", "use_template"]
-
 SENTINEL = "redraftturn"
 CLOCK = "strftime_now"
 # Words that people write for true and false. As texts all of them are true, unless the template compares them.
@@ -215,12 +213,9 @@ def _with_date(template: str, moment: datetime) -> str:
         # One text a day: a template is compiled once for each.
         moment = moment.replace(hour=0, minute=0, second=0, microsecond=0)
     used = [d for d in DIRECTIVES if not literal or f"%{d}" in template]
-    steps = "".join(f"|replace({'%' + d!r}, {_written(moment, d)!r})" for d in used)
+    written = {d: moment.strftime(f"%{d}").replace("%", "") for d in used}
+    steps = "".join(f"|replace({'%' + d!r}, {text!r})" for d, text in written.items())
     return f"{{% macro {CLOCK}(format) -%}}{{{{ format{steps} }}}}{{%- endmacro %}}\n{template}"
-
-
-def _written(moment: datetime, directive: str) -> str:
-    return moment.strftime(f"%{directive}").replace("%", "")
 
 
 # -- through the template --------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Keys of a row that change what an engine is sent and are not followed here: each is refused by its name."""
+"""Keys of a data row that would change the prompt and that redraft does not read: each is refused by its name."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ONE_TEXT = ("question", "prompt")
 
 
 def refuse_keys(item: Mapping[str, Any]) -> None:
-    """Raise ``ValueError`` for the first key of a row that is not followed here."""
+    """Raise ``ValueError`` for the first such key of a row."""
     for key, advice in REFUSED.items():
         if item.get(key):
             raise ValueError(f'the key "{key}" is not read: {advice}')

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from redraft.adaptation.config import parse_config, read_config
-from redraft.data.prompts import parse_conversation, prompt_messages, read_conversations
+from redraft.data.prompts import prompt_messages, read_conversations
+from redraft.data.shapes import parse_conversation
 from redraft.data.template import parse_template_args, use_template
 from redraft.data.traces import read_traces
 from redraft.errors import UserError
