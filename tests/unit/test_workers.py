@@ -17,6 +17,7 @@ from redraft.data.store import Row
 from redraft.drafts.eagle1 import fresh_eagle1
 from redraft.drafts.eagle1.objective import RegressionObjective
 from redraft.drafts.eagle3 import fresh_draft
+from redraft.drafts.proposing import shared
 from redraft.drafts.standalone.causal import CausalModel
 from redraft.drafts.standalone.objective import Distillation
 from redraft.features import FeatureStore
@@ -80,6 +81,11 @@ def test_alone_and_in_a_group(tmp_path: Path) -> None:
         sum_gradients([one, other, none], workers)
         assert one.grad is not None and other.grad is not None and none.grad is None
         assert one.grad.tolist() == other.grad.tolist() == [1.0, 1.0]
+        for parts, mean in (([0, 1], 1.5), ([0], 1.0)):  # the second worker has no part of the last
+            shares = Shares(workers)
+            shares.of(parts)
+            own = torch.tensor(1.0 + workers.rank, requires_grad=True)
+            assert float(workers.sum(shares.loss(shared(own, shares.sum)).detach())) == mean
 
     together(work, tmp_path / "meet")
 

@@ -19,7 +19,7 @@ from redraft.errors import UserError
 from redraft.evaluate.speed import Prompt
 from redraft.loading import load_target
 from redraft.settings.base import AUTO, TYPES
-from redraft.target import Target
+from redraft.target import Head, Target
 
 
 def open_target(
@@ -48,7 +48,7 @@ def settle_template(tokenizer: Any, template_args: Mapping[str, Any] | None = No
         use_template(tokenizer, template_args, kept_moment(run, known.moment))
 
 
-def open_draft(source: AnyDraft, target: Target, base: AnyDraft | None = None) -> OpenDraft:
+def open_draft(source: AnyDraft, target: Head, base: AnyDraft | None = None) -> OpenDraft:
     """A draft that reads the target's states, in float32, checked against the target's sizes and tokenizer.
 
     Notes of an import go along in ``meta``. For who takes standalone drafts too there is :func:`open_proposer`.
@@ -65,7 +65,7 @@ def open_draft(source: AnyDraft, target: Target, base: AnyDraft | None = None) -
     return open_any(source, target, base)
 
 
-def open_proposer(source: AnyDraft, target: Target, base: AnyDraft | None = None) -> tuple[Any, dict[str, Any]]:
+def open_proposer(source: AnyDraft, target: Head, base: AnyDraft | None = None) -> tuple[Any, dict[str, Any]]:
     """Any draft in float32, a standalone one too, and its metadata: for decoding and measuring.
 
     A private part needs ``base``. Raises ``UserError``.
@@ -74,7 +74,7 @@ def open_proposer(source: AnyDraft, target: Target, base: AnyDraft | None = None
     return opened.draft, opened.meta
 
 
-def open_any(source: AnyDraft, target: Target, base: AnyDraft | None = None) -> OpenDraft:
+def open_any(source: AnyDraft, target: Head, base: AnyDraft | None = None) -> OpenDraft:
     """A draft of any family in float32, bound to the target. Raises ``UserError``."""
     opened = open_checkpoint(source, target, base, torch.float32)
     opened.draft = opened.draft.borrowing(target).bind(target)

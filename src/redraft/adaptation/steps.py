@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from redraft.adaptation.models import (
     contestants,
     open_target,
@@ -17,9 +19,9 @@ from redraft.data.template import settings_of
 from redraft.drafts.base import Draft
 from redraft.drafts.formats.base import TargetInfo
 from redraft.errors import UserError
-from redraft.loading import open_facts, read_facts
+from redraft.loading import open_facts, open_head, read_facts
 from redraft.settings.base import AUTO
-from redraft.target import Facts, Target
+from redraft.target import Facts, Head, Target
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,14 @@ class TargetSpec:
             for note in target.notes:
                 print(f"note on {self.name}: {note}", flush=True)
         return target
+
+    def head(self, dtype: str) -> Head:
+        """Its head alone, for who computes with stored states. Raises ``UserError``."""
+        if self.opened is not None:
+            return self.open(dtype)
+        found = open_head(self.name, getattr(torch, dtype), self.device, self.adapter)
+        settle_template(found.tokenizer, self.template_args)
+        return found
 
     def facts(self) -> Facts:
         """What is known of it, where nothing is computed with it here. Raises ``UserError``."""

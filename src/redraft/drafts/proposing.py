@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from redraft.features import FeatureSource
@@ -36,6 +37,11 @@ Reduce = Callable[[Tensor], Tensor]
 def alone(sums: Tensor) -> Tensor:
     """The sum over the workers of a run where there is one."""
     return sums
+
+
+def shared(loss: Tensor, reduce: Reduce) -> Tensor:
+    """This worker's part of the mean of a loss that each worker has of its own batch."""
+    return loss / reduce(torch.ones_like(loss)) if loss.requires_grad else loss
 
 
 # -- decoding --------------------------------------------------------------------------------------------------------

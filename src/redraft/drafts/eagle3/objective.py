@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from redraft.drafts.eagle.unroll import Batch, collate, supervised, unroll
-from redraft.drafts.proposing import ObjectiveSettings, Reduce, alone
+from redraft.drafts.proposing import ObjectiveSettings, Reduce, alone, shared
 from redraft.features import FeatureSource
 from redraft.losses.portions import portions, sum_over_portions
 from redraft.registries import LOSSES
@@ -100,7 +100,7 @@ class UnrollObjective:
             return torch.stack(sums).sum()
 
         trained = [p for p in self.draft.parameters() if p.requires_grad]
-        return sum_over_portions(value, slices, states, trained) + self.draft.extra_loss()
+        return sum_over_portions(value, slices, states, trained) + shared(self.draft.extra_loss(), self.reduce)
 
     def rows(
         self, batch: Batch, weight_MJ: Tensor, part: slice, states: list[Tensor]
