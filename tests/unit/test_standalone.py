@@ -23,6 +23,8 @@ from redraft.decode.tree import parse_shape
 from redraft.drafts.chances import run_lengths
 from redraft.drafts.experts import attach_private, is_private, merge_private, private_names
 from redraft.drafts.files import load_draft, load_private, save_draft, save_private
+from redraft.drafts.groups import prepare
+from redraft.drafts.methods import PrivateSize
 from redraft.drafts.standalone import StandaloneDraft, untrained
 from redraft.drafts.standalone.shapes import fresh_standalone, parameters_of, projected, shape_for, spread_layers
 from redraft.errors import UserError
@@ -209,6 +211,30 @@ def test_private_experts_are_a_file_of_their_own(target, tmp_path):
         load_private(tmp_path / "p", copied, copied.base_hash())
     with pytest.raises(UserError, match="--base-draft"):
         open_proposer(tmp_path / "p", target)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", ["eda", "eda-moe", "lora", "lora-peer", "norms", "head", "full"])
+def test_every_method_that_adds_or_trains_parts_works_on_a_language_model(name, tied, tiny_target, tmp_path):
+    base = make("half", tiny_target("llama", num_hidden_layers=2, tie_word_embeddings=tied))
+    split, names = prepare(copy.deepcopy(base), name, PrivateSize(width=8, rank=4, experts=2, active=1), seed=1)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        assert torch.equal(split(IDS), base(IDS))
+        for part in names:
+            weight = split.get_parameter(part)
+            weight.add_(torch.randn(weight.shape, generator=generator) * 0.1)
+        assert not torch.allclose(split(IDS), base(IDS), atol=1e-3)
+        save_private(tmp_path / "p", split, names, base.base_hash(), {"method": name})
+        back, _ = load_private(tmp_path / "p", base, base.base_hash())
+        assert back.config == split.config and torch.equal(back(IDS), split(IDS))
+        if name == "eda-moe":
+            with pytest.raises(UserError, match="cannot be merged"):
+                split.merged()
+        else:
+            dense = split.merged()
+            assert type(dense.model) is type(base.model) and torch.allclose(dense(IDS), split(IDS), atol=1e-4)
+            assert set(dense.state_dict()) == set(base.state_dict())
 
 
 def test_another_tokenizer_is_refused_with_the_first_difference(target):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
 
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import GenerationConfig
 
 from redraft.drafts.standalone.module import StandaloneDraft
-from redraft.errors import UserError
+from redraft.loading import load_tokenizer
 
 WEIGHTS_FILE = "model.safetensors"
 GENERATION_FILE = "generation_config.json"
@@ -45,13 +44,4 @@ def read_beside(folder: Path, draft: StandaloneDraft) -> None:
     """Give the draft the special tokens and the tokenizer of its folder. Raises ``UserError``."""
     if (folder / GENERATION_FILE).is_file():
         draft.model.generation_config = GenerationConfig.from_pretrained(folder)
-    draft.tokenizer = _tokenizer(folder)
-
-
-def _tokenizer(folder: Path) -> Any:
-    if not (folder / "tokenizer_config.json").is_file():
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise UserError(f"{folder} has a tokenizer that cannot be loaded: {str(error).splitlines()[0]}") from error
+    draft.tokenizer = load_tokenizer(str(folder)) if (folder / "tokenizer_config.json").is_file() else None
