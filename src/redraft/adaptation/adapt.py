@@ -194,18 +194,16 @@ class AdaptRun(Run[AdaptConfig]):
             self.say("note: the target is an adapter; serve the checkpoint that it was merged into (merge_and_unload)")
         return found
 
-    def bench(self, extra: dict[str, Draft] | None = None) -> dict[str, Any]:
+    def bench(self) -> dict[str, Any]:
         """Plain decoding, the stale and the aligned draft on the evaluation prompts."""
         c, path = self.config, self.folder / "bench.json"
         if path.exists():
             return json.loads(path.read_text())
-        drafts = {"stale": self.stale.draft, "aligned": self.aligned, **(extra or {})}
-        prompts = self.source.evaluation(c.bench_tokens)
-        began = time.monotonic()
+        prompts, began = self.source.evaluation(c.bench_tokens), time.monotonic()
         with self.log.stage("bench") as entry:
             result = measure(
                 contestants(self.target, self.asked_dtype, self.open_target),
-                drafts,
+                {"stale": self.stale.draft, "aligned": self.aligned},
                 prompts,
                 BenchConfig(ChainShape(c.gamma), max_new_tokens=c.bench_tokens, seed=c.seed),
                 self.record(),

@@ -33,14 +33,14 @@ from redraft.features import FeatureStore
 from redraft.loading import tokenizer_hash
 from redraft.rows import anchors
 from redraft.starts.apply import StartContext, StartResult, apply_start
-from redraft.target import Target
+from redraft.target import Head, Target
 from redraft.train.aim import aim
 from redraft.train.replay import ReplayConfig, ReplayTrainer, replay_settings, replay_states
 from redraft.train.trainer import TrainConfig, Trainer, TrainResult
 
 Module = TypeVar("Module", bound=nn.Module)
 NO_START = "none"
-STATES_FILE, SUMMARY_FILE = "states.safetensors", "states.json"
+STATES_FILE, SUMMARY_FILE, FEATURES = "states.safetensors", "states.json", "features"
 
 
 # -- what the steps share ----------------------------------------------------------------------------------------------
@@ -49,15 +49,15 @@ def half(draft: Module) -> Module:
     return copy.deepcopy(draft).to(torch.bfloat16)
 
 
-def open_old(source: str | Path, target: Target, log: Log, base: str | Path | None = None) -> OpenDraft:
+def open_old(source: str | Path, target: Head, log: Log) -> OpenDraft:
     """The draft that an adaptation begins with; notes of its import are said. Raises ``UserError``."""
-    opened = open_draft(source, target, base)
+    opened = open_draft(source, target)
     for note in opened.meta.get("notes", []):
         log.say(f"note on {source}: {note}")
     return opened
 
 
-def draft_meta(target: Target, method: str, seed: int, **more: Any) -> dict[str, Any]:
+def draft_meta(target: Head, method: str, seed: int, **more: Any) -> dict[str, Any]:
     """What a saved draft says of itself beside its own shape."""
     return {
         "method": method,
@@ -68,7 +68,7 @@ def draft_meta(target: Target, method: str, seed: int, **more: Any) -> dict[str,
     }
 
 
-def feature_store(folder: Path, target: Target, taps: Sequence[int]) -> FeatureStore:
+def feature_store(folder: Path, target: Head, taps: Sequence[int]) -> FeatureStore:
     """The features of this target at these taps in ``folder``. Raises ``UserError`` when it holds others."""
     return FeatureStore(folder, {"target": target.content_hash(), "taps": list(taps)})
 
@@ -84,8 +84,8 @@ def build_features(name: str, store: FeatureStore, target: Target, rows: Sequenc
 def training_flops(trainer: Trainer, result: TrainResult) -> int:
     """FLOPs of all steps of a training: the trained weights', and those that gradients pass through."""
     trained = sum(parameter.numel() for _, parameter in trainer.trained)
-    unrolled = getattr(trainer.draft, "objective", "unroll") == "unroll"
-    positions = result.anchors * (trainer.config.unroll if unrolled else 1)
+    # An objective with a state for every draft step computes as many positions.
+    positions = result.anchors * (trainer.config.unroll if trainer.draft.weighable else 1)
     return provenance.train_flops(trained, positions, max(0, trainer.draft.parameters_per_token - trained))
 
 
@@ -123,7 +123,7 @@ class Adaptation:
 
     def __init__(
         self,
-        target: Target,
+        target: Head,
         old: OpenDraft,
         plan: Plan,
         folder: Path,
@@ -131,11 +131,14 @@ class Adaptation:
         store: FeatureStore | None = None,
         replay_folder: Path | None = None,
     ) -> None:
-        """The target is tapped where the draft reads it. ``folder`` holds the training's state, the features (unless
-        a ``store`` is given) and what is saved; passes of replay lie in ``replay``, or in a folder of their own.
+        """The target is tapped where the draft reads it; where all features are stored, its head will do. ``folder``
+        holds the training's state, the features (unless a ``store`` is given) and what is saved; passes of replay lie
+        in ``replay``, or in a folder of their own.
         """
-        target.tap(old.draft.taps)
-        self.target, self.old, self.plan, self.folder, self.log = target, old, plan, folder, log
+        if isinstance(target, Target):
+            target.tap(old.draft.taps)
+        self.target: Any = target
+        self.old, self.plan, self.folder, self.log = old, plan, folder, log
         self.replay_folder = replay_folder or folder / "replay"
         self.started = StartResult(old.draft)
         self.draft: Draft = old.draft
@@ -148,7 +151,7 @@ class Adaptation:
     @cached_property
     def store(self) -> FeatureStore:
         """The features that the draft is trained on."""
-        return feature_store(self.folder / "features", self.target, self.old.draft.taps)
+        return feature_store(self.folder / FEATURES, self.target, self.old.draft.taps)
 
     def features(self, name: str, rows: Sequence[Row]) -> None:
         """Build what is missing of the features of ``rows`` as the stage ``name``. Raises ``UserError``."""

@@ -16,12 +16,14 @@ from redraft.adaptation.distill_config import DistillConfig, claim_distill
 from redraft.adaptation.models import open_proposer, settle_template
 from redraft.adaptation.runs import Run, Say, row_tokens, supervised_rows
 from redraft.adaptation.sources import Source
-from redraft.artifact import atomic_write_json, tensors_hash
+from redraft.artifact import atomic_write_json
 from redraft.data.logprobs import TopEngine, ask_tops
 from redraft.data.packed import PackedText, TextSource
 from redraft.data.store import Row
-from redraft.drafts.experts import attach_private, is_private, private_names
+from redraft.drafts.experts import private_names
 from redraft.drafts.files import load_draft, save_draft, save_private
+from redraft.drafts.groups import prepare
+from redraft.drafts.methods import PrivateSize
 from redraft.drafts.standalone import StandaloneDraft
 from redraft.drafts.standalone.objective import StateTeacher, Teacher
 from redraft.drafts.standalone.shapes import fresh_standalone, shape_for
@@ -33,6 +35,9 @@ from redraft.train.distil import distil
 from redraft.train.loop import LoopResult
 from redraft.train.pretrain import pretrain
 from redraft.train.teachers import TokenTeacher, TopTeacher
+
+# What is trained of a drafter where private experts are asked for.
+METHOD = "eda"
 
 
 class DistillRun(Run[DistillConfig]):
@@ -166,18 +171,13 @@ class DistillRun(Run[DistillConfig]):
         """What alignment starts from, in float32, with what it trains requiring a gradient; and the hash of the
         drafter that private experts are added to."""
         c = self.config
-        if c.draft is None:
-            draft, _ = load_draft(self.folder / "pretrained")
-            draft = draft.float().bind(self.target).to(self.target.device)
-        else:
-            draft, _ = open_proposer(c.draft, self.target)
+        draft, _ = open_proposer(c.draft or self.folder / "pretrained", self.target)
         check_tokenizers(draft.tokenizer, self.target.tokenizer)
         draft.requires_grad_(True)
-        base_hash = tensors_hash(draft.state_dict())
+        base_hash = draft.base_hash()
         if c.private_width:
-            draft = attach_private(draft, c.private_width, c.seed).bind(self.target)
-            for name, parameter in draft.named_parameters():
-                parameter.requires_grad_(is_private(name))
+            draft, _ = prepare(draft, METHOD, PrivateSize(width=c.private_width), c.seed)
+            draft.bind(self.target)
         return draft, base_hash
 
     def align(self) -> LoopResult:
@@ -205,7 +205,7 @@ class DistillRun(Run[DistillConfig]):
             read = row_tokens(rows) / sum(map(anchors, rows))
             flops = provenance.train_flops(draft.parameters_per_token, round(result.tokens * read))
             entry.add(result.tokens, flops, f"{provenance.TRAIN_FORMULA} (prompts read)")
-        stored, meta = half(draft), self.meta("eda" if c.private_width else "full")
+        stored, meta = half(draft), self.meta(METHOD if c.private_width else "full")
         if c.private_width:
             save_private(self.folder / "private", stored, private_names(stored), base_hash, meta)
         save_draft(self.folder / "draft", stored, meta)

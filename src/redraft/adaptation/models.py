@@ -18,7 +18,7 @@ from redraft.drafts.opening import OpenDraft, family_at, open_checkpoint
 from redraft.errors import UserError
 from redraft.evaluate.speed import Prompt
 from redraft.loading import load_target
-from redraft.target import Target
+from redraft.target import Head, Target
 
 
 def open_target(
@@ -47,7 +47,7 @@ def settle_template(tokenizer: Any, template_args: Mapping[str, Any] | None = No
         use_template(tokenizer, template_args, kept_moment(run, known.moment))
 
 
-def open_draft(source: str | Path, target: Target, base: str | Path | None = None) -> OpenDraft:
+def open_draft(source: str | Path, target: Head, base: str | Path | None = None) -> OpenDraft:
     """A draft that reads the target's states, in float32, checked against the target's sizes and tokenizer.
 
     Notes of an import go along in ``meta``. For who takes standalone drafts too there is :func:`open_proposer`.
@@ -64,7 +64,7 @@ def open_draft(source: str | Path, target: Target, base: str | Path | None = Non
     return _open(source, target, base)
 
 
-def open_proposer(source: str | Path, target: Target, base: str | Path | None = None) -> tuple[Any, dict[str, Any]]:
+def open_proposer(source: str | Path, target: Head, base: str | Path | None = None) -> tuple[Any, dict[str, Any]]:
     """Any draft in float32, a standalone one too, and its metadata: for decoding and measuring.
 
     A private part needs ``base``. Raises ``UserError``.
@@ -73,7 +73,7 @@ def open_proposer(source: str | Path, target: Target, base: str | Path | None = 
     return opened.draft, opened.meta
 
 
-def _open(source: str | Path, target: Target, base: str | Path | None) -> OpenDraft:
+def _open(source: str | Path, target: Head, base: str | Path | None) -> OpenDraft:
     opened = open_checkpoint(source, target, base, torch.float32)
     opened.draft = opened.draft.borrowing(target).bind(target)
     return opened

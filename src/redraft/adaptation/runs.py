@@ -21,7 +21,7 @@ from redraft.progress import Progress, progress_bar
 from redraft.provenance import Entry, Ledger
 from redraft.registries import EXPORTERS
 from redraft.rows import anchors
-from redraft.target import Target
+from redraft.target import Head, Target
 
 Say = Callable[[str], None]
 Bar = Callable[[str, int | None, str], AbstractContextManager[Progress]]
@@ -74,7 +74,7 @@ def add_forward(entry: Entry, model: Any, tokens: int, bytes_written: int = 0) -
     entry.add(tokens, flops, provenance.FORWARD_FORMULA, bytes_written)
 
 
-def record_of(target: Target, seed: int) -> dict[str, Any]:
+def record_of(target: Head, seed: int) -> dict[str, Any]:
     """Where a result on this target comes from, with what its chat template was told."""
     return provenance.collect(seed, str(target.device), template_record(target.tokenizer))
 

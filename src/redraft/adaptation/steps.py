@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from redraft.adaptation.models import (
     contestants,
     open_draft,
@@ -34,7 +36,7 @@ from redraft.drafts.formats.base import ExportReport, TargetInfo
 from redraft.drafts.opening import read_draft
 from redraft.drafts.scaling import scale_change
 from redraft.errors import UserError
-from redraft.loading import load_tokenizer, open_facts, quiet, read_facts
+from redraft.loading import load_tokenizer, open_facts, open_head, quiet, read_facts
 from redraft.progress import Progress, progress_bar
 from redraft.registries import EXPORTERS, FAMILIES
 from redraft.rows import anchors
@@ -43,7 +45,7 @@ from redraft.select import ScoringContext, parse_scorer
 from redraft.select.acceptance import alpha_measurer
 from redraft.select.manifest import Manifest
 from redraft.select.rules import check_order, choose, parse_budget
-from redraft.target import Facts, Target
+from redraft.target import Facts, Head, Target
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,12 @@ class TargetSpec:
             for note in target.notes:
                 print(f"note on {self.name}: {note}", flush=True)
         return target
+
+    def head(self, dtype: str) -> Head:
+        """Its head alone, for who computes with stored states. Raises ``UserError``."""
+        found = open_head(self.name, getattr(torch, dtype), self.device, self.adapter)
+        settle_template(found.tokenizer, self.template_args)
+        return found
 
     def facts(self) -> Facts:
         """What is known of it, where nothing is computed with it here. Raises ``UserError``."""

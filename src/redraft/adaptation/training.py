@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from redraft.acceptance.simulate import simulate_greedy_chain
-from redraft.adaptation.core import Adaptation, Plan, half, open_old
+from redraft.adaptation.core import FEATURES, Adaptation, Plan, half, open_old
 from redraft.adaptation.runs import Log, Say, supervised_rows
 from redraft.adaptation.steps import TargetSpec
 from redraft.arithmetic import AUTO, go_on_with
@@ -23,10 +23,11 @@ from redraft.drafts.opening import OpenDraft
 from redraft.errors import UserError
 from redraft.evaluate.speed import tau_interval
 from redraft.features import FeatureStore
+from redraft.features.store import read_index
 from redraft.provenance import Ledger
 from redraft.rows import anchors
 from redraft.select.manifest import read_manifest
-from redraft.target import Target
+from redraft.target import Head, Target
 from redraft.train.checkpoint import stored_precision
 from redraft.train.trainer import TrainConfig, TrainResult
 
@@ -76,11 +77,21 @@ def split_rows(rows: Sequence[Row], heldout: int) -> tuple[list[Row], list[Row]]
     return [row for row in ordered if row.id not in ids], kept
 
 
-def open_spec(spec: TargetSpec, out: Path, say: Say) -> Target:
-    """The target of a training in ``out``, in the type in which it has begun if it has. Raises ``UserError``."""
+def training_dtype(spec: TargetSpec, out: Path, say: Say) -> str:
+    """The type of the target of a training in ``out``: that in which it has begun if it has. Raises ``UserError``."""
     # Before types were chosen they were bfloat16, unless the command said otherwise, as it then does now.
     stored = stored_precision(out / "train", "bfloat16" if spec.dtype == AUTO else spec.dtype)
-    return spec.open(go_on_with(spec.dtype, stored, spec.device, say))
+    return go_on_with(spec.dtype, stored, spec.device, say)
+
+
+def open_spec(spec: TargetSpec, out: Path, rows: Sequence[Row], say: Say) -> Head:
+    """The target of a training in ``out``; its head alone where the features of all ``rows`` are there.
+
+    Raises ``UserError``.
+    """
+    dtype = training_dtype(spec, out, say)
+    _, index = read_index(out / FEATURES)
+    return spec.head(dtype) if all(row.key in index for row in rows) else spec.open(dtype)
 
 
 def train_old(
@@ -100,7 +111,7 @@ def train_old(
     if not method(method_name).groups:
         raise UserError(f"method {method_name} trains nothing; choose another")
     rows, heldout = data.read()
-    target, log = open_spec(spec, out, say), Log(Ledger.load(out / "ledger.json"), say)
+    target, log = open_spec(spec, out, [*rows, *heldout], say), Log(Ledger.load(out / "ledger.json"), say)
     job = Adaptation(target, open_old(draft, target, log), Plan(method_name, size or PrivateSize(), config), out, log)
     job.prepare()
     job.features("features", [*rows, *heldout])
@@ -128,7 +139,8 @@ def train_new(
     if data.heldout_responses is not None:
         raise UserError("--from-nothing holds responses out by number: give --heldout, not --heldout-responses")
     train, heldout = data.read()
-    target, log = open_spec(spec, out, say), Log(Ledger.load(out / "ledger.json"), say)
+    target = spec.open(training_dtype(spec, out, say))
+    log = Log(Ledger.load(out / "ledger.json"), say)
     strangers = {row.target_hash for row in (*train, *heldout)} - {target.content_hash()}
     if strangers:
         raise UserError(f"the responses come from another target ({', '.join(sorted(strangers))}); regenerate them")

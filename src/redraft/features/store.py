@@ -46,19 +46,12 @@ class FeatureStore:
         Raises ``UserError`` when the folder holds the features of another target, or its index is damaged.
         """
         self.folder, self.identity = folder, identity
-        self.index: dict[str, str] = {}
         self._open: dict[str, tuple[Any, dict[str, str]]] = {}
         self._sound: set[str] = set()
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / INDEX_FILE
-        if path.exists():
-            stored = read_json(path)
-            if not {"identity", "index"} <= stored.keys():
-                raise UserError(f"{path} is damaged; delete the folder and give the same command again")
-            if stored["identity"] != identity:
-                raise UserError(f"{folder} holds features of another target or other taps; remove it or choose another")
-            there = {shard.name for shard in folder.glob("shard-*.safetensors")}
-            self.index = {key: name for key, name in stored["index"].items() if name in there}
+        found, self.index = read_index(folder)
+        if found not in (None, identity):
+            raise UserError(f"{folder} holds features of another target or other taps; remove it or choose another")
 
     def build(
         self,
@@ -153,6 +146,21 @@ class FeatureStore:
             shard = safe_open(self.folder / name, "pt")
             self._open[name] = shard, json.loads((shard.metadata() or {}).get(CHECKSUMS, "{}"))
         return self._open[name]
+
+
+def read_index(folder: Path) -> tuple[Any, dict[str, str]]:
+    """What the features in a folder are of (none where there are none), and the shard of every row that is there.
+
+    Raises ``UserError`` for a damaged index.
+    """
+    path = folder / INDEX_FILE
+    if not path.exists():
+        return None, {}
+    stored = read_json(path)
+    if not {"identity", "index"} <= stored.keys():
+        raise UserError(f"{path} is damaged; delete the folder and give the same command again")
+    there = {shard.name for shard in folder.glob("shard-*.safetensors")}
+    return stored["identity"], {key: name for key, name in stored["index"].items() if name in there}
 
 
 def _of_row(key: str, take: Callable[[str], Tensor]) -> dict[str, Tensor]:

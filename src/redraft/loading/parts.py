@@ -22,7 +22,7 @@ from redraft.loading.places import locate, split_adapter
 from redraft.loading.quiet import one_line, quiet
 from redraft.loading.targets import check_finite, load_target
 from redraft.loading.tokenizers import check_rows, read_tokenizer
-from redraft.prepack import prepack
+from redraft.prepack import MOST_BYTES, prepack
 from redraft.target import Facts, Head
 from redraft.target.facts import empty_model, tensors_fingerprint
 from redraft.target.structure import final_norm, plain_embedding, text_decoder
@@ -135,7 +135,10 @@ class PlainCheckpoint:
         filled = fill(head, names[id(head)])
         if tied:
             filled.weight = embedding.weight
-        return Head(self.facts, embedding, fill(norm, names[id(norm)]), prepack(filled))
+        # As the whole model's head would be: packed, or plain because the model is too large for it.
+        numbers = sum(layer.weight.numel() for layer in self.model.modules() if isinstance(layer, nn.Linear))
+        packed = prepack(filled) if numbers * dtype.itemsize <= MOST_BYTES else filled
+        return Head(self.facts, embedding, fill(norm, names[id(norm)]), packed)
 
 
 def _tensors(files: list[Path], model: Any) -> dict[str, Tensor] | None:

@@ -226,7 +226,7 @@ def facts(work: TargetWork, path: Path) -> dict[str, Any]:
     """What is known of a target, and the prompts that its rounds belong to; data of an earlier run stay."""
     prompts: Any = work.prompts
     data = read_json(path)["data"] if path.exists() else {}
-    for name, rows in work.known_rows().items():
+    for name, rows in work.known_rows.items():
         generated = work.config.data[name].kind in ("regenerated", "self")
         data[name] = {
             "kind": work.config.data[name].kind,

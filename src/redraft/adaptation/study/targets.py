@@ -60,7 +60,7 @@ class TargetWork(Model):
         super().__init__(name, self.open_again, root / "targets" / name, config, log)
         self.entry: TargetEntry = config.targets[name]
         self.root, self.bases = root, bases
-        self._rows: dict[str, list[Row]] = {}
+        self.known_rows: dict[str, list[Row]] = {}  # of every data entry that has been asked for
         self._opened: dict[str, OpenDraft] = {}
         self.selected: dict[tuple[str, str], Any] = {}
 
@@ -99,16 +99,12 @@ class TargetWork(Model):
 
     def rows(self, name: str) -> list[Row]:
         """The training rows of a data entry, before selection. Raises ``UserError`` when there are none."""
-        if name not in self._rows:
+        if name not in self.known_rows:
             found = self._make_rows(name, self.config.data[name])
             if not found:
                 raise UserError(f"data {name}: no row of {self.name} has two response tokens to train on")
-            self._rows[name] = found
-        return self._rows[name]
-
-    def known_rows(self) -> dict[str, list[Row]]:
-        """Rows of every data entry that has been asked for."""
-        return dict(self._rows)
+            self.known_rows[name] = found
+        return self.known_rows[name]
 
     def _make_rows(self, name: str, entry: DataEntry) -> list[Row]:
         tokens = entry.max_new_tokens or self.config.max_new_tokens
