@@ -35,7 +35,7 @@ from redraft.rows import anchors
 from redraft.starts.apply import StartContext, StartResult, apply_start
 from redraft.target import Head, Target
 from redraft.train.aim import aim
-from redraft.train.replay import ReplayConfig, ReplayTrainer, replay_settings, replay_states
+from redraft.train.replay import ReplayConfig, replay_settings, replay_states, replay_trainer
 from redraft.train.trainer import TrainConfig, Trainer, TrainResult
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -212,7 +212,7 @@ class Adaptation:
                 self.log.say("replay: every round went through; nothing is left to train on")
                 break
             again = (rows, heldout, settings, place / "train", states, self.old.base_hash)
-            self._run(ReplayTrainer(self.draft, self.target, self.store, *again))
+            self._run(replay_trainer(self.draft, self.target, self.store, *again))
 
     def _lost_states(self, rows: Sequence[Row], folder: Path) -> dict[str, Tensor]:
         """The weights of a pass, walked once and kept: a resumed pass must train on the states it began with."""
