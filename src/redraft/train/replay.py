@@ -170,8 +170,10 @@ def replay_trainer(
 ) -> Trainer:
     """A trainer over the rows that lost a round, on the states where decoding meets them.
 
-    Arguments as of :class:`Trainer`, and the ``states`` of :func:`replay_states`. ``config.unroll`` must be the steps of ``states``. Raises ``UserError`` as :class:`Trainer` does, for a draft family
-    that is not trained by unrolling, and when no round was lost."""
+    Arguments as of :class:`Trainer`, and the ``states`` of :func:`replay_states`, whose steps must be
+    ``config.unroll``. Raises ``UserError`` as :class:`Trainer` does, for a draft family that is not trained by
+    unrolling, and when no round was lost.
+    """
     if not states:
         raise UserError("no round ended early, so there is nothing to replay")
     check_replayable(draft)
