@@ -19,13 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from redraft import provenance
-from redraft.adaptation.stages import half
+from redraft.adaptation.core import half
 from redraft.adaptation.study.cells import measure, private_bytes
-from redraft.adaptation.study.config import read_study
-from redraft.adaptation.study.entries import Cell
 from redraft.adaptation.study.run import StudyRun
-from redraft.adaptation.study.shared import TargetWork
-from redraft.artifact import atomic_write_json, load_draft, read_json
+from redraft.artifact import atomic_write_json, read_json
+from redraft.drafts.files import load_draft
 from redraft.drafts.groups import trainable_names
 from redraft.drafts.scaling import coarse_change
 from redraft.errors import UserError
@@ -34,6 +32,7 @@ from redraft.progress import progress_bar
 from redraft.report.format import DASH
 from redraft.report.study import ranged
 from redraft.report.study import table as markdown
+from redraft.settings.studies import Cell, read_study
 
 STALE, WHOLE = "stale", "whole"
 INSIDE, OUTSIDE = ("greedy", "sampled"), "general"
@@ -80,7 +79,7 @@ def result_of(options: argparse.Namespace) -> dict[str, Any]:
     config = read_study(options.config)
     run = StudyRun(config, options.study)
     target = options.target or next(iter(config.targets))
-    work = TargetWork(target, options.study, config, run.ledger, lambda *_: None, run.bases)
+    work = run.work(target)
     asked = cells_of(run, target, options.method)
     cells = [cell for cell in asked if (run.record_path(cell).parent / "draft").is_dir()]
     if not cells:

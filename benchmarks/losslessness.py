@@ -31,15 +31,16 @@ from redraft import provenance
 from redraft.adaptation.models import open_draft, open_target, template_prompts
 from redraft.artifact import atomic_write_json
 from redraft.data.prompts import Conversation, read_conversations
-from redraft.decode import make_decoder
-from redraft.decode.engine import Generation, PlainDecoder
-from redraft.decode.tree import Shape, parse_shape
+from redraft.decode.engine import PlainDecoder
+from redraft.decode.make import make_decoder
+from redraft.decode.requests import Generation
 from redraft.drafts.eagle3 import Eagle3Draft
 from redraft.errors import UserError
 from redraft.evaluate.divergence import Divergence, explain, summary
 from redraft.evaluate.speed import Prompt
 from redraft.evaluate.statistics import ratio_of_sums
 from redraft.progress import Progress, progress_bar
+from redraft.settings.shapes import Shape, parse_shape
 from redraft.target import Target
 
 SETS = (

@@ -34,13 +34,15 @@ from redraft.data.embedded import maths_conversations
 from redraft.data.generate import Features, Request
 from redraft.data.prompts import read_conversations
 from redraft.data.store import Row
-from redraft.decode.engine import ChainDecoder, Generation
+from redraft.decode.engine import ChainDecoder
+from redraft.decode.requests import Generation
 from redraft.drafts.eagle3 import Eagle3Draft
 from redraft.evaluate.speed import Prompt
 from redraft.evaluate.statistics import paired_difference, ratio_of_sums
-from redraft.features.store import FeatureStore, anchors
+from redraft.features import FeatureStore
 from redraft.progress import Progress, progress_bar
-from redraft.sampling import Sampler
+from redraft.rows import anchors
+from redraft.settings.sampler import Sampler
 from redraft.target import Target, TargetStep
 
 WANTED_SPEED = 20.0

@@ -27,11 +27,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from redraft import provenance
 from redraft.artifact import atomic_write_json
 from redraft.data.packed import PackedText, TextSource
+from redraft.drafts.standalone.causal import CausalModel
 from redraft.loading import load_tokenizer
-from redraft.train.causal import CausalModel
-from redraft.train.descent import Descent
+from redraft.settings.training import PretrainConfig
+from redraft.train.loop import TrainingLoop
 from redraft.train.optimizer import make_optimizers
-from redraft.train.pretrain import PretrainConfig, TextSteps
+from redraft.train.pretrain import TextSteps
 
 WORDS = (
     "the of and to in that was he it with as his on be at by had not but from have are which one you were all".split()
@@ -76,12 +77,12 @@ def our_steps(model: Any, text: PackedText, config: PretrainConfig, folder: Path
     causal = CausalModel(model)
     source = TextSteps(causal, text, config)
     lm, trained = causal.model.float(), causal.trained
-    descent = Descent(lm, trained, source, 10**6, lambda: 0.0, config, folder, {}, precision=config.precision)
-    optimizers = make_optimizers(descent.trained, config.optimizer, config.weight_decay)
-    state = descent.start(optimizers)
-    with closing(descent.source.steps(0, {})) as steps:  # type: ignore[type-var]
+    loop = TrainingLoop(lm, trained, source, 10**6, lambda: 0.0, config, folder, {}, precision=config.precision)
+    optimizers = make_optimizers(loop.trained, config.optimizer, config.weight_decay)
+    state = loop.start(optimizers)
+    with closing(loop.source.steps(0, {})) as steps:  # type: ignore[type-var]
         for step in steps:
-            descent.advance(step, optimizers, state, None)
+            loop.advance(step, optimizers, state, None)
             yield
 
 

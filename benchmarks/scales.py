@@ -27,9 +27,10 @@ from redraft.drafts.base import Draft
 from redraft.drafts.experts import merge_private
 from redraft.drafts.scaling import scale_change
 from redraft.evaluate.statistics import paired_difference, paired_ratio, ratio_of_sums
-from redraft.features.store import FeatureStore, anchors
+from redraft.features import FeatureStore
 from redraft.progress import progress_bar
-from redraft.sampling import Sampler
+from redraft.rows import anchors
+from redraft.settings.sampler import Sampler
 
 Rounds = dict[str, list[int]]  # by set, in the order of its prompts
 STALE = "stale"

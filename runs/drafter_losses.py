@@ -5,7 +5,7 @@
 ``--run`` is a run of ``redraft distill``: its pretrained drafter, responses, text and alignment settings are taken, the
 loss and the seed replaced. Measured is block efficiency (accepted tokens and one more, over target calls) on the
 target's own answers to each task's test prompts, greedy and sampled, by the exact walks of
-:mod:`redraft.acceptance.standalone`. A killed run goes on. ``--tables RESULT`` prints the tables of a result file.
+:mod:`redraft.acceptance.simulate`. A killed run goes on. ``--tables RESULT`` prints the tables of a result file.
 """
 
 from __future__ import annotations
@@ -18,22 +18,23 @@ from pathlib import Path
 from typing import Any
 
 from redraft import provenance
-from redraft.acceptance.standalone import expected_rounds_standalone, target_probabilities
+from redraft.acceptance.simulate import expected_rounds_sampled
 from redraft.adaptation.distill import DistillRun
-from redraft.adaptation.distill_config import DistillConfig
 from redraft.adaptation.sources import own_answers
 from redraft.adaptation.study.sources import first_turn, read_source, without_overlap
 from redraft.artifact import atomic_write_json, read_json
 from redraft.data.overlap import trained_conversations
 from redraft.data.store import Row
 from redraft.decode.auto import measure_costs
+from redraft.drafts.files import load_draft, save_draft
 from redraft.drafts.standalone import StandaloneDraft
-from redraft.drafts.standalone.files import load_standalone, save_standalone
 from redraft.evaluate.statistics import paired_difference, ratio_of_sums
-from redraft.features.store import anchors
+from redraft.features import FeatureStore
 from redraft.metrics import cost_by_bytes, mbsu
 from redraft.progress import progress_bar
-from redraft.sampling import Sampler
+from redraft.rows import anchors
+from redraft.settings.distill import DistillConfig
+from redraft.settings.sampler import Sampler
 from redraft.train.distil import distil
 
 # What the drafter saw of its kind in training, and, last, what it did not.
@@ -66,7 +67,8 @@ def main() -> None:
         return
     if not (options.run and options.work and options.out):
         parser.error("give --run, --work and --out, or --tables RESULT")
-    run = DistillRun(DistillConfig(**read_json(options.run / "config.json"), out=options.run))
+    kept = {name: v for name, v in read_json(options.run / "config.json").items() if name in DistillConfig.model_fields}
+    run = DistillRun(DistillConfig(**kept, out=options.run))
     result = Comparison(run, options).result()
     atomic_write_json(options.out, result)
     print(tables(result))
@@ -82,11 +84,7 @@ class Comparison:
         clean = self.clean(rows)
         self.rows, self.found, self.dropped = clean[: options.rows], len(rows), len(rows) - len(clean)
         self.sets = {(task, name): self.answers(task, name) for task in TASKS for name in SAMPLERS}
-        self.known = {
-            key: target_probabilities(self.target, rows, SAMPLERS[key[1]])
-            for key, rows in self.sets.items()
-            if not SAMPLERS[key[1]].greedy
-        }
+        self.states = {key: self.states_of(*key) for key in self.sets if not SAMPLERS[key[1]].greedy}
 
     def clean(self, rows: Sequence[Row]) -> list[Row]:
         """The responses in the order of their names, but for those to prompts that are, or nearly are, measured on."""
@@ -99,6 +97,13 @@ class Comparison:
         """The target's answers to a task's prompts, made once."""
         prompts, sampler, path = self.prompts[task], SAMPLERS[name], self.options.work / f"{task}-{name}.jsonl"
         return own_answers(self.target, prompts, sampler, path, self.options.tokens, self.run.config.seed)
+
+    def states_of(self, task: str, name: str) -> FeatureStore:
+        """The target's final states of a set's answers, which are walked over again and again."""
+        identity = {"target": self.target.content_hash(), "taps": []}
+        store = FeatureStore(self.options.work / f"{task}-{name}-states", identity)
+        store.build(self.target, self.sets[task, name])
+        return store
 
     def cell(self, loss: str, seed: int) -> dict[str, Any]:
         """One alignment, measured. Finished cells are read."""
@@ -123,7 +128,7 @@ class Comparison:
                 text,
                 progress,
             )
-        save_standalone(folder / "draft", draft, self.run.meta("full"))
+        save_draft(folder / "draft", draft, self.run.meta("full"))
         cell = {"loss": loss, "seed": seed, **asdict(found), "rounds": self.rounds(draft)}
         atomic_write_json(folder / "cell.json", cell)
         return cell
@@ -133,15 +138,15 @@ class Comparison:
         found: dict[str, dict[str, dict[str, list[float]]]] = {}
         for (task, name), rows in self.sets.items():
             for gamma in GAMMAS:
-                known = self.known.get((task, name))
-                walked = expected_rounds_standalone(draft, self.target, rows, gamma, SAMPLERS[name], known=known)
+                states = self.states.get((task, name))
+                walked = expected_rounds_sampled(draft, self.target, rows, states, gamma, SAMPLERS[name])
                 found.setdefault(task, {}).setdefault(name, {})[str(gamma)] = [walked[row.key] for row in rows]
         return found
 
     def result(self) -> dict[str, Any]:
         """The whole result: raw cells, and what the tables need besides."""
         losses, seeds = self.options.losses.split(","), [int(seed) for seed in self.options.seeds.split(",")]
-        before = load_standalone(self.options.run / "pretrained")[0].float().bind(self.target).to(self.target.device)
+        before = load_draft(self.options.run / "pretrained")[0].float().bind(self.target).to(self.target.device)
         cells = [{"loss": PRETRAINED, "seed": 0, "rounds": self.rounds(before)}]
         cells += [self.cell(loss, seed) for seed in seeds for loss in losses]
         costs = measure_costs(self.target, before.to(self.target.dtype), next(iter(self.sets.values()))[0].prompt_ids)

@@ -27,7 +27,8 @@ from redraft.adaptation.quickstart import asset, embedded_prompts
 from redraft.artifact import atomic_write_json, read_json
 from redraft.data.store import read_rows
 from redraft.errors import UserError
-from redraft.features.store import FeatureStore, anchors
+from redraft.features import FeatureStore
+from redraft.rows import anchors
 
 FEATURES = "features/index.json"
 STAGES = {

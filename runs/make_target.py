@@ -41,11 +41,11 @@ from redraft.data.prompts import Conversation, read_conversations
 from redraft.data.references import reference_rows
 from redraft.data.store import Row
 from redraft.data.suites import DATA_VARIABLE
+from redraft.drafts.standalone.causal import CausalModel
 from redraft.errors import UserError
 from redraft.loading import CACHE_FILES, load_target
 from redraft.progress import progress_bar
 from redraft.target import Target
-from redraft.train.causal import CausalModel
 from redraft.train.checkpoint import Checkpoint, rows_digest
 from redraft.train.optimizer import learning_rate, make_optimizers
 

@@ -9,12 +9,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from redraft.adaptation.core import draft_meta, feature_store, half
 from redraft.adaptation.models import open_draft, open_target
 from redraft.adaptation.quickstart import EMBEDDED
-from redraft.adaptation.stage1 import save_general, split_rows
+from redraft.adaptation.runs import supervised_rows
+from redraft.adaptation.training import NEW, heldout_record, split_rows
 from redraft.artifact import atomic_write_bytes
 from redraft.data.store import encode_row, read_rows
-from redraft.features.store import FeatureStore, anchors
+from redraft.drafts.files import save_draft
+from redraft.rows import anchors
 from redraft.starts.vocabulary import coverage
 
 
@@ -42,10 +45,12 @@ def record(folder: Path, out: Path) -> None:
     target = open_target(EMBEDDED, "bfloat16", "cpu")
     draft = open_draft(folder / "merged", target).draft
     target.tap(draft.config.taps)
-    store = FeatureStore(folder / "features", {"target": target.content_hash(), "taps": list(target.taps)})
-    train, heldout = ([r for r in read_rows(out / f"{n}.jsonl") if anchors(r)] for n in ("train", "heldout"))
+    store = feature_store(folder / "features", target, target.taps)
+    train, heldout = (supervised_rows(out / f"{name}.jsonl") for name in ("train", "heldout"))
     extra = {"coverage": coverage(draft, train).share, "rows": len(train), "response_tokens": sum(map(anchors, train))}
-    print(save_general(draft, target, heldout, store, folder / "general-draft", 5, extra))
+    found = heldout_record(draft, target, heldout, store, 5, **extra)
+    save_draft(folder / "general-draft", half(draft), draft_meta(target, NEW, 0, heldout=found))
+    print(found)
 
 
 if __name__ == "__main__":

@@ -38,13 +38,12 @@ from redraft.adaptation.models import open_proposer, open_target, template_promp
 from redraft.artifact import atomic_write_json, atomic_write_text
 from redraft.data.embedded import maths_conversations
 from redraft.data.prompts import read_conversations
-from redraft.decode.engine import PlainDecoder
-from redraft.decode.standalone import StandaloneDecoder
+from redraft.decode.engine import ChainDecoder, PlainDecoder
 from redraft.drafts.standalone import StandaloneDraft
 from redraft.errors import UserError
-from redraft.export import EXPORTERS
 from redraft.loading import quiet
 from redraft.provenance import collect
+from redraft.registries import EXPORTERS
 from redraft.target import Target
 from turns import Worker, take_turns
 from vllm_check import against, counts, served, speeds
@@ -90,7 +89,7 @@ def ours(job: Job) -> dict[str, Any]:
     gamma, found = job.options.gamma, {}
     for name, decoder in (
         ("plain", PlainDecoder(job.target)),
-        ("draft", StandaloneDecoder(job.target, job.draft, gamma)),
+        ("draft", ChainDecoder(job.target, job.draft, gamma)),
     ):
         decoder.generate(job.prompts[0]["prompt_ids"], min(WARM_UP, job.tokens))
         rows = []

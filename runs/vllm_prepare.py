@@ -23,8 +23,8 @@ from redraft.decode.engine import ChainDecoder
 from redraft.drafts.eagle3 import Eagle3Draft
 from redraft.errors import UserError
 from redraft.evaluate.statistics import ratio_of_sums
-from redraft.export import EXPORTERS
 from redraft.loading import quiet
+from redraft.registries import EXPORTERS
 from redraft.target import Target
 
 

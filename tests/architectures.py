@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from batched import BatchedChainDecoder, _Proposal
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from redraft.decode.batched import BatchedChainDecoder, _Proposal
 from redraft.decode.engine import ChainDecoder
 from redraft.decode.tree import Topology
 from redraft.decode.tree_engine import Proposal, TreeDecoder
@@ -139,13 +139,12 @@ class Planted:
         elif isinstance(decoder, BatchedChainDecoder):
             self.gamma, decoder._propose = decoder.gamma, self.batch
         elif isinstance(decoder, ChainDecoder):
-            decoder.propose = self.chain
+            self.gamma, decoder.propose = decoder.gamma, self.chain
         self.answer: list[int] = []
-        self.done = 0
 
     def start(self, answer: list[int]) -> None:
         """The next text that is decoded, one at a time, continues so."""
-        self.answer, self.done = answer, 0
+        self.answer = answer
 
     def _next(self, done: int, depth: int, answer: list[int]) -> list[int]:
         self.count += 1
@@ -153,19 +152,12 @@ class Planted:
         wrong = self.count % (depth + 2)
         return [(token + 1) % 128 if place == wrong else token for place, token in enumerate(right)]
 
-    def _known(self, cache: Any, ids: Any) -> int:
-        """How many tokens of the answer are there: the pairs that are fed end with its newest one."""
-        self.done = self.done + len(ids) if self.done else 1
-        cache.length += len(ids)
-        return self.done
+    def chain(self, request: Any) -> tuple[list[int], None]:
+        return self._next(len(request.ids), min(self.gamma, request.room), self.answer), None
 
-    def chain(self, ids: Any, taps: Any, cache: Any, gamma: int, uniforms: Any) -> tuple[list[int], None]:
-        return self._next(self._known(cache, ids), gamma, self.answer), None
-
-    def tree(self, ids: Any, taps: Any, cache: Any, room: int, uniforms: Any) -> Proposal:
+    def tree(self, request: Any) -> Proposal:
         """Two nodes a level, of which the second is the likelier to be right, and goes on."""
-        depth = min(4, room)
-        good = self._next(self._known(cache, ids), depth, self.answer)
+        good = self._next(len(request.ids), min(4, request.room), self.answer)
         tokens, parents, parent = [], [], 0
         for token in good:
             tokens += [(token + 7) % 128, token]

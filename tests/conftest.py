@@ -27,7 +27,7 @@ sys.warnoptions.append("default")
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from redraft.target import Target
+    from redraft.target import Facts, Target
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -58,6 +58,21 @@ def tiny_target(builders: SimpleNamespace) -> Callable[..., Target]:
     def make(architecture: str = "llama", seed: int = 0, taps: tuple[int, ...] | None = None, **config: Any) -> Target:
         model = builders.build_model(architecture, seed, **config)
         return Target(model, builders.build_tokenizer(), name=f"tiny-{architecture}", taps=taps)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_facts() -> Callable[..., Facts]:
+    """``tiny_facts(tokenizer, hash="cafe", **config)`` -> what is known of a target of the tiny tokenizer's size."""
+
+    from transformers import AutoConfig
+
+    from redraft.target import Facts
+
+    def make(tokenizer: Any, hash: str = "cafe", **config: Any) -> Facts:
+        shape = {"vocab_size": 128, "max_position_embeddings": 512, "eos_token_id": 2, "hidden_size": 32}
+        return Facts("tiny", AutoConfig.for_model("llama", **(shape | config)), tokenizer, fingerprint=lambda: hash)
 
     return make
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from redraft.artifact import save_draft
 from redraft.drafts.eagle3 import fresh_draft
+from redraft.drafts.files import save_draft
 from redraft.loading import tokenizer_hash
 from redraft.target import Target
 

@@ -1,20 +1,24 @@
-"""A decorator registry that finds its entries by importing every module of one package folder.
+"""Named entries of one kind, each in a file of its own that registers itself.
 
-A new loss, scorer, method or exporter is one new file: it registers itself, and the command line's choices, the
-contract tests and the error messages follow.
-
-    LOSSES = Registry("loss", package="redraft.losses")
+    LOSSES = Registry("loss", variable="LOSSES", packages=("redraft.losses",))
 
     @LOSSES.register("kl")
     def kl(...): ...
+
+Which names there are is read from the text of the packages' files, and a file is imported when its entry is asked for:
+help and error messages list every choice without importing torch. So the registration stands at the beginning of a
+line, after the registry's variable, with the name written out.
 """
 
 from __future__ import annotations
 
 import difflib
 import importlib
-import pkgutil
+import importlib.util
+import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from redraft.errors import UserError
@@ -29,52 +33,58 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 class Registry(Generic[T]):
-    """Named entries of one kind. ``kind`` is the word that error messages use; ``package`` is the folder to search.
+    """Named entries of one kind.
 
-    Discovery is lazy: the package's modules are imported at the first question, not when the registry is made, so
-    the entries may import the module that holds the registry.
+    ``kind`` is the word that error messages use. ``packages`` are searched, folders in them too, for files that
+    register with ``variable``. ``more`` is called before names are listed or one is not found, and may register
+    further entries (plugins).
     """
 
-    def __init__(self, kind: str, package: str | None = None) -> None:
+    def __init__(
+        self, kind: str, variable: str = "", packages: tuple[str, ...] = (), more: Callable[[], None] | None = None
+    ) -> None:
         self.kind = kind
-        self.package = package
+        self.packages = packages
+        self._pattern = re.compile(rf'^@?{variable}\.register\(\s*"([^"]+)"', re.M)
+        self._more = more
         self._entries: dict[str, T] = {}
-        self._searched = package is None
+        self._found: dict[str, str] | None = None
 
     def register(self, name: str) -> Callable[[T], T]:
         """Decorator that files its object under ``name`` and returns it as it is.
 
-        Raises ``ValueError`` when another object already has the name: that is a defect of ours, not bad input.
+        Raises ``ValueError`` when another object already has the name, or a file that is not imported yet.
         """
 
         def file_under(entry: T) -> T:
-            if self._entries.setdefault(name, entry) is not entry:
+            home = self._modules().get(name)
+            taken = home is not None and name not in self._entries and home not in sys.modules
+            if taken or self._entries.setdefault(name, entry) is not entry:
                 raise ValueError(f"two entries of the {self.kind} registry are called {name!r}")
             return entry
 
         return file_under
 
     def names(self) -> list[str]:
-        """Every registered name, sorted."""
-        self._search()
-        return sorted(self._entries)
+        """Every registered name, sorted. Imports none of the packages' files."""
+        if self._more is not None:
+            self._more()
+        return sorted({*self._modules(), *self._entries})
 
     def get(self, name: str) -> T:
         """The entry called ``name``. Raises ``UserError`` that lists the choices when there is none."""
-        self._search()
-        if name not in self._entries:
-            raise UserError(
-                f"unknown {self.kind} {name!r}{nearest(name, self._entries)}; choose one of: {', '.join(self.names())}"
-            )
+        if name not in self._entries and (home := self._modules().get(name)):
+            importlib.import_module(home)
+        if name not in self._entries and name not in (known := self.names()):
+            raise UserError(f"unknown {self.kind} {name!r}{nearest(name, known)}; choose one of: {', '.join(known)}")
         return self._entries[name]
 
     def items(self) -> list[tuple[str, T]]:
         """(name, entry) pairs in the order of :meth:`names`."""
-        return [(name, self._entries[name]) for name in self.names()]
+        return [(name, self.get(name)) for name in self.names()]
 
     def __contains__(self, name: object) -> bool:
-        self._search()
-        return name in self._entries
+        return name in self._entries or name in self._modules() or name in self.names()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names())
@@ -82,16 +92,23 @@ class Registry(Generic[T]):
     def __len__(self) -> int:
         return len(self.names())
 
-    def _search(self) -> None:
-        if self._searched or self.package is None:
-            return
-        # Set first: a module under import may itself ask the registry. Undone when an import fails, so that the
-        # next question raises the same error and not a misleading "unknown name".
-        self._searched = True
-        try:
-            folder = importlib.import_module(self.package)
-            for module in pkgutil.iter_modules(folder.__path__):
-                importlib.import_module(f"{self.package}.{module.name}")
-        except BaseException:
-            self._searched = False
-            raise
+    def _modules(self) -> dict[str, str]:
+        """Name -> the module whose file registers it. Raises ``ValueError`` for a name that two files register."""
+        if self._found is None:
+            found: dict[str, str] = {}
+            for package in self.packages:
+                for module, text in _sources(package):
+                    for name in self._pattern.findall(text):
+                        if found.setdefault(name, module) != module:
+                            raise ValueError(f"two entries of the {self.kind} registry are called {name!r}")
+            self._found = found
+        return self._found
+
+
+def _sources(package: str) -> Iterator[tuple[str, str]]:
+    """(module, text) of every file of ``package`` and of the folders in it, without importing the package."""
+    spec = importlib.util.find_spec(package)
+    for folder in map(Path, (spec.submodule_search_locations if spec else None) or ()):
+        for path in sorted(folder.rglob("*.py")):
+            parts = path.relative_to(folder).with_suffix("").parts
+            yield ".".join([package, *(part for part in parts if part != "__init__")]), path.read_text(encoding="utf-8")

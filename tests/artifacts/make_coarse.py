@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 
-from redraft.artifact import atomic_write_json, save_draft, save_private, tensors_hash
+from redraft.artifact import atomic_write_json, tensors_hash
 from redraft.drafts.eagle3 import Eagle3Draft
+from redraft.drafts.files import save_draft, save_private
 from redraft.drafts.scaling import coarse_change
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -14,9 +14,10 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from redraft.artifact import atomic_write_json, save_draft, save_private, tensors_hash
+from redraft.artifact import atomic_write_json, tensors_hash
 from redraft.drafts.eagle1 import Eagle1Config, Eagle1Draft
 from redraft.drafts.experts import attach_private, is_private
+from redraft.drafts.files import save_draft, save_private
 
 CONFIG = Eagle1Config(
     hidden_size=8,

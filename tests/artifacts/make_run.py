@@ -16,8 +16,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from redraft.artifact import save_draft
 from redraft.drafts.eagle3 import fresh_draft
+from redraft.drafts.files import save_draft
 from redraft.loading import tokenizer_hash
 from redraft.target import Target
 

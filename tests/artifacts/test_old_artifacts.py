@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from redraft.artifact import SCHEMA, load_draft, load_private, read_meta
+from redraft.drafts.files import SCHEMA, load_draft, load_private, read_meta
 
 HERE = Path(__file__).parent
 

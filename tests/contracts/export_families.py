@@ -20,13 +20,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from redraft import artifact
+from redraft import artifact, registries
 from redraft.drafts.base import Draft
 from redraft.drafts.eagle1 import Eagle1Config, Eagle1Draft
 from redraft.drafts.eagle3 import Eagle3Config, Eagle3Draft
+from redraft.drafts.formats.base import TargetInfo
 from redraft.errors import UserError
-from redraft.export import EXPORTERS, TargetInfo
-from redraft.export.base import STANDALONE_FORMATS
+from redraft.registries import EXPORTERS
 
 TINY = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "tiny_drafts.py")))
 LLAMA3, YARN = TINY.LLAMA3, TINY.YARN
@@ -145,7 +145,7 @@ EAGLE3 = Family(
     build=build_eagle3,
     answer=answer_eagle3,
     tolerance=1e-5,
-    formats=tuple(name for name in EXPORTERS.names() if name not in STANDALONE_FORMATS),
+    formats=tuple(registries.FAMILIES.get("eagle3").writers),
     options={
         "bare": ({}, set()),
         "full vocabulary": ({"draft_vocab_size": 40}, set()),

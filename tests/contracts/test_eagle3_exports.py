@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from redraft.export import EXPORTERS
-from redraft.export.base import legacy_rope
+from redraft.drafts.eagle.writing import legacy_rope
+from redraft.registries import EXPORTERS
 
 SHARED = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("export_families.py"))))
 FAMILY, TARGET, LLAMA3, refused = SHARED.EAGLE3, SHARED.TARGET, SHARED.LLAMA3, SHARED.refused

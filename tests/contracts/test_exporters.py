@@ -16,12 +16,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from redraft import artifact
+from redraft import registries
+from redraft.drafts import files
 from redraft.drafts.experts import attach_low_rank, attach_private, is_private, merge_private
+from redraft.drafts.formats.base import check_export
+from redraft.drafts.opening import read_draft
 from redraft.drafts.standalone import StandaloneDraft
 from redraft.errors import UserError
-from redraft.export import EXPORTERS, import_checkpoint
-from redraft.export.base import CHECKS, check_export
+from redraft.registries import EXPORTERS
 
 SHARED = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("export_families.py"))))
 FAMILIES, TARGET = SHARED.FAMILIES, SHARED.TARGET
@@ -63,7 +65,7 @@ LAYERS = [
 
 
 def test_every_family_is_held_to_this_contract():
-    assert {family.name for family in FAMILIES} == set(artifact.FAMILIES.names()) - {StandaloneDraft.family}
+    assert {family.name for family in FAMILIES} == set(registries.FAMILIES.names()) - {StandaloneDraft.family}
 
 
 # -- round trips -------------------------------------------------------------------------------------------------------
@@ -74,7 +76,7 @@ def test_a_round_trip_gives_the_same_tensors_and_answers(tmp_path, family, name,
     check_export(name, draft, TARGET)
     assert list(tmp_path.iterdir()) == []
     report = EXPORTERS.get(name)(draft, tmp_path / "out", TARGET)
-    back, meta = import_checkpoint(tmp_path / "out", TARGET)
+    back, meta = read_draft(tmp_path / "out", TARGET)
     family.assert_same(draft, back)
     assert meta["family"] == family.name and meta["notes"] == []
     state = load_file(tmp_path / "out" / "model.safetensors")
@@ -94,8 +96,9 @@ def test_a_format_that_does_not_hold_a_draft_refuses_it_by_one_line(tmp_path, fa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_every_exporter_can_be_asked_before_it_writes():
-    assert set(CHECKS) == set(EXPORTERS.names())
+def test_every_format_is_one_of_a_family():
+    known = [name for _, family in registries.FAMILIES.items() for name in family.writers]
+    assert set(known) == set(EXPORTERS.names())
 
 
 @each_format
@@ -108,7 +111,7 @@ def test_a_private_part_is_merged(tmp_path, family, name, part):
             if is_private(tensor):
                 parameter.normal_(std=0.3, generator=generator)
     report = EXPORTERS.get(name)(draft, tmp_path / "out", TARGET)
-    back, _ = import_checkpoint(tmp_path / "out", TARGET)
+    back, _ = read_draft(tmp_path / "out", TARGET)
     assert report.merged_private and any("merged" in line for line in report.warnings)
     family.assert_same(merge_private(draft), back)
     answer, near = family.answer(back), family.tolerance
@@ -118,7 +121,7 @@ def test_a_private_part_is_merged(tmp_path, family, name, part):
 
 @each_format
 def test_a_second_export_of_the_import_gives_the_same_files(tmp_path, family, name):
-    back, _ = import_checkpoint(family.exported(name, tmp_path / "one"), TARGET)
+    back, _ = read_draft(family.exported(name, tmp_path / "one"), TARGET)
     EXPORTERS.get(name)(back, tmp_path / "two", TARGET)
     for file in ("config.json", "model.safetensors"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
@@ -129,8 +132,8 @@ def test_a_second_export_of_the_import_gives_the_same_files(tmp_path, family, na
 )
 def test_our_own_format_is_imported_too(tmp_path, family, option):
     draft = family.make(**family.options[option][0])
-    artifact.save_draft(tmp_path / "own", draft, {"method": "full"})
-    back, meta = import_checkpoint(tmp_path / "own", TARGET)
+    files.save_draft(tmp_path / "own", draft, {"method": "full"})
+    back, meta = read_draft(tmp_path / "own", TARGET)
     family.assert_same(draft, back)
     assert meta["format"] == "redraft" and meta["family"] == family.name and meta["method"] == "full"
 
@@ -159,7 +162,7 @@ class TestRefusedExports:
         yarn = family.make(rope_parameters=SHARED.YARN)
         refused(name, tmp_path, yarn, "would change the yarn rotary angles", long)
         report = EXPORTERS.get(name)(family.make(), tmp_path / "out", long)
-        back, _ = import_checkpoint(tmp_path / "out", long)
+        back, _ = read_draft(tmp_path / "out", long)
         assert any("raised from 64" in line for line in report.warnings)
         assert back.config == replace(family.config, max_position_embeddings=128)
         assert torch.equal(family.answer(back), family.answer(family.make()))
@@ -190,7 +193,7 @@ def test_every_missing_tensor_is_named(tmp_path, family, name, tensor):
         del state[theirs(folder, name_of)]
     rewrite(folder, state)
     with pytest.raises(UserError, match=f"missing .*{tensor}"):
-        import_checkpoint(folder, TARGET)
+        read_draft(folder, TARGET)
 
 
 @each_tensor
@@ -199,11 +202,11 @@ def test_every_misshaped_or_wrongly_typed_tensor_is_named(tmp_path, family, name
     whole, stored = load_file(folder / "model.safetensors"), theirs(folder, tensor)
     rewrite(folder, whole | {stored: torch.cat([whole[stored], whole[stored][:1]])})
     with pytest.raises(UserError, match=f"{tensor} has shape"):
-        import_checkpoint(folder, TARGET)
+        read_draft(folder, TARGET)
     wrong = "float16" if tensor in MAPS else "int8"
     rewrite(folder, whole | {stored: whole[stored].to(getattr(torch, wrong))})
     with pytest.raises(UserError, match=f"{tensor} is {wrong}"):
-        import_checkpoint(folder, TARGET)
+        read_draft(folder, TARGET)
 
 
 @each_format
@@ -213,12 +216,12 @@ def test_extra_tensors_and_infinity_are_named(tmp_path, family, name):
     for extra in family.extra_tensors:
         rewrite(folder, whole | {extra: torch.zeros(3)})
         with pytest.raises(UserError, match=f"extra {extra.replace('layers.0.', 'midlayer.')}"):
-            import_checkpoint(folder, TARGET)
+            read_draft(folder, TARGET)
     last = family.weights[-1]
     whole[theirs(folder, last)][3] = float("inf")
     rewrite(folder, whole)
     with pytest.raises(UserError, match=f"{last} holds NaN or infinity"):
-        import_checkpoint(folder, TARGET)
+        read_draft(folder, TARGET)
 
 
 @pytest.mark.parametrize(
@@ -228,7 +231,7 @@ def test_extra_tensors_and_infinity_are_named(tmp_path, family, name):
 def test_a_draft_that_does_not_fit_the_target(tmp_path, family, name, change, message):
     folder = family.exported(name, tmp_path / "out")
     with pytest.raises(UserError, match=message):
-        import_checkpoint(folder, replace(TARGET, **change))
+        read_draft(folder, replace(TARGET, **change))
 
 
 @each_format
@@ -240,5 +243,5 @@ def test_layers_that_we_do_not_compute_are_refused_by_name(tmp_path, family, nam
         change = {"transformer_layer_config": config["transformer_layer_config"] | change}
     rewrite(folder, **change)
     with pytest.raises(UserError, match=message) as caught:
-        import_checkpoint(folder, TARGET)
+        read_draft(folder, TARGET)
     assert "\n" not in str(caught.value)

@@ -12,12 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from redraft.artifact import load_private, save_private, tensors_hash
-from redraft.drafts.base import Draft, bind, fresh
+from redraft.artifact import tensors_hash
+from redraft.drafts.base import Draft, fresh
 from redraft.drafts.experts import is_private, merge_private
-from redraft.drafts.groups import METHODS, PrivateSize, group_of, mergeable, prepare, trained_parameters
+from redraft.drafts.files import load_private, save_private
+from redraft.drafts.groups import group_of, prepare, trained_parameters
 from redraft.drafts.scaling import scale_change
 from redraft.errors import UserError
+from redraft.settings.methods import METHODS, PrivateSize, mergeable
 from redraft.target import Target
 from redraft.train.optimizer import make_optimizers
 
@@ -76,7 +78,7 @@ def draft(request, target) -> Draft:
     """An old draft of each family, with every optional tensor that methods can name."""
     old = fresh(request.param, target, range(0, 120, 2), seed=3)
     options = {"norm_before_fc": True} if request.param == "eagle3" else {"fc_bias": True}
-    draft = bind(type(old)(replace(old.config, attention_bias=True, **options)), target)
+    draft = type(old)(replace(old.config, attention_bias=True, **options)).bind(target)
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for name, parameter in draft.named_parameters():
@@ -110,7 +112,8 @@ def test_the_trained_and_the_frozen_are_told_apart_by_their_groups(case, ready, 
     chosen = METHODS[case[0]]
     frozen = {n for n, p in split.named_parameters() if not p.requires_grad}
     assert not frozen & set(names) and frozen | set(names) == {n for n, _ in split.named_parameters()}
-    assert all(group_of(n) in chosen.groups for n in names) and not {group_of(n) for n in frozen} & set(chosen.groups)
+    groups = {n: group_of(split, n) for n, _ in split.named_parameters()}
+    assert {groups[n] for n in names} <= set(chosen.groups) and not {groups[n] for n in frozen} & set(chosen.groups)
     assert bool(names) == bool(chosen.groups)
     assert trained_parameters(split, case[0]) == sum(p.numel() for p in split.parameters() if p.requires_grad)
     # what the method added is private, and is trained
@@ -139,7 +142,7 @@ def test_what_was_trained_is_a_file_of_its_own(case, ready, draft, target, tmp_p
     base_hash = tensors_hash(draft.state_dict())
     save_private(tmp_path / "part", split, names, base_hash, {"method": case[0]})
     again, meta = load_private(tmp_path / "part", draft, base_hash)
-    bind(again, target)
+    again.bind(target)
     assert type(again) is type(split) and again.config == split.config and meta["method"] == case[0]
     assert tensors_hash(again.state_dict()) == tensors_hash(split.state_dict())
     assert torch.equal(logits(again, target), logits(split, target))

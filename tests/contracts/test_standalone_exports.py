@@ -14,18 +14,16 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from redraft.drafts.eagle3 import fresh_draft
-from redraft.drafts.experts import is_private
-from redraft.drafts.standalone import StandaloneDraft, attach_experts
+from redraft.drafts.experts import attach_private, is_private
+from redraft.drafts.standalone import StandaloneDraft
 from redraft.drafts.standalone.shapes import fresh_standalone, shape_for
 from redraft.errors import UserError
-from redraft.export import EXPORTERS
-from redraft.export.base import STANDALONE_FORMATS
+from redraft.registries import EXPORTERS, FAMILIES
 from redraft.target import Target
 
 pytest.importorskip("gguf")
 
-EXPORTERS.names()  # imports every format
-FORMATS = sorted(STANDALONE_FORMATS)
+FORMATS = sorted(FAMILIES.get("standalone").writers)
 ROWS = 300
 IDS = torch.arange(4, 24)[None]
 LLAMA3 = runpy.run_path(str(Path(__file__).parents[1] / "tiny_drafts.py"))["LLAMA3"]
@@ -104,7 +102,7 @@ def test_the_data_type_is_kept(name, dtype, make_target, tmp_path):
 @pytest.mark.parametrize("name", FORMATS)
 def test_private_experts_are_merged(name, make_target, tmp_path):
     target = make_target()
-    split = attach_experts(fresh_standalone(target, layers=[0, 1]), 32, seed=3)
+    split = attach_private(fresh_standalone(target, layers=[0, 1]), 32, seed=3)
     with torch.no_grad():
         for key, parameter in split.named_parameters():
             if is_private(key):

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from redraft.data.suites import DATA_VARIABLE, SUITES, Suite, load_suite, suite_of
+from redraft.data.suites import DATA_VARIABLE, Suite, load_suite, suite_of
 from redraft.evaluate.quality import RULES, kind_of, score
+from redraft.registries import SUITES
 
 DATA = Path(os.environ.get(DATA_VARIABLE) or Path(__file__).resolve().parents[2].parent / "shared" / "data")
 

@@ -15,8 +15,8 @@ WORDS = "one two three four five six seven eight nine ten apples pears boxes cos
 def world(tiny_target, tmp_path) -> Path:
     """A folder with ``target``, ``draft`` and ``prompts.jsonl`` (40 different prompts)."""
     # Here for the reason that ``tests/conftest.py`` gives.
-    from redraft.artifact import save_draft
     from redraft.drafts.eagle3 import fresh_draft
+    from redraft.drafts.files import save_draft
     from redraft.loading import tokenizer_hash
 
     folder = tmp_path / "world"

@@ -12,14 +12,16 @@ import torch
 
 from redraft.adaptation import sources
 from redraft.adaptation.adapt import AdaptRun
-from redraft.adaptation.config import AdaptConfig, claim_run, parse_config
-from redraft.artifact import load_draft, load_private, save_draft, tensors_hash
+from redraft.adaptation.claim import claim_run
+from redraft.artifact import tensors_hash
 from redraft.data.prompts import read_conversations
 from redraft.data.selfprompts import SelfPromptReport
 from redraft.data.store import read_rows
-from redraft.drafts.eagle3 import Eagle3Draft
+from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
+from redraft.drafts.files import load_draft, load_private, save_draft
 from redraft.errors import UserError
 from redraft.select.manifest import read_manifest
+from redraft.settings.adapt import AdaptConfig
 
 
 def settings(world: Path, out: Path, **changes: Any) -> AdaptConfig:
@@ -39,7 +41,7 @@ def settings(world: Path, out: Path, **changes: Any) -> AdaptConfig:
         "train": {"epochs": 1, "batch_anchors": 128},
         "exports": (),
     }
-    return parse_config(values | changes)
+    return AdaptConfig(**values | changes)
 
 
 def quiet(text: str) -> None:
@@ -113,7 +115,7 @@ def test_prompts_are_chosen_before_any_is_answered(world, tmp_path, scorer):
     whole, found = len(run.source.prompts[0]), stages(run)
     assert len(kept) == whole // 2
     rows = list(read_rows(run.source.responses))
-    assert {row.id for row in rows} == kept and len(run.training_rows()) == len(run.rows(run.source.responses))
+    assert {row.id for row in rows} == kept and len(run.training_rows()) == len(run.responses())
     tokens = sum(len(row.prompt_ids) for row in rows)
     # What is scored are prompts, twice as many as are answered; a pass of the target where acceptance is asked for.
     assert found["select"]["tokens"] > tokens and (found["select"]["flops"] > 0) == (scorer == "rejection")
@@ -203,3 +205,17 @@ def test_full_training_in_two_bits_a_weight_has_a_private_part_that_is_the_merge
     assert not torch.equal(merged.fc.weight.float(), base.fc.weight.float())
     size = (run.folder / "private" / "private.safetensors").stat().st_size
     assert size < (run.folder / "merged" / "draft.safetensors").stat().st_size / 2
+
+
+def test_the_old_draft_stays_as_it_is_where_a_start_finds_nothing_to_change(world, tiny_target, tmp_path):
+    """A draft of the whole vocabulary has nothing to refresh, and the start gives it back as it is."""
+    draft, meta = load_draft(world / "draft")
+    target = tiny_target("llama", taps=draft.config.taps)
+    whole = fresh_draft(target, range(target.vocab_size), seed=1)
+    save_draft(tmp_path / "whole", whole, {key: meta[key] for key in ("target", "tokenizer_hash")})
+    changes = {"method": "fc", "train": {"epochs": 2, "batch_anchors": 64, "learning_rate": 0.05, "evaluate_every": 1}}
+    run = AdaptRun(settings(world, tmp_path / "run", draft=str(tmp_path / "whole"), **changes), quiet)
+    run.source.write()
+    result = run.train()
+    assert torch.equal(run.stale.draft.fc.weight, whole.fc.weight)
+    assert result.best_tau > result.start_tau and not torch.equal(run.job.draft.fc.weight, whole.fc.weight)

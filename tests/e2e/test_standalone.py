@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from redraft.drafts.standalone.files import save_standalone
+from redraft.drafts.files import save_draft
 from redraft.drafts.standalone.shapes import fresh_standalone
 
 
@@ -14,7 +14,7 @@ from redraft.drafts.standalone.shapes import fresh_standalone
 def pair(world, tiny_target):
     """``world`` with ``half``, the target's first two layers as a draft."""
     target = tiny_target("llama")
-    save_standalone(world / "half", fresh_standalone(target, layers=[0, 1]), {"method": "pretrain"})
+    save_draft(world / "half", fresh_standalone(target, layers=[0, 1]), {"method": "pretrain"})
     return world
 
 

@@ -10,27 +10,29 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from batched import BatchedChainDecoder
 from transformers import AutoModelForCausalLM
 
 from redraft.adaptation.auto import auto_shape, run_lengths
 from redraft.adaptation.models import open_draft, open_proposer
 from redraft.adaptation.probe import acceptance, greedy_rows, probe
-from redraft.adaptation.steps import export_folder, merge_folder, read_draft, target_info
-from redraft.artifact import save_draft, tensors_hash
-from redraft.decode import make_decoder
+from redraft.api.files import export, merge
+from redraft.artifact import tensors_hash
 from redraft.decode.auto import chain_tau, measure_costs, pick_shape
-from redraft.decode.batched import BatchedChainDecoder
-from redraft.decode.tree import ChainShape
-from redraft.drafts.experts import is_private
-from redraft.drafts.standalone import StandaloneDraft, attach_experts
-from redraft.drafts.standalone.files import load_standalone, save_experts, save_standalone
+from redraft.decode.engine import ChainDecoder
+from redraft.decode.make import make_decoder
+from redraft.drafts.experts import attach_private, is_private, private_names
+from redraft.drafts.files import load_draft, save_draft, save_private
+from redraft.drafts.formats.base import TargetInfo
+from redraft.drafts.opening import family_at, read_draft
+from redraft.drafts.standalone import StandaloneDraft
 from redraft.drafts.standalone.shapes import fresh_standalone, shape_for
 from redraft.errors import UserError
 from redraft.evaluate.speed import BenchConfig, Prompt, bench
-from redraft.export import EXPORTERS, TargetInfo
-from redraft.export.importer import is_language_model
+from redraft.registries import EXPORTERS
 from redraft.report.load import BenchResult, parse
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
+from redraft.settings.shapes import ChainShape
 
 TOYS = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "unit" / "toys.py")))
 PROMPTS = [Prompt(f"p{i}", ids) for i, ids in enumerate(TOYS.prompts(4))]
@@ -53,21 +55,21 @@ def test_every_kind_of_folder_is_told_apart(tiny_target, tmp_path):
     target = tiny_target("llama", taps=(1, 3, 5))
     half = fresh_standalone(target, layers=[0])
     eagle = TOYS.make_draft("fresh", target)
-    save_standalone(tmp_path / "own", half, {})
+    save_draft(tmp_path / "own", half, {})
     save_draft(tmp_path / "eagle", eagle, {})
     EXPORTERS.get("hf")(half, tmp_path / "plain", target)
     for name in ("vllm", "plain", "sglang"):
         EXPORTERS.get(name)(eagle, tmp_path / f"eagle-{name}", target)
-    alone = {path.name for path in tmp_path.iterdir() if is_language_model(path)}
+    alone = {path.name for path in tmp_path.iterdir() if not family_at(path).reads_states}
     assert alone == {"own", "plain"} and len(list(tmp_path.iterdir())) == 6
-    assert is_language_model("embedded:any-name")
+    assert not family_at("embedded:any-name").reads_states
     with pytest.raises(UserError, match="does not exist"):
-        is_language_model(tmp_path / "no" / "such" / "folder")
+        family_at(tmp_path / "no" / "such" / "folder")
 
 
 def test_any_causal_lm_is_opened_as_a_draft_in_float32(target, half, tmp_path):
     EXPORTERS.get("hf")(half.to(torch.bfloat16), tmp_path / "plain", target)
-    save_standalone(tmp_path / "own", half, {"method": "pretrain"})
+    save_draft(tmp_path / "own", half, {"method": "pretrain"})
     for folder in ("plain", "own"):
         kept, _ = read_draft(str(tmp_path / folder), None)
         assert kept.dtype == torch.bfloat16
@@ -81,7 +83,7 @@ def test_any_causal_lm_is_opened_as_a_draft_in_float32(target, half, tmp_path):
 
 
 def test_commands_that_need_the_targets_states_say_what_to_use_instead(target, half, tmp_path):
-    save_standalone(tmp_path / "own", half, {})
+    save_draft(tmp_path / "own", half, {})
     with pytest.raises(UserError, match="language model of its own.*redraft distill --draft"):
         open_draft(tmp_path / "own", target)
 
@@ -89,10 +91,10 @@ def test_commands_that_need_the_targets_states_say_what_to_use_instead(target, h
 def test_a_draft_of_another_tokenizer_is_refused(target, half, tmp_path):
     spoiled = copy.deepcopy(half.tokenizer)
     spoiled.add_tokens(["extra"])
-    save_standalone(tmp_path / "own", StandaloneDraft(half.model, spoiled), {})
+    save_draft(tmp_path / "own", StandaloneDraft(half.model, spoiled), {})
     with pytest.raises(UserError, match="another tokenizer"):
         open_proposer(tmp_path / "own", target)
-    save_standalone(tmp_path / "bare", StandaloneDraft(half.model), {"tokenizer_hash": "0" * 16})
+    save_draft(tmp_path / "bare", StandaloneDraft(half.model), {"tokenizer_hash": "0" * 16})
     with pytest.raises(UserError, match="made for another tokenizer"):
         open_proposer(tmp_path / "bare", target)
 
@@ -150,16 +152,14 @@ def test_only_chains_are_tried(target, half):
 
 
 def test_timed_rounds_all_start_from_the_same_state(target, half, monkeypatch):
-    from redraft.decode.standalone import StandaloneDecoder
-
     seen: set[tuple[int, int, int]] = set()
-    before = StandaloneDecoder.round
+    before = ChainDecoder.round
 
-    def watched(self, last, ids_T, taps_T, draft_cache, cache, room, uniforms):
-        seen.add((draft_cache.length, draft_cache.verified, cache.length))
-        return before(self, last, ids_T, taps_T, draft_cache, cache, room, uniforms)
+    def watched(self, request):
+        seen.add((request.proposer.cache.length, request.proposer.verified, request.cache.length))
+        return before(self, request)
 
-    monkeypatch.setattr(StandaloneDecoder, "round", watched)
+    monkeypatch.setattr(ChainDecoder, "round", watched)
     prompt = PROMPTS[0].ids
     costs = measure_costs(target, half, prompt, (1, 3), repeats=3)
     assert seen == {(len(prompt), len(prompt), len(prompt))}
@@ -175,18 +175,18 @@ def test_batched_decoding_refuses_it_in_one_line(target, half):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_experts_are_merged_into_a_plain_folder(dtype, target, half, tmp_path):
     base = half.to(dtype)
-    save_standalone(tmp_path / "base", base, {})
+    save_draft(tmp_path / "base", base, {})
     wide = copy.deepcopy(base).float()
-    split = attach_experts(wide, 16, seed=1)
+    split = attach_private(wide, 16, seed=1)
     with torch.no_grad():
         for name, parameter in split.named_parameters():
             if is_private(name):
                 parameter.normal_(std=0.2, generator=torch.Generator().manual_seed(2))
-    save_experts(tmp_path / "private", split.to(dtype), tensors_hash(wide.state_dict()), {"method": "eda"})
-    meta = merge_folder(str(tmp_path / "private"), str(tmp_path / "base"), tmp_path / "merged")
-    merged, stored = load_standalone(tmp_path / "merged")
-    assert meta["method"] == stored["method"] == "eda" and merged.dtype == dtype
-    assert meta["parameters"] == sum(p.numel() for p in merged.parameters())
+    save_private(tmp_path / "private", split.to(dtype), private_names(split), wide.base_hash(), {"method": "eda"})
+    found = merge(tmp_path / "private", tmp_path / "base", tmp_path / "merged")
+    merged, stored = load_draft(tmp_path / "merged")
+    assert found.method == stored["method"] == "eda" and merged.dtype == dtype
+    assert found.parameters == sum(p.numel() for p in merged.parameters())
     with torch.no_grad():
         assert torch.allclose(merged.float()(IDS), split.float()(IDS), atol=1e-4)
     with pytest.raises(UserError, match="--base-draft"):
@@ -195,9 +195,9 @@ def test_experts_are_merged_into_a_plain_folder(dtype, target, half, tmp_path):
 
 def test_export_from_the_command_compares_the_tokenizers(target, half, tmp_path):
     target.save(tmp_path / "target")
-    save_standalone(tmp_path / "own", half.to(torch.bfloat16), {})
-    info = target_info(str(tmp_path / "target"))
-    report = export_folder(str(tmp_path / "own"), info, "hf", tmp_path / "out", gamma=3)
+    save_draft(tmp_path / "own", half.to(torch.bfloat16), {})
+    named = tmp_path / "target"
+    report = export(tmp_path / "own", named, "hf", tmp_path / "out", gamma=3)
     assert report.bytes == 2 * report.parameters
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.dtype == torch.bfloat16
@@ -207,13 +207,13 @@ def test_export_from_the_command_compares_the_tokenizers(target, half, tmp_path)
     tokens["a"], tokens["b"] = tokens["b"], tokens["a"]
     path.write_text(json.dumps(tokenizer))
     with pytest.raises(UserError, match="another tokenizer"):
-        export_folder(str(tmp_path / "own"), info, "hf", tmp_path / "again")
+        export(tmp_path / "own", named, "hf", tmp_path / "again")
     assert TargetInfo.of(target).tokenizer is target.tokenizer
 
 
 def test_a_wide_draft_of_another_vocabulary_is_refused(target, tmp_path):
     shape = shape_for(target, "1/2")
     shape.vocab_size = 4096
-    save_standalone(tmp_path / "own", StandaloneDraft(AutoModelForCausalLM.from_config(shape)), {})
+    save_draft(tmp_path / "own", StandaloneDraft(AutoModelForCausalLM.from_config(shape)), {})
     with pytest.raises(UserError, match="the target's own tokenizer"):
         open_proposer(tmp_path / "own", target)

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from redraft.decode.accept import accept_greedy
-from redraft.drafts.standalone.files import save_standalone
+from redraft.drafts.files import save_draft
 from redraft.drafts.standalone.shapes import fresh_standalone
 from redraft.errors import UserError
 
@@ -42,8 +42,8 @@ def world(tiny_target, tmp_path) -> Path:
     """``target`` and two drafts of it on disk, ``half`` and ``whole``, and three prompts."""
     target = tiny_target("llama", num_hidden_layers=2, initializer_range=0.1)
     target.save(tmp_path / "target")
-    save_standalone(tmp_path / "half", fresh_standalone(target, layers=[0]), {})
-    save_standalone(tmp_path / "whole", fresh_standalone(target, layers=[0, 1]), {})
+    save_draft(tmp_path / "half", fresh_standalone(target, layers=[0]), {})
+    save_draft(tmp_path / "whole", fresh_standalone(target, layers=[0, 1]), {})
     texts = ["three pears cost ten", "how many boxes are there", "the other apples"]
     rows = [{"id": f"p{i}", "messages": [{"role": "user", "content": text}]} for i, text in enumerate(texts)]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from redraft.adaptation.steps import TargetSpec, read_draft, regenerate_file, target_info
-from redraft.artifact import load_draft, save_draft
+from redraft.adaptation.steps import TargetSpec, target_info
+from redraft.api.text import regenerate
+from redraft.data.generate import Completion
 from redraft.data.store import read_rows
 from redraft.drafts.eagle3 import fresh_draft
-from redraft.export import import_checkpoint
+from redraft.drafts.files import load_draft, save_draft
+from redraft.drafts.opening import read_draft
 from redraft.loading import load_tokenizer, tokenizer_hash
-from redraft.sampling import Sampler
 from redraft.select.manifest import read_manifest
 from redraft.target import Target
 
@@ -37,14 +38,8 @@ def furnish(folder: Path, target: Target) -> None:
     save_draft(folder / "draft", draft, meta | {"tokenizer_hash": tokenizer_hash(target.tokenizer)})
     lines = [{"id": f"p{i}", "messages": [{"role": "user", "content": " ".join(WORDS[i : i + 4])}]} for i in range(12)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    samplers = [Sampler()]
-    regenerate_file(
-        TargetSpec(str(folder / "target"), "float32"),
-        str(folder / "prompts.jsonl"),
-        folder / "responses.jsonl",
-        samplers,
-        max_new_tokens=12,
-    )
+    spec = TargetSpec(str(folder / "target"), "float32")
+    regenerate(spec, folder / "prompts.jsonl", folder / "responses.jsonl", max_new_tokens=12)
 
 
 @pytest.fixture
@@ -162,9 +157,59 @@ def test_train_merge_export_and_back(place: Path, redraft: Any) -> None:
         code, out, err = redraft(f"{exported} {name} --out {name}")
         assert code == 0, err
         assert "serve with: vllm serve target" in out
-        back, _ = import_checkpoint(place / name, target_info("target"))
+        back, _ = read_draft(place / name, target_info("target"))
         for key, tensor in back.state_dict().items():
             assert torch.equal(tensor, merged.state_dict()[key]), key
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """``no_model()``: from then on a model that is opened is an error."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the model was opened")
+
+    return lambda: monkeypatch.setattr("redraft.loading.targets.load_model", refuse)
+
+
+def test_with_all_features_stored_training_opens_the_head_alone(
+    place: Path, redraft: Any, no_model: Callable[[], None]
+) -> None:
+    """Begun anew on them it ends with the same bits; without one row's, the model is opened as before."""
+    command = f"{TRAIN} --draft draft --method eda"
+    code, _, err = redraft(command)
+    assert code == 0, err
+    expected, _ = load_draft(place / "run/merged")
+    for done in ("train", "merged", "private"):
+        shutil.rmtree(place / "run" / done)
+    no_model()
+    code, _, err = redraft(command)
+    assert code == 0, err
+    again, meta = load_draft(place / "run/merged")
+    assert all(torch.equal(tensor, expected.state_dict()[name]) for name, tensor in again.state_dict().items())
+    assert meta["target"]["hash"] == read_rows(place / "responses.jsonl")[0].target_hash
+    shutil.rmtree(place / "run/features")
+    code, out, err = redraft(command)
+    assert code != 0 and "the model was opened" in out + err
+
+
+def test_a_server_answers_for_a_target_of_which_only_the_facts_are_read(
+    place: Path, no_model: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Engine:
+        def __init__(self, *args: Any, vocab_size: int, **kwargs: Any) -> None:
+            assert vocab_size == 128
+
+        def answer(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+            yield from (Completion(request, [9, 2], "stop") for request in requests)
+
+    monkeypatch.setattr("redraft.api.text.ServerEngine", Engine)
+    no_model()
+    spec, out = TargetSpec(str(place / "target"), "float32"), place / "served.jsonl"
+    report = regenerate(spec, place / "prompts.jsonl", out, max_new_tokens=12, server="http://127.0.0.1:9")
+    assert report.new == 12
+    (hash,) = {row.target_hash for row in read_rows(place / "served.jsonl")}
+    assert hash == read_rows(place / "responses.jsonl")[0].target_hash, "that of the weights, as in process"
 
 
 def test_train_from_nothing(place: Path, redraft: Any) -> None:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from redraft.errors import UserError
-from redraft.loading import load_target, notes_of
+from redraft.loading import load_target
 from redraft.target import Target
 
 # With the tokens that some adapters below train.
@@ -130,12 +130,12 @@ def test_trained_biases(write: Any) -> None:
 def test_a_grown_vocabulary_is_grown_here_too(write: Any, tables: dict[str, Any], tied: bool) -> None:
     target = holds(*write(lora(**tables), rows=130, tie_word_embeddings=tied))
     assert target.vocab_size == 130 == len(target.tokenizer) == target.config.vocab_size
-    assert "grown from 128 to 130 rows" in notes_of(target)[0]
+    assert "grown from 128 to 130 rows" in target.notes[0]
 
 
 def test_a_vocabulary_without_its_padding(write: Any) -> None:
     target = holds(*write(lora(modules_to_save=["embed_tokens", "lm_head"]), rows=128, vocab_size=140))
-    assert target.vocab_size == 128 and not notes_of(target)
+    assert target.vocab_size == 128 and not target.notes
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -193,7 +193,7 @@ def test_an_adapter_that_changes_nothing_is_told(write: Any) -> None:
     folder, _ = write(lora())
     file = folder / "adapter_model.safetensors"
     save_file({name: torch.zeros_like(t) for name, t in load_file(file).items()}, file, {"format": "pt"})
-    assert "changes no logit" in notes_of(load_target(str(folder)))[0]
+    assert "changes no logit" in load_target(str(folder)).notes[0]
 
 
 def test_tensors_of_any_kind_without_a_place_are_refused(write: Any) -> None:
@@ -235,7 +235,7 @@ def test_an_adapter_of_the_older_kind_is_read_and_nothing_in_it_is_run(write: An
 def test_an_adapter_on_another_base_than_it_names_is_told(write: Any, tmp_path: Path) -> None:
     folder, _ = write(lora())
     (tmp_path / "base").rename(tmp_path / "elsewhere")
-    notes = notes_of(load_target(str(tmp_path / "elsewhere"), adapter=str(folder)))
+    notes = load_target(str(tmp_path / "elsewhere"), adapter=str(folder)).notes
     assert len(notes) == 1 and notes[0].endswith(f"as its base model and was put on {tmp_path / 'elsewhere'}")
 
 

@@ -13,18 +13,18 @@ from typing import Any
 
 import pytest
 import torch
+from batched import BatchedChainDecoder
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from redraft.data.generate import Request, generate
-from redraft.decode.batched import BatchedChainDecoder
 from redraft.decode.engine import PlainDecoder
 from redraft.decode.static import StaticTarget
 from redraft.drafts.eagle1 import fresh_eagle1
 from redraft.drafts.eagle3 import fresh_draft
+from redraft.drafts.formats.base import TargetInfo
 from redraft.errors import UserError
-from redraft.export.base import TargetInfo
 from redraft.loading import quiet
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
 from redraft.target import KeyValueCache, OwnCache, Target
 from redraft.target import masks as masks_module
 from redraft.target import slots as slots_module

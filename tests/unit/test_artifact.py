@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from redraft import artifact
+from redraft.drafts import files
 from redraft.drafts.eagle3 import Eagle3Draft
 from redraft.drafts.experts import attach_private, is_private
 from redraft.errors import UserError
@@ -28,7 +29,7 @@ def draft() -> Eagle3Draft:
 
 @pytest.fixture
 def saved(tmp_path, draft):
-    artifact.save_draft(tmp_path / "d", draft, META)
+    files.save_draft(tmp_path / "d", draft, META)
     return tmp_path / "d"
 
 
@@ -42,8 +43,8 @@ def same(left, right) -> bool:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_draft_comes_back_bit_for_bit(tmp_path, draft, dtype):
     draft = draft.to(dtype)
-    artifact.save_draft(tmp_path / "d", draft, META)
-    back, meta = artifact.load_draft(tmp_path / "d")
+    files.save_draft(tmp_path / "d", draft, META)
+    back, meta = files.load_draft(tmp_path / "d")
     assert same(back, draft) and back.config == draft.config
     assert meta["kind"] == "draft" and meta["family"] == "eagle3" and meta["target"] == META["target"]
     assert meta["method"] == "eda+fc" and meta["provenance"] == {"seed": 1}
@@ -57,74 +58,74 @@ def test_a_private_part_holds_only_its_tensors_and_loads_onto_the_base(tmp_path,
     torch.nn.init.normal_(split.fc.weight)
     names = [n for n in split.state_dict() if is_private(n)] + ["fc.weight"]
     base_hash = artifact.tensors_hash(draft.state_dict())
-    artifact.save_private(tmp_path / "p", split, names, base_hash, META)
-    assert set(load_file(tmp_path / "p" / artifact.PRIVATE_FILE)) == set(names)
+    files.save_private(tmp_path / "p", split, names, base_hash, META)
+    assert set(load_file(tmp_path / "p" / files.PRIVATE_FILE)) == set(names)
     before = artifact.tensors_hash(draft.state_dict())
-    back, meta = artifact.load_private(tmp_path / "p", draft, base_hash)
+    back, meta = files.load_private(tmp_path / "p", draft, base_hash)
     assert same(back, split) and back.config.private_width == 8 and meta["base_draft_hash"] == base_hash
-    artifact.save_draft(tmp_path / "whole", back, meta)
-    again, handed_on = artifact.load_draft(tmp_path / "whole")
+    files.save_draft(tmp_path / "whole", back, meta)
+    again, handed_on = files.load_draft(tmp_path / "whole")
     assert same(again, split) and "base_draft_hash" not in handed_on and handed_on["method"] == "eda+fc"
     back.fc.weight.data.zero_()
     assert artifact.tensors_hash(draft.state_dict()) == before
     with pytest.raises(UserError, match="belongs to the base draft"):
-        artifact.load_private(tmp_path / "p", draft, "ffff")
+        files.load_private(tmp_path / "p", draft, "ffff")
     with pytest.raises(UserError, match="private artifact where a draft is needed"):
-        artifact.load_draft(tmp_path / "p")
+        files.load_draft(tmp_path / "p")
 
 
 def test_a_private_part_without_its_expert_is_refused(tmp_path, draft):
     split = attach_private(draft, 8)
-    artifact.save_private(tmp_path / "p", split, ["fc.weight"], "base", META)
+    files.save_private(tmp_path / "p", split, ["fc.weight"], "base", META)
     with pytest.raises(UserError, match="missing midlayer.mlp.private.down_proj.weight"):
-        artifact.load_private(tmp_path / "p", draft, "base")
+        files.load_private(tmp_path / "p", draft, "base")
 
 
 @pytest.mark.parametrize("name", sorted(Eagle3Draft(CONFIG).state_dict()))
 def test_every_missing_tensor_is_named(saved, name):
-    state = load_file(saved / artifact.DRAFT_FILE)
+    state = load_file(saved / "draft.safetensors")
     del state[name]
-    save_file(state, saved / artifact.DRAFT_FILE)
+    save_file(state, saved / "draft.safetensors")
     with pytest.raises(UserError, match=f"missing {name}"):
-        artifact.load_draft(saved)
+        files.load_draft(saved)
 
 
 @pytest.mark.parametrize("name", sorted(Eagle3Draft(CONFIG).state_dict()))
 def test_every_misshaped_or_wrongly_typed_tensor_is_named(saved, name):
-    whole = load_file(saved / artifact.DRAFT_FILE)
-    save_file(whole | {name: torch.cat([whole[name], whole[name][:1]])}, saved / artifact.DRAFT_FILE)
+    whole = load_file(saved / "draft.safetensors")
+    save_file(whole | {name: torch.cat([whole[name], whole[name][:1]])}, saved / "draft.safetensors")
     with pytest.raises(UserError, match=f"{name} has shape"):
-        artifact.load_draft(saved)
-    save_file(whole | {name: whole[name].to(torch.int8)}, saved / artifact.DRAFT_FILE)
+        files.load_draft(saved)
+    save_file(whole | {name: whole[name].to(torch.int8)}, saved / "draft.safetensors")
     with pytest.raises(UserError, match=f"{name} is int8 instead of"):
-        artifact.load_draft(saved)
+        files.load_draft(saved)
 
 
 def test_extra_tensors_and_nan_are_named_together(saved):
-    state = load_file(saved / artifact.DRAFT_FILE)
+    state = load_file(saved / "draft.safetensors")
     state["fc.weight"][0, 0] = float("nan")
     state["fc.bias"] = torch.zeros(16)
-    save_file(state, saved / artifact.DRAFT_FILE)
+    save_file(state, saved / "draft.safetensors")
     with pytest.raises(UserError, match="extra fc.bias; fc.weight holds NaN or infinity"):
-        artifact.load_draft(saved)
+        files.load_draft(saved)
 
 
 def test_a_changed_byte_and_a_torn_file_are_noticed(saved):
-    path = saved / artifact.DRAFT_FILE
+    path = saved / "draft.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
     with pytest.raises(UserError, match="t2d|content hash"):
-        artifact.load_draft(saved)
+        files.load_draft(saved)
     path.write_bytes(data[:-20])
     with pytest.raises(UserError, match="not a whole safetensors file"):
-        artifact.load_draft(saved)
+        files.load_draft(saved)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema": artifact.SCHEMA + 1}, "upgrade redraft"),
+        ({"schema": files.SCHEMA + 1}, "upgrade redraft"),
         ({"schema": None}, "no schema number"),
         ({"family": "eagle9"}, "unknown draft family"),
         ({"kind": "private"}, "where a draft is needed"),
@@ -134,28 +135,28 @@ def test_a_changed_byte_and_a_torn_file_are_noticed(saved):
     ],
 )
 def test_a_wrong_metadata_file_gives_one_clear_line(saved, change, message):
-    path = saved / artifact.META_FILE
+    path = saved / files.META_FILE
     artifact.atomic_write_json(path, json.loads(path.read_text()) | change)
     with pytest.raises(UserError, match=message) as caught:
-        artifact.load_draft(saved)
+        files.load_draft(saved)
     assert "\n" not in str(caught.value)
 
 
 def test_missing_and_broken_files(tmp_path, saved):
     with pytest.raises(UserError, match="does not exist"):
-        artifact.load_draft(tmp_path / "nowhere")
-    (saved / artifact.META_FILE).write_text('{"schema": 1,\n"kind" }')
+        files.load_draft(tmp_path / "nowhere")
+    (saved / files.META_FILE).write_text('{"schema": 1,\n"kind" }')
     with pytest.raises(UserError, match="not JSON: line 2"):
-        artifact.load_draft(saved)
-    (saved / artifact.META_FILE).unlink()
+        files.load_draft(saved)
+    (saved / files.META_FILE).unlink()
     with pytest.raises(UserError, match="redraft.json does not exist"):
-        artifact.load_draft(saved)
+        files.load_draft(saved)
 
 
 def test_nothing_is_written_when_the_disk_is_too_small(tmp_path, draft, full_disk):
     full_disk()
     with pytest.raises(UserError, match="no room on the disk"):
-        artifact.save_draft(tmp_path / "d", draft, META)
+        files.save_draft(tmp_path / "d", draft, META)
     with pytest.raises(UserError, match="no room on the disk"):
         artifact.atomic_write_text(tmp_path / "note", "hello")
     assert list(tmp_path.iterdir()) == []
@@ -165,8 +166,8 @@ def test_a_draft_with_nan_is_not_saved_and_the_old_one_stays(saved, draft):
     other = Eagle3Draft(replace(CONFIG, norm_before_fc=True))
     other.norm.weight.data[0] = float("nan")
     with pytest.raises(UserError, match="norm.weight holds NaN"):
-        artifact.save_draft(saved, other, META)
-    back, _ = artifact.load_draft(saved)
+        files.save_draft(saved, other, META)
+    back, _ = files.load_draft(saved)
     assert same(back, draft)
 
 
@@ -176,20 +177,20 @@ def test_an_error_while_writing_leaves_the_old_folder(saved, draft, monkeypatch)
 
     monkeypatch.setattr(artifact, "save_file", tear)
     with pytest.raises(UserError, match="no room on the disk"):
-        artifact.save_draft(saved, draft, META)
-    assert same(artifact.load_draft(saved)[0], draft)
+        files.save_draft(saved, draft, META)
+    assert same(files.load_draft(saved)[0], draft)
     assert [entry.name for entry in saved.parent.iterdir()] == ["d"]
 
 
 def test_a_replacement_killed_between_its_renames_is_undone(saved, draft):
     saved.rename(saved.with_name(".d.old"))
-    assert same(artifact.load_draft(saved)[0], draft)
+    assert same(files.load_draft(saved)[0], draft)
 
 
 def test_a_folder_with_other_work_is_not_replaced(tmp_path, draft):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match="holds other files .thesis.tex."):
-        artifact.save_draft(tmp_path, draft, META)
+        files.save_draft(tmp_path, draft, META)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 

@@ -9,7 +9,6 @@ import pytest
 from redraft.adaptation.auto import auto_shape, run_lengths
 from redraft.adaptation.probe import greedy_rows
 from redraft.data.generate import Request, generate
-from redraft.decode import make_decoder
 from redraft.decode.auto import (
     Candidate,
     Costs,
@@ -21,11 +20,12 @@ from redraft.decode.auto import (
     measure_costs,
     pick_shape,
 )
-from redraft.decode.tree import ChainShape, DynamicTree, StaticTree
+from redraft.decode.make import make_decoder
 from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
 from redraft.errors import UserError
 from redraft.evaluate.speed import Prompt
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
+from redraft.settings.shapes import ChainShape, DynamicTree, StaticTree
 from redraft.target import Target
 
 COSTS = Costs(1.0, {1: RoundCost(0.1, 1.0), 4: RoundCost(0.4, 1.3)})
@@ -83,9 +83,9 @@ def test_measured_costs_leave_the_caches_alone(pair, monkeypatch):
 
     for kind in (ChainDecoder, TreeDecoder):
 
-        def watch(self, last, ids, taps, draft_cache, cache, room, uniforms, original=kind.round):
-            seen.setdefault(str(self.proposals), set()).add((cache.length, draft_cache.length))
-            return original(self, last, ids, taps, draft_cache, cache, room, uniforms)
+        def watch(self, request, original=kind.round):
+            seen.setdefault(str(self.proposals), set()).add((request.cache.length, request.proposer.verified))
+            return original(self, request)
 
         monkeypatch.setattr(kind, "round", watch)
     tree = DynamicTree(2, 2, 5)

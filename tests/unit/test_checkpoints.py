@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from redraft.errors import UserError
-from redraft.loading import load_target, load_tokenizer, locate, notes_of, quiet, served_otherwise
+from redraft.loading import load_target, load_tokenizer, locate, quiet
 from redraft.loading.checkpoint import load_model
 from redraft.target import Target
 
@@ -123,7 +123,7 @@ def test_known_extras_are_left_out_and_noted(saved: Any, names: list[str], setti
     found = saved()
     found.add(*names)
     found.config(**settings)
-    notes = notes_of(found.holds())
+    notes = found.holds().notes
     assert len(notes) == (note is not None)
     assert note is None or re.search(note, notes[0])
 
@@ -155,7 +155,7 @@ def test_a_mark_of_images_beyond_the_last_row_is_noted(saved: Any) -> None:
     found = saved()
     found.target.tokenizer.add_tokens(["<image_soft_token>"])
     found.target.tokenizer.save_pretrained(found.folder)
-    assert "<image_soft_token> and the model no row" in notes_of(found.holds())[0]
+    assert "<image_soft_token> and the model no row" in found.holds().notes[0]
     found.target.tokenizer.chat_template = "{{ '<image_soft_token>' }}"
     found.target.tokenizer.save_pretrained(found.folder)
     found.refused("ids up to 128 .* and the model 128 rows")
@@ -285,7 +285,7 @@ def test_a_model_with_code_of_its_own_is_refused_without_a_question(with_code: A
 
 def test_code_beside_a_model_that_transformers_has_is_left_aside(with_code: Any) -> None:
     with_code.config(auto_map=AUTO)
-    assert "left aside" in notes_of(with_code.holds())[0]
+    assert "left aside" in with_code.holds().notes[0]
 
 
 @pytest.mark.parametrize("auto", [{"AutoTokenizer": [None, "code.Words"]}, {"AutoTokenizer": ["code.Words", None]}])
@@ -325,10 +325,10 @@ def test_a_model_that_engines_round_further_is_for_servers_alone(saved: Any, tmp
     blocks_of_fp8(found)
     found.refused("is served with quantised input activations.*let the server answer")
     near = found.holds(served=True)
-    assert served_otherwise(near) == "input activations" and "unpacked from fp8" in notes_of(near)[0]
+    assert near.rounding == "input activations" and "unpacked from fp8" in near.notes[0]
     near.save(tmp_path / "plain")
     again = load_target(str(tmp_path / "plain"))
-    assert torch.equal(answers(again), answers(near)) and served_otherwise(again) is None
+    assert torch.equal(answers(again), answers(near)) and again.rounding is None
 
 
 def test_a_scale_that_is_not_there_and_a_file_that_is_not_quantised(saved: Any) -> None:
@@ -403,11 +403,11 @@ def test_compressed_tensors(saved: Any) -> None:
     found.write(state)
     found.target.model.load_state_dict(found.target.model.state_dict() | means)
     found.config(quantization_config=compressed())
-    assert served_otherwise(found.holds()) is None
+    assert found.holds().rounding is None
     tokens = {"num_bits": 8, "type": "float", "strategy": "token", "symmetric": True, "dynamic": True}
     found.config(quantization_config=compressed(input_activations=tokens))
     found.refused("is served with quantised input activations")
-    assert served_otherwise(found.holds(served=True)) == "input activations"
+    assert found.holds(served=True).rounding == "input activations"
 
 
 @pytest.mark.parametrize("method", ["compressed-tensors", "bitsandbytes"])

@@ -12,12 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from redraft import artifact
-from redraft.coarse import MOST_BITS, coarsen, told
+from redraft.coarse import coarsen, told
 from redraft.data.store import Row
+from redraft.drafts import files
 from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
-from redraft.drafts.groups import METHODS, PrivateSize, check_bits
 from redraft.drafts.scaling import coarse_change
 from redraft.errors import UserError
+from redraft.settings.methods import METHODS, MOST_BITS, PrivateSize, check_bits
 from redraft.starts.vocabulary import refresh_vocabulary
 
 
@@ -86,12 +87,12 @@ def test_a_private_part_of_few_bits_is_the_draft_that_was_measured(bits: int, pa
     rounded, parts = coarse_change(trained, base, names, bits)
     assert {p.dtype for p in rounded.parameters()} == {torch.bfloat16}
     base_hash = artifact.tensors_hash(base.state_dict())
-    artifact.save_private(tmp_path / "part", rounded, names, base_hash, {}, base.state_dict(), parts)
-    back, meta = artifact.load_private(tmp_path / "part", base, base_hash)
+    files.save_private(tmp_path / "part", rounded, names, base_hash, {}, base.state_dict(), parts)
+    back, meta = files.load_private(tmp_path / "part", base, base_hash)
     assert artifact.tensors_hash(back.state_dict()) == artifact.tensors_hash(rounded.state_dict())
     assert meta["coarse"]["fc.weight"] == {"bits": bits, "columns": base.fc.in_features}
     # Onto the same base in float32, as tools open it, it is the same draft once it is stored.
-    wide, _ = artifact.load_private(tmp_path / "part", copy.deepcopy(base).float(), base_hash)
+    wide, _ = files.load_private(tmp_path / "part", copy.deepcopy(base).float(), base_hash)
     assert artifact.tensors_hash(wide.to(torch.bfloat16).state_dict()) == artifact.tensors_hash(rounded.state_dict())
     # Vectors and new rows are as they were trained.
     assert torch.equal(rounded.norm.weight, trained.norm.weight.to(torch.bfloat16))
@@ -100,15 +101,15 @@ def test_a_private_part_of_few_bits_is_the_draft_that_was_measured(bits: int, pa
     ]
     assert new and torch.equal(rounded.lm_head.weight[new], trained.lm_head.weight[new].to(torch.bfloat16))
     matrices = sum(p.numel() for p in base.parameters() if p.ndim == 2)
-    whole = sum(t.numel() * t.element_size() for t in load_file(tmp_path / "part" / artifact.PRIVATE_FILE).values())
+    whole = sum(t.numel() * t.element_size() for t in load_file(tmp_path / "part" / files.PRIVATE_FILE).values())
     assert whole < matrices * bits / 8 + 0.35 * 2 * matrices < 2 * matrices
 
 
 def test_a_damaged_part_of_few_bits_is_one_line(pair, tmp_path: Path) -> None:
     base, trained, names = pair
     rounded, parts = coarse_change(trained, base, names, 2)
-    artifact.save_private(tmp_path / "part", rounded, names, "base", {}, base.state_dict(), parts)
-    path, meta = tmp_path / "part" / artifact.PRIVATE_FILE, tmp_path / "part" / artifact.META_FILE
+    files.save_private(tmp_path / "part", rounded, names, "base", {}, base.state_dict(), parts)
+    path, meta = tmp_path / "part" / files.PRIVATE_FILE, tmp_path / "part" / files.META_FILE
     whole = load_file(path)
     for name, change in (("fc.weight.codes", None), ("fc.weight.step", whole["fc.weight.step"][:3])):
         state = dict(whole)
@@ -118,7 +119,7 @@ def test_a_damaged_part_of_few_bits_is_one_line(pair, tmp_path: Path) -> None:
         save_file(state, path, metadata={"format": "pt"})
         meta.write_text(json.dumps(json.loads(meta.read_text()) | {"content_hash": artifact.tensors_hash(state)}))
         with pytest.raises(UserError, match=r"does not tell fc.weight .*save the private part again") as found:
-            artifact.load_private(tmp_path / "part", base, "base")
+            files.load_private(tmp_path / "part", base, "base")
         assert "\n" not in str(found.value)
 
 

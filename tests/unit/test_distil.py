@@ -16,15 +16,18 @@ from redraft.data.generate import Request, generate
 from redraft.data.logprobs import parse_top
 from redraft.data.packed import PackedText, TextSource
 from redraft.data.store import Row
+from redraft.drafts.standalone.causal import CausalModel
+from redraft.drafts.standalone.objective import Distillation, StateTeacher
 from redraft.errors import UserError
-from redraft.features.store import FeatureStore, anchors
-from redraft.losses import LOSSES
-from redraft.sampling import Sampler
+from redraft.features import ComputedFeatures, FeatureStore
+from redraft.registries import LOSSES
+from redraft.rows import anchors
+from redraft.settings.sampler import Sampler
+from redraft.settings.training import DistilConfig
 from redraft.target import Target
-from redraft.train.causal import CausalModel
 from redraft.train.checkpoint import Checkpoint
-from redraft.train.distil import DistilConfig, Distillation, MixedSteps, distil, step_order
-from redraft.train.supervision import StateTeacher, TokenTeacher, TopTeacher
+from redraft.train.distil import MixedSteps, distil, step_order
+from redraft.train.teachers import TokenTeacher, TopTeacher
 
 HERE = Path(__file__).parents[1]
 build_model = runpy.run_path(str(HERE / "tiny_models.py"))["build_model"]
@@ -52,6 +55,11 @@ def rows(target: Target) -> list[Row]:
         ids = list(done.request.prompt_ids)
         found.append(Row(done.request.key, ids, answer, 0.0, 0, 1.0, 0, "length", "hash"))
     return sorted((row for row in found if anchors(row)), key=lambda row: row.key)
+
+
+def live(target: Target) -> StateTeacher:
+    """A teacher whose states are computed as they are needed."""
+    return StateTeacher(target, ComputedFeatures(target))
 
 
 def small(seed: int = 1, **overrides):
@@ -86,7 +94,7 @@ def test_every_loss_is_that_of_plain_logits_in_any_portions(loss: str, target: T
     right = torch.autograd.grad(expected, parameters, allow_unused=True)
     for numbers in (128 * 7, 10**7):
         causal = CausalModel(model, numbers)
-        found = Distillation(causal, StateTeacher(target), loss, 3)
+        found = Distillation(causal, live(target), loss, 3)
         value = found(some, found.pairs(some))
         assert float(value.detach()) == pytest.approx(float(expected.detach()), rel=1e-4)
         if not getattr(entry, "sampled", False):
@@ -99,7 +107,7 @@ def test_every_loss_is_that_of_plain_logits_in_any_portions(loss: str, target: T
 def test_micro_batches_add_up_to_the_step(loss: str, target: Target, rows: list[Row]) -> None:
     model = small()
     causal = CausalModel(model)
-    distillation = Distillation(causal, StateTeacher(target), loss, 3)
+    distillation = Distillation(causal, live(target), loss, 3)
     values, gradients = [], []
     for limit in (32, 100_000):
         step = MixedSteps(distillation, rows, replace(CONFIG, micro_tokens=limit), None).step(rows, [], {})
@@ -114,15 +122,15 @@ def test_micro_batches_add_up_to_the_step(loss: str, target: Target, rows: list[
 def test_batch_statistics_go_over_micro_batches_and_workers(target: Target, rows: list[Row]) -> None:
     """TVD++ on a half of the rows, with the other half's statistics added by ``reduce``, is the whole's share."""
     causal = CausalModel(small())
-    whole = Distillation(causal, StateTeacher(target), "tvdpp", 3)
+    whole = Distillation(causal, live(target), "tvdpp", 3)
     halves, count = (rows[:10], rows[10:]), whole.pairs(rows)
     with torch.no_grad():
         expected = float(whole(rows, count))
         sums = {}
         for name, half in enumerate(halves):
-            Distillation(causal, StateTeacher(target), "tvdpp", 3, lambda s, n=name: sums.setdefault(n, s))(half, 1)
+            Distillation(causal, live(target), "tvdpp", 3, lambda s, n=name: sums.setdefault(n, s))(half, 1)
         found = [
-            Distillation(causal, StateTeacher(target), "tvdpp", 3, lambda s, n=n: s + sums[1 - n])(half, count)
+            Distillation(causal, live(target), "tvdpp", 3, lambda s, n=n: s + sums[1 - n])(half, count)
             for n, half in enumerate(halves)
         ]
     assert float(sum(found)) == pytest.approx(expected, rel=1e-5)
@@ -133,8 +141,8 @@ def test_stored_states_teach_what_live_ones_do(target: Target, rows: list[Row], 
     store.build(target, rows)
     index = torch.arange(7)
     stored = StateTeacher(target, store).of(rows[:3], torch.device("cpu"))(index)
-    live = StateTeacher(target).of(rows[:3], torch.device("cpu"))(index)
-    torch.testing.assert_close(stored, live, rtol=1e-4, atol=1e-4)
+    computed = live(target).of(rows[:3], torch.device("cpu"))(index)
+    torch.testing.assert_close(stored, computed, rtol=1e-4, atol=1e-4)
 
 
 def test_black_box_teachers_are_what_the_server_said(rows: list[Row]) -> None:
@@ -186,7 +194,7 @@ def accuracy(model, rows: list[Row]):
 def test_it_learns_what_the_target_says(loss: str, target: Target, rows: list[Row], tmp_path: Path) -> None:
     model = small()
     config = replace(CONFIG, loss=loss, epochs=4.0, patience=0, learning_rate=1e-2)
-    result = distil(model, StateTeacher(target), rows, config, tmp_path / "run", accuracy(model, rows))
+    result = distil(model, live(target), rows, config, tmp_path / "run", accuracy(model, rows))
     assert result.best > result.start + 0.05
     assert accuracy(model, rows)() == pytest.approx(result.best)
 
@@ -199,7 +207,7 @@ def text(tmp_path: Path, tiny_tokenizer) -> PackedText:
 
 def test_text_holds_its_share_of_the_supervised_tokens(target: Target, rows: list[Row], text: PackedText) -> None:
     config = replace(CONFIG, text_share=0.25, text_length=16)
-    steps = MixedSteps(Distillation(CausalModel(small()), StateTeacher(target), "kl", 3), rows, config, text)
+    steps = MixedSteps(Distillation(CausalModel(small()), live(target), "kl", 3), rows, config, text)
     per_epoch = len(step_order(rows, config, 0))
     found = list(islice(steps.steps(0, {}), 4 * per_epoch))
     responses = 4 * sum(map(anchors, rows))
@@ -212,7 +220,7 @@ def test_text_holds_its_share_of_the_supervised_tokens(target: Target, rows: lis
 
 def test_responses_and_text_weigh_by_their_tokens(target: Target, rows: list[Row], text: PackedText) -> None:
     causal = CausalModel(small())
-    distillation = Distillation(causal, StateTeacher(target), "kl", 3)
+    distillation = Distillation(causal, live(target), "kl", 3)
     config = replace(CONFIG, text_share=0.25, text_length=16)
     block = next(text.blocks())[0]
     step = MixedSteps(distillation, rows, config, text).step(rows[:4], [block], {})
@@ -228,7 +236,7 @@ def test_a_killed_run_ends_with_the_same_bits(
     loss: str, target: Target, rows: list[Row], text: PackedText, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = replace(CONFIG, loss=loss, epochs=2.0, text_share=0.2, text_length=16)
-    whole, resumed, teacher = small(), small(), StateTeacher(target)
+    whole, resumed, teacher = small(), small(), live(target)
     first = distil(whole, teacher, rows, config, tmp_path / "a", accuracy(whole, rows[:6]), text)
     save, saves = Checkpoint.save, []
 
@@ -252,7 +260,7 @@ def test_a_killed_run_ends_with_the_same_bits(
 def test_it_stops_when_held_out_figures_no_longer_rise(target: Target, rows: list[Row], tmp_path: Path) -> None:
     figures = iter([1.0, 2.0, 1.5, 1.4, 1.3, 1.2, 1.1])
     config = replace(CONFIG, epochs=20.0, evaluate_every=1, patience=3)
-    result = distil(small(), StateTeacher(target), rows, config, tmp_path / "run", lambda: next(figures))
+    result = distil(small(), live(target), rows, config, tmp_path / "run", lambda: next(figures))
     assert (result.steps, result.best_step, result.best, result.stopped_early) == (4, 1, 2.0, True)
 
 
@@ -264,7 +272,7 @@ def test_the_largest_matrix_is_a_portion_however_long_the_rows(
     real = CausalModel.logits
     monkeypatch.setattr(CausalModel, "logits", lambda self, s: (seen.append(128 * len(s)), real(self, s))[1])
     for some in (rows[:2], rows * 3):
-        found = Distillation(CausalModel(small(), 128 * 12), StateTeacher(target), loss, 3)
+        found = Distillation(CausalModel(small(), 128 * 12), live(target), loss, 3)
         found(some, found.pairs(some)).backward()
     assert max(seen) <= 128 * 12
 
@@ -272,7 +280,7 @@ def test_the_largest_matrix_is_a_portion_however_long_the_rows(
 def test_a_table_that_is_padded_further_is_cut(target: Target, rows: list[Row]) -> None:
     """Ids behind the smaller vocabulary are nobody's, and get no gradient."""
     model = small(vocab_size=160)
-    found = Distillation(CausalModel(model), StateTeacher(target), "kl", 3)
+    found = Distillation(CausalModel(model), live(target), "kl", 3)
     found(rows[:3], 1).backward()
     gradient = model.lm_head.weight.grad
     assert gradient[:128].abs().sum() > 0 and gradient[128:].abs().sum() == 0
@@ -281,11 +289,11 @@ def test_a_table_that_is_padded_further_is_cut(target: Target, rows: list[Row]) 
 def test_bad_settings_are_refused_at_once(target: Target, rows: list[Row], text: PackedText, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="unknown loss"):
         replace(CONFIG, loss="mse")
-    with pytest.raises(UserError, match="share of text"):
+    with pytest.raises(UserError, match="text-share must be below 1"):
         replace(CONFIG, text_share=1.0)
     with pytest.raises(UserError, match="two or more tokens"):
-        distil(small(), StateTeacher(target), [], CONFIG, tmp_path / "run", lambda: 1.0)
+        distil(small(), live(target), [], CONFIG, tmp_path / "run", lambda: 1.0)
     with pytest.raises(UserError, match="go together"):
-        distil(small(), StateTeacher(target), rows, replace(CONFIG, text_share=0.1), tmp_path / "run", lambda: 1.0)
+        distil(small(), live(target), rows, replace(CONFIG, text_share=0.1), tmp_path / "run", lambda: 1.0)
     with pytest.raises(UserError, match="go together"):
-        distil(small(), StateTeacher(target), rows, CONFIG, tmp_path / "run", lambda: 1.0, text)
+        distil(small(), live(target), rows, CONFIG, tmp_path / "run", lambda: 1.0, text)

@@ -19,10 +19,11 @@ import pytest
 import yaml
 from typer.main import get_command
 
-from redraft.adaptation.config import read_config
-from redraft.adaptation.distill_config import read_distill_config
-from redraft.adaptation.study.config import read_study
 from redraft.cli.main import app
+from redraft.settings.adapt import AdaptConfig
+from redraft.settings.distill import DistillConfig
+from redraft.settings.studies import read_study
+from redraft.settings.yamlfile import read
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -156,8 +157,8 @@ def test_the_pages_made_from_the_code_are_up_to_date() -> None:
 
 # -- settings --------------------------------------------------------------------------------------------------------
 READERS = {
-    "redraft adapt": lambda path: read_config(path),
-    "redraft distill": lambda path: read_distill_config(path, {}),
+    "redraft adapt": lambda path: read(AdaptConfig, path),
+    "redraft distill": lambda path: read(DistillConfig, path),
     "redraft study": lambda path: read_study(path),
 }
 

@@ -4,34 +4,23 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from fnmatch import fnmatchcase
 
 import pytest
 import torch
 
-from redraft.drafts.eagle3 import Eagle3Config, Eagle3Draft, check_fit, fresh_draft
+from redraft.drafts.eagle3 import Eagle3Config, Eagle3Draft, fresh_draft
 from redraft.drafts.experts import (
     attach_low_rank,
     attach_private,
     is_private,
-    linear_names,
     match_linears,
     merge_private,
 )
-from redraft.drafts.groups import (
-    GROUPS,
-    LOW_RANK,
-    RANK_STEP,
-    SHARE,
-    WIDTH_STEP,
-    PrivateSize,
-    group_of,
-    method,
-    prepare,
-    trainable_names,
-    trained_parameters,
-)
+from redraft.drafts.groups import group_of, prepare, trainable_names, trained_parameters
 from redraft.drafts.scaling import scale_change
 from redraft.errors import UserError
+from redraft.settings.methods import LOW_RANK, RANK_STEP, SHARE, WIDTH_STEP, PrivateSize, method
 from redraft.target import Target
 
 
@@ -93,13 +82,13 @@ def test_merging_low_rank_updates_gives_an_equal_dense_draft(on, draft, tiny_tar
             torch.nn.init.normal_(parameter, std=0.3)
     merged = merge_private(split)
     assert not any(map(is_private, merged.state_dict()))
-    assert {n.split(".low_rank")[0] for n in split.state_dict() if "low_rank" in n} == set(on or linear_names(draft))
+    assert {n.split(".low_rank")[0] for n in split.state_dict() if "low_rank" in n} == set(on or draft.linears())
     assert not torch.allclose(run(draft, target), run(split, target), atol=1e-3)
     torch.testing.assert_close(run(split, target), run(merged, target), atol=1e-5, rtol=1e-5)
 
 
 def test_patterns_choose_the_layers_of_low_rank_updates(draft):
-    everything = linear_names(draft)
+    everything = draft.linears()
     projections = [name for name in everything if name.endswith("_proj")]
     assert match_linears(draft, ()) == everything
     assert match_linears(draft, ["*_proj"]) == projections and len(projections) == 7
@@ -186,10 +175,10 @@ def test_updates_of_one_small_matrix_have_no_more_than_its_rank(draft):
         (lambda d: attach_private(d, 8, shared_experts=5), "width of 64 cannot be divided among 5 shared experts"),
         (lambda d: attach_private(d, 8, shared_experts=4, shared_active=5), "5 active of 4 shared experts"),
         (lambda d: attach_private(d, 8, experts=2, balance=-1), "load-balancing term is -1"),
-        (lambda d: attach_private(attach_private(d, 8), 8), "merge it first"),
-        (lambda d: prepare(d, "lora", PrivateSize(rank=0)), "rank of the low-rank updates is 0"),
+        (lambda d: attach_private(attach_private(d, 8), 8), "merge them first"),
+        (lambda d: prepare(d, "lora", PrivateSize(rank=0)), "rank must be 1 or more"),
         (lambda d: prepare(d, "lora", PrivateSize(on=("*_prj",))), r"pattern '\*_prj'"),
-        (lambda d: prepare(d, "eda", PrivateSize(width=0)), "width of the private expert is 0"),
+        (lambda d: prepare(d, "eda", PrivateSize(width=0)), "width must be 1 or more"),
         (lambda d: prepare(d, "eda-moe", PrivateSize(8, experts=2, active=3)), "3 active of 2"),
         (lambda d: prepare(d, "scratch", PrivateSize()), "needs the target"),
         (lambda d: prepare(attach_private(d, 8), "eda", PrivateSize(16)), "private_width 8.*merge it first"),
@@ -214,11 +203,12 @@ def test_every_parameter_has_exactly_one_group(draft):
     shape = replace(draft.config, norm_before_fc=True, attention_bias=True, own_embedding=True)
     split = attach_low_rank(attach_private(Eagle3Draft(shape), 8, experts=2, shared_experts=4), 2)
     names = [n for n, _ in split.named_parameters()]
-    assert {group_of(n) for n in names} == {*GROUPS, LOW_RANK}
-    for name in [n for n in names if group_of(n) != LOW_RANK]:
-        assert sum(name.startswith(prefixes) for prefixes in GROUPS.values()) == 1, name
+    groups = split.GROUPS.values()
+    assert {group_of(split, n) for n in names} == {*split.GROUPS, LOW_RANK}
+    for name in [n for n in names if group_of(split, n) != LOW_RANK]:
+        assert sum(any(fnmatchcase(name, pattern) for pattern in patterns) for patterns in groups) == 1, name
     with pytest.raises(KeyError, match="midlayer.mlp.fresh"):
-        group_of("midlayer.mlp.fresh.weight")
+        group_of(split, "midlayer.mlp.fresh.weight")
 
 
 def test_full_trains_every_weight(draft):
@@ -260,7 +250,7 @@ def test_unknown_methods_are_named():
 def test_a_draft_for_another_target_is_refused(draft, tiny_target):
     wide = Eagle3Config.from_dict({**draft.config.to_dict(), "target_hidden_size": 64, "taps": [2, 3, 9]})
     with pytest.raises(UserError, match="width 64.*layer 9"):
-        check_fit(wide, tiny_target("llama"))
+        wide.check_fit(tiny_target("llama"))
 
 
 def test_the_vocabulary_map_round_trips(draft):

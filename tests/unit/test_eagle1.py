@@ -11,33 +11,36 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from batched import BatchedChainDecoder
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from redraft.acceptance.simulate import expected_rounds_sampled, row_alphas, simulate_greedy_chain
-from redraft.acceptance.unroll import collate, unroll
 from redraft.adaptation.models import open_draft
 from redraft.adaptation.probe import probe
-from redraft.artifact import load_draft, load_private, save_draft, save_private, tensors_hash
+from redraft.artifact import tensors_hash
 from redraft.data.store import Row
-from redraft.decode import make_decoder
-from redraft.decode.batched import BatchedChainDecoder
 from redraft.decode.engine import ChainDecoder, PlainDecoder
+from redraft.decode.make import make_decoder
 from redraft.decode.static import StaticChainDecoder
-from redraft.decode.tree import ChainShape, parse_shape
-from redraft.drafts.base import check_fit, family_of, fresh, use_target_embedding
-from redraft.drafts.eagle1 import FINAL_TAP, Eagle1Config, Eagle1Draft, fresh_eagle1
+from redraft.drafts.base import fresh
+from redraft.drafts.eagle.unroll import collate, unroll
+from redraft.drafts.eagle1 import Eagle1Config, Eagle1Draft, fresh_eagle1
+from redraft.drafts.eagle1.objective import CHUNK, Recipe, RegressionObjective, row_lengths
 from redraft.drafts.experts import attach_private, merge_private
-from redraft.drafts.groups import PrivateSize, group_of, prepare
+from redraft.drafts.files import load_draft, load_private, save_draft, save_private
+from redraft.drafts.groups import group_of, prepare
 from redraft.errors import UserError
 from redraft.evaluate.speed import BenchConfig, Prompt, bench
-from redraft.export import EXPORTERS
-from redraft.features.store import FeatureStore, anchors
-from redraft.sampling import Sampler
+from redraft.features import FeatureStore
+from redraft.registries import EXPORTERS
+from redraft.rows import anchors
+from redraft.settings.methods import PrivateSize
+from redraft.settings.sampler import Sampler
+from redraft.settings.shapes import ChainShape, parse_shape
+from redraft.settings.training import TrainConfig
 from redraft.target import FINAL, Target
-from redraft.train.objective import make_objective
 from redraft.train.optimizer import make_optimizers
-from redraft.train.regression import CHUNK, Recipe, RegressionObjective, row_lengths
-from redraft.train.trainer import TrainConfig, Trainer
+from redraft.train.trainer import Trainer
 
 TOYS = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("toys.py"))))
 TOKENS, GAMMA = 16, 3
@@ -106,7 +109,7 @@ def test_the_forward_is_a_llama_layer_without_its_first_norm_over_embedding_and_
 
 def test_the_head_is_borrowed_and_never_stored(target):
     draft = fresh_eagle1(target)
-    assert FINAL_TAP == FINAL and draft.config.taps == (FINAL,)
+    assert draft.config.taps == (FINAL,)
     assert not any("head" in name or "embed" in name for name in draft.state_dict())
     assert copy.deepcopy(draft)._head is draft._head
     assert len(draft.state_dict()) == len(list(draft.named_parameters()))
@@ -129,13 +132,13 @@ def test_copies_project_with_their_own_matrix(target):
 def test_a_target_of_other_sizes_is_refused(target, tiny_target):
     draft = fresh_eagle1(target)
     with pytest.raises(UserError, match="features of width 32, target has 16"):
-        check_fit(draft.config, tiny_target("llama", hidden_size=16))
+        draft.config.check_fit(tiny_target("llama", hidden_size=16))
     with pytest.raises(UserError, match="vocabulary of 128, target has 120"):
         ChainDecoder(tiny_target("llama", vocab_size=120), draft)
     with pytest.raises(UserError, match="unknown draft family 'medusa'"):
         fresh("medusa", target, [])
-    assert family_of(fresh("eagle1", target, [])) == "eagle1"
-    assert family_of(fresh("eagle3", target, range(9))) == "eagle3"
+    assert fresh("eagle1", target, []).family == "eagle1"
+    assert fresh("eagle3", target, range(9)).family == "eagle3"
 
 
 def test_a_new_draft_of_the_same_shape(target):
@@ -208,7 +211,7 @@ def learnt(target: Target, rows: list[Row], store: FeatureStore, steps: int = 80
 
 def test_the_simulated_chain_is_the_decoded_one(target, rows, store):
     draft = learnt(target, rows, store)
-    simulated = simulate_greedy_chain(draft, target, rows, store, GAMMA, batch_anchors=40)
+    simulated = simulate_greedy_chain(draft, target, rows, store, GAMMA)
     decoder = ChainDecoder(target, draft, GAMMA)
     runs = {row.key: decoder.generate(row.prompt_ids, TOKENS).rounds for row in rows}
     decoded = {key: [min(found.accepted, len(found.kept)) for found in rounds] for key, rounds in runs.items()}
@@ -240,7 +243,7 @@ def test_a_private_part_changes_nothing_at_first_and_merges_exactly(target, rows
     for name in ("eda", "eda+fc", "lora"):
         split, names = prepare(copy.deepcopy(draft), name, PrivateSize(width=12, rank=4))
         assert torch.equal(chain_logits(split, target, rows, store), before)
-        assert names and {group_of(n) for n in names} <= {"private", "fc", "low_rank", "norms"}
+        assert names and {group_of(split, n) for n in names} <= {"private", "fc", "low_rank", "norms"}
         shaken(split, 0.05)
         merged = merge_private(split)
         assert isinstance(merged, Eagle1Draft) and not merged.config.private_width and not merged.config.low_rank
@@ -251,7 +254,7 @@ def test_a_private_part_changes_nothing_at_first_and_merges_exactly(target, rows
 
 def test_every_parameter_has_a_group(target):
     draft = fresh_eagle1(target, fc_bias=True)
-    assert {group_of(name) for name, _ in draft.named_parameters()} == {"fc", "attention", "shared", "norms"}
+    assert {group_of(draft, name) for name, _ in draft.named_parameters()} == {"fc", "attention", "shared", "norms"}
     _, names = prepare(copy.deepcopy(draft), "fc", PrivateSize())
     assert names == ["fc.weight", "fc.bias"]
     _, names = prepare(copy.deepcopy(draft), "full", PrivateSize())
@@ -283,7 +286,7 @@ def test_an_embedding_of_its_own_gives_way_to_the_targets(target):
     own = Eagle1Draft(replace(fresh_eagle1(target).config, own_embedding=True))
     ids = torch.arange(5)
     assert torch.equal(own.embed(ids, target.embedding), own.embed_tokens(ids))
-    bare = use_target_embedding(own, target)
+    bare = own.borrowing(target)
     assert torch.equal(bare.embed(ids, target.embedding), target.embedding(ids))
     assert "embed_tokens.weight" in own.state_dict() and "embed_tokens.weight" not in bare.state_dict()
 
@@ -332,24 +335,23 @@ def test_the_objective_is_the_formula_value_and_gradient(target, rows, store):
 
 def test_the_noise_is_uniform_scaled_by_the_rows_length_and_new_every_step(target, rows, store):
     draft = fresh_eagle1(target)
-    objective = make_objective(draft, target, TrainConfig())
-    inner = getattr(objective, "objective", objective)
-    assert isinstance(inner, RegressionObjective) and inner.recipe == Recipe(1.0, 0.1, 0.1, 512)
+    objective = draft.objective(target, TrainConfig())
+    assert isinstance(objective, RegressionObjective) and objective.recipe == Recipe(1.0, 0.1, 0.1, 512)
     batch = collate(rows, store, 1)
     lengths = row_lengths(batch)
     sizes = [len(r.prompt_ids) + len(r.response_ids) for r in rows]
     assert lengths.unique_consecutive().tolist() == [n for i, n in enumerate(sizes) if not i or n != sizes[i - 1]]
-    noise = inner.noisy(batch).taps_N - batch.taps_N
+    noise = objective.noisy(batch).taps_N - batch.taps_N
     widest = 0.1 * 512 / lengths[:, None]
     assert bool((noise.abs() <= widest * 1.001).all())
     spread = (noise / widest).flatten()
     assert abs(float(spread.mean())) < 0.03 and abs(float(spread.var()) - 1 / 3) < 0.03
-    assert torch.equal(inner.noisy(batch).taps_N, inner.noisy(batch).taps_N)
+    assert torch.equal(objective.noisy(batch).taps_N, objective.noisy(batch).taps_N)
     with torch.no_grad():
         draft.fc.weight[0, 0] += 1e-3
-    assert not torch.equal(inner.noisy(batch).taps_N - batch.taps_N, noise)
+    assert not torch.equal(objective.noisy(batch).taps_N - batch.taps_N, noise)
     other = RegressionObjective(draft, target, TrainConfig(seed=1))
-    assert not torch.equal(other.noisy(batch).taps_N, inner.noisy(batch).taps_N)
+    assert not torch.equal(other.noisy(batch).taps_N, objective.noisy(batch).taps_N)
     assert RegressionObjective(draft, target, TrainConfig(), QUIET).noisy(batch) is batch
 
 
@@ -369,7 +371,7 @@ def test_training_lowers_the_loss_and_a_killed_run_resumes_to_the_same_bits(targ
     expected = whole.run()
     best = {name: parameter.detach().clone() for name, parameter in whole.trained}
     # The run hands out its best weights by held-out tau; what training does to the loss shows in its last.
-    whole.descent.checkpoint.load(whole.trained, make_optimizers(whole.trained, CONFIG.optimizer, CONFIG.weight_decay))
+    whole.loop.checkpoint.load(whole.trained, make_optimizers(whole.trained, CONFIG.optimizer, CONFIG.weight_decay))
     assert float(measured(batch).detach()) < before
 
     class Killed(BaseException):
@@ -386,6 +388,6 @@ def test_training_lowers_the_loss_and_a_killed_run_resumes_to_the_same_bits(targ
     assert again.run().history == expected.history
     for name, parameter in again.trained:
         assert torch.equal(best[name], parameter), name
-    again.descent.checkpoint.load(again.trained, make_optimizers(again.trained, CONFIG.optimizer, CONFIG.weight_decay))
+    again.loop.checkpoint.load(again.trained, make_optimizers(again.trained, CONFIG.optimizer, CONFIG.weight_decay))
     for (name, a), (_, b) in zip(whole.trained, again.trained, strict=True):
         assert torch.equal(a, b), name

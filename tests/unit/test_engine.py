@@ -9,15 +9,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from batched import BatchedChainDecoder
 
 from redraft.data.generate import Request, generate
-from redraft.decode import make_decoder
-from redraft.decode.batched import BatchedChainDecoder
-from redraft.decode.engine import ChainDecoder, Generation, PlainDecoder, _Uniforms
-from redraft.decode.tree import parse_shape
+from redraft.decode.engine import ChainDecoder, PlainDecoder
+from redraft.decode.make import make_decoder
+from redraft.decode.requests import Generation, Uniforms
 from redraft.drafts.eagle3 import fresh_draft
 from redraft.errors import UserError
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
+from redraft.settings.shapes import parse_shape
 from redraft.target import Target
 
 TOYS = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("toys.py"))))
@@ -52,20 +53,11 @@ def test_a_draft_that_copies_the_target_is_accepted_and_still_lossless(tiny_targ
     expected = PlainDecoder(target).generate(prompt, 40)
     decoder = ChainDecoder(target, make("fresh", target), gamma=4)
 
-    def oracle(ids, taps, cache, gamma, uniforms):
-        done = len(produced)
-        cache.length += len(ids)
+    def oracle(request):
+        done, gamma = len(request.ids), min(4, request.room)
         return (expected.ids[done : done + gamma] + [4] * gamma)[:gamma], None
 
-    produced: list[int] = [expected.ids[0]]
-    verify = decoder.verify
-
-    def watch(last, proposed, probs, cache, uniforms):
-        record, ids, taps = verify(last, proposed, probs, cache, uniforms)
-        produced.extend(record.kept)
-        return record, ids, taps
-
-    decoder.propose, decoder.verify = oracle, watch
+    decoder.propose = oracle
     got = decoder.generate(prompt, 40)
     assert got.ids == expected.ids
     assert max(r.accepted for r in got.rounds) == 4
@@ -84,7 +76,7 @@ def test_sampled_output_follows_the_target(kind, sampler, tiny_target):
 
 
 def test_uniforms_are_one_stream_however_they_are_taken():
-    whole, parts = (_Uniforms(3, torch.device("cpu")) for _ in range(2))
+    whole, parts = (Uniforms(3, torch.device("cpu")) for _ in range(2))
     expected, got = whole.take(1000), []
     for size in (1, 200, 56, 300, 2, 255, 180):
         got.append(parts.take(size))

@@ -10,19 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from redraft.data.generate import Completion, Request, generate
-from redraft.data.regenerate import Kept
 from redraft.data.store import Row
 from redraft.errors import UserError
-from redraft.features.store import (
-    ENOUGH_TOKENS,
-    MOST_PADDING,
-    SPARE_BYTES,
-    FeatureStore,
-    anchors,
-    common_prefix,
-    length_batches,
-)
-from redraft.sampling import Sampler
+from redraft.features import FeatureStore, RowFeatures
+from redraft.features.computed import common_prefix
+from redraft.features.store import SPARE_BYTES
+from redraft.rows import ENOUGH_TOKENS, MOST_PADDING, anchors, length_batches
+from redraft.settings.sampler import Sampler
 from redraft.target import Target
 
 
@@ -145,8 +139,8 @@ def answered(tiny_target) -> tuple[Target, list[Completion]]:
     return target, found
 
 
-def kept_rows(found: Sequence[Completion]) -> list[Kept]:
-    return [(row_of(done), *done.features) for done in found if done.features is not None]
+def kept_rows(found: Sequence[Completion]) -> list[RowFeatures]:
+    return [RowFeatures(row_of(done), *done.features) for done in found if done.features is not None]
 
 
 def row_of(done: Completion) -> Row:
@@ -173,7 +167,7 @@ def test_without_being_asked_nothing_is_kept(tiny_target):
 def test_stored_features_leave_a_build_nothing_to_do(answered, tmp_path):
     target, found = answered
     kept, folder = kept_rows(found), tmp_path / "features"
-    older = [(row, taps + 1, hidden) for row, taps, hidden in kept]
+    older = [each._replace(taps=each.taps + 1) for each in kept]
     for part in (older[:2], older[2:], kept[:2], kept[2:]):
         assert FeatureStore(folder, {}).put(part)
     store = FeatureStore(folder, {})

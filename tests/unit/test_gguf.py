@@ -16,12 +16,12 @@ gguf = pytest.importorskip("gguf")
 from transformers import AutoTokenizer, LlamaConfig, Qwen3Config  # noqa: E402
 
 from redraft.drafts.standalone import StandaloneDraft  # noqa: E402
+from redraft.drafts.standalone.gguf import check_shape, interleave, rope_factors  # noqa: E402
+from redraft.drafts.standalone.gguf_tokens import SPLITS, UNUSED, split_name, token_fields  # noqa: E402
 from redraft.drafts.standalone.shapes import fresh_standalone  # noqa: E402
 from redraft.errors import UserError  # noqa: E402
-from redraft.export import EXPORTERS  # noqa: E402
-from redraft.export.gguf import check_shape, interleave, rope_factors  # noqa: E402
-from redraft.export.gguf_tokens import SPLITS, UNUSED, split_name, token_fields  # noqa: E402
 from redraft.loading import gguf_of  # noqa: E402
+from redraft.registries import EXPORTERS  # noqa: E402
 from redraft.target import Target  # noqa: E402
 
 CONTRACT = Path(__file__).resolve().parents[1] / "contracts" / "test_standalone_exports.py"

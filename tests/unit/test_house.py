@@ -6,9 +6,12 @@ import ast
 import re
 import runpy
 import subprocess
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
+
+import redraft
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "src" / "redraft"
@@ -16,16 +19,22 @@ PACKAGE = ROOT / "src" / "redraft"
 # From the roof to the ground. A room may import rooms of lower rows, and itself.
 ROWS: tuple[tuple[str, ...], ...] = (
     ("cli",),
+    ("api",),
     ("adaptation",),
-    ("train", "evaluate", "export", "report"),
+    ("attic",),
+    ("train", "evaluate", "report"),
     ("select", "decode", "starts"),
     ("acceptance",),
-    ("features",),
     ("data",),
+    ("drafts",),
+    ("features",),
     ("loading",),
-    ("drafts", "target", "losses"),
-    ("metrics", "sampling", "artifact", "provenance", "prepack"),
-    ("registry", "progress", "coarse", "compat", "files", "places", "redacted", "arithmetic"),
+    ("target", "losses"),
+    ("metrics", "sampling", "artifact", "provenance", "prepack", "graphs"),
+    ("progress", "coarse", "compat", "files", "places", "arithmetic", "rows", "shown"),
+    ("settings",),
+    ("registries",),
+    ("registry", "redacted"),
     ("errors",),
 )
 HEIGHT = {room: len(ROWS) - i for i, row in enumerate(ROWS) for room in row}
@@ -90,11 +99,16 @@ def tracked_files() -> list[Path]:
 
 
 def test_the_package_init_imports_nothing_heavy() -> None:
-    """Only the version, and the environment that must be set before torch's first product."""
+    """What it offers is imported when it is asked for, and typed in a file of its own that lists the same names."""
     tree = ast.parse((PACKAGE / "__init__.py").read_text())
     imported = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
-    assert imported == ["os"] and not any(isinstance(node, ast.ImportFrom) for node in ast.walk(tree))
-    assert not any(isinstance(node, ast.FunctionDef | ast.ClassDef) for node in ast.walk(tree))
+    assert imported == ["importlib", "os"] and not any(isinstance(node, ast.ImportFrom) for node in ast.walk(tree))
+    stub = ast.parse((PACKAGE / "__init__.pyi").read_text())
+    lines = [node for node in stub.body if isinstance(node, ast.ImportFrom)]
+    typed = {(node.module, alias.name) for node in lines for alias in node.names}
+    assert typed == {(home, name) for name, home in redraft._HOME_OF.items()}
+    rooms = {path.stem for path in PACKAGE.iterdir()}
+    assert not rooms & set(redraft._HOME_OF), "importing a room of this name would take the name's place"
 
 
 def test_every_room_has_its_place() -> None:
@@ -118,16 +132,76 @@ def test_imports_point_down() -> None:
         ("train", "from redraft.train.trainer import fit", True),
         ("train", "from redraft import __version__", True),
         ("train", "from redraft.evaluate import speed", False),
-        ("drafts", "import redraft.target", False),
+        ("drafts", "import redraft.target", True),
+        ("target", "import redraft.drafts", False),
         ("drafts", "def f():\n    from redraft.train import loop", False),
         ("drafts", "from ..target import Target", False),
-        ("drafts", "from redraft import target", False),
-        ("drafts", "from redraft.attic import x", False),
+        ("target", "from redraft import drafts", False),
+        ("drafts", "from redraft.cellar import x", False),
         ("registry", "from redraft.artifact import x", False),
     ],
 )
 def test_the_import_rule_itself(room: str, code: str, allowed: bool) -> None:
     assert (not wrong_imports(room, ast.parse(code))) == allowed
+
+
+def module_name(path: Path) -> str:
+    """The dotted name of a file of the package."""
+    parts = ["redraft", *path.relative_to(PACKAGE).with_suffix("").parts]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported_modules(tree: ast.AST, known: Collection[str]) -> set[str]:
+    """Modules among ``known`` that are imported anywhere, in functions and under TYPE_CHECKING too."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} & set(known)
+            if any(f"{node.module}.{alias.name}" not in known for alias in node.names):
+                found.add(node.module)
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found & set(known)
+
+
+def circles(graph: dict[str, set[str]]) -> list[set[str]]:
+    """Sets of modules that import each other, by whatever way."""
+
+    def reached(start: str) -> set[str]:
+        seen, waiting = set[str](), [start]
+        while waiting:
+            for name in graph[waiting.pop()] - seen:
+                seen.add(name)
+                waiting.append(name)
+        return seen
+
+    reach = {name: reached(name) for name in graph}
+    found = []
+    for name in sorted(graph):
+        if name in reach[name] and not any(name in circle for circle in found):
+            found.append({other for other in reach[name] if name in reach[other]})
+    return found
+
+
+def test_no_modules_import_each_other() -> None:
+    trees = {module_name(path): ast.parse(path.read_text()) for path in modules()}
+    graph = {name: imported_modules(tree, trees) - {"redraft"} for name, tree in trees.items()}
+    found = circles(graph)
+    assert not found, "\n".join(str(sorted(circle)) for circle in found)
+
+
+@pytest.mark.parametrize(
+    ("code", "imported"),
+    [
+        ("from redraft.a import b", {"redraft.a.b"}),
+        ("from redraft.a import b, x", {"redraft.a", "redraft.a.b"}),
+        ("def f():\n    import redraft.a.b", {"redraft.a.b"}),
+        ("if TYPE_CHECKING:\n    from redraft.a.b import X", {"redraft.a.b"}),
+    ],
+)
+def test_the_circle_rule_itself(code: str, imported: set[str]) -> None:
+    assert imported_modules(ast.parse(code), {"redraft.a", "redraft.a.b"}) == imported
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"d"}}) == [{"b", "c"}, {"d"}]
 
 
 def test_files_and_functions_are_readable() -> None:

@@ -6,26 +6,27 @@ Shape legend: M anchors, D draft vocabulary, J draft steps.
 from __future__ import annotations
 
 import copy
-import multiprocessing
+import json
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from redraft.acceptance.unroll import Batch, collate, supervised, unroll
 from redraft.data.store import Row
+from redraft.drafts.eagle.unroll import Batch, collate, supervised, unroll
 from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
-from redraft.drafts.groups import PrivateSize, prepare
-from redraft.features.store import FeatureStore
-from redraft.losses import LOSSES
+from redraft.drafts.eagle3.objective import UnrollObjective
+from redraft.drafts.groups import prepare
+from redraft.features import FeatureStore
+from redraft.losses.portions import portions, sum_over_portions
+from redraft.registries import LOSSES
+from redraft.settings.methods import PrivateSize
+from redraft.settings.training import TrainConfig
 from redraft.target import Target
-from redraft.train.objective import UnrollObjective, WithExtraLoss, make_objective, sum_over_workers
-from redraft.train.portions import portions, sum_over_portions
-from redraft.train.trainer import TrainConfig, Trainer
+from redraft.train.trainer import Trainer
 
 J, WORDS, WIDTH = 3, 120, 32
 EXACT = [name for name, loss in LOSSES.items() if not getattr(loss, "sampled", False)]
@@ -212,54 +213,49 @@ def test_portions_leave_unused_parameters_and_frozen_states_alone() -> None:
 
 
 # -- batch statistics ------------------------------------------------------------------------------------------------
-def test_statistics_are_of_the_whole_batch_and_pass_through_the_reduction(target, batch) -> None:
+def test_counts_and_statistics_are_of_all_workers(target, batch) -> None:
+    """With three more workers of equal batches this one's share of the loss is a quarter."""
     draft, config, seen = ready(target), TrainConfig(loss="tvdpp", unroll=J), []
 
-    def doubled(sums: torch.Tensor) -> torch.Tensor:
+    def fourfold(sums: torch.Tensor) -> torch.Tensor:
         seen.append(sums.clone())
         return 4 * sums
 
     for size in (5, 10_000):
-        loss = UnrollObjective(draft, target, config, portion_of(size), doubled)(batch)
-        assert float(loss.detach()) == pytest.approx(
-            float(written_out(draft, target, batch, config).detach()), rel=1e-5
-        )
-    torch.testing.assert_close(*seen)
-    assert seen[0][1] == supervised(draft, batch).sum()
+        loss = UnrollObjective(draft, target, config, portion_of(size), fourfold)(batch)
+        whole = float(written_out(draft, target, batch, config).detach())
+        assert 4 * float(loss.detach()) == pytest.approx(whole, rel=1e-5)
+    counts, statistics = seen[::2], seen[1::2]
+    torch.testing.assert_close(*statistics)
+    assert statistics[0][1] == counts[0].sum() == supervised(draft, batch).sum()
 
 
-def _worker(rank: int, path: str) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
-    assert sum_over_workers(torch.tensor([1.0 + rank, 10.0])).tolist() == [3.0, 20.0]
-    torch.distributed.destroy_process_group()
-
-
-def test_statistics_add_over_workers(tmp_path: Path) -> None:
-    assert sum_over_workers(torch.tensor([1.0, 2.0])).tolist() == [1.0, 2.0]
-    context = multiprocessing.get_context("fork")
-    workers = [context.Process(target=_worker, args=(rank, str(tmp_path / "meet"))) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(120)
-    assert [worker.exitcode for worker in workers] == [0, 0]
-
-
-# -- the choice, and what a draft adds ---------------------------------------------------------------------------------
+# -- what a draft adds, and what a loss needs not have -----------------------------------------------------------------
 def test_a_draft_adds_its_own_term(target, batch) -> None:
     draft, config = ready(target), TrainConfig(unroll=J)
     plain = UnrollObjective(draft, target, config)(batch)
     draft.extra_loss = lambda: draft.fc.weight.sum() * 0 + 2.0
-    objective = make_objective(draft, target, config)
-    assert isinstance(objective, WithExtraLoss)
-    torch.testing.assert_close(objective(batch), plain + 2)
+    torch.testing.assert_close(draft.objective(target, config)(batch), plain + 2)
 
 
-def test_an_unknown_objective_is_a_defect(target) -> None:
-    draft = ready(target)
-    draft.objective = "guess"
-    with pytest.raises(ValueError, match="names the objective 'guess'"):
-        make_objective(draft, target, TrainConfig())
+def plain_autograd(draft_ND: torch.Tensor, teacher_ND: torch.Tensor, weight_N: torch.Tensor | None = None):
+    """A squared difference of probabilities: no gradient of its own, no statistics, no chain."""
+    loss_N = (draft_ND.float().softmax(-1) - teacher_ND.float().softmax(-1)).square().sum(-1)
+    weight_N = torch.ones_like(loss_N) if weight_N is None else weight_N
+    return (loss_N * weight_N).sum(), weight_N.sum()
+
+
+def test_a_loss_through_plain_autograd_trains(target, rows, store, batch, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(LOSSES, "get", lambda name: plain_autograd)
+    draft, config = ready(target), TrainConfig(loss="squares", unroll=J)
+    wanted = gradients(written_out(draft, target, batch, config), draft)
+    for anchors in (7, 10_000):
+        for name, found in gradients(UnrollObjective(draft, target, config, portion_of(anchors))(batch), draft).items():
+            torch.testing.assert_close(found, wanted[name], atol=1e-6, rtol=1e-4, msg=name)
+    steps = replace(config, epochs=20, batch_anchors=60, evaluate_every=4, patience=0, learning_rate=3e-3)
+    Trainer(draft, target, store, rows, rows, steps, tmp_path / "run").run()
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "curve.jsonl").read_text().splitlines()]
+    assert losses[-1] < 0.8 * losses[0]
 
 
 # -- in the loop -----------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from redraft.drafts.standalone.shapes import fresh_standalone
 from redraft.errors import UserError
 from redraft.evaluate.forecast import same_chain, shipped
 from redraft.evaluate.speed import Prompt
-from redraft.features.store import anchors
+from redraft.rows import anchors
 
 TOYS = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("toys.py"))))
 PROMPTS = [Prompt(f"p{i}", ids) for i, ids in enumerate(TOYS.prompts(6))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,21 @@ import pytest
 import torch
 
 from redraft.data.generate import Completion, Request
-from redraft.data.prompts import Conversation
 from redraft.data.regenerate import InProcessEngine, RegenerationReport, expected_rows, regenerate
-from redraft.data.store import Failure, Row, RowWriter, failures_path, read_failures, read_rows
+from redraft.data.shapes import Conversation
+from redraft.data.store import Failure, Row, RowWriter, failures_path, read_rows
 from redraft.errors import UserError
-from redraft.features.store import FeatureStore
-from redraft.sampling import Sampler
+from redraft.features import FeatureStore, RowFeatures
+from redraft.settings.sampler import Sampler
 from redraft.target import Target
 
 EOS = 2
+
+
+def listed_failures(path: Path) -> list[Failure]:
+    """What the file beside the response file ``path`` lists; nothing where there is none."""
+    place = failures_path(path)
+    return [Failure(**json.loads(line)) for line in place.read_text().splitlines()] if place.exists() else []
 
 
 def talk(id: str, *turns: str) -> Conversation:
@@ -67,15 +74,14 @@ class ScriptedEngine:
 
 
 @pytest.fixture
-def run(tmp_path: Path, tiny_tokenizer: Any) -> Callable[..., RegenerationReport]:
+def run(tmp_path: Path, tiny_tokenizer: Any, tiny_facts: Any) -> Callable[..., RegenerationReport]:
     def call(engine: Any, conversations: Sequence[Conversation] = TALKS, **settings: Any) -> RegenerationReport:
         given: dict[str, Any] = {
-            "tokenizer": tiny_tokenizer,
+            "target": tiny_facts(tiny_tokenizer),
             "samplers": [Sampler(), Sampler(0.7, 0, 0.9)],
             "out_path": tmp_path / "r.jsonl",
             "max_new_tokens": 9,
             "seed": 5,
-            "target_hash": "cafe",
         }
         return regenerate(engine, conversations, **(given | settings))
 
@@ -154,7 +160,7 @@ def test_batched_greedy_equals_a_single_stream(
     target.model.generation_config.eos_token_id = [2, reached[6]]
     many = [talk(f"p{i}", "abc def ghi"[: 1 + i], *(["more"] * (i % 3 == 0))) for i in range(11)]
     engine = InProcessEngine(target, batch_size=4)
-    run(engine, many, samplers=[Sampler()], max_new_tokens=12, eos_ids=target.eos_ids, context=target.context)
+    run(engine, many, samplers=[Sampler()], max_new_tokens=12, target=target)
     rows = read_rows(tmp_path / "r.jsonl")
     assert len(rows) == 15
     for row in rows:
@@ -218,7 +224,7 @@ def test_a_row_on_the_disk_has_its_features_there(
     for cut in (len(data) // 3, len(data) // 2, len(data) - 2):
         path.write_bytes(data[:cut])
         store = FeatureStore(tmp_path / f"cut-{cut}", {})
-        store.put([(row, *whole.get(row)) for row in read_rows(path) if len(row.response_ids) > 1])
+        store.put([RowFeatures(row, *whole.get(row)) for row in read_rows(path) if len(row.response_ids) > 1])
         run(InProcessEngine(target, 4), features=store)
         assert store.build(target, rows) == 0
         for row in rows:
@@ -262,7 +268,7 @@ def test_a_finished_run_asks_nothing_and_new_temperatures_are_added(run: Callabl
 @pytest.mark.parametrize(
     "settings,message",
     [
-        ({"target_hash": "beef"}, "responses of another target"),
+        ({"hash": "beef"}, "responses of another target"),
         ({"seed": 6}, "another seed"),
         ({"max_new_tokens": 8}, "another number of new tokens"),
         ({"max_new_tokens": 10}, "another number of new tokens"),
@@ -271,7 +277,11 @@ def test_a_finished_run_asks_nothing_and_new_temperatures_are_added(run: Callabl
         ({"conversations": [talk("a", "other words")]}, "a@T0 was made with another prompt"),
     ],
 )
-def test_rows_of_another_run_are_refused(run: Callable, tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+def test_rows_of_another_run_are_refused(
+    run: Callable, tmp_path: Path, tiny_facts: Any, tiny_tokenizer: Any, settings: dict[str, Any], message: str
+) -> None:
+    if "hash" in settings:
+        settings = {"target": tiny_facts(tiny_tokenizer, **settings)}
     run(ScriptedEngine())
     data = (tmp_path / "r.jsonl").read_bytes()
     engine = ScriptedEngine()
@@ -285,33 +295,42 @@ def test_failures_are_listed_with_the_turns_behind_them_and_tried_again(run: Cal
     report = run(ScriptedEngine(refuse=["b@T0", "d@T0.7"]))
     path = tmp_path / "r.jsonl"
     assert {f.key for f in report.failures} == {"b@T0", "b@T0#1", "b@T0#2", "d@T0.7"}
-    assert read_failures(path) == report.failures
+    assert listed_failures(path) == report.failures
     assert {f.key: f.reason for f in report.failures}["b@T0#2"] == "an earlier turn failed (b@T0)"
     assert report.new == 10 and "4 failed, listed in" in report.summary()
     assert run(ScriptedEngine()).new == 4
-    assert read_failures(path) == [] and len(read_rows(path)) == 14
+    assert listed_failures(path) == [] and len(read_rows(path)) == 14
 
 
 def test_when_nothing_is_answered_the_reason_is_said(run: Callable, tmp_path: Path) -> None:
     refuse = [f"{c.id}@T{t}" for c in TALKS for t in ("0", "0.7")]
     with pytest.raises(UserError, match="none of the prompts could be answered; the first: status 400"):
         run(ScriptedEngine(refuse=refuse))
-    assert len(read_failures(tmp_path / "r.jsonl")) == 14
+    assert len(listed_failures(tmp_path / "r.jsonl")) == 14
 
 
-def test_a_prompt_longer_than_the_context_is_refused_before_anything_is_asked(run: Callable) -> None:
+def test_a_prompt_longer_than_the_context_is_refused_before_anything_is_asked(
+    run: Callable, tiny_facts: Any, tiny_tokenizer: Any
+) -> None:
     engine = ScriptedEngine()
     with pytest.raises(UserError, match=r"prompt long@T0 has \d+ tokens; .*context of 64"):
-        run(engine, [*TALKS, talk("long", "x" * 60)], context=64)
+        run(
+            engine,
+            [*TALKS, talk("long", "x" * 60)],
+            target=tiny_facts(tiny_tokenizer, max_position_embeddings=64),
+        )
     assert engine.asked == []
 
 
-def test_a_conversation_that_outgrows_the_context_is_listed(run: Callable, tiny_tokenizer: Any) -> None:
+def test_a_conversation_that_outgrows_the_context_is_listed(
+    run: Callable, tiny_tokenizer: Any, tiny_facts: Any
+) -> None:
     talks = [talk("grows", *["x" * 30] * 4), talk("d", "no")]
     first = len(
         tiny_tokenizer.apply_chat_template(talks[0].messages[:2], add_generation_prompt=True, return_dict=False)
     )
-    report = run(ScriptedEngine(), talks, samplers=[Sampler()], context=2 * first)
+    facts = tiny_facts(tiny_tokenizer, max_position_embeddings=2 * first)
+    report = run(ScriptedEngine(), talks, samplers=[Sampler()], target=facts)
     assert report.new == 2
     assert [f.key for f in report.failures] == ["grows@T0#1", "grows@T0#2", "grows@T0#3"]
     assert "does not fit into the context" in report.failures[0].reason
@@ -336,11 +355,11 @@ def test_arguments_that_make_no_sense(run: Callable, settings: dict[str, Any], m
     "template,message", [(None, "no chat template"), ("{{ raise_exception('no system') }}", "no system")]
 )
 def test_chat_templates_that_do_not_work(
-    run: Callable, tiny_tokenizer: Any, template: str | None, message: str
+    run: Callable, tiny_tokenizer: Any, tiny_facts: Any, template: str | None, message: str
 ) -> None:
     tiny_tokenizer.chat_template = template
     with pytest.raises(UserError, match=message):
-        run(ScriptedEngine(), tokenizer=tiny_tokenizer)
+        run(ScriptedEngine(), target=tiny_facts(tiny_tokenizer))
 
 
 # -- the history of a later turn -------------------------------------------------------------------------------------
@@ -370,7 +389,7 @@ def test_turns_behind_a_reply_that_is_not_clear_are_listed(run: Callable, tmp_pa
     tiny_tokenizer.add_special_tokens({"extra_special_tokens": ["<x>"]})
     report = run(Speaks(tiny_tokenizer, "so<x>user<|im_end|>"), [TALKS[1]], samplers=[Sampler()])
     assert [row.key for row in read_rows(tmp_path / "r.jsonl")] == ["b@T0"]
-    failures = read_failures(tmp_path / "r.jsonl")
+    failures = listed_failures(tmp_path / "r.jsonl")
     assert [failure.key for failure in failures] == ["b@T0#1", "b@T0#2"] and failures == report.failures
     assert "(b@T0) cannot be put into its history: it holds the special token <x>" in failures[0].reason
     again = run(Speaks(tiny_tokenizer, "so<x>user<|im_end|>"), [TALKS[1]], samplers=[Sampler()])
@@ -381,5 +400,5 @@ def test_a_turn_behind_a_tools_result_is_listed(run: Callable, tmp_path: Path) -
     messages = [*TALKS[0].messages, {"role": "tool", "content": "noon"}, {"role": "user", "content": "and?"}]
     run(ScriptedEngine(), [Conversation("t", messages)], samplers=[Sampler()])
     assert [row.key for row in read_rows(tmp_path / "r.jsonl")] == ["t@T0"]
-    (failure,) = read_failures(tmp_path / "r.jsonl")
+    (failure,) = listed_failures(tmp_path / "r.jsonl")
     assert failure.key == "t@T0#1" and "the result of a tool stands before this turn" in failure.reason

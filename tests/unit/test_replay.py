@@ -16,25 +16,20 @@ import torch
 
 from redraft import provenance
 from redraft.acceptance.simulate import simulate_greedy_chain, tau_of
-from redraft.acceptance.unroll import collate
-from redraft.adaptation.replay import replay
+from redraft.adaptation.core import Adaptation, Plan
+from redraft.adaptation.runs import Log
 from redraft.data.store import REFERENCE, Row
 from redraft.decode.engine import ChainDecoder, PlainDecoder
 from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
+from redraft.drafts.opening import OpenDraft
 from redraft.errors import UserError
-from redraft.features.store import FeatureStore, anchors
-from redraft.losses import LOSSES
+from redraft.features import FeatureStore
+from redraft.registries import LOSSES
+from redraft.rows import anchors
+from redraft.settings.training import ReplayConfig, TrainConfig
 from redraft.target import Target
-from redraft.train.replay import (
-    ReplayBatch,
-    ReplayConfig,
-    ReplayObjective,
-    ReplayTrainer,
-    lost_states,
-    replay_settings,
-    replay_states,
-)
-from redraft.train.trainer import TrainConfig, Trainer
+from redraft.train.replay import lost_states, replay_settings, replay_states, replay_trainer
+from redraft.train.trainer import Trainer
 
 GAMMA = 4
 toys: dict[str, Any] = runpy.run_path(str(Path(__file__).parent / "toys.py"))
@@ -87,7 +82,7 @@ def test_the_states_are_those_that_decoding_meets(
     target: Target, rows: list[Row], store: FeatureStore, draft: Eagle3Draft
 ) -> None:
     settings = ReplayConfig(passes=1, accepted=1.0, failed=5.0)
-    found = replay_states(draft, target, rows, store, GAMMA, settings, batch_anchors=60)
+    found = replay_states(draft, target, rows, store, GAMMA, settings)
     decoder, lost, rounds = ChainDecoder(target, draft, gamma=GAMMA), 0, 0
     for row in rows:
         expected = torch.zeros(anchors(row), GAMMA)
@@ -179,7 +174,7 @@ def test_reference_answers_are_refused(target: Target, rows: list[Row], store: F
     "bad", [{"passes": -1}, {"epochs": 0}, {"rate": 0}, {"failed": 0}, {"accepted": 0}, {"floor": -1}]
 )
 def test_settings_that_cannot_be_meant_are_refused(bad: dict[str, float]) -> None:
-    with pytest.raises(UserError, match="replay:"):
+    with pytest.raises(UserError, match=f"{next(iter(bad))} must be "):
         ReplayConfig(**bad)  # type: ignore[arg-type]
 
 
@@ -189,17 +184,15 @@ def test_equal_weights_without_decay_are_plain_training(
 ) -> None:
     """At one draft step the objective is the trainer's own; a weight of zero takes a state out."""
     config = TrainConfig(unroll=1, batch_anchors=64)
-    batch = collate(rows, store, 1)
-    weighted = ReplayBatch(**vars(batch), weight_MJ=torch.ones(len(batch.anchor_M), 1))
-    from redraft.train.objective import make_objective
-
-    plain, ours = make_objective(draft, target, config), ReplayObjective(draft, target, config)
-    torch.testing.assert_close(ours(weighted), plain(batch))
-    torch.testing.assert_close(ours(replace(weighted, weight_MJ=3 * weighted.weight_MJ)), plain(batch))
+    objective = draft.objective(target, config)
+    plain = objective(objective.collate(rows, store))
+    weighted = objective.collate(rows, store, {row.key: torch.ones(anchors(row), 1) for row in rows})
+    torch.testing.assert_close(objective(weighted), plain)
+    torch.testing.assert_close(objective(replace(weighted, weight_MJ=3 * weighted.weight_MJ)), plain)
     first = torch.zeros_like(weighted.weight_MJ)
     first[: anchors(rows[0])] = 1.0
-    alone = ReplayBatch(**vars(collate(rows[:1], store, 1)), weight_MJ=torch.ones(anchors(rows[0]), 1))
-    torch.testing.assert_close(ours(replace(weighted, weight_MJ=first)), ours(alone))
+    alone = objective.collate(rows[:1], store, {rows[0].key: torch.ones(anchors(rows[0]), 1)})
+    torch.testing.assert_close(objective(replace(weighted, weight_MJ=first)), objective(alone))
 
 
 @pytest.mark.parametrize("loss", LOSSES.names())
@@ -207,16 +200,15 @@ def test_every_loss_sees_the_weighed_states_alone(
     loss: str, target: Target, rows: list[Row], store: FeatureStore, draft: Eagle3Draft
 ) -> None:
     """The rest of the batch changes neither the value nor the gradient of a loss without randomness."""
-    objective = ReplayObjective(draft, target, TrainConfig(loss=loss, unroll=GAMMA))
+    objective = draft.objective(target, TrainConfig(loss=loss, unroll=GAMMA))
     states = replay_states(draft, target, rows, store, GAMMA, ReplayConfig(failed=3.0)).weights
     chosen = [row for row in rows if row.key in states][:3]
     silent = {row.key: torch.zeros(anchors(row), GAMMA) for row in rows if row not in chosen}
 
     def gradient(part: list[Row]) -> tuple[torch.Tensor, torch.Tensor]:
-        weight_MJ = torch.cat([(states | silent)[row.key] for row in part])
         draft.zero_grad()
         torch.manual_seed(0)
-        value = objective(ReplayBatch(**vars(collate(part, store, GAMMA)), weight_MJ=weight_MJ))
+        value = objective(objective.collate(part, store, states | silent))
         value.backward()
         return value.detach(), draft.fc.weight.grad.clone()
 
@@ -233,8 +225,21 @@ def test_replay_trains_on_lost_rounds_and_never_ends_worse(
     settings = ReplayConfig(passes=2, epochs=6, rate=0.6, failed=2.0)
     before = tau_of(simulate_greedy_chain(draft, target, rows, store, GAMMA), rows)
     ledger, said = provenance.Ledger(), list[str]()
-    arguments = (target, store, rows, rows, config, settings, tmp_path / "replay", ledger, said.append)
-    replayed, results = replay(copy.deepcopy(draft), *arguments)
+
+    def replay() -> Adaptation:
+        job = Adaptation(
+            target,
+            OpenDraft(copy.deepcopy(draft), {}, "old"),
+            Plan("full", train=config, replay=settings),
+            tmp_path,
+            Log(ledger, said.append),
+            store,
+        )
+        job.replay(rows, rows)
+        return job
+
+    job = replay()
+    replayed, results = job.draft, job.results
     after = tau_of(simulate_greedy_chain(replayed, target, rows, store, GAMMA), rows)
     assert results[0].start_tau == pytest.approx(before) and after == pytest.approx(results[-1].best_tau)
     assert after > before
@@ -242,20 +247,18 @@ def test_replay_trains_on_lost_rounds_and_never_ends_worse(
     assert ledger.stages[0].tokens == 2 * GAMMA * sum(map(anchors, rows))
     assert sum("rounds ended early" in line for line in said) == 2
     # The same call again: nothing is walked or trained, and the same weights come out.
-    again, _ = replay(copy.deepcopy(draft), *arguments)
-    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), replayed.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(replay().draft.parameters(), replayed.parameters(), strict=True))
     assert sum("rounds ended early" in line for line in said) == 2
 
 
 def test_off_is_the_default_and_nothing_to_replay_is_said(
     target: Target, rows: list[Row], store: FeatureStore, draft: Eagle3Draft, tmp_path: Path
 ) -> None:
-    arguments = (target, store, rows, rows, TrainConfig(gamma=GAMMA))
-    rest = (tmp_path / "replay", provenance.Ledger(), lambda text: None)
-    same, results = replay(draft, *arguments, ReplayConfig(), *rest)
-    assert same is draft and results == [] and not (tmp_path / "replay").exists()
+    job = Adaptation(target, OpenDraft(draft, {}, ""), Plan("full"), tmp_path, Log(provenance.Ledger()), store)
+    job.replay(rows, rows)
+    assert job.draft is draft and job.results == [] and not (tmp_path / "replay").exists()
     with pytest.raises(UserError, match="nothing to replay"):
-        ReplayTrainer(draft, target, store, rows, rows, TrainConfig(), tmp_path / "none", {})
+        replay_trainer(draft, target, store, rows, rows, TrainConfig(), tmp_path / "none", {})
 
 
 def test_a_pass_unrolls_as_far_as_a_round_goes() -> None:

@@ -10,16 +10,17 @@ import copy
 import pytest
 import torch
 
-from redraft.artifact import load_draft, save_draft
 from redraft.decode.engine import ChainDecoder, PlainDecoder
+from redraft.drafts.config import DraftConfig
 from redraft.drafts.eagle3 import Eagle3Config, Eagle3Draft, fresh_draft
 from redraft.drafts.experts import SharedPrivateMLP, attach_private, merge_private
-from redraft.drafts.groups import PrivateSize, mergeable, prepare
+from redraft.drafts.files import load_draft, save_draft
+from redraft.drafts.groups import prepare
 from redraft.drafts.layers import GatedMLP
 from redraft.drafts.routing import RoutedMLP, Router
 from redraft.errors import UserError
-from redraft.export import EXPORTERS
-from redraft.export.base import STANDALONE_FORMATS
+from redraft.registries import EXPORTERS, FAMILIES
+from redraft.settings.methods import PrivateSize, mergeable
 from redraft.train.optimizer import make_optimizers
 
 H = 8
@@ -62,7 +63,8 @@ def test_a_routed_mlp_is_the_weighted_sum_of_the_best_experts(experts, active):
 
 
 def test_both_sides_have_routers_of_their_own():
-    mlp = SharedPrivateMLP(H, 12, 6, private=(3, 2), shared=(4, 2))
+    parts = DraftConfig(private_width=6, private_experts=3, private_active=2, shared_experts=4, shared_active=2)
+    mlp = SharedPrivateMLP(H, 12, parts)
     randomise(mlp)
     x = tokens(1)
     expected = torch.zeros(H)
@@ -236,7 +238,7 @@ def test_decoding_with_routed_experts_gives_the_same_tokens(draft, target):
 def test_no_exporter_takes_routed_experts(draft, target, tmp_path):
     private = attach_private(draft, 16, experts=4, active=2)
     both = attach_private(draft, 16, shared_experts=3)
-    for name in [name for name in EXPORTERS.names() if name not in STANDALONE_FORMATS]:
+    for name in FAMILIES.get(draft.family).writers:
         with pytest.raises(UserError, match="2 of 4 private experts.*cannot be merged or exported"):
             EXPORTERS.get(name)(private, tmp_path / name, target)
         with pytest.raises(UserError, match="3 of 3 shared experts"):

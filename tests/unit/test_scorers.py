@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from redraft.acceptance.simulate import row_alphas
-from redraft.features.store import FeatureStore
+from redraft.features import FeatureStore
 from redraft.select import ScoringContext, score_rows
 from redraft.select import acceptance as acceptance_module
 from redraft.select import entropy as entropy_module

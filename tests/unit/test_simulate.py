@@ -22,14 +22,16 @@ from redraft.acceptance.simulate import (
     visits,
 )
 from redraft.data.store import REFERENCE, Row
-from redraft.decode.engine import ChainDecoder, Generation, PlainDecoder
-from redraft.decode.tree import DynamicTree, StaticTree
+from redraft.decode.engine import ChainDecoder, PlainDecoder
+from redraft.decode.requests import Generation
 from redraft.decode.tree_engine import TreeDecoder
 from redraft.decode.tree_walk import simulate_tree
 from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
 from redraft.errors import UserError
-from redraft.features.store import FeatureStore, anchors
-from redraft.sampling import Sampler
+from redraft.features import FeatureStore
+from redraft.rows import anchors
+from redraft.settings.sampler import Sampler
+from redraft.settings.shapes import DynamicTree, StaticTree
 from redraft.target import Target
 
 SMALL = runpy.run_path(str(Path(__file__).with_name("toys.py")))["SMALL"]
@@ -269,7 +271,7 @@ def test_no_temperature_is_the_greedy_walk(temperature, target, draft, tmp_path)
     rows = [row for row in rows if anchors(row)]
     store = features(target, rows, tmp_path)
     walked = simulate_greedy_chain(draft, target, rows, store, GAMMA)
-    expected = expected_rounds_sampled(draft, target, rows, store, GAMMA, sampler, batch_anchors=40)
+    expected = expected_rounds_sampled(draft, target, rows, store, GAMMA, sampler)
     assert expected == pytest.approx({key: len(rounds) for key, rounds in walked.items()}, abs=1e-3)
     assert tau_expected(expected, rows) == pytest.approx(tau_of(walked, rows), rel=1e-3)
     assert any(max(rounds) for rounds in walked.values())
@@ -281,10 +283,9 @@ def test_portions_do_not_matter(target, draft, tmp_path, monkeypatch):
     rows = [as_row(i, plain.generate(prompt(i), TOKENS, seed=i), prompt(i), sampler) for i in range(8)]
     store = features(target, rows, tmp_path)
     whole = expected_rounds_sampled(draft, target, rows, store, GAMMA, sampler)
-    monkeypatch.setattr("redraft.acceptance.simulate.CHUNK", 3)
-    assert expected_rounds_sampled(draft, target, rows, store, GAMMA, sampler, batch_anchors=20) == pytest.approx(
-        whole, rel=1e-5
-    )
+    monkeypatch.setattr("redraft.drafts.chances.CHUNK", 3)
+    monkeypatch.setattr("redraft.drafts.eagle.walk.EagleWalk.batch_anchors", 20)
+    assert expected_rounds_sampled(draft, target, rows, store, GAMMA, sampler) == pytest.approx(whole, rel=1e-5)
 
 
 def test_rows_of_another_sampler_are_refused(target, draft, tmp_path):

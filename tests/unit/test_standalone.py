@@ -12,27 +12,26 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from redraft.acceptance.standalone import (
-    expected_rounds_standalone,
-    run_lengths,
-    simulate_greedy_standalone,
-    target_probabilities,
-)
+from redraft.acceptance.simulate import expected_rounds_sampled, simulate_greedy_chain
+from redraft.adaptation.models import open_proposer
 from redraft.artifact import tensors_hash
 from redraft.data.store import Row
-from redraft.decode import make_decoder
-from redraft.decode.engine import PlainDecoder
-from redraft.decode.standalone import StandaloneDecoder
+from redraft.decode.engine import ChainDecoder, PlainDecoder
+from redraft.decode.make import make_decoder
 from redraft.decode.static import StaticTarget
-from redraft.decode.tree import parse_shape
-from redraft.drafts.experts import is_private
-from redraft.drafts.standalone import StandaloneDraft, attach_experts, merge_experts, untrained
-from redraft.drafts.standalone.files import load_experts, load_standalone, save_experts, save_standalone
-from redraft.drafts.standalone.shapes import fresh_standalone, parameters_of, projected, shape_for, spread_layers
+from redraft.drafts.chances import run_lengths
+from redraft.drafts.experts import attach_private, is_private, merge_private, private_names
+from redraft.drafts.files import load_draft, load_private, save_draft, save_private
+from redraft.drafts.groups import prepare
+from redraft.drafts.standalone import StandaloneDraft, untrained
+from redraft.drafts.standalone.shapes import fresh_standalone, parameters_of, projected, shape_for
 from redraft.errors import UserError
-from redraft.export import EXPORTERS
-from redraft.loading import check_tokenizers, open_standalone
-from redraft.sampling import Sampler, warp
+from redraft.loading import check_tokenizers
+from redraft.registries import EXPORTERS
+from redraft.sampling import warp
+from redraft.settings.methods import PrivateSize
+from redraft.settings.sampler import Sampler
+from redraft.settings.shapes import parse_shape
 
 TOYS = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("toys.py"))))
 prompts = TOYS.prompts
@@ -96,13 +95,11 @@ def test_all_layers_of_the_target_are_the_target(tiny_target):
         target = tiny_target(architecture, num_hidden_layers=3)
         with torch.no_grad():
             assert torch.equal(make("copy", target)(IDS), target.model(IDS).logits)
-    half = fresh_standalone(target, layers=spread_layers(target, 2))
+    half = fresh_standalone(target, layers=[0, 2])
     expected = target.backbone.layers[2].mlp.up_proj.weight
     assert torch.equal(half.model.model.layers[1].mlp.up_proj.weight, expected)
     with pytest.raises(UserError, match="layers 0 to 2"):
         fresh_standalone(target, layers=[3])
-    with pytest.raises(UserError, match="its own widths"):
-        fresh_standalone(target, shape_for(target, "1/3"), layers=[0])
 
 
 def test_starts_follow_the_seed_and_the_targets_tables(target):
@@ -125,7 +122,7 @@ def test_starts_follow_the_seed_and_the_targets_tables(target):
 
 # -- private experts and files -----------------------------------------------------------------------------------------
 def trained_split(draft: StandaloneDraft) -> StandaloneDraft:
-    split = attach_experts(draft, 24, seed=3)
+    split = attach_private(draft, 24, seed=3)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in split.named_parameters():
@@ -138,23 +135,23 @@ def trained_split(draft: StandaloneDraft) -> StandaloneDraft:
 def test_private_experts_start_at_nothing_and_merge_into_a_plain_model(architecture, tiny_target):
     draft = make("half", tiny_target(architecture, num_hidden_layers=2, tie_word_embeddings=True))
     with torch.no_grad():
-        assert torch.equal(attach_experts(draft, 24)(IDS), draft(IDS))
+        assert torch.equal(attach_private(draft, 24)(IDS), draft(IDS))
         split = trained_split(draft)
-        merged = merge_experts(split)
+        merged = merge_private(split)
         assert not torch.allclose(split(IDS), draft(IDS), atol=1e-2)
         assert torch.allclose(merged(IDS), split(IDS), atol=1e-4)
     assert merged.model.config.intermediate_size == 64 + 24 and not merged.config.private_width
     assert type(merged.model) is type(draft.model) and merged.parameters_per_token == split.parameters_per_token
     assert not any(is_private(name) for name in merged.state_dict())
     with pytest.raises(UserError, match="already"):
-        attach_experts(split, 8)
+        attach_private(split, 8)
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_draft_is_a_plain_folder_and_comes_back_bit_for_bit(tied, target, tmp_path):
     draft = fresh_standalone(target, shape_for(target, "1/3"), tied=tied).to(torch.bfloat16)
-    save_standalone(tmp_path / "d", draft, {"method": "pretrain", "provenance": {"a": 1}})
-    back, meta = load_standalone(tmp_path / "d")
+    save_draft(tmp_path / "d", draft, {"method": "pretrain", "provenance": {"a": 1}})
+    back, meta = load_draft(tmp_path / "d")
     assert meta["family"] == "standalone" and meta["method"] == "pretrain" and back.dtype == torch.bfloat16
     assert tensors_hash(back.state_dict()) == tensors_hash(draft.state_dict())
     head, table = back.model.get_output_embeddings().weight, back.model.get_input_embeddings().weight
@@ -163,12 +160,12 @@ def test_a_draft_is_a_plain_folder_and_comes_back_bit_for_bit(tied, target, tmp_
     with torch.no_grad():
         assert torch.equal(plain(IDS).logits, back(IDS)) and torch.equal(back(IDS), draft(IDS))
     check_tokenizers(back.tokenizer, target.tokenizer)
-    opened, _ = open_standalone(tmp_path / "d", target)
+    opened, _ = open_proposer(tmp_path / "d", target)
     assert opened.dtype == torch.float32
     path = tmp_path / "d" / "redraft.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"content_hash": "0" * 16}))
     with pytest.raises(UserError, match="content hash"):
-        load_standalone(tmp_path / "d")
+        load_draft(tmp_path / "d")
 
 
 def test_rotary_frequencies_stay_exact_in_bfloat16(target):
@@ -184,38 +181,61 @@ def test_a_model_whose_tokens_cannot_be_taken_back_is_no_draft(ours, target, tmp
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2, "full_attn_idxs": [1]}
     draft = StandaloneDraft(untrained(AutoConfig.for_model("lfm2", **sizes, **heads)), target.tokenizer)
     if ours:
-        save_standalone(tmp_path / "d", draft, {})
+        save_draft(tmp_path / "d", draft, {})
     else:
         draft.model.save_pretrained(tmp_path / "d")
         target.tokenizer.save_pretrained(tmp_path / "d")
     with pytest.raises(UserError, match="d cannot be a draft: Lfm2ForCausalLM cannot take tokens back"):
-        open_standalone(tmp_path / "d", target)
+        open_proposer(tmp_path / "d", target)
 
 
 def test_a_draft_whose_logits_are_not_its_heads_is_refused(target, tmp_path):
     draft = fresh_standalone(target, shape_for(target, "1/3"))
     draft.model.config.logits_scaling = 1.5  # what a Llama does not know
-    save_standalone(tmp_path / "d", StandaloneDraft(draft.model, target.tokenizer), {})
+    save_draft(tmp_path / "d", StandaloneDraft(draft.model, target.tokenizer), {})
     with pytest.raises(UserError, match="cannot be a draft: the logits of LlamaForCausalLM are not its head"):
-        open_standalone(tmp_path / "d", target)
+        open_proposer(tmp_path / "d", target)
 
 
 def test_private_experts_are_a_file_of_their_own(target, tmp_path):
     base = make("half", target)
     split = trained_split(base)
-    base_hash = tensors_hash(base.state_dict())
-    save_experts(tmp_path / "p", split, base_hash, {"method": "eda"})
-    save_standalone(tmp_path / "base", base, {})
-    back, _ = load_experts(tmp_path / "p", base)
-    opened, _ = open_standalone(tmp_path / "p", target, base=tmp_path / "base")
+    base_hash = base.base_hash()
+    save_private(tmp_path / "p", split, private_names(split), base_hash, {"method": "eda"})
+    save_draft(tmp_path / "base", base, {})
+    back, _ = load_private(tmp_path / "p", base, base_hash)
+    opened, _ = open_proposer(tmp_path / "p", target, base=tmp_path / "base")
     with torch.no_grad():
         assert torch.equal(back(IDS), split(IDS)) and torch.equal(opened(IDS), split(IDS))
+    copied = make("copy", target)
     with pytest.raises(UserError, match="belongs to the base draft"):
-        load_experts(tmp_path / "p", make("copy", target))
+        load_private(tmp_path / "p", copied, copied.base_hash())
     with pytest.raises(UserError, match="--base-draft"):
-        open_standalone(tmp_path / "p", target)
-    with pytest.raises(UserError, match="no private experts"):
-        save_experts(tmp_path / "q", base, base_hash, {})
+        open_proposer(tmp_path / "p", target)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", ["eda", "eda-moe", "lora", "lora-peer", "norms", "head", "full"])
+def test_every_method_that_adds_or_trains_parts_works_on_a_language_model(name, tied, tiny_target, tmp_path):
+    base = make("half", tiny_target("llama", num_hidden_layers=2, tie_word_embeddings=tied))
+    split, names = prepare(copy.deepcopy(base), name, PrivateSize(width=8, rank=4, experts=2, active=1), seed=1)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        assert torch.equal(split(IDS), base(IDS))
+        for part in names:
+            weight = split.get_parameter(part)
+            weight.add_(torch.randn(weight.shape, generator=generator) * 0.1)
+        assert not torch.allclose(split(IDS), base(IDS), atol=1e-3)
+        save_private(tmp_path / "p", split, names, base.base_hash(), {"method": name})
+        back, _ = load_private(tmp_path / "p", base, base.base_hash())
+        assert back.config == split.config and torch.equal(back(IDS), split(IDS))
+        if name == "eda-moe":
+            with pytest.raises(UserError, match="cannot be merged"):
+                split.merged()
+        else:
+            dense = split.merged()
+            assert type(dense.model) is type(base.model) and torch.allclose(dense(IDS), split(IDS), atol=1e-4)
+            assert set(dense.state_dict()) == set(base.state_dict())
 
 
 def test_another_tokenizer_is_refused_with_the_first_difference(target):
@@ -223,17 +243,17 @@ def test_another_tokenizer_is_refused_with_the_first_difference(target):
     draft.tokenizer = copy.deepcopy(target.tokenizer)
     draft.tokenizer.add_tokens(["extra"])
     with pytest.raises(UserError, match="another tokenizer"):
-        StandaloneDecoder(target, draft)
+        ChainDecoder(target, draft)
     wide = copy.deepcopy(target.config)
     wide.vocab_size = 4096
     with pytest.raises(UserError, match="the target's own tokenizer"):
-        StandaloneDecoder(target, StandaloneDraft(AutoModelForCausalLM.from_config(wide)))
+        ChainDecoder(target, StandaloneDraft(AutoModelForCausalLM.from_config(wide)))
 
 
 # -- decoding ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", ["fresh", "wrong", "half", "copy"])
 def test_greedy_output_is_plain_decoding_token_for_token(kind, target):
-    plain, chain = PlainDecoder(target), StandaloneDecoder(target, make(kind, target), gamma=3)
+    plain, chain = PlainDecoder(target), ChainDecoder(target, make(kind, target), gamma=3)
     for prompt in prompts(4):
         expected, got = plain.generate(prompt, 30), chain.generate(prompt, 30)
         assert got.ids == expected.ids and got.finish_reason == expected.finish_reason
@@ -247,23 +267,23 @@ def test_greedy_output_is_plain_decoding_token_for_token(kind, target):
     ids=lambda x: x if isinstance(x, str) else x.describe(),
 )
 def test_sampled_output_follows_the_target(kind, sampler, target):
-    decoder = StandaloneDecoder(target, make(kind, target), gamma=2, sampler=sampler)
+    decoder = ChainDecoder(target, make(kind, target), gamma=2, sampler=sampler)
     assert TOYS.pairs_misfit(decoder, [5, 9, 70], 300) < 4.5
 
 
 def test_the_drafts_cache_holds_what_a_pass_over_the_text_would_give(target):
     """Kept guesses, roll-back and refeeding leave the very keys of the verified text."""
-    decoder = StandaloneDecoder(target, make("half", target), gamma=4)
-    caches = []
-    new = decoder.new_caches
-    decoder.new_caches = lambda tokens: caches.append(new(tokens)) or caches[-1]
+    decoder = ChainDecoder(target, make("half", target), gamma=4)
+    proposers = []
+    new = decoder.new_proposer
+    decoder.new_proposer = lambda tokens: proposers.append(new(tokens)) or proposers[-1]
     prompt = prompts(1)[0]
     ids = [*prompt, *decoder.generate(prompt, 25).ids]
-    known = caches[0][1].verified
-    fresh = new(len(ids))[1]
+    known = proposers[0].verified
+    fresh = new(len(ids)).cache
     with torch.inference_mode():
         decoder.draft.states(torch.tensor([ids[:known]]), fresh)
-    for mine, other in zip(caches[0][1].layers, fresh.layers, strict=True):
+    for mine, other in zip(proposers[0].cache.layers, fresh.layers, strict=True):
         assert torch.allclose(mine.keys[:, :, :known], other.keys[:, :, :known], atol=1e-5)
 
 
@@ -272,7 +292,7 @@ def test_accepted_counts_are_those_of_assisted_generation(target, monkeypatch):
 
     gamma, counts = 3, []
     draft = make("half", target)
-    decoder = StandaloneDecoder(target, draft, gamma)
+    decoder = ChainDecoder(target, draft, gamma)
     assistant = draft.model
     assistant.generation_config.num_assistant_tokens = gamma
     assistant.generation_config.num_assistant_tokens_schedule = "constant"
@@ -304,7 +324,7 @@ def test_accepted_counts_are_those_of_assisted_generation(target, monkeypatch):
 def test_the_registered_way_to_a_decoder_takes_standalone_drafts(target):
     draft = make("half", target)
     decoder = make_decoder(target, draft, parse_shape("chain:4"), measure_overlap=True)
-    assert isinstance(decoder, StandaloneDecoder) and decoder.gamma == 4
+    assert isinstance(decoder, ChainDecoder) and decoder.gamma == 4
     found = decoder.generate(prompts(1)[0], 12)
     assert all(len(r.overlap) == len(r.proposed) for r in found.rounds)
     assert all(0 <= x <= 1.0001 for r in found.rounds for x in r.overlap)
@@ -326,10 +346,10 @@ def test_run_lengths_count_what_follows():
 
 @pytest.mark.parametrize("kind", ["half", "wrong", "copy"])
 def test_the_simulation_is_the_decoding(kind, target):
-    decoder = StandaloneDecoder(target, make(kind, target), gamma=3)
+    decoder = ChainDecoder(target, make(kind, target), gamma=3)
     found = [(prompt, decoder.generate(prompt, 24)) for prompt in prompts(5)]
     rows = rows_of(target, [(prompt, generation.ids) for prompt, generation in found])
-    simulated = simulate_greedy_standalone(decoder.draft, target, rows, 3, batch_tokens=64)
+    simulated = simulate_greedy_chain(decoder.draft, target, rows, None, 3)
     for row, (_, generation) in zip(rows, found, strict=True):
         if not generation.rounds:
             assert row.key not in simulated
@@ -342,12 +362,14 @@ def test_the_simulation_is_the_decoding(kind, target):
 def test_expected_rounds_are_those_of_sampled_decoding(target):
     """Rounds minus their expectation given the text is zero on average, and the probabilities are the models' own."""
     sampler, draft = Sampler(1.0, 0, 0.9), make("half", target)
-    decoder = StandaloneDecoder(target, draft, gamma=3, sampler=sampler)
+    decoder = ChainDecoder(target, draft, gamma=3, sampler=sampler)
     found = [([5, 9, 70], decoder.generate([5, 9, 70], 12, seed=seed)) for seed in range(80)]
     rows = rows_of(target, [(prompt, generation.ids) for prompt, generation in found], sampler)
-    known = target_probabilities(target, rows, sampler)
-    expected = expected_rounds_standalone(draft, target, rows, 3, sampler, known=known)
-    assert expected == expected_rounds_standalone(draft, target, rows, 3, sampler)
+    expected = expected_rounds_sampled(draft, target, rows, None, 3, sampler)
+    walk = draft.walk(target)
+    hidden = {row.key: states for row, states in walk.hidden(rows, None)}
+    stored = SimpleNamespace(get=lambda row: (None, hidden[row.key]))
+    assert expected == expected_rounds_sampled(draft, target, rows, stored, 3, sampler)
     rest = torch.tensor(
         [len(g.rounds) - expected[row.key] for row, (_, g) in zip(rows, found, strict=True) if g.rounds]
     ).double()
@@ -357,9 +379,10 @@ def test_expected_rounds_are_those_of_sampled_decoding(target):
     text = torch.tensor([[*row.prompt_ids, *row.response_ids]])
     probs = warp(target.model(text).logits[0], sampler)
     wanted = [probs[len(row.prompt_ids) + i, token] for i, token in enumerate(row.response_ids[1:])]
-    assert torch.allclose(known[row.key].float(), torch.stack(wanted).float(), atol=1e-5)
+    known = walk.target_chances(row, hidden[row.key], sampler)
+    assert torch.allclose(known.float(), torch.stack(wanted).float(), atol=1e-5)
     with pytest.raises(UserError, match="same sampler"):
-        expected_rounds_standalone(draft, target, rows, 3, Sampler(0.5))
+        expected_rounds_sampled(draft, target, rows, None, 3, Sampler(0.5))
 
 
 # -- export ------------------------------------------------------------------------------------------------------------

@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from redraft.decode import static
+from redraft import graphs
 from redraft.decode.engine import ChainDecoder, PlainDecoder
-from redraft.decode.static import Recorded, StaticCache, StaticChainDecoder, StaticTarget, graphs_available
+from redraft.decode.static import StaticCache, StaticChainDecoder, StaticTarget
 from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
 from redraft.errors import UserError
-from redraft.sampling import Sampler
+from redraft.graphs import Recorded, graphs_available
+from redraft.settings.sampler import Sampler
 from redraft.target import Target
 
 WIDTHS = (1, 4, 6)
@@ -78,10 +79,10 @@ def test_a_static_step_equals_a_dynamic_one(length, architecture, tiny_target):
             torch.testing.assert_close(two.values[:, :, :end], one.values[:, :, :end], atol=2e-5, rtol=1e-4)
         cache.rollback(cache.length - tokens // 2)
         buffers.rollback(buffers.length - tokens // 2)
-    assert {width for width, _, _ in quick.steps} == set(WIDTHS)
+    assert {width for width, _ in quick.steps} == set(WIDTHS)
 
 
-def test_a_masked_step_equals_a_dynamic_one(tiny_target):
+def test_a_masked_step_is_a_dynamic_one(tiny_target):
     """A small tree: two children of the root, then a child of the first; and compaction afterwards."""
     target = tiny_target("llama")
     quick = StaticTarget(target, (6,))
@@ -110,8 +111,8 @@ def test_shapes_do_not_depend_on_the_length(width, tiny_target):
         cache = chosen.new_cache(48)
         chosen.forward(ids(length), cache)
         if isinstance(cache, StaticCache):
-            inputs = quick._inputs(ids(width), cache, None, None, width)
-            step = quick._step(cache, True, False)
+            inputs = quick._inputs(ids(width), cache, width)
+            step = quick._step(cache, True)
             return operations(lambda: step(*inputs))
         return operations(lambda: chosen.forward(ids(width), cache))
 
@@ -125,17 +126,15 @@ def test_shapes_do_not_depend_on_the_length(width, tiny_target):
 def test_the_draft_chain_has_the_same_shapes_everywhere(tiny_target):
     target = tiny_target("llama")
     decoder = StaticChainDecoder(target, make(target), 3)
-    _, cache = decoder.new_caches(40)
-    step = decoder._chain_step(cache)
+    step = decoder.new_proposer(40)._chain_step()
     taps = torch.zeros(4, 3 * target.hidden_size)
     # The first call packs weights, which a second one does not repeat.
     places = ([5, 1], [5, 1], [30, 4])
     runs = [operations(lambda p=place: step(ids(4)[0], taps, torch.tensor(p))) for place in places]
     assert runs[1].seen == runs[2].seen
     assert not runs[1].asks_the_device()
-    dynamic = ChainDecoder(target, decoder.draft, 3)
-    _, growing = dynamic.new_caches(40)
-    shapes = operations(lambda: dynamic.propose(ids(4)[0], taps, growing, 3, None))
+    growing = ChainDecoder(target, decoder.draft, 3).new_proposer(40)
+    shapes = operations(lambda: growing.propose(ids(4)[0], taps, 3, lambda logits: logits.argmax(-1)))
     assert shapes.asks_the_device(), "the dynamic path must fail this test"
 
 
@@ -180,7 +179,7 @@ def test_a_recording_works_on_its_own_buffers(monkeypatch):
         self.outputs = self.function(*self.inputs)
         self.graph = self
 
-    monkeypatch.setattr(static, "graphs_available", lambda device: True)
+    monkeypatch.setattr(graphs, "graphs_available", lambda device: True)
     monkeypatch.setattr(Recorded, "_record", record)
     monkeypatch.setattr(Recorded, "replay", lambda self: self.outputs[0].copy_(self.inputs[0] * 2), raising=False)
     replayed = Recorded(double, [torch.ones(3)])

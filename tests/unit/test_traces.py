@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 
 from redraft import provenance
-from redraft.adaptation.traffic import split_traffic, take_traffic
+from redraft.adaptation.runs import Log
+from redraft.adaptation.traffic import Traffic, split_traffic, take_traffic
 from redraft.data.overlap import same_text, trained_conversations
 from redraft.data.store import TRAFFIC, Row, read_rows
 from redraft.data.traces import read_traces
 from redraft.errors import UserError
+from redraft.settings.adapt import AdaptConfig
 from redraft.target import Target
 
 EOS = 2
@@ -230,18 +232,24 @@ def test_traffic_costs_no_generation_and_is_read_again_after_a_kill(
     target, said = tiny_target(), list[str]()
     paths = (tmp_path / "run" / "responses.jsonl", tmp_path / "run" / "heldout.jsonl")
     ledger = provenance.Ledger()
-    settings: dict[str, Any] = {"heldout": 6, "evaluation": 5, "seed": 0, "max_new_tokens": 32, "ledger": ledger}
-    found = take_traffic(log(*served(40)), target, *paths, **settings, say=said.append)
+    written = Log(ledger, said.append)
+
+    def take(count: int) -> Traffic:
+        given = {"target": "t", "draft": "d", "out": tmp_path, "responses": str(log(*served(count)))}
+        given |= {"heldout_prompts": 6, "bench_prompts": 5, "max_new_tokens": 32}
+        return take_traffic(AdaptConfig(**given), target, *paths, written)
+
+    found = take(40)
     assert read_rows(paths[0]) == found.train and read_rows(paths[1]) == found.heldout
     assert {row.target_hash for row in found.train} == {target.content_hash()}
     (entry,) = ledger.stages
     assert (entry.stage, entry.tokens, entry.flops) == ("served traffic", 0, 0) and entry.bytes_written > 0
     before = [path.stat().st_mtime_ns for path in paths]
-    assert take_traffic(log(*served(40)), target, *paths, **settings, say=said.append) == found
+    assert take(40) == found
     assert [path.stat().st_mtime_ns for path in paths] == before
     assert "nothing was generated" in said[-1]
     with pytest.raises(UserError, match="too few"):
-        take_traffic(log(*served(9)), target, *paths, **settings)
+        take(9)
 
 
 # -- what a request and an answer say beside the text ----------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Features, the unroll, simulated acceptance and the training loop on tiny models."""
+"""The training loop on tiny models: what moves, what resumes, what is refused."""
 
 from __future__ import annotations
 
@@ -16,141 +16,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from redraft import provenance
-from redraft.acceptance.simulate import row_alphas, simulate_greedy_chain, tau_of
-from redraft.acceptance.unroll import collate, supervised, unroll
-from redraft.adaptation.stages import run_training
+from redraft.adaptation.core import run_training
+from redraft.adaptation.runs import Log
 from redraft.arithmetic import Choice
-from redraft.data.store import Row
-from redraft.decode.engine import ChainDecoder, PlainDecoder
-from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
-from redraft.drafts.experts import attach_private, merge_private
-from redraft.drafts.groups import PrivateSize, prepare
+from redraft.attic.aim import STEPS, aim
+from redraft.drafts.eagle.unroll import collate
+from redraft.drafts.groups import prepare
 from redraft.errors import UserError
-from redraft.features.store import FeatureStore, anchors
-from redraft.target import Target
+from redraft.rows import anchors
+from redraft.settings.methods import PrivateSize
+from redraft.settings.training import TrainConfig
 from redraft.train import optimizer as optimizer_module
-from redraft.train.aim import STEPS
-from redraft.train.trainer import TrainConfig, Trainer, TrainResult, batch_order
+from redraft.train.trainer import Trainer, TrainResult, batch_order
 
-TOYS = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("toys.py"))))
-
-
-def answers(target: Target, count: int, tokens: int = 24, seed: int = 0) -> list[Row]:
-    """Greedy responses of the target to random prompts."""
-    generator, plain, rows = torch.Generator().manual_seed(seed), PlainDecoder(target), []
-    for i in range(count):
-        prompt = torch.randint(4, 128, (2 + i % 7,), generator=generator).tolist()
-        done = plain.generate(prompt, tokens)
-        rows.append(Row(f"p{seed}/{i}", prompt, done.ids, 0.0, 0, 1.0, 0, done.finish_reason, "hash"))
-    return rows
-
-
+RIG = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("training_rig.py"))))
 # Nothing below changes the target, its answers or their features: they are made once.
-@pytest.fixture(scope="module")
-def target(tiny_target) -> Target:
-    return tiny_target("llama", **TOYS.SMALL)
-
-
-@pytest.fixture(scope="module")
-def rows(target) -> list[Row]:
-    return [row for row in answers(target, 32) if anchors(row)][:24]
-
-
-@pytest.fixture
-def draft(target) -> Eagle3Draft:
-    return fresh_draft(target, range(0, 120), seed=2)
-
-
-@pytest.fixture(scope="module")
-def store(target, rows, tmp_path_factory) -> FeatureStore:
-    store = FeatureStore(tmp_path_factory.mktemp("training") / "features", {"target": "tiny"})
-    store.build(target, rows)
-    return store
-
-
-@pytest.mark.parametrize("kind", ["dense", "split", "merged"])
-def test_the_simulated_chain_is_the_decoded_one(kind, target, rows, store, draft):
-    rows = rows[:12]
-    torch.nn.init.normal_(draft.midlayer.mlp.down_proj.weight, std=0.2)
-    if kind != "dense":
-        draft = attach_private(draft, 16)
-        torch.nn.init.normal_(draft.midlayer.mlp.private.down_proj.weight, std=0.2)
-    if kind == "merged":
-        draft = merge_private(draft)
-    # A head fitted to the rows, so that rounds accept something.
-    fit(draft, target, rows, store)
-    simulated = simulate_greedy_chain(draft, target, rows, store, gamma=4, batch_anchors=60)
-    decoder = ChainDecoder(target, draft, gamma=4)
-    runs = {row.key: decoder.generate(row.prompt_ids, 24).rounds for row in rows}
-    # A simulation knows nothing behind the end token, where verification may go on accepting for nobody.
-    decoded = {key: [min(found.accepted, len(found.kept)) for found in rounds] for key, rounds in runs.items()}
-    assert simulated == decoded
-    assert max(max(a) for a in simulated.values() if a) >= 2
-    assert tau_of(simulated, rows) > 1.2
-
-
-def fit(draft: Eagle3Draft, target: Target, rows: list[Row], store: FeatureStore, steps: int = 60) -> None:
-    draft.train()
-    batch = collate(rows, store, 3)
-    optimizer = torch.optim.Adam(draft.parameters(), lr=5e-3)
-    inside = supervised(draft, batch)
-    place = torch.full((target.vocab_size,), -1)
-    place[draft.vocabulary()] = torch.arange(draft.config.draft_vocab_size)
-    for _ in range(steps):
-        loss = torch.zeros(())
-        for step, states in enumerate(unroll(draft, target.embedding, batch, 3)):
-            keep = inside[:, step]
-            logits = draft.logits(states[keep])
-            loss = loss + torch.nn.functional.cross_entropy(logits, place[batch.future_MJ[keep, step]])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-
-def test_an_unroll_does_not_depend_on_what_a_row_is_packed_with(target, rows, store, draft):
-    together = [s for s in unroll(draft, target.embedding, collate(rows, store, 3), 3)]
-    at = 0
-    for row in rows:
-        if not anchors(row):
-            continue
-        alone = unroll(draft, target.embedding, collate([row], store, 3), 3)
-        for step, states in enumerate(alone):
-            torch.testing.assert_close(together[step][at : at + anchors(row)], states, atol=1e-5, rtol=1e-4)
-        at += anchors(row)
-
-
-@pytest.mark.parametrize("share", [0.7, 0.3, 0.0])
-def test_an_unroll_goes_on_with_the_anchors_that_are_wanted(target, rows, store, draft, share):
-    batch = collate(rows, store, 4)
-    whole = list(unroll(draft, target.embedding, batch, 4))
-    generator = torch.Generator().manual_seed(3)
-    drafting = unroll(draft, target.embedding, batch, 4)
-    next(drafting)
-    going = torch.arange(len(whole[0]))
-    for expected in whole[1:]:
-        keep = torch.rand(len(going), generator=generator) < share
-        keep[-1] = True
-        going = going[keep]
-        torch.testing.assert_close(drafting.send(keep), expected[going], atol=1e-5, rtol=1e-4)
-
-
-def test_tokens_outside_the_vocabulary_end_supervision(target, rows, store, draft):
-    batch = collate(rows, store, 3)
-    inside = supervised(draft, batch)
-    future = batch.future_MJ
-    sayable = (future >= 0) & (future < 120)
-    assert torch.equal(inside[:, 0], sayable[:, 0])
-    assert torch.equal(inside[:, 2], sayable.all(1))
-
-
-def test_alpha_of_a_row_counts_what_the_draft_cannot_say(target, rows, store, draft):
-    row = next(r for r in rows if anchors(r))
-    taps, hidden = store.get(row)
-    states = next(unroll(draft, target.embedding, collate([row], store, 1), 1))
-    full = torch.zeros(anchors(row), target.vocab_size)
-    full[:, draft.vocabulary()] = draft.logits(states).softmax(-1).detach()
-    expected = torch.minimum(target.logits(hidden).softmax(-1), full).sum(-1).mean()
-    torch.testing.assert_close(torch.tensor(row_alphas(draft, target, [row], store)[0]), expected)
+target, rows, draft, store = RIG.target, RIG.rows, RIG.draft, RIG.store
 
 
 # -- the loop --------------------------------------------------------------------------------------------------------
@@ -162,7 +43,7 @@ AIMED = " aimed"  # behind a method: its low-rank updates begin where the gradie
 
 def trainer(target, draft, store, rows, folder, method="eda+fc", config=CONFIG) -> Trainer:
     ready, _ = prepare(copy.deepcopy(draft), method.removesuffix(AIMED), PrivateSize(16, 4, aim=AIMED in method))
-    return Trainer(ready, target, store, rows[:18], rows[18:], config, folder)
+    return Trainer(ready, target, store, rows[:18], rows[18:], config, folder, before=aim)
 
 
 @pytest.mark.parametrize("method", ["eda", "fc", "eda+fc", "lora", "full"])
@@ -174,12 +55,12 @@ def test_only_the_trained_groups_move_and_the_loss_falls(method, optimizer, targ
     batch = collate(work.rows, store, config.unroll)
     first = float(work.objective(batch).detach())
     result = work.run()
-    work.descent.checkpoint.load(work.trained, make(work))
+    work.loop.checkpoint.load(work.trained, make(work))
     assert float(work.objective(batch).detach()) < first
     trained = {n for n, _ in work.trained}
     for name, parameter in work.draft.named_parameters():
         assert torch.equal(before[name], parameter.detach()) == (name not in trained), name
-    assert result.steps == work.descent.total
+    assert result.steps == work.loop.total
 
 
 def make(work: Trainer):
@@ -251,7 +132,7 @@ def moved(target, draft, store, rows, tmp_path, processor):
 
 def losses(work: Trainer) -> list[float]:
     """The losses along the run, to the last bit: they depend on every step before."""
-    return [json.loads(line)["loss"] for line in work.descent.curve.read_text().splitlines()]
+    return [json.loads(line)["loss"] for line in work.loop.curve.read_text().splitlines()]
 
 
 def test_a_run_keeps_its_arithmetic_on_another_processor(moved):
@@ -259,16 +140,16 @@ def test_a_run_keeps_its_arithmetic_on_another_processor(moved):
     runs = []
     for kinds in (("float32", "bfloat16"), ("bfloat16", "float32")):
         whole, later = moved(*kinds)
-        later.descent.precision = "bfloat16"  # as if the target had been opened in another type
+        later.loop.precision = "bfloat16"  # as if the target had been opened in another type
         later.run()
-        assert later.descent.precision == "float32" and losses(whole) == losses(later)
+        assert later.loop.precision == "float32" and losses(whole) == losses(later)
         runs.append(losses(whole))
     assert runs[0][0] == pytest.approx(runs[1][0], rel=0.01) and runs[0] != runs[1], "the type makes a difference"
 
 
 def test_a_checkpoint_of_before_muon_had_a_choice_goes_on_in_bfloat16(moved):
     whole, later = moved("bfloat16", "float32")
-    path = later.descent.checkpoint.path
+    path = later.loop.checkpoint.path
     stored = json.loads(path.read_text())
     assert stored["state"].pop("arithmetic") == {"precision": "float32", "muon": "bfloat16"}
     del stored["checksum"]  # nor was there one then
@@ -283,17 +164,16 @@ def test_low_rank_updates_are_aimed_once_before_the_first_step(target, draft, st
     drawn = {n: p.detach().clone() for n, p in work.trained}
     batches = list(islice(work.batches(0), STEPS))
     before = [float(work.objective(batch).detach()) for batch, _ in batches]
-    assert work.aim() == sum(size for _, size in batches)
+    assert aim(work) == sum(size for _, size in batches)
     assert [float(work.objective(batch).detach()) for batch, _ in batches] == pytest.approx(before)
     turned = {n for n, p in work.trained if not torch.equal(p.detach(), drawn[n])}
     assert turned == {n for n in drawn if n.endswith("inner")}
-    assert work.aim() == 0
+    assert aim(work) == 0
     result = trainer(target, draft, store, rows, tmp_path / "run", "lora" + AIMED).run()
     plain = trainer(target, draft, store, rows, tmp_path / "plain", "fc").run()
     assert result.anchors == plain.anchors + sum(size for _, size in batches)
     again = trainer(target, draft, store, rows, tmp_path / "run", "lora" + AIMED)
-    again.run()
-    assert again.aim() == 0, "what a checkpoint brought back is trained already"
+    assert again.run() == result, "what a checkpoint brought back is not aimed again"
 
 
 def test_a_run_directory_of_another_draft_is_refused(target, draft, store, rows, tmp_path):
@@ -321,10 +201,28 @@ def test_a_run_directory_of_another_draft_is_refused(target, draft, store, rows,
             work(name, origin)
 
 
+@pytest.mark.parametrize("named", ["", None])
+def test_a_run_that_did_not_name_its_old_draft_goes_on(named, target, draft, store, rows, tmp_path):
+    def work(origin: str) -> Trainer:
+        return Trainer(copy.deepcopy(draft), target, store, rows[:18], rows[18:], CONFIG, tmp_path / "run", origin)
+
+    result = work("").run()
+    path = tmp_path / "run" / "state.json"
+    stored = json.loads(path.read_text())
+    del stored["identity"]["old draft"], stored["checksum"]  # what was written before there were checksums
+    stored["identity"] |= {} if named is None else {"old draft": named}
+    path.write_text(json.dumps(stored))
+    assert work("some draft").run() == result
+    stored["identity"]["old draft"] = "another"
+    path.write_text(json.dumps(stored))
+    with pytest.raises(UserError, match="another old draft"):
+        work("some draft")
+
+
 def test_what_ended_before_is_read_and_not_paid_for_again(target, draft, store, rows, tmp_path):
     def run() -> tuple[provenance.Ledger, TrainResult]:
         ledger = provenance.Ledger()
-        return ledger, run_training(trainer(target, draft, store, rows, tmp_path / "run"), ledger, lambda _: None)
+        return ledger, run_training(trainer(target, draft, store, rows, tmp_path / "run"), Log(ledger, lambda _: None))
 
     (first, result), (second, again) = run(), run()
     assert again == result and first.stages[0].tokens == result.anchors > 0 and first.stages[0].flops > 0
@@ -431,20 +329,22 @@ def test_a_run_directory_of_another_config_is_refused(target, draft, store, rows
         trainer(target, draft, store, rows, tmp_path / "run", method="fc")
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(target, draft, store, rows, tmp_path):
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(target, draft, store, rows, tmp_path, monkeypatch):
     work = trainer(target, draft, store, rows, tmp_path / "run")
-    work.objective = lambda batch: work.trained[0][1].sum() * float("nan")
+    parameter = work.trained[0][1]
+    monkeypatch.setattr(type(work.objective), "__call__", lambda self, batch: parameter.sum() * float("nan"))
     with pytest.raises(UserError, match="loss became nan at step 0"):
         work.run()
     assert (tmp_path / "run" / "state.json").exists()
     assert all(torch.isfinite(p).all() for p in work.draft.parameters())
 
 
-def test_a_gradient_that_is_not_finite_stops_before_a_weight_moves(target, draft, store, rows, tmp_path):
+def test_a_gradient_that_is_not_finite_stops_before_a_weight_moves(target, draft, store, rows, tmp_path, monkeypatch):
     """A finite loss may have an infinite gradient: clipping would spread it over every weight."""
     work = trainer(target, draft, store, rows, tmp_path / "run")
     weight = work.trained[0][1]
-    work.objective = lambda batch: (weight - weight.detach()).abs().sqrt().sum()
+    steep = lambda self, batch: (weight - weight.detach()).abs().sqrt().sum()  # noqa: E731
+    monkeypatch.setattr(type(work.objective), "__call__", steep)
     before = [p.detach().clone() for _, p in work.trained]
     with pytest.raises(
         UserError, match=r"gradient became (inf|nan) at step 0 .*last good checkpoint is that of step 0"

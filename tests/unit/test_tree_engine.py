@@ -10,14 +10,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from redraft.decode import make_decoder, tree_engine
+from redraft.decode import tree_engine
 from redraft.decode.accept import accept_trees
-from redraft.decode.engine import ChainDecoder, DraftCache, Generation, PlainDecoder, Round
-from redraft.decode.tree import ChainShape, DynamicTree, StaticTree, Topology
+from redraft.decode.engine import ChainDecoder, PlainDecoder
+from redraft.decode.make import make_decoder
+from redraft.decode.requests import Generation, Round
+from redraft.decode.tree import Topology
 from redraft.decode.tree_engine import Proposal, TreeDecoder, TreeMask
+from redraft.drafts.eagle.proposer import DraftCache
 from redraft.drafts.eagle3 import fresh_draft
 from redraft.errors import UserError
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
+from redraft.settings.shapes import ChainShape, DynamicTree, StaticTree
 from redraft.target import Target
 
 TOYS = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("toys.py"))))
@@ -68,26 +72,18 @@ class Oracle:
     """Stands in for a tree decoder's drafting: hides the true continuation among wrong tokens, at changing places."""
 
     def __init__(self, decoder: TreeDecoder, truth: list[int], spare: int) -> None:
-        self.truth, self.spare, self.done = truth, spare, 1
-        self.verify, decoder.propose, decoder.verify = decoder.verify, self.propose, self.watch
+        self.truth, self.spare, decoder.propose = truth, spare, self.propose
 
-    def propose(self, ids, taps, cache, room, uniforms):
-        cache.length += len(ids)
-        tokens, parents, rows, parent = [], [], [], 0
-        for deep in range(min(3, room)):
-            right = (self.truth[self.done + deep :] + [self.spare])[0]
+    def propose(self, request):
+        tokens, parents, parent, done = [], [], 0, len(request.ids)
+        for deep in range(min(3, request.room)):
+            right = (self.truth[done + deep :] + [self.spare])[0]
             siblings = [(right + 1 + i) % 100 for i in range(3)]
-            siblings[(self.done + deep) % 3] = right
+            siblings[(done + deep) % 3] = right
             tokens += siblings
             parents += [parent] * 3
-            parent = len(tokens) - 2 + (self.done + deep) % 3
-            rows.append(parent)
+            parent = len(tokens) - 2 + (done + deep) % 3
         return Proposal(tokens, Topology(parents))
-
-    def watch(self, last, proposal, cache, uniforms):
-        record, ids, taps = self.verify(last, proposal, cache, uniforms)
-        self.done += len(record.kept)
-        return record, ids, taps
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
@@ -193,14 +189,11 @@ class Recomputed:
 
 def drafted(decoder: TreeDecoder, depth: int) -> tuple[Proposal, Recomputed]:
     """What the decoder proposes after a prompt, and the independent account of its draft."""
-    target, prompt = decoder.target, torch.tensor(prompts(4)[3])
-    target.tap(decoder.draft.config.taps)
-    cache, draft_cache = decoder.new_caches(40)
-    taps = target.forward(prompt[None], cache).taps_BTKH[0]
-    ids = torch.cat([prompt[1:], torch.tensor([50])])
-    proposal = decoder.propose(ids, taps, draft_cache, depth, uniforms=None)
-    assert draft_cache.length == len(ids)
-    return proposal, Recomputed(decoder, ids, taps)
+    prompt = prompts(4)[3]
+    request = decoder.prefill(prompt, depth + 1)
+    proposal = decoder.propose(request)
+    assert request.proposer.verified == len(prompt)
+    return proposal, Recomputed(decoder, request.new_ids_T[1:], request.new_taps_T)
 
 
 def words(proposal: Proposal) -> list[tuple[int, ...]]:

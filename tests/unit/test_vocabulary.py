@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
-import typer
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from redraft.artifact import (
-    META_FILE,
-    PRIVATE_FILE,
-    load_draft,
-    load_private,
-    save_draft,
-    save_private,
-    tensors_hash,
-    write_tensors,
-)
-from redraft.cli import vocabulary as command
+from redraft.acceptance.simulate import simulate_greedy_chain, tau_of
+from redraft.artifact import tensors_hash, write_tensors
+from redraft.cli.main import app
 from redraft.data.store import Row, RowWriter
 from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
 from redraft.drafts.experts import attach_low_rank
+from redraft.drafts.files import META_FILE, PRIVATE_FILE, load_draft, load_private, save_draft, save_private
 from redraft.errors import UserError
 from redraft.loading import tokenizer_hash
 from redraft.starts.vocabulary import choose_swaps, coverage, refresh_vocabulary, run_lengths
@@ -78,22 +70,16 @@ def test_the_cap_is_reached_by_a_draft_that_is_right_wherever_it_can_be(
     target: Target, draft: Eagle3Draft, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same rounds as the simulator walks when every proposal that can be right is."""
-    from redraft.teacher import simulate
+
+    class Oracle:
+        def runs(self, rows: Sequence[Row], store: object, gamma: int) -> Iterator[tuple[Row, list[int]]]:
+            for row in rows:
+                yield row, run_lengths(draft.t2d[torch.tensor(row.response_ids[1:])].tolist(), gamma)
 
     rows = text()
-
-    def oracle(draft: Eagle3Draft, target: Target, batch: list[Row], gamma: int) -> torch.Tensor:
-        runs = [run_lengths(draft.t2d[torch.tensor(r.response_ids[1:])].tolist(), gamma) for r in batch]
-        return torch.tensor([run for row in runs for run in row])
-
-    class Passing(list):  # type: ignore[type-arg]
-        def to(self, device: object) -> Passing:
-            return self
-
-    monkeypatch.setattr(simulate, "collate", lambda rows, store, gamma: Passing(rows))
-    monkeypatch.setattr(simulate, "matches", oracle)
-    rounds = simulate.simulate_greedy_chain(draft, target, rows, None, 4)  # type: ignore[arg-type]
-    assert coverage(draft, rows, 4).tau_cap == pytest.approx(simulate.tau_of(rounds, rows))
+    monkeypatch.setattr(draft, "walk", lambda target: Oracle())
+    rounds = simulate_greedy_chain(draft, target, rows, None, 4)
+    assert coverage(draft, rows, 4).tau_cap == pytest.approx(tau_of(rounds, rows))
 
 
 def test_a_whole_vocabulary_covers_everything(target: Target) -> None:
@@ -225,9 +211,6 @@ def place(tmp_path: Path, target: Target, draft: Eagle3Draft, monkeypatch: pytes
 
 
 def run(line: str) -> tuple[str, BaseException | None]:
-    app = typer.Typer()
-    app.callback()(lambda: None)
-    command.register(app)
     result = CliRunner().invoke(app, line.split())
     return result.output, result.exception
 

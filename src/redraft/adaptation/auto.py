@@ -7,15 +7,12 @@ from collections.abc import Sequence
 
 import torch
 
-from redraft.acceptance.simulate import matches_by_key
-from redraft.acceptance.standalone import matches_standalone
 from redraft.adaptation.probe import greedy_answers
 from redraft.decode.auto import Pick, pick_shape
-from redraft.decode.tree import Shape
-from redraft.drafts.base import Proposer
-from redraft.drafts.standalone import StandaloneDraft
+from redraft.drafts.base import Draft
 from redraft.evaluate.speed import Prompt
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
+from redraft.settings.shapes import Shape
 from redraft.target import Target
 
 # Prompts that every tree decodes (and, when the target samples, every chain).
@@ -24,20 +21,17 @@ DECODED_PROMPTS = 3
 
 @torch.inference_mode()
 def run_lengths(
-    target: Target, draft: Proposer, prompts: Sequence[Prompt], max_new_tokens: int, longest: int
+    target: Target, draft: Draft, prompts: Sequence[Prompt], max_new_tokens: int, longest: int
 ) -> list[list[int]]:
     """How many proposals in a row are right from each anchor of each greedy response, at most ``longest``."""
     draft = draft.eval().to(target.device)
     with greedy_answers(target, draft, prompts, max_new_tokens) as (rows, store):
-        if isinstance(draft, StandaloneDraft):
-            return [runs for _, runs in matches_standalone(draft, target, rows, longest)]
-        assert store is not None
-        return [runs for _, runs in matches_by_key(draft, target, rows, store, longest, 1024)]
+        return [runs for _, runs in draft.walk(target).runs(rows, store, longest)]
 
 
 def auto_shape(
     target: Target,
-    draft: Proposer,
+    draft: Draft,
     prompts: Sequence[Prompt],
     sampler: Sampler | None = None,
     longest: int = 8,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -11,108 +9,68 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from redraft import provenance
-from redraft.acceptance.simulate import tau_of
-from redraft.acceptance.standalone import simulate_greedy_standalone
-from redraft.adaptation.distill_config import DistillConfig, claim_distill
-from redraft.adaptation.models import open_target, settle_template
+from redraft.acceptance.simulate import simulate_greedy_chain, tau_of
+from redraft.adaptation.claim import claim_distill
+from redraft.adaptation.core import build_features, draft_meta, feature_store, half
+from redraft.adaptation.models import open_proposer, settle_template
+from redraft.adaptation.runs import Run, Say, row_tokens, supervised_rows
 from redraft.adaptation.sources import Source
-from redraft.adaptation.stages import Say, build_features
-from redraft.artifact import atomic_write_json, tensors_hash
+from redraft.artifact import atomic_write_json
 from redraft.data.logprobs import TopEngine, ask_tops
 from redraft.data.packed import PackedText, TextSource
-from redraft.data.store import Row, read_rows
-from redraft.data.template import template_record
-from redraft.drafts.experts import is_private
-from redraft.drafts.standalone import StandaloneDraft, attach_experts
-from redraft.drafts.standalone.files import load_standalone, save_experts, save_standalone
+from redraft.data.store import Row
+from redraft.drafts.experts import private_names
+from redraft.drafts.files import load_draft, save_draft, save_private
+from redraft.drafts.groups import prepare
+from redraft.drafts.standalone import StandaloneDraft
+from redraft.drafts.standalone.objective import StateTeacher, Teacher
 from redraft.drafts.standalone.shapes import fresh_standalone, shape_for
 from redraft.errors import UserError
-from redraft.export import EXPORTERS
-from redraft.export.base import check_export
-from redraft.features.store import FeatureStore, anchors
-from redraft.loading import (
-    check_tokenizers,
-    load_tokenizer,
-    locate,
-    one_line,
-    open_standalone,
-    quiet,
-    tokenizer_hash,
-)
-from redraft.progress import progress_bar
-from redraft.target import Target
-from redraft.train.descent import DescentResult
+from redraft.features import ComputedFeatures, FeatureStore
+from redraft.loading import check_tokenizers, read_facts
+from redraft.rows import anchors
+from redraft.settings.distill import DistillConfig
+from redraft.settings.methods import PrivateSize
 from redraft.train.distil import distil
+from redraft.train.loop import LoopResult
 from redraft.train.pretrain import pretrain
-from redraft.train.supervision import StateTeacher, Teacher, TokenTeacher, TopTeacher
+from redraft.train.teachers import TokenTeacher, TopTeacher
 
-SERVED = "served"
-
-
-class ServedTarget(Target):
-    """A target of which config and tokenizer are here and the weights behind a server: shape facts and no forward."""
-
-    placed = torch.device("cpu")
-
-    @property
-    def device(self) -> torch.device:
-        """Where a draft for it belongs."""
-        return self.placed
-
-    def content_hash(self) -> str:
-        """A fingerprint of the config: the weights cannot be looked at."""
-        text = json.dumps(self.config.to_dict(), sort_keys=True, default=str)
-        return f"{SERVED}-{hashlib.sha256(text.encode()).hexdigest()[:9]}"
+# What is trained of a drafter where private experts are asked for.
+METHOD = "eda"
 
 
-def served_target(name: str, device: str) -> ServedTarget:
-    """The target at ``name``, a folder or hub id, without its weights. Raises ``UserError``."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with quiet(), one_line(f"the config of {name}"):
-        config = AutoConfig.from_pretrained(**locate(name))
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    target = ServedTarget(model, load_tokenizer(name), name=name, taps=())
-    target.placed = torch.device(device)
-    return target
-
-
-class DistillRun:
+class DistillRun(Run[DistillConfig]):
     """One run directory: ``pretrained``, ``responses.jsonl``, ``draft`` (and ``private``), ``export-*``."""
 
     def __init__(self, config: DistillConfig, say: Say = print) -> None:
         """Raises ``UserError`` when the run directory belongs to other settings."""
-        self.config, self.say, self.folder = claim_distill(config, say), say, config.out
-        self.ledger = provenance.Ledger.load(self.folder / "ledger.json")
+        super().__init__(claim_distill(config, say), say)
 
     # -- what the stages work on -------------------------------------------------------------------------------
     @cached_property
-    def target(self) -> Target:
+    def target(self) -> Any:
+        """The target; of one that is behind a server alone, what config and tokenizer say."""
         c = self.config
         if c.server_only:
-            served = served_target(c.target, c.device)
+            served = read_facts(c.target, device=c.device)
             settle_template(served.tokenizer, c.template_arg, self.folder)
             return served
-        target = open_target(c.target, c.dtype, c.device, c.adapter, c.template_arg, self.folder)
+        target = super().target
         target.tap(())  # the draft reads none of its states; only the head's input is kept
-        self.say(f"target {c.target}: {target.verdict()}")
         return target
 
     @cached_property
     def source(self) -> Source:
-        served = self.config.server if self.config.server_only else None
-        held: Any = self.config  # it has every setting that a source asks for
-        store_of = (lambda: self.store) if self.config.teacher == "states" and self.config.store_states else None
-        return Source(held, lambda: self.target, self.ledger, self.say, heldout_server=served, store_of=store_of)
+        c = self.config
+        store_of = (lambda: self.store) if c.teacher == "states" and c.store_states else None
+        return Source(c, lambda: self.target, self.log, c.server if c.server_only else None, store_of)
 
     @cached_property
     def store(self) -> FeatureStore:
         """The target's final-norm states of the responses."""
-        return FeatureStore(self.folder / "features", {"target": self.target.content_hash(), "taps": []})
+        return feature_store(self.folder / "features", self.target, ())
 
     def text(self, length: int) -> PackedText:
         """The plain text in blocks of ``length``, its held-out share apart."""
@@ -123,7 +81,9 @@ class DistillRun:
     # -- stages ------------------------------------------------------------------------------------------------
     def run(self) -> dict[str, Any]:
         """All stages; returns the record of the run, ``distill.json``."""
-        self.check_exports()
+        if self.config.exports and not (self.folder / "align.json").exists():
+            given = self.config.draft
+            self.check_exports(self.start() if given is None else open_proposer(given, self.target)[0])
         self.survey()
         done = {"pretrain": self.pretrain(), "align": self.align()}
         self.export()
@@ -133,20 +93,10 @@ class DistillRun:
             "parameters": sum(p.numel() for p in self.aligned.parameters()),
             "parameters_per_token": self.aligned.parameters_per_token,
             "target_parameters_per_token": self.target.parameters_per_token,
-            "provenance": provenance.collect(
-                self.config.seed, self.config.device, template_record(self.target.tokenizer)
-            ),
+            "provenance": self.record(),
         }
         atomic_write_json(self.folder / "distill.json", record)
         return record
-
-    def check_exports(self) -> None:
-        """Raise ``UserError``, before anything is spent, for a drafter that a format asked for does not hold."""
-        c = self.config
-        if c.exports and not (self.folder / "align.json").exists():
-            draft = self.start() if c.draft is None else open_standalone(c.draft, self.target)[0]
-            for name in c.exports:
-                check_export(name, draft, self.target, c.gamma)
 
     def survey(self) -> None:
         """Read all local text once: a bad byte must not be met after hours. Raises ``UserError``."""
@@ -154,7 +104,7 @@ class DistillRun:
         if not self.config.text or path.exists():
             return
         names = [*self.config.text, *([self.config.heldout_text] if self.config.heldout_text else [])]
-        with self.ledger.stage("survey"):
+        with self.log.stage("survey"):
             size = TextSource(names, self.config.text_field).survey()
         atomic_write_json(path, {"files": names, "bytes": size})
         self.say(f"text: {size:,} bytes in local files")
@@ -167,7 +117,7 @@ class DistillRun:
         shape = shape_for(self.target, c.size, c.layers, c.tied)
         return fresh_standalone(self.target, shape, c.seed, c.embeddings, c.tied)
 
-    def pretrain(self) -> DescentResult | None:
+    def pretrain(self) -> LoopResult | None:
         """A new drafter, trained on the text, in ``pretrained``; nothing where a drafter is given."""
         c, done = self.config, self.folder / "pretrain.json"
         if c.draft is not None:
@@ -184,11 +134,11 @@ class DistillRun:
             else None
         )
         total = config.steps * config.batch_blocks * config.length
-        with self.ledger.stage("pretrain") as entry, progress_bar("pretrain", total) as progress:
+        with self.log.counted("pretrain", total) as (entry, progress):
             result = pretrain(draft.model, text, config, self.folder / "pretrain", progress, heldout)
             flops = provenance.train_flops(draft.parameters_per_token, result.tokens)
             entry.add(result.tokens, flops, provenance.TRAIN_FORMULA)
-        save_standalone(self.folder / "pretrained", draft, self.meta("pretrain"))
+        save_draft(self.folder / "pretrained", draft, self.meta("pretrain"))
         atomic_write_json(done, asdict(result))
         self.say(f"pretrain: held-out perplexity {result.start:,.1f} -> {result.best:,.2f} in {result.steps} steps")
         return result
@@ -196,8 +146,7 @@ class DistillRun:
     def responses(self) -> tuple[list[Row], list[Row]]:
         """(train, held-out) responses of the target that can be supervised."""
         self.source.write()
-        found = [read_rows(path) for path in (self.source.responses, self.source.heldout)]
-        train, heldout = ([row for row in rows if anchors(row)] for rows in found)
+        train, heldout = supervised_rows(self.source.responses), supervised_rows(self.source.heldout)
         if not train or not heldout:
             raise UserError("no response has two or more tokens to train or to evaluate on; ask for longer answers")
         return train, heldout
@@ -211,33 +160,28 @@ class DistillRun:
             assert c.server is not None
             size = self.target.vocab_size
             engine = TopEngine(c.server, c.server_model, c.top_logprobs, c.batch_size, vocab_size=size)
-            with self.ledger.stage("log-probabilities"), progress_bar("top", len(rows), "rows") as progress:
+            with self.log.counted("log-probabilities", len(rows), "rows") as (_, progress):
                 found = ask_tops(engine, rows, self.folder / "tops.jsonl", progress.update)
             return TopTeacher(found, self.target.vocab_size)
         if not c.store_states:
-            return StateTeacher(self.target)
-        build_features("features", self.store, self.target, rows, self.ledger)
+            return StateTeacher(self.target, ComputedFeatures(self.target))
+        build_features("features", self.store, self.target, rows, self.log)
         return StateTeacher(self.target, self.store)
 
     def drafter(self) -> tuple[StandaloneDraft, str]:
         """What alignment starts from, in float32, with what it trains requiring a gradient; and the hash of the
         drafter that private experts are added to."""
         c = self.config
-        if c.draft is None:
-            draft, _ = load_standalone(self.folder / "pretrained")
-            draft = draft.float().bind(self.target).to(self.target.device)
-        else:
-            draft, _ = open_standalone(c.draft, self.target)
+        draft, _ = open_proposer(c.draft or self.folder / "pretrained", self.target)
         check_tokenizers(draft.tokenizer, self.target.tokenizer)
         draft.requires_grad_(True)
-        base_hash = tensors_hash(draft.state_dict())
+        base_hash = draft.base_hash()
         if c.private_width:
-            draft = attach_experts(draft, c.private_width, c.seed).bind(self.target)
-            for name, parameter in draft.named_parameters():
-                parameter.requires_grad_(is_private(name))
+            draft, _ = prepare(draft, METHOD, PrivateSize(width=c.private_width), c.seed)
+            draft.bind(self.target)
         return draft, base_hash
 
-    def align(self) -> DescentResult:
+    def align(self) -> LoopResult:
         """The drafter, taught by the target, in ``draft``; its private part also in ``private``."""
         c, done = self.config, self.folder / "align.json"
         if done.exists():
@@ -247,7 +191,7 @@ class DistillRun:
         teacher = self.teacher(rows)
         text = self.text(config.text_length) if config.text_share else None
         total = round(config.epochs * sum(map(anchors, rows)) / (1 - config.text_share))
-        with self.ledger.stage("align") as entry, progress_bar("align", total) as progress:
+        with self.log.counted("align", total) as (entry, progress):
             result = distil(
                 draft.model,
                 teacher,
@@ -259,13 +203,13 @@ class DistillRun:
                 progress,
             )
             trained = sum(p.numel() for p in draft.parameters() if p.requires_grad)
-            read = sum(len(row.prompt_ids) + len(row.response_ids) for row in rows) / sum(map(anchors, rows))
+            read = row_tokens(rows) / sum(map(anchors, rows))
             flops = provenance.train_flops(draft.parameters_per_token, round(result.tokens * read))
             entry.add(result.tokens, flops, f"{provenance.TRAIN_FORMULA} (prompts read)")
-        half = copy.deepcopy(draft).to(torch.bfloat16)
+        stored, meta = half(draft), self.meta(METHOD if c.private_width else "full")
         if c.private_width:
-            save_experts(self.folder / "private", half, base_hash, self.meta("eda"))
-        save_standalone(self.folder / "draft", half, self.meta("eda" if c.private_width else "full"))
+            save_private(self.folder / "private", stored, private_names(stored), base_hash, meta)
+        save_draft(self.folder / "draft", stored, meta)
         atomic_write_json(done, asdict(result))
         why = "stopped early" if result.stopped_early else "whole budget"
         self.say(
@@ -277,39 +221,22 @@ class DistillRun:
     def efficiency(self, draft: StandaloneDraft, heldout: Sequence[Row]) -> Callable[[], float]:
         """Tokens a target call on the held-out responses, as the draft stands when it is asked."""
         gamma = self.config.align_config().gamma
-        return lambda: tau_of(simulate_greedy_standalone(draft, self.target, heldout, gamma), list(heldout))
-
-    def export(self) -> list[Path]:
-        """Write the drafter in every format asked for."""
-        found = []
-        for name in self.config.exports:
-            folder = self.folder / f"export-{name}"
-            with self.ledger.stage(f"export {name}") as entry:
-                report = EXPORTERS.get(name)(self.aligned, folder, self.target, speculative_tokens=self.config.gamma)
-                entry.add(bytes_written=report.bytes)
-            for warning in report.warnings:
-                self.say(f"note on {folder}: {warning}")
-            self.say(f"export {name}: {folder}; serve with: {report.serve}")
-            found.append(folder)
-        return found
+        return lambda: tau_of(simulate_greedy_chain(draft, self.target, heldout, None, gamma), list(heldout))
 
     @cached_property
     def aligned(self) -> StandaloneDraft:
         """The finished drafter as it is on disk."""
-        return load_standalone(self.folder / "draft")[0].bind(self.target)
+        return load_draft(self.folder / "draft")[0].bind(self.target)
+
+    def finished(self) -> StandaloneDraft:
+        return self.aligned
 
     def meta(self, method: str) -> dict[str, Any]:
         """What a saved drafter says of itself."""
-        c = self.config
-        return {
-            "method": method,
-            "target": {"name": self.target.name, "hash": self.target.content_hash()},
-            "tokenizer_hash": tokenizer_hash(self.target.tokenizer),
-            "provenance": provenance.collect(c.seed, c.device, template_record(self.target.tokenizer)),
-        }
+        return draft_meta(self.target, method, self.config.seed)
 
 
-def result_of(path: Path) -> DescentResult:
+def result_of(path: Path) -> LoopResult:
     """A stage's result as it was stored."""
     value = json.loads(path.read_text())
-    return DescentResult(**value | {"history": [(int(step), float(figure)) for step, figure in value["history"]]})
+    return LoopResult(**value | {"history": [(int(step), float(figure)) for step, figure in value["history"]]})

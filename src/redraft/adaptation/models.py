@@ -10,27 +10,16 @@ from typing import Any
 
 import torch
 
-from redraft.arithmetic import AUTO, TYPES, choose_dtype
-from redraft.artifact import META_FILE, load_private, read_json, tensors_hash
+from redraft.arithmetic import choose_dtype
 from redraft.data.overlap import find_overlap, same_text
-from redraft.data.prompts import Conversation, check_length, prompt_messages, template_ids
-from redraft.data.template import kept_moment, use_template, writes_date
-from redraft.drafts.base import Draft, Proposer, bind, check_fit, use_target_embedding
+from redraft.data.prompts import Conversation, check_length, prompt_messages
+from redraft.data.template import kept_moment, template_ids, use_template, writes_date
+from redraft.drafts.opening import AnyDraft, OpenDraft, family_at, open_checkpoint
 from redraft.errors import UserError
 from redraft.evaluate.speed import Prompt
-from redraft.export import import_checkpoint
-from redraft.export.importer import is_language_model
-from redraft.loading import load_target, open_standalone, tokenizer_hash
-from redraft.target import Target
-
-
-@dataclass
-class OpenDraft:
-    """A draft with what is known of it. ``base_hash`` identifies the tensors as they were on disk."""
-
-    draft: Draft
-    meta: dict[str, Any]
-    base_hash: str
+from redraft.loading import load_target
+from redraft.settings.base import AUTO, TYPES
+from redraft.target import Head, Target
 
 
 def open_target(
@@ -59,56 +48,37 @@ def settle_template(tokenizer: Any, template_args: Mapping[str, Any] | None = No
         use_template(tokenizer, template_args, kept_moment(run, known.moment))
 
 
-def open_draft(source: str | Path, target: Target, base: str | Path | None = None) -> OpenDraft:
+def open_draft(source: AnyDraft, target: Head, base: AnyDraft | None = None) -> OpenDraft:
     """A draft that reads the target's states, in float32, checked against the target's sizes and tokenizer.
 
     Notes of an import go along in ``meta``. For who takes standalone drafts too there is :func:`open_proposer`.
 
     A folder with a private part needs ``base``, the draft that it was trained on. An embedding that a public
     checkpoint ships is dropped where the target's own fits: the teacher is always the target at hand.
-    Raises ``UserError``.
+    One that is open already comes back as it is. Raises ``UserError``.
     """
-    if is_language_model(source):
+    if not family_at(source).reads_states:
         raise UserError(
             f"{source} is a language model of its own, where a draft that reads the target's states is needed; "
             "align it with redraft distill --draft"
         )
-    folder = Path(source)
-    if (folder / META_FILE).is_file() and read_json(folder / META_FILE).get("kind") == "private":
-        if base is None:
-            raise UserError(f"{source} is a private part; name the draft it belongs to with --base-draft")
-        shared = open_draft(base, target)
-        draft, meta = load_private(folder, shared.draft, shared.base_hash)
-        check_fit(draft.config, target)
-        return OpenDraft(bind(draft.float(), target), meta, tensors_hash(draft.state_dict()))
-    draft, meta = import_checkpoint(source, target)
-    base_hash = tensors_hash(draft.state_dict())
-    _check_origin(source, meta, target)
-    return OpenDraft(bind(use_target_embedding(draft.float(), target), target), meta, base_hash)
+    return open_any(source, target, base)
 
 
-def open_proposer(
-    source: str | Path, target: Target, base: str | Path | None = None
-) -> tuple[Proposer, dict[str, Any]]:
+def open_proposer(source: AnyDraft, target: Head, base: AnyDraft | None = None) -> tuple[Any, dict[str, Any]]:
     """Any draft in float32, a standalone one too, and its metadata: for decoding and measuring.
 
     A private part needs ``base``. Raises ``UserError``.
     """
-    if not is_language_model(source):
-        opened = open_draft(source, target, base)
-        return opened.draft, opened.meta
-    draft, meta = open_standalone(source, target, base)
-    # A draft that brings its tokenizer has had it compared already.
-    if draft.tokenizer is None:
-        _check_origin(source, meta, target)
-    return draft, meta
+    opened = open_any(source, target, base)
+    return opened.draft, opened.meta
 
 
-def _check_origin(source: str | Path, meta: dict[str, Any], target: Target) -> None:
-    """Raise ``UserError`` for a draft whose record names another tokenizer than the target's."""
-    expected = meta.get("tokenizer_hash")
-    if expected and target.tokenizer is not None and expected != tokenizer_hash(target.tokenizer):
-        raise UserError(f"{source} was made for another tokenizer than the target's; give a draft of this model family")
+def open_any(source: AnyDraft, target: Head, base: AnyDraft | None = None) -> OpenDraft:
+    """A draft of any family in float32, bound to the target. Raises ``UserError``."""
+    opened = open_checkpoint(source, target, base, torch.float32)
+    opened.draft = opened.draft.borrowing(target).bind(target)
+    return opened
 
 
 def split_prompts(

@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from redraft.data.generate import Request, generate
-from redraft.decode import make_decoder
 from redraft.decode.engine import PlainDecoder
-from redraft.decode.tree import ChainShape
-from redraft.drafts.base import Proposer
+from redraft.decode.make import make_decoder
+from redraft.drafts.base import Draft
 from redraft.errors import UserError
 from redraft.evaluate.speed import Prompt
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
+from redraft.settings.shapes import ChainShape
 from redraft.target import Target
 
 # Decoded by each contestant to time a round; the first prompt warms up.
@@ -44,7 +44,7 @@ class RoundTime:
 
 def round_cost(
     targets: Target | Mapping[str, Target],
-    draft: Proposer,
+    draft: Draft,
     prompts: Sequence[Prompt],
     gamma: int,
     tokens: int = TIMED_TOKENS,
@@ -62,7 +62,7 @@ def round_cost(
     return RoundTime(plain[first], rounds[second], first, second)
 
 
-def _timed(target: Target, draft: Proposer, prompts: Sequence[Prompt], gamma: int, tokens: int) -> tuple[float, float]:
+def _timed(target: Target, draft: Draft, prompts: Sequence[Prompt], gamma: int, tokens: int) -> tuple[float, float]:
     """Seconds of a plain step and of a round, of one target, decoded in turns."""
     plain, chain = PlainDecoder(target), make_decoder(target, draft, ChainShape(gamma))
     plain_seconds = plain_steps = chain_seconds = rounds = 0.0

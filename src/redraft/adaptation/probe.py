@@ -16,21 +16,21 @@ from pathlib import Path
 from typing import Any
 
 from redraft.acceptance.simulate import simulate_greedy_chain
-from redraft.acceptance.standalone import simulate_greedy_standalone
 from redraft.adaptation.advice import ADAPT_ANSWERS, ADAPT_PASSES, LEAVE, break_even, judge
 from redraft.adaptation.pace import TIMED_PROMPTS, Pace, RoundTime, expected_seconds, first_batch, round_cost
 from redraft.adaptation.trial import Trial, check_trial, trial
 from redraft.data.generate import Request, generate
-from redraft.data.regenerate import Kept
 from redraft.data.store import Row
-from redraft.drafts.base import Proposer, family_of
-from redraft.drafts.standalone import StandaloneDraft
+from redraft.drafts.base import Draft
 from redraft.errors import UserError
 from redraft.evaluate.forecast import Evidence, Fit, Seen, same_chain, shipped
 from redraft.evaluate.speed import Prompt, tau_interval
-from redraft.features.store import FeatureStore, anchors
+from redraft.features import FeatureStore, RowFeatures
 from redraft.report.format import duration
-from redraft.sampling import Sampler
+from redraft.report.tables import probe_panel
+from redraft.rows import anchors
+from redraft.settings.sampler import Sampler
+from redraft.shown import Shown
 from redraft.starts.vocabulary import coverage
 from redraft.target import Target
 
@@ -39,7 +39,7 @@ MINUTE = 60.0
 
 
 @dataclass(frozen=True)
-class ProbeResult:
+class ProbeResult(Shown):
     """``tau`` and ``reference_tau`` with intervals, ``forecast`` of tau after alignment, ``gain`` in speed; speed-ups
     are predictions from timed rounds. ``adapt`` is whether alignment is worth a try."""
 
@@ -66,6 +66,9 @@ class ProbeResult:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def __rich__(self) -> Any:
+        return probe_panel(self.verdict, self.lines(), self.action)
 
     def lines(self) -> dict[str, str]:
         """The figures as label and text, for the terminal."""
@@ -114,13 +117,13 @@ def greedy_rows(
     ``store`` takes the features that the target computes on the way.
     """
     requests = [Request(p.id, p.ids, Sampler()) for p in prompts]
-    rows, kept, tokens = list[Row](), list[Kept](), 0
+    rows, kept, tokens = list[Row](), list[RowFeatures](), 0
     for done in generate(target, requests, max_new_tokens, features=store is not None):
         texts = (done.request.key, list(done.request.prompt_ids), done.response_ids)
         row = Row(*texts, 0.0, 0, 1.0, 0, done.finish_reason, "")
         rows.append(row)
         if done.features:
-            kept.append((row, *done.features))
+            kept.append(RowFeatures(row, *done.features))
         tokens += len(done.response_ids)
         if progress:
             progress(len(rows), tokens=tokens)
@@ -132,16 +135,16 @@ def greedy_rows(
 @contextmanager
 def greedy_answers(
     target: Target,
-    draft: Proposer,
+    draft: Draft,
     prompts: Sequence[Prompt],
     max_new_tokens: int,
     progress: Callable[..., None] | None = None,
 ) -> Iterator[tuple[list[Row], FeatureStore | None]]:
-    """The target's greedy answers and their features; none of those for a standalone draft, which reads text alone."""
-    if isinstance(draft, StandaloneDraft):
+    """The target's greedy answers and their features; none of those for a draft that reads text alone."""
+    if not draft.taps:
         yield greedy_rows(target, prompts, max_new_tokens, progress), None
         return
-    target.tap(draft.config.taps)
+    target.tap(draft.taps)
     with tempfile.TemporaryDirectory(prefix="redraft-probe-", ignore_cleanup_errors=True) as folder:
         store = FeatureStore(Path(folder), {})
         rows = greedy_rows(target, prompts, max_new_tokens, progress, store)
@@ -151,7 +154,7 @@ def greedy_answers(
 
 def acceptance(
     target: Target,
-    draft: Proposer,
+    draft: Draft,
     prompts: Sequence[Prompt],
     gamma: int,
     max_new_tokens: int,
@@ -166,17 +169,12 @@ def acceptance(
 
 
 def walked(
-    target: Target, draft: Proposer, rows: Sequence[Row], store: FeatureStore | None, gamma: int
+    target: Target, draft: Draft, rows: Sequence[Row], store: FeatureStore | None, gamma: int
 ) -> dict[str, float]:
     """tau_pooled with its interval of the greedy chain over these greedy answers. Raises ``UserError`` for none."""
     if not rows:
         raise UserError("the target ends every answer at once; check its chat template and end token")
-    draft = draft.to(target.device)
-    if isinstance(draft, StandaloneDraft):
-        accepted = simulate_greedy_standalone(draft, target, rows, gamma)
-    else:
-        assert store is not None
-        accepted = simulate_greedy_chain(draft, target, rows, store, gamma)
+    accepted = simulate_greedy_chain(draft.to(target.device), target, rows, store, gamma)
     return tau_interval(accepted, {row.key: anchors(row) for row in rows})
 
 
@@ -194,7 +192,7 @@ class Look:
 
 def look(
     target: Target,
-    draft: Proposer,
+    draft: Draft,
     prompts: Sequence[Prompt],
     gamma: int,
     max_new_tokens: int,
@@ -205,9 +203,8 @@ def look(
     with greedy_answers(target, draft, prompts, max_new_tokens, progress) as (rows, store):
         tau = walked(target, draft, rows, store, gamma)
         length = sum(len(row.response_ids) for row in rows) / len(rows)
-        if isinstance(draft, StandaloneDraft):
+        if store is None:  # a draft that reads text alone says every token, and no trial adapts it
             return Look(tau, None, length, None)
-        assert store is not None
         tried = trial(target, draft, rows, store, gamma) if with_trial else None
         share = coverage(draft, rows, gamma).share
         return Look(tau, share, length, tried)
@@ -215,7 +212,7 @@ def look(
 
 def probe(
     target: Target,
-    draft: Proposer,
+    draft: Draft,
     prompts: Sequence[Prompt],
     gamma: int,
     max_new_tokens: int = 128,
@@ -234,7 +231,7 @@ def probe(
     base. ``targets`` holds the target in the data types that it may be served in; ``with_trial`` adapts to a part of
     the answers to narrow the forecast; ``say`` is told how long it will take. Raises ``UserError``.
     """
-    evidence, family = shipped(), family_of(draft)
+    evidence, family = shipped(), draft.family
     if with_trial:
         check_trial(draft)
     reference, where = _stated(known_reference if base_target is None else None, known_gamma or gamma, gamma)
@@ -279,7 +276,7 @@ def _announcement(seconds: float) -> str:
 
 
 def _result(
-    draft: Proposer,
+    draft: Draft,
     seen: Look,
     timed: RoundTime,
     reference: dict[str, float] | None,
@@ -293,7 +290,7 @@ def _result(
 ) -> ProbeResult:
     """The judgement on what was measured, in figures and words."""
     forecast = fit.forecast(observed) if fit else None
-    family, gamma = family_of(draft), observed.gamma
+    family, gamma = draft.family, observed.gamma
     found = judge(seen.tau["value"], reference["value"] if reference else None, timed, forecast, _more(observed, fit))
     paid = None
     if forecast is not None and found.action != LEAVE:

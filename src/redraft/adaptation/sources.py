@@ -11,22 +11,27 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from redraft import provenance
-from redraft.adaptation.config import AdaptConfig
 from redraft.adaptation.models import split_prompts, template_prompts
-from redraft.adaptation.stages import Say
+from redraft.adaptation.runs import Log, add_forward, supervised_rows
 from redraft.adaptation.traffic import Traffic, take_traffic
 from redraft.data.overlap import refuse_overlap
 from redraft.data.prompts import Conversation, read_conversations
-from redraft.data.regenerate import InProcessEngine, ServerEngine, expected_rows, regenerate
-from redraft.data.selfprompts import self_prompts
-from redraft.data.store import Row, read_rows
+from redraft.data.regenerate import (
+    InProcessEngine,
+    RegenerationReport,
+    ServerEngine,
+    expected_rows,
+    regenerate,
+)
+from redraft.data.selfprompts import SelfPromptReport, self_prompts
+from redraft.data.store import Row
 from redraft.errors import UserError
 from redraft.evaluate.speed import Prompt
-from redraft.features.store import FeatureStore, anchors
-from redraft.loading import served_otherwise
-from redraft.progress import progress_bar
-from redraft.sampling import Sampler, samplers_of
+from redraft.features import FeatureKeeper, FeatureStore
+from redraft.provenance import Ledger
+from redraft.settings.adapt import AdaptConfig
+from redraft.settings.distill import DistillConfig
+from redraft.settings.sampler import Sampler, samplers_of
 from redraft.target import Target
 
 
@@ -35,10 +40,9 @@ class Source:
 
     def __init__(
         self,
-        config: AdaptConfig,
+        config: AdaptConfig | DistillConfig,
         target_of: Callable[[], Target],
-        ledger: provenance.Ledger,
-        say: Say,
+        log: Log,
         heldout_server: str | None = None,
         store_of: Callable[[], FeatureStore] | None = None,
     ) -> None:
@@ -46,7 +50,7 @@ class Source:
 
         ``store_of``: where a target in this process puts the features of what it answers; it taps the target.
         """
-        self.config, self.target_of, self.ledger, self.say = config, target_of, ledger, say
+        self.config, self.target_of, self.log = config, target_of, log
         self.heldout_server, self.store_of = heldout_server, store_of
         # The ids of the training prompts that are answered; all of them where there is no such choice.
         self.chosen: frozenset[str] | None = None
@@ -71,22 +75,12 @@ class Source:
             assert c.prompts is not None  # the settings are checked: traffic has no prompts
             return read_conversations(c.prompts)
         target = self.target_of()
-        if rounded := served_otherwise(target):
+        if rounded := target.rounding:
             raise UserError(
                 f"{c.target} is served with quantised {rounded} and cannot write prompts here; give --prompts instead"
             )
-        with self.ledger.stage("self-prompts") as entry, progress_bar("self-prompts", c.self_prompts) as progress:
-            found, report = self_prompts(
-                target,
-                c.self_prompts,
-                c.seed,
-                c.out / "self-prompts.jsonl",
-                batch_size=c.batch_size,
-                progress=progress.update,
-            )
-            flops = provenance.forward_flops(target.parameters_per_token, report.tokens)
-            entry.add(report.tokens, flops, provenance.FORWARD_FORMULA)
-        self.say(f"self-prompts: {report.summary()}")
+        found, report = ask_itself(target, c.self_prompts, c.seed, c.out / "self-prompts.jsonl", c.batch_size, self.log)
+        self.log.say(f"self-prompts: {report.summary()}")
         return found
 
     @cached_property
@@ -94,18 +88,7 @@ class Source:
         """Served responses by purpose; both response files are written."""
         c = self.config
         assert c.responses is not None
-        return take_traffic(
-            c.responses,
-            self.target_of(),
-            self.responses,
-            self.heldout,
-            heldout=c.heldout_prompts,
-            evaluation=c.bench_prompts,
-            seed=c.seed,
-            max_new_tokens=c.max_new_tokens,
-            ledger=self.ledger,
-            say=self.say,
-        )
+        return take_traffic(c, self.target_of(), self.responses, self.heldout, self.log)
 
     def write(self) -> None:
         """Both response files, complete. Raises ``UserError``; a killed run goes on."""
@@ -118,7 +101,7 @@ class Source:
             train = [conversation for conversation in train if conversation.id in self.chosen]
         samplers = samplers_of(c.temperatures, c.top_p)
         self._answer("regenerate", train, samplers, c.server)
-        apart = self.heldout_server or (c.server if served_otherwise(self.target_of()) else None)
+        apart = self.heldout_server or (c.server if self.target_of().rounding else None)
         self._answer("regenerate held-out", heldout, [Sampler()], apart)
 
     def _answer(self, name: str, prompts: Sequence[Conversation], samplers: list[Sampler], server: str | None) -> None:
@@ -128,31 +111,59 @@ class Source:
         if server:
             engine = ServerEngine(server, c.server_model, c.batch_size, vocab_size=target.vocab_size)
         path = self.responses if name == "regenerate" else self.heldout
-        with self.ledger.stage(name) as entry, progress_bar(name, expected_rows(prompts, samplers), "rows") as progress:
-            report = regenerate(
-                engine,
-                prompts,
-                target.tokenizer,
-                samplers,
-                path,
-                c.max_new_tokens,
-                c.seed,
-                target.content_hash(),
-                progress.update,
-                eos_ids=target.eos_ids,
-                context=target.context,
-                features=store,
-            )
-            tokens = report.prompt_tokens + report.response_tokens
-            flops = provenance.forward_flops(target.parameters_per_token, tokens)
-            entry.add(tokens, flops, provenance.FORWARD_FORMULA, report.bytes_written)
-        self.say(f"{name}: {report.summary()}")
+        report = answer(
+            name, engine, target, prompts, samplers, path, c.max_new_tokens, c.seed, self.log, features=store
+        )
+        self.log.say(f"{name}: {report.summary()}")
 
-    def evaluation(self) -> list[Prompt]:
-        """The prompts to measure on, as the target reads them. Raises ``UserError`` for one that is too long."""
+    def evaluation(self, new_tokens: int) -> list[Prompt]:
+        """The prompts to measure on, as the target reads them, with room for an answer of ``new_tokens``.
+
+        Raises ``UserError`` for one that is too long.
+        """
         if self.config.responses:
             return self.traffic.prompts()
-        return template_prompts(self.prompts[2], self.target_of(), self.config.bench_tokens)
+        return template_prompts(self.prompts[2], self.target_of(), new_tokens)
+
+
+def answer(
+    name: str,
+    engine: Any,
+    target: Target,
+    prompts: Sequence[Conversation],
+    samplers: Sequence[Sampler],
+    path: Path,
+    max_new_tokens: int,
+    seed: int,
+    log: Log,
+    features: FeatureKeeper | None = None,
+) -> RegenerationReport:
+    """The target's answers to these prompts in the file ``path``, as the stage ``name``. Raises ``UserError``."""
+    with log.counted(name, expected_rows(prompts, samplers), "rows") as (entry, progress):
+        report = regenerate(
+            engine,
+            prompts,
+            target,
+            samplers,
+            path,
+            max_new_tokens,
+            seed,
+            progress.update,
+            features,
+        )
+        tokens = report.prompt_tokens + report.response_tokens
+        add_forward(entry, target, tokens, bytes_written=report.bytes_written)
+    return report
+
+
+def ask_itself(
+    target: Target, count: int, seed: int, path: Path, batch_size: int, log: Log, name: str = "self-prompts"
+) -> tuple[list[Conversation], SelfPromptReport]:
+    """Questions that the target writes itself, as the stage ``name``; its draws in ``path``. Raises ``UserError``."""
+    with log.counted(name, count) as (entry, progress):
+        found, report = self_prompts(target, count, seed, path, batch_size=batch_size, progress=progress.update)
+        add_forward(entry, target, report.tokens)
+    return found, report
 
 
 def own_answers(
@@ -163,18 +174,6 @@ def own_answers(
     Raises ``UserError`` for prompts that do not fit and rows in the file that do not belong there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with progress_bar(path.stem, expected_rows(prompts, [sampler]), "rows") as progress:
-        regenerate(
-            InProcessEngine(target),
-            prompts,
-            target.tokenizer,
-            [sampler],
-            path,
-            max_new_tokens,
-            seed,
-            target.content_hash(),
-            progress.update,
-            eos_ids=target.eos_ids,
-            context=target.context,
-        )
-    return sorted((row for row in read_rows(path) if anchors(row)), key=lambda row: row.key)
+    engine, log = InProcessEngine(target), Log(Ledger())
+    answer(path.stem, engine, target, prompts, [sampler], path, max_new_tokens, seed, log)
+    return sorted(supervised_rows(path), key=lambda row: row.key)

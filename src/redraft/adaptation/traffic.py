@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from redraft import provenance
 from redraft.adaptation.models import split_prompts
-from redraft.adaptation.stages import Say
+from redraft.adaptation.runs import Log
 from redraft.artifact import atomic_write_bytes
 from redraft.data.overlap import same_text, trained_conversations
 from redraft.data.store import Row, encode_row
 from redraft.data.traces import read_traces
 from redraft.evaluate.speed import Prompt
-from redraft.features.store import anchors
+from redraft.rows import anchors
+from redraft.settings.adapt import AdaptConfig
+from redraft.settings.distill import DistillConfig
 from redraft.target import Target
 
 
@@ -55,42 +56,35 @@ def split_traffic(rows: Sequence[Row], target: Target, heldout: int, evaluation:
 
 
 def take_traffic(
-    log: str | Path,
-    target: Target,
-    train_path: Path,
-    heldout_path: Path,
-    *,
-    heldout: int,
-    evaluation: int,
-    seed: int,
-    max_new_tokens: int | None,
-    ledger: provenance.Ledger,
-    say: Say = print,
+    config: AdaptConfig | DistillConfig, target: Target, train_path: Path, heldout_path: Path, log: Log
 ) -> Traffic:
-    """Read a log and write its training and held-out rows as response files, as regeneration would have.
+    """Read the log that the settings name and write its rows as response files, as regeneration would have.
 
-    The same log gives the same files, so a killed run simply reads it again. The ledger's stage ``served traffic``
-    counts the time of reading and no tokens: the responses were paid for when they were served. Raises ``UserError``.
+    The same log gives the same files, so a killed run simply reads it again. The stage ``served traffic`` counts the
+    time of reading and no tokens: the responses were paid for when they were served. Raises ``UserError``.
     """
-    with ledger.stage("served traffic") as entry:
+    assert config.responses is not None
+    with log.stage("served traffic") as entry:
         rows = read_traces(
-            log,
+            config.responses,
             target.tokenizer,
             target.content_hash(),
             eos_ids=target.eos_ids,
             vocab_size=target.vocab_size,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=config.max_new_tokens,
             context=target.context,
-            warn=lambda text: say(f"note on {text}"),
+            warn=lambda text: log.say(f"note on {text}"),
         )
         # A response of one token has nothing that a draft could guess.
-        found = split_traffic([row for row in rows if anchors(row)], target, heldout, evaluation, seed)
+        found = split_traffic(
+            list(filter(anchors, rows)), target, config.heldout_prompts, config.bench_prompts, config.seed
+        )
         for path, part in ((train_path, found.train), (heldout_path, found.heldout)):
             data = b"".join(encode_row(row) for row in part)
             if not path.exists() or path.read_bytes() != data:
                 atomic_write_bytes(path, data)
                 entry.add(bytes_written=len(data))
-    say(
+    log.say(
         f"served traffic: {len(rows):,} responses; {len(found.train):,} to train on, {len(found.heldout):,} held out, "
         f"{len(found.evaluation):,} prompts to measure on; nothing was generated"
     )

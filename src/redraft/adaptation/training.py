@@ -1,25 +1,39 @@
-"""``redraft train``: a part of an old draft, or a new one, on stored responses."""
+"""``redraft train``: a part of an old draft, or a new draft, on stored responses of the target."""
 
 from __future__ import annotations
 
-import copy
+import hashlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from redraft import provenance
-from redraft.adaptation.models import open_draft
-from redraft.adaptation.stage1 import split_rows, train_from_nothing
-from redraft.adaptation.stages import Say, build_features, run_training, save_trained
+import torch
+
+from redraft.acceptance.simulate import simulate_greedy_chain
+from redraft.adaptation.core import FEATURES, Adaptation, Plan, half, open_old
+from redraft.adaptation.runs import Log, Say, supervised_rows
 from redraft.adaptation.steps import TargetSpec
-from redraft.arithmetic import AUTO, go_on_with
+from redraft.arithmetic import go_on_with
 from redraft.artifact import atomic_write_json
-from redraft.data.store import TRAFFIC, Row, read_rows
-from redraft.drafts.groups import PrivateSize, method, prepare
+from redraft.data.store import TRAFFIC, Row
+from redraft.drafts.base import Draft, fresh
+from redraft.drafts.opening import AnyDraft, OpenDraft
 from redraft.errors import UserError
-from redraft.features.store import FeatureStore, anchors
+from redraft.evaluate.speed import tau_interval
+from redraft.features import FeatureStore
+from redraft.features.store import read_index
+from redraft.provenance import Ledger
+from redraft.rows import anchors
 from redraft.select.manifest import read_manifest
+from redraft.settings.base import AUTO
+from redraft.settings.methods import PrivateSize, method
+from redraft.settings.training import TrainConfig
+from redraft.target import Head, Target
 from redraft.train.checkpoint import stored_precision
-from redraft.train.trainer import TrainConfig, Trainer, TrainResult
+from redraft.train.trainer import TrainResult
+
+NEW = "scratch"
 
 
 @dataclass(frozen=True)
@@ -33,7 +47,7 @@ class TrainData:
 
     def read(self) -> tuple[list[Row], list[Row]]:
         """(train, held-out). Raises ``UserError`` for files that cannot be read or do not fit together."""
-        rows = [row for row in read_rows(self.responses) if anchors(row)]
+        rows = supervised_rows(self.responses)
         if self.selection is not None:
             manifest = read_manifest(self.selection)
             manifest.check_source(self.responses)
@@ -47,7 +61,7 @@ class TrainData:
                     "--heldout-responses"
                 )
             return train, kept
-        kept = [row for row in read_rows(self.heldout_responses) if anchors(row)]
+        kept = supervised_rows(self.heldout_responses)
         if any(row.temperature and row.source != TRAFFIC for row in kept):
             raise UserError(f"{self.heldout_responses} holds sampled responses; held-out ones must be greedy")
         if shared := {row.id for row in rows} & {row.id for row in kept}:
@@ -57,34 +71,34 @@ class TrainData:
         return rows, kept
 
 
-def trained_dtype(out: Path, spec: TargetSpec, say: Say) -> str:
-    """The data type for the target of a training in ``out``: one that has begun keeps its own. Raises ``UserError``."""
+def split_rows(rows: Sequence[Row], heldout: int) -> tuple[list[Row], list[Row]]:
+    """(train, held-out): the first greedy rows in the order of a hash of their ids are held out."""
+    ordered = sorted(filter(anchors, rows), key=lambda row: hashlib.md5(row.id.encode()).hexdigest())
+    kept = [row for row in ordered if row.temperature == 0][:heldout]
+    ids = {row.id for row in kept}
+    return [row for row in ordered if row.id not in ids], kept
+
+
+def training_dtype(spec: TargetSpec, out: Path, say: Say) -> str:
+    """The type of the target of a training in ``out``: that in which it has begun if it has. Raises ``UserError``."""
     # Before types were chosen they were bfloat16, unless the command said otherwise, as it then does now.
     stored = stored_precision(out / "train", "bfloat16" if spec.dtype == AUTO else spec.dtype)
     return go_on_with(spec.dtype, stored, spec.device, say)
 
 
-def train_new(
-    spec: TargetSpec,
-    data: TrainData,
-    out: Path,
-    vocabulary: int,
-    config: TrainConfig,
-    say: Say = print,
-    family: str = "eagle3",
-) -> None:
-    """Stage 1: a draft of ``family`` from nothing, in ``out/draft``. Raises ``UserError``; a killed run goes on."""
-    if data.heldout_responses is not None:
-        raise UserError("--from-nothing holds responses out by number: give --heldout, not --heldout-responses")
-    rows = [row for part in data.read() for row in part]
-    target = spec.open(trained_dtype(out, spec, say))
-    record = train_from_nothing(target, rows, out, vocabulary, config, data.heldout, say, family)
-    say(f"held-out tau {record['tau']['value']:.2f}; draft: {out / 'draft'}")
+def open_spec(spec: TargetSpec, out: Path, rows: Sequence[Row], say: Say) -> Head:
+    """The target of a training in ``out``; its head alone where the features of all ``rows`` are there.
+
+    Raises ``UserError``.
+    """
+    dtype = training_dtype(spec, out, say)
+    _, index = read_index(out / FEATURES)
+    return spec.head(dtype) if all(row.key in index for row in rows) else spec.open(dtype)
 
 
 def train_old(
     spec: TargetSpec,
-    draft: str,
+    draft: AnyDraft,
     data: TrainData,
     out: Path,
     config: TrainConfig,
@@ -99,17 +113,72 @@ def train_old(
     if not method(method_name).groups:
         raise UserError(f"method {method_name} trains nothing; choose another")
     rows, heldout = data.read()
-    target = spec.open(trained_dtype(out, spec, say))
-    opened = open_draft(draft, target)
-    target.tap(opened.draft.config.taps)
-    size = size or PrivateSize()
-    trained, names = prepare(copy.deepcopy(opened.draft), method_name, size, config.seed, target)
-    store = FeatureStore(out / "features", {"target": target.content_hash(), "taps": list(target.taps)})
-    ledger = provenance.Ledger.load(out / "ledger.json")
-    build_features("features", store, target, [*rows, *heldout], ledger)
-    trainer = Trainer(trained, target, store, rows, heldout, config, out / "train", opened.base_hash)
-    result = run_training(trainer, ledger, say)
-    save_trained(out, trainer.draft, names, opened, method_name, target, config.seed, size.bits)
+    target, log = open_spec(spec, out, [*rows, *heldout], say), Log(Ledger.load(out / "ledger.json"), say)
+    job = Adaptation(target, open_old(draft, target, log), Plan(method_name, size or PrivateSize(), config), out, log)
+    job.prepare()
+    job.features("features", [*rows, *heldout])
+    result = job.train(rows, heldout)
+    job.save()
     atomic_write_json(out / "train.json", asdict(result))
-    say(f"draft: {out / 'merged'}")
     return result
+
+
+# -- a new draft -------------------------------------------------------------------------------------------------------
+def train_new(
+    spec: TargetSpec,
+    data: TrainData,
+    out: Path,
+    vocabulary: int,
+    config: TrainConfig,
+    say: Say = print,
+    family: str = "eagle3",
+) -> dict[str, Any]:
+    """Stage 1: a draft of ``family`` from nothing, in ``out/draft``, on the base target's answers to general prompts.
+
+    Returns what the draft's record says of its held-out acceptance. Raises ``UserError``, also for rows of another
+    target; a killed run goes on.
+    """
+    if data.heldout_responses is not None:
+        raise UserError("--from-nothing holds responses out by number: give --heldout, not --heldout-responses")
+    train, heldout = data.read()
+    target = spec.open(training_dtype(spec, out, say))
+    log = Log(Ledger.load(out / "ledger.json"), say)
+    strangers = {row.target_hash for row in (*train, *heldout)} - {target.content_hash()}
+    if strangers:
+        raise UserError(f"the responses come from another target ({', '.join(sorted(strangers))}); regenerate them")
+    ids, covered = choose_vocabulary(train, vocabulary, target.vocab_size)
+    draft = fresh(family, target, ids, config.seed)
+    if not draft.reduced:
+        covered = 1.0
+    say(f"{len(train)} rows, {sum(map(anchors, train)):,} supervised tokens; vocabulary covers {covered:.1%} of them")
+    job = Adaptation(target, OpenDraft(draft, {}, ""), Plan(NEW, train=config), out, log)
+    job.features("features", [*heldout, *train])
+    job.train(train, heldout)
+    record = heldout_record(job.draft, target, heldout, job.store, config.gamma, coverage=covered)
+    job.save_whole(out / "draft", heldout=record)
+    return record
+
+
+def choose_vocabulary(rows: Sequence[Row], size: int, vocab_size: int) -> tuple[list[int], float]:
+    """The ``size`` most frequent token ids of the responses, ascending, and the share of tokens they cover.
+
+    Ids that never occur fill up from the lowest on: byte-pair vocabularies number their commonest merges first.
+    Raises ``UserError`` when the target has fewer tokens.
+    """
+    if not 0 < size <= vocab_size:
+        raise UserError(f"a draft vocabulary of {size} does not fit a target of {vocab_size} tokens")
+    counts = torch.zeros(vocab_size, dtype=torch.long)
+    for row in rows:
+        counts += torch.bincount(torch.tensor(row.response_ids), minlength=vocab_size)
+    ordered = sorted(range(vocab_size), key=lambda i: (-int(counts[i]), i))[:size]
+    covered = float(counts[ordered].sum() / counts.sum().clamp(min=1))
+    return sorted(ordered), covered
+
+
+def heldout_record(
+    draft: Draft, target: Target, heldout: Sequence[Row], store: FeatureStore, gamma: int, **extra: Any
+) -> dict[str, Any]:
+    """The held-out acceptance of a draft as it is stored, in bfloat16; later probes take it as their reference."""
+    accepted = simulate_greedy_chain(half(draft).float(), target, heldout, store, gamma)
+    tau = tau_interval(accepted, {row.key: anchors(row) for row in heldout})
+    return {"tau": tau, "gamma": gamma, "sampler": "greedy, chain", "prompts": len(heldout), **extra}

@@ -14,17 +14,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from redraft.acceptance.simulate import simulate_greedy_chain
-from redraft.adaptation.config import adaptation
 from redraft.data.store import Row
-from redraft.drafts.base import Draft, Proposer, family_of
-from redraft.drafts.eagle3 import Eagle3Draft
-from redraft.drafts.groups import PrivateSize, prepare
+from redraft.drafts.base import Draft
+from redraft.drafts.groups import prepare
 from redraft.errors import UserError
+from redraft.evaluate.forecast import shipped
 from redraft.evaluate.speed import tau_interval
-from redraft.features.store import FeatureStore, anchors
+from redraft.features import FeatureStore
+from redraft.rows import anchors
+from redraft.settings.adapt import adaptation
+from redraft.settings.methods import PrivateSize
+from redraft.settings.training import TrainConfig
 from redraft.starts.apply import StartContext, apply_start
 from redraft.target import Target
-from redraft.train.trainer import TrainConfig, Trainer
+from redraft.train.trainer import Trainer
 
 METHOD, START = "lora", "vocabulary"
 # Few answers seen often, in small steps.
@@ -45,11 +48,12 @@ class Trial:
     seconds: float
 
 
-def check_trial(draft: Proposer) -> None:
-    """Raise ``UserError`` for a draft of a family that no trial adapts."""
-    if not isinstance(draft, Eagle3Draft):
+def check_trial(draft: Draft) -> None:
+    """Raise ``UserError`` for a draft of a family that there is no forecast for, which a trial would narrow."""
+    known = shipped().families
+    if draft.family not in known:
         raise UserError(
-            f"a trial adapts EAGLE-3 drafts, this one is of the family {family_of(draft)}; leave --trial out"
+            f"a trial adapts {' and '.join(known)} drafts, this one is of the family {draft.family}; leave --trial out"
         )
 
 

@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from redraft import provenance
+from redraft.adaptation.core import half
 from redraft.adaptation.models import open_draft
-from redraft.adaptation.stages import half
 from redraft.adaptation.steps import TargetSpec, check_output
-from redraft.artifact import atomic_write_json, save_draft
+from redraft.artifact import atomic_write_json
 from redraft.data.store import read_rows
+from redraft.drafts.files import save_draft
 from redraft.errors import UserError
-from redraft.features.store import anchors
 from redraft.loading import tokenizer_hash
+from redraft.rows import anchors
 from redraft.starts.vocabulary import Coverage, RefreshReport, coverage, refresh_vocabulary
 
 SCHEMA = "redraft.vocabulary/1"

@@ -19,18 +19,18 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import Tensor
-
 from redraft.data.answers import UnclearReply, reply_message
 from redraft.data.generate import Completion, Request, generate
-from redraft.data.prompts import Conversation, check_length, prompt_messages, template_ids, user_turns
+from redraft.data.prompts import Conversation, check_length, prompt_messages, user_turns
 from redraft.data.server import ServerEngine
 from redraft.data.store import CONTEXT_FULL, Failure, Row, RowWriter, failures_path, row_key, write_failures
-from redraft.data.template import at_moment, date_path, kept_moment, settings_of, writes_date
+from redraft.data.template import at_moment, date_path, kept_moment, settings_of, template_ids, writes_date
 from redraft.data.turns import RESULTS, Message
 from redraft.errors import UserError
-from redraft.sampling import Sampler
-from redraft.target import Target
+from redraft.features import FeatureKeeper, RowFeatures
+from redraft.settings.sampler import Sampler
+from redraft.shown import Shown, lines
+from redraft.target import Facts, Target
 
 __all__ = ["Engine", "InProcessEngine", "RegenerationReport", "ServerEngine", "expected_rows", "regenerate"]
 
@@ -42,15 +42,6 @@ FOREIGN_RESULT = (
     "the result of a tool stands before this turn, and it answers a call that the target did not make here; "
     "give the served traffic with --responses instead"
 )
-
-Kept = tuple[Row, Tensor, Tensor]
-"""A row with its taps [P + R - 2, K*H] and its final-norm states [R - 1, H], as its completion brought them."""
-
-
-class FeatureKeeper(Protocol):
-    """Takes features as they come; false when it has no room for them and wants no more."""
-
-    def put(self, found: Sequence[Kept]) -> bool: ...
 
 
 class Engine(Protocol):
@@ -87,7 +78,7 @@ class InProcessEngine:
 
 
 @dataclass
-class RegenerationReport:
+class RegenerationReport(Shown):
     """What a run did. Tokens are those of new rows; ``kept`` rows were there already, ``cut`` counts the new ones
     that ended because the engine's context was full."""
 
@@ -114,6 +105,9 @@ class RegenerationReport:
         if self.failures:
             parts.append(f"{len(self.failures):,} failed, listed in {failures_path(self.path)}")
         return ", ".join(parts)
+
+    def __rich__(self) -> Any:
+        return lines(self.summary())
 
 
 @dataclass
@@ -143,35 +137,29 @@ def expected_rows(conversations: Sequence[Conversation], samplers: Sequence[Samp
 def regenerate(
     engine: Engine,
     conversations: Sequence[Conversation],
-    tokenizer: Any,
+    target: Facts,
     samplers: Sequence[Sampler],
     out_path: str | Path,
     max_new_tokens: int,
-    seed: int,
-    target_hash: str,
+    seed: int = 0,
     progress: Callable[..., None] | None = None,
-    *,
-    eos_ids: Sequence[int] = (),
-    context: int | None = None,
     features: FeatureKeeper | None = None,
 ) -> RegenerationReport:
     """Answer every user turn under every sampler and append the rows to ``out_path``.
 
-    Rows that are there already are kept, and the run goes on behind them; they must come from the same target,
-    prompts, sampling settings and token limit. ``progress(rows done, tokens=new tokens)`` is called as rows
-    come in. ``eos_ids`` are the ids that end a response (the tokenizer's own where none are given), ``context`` is
-    the target's longest sequence. ``features`` takes the features that completions bring, for as long as its disk has
-    room. Whatever could not be answered is in the report and in ``<name>.failures.jsonl``; the next run tries it
-    again.
+    ``target`` is what ``engine`` runs; of it only the facts are read. Rows that are there already are kept, and the
+    run goes on behind them; they must come from the same target, prompts, sampling settings and token limit.
+    ``progress(rows done, tokens=new tokens)`` is called as rows come in. ``features`` takes the features that
+    completions bring, for as long as its disk has room. Whatever could not be answered is in the report and in
+    ``<name>.failures.jsonl``; the next run tries it again.
 
     Raises ``UserError`` for prompts that do not fit, stored rows that do not belong here, a server that stops
     answering (what was answered is kept), and when nothing at all could be answered.
     """
     _check_arguments(conversations, samplers, max_new_tokens)
-    ends = tuple(eos_ids) or (int(tokenizer.eos_token_id),)
     chains = [_Chain(conversation, sampler) for sampler in samplers for conversation in conversations]
-    with RowWriter(out_path) as writer, at_moment(tokenizer, _moment(tokenizer, writer)):
-        run = _Run(engine, tokenizer, ends, context, max_new_tokens, seed, target_hash, writer, progress, features)
+    with RowWriter(out_path) as writer, at_moment(target.tokenizer, _moment(target.tokenizer, writer)):
+        run = _Run(engine, target, max_new_tokens, seed, writer, progress, features)
         run.check_stored()
         return run.finish(chains)
 
@@ -202,23 +190,21 @@ class _Run:
     def __init__(
         self,
         engine: Engine,
-        tokenizer: Any,
-        eos_ids: tuple[int, ...],
-        context: int | None,
+        target: Facts,
         max_new_tokens: int,
         seed: int,
-        target_hash: str,
         writer: RowWriter,
         progress: Callable[..., None] | None,
         features: FeatureKeeper | None,
     ) -> None:
-        self.engine, self.tokenizer, self.eos_ids, self.context = engine, tokenizer, eos_ids, context
-        self.max_new_tokens, self.seed, self.target_hash = max_new_tokens, seed, target_hash
+        self.engine, self.tokenizer = engine, target.tokenizer
+        self.eos_ids, self.context, self.target_hash = target.eos_ids, target.context, target.content_hash()
+        self.max_new_tokens, self.seed = max_new_tokens, seed
         self.writer, self.progress, self.features = writer, progress, features
         self.stored = {row.key: row for row in writer.rows}
         self.report = RegenerationReport(writer.path)
         self.buffer: list[Row] = []
-        self.kept: list[Kept] = []
+        self.kept: list[RowFeatures] = []
         self.kept_bytes = 0
         self.flushed = time.monotonic()
 
@@ -328,29 +314,19 @@ class _Run:
         self._reply(chain, row)
 
     def _take(self, chain: _Chain, completion: Completion) -> None:
-        request, sampler, reason = completion.request, chain.sampler, completion.finish_reason
+        prompt_ids, reason = list(completion.request.prompt_ids), completion.finish_reason
         if reason == "length" and len(completion.response_ids) < self.max_new_tokens:
             reason = CONTEXT_FULL
             self.report.cut += 1
-        row = Row(
-            id=chain.conversation.id,
-            prompt_ids=list(request.prompt_ids),
-            response_ids=completion.response_ids,
-            temperature=sampler.temperature,
-            top_k=sampler.top_k,
-            top_p=sampler.top_p,
-            seed=self.seed,
-            finish_reason=reason,
-            target_hash=self.target_hash,
-            turn=len(chain.replies),
-        )
+        drawn = completion.response_ids, chain.sampler, reason, self.target_hash
+        row = Row.of(chain.conversation.id, prompt_ids, *drawn, seed=self.seed, turn=len(chain.replies))
         self.buffer.append(row)
         self.report.new += 1
         self.report.prompt_tokens += len(row.prompt_ids)
         self.report.response_tokens += len(row.response_ids)
         self._reply(chain, row)
         if self.features is not None and completion.features is not None:
-            self.kept.append((row, *completion.features))
+            self.kept.append(RowFeatures(row, *completion.features))
             self.kept_bytes += sum(tensor.nbytes for tensor in completion.features)
         if self._due():
             self._flush()

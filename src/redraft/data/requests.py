@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Completion:
     """The answer to a request. ``finish_reason`` is ``stop`` (an end token, kept in the ids) or ``length``.
 
     ``features``, where they were asked for: taps [P + R - 2, K*H] and final-norm states [R - 1, H] of the positions
-    that :mod:`redraft.features.store` names; none for an answer of one token.
+    that :mod:`redraft.features` names; none for an answer of one token.
     """
 
     request: Request

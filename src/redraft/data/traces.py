@@ -30,19 +30,17 @@ from pathlib import Path
 from typing import Any
 
 from redraft.data.answers import answer_ids, continuation_ids
-from redraft.data.prompts import Turns, file_items, parse_conversation, stem_of
-from redraft.data.references import UNKNOWN_TEMPERATURE
-from redraft.data.store import TRAFFIC, Row
+from redraft.data.prompts import file_items, stem_of
+from redraft.data.shapes import TURN_KEYS, Turns, id_of, parse_conversation
+from redraft.data.store import TRAFFIC, UNKNOWN, Row
 from redraft.data.template import at_moment, date_matters
-from redraft.data.turns import ASSISTANT, RESULTS, THOUGHTS, USER, excerpt, parse_turn
+from redraft.data.turns import ASSISTANT, RESULTS, THOUGHTS, USER, excerpt, keys_of, parse_turn
 from redraft.errors import UserError
-
-__all__ = ["read_traces"]
+from redraft.settings.sampler import Sampler
 
 PROMPT_KEYS, RESPONSE_KEYS = ("prompt_ids", "prompt_token_ids"), ("response_ids", "token_ids")
 TEXT_KEYS = ("completion", "response")
 NESTED = ("choices", "outputs")
-TURN_KEYS = ("messages", "conversations", "conversation")
 # How servers call the end of a response: None is an end that is not the end token's.
 REASONS: dict[str, str | None] = {
     **dict.fromkeys(("stop", "eos_token", "tool_calls", "function_call"), "stop"),
@@ -130,29 +128,17 @@ def _row(reader: _Reader, item: Any, default_id: str) -> tuple[Row, bool]:
     reason, ended = _reason(record)
     prompt, response, bare = _ids(reader, record, default_id, ended)
     _check_usage(reader, record, prompt, response, ended)
-    response, finish = _cut(response, reason, reader)
+    finish = reason or ("stop" if response[-1] in reader.eos_ids else "length")
+    if reader.max_new_tokens is not None and len(response) > reader.max_new_tokens:
+        response, finish = response[: reader.max_new_tokens], "length"
     if reader.context is not None and len(prompt) + len(response) > reader.context:
         raise ValueError(
             f"{len(prompt) + len(response)} tokens do not fit into the target's context of {reader.context}, so it "
             "cannot have served them; is this the log of another model?"
         )
     id = next((record[key] for key in ("id", "request_id") if record.get(key) is not None), None)
-    if isinstance(id, bool) or not isinstance(id, str | int | None):
-        raise ValueError(f"the id must be text or a whole number, not {excerpt(id)}")
-    temperature, top_k, top_p = _sampler(record)
-    row = Row(
-        id=default_id if id is None or id == "" else str(id),
-        prompt_ids=prompt,
-        response_ids=response,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=0,
-        finish_reason=finish,
-        target_hash=reader.target_hash,
-        source=TRAFFIC,
-    )
-    return row, bare
+    sampler, name = _sampler(record), id_of(id, default_id)
+    return Row.of(name, prompt, response, sampler, finish, reader.target_hash, source=TRAFFIC), bare
 
 
 def _flat(item: dict[str, Any]) -> dict[str, Any]:
@@ -233,7 +219,7 @@ def _ids(reader: _Reader, record: dict[str, Any], default_id: str, ended: bool) 
         return prompt, response, not special.intersection(prompt[1:])
     raise ValueError(
         "no prompt_ids and response_ids, no messages that end with an answer, no prompt and completion among its keys: "
-        + (", ".join(sorted(map(str, record))[:8]) or "none")
+        + keys_of(record)
     )
 
 
@@ -259,7 +245,7 @@ def _from_messages(
     _check_round_trip(reader, "answer", answer["content"])
     _check_round_trip(reader, "thoughts of the answer", thoughts)
     with at_moment(reader.tokenizer, _served_at(reader, record, default_id, asked)):
-        counts = _counts(record)
+        counts = tuple(filter(None, [_usage(record, "completion_tokens")]))
         how: dict[str, Any] = {"cut": not ended, "served": True, "counts": counts}
         prompt, response, _ = answer_ids(reader.tokenizer, default_id, asked, answer, reader.eos_ids, **how)
     return prompt, _with_named_end(reader, record, response, ended)
@@ -353,12 +339,6 @@ def _usage(record: dict[str, Any], name: str) -> int | None:
     return value or None
 
 
-def _counts(record: dict[str, Any]) -> tuple[int, ...]:
-    """How many tokens the server counted in the response; empty where it says nothing."""
-    value = _usage(record, "completion_tokens")
-    return () if value is None else (value,)
-
-
 def _check_usage(reader: _Reader, record: dict[str, Any], prompt: list[int], response: list[int], ended: bool) -> None:
     """The server's own counts must agree: tools, system turns or arguments that it added are not in the record."""
     asked = _usage(record, "prompt_tokens")
@@ -368,10 +348,9 @@ def _check_usage(reader: _Reader, record: dict[str, Any], prompt: list[int], res
             "engine was sent something else (tools, a system turn, template arguments); log token ids instead"
         )
     # The end token may be counted and not given, or given and not counted.
-    body = len(response) - (response[-1] in reader.eos_ids)
-    for count in _counts(record):
-        if count not in ((body, body + 1) if ended else (len(response),)):
-            raise ValueError(f"usage says {count} tokens, but the response has {len(response)}; log token ids instead")
+    body, count = len(response) - (response[-1] in reader.eos_ids), _usage(record, "completion_tokens")
+    if count not in ((None, body, body + 1) if ended else (None, len(response))):
+        raise ValueError(f"usage says {count} tokens, but the response has {len(response)}; log token ids instead")
 
 
 def _check_spelling(reader: _Reader, response: list[int], said: str | dict[str, Any]) -> None:
@@ -402,17 +381,10 @@ def _check_round_trip(reader: _Reader, name: str, text: str) -> None:
         )
 
 
-def _cut(response: list[int], reason: str | None, reader: _Reader) -> tuple[list[int], str]:
-    limit = reader.max_new_tokens
-    if limit is not None and len(response) > limit:
-        return response[:limit], "length"
-    return response, reason or ("stop" if response[-1] in reader.eos_ids else "length")
-
-
-def _sampler(record: dict[str, Any]) -> tuple[float, int, float]:
-    """(temperature, top-k, top-p) as recorded; a temperature of 1 where none is."""
+def _sampler(record: dict[str, Any]) -> Sampler:
+    """As recorded; a temperature of 1 where none is."""
     found = []
-    ranges = (("temperature", UNKNOWN_TEMPERATURE, 0.0, math.inf), ("top_k", 0, -1, math.inf), ("top_p", 1.0, 0.0, 1))
+    ranges = (("temperature", UNKNOWN.temperature, 0.0, math.inf), ("top_k", 0, -1, math.inf), ("top_p", 1.0, 0.0, 1))
     for name, default, least, most in ranges:
         value = record.get(name)
         value = default if value is None else value
@@ -422,4 +394,4 @@ def _sampler(record: dict[str, Any]) -> tuple[float, int, float]:
             raise ValueError(f"{name} must be a {'whole ' if name == 'top_k' else ''}number of {upto}, not {value!r}")
         found.append(value)
     # Engines write "no limit" as -1 or 0.
-    return float(found[0]), max(0, int(found[1])), float(found[2]) or 1.0
+    return Sampler(float(found[0]), max(0, int(found[1])), float(found[2]) or 1.0)

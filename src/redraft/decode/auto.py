@@ -14,21 +14,19 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from redraft.acceptance.simulate import walk
-from redraft.decode.engine import PlainDecoder, SpeculativeDecoder, _Uniforms
-from redraft.decode.standalone import DraftKeys
-from redraft.drafts.base import Proposer
-from redraft.drafts.standalone import StandaloneDraft
+from redraft.decode.engine import PlainDecoder, SpeculativeDecoder
+from redraft.decode.make import make_decoder
+from redraft.decode.requests import Uniforms
+from redraft.drafts.base import Draft
 from redraft.errors import UserError
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
+from redraft.settings.shapes import ChainShape, DynamicTree, Shape, StaticTree
 from redraft.target import Target
-
-if TYPE_CHECKING:
-    from redraft.decode.tree import Shape
 
 # Chains whose rounds are timed; costs of the lengths between them are interpolated.
 TIMED_CHAINS = (1, 2, 4, 8)
@@ -115,7 +113,7 @@ class Pick:
 # -- costs -----------------------------------------------------------------------------------------------------------
 def measure_costs(
     target: Target,
-    draft: Proposer,
+    draft: Draft,
     prompt_ids: Sequence[int],
     gammas: Sequence[int] = TIMED_CHAINS,
     shapes: Sequence[Shape] = (),
@@ -128,9 +126,6 @@ def measure_costs(
     Every repeat times every shape once before the next begins, so that a machine that slows down slows all alike.
     Raises ``UserError`` when the draft does not fit the target or a shape does not go with the sampler.
     """
-    from redraft.decode import make_decoder
-    from redraft.decode.tree import ChainShape
-
     every = [*(ChainShape(gamma) for gamma in sorted(set(gammas))), *shapes]
     decoders = [make_decoder(target, draft, shape, sampler, greedy_drafts) for shape in every]
     plain = _plain_step(PlainDecoder(target, sampler), prompt_ids)
@@ -162,7 +157,7 @@ def _synchronise(target: Target) -> None:
 def _plain_step(decoder: PlainDecoder, prompt_ids: Sequence[int]) -> Callable[[], float]:
     """A function that runs the same plain step again and again and says how long it took."""
     target = decoder.target
-    cache, uniforms = target.new_cache(len(prompt_ids) + 1), _Uniforms(0, target.device)
+    cache, uniforms = target.new_cache(len(prompt_ids) + 1), Uniforms(0, target.device)
     target.forward(torch.tensor([list(prompt_ids)], device=target.device), cache, taps=False)
     before, last = cache.length, prompt_ids[-1]
 
@@ -182,36 +177,25 @@ def _plain_step(decoder: PlainDecoder, prompt_ids: Sequence[int]) -> Callable[[]
 @torch.inference_mode()
 def _round(decoder: SpeculativeDecoder, prompt_ids: Sequence[int]) -> Callable[[], RoundCost]:
     """A function that runs the same round again and again and says what it cost."""
-    target, draft = decoder.target, decoder.draft
-    uniforms = _Uniforms(0, target.device)
-    if target.taps != draft.config.taps:
-        target.tap(draft.config.taps)
-    cache, draft_cache = decoder.new_caches(len(prompt_ids) + 2)
-    prompt = torch.tensor(list(prompt_ids), device=target.device)
-    step = target.forward(prompt[None], cache)
-    assert step.taps_BTKH is not None
-    first = decoder.choose(target.logits(step.hidden_BTH[0, -1]), uniforms)
-    ids_T, taps_T = decoder.known(torch.cat([prompt, prompt.new_tensor([first])])), step.taps_BTKH[0]
+    request = decoder.prefill(prompt_ids, decoder.proposals + 1)
     # The prompt but its last pair goes in beforehand: a round in the middle of a response has a few pairs, not these.
-    if isinstance(draft_cache, DraftKeys):
-        draft.states(ids_T[None, :-1], draft_cache)
-        draft_cache.verified = draft_cache.length
-    elif len(ids_T) > 1:
-        positions = torch.arange(len(ids_T) - 1, device=ids_T.device)
-        draft(draft.embed(ids_T[:-1], target.embedding), draft.fuse(taps_T[:-1]), positions, draft_cache.attend)
-    before, drafted = cache.length, draft_cache.length
+    ids_T, taps_T = request.new_ids_T, request.new_taps_T
+    if len(taps_T) > 1:
+        request.new_ids_T, request.new_taps_T = ids_T[:-1], taps_T[:-1]
+        decoder.propose(request)
+        ids_T, taps_T = ids_T[-1:], taps_T[-1:]
+        request.proposer.rollback(request.proposer.verified)
+    before, drafted = request.cache.length, request.proposer.verified
 
     @torch.inference_mode()
     def run() -> RoundCost:
-        _synchronise(target)
+        request.new_ids_T, request.new_taps_T = ids_T, taps_T
+        _synchronise(decoder.target)
         start = time.perf_counter()
-        record, _, _ = decoder.round(first, ids_T[-1:], taps_T[-1:], draft_cache, cache, decoder.proposals, uniforms)
+        record = decoder.round(request)
         seconds = time.perf_counter() - start
-        cache.rollback(before)
-        if isinstance(draft_cache, DraftKeys):
-            draft_cache.restart(drafted)
-        else:
-            draft_cache.length = drafted
+        request.cache.rollback(before)
+        request.proposer.rollback(drafted)
         return RoundCost(record.draft_seconds, seconds - record.draft_seconds)
 
     return run
@@ -248,8 +232,6 @@ def default_trees(sampler: Sampler | None = None, greedy_drafts: bool = False) -
     A small and a full dynamic one (EAGLE-2's, arXiv 2406.16858); where drafts are sampled, which rules those out, a
     static one that is widest at its root.
     """
-    from redraft.decode.tree import DynamicTree, StaticTree
-
     if greedy_drafts or sampler is None or sampler.greedy:
         return [DynamicTree(depth=4, top_k=4, nodes=12), DynamicTree(depth=5, top_k=10, nodes=60)]
     paths = ((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 0, 1), (0, 0, 0, 0))
@@ -258,7 +240,7 @@ def default_trees(sampler: Sampler | None = None, greedy_drafts: bool = False) -
 
 def pick_shape(
     target: Target,
-    draft: Proposer,
+    draft: Draft,
     prompts: Sequence[Sequence[int]],
     run_lengths: Sequence[Sequence[int]] | None = None,
     longest: int = 8,
@@ -273,20 +255,17 @@ def pick_shape(
     ``run_lengths`` (of greedy responses, capped at ``longest`` or later) spares decoding chains of a greedy target;
     without them, and always when the target samples, the timed chains are decoded. ``prompts`` are decoded by every
     shape whose tau is not known otherwise, the first one also carries the timings. ``trees`` are
-    :func:`default_trees` unless given; an empty list means chains only, and so does a standalone draft.
+    :func:`default_trees` unless given; an empty list means chains only, and so does a family that grows no trees.
 
     Raises ``UserError`` without prompts, for ``longest`` below 1, or when answers are too short to measure.
     """
-    from redraft.decode import make_decoder
-    from redraft.decode.tree import ChainShape
-
     if not prompts:
         raise UserError("gamma=auto needs prompts to measure on; give at least one")
     if longest < 1:
         raise UserError(f"the longest chain to try must have at least 1 token, not {longest}")
     timed = sorted({gamma for gamma in TIMED_CHAINS if gamma < longest} | {longest})
     if trees is None:
-        trees = () if isinstance(draft, StandaloneDraft) else default_trees(sampler, greedy_drafts)
+        trees = default_trees(sampler, greedy_drafts) if draft.grows_trees else ()
     costs = measure_costs(target, draft, prompts[0], timed, trees, sampler, greedy_drafts)
     greedy = sampler is None or sampler.greedy
     walked = run_lengths if greedy and run_lengths is not None and any(map(len, run_lengths)) else None

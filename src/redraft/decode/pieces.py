@@ -11,7 +11,7 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
-from redraft.decode.engine import Generation, Round
+from redraft.decode.requests import Generation, Round
 
 WINDOW = 8
 

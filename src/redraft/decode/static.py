@@ -24,57 +24,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from redraft.decode.engine import ChainDecoder, DraftCache, _Uniforms
+from redraft.decode.engine import ChainDecoder
 from redraft.drafts.base import Draft
+from redraft.drafts.proposing import ChainProposer
 from redraft.errors import UserError
-from redraft.sampling import Sampler
+from redraft.graphs import Recorded
+from redraft.settings.sampler import Sampler
 from redraft.target import FixedLayer, KeyValueCache, Target, TargetStep
 from redraft.target.structure import length_bound_ropes
-
-WARM_UPS = 3
-
-
-def graphs_available(device: torch.device) -> bool:
-    """Whether steps on this device can be recorded as graphs: CUDA devices only."""
-    return device.type == "cuda" and torch.cuda.is_available()
-
-
-class Recorded:
-    """A function of fixed input buffers: recorded at its first call and replayed afterwards, where graphs exist.
-
-    Inputs are copied into the buffers, outputs are copied out, so a caller may keep what it gets. Without graphs the
-    function runs eagerly on the same buffers.
-    """
-
-    def __init__(self, function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor]) -> None:
-        self.function = function
-        self.inputs = tuple(one.clone() for one in inputs)
-        self.graph: Any = None
-        self.outputs: tuple[Tensor, ...] = ()
-        if graphs_available(self.inputs[0].device):
-            self._record()
-
-    def _record(self) -> None:
-        # Streams belong to the current device, which need not be the one that the tensors are on: what runs on another
-        # is not recorded. Kernels choose their algorithms and workspaces on first use, before recording.
-        with torch.cuda.device(self.inputs[0].device):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(WARM_UPS):
-                    self.function(*self.inputs)
-            torch.cuda.current_stream().wait_stream(side)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, stream=side):
-                self.outputs = self.function(*self.inputs)
-
-    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        for buffer, value in zip(self.inputs, inputs, strict=True):
-            buffer.copy_(value)
-        if self.graph is None:
-            return self.function(*self.inputs)
-        self.graph.replay()
-        return tuple(one.clone() for one in self.outputs)
 
 
 # -- the target ------------------------------------------------------------------------------------------------------
@@ -146,7 +103,7 @@ class StaticTarget(Target):
         self.widths = tuple(sorted(set(widths)))
         self.smallest = capacity
         self.static_cache: StaticCache | None = None
-        self.steps: dict[tuple[int, bool, bool], Recorded] = {}
+        self.steps: dict[tuple[int, bool], Recorded] = {}
 
     def tap(self, taps: Sequence[int]) -> None:
         super().tap(taps)
@@ -173,51 +130,33 @@ class StaticTarget(Target):
         """As :meth:`redraft.target.Target.forward`; static when ``cache`` is this target's and the step is short."""
         tokens = ids_BT.shape[1]
         ours = cache if isinstance(cache, StaticCache) and cache is self.static_cache else None
-        # The first pass allocates the buffers, which no recording may do.
-        if ours is None or not ours.length or tokens > self.widths[-1]:
+        # The first pass allocates the buffers, which no recording may do; a mask is a tree's, which has no fixed shape.
+        if ours is None or not ours.length or tokens > self.widths[-1] or mask_B1TC is not None:
             return super().forward(ids_BT, cache, positions_BT, mask_B1TC, taps)
         width = next(w for w in self.widths if w >= tokens)
-        inputs = self._inputs(ids_BT, ours, positions_BT, mask_B1TC, width)
-        key = (width, mask_B1TC is not None, taps)
-        if key not in self.steps:
-            self.steps[key] = Recorded(self._step(ours, taps, mask_B1TC is not None), inputs)
-        hidden, *fused = self.steps[key](*inputs)
+        inputs = self._inputs(ids_BT, ours, width)
+        if (width, taps) not in self.steps:
+            self.steps[width, taps] = Recorded(self._step(ours, taps), inputs)
+        hidden, *fused = self.steps[width, taps](*inputs)
         for layer in ours.layers:
             layer.length += tokens
         return TargetStep(hidden[:, :tokens], fused[0][:, :tokens] if fused else None)
 
-    def _inputs(
-        self, ids_BT: Tensor, cache: StaticCache, positions_BT: Tensor | None, mask_B1TC: Tensor | None, width: int
-    ) -> list[Tensor]:
-        """Ids [1, W], columns [W] and, with a mask, positions [1, W] and mask [1, 1, W, C], padded to the width."""
+    def _inputs(self, ids_BT: Tensor, cache: StaticCache, width: int) -> list[Tensor]:
+        """Ids [1, W] and columns [W], padded to the width."""
         tokens, start = ids_BT.shape[1], cache.length
         if start + width > cache.capacity:
             raise ValueError(f"cache of {cache.capacity} tokens cannot hold {start + width}, padding included")
-        ids_1W = F.pad(ids_BT, (0, width - tokens))
-        at_W = torch.arange(start, start + width, device=ids_BT.device)
-        if mask_B1TC is None:
-            return [ids_1W, at_W]
-        positions_1W = at_W[None].clone()
-        if positions_BT is not None:
-            positions_1W[:, :tokens] = positions_BT
-        mask_11WC = torch.zeros(1, 1, width, cache.capacity, dtype=torch.bool, device=ids_BT.device)
-        mask_11WC[..., :tokens, : start + tokens] = mask_B1TC
-        # Padding sees something: some kernels make NaN of a row without any key, and NaN keys poison every later step.
-        mask_11WC[..., tokens:, :1] = True
-        return [ids_1W, at_W, positions_1W, mask_11WC]
+        return [F.pad(ids_BT, (0, width - tokens)), torch.arange(start, start + width, device=ids_BT.device)]
 
-    def _step(self, cache: StaticCache, taps: bool, masked: bool) -> Callable[..., tuple[Tensor, ...]]:
+    def _step(self, cache: StaticCache, taps: bool) -> Callable[..., tuple[Tensor, ...]]:
         forward = super().forward
 
-        def step(
-            ids_1W: Tensor, at_W: Tensor, positions_1W: Tensor | None = None, mask_11WC: Tensor | None = None
-        ) -> tuple[Tensor, ...]:
-            if not masked:
-                positions_1W = at_W[None]
-                mask_11WC = (torch.arange(cache.capacity, device=at_W.device) <= at_W[:, None])[None, None]
+        def step(ids_1W: Tensor, at_W: Tensor) -> tuple[Tensor, ...]:
+            mask_11WC = (torch.arange(cache.capacity, device=at_W.device) <= at_W[:, None])[None, None]
             cache.place(at_W)
             try:
-                found = forward(ids_1W, cache, positions_1W, mask_11WC, taps)
+                found = forward(ids_1W, cache, at_W[None], mask_11WC, taps)
             finally:
                 cache.place(None)
             return (found.hidden_BTH,) if found.taps_BTKH is None else (found.hidden_BTH, found.taps_BTKH)
@@ -246,75 +185,17 @@ class StaticChainDecoder(ChainDecoder):
         Raises ``UserError`` when the draft does not fit the target, or for a gamma below 1.
         """
         super().__init__(target, draft, gamma, sampler, greedy_drafts=greedy_drafts)
-        self.static_target = StaticTarget(target, (1, gamma + 1), capacity + gamma + 1)
-        self.target = self.static_target
+        self.target = StaticTarget(target, (1, gamma + 1), capacity + gamma + 1)
         self.smallest = capacity
-        self.draft_cache: DraftCache | None = None
-        self.chain: Recorded | None = None
+        self.kept: ChainProposer | None = None
 
-    def new_caches(self, tokens: int) -> tuple[StaticCache, DraftCache]:
+    def new_proposer(self, tokens: int) -> ChainProposer:
+        """The one proposer that graphs know, emptied; a larger one when the text is longer than ever."""
+        if not self.fixed:
+            return super().new_proposer(tokens)
         # A round feeds at most gamma + 1 pairs, padded, and then gamma - 1 guesses behind the real ones.
         needed = max(tokens, self.smallest) + 2 * self.gamma
-        if self.draft_cache is None or self.draft_cache.keys.shape[1] < needed:
-            self.draft_cache = DraftCache(self.draft, needed)
-            self.draft_cache.keys.zero_()
-            self.draft_cache.values.zero_()
-            # The table of angles must not grow while a graph is recorded, nor move afterwards.
-            self.draft.rotary.grow(needed, self.target.device)
-            self.chain = None
-        self.draft_cache.length = 0
-        return self.static_target.new_cache(tokens + self.gamma), self.draft_cache
-
-    def propose(
-        self, ids_T: Tensor, taps_T: Tensor, cache: DraftCache, gamma: int, uniforms: _Uniforms
-    ) -> tuple[list[int], Tensor | None]:
-        if not self.fixed or self.measure_overlap:
-            return super().propose(ids_T, taps_T, cache, gamma, uniforms)
-        draft, width = self.draft, self.gamma + 1
-        if len(ids_T) > width:  # a prompt: all pairs but the last go in dynamically
-            before = torch.arange(cache.length, cache.length + len(ids_T) - 1, device=ids_T.device)
-            draft(draft.embed(ids_T[:-1], self.target.embedding), draft.fuse(taps_T[:-1]), before, cache.attend)
-            ids_T, taps_T = ids_T[-1:], taps_T[-1:]
-        tokens = len(ids_T)
-        inputs = [
-            F.pad(ids_T, (0, width - tokens)),
-            F.pad(taps_T, (0, 0, 0, width - tokens)),
-            torch.tensor([cache.length, tokens], device=ids_T.device),
-        ]
-        if self.chain is None:
-            self.chain = Recorded(self._chain_step(cache), inputs)
-        (proposed,) = self.chain(*inputs)
-        cache.length += tokens
-        return proposed[:gamma].tolist(), None
-
-    def _chain_step(self, cache: DraftCache) -> Callable[..., tuple[Tensor, ...]]:
-        """Verified pairs in, gamma proposals out. ``place`` holds the pairs cached before and the new ones."""
-        draft, embedding, gamma = self.draft, self.target.embedding, self.gamma
-        assert draft.rotary.table is not None
-        cosines, sines = draft.rotary.table
-        columns = torch.arange(cache.keys.shape[1], device=cache.keys.device)
-        steps = torch.arange(gamma + 1, device=cache.keys.device)
-
-        def feed(embeds_TH: Tensor, states_TH: Tensor, at_T: Tensor) -> Tensor:
-            def attend(query_TQD: Tensor, key_TKD: Tensor, value_TKD: Tensor) -> Tensor:
-                cache.keys.index_copy_(1, at_T, key_TKD.transpose(0, 1))
-                cache.values.index_copy_(1, at_T, value_TKD.transpose(0, 1))
-                query_1QTD, mask_TC = query_TQD.transpose(0, 1)[None], columns <= at_T[:, None]
-                keys, values = cache.keys[None], cache.values[None]
-                mixed = F.scaled_dot_product_attention(query_1QTD, keys, values, attn_mask=mask_TC, enable_gqa=True)
-                return mixed[0].transpose(0, 1)
-
-            # Looked up by tensor: the module's own call asks how far the table must reach, which stops the device.
-            return draft.midlayer(embeds_TH, states_TH, (cosines[at_T], sines[at_T]), attend)
-
-        def chain(ids_W: Tensor, taps_WF: Tensor, place: Tensor) -> tuple[Tensor, ...]:
-            states_WH = feed(draft.embed(ids_W, embedding), draft.fuse(taps_WF), place[:1] + steps)
-            states_1H = states_WH.index_select(0, place[1:] - 1)
-            verified, tokens = place[:1] + place[1:], list[Tensor]()
-            for i in range(gamma):
-                tokens.append(self.vocabulary.index_select(0, draft.logits(states_1H).argmax(-1)))
-                if i + 1 < gamma:
-                    states_1H = feed(draft.embed(tokens[-1], embedding), draft.carry(states_1H), verified + i)
-            return (torch.cat(tokens),)
-
-        return chain
+        if self.kept is None or self.kept.capacity < needed:
+            self.kept = self.draft.static_proposer(self.target, needed, self.gamma)
+        self.kept.rollback(0)
+        return self.kept

@@ -15,19 +15,22 @@ width, D draft vocabulary, V target vocabulary, C cached and new positions, S no
 
 from __future__ import annotations
 
-import functools
-import time
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from redraft.decode.accept import accept_trees, draw_siblings, follow_tree
-from redraft.decode.engine import DraftCache, Round, SpeculativeDecoder, _Uniforms
-from redraft.decode.tree import DynamicTree, Path, StaticTree, Topology, check_drafts
+from redraft.decode.engine import SpeculativeDecoder
+from redraft.decode.requests import Request, Round, Uniforms
+from redraft.decode.tree import Topology
 from redraft.drafts.base import Draft
-from redraft.sampling import Sampler, warp
-from redraft.target import KeyValueCache, Target
+from redraft.drafts.proposing import TreeProposer
+from redraft.errors import UserError
+from redraft.sampling import warp
+from redraft.settings.sampler import Sampler
+from redraft.settings.shapes import DynamicTree, Path, StaticTree, check_drafts
+from redraft.target import Target
 
 
 @dataclass
@@ -70,85 +73,52 @@ class TreeDecoder(SpeculativeDecoder):
         sampler: Sampler | None = None,
         greedy_drafts: bool = False,
     ) -> None:
-        """Raises ``UserError`` when the draft does not fit the target, for sampled drafts in a dynamic tree, and for a
-        target whose text is not its own under a tree's mask."""
+        """Raises ``UserError`` when the draft does not fit the target or grows no trees, for sampled drafts in a
+        dynamic tree, and for a target whose text is not its own under a tree's mask."""
+        if not draft.grows_trees:
+            what, use = f"{draft.family} draft proposes chains", f"use chain:{shape.depth}"
+            raise UserError(f"a {what}, not a {shape.describe()}; {use}")
         target.require("masked")
         super().__init__(target, draft, sampler, greedy_drafts)
         check_drafts(shape, self.fixed)
         self.shape = shape
         if isinstance(shape, DynamicTree):
-            self.fan = min(shape.top_k, draft.config.draft_vocab_size)
+            self.fan = min(shape.top_k, len(self.vocabulary))
             self.proposals, self.guesses = shape.nodes, (shape.depth - 1) * shape.top_k
         else:
             self.fans = shape.fans()
             self.proposals, self.guesses = len(shape.paths), len(self.fans) - 1
 
-    def new_caches(self, tokens: int) -> tuple[KeyValueCache, DraftCache]:
+    def new_proposer(self, tokens: int) -> TreeProposer:
         device = self.target.device
         self.target_mask = TreeMask(self.proposals + 1, tokens + self.proposals, device)
         self.draft_mask = TreeMask(max(1, self.guesses), tokens + self.guesses, device)
         # Row i + 1: which of this round's fed nodes the i-th one sees. Row 0 is the root, which sees none of them.
         self.seen_SS = torch.zeros(self.guesses + 1, self.guesses, dtype=torch.bool, device=device)
-        return super().new_caches(tokens)
-
-    def round(
-        self,
-        last: int,
-        ids_T: Tensor,
-        taps_T: Tensor,
-        draft_cache: DraftCache,
-        cache: KeyValueCache,
-        room: int,
-        uniforms: _Uniforms,
-    ) -> tuple[Round, Tensor, Tensor]:
-        start = time.perf_counter()
-        proposal = self.propose(ids_T, taps_T, draft_cache, room, uniforms)
-        drafted = time.perf_counter()
-        record, ids_T, taps_T = self.verify(last, proposal, cache, uniforms)
-        record.draft_seconds = drafted - start
-        record.verify_seconds = time.perf_counter() - drafted
-        return record, ids_T, taps_T
+        return super().new_proposer(tokens)
 
     # -- drafting --------------------------------------------------------------------------------------------------
-    def propose(self, ids_T: Tensor, taps_T: Tensor, cache: DraftCache, room: int, uniforms: _Uniforms) -> Proposal:
-        """Feed the newly verified pairs, then grow the tree, at most ``room`` tokens deep."""
-        draft = self.draft
-        verified = cache.length + len(ids_T)
-        positions = torch.arange(cache.length, verified, device=ids_T.device)
-        embeds = draft.embed(ids_T, self.target.embedding)
-        state_1H = draft(embeds, draft.fuse(taps_T), positions, cache.attend)[-1:]
-        depth = min(self.shape.depth, room)
+    def propose(self, request: Request) -> Proposal:
+        """Feed the newly verified pairs, then grow the tree, at most as deep as there is room."""
+        state_1H = request.proposer.feed(request.new_ids_T, request.new_taps_T)
+        depth, self.fed = min(self.shape.depth, request.room), 0
         if isinstance(self.shape, DynamicTree):
-            proposal = self.grow_dynamic(state_1H, depth, cache, verified)
-        else:
-            proposal = self.grow_static(state_1H, depth, cache, verified, uniforms)
-        cache.length = verified
-        return proposal
+            return self.grow_dynamic(state_1H, depth, request.proposer)
+        return self.grow_static(state_1H, depth, request.proposer, request.uniforms)
 
-    def feed(
-        self,
-        tokens_F: Tensor,
-        parent_states_FH: Tensor,
-        parents_F: Tensor,
-        depth: int,
-        cache: DraftCache,
-        verified: int,
+    def expand(
+        self, tokens_F: Tensor, parent_states_FH: Tensor, parents_F: Tensor, depth: int, proposer: TreeProposer
     ) -> tuple[Tensor, Tensor]:
-        """States [F, H] of guessed nodes at this depth, and their rows [F] in ``seen_SS``; ``parents`` are rows too.
-
-        Position ``verified`` is the first after the verified pairs; a node at depth 1 stands there.
-        """
-        draft, new, used = self.draft, len(tokens_F), cache.length - verified
+        """States [F, H] of guessed nodes at this depth, and their rows [F] in ``seen_SS``; ``parents`` are rows too."""
+        new, used = len(tokens_F), self.fed
         slots_F = torch.arange(used, used + new, device=tokens_F.device)
         self.seen_SS[used + 1 : used + 1 + new] = self.seen_SS[parents_F]
         self.seen_SS[slots_F + 1, slots_F] = True
-        mask = self.draft_mask.over(verified, self.seen_SS[used + 1 : used + 1 + new, : used + new])
-        attend = functools.partial(cache.attend, mask_TC=mask)
-        positions_F = torch.full_like(slots_F, verified + depth - 1)
-        embeds_FH = draft.embed(tokens_F, self.target.embedding)
-        return draft(embeds_FH, draft.carry(parent_states_FH), positions_F, attend), slots_F + 1
+        self.fed += new
+        mask = self.draft_mask.over(proposer.verified, self.seen_SS[used + 1 : used + 1 + new, : used + new])
+        return proposer.expand(tokens_F, parent_states_FH, depth, mask), slots_F + 1
 
-    def grow_dynamic(self, state_1H: Tensor, depth: int, cache: DraftCache, verified: int) -> Proposal:
+    def grow_dynamic(self, state_1H: Tensor, depth: int, proposer: TreeProposer) -> Proposal:
         """Expand the best nodes of each level, then keep the best candidates of all levels.
 
         Candidate c of a level is child c mod fan of the level's fed node c // fan; numbered over all levels from 1.
@@ -166,9 +136,7 @@ class TreeDecoder(SpeculativeDecoder):
             if level < depth:
                 best_F = scores[-1].sort(descending=True, stable=True).indices[: self.shape.top_k]
                 fed_F = best_F // fan
-                states_FH, rows_F = self.feed(
-                    tokens[-1][best_F], states_FH[fed_F], rows_F[fed_F], level, cache, verified
-                )
+                states_FH, rows_F = self.expand(tokens[-1][best_F], states_FH[fed_F], rows_F[fed_F], level, proposer)
                 scores_F, numbers_F = scores[-1][best_F], best_F + total + 1
             total += len(tokens[-1])
         # Stable, so that of equals the parent, which has the smaller number, goes first.
@@ -180,9 +148,7 @@ class TreeDecoder(SpeculativeDecoder):
         kept_tokens, kept_parents = pair.tolist()
         return Proposal(kept_tokens, Topology(kept_parents))
 
-    def grow_static(
-        self, state_1H: Tensor, depth: int, cache: DraftCache, verified: int, uniforms: _Uniforms
-    ) -> Proposal:
+    def grow_static(self, state_1H: Tensor, depth: int, proposer: TreeProposer, uniforms: Uniforms) -> Proposal:
         """Fill the shape's places level by level. Places for which the draft has no token left stay out."""
         device = state_1H.device
         tokens, parents, rows, probs = list[int](), list[int](), [0], list[Tensor]()
@@ -209,15 +175,13 @@ class TreeDecoder(SpeculativeDecoder):
                 break
             fed_F = torch.tensor(sources, device=device)
             tokens_F = torch.tensor([tokens[node - 1] for _, node in inner], device=device)
-            states_FH, rows_F = self.feed(tokens_F, states_FH[fed_F], rows_F[fed_F], deep, cache, verified)
+            states_FH, rows_F = self.expand(tokens_F, states_FH[fed_F], rows_F[fed_F], deep, proposer)
             level = inner
         if not probs:
             return Proposal(tokens, Topology(parents))
         return Proposal(tokens, Topology(parents), torch.cat(probs), torch.tensor(rows, device=device))
 
-    def siblings(
-        self, states_FH: Tensor, fans: list[int], uniforms: _Uniforms
-    ) -> tuple[list[list[int]], Tensor | None]:
+    def siblings(self, states_FH: Tensor, fans: list[int], uniforms: Uniforms) -> tuple[list[list[int]], Tensor | None]:
         """The children of each node, at most ``fans[i]`` of the i-th, and what sampled ones were drawn from [F, D]."""
         logits_FD = self.draft.logits(states_FH)
         most = min(max(fans), logits_FD.shape[-1])
@@ -230,29 +194,23 @@ class TreeDecoder(SpeculativeDecoder):
         return [[token for token in row[:fan] if token >= 0] for row, fan in zip(ids, fans, strict=True)], probs_FD
 
     # -- verification ----------------------------------------------------------------------------------------------
-    def verify(
-        self, last: int, proposal: Proposal, cache: KeyValueCache, uniforms: _Uniforms
-    ) -> tuple[Round, Tensor, Tensor]:
-        """One target pass over the last token and all nodes; keeps the path that the rule accepts.
-
-        Returns the round, and the ids and taps of the newly verified pairs.
-        """
-        target, tree, before = self.target, proposal.tree, cache.length
-        ids_N = torch.tensor([last, *proposal.tokens], device=target.device)
+    def verify(self, request: Request, proposal: Proposal) -> Round:
+        """One target pass over the last token and all nodes; keeps the path that the rule accepts."""
+        target, tree, cache, before = self.target, proposal.tree, request.cache, request.cache.length
+        ids_N = torch.tensor([request.ids[-1], *proposal.tokens], device=target.device)
         positions_N = torch.tensor(tree.depths, device=target.device) + before
         mask_NC = self.target_mask.over(before, tree.mask(target.device))
         step = target.forward(ids_N[None], cache, positions_N[None], mask_NC[None, None])
         assert step.taps_BTKH is not None
-        path, following = self.decide(target.logits(step.hidden_BTH[0]), ids_N, proposal, uniforms)
+        path, following = self.decide(target.logits(step.hidden_BTH[0]), ids_N, proposal, request.uniforms)
         cache.compact(before, [0, *path])
         kept = [*(proposal.tokens[node - 1] for node in path), following]
+        request.new_ids_T = torch.tensor(kept, device=target.device)
+        request.new_taps_T = step.taps_BTKH[0, [0, *path]]
         full = tree.leaf(path[-1] if path else 0)
-        record = Round(proposal.tokens, len(path), kept, 0.0, 0.0, depth=tree.depth, full=full)
-        return record, torch.tensor(kept, device=target.device), step.taps_BTKH[0, [0, *path]]
+        return Round(proposal.tokens, len(path), kept, depth=tree.depth, full=full)
 
-    def decide(
-        self, logits_NV: Tensor, ids_N: Tensor, proposal: Proposal, uniforms: _Uniforms
-    ) -> tuple[list[int], int]:
+    def decide(self, logits_NV: Tensor, ids_N: Tensor, proposal: Proposal, uniforms: Uniforms) -> tuple[list[int], int]:
         """Accepted nodes from the top and the token after them. Only rows that are visited are looked at."""
         tree = proposal.tree
         if self.fixed:

@@ -15,11 +15,12 @@ import torch
 from redraft.acceptance.simulate import check_own
 from redraft.data.store import Row
 from redraft.decode.accept import follow_tree
-from redraft.decode.engine import _Uniforms
-from redraft.decode.tree import DynamicTree, StaticTree
+from redraft.decode.requests import Request, Uniforms
 from redraft.decode.tree_engine import TreeDecoder
 from redraft.drafts.base import Draft
-from redraft.features.store import FeatureStore, anchors
+from redraft.features import FeatureSource
+from redraft.rows import anchors
+from redraft.settings.shapes import DynamicTree, StaticTree
 from redraft.target import Target
 
 
@@ -28,7 +29,7 @@ def simulate_tree(
     draft: Draft,
     target: Target,
     rows: Sequence[Row],
-    store: FeatureStore,
+    store: FeatureSource,
     shape: StaticTree | DynamicTree,
     max_new_tokens: int,
     progress: Callable[[int], None] | None = None,
@@ -50,19 +51,18 @@ def simulate_tree(
     return found
 
 
-def _rounds(decoder: TreeDecoder, row: Row, store: FeatureStore, max_new_tokens: int) -> list[int]:
+def _rounds(decoder: TreeDecoder, row: Row, store: FeatureSource, max_new_tokens: int) -> list[int]:
     """Accepted tokens of each round of one response; the first token comes from prefill."""
-    device = decoder.target.device
+    device, begin = decoder.target.device, len(row.prompt_ids)
     known = [*row.prompt_ids, *row.response_ids]
     ids_T, taps_TKF = torch.tensor(known, device=device), store.get(row)[0].to(device)
-    uniforms = _Uniforms(0, device)  # fixed proposals take none
-    _, cache = decoder.new_caches(len(row.prompt_ids) + max_new_tokens + 1)
-    begin, fed, at = len(row.prompt_ids), 0, len(row.prompt_ids) + 1
+    proposer, at = decoder.new_proposer(begin + max_new_tokens + 1), begin + 1
+    # Fixed proposals take no uniforms, and no target is run, so that it needs no cache.
+    new = ids_T[:at], taps_TKF[: at - 1]
+    request = Request(row.prompt_ids, max_new_tokens, Uniforms(0, device), None, proposer, known[begin:at], *new)
     accepted: list[int] = []
     while at < len(known):
-        proposal = decoder.propose(
-            ids_T[fed + 1 : at], taps_TKF[fed : at - 1], cache, max_new_tokens - (at - begin), uniforms
-        )
+        proposal = decoder.propose(request)
         future, depths = known[at:], proposal.tree.depths
 
         def choose(node: int, future: list[int] = future, depths: list[int] = depths) -> int:
@@ -70,5 +70,6 @@ def _rounds(decoder: TreeDecoder, row: Row, store: FeatureStore, max_new_tokens:
 
         path, _ = follow_tree(choose, proposal.tree.by_token(proposal.tokens))
         accepted.append(len(path))
-        fed, at = at - 1, at + len(path) + 1
+        fed, at = at, at + len(path) + 1
+        request.ids, request.new_ids_T, request.new_taps_T = known[begin:at], ids_T[fed:at], taps_TKF[fed - 1 : at - 1]
     return accepted

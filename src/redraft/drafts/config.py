@@ -1,14 +1,55 @@
-"""What the configs of all drafts that read the target's states have in common."""
+"""What the configs of all drafts have in common, and what a new draft takes over from its target's."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar, Self
 
-from torch import nn
-
-from redraft.drafts.layers import Linear
 from redraft.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftConfig:
+    """The shape of a draft: what it reads of the target, and the private parts that it carries.
+
+    A family adds its own fields, ``hidden_size``, ``draft_vocab_size`` and ``taps`` among them. Every field is written
+    into ``redraft.json``; one that is new needs a default, so that older files load.
+    """
+
+    # Fields that are tuples here and lists in JSON.
+    LISTS: ClassVar[tuple[str, ...]] = ("low_rank_on",)
+
+    private_width: int = 0
+    low_rank: int = 0
+    low_rank_on: tuple[str, ...] = ()
+    low_rank_alpha: float | None = None
+    private_experts: int = 1
+    private_active: int = 1
+    shared_experts: int = 1
+    shared_active: int = 1
+    balance: float = 0.0
+
+    def check_fit(self, target: Any) -> None:
+        """Raise ``UserError`` when a draft of this shape cannot sit on ``target``, of which sizes alone are asked."""
+        raise NotImplementedError
+
+    def dense(self) -> Self:
+        """The shape of the equal draft without private parts; a family widens its MLPs by ``private_width``."""
+        return replace(self, private_width=0, low_rank=0, low_rank_on=(), low_rank_alpha=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), **{name: list(getattr(self, name)) for name in self.LISTS}}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Raises ``UserError`` for unknown or missing keys."""
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        if unknown:
+            raise UserError(f"draft config has unknown keys: {', '.join(unknown)}; was it written by a newer redraft?")
+        try:
+            return cls(**{**values, **{name: tuple(values[name]) for name in cls.LISTS if name in values}})
+        except TypeError as error:
+            raise UserError(f"draft config is incomplete: {error}") from None
 
 
 def rope_of(config: Any) -> dict[str, Any]:
@@ -48,53 +89,3 @@ def inner_width(config: Any) -> int:
     """The inner width of a text model's MLPs, the first where layers differ."""
     width = config.intermediate_size
     return int(width[0] if isinstance(width, list | tuple) else width)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EagleConfig:
-    """The one decoder layer of an EAGLE draft, and the private parts that it carries."""
-
-    # Fields that are tuples here and lists in JSON.
-    LISTS: ClassVar[tuple[str, ...]] = ("low_rank_on",)
-
-    hidden_size: int
-    intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    target_vocab_size: int
-    rms_norm_eps: float = 1e-5
-    rope_parameters: dict[str, Any] = field(default_factory=lambda: {"rope_theta": 10000.0, "rope_type": "default"})
-    max_position_embeddings: int = 2048
-    attention_bias: bool = False
-    own_embedding: bool = False
-    private_width: int = 0
-    low_rank: int = 0
-    low_rank_on: tuple[str, ...] = ()
-    low_rank_alpha: float | None = None
-    private_experts: int = 1
-    private_active: int = 1
-    shared_experts: int = 1
-    shared_active: int = 1
-    balance: float = 0.0
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), **{name: list(getattr(self, name)) for name in self.LISTS}}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Raises ``UserError`` for unknown or missing keys."""
-        unknown = sorted(set(values) - {f.name for f in fields(cls)})
-        if unknown:
-            raise UserError(f"draft config has unknown keys: {', '.join(unknown)}; was it written by a newer redraft?")
-        try:
-            return cls(**{**values, **{name: tuple(values[name]) for name in cls.LISTS if name in values}})
-        except TypeError as error:
-            raise UserError(f"draft config is incomplete: {error}") from None
-
-    def attach_low_rank(self, draft: nn.Module) -> None:
-        """Give a new ``draft`` of this config the low-rank updates that it has."""
-        for name in self.low_rank_on:
-            layer = draft.get_submodule(name)
-            assert isinstance(layer, Linear)
-            layer.attach_low_rank(self.low_rank, self.low_rank_alpha)

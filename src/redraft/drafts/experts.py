@@ -1,4 +1,4 @@
-"""Shared and private parts of a draft: experts of the MLP (EDA, arXiv 2603.09527) and low-rank updates.
+"""Private parts of a draft: experts beside its MLPs (EDA, arXiv 2603.09527) and low-rank updates of its matrices.
 
 ``y = shared(x) + private(x)``. With one expert on each side the routers of the paper's general form are constant
 one, and the sum is exactly one SwiGLU: rows of gate and up concatenated, columns of down concatenated. So a
@@ -10,54 +10,66 @@ multiplies then depends on the token: no dense MLP is equal, and such a draft is
 A low-rank update (LoRA, arXiv 2106.09685) of any linear layer is the other private part: outer @ inner beside the
 frozen shared matrix, to which merging adds it.
 
+A family names its MLPs and its linear layers (:class:`Parted`); all else is the same for every draft.
+
 Shape legend: H hidden size, I inner width of the shared expert, P inner width of the private one(s).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from redraft.drafts.config import DraftConfig
 from redraft.drafts.layers import Linear
 from redraft.drafts.routing import RoutedMLP, Router
 from redraft.errors import UserError
+from redraft.settings.methods import check_experts
 
-if TYPE_CHECKING:
-    from redraft.drafts.base import AnyDraft
+# Matrices of a SwiGLU, and the axis along which those of a private expert are joined to the shared one's.
+MATRICES = {"gate_proj": 0, "up_proj": 0, "down_proj": 1}
+
+
+class Parted(nn.Module):
+    """A module that private parts can be put on."""
+
+    config: Any
+
+    def mlps(self) -> tuple[str, ...]:
+        """Names of the SwiGLUs that have private experts beside them. Raises ``UserError`` where none can be."""
+        raise NotImplementedError
+
+    def linears(self) -> list[str]:
+        """Names of the linear layers that a low-rank update can be put on: all but those of private experts."""
+        return [n for n, m in self.named_modules() if isinstance(m, nn.Linear) and not is_private(f"{n}.weight")]
+
+    def rebuilt(self, config: Any, state: Mapping[str, Tensor]) -> Self:
+        """A draft like this one, of another shape, that holds these tensors."""
+        raise NotImplementedError
+
+
+P = TypeVar("P", bound=Parted)
 
 
 class SharedPrivateMLP(RoutedMLP):
     """A SwiGLU (the shared expert or experts, under the plain names) with optional private ones beside it."""
 
-    def __init__(
-        self,
-        hidden: int,
-        inner: int,
-        private_width: int = 0,
-        private: tuple[int, int] = (1, 1),
-        shared: tuple[int, int] = (1, 1),
-    ) -> None:
-        """``private`` and ``shared`` are (experts, active ones a token); widths are divided among the experts.
+    def __init__(self, hidden: int, inner: int, parts: DraftConfig) -> None:
+        """``parts`` says what private experts there are and into how many shared ones the old MLP is cut.
 
-        The shared experts are slices of one old MLP, whose sum they were: their weights add up to how many are
-        active. Private ones add up to one, as in the reference's code. Raises ``ValueError`` for counts that
-        divide nothing.
+        Widths are divided among the experts. The shared experts are slices of one old MLP, whose sum they were: their
+        weights add up to how many are active. Private ones add up to one, as in the reference's code. Raises
+        ``ValueError`` for counts that divide nothing.
         """
-        super().__init__(hidden, inner, *shared, total=shared[1])
-        self.private = RoutedMLP(hidden, private_width, *private) if private_width else None
-
-    @classmethod
-    def of(cls, config: Any) -> SharedPrivateMLP:
-        """The MLP that a draft's config describes."""
-        experts = (config.private_experts, config.private_active)
-        shared = (config.shared_experts, config.shared_active)
-        return cls(config.hidden_size, config.intermediate_size, config.private_width, experts, shared)
+        super().__init__(hidden, inner, parts.shared_experts, parts.shared_active, total=parts.shared_active)
+        width, counts = parts.private_width, (parts.private_experts, parts.private_active)
+        self.private = RoutedMLP(hidden, width, *counts) if width else None
 
     def forward(self, x: Tensor) -> Tensor:
         shared = super().forward(x)
@@ -66,7 +78,7 @@ class SharedPrivateMLP(RoutedMLP):
 
 # -- experts ---------------------------------------------------------------------------------------------------------
 def attach_private(
-    draft: AnyDraft,
+    draft: P,
     width: int,
     seed: int = 0,
     *,
@@ -75,8 +87,8 @@ def attach_private(
     shared_experts: int = 1,
     shared_active: int | None = None,
     balance: float = 0.0,
-) -> AnyDraft:
-    """A copy of ``draft`` with private experts of inner width ``width`` together, whose output starts at exactly zero.
+) -> P:
+    """A copy of ``draft`` with private experts of inner width ``width`` together beside every MLP; they add zero yet.
 
     The private gate and up rows are copies of the shared expert's rows (a random choice of them, tiled when there
     are fewer), with a little noise where they repeat, so that the experts start from useful directions; their down
@@ -87,14 +99,14 @@ def attach_private(
     (the default) its weights start at exactly one and no bit changes; with fewer, the slices left out are missing
     from the start. ``balance`` weighs the load-balancing term of both routers.
 
-    Raises ``UserError`` when a private expert is attached already, or for a width or counts that cannot be.
+    Raises ``UserError`` when private experts are attached already, for a width or counts that cannot be, and for a
+    draft without such MLPs.
     """
     config = draft.config
     if config.private_width or config.shared_experts > 1:
-        raise UserError("the draft has a private expert already; merge it first")
+        raise UserError("the draft has private experts already; merge them first")
     shared_active = shared_experts if shared_active is None else shared_active
     _check_counts("private", width, experts, active)
-    _check_counts("shared", config.intermediate_size, shared_experts, shared_active)
     if balance < 0:
         raise UserError(f"the weight of the load-balancing term is {balance}; give zero or more")
     split = copy.deepcopy(draft)
@@ -107,15 +119,20 @@ def attach_private(
         shared_active=shared_active,
         balance=balance if experts > 1 or shared_experts > 1 else 0.0,
     )
-    mlp = SharedPrivateMLP.of(split.config).to(draft.midlayer.mlp.gate_proj.weight)
-    start_private(mlp, draft.midlayer.mlp, torch.Generator().manual_seed(seed))
-    split.midlayer.mlp = mlp
+    names = draft.mlps()
+    for number, name in enumerate(names):
+        old: Any = draft.get_submodule(name)
+        inner, hidden = old.gate_proj.weight.shape
+        _check_counts("shared", inner, shared_experts, shared_active)
+        mlp = SharedPrivateMLP(hidden, inner, split.config).to(old.gate_proj.weight)
+        start_private(mlp, old, torch.Generator().manual_seed(seed if len(names) == 1 else 1000 * seed + number))
+        split.set_submodule(name, mlp)
     return split
 
 
 def start_private(mlp: SharedPrivateMLP, old: Any, generator: torch.Generator) -> None:
     """Give ``mlp`` the layers of an ``old`` SwiGLU and a private part that adds nothing yet."""
-    for name in ("gate_proj", "up_proj", "down_proj"):
+    for name in MATRICES:
         setattr(mlp, name, copy.deepcopy(getattr(old, name)))
     private = mlp.private
     assert private is not None
@@ -133,12 +150,6 @@ def start_private(mlp: SharedPrivateMLP, old: Any, generator: torch.Generator) -
             side.router.spread(generator)
 
 
-def check_experts(side: str, experts: int, active: int) -> None:
-    """Raise ``UserError`` when no router can give each token ``active`` of ``experts``."""
-    if experts < 1 or not 1 <= active <= experts:
-        raise UserError(f"{active} active of {experts} {side} experts cannot be; give 1 <= active <= experts")
-
-
 def _check_counts(side: str, width: int, experts: int, active: int) -> None:
     if width <= 0:
         raise UserError(f"the width of the {side} expert is {width}; give a positive number")
@@ -148,18 +159,13 @@ def _check_counts(side: str, width: int, experts: int, active: int) -> None:
 
 
 # -- low-rank updates ------------------------------------------------------------------------------------------------
-def linear_names(draft: AnyDraft) -> list[str]:
-    """The linear layers that a low-rank update can be put on: all but those of a private expert."""
-    return [n for n, layer in draft.named_modules() if isinstance(layer, Linear) and not is_private(f"{n}.weight")]
-
-
-def match_linears(draft: AnyDraft, patterns: Sequence[str]) -> list[str]:
+def match_linears(draft: Parted, patterns: Sequence[str]) -> list[str]:
     """Names of the linear layers that any of the patterns fits (all when there is none), in the draft's order.
 
     A pattern (``*_proj``, ``fc``, ``midlayer.mlp.*``) is compared with the whole name and with its last part, so
     that ``q_proj`` finds ``midlayer.self_attn.q_proj``. Raises ``UserError`` for one that fits nothing.
     """
-    known = linear_names(draft)
+    known = draft.linears()
 
     def fits(name: str, pattern: str) -> bool:
         return fnmatchcase(name, pattern) or fnmatchcase(name.rsplit(".", 1)[-1], pattern)
@@ -172,17 +178,17 @@ def match_linears(draft: AnyDraft, patterns: Sequence[str]) -> list[str]:
 
 
 def attach_low_rank(
-    draft: AnyDraft,
+    draft: P,
     rank: int,
     on: Sequence[str] = (),
     seed: int = 0,
     alpha: float | None = None,
     aim: bool = False,
-) -> AnyDraft:
+) -> P:
     """A copy of ``draft`` with updates of ``rank`` on the linear layers that ``on`` fits (all by default).
 
     They start at zero. ``alpha`` scales them by alpha / rank, as peft does; without it the scale is one. With ``aim``
-    training begins by turning them to where the gradient is (``train/aim.py``).
+    training begins by turning them to where the gradient is (``attic/aim.py``).
     Raises ``UserError`` when there are some already, for a rank or alpha that is not positive, and for a pattern
     that fits nothing.
     """
@@ -197,8 +203,10 @@ def attach_low_rank(
     split.config = replace(draft.config, low_rank=rank, low_rank_on=tuple(names), low_rank_alpha=alpha)
     generator = torch.Generator().manual_seed(seed)
     for name in names:
-        layer = split.get_submodule(name)
-        assert isinstance(layer, Linear)
+        layer: Any = split.get_submodule(name)
+        if not isinstance(layer, Linear):
+            layer = Linear.over(layer)
+            split.set_submodule(name, layer)
         layer.attach_low_rank(rank, alpha, generator)
         assert layer.low_rank is not None
         layer.low_rank.aim = aim
@@ -220,43 +228,47 @@ def refuse_unmergeable(draft: torch.nn.Module) -> None:
         )
 
 
-def merge_private(draft: AnyDraft) -> AnyDraft:
+def attach_parts(draft: P, parts: DraftConfig) -> P:
+    """A copy of a plain ``draft`` with the private parts that ``parts`` names, for a loader to fill."""
+    if parts.private_width:
+        draft = attach_private(
+            draft,
+            parts.private_width,
+            experts=parts.private_experts,
+            active=parts.private_active,
+            shared_experts=parts.shared_experts,
+            shared_active=parts.shared_active,
+            balance=parts.balance,
+        )
+    if parts.low_rank:
+        draft = attach_low_rank(draft, parts.low_rank, parts.low_rank_on, alpha=parts.low_rank_alpha)
+    return draft
+
+
+def merge_private(draft: P) -> P:
     """An equal dense draft: a private expert becomes part of one wider SwiGLU, low-rank updates part of their matrix.
 
     Unchanged if there is neither. Raises ``UserError`` for routed experts.
     """
-    config = draft.config
     refuse_unmergeable(draft)
-    if not config.private_width and not config.low_rank:
+    if not draft.config.private_width and not draft.config.low_rank:
         return draft
-    merged = copy.deepcopy(draft)
-    for layer in merged.modules():
-        if isinstance(layer, Linear):
-            layer.merge_low_rank()
-    if config.private_width:
-        merged.midlayer.mlp = _merged_mlp(merged)
-    merged.config = replace(
-        config,
-        intermediate_size=config.intermediate_size + config.private_width,
-        private_width=0,
-        low_rank=0,
-        low_rank_on=(),
-        low_rank_alpha=None,
-    )
-    return merged
+    state = {name: t.detach().clone() for name, t in draft.state_dict().items() if not is_private(name)}
+    for name, layer in draft.named_modules():
+        if isinstance(layer, Linear) and layer.low_rank is not None:
+            matrix = state[f"{name}.weight"]
+            matrix.copy_(matrix.float() + layer.low_rank.matrix().detach())
+    for name, mlp in draft.named_modules():
+        if isinstance(mlp, SharedPrivateMLP) and mlp.private is not None:
+            for matrix_name, axis in MATRICES.items():
+                whole, part = f"{name}.{matrix_name}.weight", getattr(mlp.private, matrix_name).weight
+                state[whole] = torch.cat([state[whole], part.detach()], axis)
+    return draft.rebuilt(draft.config.dense(), state)
 
 
-def _merged_mlp(draft: AnyDraft) -> SharedPrivateMLP:
-    mlp = draft.midlayer.mlp
-    private = mlp.private
-    assert private is not None
-    dense = SharedPrivateMLP(draft.config.hidden_size, draft.config.intermediate_size + draft.config.private_width)
-    dense = dense.to(mlp.gate_proj.weight)
-    with torch.no_grad():
-        for name, axis in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
-            both: list[Tensor] = [getattr(mlp, name).weight, getattr(private, name).weight]
-            getattr(dense, name).weight.copy_(torch.cat(both, axis))
-    return dense
+def private_names(draft: nn.Module) -> list[str]:
+    """Names of the tensors of a draft's private parts."""
+    return [name for name in draft.state_dict() if is_private(name)]
 
 
 def is_private(name: str) -> bool:

@@ -11,16 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-if TYPE_CHECKING:
-    from redraft.drafts.experts import SharedPrivateMLP
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(query [N, A, D], key [N, K, D], value [N, K, D]) -> mixed values [N, A, D]."""
@@ -83,7 +80,7 @@ class LowRank(nn.Module):
 
     Without ``alpha`` the scale is one and ``inner`` is normal with variance 1 / in, so that no choice hangs on the
     rank. With it the update is peft's: scale alpha / R, and ``inner`` uniform within 1 / sqrt(in). ``aim`` says that
-    training has yet to turn ``inner`` to where the gradient is (``train/aim.py``).
+    training has yet to turn ``inner`` to where the gradient is (``attic/aim.py``).
     """
 
     aim = False
@@ -116,15 +113,16 @@ class Linear(nn.Linear):
         super().__init__(inputs, outputs, bias=bias)
         self.low_rank: LowRank | None = None
 
+    @classmethod
+    def over(cls, layer: nn.Linear) -> Linear:
+        """A layer of this kind with the very parameters of ``layer``."""
+        with torch.device("meta"):
+            new = cls(layer.in_features, layer.out_features, bias=layer.bias is not None)
+        new.weight, new.bias = layer.weight, layer.bias
+        return new
+
     def attach_low_rank(self, rank: int, alpha: float | None = None, generator: torch.Generator | None = None) -> None:
         self.low_rank = LowRank(self, rank, alpha, generator)
-
-    def merge_low_rank(self) -> None:
-        """Add the update to the matrix, in float32, and drop it."""
-        if self.low_rank is not None:
-            with torch.no_grad():
-                self.weight.copy_(self.weight.float() + self.low_rank.matrix())
-            self.low_rank = None
 
     def forward(self, x: Tensor) -> Tensor:
         shared = super().forward(x)
@@ -166,28 +164,6 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.inner(x))
-
-
-class DraftLayer(nn.Module):
-    """The one decoder layer of a draft: a family says what its attention reads and what its residual stream is."""
-
-    self_attn: Attention
-    mlp: SharedPrivateMLP
-    post_attention_layernorm: RMSNorm
-
-    def inputs(self, embeds: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
-        """What attention reads and the residual stream [N, H], from embeddings and states [N, H]."""
-        raise NotImplementedError
-
-    def finish(self, residual: Tensor, mixed_NAD: Tensor) -> Tensor:
-        """Output projection, MLP and both residual additions."""
-        states = residual + self.self_attn.o_proj(mixed_NAD.flatten(-2))
-        return states + self.mlp(self.post_attention_layernorm(states))
-
-    def forward(self, embeds: Tensor, states: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        x, residual = self.inputs(embeds, states)
-        keys, values = self.self_attn.keys_values(x, rope)
-        return self.finish(residual, attend(self.self_attn.queries(x, rope), keys, values))
 
 
 def norm_weight(norm: nn.Module, width: int) -> Tensor:

@@ -17,20 +17,18 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from redraft.coarse import Coarse, coarsen, placed, told
+from redraft.drafts.base import AnyDraft, Draft
 from redraft.drafts.experts import is_private, refuse_unmergeable
 from redraft.errors import UserError
 
-Trained = TypeVar("Trained", bound=nn.Module)
-
 
 @torch.no_grad()
-def scale_change(draft: Trained, base: nn.Module, scale: float) -> Trained:
+def scale_change(draft: AnyDraft, base: Draft, scale: float) -> AnyDraft:
     """A copy of ``draft`` with ``scale`` times what sets it apart from ``base``, the draft that it was trained from.
 
     Head rows belong together by their tokens; a token that ``base`` cannot say keeps the row that it has.
@@ -48,7 +46,7 @@ def scale_change(draft: Trained, base: nn.Module, scale: float) -> Trained:
         if name not in before:
             raise UserError(f"the base draft has no {name}, so there is nothing to draw it back to")
         old = before[name].detach().to(parameter.device)
-        if name == "lm_head.weight" and getattr(draft, "reduced", False):
+        if name in draft.TOKEN_ROWS and draft.reduced:
             old = _rows_of_tokens(parameter, draft, old, base)
         if old.shape != parameter.shape:
             raise UserError(f"{name} is {list(parameter.shape)} and in the base draft {list(old.shape)}")
@@ -58,13 +56,11 @@ def scale_change(draft: Trained, base: nn.Module, scale: float) -> Trained:
 
 
 @torch.no_grad()
-def coarse_change(
-    draft: Trained, base: nn.Module, names: Sequence[str], bits: int
-) -> tuple[Trained, dict[str, Coarse]]:
+def coarse_change(draft: AnyDraft, base: Draft, names: Sequence[str], bits: int) -> tuple[AnyDraft, dict[str, Coarse]]:
     """A copy of ``draft``, in the type of ``base``, whose matrices among ``names`` are told in ``bits`` a weight.
 
-    Also how they are told, for :func:`redraft.artifact.save_private`. Head rows belong together by their tokens, as in
-    :func:`scale_change`; those of tokens that ``base`` cannot say, and all vectors, are kept whole. Raises
+    Also how they are told, for :func:`redraft.drafts.files.save_private`. Head rows belong together by their tokens,
+    as in :func:`scale_change`; those of tokens that ``base`` cannot say, and all vectors, are kept whole. Raises
     ``UserError`` for drafts of different shapes.
     """
     known = dict(base.named_parameters())
@@ -75,9 +71,10 @@ def coarse_change(
         matrix = trained.get(name)
         if matrix is None or matrix.ndim != 2:
             continue
-        if name not in known or (name != "lm_head.weight" and known[name].shape != matrix.shape):
+        by_tokens = name in draft.TOKEN_ROWS
+        if name not in known or (not by_tokens and known[name].shape != matrix.shape):
             raise UserError(f"the base draft has no {name} of this shape, so there is no change of it to tell")
-        source = _source(draft, base) if name == "lm_head.weight" and getattr(draft, "reduced", False) else None
+        source = _source(draft, base) if by_tokens and draft.reduced else None
         if torch.equal(placed(known[name], source)[_standing(source)], matrix.float().cpu()[_standing(source)]):
             continue  # new rows alone, which are told by themselves
         parts[name] = coarsen(matrix, known[name], bits, source)
@@ -90,13 +87,13 @@ def _standing(source_D: Tensor | None) -> Tensor | slice:
     return slice(None) if source_D is None else source_D >= 0
 
 
-def _source(draft: nn.Module, base: nn.Module) -> Tensor:
+def _source(draft: Draft, base: Draft) -> Tensor:
     """Where each of the draft's tokens stands in the base draft's vocabulary [D]; -1 for those that do not."""
-    place = {int(token): row for row, token in enumerate(base.vocabulary())}  # type: ignore[operator]
-    return torch.tensor([place.get(int(token), -1) for token in draft.vocabulary()])  # type: ignore[operator]
+    place = {int(token): row for row, token in enumerate(base.vocabulary())}
+    return torch.tensor([place.get(int(token), -1) for token in draft.vocabulary()])
 
 
-def _rows_of_tokens(rows_DH: Tensor, draft: nn.Module, old_DH: Tensor, base: nn.Module) -> Tensor:
+def _rows_of_tokens(rows_DH: Tensor, draft: Draft, old_DH: Tensor, base: Draft) -> Tensor:
     """The base draft's head rows [D, H] in the order of this draft's vocabulary; its own row where there is none."""
     source_D = _source(draft, base).to(rows_DH.device)
     there = source_D >= 0

@@ -1,10 +1,11 @@
-"""Opening targets, tokenizers and standalone drafts: a folder, a hub id, a PEFT adapter, or an embedded model.
+"""Opening targets and tokenizers: a folder, a hub id, a PEFT adapter, or an embedded model.
 
 ``places`` finds the files, ``checkpoint`` reads a model strictly, ``quantised`` knows what quantised checkpoints
 compute, ``adapters`` merges PEFT adapters, ``tokenizers`` reads and compares tokenizers, ``targets`` puts these
-together and ``standalone`` opens standalone drafts.
+together, and ``parts`` reads facts and head without the model.
 """
 
+from redraft.loading.parts import open_facts, open_head, read_facts
 from redraft.loading.places import (
     ADAPTER_FILE,
     CACHE_FILES,
@@ -16,8 +17,7 @@ from redraft.loading.places import (
     locate,
 )
 from redraft.loading.quiet import one_line, quiet
-from redraft.loading.standalone import open_standalone, read_standalone
-from redraft.loading.targets import load_target, load_tokenizer, notes_of, served_otherwise
+from redraft.loading.targets import load_target, load_tokenizer
 from redraft.loading.tokenizers import check_tokenizers, tokenizer_hash
 
 __all__ = [
@@ -32,11 +32,10 @@ __all__ = [
     "load_target",
     "load_tokenizer",
     "locate",
-    "notes_of",
     "one_line",
-    "open_standalone",
+    "open_facts",
+    "open_head",
     "quiet",
-    "read_standalone",
-    "served_otherwise",
+    "read_facts",
     "tokenizer_hash",
 ]

@@ -21,6 +21,7 @@ from redraft.loading import quantised
 from redraft.loading.names import check_names
 from redraft.loading.places import ADAPTER_FILE, hub_cached
 from redraft.loading.quiet import one_line
+from redraft.target.facts import model_class
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 INDEX = ".index.json"
@@ -50,14 +51,14 @@ def load_model(place: dict[str, Any], spec: str, dtype: torch.dtype) -> tuple[An
     """
     from transformers import AutoConfig
 
-    _check_folder(place, spec)
+    check_folder(place, spec)
     notes: list[str] = []
     with one_line(spec):
         config = AutoConfig.from_pretrained(**place)
-    _check_code(config, spec, notes)
+    check_code(config, spec, notes)
     plan = quantised.plan(config, spec)
     with one_line(spec):
-        model, report = _class_of(config).from_pretrained(
+        model, report = model_class(config).from_pretrained(
             **place,
             **plan.arguments,
             dtype=dtype,
@@ -79,19 +80,7 @@ def load_model(place: dict[str, Any], spec: str, dtype: torch.dtype) -> tuple[An
     return model, [*notes, *plan.notes], plan.rounds
 
 
-def _class_of(config: Any) -> Any:
-    """The auto class that opens this config; a model of images whose text part has no class of its own opens whole."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING,
-        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    )
-
-    whole = type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    return AutoModelForImageTextToText if whole else AutoModelForCausalLM
-
-
-def _check_folder(place: dict[str, Any], spec: str) -> None:
+def check_folder(place: dict[str, Any], spec: str) -> None:
     """Raise ``UserError`` for a folder whose weights are told in two ways, or not all there."""
     folder = Path(place["pretrained_model_name_or_path"])
     if not folder.is_dir():
@@ -113,7 +102,7 @@ def _check_folder(place: dict[str, Any], spec: str) -> None:
             raise UserError(f"{spec} lacks the weight file {absent[0]} ({len(absent)} absent); download it again")
 
 
-def _check_code(config: Any, spec: str, notes: list[str]) -> None:
+def check_code(config: Any, spec: str, notes: list[str]) -> None:
     """Raise ``UserError`` for a model that brings its own code and is none that transformers has itself."""
     auto = getattr(config, "auto_map", None)
     if not isinstance(auto, dict) or not any(key.startswith("AutoModel") for key in auto):

@@ -22,17 +22,21 @@ WHOLE_NUMBERS = ("BOOL", "I", "U")
 PACKED = (*WHOLE_NUMBERS, "F8", "F4")
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files with the weights of the checkpoint in this folder, as far as they are there."""
+    index = folder / "model.safetensors.index.json"
+    listed = read_json(index).get("weight_map", {}).values() if index.is_file() else ["model.safetensors"]
+    return [folder / name for name in sorted({str(name) for name in listed}) if (folder / str(name)).is_file()]
+
+
 def check_names(folder: Path, spec: str, method: str | None) -> None:
     """Raise ``UserError`` for safetensors in this folder that tell a tensor twice, skip an expert, or lack a scale.
 
     ``method`` is the quantisation that the config names; without one, whole numbers are no weights. Files of other
     kinds are left to their reader.
     """
-    index = folder / "model.safetensors.index.json"
-    listed = read_json(index).get("weight_map", {}).values() if index.is_file() else ["model.safetensors"]
-    files = [folder / name for name in sorted({str(name) for name in listed}) if (folder / str(name)).is_file()]
     types: dict[str, str] = {}
-    for file in files:
+    for file in weight_files(folder):
         try:
             with safe_open(str(file), framework="pt") as opened:
                 types |= {name: opened.get_slice(name).get_dtype() for name in opened.keys()}

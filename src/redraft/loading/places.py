@@ -49,6 +49,13 @@ def adapter_base(folder: str | Path) -> str:
     return str(beside) if not base.startswith(EMBEDDED_PREFIX) and beside.is_dir() else base
 
 
+def split_adapter(spec: str, adapter: str | None = None) -> tuple[str, str | None]:
+    """(base model, adapter or none) of a target: ``spec`` may be an adapter folder itself. Raises ``UserError``."""
+    if adapter is None and (Path(spec) / ADAPTER_FILE).is_file():
+        return adapter_base(spec), spec
+    return spec, adapter
+
+
 # -- where the files are ---------------------------------------------------------------------------------------------
 def locate(spec: str) -> dict[str, Any]:
     """Arguments for ``from_pretrained``: the path or hub id, whether to stay off the network, and no foreign code.

@@ -24,8 +24,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from redraft.losses import LOSSES
 from redraft.losses.rows import Acceptance, computing_dtype, weighted_sum, with_gradient
+from redraft.registries import LOSSES
 
 
 class ChainAcceptance:

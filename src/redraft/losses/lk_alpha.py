@@ -16,8 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from redraft.losses import LOSSES
 from redraft.losses.rows import computing_dtype, weighted_sum, with_gradient
+from redraft.registries import LOSSES
 
 
 @LOSSES.register("lk_alpha")

@@ -18,8 +18,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from redraft.losses import LOSSES
 from redraft.losses.rows import Acceptance, computing_dtype, weighted_sum, with_gradient
+from redraft.registries import LOSSES
 
 ETA = 3.0
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from redraft.losses import LOSSES
 from redraft.losses.rows import computing_dtype, weighted_sum, with_gradient
+from redraft.registries import LOSSES
 
 # A token that the teacher rules out would make the divergence infinite; no float32 softmax of use goes below this.
 LEAST_LOG_PROBABILITY = -100.0

@@ -23,17 +23,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from redraft.losses import LOSSES
 from redraft.losses.rows import Acceptance, computing_dtype, weighted_sum, with_gradient
+from redraft.registries import LOSSES
 
 # A batch whose rewards all but agree would be divided by nothing.
 LEAST_STD = 1e-4
-
-
-def policy_gradient(draft_ND: Tensor, advantage_ND: Tensor) -> Tensor:
-    """-E_{x ~ draft}[advantage(x) * grad log draft(x)] with respect to the logits, row by row, [N, D]."""
-    mean_N1 = (draft_ND * advantage_ND).sum(-1, keepdim=True)
-    return draft_ND * (mean_N1 - advantage_ND)
 
 
 def mean_and_std(statistics: Tensor) -> tuple[Tensor, Tensor]:

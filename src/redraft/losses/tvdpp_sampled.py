@@ -16,9 +16,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from redraft.losses import LOSSES
 from redraft.losses.rows import Acceptance
 from redraft.losses.tvdpp import NormalisedReward
+from redraft.registries import LOSSES
 from redraft.sampling import draw
 
 

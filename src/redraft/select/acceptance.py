@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from redraft.acceptance.simulate import row_alphas
-from redraft.features.store import FeatureStore
+from redraft.features import FeatureStore
 from redraft.target import Target
 
 # Tokens whose features lie on the disk at once: 220 MB for three taps of width 576 in bfloat16.

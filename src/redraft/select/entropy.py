@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from redraft.select import SCORERS, ScorableRow, ScoringContext
+from redraft.registries import SCORERS
+from redraft.select import ScorableRow, ScoringContext
 from redraft.select.states import batched_states
 from redraft.target import Target
 

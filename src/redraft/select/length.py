@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from redraft.select import SCORERS, ScorableRow, ScoringContext, scored_tokens
+from redraft.registries import SCORERS
+from redraft.select import ScorableRow, ScoringContext, scored_tokens
 
 
 @SCORERS.register("length")

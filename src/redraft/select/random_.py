@@ -6,7 +6,8 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any
 
-from redraft.select import SCORERS, ScorableRow, ScoringContext
+from redraft.registries import SCORERS
+from redraft.select import ScorableRow, ScoringContext
 
 
 @SCORERS.register("random")

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from redraft.select import SCORERS, ScorableRow, ScoringContext
+from redraft.registries import SCORERS
+from redraft.select import ScorableRow, ScoringContext
 
 
 @dataclass(frozen=True)

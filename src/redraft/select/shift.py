@@ -36,7 +36,8 @@ from torch import Tensor
 
 from redraft.artifact import require_free_space
 from redraft.errors import UserError
-from redraft.select import SCORERS, ScorableRow, ScoringContext, scored_tokens
+from redraft.registries import SCORERS
+from redraft.select import ScorableRow, ScoringContext, scored_tokens
 from redraft.select.covariance import ledoit_wolf
 from redraft.select.states import FINAL, batched_states, check_layer
 from redraft.target import Target

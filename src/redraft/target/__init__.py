@@ -1,6 +1,23 @@
-"""The frozen target: the model behind the few calls that decoding, training and regeneration need."""
+"""The frozen target in three parts: facts (no weights), head (all that training reads), and the model that runs.
+
+A :class:`Target` is a :class:`Head`, and that is :class:`Facts`: what needs less is typed so, and can be opened without
+the rest (:mod:`redraft.loading`).
+"""
 
 from redraft.target.cache import FixedLayer, KeyValueCache, OwnCache
+from redraft.target.facts import Facts
+from redraft.target.head import Head
 from redraft.target.model import FINAL, Target, TargetStep, default_taps, new_taps
 
-__all__ = ["FINAL", "FixedLayer", "KeyValueCache", "OwnCache", "Target", "TargetStep", "default_taps", "new_taps"]
+__all__ = [
+    "FINAL",
+    "Facts",
+    "FixedLayer",
+    "Head",
+    "KeyValueCache",
+    "OwnCache",
+    "Target",
+    "TargetStep",
+    "default_taps",
+    "new_taps",
+]

@@ -12,7 +12,6 @@ Shape legend: B batch, T new tokens, C cached tokens, H hidden size, K taps, V v
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,17 +25,12 @@ from redraft.artifact import let_others_read
 from redraft.compat import cache_argument
 from redraft.errors import UserError
 from redraft.prepack import prepack
-from redraft.sampling import scale_logits
 from redraft.target.cache import KeyValueCache, OwnCache
+from redraft.target.facts import Facts, parameters_per_token, tensors_fingerprint
+from redraft.target.head import Head
 from redraft.target.masks import MaskPlan
 from redraft.target.paths import Paths, find_paths
-from redraft.target.structure import (
-    active_parameters,
-    context_length,
-    final_norm,
-    plain_embedding,
-    text_decoder,
-)
+from redraft.target.structure import final_norm, plain_embedding, text_decoder
 
 # The tap of the final-norm state. It counts no layers, so that it means the same in a target of any depth.
 FINAL = -1
@@ -50,66 +44,47 @@ class TargetStep:
     taps_BTKH: Tensor | None
 
 
-class Target:
+class Target(Head):
     """A frozen causal LM behind the few calls that decoding, training and regeneration need."""
 
-    def __init__(self, model: Any, tokenizer: Any = None, name: str = "", taps: Sequence[int] | None = None) -> None:
-        """Raises ``UserError`` for a model that is no stack of decoder layers with a final norm and a head."""
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        name: str = "",
+        taps: Sequence[int] | None = None,
+        notes: Sequence[str] = (),
+        rounding: str | None = None,
+    ) -> None:
+        """``notes`` and ``rounding`` as :class:`~redraft.target.Facts` has them.
+
+        Raises ``UserError`` for a model that is no stack of decoder layers with a final norm and a head.
+        """
         self.model = prepack(model.eval().requires_grad_(False))
-        self.tokenizer = tokenizer
-        self.name = name
         self.backbone: Any = text_decoder(model)
-        self.norm: Any = final_norm(self.backbone)
-        self.head: Any = model.get_output_embeddings()
-        self.embedding: Any = plain_embedding(self.backbone.get_input_embeddings())
-        self.config: Any = model.config.get_text_config(decoder=True)
+        generation = getattr(model, "generation_config", None)
+        super().__init__(
+            Facts(name, model.config, tokenizer, generation=generation, notes=tuple(notes), rounding=rounding),
+            plain_embedding(self.backbone.get_input_embeddings()),
+            final_norm(self.backbone),
+            model.get_output_embeddings(),
+        )
         if getattr(self.config, "attn_logit_softcapping", None) and self.backbone.config._attn_implementation == "sdpa":
             # Older releases of transformers run Gemma 2 so, and leave its soft cap out without a word.
             self.backbone.set_attn_implementation("eager")
-        self.layers = len(self.backbone.layers)
         self.taps = tuple(taps) if taps is not None else new_taps(self.layers)
         self._caught: dict[int, Tensor] = {}
         self._hooks: list[Any] = []
         self.tap(self.taps)
 
-    # -- shape facts -------------------------------------------------------------------------------------------
     @property
-    def hidden_size(self) -> int:
-        return int(self.config.hidden_size)
+    def layers(self) -> int:
+        return len(self.backbone.layers)
 
-    @property
-    def vocab_size(self) -> int:
-        return int(self.head.weight.shape[0])
-
-    @property
-    def context(self) -> int:
-        """Tokens of the longest text: what the model was made for, and no more than its angles stay the same for."""
-        return context_length(self.config)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.head.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.head.weight.device
-
-    @property
+    @cached_property
     def parameters_per_token(self) -> int:
-        """Parameters that one token's forward pass multiplies: all but the embedding table, plus the head.
-
-        Of routed experts those count that a token is sent to.
-        """
-        return active_parameters(self.backbone, self.config) - self.embedding.weight.numel() + self.head.weight.numel()
-
-    @property
-    def eos_ids(self) -> tuple[int, ...]:
-        """Ids that end a response: those of the generation config, the config and the tokenizer."""
-        found: list[Any] = []
-        for source in (getattr(self.model, "generation_config", None), self.model.config, self.config, self.tokenizer):
-            value = getattr(source, "eos_token_id", None)
-            found.extend(value if isinstance(value, (list, tuple)) else [value])
-        return tuple(sorted({int(i) for i in found if i is not None}))
+        """See :attr:`redraft.target.Facts.parameters_per_token`."""
+        return parameters_per_token(self.model)
 
     # -- taps --------------------------------------------------------------------------------------------------
     def tap(self, taps: Sequence[int]) -> None:
@@ -161,18 +136,18 @@ class Target:
                 f"{type(self.model).__name__} cannot be decoded step by step in this process ({self.paths.why}); "
                 "measure it through a --server"
             )
-        return OwnCache(self.config, self._run)
+        return OwnCache(self.config, self.text_states)
 
     def new_buffers(self, capacity: int) -> KeyValueCache:
         """Buffers of ours, for who has asked ``paths`` whether they may be used."""
         return KeyValueCache(self.layers, capacity)
 
-    @property
+    @cached_property
     def mask_plan(self) -> MaskPlan | None:
         """How this model takes masks of ours; nothing where it takes none."""
         return MaskPlan.of(self.backbone.config)
 
-    def _run(self, ids_BT: Tensor, cache: Any, mask: Any = None, positions_BT: Tensor | None = None) -> Tensor:
+    def text_states(self, ids_BT: Tensor, cache: Any, mask: Any = None, positions_BT: Tensor | None = None) -> Tensor:
         """Final-norm states [B, T, H] of the model's text part, called as transformers calls it."""
         return self.backbone(
             input_ids=ids_BT,
@@ -207,7 +182,7 @@ class Target:
         if isinstance(cache, OwnCache):
             cache.begin(ids_BT)
             inner = cache.inner
-        hidden = self._run(ids_BT, inner, mask, positions_BT)
+        hidden = self.text_states(ids_BT, inner, mask, positions_BT)
         self._caught[FINAL] = hidden
         fused = None
         if taps:
@@ -226,28 +201,10 @@ class Target:
             )
         return caught
 
-    @torch.inference_mode()
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [..., V] of final-norm states [..., H], with the model's own scaling and soft cap."""
-        return self.scale_logits(self.head(hidden))
-
-    def scale_logits(self, logits: Tensor) -> Tensor:
-        return scale_logits(logits, self.config)
-
     # -- identity ----------------------------------------------------------------------------------------------
     def content_hash(self) -> str:
-        """A fingerprint of the weights: names, shapes and up to 4,096 evenly spaced values of every tensor.
-
-        A full hash of a 70B model costs minutes at every start; fine-tuning and adapters move every tensor that
-        they touch densely, so a spread sample tells two models apart.
-        """
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            flat = tensor.detach().reshape(-1)
-            step = max(1, flat.numel() // 4096)
-            digest.update(f"{name}{tuple(tensor.shape)}".encode())
-            digest.update(flat[::step].to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        """A fingerprint of the weights: :func:`redraft.target.facts.tensors_fingerprint`."""
+        return tensors_fingerprint(self.model.state_dict())
 
     def save(self, folder: str | Path) -> None:
         """Write an ordinary checkpoint (adapter merged in), so that a serving engine can load this target."""

@@ -138,7 +138,7 @@ class _Trial:
 
     def own_cache(self) -> Parts:
         """The same through the model's own cache."""
-        return self._stepwise(OwnCache(self.target.config, self.target._run))
+        return self._stepwise(OwnCache(self.target.config, self.target.text_states))
 
     def _stepwise(self, cache: Any) -> Parts:
         ids_1T, found = self.ids_BT[:1], []
@@ -280,8 +280,10 @@ def _narrowed(target: Any, names: Iterable[str] = tuple(NARROWED)) -> Iterator[b
             if isinstance(old, int) and not isinstance(old, bool) and old > value:
                 kept.append((holder, name, old))
                 setattr(holder, name, value)
+    target.__dict__.pop("mask_plan", None)  # it is of the numbers as they were
     try:
         yield bool(kept)
     finally:
         for holder, name, old in kept:
             setattr(holder, name, old)
+        target.__dict__.pop("mask_plan", None)

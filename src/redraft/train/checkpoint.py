@@ -16,6 +16,8 @@ from redraft.train.optimizer import Optimizers
 
 Named = list[tuple[str, nn.Parameter]]
 BEST_FILE, STATE_FILE = "best.safetensors", "state.json"
+# The entry of an identity that names what a draft was before it was trained; empty for a new draft.
+OLD_DRAFT = "old draft"
 
 
 class Checkpoint:
@@ -29,6 +31,8 @@ class Checkpoint:
         self.path = folder / STATE_FILE
         if self.path.exists():
             stored = self._stored()["identity"]
+            if OLD_DRAFT in self.identity and not stored.get(OLD_DRAFT):
+                stored[OLD_DRAFT] = self.identity[OLD_DRAFT]  # most runs did not say it once
             if stored.keys() != self.identity.keys():
                 raise UserError(f"{folder} was begun by another version of redraft; delete it to train anew")
             if stored != self.identity:

@@ -1,7 +1,7 @@
 """Distillation of a causal LM from a target's responses, under any loss of the registry, with plain text mixed in.
 
 One teacher-forced pass gives the draft's distribution at every response token (prompts are read and not supervised);
-the teacher's comes from ``train/supervision.py``. As everywhere here, the first response token comes from prefill and
+the teacher's comes from ``train/teachers.py``. As everywhere here, the first response token comes from prefill and
 is nobody's to draft. Text, with next-token cross-entropy, is mixed in by a share of all supervised tokens (0.1 is the
 9:1 of Goel et al., arXiv 2403.00858) to keep the draft from forgetting what its pretraining gave it.
 
@@ -17,7 +17,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,42 +26,15 @@ from torch import Tensor
 
 from redraft.data.packed import PackedText, Position, ahead
 from redraft.data.store import Row
+from redraft.drafts.standalone.causal import CausalModel
+from redraft.drafts.standalone.objective import Distillation, Teacher, size
 from redraft.errors import UserError
-from redraft.features.store import anchors
-from redraft.losses import LOSSES
 from redraft.progress import Progress
-from redraft.train.causal import CausalModel
+from redraft.rows import anchors
+from redraft.settings.training import DistilConfig
 from redraft.train.checkpoint import rows_digest
-from redraft.train.descent import CausalConfig, Descent, DescentResult, Step
-from redraft.train.objective import sum_over_workers
-from redraft.train.supervision import Teacher, TeacherLogits
-
-
-@dataclass(frozen=True)
-class DistilConfig(CausalConfig):
-    """``batch_anchors`` supervised response tokens make a step, ``micro_tokens`` (prompts counted) go through the
-    model at once. ``text_share`` is the share of plain text among supervised tokens, in blocks of ``text_length``."""
-
-    learning_rate: float = 3e-4
-    loss: str = "kl"
-    epochs: float = 3.0
-    batch_anchors: int = 4096
-    micro_tokens: int = 4096
-    gamma: int = 5
-    text_share: float = 0.1
-    text_length: int = 256
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        LOSSES.get(self.loss)
-        if not 0 <= self.text_share < 1:
-            raise UserError(f"the share of text must be at least 0 and below 1, not {self.text_share}")
-        if min(self.batch_anchors, self.micro_tokens, self.gamma) < 1 or self.epochs <= 0:
-            raise UserError("batch_anchors, micro_tokens, gamma and epochs must be above 0")
-
-
-def size(row: Row) -> int:
-    return len(row.prompt_ids) + len(row.response_ids)
+from redraft.train.loop import LoopResult, Step, TrainingLoop
+from redraft.train.workers import SINGLE, Shares, Workers
 
 
 def groups(rows: Sequence[Row], limit: int, weigh: Callable[[Row], int]) -> list[list[Row]]:
@@ -85,107 +57,21 @@ def step_order(rows: Sequence[Row], config: DistilConfig, epoch: int) -> list[li
     return groups(order, config.batch_anchors, anchors)
 
 
-# -- the objective ---------------------------------------------------------------------------------------------------
-class Distillation:
-    """The loss of some rows against their teacher, for any loss of the registry."""
-
-    def __init__(
-        self,
-        causal: CausalModel,
-        teacher: Teacher,
-        loss: str,
-        gamma: int,
-        reduce: Callable[[Tensor], Tensor] = sum_over_workers,
-    ) -> None:
-        """``reduce`` adds batch statistics over workers. Raises ``UserError`` for an unknown loss."""
-        self.causal, self.teacher, self.reduce = causal, teacher, reduce
-        self.loss = LOSSES.get(loss)
-        self.chained = hasattr(self.loss, "chain")
-        self.steps = gamma if self.chained else 1
-        # Tables of embeddings are padded to round sizes: nobody ever says the ids behind the smaller one.
-        self.vocabulary = min(causal.vocab_size, teacher.vocab_size)
-
-    def states(self, rows: Sequence[Row]) -> list[Tensor]:
-        """States [M, H] of the positions that predict a response token after the first; for a chain of J steps J
-        tensors, of which number j holds the states j positions on (and anything behind the end of a row)."""
-        states_TH = self.causal.states([[*row.prompt_ids, *row.response_ids[:-1]] for row in rows])
-        where, start = [], 0
-        for row in rows:
-            begin, end = start + len(row.prompt_ids), start + size(row) - 1
-            where.append(torch.arange(begin, end, device=states_TH.device))
-            start = end
-        index_M = torch.cat(where)
-        return [states_TH[(index_M + j).clamp(max=len(states_TH) - 1)] for j in range(self.steps)]
-
-    def inside(self, rows: Sequence[Row]) -> Tensor:
-        """Whether step j of the chain that begins at a position is in its row, [M, J], bool."""
-        left_M = torch.cat([torch.arange(anchors(row), 0, -1) for row in rows])
-        return (left_M[:, None] > torch.arange(self.steps)).to(self.causal.device)
-
-    def pairs(self, rows: Sequence[Row]) -> int:
-        """How many pairs of a position and a step count."""
-        return int(self.inside(rows).sum())
-
-    def __call__(self, rows: Sequence[Row], count: int, statistics: Tensor | None = None) -> Tensor:
-        """The rows' sum of the loss over ``count``, the pairs of the whole step. ``statistics`` are the step's, where
-        these rows are not all of it."""
-        states, loss = self.states(rows), self.loss
-        teacher, inside_MJ = self.teacher.of(rows, states[0].device), self.inside(rows)
-        if hasattr(loss, "statistics"):
-            if statistics is None:  # these rows are the whole step
-                statistics = self.reduce(self.sums(states, teacher, inside_MJ))
-            loss = partial(loss, statistics=statistics)
-
-        def value(part: slice, states: list[Tensor]) -> Tensor:
-            draft, theirs = self.logits(part, states, teacher, inside_MJ[part])
-            if self.chained:
-                return self.loss.chain(draft, theirs, inside_MJ[part].float() / count)
-            return loss(draft[0], theirs[0])[0] / count
-
-        return self.causal.portioned(value, states)
-
-    def logits(
-        self, part: slice, states: Sequence[Tensor], teacher: TeacherLogits, inside_NJ: Tensor
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Step by step the draft's and the teacher's logits [N, V] of the positions of a portion that reach it."""
-        draft, theirs = [], []
-        for step, states_NH in enumerate(states):
-            index = inside_NJ[:, step].nonzero().squeeze(-1)
-            draft.append(self.causal.logits(states_NH[index])[..., : self.vocabulary])
-            theirs.append(teacher(index + part.start + step)[..., : self.vocabulary])
-        return draft, theirs
-
-    def sums(self, states: Sequence[Tensor], teacher: TeacherLogits, inside_MJ: Tensor) -> Tensor:
-        """The loss's own statistics over these positions."""
-        found = []
-        with torch.no_grad():
-            for part in self.causal.slices(len(inside_MJ)):
-                draft, theirs = self.logits(part, [s[part] for s in states], teacher, inside_MJ[part])
-                found.append(self.loss.statistics(draft[0], theirs[0]))
-            return torch.stack(found).sum(0)
-
-    def statistics(self, micro: Sequence[Sequence[Row]]) -> Tensor | None:
-        """Statistics over the micro-batches of a step and all workers, in a pass of its own; None where the loss
-        needs none, and where there is one micro-batch, which then sees to it itself."""
-        if not hasattr(self.loss, "statistics") or len(micro) < 2:
-            return None
-        found = []
-        with torch.no_grad():
-            for rows in micro:
-                states = self.states(rows)
-                found.append(self.sums(states, self.teacher.of(rows, states[0].device), self.inside(rows)))
-            return self.reduce(torch.stack(found).sum(0))
-
-
 # -- steps -----------------------------------------------------------------------------------------------------------
 class MixedSteps:
     """Optimiser steps of responses with blocks of text among them."""
 
     def __init__(
-        self, distillation: Distillation, rows: Sequence[Row], config: DistilConfig, text: PackedText | None
+        self,
+        distillation: Distillation,
+        rows: Sequence[Row],
+        config: DistilConfig,
+        text: PackedText | None,
+        shares: Shares | None = None,
     ) -> None:
+        """``shares`` divides every step among the workers; ``distillation`` sums by it."""
         self.distillation, self.rows, self.config, self.text = distillation, rows, config, text
-        self.causal = distillation.causal
+        self.causal, self.shares = distillation.causal, shares or Shares(SINGLE)
 
     def steps(self, begin: int, position: dict[str, Any]) -> Iterator[Step]:
         """Steps from number ``begin`` on, without end. ``position`` has the place in the text and the text's tokens
@@ -215,16 +101,18 @@ class MixedSteps:
 
     def step(self, rows: Sequence[Row], blocks: Sequence[Tensor], position: dict[str, Any]) -> Step:
         """Responses and text weigh by their supervised tokens."""
-        micro = groups(sorted(rows, key=size), self.config.micro_tokens, size)
+        every = groups(sorted(rows, key=size), self.config.micro_tokens, size)
+        shares = self.shares
+        micro = shares.of(every)
         supervised, written = sum(map(anchors, rows)), sum(len(block) - 1 for block in blocks)
         weight = supervised / (supervised + written)
-        count = sum(map(self.distillation.pairs, micro))
+        count = sum(map(self.distillation.pairs, every))
         shared: list[Tensor | None] = []
 
         def responses(part: Sequence[Row]) -> Tensor:
             if not shared:  # the weights are those of the step from the first part to the last
                 shared.append(self.distillation.statistics(micro))
-            return weight * self.distillation(part, count, shared[0])
+            return shares.loss(weight * self.distillation(part, count, shared[0]))
 
         def texts(block_BT: Tensor) -> Tensor:
             return self.causal.block_loss(block_BT) * ((1 - weight) / written)
@@ -232,7 +120,8 @@ class MixedSteps:
         parts: list[Callable[[], Tensor]] = [partial(responses, part) for part in micro]
         if blocks:
             at_once = max(1, self.config.micro_tokens // self.config.text_length)
-            parts += [partial(texts, part) for part in torch.stack(list(blocks)).split(at_once)]
+            split = torch.stack(list(blocks)).split(at_once)
+            parts += [partial(texts, part) for part in split[shares.workers.rank :: shares.workers.size]]
         return Step(parts, supervised + written, position)
 
 
@@ -245,7 +134,8 @@ def distil(
     evaluate: Callable[[], float],
     text: PackedText | None = None,
     progress: Progress | None = None,
-) -> DescentResult:
+    workers: Workers = SINGLE,
+) -> LoopResult:
     """Train ``model`` in place on ``rows``; on return it has the weights with the highest ``evaluate()``.
 
     ``evaluate`` gives the held-out block efficiency of the model as it stands; training stops when it has not risen
@@ -258,14 +148,17 @@ def distil(
     if (text is None) != (config.text_share == 0) or (text and text.length != config.text_length):
         raise UserError("text and its share go together: give both for a mix, or a share of 0 without text")
     causal = CausalModel(model)
-    distillation = Distillation(causal, teacher, config.loss, config.gamma)
+    shares = Shares(workers)
+    distillation = Distillation(causal, teacher, config.loss, config.gamma, shares.sum)
     total = max(1, round(config.epochs * len(step_order(kept, config, 0))))
     identity = {
         "rows": rows_digest([row.key for row in kept]),
         "teacher": type(teacher).__name__,
         "text": list(text.source.files) if text else [],
     }
-    steps = MixedSteps(distillation, kept, config, text)
+    steps = MixedSteps(distillation, kept, config, text, shares)
     model, trained = causal.model.float(), causal.trained
-    descent = Descent(model, trained, steps, total, evaluate, config, folder, identity, precision=config.precision)
-    return descent.run(progress)
+    loop = TrainingLoop(
+        model, trained, steps, total, evaluate, config, folder, identity, precision=config.precision, workers=workers
+    )
+    return loop.run(progress)

@@ -12,7 +12,6 @@ import hashlib
 import math
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,50 +20,20 @@ import torch
 from torch import Tensor
 
 from redraft.data.packed import PackedText, Position, ahead
-from redraft.errors import UserError
+from redraft.drafts.standalone.causal import CausalModel
 from redraft.progress import Progress
-from redraft.train.causal import CausalModel
-from redraft.train.descent import CausalConfig, Descent, DescentResult, Step
-
-
-@dataclass(frozen=True)
-class PretrainConfig(CausalConfig):
-    """``tokens`` in all, in blocks of ``length``; ``batch_tokens`` make an optimiser step, ``micro_tokens`` of them
-    go through the model at once. ``heldout_tokens`` measure perplexity."""
-
-    warmup: float = 0.02
-    weight_decay: float = 0.1
-    evaluate_every: int = 200
-    patience: int = 0
-    tokens: int = 10_000_000
-    length: int = 512
-    batch_tokens: int = 16_384
-    micro_tokens: int = 4_096
-    heldout_tokens: int = 32_768
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if min(self.tokens, self.length, self.batch_tokens, self.micro_tokens, self.heldout_tokens) < 1:
-            raise UserError("tokens, length, batch_tokens, micro_tokens and heldout_tokens must be above 0")
-
-    @property
-    def batch_blocks(self) -> int:
-        return max(1, self.batch_tokens // self.length)
-
-    @property
-    def micro_blocks(self) -> int:
-        return min(self.batch_blocks, max(1, self.micro_tokens // self.length))
-
-    @property
-    def steps(self) -> int:
-        return max(1, round(self.tokens / (self.batch_blocks * self.length)))
+from redraft.settings.training import PretrainConfig
+from redraft.train.loop import LoopResult, Step, TrainingLoop
+from redraft.train.workers import SINGLE, Workers
 
 
 class TextSteps:
     """Optimiser steps of packed text, read ahead in a thread."""
 
-    def __init__(self, causal: CausalModel, text: PackedText, config: PretrainConfig) -> None:
-        self.causal, self.text, self.config = causal, text, config
+    def __init__(
+        self, causal: CausalModel, text: PackedText, config: PretrainConfig, workers: Workers = SINGLE
+    ) -> None:
+        self.causal, self.text, self.config, self.workers = causal, text, config, workers
 
     def steps(self, begin: int, position: dict[str, Any]) -> Iterator[Step]:
         """Steps from ``position`` in the text on, without end."""
@@ -75,7 +44,8 @@ class TextSteps:
             while True:
                 taken = [next(blocks) for _ in range(count)]
                 block_BT = torch.stack([block for block, _ in taken])
-                parts = [partial(self.loss, part, tokens) for part in block_BT.split(micro)]
+                mine = block_BT.split(micro)[self.workers.rank :: self.workers.size]
+                parts = [partial(self.loss, part, tokens) for part in mine]
                 yield Step(parts, tokens, vars(taken[-1][1]))
 
     def loss(self, block_BT: Tensor, tokens: int) -> Tensor:
@@ -98,7 +68,8 @@ def pretrain(
     folder: Path,
     progress: Progress | None = None,
     heldout_text: PackedText | None = None,
-) -> DescentResult:
+    workers: Workers = SINGLE,
+) -> LoopResult:
     """Train ``model`` on ``text`` in place; figures are held-out perplexities, the lowest is the best.
 
     Held-out blocks are those that ``text`` keeps out, or the first ones of ``heldout_text``. A killed run goes on
@@ -109,20 +80,21 @@ def pretrain(
     held_BT = _first_blocks(heldout_text, wanted) if heldout_text else text.heldout(wanted)
     digest = hashlib.sha256(held_BT.numpy().tobytes()).hexdigest()[:16]
     identity = {"text": list(text.source.files), "heldout": digest, "length": text.length, "order": text.seed}
-    descent = Descent(
+    loop = TrainingLoop(
         causal.model.float(),
         causal.trained,
-        TextSteps(causal, text, config),
+        TextSteps(causal, text, config, workers),
         config.steps,
         lambda: perplexity(causal, held_BT, config.micro_blocks),
         config,
         folder,
         identity,
         precision=config.precision,
-        figure="heldout_perplexity",
-        higher=False,
+        metric="heldout_perplexity",
+        higher_is_better=False,
+        workers=workers,
     )
-    return descent.run(progress)
+    return loop.run(progress)
 
 
 def _first_blocks(text: PackedText, wanted: int) -> Tensor:

@@ -17,7 +17,7 @@ where L is the number of steps at which the draft can be right at all: a round s
 by a token outside the draft's vocabulary, shows nothing that training could mend. Greedy rounds have w in {0, 1}, so
 both are indicators; sampled rounds give expectations, which are exact.
 
-Shape legend: M packed anchors, A anchors of one response, J draft steps.
+Shape legend: A anchors of one response, J draft steps.
 """
 
 from __future__ import annotations
@@ -25,46 +25,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from redraft.acceptance.simulate import acceptance_given_text, anchor_batches, check_own, matches, visits
-from redraft.acceptance.unroll import Batch, collate, supervised
+from redraft.acceptance.simulate import check_own, visits
 from redraft.data.store import Row
+from redraft.drafts.base import Draft
+from redraft.drafts.chances import run_lengths
 from redraft.errors import UserError
-from redraft.features.store import FeatureStore, anchors
+from redraft.features import FeatureSource
 from redraft.progress import Progress
-from redraft.sampling import Sampler
-from redraft.target import Target
-from redraft.train.objective import Objective, UnrollObjective, with_extra_loss
-from redraft.train.trainer import TrainConfig, Trainer
-
-
-@dataclass(frozen=True)
-class ReplayConfig:
-    """``passes`` of replay after the first training (0 is off), each of ``epochs`` at ``rate`` times its learning rate.
-
-    Weights of a state: ``accepted`` for a step that a lost round still got right, ``failed`` for the one that ended
-    it, ``floor`` for every state that the draft can be right at, reached or not. Raises ``UserError``.
-    """
-
-    passes: int = 0
-    epochs: float = 1.0
-    rate: float = 0.3
-    accepted: float = 1.0
-    failed: float = 1.0
-    floor: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.passes < 0 or self.epochs <= 0 or self.rate <= 0:
-            raise UserError("replay: passes must be 0 or more, epochs and rate above 0")
-        if min(self.accepted, self.failed) <= 0 or self.floor < 0:
-            # A loss over chains needs every step that led to a weighed one.
-            raise UserError("replay: the weights of accepted and failed steps must be above 0, the floor 0 or more")
+from redraft.rows import anchors
+from redraft.settings.sampler import Sampler
+from redraft.settings.training import ReplayConfig, TrainConfig
+from redraft.target import Head
+from redraft.train.trainer import Trainer
 
 
 @dataclass
@@ -83,13 +61,12 @@ class ReplayStates:
 
 @torch.no_grad()
 def replay_states(
-    draft: Any,
-    target: Target,
+    draft: Draft,
+    target: Head,
     rows: Sequence[Row],
-    store: FeatureStore,
+    store: FeatureSource | None,
     gamma: int,
     config: ReplayConfig,
-    batch_anchors: int = 1024,
     greedy_drafts: bool = False,
     progress: Progress | None = None,
 ) -> ReplayStates:
@@ -102,53 +79,37 @@ def replay_states(
     for row in rows:
         check_own(row)
     groups: dict[Sampler, list[Row]] = {}
-    for row in sorted(rows, key=lambda r: r.key):
+    for row in rows:
         sampler = Sampler() if greedy_drafts else Sampler(row.temperature, row.top_k, row.top_p)
         groups.setdefault(sampler, []).append(row)
-    found, done = ReplayStates({}, 0.0, 0.0), 0
+    found, done, walk = ReplayStates({}, 0.0, 0.0), 0, draft.walk(target)
+    sayable = set(draft.vocabulary().tolist())
     for sampler, group in groups.items():
-        for part in anchor_batches(group, batch_anchors):
-            _walk(draft, target, part, collate(part, store, gamma).to(target.device), gamma, sampler, config, found)
-            done += sum(map(anchors, part))
+        for row, chances_AJ in walk.chances(group, store, gamma, sampler):
+            # How far the draft can be right behind each anchor.
+            steps = run_lengths([token in sayable for token in row.response_ids[1:]], gamma)
+            _add(row, chances_AJ.double().numpy(), np.array(steps), config, found)
+            done += anchors(row)
             if progress is not None:
                 progress.update(done)
     return found
 
 
-def _walk(
-    draft: Any,
-    target: Target,
-    rows: Sequence[Row],
-    batch: Batch,
-    gamma: int,
-    sampler: Sampler,
+def _add(
+    row: Row,
+    chances_AJ: npt.NDArray[np.float64],
+    steps_A: npt.NDArray[np.int64],
     config: ReplayConfig,
     found: ReplayStates,
 ) -> None:
-    """Add the rows of one batch to ``found``."""
-    counts = [anchors(row) for row in rows]
-    steps_M = supervised(draft, batch).sum(-1).cpu().split(counts)
-    chances_MJ = acceptance_chances(draft, target, batch, gamma, sampler).cpu().split(counts)
-    for row, chances, steps in zip(rows, chances_MJ, steps_M, strict=True):
-        reached, failed = lost_states(chances.double().numpy(), steps.numpy())
-        sayable = np.arange(gamma) < steps.numpy()[:, None]
-        weight = config.accepted * (reached - failed) + config.failed * failed + config.floor * sayable
-        found.rounds += float(visits(chances.double().numpy()).sum())
-        found.lost_rounds += float(failed.sum())
-        if failed.sum() > 0:
-            found.weights[row.key] = torch.from_numpy(weight).float()
-
-
-def acceptance_chances(draft: Any, target: Target, batch: Batch, gamma: int, sampler: Sampler) -> Tensor:
-    """w [M, J]: the chance that the j-th token behind each anchor comes by acceptance, given the text.
-
-    Greedy chains have 1 up to the first wrong proposal and 0 behind it.
-    """
-    if not sampler.greedy:
-        return acceptance_given_text(draft, target, batch, gamma, sampler)
-    with torch.autocast(target.device.type, torch.bfloat16, enabled=target.dtype == torch.bfloat16):
-        runs_M = matches(draft, target, batch, gamma)
-    return (torch.arange(gamma, device=runs_M.device) < runs_M.unsqueeze(-1)).float()
+    """Add a row to what was found."""
+    reached, failed = lost_states(chances_AJ, steps_A)
+    inside = np.arange(chances_AJ.shape[1]) < steps_A[:, None]
+    weight = config.accepted * (reached - failed) + config.failed * failed + config.floor * inside
+    found.rounds += float(visits(chances_AJ).sum())
+    found.lost_rounds += float(failed.sum())
+    if failed.sum() > 0:
+        found.weights[row.key] = torch.from_numpy(weight).float()
 
 
 def lost_states(
@@ -167,66 +128,35 @@ def lost_states(
     return reached, failed
 
 
-def check_replayable(draft: Any) -> None:
-    """Raise ``UserError`` for a draft family that is not trained by unrolling."""
-    if getattr(draft, "objective", "unroll") != "unroll":
-        raise UserError(f"replay is for drafts that train by unrolling; {type(draft).__name__} does not")
+def check_replayable(draft: Draft) -> None:
+    """Raise ``UserError`` for a draft of a family whose objective knows no states to weigh."""
+    if not draft.weighable:
+        raise UserError(f"replay is for drafts that train by unrolling; {draft.family} drafts do not")
 
 
 # -- training --------------------------------------------------------------------------------------------------------
-@dataclass
-class ReplayBatch(Batch):
-    """Packed rows with the weight of every state, [M, J]."""
+def replay_trainer(
+    draft: Draft,
+    target: Head,
+    store: FeatureSource,
+    rows: Sequence[Row],
+    heldout: Sequence[Row],
+    config: TrainConfig,
+    folder: Path,
+    states: Mapping[str, Tensor],
+    origin: str = "",
+) -> Trainer:
+    """A trainer over the rows that lost a round, on the states where decoding meets them.
 
-    weight_MJ: Tensor
-
-    def to(self, device: torch.device) -> ReplayBatch:
-        return ReplayBatch(**{name: value.to(device) for name, value in vars(self).items()})
-
-
-class ReplayObjective(UnrollObjective):
-    """The weighted mean of the loss over the states of a :class:`ReplayBatch`.
-
-    One mean over all steps and no step decay: the weights say already how often a step is reached.
+    Arguments as of :class:`Trainer`, and the ``states`` of :func:`replay_states`, whose steps must be
+    ``config.unroll``. Raises ``UserError`` as :class:`Trainer` does, for a draft family that is not trained by
+    unrolling, and when no round was lost.
     """
-
-    def weights(self, batch: Batch, inside_MJ: Tensor) -> Tensor:
-        """What each state's loss counts for, [M, J]; they sum to 1."""
-        assert isinstance(batch, ReplayBatch)
-        weight_MJ = batch.weight_MJ * inside_MJ
-        return weight_MJ / weight_MJ.sum().clamp(min=1e-9)
-
-
-class ReplayTrainer(Trainer):
-    """A :class:`Trainer` over the rows that lost a round, on the states where decoding meets them."""
-
-    def __init__(
-        self,
-        draft: Any,
-        target: Target,
-        store: FeatureStore,
-        rows: Sequence[Row],
-        heldout: Sequence[Row],
-        config: TrainConfig,
-        folder: Path,
-        states: Mapping[str, Tensor],
-    ) -> None:
-        """``config.unroll`` must be the steps of ``states``. Raises ``UserError`` as :class:`Trainer` does, for a
-        draft family that is not trained by unrolling, and when no round was lost."""
-        if not states:
-            raise UserError("no round ended early, so there is nothing to replay")
-        check_replayable(draft)
-        self.states = states
-        super().__init__(draft, target, store, [r for r in rows if r.key in states], heldout, config, folder)
-
-    def new_objective(self) -> Objective:
-        """The loss on the states of the walk, plus what the draft itself asks for."""
-        return with_extra_loss(ReplayObjective(self.draft, self.target, self.config), self.draft)
-
-    def collated(self, rows: Sequence[Row]) -> Batch:
-        """As the trainer's, with the weights of the rows' states."""
-        plain = super().collated(rows)
-        return ReplayBatch(**vars(plain), weight_MJ=torch.cat([self.states[row.key] for row in rows]))
+    if not states:
+        raise UserError("no round ended early, so there is nothing to replay")
+    check_replayable(draft)
+    lost = [row for row in rows if row.key in states]
+    return Trainer(draft, target, store, lost, heldout, config, folder, origin, weights=states)
 
 
 def replay_settings(config: TrainConfig, replay: ReplayConfig) -> TrainConfig:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -13,26 +12,26 @@ import torch
 
 from redraft import provenance
 from redraft.acceptance.simulate import expected_rounds_sampled, simulate_greedy_chain
-from redraft.adaptation.models import OpenDraft
-from redraft.adaptation.stages import half
-from redraft.adaptation.study.entries import ANY, NONE, Cell
-from redraft.adaptation.study.shared import Asked, Costs, Selected, TargetWork, features_stage, row_tokens, slug
-from redraft.artifact import coarse_state, private_state, save_draft, tensors_bytes
+from redraft.adaptation.core import Adaptation, Plan, half
+from redraft.adaptation.runs import row_tokens
+from redraft.adaptation.study.answers import features_stage, slug
+from redraft.adaptation.study.selection import Selected, select, spend, spend_all
+from redraft.adaptation.study.targets import Asked, TargetWork
+from redraft.artifact import tensors_bytes
 from redraft.coarse import Coarse
-from redraft.data.template import template_record
 from redraft.decode.tree_walk import simulate_tree
-from redraft.drafts.base import bind, family_of
-from redraft.drafts.experts import merge_private
-from redraft.drafts.groups import mergeable, method, prepare, trained_parameters
-from redraft.drafts.scaling import coarse_change
+from redraft.drafts.files import coarse_state, private_state
+from redraft.drafts.groups import trained_parameters
+from redraft.drafts.opening import OpenDraft
 from redraft.errors import UserError
-from redraft.features.store import anchors
-from redraft.loading import tokenizer_hash
-from redraft.progress import Progress
-from redraft.sampling import Sampler
-from redraft.starts.apply import StartContext, StartResult, apply_start
+from redraft.provenance import Ledger
+from redraft.rows import anchors
+from redraft.settings.methods import method
+from redraft.settings.sampler import Sampler
+from redraft.settings.study_parts import ANY, NONE, Cell
+from redraft.settings.training import ReplayConfig, TrainConfig
+from redraft.starts.apply import StartContext
 from redraft.train.replay import check_replayable
-from redraft.train.trainer import TrainConfig, Trainer, TrainResult
 
 CELL_FORMULAS = {
     "generation": f"{provenance.FORWARD_FORMULA}, of every row that had to be generated",
@@ -45,94 +44,69 @@ CELL_FORMULAS = {
 }
 
 
-def run_cell(work: TargetWork, cell: Cell, keep: bool, progress: Progress | None = None) -> dict[str, Any]:
+def run_cell(work: TargetWork, cell: Cell, keep: bool) -> dict[str, Any]:
     """Train and measure; the record of the cell for the results. A killed cell goes on where it stopped.
 
     ``keep`` saves the trained draft beside the record. Raises ``UserError``.
     """
-    config = work.config
     opened = work.opened(cell.start)
-    old: Any = opened.draft
-    selected = work.select(cell.data, cell.selection) if cell.data != ANY else None
-    if config.replay_of(cell.method) is not None:
-        check_replayable(old)
-    started, costs = start_of(work, cell, opened, selected)
-    name, size = config.method_of(cell.method), config.size_of(cell.method)
-    draft, names = prepare(copy.deepcopy(started.draft), name, size, cell.seed, target=work.target)
+    selected = select(work, cell.data, cell.selection) if cell.data != ANY else None
+    job = adaptation_of(work, cell, opened, selected)
+    costs = started(work, cell, job, selected)
+    job.prepare()
+    size = job.plan.size
     record: dict[str, Any] = {
         "key": cell.key,
         **asdict(cell),
-        "settings": asdict(method(name).size(size)) if names else {},
+        "settings": asdict(method(job.plan.method).size(size)) if job.trained else {},
     }
-    folder = work.root / "cells" / slug(cell.key)
-    if names:
+    if job.trained:
         assert selected is not None
-        settings = cell_config(work, cell, selected)
-        trainer, results = train(work, draft, cell, selected, settings, folder / "train", progress)
-        draft = trainer.draft
-        costs.join(selected.costs)
-        training_costs(costs, work, trainer, results, selected)
-        record |= training_record(trainer, results, selected, settings)
+        train(work, cell, job, selected)
+        spend_all(costs, selected.costs)
+        training_costs(costs, work, job, selected)
+        record |= training_record(job, selected)
     began = time.monotonic()
-    before, parts = half(old), dict[str, Coarse]()
-    if names and size.bits is not None:
-        draft, parts = coarse_change(draft, before, names, size.bits)
+    draft, parts = job.stored
     rounds = measure(work, draft)
-    stored = half(draft)
+    names = set(job.trained)
     record |= {
-        "trained_parameters": sum(p.numel() for n, p in draft.named_parameters() if n in set(names)),
-        "full_parameters": trained_parameters(old, "full"),
+        "trained_parameters": sum(p.numel() for n, p in draft.named_parameters() if n in names),
+        "full_parameters": trained_parameters(opened.draft, "full"),
         "private_width": getattr(draft.config, "private_width", 0),
         "low_rank": getattr(draft.config, "low_rank", 0),
-        "private_bytes": private_bytes(stored, before, names, parts),
-        "start_details": started.details,
-        "flops": costs.flops,
-        "seconds": costs.seconds,
+        "private_bytes": private_bytes(draft, half(opened.draft), job.trained, parts),
+        "start_details": job.started.details,
+        "flops": {entry.stage: entry.flops for entry in costs.stages},
+        "seconds": {entry.stage: entry.seconds for entry in costs.stages},
         "measure_seconds": time.monotonic() - began,
         "rounds": rounds,
     }
     if keep:
-        save(work, stored, mergeable(name, size), opened, name, folder / "draft")
+        job.save_whole(cell_folder(work.root, cell) / "draft")
     return record
 
 
-def save(work: TargetWork, draft: Any, merge: bool, opened: OpenDraft, method_name: str, folder: Path) -> None:
-    """Save the trained draft, merged where it can be, to be measured for speed or kept."""
-    meta = {
-        "family": family_of(draft),
-        "method": method_name,
-        "target": {"name": work.target.name, "hash": work.target.content_hash()},
-        "tokenizer_hash": tokenizer_hash(work.target.tokenizer),
-        "provenance": provenance.collect(work.config.seed, work.config.device, template_record(work.target.tokenizer)),
-    }
-    save_draft(folder, merge_private(draft) if merge else draft, meta)
+def cell_folder(root: Path, cell: Cell) -> Path:
+    """Where a cell's training, its record and its draft are."""
+    return root / "cells" / slug(cell.key)
 
 
-# -- what a cell begins with -------------------------------------------------------------------------------------------
-def start_of(work: TargetWork, cell: Cell, opened: OpenDraft, selected: Selected | None) -> tuple[StartResult, Costs]:
-    """The draft that training starts from, and what it cost to make (with its data, where nothing is trained)."""
-    costs, entry = Costs(), work.config.start_of(cell.start)
-    if entry.start == NONE:
-        return StartResult(opened.draft), costs
-    rows = selected.rows if selected else []
-    general = work.config.general
-    context = StartContext(
-        target=work.target,
-        base_target=work.base.target if "base_target" in entry.needs else None,
-        rows=rows,
-        general_rows=work.general_rows if general and general.mix else (),
-        gamma=work.config.gamma,
-        seed=work.config.seed,
+def adaptation_of(work: TargetWork, cell: Cell, opened: OpenDraft, selected: Selected | None) -> Adaptation:
+    """The cell's training, its features where all of the target's are. Raises ``UserError``."""
+    config, folder = work.config, cell_folder(work.root, cell)
+    replay = config.replay_of(cell.method) or ReplayConfig()
+    if replay.passes:
+        check_replayable(opened.draft)
+    plan = Plan(
+        config.method_of(cell.method),
+        config.size_of(cell.method),
+        cell_config(work, cell, selected) if selected and config.trains(cell.method) else TrainConfig(seed=cell.seed),
+        config.start_of(cell.start).start,
+        replay,
     )
-    began = time.monotonic()
-    with work.ledger.stage(f"{work.name}: start {cell.start}") as spent:
-        found = apply_start(entry.start, opened.draft, context)
-        spent.add(found.tokens, int(found.flops), provenance.FORWARD_FORMULA)
-    work.target.tap(opened.draft.config.taps)
-    costs.add("start", int(found.flops), time.monotonic() - began)
-    if not work.config.trains(cell.method) and selected is not None and "rows" in entry.needs:
-        costs.join(selected.costs)
-    return found, costs
+    store = work.store(tuple(opened.draft.config.taps))
+    return Adaptation(work.target, opened, plan, folder, work.log, store, folder / "train" / "replay")
 
 
 def cell_config(work: TargetWork, cell: Cell, selected: Selected) -> TrainConfig:
@@ -153,93 +127,80 @@ def cell_config(work: TargetWork, cell: Cell, selected: Selected) -> TrainConfig
     return replace(config, epochs=epochs)
 
 
-def train(
-    work: TargetWork,
-    draft: Any,
-    cell: Cell,
-    selected: Selected,
-    settings: TrainConfig,
-    folder: Path,
-    progress: Progress | None,
-) -> tuple[Trainer, list[TrainResult]]:
-    """Train to the end of the budget, from a checkpoint where there is one; results of replay stand behind the first.
+def started(work: TargetWork, cell: Cell, job: Adaptation, selected: Selected | None) -> Ledger:
+    """Make what training starts from; what that cost (with its data, where nothing is trained)."""
+    costs, entry = Ledger(), work.config.start_of(cell.start)
+    if entry.start == NONE:
+        return costs
+    general = work.config.general
 
-    Raises ``UserError``.
+    def context() -> StartContext:
+        return StartContext(
+            target=work.target,
+            base_target=work.base.target if "base_target" in entry.needs else None,
+            rows=selected.rows if selected else [],
+            general_rows=work.general_rows if general and general.mix else (),
+            gamma=work.config.gamma,
+            seed=work.config.seed,
+        )
+
+    began = time.monotonic()
+    job.start(context, cell.start)
+    spend(costs, "start", job.started.flops, time.monotonic() - began)
+    if not work.config.trains(cell.method) and selected is not None and "rows" in entry.needs:
+        spend_all(costs, selected.costs)
+    return costs
+
+
+def train(work: TargetWork, cell: Cell, job: Adaptation, selected: Selected) -> None:
+    """Train to the end of the budget, from a checkpoint where there is one. Raises ``UserError``.
+
+    Features are built for all rows of the data at once, whatever a cell keeps of them: every cell then trains on
+    the same bits, in whatever order the cells run.
     """
-    taps = draft.config.taps
-    # Features are built for all rows of the data at once, whatever a cell keeps of them: every cell then trains on
-    # the same bits, in whatever order the cells run.
+    taps = tuple(job.draft.config.taps)
     work.features("heldout", work.heldout, taps)
-    store = work.features(cell.data, work.rows(cell.data), taps)
+    work.features(cell.data, work.rows(cell.data), taps)
     if work.config.selection_of(cell.selection).general:
-        store = work.features("general-mix", work.general_rows, taps)
-    trainer = Trainer(draft, work.target, store, selected.rows, work.heldout, settings, folder)
-    with work.ledger.stage(f"{work.name}: train") as entry:
-        first = trainer.run(progress)
-        if not trainer.descent.done_before:
-            entry.add(first.anchors, train_flops(trainer, [first]), CELL_FORMULAS["train"])
-    again = work.config.replay_of(cell.method)
-    if again is None:
-        return trainer, [first]
-    from redraft.adaptation.replay import replay
-
-    place, quiet = folder / "replay", provenance.Ledger()
-    trained, later = replay(
-        trainer.draft, work.target, store, trainer.rows, trainer.heldout, settings, again, place, quiet, lambda _: None
-    )
-    trainer.draft = trained
-    for stage in quiet.stages:
-        work.ledger.append(replace(stage, stage=f"{work.name}: {stage.stage}"))
-    return trainer, [first, *later]
+        work.features("general-mix", work.general_rows, taps)
+    job.train(selected.rows, work.heldout)
 
 
-def train_flops(trainer: Trainer, results: Sequence[TrainResult]) -> int:
-    """FLOPs of the steps of a training run and of the passes of replay behind it, unrolled as far as a round goes."""
-    trained = sum(parameter.numel() for _, parameter in trainer.trained)
-    rest = max(0, trainer.draft.parameters_per_token - trained)
-    first, *later = results
-    positions = first.anchors * trainer.config.unroll + sum(r.anchors for r in later) * trainer.config.gamma
-    return provenance.train_flops(trained, positions, rest)
-
-
-def training_costs(
-    costs: Costs, work: TargetWork, trainer: Trainer, results: Sequence[TrainResult], selected: Selected
-) -> None:
+def training_costs(costs: Ledger, work: TargetWork, job: Adaptation, selected: Selected) -> None:
     """What training itself took, its features and its held-out answers included; generation is counted before."""
-    forward = provenance.forward_flops
-    taps = trainer.draft.config.taps
-    for name in sorted({row.id.partition(":")[0] for row in trainer.rows}):
+    taps, rows, heldout, results = job.draft.config.taps, selected.rows, work.heldout, job.results
+    for name in sorted({row.id.partition(":")[0] for row in rows}):
         stage = features_stage(name, taps)
-        tokens = row_tokens([row for row in trainer.rows if row.id.startswith(f"{name}:")])
+        tokens = row_tokens([row for row in rows if row.id.startswith(f"{name}:")])
         if stage not in selected.paid and (flops := work.spent_on(stage, tokens)):
-            costs.add("features", flops, work.seconds_of(stage, tokens))
-    heldout = row_tokens(trainer.heldout)
+            spend(costs, "features", flops, work.seconds_of(stage, tokens))
     for stage in ("generate heldout", features_stage("heldout", taps)):
-        costs.add("heldout", work.spent_on(stage, heldout), work.seconds_of(stage, heldout))
-    costs.add("train", train_flops(trainer, results), sum(result.seconds for result in results))
-    walked = sum(map(anchors, trainer.heldout)) * sum(len(result.history) for result in results)
-    walked += sum(map(anchors, trainer.rows)) * (len(results) - 1)
-    costs.add("evaluations", forward(trainer.draft.parameters_per_token, walked * trainer.config.gamma), 0.0)
+        tokens = row_tokens(heldout)
+        spend(costs, "heldout", work.spent_on(stage, tokens), work.seconds_of(stage, tokens))
+    spend(costs, "train", job.flops, sum(result.seconds for result in results))
+    walked = sum(map(anchors, heldout)) * sum(len(result.history) for result in results)
+    walked += sum(map(anchors, rows)) * (len(results) - 1)
+    flops = provenance.forward_flops(job.draft.parameters_per_token, walked * job.plan.train.gamma)
+    spend(costs, "evaluations", flops, 0.0)
 
 
-def training_record(
-    trainer: Trainer, results: Sequence[TrainResult], selected: Selected, settings: TrainConfig
-) -> dict[str, Any]:
-    """What a reader must know of a training run."""
+def training_record(job: Adaptation, selected: Selected) -> dict[str, Any]:
+    """What a reader must know of a training, replay included."""
     history: list[tuple[int, float]] = []
-    for result in results:
+    for result in job.results:
         before = history[-1][0] if history else 0
         history += [(before + step, tau) for step, tau in result.history if step or not before]
+    tokens = sum(map(anchors, selected.rows))
     return {
-        "rows": len(trainer.rows),
-        "tokens": sum(map(anchors, trainer.rows)),
-        "kept_rows": len(trainer.rows) / selected.of_rows,
-        "kept_tokens": sum(map(anchors, trainer.rows)) / selected.of_tokens,
-        "learning_rate": settings.learning_rate,
-        "epochs": settings.epochs,
-        "steps": sum(result.steps for result in results),
-        "trained_tokens": sum(result.anchors for result in results),
-        "stopped_early": results[0].stopped_early,
+        "rows": len(selected.rows),
+        "tokens": tokens,
+        "kept_rows": len(selected.rows) / selected.of_rows,
+        "kept_tokens": tokens / selected.of_tokens,
+        "learning_rate": job.plan.train.learning_rate,
+        "epochs": job.plan.train.epochs,
+        "steps": sum(result.steps for result in job.results),
+        "trained_tokens": sum(result.anchors for result in job.results),
+        "stopped_early": job.results[0].stopped_early,
         "heldout": history,
     }
 
@@ -256,16 +217,14 @@ def measure(work: TargetWork, draft: Any) -> dict[str, list[float]]:
 
 def rounds_of(work: TargetWork, draft: Any, name: str, asked: Asked) -> list[float]:
     model, gamma = asked.model, work.config.gamma
-    bind(draft, model.target)
+    draft.bind(model.target)
     store = model.features(name, asked.rows, draft.config.taps)
-    work.tell(f"{work.name}: measure {name}", 0, 1)
-    if asked.tree is not None:
-
-        def tell(done: int) -> None:
-            work.tell(f"{work.name}: measure {name}", done, len(asked.rows))
-
-        walked = simulate_tree(draft, model.target, asked.rows, store, asked.tree, work.config.evaluation_tokens, tell)
-        return [len(walked[row.key]) for row in asked.rows]
+    with work.log.bar(f"{work.name}: measure {name}", len(asked.rows), "answers") as progress:
+        progress.update(0)
+        if asked.tree is not None:
+            most, tell = work.config.evaluation_tokens, progress.update
+            walked = simulate_tree(draft, model.target, asked.rows, store, asked.tree, most, tell)
+            return [len(walked[row.key]) for row in asked.rows]
     if asked.sampler.greedy:
         accepted = simulate_greedy_chain(draft, model.target, asked.rows, store, gamma)
         return [len(accepted[row.key]) for row in asked.rows]

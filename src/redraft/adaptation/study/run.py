@@ -6,24 +6,26 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from redraft import provenance
-from redraft.adaptation.config import settled
+from redraft.adaptation.claim import settled
 from redraft.adaptation.models import open_target
-from redraft.adaptation.stages import Say
-from redraft.adaptation.study.cells import CELL_FORMULAS, run_cell
-from redraft.adaptation.study.config import StudyConfig
-from redraft.adaptation.study.entries import ANY, Cell
-from redraft.adaptation.study.shared import Model, TargetWork, slug
+from redraft.adaptation.runs import Log, Say, row_tokens
+from redraft.adaptation.study.answers import Model, slug
+from redraft.adaptation.study.cells import CELL_FORMULAS, cell_folder, run_cell
 from redraft.adaptation.study.speed import speed_cells, speed_of
+from redraft.adaptation.study.targets import TargetWork
 from redraft.artifact import atomic_write_json, read_json
 from redraft.errors import UserError
 from redraft.evaluate.study import SCHEMA, derive
-from redraft.features.store import anchors
 from redraft.progress import Progress, progress_bar
-from redraft.select.rules import parse_budget
+from redraft.rows import anchors
+from redraft.settings.budget import parse_budget
+from redraft.settings.studies import StudyConfig
+from redraft.settings.study_parts import ANY, Cell
 from redraft.target import Target
 
 CONFIG_FILE, RESULTS_FILE = "study.json", "results.json"
@@ -37,36 +39,54 @@ CELL_UNITS = 1000
 LEAST_SHARE = 0.3
 
 
+@dataclass
 class Board:
-    """One bar over all cells; whatever is under way is named beside it."""
+    """One ``bar`` over all cells, ``done`` of its units behind and as many as ``shown`` in sight.
 
-    def __init__(self, bar: Progress) -> None:
-        self.bar, self.done, self.shown = bar, 0, 0
+    The training of the ``cell`` under way fills its ``units``; any other stage is named beside the bar.
+    """
 
-    def tell(self, stage: str, done: int, total: int) -> None:
-        """A stage that all cells wait for: its share is shown, the bar stays where it is."""
-        self.show(max(self.done, self.shown), f"{stage} {100 * done / max(total, 1):.0f}%")
+    bar: Progress | None = None
+    done: int = 0
+    shown: int = 0
+    cell: str = ""
+    units: int = 0
+
+    @contextmanager
+    def stage(self, name: str, total: int | None, unit: str) -> Iterator[Progress]:
+        """The progress of a stage that counts up to ``total``."""
+        yield Share(self, name, total or 1)
+
+    @contextmanager
+    def over(self, cell: Cell, units: int) -> Iterator[None]:
+        """A cell, whose ``units`` are behind afterwards."""
+        self.cell, self.units = cell.key, units
+        self.show(self.done, cell.key)
+        yield
+        self.done += units
+        self.show(self.done, cell.key)
 
     def show(self, done: int, now: str, tau: float | None = None) -> None:
         """One line on where the study is."""
-        self.shown = done
-        self.bar.update(done, now=now, heldout_tau=tau)
+        self.shown = max(done, self.shown)
+        if self.bar is not None:
+            self.bar.update(self.shown, now=now, heldout_tau=tau)
 
-    @contextmanager
-    def cell(self, key: str, units: int, budget: float) -> Iterator[Progress]:
-        """Progress of one cell in supervised tokens, as its share of the bar."""
-        board, begin = self, self.done
 
-        class Share:
-            def update(self, done: int, **fields: Any) -> None:
-                tau = fields.get("heldout_tau")
-                share = min(1.0, done / max(budget, 1.0))
-                board.show(begin + round(units * share), key, tau)
+@dataclass(frozen=True)
+class Share:
+    """The progress of one stage on the board."""
 
-        self.show(self.done, key)
-        yield Share()
-        self.done = begin + units
-        self.show(self.done, key)
+    board: Board
+    stage: str
+    total: int
+
+    def update(self, done: int, **fields: Any) -> None:
+        board, share = self.board, min(1.0, done / self.total)
+        if self.stage.endswith(": train"):
+            board.show(board.done + round(share * board.units), board.cell, fields.get("heldout_tau"))
+        else:
+            board.show(board.done, f"{self.stage} {100 * share:.0f}%")
 
 
 class StudyRun:
@@ -78,24 +98,21 @@ class StudyRun:
         self.asked_dtype = config.dtype  # auto lets the types compete where speed is measured
         self.ledger = provenance.Ledger.load(out / "ledger.json")
         self.cells = list(config.all_cells())
-        self.board: Board | None = None
-        self.bases: dict[str, Model] = {}
-        for entry in config.targets.values():
-            if entry.base_target is not None:
-                self.bases.setdefault(entry.base_target, self._base(entry.base_target))
+        self.board = Board()
+        specs = {entry.base_target for entry in config.targets.values() if entry.base_target is not None}
+        self.bases = {spec: self._base(spec) for spec in sorted(specs)}
 
     def _base(self, spec: str) -> Model:
-        c = self.config
-        folder = self.folder / "bases" / slug(spec)
+        c, name = self.config, f"base {spec}"
 
         def opener() -> Target:
             return open_target(spec, c.dtype, c.device, None, c.template_arg, self.folder)
 
-        return Model(opener, f"base {spec}", folder, c, self.ledger, self._tell)
+        return Model(name, opener, self.folder / "bases" / slug(spec), c, self._log(name))
 
-    def _tell(self, stage: str, done: int, total: int) -> None:
-        if self.board is not None:
-            self.board.tell(stage, done, total)
+    def _log(self, name: str) -> Log:
+        """The log of what is done with one target: the study's ledger and bar, and nothing said in between."""
+        return Log(self.ledger, lambda text: None, f"{name}: ", self.board.stage)
 
     # -- running -----------------------------------------------------------------------------------------------
     def run(self) -> dict[str, Any]:
@@ -103,13 +120,13 @@ class StudyRun:
         counted = [cell for cell in self.cells if self.config.trains(cell.method)] or self.cells
         units = {cell: self._units(cell) if cell in counted else 0 for cell in self.cells}
         with progress_bar("study", sum(units.values()), "") as bar:
-            self.board = Board(bar)
-            works = {name: self._work(name) for name in self.config.targets}
+            self.board.bar = bar
+            works = {name: self.work(name) for name in self.config.targets}
             self.board.done = sum(units[cell] for cell in self.cells if self.record_path(cell).exists())
             for name in self.config.targets:
                 # A target that is done with is let go of.
                 self._run_target(works.pop(name), [cell for cell in self.cells if cell.target == name], units)
-            self.board = None
+            self.board.bar = None
         return self.write(finished=True)
 
     def _units(self, cell: Cell) -> int:
@@ -118,9 +135,9 @@ class StudyRun:
         shorter = self.config.budget == "epochs" and budget.kind == "fraction"
         return round(CELL_UNITS * max(LEAST_SHARE, float(budget.amount))) if shorter else CELL_UNITS
 
-    def _work(self, name: str) -> TargetWork:
+    def work(self, name: str) -> TargetWork:
         """What the cells of a target share, its prompts read: bad ones are refused before any model is loaded."""
-        work = TargetWork(name, self.folder, self.config, self.ledger, self._tell, self.bases)
+        work = TargetWork(name, self.folder, self.config, self._log(name), self.bases)
         _ = work.prompts
         if self.config.general is not None:
             _ = work.general
@@ -131,13 +148,11 @@ class StudyRun:
         facts_path = work.folder / "facts.json"
         wanted = speed_cells(self.config, cells)
         open_cells = [cell for cell in cells if not self.finished(cell, wanted)]
-        assert self.board is not None
         kinds = list(dict.fromkeys((cell.data, cell.selection) for cell in cells))
         for cell in sorted(open_cells, key=lambda cell: kinds.index((cell.data, cell.selection))):
             keep = self.config.keep_drafts or cell in wanted
-            budget = self._budget(work, cell)
-            with self.board.cell(cell.key, units[cell], budget) as progress:
-                record = run_cell(work, cell, keep, progress)
+            with self.board.over(cell, units[cell]):
+                record = run_cell(work, cell, keep)
             # The record says that a cell is done with: whatever the results read beside it must be there by then.
             atomic_write_json(facts_path, facts(work, facts_path))
             atomic_write_json(self.record_path(cell), record)
@@ -147,15 +162,6 @@ class StudyRun:
         if wanted:
             speed_of(work, wanted, self.asked_dtype, self.say)
 
-    def _budget(self, work: TargetWork, cell: Cell) -> float:
-        """Supervised tokens that the cell will train on, for the bar."""
-        if not self.config.trains(cell.method):
-            return 1.0
-        name = next(iter(self.config.data)) if self.config.budget == "tokens" else cell.data
-        epochs = self.config.train_config(cell.loss, cell.seed).epochs
-        rows = work.rows(name) if self.config.budget == "tokens" else work.select(cell.data, cell.selection).rows
-        return sum(map(anchors, rows)) * epochs
-
     def finished(self, cell: Cell, wanted: list[Cell]) -> bool:
         """Whether a cell has its record, and its draft where speed is to be measured."""
         path = self.record_path(cell)
@@ -163,7 +169,7 @@ class StudyRun:
 
     # -- results -----------------------------------------------------------------------------------------------
     def record_path(self, cell: Cell) -> Path:
-        return self.folder / "cells" / slug(cell.key) / "record.json"
+        return cell_folder(self.folder, cell) / "record.json"
 
     def records(self) -> list[dict[str, Any]]:
         """Records of the finished cells, in the config's order."""
@@ -220,13 +226,13 @@ def facts(work: TargetWork, path: Path) -> dict[str, Any]:
     """What is known of a target, and the prompts that its rounds belong to; data of an earlier run stay."""
     prompts: Any = work.prompts
     data = read_json(path)["data"] if path.exists() else {}
-    for name, rows in work.known_rows().items():
+    for name, rows in work.known_rows.items():
         generated = work.config.data[name].kind in ("regenerated", "self")
         data[name] = {
             "kind": work.config.data[name].kind,
             "rows": len(rows),
             "tokens": sum(map(anchors, rows)),
-            "generated_tokens": sum(len(r.prompt_ids) + len(r.response_ids) for r in rows) if generated else 0,
+            "generated_tokens": row_tokens(rows) if generated else 0,
         }
     return {
         "target": work.target.name,

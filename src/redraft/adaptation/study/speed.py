@@ -6,17 +6,16 @@ import itertools
 from dataclasses import replace
 from typing import Any
 
-from redraft import provenance
-from redraft.adaptation.models import contestants, open_draft, open_target, template_prompts
-from redraft.adaptation.stages import Say
-from redraft.adaptation.study.config import StudyConfig
-from redraft.adaptation.study.entries import ANY, NONE, Cell
-from redraft.adaptation.study.shared import TargetWork, slug
+from redraft.adaptation.models import contestants, open_draft, template_prompts
+from redraft.adaptation.runs import Say, record_of
+from redraft.adaptation.study.answers import slug
+from redraft.adaptation.study.cells import cell_folder
+from redraft.adaptation.study.targets import TargetWork
 from redraft.artifact import atomic_write_json
-from redraft.data.template import template_record
-from redraft.decode.tree import DynamicTree, parse_shape
 from redraft.evaluate.speed import BenchConfig, Prompt, bench
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
+from redraft.settings.shapes import DynamicTree, parse_shape
+from redraft.settings.studies import ANY, NONE, Cell, StudyConfig
 
 
 def speed_cells(config: StudyConfig, cells: list[Cell]) -> list[Cell]:
@@ -41,11 +40,10 @@ def speed_of(work: TargetWork, cells: list[Cell], dtype: str, say: Say) -> None:
 
     With ``dtype`` auto the data types compete.
     """
-    config, entry = work.config, work.entry
-    wanted = config.speed
+    config, wanted = work.config, work.config.speed
     assert wanted is not None
     shapes = wanted.shapes or (f"chain:{config.gamma}",)
-    names = {cell.method: work.root / "cells" / slug(cell.key) / "draft" for cell in cells}
+    names = {cell.method: cell_folder(work.root, cell) / "draft" for cell in cells}
     runs = [(shape, temperature) for shape in shapes for temperature in wanted.temperatures]
     keys = " ".join(cell.key for cell in cells)
     paths = {run: work.folder / f"speed-{slug(f'{run[0]} T{run[1]:g} {keys}')}.json" for run in runs}
@@ -55,24 +53,18 @@ def speed_of(work: TargetWork, cells: list[Cell], dtype: str, say: Say) -> None:
     drafts: dict[str, Any] = {
         name: open_draft(folder, work.target).draft.to(work.target.device) for name, folder in names.items()
     }
-    targets = contestants(
-        work.target,
-        dtype,
-        lambda other: open_target(
-            entry.target, other, config.device, entry.adapter, config.template_arg, work.folder.parent.parent
-        ),
-    )
+    targets = contestants(work.target, dtype, work.open_again)
     for target in targets.values():
         target.tap(next(iter(drafts.values())).config.taps)
     prompts = _prompts(work, wanted.prompts)
     for run in left:
         shape, temperature = parse_shape(run[0]), run[1]
-        record = provenance.collect(config.seed, config.device, template_record(work.target.tokenizer))
+        record = record_of(work.target, config.seed)
         # A dynamic tree holds the draft's likeliest tokens, which are no draws from it.
         greedy = temperature > 0 and isinstance(shape, DynamicTree)
         how = BenchConfig(shape, Sampler(temperature), greedy, config.evaluation_tokens, config.seed, traces=0)
-        with work.ledger.stage(f"{work.name}: speed"):
-            result = bench(targets, drafts, prompts, how, record, lambda done, what: work.tell(f"speed {what}", 0, 1))
+        with work.log.counted("speed", None) as (_, progress):
+            result = bench(targets, drafts, prompts, how, record, lambda done, what: progress.update(0))
         atomic_write_json(paths[run], result.result)
         say(f"{work.name}: speed as {how.shape.describe()}, {how.sampler.describe()}")
 

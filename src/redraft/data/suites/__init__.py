@@ -17,9 +17,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from redraft.data.prompts import HUB_PREFIX, Conversation, Message, prompt_messages, read_conversations, user_turns
+from redraft.data.prompts import HUB_PREFIX, prompt_messages, read_conversations, user_turns
+from redraft.data.shapes import Conversation
+from redraft.data.turns import Message, keys_of
 from redraft.errors import UserError
-from redraft.registry import Registry
+from redraft.registries import SUITES
 
 DATA_VARIABLE = "REDRAFT_DATA"
 KNOWN_SHAPES = frozenset({"messages", "conversations", "instruction"})
@@ -100,9 +102,6 @@ class SuiteDefinition:
         return {self.category(id), self.group(id)} - {""}
 
 
-SUITES: Registry[SuiteDefinition] = Registry("suite", package="redraft.data.suites")
-
-
 def load_suite(text: str, data_dir: str | Path | None = None, limit: int | None = None, seed: int = 0) -> Suite:
     """The suite that ``text`` asks for: ``NAME``, ``NAME:CATEGORY``, and either with ``=FILE`` or ``=datasets:...``.
 
@@ -116,7 +115,7 @@ def load_suite(text: str, data_dir: str | Path | None = None, limit: int | None 
         raise UserError(f"the number of prompts of a suite must be at least 1, not {limit}")
     place, equals, path = text.partition("=")
     name, colon, category = place.strip().partition(":")
-    definition = SUITES.get(name)
+    definition: SuiteDefinition = SUITES.get(name)
     if equals and not path.strip():
         raise UserError(f"--suite {text!r} names no file behind the =; write {name}=FILE")
     conversations, source = _read(name, definition, path.strip(), data_dir)
@@ -209,9 +208,8 @@ def _converter(name: str, definition: SuiteDefinition) -> Callable[[Any, int], A
         try:
             return definition.convert(item, number)
         except KeyError as error:
-            keys = ", ".join(sorted(map(str, item))[:8]) or "none"
             raise ValueError(
-                f'no {error} among its keys ({keys}); a row of suite {name} has "messages", or the columns of '
+                f'no {error} among its keys ({keys_of(item)}); a row of suite {name} has "messages", or the columns of '
                 f"{definition.home}"
             ) from error
         except (TypeError, AttributeError, IndexError) as error:

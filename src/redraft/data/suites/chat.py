@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from redraft.data.prompts import Conversation
-from redraft.data.suites import SUITES, SuiteDefinition, category_of
+from redraft.data.shapes import Conversation
+from redraft.data.suites import SuiteDefinition, category_of
+from redraft.registries import SUITES
 
 # Spec-Bench reports MT-bench as one of six tasks; its eight categories can still be asked for by name. The other two
 # suites are reported whole: a figure of ten prompts or fewer says little.

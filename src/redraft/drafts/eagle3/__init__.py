@@ -2,5 +2,4 @@
 
 from redraft.drafts.eagle3.module import Eagle3Config as Eagle3Config
 from redraft.drafts.eagle3.module import Eagle3Draft as Eagle3Draft
-from redraft.drafts.eagle3.module import check_fit as check_fit
 from redraft.drafts.eagle3.module import fresh_draft as fresh_draft

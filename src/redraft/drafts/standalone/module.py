@@ -13,18 +13,25 @@ Shape legend: B batch, T new tokens, H hidden size, V vocabulary.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from redraft.artifact import FAMILIES
 from redraft.compat import cache_argument
-from redraft.drafts.experts import SharedPrivateMLP, is_private, start_private
+from redraft.drafts.base import Draft
+from redraft.drafts.config import DraftConfig
+from redraft.drafts.experts import attach_parts
+from redraft.drafts.proposing import ObjectiveSettings, Reduce, alone
+from redraft.drafts.standalone.objective import StandaloneObjective
+from redraft.drafts.standalone.proposer import StandaloneProposer
+from redraft.drafts.textwalk import TextWalk
 from redraft.errors import UserError
+from redraft.loading import check_tokenizers
 from redraft.sampling import scale_logits
+from redraft.target import Head, Target
 
 # What transformers writes into a config besides the model itself.
 PASSING = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
@@ -32,22 +39,19 @@ PASSING = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "arc
 PADDING = 512
 
 
-@dataclass(frozen=True)
-class StandaloneConfig:
-    """The model's Hugging Face config as plain values, and the inner width of each layer's private expert."""
+@dataclass(frozen=True, kw_only=True)
+class StandaloneConfig(DraftConfig):
+    """The model's Hugging Face config as plain values, and its private parts."""
 
     model: dict[str, Any]
-    private_width: int = 0
 
-    # It reads no features of the target and has no low-rank updates.
+    # It reads no features of the target.
     taps: ClassVar[tuple[int, ...]] = ()
-    low_rank: ClassVar[int] = 0
 
     @classmethod
-    def of(cls, config: Any, private_width: int = 0) -> StandaloneConfig:
+    def of(cls, config: Any) -> StandaloneConfig:
         """From a Hugging Face config."""
-        kept = {key: value for key, value in config.to_dict().items() if key not in PASSING}
-        return cls(kept, private_width)
+        return cls(model={key: value for key, value in config.to_dict().items() if key not in PASSING})
 
     @property
     def hidden_size(self) -> int:
@@ -57,16 +61,26 @@ class StandaloneConfig:
     def draft_vocab_size(self) -> int:
         return int(self.model["vocab_size"])
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"model": self.model, "private_width": self.private_width}
+    def check_fit(self, target: Any) -> None:
+        """Raise ``UserError`` when the vocabularies cannot be of one tokenizer."""
+        mine, other = self.draft_vocab_size, target.vocab_size
+        if abs(mine - other) >= PADDING:
+            raise UserError(
+                f"this draft does not fit the target: it speaks a vocabulary of {mine}, the target has {other}; "
+                "a standalone draft needs the target's own tokenizer"
+            )
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> StandaloneConfig:
-        """Raises ``UserError`` for keys that are missing or unknown."""
-        unknown = sorted(set(values) - {"model", "private_width"})
-        if unknown or "model" not in values:
-            raise UserError(f"the config of a standalone draft has no model or unknown keys {unknown}")
-        return cls(dict(values["model"]), int(values.get("private_width", 0)))
+    def dense(self) -> Self:
+        wider = self.model
+        if self.private_width:
+            wider = wider | {"intermediate_size": wider["intermediate_size"] + self.private_width}
+        return replace(super().dense(), model=wider)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The model and the private width, as they always were, and whatever else is not as in a plain draft."""
+        plain = DraftConfig().to_dict()
+        parts = {name: value for name, value in super().to_dict().items() if name in plain and value != plain[name]}
+        return {"model": self.model, "private_width": self.private_width} | parts
 
     def huggingface(self) -> Any:
         """The config as transformers has it. Raises ``UserError`` for an architecture that it does not know."""
@@ -79,11 +93,20 @@ class StandaloneConfig:
             raise UserError(f"transformers does not know this architecture: {str(error).splitlines()[0]}") from error
 
 
-class StandaloneDraft(nn.Module):
+class StandaloneDraft(Draft):
     """A causal LM as a draft. ``model`` is the plain Hugging Face module, for whoever trains or saves it."""
 
     family: ClassVar[str] = "standalone"
-    reduced: ClassVar[bool] = False
+    GROUPS: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "private": ("*.mlp.private.*",),
+        "router": ("*.mlp.router.*",),
+        "norms": ("*norm*",),
+        "attention": ("*attn*",),
+        "head": ("*lm_head*", "*embed*"),
+        "shared": ("*",),
+    }
+    BASE_DTYPE: ClassVar[torch.dtype | None] = torch.float32
+    config: StandaloneConfig
 
     def __init__(self, model: Any, tokenizer: Any = None) -> None:
         """Raises ``UserError`` for a model that is no dense decoder."""
@@ -99,15 +122,77 @@ class StandaloneDraft(nn.Module):
         # How many ids it may propose: a table padded further than the target's ends where the target's does.
         self._limit = int(model.get_output_embeddings().weight.shape[0])
 
-    # -- what it shares with the other families ----------------------------------------------------------------
-    def bind(self, target: Any) -> StandaloneDraft:
-        """Propose no id that the target does not have."""
+    # -- what every draft is asked -----------------------------------------------------------------------------
+    def check_fit(self, target: Any) -> None:
+        """As of every draft; the tokenizers, where both are at hand, are compared too."""
+        super().check_fit(target)
+        check_tokenizers(self.tokenizer, target.tokenizer)
+
+    def bind(self, target: Any) -> Self:
+        """Propose no id that the target does not have, and stand where the target stands."""
         self._limit = min(self.config.draft_vocab_size, target.vocab_size)
-        return self
+        return self.to(target.device)
 
     def vocabulary(self) -> Tensor:
         """Target ids that the draft can say: all."""
         return torch.arange(self._limit, device=self.device)
+
+    def restarted(self, target: Any, seed: int = 0) -> Self:
+        """As of every draft; nothing of the target but its special tokens is in it."""
+        config = self.merged().config
+        config.check_fit(target)
+        new = type(self)(untrained(config.huggingface(), seed)).inherit(self)
+        return new.to(self.device, self.dtype).bind(target)
+
+    def proposer(self, target: Target, capacity: int) -> StandaloneProposer:
+        return StandaloneProposer(self, capacity)
+
+    def walk(self, target: Head) -> TextWalk:
+        return TextWalk(self, target, self.states)
+
+    def objective(self, target: Head, settings: ObjectiveSettings, reduce: Reduce = alone) -> StandaloneObjective:
+        return StandaloneObjective(self, target, settings, reduce)
+
+    def mlps(self) -> tuple[str, ...]:
+        layers = next(name for name, part in self.named_modules() if part is self.model.base_model.layers)
+        names = tuple(f"{layers}.{number}.mlp" for number in range(self.layers))
+        for layer in self.model.base_model.layers:
+            parts = [getattr(getattr(layer, "mlp", None), name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+            whole = all(isinstance(part, nn.Linear) and part.bias is None for part in parts)
+            if not whole or self.config.model.get("hidden_act") != "silu":
+                raise UserError(
+                    f"the MLPs of {type(self.model).__name__} are no plain SwiGLU (gate, up and down without bias, "
+                    "silu), so no private expert can be merged into them; train the whole draft"
+                )
+        return names
+
+    def linears(self) -> list[str]:
+        """As of every draft, but for a head that is the embedding table: an update of it would be one of the table."""
+        table = self.model.get_input_embeddings().weight
+        return [name for name in super().linears() if self.get_parameter(f"{name}.weight") is not table]
+
+    def rebuilt(self, config: StandaloneConfig, state: Mapping[str, Tensor]) -> Self:
+        new = type(self)(untrained(config.huggingface())).to(self.device, self.dtype)
+        new.load_state_dict(state)
+        return new.inherit(self)
+
+    def stored(self) -> dict[str, Tensor]:
+        """The tensors of a Hugging Face checkpoint; a head that is the embedding table is left out of it."""
+        state = dict(self.model.state_dict())
+        shared = self.model.get_output_embeddings().weight
+        names = [name for name, part in self.model.named_parameters(remove_duplicate=False) if part is shared]
+        for name in names[1:]:
+            del state[name]
+        return state
+
+    def fill(self, state: Mapping[str, Tensor]) -> None:
+        self.model.load_state_dict(dict(state), strict=False, assign=True)
+        self.model.tie_weights()
+
+    def inherit(self, other: Any) -> Self:
+        self._limit = other._limit
+        self.model.generation_config = copy.deepcopy(other.model.generation_config)
+        return super().inherit(other)
 
     @property
     def device(self) -> torch.device:
@@ -160,12 +245,10 @@ class StandaloneDraft(nn.Module):
         return found
 
 
-@FAMILIES.register("standalone")
-def build(config: dict[str, Any]) -> StandaloneDraft:
-    """An untrained draft of this configuration, private experts included, for a loader to fill."""
-    known = StandaloneConfig.from_dict(config)
-    draft = StandaloneDraft(untrained(known.huggingface()))
-    return attach_experts(draft, known.private_width) if known.private_width else draft
+def build(values: dict[str, Any]) -> StandaloneDraft:
+    """An untrained draft of this configuration, private parts included. Raises ``UserError`` where it is none."""
+    config = StandaloneConfig.from_dict(values)
+    return attach_parts(StandaloneDraft(untrained(config.huggingface())), config)
 
 
 def untrained(config: Any, seed: int = 0) -> Any:
@@ -179,67 +262,3 @@ def untrained(config: Any, seed: int = 0) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-
-
-def check_fit(config: StandaloneConfig, target: Any) -> None:
-    """Raise ``UserError`` when the vocabularies cannot be of one tokenizer."""
-    mine, other = config.draft_vocab_size, target.vocab_size
-    if abs(mine - other) >= PADDING:
-        raise UserError(
-            f"this draft does not fit the target: it speaks a vocabulary of {mine}, the target has {other}; "
-            "a standalone draft needs the target's own tokenizer"
-        )
-
-
-# -- private experts -------------------------------------------------------------------------------------------------
-def attach_experts(draft: StandaloneDraft, width: int, seed: int = 0) -> StandaloneDraft:
-    """A copy with a private expert of inner width ``width`` beside the MLP of every layer; it starts at exactly zero.
-
-    What to train are the parameters for which :func:`redraft.drafts.experts.is_private` holds. Raises ``UserError``
-    when there are private experts already, for a width that is not positive, and for MLPs that are no plain SwiGLU.
-    """
-    if draft.config.private_width:
-        raise UserError("the draft has private experts already; merge them first")
-    if width <= 0:
-        raise UserError(f"the width of the private experts is {width}; give a positive number")
-    split = copy.deepcopy(draft)
-    for number, layer in enumerate(split.model.base_model.layers):
-        old = layer.mlp
-        _check_gated(split, old)
-        inner, hidden = old.gate_proj.weight.shape
-        mlp = SharedPrivateMLP(hidden, inner, width).to(old.gate_proj.weight)
-        start_private(mlp, old, torch.Generator().manual_seed(1000 * seed + number))
-        layer.mlp = mlp
-    split.config = replace(draft.config, private_width=width)
-    return split
-
-
-def _check_gated(draft: StandaloneDraft, mlp: Any) -> None:
-    parts = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-    whole = all(isinstance(part, nn.Linear) and part.bias is None for part in parts)
-    if not whole or draft.config.model.get("hidden_act") != "silu":
-        raise UserError(
-            f"the MLPs of {type(draft.model).__name__} are no plain SwiGLU (gate, up and down without bias, silu), so "
-            "no private expert can be merged into them; train the whole draft"
-        )
-
-
-def merge_experts(draft: StandaloneDraft) -> StandaloneDraft:
-    """An equal plain draft: each layer's private expert becomes part of one wider MLP. Unchanged without any."""
-    width = draft.config.private_width
-    if not width:
-        return draft
-    config = copy.deepcopy(draft.model.config)
-    config.intermediate_size += width
-    state, merged = draft.model.state_dict(), {}
-    for name, tensor in state.items():
-        if is_private(name):
-            continue
-        part = state.get(name.replace(".mlp.", ".mlp.private."))
-        if ".mlp." in name and part is not None:
-            tensor = torch.cat([tensor, part], 1 if ".down_proj." in name else 0)
-        merged[name] = tensor.detach().clone()
-    dense = StandaloneDraft(untrained(config), draft.tokenizer).to(draft.device, draft.dtype)
-    dense.load_state_dict({f"model.{name}": tensor for name, tensor in merged.items()})
-    dense.model.generation_config = copy.deepcopy(draft.model.generation_config)
-    return dense

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from redraft.drafts.config import heads_of, rope_of
-from redraft.drafts.standalone import StandaloneDraft, untrained
+from redraft.drafts.standalone.module import StandaloneDraft, untrained
 from redraft.errors import UserError
 
 # Layers, width, inner width of the MLP, heads. "goel": the 115M drafter of Llama 2 Chat 7B (arXiv 2403.00858).
@@ -147,15 +147,13 @@ def fresh_standalone(
 
     ``embeddings``: ``"target"`` starts table and head from the target's, projected where widths differ;
     ``"random"`` from nothing. ``layers`` names layers of the target, from 0, of which copies make up the draft (a
-    depth-pruned start); its shape is then the target's own with fewer layers, and a ``shape`` given besides must be
-    that. ``tied`` overrules the shape's. Raises ``UserError`` for a request that cannot be.
+    depth-pruned start); its shape is then the target's own with fewer layers, and ``shape`` is not asked. ``tied``
+    overrules the shape's. Raises ``UserError`` for a request that cannot be.
     """
     if embeddings not in ("target", "random"):
         raise UserError(f"the start of the embeddings is {embeddings!r}; choose target or random")
     if layers:
-        pruned = _pruned_shape(target, layers)
-        _check_same_widths(shape, pruned)
-        config = pruned
+        config = _pruned_shape(target, layers)
     else:
         config = copy.deepcopy(shape) if shape is not None else shape_for(target)
     if config.vocab_size != target.vocab_size:
@@ -174,15 +172,6 @@ def fresh_standalone(
     return draft.bind(target).to(target.device)
 
 
-def spread_layers(target: Any, count: int) -> list[int]:
-    """``count`` layers of the target, evenly spread, the first and the last among them."""
-    if not 1 <= count <= target.layers:
-        raise UserError(f"cannot take {count} of the target's {target.layers} layers")
-    if count == 1:
-        return [0]
-    return [round(i * (target.layers - 1) / (count - 1)) for i in range(count)]
-
-
 def _pruned_shape(target: Any, layers: Sequence[int]) -> Any:
     absent = [k for k in layers if not 0 <= k < target.layers]
     if absent:
@@ -193,18 +182,6 @@ def _pruned_shape(target: Any, layers: Sequence[int]) -> Any:
     if kinds:
         config.layer_types = [kinds[k] for k in layers]
     return config
-
-
-def _check_same_widths(shape: Any, pruned: Any) -> None:
-    if shape is None:
-        return
-    names = ("model_type", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
-    wrong = [name for name in (*names, "num_hidden_layers") if getattr(shape, name) != getattr(pruned, name)]
-    if wrong:
-        raise UserError(
-            f"layers of the target fit its own widths only: {wrong[0]} is {getattr(shape, wrong[0])} in the shape and "
-            f"{getattr(pruned, wrong[0])} there; leave the shape out, or start without the target's layers"
-        )
 
 
 def _start_tables(draft: StandaloneDraft, target: Any) -> None:
@@ -235,6 +212,5 @@ def projected(table_VS: Tensor, width: int, std: float) -> Tensor:
 
 def _speak_like(model: Any, target: Any) -> None:
     """The target's special tokens, so that engines end the draft's answers where they end the target's."""
-    source = getattr(target.model, "generation_config", None)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(model.generation_config, name, getattr(source, name, None))
+        setattr(model.generation_config, name, getattr(target.generation, name, None))

@@ -1,0 +1,273 @@
+"""One adaptation, assembled once: an old draft is opened, started, prepared, trained, replayed and saved.
+
+Every command that trains a draft which reads the target's states goes this way: ``adapt``, ``train`` (old drafts and
+new ones), every cell of a study, the quickstart. They differ in where rows come from and in what is done with the
+draft afterwards.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from redraft import provenance
+from redraft.adaptation.models import open_draft
+from redraft.adaptation.runs import Log, add_forward, record_of, row_tokens
+from redraft.artifact import atomic_write_json, read_checked, read_json, write_checked
+from redraft.attic.aim import aim
+from redraft.coarse import Coarse
+from redraft.data.store import Row
+from redraft.drafts.base import Draft
+from redraft.drafts.files import save_draft, save_private
+from redraft.drafts.groups import prepare
+from redraft.drafts.opening import AnyDraft, OpenDraft
+from redraft.drafts.scaling import coarse_change
+from redraft.features import FeatureStore
+from redraft.loading import tokenizer_hash
+from redraft.rows import anchors
+from redraft.settings.methods import METHODS, PrivateSize
+from redraft.settings.training import ReplayConfig, TrainConfig
+from redraft.starts.apply import StartContext, StartResult, apply_start
+from redraft.target import Head, Target
+from redraft.train.replay import replay_settings, replay_states, replay_trainer
+from redraft.train.trainer import Trainer, TrainResult
+
+Module = TypeVar("Module", bound=nn.Module)
+NO_START = "none"
+STATES_FILE, SUMMARY_FILE, FEATURES = "states.safetensors", "states.json", "features"
+
+
+# -- what the steps share ----------------------------------------------------------------------------------------------
+def half(draft: Module) -> Module:
+    """A copy in bfloat16, the type that drafts are stored and served in."""
+    return copy.deepcopy(draft).to(torch.bfloat16)
+
+
+def open_old(source: AnyDraft, target: Head, log: Log) -> OpenDraft:
+    """The draft that an adaptation begins with; notes of its import are said. Raises ``UserError``."""
+    opened = open_draft(source, target)
+    for note in opened.meta.get("notes", []):
+        log.say(f"note on {opened.source}: {note}")
+    return opened
+
+
+def draft_meta(target: Head, method: str, seed: int, **more: Any) -> dict[str, Any]:
+    """What a saved draft says of itself beside its own shape."""
+    return {
+        "method": method,
+        "target": {"name": target.name, "hash": target.content_hash()},
+        "tokenizer_hash": tokenizer_hash(target.tokenizer),
+        **more,
+        "provenance": record_of(target, seed),
+    }
+
+
+def feature_store(folder: Path, target: Head, taps: Sequence[int]) -> FeatureStore:
+    """The features of this target at these taps in ``folder``. Raises ``UserError`` when it holds others."""
+    return FeatureStore(folder, {"target": target.content_hash(), "taps": list(taps)})
+
+
+def build_features(name: str, store: FeatureStore, target: Target, rows: Sequence[Row], log: Log) -> None:
+    """Compute the features of ``rows`` that are missing, as the stage ``name``. Raises ``UserError``."""
+    if all(row.key in store.index for row in rows if anchors(row)):
+        return
+    with log.counted(name, row_tokens(rows)) as (entry, progress):
+        add_forward(entry, target, store.build(target, rows, progress=progress.update))
+
+
+def training_flops(trainer: Trainer, result: TrainResult) -> int:
+    """FLOPs of all steps of a training: the trained weights', and those that gradients pass through."""
+    trained = sum(parameter.numel() for _, parameter in trainer.trained)
+    # An objective with a state for every draft step computes as many positions.
+    positions = result.anchors * (trainer.config.unroll if trainer.draft.weighable else 1)
+    return provenance.train_flops(trained, positions, max(0, trainer.draft.parameters_per_token - trained))
+
+
+def run_training(trainer: Trainer, log: Log) -> TrainResult:
+    """Train to the end as the stage ``train``. Raises ``UserError``."""
+    budget = round(sum(map(anchors, trainer.rows)) * trainer.config.epochs)
+    with log.counted("train", budget) as (entry, progress):
+        result = trainer.run(progress)
+        if not trainer.loop.done_before:  # a run that had ended is read, not paid for again
+            flops = training_flops(trainer, result)
+            entry.add(result.anchors, flops, f"({provenance.TRAIN_FORMULA}) * unroll")
+    why = "stopped early" if result.stopped_early else "whole budget"
+    log.say(f"train: held-out tau {result.start_tau:.3f} -> {result.best_tau:.3f} in {result.steps} steps ({why})")
+    return result
+
+
+# -- the recipe --------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Plan:
+    """What is trained of a draft, and how: ``start`` names what training begins with, ``replay`` what follows it."""
+
+    method: str
+    size: PrivateSize = field(default_factory=PrivateSize)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    start: str = NO_START
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+
+
+class Adaptation:
+    """One draft on its way from what it was to what it is trained to be. A killed one, done again, goes on.
+
+    The steps, in this order: ``start`` (where the plan names one), ``prepare``, ``train`` (features and replay
+    included), ``save``. ``old`` stays as it is; ``draft`` is what has become of a copy of it.
+    """
+
+    def __init__(
+        self,
+        target: Head,
+        old: OpenDraft,
+        plan: Plan,
+        folder: Path,
+        log: Log,
+        store: FeatureStore | None = None,
+        replay_folder: Path | None = None,
+    ) -> None:
+        """The target is tapped where the draft reads it; where all features are stored, its head will do. ``folder``
+        holds the training's state, the features (unless a ``store`` is given) and what is saved; passes of replay lie
+        in ``replay``, or in a folder of their own.
+        """
+        if isinstance(target, Target):
+            target.tap(old.draft.taps)
+        self.target: Any = target
+        self.old, self.plan, self.folder, self.log = old, plan, folder, log
+        self.replay_folder = replay_folder or folder / "replay"
+        self.started = StartResult(old.draft)
+        self.draft: Draft = old.draft
+        self.trained: list[str] = []
+        self.results: list[TrainResult] = []
+        self.flops = 0
+        if store is not None:
+            self.store = store
+
+    @cached_property
+    def store(self) -> FeatureStore:
+        """The features that the draft is trained on."""
+        return feature_store(self.folder / FEATURES, self.target, self.old.draft.taps)
+
+    def features(self, name: str, rows: Sequence[Row]) -> None:
+        """Build what is missing of the features of ``rows`` as the stage ``name``. Raises ``UserError``."""
+        build_features(name, self.store, self.target, rows, self.log)
+
+    def start(self, context: Callable[[], StartContext], name: str = "") -> None:
+        """Begin with what nearly free adaptations make of the old draft, as the stage ``start NAME``.
+
+        ``context`` is asked only where the plan names one: a base target is the largest thing in memory. Raises
+        ``UserError``.
+        """
+        if self.plan.start == NO_START:
+            return
+        stage = f"start {name or self.plan.start}"
+        with self.log.counted(stage, None) as (entry, progress):
+            given = replace(context(), progress=progress.update)
+            started = apply_start(self.plan.start, self.old.draft, given)
+            entry.add(started.tokens, int(started.flops), provenance.FORWARD_FORMULA)
+        self.target.tap(started.draft.taps)
+        for note in started.notes:
+            self.log.say(f"note on {stage}: {note}")
+        self.started = started
+
+    def prepare(self) -> None:
+        """Give a copy of the draft its private parts, and mark what the method trains. Raises ``UserError``."""
+        plan, begun = self.plan, copy.deepcopy(self.started.draft)
+        self.draft, self.trained = prepare(begun, plan.method, plan.size, plan.train.seed, self.target)
+
+    def train(self, rows: Sequence[Row], heldout: Sequence[Row]) -> TrainResult:
+        """Train what is marked, then in passes of replay; the result of the first training. Raises ``UserError``."""
+        self.features("features", rows)
+        self.features("features held-out", heldout)
+        place, origin = self.folder / "train", self.old.base_hash
+        trainer = Trainer(
+            self.draft, self.target, self.store, rows, heldout, self.plan.train, place, origin, before=aim
+        )
+        self._run(trainer)
+        self.replay(rows, heldout)
+        return self.results[0]
+
+    def _run(self, trainer: Trainer) -> None:
+        result = run_training(trainer, self.log)
+        self.draft = trainer.draft
+        self.results.append(result)
+        self.flops += training_flops(trainer, result)
+
+    def replay(self, rows: Sequence[Row], heldout: Sequence[Row]) -> None:
+        """Walk the rounds of the draft as it is, train where they were lost, and again, each pass in its own folder.
+
+        A pass ends with the weights of its best held-out evaluation, its start among them, so it cannot make that
+        figure worse.
+        """
+        settings = replay_settings(self.plan.train, self.plan.replay)
+        for number in range(1, self.plan.replay.passes + 1):
+            place = self.replay_folder / f"pass-{number}"
+            states = self._lost_states(rows, place)
+            if not states:
+                self.log.say("replay: every round went through; nothing is left to train on")
+                break
+            again = (rows, heldout, settings, place / "train", states, self.old.base_hash)
+            self._run(replay_trainer(self.draft, self.target, self.store, *again))
+
+    def _lost_states(self, rows: Sequence[Row], folder: Path) -> dict[str, Tensor]:
+        """The weights of a pass, walked once and kept: a resumed pass must train on the states it began with."""
+        path = folder / STATES_FILE
+        if (folder / SUMMARY_FILE).exists():
+            mend = f"delete the folder {folder} and give the same command again, which walks anew"
+            return read_checked(path, mend) if read_json(folder / SUMMARY_FILE)["rows"] else {}
+        folder.mkdir(parents=True, exist_ok=True)
+        self.draft.eval()
+        gamma, count = self.plan.train.gamma, sum(map(anchors, rows))
+        with self.log.counted("replay walk", count) as (entry, progress):
+            found = replay_states(self.draft, self.target, rows, self.store, gamma, self.plan.replay, progress=progress)
+            add_forward(entry, self.draft, count * gamma)
+        self.draft.train()
+        if found.weights:
+            write_checked(path, found.weights)
+        record = {"rounds": found.rounds, "lost_rounds": found.lost_rounds, "rows": len(found.weights)}
+        atomic_write_json(folder / SUMMARY_FILE, record)
+        self.log.say(f"replay: {found.summary()}")
+        return found.weights
+
+    # -- what comes of it ------------------------------------------------------------------------------------------
+    @cached_property
+    def stored(self) -> tuple[Draft, dict[str, Coarse]]:
+        """The draft in the type that it is stored in, and the codes of what is told in a few bits a weight."""
+        bits = self.plan.size.bits
+        if bits is None:
+            return half(self.draft), {}
+        return coarse_change(self.draft, half(self.old.draft), self.changed, bits)
+
+    @property
+    def changed(self) -> list[str]:
+        """The names of what was trained, and of what the start changed besides."""
+        return list(dict.fromkeys([*self.trained, *self.started.changed]))
+
+    def meta(self, **more: Any) -> dict[str, Any]:
+        """What the saved draft says of itself."""
+        return draft_meta(self.target, self.plan.method, self.plan.train.seed, **more)
+
+    def save(self) -> None:
+        """``private`` in the folder with only what was trained, and ``merged``, the whole.
+
+        Where everything was trained there is a private part only with ``bits``, the change told in so many a weight;
+        the merged draft is then what these tell.
+        """
+        stored, parts = self.stored
+        names, method = self.changed, METHODS[self.plan.method]
+        if names and (parts or method.groups != METHODS["full"].groups):
+            old = half(self.old.draft).state_dict()
+            save_private(self.folder / "private", stored, names, self.old.base_hash, self.meta(), old, parts)
+        self.save_whole(self.folder / "merged")
+
+    def save_whole(self, folder: Path, **more: Any) -> None:
+        """The whole draft in ``folder``: dense, but for routed experts, which stay as they are."""
+        stored, _ = self.stored
+        dense = max(stored.config.private_experts, stored.config.shared_experts) <= 1
+        save_draft(folder, stored.merged() if dense else stored, self.meta(**more))

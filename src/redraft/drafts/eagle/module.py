@@ -1,0 +1,198 @@
+"""What the EAGLE families share: one decoder layer over the target's states and the embedding of the next token.
+
+Shape legend: N packed tokens (any leading shape), H hidden size, K taps, F hidden size of the target, V target
+vocabulary, D draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from redraft.drafts.base import Draft
+from redraft.drafts.config import DraftConfig, heads_of, inner_width, rope_of
+from redraft.drafts.eagle.proposer import EagleProposer
+from redraft.drafts.eagle.static import StaticProposer
+from redraft.drafts.eagle.walk import EagleWalk
+from redraft.drafts.experts import SharedPrivateMLP
+from redraft.drafts.layers import Attend, Attention, Linear, RMSNorm, Rotary
+from redraft.target import Head, Target
+
+
+@dataclass(frozen=True, kw_only=True)
+class EagleConfig(DraftConfig):
+    """The shape of the one decoder layer."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    target_vocab_size: int
+    rms_norm_eps: float = 1e-5
+    rope_parameters: dict[str, Any] = field(default_factory=lambda: {"rope_theta": 10000.0, "rope_type": "default"})
+    max_position_embeddings: int = 2048
+    attention_bias: bool = False
+    own_embedding: bool = False
+
+    def dense(self) -> Self:
+        return replace(super().dense(), intermediate_size=self.intermediate_size + self.private_width)
+
+
+def layer_of(target: Any, intermediate: int | None = None) -> dict[str, Any]:
+    """The fields of :class:`EagleConfig` that a new draft takes over from its target."""
+    source = target.config
+    return {
+        "hidden_size": target.hidden_size,
+        "intermediate_size": intermediate or inner_width(source),
+        **heads_of(source),
+        "target_vocab_size": target.vocab_size,
+        "rms_norm_eps": float(getattr(source, "rms_norm_eps", 1e-5)),
+        "rope_parameters": rope_of(source),
+        "max_position_embeddings": target.context,
+    }
+
+
+class EagleLayer(nn.Module):
+    """The one decoder layer of a draft: a family says what its attention reads and what its residual stream is."""
+
+    post_attention_layernorm: RMSNorm
+
+    def __init__(self, config: EagleConfig, read: int, norms: Sequence[str] = ()) -> None:
+        """``read`` is the width of what attention reads; ``norms`` names norms of its own, of the draft's width."""
+        super().__init__()
+        hidden = config.hidden_size
+        heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+        self.self_attn = Attention(read, hidden, *heads, config.attention_bias)
+        self.mlp = SharedPrivateMLP(hidden, config.intermediate_size, config)
+        for name in (*norms, "post_attention_layernorm"):
+            setattr(self, name, RMSNorm(hidden, eps=config.rms_norm_eps))
+
+    def inputs(self, embeds: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+        """What attention reads and the residual stream [N, H], from embeddings and states [N, H]."""
+        raise NotImplementedError
+
+    def finish(self, residual: Tensor, mixed_NAD: Tensor) -> Tensor:
+        """Output projection, MLP and both residual additions."""
+        states = residual + self.self_attn.o_proj(mixed_NAD.flatten(-2))
+        return states + self.mlp(self.post_attention_layernorm(states))
+
+    def forward(self, embeds: Tensor, states: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        x, residual = self.inputs(embeds, states)
+        keys, values = self.self_attn.keys_values(x, rope)
+        return self.finish(residual, attend(self.self_attn.queries(x, rope), keys, values))
+
+
+class EagleDraft(Draft):
+    """Weights and forward of an EAGLE draft. Embeddings are the target's unless the checkpoint ships its own."""
+
+    GROUPS: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "private": ("midlayer.mlp.private.*",),
+        "router": ("midlayer.mlp.router.*",),
+        "fc": ("fc.*", "input_norm.*", "fc_norm.*"),
+        "norms": ("midlayer.*norm.*", "norm.*"),
+        "attention": ("midlayer.self_attn.*",),
+        "shared": ("midlayer.mlp.gate_proj.*", "midlayer.mlp.up_proj.*", "midlayer.mlp.down_proj.*"),
+        "head": ("lm_head.*",),
+        "embed": ("embed_tokens.*",),
+    }
+
+    grows_trees: ClassVar[bool] = True
+
+    fc: Linear
+    midlayer: EagleLayer
+    embed_tokens: nn.Embedding | None
+
+    def __init__(self, config: EagleConfig) -> None:
+        """A family's own ``__init__`` makes its layers after this and ends with :meth:`complete`."""
+        super().__init__()
+        self.config = config
+
+    def complete(self) -> None:
+        """Add what every draft ends with: an embedding, low-rank updates and rotary angles, as the config says."""
+        config = self.config
+        self.embed_tokens = nn.Embedding(config.target_vocab_size, config.hidden_size) if config.own_embedding else None
+        for name in config.low_rank_on:
+            layer = self.get_submodule(name)
+            assert isinstance(layer, Linear)
+            layer.attach_low_rank(config.low_rank, config.low_rank_alpha)
+        self.rotary = Rotary(config.rope_parameters, config.head_dim, config.max_position_embeddings)
+
+    # -- proposals ---------------------------------------------------------------------------------------------
+    def proposer(self, target: Target, capacity: int) -> EagleProposer:
+        return EagleProposer(self, target, capacity)
+
+    def static_proposer(self, target: Target, capacity: int, gamma: int) -> StaticProposer:
+        return StaticProposer(self, target, capacity, gamma)
+
+    def walk(self, target: Head) -> EagleWalk:
+        return EagleWalk(self, target)
+
+    def mlps(self) -> tuple[str, ...]:
+        return ("midlayer.mlp",)
+
+    # -- forward -----------------------------------------------------------------------------------------------
+    @abstractmethod
+    def fuse(self, taps: Tensor) -> Tensor:
+        """States [N, H] from the target's taps side by side [N, K*F]."""
+
+    @abstractmethod
+    def carry(self, states: Tensor) -> Tensor:
+        """What the next draft step takes in place of the target's states."""
+
+    def embed(self, ids: Tensor, target_embedding: nn.Module) -> Tensor:
+        return self.embed_tokens(ids) if self.embed_tokens is not None else target_embedding(ids)
+
+    def forward(self, embeds: Tensor, states: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """States [N, H] of the next step for tokens whose embeddings [N, H] stand beside the last states [N, H]."""
+        return self.midlayer(embeds, states, self.rotary(positions), attend)
+
+    # -- its target --------------------------------------------------------------------------------------------
+    def borrowing(self, target: Any) -> Self:
+        """This draft on the target's own embeddings, where the widths allow it."""
+        if self.embed_tokens is None or self.config.hidden_size != target.hidden_size:
+            return self
+        state = {name: t for name, t in self.state_dict().items() if name != "embed_tokens.weight"}
+        return self.rebuilt(replace(self.config, own_embedding=False), state)
+
+    def restarted(self, target: Any, seed: int = 0) -> Self:
+        """As of every draft. Nothing of this one's weights is in it but a table of embeddings of its own."""
+        config = self.merged().config
+        config.check_fit(target)
+        new = type(self)(config)
+        new.share_vocabulary(self)
+        new.start(target, seed)
+        if self.embed_tokens is not None and new.embed_tokens is not None:
+            new.embed_tokens.load_state_dict(self.embed_tokens.state_dict())
+        return new.to(self.fc.weight).bind(target)
+
+    def share_vocabulary(self, other: Self) -> None:
+        """Speak the vocabulary of ``other``, where a draft has one of its own."""
+
+    def start(self, target: Any, seed: int) -> None:
+        """Fill a draft on the CPU for training from nothing: random, with small steps into the residual stream.
+
+        A family adds what ``target`` can lend it.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if parameter.ndim == 2:
+                    parameter.normal_(0.0, 0.02, generator=generator)
+                    if name.endswith(("o_proj.weight", "down_proj.weight")):
+                        parameter.mul_(0.1)
+                elif name.endswith(".bias"):
+                    parameter.zero_()
+
+    @property
+    def parameters_per_token(self) -> int:
+        """Parameters that one drafted token multiplies (``fc`` runs once a verified token, and is counted).
+
+        Experts that a router leaves out are among them: they are computed and weighed with zero.
+        """
+        return sum(p.numel() for n, p in self.named_parameters() if not n.startswith("embed_tokens"))

@@ -1,0 +1,21 @@
+"""The family ``eagle3``, as the registry holds it."""
+
+from redraft.drafts.base import Family
+from redraft.drafts.eagle3.module import Eagle3Config, Eagle3Draft, fresh_draft
+from redraft.drafts.eagle3.reading import ARCHITECTURES, read, recognises
+from redraft.drafts.eagle3.writing import WRITERS
+from redraft.registries import FAMILIES
+
+FAMILIES.register("eagle3")(
+    Family(
+        name="eagle3",
+        build=lambda config: Eagle3Draft(Eagle3Config.from_dict(config)),
+        fresh=fresh_draft,
+        recognises=recognises,
+        architectures=ARCHITECTURES,
+        read=read,
+        writers=WRITERS,
+        refusal="this draft reads the target's states and is no language model, which {format} is for; export it for "
+        "vllm or sglang",
+    )
+)

@@ -1,0 +1,155 @@
+"""Opening a draft of any family from wherever it lies: redraft's own format, a private part, a public checkpoint.
+
+Strict: every missing, extra, misshaped or non-finite tensor is named, and an option that our draft does not compute
+is refused by its name rather than dropped. No pickle is run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from redraft.drafts.base import Draft, Family
+from redraft.drafts.experts import is_private
+from redraft.drafts.files import load_draft, load_private
+from redraft.drafts.formats.base import TargetInfo
+from redraft.drafts.formats.reading import Checkpoint
+from redraft.errors import UserError
+from redraft.loading import tokenizer_hash
+from redraft.registries import FAMILIES
+from redraft.shown import Shown, lines
+
+# Keys that a mixture of experts has.
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+
+
+@dataclass
+class OpenDraft(Shown):
+    """A draft with what is known of it. ``base_hash`` identifies the tensors as they were on disk, in ``source``."""
+
+    draft: Draft = field(repr=False)
+    meta: dict[str, Any] = field(repr=False)
+    base_hash: str
+    source: str = ""
+
+    def __rich__(self) -> Any:
+        size = sum(parameter.numel() for parameter in self.draft.parameters())
+        known = [f"{self.draft.family} draft of {size:,} parameters", *self.meta.get("notes", [])]
+        return lines(f"{self.source or 'draft'}: {'; '.join(known)}")
+
+
+AnyDraft = str | Path | OpenDraft
+"""A draft by name (a folder in any format, a hub id), or opened."""
+
+
+def family_at(source: AnyDraft) -> Family:
+    """The family of the draft in a folder of any kind, at a hub id or ``embedded:NAME``; no weights are loaded.
+
+    Raises ``UserError`` when it cannot be read or is no draft.
+    """
+    if isinstance(source, OpenDraft):
+        family: Family = FAMILIES.get(source.draft.family)
+        return family
+    return _family(Checkpoint.at(source))
+
+
+def read_draft(
+    source: AnyDraft, target: Any = None, base: AnyDraft | None = None, **options: Any
+) -> tuple[Any, dict[str, Any]]:
+    """The draft and its metadata, as :func:`open_checkpoint`, in the types of its file."""
+    opened = open_checkpoint(source, target, base, **options)
+    return opened.draft, opened.meta
+
+
+def open_checkpoint(
+    source: AnyDraft,
+    target: Any = None,
+    base: AnyDraft | None = None,
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> OpenDraft:
+    """A draft of any family from a folder or a hub id, in ``dtype`` or in the types of its file.
+
+    ``target``, whatever :meth:`TargetInfo.of` takes, must fit it; checkpoints of drafts that read its states cannot be
+    read without. A private part needs ``base``, the draft that it was trained on. ``options`` are for the family:
+    ``taps`` overrules the feature ids of an Eagle3 checkpoint. The metadata of a checkpoint of other hands holds
+    family, format, source, verifier, notes and the config as it was found. A draft that is open is taken as it is.
+    Raises ``UserError`` when the source cannot be read, is no draft, does not fit the target, or was made for another
+    tokenizer.
+    """
+    if isinstance(source, OpenDraft):
+        return source
+    checkpoint, info = Checkpoint.at(source), None if target is None else TargetInfo.of(target)
+    if checkpoint.meta.get("kind") == "private":
+        if base is None:
+            raise UserError(f"{source} is a private part; name the draft that it belongs to with --base-draft")
+        joined = _joined(checkpoint.folder, open_checkpoint(base, target, None, dtype), info, dtype)
+        return replace(joined, source=str(source))
+    if checkpoint.meta:
+        draft, meta = load_draft(checkpoint.folder)
+        FAMILIES.get(draft.family).check_usable(draft, str(source))
+        meta = meta | {"format": "redraft", "source": str(source), "notes": []}
+        if info is not None:
+            draft.check_fit(info)
+    else:
+        draft, meta = _read(checkpoint, info, options)
+    if info is not None and draft.tokenizer is None:
+        _check_origin(source, meta, info)
+    base_hash = draft.base_hash()
+    return OpenDraft(draft if dtype is None else draft.to(dtype), meta, base_hash, str(source))
+
+
+def _read(checkpoint: Checkpoint, info: TargetInfo | None, options: dict[str, Any]) -> tuple[Draft, dict[str, Any]]:
+    """A draft from a checkpoint of other hands."""
+    family, notes = _family(checkpoint), list[str]()
+    if info is None and family.reads_states:
+        raise UserError(f"{checkpoint.source} is not in redraft's own format; give --target, whose sizes it must fit")
+    try:
+        draft, meta = family.read(checkpoint, info, notes, **options)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{checkpoint.path} has a value of the wrong kind: {error}") from error
+    about = {"family": family.name, "method": None, "source": checkpoint.source, "notes": notes}
+    return draft, about | {"source_config": checkpoint.config} | meta
+
+
+def _joined(folder: Path, base: OpenDraft, info: TargetInfo | None, dtype: torch.dtype | None) -> OpenDraft:
+    """The draft that a private part makes of its base."""
+    shared = base.draft if info is None else base.draft.borrowing(info)
+    kept = next(shared.parameters()).dtype
+    wide = shared.BASE_DTYPE
+    draft, meta = load_private(folder, shared if wide is None else shared.to(wide), base.base_hash)
+    for name, parameter in draft.named_parameters():
+        kept = torch.promote_types(kept, parameter.dtype) if is_private(name) else kept
+    if dtype is not None or wide is not None:
+        draft = draft.to(dtype or kept)
+    if info is not None:
+        draft.check_fit(info)
+    return OpenDraft(draft, meta, draft.base_hash())
+
+
+def _family(checkpoint: Checkpoint) -> Family:
+    """Raises ``UserError`` where no family knows the checkpoint; one that takes any language model is asked last."""
+    if checkpoint.meta:
+        family: Family = FAMILIES.get(str(checkpoint.meta.get("family")))
+        return family
+    known = sorted((family for _, family in FAMILIES.items()), key=lambda family: family.takes_any)
+    for family in known:
+        if family.recognises(checkpoint):
+            return family
+    raw = checkpoint.config
+    experts = next((f" with {key} {raw[key]!r}, a mixture of experts" for key in EXPERTS if raw.get(key)), "")
+    names = ", ".join(name for family in known for name in family.architectures)
+    raise UserError(
+        f"{checkpoint.path} has architectures {raw.get('architectures')}{experts}; a draft that reads the target's "
+        f"states has one of {names}, any other is a causal language model"
+    )
+
+
+def _check_origin(source: str | Path, meta: dict[str, Any], target: TargetInfo) -> None:
+    """Raise ``UserError`` for a draft whose record names another tokenizer than the target's."""
+    expected = meta.get("tokenizer_hash")
+    if expected and target.tokenizer is not None and expected != tokenizer_hash(target.tokenizer):
+        raise UserError(f"{source} was made for another tokenizer than the target's; give a draft of this model family")

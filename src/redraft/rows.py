@@ -1,0 +1,67 @@
+"""Stored responses as rows of token ids: how many positions of one can be supervised, and which share a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol, TypeVar
+
+MOST_PADDING = 0.06
+ENOUGH_TOKENS = 512
+
+
+class TokenRow(Protocol):
+    """A prompt and its response as token ids, under a key that no other row has."""
+
+    @property
+    def key(self) -> str: ...
+
+    @property
+    def prompt_ids(self) -> Sequence[int]: ...
+
+    @property
+    def response_ids(self) -> Sequence[int]: ...
+
+
+AnyRow = TypeVar("AnyRow", bound=TokenRow)
+
+
+def anchors(row: TokenRow) -> int:
+    """How many positions of a row can be supervised: all response tokens but the first, which prefill gives."""
+    return max(0, len(row.response_ids) - 1)
+
+
+def anchor_batches(rows: Sequence[AnyRow], batch_anchors: int) -> Iterator[list[AnyRow]]:
+    """Rows of similar length together, at most ``batch_anchors`` supervised positions a batch.
+
+    Rows of equal length keep the order they are given in; rows without an anchor are left out.
+    """
+    batch: list[AnyRow] = []
+    for row in sorted(rows, key=lambda r: len(r.prompt_ids) + len(r.response_ids)):
+        if not anchors(row):
+            continue
+        if batch and sum(anchors(r) for r in batch) + anchors(row) > batch_anchors:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def length_batches(rows: Sequence[AnyRow], batch_tokens: int) -> Iterator[list[AnyRow]]:
+    """Rows of similar length together, at most ``batch_tokens`` padded tokens a batch.
+
+    A batch that is large enough to keep the machine busy is closed before a row that would pad the others by more
+    than ``MOST_PADDING``.
+    """
+    batch: list[AnyRow] = []
+    held = 0
+    for row in sorted(rows, key=lambda r: (len(r.prompt_ids) + len(r.response_ids), r.key)):
+        longest = len(row.prompt_ids) + len(row.response_ids)
+        padded = len(batch) * longest > (1 + MOST_PADDING) * held and held >= ENOUGH_TOKENS
+        if batch and (padded or (len(batch) + 1) * longest > batch_tokens):
+            yield batch
+            batch, held = [], 0
+        batch.append(row)
+        held += longest
+    if batch:
+        yield batch
