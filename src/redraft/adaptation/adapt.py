@@ -14,6 +14,7 @@ from redraft import provenance
 from redraft.adaptation.bench import measure
 from redraft.adaptation.claim import claim_run
 from redraft.adaptation.core import Adaptation, Plan, half, open_old
+from redraft.adaptation.merged_target import adapter_note
 from redraft.adaptation.models import contestants, open_draft, open_target, prompt_rows, settle_template
 from redraft.adaptation.runs import Run, Say, row_tokens, supervised_rows
 from redraft.adaptation.scoring import scoring_context
@@ -28,7 +29,6 @@ from redraft.drafts.groups import trained_parameters
 from redraft.drafts.opening import AnyDraft, OpenDraft
 from redraft.errors import UserError
 from redraft.evaluate.speed import BenchConfig
-from redraft.loading import ADAPTER_FILE
 from redraft.report.page import build_report
 from redraft.select.manifest import Manifest, read_manifest
 from redraft.select.rules import choose
@@ -203,8 +203,8 @@ class AdaptRun(Run[AdaptConfig]):
     def export(self) -> list[Path]:
         """Write the merged draft for every engine asked for."""
         found = super().export()
-        if found and (self.config.adapter or (Path(self.config.target) / ADAPTER_FILE).is_file()):
-            self.say("note: the target is an adapter; serve the checkpoint that it was merged into (merge_and_unload)")
+        if found and (note := adapter_note(self.config.target, self.config.adapter)):
+            self.say(f"note: {note}")
         return found
 
     def bench(self) -> dict[str, Any]:

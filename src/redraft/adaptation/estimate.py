@@ -1,31 +1,26 @@
 """What a command will do and about what that costs, before anything is loaded: the plan of ``--dry-run``.
 
-Sizes are read from configs and from the headers of weight files; no weights are loaded and nothing is written. The
-operations are counted by the formulas of the cost ledger (:mod:`redraft.provenance`), for answers of the full length,
-so that they are an upper bound where answers end early. Bytes:
-
-* a feature is width * 2 bytes; kept are those of the taps at every token, and the last state at answers' tokens;
-* a checkpoint keeps 16 bytes a trained parameter: weights, their best, and two moments;
-* a draft is stored in 2 bytes a parameter: the merged draft, the private part, each export.
-
-Memory is the target's weights, the draft's in 4 bytes with 12 more where trained, keys and values of the answers that
-are decoded together, and logits of a training step (three copies in 4 bytes) on top of half a gigabyte of libraries;
-allocators and a benchmark in several data types take more. Minutes are told on a CPU alone, whose speed in products of
-many rows is tried for a moment.
+Sizes come from configs and from the headers of weight files; no weights are loaded and nothing is written. Operations
+follow the formulas of the cost ledger (:mod:`redraft.provenance`) for answers of the full length, so they are an upper
+bound where answers end early. A private part is taken to be a fifth of the draft. Bytes on disk: features are 2 bytes a
+number, those of three taps at every token and the last state at answers' tokens; a checkpoint keeps 16 bytes a trained
+parameter (weights, their best, two moments); a stored draft has 2 bytes a parameter. Memory is a lower bound: what
+libraries take, the target's weights, and either keys and values of the answers that are decoded together, or the draft
+in 4 bytes with 12 more where trained and three copies of a step's logits; activations and allocators come on top.
+Minutes are told on a CPU alone, whose speed in products of many rows is tried for a moment.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from redraft import provenance
 from redraft.arithmetic import EFFICIENCY, choose_dtype, fastest
@@ -40,283 +35,232 @@ from redraft.settings.budget import parse_budget
 from redraft.settings.distill import DistillConfig
 from redraft.settings.methods import METHODS, SHARE
 from redraft.settings.steps import RegenerateSettings, TrainSettings
-from redraft.settings.studies import StudyConfig, StudySettings, read_study
+from redraft.settings.studies import StudySettings, read_study
 from redraft.settings.texts import self_prompts
+from redraft.target.facts import Facts, empty_model
 
-# Characters of a token of ordinary English text, where there is no tokenizer to ask.
-CHARACTERS = 4
-# Tokens of a prompt that the target is still to write.
-OWN_PROMPT = 60
-LIBRARIES = 500e6
+CHARACTERS = 4  # of a token of ordinary English text, where there is no tokenizer to ask
+OWN_PROMPT = 60  # tokens of a prompt that is still to be written
 TAPS = 3
-
-
-@dataclass(frozen=True)
-class TargetSize:
-    """A target as its config describes it. ``active`` parameters are those that a token multiplies."""
-
-    parameters: int
-    active: int
-    width: int
-    kv: int
-    item: int
-
-    @classmethod
-    def of(cls, name: str, dtype: str, device: str) -> TargetSize:
-        """From the config of a checkpoint or of an adapter's base. Raises ``UserError``."""
-        base = adapter_base(name) if (Path(name) / ADAPTER_FILE).is_file() else name
-        with quiet(), one_line(f"the config of {base}"), torch.device("meta"):
-            config = AutoConfig.from_pretrained(**locate(base))
-            model = AutoModelForCausalLM.from_config(config)
-        text = config.get_text_config()
-        whole = sum(weight.numel() for weight in model.parameters())
-        tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
-        active = whole - (0 if tied else model.get_input_embeddings().weight.numel())
-        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        kv = 2 * text.num_hidden_layers * heads * head
-        item = 2 if choose_dtype(dtype, device) == "bfloat16" else 4
-        return cls(whole, active, text.hidden_size, kv, item)
+LIBRARIES = 500e6
 
 
 @dataclass(frozen=True)
 class Text:
-    """Texts by number: ``rows`` answers, tokens of their prompts and at most so many of their own."""
+    """Answers: how many, tokens of their prompts, and at most so many of their own."""
 
-    rows: int
-    prompts: int
-    answers: int
+    rows: float
+    prompts: float
+    answers: float
 
     @property
-    def tokens(self) -> int:
+    def tokens(self) -> float:
         return self.prompts + self.answers
 
-    def without(self, rows: int) -> Text:
-        """The text less so many rows that are kept back, where there are more."""
-        share = max(1, self.rows - rows) / max(1, self.rows)
-        return Text(round(self.rows * share), round(self.prompts * share), round(self.answers * share))
+    def part(self, share: float) -> Text:
+        return Text(self.rows * share, self.prompts * share, self.answers * share)
 
 
-@dataclass
 class Costs:
-    """Lines of a plan. ``stage`` adds one, ``lines`` adds up."""
+    """What a plan adds up for one target. Raises ``UserError`` for a config that cannot be read."""
 
-    stages: list[tuple[str, int, int]] = field(default_factory=list)
-    disk: dict[str, float] = field(default_factory=dict)
-    memory: float = LIBRARIES
-    dtype: str = "auto"
-    device: str = "cpu"
+    def __init__(self, target: str, dtype: str, device: str) -> None:
+        base = adapter_base(target) if (Path(target) / ADAPTER_FILE).is_file() else target
+        with quiet(), one_line(f"the config of {base}"):
+            facts = Facts(base, AutoConfig.from_pretrained(**locate(base)))
+        self.facts, self.active = facts, facts.parameters_per_token
+        self.dtype, self.device = choose_dtype(dtype, device), device
+        self.item = 2 if self.dtype == "bfloat16" else 4
+        whole = sum(weight.numel() for weight in empty_model(facts.whole_config).parameters())
+        self.weights, self.working = whole * self.item, 0.0
+        self.stages: list[tuple[str, float, float]] = []
+        self.disk: dict[str, float] = {}
 
-    def stage(self, name: str, tokens: float, flops: float) -> None:
-        self.stages.append((name, round(tokens), round(flops)))
+    def forward(self, name: str, tokens: float) -> None:
+        """A stage of plain passes of the target."""
+        self.stages.append((name, tokens, provenance.forward_flops(self.active, round(tokens))))
+
+    def answer(self, text: Text, batch: int) -> None:
+        """The target's answers."""
+        self.forward("regenerate", text.tokens)
+        self.disk["responses"] = 5 * text.tokens
+        config = self.facts.config
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        together = min(batch, text.rows) * text.tokens / max(1, text.rows)
+        self.working = max(self.working, together * 2 * self.facts.layers * heads * head * self.item)
+
+    def train(self, draft: Draft, method: str, config: Any, text: Text, copies: int) -> None:
+        """Training of a draft; its stored copies are the private part, the merged draft and ``copies`` exports."""
+        groups, full = METHODS[method].groups, METHODS["full"].groups
+        trained = draft.parameters * (1 if groups == full else SHARE if groups else 0)
+        frozen = 0 if groups == full else draft.parameters
+        anchors = config.epochs * max(0, text.answers - text.rows)
+        flops = provenance.train_flops(round(trained), round(anchors * config.unroll), frozen)
+        self.stages.append(("train", anchors, flops))
+        self.disk["features"] = 2 * self.facts.hidden_size * (TAPS * text.tokens + text.answers)
+        self.disk |= {"checkpoint": 16 * trained, "drafts": 2 * (trained + draft.parameters * (1 + copies))}
+        logits = 3 * 4 * config.batch_anchors * config.unroll * draft.vocabulary
+        self.working = max(self.working, 4 * draft.parameters + 12 * trained + logits)
 
     def lines(self) -> Iterator[str]:
-        for name, tokens, flops in self.stages:
-            yield f"  {name:<24}{tokens:>14,} tokens  {flops:>10.3g} FLOPs"
+        """The sums, for a reader."""
         total = sum(flops for _, _, flops in self.stages)
-        yield f"  {'in all':<24}{sum(t for _, t, _ in self.stages):>14,} tokens  {total:>10.3g} FLOPs, at most"
+        for name, tokens, flops in [*self.stages, ("in all, at most", sum(t for _, t, _ in self.stages), total)]:
+            yield f"  {name:<20}{round(tokens):>16,} tokens{flops:>12.3g} FLOPs"
         yield "disk: " + ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in self.disk.items())
-        yield f"peak memory: about {self.memory / 1e9:.1f} GB, and more where a benchmark opens several data types"
-        if self.device == "cpu":
-            kind = choose_dtype(self.dtype, "cpu")
-            rate = dict(fastest("cpu").gflops).get(kind)
-            if rate:
-                minutes = total / (rate * 1e9 * EFFICIENCY[kind]) / 60
-                speed = f"at this machine's {rate:.0f} GFLOP/s in {kind}"
-                yield f"time: at most about {minutes:.1f} minutes {speed}, and those of a benchmark"
+        memory = (LIBRARIES + self.weights + self.working) / 1e9
+        yield f"peak memory: at least about {memory:.1f} GB, and more where a benchmark opens several data types"
+        rate = dict(fastest("cpu").gflops).get(self.dtype) if self.device == "cpu" else None
+        if rate:
+            minutes = total / (rate * 1e9 * EFFICIENCY[self.dtype]) / 60
+            speed = f"at this machine's {rate:.0f} GFLOP/s in {self.dtype}"
+            yield f"time: at most about {minutes:.1f} minutes {speed}, and those of a benchmark"
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A draft by its files: parameters without the embedding, and vocabulary; what is not here counts as nothing."""
+
+    parameters: int
+    vocabulary: int
+
+    @classmethod
+    def of(cls, place: str | None) -> Draft:
+        folder, total, vocabulary = Path(place or "?"), 0, 0
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, "pt") as weights:
+                names = [name for name in weights.keys() if "embed_tokens" not in name]  # noqa: SIM118
+                total += sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
+        for file in filter(Path.is_file, (folder / "redraft.json", folder / "config.json")):
+            config = read_json(file).get("config") or read_json(file)
+            vocabulary = vocabulary or int(config.get("draft_vocab_size") or config.get("vocab_size") or 0)
+        return cls(total, vocabulary)
 
 
 def plan(settings: Settings) -> list[str]:
     """The resolved settings of a command and its costs, as lines. Raises ``UserError`` for what cannot be read."""
-    kinds: dict[type[Settings], Any] = {
-        AdaptConfig: adapt_costs,
-        TrainSettings: train_costs,
-        RegenerateSettings: regenerate_costs,
-        DistillConfig: distill_costs,
-        StudySettings: study_costs,
-    }
-    shown = settings.model_dump(mode="json")
-    if isinstance(settings, AdaptConfig | TrainSettings):
-        shown["train" if isinstance(settings, AdaptConfig) else "setting"] = settings.train_config().identity()
-    if isinstance(settings, DistillConfig):
-        shown |= {"pretrain": settings.pretrain_config().identity(), "align": settings.align_config().identity()}
-    costs: Costs = kinds[type(settings)](settings)
-    listed = yaml.safe_dump(shown, sort_keys=False, default_flow_style=None, width=120).splitlines()
-    return ["settings:", *(f"  {line}" for line in listed), "costs:", *costs.lines(), "nothing was done: --dry-run"]
+    shown = settings.model_dump(mode="json") | {name: asdict(block) for name, block in settings.blocks().items()}
+    shown = {name: list(value) if isinstance(value, tuple) else value for name, value in shown.items()}
+    listed = yaml.dump(shown, Dumper=Plain, sort_keys=False, default_flow_style=None, width=118).splitlines()
+    costs = COSTS[type(settings)](settings)
+    return ["settings:", *(f"  {line}" for line in listed), "costs:", *costs, "nothing was done: --dry-run"]
+
+
+class Plain(yaml.SafeDumper):
+    """Writes tuples as lists."""
+
+
+Plain.add_representer(tuple, lambda dumper, value: dumper.represent_list(value))
 
 
 # -- texts -------------------------------------------------------------------------------------------------------------
-def asked(prompts: str, samples: int, longest: int, rows: int | None = None) -> Text:
-    """The answers that prompts get. ``rows`` takes so many of them. Raises ``UserError`` for a bad file."""
-    if count := self_prompts(prompts):
-        lengths = [OWN_PROMPT] * count
-    else:
-        found = read_conversations(prompts)
-        # in a conversation of several turns every turn is asked with all that went before
-        lengths = [sum(len(m["content"]) for m in c.messages) // CHARACTERS for c in found]
-    lengths = lengths[:rows] if rows is not None else lengths
-    return Text(len(lengths) * samples, sum(lengths) * samples, len(lengths) * samples * longest)
+def asked(prompts: str, samples: int, longest: int) -> Text:
+    """The answers that prompts get, ``samples`` each. Raises ``UserError`` for a bad file."""
+    count = self_prompts(prompts)
+    found = [] if count else read_conversations(prompts)
+    lengths = [sum(len(m["content"]) for m in c.messages) / CHARACTERS for c in found] or [OWN_PROMPT] * count
+    return Text(len(lengths), sum(lengths), len(lengths) * longest).part(samples)
 
 
 def stored(path: str | Path) -> Text:
-    """Responses on disk, counted. Raises ``UserError``."""
-    rows = list(read_rows(Path(path)))
-    return Text(len(rows), sum(len(r.prompt_ids) for r in rows), sum(len(r.response_ids) for r in rows))
+    """Responses on disk. Raises ``UserError``."""
+    rows = read_rows(Path(path))
+    return Text(len(rows), sum(len(row.prompt_ids) for row in rows), sum(len(row.response_ids) for row in rows))
 
 
 # -- commands ----------------------------------------------------------------------------------------------------------
-def draft_parameters(place: str) -> int:
-    """Parameters of a draft's weight files, from their headers; 0 where they are not here."""
-    total = 0
-    for path in sorted(Path(place).glob("*.safetensors")):
-        with safe_open(path, "pt") as weights:
-            shapes = [(name, weights.get_slice(name).get_shape()) for name in weights.keys()]  # noqa: SIM118
-        total += sum(math.prod(shape) for name, shape in shapes if "embed_tokens" not in name)
-    return total
+def regenerate_costs(s: RegenerateSettings) -> Iterator[str]:
+    costs = Costs(s.target, s.dtype, s.device)
+    costs.answer(asked(s.prompts, len(s.temperature), s.max_new_tokens), s.batch_size)
+    return costs.lines()
 
 
-def _target(settings: Any, costs: Costs) -> TargetSize:
-    costs.dtype, costs.device = settings.dtype, settings.device
-    size = TargetSize.of(settings.target, settings.dtype, settings.device)
-    costs.memory += size.parameters * size.item
-    return size
+def train_costs(s: TrainSettings) -> Iterator[str]:
+    if s.draft is None:
+        raise UserError("--dry-run reads the sizes of --draft; a new draft has them when it is made")
+    costs, text = Costs(s.target, s.dtype, s.device), stored(s.responses)
+    costs.forward("features", text.tokens)
+    kept = text.part(max(0, text.rows - s.heldout) / text.rows) if s.heldout_responses is None else text
+    costs.train(Draft.of(s.draft), s.method, s.train_config(), kept, 0)
+    return costs.lines()
 
 
-def _answer(costs: Costs, target: TargetSize, text: Text, batch: int) -> None:
-    costs.stage("regenerate", text.tokens, provenance.forward_flops(target.active, text.tokens))
-    costs.disk["responses"] = 5.0 * text.tokens
-    longest = text.tokens / max(1, text.rows)
-    costs.memory += min(batch, text.rows) * longest * target.kv * target.item
-
-
-def _train(costs: Costs, settings: Any, target: TargetSize, text: Text, features: bool) -> None:
-    """Features and training of ``text``."""
-    config, whole = settings.train_config(), draft_parameters(settings.draft or "")
-    method = METHODS[settings.method]
-    full = method.fresh or method.groups == METHODS["full"].groups
-    trained = 0 if not method.groups else whole if full else SHARE * whole
-    frozen = whole - trained if full else whole
-    if features:
-        costs.stage("features", text.tokens, provenance.forward_flops(target.active, text.tokens))
-    costs.disk["features"] = 2.0 * target.width * (TAPS * text.tokens + text.answers)
-    anchors = round(config.epochs * max(0, text.answers - text.rows))
-    steps = anchors * config.unroll
-    costs.stage("train", anchors, provenance.train_flops(round(trained), steps, round(frozen)))
-    costs.disk |= {
-        "checkpoint": 16 * trained,
-        "drafts": 2 * (whole + trained) + 2 * whole * len(getattr(settings, "exports", ())),
-    }
-    vocabulary = draft_vocabulary(settings.draft or "")
-    costs.memory += 4 * whole + 12 * trained + 3 * 4 * config.batch_anchors * config.unroll * vocabulary
-
-
-def draft_vocabulary(place: str) -> int:
-    """The vocabulary that a draft's config names; 32,000 where it is not here."""
-    for name in ("redraft.json", "config.json"):
-        if (Path(place) / name).is_file():
-            found = read_json(Path(place) / name)
-            config = found.get("config", found)
-            return int(config.get("draft_vocab_size") or config.get("vocab_size") or 32_000)
-    return 32_000
-
-
-def regenerate_costs(s: RegenerateSettings) -> Costs:
-    """Answers to prompts."""
-    costs = Costs()
-    _answer(costs, _target(s, costs), asked(s.prompts, len(s.temperature), s.max_new_tokens), s.batch_size)
-    return costs
-
-
-def train_costs(s: TrainSettings) -> Costs:
-    """Features of stored responses, and training on them."""
-    costs, text = Costs(), stored(s.responses)
-    if s.from_nothing:
-        raise UserError("--dry-run of a new draft is not there: its size is known when it is made")
-    _train(costs, s, _target(s, costs), text, features=True)
-    return costs
-
-
-def adapt_costs(s: AdaptConfig) -> Costs:
-    """Answers, selection and training. Features come from the same passes as the answers."""
-    costs = Costs()
-    target = _target(s, costs)
-    if s.responses is not None:
-        text = stored(s.responses)
-    else:
-        assert s.prompts is not None
-        text = asked(s.prompts, len(s.temperatures), s.max_new_tokens)
-        _answer(costs, target, text, s.batch_size)
-    budget = parse_budget(s.budget)
-    kept = float(budget.amount) if budget.kind == "fraction" else 1.0
-    if budget.kind == "tokens":
-        kept = min(1.0, float(budget.amount) / max(1, text.answers))
-    if budget.kind == "rows":
-        kept = min(1.0, float(budget.amount) / max(1, text.rows))
-    chosen = Text(round(text.rows * kept), round(text.prompts * kept), round(text.answers * kept))
-    _train(costs, s, target, chosen.without(s.heldout_prompts), features=s.responses is not None)
-    return costs
-
-
-def distill_costs(s: DistillConfig) -> Costs:
-    """Pretraining, answers and alignment of a drafter of its own."""
-    costs = Costs()
-    target = _target(s, costs)
+def adapt_costs(s: AdaptConfig) -> Iterator[str]:
+    """Features come from the passes that the answers take."""
+    costs = Costs(s.target, s.dtype, s.device)
     text = stored(s.responses) if s.responses else asked(str(s.prompts), len(s.temperatures), s.max_new_tokens)
-    drafter = draft_parameters(s.draft) if s.draft else drafter_size(s.size, target.active)
+    if s.responses:
+        costs.forward("features", text.tokens)
+    else:
+        costs.answer(text, s.batch_size)
+    budget = parse_budget(s.budget)
+    whole = {"fraction": 1.0, "rows": text.rows, "tokens": text.answers}[budget.kind]
+    share = min(1.0, float(budget.amount) / max(1, whole)) * max(0, text.rows - s.heldout_prompts) / max(1, text.rows)
+    costs.train(Draft.of(s.draft), s.method, s.train_config(), text.part(share), len(s.exports))
+    return costs.lines()
+
+
+def distill_costs(s: DistillConfig) -> Iterator[str]:
+    costs, align = Costs(s.target, s.dtype, s.device), s.align_config()
+    text = stored(s.responses) if s.responses else asked(str(s.prompts), len(s.temperatures), s.max_new_tokens)
+    size = Draft.of(s.draft).parameters if s.draft else drafter_size(s.size, costs.active)
     if s.draft is None:
         tokens = s.pretrain_config().tokens
-        costs.stage("pretrain", tokens, provenance.train_flops(drafter, tokens))
+        costs.stages.append(("pretrain", tokens, provenance.train_flops(size, tokens)))
     if not s.responses:
-        _answer(costs, target, text, s.batch_size)
-    align = s.align_config()
-    costs.stage("align", align.epochs * text.tokens, provenance.train_flops(drafter, round(align.epochs * text.tokens)))
+        costs.answer(text, s.batch_size)
     if s.teacher == "states":
-        times = 1 if s.store_states else math.ceil(align.epochs)
-        costs.stage("states", times * text.tokens, provenance.forward_flops(target.active, times * text.tokens))
-        costs.disk["states"] = 2.0 * target.width * text.answers if s.store_states else 0.0
-    costs.disk |= {"checkpoints": 16.0 * drafter, "drafter": 2.0 * drafter * (1 + len(s.exports))}
-    costs.memory += 16 * drafter
-    return costs
+        costs.forward("states", text.tokens * (1 if s.store_states else align.epochs))
+        costs.disk["states"] = 2 * costs.facts.hidden_size * text.answers * s.store_states
+    trained = align.epochs * text.tokens
+    costs.stages.append(("align", trained, provenance.train_flops(size, round(trained))))
+    costs.disk |= {"checkpoints": 16 * size, "drafter": 2 * size * (1 + len(s.exports))}
+    costs.working = max(costs.working, 16 * size)
+    return costs.lines()
 
 
 def drafter_size(size: str, target: int) -> int:
-    """Parameters a token of a new drafter: a share of the ``target``'s, or so many. Raises ``UserError``."""
-    number, slash, below = size.partition("/")
+    """Parameters a token of a new drafter: a share of the ``target``'s, or so many; a tenth for a preset."""
+    number, _, below = size.partition("/")
+    scale = {"k": 1e3, "m": 1e6, "b": 1e9}.get(number[-1:].lower(), 1)
     try:
-        if slash:
-            return round(target * int(number) / int(below))
-        scale = {"k": 1e3, "m": 1e6, "b": 1e9}.get(size[-1:].lower(), 0)
-        value = float(size[:-1]) * scale if scale else float(size)
+        value = float(number.rstrip("kmbKMB")) * scale / float(below or 1)
     except (ValueError, ZeroDivisionError):
-        return target // 10  # a preset of its own shape
+        value = 0.1
     return round(value if value > 1 else value * target)
 
 
-def study_costs(s: StudySettings) -> Costs:
-    """Answers and training of every cell, each at the length that the study allows; its own tables cost little."""
-    assert s.config is not None
-    study: StudyConfig = read_study(s.config)
-    costs = Costs(dtype=study.dtype, device=study.device)
+def study_costs(s: StudySettings) -> Iterator[str]:
+    """Every target's answers, and the training of its cells, one after the other."""
+    if s.config is None:
+        raise UserError("--dry-run needs the YAML file of a study")
+    study = read_study(s.config)
     for name, entry in study.targets.items():
-        target = TargetSize.of(entry.target, study.dtype, study.device)
-        costs.memory = max(costs.memory, LIBRARIES + target.parameters * target.item)
-        counts = [source_rows(text) for text in entry.prompts]
-        rows = sum(counts)
-        tokens = rows * (OWN_PROMPT + study.max_new_tokens)
-        cells = [cell for cell in study.all_cells() if cell.target == name and study.trains(cell.method)]
-        answered = len({cell.data for cell in cells}) * tokens
-        costs.stage(f"answers of {name}", answered, provenance.forward_flops(target.active, answered))
-        whole = draft_parameters(entry.draft)
-        anchors = round(study.train_config("kl", 0).epochs * rows * study.max_new_tokens) * len(cells)
-        flops = provenance.train_flops(round(SHARE * whole), anchors * study.train_config("kl", 0).unroll, whole)
-        costs.stage(f"{len(cells)} cells of {name}", anchors, flops)
-        costs.disk[f"features of {name}"] = 2.0 * target.width * (TAPS * answered + rows * study.max_new_tokens)
-    return costs
+        costs, cells = Costs(entry.target, study.dtype, study.device), study.all_cells()
+        trained = [cell for cell in cells if cell.target == name and study.trains(cell.method)]
+        rows = sum(source_rows(text) for text in entry.prompts)
+        text = Text(rows, rows * OWN_PROMPT, rows * study.max_new_tokens)
+        costs.answer(text.part(len({cell.data for cell in trained})), study.batch_size)
+        for cell in trained:
+            config = study.train_config(cell.loss, cell.seed, cell.method)
+            costs.train(Draft.of(entry.draft), study.method_of(cell.method), config, text, 0)
+        yield f"{name}: {rows} prompts, {len(trained)} cells to train"
+        yield from costs.lines()
 
 
 def source_rows(text: str) -> int:
-    """Prompts of a source of a study: its count, or those of the file. Raises ``UserError``."""
-    place, at, count = text.rpartition("@")
+    """Prompts of a source of a study: its count, or those of the file; 0 where nobody knows. Raises ``UserError``."""
+    _, at, count = text.rpartition("@")
     if at and count.isdigit():
         return int(count)
     return len(read_conversations(text)) if Path(text).is_file() else 0
+
+
+COSTS: dict[type[Settings], Callable[[Any], Iterator[str]]] = {
+    AdaptConfig: adapt_costs,
+    TrainSettings: train_costs,
+    RegenerateSettings: regenerate_costs,
+    DistillConfig: distill_costs,
+    StudySettings: study_costs,
+}

@@ -37,7 +37,7 @@ PANELS = {
     "Target": "target adapter base_target template_arg server server_model server_only",
     "Draft": "draft base_draft private method private_width rank family vocabulary from_nothing start size layers "
     "embeddings tied from_layers scale",
-    "Text": "prompts prompt responses eval_prompts suite data limit trained_on text text_field heldout "
+    "Text": "results config prompts prompt responses eval_prompts suite data limit trained_on text text_field heldout "
     "heldout_responses heldout_prompts heldout_text heldout_share text_share general general_share selection scorer "
     "budget select_on order temperature temperatures top_p top_k max_new_tokens",
     "Training": "loss epochs batch_anchors learning_rate setting train align pretrain replay teacher top_logprobs "
@@ -207,7 +207,7 @@ def _switch(name: str, field: Any, flag: str, about: dict[str, Any]) -> tuple[An
 
 def sentence(field: Any) -> str:
     """The help of a setting as a sentence."""
-    text = field.description
+    text = field.description.rstrip(".")
     return f"{text[:1].upper()}{text[1:]}.{' Required.' if field.is_required() else ''}"
 
 

@@ -123,6 +123,9 @@ class AdaptConfig(Adapting):
         own = {"loss": self.loss, "gamma": self.gamma, "seed": self.seed}
         return TrainConfig(**{**adaptation(self.method), **own, **self.train})
 
+    def blocks(self) -> dict[str, Any]:
+        return {"train": self.train_config(), "private": self.private_size}
+
     def conflicts(self) -> Iterator[str]:
         if (self.prompts is None) == (self.responses is None):
             yield "give --prompts, or --responses with a log of served responses: one of the two"

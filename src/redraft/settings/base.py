@@ -271,6 +271,10 @@ class Settings(Part):
         """The settings that are not left to their defaults, as keywords."""
         return {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
 
+    def blocks(self) -> dict[str, Any]:
+        """The settings that its blocks come to, defaults and settings on top counted in: block -> recipe."""
+        return {}
+
     @classmethod
     def _once(cls, values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         """The values with one of each of ``ONCE``, and a sentence for each that has two."""

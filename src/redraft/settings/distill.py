@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from redraft.settings.base import block_of, setting
 from redraft.settings.common import NO_SERVER, PROMPT_FORMS, Address, FormatName, OnTarget
@@ -98,3 +98,6 @@ class DistillConfig(OnTarget):
         """The settings of alignment."""
         own = {"loss": self.loss, "gamma": self.gamma, "text_share": self.text_share, "seed": self.seed}
         return DistilConfig(**{**own, "precision": self.dtype, **self.align})
+
+    def blocks(self) -> dict[str, Any]:
+        return {"pretrain": self.pretrain_config(), "align": self.align_config()}

@@ -117,6 +117,9 @@ class TrainSettings(Adapting):
         """The training's settings: the method's for an old draft, with those that were given."""
         return TrainConfig(**{**({} if self.from_nothing else adaptation(self.method)), **self.training()})
 
+    def blocks(self) -> dict[str, Any]:
+        return {"setting": self.train_config(), "private": self.private_size}
+
     def conflicts(self) -> Iterator[str]:
         if self.from_nothing == (self.draft is not None):
             yield "give either --draft, the old draft to adapt, or --from-nothing for a new one"
