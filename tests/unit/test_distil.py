@@ -17,7 +17,7 @@ from redraft.data.logprobs import parse_top
 from redraft.data.packed import PackedText, TextSource
 from redraft.data.store import Row
 from redraft.drafts.standalone.causal import CausalModel
-from redraft.drafts.standalone.objective import Distillation
+from redraft.drafts.standalone.objective import Distillation, StateTeacher
 from redraft.errors import UserError
 from redraft.features import ComputedFeatures, FeatureStore
 from redraft.registries import LOSSES
@@ -26,7 +26,7 @@ from redraft.sampling import Sampler
 from redraft.target import Target
 from redraft.train.checkpoint import Checkpoint
 from redraft.train.distil import DistilConfig, MixedSteps, distil, step_order
-from redraft.train.teachers import StateTeacher, TokenTeacher, TopTeacher
+from redraft.train.teachers import TokenTeacher, TopTeacher
 
 HERE = Path(__file__).parents[1]
 build_model = runpy.run_path(str(HERE / "tiny_models.py"))["build_model"]

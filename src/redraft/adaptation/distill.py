@@ -25,7 +25,7 @@ from redraft.drafts.files import load_draft, save_draft, save_private
 from redraft.drafts.groups import prepare
 from redraft.drafts.methods import PrivateSize
 from redraft.drafts.standalone import StandaloneDraft
-from redraft.drafts.standalone.objective import Teacher
+from redraft.drafts.standalone.objective import StateTeacher, Teacher
 from redraft.drafts.standalone.shapes import fresh_standalone, shape_for
 from redraft.errors import UserError
 from redraft.features import ComputedFeatures, FeatureStore
@@ -34,7 +34,7 @@ from redraft.rows import anchors
 from redraft.train.distil import distil
 from redraft.train.loop import LoopResult
 from redraft.train.pretrain import pretrain
-from redraft.train.teachers import StateTeacher, TokenTeacher, TopTeacher
+from redraft.train.teachers import TokenTeacher, TopTeacher
 
 # What is trained of a drafter where private experts are asked for.
 METHOD = "eda"

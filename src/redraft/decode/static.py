@@ -103,7 +103,7 @@ class StaticTarget(Target):
         self.widths = tuple(sorted(set(widths)))
         self.smallest = capacity
         self.static_cache: StaticCache | None = None
-        self.steps: dict[tuple[int, bool, bool], Recorded] = {}
+        self.steps: dict[tuple[int, bool], Recorded] = {}
 
     def tap(self, taps: Sequence[int]) -> None:
         super().tap(taps)
@@ -130,51 +130,33 @@ class StaticTarget(Target):
         """As :meth:`redraft.target.Target.forward`; static when ``cache`` is this target's and the step is short."""
         tokens = ids_BT.shape[1]
         ours = cache if isinstance(cache, StaticCache) and cache is self.static_cache else None
-        # The first pass allocates the buffers, which no recording may do.
-        if ours is None or not ours.length or tokens > self.widths[-1]:
+        # The first pass allocates the buffers, which no recording may do; a mask is a tree's, which has no fixed shape.
+        if ours is None or not ours.length or tokens > self.widths[-1] or mask_B1TC is not None:
             return super().forward(ids_BT, cache, positions_BT, mask_B1TC, taps)
         width = next(w for w in self.widths if w >= tokens)
-        inputs = self._inputs(ids_BT, ours, positions_BT, mask_B1TC, width)
-        key = (width, mask_B1TC is not None, taps)
-        if key not in self.steps:
-            self.steps[key] = Recorded(self._step(ours, taps, mask_B1TC is not None), inputs)
-        hidden, *fused = self.steps[key](*inputs)
+        inputs = self._inputs(ids_BT, ours, width)
+        if (width, taps) not in self.steps:
+            self.steps[width, taps] = Recorded(self._step(ours, taps), inputs)
+        hidden, *fused = self.steps[width, taps](*inputs)
         for layer in ours.layers:
             layer.length += tokens
         return TargetStep(hidden[:, :tokens], fused[0][:, :tokens] if fused else None)
 
-    def _inputs(
-        self, ids_BT: Tensor, cache: StaticCache, positions_BT: Tensor | None, mask_B1TC: Tensor | None, width: int
-    ) -> list[Tensor]:
-        """Ids [1, W], columns [W] and, with a mask, positions [1, W] and mask [1, 1, W, C], padded to the width."""
+    def _inputs(self, ids_BT: Tensor, cache: StaticCache, width: int) -> list[Tensor]:
+        """Ids [1, W] and columns [W], padded to the width."""
         tokens, start = ids_BT.shape[1], cache.length
         if start + width > cache.capacity:
             raise ValueError(f"cache of {cache.capacity} tokens cannot hold {start + width}, padding included")
-        ids_1W = F.pad(ids_BT, (0, width - tokens))
-        at_W = torch.arange(start, start + width, device=ids_BT.device)
-        if mask_B1TC is None:
-            return [ids_1W, at_W]
-        positions_1W = at_W[None].clone()
-        if positions_BT is not None:
-            positions_1W[:, :tokens] = positions_BT
-        mask_11WC = torch.zeros(1, 1, width, cache.capacity, dtype=torch.bool, device=ids_BT.device)
-        mask_11WC[..., :tokens, : start + tokens] = mask_B1TC
-        # Padding sees something: some kernels make NaN of a row without any key, and NaN keys poison every later step.
-        mask_11WC[..., tokens:, :1] = True
-        return [ids_1W, at_W, positions_1W, mask_11WC]
+        return [F.pad(ids_BT, (0, width - tokens)), torch.arange(start, start + width, device=ids_BT.device)]
 
-    def _step(self, cache: StaticCache, taps: bool, masked: bool) -> Callable[..., tuple[Tensor, ...]]:
+    def _step(self, cache: StaticCache, taps: bool) -> Callable[..., tuple[Tensor, ...]]:
         forward = super().forward
 
-        def step(
-            ids_1W: Tensor, at_W: Tensor, positions_1W: Tensor | None = None, mask_11WC: Tensor | None = None
-        ) -> tuple[Tensor, ...]:
-            if not masked:
-                positions_1W = at_W[None]
-                mask_11WC = (torch.arange(cache.capacity, device=at_W.device) <= at_W[:, None])[None, None]
+        def step(ids_1W: Tensor, at_W: Tensor) -> tuple[Tensor, ...]:
+            mask_11WC = (torch.arange(cache.capacity, device=at_W.device) <= at_W[:, None])[None, None]
             cache.place(at_W)
             try:
-                found = forward(ids_1W, cache, positions_1W, mask_11WC, taps)
+                found = forward(ids_1W, cache, at_W[None], mask_11WC, taps)
             finally:
                 cache.place(None)
             return (found.hidden_BTH,) if found.taps_BTKH is None else (found.hidden_BTH, found.taps_BTKH)

@@ -23,26 +23,7 @@ from redraft.data.logprobs import Top
 from redraft.data.store import Row
 from redraft.drafts.standalone.objective import TeacherLogits
 from redraft.errors import UserError
-from redraft.features import FeatureSource
 from redraft.rows import anchors
-from redraft.target import Head
-
-
-class StateTeacher:
-    """The target's distribution, from its states through its head."""
-
-    def __init__(self, target: Head, source: FeatureSource) -> None:
-        self.target, self.source, self.vocab_size = target, source, target.vocab_size
-
-    def of(self, rows: Sequence[Row], device: torch.device) -> TeacherLogits:
-        """See :class:`Teacher`."""
-        hidden_MH = torch.cat([self.source.get(row)[1] for row in rows]).to(self.target.device)
-
-        def logits(index_N: Tensor) -> Tensor:
-            with torch.no_grad():
-                return self.target.scale_logits(self.target.head(hidden_MH[index_N.to(hidden_MH.device)])).to(device)
-
-        return logits
 
 
 class TopTeacher:

@@ -37,6 +37,23 @@ class Teacher(Protocol):
     def of(self, rows: Sequence[Any], device: torch.device) -> TeacherLogits: ...
 
 
+class StateTeacher:
+    """The target's distribution, from its states through its head."""
+
+    def __init__(self, target: Head, source: FeatureSource) -> None:
+        self.target, self.source, self.vocab_size = target, source, target.vocab_size
+
+    def of(self, rows: Sequence[TokenRow], device: torch.device) -> TeacherLogits:
+        """See :class:`Teacher`."""
+        hidden_MH = torch.cat([self.source.get(row)[1] for row in rows]).to(self.target.device)
+
+        def logits(index_N: Tensor) -> Tensor:
+            with torch.no_grad():
+                return self.target.scale_logits(self.target.head(hidden_MH[index_N.to(hidden_MH.device)])).to(device)
+
+        return logits
+
+
 def size(row: TokenRow) -> int:
     return len(row.prompt_ids) + len(row.response_ids)
 
@@ -134,27 +151,14 @@ class Distillation:
 
 @dataclass
 class TextBatch:
-    """Rows, and the target's final-norm states [M, H] at their supervised positions; a :class:`Teacher` of them."""
+    """Rows, and where the target's states of them are."""
 
     rows: Sequence[TokenRow]
-    hidden_MH: Tensor
-    target: Head
-
-    @property
-    def vocab_size(self) -> int:
-        return self.target.vocab_size
+    features: FeatureSource
 
     def to(self, device: torch.device) -> TextBatch:
-        return TextBatch(self.rows, self.hidden_MH.to(device), self.target)
-
-    def of(self, rows: Sequence[Any], device: torch.device) -> TeacherLogits:
-        """See :class:`Teacher`."""
-
-        def logits(index_N: Tensor) -> Tensor:
-            with torch.no_grad():
-                return self.target.scale_logits(self.target.head(self.hidden_MH[index_N])).to(device)
-
-        return logits
+        """The same: what goes to a device is made of it there."""
+        return self
 
 
 class StandaloneObjective:
@@ -169,10 +173,11 @@ class StandaloneObjective:
         self, rows: Sequence[TokenRow], features: FeatureSource, weights: Mapping[str, Tensor] | None = None
     ) -> TextBatch:
         assert weights is None
-        return TextBatch(rows, torch.cat([features.get(row)[1] for row in rows]), self.target)
+        return TextBatch(rows, features)
 
     def __call__(self, batch: TextBatch) -> Tensor:
         """The mean loss over the supervised positions of ``batch``, or over the steps of the chains there."""
-        distillation = Distillation(self.causal, batch, self.config.loss, self.config.gamma, self.reduce)
-        count = self.reduce(batch.hidden_MH.new_tensor(distillation.pairs(batch.rows), dtype=torch.float64))
+        teacher = StateTeacher(self.target, batch.features)
+        distillation = Distillation(self.causal, teacher, self.config.loss, self.config.gamma, self.reduce)
+        count = self.reduce(torch.tensor(float(distillation.pairs(batch.rows)), device=self.causal.device))
         return distillation(batch.rows, int(count))
