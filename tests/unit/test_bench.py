@@ -16,7 +16,6 @@ from rich.console import Console
 from redraft.decode.engine import PlainDecoder
 from redraft.decode.make import make_decoder
 from redraft.decode.static import StaticChainDecoder, StaticTarget
-from redraft.decode.tree import ChainShape, DynamicTree, parse_shape
 from redraft.drafts.eagle3 import fresh_draft
 from redraft.errors import UserError
 from redraft.evaluate import speed
@@ -27,7 +26,8 @@ from redraft.evaluate.summary import costs, tally
 from redraft.report.load import BenchResult, parse
 from redraft.report.sections import slower
 from redraft.report.tables import bench_table
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
+from redraft.settings.shapes import ChainShape, DynamicTree, parse_shape
 
 PROMPTS = [Prompt(f"p{i}", [5 + i, 9, 40 + i, 7], task="odd" if i % 2 else "even") for i in range(5)]
 SHAPES = ["chain:3", "[[0],[1],[0,0]]", "tree:3x2x5"]

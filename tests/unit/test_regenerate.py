@@ -16,7 +16,7 @@ from redraft.data.shapes import Conversation
 from redraft.data.store import Failure, Row, RowWriter, failures_path, read_rows
 from redraft.errors import UserError
 from redraft.features import FeatureStore, RowFeatures
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
 from redraft.target import Target
 
 EOS = 2

@@ -13,7 +13,7 @@ from redraft.data.generate import Completion
 from redraft.data.selfprompts import NearDuplicates, self_prompts, unusable, user_opening
 from redraft.data.store import read_rows
 from redraft.errors import UserError
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
 from redraft.target import Target
 
 CHATML_OPENING = "<|im_start|>user\n"

@@ -17,7 +17,7 @@ from redraft.data.regenerate import ServerEngine, regenerate
 from redraft.data.shapes import Conversation
 from redraft.data.store import Failure, failures_path, read_rows
 from redraft.errors import UserError
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
 from redraft.target import Facts
 
 pytest.importorskip("httpx")

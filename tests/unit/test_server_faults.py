@@ -15,9 +15,10 @@ from transformers import AutoConfig
 
 from redraft.adaptation.bench import How
 from redraft.adaptation.questions import Questions
-from redraft.adaptation.server_bench import bench_servers_on, named_servers
+from redraft.adaptation.server_bench import bench_servers_on
 from redraft.adaptation.steps import TargetSpec
 from redraft.errors import UserError
+from redraft.settings.texts import named_servers
 
 pytest.importorskip("httpx")
 pytest.importorskip("prometheus_client")

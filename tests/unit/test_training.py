@@ -19,14 +19,15 @@ from redraft import provenance
 from redraft.adaptation.core import run_training
 from redraft.adaptation.runs import Log
 from redraft.arithmetic import Choice
+from redraft.attic.aim import STEPS, aim
 from redraft.drafts.eagle.unroll import collate
 from redraft.drafts.groups import prepare
-from redraft.drafts.methods import PrivateSize
 from redraft.errors import UserError
 from redraft.rows import anchors
+from redraft.settings.methods import PrivateSize
+from redraft.settings.training import TrainConfig
 from redraft.train import optimizer as optimizer_module
-from redraft.train.aim import STEPS, aim
-from redraft.train.trainer import TrainConfig, Trainer, TrainResult, batch_order
+from redraft.train.trainer import Trainer, TrainResult, batch_order
 
 RIG = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("training_rig.py"))))
 # Nothing below changes the target, its answers or their features: they are made once.

@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 
-from redraft.adaptation.config import parse_config, read_config
 from redraft.data.prompts import prompt_messages, read_conversations
 from redraft.data.shapes import parse_conversation
-from redraft.data.template import parse_template_args, use_template
+from redraft.data.template import use_template
 from redraft.data.traces import read_traces
 from redraft.errors import UserError
+from redraft.settings.adapt import AdaptConfig
+from redraft.settings.texts import parse_template_args
+from redraft.settings.yamlfile import read
 
 ASK = [{"role": "user", "content": "so?"}]
 NEEDED = "target: t\ndraft: d\nprompts: p.jsonl\nout: run\n"
@@ -214,7 +216,7 @@ def test_an_argument_has_one_value() -> None:
 # -- settings ----------------------------------------------------------------------------------------------------------
 def settings(tmp_path: Path, more: str) -> Any:
     (tmp_path / "adapt.yaml").write_text(NEEDED + more)
-    return read_config(tmp_path / "adapt.yaml")
+    return read(AdaptConfig, tmp_path / "adapt.yaml")
 
 
 def test_a_file_means_what_it_says(tmp_path: Path) -> None:
@@ -227,8 +229,8 @@ def test_a_file_means_what_it_says(tmp_path: Path) -> None:
     ("more", "why"),
     [
         ("max_new_tokens: 1:30", "max-new-tokens"),
-        ("temperatures: 0.7", r"temperatures: must be a list, written \[a, b\]"),
-        ("template_arg: a=1", "template-arg: must hold settings as `name: value` lines"),
+        ("temperatures: 0.7", r"temperatures must be a list, written \[a, b\]"),
+        ("template_arg: a=1", "template-arg must hold settings as `name: value` lines"),
         ("temperatures: [0.7, 0.7]", "every temperature once, not 0.7, 0.7"),
         ("temperatures: []", "at least one temperature"),
         ("temperatures: [-1]", "temperature must be 0"),
@@ -241,10 +243,11 @@ def test_settings_that_cannot_be_meant_are_refused_before_anything_runs(tmp_path
 
 
 def test_temperatures_of_distillation_are_looked_at_too(tmp_path: Path) -> None:
-    from redraft.adaptation.distill_config import read_distill_config
+    from redraft.settings.distill import DistillConfig
+    from redraft.settings.yamlfile import read
 
     values = {"target": "t", "text": ("x",), "prompts": "p", "out": str(tmp_path)}
     with pytest.raises(UserError, match="every temperature once"):
-        read_distill_config(None, values | {"temperatures": (1.0, 1.0)})
+        read(DistillConfig, None, values | {"temperatures": (1.0, 1.0)})
     with pytest.raises(UserError, match="every temperature once"):
-        parse_config({"target": "t", "draft": "d", "prompts": "p", "out": tmp_path, "temperatures": (0, 0)})
+        AdaptConfig(**{"target": "t", "draft": "d", "prompts": "p", "out": tmp_path, "temperatures": (0, 0)})

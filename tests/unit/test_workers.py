@@ -21,12 +21,13 @@ from redraft.drafts.proposing import shared
 from redraft.drafts.standalone.causal import CausalModel
 from redraft.drafts.standalone.objective import Distillation
 from redraft.features import FeatureStore
+from redraft.settings.training import DistilConfig, PretrainConfig, TrainConfig
 from redraft.target import FINAL, Target
-from redraft.train.distil import DistilConfig, MixedSteps
+from redraft.train.distil import MixedSteps
 from redraft.train.loop import Step
-from redraft.train.pretrain import PretrainConfig, TextSteps
+from redraft.train.pretrain import TextSteps
 from redraft.train.teachers import StateTeacher
-from redraft.train.trainer import TrainConfig, Trainer
+from redraft.train.trainer import Trainer
 from redraft.train.workers import SINGLE, Shares, Workers, sum_gradients
 
 BUILDERS = runpy.run_path(str(Path(__file__).parents[1] / "tiny_models.py"))

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from redraft import provenance
-from redraft.adaptation.config import AdaptConfig
-from redraft.adaptation.distill_config import DistillConfig
+from redraft.adaptation.merged_target import served
 from redraft.adaptation.models import open_target
 from redraft.data.store import Row, read_rows
 from redraft.data.template import template_record
@@ -21,6 +20,8 @@ from redraft.progress import Progress, progress_bar
 from redraft.provenance import Entry, Ledger
 from redraft.registries import EXPORTERS
 from redraft.rows import anchors
+from redraft.settings.adapt import AdaptConfig
+from redraft.settings.distill import DistillConfig
 from redraft.target import Head, Target
 
 Say = Callable[[str], None]
@@ -131,6 +132,7 @@ class Run(Generic[Settings]):
                 entry.add(bytes_written=report.bytes)
             for warning in report.warnings:
                 self.say(f"note on {folder}: {warning}")
-            self.say(f"export {name}: {folder}; serve with: {report.serve}")
+            line = served(report.serve, self.config.target, self.config.adapter)
+            self.say(f"export {name}: {folder}; serve with: {line}")
             found.append(folder)
         return found

@@ -26,42 +26,25 @@ from redraft.adaptation.questions import Questions
 from redraft.adaptation.steps import TargetSpec, check_output
 from redraft.artifact import atomic_write_json
 from redraft.data.template import template_record
-from redraft.data.transport import Connection, Refused, Transient, check_address
+from redraft.data.transport import Connection, Refused, Transient
 from redraft.errors import UserError
 from redraft.evaluate.load import ServerConfig
 from redraft.evaluate.server import Server, bench_servers
 from redraft.loading import read_facts
 from redraft.progress import progress_bar
-from redraft.redacted import without_secrets
+from redraft.settings.texts import PORT, check_address
 from redraft.target import Facts
 
-PORT = "{port}"
 START_SECONDS = 900.0
 STOP_SECONDS = 30.0
 LOG_LINES = 12
 
 
-def named_servers(given: Sequence[str]) -> dict[str, str]:
-    """``NAME=ADDRESS``, ``NAME=COMMAND`` with ``{port}`` in it, or an address alone, which is called ``server``.
-
-    Raises ``UserError`` for anything else and for a name that is there twice.
-    """
-    servers: dict[str, str] = {}
-    for text in given:
-        name, equals, place = text.partition("=")
-        if text.startswith(("http://", "https://")):
-            name, equals, place = "server", "=", text
-        address = place.startswith(("http://", "https://"))
-        if not equals or not name.strip() or not (address or PORT in place):
-            shown = text if "://" in text else text.rpartition("@")[2]
-            raise UserError(
-                f"--server {without_secrets(shown)} is not understood; write NAME=http://HOST:PORT, "
-                f"or NAME=COMMAND with {PORT} in it"
-            )
-        if name in servers:
-            raise UserError(f"two servers are called {name}; write --server NAME=... with names that differ")
-        servers[name] = place
-    return servers
+def check_places(servers: Mapping[str, str]) -> None:
+    """Raise ``UserError`` for an address that is none or holds a secret."""
+    for place in servers.values():
+        if PORT not in place:
+            check_address(place)
 
 
 def bench_servers_on(

@@ -28,7 +28,8 @@ from redraft.data.template import at_moment, date_path, kept_moment, settings_of
 from redraft.data.turns import RESULTS, Message
 from redraft.errors import UserError
 from redraft.features import FeatureKeeper, RowFeatures
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
+from redraft.shown import Shown, lines
 from redraft.target import Facts, Target
 
 __all__ = ["Engine", "InProcessEngine", "RegenerationReport", "ServerEngine", "expected_rows", "regenerate"]
@@ -77,7 +78,7 @@ class InProcessEngine:
 
 
 @dataclass
-class RegenerationReport:
+class RegenerationReport(Shown):
     """What a run did. Tokens are those of new rows; ``kept`` rows were there already, ``cut`` counts the new ones
     that ended because the engine's context was full."""
 
@@ -104,6 +105,9 @@ class RegenerationReport:
         if self.failures:
             parts.append(f"{len(self.failures):,} failed, listed in {failures_path(self.path)}")
         return ", ".join(parts)
+
+    def __rich__(self) -> Any:
+        return lines(self.summary())
 
 
 @dataclass

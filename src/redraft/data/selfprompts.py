@@ -24,7 +24,7 @@ from redraft.data.store import Row, RowWriter, row_key
 from redraft.data.template import render
 from redraft.data.turns import USER
 from redraft.errors import UserError
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
 from redraft.target import Target
 
 SAMPLER = Sampler(1.0, 0, 0.95)

@@ -13,14 +13,12 @@ import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from urllib.parse import urlsplit
 
 from redraft.data.generate import Request
 from redraft.errors import UserError
-from redraft.redacted import without_secrets
+from redraft.settings.texts import KEY_VARIABLE, check_address
 
 # The one place that a server's key comes from: a command line or a file would keep it.
-KEY_VARIABLE = "REDRAFT_API_KEY"
 
 RETRIED_STATUS = frozenset({408, 425, 429})
 FATAL_STATUS = frozenset({401, 403, 404, 405, 501})
@@ -43,29 +41,6 @@ def _certificates() -> ssl.SSLContext:
     import httpx
 
     return httpx.create_ssl_context()
-
-
-def check_address(url: str) -> str:
-    """The address of a server without ``/v1`` at its end.
-
-    Raises ``UserError`` for an address that is none, and for one that holds a user name, a password or a query:
-    addresses stand in results, logs and on pages. What may be secret is not in the message.
-    """
-    shown = without_secrets(url) if "://" in url else url.rpartition("@")[2].partition("?")[0]
-    try:
-        parts = urlsplit(url)
-        host = (parts.hostname or "").encode("idna")
-        whole = parts.scheme in ("http", "https") and bool(host) and parts.port != 0
-    except ValueError:
-        whole, parts = False, urlsplit("")
-    if not whole or any(c.isspace() or not c.isprintable() for c in url):
-        raise UserError(f"server {shown!r} is no address; write it like http://127.0.0.1:8000")
-    if "@" in parts.netloc or "?" in url or "#" in url:
-        raise UserError(
-            f"the address {shown} holds a user name, a password or a query, which results and logs would keep; "
-            f"give the address alone and the key in the environment variable {KEY_VARIABLE}"
-        )
-    return url.rstrip("/").removesuffix("/v1").rstrip("/")
 
 
 def server_key() -> str | None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from redraft.features import FeatureSource
 from redraft.rows import AnyRow, TokenRow
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
 from redraft.target import Head, Target
 
 Pick = Callable[[Tensor], Tensor]

@@ -31,7 +31,7 @@ from redraft.data.transport import (
 from redraft.errors import UserError
 from redraft.evaluate.counters import SGLANG, VLLM, Counts, Reading, difference, parse_metrics
 from redraft.evaluate.speed import Prompt
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
 
 SETTLE_SECONDS = 1.0
 VERSION_PATHS = {VLLM: "/version", SGLANG: "/server_info"}

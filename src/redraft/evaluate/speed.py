@@ -16,14 +16,14 @@ from redraft.decode.engine import PlainDecoder
 from redraft.decode.make import make_decoder
 from redraft.decode.pieces import trace
 from redraft.decode.requests import Generation
-from redraft.decode.tree import ChainShape, Shape
 from redraft.drafts.base import Draft
 from redraft.errors import UserError
 from redraft.evaluate import summary
 from redraft.evaluate.divergence import plain_text
 from redraft.evaluate.figures import PLAIN, by_task, gains
 from redraft.evaluate.statistics import ratio_of_sums
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
+from redraft.settings.shapes import ChainShape, Shape
 from redraft.target import Target
 
 SCHEMA = "redraft.bench/1"

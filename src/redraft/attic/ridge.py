@@ -28,14 +28,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from redraft import provenance
+from redraft.attic.delta import check_same_shape
 from redraft.data.store import Row
 from redraft.errors import UserError
+from redraft.registries import STARTS
 from redraft.rows import anchors, length_batches
-from redraft.starts.delta import check_same_shape
+from redraft.starts.apply import Start, StartContext, StartResult
 from redraft.starts.leastsquares import Moments, fit
 from redraft.target import Target
 
 HELDOUT_EVERY = 4
+# Each row goes through two targets, and fc has far fewer weights than so many rows have features.
+MOST_ROWS = 300
 
 
 @dataclass(frozen=True)
@@ -152,3 +157,26 @@ def paired_taps(
         assert both[0] is not None and both[1] is not None
         for i, row in enumerate(batch):
             yield row, both[0][i, : lengths[i]], both[1][i, : lengths[i]].to(target.device)
+
+
+def spread(rows: Sequence[Row], most: int) -> Sequence[Row]:
+    """At most ``most`` rows, evenly spread over all in the order of their keys."""
+    if len(rows) <= most:
+        return rows
+    ordered = sorted(rows, key=lambda row: row.key)
+    return [ordered[place * len(rows) // most] for place in range(most)]
+
+
+def start(draft: Any, context: StartContext) -> StartResult:
+    """:func:`ridge` as a start."""
+    assert context.base_target is not None  # in ``needs``
+    rows = spread(context.rows, MOST_ROWS)
+    found, report = ridge(draft, context.target, context.base_target, rows, progress=context.progress)
+    flops = 2 * provenance.forward_flops(context.target.parameters_per_token, report.tokens)
+    details = {"errors": {f"{ratio:g}": error for ratio, error in report.errors.items()}, "ratio": report.ratio}
+    return StartResult(found, report.changed, report.notes, 2 * report.tokens, flops, details)
+
+
+STARTS.register("ridge")(
+    Start(frozenset({"base_target", "rows"}), "fc re-solved so that features land where the base's did", start)
+)

@@ -54,13 +54,6 @@ def waiting(draft: nn.Module) -> list[Linear]:
     return [layer for layer in layers if layer.low_rank is not None and layer.low_rank.aim]
 
 
-def settle(draft: nn.Module) -> None:
-    """What is aimed, or trained, is not aimed again."""
-    for layer in waiting(draft):
-        assert layer.low_rank is not None
-        layer.low_rank.aim = False
-
-
 def aim_updates(draft: nn.Module, backward: Callable[[], None]) -> None:
     """Aim all updates that wait for it. ``backward`` adds the gradients of a loss to the parameters that want one.
 
@@ -77,7 +70,9 @@ def aim_updates(draft: nn.Module, backward: Callable[[], None]) -> None:
         for layer in layers:
             layer.weight.requires_grad_(False)
         draft.zero_grad(set_to_none=True)
-    settle(draft)
+    for layer in layers:
+        assert layer.low_rank is not None
+        layer.low_rank.aim = False
 
 
 @torch.no_grad()

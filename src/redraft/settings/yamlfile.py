@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from redraft.errors import UserError
+from redraft.settings.base import Settings
 
 BOOLEAN = "tag:yaml.org,2002:bool"
 NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
@@ -63,3 +65,44 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise UserError(f"{path} must hold settings as `name: value` lines")
     return values
+
+
+def read_settings(path: Path, command: str) -> dict[str, Any]:
+    """The settings of ``command`` in a YAML file, dashes in their names as underscores. Raises ``UserError``."""
+    return underscored(read_yaml(path, f"the settings of `redraft {command}`"), str(path))
+
+
+def underscored(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The settings with underscores in their names, also within blocks. Raises ``UserError`` for one in both forms."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name in found:
+            raise UserError(f"{where} has {name} twice, as {name} and with a dash; keep one")
+        # what an argument of a template holds is the template's own
+        inner = isinstance(value, dict) and not where.endswith(": template_arg")
+        found[name] = underscored(value, f"{where}: {name}") if inner else value
+    return found
+
+
+def merged(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a file under those of flags, which win; blocks key by key.
+
+    Raises ``UserError`` for something else than a block in the file where the flags give one.
+    """
+    found = {**values, **given}
+    for name, value in given.items():
+        old = values.get(name)
+        if isinstance(value, dict) and old is not None:
+            if not isinstance(old, dict):
+                raise UserError(f"{name} must hold settings as `name: value` lines, not {old!r}")
+            found[name] = {**old, **value}
+    return found
+
+
+Kind = TypeVar("Kind", bound=Settings)
+
+
+def read(kind: type[Kind], path: Path | None, given: Mapping[str, Any] | None = None) -> Kind:
+    """The settings of a command from a YAML file (if any); ``given`` flags win, key by key. Raises ``UserError``."""
+    return kind(**merged(read_settings(path, kind.COMMAND) if path else {}, given or {}))

@@ -1,7 +1,7 @@
 """``coverage``: what another scorer thinks of a sample, times how little of it is in the selection already.
 
 Ranking each sample by itself fills a budget with near-duplicates of whatever scores highest: templates, rephrasings,
-several answers to one prompt. Here samples are ranked one after another (:mod:`redraft.select.greedy`), by the share
+several answers to one prompt. Here samples are ranked one after another (:mod:`redraft.attic.greedy`), by the share
 of samples that the base scorer puts no higher, weighed against the distance to the nearest one ranked before. The
 number of a row is its value at its turn. So it depends on the other rows, not on their order or on the budget, and
 the manifest names the rank that the base scorer would have given and the neighbour that held it back.
@@ -25,11 +25,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from redraft.attic.greedy import Floats, greedy_order
 from redraft.errors import UserError
 from redraft.registries import SCORERS
-from redraft.select import ScorableRow, ScoringContext, parse_scorer, score_rows, scorer_text
-from redraft.select.greedy import Floats, greedy_order
+from redraft.select import ScorableRow, ScoringContext, score_rows
 from redraft.select.states import FINAL, batched_states, check_layer
+from redraft.settings.scorers import parse_scorer, scorer_text
 from redraft.target import Target
 
 WIDTH = 128

@@ -1,7 +1,7 @@
 """The settings of a study, and the cells that they ask for.
 
-Everything is looked up when the file is read: a name that is not there, a cell that is there twice and a scorer that
-lacks what it needs are one line each, before anything is loaded.
+Everything is looked up when the file is read: a name that is not there and a cell that is there twice are one line
+each, before anything is loaded. What scorers and starts need is asked when the study begins (:meth:`check_needs`).
 """
 
 from __future__ import annotations
@@ -11,12 +11,19 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, ValidationError
 
-from redraft.adaptation.config import recipe
-from redraft.adaptation.study.entries import (
+from redraft.errors import UserError
+from redraft.registries import LOSSES
+from redraft.registry import nearest
+from redraft.settings.base import AUTO, DtypeName, Part, Settings, block_of, complaints, known_name, setting
+from redraft.settings.common import TemplateArgs
+from redraft.settings.methods import METHODS, PrivateSize, method
+from redraft.settings.scorers import parse_scorer
+from redraft.settings.shapes import ChainShape, DynamicTree, StaticTree, parse_shape
+from redraft.settings.study_parts import (
     ANY,
     NONE,
     Cell,
@@ -28,82 +35,91 @@ from redraft.adaptation.study.entries import (
     SelectionEntry,
     Speed,
     StartEntry,
-    Strict,
     TargetEntry,
 )
-from redraft.adaptation.yamlfile import read_yaml
-from redraft.decode.tree import ChainShape, DynamicTree, StaticTree, parse_shape
-from redraft.drafts.methods import METHODS, PrivateSize, method
-from redraft.errors import UserError
-from redraft.registries import LOSSES
-from redraft.registry import nearest
-from redraft.select import Scorer, parse_scorer
-from redraft.train.replay import ReplayConfig
-from redraft.train.trainer import TrainConfig
+from redraft.settings.training import ReplayConfig, TrainConfig
+from redraft.settings.yamlfile import read_yaml
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_+.-]*")
 # What the study itself sets in every training run.
 OWN_TRAIN_SETTINGS = ("loss", "gamma", "seed")
 
 
-class StudyConfig(Strict):
+class StudySettings(Settings):
+    """A study's file and what is done with it."""
+
+    COMMAND: ClassVar[str] = "study"
+
+    config: Path | None = setting(None, "YAML file of the study (docs/studies/README.md)", argument=True, reads="file")
+    out: Path | None = setting(None, "folder of the study; a stopped one goes on from it")
+    tables: Path | None = setting(
+        None, "results file: make its tables and pictures again, and nothing else", reads="file"
+    )
+    list_cells: bool = setting(False, "print the cells and stop", flag="--list")
+    template_arg: TemplateArgs = setting({}, "argument of the targets' chat templates; repeatable")
+    full: Path | None = setting(None, "file for what full reached, as the quickstart reads it")
+
+    def conflicts(self) -> Iterator[str]:
+        if (self.config is None) == (self.tables is None):
+            yield "give the YAML file of a study, or --tables with the results of one"
+
+
+def _one(value: Any) -> Any:
+    return [value] if isinstance(value, dict) else value
+
+
+def _speed(value: Any) -> Any:
+    return {True: {}, False: None}[value] if isinstance(value, bool) else value
+
+
+class StudyConfig(Part):
     """The whole file."""
 
-    name: str
-    about: str = ""
-    targets: dict[str, TargetEntry] = Field(min_length=1)
-    data: dict[str, DataEntry] = {"regenerated": DataEntry()}
-    methods: dict[str, MethodEntry] = {}
-    selections: dict[str, SelectionEntry] = {}
-    starts: dict[str, StartEntry] = {}
-    general: General | None = None
-    grid: tuple[Grid, ...] = ()
-    cells: tuple[CellEntry, ...] = ()
-    max_new_tokens: int = Field(default=160, gt=1)
-    evaluation_tokens: int = Field(default=128, gt=1)
-    longest_prompt: int | None = Field(
-        default=None, gt=0, description="characters; longer prompts are left out everywhere"
+    name: str = setting(..., "name of the study")
+    about: str = setting("", "what it asks, in a sentence or two")
+    targets: dict[str, TargetEntry] = setting(..., "targets by name", min_length=1)
+    data: dict[str, DataEntry] = setting(
+        None, "training texts by name", default_factory=lambda: {"regenerated": DataEntry()}
     )
-    temperature: float = Field(default=1.0, gt=0, description="of the sampled evaluation")
-    gamma: int = Field(default=5, gt=0)
-    tree: str | None = Field(default=None, description="a tree of greedy drafts, walked beside the chain")
-    budget: Literal["tokens", "epochs"] = "tokens"
-    train: dict[str, Any] = {}
-    speed: Speed | None = None
-    keep_drafts: bool = False
-    template_arg: dict[str, Any] = Field(default={}, description="arguments of the targets' chat templates")
-    batch_size: int = Field(default=64, gt=0)
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    device: str = "cpu"
-    seed: int = 0
+    methods: dict[str, MethodEntry] = setting({}, "methods with settings of their own, by name")
+    selections: dict[str, SelectionEntry] = setting({}, "selections by name")
+    starts: dict[str, StartEntry] = setting({}, "starts by name")
+    general: General | None = setting(None, "text outside the domain")
+    grid: Annotated[tuple[Grid, ...], BeforeValidator(_one)] = setting((), "products of cells")
+    cells: tuple[CellEntry, ...] = setting((), "single cells")
+    max_new_tokens: int = setting(160, "longest answer to train on, in tokens", gt=1)
+    evaluation_tokens: int = setting(128, "longest answer to measure on, in tokens", gt=1)
+    longest_prompt: int | None = setting(None, "characters; longer prompts are left out everywhere", gt=0)
+    temperature: float = setting(1.0, "of the sampled evaluation", gt=0)
+    gamma: int = setting(5, "drafted tokens a round", gt=0)
+    tree: str | None = setting(None, "a tree of greedy drafts, walked beside the chain")
+    budget: Literal["tokens", "epochs"] = setting("tokens", "what every cell has the same of")
+    train: block_of(TrainConfig, "train") = setting({}, "common training settings")  # type: ignore[valid-type]
+    speed: Annotated[Speed | None, BeforeValidator(_speed)] = setting(None, "wall-clock speed, measured at the end")
+    keep_drafts: bool = setting(False, "keep the trained drafts")
+    template_arg: dict[str, Any] = setting({}, "arguments of the targets' chat templates")
+    batch_size: int = setting(64, "sequences decoded together", gt=0)
+    dtype: DtypeName = setting(AUTO, "data type of the targets")
+    device: str = setting("cpu", "torch device")
+    seed: int = setting(0, "seed of everything random that cells share")
 
-    @field_validator("grid", mode="before")
-    @classmethod
-    def _grid(cls, value: Any) -> Any:
-        return [value] if isinstance(value, dict) else value
-
-    @field_validator("speed", mode="before")
-    @classmethod
-    def _speed(cls, value: Any) -> Any:
-        return {True: {}, False: None}[value] if isinstance(value, bool) else value
-
-    @model_validator(mode="after")
-    def _names(self) -> StudyConfig:
+    def conflicts(self) -> Iterator[str]:
         for kind in ("targets", "data", "methods", "selections", "starts"):
             for name in getattr(self, kind):
                 if not NAME.fullmatch(name):
-                    raise UserError(f"{kind}: the name {name!r} must be of letters, digits and _ + . - alone")
+                    yield f"{kind}: the name {name!r} must be of letters, digits and _ + . - alone"
         for name, entry in self.methods.items():
             if name in METHODS and entry.method not in (None, name):
-                raise UserError(f"methods: {name} is the name of a method, so it cannot stand for {entry.method}")
-            self.method_of(name), entry.size, entry.replay_config
+                yield f"methods: {name} is the name of a method, so it cannot stand for {entry.method}"
+            self.method_of(name)
         for entries in (self.selections, self.starts):
             if NONE in entries:
-                raise UserError(f"{NONE!r} is what it says and cannot be given another meaning")
-        self.train_config("kl", 0)
+                yield f"{NONE!r} is what it says and cannot be given another meaning"
+        for name in OWN_TRAIN_SETTINGS:
+            if name in self.train:
+                yield f"train {name} is set by the study itself: cells have a loss and a seed, the study has gamma"
         list(self.all_cells())
-        _ = self.tree_shape
-        return self
+        assert self.tree_shape or self.tree is None
 
     @property
     def tree_shape(self) -> StaticTree | DynamicTree | None:
@@ -117,9 +133,8 @@ class StudyConfig(Strict):
     def method_of(self, name: str) -> str:
         """The registered method behind a name. Raises ``UserError``."""
         entry = self.methods.get(name)
-        if entry is None and name not in METHODS:
-            known = ", ".join(dict.fromkeys([*self.methods, *METHODS]))
-            raise UserError(f"unknown method {name!r}; choose one of {known}, or define it under methods")
+        if entry is None:
+            known_name("method", name, dict.fromkeys([*self.methods, *METHODS]))
         found = (entry.method if entry else None) or name
         method(found)
         return found
@@ -141,27 +156,24 @@ class StudyConfig(Strict):
             return self.selections[name]
         scorer, at, budget = name.rpartition("@")
         if not at:
-            listed = ", ".join([NONE, *self.selections])
-            raise UserError(f"unknown selection {name!r}; choose one of {listed}, or write SCORER@BUDGET")
-        return SelectionEntry(scorer=scorer, budget=budget)
+            listed = [NONE, *self.selections]
+            near = nearest(name, listed)
+            raise UserError(f"unknown selection {name!r}{near}; choose one of {', '.join(listed)}, or SCORER@BUDGET")
+        return made(SelectionEntry, scorer=scorer, budget=budget)
 
     def start_of(self, name: str) -> StartEntry:
         """A name under starts, or registered starts as ``a+b``. Raises ``UserError``."""
         if name in self.starts:
             return self.starts[name]
         try:
-            return StartEntry(start=name)
+            return made(StartEntry, start=name)
         except UserError as error:
             defined = f" of the study: {', '.join(self.starts)}" if self.starts else ", and the study defines none"
             raise UserError(f"{error}{defined}") from None
 
-    def scorer_of(self, name: str) -> Scorer | None:
-        entry = self.selection_of(name)
-        return parse_scorer(entry.scorer) if entry.scorer else None
-
     def train_config(self, loss: str, seed: int, method_name: str | None = None) -> TrainConfig:
         """The common training settings; of a method's own there is the learning rate alone. Raises ``UserError``."""
-        common = recipe(TrainConfig, self.train, "training setting", OWN_TRAIN_SETTINGS)
+        common = TrainConfig(**self.train)
         own = self.methods.get(method_name or "")
         rate = own.learning_rate if own and own.learning_rate else common.learning_rate
         return replace(common, learning_rate=rate, loss=loss, gamma=self.gamma, seed=seed)
@@ -222,41 +234,46 @@ class StudyConfig(Strict):
     def _check(self, cell: Cell) -> None:
         """Raise ``UserError`` for a name that is not there, or something that the cell needs and was not given."""
         for kind, name, known in (("target", cell.target, self.targets), ("data", cell.data, self.data)):
-            if name not in known:
-                raise UserError(f"unknown {kind} {name!r}; choose one of {', '.join(known)}, or define it")
-        LOSSES.get(cell.loss)
-        entry, selection, start = (
-            self.targets[cell.target],
-            self.selection_of(cell.selection),
-            self.start_of(cell.start),
-        )
-        scorer = self.scorer_of(cell.selection)
-        if scorer and "base_target" in scorer.needs and entry.base_target is None:
-            raise UserError(f"scorer {scorer.name} needs the base target of {cell.target}; give its base_target")
-        if "base_target" in start.needs and entry.base_target is None:
-            raise UserError(f"start {cell.start} compares with the base target of {cell.target}; give its base_target")
+            known_name(kind, name, known)
+        known_name("loss", cell.loss, LOSSES.names())
+        self.start_of(cell.start)
+        selection = self.selection_of(cell.selection)
         if selection.general and (self.general is None or not self.general.mix):
             raise UserError(f"selection {cell.selection} mixes general text in; give general: mix: PROMPTS")
+
+    def check_needs(self) -> None:
+        """Ask the scorers and starts of all cells for what they need, which imports them. Raises ``UserError``."""
+        for _, cell, _ in self._asked():
+            if self.targets[cell.target].base_target is not None:
+                continue
+            scorer, start = self.selection_of(cell.selection).scorer, self.start_of(cell.start)
+            if scorer and "base_target" in parse_scorer(scorer).needs:
+                raise UserError(f"scorer {scorer} needs the base target of {cell.target}; give its base_target")
+            if "base_target" in start.needs:
+                raise UserError(f"start {cell.start} needs the base target of {cell.target}; give its base_target")
 
 
 # Every name that the file may hold anywhere, to name the nearest to one that it may not.
 PARTS = (StudyConfig, TargetEntry, DataEntry, SelectionEntry, StartEntry, General, Speed, Grid, CellEntry)
 KNOWN = sorted({name for part in PARTS for name in part.model_fields})
+Entry = TypeVar("Entry", bound=Part)
+
+
+def made(kind: type[Entry], **values: Any) -> Entry:
+    """A part of a study. Raises ``UserError`` that tells all mistakes."""
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        raise UserError("; ".join(complaints(error, KNOWN))) from None
 
 
 # -- reading -------------------------------------------------------------------------------------------------------
 def parse_study(values: Mapping[str, Any]) -> StudyConfig:
-    """Checked settings. Raises ``UserError`` that names the first bad one."""
+    """Checked settings. Raises ``UserError`` that tells all mistakes."""
     try:
-        return StudyConfig(**values)
-    except ValidationError as error:
-        # a name that is unknown tells more than that one like it is missing
-        first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
-        place = ".".join(str(part) for part in first["loc"]) or "study"
-        message = first["msg"].removeprefix("Value error, ")
-        if first["type"] == "extra_forbidden":
-            message = f"unknown setting{nearest(str(first['loc'][-1]), KNOWN)}"
-        raise UserError(f"{place}: {message[0].lower()}{message[1:]}; see docs/studies/README.md") from None
+        return made(StudyConfig, **values)
+    except UserError as error:
+        raise UserError(f"{error}; see docs/studies/README.md") from None
 
 
 def read_study(path: Path) -> StudyConfig:

@@ -25,6 +25,8 @@ from torch import Tensor
 
 from redraft.drafts.layers import norm_weight
 from redraft.errors import UserError
+from redraft.registries import STARTS
+from redraft.starts.apply import Start, StartContext, StartResult
 from redraft.starts.rowmap import RowMap, fit_row_map
 
 
@@ -103,3 +105,13 @@ def check_same_shape(target: Any, base_target: Any) -> None:
             f"the fine-tuned and the base target differ in shape: {'; '.join(faults)}; "
             "give the model that the target was fine-tuned from as --base-target"
         )
+
+
+def start(draft: Any, context: StartContext) -> StartResult:
+    """:func:`delta` as a start."""
+    moved, report = delta(draft, context.target, context.base_target, context.seed)
+    maps = {name: {"kind": m.kind, "errors": m.errors, "step": m.step} for name, m in report.maps.items()}
+    return StartResult(moved, report.changed, report.notes, details=maps)
+
+
+STARTS.register("delta")(Start(frozenset({"base_target"}), "head rows moved by the target's own change", start))

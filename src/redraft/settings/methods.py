@@ -14,7 +14,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from pydantic import model_validator
+from pydantic_core import PydanticCustomError
+
 from redraft.errors import UserError
+from redraft.registry import nearest
+from redraft.settings.base import Recipe, recipe, setting
 
 # Updates stand inside the layers that they update, so that no pattern of a family tells them apart.
 LOW_RANK = "low_rank"
@@ -24,46 +29,37 @@ WHOLE = ("fc", "norms", "attention", "shared", "head")
 MOST_BITS = 8
 
 
-@dataclass(frozen=True)
-class PrivateSize:
+@recipe
+class PrivateSize(Recipe):
     """How large the private parts are. A method takes what concerns it.
 
-    ``width`` is the inner width of the private expert, or of all private experts together. Low-rank updates have
-    ``rank`` and, with ``alpha``, peft's scale alpha / rank (else one); ``on`` are patterns of the linear layers that
-    have them (all by default); with ``aim`` they begin where the gradient is (``train/aim.py``). Without a width or
-    a rank what is trained is made a fifth of the draft (``SHARE``), as in the studies. ``bits``: the change of the
-    draft's own matrices is told in so many bits a weight (:mod:`redraft.coarse`). ``experts``, ``active`` and
-    ``balance`` (weight of the load-balancing term) are for routed experts; ``shared_experts`` > 1 cuts the old MLP too,
-    with ``shared_active`` (all by default) a token.
+    Without a width or a rank what is trained is made a fifth of the draft (``SHARE``), as in the studies.
+    Raises ``UserError`` for sizes that no draft can have.
     """
 
-    width: int | None = None
-    rank: int | None = None
-    bits: int | None = None
-    on: tuple[str, ...] = ()
-    alpha: float | None = None
-    aim: bool = False
-    experts: int = 4
-    active: int = 2
-    shared_experts: int = 1
-    shared_active: int | None = None
-    balance: float = 0.01
+    width: int | None = setting(None, "inner width of the private expert, or of all of them together", ge=1)
+    rank: int | None = setting(None, "rank of the low-rank updates", ge=1)
+    bits: int | None = setting(
+        None, "bits a weight that the change of the draft's own matrices is told in; 2 are usual", ge=1, le=MOST_BITS
+    )
+    on: tuple[str, ...] = setting((), "patterns of the linear layers with low-rank updates; all by default")
+    alpha: float | None = setting(None, "scale of low-rank updates, alpha / rank as in peft; one by default", gt=0)
+    aim: bool = setting(False, "begin low-rank updates where the gradient of the first steps is")
+    experts: int = setting(4, "routed private experts")
+    active: int = setting(2, "routed private experts that a token goes through")
+    shared_experts: int = setting(1, "parts that the old MLP is cut into, as routed experts")
+    shared_active: int | None = setting(None, "of these, how many a token goes through; all by default")
+    balance: float = setting(0.01, "weight of the load-balancing term of routed experts", ge=0)
 
-    def __post_init__(self) -> None:
-        """Raises ``UserError`` for sizes that no draft can have."""
-        if self.width is not None and self.width < 1:
-            raise UserError(f"the width of the private expert is {self.width}; give a positive number")
-        if self.rank is not None and self.rank < 1:
-            raise UserError(f"the rank of the low-rank updates is {self.rank}; give a positive number")
-        if self.bits is not None and not 1 <= self.bits <= MOST_BITS:
-            raise UserError(f"a change is told in 1 to {MOST_BITS} bits a weight, not {self.bits}; 2 are usual")
-        if self.alpha is not None and self.alpha <= 0:
-            raise UserError(f"alpha of the low-rank updates is {self.alpha}; give a positive number, or leave it out")
-        if self.balance < 0:
-            raise UserError(f"the weight of the load-balancing term is {self.balance}; give zero or more")
+    @model_validator(mode="after")
+    def _routed(self) -> PrivateSize:
         shared_active = self.shared_experts if self.shared_active is None else self.shared_active
-        check_experts("private", self.experts, self.active)
-        check_experts("shared", self.shared_experts, shared_active)
+        try:
+            check_experts("private", self.experts, self.active)
+            check_experts("shared", self.shared_experts, shared_active)
+        except UserError as error:
+            raise PydanticCustomError("said", "{text}", {"text": str(error)}) from None
+        return self
 
 
 def check_experts(side: str, experts: int, active: int) -> None:
@@ -132,7 +128,7 @@ METHODS: dict[str, Method] = {
 def method(name: str) -> Method:
     """Raises ``UserError`` for a name that is not there, listing those that are."""
     if name not in METHODS:
-        raise UserError(f"unknown method {name!r}; choose one of {', '.join(METHODS)}")
+        raise UserError(f"unknown method {name!r}{nearest(name, METHODS)}; choose one of: {', '.join(METHODS)}")
     return METHODS[name]
 
 
