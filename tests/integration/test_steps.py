@@ -205,8 +205,8 @@ def test_a_server_answers_for_a_target_of_which_only_the_facts_are_read(
 
     monkeypatch.setattr("redraft.api.text.ServerEngine", Engine)
     no_model()
-    spec, server = TargetSpec(str(place / "target"), "float32"), "http://127.0.0.1:9"
-    report = regenerate(spec, place / "prompts.jsonl", place / "served.jsonl", max_new_tokens=12, server=server)
+    spec, out = TargetSpec(str(place / "target"), "float32"), place / "served.jsonl"
+    report = regenerate(spec, place / "prompts.jsonl", out, max_new_tokens=12, server="http://127.0.0.1:9")
     assert report.new == 12
     (hash,) = {row.target_hash for row in read_rows(place / "served.jsonl")}
     assert hash == read_rows(place / "responses.jsonl")[0].target_hash, "that of the weights, as in process"

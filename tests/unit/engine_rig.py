@@ -18,7 +18,7 @@ import pytest
 from redraft.data.generate import Completion, Request
 from redraft.data.regenerate import ServerEngine
 from redraft.data.store import Failure
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
 
 LOOPBACK = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("loopback.py"))))
 EOS = 2

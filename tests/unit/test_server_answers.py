@@ -15,7 +15,7 @@ from redraft.data.server import read_completion
 from redraft.data.store import Failure
 from redraft.data.transport import completion_body
 from redraft.errors import UserError
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
 
 pytest.importorskip("httpx")
 RIG = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("engine_rig.py"))))

@@ -18,14 +18,7 @@ from redraft.data.regenerate import regenerate
 from redraft.data.selfprompts import user_opening
 from redraft.data.shapes import Conversation, Turns
 from redraft.data.store import read_rows
-from redraft.data.template import (
-    TemplateSettings,
-    date_path,
-    settings_of,
-    template_ids,
-    template_record,
-    use_template,
-)
+from redraft.data.template import TemplateSettings, date_path, settings_of, template_ids, template_record, use_template
 from redraft.data.traces import read_traces
 from redraft.errors import UserError
 from redraft.settings.adapt import AdaptConfig

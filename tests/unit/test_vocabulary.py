@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from redraft.acceptance.simulate import simulate_greedy_chain, tau_of
 from redraft.artifact import tensors_hash, write_tensors
 from redraft.cli.main import app
 from redraft.data.store import Row, RowWriter
@@ -69,22 +70,16 @@ def test_the_cap_is_reached_by_a_draft_that_is_right_wherever_it_can_be(
     target: Target, draft: Eagle3Draft, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same rounds as the simulator walks when every proposal that can be right is."""
-    from redraft.acceptance import simulate
+
+    class Oracle:
+        def runs(self, rows: Sequence[Row], store: object, gamma: int) -> Iterator[tuple[Row, list[int]]]:
+            for row in rows:
+                yield row, run_lengths(draft.t2d[torch.tensor(row.response_ids[1:])].tolist(), gamma)
 
     rows = text()
-
-    def oracle(draft: Eagle3Draft, target: Target, batch: list[Row], gamma: int) -> torch.Tensor:
-        runs = [run_lengths(draft.t2d[torch.tensor(r.response_ids[1:])].tolist(), gamma) for r in batch]
-        return torch.tensor([run for row in runs for run in row])
-
-    class Passing(list):  # type: ignore[type-arg]
-        def to(self, device: object) -> Passing:
-            return self
-
-    monkeypatch.setattr(simulate, "collate", lambda rows, store, gamma: Passing(rows))
-    monkeypatch.setattr(simulate, "matches", oracle)
-    rounds = simulate.simulate_greedy_chain(draft, target, rows, None, 4)  # type: ignore[arg-type]
-    assert coverage(draft, rows, 4).tau_cap == pytest.approx(simulate.tau_of(rounds, rows))
+    monkeypatch.setattr(draft, "walk", lambda target: Oracle())
+    rounds = simulate_greedy_chain(draft, target, rows, None, 4)
+    assert coverage(draft, rows, 4).tau_cap == pytest.approx(tau_of(rounds, rows))
 
 
 def test_a_whole_vocabulary_covers_everything(target: Target) -> None:

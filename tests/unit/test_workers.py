@@ -19,14 +19,13 @@ from redraft.drafts.eagle1.objective import RegressionObjective
 from redraft.drafts.eagle3 import fresh_draft
 from redraft.drafts.proposing import shared
 from redraft.drafts.standalone.causal import CausalModel
-from redraft.drafts.standalone.objective import Distillation
+from redraft.drafts.standalone.objective import Distillation, StateTeacher
 from redraft.features import FeatureStore
 from redraft.settings.training import DistilConfig, PretrainConfig, TrainConfig
 from redraft.target import FINAL, Target
 from redraft.train.distil import MixedSteps
 from redraft.train.loop import Step
 from redraft.train.pretrain import TextSteps
-from redraft.train.teachers import StateTeacher
 from redraft.train.trainer import Trainer
 from redraft.train.workers import SINGLE, Shares, Workers, sum_gradients
 

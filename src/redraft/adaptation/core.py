@@ -36,7 +36,7 @@ from redraft.settings.methods import METHODS, PrivateSize
 from redraft.settings.training import ReplayConfig, TrainConfig
 from redraft.starts.apply import StartContext, StartResult, apply_start
 from redraft.target import Head, Target
-from redraft.train.replay import ReplayTrainer, replay_settings, replay_states
+from redraft.train.replay import replay_settings, replay_states, replay_trainer
 from redraft.train.trainer import Trainer, TrainResult
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -213,7 +213,7 @@ class Adaptation:
                 self.log.say("replay: every round went through; nothing is left to train on")
                 break
             again = (rows, heldout, settings, place / "train", states, self.old.base_hash)
-            self._run(ReplayTrainer(self.draft, self.target, self.store, *again))
+            self._run(replay_trainer(self.draft, self.target, self.store, *again))
 
     def _lost_states(self, rows: Sequence[Row], folder: Path) -> dict[str, Tensor]:
         """The weights of a pass, walked once and kept: a resumed pass must train on the states it began with."""

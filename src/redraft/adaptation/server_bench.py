@@ -40,13 +40,6 @@ STOP_SECONDS = 30.0
 LOG_LINES = 12
 
 
-def check_places(servers: Mapping[str, str]) -> None:
-    """Raise ``UserError`` for an address that is none or holds a secret."""
-    for place in servers.values():
-        if PORT not in place:
-            check_address(place)
-
-
 def bench_servers_on(
     spec: TargetSpec,
     servers: Mapping[str, str],

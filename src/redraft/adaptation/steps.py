@@ -66,7 +66,7 @@ class TargetSpec:
     def head(self, dtype: str) -> Head:
         """Its head alone, for who computes with stored states. Raises ``UserError``."""
         if self.opened is not None:
-            return self.opened
+            return self.open(dtype)
         found = open_head(self.name, getattr(torch, dtype), self.device, self.adapter)
         settle_template(found.tokenizer, self.template_args)
         return found

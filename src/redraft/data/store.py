@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 from redraft.artifact import atomic_write_text, require_free_space
 from redraft.errors import UserError
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
 
 try:
     import fcntl

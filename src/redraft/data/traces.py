@@ -36,7 +36,7 @@ from redraft.data.store import TRAFFIC, UNKNOWN, Row
 from redraft.data.template import at_moment, date_matters
 from redraft.data.turns import ASSISTANT, RESULTS, THOUGHTS, USER, excerpt, keys_of, parse_turn
 from redraft.errors import UserError
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
 
 PROMPT_KEYS, RESPONSE_KEYS = ("prompt_ids", "prompt_token_ids"), ("response_ids", "token_ids")
 TEXT_KEYS = ("completion", "response")
@@ -128,7 +128,9 @@ def _row(reader: _Reader, item: Any, default_id: str) -> tuple[Row, bool]:
     reason, ended = _reason(record)
     prompt, response, bare = _ids(reader, record, default_id, ended)
     _check_usage(reader, record, prompt, response, ended)
-    response, finish = _cut(response, reason, reader)
+    finish = reason or ("stop" if response[-1] in reader.eos_ids else "length")
+    if reader.max_new_tokens is not None and len(response) > reader.max_new_tokens:
+        response, finish = response[: reader.max_new_tokens], "length"
     if reader.context is not None and len(prompt) + len(response) > reader.context:
         raise ValueError(
             f"{len(prompt) + len(response)} tokens do not fit into the target's context of {reader.context}, so it "
@@ -243,7 +245,7 @@ def _from_messages(
     _check_round_trip(reader, "answer", answer["content"])
     _check_round_trip(reader, "thoughts of the answer", thoughts)
     with at_moment(reader.tokenizer, _served_at(reader, record, default_id, asked)):
-        counts = _counts(record)
+        counts = tuple(filter(None, [_usage(record, "completion_tokens")]))
         how: dict[str, Any] = {"cut": not ended, "served": True, "counts": counts}
         prompt, response, _ = answer_ids(reader.tokenizer, default_id, asked, answer, reader.eos_ids, **how)
     return prompt, _with_named_end(reader, record, response, ended)
@@ -337,12 +339,6 @@ def _usage(record: dict[str, Any], name: str) -> int | None:
     return value or None
 
 
-def _counts(record: dict[str, Any]) -> tuple[int, ...]:
-    """How many tokens the server counted in the response; empty where it says nothing."""
-    value = _usage(record, "completion_tokens")
-    return () if value is None else (value,)
-
-
 def _check_usage(reader: _Reader, record: dict[str, Any], prompt: list[int], response: list[int], ended: bool) -> None:
     """The server's own counts must agree: tools, system turns or arguments that it added are not in the record."""
     asked = _usage(record, "prompt_tokens")
@@ -352,10 +348,9 @@ def _check_usage(reader: _Reader, record: dict[str, Any], prompt: list[int], res
             "engine was sent something else (tools, a system turn, template arguments); log token ids instead"
         )
     # The end token may be counted and not given, or given and not counted.
-    body = len(response) - (response[-1] in reader.eos_ids)
-    for count in _counts(record):
-        if count not in ((body, body + 1) if ended else (len(response),)):
-            raise ValueError(f"usage says {count} tokens, but the response has {len(response)}; log token ids instead")
+    body, count = len(response) - (response[-1] in reader.eos_ids), _usage(record, "completion_tokens")
+    if count not in ((None, body, body + 1) if ended else (None, len(response))):
+        raise ValueError(f"usage says {count} tokens, but the response has {len(response)}; log token ids instead")
 
 
 def _check_spelling(reader: _Reader, response: list[int], said: str | dict[str, Any]) -> None:
@@ -384,13 +379,6 @@ def _check_round_trip(reader: _Reader, name: str, text: str) -> None:
             f"the {name} does not come back from the target's tokenizer unchanged (from character {at + 1} on, "
             f"{text[at : at + 20]!r}), so these are not the tokens that were served; log token ids instead"
         )
-
-
-def _cut(response: list[int], reason: str | None, reader: _Reader) -> tuple[list[int], str]:
-    limit = reader.max_new_tokens
-    if limit is not None and len(response) > limit:
-        return response[:limit], "length"
-    return response, reason or ("stop" if response[-1] in reader.eos_ids else "length")
 
 
 def _sampler(record: dict[str, Any]) -> Sampler:

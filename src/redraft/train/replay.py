@@ -25,7 +25,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -136,32 +135,28 @@ def check_replayable(draft: Draft) -> None:
 
 
 # -- training --------------------------------------------------------------------------------------------------------
-class ReplayTrainer(Trainer):
-    """A :class:`Trainer` over the rows that lost a round, on the states where decoding meets them."""
+def replay_trainer(
+    draft: Draft,
+    target: Head,
+    store: FeatureSource,
+    rows: Sequence[Row],
+    heldout: Sequence[Row],
+    config: TrainConfig,
+    folder: Path,
+    states: Mapping[str, Tensor],
+    origin: str = "",
+) -> Trainer:
+    """A trainer over the rows that lost a round, on the states where decoding meets them.
 
-    def __init__(
-        self,
-        draft: Draft,
-        target: Head,
-        store: FeatureSource,
-        rows: Sequence[Row],
-        heldout: Sequence[Row],
-        config: TrainConfig,
-        folder: Path,
-        states: Mapping[str, Tensor],
-        origin: str = "",
-    ) -> None:
-        """``config.unroll`` must be the steps of ``states``. Raises ``UserError`` as :class:`Trainer` does, for a
-        draft family that is not trained by unrolling, and when no round was lost."""
-        if not states:
-            raise UserError("no round ended early, so there is nothing to replay")
-        check_replayable(draft)
-        self.states = states
-        super().__init__(draft, target, store, [r for r in rows if r.key in states], heldout, config, folder, origin)
-
-    def collated(self, rows: Sequence[Row]) -> Any:
-        """As the trainer's, with the weights of the rows' states."""
-        return self.objective.collate(rows, self.store, self.states)
+    Arguments as of :class:`Trainer`, and the ``states`` of :func:`replay_states`, whose steps must be
+    ``config.unroll``. Raises ``UserError`` as :class:`Trainer` does, for a draft family that is not trained by
+    unrolling, and when no round was lost.
+    """
+    if not states:
+        raise UserError("no round ended early, so there is nothing to replay")
+    check_replayable(draft)
+    lost = [row for row in rows if row.key in states]
+    return Trainer(draft, target, store, lost, heldout, config, folder, origin, weights=states)
 
 
 def replay_settings(config: TrainConfig, replay: ReplayConfig) -> TrainConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -67,15 +67,17 @@ class Trainer:
         origin: str = "",
         *,
         before: Callable[[Trainer], int] | None = None,
+        weights: Mapping[str, Tensor] | None = None,
         workers: Workers = SINGLE,
     ) -> None:
         """``origin`` names what the draft was before, where its shape does not say it. ``before`` is done once, ahead
-        of the first evaluation, and gives the supervised positions that it took.
+        of the first evaluation, and gives the supervised positions that it took. ``weights`` [anchors, draft steps]
+        by row key weigh the states of a draft that is ``weighable``.
 
         Raises ``UserError`` when no row can be supervised or the folder belongs to another run.
         """
         self.draft, self.target, self.store, self.config = draft.to(target.device), target, store, config
-        self.workers, self.shares = workers, Shares(workers)
+        self.workers, self.shares, self.weights = workers, Shares(workers), weights
         self.rows = [r for r in rows if anchors(r)]
         self.heldout = [r for r in heldout if anchors(r)]
         if not self.rows or not self.heldout:
@@ -149,4 +151,4 @@ class Trainer:
 
     def collated(self, rows: Sequence[Row]) -> Any:
         """The batch of these rows, as the objective reads it."""
-        return self.objective.collate(rows, self.store)
+        return self.objective.collate(rows, self.store, self.weights)
