@@ -6,6 +6,8 @@
 #   make test-oldest   tests that lean on other libraries, with the oldest releases that pyproject.toml allows
 #   make test-newest   the same with the newest ones, whatever is installed already
 #   make vllm-check    the exported drafts served by vLLM on the CPU, in an environment of its own
+#   make docs          the documentation site, in site/; fails at any warning
+#   make reference     docs/commands.md and docs/settings.md again, after a change of options or settings
 #   make lint          ruff and mypy only
 #   make clean         remove the environments and caches (out/ stays)
 #
@@ -21,6 +23,7 @@ PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
 OLDEST_VENV ?= .venv-oldest
+DOCS_VENV ?= .venv-docs
 PIP_ARGS ?=
 OUT ?= out
 
@@ -40,7 +43,7 @@ BORDER_TESTS := tests/unit/test_target.py tests/unit/test_loading.py tests/unit/
 	tests/unit/test_engine.py tests/unit/test_gguf.py tests/unit/test_features.py tests/unit/test_training.py \
 	tests/unit/test_unroll.py tests/unit/test_report.py tests/integration/test_cli.py tests/integration/test_steps.py
 
-.PHONY: quickstart test test-avx2 test-oldest test-newest lint vllm-check clean
+.PHONY: quickstart test test-avx2 test-oldest test-newest lint docs reference vllm-check clean
 .DEFAULT_GOAL := test
 
 # -- environments -----------------------------------------------------------------------------------------------
@@ -84,6 +87,15 @@ $(VLLM_VENV)/.made: constraints-cpu.txt
 	@$(VLLM_BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
+# The site's generator reads the sources; neither torch nor redraft is installed for it.
+$(DOCS_VENV)/.made: pyproject.toml
+	@echo "setting up $(DOCS_VENV)"
+	@rm -rf $(DOCS_VENV)
+	@$(PYTHON) -m venv $(DOCS_VENV)
+	@$(PYTHON) -c 'import tomllib; print("\n".join(tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"]))' > $(DOCS_VENV)/docs.txt
+	@$(DOCS_VENV)/bin/$(PIP_INSTALL) -r $(DOCS_VENV)/docs.txt
+	@touch $@
+
 # -- the work ---------------------------------------------------------------------------------------------------
 quickstart: $(VENV)/.quickstart
 	$(BIN)/redraft quickstart --out $(OUT)/quickstart
@@ -91,6 +103,13 @@ quickstart: $(VENV)/.quickstart
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: $(DOCS_VENV)/.made
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --quiet --strict
+	@echo "open site/index.html"
+
+reference: $(VENV)/.dev
+	$(BIN)/python docs/tools/reference.py
 
 # The quick parts first, whole commands last; one worker a core, for every test is single-threaded.
 PYTEST = $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
@@ -120,4 +139,4 @@ vllm-check: $(VLLM_VENV)/.made $(VENV)/.quickstart
 	PYTHON=$(BIN)/python VLLM_PYTHON=$(VLLM_BIN)/python OUT=$(OUT) bash runs/vllm-check.sh
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(OLDEST_VENV) .venv-llamacpp .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) $(OLDEST_VENV) $(DOCS_VENV) .venv-llamacpp .pytest_cache .mypy_cache .ruff_cache

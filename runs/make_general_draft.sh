@@ -3,7 +3,7 @@
 #
 #   bash runs/make_general_draft.sh OUT
 #
-# Reads public prompt sets from REDRAFT_DATA (default ../shared/data; see docs/log.md for which and under what terms).
+# Reads public prompt sets from REDRAFT_DATA (default ../shared/data; see docs/dev/log.md for which and under what terms).
 # Two cores need about six hours; every step resumes after a kill.
 set -euo pipefail
 cd "$(dirname "$0")/.."
