@@ -38,7 +38,7 @@ VLLM_BIN := $(VLLM_VENV)/bin
 # Where a library's own names and habits show: models, tokenizers, adapters, model files, commands, one whole run.
 BORDER_TESTS := tests/unit/test_target.py tests/unit/test_loading.py tests/unit/test_standalone.py \
 	tests/unit/test_engine.py tests/unit/test_gguf.py tests/unit/test_features.py tests/unit/test_training.py \
-	tests/unit/test_report.py tests/integration/test_cli.py tests/integration/test_steps.py
+	tests/unit/test_unroll.py tests/unit/test_report.py tests/integration/test_cli.py tests/integration/test_steps.py
 
 .PHONY: quickstart test test-avx2 test-oldest test-newest lint vllm-check clean
 .DEFAULT_GOAL := test

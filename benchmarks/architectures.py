@@ -25,20 +25,20 @@ from safetensors.torch import load_file
 
 from redraft import provenance
 from redraft.adaptation.adapt import AdaptRun
-from redraft.adaptation.config import parse_config
 from redraft.adaptation.models import open_draft
 from redraft.artifact import atomic_write_json, atomic_write_text
 from redraft.data.generate import Request, generate
 from redraft.data.store import Row
 from redraft.decode.engine import ChainDecoder
-from redraft.decode.tree import StaticTree
 from redraft.decode.tree_engine import TreeDecoder
 from redraft.drafts.eagle3 import fresh_draft
 from redraft.drafts.files import save_draft
 from redraft.errors import UserError
 from redraft.features import FeatureStore
 from redraft.loading import quiet
-from redraft.sampling import Sampler
+from redraft.settings.adapt import AdaptConfig
+from redraft.settings.sampler import Sampler
+from redraft.settings.shapes import StaticTree
 from redraft.target import Target
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
@@ -148,8 +148,8 @@ def adapted(subject: Subject) -> dict[str, tuple[str, str]]:
         asked = ["".join(chr(97 + (7 * i + j * j) % 26) for j in range(24)) for i in range(40)]
         lines = [json.dumps({"id": f"p{i}", "messages": [{"role": "user", "content": q}]}) for i, q in enumerate(asked)]
         (world / "prompts.jsonl").write_text("\n".join(lines))
-        config = parse_config(
-            {"target": str(world / "target"), "draft": str(world / "draft"), "prompts": str(world / "prompts.jsonl")}
+        config = AdaptConfig(
+            **{"target": str(world / "target"), "draft": str(world / "draft"), "prompts": str(world / "prompts.jsonl")}
             | {"out": world / "run", "dtype": "float32", "max_new_tokens": 24, "bench_tokens": 24, "gamma": 3}
             | {"heldout_prompts": 4, "bench_prompts": 4, "train": {"epochs": 1}, "exports": EXPORTS}
         )

@@ -29,7 +29,8 @@ from redraft.decode.engine import for_decoding
 from redraft.decode.requests import Generation, Round, Uniforms, check_room, trim
 from redraft.drafts.base import Draft
 from redraft.errors import UserError
-from redraft.sampling import Sampler, draw, warp
+from redraft.sampling import draw, warp
+from redraft.settings.sampler import Sampler
 from redraft.target import Target
 from redraft.target.slots import SlotCache, causal_mask, slot_attention, write
 

@@ -21,8 +21,6 @@ from typing import Any
 from redraft import provenance
 from redraft.adaptation.core import half
 from redraft.adaptation.study.cells import measure, private_bytes
-from redraft.adaptation.study.config import read_study
-from redraft.adaptation.study.entries import Cell
 from redraft.adaptation.study.run import StudyRun
 from redraft.artifact import atomic_write_json, read_json
 from redraft.drafts.files import load_draft
@@ -34,6 +32,7 @@ from redraft.progress import progress_bar
 from redraft.report.format import DASH
 from redraft.report.study import ranged
 from redraft.report.study import table as markdown
+from redraft.settings.studies import Cell, read_study
 
 STALE, WHOLE = "stale", "whole"
 INSIDE, OUTSIDE = ("greedy", "sampled"), "general"

@@ -26,7 +26,7 @@ from redraft import provenance
 from redraft.artifact import atomic_write_json
 from redraft.decode.auto import measure_costs
 from redraft.drafts.standalone import StandaloneDraft
-from redraft.drafts.standalone.shapes import fresh_standalone, shape_for, spread_layers
+from redraft.drafts.standalone.shapes import fresh_standalone, shape_for
 from redraft.errors import UserError
 from redraft.progress import progress_bar
 from redraft.target import Target
@@ -122,6 +122,15 @@ def random_target(name: str, dtype: str, device: str) -> Target:
         for parameter in model.parameters():
             parameter.uniform_(-0.02, 0.02, generator=generator) if parameter.dim() > 1 else parameter.fill_(1.0)
     return Target(model, name=name)
+
+
+def spread_layers(target: Any, count: int) -> list[int]:
+    """``count`` layers of the target, evenly spread, the first and the last among them."""
+    if not 1 <= count <= target.layers:
+        raise UserError(f"cannot take {count} of the target's {target.layers} layers")
+    if count == 1:
+        return [0]
+    return [round(i * (target.layers - 1) / (count - 1)) for i in range(count)]
 
 
 def drafter(target: Target, size: str) -> StandaloneDraft:

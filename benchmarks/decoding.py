@@ -31,10 +31,11 @@ from redraft.artifact import atomic_write_json
 from redraft.data.embedded import maths_conversations
 from redraft.decode.auto import measure_costs
 from redraft.decode.engine import ChainDecoder
-from redraft.decode.tree import ChainShape, DynamicTree, Shape, StaticTree, Topology, parse_shape
+from redraft.decode.tree import Topology
 from redraft.drafts.eagle.proposer import DraftCache
 from redraft.drafts.eagle3 import Eagle3Draft
 from redraft.evaluate.speed import BenchConfig, bench
+from redraft.settings.shapes import ChainShape, DynamicTree, Shape, StaticTree, parse_shape
 from redraft.target import Target
 
 SHAPES = ("chain:3", "chain:5", "[[0],[1],[2],[0,0],[0,1],[1,0],[0,0,0]]", "tree:4x4x12", "tree:5x10x60")

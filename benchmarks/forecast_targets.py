@@ -32,10 +32,8 @@ import torch
 
 from redraft import provenance
 from redraft.acceptance.simulate import simulate_greedy_chain
-from redraft.adaptation.config import adaptation
 from redraft.adaptation.models import open_draft, open_target, template_prompts
 from redraft.adaptation.probe import acceptance, greedy_rows
-from redraft.adaptation.study.config import parse_study
 from redraft.adaptation.study.sources import read_sources, without_overlap
 from redraft.adaptation.trial import METHOD, START, trial
 from redraft.artifact import atomic_write_json, read_json
@@ -43,15 +41,18 @@ from redraft.data.prompts import Conversation
 from redraft.data.store import Row
 from redraft.drafts.base import Draft
 from redraft.drafts.groups import prepare
-from redraft.drafts.methods import PrivateSize
 from redraft.errors import UserError
 from redraft.evaluate.speed import tau_interval
 from redraft.features import FeatureStore
 from redraft.rows import anchors
+from redraft.settings.adapt import adaptation
+from redraft.settings.methods import PrivateSize
+from redraft.settings.studies import parse_study
+from redraft.settings.training import TrainConfig
 from redraft.starts.apply import StartContext, apply_start
 from redraft.starts.vocabulary import coverage
 from redraft.target import Target
-from redraft.train.trainer import TrainConfig, Trainer
+from redraft.train.trainer import Trainer
 
 RESULTS = Path(__file__).resolve().parent / "results"
 FILE = RESULTS / "forecast-targets.json"

@@ -34,13 +34,13 @@ from redraft.data.prompts import Conversation, read_conversations
 from redraft.decode.engine import PlainDecoder
 from redraft.decode.make import make_decoder
 from redraft.decode.requests import Generation
-from redraft.decode.tree import Shape, parse_shape
 from redraft.drafts.eagle3 import Eagle3Draft
 from redraft.errors import UserError
 from redraft.evaluate.divergence import Divergence, explain, summary
 from redraft.evaluate.speed import Prompt
 from redraft.evaluate.statistics import ratio_of_sums
 from redraft.progress import Progress, progress_bar
+from redraft.settings.shapes import Shape, parse_shape
 from redraft.target import Target
 
 SETS = (

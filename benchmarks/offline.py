@@ -42,7 +42,7 @@ from redraft.evaluate.statistics import paired_difference, ratio_of_sums
 from redraft.features import FeatureStore
 from redraft.progress import Progress, progress_bar
 from redraft.rows import anchors
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
 from redraft.target import Target, TargetStep
 
 WANTED_SPEED = 20.0

@@ -30,7 +30,7 @@ from redraft.evaluate.statistics import paired_difference, paired_ratio, ratio_o
 from redraft.features import FeatureStore
 from redraft.progress import progress_bar
 from redraft.rows import anchors
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
 
 Rounds = dict[str, list[int]]  # by set, in the order of its prompts
 STALE = "stale"

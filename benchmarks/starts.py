@@ -23,6 +23,7 @@ from redraft import provenance
 from redraft.acceptance.simulate import simulate_greedy_chain
 from redraft.adaptation.models import open_draft, open_target
 from redraft.artifact import atomic_write_json
+from redraft.attic.ridge import moments, resolved
 from redraft.data.store import Row, read_rows
 from redraft.drafts.base import Draft
 from redraft.errors import UserError
@@ -32,7 +33,6 @@ from redraft.features import FeatureStore
 from redraft.rows import anchors
 from redraft.starts.apply import StartContext, apply_start
 from redraft.starts.leastsquares import RATIOS
-from redraft.starts.ridge import moments, resolved
 from redraft.starts.vocabulary import coverage
 
 Rounds = dict[str, list[int]]

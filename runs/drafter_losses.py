@@ -20,7 +20,6 @@ from typing import Any
 from redraft import provenance
 from redraft.acceptance.simulate import expected_rounds_sampled
 from redraft.adaptation.distill import DistillRun
-from redraft.adaptation.distill_config import DistillConfig
 from redraft.adaptation.sources import own_answers
 from redraft.adaptation.study.sources import first_turn, read_source, without_overlap
 from redraft.artifact import atomic_write_json, read_json
@@ -34,7 +33,8 @@ from redraft.features import FeatureStore
 from redraft.metrics import cost_by_bytes, mbsu
 from redraft.progress import progress_bar
 from redraft.rows import anchors
-from redraft.sampling import Sampler
+from redraft.settings.distill import DistillConfig
+from redraft.settings.sampler import Sampler
 from redraft.train.distil import distil
 
 # What the drafter saw of its kind in training, and, last, what it did not.
@@ -67,7 +67,8 @@ def main() -> None:
         return
     if not (options.run and options.work and options.out):
         parser.error("give --run, --work and --out, or --tables RESULT")
-    run = DistillRun(DistillConfig(**read_json(options.run / "config.json"), out=options.run))
+    kept = {name: v for name, v in read_json(options.run / "config.json").items() if name in DistillConfig.model_fields}
+    run = DistillRun(DistillConfig(**kept, out=options.run))
     result = Comparison(run, options).result()
     atomic_write_json(options.out, result)
     print(tables(result))

@@ -21,25 +21,24 @@ from rich.console import Console
 from rich.table import Table
 
 from redraft.adaptation.models import template_prompts
-from redraft.adaptation.server_bench import Templater, launched
-from redraft.adaptation.steps import target_info
+from redraft.adaptation.server_bench import launched
 from redraft.artifact import atomic_write_json, atomic_write_text
 from redraft.data.prompts import read_conversations
 from redraft.errors import UserError
 from redraft.evaluate.load import ServerConfig
 from redraft.evaluate.server import bench_servers
 from redraft.evaluate.speed import Prompt
-from redraft.loading import load_tokenizer
+from redraft.loading import read_facts
 from redraft.progress import progress_bar
 from redraft.provenance import collect
 
 
 def exact_prompts(options: argparse.Namespace) -> tuple[list[Prompt], list[str]]:
     """The prompts whose text has no other encoding than their ids, and those texts. Raises ``UserError``."""
-    tokenizer = load_tokenizer(options.target)
-    info: Any = Templater(tokenizer, target_info(options.target).context)
+    known: Any = read_facts(options.target)
+    tokenizer = known.tokenizer
     conversations = read_conversations(options.prompts)[: options.count]
-    prompts = template_prompts(conversations, info, options.max_new_tokens)
+    prompts = template_prompts(conversations, known, options.max_new_tokens)
     texts = [tokenizer.decode(p.ids, skip_special_tokens=False) for p in prompts]
     pairs = [
         (p, t)

@@ -104,8 +104,8 @@ def agreement(found: dict[str, Any], ours: dict[str, float]) -> dict[str, Any]:
     theirs, mine = Interval(**found["tau_interval"]), Interval(**ours)
     return {
         "ours": mine.to_dict(),
-        "vllm_in_our_interval": not mine.excludes(theirs.value),
-        "ours_in_vllm_interval": not theirs.excludes(mine.value),
+        "vllm_in_our_interval": mine.low <= theirs.value <= mine.high,
+        "ours_in_vllm_interval": theirs.low <= mine.value <= theirs.high,
         "intervals_meet": theirs.low <= mine.high and mine.low <= theirs.high,
     }
 

@@ -18,10 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from redraft.errors import UserError
-
-AUTO = "auto"
-TYPES = ("bfloat16", "float32")
-CHOICES = (AUTO, *TYPES)
+from redraft.settings.base import AUTO, TYPES, check_dtype
 
 # One product of the trial: rows times a square weight, 34 million operations, of which the slowest processor known
 # does a third of a milliard a second.
@@ -30,6 +27,9 @@ ROWS, WIDTH = 64, 512
 TRIAL_SECONDS = 0.05
 # bfloat16 takes half of the memory, and at one row a pass it is the faster everywhere; a draw is its own.
 MARGIN = 1.1
+# What a whole run reaches of the speed that single products have in the trial: in the quickstart's ledger, 0.37 in
+# bfloat16, where products are over soon and the rest of a step weighs more.
+EFFICIENCY = {"bfloat16": 0.37, "float32": 0.55}
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,6 @@ class Choice:
     def to_dict(self) -> dict[str, Any]:
         """For a result file."""
         return {"dtype": self.dtype, "gflops": dict(self.gflops)} | ({"why": self.why} if self.why else {})
-
-
-def check_dtype(value: str) -> str:
-    """``value`` if it names a data type or ``auto``. Raises ``UserError``."""
-    if value not in CHOICES:
-        raise UserError(f"dtype must be {', '.join(CHOICES[:-1])} or {CHOICES[-1]}, not {value!r}")
-    return value
 
 
 def choose_dtype(value: str, device: str, say: Callable[[str], None] | None = None) -> str:
@@ -113,7 +106,8 @@ def trial() -> dict[str, float]:
     than in another. The types take turns, so that a machine that slows down slows both.
     """
     weight, rows = torch.linspace(-1, 1, WIDTH * WIDTH).sin_(), torch.linspace(-2, 3, ROWS * WIDTH).cos_()
-    given = {n: (weight.to(t).view(WIDTH, WIDTH), rows.to(t).view(ROWS, WIDTH)) for n, t in _torch_types().items()}
+    types = {name: getattr(torch, name) for name in TYPES}
+    given = {n: (weight.to(t).view(WIDTH, WIDTH), rows.to(t).view(ROWS, WIDTH)) for n, t in types.items()}
     with torch.inference_mode():
         for pair in given.values():
             _products(*pair)  # builds the kernels
@@ -126,10 +120,6 @@ def trial() -> dict[str, float]:
                 best[name], spent[name] = min(best[name], took), spent[name] + took
     operations = 3 * 2 * ROWS * WIDTH * WIDTH
     return {name: operations / seconds / 1e9 for name, seconds in best.items()}
-
-
-def _torch_types() -> dict[str, torch.dtype]:
-    return {name: getattr(torch, name) for name in TYPES}
 
 
 def _products(weight: Tensor, rows: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""A matrix told as a known one plus a change of a few bits a weight.
+"""A matrix stored as a known one plus a change of a few bits a weight.
 
 What training changes in a whole matrix is many small numbers of like size, which low rank cannot hold and few bits can
 (BitDelta, arXiv 2402.10193, for the change of whole language models). A row's change is rounded to 2^bits evenly spaced
@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-MOST_BITS = 8
+from redraft.settings.methods import MOST_BITS
+
 # Steps that are tried, as shares of the one whose outermost levels reach the row's largest change.
 SPANS = torch.linspace(0.3, 1.0, 15).tolist()
 
@@ -40,7 +41,10 @@ class Coarse:
 
 
 def coarsen(matrix_DH: Tensor, known_DH: Tensor, bits: int, source_D: Tensor | None = None) -> Coarse:
-    """``matrix`` as a change of ``known``. Raises ``ValueError`` for bits that there are not and shapes that differ."""
+    """``matrix`` as a quantised change of ``known``.
+
+    Raises ``ValueError`` for bits that there are not and shapes that differ.
+    """
     if not 1 <= bits <= MOST_BITS:
         raise ValueError(f"{bits} bits; 1 to {MOST_BITS} are possible")
     matrix = matrix_DH.detach().float().cpu()
@@ -51,7 +55,8 @@ def coarsen(matrix_DH: Tensor, known_DH: Tensor, bits: int, source_D: Tensor | N
     change = torch.where(new[:, None], 0.0, matrix - known)
     step = _steps(change, bits)
     codes = _codes(change, step, bits)
-    packed = np.packbits(_bits(codes.numpy(), bits), axis=1)
+    unpacked = np.unpackbits(codes.numpy()[..., None], axis=-1)[..., -bits:]
+    packed = np.packbits(unpacked.reshape(len(codes), -1), axis=1)
     # Rows that are kept whole take the type that the whole matrix would have been stored in.
     rows = None if source_D is None else matrix_DH.detach().cpu()[new].to(known_DH.dtype).contiguous()
     return Coarse(
@@ -65,7 +70,10 @@ def coarsen(matrix_DH: Tensor, known_DH: Tensor, bits: int, source_D: Tensor | N
 
 
 def told(coarse: Coarse, known_DH: Tensor) -> Tensor:
-    """The matrix [D, H], in the type of ``known`` and on the CPU. Raises ``ValueError`` where the two do not fit."""
+    """The matrix [D, H] that was stored, in the type of ``known`` and on the CPU.
+
+    Raises ``ValueError`` where the two do not fit.
+    """
     known = placed(known_DH, coarse.source)
     width = -(-coarse.columns * coarse.bits // 8)
     fits = known.shape == (len(coarse.step), coarse.columns) and coarse.codes.shape == (len(coarse.step), width)
@@ -73,7 +81,10 @@ def told(coarse: Coarse, known_DH: Tensor) -> Tensor:
     if not fits or (new is not None and (coarse.rows is None or coarse.rows.shape != (int(new.sum()), known.shape[1]))):
         raise ValueError(f"codes {list(coarse.codes.shape)} do not fit a matrix {list(known.shape)}")
     unpacked = np.unpackbits(coarse.codes.numpy(), axis=1, count=coarse.columns * coarse.bits)
-    codes = torch.from_numpy(_numbers(unpacked, coarse.bits))
+    # The codes' bits, the highest first, filled up to bytes.
+    bits = unpacked.reshape(*known.shape, coarse.bits)
+    filled = np.concatenate([np.zeros((*known.shape, 8 - coarse.bits), np.uint8), bits], -1)
+    codes = torch.from_numpy(np.packbits(filled, axis=-1)[..., 0])
     matrix = (known + _levels(codes, coarse.step, coarse.bits)).to(known_DH.dtype)
     if new is not None and coarse.rows is not None:
         matrix[new] = coarse.rows.to(matrix.dtype)
@@ -111,14 +122,3 @@ def _steps(change_DH: Tensor, bits: int) -> Tensor:
         best_D = torch.where(error_D < least_D, step_D, best_D)
         least_D = torch.minimum(error_D, least_D)
     return best_D
-
-
-def _bits(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Bits [D, H * bits] of the codes, the highest first."""
-    return np.unpackbits(codes[..., None], axis=-1)[..., -bits:].reshape(len(codes), -1)
-
-
-def _numbers(found: np.ndarray, bits: int) -> np.ndarray:
-    """The codes [D, H] of these bits."""
-    apart = found.reshape(len(found), -1, bits)
-    return np.packbits(np.concatenate([np.zeros((*apart.shape[:2], 8 - bits), np.uint8), apart], -1), axis=-1)[..., 0]

@@ -47,6 +47,16 @@ def write_error(path: str | Path, error: BaseException) -> UserError:
 
 
 @contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if not (isinstance(error, OSError) or disk_is_full(error)):
+            raise
+        raise write_error(path, error) from error
+
+
+@contextmanager
 def replacing(path: str | Path, temporary: str | None = None) -> Iterator[Path]:
     """Yield a place beside ``path`` to write to; it takes the place of ``path`` when the block ends without an error.
 
@@ -56,13 +66,10 @@ def replacing(path: str | Path, temporary: str | None = None) -> Iterator[Path]:
     path = Path(path)
     new = path.with_name(temporary or f".{path.name}.{os.getpid()}.new")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield new
-        os.replace(new, path)
-    except Exception as error:
-        if not (isinstance(error, OSError) or disk_is_full(error)):
-            raise
-        raise write_error(path, error) from error
+        with _writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield new
+            os.replace(new, path)
     finally:
         with suppress(OSError):
             new.unlink(missing_ok=True)
@@ -117,20 +124,17 @@ def atomic_folder(folder: str | Path, needed: int, replaceable: Iterable[str]) -
     require_free_space(folder, needed)
     new, old = folder.with_name(f".{folder.name}.{os.getpid()}.new"), _old(folder)
     try:
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(parents=True)
-        yield new
-        for file in new.iterdir():
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(new, folder)
-        shutil.rmtree(old, ignore_errors=True)
-    except Exception as error:
-        if not (isinstance(error, OSError) or disk_is_full(error)):
-            raise
-        raise write_error(folder, error) from error
+        with _writing(folder):
+            shutil.rmtree(new, ignore_errors=True)
+            new.mkdir(parents=True)
+            yield new
+            for file in new.iterdir():
+                with open(file, "rb") as handle:
+                    os.fsync(handle.fileno())
+            if folder.exists():
+                os.replace(folder, old)
+            os.replace(new, folder)
+            shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(new, ignore_errors=True)
 

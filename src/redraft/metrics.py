@@ -1,4 +1,4 @@
-"""Every acceptance metric, defined once.
+"""Acceptance and its worth: the definitions behind every figure.
 
 A *round* is one draft proposal and one verification by the target. What a round records:
 
@@ -8,16 +8,14 @@ A *round* is one draft proposal and one verification by the target. What a round
               path). The last round of a request may propose fewer.
 
 A tree needs no metrics of its own: its round accepts one path, so tau is the same quotient, and "position j" of the
-per-position figures is depth j. How much was proposed besides (``proposed``, a tree's nodes) matters only to
-:func:`token_acceptance`.
+per-position figures is depth j.
 
-The stop rule (an end token, the token limit) may cut the last round of a request short. ``accepted`` stays what
-verification accepted, so that acceptance figures describe the draft alone, and ``tokens`` (tokens that the rounds
-of a request produced, after the cut) says what the reader got. The first token of a response comes from prefill:
-it belongs to no round and counts nowhere.
-
-Requests without a round (the first token ended them) carry no information and are left out of every mean. A
-metric of no rounds at all is ``nan``.
+``tau_pooled`` is tokens produced / rounds, ``tau_macro`` the mean over requests of the same; both are ratios of sums
+over prompts and come with their intervals from :mod:`redraft.evaluate.statistics`. The stop rule (an end token, the
+token limit) may cut the last round of a request short: tau counts the tokens after that cut, which the reader got, and
+acceptance what verification accepted, which describes the draft alone. The first token of a response comes from
+prefill: it belongs to no round and counts nowhere. Requests without a round (the first token ended them) carry no
+information and are left out of every mean. A metric of no rounds at all is ``nan``.
 
 Shape legend: N drafted positions, V vocabulary.
 """
@@ -32,62 +30,15 @@ from torch import Tensor
 Rounds = Sequence[Sequence[int]]
 
 
-def tokens_of_rounds(accepted: Rounds) -> list[int]:
-    """Tokens that each request's rounds give before any cut by the stop rule: accepted + 1 a round."""
-    return [sum(rounds) + len(rounds) for rounds in accepted]
+def acceptance_by_position(accepted: Rounds, drafted: Rounds, gamma: int) -> tuple[list[float], list[float]]:
+    """(conditional, unconditional) share of rounds that accept position j = 1..gamma, of the rounds of all requests.
 
-
-def _produced(accepted: Rounds, tokens: Sequence[int] | None) -> list[int]:
-    """``tokens``, checked: the stop rule cuts within the last round only, and leaves at least one token of it."""
-    whole = tokens_of_rounds(accepted)
-    if tokens is None:
-        return whole
-    if len(tokens) != len(accepted):
-        raise ValueError(f"{len(tokens)} token counts for {len(accepted)} requests")
-    for index, (rounds, most, given) in enumerate(zip(accepted, whole, tokens, strict=True)):
-        least = most - rounds[-1] if rounds else 0
-        if not least <= given <= most:
-            raise ValueError(f"request {index}: {given} tokens do not fit its rounds, which give {least} to {most}")
-    return list(tokens)
-
-
-def _ratio(numerator: float, denominator: float) -> float:
-    return numerator / denominator if denominator else math.nan
-
-
-def tau_pooled(accepted: Rounds, tokens: Sequence[int] | None = None) -> float:
-    """Tokens produced by all rounds / number of rounds, the bonus token included.
-
-    ``accepted`` holds one list a request. ``tokens`` is each request's token count after the stop rule's cut, the
-    token of prefill not counted; without it no round was cut. Raises ``ValueError`` when the two contradict.
+    Conditional: among those that reached it (accepted all before it). Unconditional: among all that proposed it; when
+    every round proposes gamma tokens these sum to tau - 1, before the stop rule's cut. ``nan`` where there is no such
+    round. Raises ``ValueError`` when a round accepted more than it drafted.
     """
-    return _ratio(sum(_produced(accepted, tokens)), sum(len(rounds) for rounds in accepted))
-
-
-def tau_macro(accepted: Rounds, tokens: Sequence[int] | None = None) -> float:
-    """Mean over requests of tokens / rounds. Arguments as for :func:`tau_pooled`."""
-    produced = _produced(accepted, tokens)
-    each = [count / len(rounds) for count, rounds in zip(produced, accepted, strict=True) if rounds]
-    return _ratio(sum(each), len(each))
-
-
-def block_efficiency(accepted: Rounds, gamma: int, tokens: Sequence[int] | None = None) -> float:
-    """``tau_pooled`` of a chain of ``gamma`` draft tokens (Leviathan et al., arXiv 2211.17192); at most gamma + 1.
-
-    For a tree ``gamma`` is its depth. Raises ``ValueError`` when a round accepted more than ``gamma`` tokens: those
-    rounds were not such a chain.
-    """
-    longest = max((a for rounds in accepted for a in rounds), default=0)
-    if longest > gamma:
-        raise ValueError(f"a round accepted {longest} tokens, more than gamma = {gamma}")
-    return tau_pooled(accepted, tokens)
-
-
-def _reached(accepted: Rounds, drafted: Rounds | int, gamma: int) -> tuple[list[int], list[int], list[int]]:
-    """Per position: rounds that proposed it, rounds that also reached it, rounds that accepted it."""
     proposed, reached, taken = [0] * gamma, [0] * gamma, [0] * gamma
-    for index, rounds in enumerate(accepted):
-        widths = [drafted] * len(rounds) if isinstance(drafted, int) else drafted[index]
+    for index, (rounds, widths) in enumerate(zip(accepted, drafted, strict=True)):
         for count, width in zip(rounds, widths, strict=True):
             if not 0 <= count <= width:
                 raise ValueError(f"request {index}: a round accepted {count} of {width} drafted tokens")
@@ -95,78 +46,20 @@ def _reached(accepted: Rounds, drafted: Rounds | int, gamma: int) -> tuple[list[
                 proposed[position] += 1
                 reached[position] += count >= position
                 taken[position] += count > position
-    return proposed, reached, taken
+    conditional, unconditional = (
+        [part / whole if whole else math.nan for part, whole in zip(taken, of, strict=True)]
+        for of in (reached, proposed)
+    )
+    return conditional, unconditional
 
 
-def acceptance_conditional(accepted: Rounds, drafted: Rounds | int, gamma: int) -> list[float]:
-    """Share of rounds that accept position j = 1..gamma among those that reached it (accepted all before it).
-
-    ``drafted`` is the length of each round's chain or the depth of its tree, or one number for all. A position that
-    no round reached is ``nan``. Raises ``ValueError`` when a round accepted more than it drafted.
-    """
-    _, reached, taken = _reached(accepted, drafted, gamma)
-    return [_ratio(t, r) for t, r in zip(taken, reached, strict=True)]
-
-
-def acceptance_unconditional(accepted: Rounds, drafted: Rounds | int, gamma: int) -> list[float]:
-    """Share of rounds that accept position j = 1..gamma among all that proposed it. Arguments as above.
-
-    When every round proposes gamma tokens, the sum of these shares + 1 is ``tau_pooled`` before the stop rule's cut.
-    """
-    proposed, _, taken = _reached(accepted, drafted, gamma)
-    return [_ratio(t, p) for t, p in zip(taken, proposed, strict=True)]
-
-
-def token_acceptance(accepted: Rounds, proposed: Rounds | int) -> float:
-    """Accepted / proposed draft tokens over all rounds: what engines print as their acceptance rate.
-
-    ``proposed`` counts every proposed token of each round, all nodes of a tree, or is one number for all. It falls
-    with every token that is proposed behind a likely rejection, so it compares drafts only at one and the same shape.
-    Raises ``ValueError`` when a round accepted more than it proposed.
-    """
-    taken = total = 0
-    for index, rounds in enumerate(accepted):
-        widths = [proposed] * len(rounds) if isinstance(proposed, int) else proposed[index]
-        for count, width in zip(rounds, widths, strict=True):
-            if not 0 <= count <= width:
-                raise ValueError(f"request {index}: a round accepted {count} of {width} proposed tokens")
-            taken, total = taken + count, total + width
-    return _ratio(taken, total)
-
-
-# -- acceptance of distributions -------------------------------------------------------------------------------------
 def overlap(target_probs_NV: Tensor, draft_probs_NV: Tensor) -> Tensor:
-    """sum_x min(target_probs, draft_probs) at each position [N]: 1 - TV, the chance that a sampled draft is kept."""
+    """sum_x min(target_probs, draft_probs) at each position [N]: 1 - TV, the chance that a sampled draft is kept.
+
+    Its mean over drafted positions is alpha (Leviathan et al., arXiv 2211.17192, theorem 3.5). A greedy draft proposes
+    one token x for certain, a point mass: it is kept with probability target(x), the overlap with the one-hot of x.
+    """
     return target_probs_NV.minimum(draft_probs_NV).sum(-1)
-
-
-def point_overlap(target_probs_NV: Tensor, draft_ids_N: Tensor) -> Tensor:
-    """target_probs of the proposed token at each position [N]: the chance that a greedy draft is kept.
-
-    A greedy draft proposes one token x for certain, a point mass, so the acceptance rule min(1, target(x) / 1) keeps
-    it with probability target(x): :func:`overlap` with the one-hot of x.
-    """
-    return target_probs_NV.gather(-1, draft_ids_N.unsqueeze(-1)).squeeze(-1)
-
-
-def alpha(target_probs_NV: Tensor, draft_probs_NV: Tensor) -> float:
-    """Acceptance rate of sampled drafts: the mean of :func:`overlap` over drafted positions.
-
-    Source: Leviathan et al., arXiv 2211.17192, theorem 3.5.
-    """
-    return _mean(overlap(target_probs_NV, draft_probs_NV))
-
-
-def alpha_greedy_drafts(target_probs_NV: Tensor, draft_ids_N: Tensor) -> float:
-    """Acceptance rate of greedy drafts under a sampling target: the mean of :func:`point_overlap`.
-
-    Never above the largest target probability; against sampled drafts of the same model it may be higher or lower.
-    """
-    return _mean(point_overlap(target_probs_NV, draft_ids_N))
-
-
-def _mean(each_N: Tensor) -> float:
-    return _ratio(float(each_N.double().sum()), each_N.numel())
 
 
 # -- costs and speed -------------------------------------------------------------------------------------------------
@@ -194,28 +87,12 @@ def _cost(draft: float, target: float) -> float:
     return draft / target
 
 
-def ideal_speedup(tau: float, draft_steps: float, cost: float, verify_cost: float = 1.0) -> float:
-    """tau / (verify_cost + draft_steps * cost): the speed-up if a round cost nothing but its forward passes.
-
-    Leviathan et al. (arXiv 2211.17192, theorem 3.8) with the measured tau in place of the one that a constant
-    acceptance rate implies. ``verify_cost`` is the verifying pass over a step of plain decoding; 1 is the
-    memory-bound assumption that checking many tokens costs as much as making one.
-    """
-    return tau / (verify_cost + draft_steps * cost)
-
-
 def mbsu(tau: float, gamma: float, cost: float) -> float:
     """Memory-bound speed-up tau / (cost * gamma + 1) (Goel et al., arXiv 2403.00858).
 
-    ``cost`` is one draft step over one target step, from :func:`cost_by_bytes` or :func:`cost_by_time`; the caller
-    says which beside the figure. It is :func:`ideal_speedup` with a verification that costs one plain step.
+    It is the speed-up if a round cost nothing but its forward passes, and the verifying one no more than a step of
+    plain decoding (Leviathan et al., arXiv 2211.17192, theorem 3.8, with the measured tau in place of the one that a
+    constant acceptance rate implies). ``cost`` is one draft step over one target step, from :func:`cost_by_bytes` or
+    :func:`cost_by_time`; the caller says which beside the figure.
     """
-    return ideal_speedup(tau, gamma, cost)
-
-
-def recovery(tau: float, tau_stale: float, tau_full: float) -> float:
-    """Share of the gap between the stale draft and full retraining that was won back.
-
-    (tau - tau_stale) / (tau_full - tau_stale); above 1 when it beats full retraining, ``nan`` when the gap is 0.
-    """
-    return _ratio(tau - tau_stale, tau_full - tau_stale)
+    return tau / (1 + gamma * cost)

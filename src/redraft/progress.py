@@ -50,7 +50,7 @@ class Meter:
     def __init__(self, total: int | None, now: Callable[[], float] = time.monotonic) -> None:
         self.total, self.now = total, now
         self.first: tuple[float, int] | None = None
-        self.began, self.done = now(), 0
+        self.done = 0
 
     def update(self, done: int) -> None:
         self.done = done

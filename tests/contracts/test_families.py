@@ -29,19 +29,20 @@ from redraft.decode.auto import measure_costs
 from redraft.decode.engine import PlainDecoder
 from redraft.decode.make import make_decoder
 from redraft.decode.static import StaticTarget
-from redraft.decode.tree import ChainShape, DynamicTree, StaticTree
 from redraft.decode.tree_walk import simulate_tree
 from redraft.drafts.base import Draft, fresh
 from redraft.drafts.files import load_draft, load_private, save_draft, save_private
 from redraft.drafts.groups import prepare
-from redraft.drafts.methods import PrivateSize
 from redraft.errors import UserError
 from redraft.features.store import FeatureStore
 from redraft.registries import FAMILIES, LOSSES
 from redraft.rows import anchors
-from redraft.sampling import Sampler
+from redraft.settings.methods import PrivateSize
+from redraft.settings.sampler import Sampler
+from redraft.settings.shapes import ChainShape, DynamicTree, StaticTree
+from redraft.settings.training import TrainConfig
 from redraft.target import Target
-from redraft.train.trainer import TrainConfig, Trainer
+from redraft.train.trainer import Trainer
 
 TOYS = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "unit" / "toys.py")))
 PLUGIN = str(Path(__file__).with_name("toy_family.py"))

@@ -17,9 +17,9 @@ from redraft.drafts.base import Draft, fresh
 from redraft.drafts.experts import is_private, merge_private
 from redraft.drafts.files import load_private, save_private
 from redraft.drafts.groups import group_of, prepare, trained_parameters
-from redraft.drafts.methods import METHODS, PrivateSize, mergeable
 from redraft.drafts.scaling import scale_change
 from redraft.errors import UserError
+from redraft.settings.methods import METHODS, PrivateSize, mergeable
 from redraft.target import Target
 from redraft.train.optimizer import make_optimizers
 

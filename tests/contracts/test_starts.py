@@ -12,7 +12,8 @@ from redraft.data.store import Row
 from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
 from redraft.errors import UserError
 from redraft.registries import STARTS
-from redraft.starts.apply import StartContext, apply_start, parse_start, spread
+from redraft.settings.texts import parse_start
+from redraft.starts.apply import StartContext, apply_start
 from redraft.target import Target
 
 
@@ -83,11 +84,3 @@ def test_unknown_and_doubled_names() -> None:
         parse_start("delta+rigde")
     with pytest.raises(UserError, match="twice"):
         parse_start("ridge+ridge")
-
-
-def test_many_rows_are_thinned_evenly(context: StartContext) -> None:
-    rows = list(context.rows)
-    assert spread(rows, 24) is rows
-    few = spread(rows, 7)
-    places = [sorted(rows, key=lambda row: row.key).index(row) for row in few]
-    assert places == [0, 3, 6, 10, 13, 17, 20]

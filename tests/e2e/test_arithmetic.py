@@ -14,10 +14,10 @@ from torch.utils._pytree import tree_leaves
 
 from redraft import arithmetic
 from redraft.adaptation.adapt import AdaptRun
-from redraft.adaptation.config import parse_config
 from redraft.adaptation.probe import probe
 from redraft.adaptation.runs import supervised_rows
 from redraft.evaluate.speed import Prompt
+from redraft.settings.adapt import AdaptConfig
 
 PRODUCTS = ("mm", "linear", "matmul", "dot_product", "einsum", "mkldnn")
 
@@ -53,7 +53,7 @@ def machine(monkeypatch):
 def settings(world: Path, out: Path, **more: Any):
     small = {"max_new_tokens": 16, "heldout_prompts": 6, "bench_prompts": 2, "bench_tokens": 12, "gamma": 3}
     files = {"target": world / "target", "draft": world / "draft", "prompts": world / "prompts.jsonl"}
-    return parse_config({name: str(path) for name, path in files.items()} | {"out": out} | small | more)
+    return AdaptConfig(**{name: str(path) for name, path in files.items()} | {"out": out} | small | more)
 
 
 def adapted(config: Any) -> Products:

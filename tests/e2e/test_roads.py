@@ -12,7 +12,7 @@ import torch
 
 from redraft.adaptation import sources
 from redraft.adaptation.adapt import AdaptRun
-from redraft.adaptation.config import AdaptConfig, claim_run, parse_config
+from redraft.adaptation.claim import claim_run
 from redraft.artifact import tensors_hash
 from redraft.data.prompts import read_conversations
 from redraft.data.selfprompts import SelfPromptReport
@@ -21,6 +21,7 @@ from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
 from redraft.drafts.files import load_draft, load_private, save_draft
 from redraft.errors import UserError
 from redraft.select.manifest import read_manifest
+from redraft.settings.adapt import AdaptConfig
 
 
 def settings(world: Path, out: Path, **changes: Any) -> AdaptConfig:
@@ -40,7 +41,7 @@ def settings(world: Path, out: Path, **changes: Any) -> AdaptConfig:
         "train": {"epochs": 1, "batch_anchors": 128},
         "exports": (),
     }
-    return parse_config(values | changes)
+    return AdaptConfig(**values | changes)
 
 
 def quiet(text: str) -> None:

@@ -16,12 +16,11 @@ from transformers import AutoModelForCausalLM
 from redraft.adaptation.auto import auto_shape, run_lengths
 from redraft.adaptation.models import open_draft, open_proposer
 from redraft.adaptation.probe import acceptance, greedy_rows, probe
-from redraft.adaptation.steps import export_folder, merge_folder, target_info
+from redraft.api.files import export, merge
 from redraft.artifact import tensors_hash
 from redraft.decode.auto import chain_tau, measure_costs, pick_shape
 from redraft.decode.engine import ChainDecoder
 from redraft.decode.make import make_decoder
-from redraft.decode.tree import ChainShape
 from redraft.drafts.experts import attach_private, is_private, private_names
 from redraft.drafts.files import load_draft, save_draft, save_private
 from redraft.drafts.formats.base import TargetInfo
@@ -32,7 +31,8 @@ from redraft.errors import UserError
 from redraft.evaluate.speed import BenchConfig, Prompt, bench
 from redraft.registries import EXPORTERS
 from redraft.report.load import BenchResult, parse
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
+from redraft.settings.shapes import ChainShape
 
 TOYS = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "unit" / "toys.py")))
 PROMPTS = [Prompt(f"p{i}", ids) for i, ids in enumerate(TOYS.prompts(4))]
@@ -183,10 +183,10 @@ def test_experts_are_merged_into_a_plain_folder(dtype, target, half, tmp_path):
             if is_private(name):
                 parameter.normal_(std=0.2, generator=torch.Generator().manual_seed(2))
     save_private(tmp_path / "private", split.to(dtype), private_names(split), wide.base_hash(), {"method": "eda"})
-    meta = merge_folder(str(tmp_path / "private"), str(tmp_path / "base"), tmp_path / "merged")
+    found = merge(tmp_path / "private", tmp_path / "base", tmp_path / "merged")
     merged, stored = load_draft(tmp_path / "merged")
-    assert meta["method"] == stored["method"] == "eda" and merged.dtype == dtype
-    assert meta["parameters"] == sum(p.numel() for p in merged.parameters())
+    assert found.method == stored["method"] == "eda" and merged.dtype == dtype
+    assert found.parameters == sum(p.numel() for p in merged.parameters())
     with torch.no_grad():
         assert torch.allclose(merged.float()(IDS), split.float()(IDS), atol=1e-4)
     with pytest.raises(UserError, match="--base-draft"):
@@ -196,8 +196,8 @@ def test_experts_are_merged_into_a_plain_folder(dtype, target, half, tmp_path):
 def test_export_from_the_command_compares_the_tokenizers(target, half, tmp_path):
     target.save(tmp_path / "target")
     save_draft(tmp_path / "own", half.to(torch.bfloat16), {})
-    info = target_info(str(tmp_path / "target"))
-    report = export_folder(str(tmp_path / "own"), info, "hf", tmp_path / "out", gamma=3)
+    named = tmp_path / "target"
+    report = export(tmp_path / "own", named, "hf", tmp_path / "out", gamma=3)
     assert report.bytes == 2 * report.parameters
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.dtype == torch.bfloat16
@@ -207,7 +207,7 @@ def test_export_from_the_command_compares_the_tokenizers(target, half, tmp_path)
     tokens["a"], tokens["b"] = tokens["b"], tokens["a"]
     path.write_text(json.dumps(tokenizer))
     with pytest.raises(UserError, match="another tokenizer"):
-        export_folder(str(tmp_path / "own"), info, "hf", tmp_path / "again")
+        export(tmp_path / "own", named, "hf", tmp_path / "again")
     assert TargetInfo.of(target).tokenizer is target.tokenizer
 
 

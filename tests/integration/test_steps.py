@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from redraft.adaptation.steps import TargetSpec, regenerate_file, target_info
+from redraft.adaptation.steps import TargetSpec, target_info
+from redraft.api.text import regenerate
 from redraft.data.generate import Completion
 from redraft.data.store import read_rows
 from redraft.drafts.eagle3 import fresh_draft
 from redraft.drafts.files import load_draft, save_draft
 from redraft.drafts.opening import read_draft
 from redraft.loading import load_tokenizer, tokenizer_hash
-from redraft.sampling import Sampler
 from redraft.select.manifest import read_manifest
 from redraft.target import Target
 
@@ -38,14 +38,8 @@ def furnish(folder: Path, target: Target) -> None:
     save_draft(folder / "draft", draft, meta | {"tokenizer_hash": tokenizer_hash(target.tokenizer)})
     lines = [{"id": f"p{i}", "messages": [{"role": "user", "content": " ".join(WORDS[i : i + 4])}]} for i in range(12)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    samplers = [Sampler()]
-    regenerate_file(
-        TargetSpec(str(folder / "target"), "float32"),
-        str(folder / "prompts.jsonl"),
-        folder / "responses.jsonl",
-        samplers,
-        max_new_tokens=12,
-    )
+    spec = TargetSpec(str(folder / "target"), "float32")
+    regenerate(spec, folder / "prompts.jsonl", folder / "responses.jsonl", max_new_tokens=12)
 
 
 @pytest.fixture
@@ -209,16 +203,10 @@ def test_a_server_answers_for_a_target_of_which_only_the_facts_are_read(
         def answer(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
             yield from (Completion(request, [9, 2], "stop") for request in requests)
 
-    monkeypatch.setattr("redraft.adaptation.steps.ServerEngine", Engine)
+    monkeypatch.setattr("redraft.api.text.ServerEngine", Engine)
     no_model()
-    report = regenerate_file(
-        TargetSpec(str(place / "target"), "float32"),
-        str(place / "prompts.jsonl"),
-        place / "served.jsonl",
-        [Sampler()],
-        max_new_tokens=12,
-        server="http://127.0.0.1:9",
-    )
+    spec, out = TargetSpec(str(place / "target"), "float32"), place / "served.jsonl"
+    report = regenerate(spec, place / "prompts.jsonl", out, max_new_tokens=12, server="http://127.0.0.1:9")
     assert report.new == 12
     (hash,) = {row.target_hash for row in read_rows(place / "served.jsonl")}
     assert hash == read_rows(place / "responses.jsonl")[0].target_hash, "that of the weights, as in process"

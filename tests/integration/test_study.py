@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import yaml
 
-from redraft.adaptation.study.config import parse_study
 from redraft.adaptation.study.run import StudyRun
 from redraft.errors import UserError
 from redraft.evaluate.statistics import paired_difference, paired_recovery
 from redraft.evaluate.study import derive
+from redraft.settings.studies import parse_study
 from redraft.train.trainer import Trainer
 
 DATA = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "study_data.py")))

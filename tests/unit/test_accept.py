@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from redraft.decode.accept import accept_chain, accept_chains, accept_greedy
-from redraft.sampling import Sampler, draw, warp
+from redraft.sampling import draw, warp
+from redraft.settings.sampler import Sampler
 
 TOYS = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("toys.py"))))
 misfit, normalised, target_logits, toy_pair = TOYS.misfit, TOYS.normalised, TOYS.target_logits, TOYS.toy_pair

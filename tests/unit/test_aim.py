@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from redraft.attic.aim import aim_updates, leading_directions, waiting
 from redraft.drafts.layers import Linear
-from redraft.drafts.methods import METHODS, PrivateSize
-from redraft.train.aim import aim_updates, leading_directions, settle, waiting
+from redraft.settings.methods import METHODS, PrivateSize
 
 
 class Two(nn.Module):
@@ -67,8 +67,6 @@ def test_a_loss_that_stops_leaves_the_updates_waiting_and_the_matrices_frozen() 
         aim_updates(model, backward)
     assert torch.equal(model.used.low_rank.inner, before) and len(waiting(model)) == 2
     assert not model.used.weight.requires_grad
-    settle(model)
-    assert waiting(model) == []
 
 
 def test_the_decomposition_is_exact_where_it_counts() -> None:

@@ -24,7 +24,7 @@ from redraft.drafts.eagle3 import fresh_draft
 from redraft.drafts.formats.base import TargetInfo
 from redraft.errors import UserError
 from redraft.loading import quiet
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
 from redraft.target import KeyValueCache, OwnCache, Target
 from redraft.target import masks as masks_module
 from redraft.target import slots as slots_module

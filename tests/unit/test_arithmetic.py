@@ -11,14 +11,17 @@ import torch
 from torch import nn
 
 from redraft import arithmetic, provenance
-from redraft.adaptation.config import parse_config, settled
-from redraft.adaptation.distill_config import claim_distill, read_distill_config
+from redraft.adaptation.claim import claim_distill, settled
 from redraft.adaptation.models import contestants
 from redraft.adaptation.quickstart import EFFICIENCY, FEWEST, GIGA_OPERATIONS, QUESTIONS, SECONDS, affordable
-from redraft.adaptation.study.config import parse_study
 from redraft.adaptation.study.run import claim
-from redraft.arithmetic import AUTO, TYPES, Choice, choose_dtype, fastest, go_on_with
+from redraft.arithmetic import Choice, choose_dtype, fastest, go_on_with
 from redraft.errors import UserError
+from redraft.settings.adapt import AdaptConfig
+from redraft.settings.base import AUTO, TYPES
+from redraft.settings.distill import DistillConfig
+from redraft.settings.studies import parse_study
+from redraft.settings.yamlfile import read
 from redraft.train.checkpoint import stored_precision
 from redraft.train.optimizer import InFloat32, make_optimizers, muon_type
 
@@ -119,7 +122,7 @@ def test_a_run_goes_on_in_the_type_that_it_was_begun_in(machine):
 
 
 def adaptation(folder: Path, **more: str):
-    return parse_config({"target": "t", "draft": "d", "prompts": "p.jsonl", "out": folder} | more)
+    return AdaptConfig(**{"target": "t", "draft": "d", "prompts": "p.jsonl", "out": folder} | more)
 
 
 def test_the_settings_of_an_old_run_directory_stay_what_they_were(machine, tmp_path):
@@ -147,7 +150,7 @@ def test_a_study_is_gone_on_with_on_another_machine(machine, tmp_path):
 
 def distillation(folder: Path, **more: str):
     given = {"target": "t", "draft": "d", "text_share": 0.0, "prompts": "p.jsonl", "out": folder}
-    return read_distill_config(None, given | more)
+    return read(DistillConfig, None, given | more)
 
 
 def test_what_a_drafter_trains_in_follows_the_target_and_then_the_run(machine, tmp_path):

@@ -21,11 +21,11 @@ from redraft.decode.auto import (
     pick_shape,
 )
 from redraft.decode.make import make_decoder
-from redraft.decode.tree import ChainShape, DynamicTree, StaticTree
 from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
 from redraft.errors import UserError
 from redraft.evaluate.speed import Prompt
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
+from redraft.settings.shapes import ChainShape, DynamicTree, StaticTree
 from redraft.target import Target
 
 COSTS = Costs(1.0, {1: RoundCost(0.1, 1.0), 4: RoundCost(0.4, 1.3)})

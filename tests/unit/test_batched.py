@@ -9,7 +9,7 @@ from batched import BatchedChainDecoder
 from redraft.decode.engine import ChainDecoder, PlainDecoder
 from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
 from redraft.errors import UserError
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
 from redraft.target import Target
 
 # Half as deep as usual, with a draft on the last features: as good as more layers for telling batches from singles.

@@ -16,18 +16,18 @@ from rich.console import Console
 from redraft.decode.engine import PlainDecoder
 from redraft.decode.make import make_decoder
 from redraft.decode.static import StaticChainDecoder, StaticTarget
-from redraft.decode.tree import ChainShape, DynamicTree, parse_shape
 from redraft.drafts.eagle3 import fresh_draft
 from redraft.errors import UserError
 from redraft.evaluate import speed
-from redraft.evaluate.costs import costs
 from redraft.evaluate.divergence import plain_text
+from redraft.evaluate.figures import gains
 from redraft.evaluate.speed import BenchConfig, Measured, Prompt, bench
-from redraft.evaluate.summary import gains
+from redraft.evaluate.summary import costs, tally
 from redraft.report.load import BenchResult, parse
 from redraft.report.sections import slower
 from redraft.report.tables import bench_table
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
+from redraft.settings.shapes import ChainShape, DynamicTree, parse_shape
 
 PROMPTS = [Prompt(f"p{i}", [5 + i, 9, 40 + i, 7], task="odd" if i % 2 else "even") for i in range(5)]
 SHAPES = ["chain:3", "[[0],[1],[0,0]]", "tree:3x2x5"]
@@ -214,7 +214,7 @@ def test_prompts_without_a_task_have_no_tasks(tiny_target):
 
 def test_a_draft_against_itself_gains_nothing_in_tau(measured):
     runs = measured(SHAPES[0]).runs
-    assert gains({"a": runs["old"], "b": runs["old"]}, ["a", "b"])["b over a"]["tau"]["value"] == 0
+    assert gains(dict.fromkeys("ab", tally(runs["old"])))["b over a"]["tau"]["value"] == 0
 
 
 def test_costs_say_nothing_about_a_run_without_rounds(tiny_target):

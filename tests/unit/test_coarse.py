@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from redraft import artifact
-from redraft.coarse import MOST_BITS, coarsen, told
+from redraft.coarse import coarsen, told
 from redraft.data.store import Row
 from redraft.drafts import files
 from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
-from redraft.drafts.methods import METHODS, PrivateSize, check_bits
 from redraft.drafts.scaling import coarse_change
 from redraft.errors import UserError
+from redraft.settings.methods import METHODS, MOST_BITS, PrivateSize, check_bits
 from redraft.starts.vocabulary import refresh_vocabulary
 
 

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
+from redraft.attic.coverage import WIDTH, Coverage, directions, projection, shares
+from redraft.attic.greedy import SAME, Chosen, greedy_order
 from redraft.select import ScoringContext, score_rows
-from redraft.select.coverage import WIDTH, Coverage, directions, projection, shares
-from redraft.select.greedy import SAME, Chosen, greedy_order
 from redraft.select.rules import choose
 from redraft.target import Target
 

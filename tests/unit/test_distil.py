@@ -22,10 +22,11 @@ from redraft.errors import UserError
 from redraft.features import ComputedFeatures, FeatureStore
 from redraft.registries import LOSSES
 from redraft.rows import anchors
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
+from redraft.settings.training import DistilConfig
 from redraft.target import Target
 from redraft.train.checkpoint import Checkpoint
-from redraft.train.distil import DistilConfig, MixedSteps, distil, step_order
+from redraft.train.distil import MixedSteps, distil, step_order
 from redraft.train.teachers import TokenTeacher, TopTeacher
 
 HERE = Path(__file__).parents[1]
@@ -288,7 +289,7 @@ def test_a_table_that_is_padded_further_is_cut(target: Target, rows: list[Row]) 
 def test_bad_settings_are_refused_at_once(target: Target, rows: list[Row], text: PackedText, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="unknown loss"):
         replace(CONFIG, loss="mse")
-    with pytest.raises(UserError, match="share of text"):
+    with pytest.raises(UserError, match="text-share must be below 1"):
         replace(CONFIG, text_share=1.0)
     with pytest.raises(UserError, match="two or more tokens"):
         distil(small(), live(target), [], CONFIG, tmp_path / "run", lambda: 1.0)

@@ -10,11 +10,17 @@ import pytest
 import torch
 
 from redraft.drafts.eagle3 import Eagle3Config, Eagle3Draft, fresh_draft
-from redraft.drafts.experts import attach_low_rank, attach_private, is_private, match_linears, merge_private
+from redraft.drafts.experts import (
+    attach_low_rank,
+    attach_private,
+    is_private,
+    match_linears,
+    merge_private,
+)
 from redraft.drafts.groups import group_of, prepare, trainable_names, trained_parameters
-from redraft.drafts.methods import LOW_RANK, RANK_STEP, SHARE, WIDTH_STEP, PrivateSize, method
 from redraft.drafts.scaling import scale_change
 from redraft.errors import UserError
+from redraft.settings.methods import LOW_RANK, RANK_STEP, SHARE, WIDTH_STEP, PrivateSize, method
 from redraft.target import Target
 
 
@@ -170,9 +176,9 @@ def test_updates_of_one_small_matrix_have_no_more_than_its_rank(draft):
         (lambda d: attach_private(d, 8, shared_experts=4, shared_active=5), "5 active of 4 shared experts"),
         (lambda d: attach_private(d, 8, experts=2, balance=-1), "load-balancing term is -1"),
         (lambda d: attach_private(attach_private(d, 8), 8), "merge them first"),
-        (lambda d: prepare(d, "lora", PrivateSize(rank=0)), "rank of the low-rank updates is 0"),
+        (lambda d: prepare(d, "lora", PrivateSize(rank=0)), "rank must be 1 or more"),
         (lambda d: prepare(d, "lora", PrivateSize(on=("*_prj",))), r"pattern '\*_prj'"),
-        (lambda d: prepare(d, "eda", PrivateSize(width=0)), "width of the private expert is 0"),
+        (lambda d: prepare(d, "eda", PrivateSize(width=0)), "width must be 1 or more"),
         (lambda d: prepare(d, "eda-moe", PrivateSize(8, experts=2, active=3)), "3 active of 2"),
         (lambda d: prepare(d, "scratch", PrivateSize()), "needs the target"),
         (lambda d: prepare(attach_private(d, 8), "eda", PrivateSize(16)), "private_width 8.*merge it first"),

@@ -22,7 +22,6 @@ from redraft.data.store import Row
 from redraft.decode.engine import ChainDecoder, PlainDecoder
 from redraft.decode.make import make_decoder
 from redraft.decode.static import StaticChainDecoder
-from redraft.decode.tree import ChainShape, parse_shape
 from redraft.drafts.base import fresh
 from redraft.drafts.eagle.unroll import collate, unroll
 from redraft.drafts.eagle1 import Eagle1Config, Eagle1Draft, fresh_eagle1
@@ -30,16 +29,18 @@ from redraft.drafts.eagle1.objective import CHUNK, Recipe, RegressionObjective, 
 from redraft.drafts.experts import attach_private, merge_private
 from redraft.drafts.files import load_draft, load_private, save_draft, save_private
 from redraft.drafts.groups import group_of, prepare
-from redraft.drafts.methods import PrivateSize
 from redraft.errors import UserError
 from redraft.evaluate.speed import BenchConfig, Prompt, bench
 from redraft.features import FeatureStore
 from redraft.registries import EXPORTERS
 from redraft.rows import anchors
-from redraft.sampling import Sampler
+from redraft.settings.methods import PrivateSize
+from redraft.settings.sampler import Sampler
+from redraft.settings.shapes import ChainShape, parse_shape
+from redraft.settings.training import TrainConfig
 from redraft.target import FINAL, Target
 from redraft.train.optimizer import make_optimizers
-from redraft.train.trainer import TrainConfig, Trainer
+from redraft.train.trainer import Trainer
 
 TOYS = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("toys.py"))))
 TOKENS, GAMMA = 16, 3

@@ -15,10 +15,10 @@ from redraft.data.generate import Request, generate
 from redraft.decode.engine import ChainDecoder, PlainDecoder
 from redraft.decode.make import make_decoder
 from redraft.decode.requests import Generation, Uniforms
-from redraft.decode.tree import parse_shape
 from redraft.drafts.eagle3 import fresh_draft
 from redraft.errors import UserError
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
+from redraft.settings.shapes import parse_shape
 from redraft.target import Target
 
 TOYS = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("toys.py"))))

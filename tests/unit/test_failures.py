@@ -19,9 +19,12 @@ from typer.main import get_command
 
 from redraft.cli import main, plans, quiet
 from redraft.cli.failures import trace, unexpected, without_secrets
+from redraft.settings.adapt import AdaptConfig
+from redraft.settings.steps import MergeSettings, RegenerateSettings
+from redraft.settings.yamlfile import read
 
 SRC = str(Path(main.__file__).parents[2])
-REPORT = "report absent.json"
+REPORT = f"report {__file__}"
 
 
 @pytest.fixture
@@ -34,7 +37,7 @@ def fail_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     def fail(*arguments: Any, **options: Any) -> None:
         raise error
 
-    monkeypatch.setattr("redraft.report.build_report", fail)
+    monkeypatch.setattr("redraft.api.measuring.build_report", fail)
 
 
 # -- defects ---------------------------------------------------------------------------------------------------------
@@ -47,7 +50,7 @@ def test_a_defect_is_one_line_and_its_trace_a_file(redraft, monkeypatch, cache) 
     (file,) = cache.glob("errors/*.txt")
     assert str(file) in line
     text = file.read_text()
-    assert "Traceback" in text and "KeyError" in text and "command: redraft report absent.json" in text
+    assert "Traceback" in text and "KeyError" in text and f"command: redraft {REPORT}" in text
     assert re.search(r"versions: python [\d.]+, .*torch [\d.]+", text)
 
 
@@ -59,7 +62,7 @@ def test_debug_shows_the_trace(redraft, monkeypatch, cache) -> None:
 
 
 def test_debug_shows_where_a_users_mistake_was_found(redraft) -> None:
-    code, _, err = redraft(f"--debug {REPORT}")
+    code, _, err = redraft("--debug report absent.json")
     assert code == 2 and "Traceback" in err and "redraft: error: absent.json" in err.splitlines()[-1]
 
 
@@ -104,59 +107,77 @@ def test_a_full_disk_or_memory_is_one_line_wherever_it_is_met(error, says, redra
 
 # -- the first line --------------------------------------------------------------------------------------------------
 def test_every_command_has_a_first_line() -> None:
-    assert set(plans.PLANS) == set(get_command(main.app).commands)
+    assert {*plans.PLANS, "config"} == set(get_command(main.app).commands)
 
 
-def test_the_first_line_comes_before_anything_heavy_is_loaded(tmp_path) -> None:
-    (tmp_path / "p.jsonl").write_text('{"instruction": "a"}\n\n{"instruction": "b"}\n')
+def run_alone(*arguments: str) -> tuple[list[str], list[str]]:
+    """A command in a process of its own: what it says, and which heavy libraries it loaded."""
     script = (
         "import sys\n"
-        "from redraft.cli import common, main, plans\n"
-        "say = plans.announce\n"
-        "def told(name, given):\n"
-        "    say(name, given)\n"
-        "    print('heavy:', sorted({'torch', 'transformers', 'matplotlib', 'numpy'} & set(sys.modules)))\n"
-        "    raise SystemExit\n"
-        "plans.announce = told\n"
-        "main.main()\n"
+        "from redraft.cli import main\n"
+        "try:\n    main.main()\nexcept SystemExit:\n    pass\n"
+        "print('heavy:', sorted({'torch', 'transformers', 'matplotlib', 'numpy', 'safetensors'} & set(sys.modules)))\n"
     )
-    command = f"regenerate --target t --prompts {tmp_path}/p.jsonl --temperature 0 --temperature 0.5 --out r.jsonl"
     done = subprocess.run(
-        [sys.executable, "-c", script, *command.split()],
+        [sys.executable, "-c", script, *arguments],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": SRC},
     )
-    first, heavy = done.stdout.splitlines()
-    assert heavy == "heavy: []"
-    assert first.startswith(f"regenerate: 2 prompts of {tmp_path}/p.jsonl, answered by t at temperature 0.0, 0.5")
-    assert "at most 1,024 tokens" in first
+    *said, heavy = done.stdout.splitlines()
+    return [*said, *done.stderr.splitlines()], [heavy]
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("--help", "quickstart"),
+        *((f"{name} --help", f"redraft {name}") for name in sorted(get_command(main.app).commands)),
+        ("config adapt", "# batch_size: 64"),
+        ("adapt --config bad.yaml", "unknown setting drfat (did you mean draft?); unknown setting epoc (did you mean"),
+        ("adapt --config absent.yaml", "absent.yaml does not exist"),
+        ("study study.yaml --list", "only | fc | regenerated | shift@50% | kl | ridge | 0"),
+        ("bench --target ./no --draft a --prompts absent.jsonl --out b.json", "absent.jsonl does not exist"),
+        ("train --target t --draft d --responses no.jsonl --out o --method loro", "did you mean lora?"),
+        ("select --responses r.jsonl --scorer shfit --out s.json", "did you mean shift?"),
+        ("export --draft d --target t --format vlm --out o", "did you mean vllm?"),
+        ("bench --target t --draft d --suite gms8k --out b.json", "did you mean gsm8k?"),
+        ("distill --target t --out o --text x --prompts p --loss tvdp", "did you mean tvdpp?"),
+        ("regenerate --target t --prompts p.jsonl --temperature 0 --temperature 0.5 --out r.jsonl",
+         "2 prompts of p.jsonl, answered by t at temperature 0.0, 0.5, at most 256 tokens each = at most 1,024 tokens"),
+    ],
+)  # fmt: skip
+def test_names_settings_paths_and_help_load_nothing_heavy(tmp_path, monkeypatch, command, says) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    (tmp_path / "bad.yaml").write_text("target: t\ndrfat: d\ndraft: d\nprompts: p\nout: o\ntrain: {epoc: 2}\n")
+    (tmp_path / "study.yaml").write_text(
+        "name: s\ntargets: {only: {target: t, draft: d, base_target: b, prompts: p, evaluation: e}}\n"
+        "grid: {methods: [fc], selections: [shift@50%], starts: [ridge]}\n"
+    )
+    if command.startswith("regenerate"):  # the first line stands before the target is looked for
+        (tmp_path / "p.jsonl").write_text('{"instruction": "a"}\n\n{"instruction": "b"}\n')
+        command = command.replace("--target t", "--target ./t/u").replace("answered by t", "answered by ./t/u")
+        says = says.replace("answered by t", "answered by ./t/u")
+    said, heavy = run_alone(*command.split())
+    assert says in " ".join(" ".join(said).split())
+    assert heavy == ["heavy: []"]
 
 
 def test_settings_of_a_file_count_and_flags_win(tmp_path, capsys) -> None:
     (tmp_path / "c.yaml").write_text(
         "target: from-file\ndraft: old\nprompts: self:30\nselect-on: prompts\nbudget: 50%\n"
     )
-    given = {"config": tmp_path / "c.yaml", "target": "from-flag", "draft": None, "out": tmp_path / "run"}
-    plans.announce("adapt", given)
+    plans.announce(read(AdaptConfig, tmp_path / "c.yaml", {"target": "from-flag", "out": tmp_path / "run"}))
     said = capsys.readouterr().out
-    assert (
-        "30 questions that the target writes itself; select 50%, answer" in said
-        and "from-flag with the draft old" in said
-    )
-
-
-def test_lists_of_a_file_are_not_hidden_by_flags_left_out(tmp_path, capsys) -> None:
-    """Options that repeat come as an empty tuple where they are not given."""
-    (tmp_path / "c.yaml").write_text("target: t\nprompts: p.jsonl\ntext: [corpus, more.txt]\n")
-    plans.announce("distill", {"config": tmp_path / "c.yaml", "target": None, "text": (), "out": None})
-    assert "pretrained on corpus, more.txt, aligned with t" in capsys.readouterr().out
+    assert "30 questions that the target writes itself; select 50%, answer" in said
+    assert "from-flag with the draft old" in said
 
 
 def test_a_run_that_goes_on_says_what_is_there(tmp_path, capsys) -> None:
     run = tmp_path / "run"
     (run / "train").mkdir(parents=True)
-    plans.announce("merge", {"private": "p", "base_draft": "b", "scale": 1.0, "out": run})
+    plans.announce(MergeSettings(private="p", base_draft="b", out=run))
     assert "holds from before" not in capsys.readouterr().out
     (run / "responses.jsonl").write_text("{}\n" * 12)
     (run / "train" / "state.json").write_text(json.dumps({"state": {"step": 40}, "identity": {"steps": 100}}))
@@ -170,7 +191,7 @@ def test_a_run_that_goes_on_says_what_is_there(tmp_path, capsys) -> None:
 
 def test_a_plan_that_cannot_be_made_is_left_out(tmp_path, capsys) -> None:
     (tmp_path / "broken.json").write_text("[1,")
-    plans.announce("regenerate", {"prompts": str(tmp_path / "broken.json"), "out": None, "temperature": [0.0]})
+    plans.announce(RegenerateSettings(target="t", prompts=str(tmp_path / "broken.json"), out="r.jsonl"))
     assert capsys.readouterr().out == ""
 
 

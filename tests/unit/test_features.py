@@ -16,7 +16,7 @@ from redraft.features import FeatureStore, RowFeatures
 from redraft.features.computed import common_prefix
 from redraft.features.store import SPARE_BYTES
 from redraft.rows import ENOUGH_TOKENS, MOST_PADDING, anchors, length_batches
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
 from redraft.target import Target
 
 

@@ -20,12 +20,13 @@ from redraft.drafts.eagle.unroll import Batch, collate, supervised, unroll
 from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
 from redraft.drafts.eagle3.objective import UnrollObjective
 from redraft.drafts.groups import prepare
-from redraft.drafts.methods import PrivateSize
 from redraft.features import FeatureStore
 from redraft.losses.portions import portions, sum_over_portions
 from redraft.registries import LOSSES
+from redraft.settings.methods import PrivateSize
+from redraft.settings.training import TrainConfig
 from redraft.target import Target
-from redraft.train.trainer import TrainConfig, Trainer
+from redraft.train.trainer import Trainer
 
 J, WORDS, WIDTH = 3, 120, 32
 EXACT = [name for name, loss in LOSSES.items() if not getattr(loss, "sampled", False)]

@@ -10,8 +10,10 @@ from transformers import PreTrainedTokenizerFast
 
 from redraft.adaptation.models import split_prompts
 from redraft.data.overlap import find_overlap, refuse_overlap, same_text, trained_conversations
-from redraft.data.prompts import Conversation, read_conversations, template_ids
+from redraft.data.prompts import read_conversations
+from redraft.data.shapes import Conversation
 from redraft.data.store import Row
+from redraft.data.template import template_ids
 from redraft.errors import UserError
 
 DATA = Path(os.environ.get("REDRAFT_DATA") or Path(__file__).resolve().parents[2].parent / "shared" / "data")

@@ -11,14 +11,8 @@ from typing import Any
 
 import pytest
 
-from redraft.data.prompts import (
-    Conversation,
-    check_length,
-    prompt_messages,
-    prompt_turns,
-    read_conversations,
-    user_turns,
-)
+from redraft.data.prompts import check_length, prompt_messages, prompt_turns, read_conversations, user_turns
+from redraft.data.shapes import Conversation
 from redraft.errors import UserError
 
 USER = {"role": "user", "content": "how many?"}
@@ -159,7 +153,7 @@ def test_a_prompt_longer_than_the_context_is_refused_and_one_that_just_fits_is_n
 
 
 def test_a_data_set_name_without_the_library_or_the_data_set(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"redraft\[datasets\]|cannot load the data set"):
+    with pytest.raises(UserError, match=r"redraft\[datasets\]|cannot read datasets:"):
         read_conversations(f"datasets:{tmp_path}/nothing-here")
 
 

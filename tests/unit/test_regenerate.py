@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,21 @@ import pytest
 import torch
 
 from redraft.data.generate import Completion, Request
-from redraft.data.prompts import Conversation
 from redraft.data.regenerate import InProcessEngine, RegenerationReport, expected_rows, regenerate
-from redraft.data.store import Failure, Row, RowWriter, failures_path, read_failures, read_rows
+from redraft.data.shapes import Conversation
+from redraft.data.store import Failure, Row, RowWriter, failures_path, read_rows
 from redraft.errors import UserError
 from redraft.features import FeatureStore, RowFeatures
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
 from redraft.target import Target
 
 EOS = 2
+
+
+def listed_failures(path: Path) -> list[Failure]:
+    """What the file beside the response file ``path`` lists; nothing where there is none."""
+    place = failures_path(path)
+    return [Failure(**json.loads(line)) for line in place.read_text().splitlines()] if place.exists() else []
 
 
 def talk(id: str, *turns: str) -> Conversation:
@@ -288,18 +295,18 @@ def test_failures_are_listed_with_the_turns_behind_them_and_tried_again(run: Cal
     report = run(ScriptedEngine(refuse=["b@T0", "d@T0.7"]))
     path = tmp_path / "r.jsonl"
     assert {f.key for f in report.failures} == {"b@T0", "b@T0#1", "b@T0#2", "d@T0.7"}
-    assert read_failures(path) == report.failures
+    assert listed_failures(path) == report.failures
     assert {f.key: f.reason for f in report.failures}["b@T0#2"] == "an earlier turn failed (b@T0)"
     assert report.new == 10 and "4 failed, listed in" in report.summary()
     assert run(ScriptedEngine()).new == 4
-    assert read_failures(path) == [] and len(read_rows(path)) == 14
+    assert listed_failures(path) == [] and len(read_rows(path)) == 14
 
 
 def test_when_nothing_is_answered_the_reason_is_said(run: Callable, tmp_path: Path) -> None:
     refuse = [f"{c.id}@T{t}" for c in TALKS for t in ("0", "0.7")]
     with pytest.raises(UserError, match="none of the prompts could be answered; the first: status 400"):
         run(ScriptedEngine(refuse=refuse))
-    assert len(read_failures(tmp_path / "r.jsonl")) == 14
+    assert len(listed_failures(tmp_path / "r.jsonl")) == 14
 
 
 def test_a_prompt_longer_than_the_context_is_refused_before_anything_is_asked(
@@ -382,7 +389,7 @@ def test_turns_behind_a_reply_that_is_not_clear_are_listed(run: Callable, tmp_pa
     tiny_tokenizer.add_special_tokens({"extra_special_tokens": ["<x>"]})
     report = run(Speaks(tiny_tokenizer, "so<x>user<|im_end|>"), [TALKS[1]], samplers=[Sampler()])
     assert [row.key for row in read_rows(tmp_path / "r.jsonl")] == ["b@T0"]
-    failures = read_failures(tmp_path / "r.jsonl")
+    failures = listed_failures(tmp_path / "r.jsonl")
     assert [failure.key for failure in failures] == ["b@T0#1", "b@T0#2"] and failures == report.failures
     assert "(b@T0) cannot be put into its history: it holds the special token <x>" in failures[0].reason
     again = run(Speaks(tiny_tokenizer, "so<x>user<|im_end|>"), [TALKS[1]], samplers=[Sampler()])
@@ -393,5 +400,5 @@ def test_a_turn_behind_a_tools_result_is_listed(run: Callable, tmp_path: Path) -
     messages = [*TALKS[0].messages, {"role": "tool", "content": "noon"}, {"role": "user", "content": "and?"}]
     run(ScriptedEngine(), [Conversation("t", messages)], samplers=[Sampler()])
     assert [row.key for row in read_rows(tmp_path / "r.jsonl")] == ["t@T0"]
-    (failure,) = read_failures(tmp_path / "r.jsonl")
+    (failure,) = listed_failures(tmp_path / "r.jsonl")
     assert failure.key == "t@T0#1" and "the result of a tool stands before this turn" in failure.reason

@@ -26,15 +26,10 @@ from redraft.errors import UserError
 from redraft.features import FeatureStore
 from redraft.registries import LOSSES
 from redraft.rows import anchors
+from redraft.settings.training import ReplayConfig, TrainConfig
 from redraft.target import Target
-from redraft.train.replay import (
-    ReplayConfig,
-    lost_states,
-    replay_settings,
-    replay_states,
-    replay_trainer,
-)
-from redraft.train.trainer import TrainConfig, Trainer
+from redraft.train.replay import lost_states, replay_settings, replay_states, replay_trainer
+from redraft.train.trainer import Trainer
 
 GAMMA = 4
 toys: dict[str, Any] = runpy.run_path(str(Path(__file__).parent / "toys.py"))
@@ -179,7 +174,7 @@ def test_reference_answers_are_refused(target: Target, rows: list[Row], store: F
     "bad", [{"passes": -1}, {"epochs": 0}, {"rate": 0}, {"failed": 0}, {"accepted": 0}, {"floor": -1}]
 )
 def test_settings_that_cannot_be_meant_are_refused(bad: dict[str, float]) -> None:
-    with pytest.raises(UserError, match="replay:"):
+    with pytest.raises(UserError, match=f"{next(iter(bad))} must be "):
         ReplayConfig(**bad)  # type: ignore[arg-type]
 
 

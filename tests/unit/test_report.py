@@ -18,8 +18,9 @@ from redraft.errors import UserError
 from redraft.report import build_report, headline_png, sections, tables
 from redraft.report import format as form
 from redraft.report.costs import round_cost
+from redraft.report.drawing import COLOURS
 from redraft.report.load import BenchResult, CurvePoint, read_bench, read_curve
-from redraft.report.plots import COLOURS, training_svgs
+from redraft.report.plots import training_svgs
 
 DATA = runpy.run_path(str(Path(__file__).parents[1] / "report_data.py"))
 
@@ -194,6 +195,23 @@ def test_curve_keeps_whole_lines_only(tmp_path: Path) -> None:
         read_curve(path)
     path.write_text('{"step": 2, "loss": 3.0}\n{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
     assert [(p.step, p.loss) for p in read_curve(path)] == [(1, 2.0), (2, 1.0)]
+
+
+def test_the_curve_begins_with_the_draft_as_it_was(made_up: dict[str, Path], tmp_path: Path) -> None:
+    """Step 0 stands in the run's state, not among the lines of the steps; it is in the picture and in the table."""
+    path, state = tmp_path / "curve.jsonl", tmp_path / "state.json"
+    path.write_text('{"step": 4, "loss": 2.0, "tokens": 9, "heldout_tau": 1.8}\n')
+    state.write_text(json.dumps({"state": {"history": [[0, 1.25], [4, 1.8]]}}))
+    assert [(p.step, p.loss, p.heldout_tau) for p in read_curve(path)] == [(0, None, 1.25), (4, 2.0, 1.8)]
+    page = build_report([made_up["bench.json"]], tmp_path / "r.html", path).read_text()
+    assert re.search(r"<td>0</td><td>0</td><td>0.0 s</td><td>\u2013</td><td>1.25</td>", page)
+    assert "before training" in page
+    # A figure of another kind, and a file that is no state, say nothing of tau.
+    path.write_text('{"step": 4, "loss": 2.0, "heldout_loss": 1.8}\n')
+    assert [p.step for p in read_curve(path)] == [4]
+    path.write_text('{"step": 4, "loss": 2.0, "heldout_tau": 1.8}\n')
+    state.write_text("[]")
+    assert [p.step for p in read_curve(path)] == [4]
 
 
 def test_headline_png(made_up: dict[str, Path], tmp_path: Path) -> None:

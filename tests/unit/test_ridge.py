@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from redraft.attic.ridge import ridge, spread
 from redraft.data.store import Row
 from redraft.drafts.eagle1 import fresh_eagle1
 from redraft.drafts.eagle3 import Eagle3Config, Eagle3Draft, fresh_draft
 from redraft.drafts.experts import attach_low_rank
 from redraft.errors import UserError
 from redraft.starts.leastsquares import Moments, fit
-from redraft.starts.ridge import ridge
 from redraft.target import Target, TargetStep
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -196,3 +196,10 @@ def test_bad_input_is_one_line(tiny_target: Callable[..., Target]) -> None:
         ridge(old, base, base, [replace(row, response_ids=row.response_ids[:1]) for row in make_rows()])
     with pytest.raises(UserError, match="alone"):
         ridge(fresh_eagle1(base), base, base, make_rows())
+
+
+def test_many_rows_are_thinned_evenly() -> None:
+    rows = [Row(f"r{i}", [1], [2, 3], 0.0, 0, 1.0, 0, "length", "hash") for i in range(24)]
+    assert spread(rows, 24) is rows
+    places = [sorted(rows, key=lambda row: row.key).index(row) for row in spread(rows, 7)]
+    assert places == [0, 3, 6, 10, 13, 17, 20]

@@ -17,10 +17,10 @@ from redraft.drafts.experts import SharedPrivateMLP, attach_private, merge_priva
 from redraft.drafts.files import load_draft, save_draft
 from redraft.drafts.groups import prepare
 from redraft.drafts.layers import GatedMLP
-from redraft.drafts.methods import PrivateSize, mergeable
 from redraft.drafts.routing import RoutedMLP, Router
 from redraft.errors import UserError
 from redraft.registries import EXPORTERS, FAMILIES
+from redraft.settings.methods import PrivateSize, mergeable
 from redraft.train.optimizer import make_optimizers
 
 H = 8

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from redraft.errors import UserError
-from redraft.sampling import Sampler, nucleus, token_probability, warp
+from redraft.sampling import nucleus, token_probability, warp
+from redraft.settings.sampler import Sampler
 
 
 def by_sorting(probs: torch.Tensor, mass: float) -> torch.Tensor:

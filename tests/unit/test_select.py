@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 
 from redraft.errors import UserError
-from redraft.select import ScoringContext, parse_scorer, score_rows, scored_ids, scored_tokens, scorer_text
+from redraft.select import ScoringContext, score_rows, scored_ids, scored_tokens
 from redraft.select.manifest import file_hash, read_manifest
 from redraft.select.random_ import Random
 from redraft.select.rejection import Rejection
-from redraft.select.rules import choose, parse_budget, select
+from redraft.select.rules import choose, select
+from redraft.settings.budget import parse_budget
+from redraft.settings.scorers import parse_scorer, scorer_text
 
 
 @dataclass(frozen=True)
@@ -228,7 +230,7 @@ def test_choose_refuses_before_it_scores() -> None:
         ("shift:", "not understood; write NAME"),
         ("shift:metric=", "not understood"),
         ("shift:metric=l2,", "not understood"),
-        ("shift:metrik=l2", "no setting 'metrik'; choose from: metric, layer, pooling"),
+        ("shift:metrik=l2", "no setting 'metrik' (did you mean metric?); choose from: metric, layer, pooling"),
         ("shift:metric=l1", "unknown shift metric 'l1'"),
         ("shift:layer=top", "unknown layer 'top'"),
         ("shift:layer=1.5", "unknown layer '1.5'"),

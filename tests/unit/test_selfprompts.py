@@ -13,7 +13,7 @@ from redraft.data.generate import Completion
 from redraft.data.selfprompts import NearDuplicates, self_prompts, unusable, user_opening
 from redraft.data.store import read_rows
 from redraft.errors import UserError
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
 from redraft.target import Target
 
 CHATML_OPENING = "<|im_start|>user\n"
@@ -24,8 +24,6 @@ def test_the_opening_is_what_the_template_writes_before_a_user(tiny_tokenizer: A
     opening = user_opening(tiny_tokenizer)
     assert tiny_tokenizer.decode(opening.ids) == CHATML_OPENING
     assert opening.stop_ids == (2,) and opening.ending == "<|im_end|>"
-    with_system = user_opening(tiny_tokenizer, "be kind")
-    assert tiny_tokenizer.decode(with_system.ids) == f"<|im_start|>system\nbe kind<|im_end|>\n{CHATML_OPENING}"
 
 
 def test_an_end_without_a_token_of_its_own_is_found_in_the_text(tiny_tokenizer: Any) -> None:
@@ -190,11 +188,6 @@ def test_what_cannot_work_is_refused(lax: None, target: Target, tmp_path: Path) 
     with pytest.raises(UserError, match=r"only \d+ different questions came out of 13 draws, 1 are asked for"):
         ask(target, path, count=1, max_new_tokens=1)
     ask(target, tmp_path / "b.jsonl")
-    for settings in ({"seed": 4}, {"sampler": Sampler(0.7)}, {"system": "be kind"}, {"max_new_tokens": 12}):
+    for settings in ({"seed": 4}, {"sampler": Sampler(0.7)}, {"max_new_tokens": 12}):
         with pytest.raises(UserError, match="draws of another target, template, sampler, seed or length"):
             ask(target, tmp_path / "b.jsonl", **settings)
-
-
-def test_a_system_turn_goes_along(lax: None, target: Target, tmp_path: Path) -> None:
-    found, _ = ask(target, tmp_path / "a.jsonl", count=2, system="be kind")
-    assert all(c.messages[0] == {"role": "system", "content": "be kind"} for c in found)

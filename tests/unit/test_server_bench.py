@@ -15,7 +15,7 @@ import pytest
 from redraft.errors import UserError
 from redraft.evaluate.counters import Reading, difference, parse_metrics
 from redraft.report.load import read_bench
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
 
 pytest.importorskip("httpx")
 pytest.importorskip("prometheus_client")

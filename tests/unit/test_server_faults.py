@@ -11,13 +11,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from transformers import AutoConfig, GenerationConfig
+from transformers import AutoConfig
 
 from redraft.adaptation.bench import How
 from redraft.adaptation.questions import Questions
-from redraft.adaptation.server_bench import bench_servers_on, end_ids, named_servers
+from redraft.adaptation.server_bench import bench_servers_on
 from redraft.adaptation.steps import TargetSpec
 from redraft.errors import UserError
+from redraft.settings.texts import named_servers
 
 pytest.importorskip("httpx")
 pytest.importorskip("prometheus_client")
@@ -208,12 +209,6 @@ def test_files_in_and_a_file_out(
     prompts.write_text("word " * 60)
     with pytest.raises(UserError, match="does not fit into the context of 128"):
         bench_servers_on(TargetSpec(str(weightless)), servers, Questions(str(prompts)), out, How())
-
-
-def test_end_tokens_of_a_target_without_its_weights(weightless: Path, tiny_tokenizer: Any) -> None:
-    assert end_ids(str(weightless), tiny_tokenizer) == (2,)
-    GenerationConfig(eos_token_id=[2, 9]).save_pretrained(weightless)
-    assert end_ids(str(weightless), tiny_tokenizer) == (2, 9)
 
 
 def test_a_failed_run_leaves_the_old_result_alone(fake: Make, weightless: Path, tmp_path: Path) -> None:

@@ -7,23 +7,25 @@ from typing import Any
 
 import pytest
 
-from redraft.adaptation.config import AdaptConfig, merged, parse_config, read_config, underscored
-from redraft.adaptation.distill_config import DistillConfig, read_distill_config
-from redraft.adaptation.study.config import parse_study
-from redraft.cli.align import once, settings
+from redraft.cli.generate import block_values
 from redraft.errors import UserError
-from redraft.train.trainer import TrainConfig
+from redraft.settings.adapt import AdaptConfig
+from redraft.settings.distill import DistillConfig
+from redraft.settings.steps import TrainSettings
+from redraft.settings.studies import parse_study
+from redraft.settings.training import TrainConfig
+from redraft.settings.yamlfile import merged, read, underscored
 
 ADAPT: dict[str, Any] = {"target": "t", "draft": "d", "prompts": "p", "out": "o"}
 DISTILL: dict[str, Any] = {"target": "t", "out": "o", "prompts": "p", "text": ["x.txt"]}
 
 
 def adapt(**given: Any) -> AdaptConfig:
-    return parse_config(ADAPT | given)
+    return AdaptConfig(**ADAPT | given)
 
 
 def distill(**given: Any) -> DistillConfig:
-    return read_distill_config(None, DISTILL | given)
+    return read(DistillConfig, None, DISTILL | given)
 
 
 # -- merging ---------------------------------------------------------------------------------------------------------
@@ -33,14 +35,14 @@ def test_flags_and_the_blocks_of_a_file_hold_together(tmp_path: Path) -> None:
         "target: t\ndraft: d\nprompts: p\nout: o\n"
         "train: {epochs: 4, learning-rate: 2e-3, clip: 3}\nprivate: {alpha: 9, on: [q_proj]}\n"
     )
-    found = read_config(path, {"train": {"learning_rate": 1e-3}, "private": {"alpha": 2.0}, "gamma": 2})
+    found = read(AdaptConfig, path, {"train": {"learning_rate": 1e-3}, "private": {"alpha": 2.0}, "gamma": 2})
     train, size = found.train_config(), found.private_size
     assert (train.epochs, train.learning_rate, train.clip, train.gamma) == (4, 1e-3, 3, 2)
     assert (size.alpha, size.on) == (2.0, ("q_proj",))
     path.write_text(
         "target: t\nout: o\nprompts: p\ntext: [x.txt]\nalign: {epochs: 2, warmup: 0.1}\npretrain: {tokens: 5000}\n"
     )
-    other = read_distill_config(path, {"align": {"epochs": 1.0}, "pretrain": {"length": 64}})
+    other = read(DistillConfig, path, {"align": {"epochs": 1.0}, "pretrain": {"length": 64}})
     assert (other.align_config().epochs, other.align_config().warmup) == (1, 0.1)
     assert (other.pretrain_config().tokens, other.pretrain_config().length) == (5000, 64)
 
@@ -106,8 +108,8 @@ def test_a_value_in_a_block_alone_is_the_runs_and_the_same_twice_is_one() -> Non
         ({"server": "h:1"}, "is no address"),
         ({"gama": 3}, r"unknown setting gama \(did you mean gamma\?\)"),
         ({"max_new_token": 3}, r"unknown setting max-new-token \(did you mean max-new-tokens\?\)"),
-        ({"train": {"epoch": 3}}, r"unknown training setting epoch \(did you mean epochs\?\)"),
-        ({"private": {"experst": 3}}, r"unknown private size experst \(did you mean experts\?\)"),
+        ({"train": {"epoch": 3}}, r"unknown setting epoch \(did you mean epochs\?\) in train"),
+        ({"private": {"experst": 3}}, r"unknown setting experst \(did you mean experts\?\) in private"),
     ],
 )
 def test_settings_that_go_astray_are_named(given: dict[str, Any], said: str) -> None:
@@ -117,7 +119,7 @@ def test_settings_that_go_astray_are_named(given: dict[str, Any], said: str) -> 
 
 
 def test_unknown_names_in_a_study_and_in_distill() -> None:
-    with pytest.raises(UserError, match=r"unknown setting \(did you mean prompts\?\)"):
+    with pytest.raises(UserError, match=r"unknown setting promts \(did you mean prompts\?\) in targets t"):
         parse_study({"name": "n", "targets": {"t": {"target": "t", "draft": "d", "promts": ["p"]}}})
     with pytest.raises(UserError, match=r"unknown setting heldout-promts \(did you mean heldout-prompts\?\)"):
         distill(heldout_promts=3)
@@ -126,11 +128,12 @@ def test_unknown_names_in_a_study_and_in_distill() -> None:
 
 
 def test_flags_that_are_given_twice() -> None:
-    assert settings(["epochs=4", "clip=2", "epochs=4.0"], TrainConfig) == {"epochs": 4.0, "clip": 2.0}
+    assert block_values(["epochs=4", "clip=2", "epochs=4.0"], TrainConfig) == {"epochs": 4.0, "clip": 2.0}
     with pytest.raises(UserError, match=r"setting epochs is given twice, as 4.0 and as 5.0"):
-        settings(["epochs=4", "epochs=5"], TrainConfig)
+        block_values(["epochs=4", "epochs=5"], TrainConfig)
     with pytest.raises(UserError, match=r"'epoch=4' is not understood \(did you mean epochs\?\)"):
-        settings(["epoch=4"], TrainConfig)
-    assert once({"epochs": None, "gamma": 3}, {"epochs": 4.0, "gamma": 3}) == {"epochs": 4.0, "gamma": 3}
-    with pytest.raises(UserError, match="--batch-anchors is 5 and the setting batch_anchors is 6; give it once"):
-        once({"batch_anchors": 5}, {"batch_anchors": 6})
+        block_values(["epoch=4"], TrainConfig)
+    train = {"target": "t", "responses": "r", "out": "o", "draft": "d"}
+    assert TrainSettings(**train, epochs=4, setting={"epochs": 4.0, "clip": 2}).train_config().clip == 2
+    with pytest.raises(UserError, match="batch-anchors is 5 and setting batch_anchors is 6: two values"):
+        TrainSettings(**train, batch_anchors=5, setting={"batch_anchors": 6})

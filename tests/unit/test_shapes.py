@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from redraft.data.prompts import Conversation, parse_conversation, prompt_messages, read_conversations, template_ids
-from redraft.data.shapes import row_of
+from redraft.data.prompts import prompt_messages, read_conversations
+from redraft.data.shapes import Conversation, parse_conversation, row_of
+from redraft.data.template import template_ids
 from redraft.errors import UserError
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "text.md"

@@ -24,14 +24,14 @@ from redraft.acceptance.simulate import (
 from redraft.data.store import REFERENCE, Row
 from redraft.decode.engine import ChainDecoder, PlainDecoder
 from redraft.decode.requests import Generation
-from redraft.decode.tree import DynamicTree, StaticTree
 from redraft.decode.tree_engine import TreeDecoder
 from redraft.decode.tree_walk import simulate_tree
 from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
 from redraft.errors import UserError
 from redraft.features import FeatureStore
 from redraft.rows import anchors
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
+from redraft.settings.shapes import DynamicTree, StaticTree
 from redraft.target import Target
 
 SMALL = runpy.run_path(str(Path(__file__).with_name("toys.py")))["SMALL"]

@@ -19,18 +19,19 @@ from redraft.data.store import Row
 from redraft.decode.engine import ChainDecoder, PlainDecoder
 from redraft.decode.make import make_decoder
 from redraft.decode.static import StaticTarget
-from redraft.decode.tree import parse_shape
 from redraft.drafts.chances import run_lengths
 from redraft.drafts.experts import attach_private, is_private, merge_private, private_names
 from redraft.drafts.files import load_draft, load_private, save_draft, save_private
 from redraft.drafts.groups import prepare
-from redraft.drafts.methods import PrivateSize
 from redraft.drafts.standalone import StandaloneDraft, untrained
-from redraft.drafts.standalone.shapes import fresh_standalone, parameters_of, projected, shape_for, spread_layers
+from redraft.drafts.standalone.shapes import fresh_standalone, parameters_of, projected, shape_for
 from redraft.errors import UserError
 from redraft.loading import check_tokenizers
 from redraft.registries import EXPORTERS
-from redraft.sampling import Sampler, warp
+from redraft.sampling import warp
+from redraft.settings.methods import PrivateSize
+from redraft.settings.sampler import Sampler
+from redraft.settings.shapes import parse_shape
 
 TOYS = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("toys.py"))))
 prompts = TOYS.prompts
@@ -94,7 +95,7 @@ def test_all_layers_of_the_target_are_the_target(tiny_target):
         target = tiny_target(architecture, num_hidden_layers=3)
         with torch.no_grad():
             assert torch.equal(make("copy", target)(IDS), target.model(IDS).logits)
-    half = fresh_standalone(target, layers=spread_layers(target, 2))
+    half = fresh_standalone(target, layers=[0, 2])
     expected = target.backbone.layers[2].mlp.up_proj.weight
     assert torch.equal(half.model.model.layers[1].mlp.up_proj.weight, expected)
     with pytest.raises(UserError, match="layers 0 to 2"):

@@ -15,7 +15,7 @@ from redraft.decode.static import StaticCache, StaticChainDecoder, StaticTarget
 from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
 from redraft.errors import UserError
 from redraft.graphs import Recorded, graphs_available
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
 from redraft.target import Target
 
 WIDTHS = (1, 4, 6)

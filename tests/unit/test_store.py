@@ -17,7 +17,6 @@ from redraft.data.store import (
     decode_row,
     encode_row,
     failures_path,
-    read_failures,
     read_rows,
     row_key,
     write_failures,
@@ -25,6 +24,12 @@ from redraft.data.store import (
 from redraft.errors import UserError
 
 ROW = Row("a\u2028\u00e4", [1, 2], [3], 0.3, 0, 0.95, 7, "stop", "cafe")
+
+
+def listed_failures(path: Path) -> list[Failure]:
+    """What the file beside the response file ``path`` lists; nothing where there is none."""
+    place = failures_path(path)
+    return [Failure(**json.loads(line)) for line in place.read_text().splitlines()] if place.exists() else []
 
 
 def rows(count: int) -> list[Row]:
@@ -135,10 +140,10 @@ def test_a_full_disk_is_a_user_error_before_anything_is_written(
 
 def test_failures_are_listed_beside_the_rows_and_vanish_when_mended(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
-    assert read_failures(path) == []
+    assert listed_failures(path) == []
     listed = [Failure("a@T0", "status 400"), Failure("b@T0", "no connection", permanent=False)]
     write_failures(path, listed)
     assert failures_path(path).name == "r.failures.jsonl"
-    assert read_failures(path) == listed
+    assert listed_failures(path) == listed
     write_failures(path, [])
     assert not failures_path(path).exists()

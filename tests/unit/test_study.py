@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 
-from redraft.adaptation.study.config import parse_study
 from redraft.adaptation.study.run import StudyRun
-from redraft.adaptation.study.sources import parse_source, read_prompts, read_source
+from redraft.adaptation.study.sources import read_prompts, read_source
 from redraft.adaptation.study.speed import speed_cells
 from redraft.errors import UserError
+from redraft.settings.studies import parse_study
+from redraft.settings.texts import parse_source
 
 DATA = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "study_data.py")))
 settings, prompts = DATA.settings, DATA.prompts
@@ -34,8 +35,8 @@ def place(tmp_path: Path, tmp_path_factory: Any, tiny_target: Any, monkeypatch: 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"grid": {"methods": ["edda"]}}, "unknown method 'edda'; choose one of eda, again, none"),
-        ({"grid": {"methods": ["fc"], "data": ["web"]}}, "unknown data 'web'; choose one of regenerated"),
+        ({"grid": {"methods": ["edda"]}}, "unknown method 'edda' (did you mean eda?); choose one of: eda, again, none"),
+        ({"grid": {"methods": ["fc"], "data": ["web"]}}, "unknown data 'web'; choose one of: regenerated"),
         ({"grid": {"methods": ["fc"], "targets": ["x"]}}, "unknown target 'x'"),
         ({"grid": {"methods": ["fc"], "losses": ["hinge"]}}, "unknown loss 'hinge'"),
         ({"grid": {"methods": ["fc"], "starts": ["warm"]}}, "unknown start 'warm'"),
@@ -46,19 +47,19 @@ def place(tmp_path: Path, tmp_path_factory: Any, tiny_target: Any, monkeypatch: 
         ({"grid": [{"methods": ["fc"]}, {"methods": ["full", "fc"]}], "cells": []}, "twice (grid 1 and grid 2)"),
         ({"cells": [{"method": "fc"}]}, "t | fc | regenerated | none | kl | none | 0 is there twice (grid 1 and"),
         ({"grid": [], "cells": []}, "no cells"),
-        ({"cells": [{"method": "fc", "colour": "red"}]}, "cells.0.colour"),
-        ({"methods": {"eda": {"breadth": 3}}}, "unknown method setting breadth"),
-        ({"methods": {"eda": {"width": 0}}}, "width of the private expert is 0"),
+        ({"cells": [{"method": "fc", "colour": "red"}]}, "unknown setting colour in cells 0"),
+        ({"methods": {"eda": {"breadth": 3}}}, "unknown setting breadth"),
+        ({"methods": {"eda": {"width": 0}}}, "width must be 1 or more, not 0"),
         ({"methods": {"eda": {"width": "wide"}}}, "width must be a whole number, not 'wide'"),
         ({"methods": {"fc": {"method": "full"}}}, "fc is the name of a method"),
-        ({"methods": {"x": {"method": "fc", "replay": {"again": 1}}}}, "unknown replay setting again"),
+        ({"methods": {"x": {"method": "fc", "replay": {"again": 1}}}}, "unknown setting again in replay"),
         ({"data": {"a": {"kind": "traces"}}}, "a path belongs to data of kind traces"),
         ({"selections": {"none": {}}}, "cannot be given another meaning"),
-        ({"train": {"speed": 1}}, "unknown training setting speed"),
+        ({"train": {"speed": 1}}, "unknown setting speed"),
         ({"train": {"learning_rate": "much"}}, "learning_rate must be a number, not 'much'"),
-        ({"train": {"seed": 1}}, "unknown training setting seed"),
-        ({"gamma": 0}, "gamma: "),
-        ({"targets": {}}, "targets: "),
+        ({"train": {"seed": 1}}, "train seed is set by the study itself"),
+        ({"gamma": 0}, "gamma must be above 0, not 0"),
+        ({"targets": {}}, "targets must have 1 or more"),
         ({"targets": {"a b": settings()["targets"]["t"]}}, "the name 'a b'"),
         ({"speed": {"shapes": ["star:3"]}}, "star:3"),
         ({"tree": "star:3"}, "star:3"),
@@ -77,7 +78,7 @@ def test_what_needs_the_base_target_says_so() -> None:
     del bare["targets"]["t"]["base_target"]
     for cell in ({"method": "fc", "selection": "shift@50%"}, {"method": "none", "start": "ridge"}):
         with pytest.raises(UserError, match="give its base_target"):
-            parse_study(bare | {"cells": [cell]})
+            parse_study(bare | {"cells": [cell]}).check_needs()
 
 
 def test_methods_that_train_nothing_are_one_cell() -> None:

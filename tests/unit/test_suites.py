@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 
-from redraft.adaptation.suites import suite_prompts
-from redraft.data.prompts import Conversation
+from redraft.adaptation.questions import suite_prompts
+from redraft.data.shapes import Conversation
 from redraft.data.suites import DATA_VARIABLE, load_suite, run_turns
 from redraft.decode.engine import PlainDecoder
 from redraft.errors import UserError
+from redraft.evaluate.speed import Prompt
 from redraft.registries import SUITES
 from redraft.target import Target
 
@@ -137,7 +138,8 @@ def test_a_named_data_set_is_read_with_its_config_and_split(
 ) -> None:
     calls = []
 
-    def load_dataset(repository: str, config: str | None, split: str) -> list[dict[str, Any]]:
+    def load_dataset(repository: str, config: str | None, split: str, streaming: bool) -> list[dict[str, Any]]:
+        assert not streaming
         calls.append((repository, config, split))
         return [row]
 
@@ -201,12 +203,16 @@ def test_run_turns_puts_the_models_own_replies_between_the_turns() -> None:
     assert given == [["s", "a"], ["s", "a", "reply 1", "b"]]  # the last turn is the caller's to answer
 
 
+def turn_prompts(texts: list[str], target: Target, new_tokens: int = 8) -> list[Prompt]:
+    return suite_prompts([load_suite(text) for text in texts], target, new_tokens)
+
+
 def test_suite_prompts_go_through_the_template_with_the_targets_replies(
     tmp_path: Path, tiny_target: Callable[..., Target]
 ) -> None:
     target = tiny_target()
     questions, maths = write(tmp_path / "q.jsonl", QUESTION), write(tmp_path / "m.jsonl", GSM8K)
-    first, second, third = suite_prompts([f"mt-bench={questions}", f"gsm8k={maths}"], target, max_new_tokens=12)
+    first, second, third = turn_prompts([f"mt-bench={questions}", f"gsm8k={maths}"], target, 12)
     assert [p.id for p in (first, second, third)] == ["mt_bench/writing/81", "mt_bench/writing/81#1", "gsm8k/test/0"]
     assert (first.task, first.reference) == ("mt-bench", None)
     assert (third.task, third.reference) == ("gsm8k", "2+3=5\n#### 5")
@@ -220,17 +226,17 @@ def test_a_conversation_that_outgrows_the_context_ends_before_that_turn(
     tmp_path: Path, tiny_target: Callable[..., Target]
 ) -> None:
     row = QUESTION | {"turns": ["Write.", "x" * 600]}
-    found = suite_prompts([f"mt-bench={write(tmp_path / 'q.jsonl', row)}"], tiny_target(), max_new_tokens=8)
+    found = turn_prompts([f"mt-bench={write(tmp_path / 'q.jsonl', row)}"], tiny_target())
     assert [prompt.id for prompt in found] == ["mt_bench/writing/81"]
     row = QUESTION | {"turns": ["x" * 600]}
     with pytest.raises(UserError, match=r"mt_bench/writing/81 has \d+ tokens"):
-        suite_prompts([f"mt-bench={write(tmp_path / 'q.jsonl', row)}"], tiny_target(), max_new_tokens=8)
+        turn_prompts([f"mt-bench={write(tmp_path / 'q.jsonl', row)}"], tiny_target())
 
 
 def test_a_suite_given_twice_is_refused(tmp_path: Path, tiny_target: Callable[..., Target]) -> None:
     text = f"spec-bench={spec_bench(tmp_path, 1)}"
     with pytest.raises(UserError, match=r"spec-bench:qa: prompt spec_bench/qa/qa-0 is already in spec-bench"):
-        suite_prompts([text, text.replace("=", ":qa=", 1)], tiny_target())
+        turn_prompts([text, text.replace("=", ":qa=", 1)], tiny_target())
 
 
 # -- bad input -------------------------------------------------------------------------------------------------------

@@ -20,8 +20,9 @@ from redraft.drafts.eagle3 import fresh_draft
 from redraft.errors import UserError
 from redraft.features import FeatureStore
 from redraft.loading import load_target, open_facts, open_head, parts, read_facts
+from redraft.settings.training import TrainConfig
 from redraft.target import Facts, Head, Target
-from redraft.train.trainer import TrainConfig, Trainer
+from redraft.train.trainer import Trainer
 
 FACTS = ("hidden_size", "layers", "vocab_size", "context", "eos_ids", "parameters_per_token", "architectures", "name")
 

@@ -11,25 +11,26 @@ from typing import Any
 
 import pytest
 
-from redraft.adaptation.config import claim_run, parse_config
+from redraft.adaptation.claim import claim_run
 from redraft.adaptation.models import settle_template
 from redraft.data.generate import Completion
-from redraft.data.prompts import Conversation, template_ids
 from redraft.data.regenerate import regenerate
 from redraft.data.selfprompts import user_opening
-from redraft.data.shapes import Turns
+from redraft.data.shapes import Conversation, Turns
 from redraft.data.store import read_rows
 from redraft.data.template import (
     TemplateSettings,
     date_path,
-    parse_template_args,
     settings_of,
+    template_ids,
     template_record,
     use_template,
 )
 from redraft.data.traces import read_traces
 from redraft.errors import UserError
-from redraft.sampling import Sampler
+from redraft.settings.adapt import AdaptConfig
+from redraft.settings.sampler import Sampler
+from redraft.settings.texts import parse_template_args
 
 TURN = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 OPEN = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -86,14 +87,14 @@ def test_a_saved_tokenizer_does_not_carry_a_runs_settings(tiny_tokenizer: Any, t
 
 def test_a_run_directory_belongs_to_its_arguments(tmp_path: Path) -> None:
     values = {"target": "t", "draft": "d", "prompts": "p", "out": tmp_path / "run"}
-    claim_run(parse_config(values))
+    claim_run(AdaptConfig(**values))
     config = tmp_path / "run" / "config.json"
     stored = json.loads(config.read_text())
     assert stored.pop("template_arg") == {}
     config.write_text(json.dumps(stored))  # a directory of before there were any
-    claim_run(parse_config(values))
+    claim_run(AdaptConfig(**values))
     with pytest.raises(UserError, match="another template_arg"):
-        claim_run(parse_config(values | {"template_arg": {"enable_thinking": False}}))
+        claim_run(AdaptConfig(**values | {"template_arg": {"enable_thinking": False}}))
 
 
 # -- the date --------------------------------------------------------------------------------------------------------

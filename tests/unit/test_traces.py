@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 from redraft import provenance
-from redraft.adaptation.config import parse_config
 from redraft.adaptation.runs import Log
 from redraft.adaptation.traffic import Traffic, split_traffic, take_traffic
 from redraft.data.overlap import same_text, trained_conversations
 from redraft.data.store import TRAFFIC, Row, read_rows
 from redraft.data.traces import read_traces
 from redraft.errors import UserError
+from redraft.settings.adapt import AdaptConfig
 from redraft.target import Target
 
 EOS = 2
@@ -237,7 +237,7 @@ def test_traffic_costs_no_generation_and_is_read_again_after_a_kill(
     def take(count: int) -> Traffic:
         given = {"target": "t", "draft": "d", "out": tmp_path, "responses": str(log(*served(count)))}
         given |= {"heldout_prompts": 6, "bench_prompts": 5, "max_new_tokens": 32}
-        return take_traffic(parse_config(given), target, *paths, written)
+        return take_traffic(AdaptConfig(**given), target, *paths, written)
 
     found = take(40)
     assert read_rows(paths[0]) == found.train and read_rows(paths[1]) == found.heldout

@@ -1,4 +1,4 @@
-"""Features, the unroll, simulated acceptance and the training loop on tiny models."""
+"""The training loop on tiny models: what moves, what resumes, what is refused."""
 
 from __future__ import annotations
 
@@ -16,144 +16,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from redraft import provenance
-from redraft.acceptance.simulate import row_alphas, simulate_greedy_chain, tau_of
 from redraft.adaptation.core import run_training
 from redraft.adaptation.runs import Log
 from redraft.arithmetic import Choice
-from redraft.data.store import Row
-from redraft.decode.engine import ChainDecoder, PlainDecoder
-from redraft.drafts.eagle.unroll import collate, supervised, unroll
-from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
-from redraft.drafts.experts import attach_private, merge_private
+from redraft.attic.aim import STEPS, aim
+from redraft.drafts.eagle.unroll import collate
 from redraft.drafts.groups import prepare
-from redraft.drafts.methods import PrivateSize
 from redraft.errors import UserError
-from redraft.features import FeatureStore
 from redraft.rows import anchors
-from redraft.target import Target
+from redraft.settings.methods import PrivateSize
+from redraft.settings.training import TrainConfig
 from redraft.train import optimizer as optimizer_module
-from redraft.train.aim import STEPS, aim
-from redraft.train.trainer import TrainConfig, Trainer, TrainResult, batch_order
+from redraft.train.trainer import Trainer, TrainResult, batch_order
 
-TOYS = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("toys.py"))))
-
-
-def answers(target: Target, count: int, tokens: int = 24, seed: int = 0) -> list[Row]:
-    """Greedy responses of the target to random prompts."""
-    generator, plain, rows = torch.Generator().manual_seed(seed), PlainDecoder(target), []
-    for i in range(count):
-        prompt = torch.randint(4, 128, (2 + i % 7,), generator=generator).tolist()
-        done = plain.generate(prompt, tokens)
-        rows.append(Row(f"p{seed}/{i}", prompt, done.ids, 0.0, 0, 1.0, 0, done.finish_reason, "hash"))
-    return rows
-
-
+RIG = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("training_rig.py"))))
 # Nothing below changes the target, its answers or their features: they are made once.
-@pytest.fixture(scope="module")
-def target(tiny_target) -> Target:
-    return tiny_target("llama", **TOYS.SMALL)
-
-
-@pytest.fixture(scope="module")
-def rows(target) -> list[Row]:
-    return [row for row in answers(target, 32) if anchors(row)][:24]
-
-
-@pytest.fixture
-def draft(target) -> Eagle3Draft:
-    return fresh_draft(target, range(0, 120), seed=2)
-
-
-@pytest.fixture(scope="module")
-def store(target, rows, tmp_path_factory) -> FeatureStore:
-    store = FeatureStore(tmp_path_factory.mktemp("training") / "features", {"target": "tiny"})
-    store.build(target, rows)
-    return store
-
-
-@pytest.mark.parametrize("kind", ["dense", "split", "merged"])
-def test_the_simulated_chain_is_the_decoded_one(kind, target, rows, store, draft):
-    rows = rows[:12]
-    torch.nn.init.normal_(draft.midlayer.mlp.down_proj.weight, std=0.2)
-    if kind != "dense":
-        draft = attach_private(draft, 16)
-        torch.nn.init.normal_(draft.midlayer.mlp.private.down_proj.weight, std=0.2)
-    if kind == "merged":
-        draft = merge_private(draft)
-    # A head fitted to the rows, so that rounds accept something.
-    fit(draft, target, rows, store)
-    simulated = simulate_greedy_chain(draft, target, rows, store, gamma=4)
-    decoder = ChainDecoder(target, draft, gamma=4)
-    runs = {row.key: decoder.generate(row.prompt_ids, 24).rounds for row in rows}
-    # A simulation knows nothing behind the end token, where verification may go on accepting for nobody.
-    decoded = {key: [min(found.accepted, len(found.kept)) for found in rounds] for key, rounds in runs.items()}
-    assert simulated == decoded
-    assert max(max(a) for a in simulated.values() if a) >= 2
-    assert tau_of(simulated, rows) > 1.2
-
-
-def fit(draft: Eagle3Draft, target: Target, rows: list[Row], store: FeatureStore, steps: int = 60) -> None:
-    draft.train()
-    batch = collate(rows, store, 3)
-    optimizer = torch.optim.Adam(draft.parameters(), lr=5e-3)
-    inside = supervised(draft, batch)
-    place = torch.full((target.vocab_size,), -1)
-    place[draft.vocabulary()] = torch.arange(draft.config.draft_vocab_size)
-    for _ in range(steps):
-        loss = torch.zeros(())
-        for step, states in enumerate(unroll(draft, target.embedding, batch, 3)):
-            keep = inside[:, step]
-            logits = draft.logits(states[keep])
-            loss = loss + torch.nn.functional.cross_entropy(logits, place[batch.future_MJ[keep, step]])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-
-def test_an_unroll_does_not_depend_on_what_a_row_is_packed_with(target, rows, store, draft):
-    together = [s for s in unroll(draft, target.embedding, collate(rows, store, 3), 3)]
-    at = 0
-    for row in rows:
-        if not anchors(row):
-            continue
-        alone = unroll(draft, target.embedding, collate([row], store, 3), 3)
-        for step, states in enumerate(alone):
-            torch.testing.assert_close(together[step][at : at + anchors(row)], states, atol=1e-5, rtol=1e-4)
-        at += anchors(row)
-
-
-@pytest.mark.parametrize("share", [0.7, 0.3, 0.0])
-def test_an_unroll_goes_on_with_the_anchors_that_are_wanted(target, rows, store, draft, share):
-    batch = collate(rows, store, 4)
-    whole = list(unroll(draft, target.embedding, batch, 4))
-    generator = torch.Generator().manual_seed(3)
-    drafting = unroll(draft, target.embedding, batch, 4)
-    next(drafting)
-    going = torch.arange(len(whole[0]))
-    for expected in whole[1:]:
-        keep = torch.rand(len(going), generator=generator) < share
-        keep[-1] = True
-        going = going[keep]
-        torch.testing.assert_close(drafting.send(keep), expected[going], atol=1e-5, rtol=1e-4)
-
-
-def test_tokens_outside_the_vocabulary_end_supervision(target, rows, store, draft):
-    batch = collate(rows, store, 3)
-    inside = supervised(draft, batch)
-    future = batch.future_MJ
-    sayable = (future >= 0) & (future < 120)
-    assert torch.equal(inside[:, 0], sayable[:, 0])
-    assert torch.equal(inside[:, 2], sayable.all(1))
-
-
-def test_alpha_of_a_row_counts_what_the_draft_cannot_say(target, rows, store, draft):
-    row = next(r for r in rows if anchors(r))
-    taps, hidden = store.get(row)
-    states = next(unroll(draft, target.embedding, collate([row], store, 1), 1))
-    full = torch.zeros(anchors(row), target.vocab_size)
-    full[:, draft.vocabulary()] = draft.logits(states).softmax(-1).detach()
-    expected = torch.minimum(target.logits(hidden).softmax(-1), full).sum(-1).mean()
-    torch.testing.assert_close(torch.tensor(row_alphas(draft, target, [row], store)[0]), expected)
+target, rows, draft, store = RIG.target, RIG.rows, RIG.draft, RIG.store
 
 
 # -- the loop --------------------------------------------------------------------------------------------------------

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from redraft.decode.tree import ChainShape, DynamicTree, StaticTree, Topology, parse_shape
+from redraft.decode.tree import Topology
 from redraft.errors import UserError
+from redraft.settings.shapes import ChainShape, DynamicTree, StaticTree, parse_shape
 
 
 @pytest.mark.parametrize(

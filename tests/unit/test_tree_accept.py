@@ -16,7 +16,8 @@ from torch import Tensor
 
 from redraft.decode.accept import accept_chains, accept_siblings, accept_trees, draw_siblings, follow_tree
 from redraft.decode.tree import Topology
-from redraft.sampling import Sampler, draw, warp
+from redraft.sampling import draw, warp
+from redraft.settings.sampler import Sampler
 
 TOYS = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("toys.py"))))
 misfit, target_logits, toy_drafts, toy_pair = TOYS.misfit, TOYS.target_logits, TOYS.toy_drafts, TOYS.toy_pair

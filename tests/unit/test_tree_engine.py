@@ -15,12 +15,13 @@ from redraft.decode.accept import accept_trees
 from redraft.decode.engine import ChainDecoder, PlainDecoder
 from redraft.decode.make import make_decoder
 from redraft.decode.requests import Generation, Round
-from redraft.decode.tree import ChainShape, DynamicTree, StaticTree, Topology
+from redraft.decode.tree import Topology
 from redraft.decode.tree_engine import Proposal, TreeDecoder, TreeMask
 from redraft.drafts.eagle.proposer import DraftCache
 from redraft.drafts.eagle3 import fresh_draft
 from redraft.errors import UserError
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
+from redraft.settings.shapes import ChainShape, DynamicTree, StaticTree
 from redraft.target import Target
 
 TOYS = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("toys.py"))))

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import typer
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from redraft.artifact import tensors_hash, write_tensors
-from redraft.cli import vocabulary as command
+from redraft.cli.main import app
 from redraft.data.store import Row, RowWriter
 from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
 from redraft.drafts.experts import attach_low_rank
@@ -217,9 +216,6 @@ def place(tmp_path: Path, target: Target, draft: Eagle3Draft, monkeypatch: pytes
 
 
 def run(line: str) -> tuple[str, BaseException | None]:
-    app = typer.Typer()
-    app.callback()(lambda: None)
-    command.register(app)
     result = CliRunner().invoke(app, line.split())
     return result.output, result.exception
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 import io
 
 import pytest
-import typer
 from rich.console import Console
-from typer.testing import CliRunner
 
-from redraft.cli import watch
+from redraft.cli import commands
 from redraft.decode.pieces import TokenText, trace
 from redraft.decode.requests import Generation, Round
 from redraft.errors import UserError
 from redraft.report.live import Watcher, coloured, legend, paint
 from redraft.report.tokens import Piece
+from redraft.settings.measure import WatchSettings
 
 
 class Bytes:
@@ -168,33 +167,19 @@ def test_a_trees_proposals_stand_alone() -> None:
 
 
 # -- the command -----------------------------------------------------------------------------------------------------
-def test_one_prompt_or_a_file(tmp_path) -> None:
-    (one,) = watch.asked("What is 2 + 2?", None, 5)
-    assert one.messages[-1]["content"] == "What is 2 + 2?"
-    file = tmp_path / "p.txt"
-    file.write_text("one\ntwo\nthree\n")
-    assert len(watch.asked(None, str(file), 2)) == 2
-    for prompt, prompts in ((None, None), ("a", str(file))):
+def test_one_prompt_or_a_file() -> None:
+    for given in ({}, {"prompt": "a", "prompts": "file"}):
         with pytest.raises(UserError, match="--prompt"):
-            watch.asked(prompt, prompts, 1)
+            WatchSettings(target="t", draft="d", **given)
     with pytest.raises(UserError, match="empty"):
-        watch.asked(" ", None, 1)
-
-
-def test_help_has_examples_and_bad_shapes_are_refused_before_loading() -> None:
-    app = typer.Typer()
-    watch.register(app)
-    shown = CliRunner().invoke(app, ["--help"]).output
-    assert "Examples" in shown and "--shape" in shown
-    result = CliRunner().invoke(
-        app, ["--target", "nowhere", "--draft", "nowhere", "--prompt", "x", "--shape", "cube:3"]
-    )
-    assert isinstance(result.exception, UserError) and "cube:3" in str(result.exception)
+        WatchSettings(target="t", draft="d", prompt=" ")
+    with pytest.raises(UserError, match="cube:3"):
+        WatchSettings(target="t", draft="d", prompt="x", shape="cube:3")
 
 
 def test_the_command_prints_what_the_decoder_says(tiny_target, tmp_path, monkeypatch, capsys) -> None:
     """With a decoder that plays back rounds: the command's own part, from prompt to summary."""
-    import redraft.decode
+    from redraft.cli import watching
     from redraft.drafts.eagle3 import fresh_draft
     from redraft.drafts.files import save_draft
     from redraft.loading import tokenizer_hash
@@ -211,10 +196,9 @@ def test_the_command_prints_what_the_decoder_says(tiny_target, tmp_path, monkeyp
             on_round(Round(ids[1:3], 1, ids[1:3], 0.1, 0.1))
             return Generation(ids[:3], "length", 0.1, 0.2, [])
 
-    monkeypatch.setattr(redraft.decode, "make_decoder", lambda *args: Playback())
-    watch.watch(
-        str(tmp_path / "target"), str(tmp_path / "draft"), prompt="one \x1b two", dtype="float32", max_new_tokens=3
-    )
+    monkeypatch.setattr(watching, "make_decoder", lambda *args: Playback())
+    places = {"target": str(tmp_path / "target"), "draft": str(tmp_path / "draft")}
+    commands.watch(WatchSettings(**places, prompt="one \x1b two", dtype="float32", max_new_tokens=3))
     shown = capsys.readouterr().out
     assert "greedy, chain of 5, seed 0" in shown and "[accepted]  <corrected>" in shown
     assert "(O)[n]<e>" in shown.replace("\n", "") and "tau 2.00" in shown

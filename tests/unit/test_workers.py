@@ -17,15 +17,16 @@ from redraft.data.store import Row
 from redraft.drafts.eagle1 import fresh_eagle1
 from redraft.drafts.eagle1.objective import RegressionObjective
 from redraft.drafts.eagle3 import fresh_draft
+from redraft.drafts.proposing import shared
 from redraft.drafts.standalone.causal import CausalModel
-from redraft.drafts.standalone.objective import Distillation
+from redraft.drafts.standalone.objective import Distillation, StateTeacher
 from redraft.features import FeatureStore
+from redraft.settings.training import DistilConfig, PretrainConfig, TrainConfig
 from redraft.target import FINAL, Target
-from redraft.train.distil import DistilConfig, MixedSteps
+from redraft.train.distil import MixedSteps
 from redraft.train.loop import Step
-from redraft.train.pretrain import PretrainConfig, TextSteps
-from redraft.train.teachers import StateTeacher
-from redraft.train.trainer import TrainConfig, Trainer
+from redraft.train.pretrain import TextSteps
+from redraft.train.trainer import Trainer
 from redraft.train.workers import SINGLE, Shares, Workers, sum_gradients
 
 BUILDERS = runpy.run_path(str(Path(__file__).parents[1] / "tiny_models.py"))
@@ -79,6 +80,11 @@ def test_alone_and_in_a_group(tmp_path: Path) -> None:
         sum_gradients([one, other, none], workers)
         assert one.grad is not None and other.grad is not None and none.grad is None
         assert one.grad.tolist() == other.grad.tolist() == [1.0, 1.0]
+        for parts, mean in (([0, 1], 1.5), ([0], 1.0)):  # the second worker has no part of the last
+            shares = Shares(workers)
+            shares.of(parts)
+            own = torch.tensor(1.0 + workers.rank, requires_grad=True)
+            assert float(workers.sum(shares.loss(shared(own, shares.sum)).detach())) == mean
 
     together(work, tmp_path / "meet")
 

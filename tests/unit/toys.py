@@ -20,7 +20,8 @@ from torch import Tensor
 from redraft.decode.engine import PlainDecoder
 from redraft.decode.requests import Generation
 from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
-from redraft.sampling import Sampler, draw, warp
+from redraft.sampling import draw, warp
+from redraft.settings.sampler import Sampler
 from redraft.target import Target
 
 V, DRAWS = 5, 20_000

@@ -49,7 +49,7 @@ from redraft.drafts.base import Draft
 from redraft.errors import UserError
 from redraft.features import FeatureSource
 from redraft.rows import anchors
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
 from redraft.target import Head
 
 

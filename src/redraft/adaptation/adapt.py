@@ -12,41 +12,54 @@ from typing import Any
 
 from redraft import provenance
 from redraft.adaptation.bench import measure
-from redraft.adaptation.config import AdaptConfig, claim_run
+from redraft.adaptation.claim import claim_run
 from redraft.adaptation.core import Adaptation, Plan, half, open_old
-from redraft.adaptation.models import contestants, open_draft, open_target, prompt_rows
+from redraft.adaptation.models import contestants, open_draft, open_target, prompt_rows, settle_template
 from redraft.adaptation.runs import Run, Say, row_tokens, supervised_rows
 from redraft.adaptation.scoring import scoring_context
 from redraft.adaptation.sources import Source
 from redraft.artifact import atomic_write_json, read_json
 from redraft.data.mixture import mix
 from redraft.data.store import Row
-from redraft.decode.tree import ChainShape
 from redraft.drafts.base import Draft
 from redraft.drafts.files import PRIVATE_FILE
 from redraft.drafts.formats.base import check_formats
 from redraft.drafts.groups import trained_parameters
-from redraft.drafts.methods import mergeable
-from redraft.drafts.opening import OpenDraft
+from redraft.drafts.opening import AnyDraft, OpenDraft
 from redraft.errors import UserError
 from redraft.evaluate.speed import BenchConfig
 from redraft.loading import ADAPTER_FILE
 from redraft.report.page import build_report
-from redraft.select import parse_scorer
 from redraft.select.manifest import Manifest, read_manifest
-from redraft.select.rules import choose, parse_budget
-from redraft.starts.apply import StartContext, start_needs
+from redraft.select.rules import choose
+from redraft.settings.adapt import AdaptConfig
+from redraft.settings.budget import parse_budget
+from redraft.settings.methods import mergeable
+from redraft.settings.scorers import parse_scorer
+from redraft.settings.shapes import ChainShape
+from redraft.settings.texts import start_needs
+from redraft.settings.training import ReplayConfig
+from redraft.starts.apply import StartContext
 from redraft.target import Target
-from redraft.train.replay import ReplayConfig, check_replayable
+from redraft.train.replay import check_replayable
 from redraft.train.trainer import TrainResult
 
 
 class AdaptRun(Run[AdaptConfig]):
     """One run directory and the stages that fill it."""
 
-    def __init__(self, config: AdaptConfig, say: Say = print) -> None:
-        """Raises ``UserError`` when the run directory belongs to other settings."""
+    def __init__(
+        self, config: AdaptConfig, say: Say = print, target: Target | None = None, draft: OpenDraft | None = None
+    ) -> None:
+        """``target`` and ``draft`` are those that the settings name, where they are open already.
+
+        Raises ``UserError`` when the run directory belongs to other settings.
+        """
         super().__init__(claim_run(config, say), say)
+        self.old_draft: AnyDraft = config.draft if draft is None else draft
+        if target is not None:
+            settle_template(target.tokenizer, config.template_arg, config.out)
+            self.target = target
         self.asked_dtype = config.dtype  # auto lets the types compete in the benchmark, whatever the run computes in
         # The manifest of what is trained on, or answered at all.
         self.selection = self.folder / "selection.json"
@@ -78,7 +91,7 @@ class AdaptRun(Run[AdaptConfig]):
         """The old draft on its way to the aligned one."""
         c = self.config
         plan = Plan(c.method, c.private_size, c.train_config(), c.start, ReplayConfig(c.replay))
-        return Adaptation(self.target, open_old(c.draft, self.target, self.log), plan, self.folder, self.log)
+        return Adaptation(self.target, open_old(self.old_draft, self.target, self.log), plan, self.folder, self.log)
 
     @property
     def stale(self) -> OpenDraft:

@@ -9,10 +9,10 @@ import torch
 
 from redraft.adaptation.probe import greedy_answers
 from redraft.decode.auto import Pick, pick_shape
-from redraft.decode.tree import Shape
 from redraft.drafts.base import Draft
 from redraft.evaluate.speed import Prompt
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
+from redraft.settings.shapes import Shape
 from redraft.target import Target
 
 # Prompts that every tree decodes (and, when the target samples, every chain).

@@ -16,14 +16,15 @@ from redraft.adaptation.steps import TargetSpec, check_output
 from redraft.artifact import atomic_write_json
 from redraft.data.template import template_record
 from redraft.decode.static import StaticTarget
-from redraft.decode.tree import ChainShape, Shape, check_drafts, parse_shape
 from redraft.drafts.base import Draft
+from redraft.drafts.opening import AnyDraft
 from redraft.errors import UserError
 from redraft.evaluate import divergence
 from redraft.evaluate.quality import PLAIN, quality_table
 from redraft.evaluate.speed import BenchConfig, Measured, Prompt, bench
 from redraft.progress import progress_bar
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
+from redraft.settings.shapes import ChainShape, Shape, check_drafts, parse_shape
 from redraft.target import Target
 
 AUTO = "auto"
@@ -44,11 +45,11 @@ class How:
 
 def bench_files(
     spec: TargetSpec,
-    drafts: Mapping[str, str],
+    drafts: Mapping[str, AnyDraft],
     questions: Questions,
     out: Path,
     how: How,
-    base_draft: str | None = None,
+    base_draft: AnyDraft | None = None,
 ) -> dict[str, Any]:
     """The paired benchmark of drafts by name; writes the result to ``out`` and returns it. Raises ``UserError``.
 

@@ -21,22 +21,23 @@ from redraft import provenance
 from redraft.adaptation.models import open_draft
 from redraft.adaptation.runs import Log, add_forward, record_of, row_tokens
 from redraft.artifact import atomic_write_json, read_checked, read_json, write_checked
+from redraft.attic.aim import aim
 from redraft.coarse import Coarse
 from redraft.data.store import Row
 from redraft.drafts.base import Draft
 from redraft.drafts.files import save_draft, save_private
 from redraft.drafts.groups import prepare
-from redraft.drafts.methods import METHODS, PrivateSize
-from redraft.drafts.opening import OpenDraft
+from redraft.drafts.opening import AnyDraft, OpenDraft
 from redraft.drafts.scaling import coarse_change
 from redraft.features import FeatureStore
 from redraft.loading import tokenizer_hash
 from redraft.rows import anchors
+from redraft.settings.methods import METHODS, PrivateSize
+from redraft.settings.training import ReplayConfig, TrainConfig
 from redraft.starts.apply import StartContext, StartResult, apply_start
 from redraft.target import Head, Target
-from redraft.train.aim import aim
-from redraft.train.replay import ReplayConfig, replay_settings, replay_states, replay_trainer
-from redraft.train.trainer import TrainConfig, Trainer, TrainResult
+from redraft.train.replay import replay_settings, replay_states, replay_trainer
+from redraft.train.trainer import Trainer, TrainResult
 
 Module = TypeVar("Module", bound=nn.Module)
 NO_START = "none"
@@ -49,11 +50,11 @@ def half(draft: Module) -> Module:
     return copy.deepcopy(draft).to(torch.bfloat16)
 
 
-def open_old(source: str | Path, target: Head, log: Log) -> OpenDraft:
+def open_old(source: AnyDraft, target: Head, log: Log) -> OpenDraft:
     """The draft that an adaptation begins with; notes of its import are said. Raises ``UserError``."""
     opened = open_draft(source, target)
     for note in opened.meta.get("notes", []):
-        log.say(f"note on {source}: {note}")
+        log.say(f"note on {opened.source}: {note}")
     return opened
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from redraft import provenance
 from redraft.acceptance.simulate import simulate_greedy_chain, tau_of
+from redraft.adaptation.claim import claim_distill
 from redraft.adaptation.core import build_features, draft_meta, feature_store, half
-from redraft.adaptation.distill_config import DistillConfig, claim_distill
 from redraft.adaptation.models import open_proposer, settle_template
 from redraft.adaptation.runs import Run, Say, row_tokens, supervised_rows
 from redraft.adaptation.sources import Source
@@ -23,7 +23,6 @@ from redraft.data.store import Row
 from redraft.drafts.experts import private_names
 from redraft.drafts.files import load_draft, save_draft, save_private
 from redraft.drafts.groups import prepare
-from redraft.drafts.methods import PrivateSize
 from redraft.drafts.standalone import StandaloneDraft
 from redraft.drafts.standalone.objective import StateTeacher, Teacher
 from redraft.drafts.standalone.shapes import fresh_standalone, shape_for
@@ -31,6 +30,8 @@ from redraft.errors import UserError
 from redraft.features import ComputedFeatures, FeatureStore
 from redraft.loading import check_tokenizers, read_facts
 from redraft.rows import anchors
+from redraft.settings.distill import DistillConfig
+from redraft.settings.methods import PrivateSize
 from redraft.train.distil import distil
 from redraft.train.loop import LoopResult
 from redraft.train.pretrain import pretrain

@@ -10,14 +10,15 @@ from typing import Any
 
 import torch
 
-from redraft.arithmetic import AUTO, TYPES, choose_dtype
+from redraft.arithmetic import choose_dtype
 from redraft.data.overlap import find_overlap, same_text
-from redraft.data.prompts import Conversation, check_length, prompt_messages, template_ids
-from redraft.data.template import kept_moment, use_template, writes_date
-from redraft.drafts.opening import OpenDraft, family_at, open_checkpoint
+from redraft.data.prompts import Conversation, check_length, prompt_messages
+from redraft.data.template import kept_moment, template_ids, use_template, writes_date
+from redraft.drafts.opening import AnyDraft, OpenDraft, family_at, open_checkpoint
 from redraft.errors import UserError
 from redraft.evaluate.speed import Prompt
 from redraft.loading import load_target
+from redraft.settings.base import AUTO, TYPES
 from redraft.target import Head, Target
 
 
@@ -47,33 +48,34 @@ def settle_template(tokenizer: Any, template_args: Mapping[str, Any] | None = No
         use_template(tokenizer, template_args, kept_moment(run, known.moment))
 
 
-def open_draft(source: str | Path, target: Head, base: str | Path | None = None) -> OpenDraft:
+def open_draft(source: AnyDraft, target: Head, base: AnyDraft | None = None) -> OpenDraft:
     """A draft that reads the target's states, in float32, checked against the target's sizes and tokenizer.
 
     Notes of an import go along in ``meta``. For who takes standalone drafts too there is :func:`open_proposer`.
 
     A folder with a private part needs ``base``, the draft that it was trained on. An embedding that a public
     checkpoint ships is dropped where the target's own fits: the teacher is always the target at hand.
-    Raises ``UserError``.
+    One that is open already comes back as it is. Raises ``UserError``.
     """
     if not family_at(source).reads_states:
         raise UserError(
             f"{source} is a language model of its own, where a draft that reads the target's states is needed; "
             "align it with redraft distill --draft"
         )
-    return _open(source, target, base)
+    return open_any(source, target, base)
 
 
-def open_proposer(source: str | Path, target: Head, base: str | Path | None = None) -> tuple[Any, dict[str, Any]]:
+def open_proposer(source: AnyDraft, target: Head, base: AnyDraft | None = None) -> tuple[Any, dict[str, Any]]:
     """Any draft in float32, a standalone one too, and its metadata: for decoding and measuring.
 
     A private part needs ``base``. Raises ``UserError``.
     """
-    opened = _open(source, target, base)
+    opened = open_any(source, target, base)
     return opened.draft, opened.meta
 
 
-def _open(source: str | Path, target: Head, base: str | Path | None) -> OpenDraft:
+def open_any(source: AnyDraft, target: Head, base: AnyDraft | None = None) -> OpenDraft:
+    """A draft of any family in float32, bound to the target. Raises ``UserError``."""
     opened = open_checkpoint(source, target, base, torch.float32)
     opened.draft = opened.draft.borrowing(target).bind(target)
     return opened

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from redraft.data.generate import Request, generate
 from redraft.decode.engine import PlainDecoder
 from redraft.decode.make import make_decoder
-from redraft.decode.tree import ChainShape
 from redraft.drafts.base import Draft
 from redraft.errors import UserError
 from redraft.evaluate.speed import Prompt
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
+from redraft.settings.shapes import ChainShape
 from redraft.target import Target
 
 # Decoded by each contestant to time a round; the first prompt warms up.

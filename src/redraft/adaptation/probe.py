@@ -27,8 +27,10 @@ from redraft.evaluate.forecast import Evidence, Fit, Seen, same_chain, shipped
 from redraft.evaluate.speed import Prompt, tau_interval
 from redraft.features import FeatureStore, RowFeatures
 from redraft.report.format import duration
+from redraft.report.tables import probe_panel
 from redraft.rows import anchors
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
+from redraft.shown import Shown
 from redraft.starts.vocabulary import coverage
 from redraft.target import Target
 
@@ -37,7 +39,7 @@ MINUTE = 60.0
 
 
 @dataclass(frozen=True)
-class ProbeResult:
+class ProbeResult(Shown):
     """``tau`` and ``reference_tau`` with intervals, ``forecast`` of tau after alignment, ``gain`` in speed; speed-ups
     are predictions from timed rounds. ``adapt`` is whether alignment is worth a try."""
 
@@ -64,6 +66,9 @@ class ProbeResult:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def __rich__(self) -> Any:
+        return probe_panel(self.verdict, self.lines(), self.action)
 
     def lines(self) -> dict[str, str]:
         """The figures as label and text, for the terminal."""

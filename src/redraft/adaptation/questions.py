@@ -1,7 +1,11 @@
-"""What a measurement asks: prompts from a file and from suites, none of which the draft was trained on."""
+"""What a measurement asks: prompts from a file and from suites, none of which the draft was trained on.
+
+All of them come through the target's chat template; later turns of a suite stand behind the target's own replies.
+"""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,14 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from redraft.adaptation.models import template_prompts
-from redraft.adaptation.suites import suite_prompts
+from redraft.data.answers import UnclearReply, reply_message
 from redraft.data.overlap import refuse_overlap, trained_conversations
-from redraft.data.prompts import Conversation, read_conversations
+from redraft.data.prompts import check_length, read_conversations
+from redraft.data.shapes import Conversation
 from redraft.data.store import read_rows
-from redraft.data.suites import load_suite
+from redraft.data.suites import Suite, SuiteItem, load_suite, run_turns
+from redraft.data.template import template_ids
+from redraft.data.turns import RESULTS, Message
+from redraft.decode.engine import PlainDecoder
 from redraft.errors import UserError
 from redraft.evaluate.speed import Prompt
 from redraft.registries import SUITES
+from redraft.target import Target
 
 
 @dataclass(frozen=True)
@@ -44,15 +53,54 @@ class Questions:
         ``target`` needs a tokenizer and a context; suites of several turns also need its weights, for its own replies.
         Raises ``UserError`` for no prompts, bad ones, and those that ``trained_on`` (responses) holds as well.
         """
+        suites = [load_suite(text, self.data, self.limit, seed) for text in self.suites]
         if self.trained_on is not None:
-            self._refuse_overlap(target, seed)
+            asked = [*self.conversations, *(item.conversation for suite in suites for item in suite.items)]
+            trained = trained_conversations(read_rows(self.trained_on), target.tokenizer)
+            refuse_overlap(trained, asked, " and ".join(filter(None, [self.prompts, *self.suites])))
         found = template_prompts(self.conversations, target, max_new_tokens)
-        return found + suite_prompts(self.suites, target, self.data, self.limit, max_new_tokens, seed)
+        return found + suite_prompts(suites, target, max_new_tokens)
 
-    def _refuse_overlap(self, target: Any, seed: int) -> None:
-        assert self.trained_on is not None
-        asked = list(self.conversations)
-        for text in self.suites:
-            asked += [item.conversation for item in load_suite(text, self.data, self.limit, seed).items]
-        trained = trained_conversations(read_rows(self.trained_on), target.tokenizer)
-        refuse_overlap(trained, asked, " and ".join(filter(None, [self.prompts, *self.suites])))
+
+def suite_prompts(suites: Sequence[Suite], target: Target, max_new_tokens: int) -> list[Prompt]:
+    """The prompts of the suites.
+
+    A conversation of several user turns gives one prompt a turn. Between them stand the target's own replies, greedy
+    and of at most ``max_new_tokens``, so that all contestants of a benchmark get the same prompts; this generation is
+    no part of any measurement.
+
+    Raises ``UserError`` for suites that share prompts' ids, and for a first turn that leaves no room to answer; a
+    conversation ends before a turn that outgrows the context, that stands behind a tool's result, or behind a reply
+    whose answer cannot be told from its thoughts.
+    """
+    owner: dict[str, str] = {}
+    for suite in suites:
+        for item in suite.items:
+            if item.id in owner:
+                raise UserError(f"--suite {suite.name}: prompt {item.id} is already in {owner[item.id]}; name one only")
+            owner[item.id] = suite.name
+    items = [item for suite in suites for item in suite.items]
+    return [prompt for item in items for prompt in _turn_prompts(item, target, max_new_tokens)]
+
+
+def _turn_prompts(item: SuiteItem, target: Target, max_new_tokens: int) -> list[Prompt]:
+    found: list[Prompt] = []
+
+    def reply(messages: list[Message]) -> Message:
+        answer = PlainDecoder(target).generate(found[-1].ids, max_new_tokens)
+        return reply_message(target.tokenizer, found[-1].ids, answer.ids, target.eos_ids)
+
+    with contextlib.suppress(UnclearReply):
+        for number, messages in enumerate(run_turns(item.conversation, reply)):
+            if any(message["role"] in RESULTS for message in messages):
+                break
+            id = f"{item.id}#{number}" if number else item.id  # as in the keys of response rows
+            ids = template_ids(target.tokenizer, id, messages)
+            try:
+                check_length(id, len(ids), max_new_tokens, target.context)
+            except UserError:
+                if number == 0:
+                    raise
+                break
+            found.append(Prompt(id, ids, item.task, item.reference))
+    return found

@@ -12,17 +12,17 @@ from typing import Any
 
 from redraft import provenance
 from redraft.adaptation.adapt import AdaptRun
-from redraft.adaptation.config import AdaptConfig, parse_config
 from redraft.adaptation.models import template_prompts
 from redraft.adaptation.probe import ProbeResult, probe
 from redraft.adaptation.steps import timed_targets
-from redraft.arithmetic import fastest
+from redraft.arithmetic import EFFICIENCY, fastest
 from redraft.artifact import atomic_write_json, atomic_write_text
 from redraft.data.embedded import maths_conversations
 from redraft.data.prompts import Conversation, read_conversations
 from redraft.drafts.groups import prepare, trained_parameters
 from redraft.evaluate.speed import Prompt
 from redraft.report.page import build_report
+from redraft.settings.adapt import AdaptConfig
 
 EMBEDDED = "embedded:smollm2-135m-instruct"
 TRAIN_SEED, EVALUATION_SEED = 1, 2
@@ -30,9 +30,6 @@ TRAIN_SEED, EVALUATION_SEED = 1, 2
 QUESTIONS, GIGA_OPERATIONS = 344, 51_000
 # On a processor that would take longer than these seconds for them there are fewer, but a draft learns from so many.
 SECONDS, FEWEST = 340, 128
-# What a whole run reaches of the speed that single products have in the trial: in the quickstart's ledger, 0.37 in
-# bfloat16, where products are over soon and the rest of a step weighs more.
-EFFICIENCY = {"bfloat16": 0.37, "float32": 0.55}
 
 
 def asset(name: str) -> Path:
@@ -76,21 +73,19 @@ def affordable(out: Path, say: Callable[[str], None] = print) -> int:
 def quickstart_config(out: Path, train: int = QUESTIONS, evaluation: int = 16) -> AdaptConfig:
     """The settings of the quickstart's adaptation."""
     prompts, measured = embedded_prompts(out, train, evaluation)
-    return parse_config(
-        {
-            "target": str(asset("maths-lora")),
-            "base_target": EMBEDDED,
-            "draft": str(asset("general-draft")),
-            "prompts": str(prompts),
-            "eval_prompts": str(measured),
-            "out": out / "run",
-            "max_new_tokens": 160,
-            "bench_tokens": 128,
-            "bench_prompts": evaluation,
-            "gamma": 3,
-            "train": {"epochs": 8, "batch_anchors": 768, "learning_rate": 4e-3, "evaluate_every": 60},
-            "exports": ("vllm", "plain"),
-        }
+    return AdaptConfig(
+        target=str(asset("maths-lora")),
+        base_target=EMBEDDED,
+        draft=str(asset("general-draft")),
+        prompts=str(prompts),
+        eval_prompts=str(measured),
+        out=out / "run",
+        max_new_tokens=160,
+        bench_tokens=128,
+        bench_prompts=evaluation,
+        gamma=3,
+        train={"epochs": 8, "batch_anchors": 768, "learning_rate": 4e-3, "evaluate_every": 60},
+        exports=("vllm", "plain"),
     )
 
 

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from redraft import provenance
-from redraft.adaptation.config import AdaptConfig
-from redraft.adaptation.distill_config import DistillConfig
 from redraft.adaptation.models import open_target
 from redraft.data.store import Row, read_rows
 from redraft.data.template import template_record
@@ -21,6 +19,8 @@ from redraft.progress import Progress, progress_bar
 from redraft.provenance import Entry, Ledger
 from redraft.registries import EXPORTERS
 from redraft.rows import anchors
+from redraft.settings.adapt import AdaptConfig
+from redraft.settings.distill import DistillConfig
 from redraft.target import Head, Target
 
 Say = Callable[[str], None]

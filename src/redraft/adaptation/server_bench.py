@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,60 +23,21 @@ from redraft import provenance
 from redraft.adaptation.bench import How
 from redraft.adaptation.models import settle_template
 from redraft.adaptation.questions import Questions
-from redraft.adaptation.steps import TargetSpec, check_output, target_info
+from redraft.adaptation.steps import TargetSpec, check_output
 from redraft.artifact import atomic_write_json
 from redraft.data.template import template_record
-from redraft.data.transport import Connection, Passing, Refused, check_address
+from redraft.data.transport import Connection, Refused, Transient
 from redraft.errors import UserError
 from redraft.evaluate.load import ServerConfig
 from redraft.evaluate.server import Server, bench_servers
-from redraft.evaluate.speed import Prompt
-from redraft.loading import ADAPTER_FILE, adapter_base, load_tokenizer, locate, quiet
+from redraft.loading import read_facts
 from redraft.progress import progress_bar
-from redraft.redacted import without_secrets
+from redraft.settings.texts import PORT, check_address
+from redraft.target import Facts
 
-PORT = "{port}"
 START_SECONDS = 900.0
 STOP_SECONDS = 30.0
 LOG_LINES = 12
-
-
-@dataclass(frozen=True)
-class Templater:
-    """What templating prompts needs of a target: no weights are loaded for it."""
-
-    tokenizer: Any
-    context: int
-
-
-def named_servers(given: Sequence[str]) -> dict[str, str]:
-    """``NAME=ADDRESS``, ``NAME=COMMAND`` with ``{port}`` in it, or an address alone, which is called ``server``.
-
-    Raises ``UserError`` for anything else and for a name that is there twice.
-    """
-    servers: dict[str, str] = {}
-    for text in given:
-        name, equals, place = text.partition("=")
-        if text.startswith(("http://", "https://")):
-            name, equals, place = "server", "=", text
-        address = place.startswith(("http://", "https://"))
-        if not equals or not name.strip() or not (address or PORT in place):
-            shown = text if "://" in text else text.rpartition("@")[2]
-            raise UserError(
-                f"--server {without_secrets(shown)} is not understood; write NAME=http://HOST:PORT, "
-                f"or NAME=COMMAND with {PORT} in it"
-            )
-        if name in servers:
-            raise UserError(f"two servers are called {name}; write --server NAME=... with names that differ")
-        servers[name] = place
-    return servers
-
-
-def check_places(servers: Mapping[str, str]) -> None:
-    """Raise ``UserError`` for an address that is none or holds a secret."""
-    for place in servers.values():
-        if PORT not in place:
-            check_address(place)
 
 
 def bench_servers_on(
@@ -91,11 +52,14 @@ def bench_servers_on(
     """Measure ``servers`` (:func:`named_servers`) at these concurrencies; writes the result to ``out`` and returns it.
 
     Of the target only tokenizer and config are read, but for suites, whose later turns stand behind its own replies.
-    ``model`` is the served name where a server has several; the shape of ``how`` is the servers' own affair. Raises
-    ``UserError``.
+    ``model`` is the served name where a server has several; the shape of ``how`` is the servers' own affair. What a
+    server that is started here prints goes to ``STEM-NAME.log`` beside ``out``. Raises ``UserError``.
     """
     check_output(out, ".json")
-    check_places(servers)
+    for place in servers.values():
+        if PORT not in place:
+            check_address(place)
+    # A wrong level is refused before anything is loaded.
     config = ServerConfig(
         sampler=how.sampler,
         max_new_tokens=how.max_new_tokens,
@@ -103,56 +67,19 @@ def bench_servers_on(
         concurrencies=tuple(levels),
         models={name: model for name in servers} if model else {},
     )
-    info: Any = spec.open() if questions.suites else None
-    if info is None:
-        info = Templater(load_tokenizer(spec.name), target_info(spec.name).context)
-        settle_template(info.tokenizer, spec.template_args)
-    asked = questions.read(info, how.max_new_tokens, how.seed)
-    ends = info.eos_ids if questions.suites else end_ids(spec.name, info.tokenizer)
-    record = template_record(info.tokenizer)
-    return bench_server_prompts(servers, spec.name, asked, out, replace(config, eos_ids=ends), record)
-
-
-def end_ids(target: str, tokenizer: Any) -> tuple[int, ...]:
-    """The ids that end a response of a target, as ``Target.eos_ids`` has them, without its weights."""
-    from transformers import AutoConfig, GenerationConfig
-
-    base = adapter_base(target) if (Path(target) / ADAPTER_FILE).is_file() else target
-    found: list[Any] = [tokenizer.eos_token_id]
-    with quiet():
-        place = locate(base)
-        name, local = place["pretrained_model_name_or_path"], place["local_files_only"]
-        for kind in (AutoConfig, GenerationConfig):
-            try:
-                value = getattr(kind.from_pretrained(name, local_files_only=local), "eos_token_id", None)
-            except (OSError, ValueError, KeyError):  # a checkpoint may have no generation config
-                continue
-            found += value if isinstance(value, list | tuple) else [value]
-    return tuple(sorted({int(i) for i in found if i is not None}))
-
-
-def bench_server_prompts(
-    servers: Mapping[str, str],
-    target: str,
-    asked: Sequence[Prompt],
-    out: Path,
-    config: ServerConfig,
-    extra: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """:func:`bench_servers_on` for prompts that are templated already; ``extra`` goes into the record.
-
-    What a server that is started here prints goes to ``STEM-NAME.log`` beside ``out``. Raises ``UserError``.
-    """
-    check_places(servers)
+    known: Facts = spec.open() if questions.suites else read_facts(spec.name)
+    settle_template(known.tokenizer, spec.template_args)
+    asked = questions.read(known, how.max_new_tokens, how.seed)
     contestants: dict[str, Server] = {
         name: _starter(place, out.with_name(f"{out.stem}-{name}.log")) if PORT in place else place
         for name, place in servers.items()
     }
-    record = provenance.collect(config.seed, "as the servers run", extra)
-    requests = len(asked) * len(servers) * len(config.concurrencies)
+    record = provenance.collect(how.seed, "as the servers run", template_record(known.tokenizer))
+    requests = len(asked) * len(servers) * len(levels)
     with progress_bar("bench", requests, "requests") as progress:
+        config = replace(config, eos_ids=known.eos_ids)
         result = bench_servers(
-            contestants, asked, config, target, record, lambda done, what: progress.update(done, now=what)
+            contestants, asked, config, spec.name, record, lambda done, what: progress.update(done, now=what)
         )
     atomic_write_json(out, result)
     return result
@@ -197,7 +124,7 @@ def _wait(process: subprocess.Popen[bytes], url: str, log: Path, seconds: float)
             try:
                 connection.served_models()
                 return
-            except (Passing, Refused):
+            except (Transient, Refused):
                 if process.poll() is not None:
                     raise UserError(f"the server ended with exit code {process.returncode}; {_tail(log)}") from None
                 if time.monotonic() > deadline:

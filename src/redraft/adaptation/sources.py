@@ -11,8 +11,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from redraft.adaptation.config import AdaptConfig
-from redraft.adaptation.distill_config import DistillConfig
 from redraft.adaptation.models import split_prompts, template_prompts
 from redraft.adaptation.runs import Log, add_forward, supervised_rows
 from redraft.adaptation.traffic import Traffic, take_traffic
@@ -31,7 +29,9 @@ from redraft.errors import UserError
 from redraft.evaluate.speed import Prompt
 from redraft.features import FeatureKeeper, FeatureStore
 from redraft.provenance import Ledger
-from redraft.sampling import Sampler, samplers_of
+from redraft.settings.adapt import AdaptConfig
+from redraft.settings.distill import DistillConfig
+from redraft.settings.sampler import Sampler, samplers_of
 from redraft.target import Target
 
 

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from redraft.adaptation.config import AdaptConfig
-from redraft.adaptation.distill_config import DistillConfig
 from redraft.adaptation.models import split_prompts
 from redraft.adaptation.runs import Log
 from redraft.artifact import atomic_write_bytes
@@ -16,6 +14,8 @@ from redraft.data.store import Row, encode_row
 from redraft.data.traces import read_traces
 from redraft.evaluate.speed import Prompt
 from redraft.rows import anchors
+from redraft.settings.adapt import AdaptConfig
+from redraft.settings.distill import DistillConfig
 from redraft.target import Target
 
 

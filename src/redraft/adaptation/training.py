@@ -14,12 +14,11 @@ from redraft.acceptance.simulate import simulate_greedy_chain
 from redraft.adaptation.core import FEATURES, Adaptation, Plan, half, open_old
 from redraft.adaptation.runs import Log, Say, supervised_rows
 from redraft.adaptation.steps import TargetSpec
-from redraft.arithmetic import AUTO, go_on_with
+from redraft.arithmetic import go_on_with
 from redraft.artifact import atomic_write_json
 from redraft.data.store import TRAFFIC, Row
 from redraft.drafts.base import Draft, fresh
-from redraft.drafts.methods import PrivateSize, method
-from redraft.drafts.opening import OpenDraft
+from redraft.drafts.opening import AnyDraft, OpenDraft
 from redraft.errors import UserError
 from redraft.evaluate.speed import tau_interval
 from redraft.features import FeatureStore
@@ -27,9 +26,12 @@ from redraft.features.store import read_index
 from redraft.provenance import Ledger
 from redraft.rows import anchors
 from redraft.select.manifest import read_manifest
+from redraft.settings.base import AUTO
+from redraft.settings.methods import PrivateSize, method
+from redraft.settings.training import TrainConfig
 from redraft.target import Head, Target
 from redraft.train.checkpoint import stored_precision
-from redraft.train.trainer import TrainConfig, TrainResult
+from redraft.train.trainer import TrainResult
 
 NEW = "scratch"
 
@@ -96,7 +98,7 @@ def open_spec(spec: TargetSpec, out: Path, rows: Sequence[Row], say: Say) -> Hea
 
 def train_old(
     spec: TargetSpec,
-    draft: str,
+    draft: AnyDraft,
     data: TrainData,
     out: Path,
     config: TrainConfig,
@@ -118,7 +120,6 @@ def train_old(
     result = job.train(rows, heldout)
     job.save()
     atomic_write_json(out / "train.json", asdict(result))
-    say(f"draft: {out / 'merged'}")
     return result
 
 
@@ -131,10 +132,11 @@ def train_new(
     config: TrainConfig,
     say: Say = print,
     family: str = "eagle3",
-) -> None:
+) -> dict[str, Any]:
     """Stage 1: a draft of ``family`` from nothing, in ``out/draft``, on the base target's answers to general prompts.
 
-    Raises ``UserError``, also for rows of another target; a killed run goes on.
+    Returns what the draft's record says of its held-out acceptance. Raises ``UserError``, also for rows of another
+    target; a killed run goes on.
     """
     if data.heldout_responses is not None:
         raise UserError("--from-nothing holds responses out by number: give --heldout, not --heldout-responses")
@@ -154,7 +156,7 @@ def train_new(
     job.train(train, heldout)
     record = heldout_record(job.draft, target, heldout, job.store, config.gamma, coverage=covered)
     job.save_whole(out / "draft", heldout=record)
-    say(f"held-out tau {record['tau']['value']:.2f}; draft: {out / 'draft'}")
+    return record
 
 
 def choose_vocabulary(rows: Sequence[Row], size: int, vocab_size: int) -> tuple[list[int], float]:

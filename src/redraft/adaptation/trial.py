@@ -14,18 +14,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from redraft.acceptance.simulate import simulate_greedy_chain
-from redraft.adaptation.config import adaptation
 from redraft.data.store import Row
 from redraft.drafts.base import Draft
-from redraft.drafts.groups import PrivateSize, prepare
+from redraft.drafts.groups import prepare
 from redraft.errors import UserError
 from redraft.evaluate.forecast import shipped
 from redraft.evaluate.speed import tau_interval
 from redraft.features import FeatureStore
 from redraft.rows import anchors
+from redraft.settings.adapt import adaptation
+from redraft.settings.methods import PrivateSize
+from redraft.settings.training import TrainConfig
 from redraft.starts.apply import StartContext, apply_start
 from redraft.target import Target
-from redraft.train.trainer import TrainConfig, Trainer
+from redraft.train.trainer import Trainer
 
 METHOD, START = "lora", "vocabulary"
 # Few answers seen often, in small steps.

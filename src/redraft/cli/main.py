@@ -9,9 +9,10 @@ from typing import Annotated
 import typer
 
 from redraft import __version__
-from redraft.cli import align, data, distill, measure, study, vocabulary, watch
+from redraft.cli import commands, template
 from redraft.cli.quiet import quiet_libraries
 from redraft.errors import UserError
+from redraft.registries import load_plugin
 
 app = typer.Typer(
     name="redraft",
@@ -40,21 +41,22 @@ def options(
     debug: Annotated[
         bool, typer.Option("--debug", help="Show the whole trace of an error, and what libraries say.")
     ] = False,
+    plugin: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MODULE", help="Python module or file that registers a loss, scorer, start ...; repeatable."
+        ),
+    ] = None,
 ) -> None:
     """Options that stand before the command."""
     if not debug:
         quiet_libraries()
+    for name in plugin or ():
+        load_plugin(name)
 
 
-align.register_quickstart(app)
-measure.register_probe(app)
-data.register(app)
-vocabulary.register(app)
-align.register(app)
-distill.register(app)
-measure.register(app)
-study.register(app)
-watch.register(app)
+commands.register(app)
+template.register(app)
 
 
 def main() -> None:

@@ -8,43 +8,39 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from redraft.errors import UserError
 from redraft.redacted import without_secrets
+from redraft.settings.base import Settings
+from redraft.settings.texts import self_prompts
 
 # Larger files are not read only to count their lines.
 MOST_BYTES = 100 * 2**20
-Given = Mapping[str, Any]
 
 
-def announce(command: str, given: Given) -> None:
-    """Print the lines for ``command``. What cannot be read is left for the command itself to refuse."""
+def announce(settings: Settings) -> None:
+    """Print the lines for a command. What cannot be read is left for the command itself to refuse."""
+    command = settings.COMMAND
     try:
-        if command in ("adapt", "distill") and given.get("config") is not None:
-            from redraft.adaptation.yamlfile import read_yaml
-
-            values = read_yaml(Path(given["config"]), "settings")
-            flags = {name: value for name, value in given.items() if value not in (None, [], ())}
-            given = {**given, **{name.replace("-", "_"): value for name, value in values.items()}, **flags}
-        lines = [PLANS[command](given), found(given.get("out"))] if command in PLANS else []
+        lines = [PLANS[command](settings), found(getattr(settings, "out", None))]
     except Exception:  # a plan that fails must not hide what the command says about the same input
         return
     for line in filter(None, lines):
         print(f"{command}: {without_secrets(line)}", flush=True)
 
 
-OUTPUTS = ("out", "keep", "json_out", "full")
+OUTPUTS = ("out", "keep", "json_out", "full", "png", "report")
 
 
-def refuse_overwriting(given: Given) -> None:
+def refuse_overwriting(settings: Settings) -> None:
     """Raise ``UserError`` where a command would write over something that it reads, or two results over each other."""
-    named = {name: value if isinstance(value, list | tuple) else [value] for name, value in given.items()}
-    paths = [(name, Path(str(v))) for name, values in named.items() for v in values if isinstance(v, str | Path)]
-    places = [(name, path.resolve()) for name, path in paths if name in OUTPUTS or os.path.exists(path)]
+    values = {name: getattr(settings, name) for name in type(settings).model_fields}
+    named = [(name, one) for name, value in values.items() for one in (value if type(value) is tuple else (value,))]
+    paths = [(name, Path(one)) for name, one in named if isinstance(one, str | Path)]
+    places = [(name, path.resolve()) for name, path in paths if name in OUTPUTS or _exists(path)]
     for at, (name, place) in enumerate(places):
         for other, there in places[:at]:
             if place == there and (name in OUTPUTS or other in OUTPUTS):
@@ -53,14 +49,23 @@ def refuse_overwriting(given: Given) -> None:
                 raise UserError(f"{flags} are both {place}, which would be overwritten; name another file to write")
 
 
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a text that no file can be called
+        return False
+
+
 # -- counting --------------------------------------------------------------------------------------------------------
-def counted(source: Any, what: str) -> str:
-    """``40 prompts of prompts.jsonl``, without the number where it is not cheap to know."""
+def counted(source: Any, what: str, most: int | None = None) -> str:
+    """``40 prompts of prompts.jsonl``, without the number where it is not cheap to know; at ``most`` so many."""
     text = str(source)
-    if text.startswith("self"):
-        return f"{text.partition(':')[2] or '400'} questions that the target writes itself"
+    if count := self_prompts(text):
+        return f"{count} questions that the target writes itself"
     number = items(Path(text))
-    return f"{what} of {text}" if number is None else f"{number:,} {what} of {text}"
+    if number is None:
+        return f"{what} of {text}" if most is None else f"at most {most} {what} of {text}"
+    return f"{number:,} {what} of {text}" if most is None else f"{min(number, most):,} of {number:,} {what} of {text}"
 
 
 def items(path: Path) -> int | None:
@@ -73,28 +78,23 @@ def items(path: Path) -> int | None:
     return sum(1 for line in data.splitlines() if line.strip())
 
 
-def asked(given: Given) -> str:
+def asked(s: Any) -> str:
     """The prompts of a command that takes files, suites and a limit."""
-    names = [*([str(given["prompts"])] if given.get("prompts") else []), *(given.get("suite") or [])]
-    if len(names) == 1 and given.get("prompts"):
-        number = items(Path(names[0]))
-        most = given.get("limit")
-        if number is not None and most is not None:
-            return f"{min(number, most):,} of {number:,} prompts of {names[0]}"
-    limit = f"at most {given['limit']} prompts each of " if given.get("limit") else ""
-    return limit + ", ".join(names or ["no prompts"])
-
-
-def tokens(given: Given) -> str:
-    return f"at most {given['max_new_tokens']} tokens each"
+    if s.prompts and not s.suite:
+        return counted(s.prompts, "prompts", s.limit)
+    return f"at most {s.limit} prompts each of {several([*filter(None, [s.prompts]), *s.suite])}"
 
 
 def several(values: Any) -> str:
-    return ", ".join(map(str, values or ()))
+    return ", ".join(map(str, values))
 
 
-def target(given: Given) -> str:
-    return f"{given.get('target')}{' + ' + given['adapter'] if given.get('adapter') else ''}"
+def target(s: Any) -> str:
+    return f"{s.target}{' + ' + s.adapter if s.adapter else ''}"
+
+
+def text(s: Any) -> str:
+    return counted(s.responses, "responses") if s.responses else counted(s.prompts, "prompts")
 
 
 # -- what is there already -------------------------------------------------------------------------------------------
@@ -135,108 +135,77 @@ def found(out: Any) -> str:
 
 
 # -- one line a command ----------------------------------------------------------------------------------------------
-def _regenerate(g: Given) -> str:
-    temperatures = g["temperature"]
-    by = f"the server {g['server']}" if g.get("server") else target(g)
-    number = items(Path(g["prompts"]))
-    total = number * len(temperatures) * g["max_new_tokens"] if number else 0
+def _regenerate(s: Any) -> str:
+    number = items(Path(s.prompts))
+    total = number * len(s.temperature) * s.max_new_tokens if number else 0
     most = f" = at most {total:,} tokens where each asks one question" if total else ""
     return (
-        f"{counted(g['prompts'], 'prompts')}, answered by {by} at temperature {several(temperatures)}, "
-        f"{tokens(g)}{most}, into {g['out']}"
+        f"{counted(s.prompts, 'prompts')}, answered by {f'the server {s.server}' if s.server else target(s)} at "
+        f"temperature {several(s.temperature)}, at most {s.max_new_tokens} tokens each{most}, into {s.out}"
     )
 
 
-def _text(g: Given) -> str:
-    return counted(g["responses"], "responses") if g.get("responses") else counted(g.get("prompts"), "prompts")
+def _adapt(s: Any) -> str:
+    steps = ["take served responses" if s.responses else "answer", "train", "export", "measure", "write the page"]
+    if s.budget != "100%":
+        steps.insert(0 if s.select_on == "prompts" else 1, f"select {s.budget}")
+    return f"{text(s)}; {several(steps)}; {target(s)} with the draft {s.draft}; run directory {s.out}"
 
 
-def _adapt(g: Given) -> str:
-    steps = [
-        "take served responses" if g.get("responses") else "answer",
-        "train",
-        "export",
-        "measure",
-        "write the page",
-    ]
-    if g.get("budget") and str(g["budget"]) != "100%":
-        steps.insert(0 if g.get("select_on") == "prompts" else 1, f"select {g['budget']}")
-    return f"{_text(g)}; {', '.join(steps)}; {target(g)} with the draft {g.get('draft')}; run directory {g.get('out')}"
+def _distill(s: Any) -> str:
+    begin = f"the drafter {s.draft}" if s.draft else f"a new drafter, pretrained on {several(s.text)}"
+    return f"{begin}, aligned with {target(s)} on its answers to {text(s)}; run directory {s.out}"
 
 
-def _distill(g: Given) -> str:
-    begin = f"the drafter {g['draft']}" if g.get("draft") else f"a new drafter, pretrained on {several(g.get('text'))}"
-    return f"{begin}, aligned with {target(g)} on its answers to {_text(g)}; run directory {g.get('out')}"
+def _train(s: Any) -> str:
+    what = f"{s.method} of the draft {s.draft}" if s.draft else "a new draft"
+    times = f"{s.train_config().epochs:g} times {counted(s.responses, 'responses')}"
+    return f"{what} for {target(s)}, trained on {times}; run directory {s.out}"
 
 
-def _train(g: Given) -> str:
-    what = "a new draft" if g["from_nothing"] else f"{g['method']} of the draft {g['draft']}"
-    epochs = f"{g['epochs']:g} times " if g.get("epochs") else ""
-    return (
-        f"{what} for {target(g)}, trained on {epochs}{counted(g['responses'], 'responses')}; run directory {g['out']}"
-    )
+def _probe(s: Any) -> str:
+    beside = f" and by {s.base_target} for comparison" if s.base_target else ""
+    most = f"at most {s.max_new_tokens} tokens each"
+    return f"the draft {s.draft} on {asked(s)}, answered by {target(s)}{beside}, {most}; chain of {s.gamma}"
 
 
-def _select(g: Given) -> str:
-    return f"{g['budget']} of {_text(g)}, scored by {g['scorer']}, into {g['out']}"
+def _bench(s: Any) -> str:
+    measured = f"{several(s.server or s.draft)} and plain decoding of {target(s)}"
+    return f"{measured} on {asked(s)}, at most {s.max_new_tokens} tokens each, {s.shape}, into {s.out}"
 
 
-def _probe(g: Given) -> str:
-    beside = f" and by {g['base_target']} for comparison" if g.get("base_target") else ""
-    return f"the draft {g['draft']} on {asked(g)}, answered by {target(g)}{beside}, {tokens(g)}; chain of {g['gamma']}"
+def _vocabulary(s: Any) -> str:
+    does = f"refreshed into {s.out}" if s.refresh else "looked at"
+    return f"the vocabulary of {s.draft} against {counted(s.responses, 'responses')} of {target(s)}, {does}"
 
 
-def _bench(g: Given) -> str:
-    measured = several(g.get("server") or g.get("draft") or ())
-    return f"{measured} and plain decoding of {target(g)} on {asked(g)}, {tokens(g)}, {g['shape']}, into {g['out']}"
+def _study(s: Any) -> str:
+    if s.tables:
+        return f"tables and pictures of {s.tables}"
+    return f"the cells of {s.config}" + (", listed" if s.list_cells else f"; folder {s.out}")
 
 
-def _vocabulary(g: Given) -> str:
-    does = f"refreshed into {g['out']}" if g["refresh"] else "looked at"
-    return f"the vocabulary of {g['draft']} against {counted(g['responses'], 'responses')} of {target(g)}, {does}"
+def _watch(s: Any) -> str:
+    what = counted(s.prompts, "prompts", s.limit) if s.prompts else "one prompt"
+    most = f"at most {s.max_new_tokens} tokens{' each' if s.prompts and s.limit > 1 else ''}"
+    return f"{what}, answered by {target(s)} with the draft {s.draft}, {s.shape}, {most}"
 
 
-def _merge(g: Given) -> str:
-    return f"{g['private']} (scale {g['scale']:g}) into {g['base_draft']}, written to {g['out']}"
-
-
-def _export(g: Given) -> str:
-    return f"{g['draft']} for {g['target']} in the format {g['format']}, written to {g['out']}"
-
-
-def _report(g: Given) -> str:
-    return f"{several(g['results'])} as one page, {g['out']}"
-
-
-def _study(g: Given) -> str:
-    if g.get("tables"):
-        return f"tables and pictures of {g['tables']}"
-    return f"the cells of {g['config']}" + (", listed" if g["list_cells"] else f"; folder {g.get('out')}")
-
-
-def _watch(g: Given) -> str:
-    what = f"at most {g['limit']} of {counted(g['prompts'], 'prompts')}" if g.get("prompts") else "one prompt"
-    return f"{what}, answered by {target(g)} with the draft {g['draft']}, {g['shape']}, {tokens(g)}"
-
-
-def _quickstart(g: Given) -> str:
-    return (
-        f"344 maths problems answered, a draft trained on them, measured on 16 others; about ten minutes on two cores; "
-        f"folder {g['out']}"
-    )
-
-
-PLANS: dict[str, Callable[[Given], str]] = {
+PLANS: dict[str, Callable[[Any], str]] = {
     "adapt": _adapt,
     "bench": _bench,
     "distill": _distill,
-    "export": _export,
-    "merge": _merge,
+    "export": lambda s: f"{s.draft} for {s.target} in the format {s.format}, written to {s.out}",
+    "merge": lambda s: f"{s.private} (scale {s.scale:g}) into {s.base_draft}, written to {s.out}",
+    "merge-target": lambda s: f"the adapter {s.adapter} into {s.target}, written to {s.out}",
     "probe": _probe,
-    "quickstart": _quickstart,
+    "quickstart": lambda s: (
+        "344 maths problems answered, a draft trained on them, measured on 16 others; about ten minutes on two cores; "
+        f"folder {s.out}"
+    ),
     "regenerate": _regenerate,
-    "report": _report,
-    "select": _select,
+    "report": lambda s: f"{several(s.results)} as one page, {s.out}",
+    "select": lambda s: f"{s.budget} of {text(s)}, scored by {s.scorer}, into {s.out}",
     "study": _study,
     "train": _train,
     "vocabulary": _vocabulary,

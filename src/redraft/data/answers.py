@@ -1,4 +1,4 @@
-"""An answer that came as text, as the tokens that the target wrote; and a reply of tokens, as the turn that it was.
+"""Between text and tokens: the token ids of an answer that came as text, and the chat turn of a response in ids.
 
 A chat template writes answers in its own way: it trims them, drops thoughts, opens an empty block of thoughts. What was
 served was written by the model behind the template's opening of its turn, so the answer's own text is put there, and
@@ -16,8 +16,6 @@ from redraft.data.shapes import with_turns
 from redraft.data.template import render, template_ids, template_text
 from redraft.data.turns import ASSISTANT, USER, Message
 from redraft.errors import UserError
-
-__all__ = ["UnclearReply", "answer_ids", "continuation_ids", "reply_message"]
 
 ANSWER, THOUGHT = "redraftanswer", "redraftthought"
 # What opens and closes a block of thoughts in the public families of models that think.
@@ -225,10 +223,7 @@ def _joined(before: str, text: str) -> str:
 
 def _joined_end(text: str, behind: str) -> str:
     """The text without the blanks that follow it anyway."""
-    gap = behind[: len(behind) - len(behind.lstrip())]
-    while gap and not text.endswith(gap):
-        gap = gap[:-1]
-    return text[: len(text) - len(gap)] if gap else text
+    return _joined(behind[::-1], text[::-1])[::-1]
 
 
 def _refuse_ends(tokenizer: Any, id: str, response: Sequence[int], ends: Collection[int]) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection
 
-from redraft.data.prompts import Conversation
+from redraft.data.shapes import Conversation
+from redraft.data.turns import exchange
 from redraft.errors import UserError
 
 # reasoning-gym draws problem i of a data set with seed + i, so data sets of neighbouring seeds share most draws;
@@ -43,8 +44,7 @@ def maths_conversations(count: int, seed: int, exclude: Collection[str] = ()) ->
         if question in seen:
             continue
         seen.add(question)
-        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": solution}]
-        found.append(Conversation(f"gsm_symbolic/{seed}/{index}", messages))
+        found.append(Conversation(f"gsm_symbolic/{seed}/{index}", exchange(question, solution)))
         if len(found) == count:
             return found
     raise UserError(f"the maths templates gave {len(found)} different problems, not {count}; ask for fewer")

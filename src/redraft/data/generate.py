@@ -20,7 +20,8 @@ from torch import Tensor
 
 from redraft.data.own import own_generation
 from redraft.data.requests import Completion, Request, request_uniforms
-from redraft.sampling import Sampler, draw, warp
+from redraft.sampling import draw, warp
+from redraft.settings.sampler import Sampler
 from redraft.target import Target, TargetStep
 from redraft.target.slots import SlotCache, slot_attention
 

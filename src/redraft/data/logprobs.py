@@ -12,14 +12,12 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from redraft.data.generate import Completion, Request
 from redraft.data.server import ServerEngine
 from redraft.data.store import Failure, Row
-from redraft.data.transport import Passing, Refused
+from redraft.data.transport import Transient
 from redraft.errors import UserError
-from redraft.sampling import Sampler
 
 # Rounding may lift the logarithm of a certain token a little above zero.
 MOST_LOGPROB = 1e-2
@@ -54,48 +52,29 @@ class TopEngine(ServerEngine):
         Figures of an id beyond the vocabulary are no answer. Raises ``UserError`` when the server gives no
         log-probabilities, cannot be reached or stops answering.
         """
-        by_key = {row.key: row for row in rows}
-        requests = [Request(row.key, [*row.prompt_ids, *row.response_ids], Sampler()) for row in rows]
-        self._stop.clear()
-        self._connection.open()
-        try:
-            self.model = self.model or self._served_model()
-            # The pool hands on whatever the job gives.
-            job = cast(Callable[[Request], Completion | Failure], lambda r: self._score(r, by_key[r.key]))
-            yield from cast(Iterator[Any], self._all(requests, job))
-        finally:
-            self._stop.set()
-            self._connection.close()
+        yield from self.ask([(row.key, row) for row in rows], lambda row: (row.key, self._figures(row)))
 
-    def _score(self, request: Request, row: Row) -> tuple[str, Top] | Failure:
+    def _figures(self, row: Row) -> Top:
         body = {
             "model": self.model,
-            "prompt": list(request.prompt_ids),
+            "prompt": [*row.prompt_ids, *row.response_ids],
             "max_tokens": 1,
             "temperature": 0.0,
             "prompt_logprobs": self.count,
         }
-        try:
-            return row.key, self._persist(lambda: self._figures(body, row))
-        except Refused as error:
-            return Failure(row.key, str(error))
-        except Passing as error:
-            return Failure(row.key, f"{error}, {self.attempts} attempts", permanent=False)
-
-    def _figures(self, body: dict[str, Any], row: Row) -> Top:
         found = read_tops(self._connection.json("POST", "/v1/completions", body), row, self.url)
         highest, size = max(map(max, found[0])), self.vocab_size
         if size is not None and highest >= size:
-            raise Passing(f"log-probabilities of token id {highest}, and the target's vocabulary has {size}")
+            raise Transient(f"log-probabilities of token id {highest}, and the target's vocabulary has {size}")
         return found
 
 
 def read_tops(value: dict[str, Any], row: Row, url: str) -> Top:
-    """The figures in a server's answer. Raises ``UserError`` where it has none, ``Passing`` where they do not fit."""
+    """The figures in a server's answer. Raises ``UserError`` where it has none, ``Transient`` where they do not fit."""
     try:
         found = value["choices"][0].get("prompt_logprobs")
     except (KeyError, IndexError, TypeError, AttributeError):
-        raise Passing("an answer without choices") from None
+        raise Transient("an answer without choices") from None
     if found is None:
         raise UserError(
             f"the server at {url} gives no log-probabilities of a prompt; use one that does (vLLM), or train on its "
@@ -107,11 +86,11 @@ def read_tops(value: dict[str, Any], row: Row, url: str) -> Top:
         if any(i < 0 or x > MOST_LOGPROB for entry in entries for i, x in entry.items()):
             raise ValueError
     except (TypeError, ValueError, OverflowError, AttributeError, KeyError):
-        raise Passing("log-probabilities in no known form") from None
+        raise Transient("log-probabilities in no known form") from None
     # JSON has no infinity: a token that cannot be comes as the least number there is, or not at all.
     likely = [{i: x for i, x in entry.items() if math.isfinite(x)} for entry in entries]
     if len(likely) != len(row.response_ids) - 1 or not all(likely):
-        raise Passing(f"log-probabilities of {len(likely)} tokens where {len(row.response_ids) - 1} were asked for")
+        raise Transient(f"log-probabilities of {len(likely)} tokens where {len(row.response_ids) - 1} were asked for")
     return [list(entry) for entry in likely], [list(entry.values()) for entry in likely]
 
 

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from redraft.data.prompts import Conversation
+from redraft.data.shapes import Conversation
 from redraft.data.store import Row
 from redraft.data.template import render
 from redraft.errors import UserError
@@ -45,6 +45,11 @@ def words(text: str) -> list[str]:
     """The words of a text, without case, spacing, punctuation and forms of characters (NFKC)."""
     plain = text if text.isascii() else unicodedata.normalize("NFKC", text)
     return WORDS.findall(plain.casefold())
+
+
+def numbers_of(found: Iterable[str]) -> set[str]:
+    """Those of the words that have a digit."""
+    return {word for word in found if any(map(str.isdigit, word))}
 
 
 def same_text(conversation: Conversation) -> str:
@@ -91,7 +96,7 @@ class _Turn:
     def __init__(self, index: int, found: Sequence[str]) -> None:
         self.index = index
         self.shingles = _shingles([found])
-        self.numbers = {word for word in found if any(map(str.isdigit, word))}
+        self.numbers = numbers_of(found)
 
 
 def _long_turns(conversation: Conversation) -> list[list[str]]:

@@ -18,21 +18,21 @@ Shape legend: B blocks, T tokens.
 from __future__ import annotations
 
 import gzip
-import json
-import queue
 import random
-import threading
 import zlib
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from redraft.data.prompts import HUB_PREFIX
+from redraft.data.prompts import HUB_PREFIX, hub_rows, parse_json
+from redraft.data.turns import keys_of
 from redraft.errors import UserError
 
 PIECE_BYTES = 1 << 14
@@ -104,7 +104,7 @@ def _file_pieces(path: Path, text_field: str) -> Iterator[str]:
     if kind_of(path) in JSON:
         for number, line in _lines(path):
             if line.strip():
-                yield _text_of(_json(line, path, number), text_field, f"{path}:{number}")
+                yield _text_of(parse_json(line, path, number), text_field, f"{path}:{number}")
         return
     held: list[str] = []
     size = 0
@@ -117,37 +117,12 @@ def _file_pieces(path: Path, text_field: str) -> Iterator[str]:
     yield "".join(held)
 
 
-def _json(line: str, path: Path, number: int) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}:{number}: not JSON ({error}); a line must hold one object") from None
-
-
 def _text_of(item: Any, text_field: str, place: str) -> str:
     text = item.get(text_field) if isinstance(item, dict) else None
     if not isinstance(text, str):
-        known = ", ".join(sorted(map(str, item))[:8]) if isinstance(item, dict) else type(item).__name__
+        known = keys_of(item) if isinstance(item, dict) else type(item).__name__
         raise UserError(f"{place}: no text under {text_field!r} (there is {known}); name the field that holds it")
     return text
-
-
-def _hub_pieces(name: str, text_field: str, skip: int) -> Iterator[str]:
-    place, _, split = name.removeprefix(HUB_PREFIX).partition("@")
-    repository, _, config = place.partition(":")
-    try:
-        import datasets
-    except ImportError as error:
-        raise UserError(f"reading {name} needs the package datasets: pip install redraft[datasets]") from error
-    try:
-        rows = datasets.load_dataset(repository, config or None, split=split or "train", streaming=True)
-        for number, item in enumerate(rows.skip(skip), skip + 1):
-            yield _text_of(item, text_field, f"{name}: row {number}")
-    except UserError:
-        raise
-    except Exception as error:  # the library raises whatever its file systems raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"cannot read {name}: {reason}; check name, config and split, and the network") from error
 
 
 @dataclass
@@ -171,8 +146,9 @@ class TextSource:
             hub = name.startswith(HUB_PREFIX)
             # A data set can skip cheaply, but how many it has is known only at its end.
             lazily = hub and name == self.files[-1]
-            found = _hub_pieces(name, self.text_field, skip if lazily else 0) if hub else self._of_file(name)
-            for piece in found:
+            rows = hub_rows(name, skip if lazily else 0) if hub else ()
+            texts = (_text_of(item, self.text_field, f"{name}: row {number}") for number, item in rows)
+            for piece in texts if hub else self._of_file(name):
                 if skip and not lazily:
                     skip -= 1
                 else:
@@ -306,38 +282,12 @@ def ahead(make: Callable[[], Iterator[T]], depth: int = 8) -> Iterator[T]:
 
     Errors come out where the item would have. Closing the generator ends the thread.
     """
-    line: queue.Queue[tuple[bool, Any]] = queue.Queue(depth)
-    stop = threading.Event()
-
-    def put(item: tuple[bool, Any]) -> bool:
-        while not stop.is_set():
-            try:
-                line.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def work() -> None:
-        try:
-            for item in make():
-                if not put((True, item)):
-                    return
-            put((False, None))
-        except BaseException as error:  # handed over to the reader, whatever it is
-            put((False, error))
-
-    thread = threading.Thread(target=work, name="redraft-text", daemon=True)
-    thread.start()
+    end, items = object(), make()
+    reader = ThreadPoolExecutor(1, thread_name_prefix="redraft-text")
     try:
-        while True:
-            more, item = line.get()
-            if more:
-                yield item
-            elif item is None:
-                return
-            else:
-                raise item
+        waiting = deque(reader.submit(next, items, end) for _ in range(depth))
+        while (item := waiting.popleft().result()) is not end:
+            waiting.append(reader.submit(next, items, end))
+            yield cast(T, item)
     finally:
-        stop.set()
-        thread.join()
+        reader.shutdown(wait=True, cancel_futures=True)

@@ -15,26 +15,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from redraft.data.shapes import Conversation, Message, Turns, parse_conversation
-from redraft.data.template import template_ids
-from redraft.data.turns import ASSISTANT, USER
+from redraft.data.shapes import Conversation, Turns, parse_conversation
+from redraft.data.turns import ASSISTANT, USER, Message
 from redraft.errors import UserError
-
-__all__ = [
-    "HUB_PREFIX",
-    "Conversation",
-    "Message",
-    "Turns",
-    "check_length",
-    "file_items",
-    "parse_conversation",
-    "prompt_messages",
-    "prompt_turns",
-    "read_conversations",
-    "stem_of",
-    "template_ids",
-    "user_turns",
-]
 
 HUB_PREFIX = "datasets:"
 # JSON can write one half of a pair that makes a character; files that were cut in the middle of one do.
@@ -51,12 +34,12 @@ def read_conversations(
     Raises ``UserError`` with file and line for: a missing or empty file, broken JSON, an unknown shape or role, a
     conversation with no user turn, an id that is there twice.
     """
+    items: Iterator[tuple[int, str, Any]]
     if str(path).startswith(HUB_PREFIX):
-        name = str(path).removeprefix(HUB_PREFIX)
-        stem, items = name, _hub_items(name)
+        stem = str(path).removeprefix(HUB_PREFIX)
+        items = ((number, f"{path}: row {number}", _without_nulls(item)) for number, item in hub_rows(str(path)))
     else:
-        path = Path(path)
-        stem, items = stem_of(path), file_items(path)
+        stem, items = stem_of(Path(path)), file_items(Path(path))
     found: list[Conversation] = []
     places: dict[str, str] = {}
     for number, place, item in items:
@@ -107,15 +90,16 @@ def file_items(path: Path) -> Iterator[tuple[int, str, Any]]:
                 yield number, f"{path}:{number}", line.strip()
         return
     if text.lstrip().startswith("["):
-        for number, item in enumerate(_parse(text, path, 1), 1):
+        for number, item in enumerate(parse_json(text, path, 1), 1):
             yield number, f"{path}: item {number}", item
         return
     for number, line in enumerate(lines, 1):
         if line.strip():
-            yield number, f"{path}:{number}", _parse(line, path, number)
+            yield number, f"{path}:{number}", parse_json(line, path, number)
 
 
-def _parse(text: str, path: Path, first_line: int) -> Any:
+def parse_json(text: str, path: Path, first_line: int) -> Any:
+    """The JSON value of a text that begins on this line of a file. Raises ``UserError`` with file and line."""
     try:
         value = json.loads(text)
         if HALF_A_CHARACTER.search(text):
@@ -148,24 +132,23 @@ def _refuse_row(line: str, path: Path, number: int) -> None:
         raise UserError(f"{path}:{number}: a JSON row in a file of plain text; call the file .jsonl to have rows read")
 
 
-def _hub_items(name: str) -> Iterator[tuple[int, str, Any]]:
-    place, _, split = name.partition("@")
+def hub_rows(name: str, skip: int | None = None) -> Iterator[tuple[int, Any]]:
+    """Number and value of every row of a ``datasets:`` name, in order; streamed from behind the first ``skip``, if any.
+
+    Raises ``UserError`` where the library is missing or cannot read the data set.
+    """
+    place, _, split = name.removeprefix(HUB_PREFIX).partition("@")
     repository, _, config = place.partition(":")
     try:
         import datasets
     except ImportError as error:
-        raise UserError(
-            f"reading {HUB_PREFIX}{name} needs the package datasets: pip install redraft[datasets]"
-        ) from error
+        raise UserError(f"reading {name} needs the package datasets: pip install redraft[datasets]") from error
     try:
-        rows = datasets.load_dataset(repository, config or None, split=split or "train")
+        rows = datasets.load_dataset(repository, config or None, split=split or "train", streaming=skip is not None)
+        yield from enumerate(rows.skip(skip) if skip else rows, (skip or 0) + 1)
     except Exception as error:  # the library raises whatever its file systems raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"cannot load the data set {name}: {reason}; check its name, config and split, and the network"
-        ) from error
-    for number, item in enumerate(rows, 1):
-        yield number, f"{HUB_PREFIX}{name}: row {number}", _without_nulls(item)
+        raise UserError(f"cannot read {name}: {reason}; check its name, config and split, and the network") from error
 
 
 def _without_nulls(value: Any) -> Any:

@@ -11,15 +11,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from redraft.data.answers import answer_ids
-from redraft.data.prompts import Conversation, Message, check_length, prompt_messages
-from redraft.data.store import REFERENCE, Failure, Row, row_key
-from redraft.data.turns import ASSISTANT, SYSTEM, USER
+from redraft.data.prompts import check_length, prompt_messages
+from redraft.data.shapes import Conversation
+from redraft.data.store import REFERENCE, UNKNOWN, Failure, Row, row_key
+from redraft.data.turns import ASSISTANT, SYSTEM, USER, Message
 from redraft.errors import UserError
-
-__all__ = ["reference_answers", "reference_rows"]
-
-# What stands in the field where a sampled row has its temperature: anything but greedy.
-UNKNOWN_TEMPERATURE = 1.0
 
 
 def reference_rows(
@@ -67,21 +63,8 @@ def reference_rows(
                 break
             if max_new_tokens is not None and len(response) > max_new_tokens:
                 response, finish = response[:max_new_tokens], "length"
-            rows.append(
-                Row(
-                    id=conversation.id,
-                    prompt_ids=prompt,
-                    response_ids=response,
-                    temperature=UNKNOWN_TEMPERATURE,
-                    top_k=0,
-                    top_p=1.0,
-                    seed=0,
-                    finish_reason=finish,
-                    target_hash=target_hash,
-                    turn=turn,
-                    source=REFERENCE,
-                )
-            )
+            found = prompt, response, UNKNOWN, finish, target_hash
+            rows.append(Row.of(conversation.id, *found, turn=turn, source=REFERENCE))
     return rows
 
 

@@ -21,14 +21,15 @@ from typing import Any, Protocol
 
 from redraft.data.answers import UnclearReply, reply_message
 from redraft.data.generate import Completion, Request, generate
-from redraft.data.prompts import Conversation, check_length, prompt_messages, template_ids, user_turns
+from redraft.data.prompts import Conversation, check_length, prompt_messages, user_turns
 from redraft.data.server import ServerEngine
 from redraft.data.store import CONTEXT_FULL, Failure, Row, RowWriter, failures_path, row_key, write_failures
-from redraft.data.template import at_moment, date_path, kept_moment, settings_of, writes_date
+from redraft.data.template import at_moment, date_path, kept_moment, settings_of, template_ids, writes_date
 from redraft.data.turns import RESULTS, Message
 from redraft.errors import UserError
 from redraft.features import FeatureKeeper, RowFeatures
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
+from redraft.shown import Shown, lines
 from redraft.target import Facts, Target
 
 __all__ = ["Engine", "InProcessEngine", "RegenerationReport", "ServerEngine", "expected_rows", "regenerate"]
@@ -77,7 +78,7 @@ class InProcessEngine:
 
 
 @dataclass
-class RegenerationReport:
+class RegenerationReport(Shown):
     """What a run did. Tokens are those of new rows; ``kept`` rows were there already, ``cut`` counts the new ones
     that ended because the engine's context was full."""
 
@@ -104,6 +105,9 @@ class RegenerationReport:
         if self.failures:
             parts.append(f"{len(self.failures):,} failed, listed in {failures_path(self.path)}")
         return ", ".join(parts)
+
+    def __rich__(self) -> Any:
+        return lines(self.summary())
 
 
 @dataclass
@@ -310,22 +314,12 @@ class _Run:
         self._reply(chain, row)
 
     def _take(self, chain: _Chain, completion: Completion) -> None:
-        request, sampler, reason = completion.request, chain.sampler, completion.finish_reason
+        prompt_ids, reason = list(completion.request.prompt_ids), completion.finish_reason
         if reason == "length" and len(completion.response_ids) < self.max_new_tokens:
             reason = CONTEXT_FULL
             self.report.cut += 1
-        row = Row(
-            id=chain.conversation.id,
-            prompt_ids=list(request.prompt_ids),
-            response_ids=completion.response_ids,
-            temperature=sampler.temperature,
-            top_k=sampler.top_k,
-            top_p=sampler.top_p,
-            seed=self.seed,
-            finish_reason=reason,
-            target_hash=self.target_hash,
-            turn=len(chain.replies),
-        )
+        drawn = completion.response_ids, chain.sampler, reason, self.target_hash
+        row = Row.of(chain.conversation.id, prompt_ids, *drawn, seed=self.seed, turn=len(chain.replies))
         self.buffer.append(row)
         self.report.new += 1
         self.report.prompt_tokens += len(row.prompt_ids)

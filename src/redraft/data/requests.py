@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
 
 
 @dataclass(frozen=True)

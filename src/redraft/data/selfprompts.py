@@ -12,21 +12,20 @@ from __future__ import annotations
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from redraft.data.generate import Completion, Request, generate
-from redraft.data.overlap import SENTINEL, words
-from redraft.data.prompts import Conversation, Message
+from redraft.data.generate import Request, generate
+from redraft.data.overlap import SENTINEL, numbers_of, words
+from redraft.data.shapes import Conversation
 from redraft.data.store import Row, RowWriter, row_key
 from redraft.data.template import render
+from redraft.data.turns import USER
 from redraft.errors import UserError
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
 from redraft.target import Target
-
-__all__ = ["NearDuplicates", "SelfPromptReport", "UserOpening", "self_prompts", "user_opening"]
 
 SAMPLER = Sampler(1.0, 0, 0.95)
 # Self-Instruct (arXiv 2212.10560) keeps an instruction whose overlap with all others is below 0.7; its measure is
@@ -70,16 +69,14 @@ class SelfPromptReport:
         )
 
 
-def user_opening(tokenizer: Any, system: str | None = None) -> UserOpening:
-    """The opening of a user's turn by the chat template, behind the ``system`` turn or the template's own.
+def user_opening(tokenizer: Any) -> UserOpening:
+    """The opening of a user's turn by the chat template, behind the template's own system turn if it has one.
 
     Raises ``UserError`` when there is no template, it writes nothing in front of a user's text or nothing behind it,
     or changes that text, so that the opening cannot be told.
     """
-    messages: list[Message] = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": SENTINEL})
     try:
-        text = render(tokenizer, "with a lone user turn", messages, False)
+        text = render(tokenizer, "with a lone user turn", [{"role": USER, "content": SENTINEL}], False)
     except UserError as error:
         raise UserError(f"{error}; give a prompt file") from error
     before, found, behind = text.partition(SENTINEL)
@@ -90,12 +87,8 @@ def user_opening(tokenizer: Any, system: str | None = None) -> UserOpening:
         )
     ids = list(tokenizer(before, add_special_tokens=False).input_ids)
     end = list(tokenizer(behind, add_special_tokens=False).input_ids)
-    stop = (end[0],) if end[0] in set(tokenizer.all_special_ids) | set(_added_ids(tokenizer)) else ()
-    return UserOpening(ids, behind.strip(), stop)
-
-
-def _added_ids(tokenizer: Any) -> Iterable[int]:
-    return getattr(tokenizer, "added_tokens_decoder", {})
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return UserOpening(ids, behind.strip(), (end[0],) if end[0] in {*tokenizer.all_special_ids, *added} else ())
 
 
 def self_prompts(
@@ -107,7 +100,6 @@ def self_prompts(
     sampler: Sampler = SAMPLER,
     max_new_tokens: int = 160,
     batch_size: int = 64,
-    system: str | None = None,
     progress: Callable[..., None] | None = None,
 ) -> tuple[list[Conversation], SelfPromptReport]:
     """``count`` different questions in the target's own words, and what became of the other draws.
@@ -115,7 +107,7 @@ def self_prompts(
     The raw draws go to the response file ``path``; those that are there already are used again, so the same command
     goes on after a kill. A draw is dropped that does not end, is empty or has hardly a word, repeats itself, holds
     marks of the chat template or broken characters, or nearly is an earlier one. ``progress(questions, draws=n)`` is
-    called as draws come in. ``system`` is the system turn to be served with; it stands in the conversations too.
+    called as draws come in.
 
     Raises ``UserError``: for a greedy sampler, a chat template without an opening, stored draws that do not belong
     here, and when far too few draws are of use.
@@ -124,40 +116,36 @@ def self_prompts(
         raise UserError(f"the number of prompts must be 1 or more, not {count}")
     if sampler.greedy:
         raise UserError("greedy drafts of a user's turn are all the same; give a temperature above 0")
-    opening = user_opening(target.tokenizer, system)
+    opening = user_opening(target.tokenizer)
     if len(opening.ids) + max_new_tokens > target.context:
         raise UserError(f"{max_new_tokens} new tokens do not fit into the target's context of {target.context}")
     with RowWriter(path) as writer:
-        run = _Run(target, opening, sampler, seed, max_new_tokens, batch_size, system, writer, progress)
+        run = _Run(target, opening, sampler, seed, max_new_tokens, batch_size, writer, progress)
+        run.check_stored()
         return run.collect(count), run.report
 
 
+@dataclass
 class _Run:
     """The state of one run."""
 
-    def __init__(
-        self,
-        target: Target,
-        opening: UserOpening,
-        sampler: Sampler,
-        seed: int,
-        max_new_tokens: int,
-        batch_size: int,
-        system: str | None,
-        writer: RowWriter,
-        progress: Callable[..., None] | None,
-    ) -> None:
-        self.target, self.opening, self.sampler, self.seed = target, opening, sampler, seed
-        self.max_new_tokens, self.batch_size, self.system = max_new_tokens, batch_size, system
-        self.writer, self.progress = writer, progress
-        self.hash = target.content_hash()
+    target: Target
+    opening: UserOpening
+    sampler: Sampler
+    seed: int
+    max_new_tokens: int
+    batch_size: int
+    writer: RowWriter
+    progress: Callable[..., None] | None
+
+    def __post_init__(self) -> None:
+        self.hash = self.target.content_hash()
         self.report = SelfPromptReport()
         self.kept: list[Conversation] = []
         self.seen = NearDuplicates()
-        self.stored = {row.key: row for row in writer.rows}
-        self._check_stored()
+        self.stored = {row.key: row for row in self.writer.rows}
 
-    def _check_stored(self) -> None:
+    def check_stored(self) -> None:
         wanted = (self.hash, self.opening.ids, self.sampler, self.seed)
         for row in self.stored.values():
             found = (row.target_hash, row.prompt_ids, Sampler(row.temperature, row.top_k, row.top_p), row.seed)
@@ -204,7 +192,9 @@ class _Run:
             for done in generate(
                 self.target, requests, self.max_new_tokens, self.batch_size, stop_ids=self.opening.stop_ids
             ):
-                buffer.append(self._row(missing[done.request.key], done))
+                drawn = done.response_ids, self.sampler, done.finish_reason, self.hash
+                id = f"self/{missing[done.request.key]}"
+                buffer.append(Row.of(id, self.opening.ids, *drawn, seed=self.seed))
                 self.report.new += 1
                 self.report.tokens += len(self.opening.ids) + len(done.response_ids)
                 if len(buffer) >= self.batch_size:
@@ -212,19 +202,6 @@ class _Run:
                     buffer = []
         finally:
             self._store(buffer)
-
-    def _row(self, number: int, done: Completion) -> Row:
-        return Row(
-            id=f"self/{number}",
-            prompt_ids=self.opening.ids,
-            response_ids=done.response_ids,
-            temperature=self.sampler.temperature,
-            top_k=self.sampler.top_k,
-            top_p=self.sampler.top_p,
-            seed=self.seed,
-            finish_reason=done.finish_reason,
-            target_hash=self.hash,
-        )
 
     def _store(self, rows: list[Row]) -> None:
         self.writer.append(rows)
@@ -236,15 +213,14 @@ class _Run:
         """Keep the draw of this number, or count why not."""
         self.report.draws += 1
         text, finished = self._text(self.stored[self._key(number)])
-        reason = "unfinished" if not finished else unusable(text, self._marks())
+        marks = (self.opening.ending, *self.target.tokenizer.all_special_tokens)
+        reason = "unfinished" if not finished else unusable(text, marks)
         if reason is None and not self.seen.add(text):
             reason = "near duplicates"
         if reason is not None:
             self.report.dropped[reason] += 1
             return
-        messages: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
-        messages.append({"role": "user", "content": text})
-        self.kept.append(Conversation(f"self/{self.seed}/{number}", messages))
+        self.kept.append(Conversation(f"self/{self.seed}/{number}", [{"role": USER, "content": text}]))
 
     def _text(self, row: Row) -> tuple[str, bool]:
         """The text of a draw up to the end of the turn, and whether that end came."""
@@ -254,9 +230,6 @@ class _Run:
             return text.strip(), row.finish_reason == "stop"
         head, found, _ = text.partition(self.opening.ending)
         return head.strip(), bool(found) or row.finish_reason == "stop"
-
-    def _marks(self) -> tuple[str, ...]:
-        return (self.opening.ending, *self.target.tokenizer.all_special_tokens)
 
 
 # -- what is of use --------------------------------------------------------------------------------------------------
@@ -291,7 +264,7 @@ class NearDuplicates:
         found = words(text)
         span = min(SHINGLE, len(found))
         shingles = {tuple(found[i : i + span]) for i in range(len(found) - span + 1)}
-        numbers = {word for word in found if any(map(str.isdigit, word))}
+        numbers = numbers_of(found)
         shared = Counter(index for shingle in shingles for index in self.holders.get(shingle, ()))
         for index, count in shared.items():
             others, their_numbers = self.texts[index]

@@ -7,7 +7,7 @@ An end token is never guessed. It is the last id, or the one that the server nam
 ``matched_stop``), or the target's only one. Where none of that holds the response ends with its last known token and
 keeps its finish reason: all it says is the target's, and the draft learns nothing of its end.
 
-Faults that may pass (refused connections, time-outs, status 429 and 5xx, answers that make no sense) are tried again
+Transient faults (refused connections, time-outs, status 429 and 5xx, answers that make no sense) are tried again
 with exponential backoff. Once a whole row of requests has used up its attempts, the server counts as gone: the run
 stops with what it has, and the same command goes on from there.
 """
@@ -18,21 +18,26 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from difflib import SequenceMatcher
-from typing import Any
+from itertools import islice
+from typing import Any, TypeVar
 
 from redraft.data.generate import Completion, Request
 from redraft.data.store import FINISH_REASONS, Failure
 from redraft.data.transport import (
     Connection,
-    Passing,
     Refused,
+    Transient,
+    answer_ids,
     check_prompt,
     completion_body,
-    completion_tokens,
+    counted,
     excerpt,
     first_choice,
 )
 from redraft.errors import UserError
+
+Item = TypeVar("Item")
+Outcome = TypeVar("Outcome")
 
 LONGEST_PAUSE = 30.0
 # A server's text against its ids: characters that are compared, those that a comparison needs, and the share alike.
@@ -44,8 +49,8 @@ class ServerEngine:
 
     ``model`` is the served name; without it the server is asked and must serve exactly one. ``concurrency`` requests
     are under way at a time; each has ``timeout`` seconds an attempt and ``attempts`` attempts, with pauses of
-    ``backoff`` seconds, doubled every time. ``api_key`` (by default that of the environment) is sent as a bearer
-    token. Ids from ``vocab_size`` on are no answer; without it those that the tokenizer does not know.
+    ``backoff`` seconds, doubled every time. Ids from ``vocab_size`` on are no answer; without it those that the
+    tokenizer does not know.
     """
 
     def __init__(
@@ -56,10 +61,9 @@ class ServerEngine:
         timeout: float = 300.0,
         attempts: int = 5,
         backoff: float = 0.5,
-        api_key: str | None = None,
         vocab_size: int | None = None,
     ) -> None:
-        self._connection = Connection(url, concurrency, timeout, api_key)
+        self._connection = Connection(url, concurrency, timeout)
         self.url = self._connection.url
         self.model, self.concurrency = model, concurrency
         self.attempts, self.backoff, self.vocab_size = attempts, backoff, vocab_size
@@ -80,33 +84,34 @@ class ServerEngine:
         server gives none.
         Raises ``UserError`` when the server cannot be reached at all, knows no such model, or stops answering.
         """
-        if not requests:
+
+        def attempt(request: Request) -> Completion:
+            body = completion_body(request, self.model, max_new_tokens)
+            value = self._connection.json("POST", "/v1/completions", body)
+            # all that a draft learns of such a response is right; of its end it learns nothing
+            limits = (max_new_tokens, tokenizer, eos_ids, self.vocab_size)
+            return read_completion(value, request, *limits, open_end=True)
+
+        yield from self.ask([(request.key, request) for request in requests], attempt)
+
+    def ask(self, items: Sequence[tuple[str, Item]], attempt: Callable[[Item], Outcome]) -> Iterator[Outcome | Failure]:
+        """What ``attempt`` makes of every (key, item), or a failure, ``concurrency`` at a time, as they finish.
+
+        Raises ``UserError`` as :meth:`answer` does: as many given up in a row as are under way at a time mean that the
+        server is gone.
+        """
+        if not items:
             return
         self._stop.clear()
         self._connection.open()
-        try:
-            if self.model is None:
-                self.model = self._served_model()
-
-            def job(request: Request) -> Completion | Failure:
-                return self._answer(request, max_new_tokens, tokenizer, eos_ids)
-
-            yield from self._all(requests, job)
-        finally:
-            self._stop.set()
-            self._connection.close()
-
-    def _all(
-        self, requests: Sequence[Request], job: Callable[[Request], Completion | Failure]
-    ) -> Iterator[Completion | Failure]:
-        """Run the jobs, ``concurrency`` at a time. As many given up in a row mean that the server is gone."""
-        waiting, running = iter(requests), set[Future[Completion | Failure]]()
         pool = ThreadPoolExecutor(self.concurrency, thread_name_prefix="redraft-server")
+        waiting, running = iter(items), set[Future[Outcome | Failure]]()
         given_up = 0
         try:
+            self.model = self.model or self._served_model()
             while True:
-                while len(running) < self.concurrency and (request := next(waiting, None)) is not None:
-                    running.add(pool.submit(job, request))
+                for key, item in islice(waiting, self.concurrency - len(running)):
+                    running.add(pool.submit(self._try, key, item, attempt))
                 if not running:
                     return
                 done, running = wait(running, return_when=FIRST_COMPLETED)
@@ -120,32 +125,23 @@ class ServerEngine:
         finally:
             self._stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
+            self._connection.close()
 
     # -- one request -------------------------------------------------------------------------------------------------
-    def _answer(
-        self, request: Request, max_new_tokens: int, tokenizer: Any, eos_ids: Sequence[int]
-    ) -> Completion | Failure:
-        body = completion_body(request, self.model, max_new_tokens)
-
-        def attempt() -> Completion:
-            value = self._connection.json("POST", "/v1/completions", body)
-            # all that a draft learns of such a response is right; of its end it learns nothing
-            limits = (max_new_tokens, tokenizer, eos_ids, self.vocab_size)
-            return read_completion(value, request, *limits, open_end=True)
-
+    def _try(self, key: str, item: Item, attempt: Callable[[Item], Outcome]) -> Outcome | Failure:
         try:
-            return self._persist(attempt)
+            return self._persist(lambda: attempt(item))
         except Refused as error:
-            return Failure(request.key, str(error))
-        except Passing as error:
-            return Failure(request.key, f"{error}, {self.attempts} attempts", permanent=False)
+            return Failure(key, str(error))
+        except Transient as error:
+            return Failure(key, f"{error}, {self.attempts} attempts", permanent=False)
 
-    def _persist(self, attempt: Callable[[], Any]) -> Any:
-        """The attempt's result; it is repeated with growing pauses while it raises ``Passing``."""
+    def _persist(self, attempt: Callable[[], Outcome]) -> Outcome:
+        """The attempt's result; it is repeated with growing pauses while it raises ``Transient``."""
         for number in range(self.attempts):
             try:
                 return attempt()
-            except Passing:
+            except Transient:
                 pause = min(LONGEST_PAUSE, self.backoff * 2**number)
                 if number + 1 == self.attempts or self._stop.wait(pause):
                     raise
@@ -154,7 +150,7 @@ class ServerEngine:
     def _served_model(self) -> str:
         try:
             names = self._persist(self._connection.served_models)
-        except (Passing, Refused) as error:
+        except (Transient, Refused) as error:
             raise UserError(f"the server at {self.url} cannot be used: {error}; is it up?") from error
         return self._connection.the_model(names)
 
@@ -171,33 +167,31 @@ def read_completion(
 ) -> Completion:
     """The completion in a server's answer; ids must lie below ``vocab_size`` (by default the tokenizer's).
 
-    With ``open_end`` a response whose end token nobody names comes without one; else it is refused. Raises ``Passing``
-    for an answer that makes no sense, ``Refused`` when text cannot be turned back into exact
-    token ids, ``UserError`` when the server did not take the prompt as it was sent.
+    With ``open_end`` a response whose end token nobody names comes without one; else it is refused. Raises
+    ``Transient`` for an answer that makes no sense, ``Refused`` when text cannot be turned back into exact token ids,
+    ``UserError`` when the server did not take the prompt as it was sent.
     """
     choice = first_choice(value)
     if choice is None:
-        raise Passing(f"an answer without choices: {excerpt(str(value))!r}")
+        raise Transient(f"an answer without choices: {excerpt(str(value))!r}")
     reason = choice.get("finish_reason")
     if reason not in FINISH_REASONS:
-        raise Passing(f"an answer with the finish reason {excerpt(repr(reason))}")
+        raise Transient(f"an answer with the finish reason {excerpt(repr(reason))}")
     check_prompt(choice, value, request)
-    ids = choice.get("token_ids")
+    ids = answer_ids(choice)
     if ids is None:
         if isinstance(_stopped_at(choice), str):
             raise Refused("the server cut the text at a stop string, so its last tokens are lost; start it without any")
-        ids = exact_ids(choice.get("text"), completion_tokens(value, max_new_tokens + 1), reason, tokenizer)
-    if not isinstance(ids, list) or not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-        raise Passing("an answer whose token ids are no list of numbers")
+        ids = exact_ids(choice.get("text"), counted(value, "completion_tokens", max_new_tokens + 1), reason, tokenizer)
     if len(ids) > max_new_tokens + 1:
-        raise Passing(f"an answer of {len(ids)} tokens where at most {max_new_tokens} were asked for")
+        raise Transient(f"an answer of {len(ids)} tokens where at most {max_new_tokens} were asked for")
     ids, reason = _ended(ids, reason, choice, eos_ids)
     if reason == "stop" and ids[-1] not in (*eos_ids, _stopped_at(choice)) and not open_end:
         raise Refused(f"the server does not say at which of the end tokens {', '.join(map(str, eos_ids))} it stopped")
     size = len(tokenizer) if vocab_size is None else vocab_size
     wrong = next((i for i in ids if not 0 <= i < size), None)
     if wrong is not None:
-        raise Passing(f"an answer with token id {excerpt(str(wrong))}, and the target's vocabulary has {size}")
+        raise Transient(f"an answer with token id {excerpt(str(wrong))}, and the target's vocabulary has {size}")
     _check_vocabulary(choice.get("text"), ids, tokenizer)
     # A response that ends exactly at the limit may come without its end token; the limit is what ended it then.
     return Completion(request, ids[:max_new_tokens], reason if len(ids) <= max_new_tokens else "length")
@@ -222,7 +216,7 @@ def _ended(ids: list[int], reason: str, choice: dict[str, Any], eos_ids: Sequenc
             "an empty answer, and the server does not say which end token it is; use one that gives token ids"
         )
     if not ids:
-        raise Passing("an answer of 0 tokens")
+        raise Transient("an answer of 0 tokens")
     return ids, reason
 
 
@@ -233,7 +227,7 @@ def exact_ids(text: Any, completion_tokens: int | None, reason: str, tokenizer: 
     or without the end token). Raises ``Refused`` otherwise.
     """
     if not isinstance(text, str):
-        raise Passing("an answer with neither token ids nor text")
+        raise Transient("an answer with neither token ids nor text")
     ids = list(tokenizer.encode(text, add_special_tokens=False))
     counts = {len(ids), len(ids) + 1} if reason == "stop" else {len(ids)}
     # U+FFFD stands for bytes that did not make a character: what they were is lost

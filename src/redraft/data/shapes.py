@@ -10,10 +10,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from redraft.data.columns import refuse_keys, refuse_parts, refuse_second_text
-from redraft.data.turns import ASSISTANT, SYSTEM, THOUGHTS, USER, Message, decoded, excerpt, parse_turns, text_of
-
-__all__ = ["Conversation", "Message", "Turns", "parse_conversation"]
+from redraft.data.turns import (
+    ASSISTANT,
+    SYSTEM,
+    THOUGHTS,
+    USER,
+    Message,
+    decoded,
+    excerpt,
+    keys_of,
+    parse_turns,
+    text_of,
+)
+from redraft.data.unread_keys import refuse_keys, refuse_parts, refuse_second_text
 
 TURN_KEYS = ("messages", "conversations", "conversation")
 SYSTEM_KEYS = ("system", "system_prompt", "system_message", "system_instruction")
@@ -55,14 +64,10 @@ class Turns(list[Message]):
         super().__init__(messages)
         self.tools, self.arguments = list(tools), dict(arguments or {})
 
-    def but(self, messages: Iterable[Message]) -> Turns:
-        """Other messages, the same beside them."""
-        return Turns(messages, self.tools, self.arguments)
-
 
 def with_turns(asked: Sequence[Message], messages: Iterable[Message]) -> Turns:
     """``messages`` with the tools and arguments of ``asked``, where it has any."""
-    return asked.but(messages) if isinstance(asked, Turns) else Turns(messages)
+    return Turns(messages, asked.tools, asked.arguments) if isinstance(asked, Turns) else Turns(messages)
 
 
 def parse_conversation(item: Any, default_id: str) -> Conversation:
@@ -71,14 +76,18 @@ def parse_conversation(item: Any, default_id: str) -> Conversation:
         return Conversation(default_id, checked([{"role": USER, "content": item}]))
     if not isinstance(item, dict):
         raise ValueError(f"a prompt must be a JSON object, not {excerpt(item)}")
-    id = item.get("id")
-    if isinstance(id, bool) or not isinstance(id, (str, int, type(None))):
-        raise ValueError(f"the id must be text or a number, not {excerpt(id)}")
+    name = id_of(item.get("id"), default_id)
     item = _with_extra_body(item)
     refuse_keys(item)
     messages = checked(_with_thoughts(item, _with_system(item, _messages(item))))
-    name = default_id if id is None or id == "" else str(id)
     return Conversation(name, messages, tools_of(item), arguments_of(item))
+
+
+def id_of(given: Any, default: str) -> str:
+    """The id of a row as text; ``default`` where it has none. Raises ``ValueError``."""
+    if isinstance(given, bool) or not isinstance(given, str | int | None):
+        raise ValueError(f"the id must be text or a whole number, not {excerpt(given)}")
+    return default if given is None or given == "" else str(given)
 
 
 # -- turns -----------------------------------------------------------------------------------------------------------
@@ -107,7 +116,7 @@ def _messages(item: dict[str, Any]) -> list[Message]:
             return [*_alone(item, key, [{"role": USER, "content": text_of(item[key])}], ()), *_answer(item)]
     raise ValueError(
         'no "messages" (or ShareGPT "conversations", Alpaca "instruction", "prompt", "question") among its keys: '
-        + (", ".join(sorted(map(str, item))[:8]) or "none")
+        + keys_of(item)
     )
 
 

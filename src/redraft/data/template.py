@@ -21,13 +21,13 @@ from redraft.artifact import atomic_write_text
 from redraft.data.shapes import RESERVED, Turns, with_turns
 from redraft.data.turns import ASSISTANT, USER, Message
 from redraft.errors import UserError
+from redraft.settings.texts import kept_as_it_is
 
-__all__ = ["TemplateSettings", "kept_moment", "parse_template_args", "render", "template_ids", "use_template"]
+__all__ = ["TemplateSettings", "kept_moment", "render", "template_ids", "use_template"]
 
 SENTINEL = "redraftturn"
 CLOCK = "strftime_now"
 # Words that people write for true and false. As texts all of them are true, unless the template compares them.
-WORDS = ("true", "false", "null", "none")
 SWITCHES = ("true", "false", "yes", "no", "on", "off", "0", "1")
 # Directives of strftime, first those of a C library with a mark; and those among all that tell the hour.
 DIRECTIVES = [f"-{letter}" for letter in "dmHIMSjye"] + list("aAwdbBmyYHIMSpfzZjUWcxXGuVeDFTR")
@@ -47,40 +47,6 @@ class TemplateSettings:
 
 
 # -- settings --------------------------------------------------------------------------------------------------------
-def parse_template_args(given: Sequence[str]) -> dict[str, Any]:
-    """``NAME=VALUE`` texts as template arguments; a value is JSON, or else a text. Raises ``UserError``."""
-    found: dict[str, Any] = {}
-    for text in given:
-        name, equals, value = text.partition("=")
-        name = name.strip()
-        if not equals or not name.isidentifier():
-            raise UserError(f"template argument {text!r} is not understood; write NAME=VALUE, as enable_thinking=false")
-        if value not in WORDS and value.strip().lower() in WORDS:
-            raise UserError(f"template argument {text!r}: write true, false or null, or it would be the text {value!r}")
-        told = _value(value)
-        if name in found and found[name] != told:
-            raise UserError(f"template argument {name} is given twice, as {found[name]!r} and {told!r}; give it once")
-        found[name] = told
-    return found
-
-
-def _value(text: str) -> Any:
-    """JSON, or else a text. NaN and Infinity are no JSON, and would equal nothing that was kept of a run."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return text
-    return value if _kept_as_it_is(value) else text
-
-
-def _kept_as_it_is(value: Any) -> bool:
-    """Whether a value is the same when it is read back from the record of a run."""
-    try:
-        return bool(json.loads(json.dumps(value, allow_nan=False)) == value)
-    except (TypeError, ValueError, RecursionError):
-        return False
-
-
 def use_template(
     tokenizer: Any, arguments: Mapping[str, Any] | None = None, moment: datetime | None = None
 ) -> TemplateSettings:
@@ -92,7 +58,7 @@ def use_template(
     given = dict(arguments or {})
     text = template_text(tokenizer)
     for name, value in given.items():
-        if not _kept_as_it_is(value):
+        if not kept_as_it_is(value):
             raise UserError(f"template argument {name} is {value!r}, which JSON cannot hold; give a number or a text")
         if name in RESERVED:
             raise UserError(f"{name} is no argument of a chat template; give only what the template itself asks for")
@@ -215,12 +181,9 @@ def _with_date(template: str, moment: datetime) -> str:
         # One text a day: a template is compiled once for each.
         moment = moment.replace(hour=0, minute=0, second=0, microsecond=0)
     used = [d for d in DIRECTIVES if not literal or f"%{d}" in template]
-    steps = "".join(f"|replace({'%' + d!r}, {_written(moment, d)!r})" for d in used)
+    written = {d: moment.strftime(f"%{d}").replace("%", "") for d in used}
+    steps = "".join(f"|replace({'%' + d!r}, {text!r})" for d, text in written.items())
     return f"{{% macro {CLOCK}(format) -%}}{{{{ format{steps} }}}}{{%- endmacro %}}\n{template}"
-
-
-def _written(moment: datetime, directive: str) -> str:
-    return moment.strftime(f"%{directive}").replace("%", "")
 
 
 # -- through the template --------------------------------------------------------------------------------------------

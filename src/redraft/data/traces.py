@@ -30,19 +30,17 @@ from pathlib import Path
 from typing import Any
 
 from redraft.data.answers import answer_ids, continuation_ids
-from redraft.data.prompts import Turns, file_items, parse_conversation, stem_of
-from redraft.data.references import UNKNOWN_TEMPERATURE
-from redraft.data.store import TRAFFIC, Row
+from redraft.data.prompts import file_items, stem_of
+from redraft.data.shapes import TURN_KEYS, Turns, id_of, parse_conversation
+from redraft.data.store import TRAFFIC, UNKNOWN, Row
 from redraft.data.template import at_moment, date_matters
-from redraft.data.turns import ASSISTANT, RESULTS, THOUGHTS, USER, excerpt, parse_turn
+from redraft.data.turns import ASSISTANT, RESULTS, THOUGHTS, USER, excerpt, keys_of, parse_turn
 from redraft.errors import UserError
-
-__all__ = ["read_traces"]
+from redraft.sampling import Sampler
 
 PROMPT_KEYS, RESPONSE_KEYS = ("prompt_ids", "prompt_token_ids"), ("response_ids", "token_ids")
 TEXT_KEYS = ("completion", "response")
 NESTED = ("choices", "outputs")
-TURN_KEYS = ("messages", "conversations", "conversation")
 # How servers call the end of a response: None is an end that is not the end token's.
 REASONS: dict[str, str | None] = {
     **dict.fromkeys(("stop", "eos_token", "tool_calls", "function_call"), "stop"),
@@ -137,22 +135,8 @@ def _row(reader: _Reader, item: Any, default_id: str) -> tuple[Row, bool]:
             "cannot have served them; is this the log of another model?"
         )
     id = next((record[key] for key in ("id", "request_id") if record.get(key) is not None), None)
-    if isinstance(id, bool) or not isinstance(id, str | int | None):
-        raise ValueError(f"the id must be text or a whole number, not {excerpt(id)}")
-    temperature, top_k, top_p = _sampler(record)
-    row = Row(
-        id=default_id if id is None or id == "" else str(id),
-        prompt_ids=prompt,
-        response_ids=response,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=0,
-        finish_reason=finish,
-        target_hash=reader.target_hash,
-        source=TRAFFIC,
-    )
-    return row, bare
+    sampler, name = _sampler(record), id_of(id, default_id)
+    return Row.of(name, prompt, response, sampler, finish, reader.target_hash, source=TRAFFIC), bare
 
 
 def _flat(item: dict[str, Any]) -> dict[str, Any]:
@@ -233,7 +217,7 @@ def _ids(reader: _Reader, record: dict[str, Any], default_id: str, ended: bool) 
         return prompt, response, not special.intersection(prompt[1:])
     raise ValueError(
         "no prompt_ids and response_ids, no messages that end with an answer, no prompt and completion among its keys: "
-        + (", ".join(sorted(map(str, record))[:8]) or "none")
+        + keys_of(record)
     )
 
 
@@ -409,10 +393,10 @@ def _cut(response: list[int], reason: str | None, reader: _Reader) -> tuple[list
     return response, reason or ("stop" if response[-1] in reader.eos_ids else "length")
 
 
-def _sampler(record: dict[str, Any]) -> tuple[float, int, float]:
-    """(temperature, top-k, top-p) as recorded; a temperature of 1 where none is."""
+def _sampler(record: dict[str, Any]) -> Sampler:
+    """As recorded; a temperature of 1 where none is."""
     found = []
-    ranges = (("temperature", UNKNOWN_TEMPERATURE, 0.0, math.inf), ("top_k", 0, -1, math.inf), ("top_p", 1.0, 0.0, 1))
+    ranges = (("temperature", UNKNOWN.temperature, 0.0, math.inf), ("top_k", 0, -1, math.inf), ("top_p", 1.0, 0.0, 1))
     for name, default, least, most in ranges:
         value = record.get(name)
         value = default if value is None else value
@@ -422,4 +406,4 @@ def _sampler(record: dict[str, Any]) -> tuple[float, int, float]:
             raise ValueError(f"{name} must be a {'whole ' if name == 'top_k' else ''}number of {upto}, not {value!r}")
         found.append(value)
     # Engines write "no limit" as -1 or 0.
-    return float(found[0]), max(0, int(found[1])), float(found[2]) or 1.0
+    return Sampler(float(found[0]), max(0, int(found[1])), float(found[2]) or 1.0)

@@ -1,4 +1,4 @@
-"""HTTP to an OpenAI-compatible server: addresses, requests, streams, and which faults may pass.
+"""HTTP to an OpenAI-compatible server: addresses, requests, streams, and which faults are transient.
 
 Shared by regeneration (which tries again) and the server benchmark (which never does: a retry would hide in the time).
 """
@@ -11,15 +11,14 @@ import json
 import os
 import ssl
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
-from urllib.parse import urlsplit
 
 from redraft.data.generate import Request
 from redraft.errors import UserError
-from redraft.redacted import without_secrets
+from redraft.settings.texts import KEY_VARIABLE, check_address
 
 # The one place that a server's key comes from: a command line or a file would keep it.
-KEY_VARIABLE = "REDRAFT_API_KEY"
 
 RETRIED_STATUS = frozenset({408, 425, 429})
 FATAL_STATUS = frozenset({401, 403, 404, 405, 501})
@@ -28,7 +27,7 @@ STREAM_END = "[DONE]"
 ENCODING = "utf-8"
 
 
-class Passing(Exception):
+class Transient(Exception):
     """A fault that the next attempt may not meet."""
 
 
@@ -44,29 +43,6 @@ def _certificates() -> ssl.SSLContext:
     return httpx.create_ssl_context()
 
 
-def check_address(url: str) -> str:
-    """The address of a server without ``/v1`` at its end.
-
-    Raises ``UserError`` for an address that is none, and for one that holds a user name, a password or a query:
-    addresses stand in results, logs and on pages. What may be secret is not in the message.
-    """
-    shown = without_secrets(url) if "://" in url else url.rpartition("@")[2].partition("?")[0]
-    try:
-        parts = urlsplit(url)
-        host = (parts.hostname or "").encode("idna")
-        whole = parts.scheme in ("http", "https") and bool(host) and parts.port != 0
-    except ValueError:
-        whole, parts = False, urlsplit("")
-    if not whole or any(c.isspace() or not c.isprintable() for c in url):
-        raise UserError(f"server {shown!r} is no address; write it like http://127.0.0.1:8000")
-    if "@" in parts.netloc or "?" in url or "#" in url:
-        raise UserError(
-            f"the address {shown} holds a user name, a password or a query, which results and logs would keep; "
-            f"give the address alone and the key in the environment variable {KEY_VARIABLE}"
-        )
-    return url.rstrip("/").removesuffix("/v1").rstrip("/")
-
-
 def server_key() -> str | None:
     """The bearer key of the environment; none where it is not set. Raises ``UserError`` for one that cannot be sent."""
     key = os.environ.get(KEY_VARIABLE, "").strip()
@@ -78,15 +54,15 @@ def server_key() -> str | None:
 class Connection:
     """A server at ``url`` (with or without ``/v1``), used by up to ``connections`` threads at a time.
 
-    A request fails after ``timeout`` seconds without a byte. ``api_key``, by default that of the environment
-    (:func:`server_key`), is sent as a bearer token and stands in no message. Raises ``UserError`` for an address that
+    A request fails after ``timeout`` seconds without a byte. The key of the environment (:func:`server_key`) is sent as
+    a bearer token and stands in no message. Raises ``UserError`` for an address that
     is none, or that holds a secret.
     """
 
-    def __init__(self, url: str, connections: int = 1, timeout: float = 300.0, api_key: str | None = None) -> None:
+    def __init__(self, url: str, connections: int = 1, timeout: float = 300.0) -> None:
         self.url = check_address(url)
         self.connections, self.timeout = connections, timeout
-        self._key = api_key or server_key()
+        self._key = server_key()
         self._headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         self._client: Any = None
 
@@ -117,24 +93,17 @@ class Connection:
             ) from None
 
     def close(self) -> None:
-        """Close the client; requests under way in other threads end with ``Passing``."""
+        """Close the client; requests under way in other threads end with ``Transient``."""
         if self._client is not None:
             self._client.close()
 
     def text(self, method: str, path: str, body: dict[str, Any] | None = None) -> str:
         """The answer's text, read as UTF-8.
 
-        Raises ``Passing``, ``Refused``, and ``UserError`` where no request can ever succeed.
+        Raises ``Transient``, ``Refused``, and ``UserError`` where no request can ever succeed.
         """
-        import httpx
-
-        try:
+        with self._reaching("no connection"):
             response = self._client.request(method, path, json=body)
-        except httpx.TimeoutException as error:
-            raise Passing(f"no answer within {self.timeout:g} s") from error
-        except (httpx.HTTPError, httpx.InvalidURL, UnicodeError, RuntimeError) as error:
-            # RuntimeError: the client was closed under this thread; UnicodeError: sent on to a host that is none
-            raise Passing(f"no connection: {error or type(error).__name__}") from error
         response.encoding = ENCODING
         self._check(response.status_code, path, response.text)
         return response.text
@@ -146,28 +115,34 @@ class Connection:
     def events(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """The JSON objects of a server-sent event stream, as they arrive, up to its end mark.
 
-        Raises as :meth:`text` does, and ``Passing`` when the stream breaks off before its end mark.
+        Raises as :meth:`text` does, and ``Transient`` when the stream breaks off before its end mark.
         """
+        with self._reaching("the connection broke"), self._client.stream("POST", path, json=body) as response:
+            response.encoding = ENCODING
+            if response.status_code >= 300:
+                response.read()
+                self._check(response.status_code, path, response.text)
+            for line in response.iter_lines():
+                # other fields of the format (event, id, comments) carry nothing here
+                data = line.removeprefix("data:").strip() if line.startswith("data:") else ""
+                if data == STREAM_END:
+                    return
+                if data:
+                    yield self._object(data)
+        raise Transient("the stream broke off before its end")
+
+    @contextmanager
+    def _reaching(self, fault: str) -> Iterator[None]:
+        """``Transient`` for what the network does; ``fault`` is what it is called but for a time-out."""
         import httpx
 
         try:
-            with self._client.stream("POST", path, json=body) as response:
-                response.encoding = ENCODING
-                if response.status_code >= 300:
-                    response.read()
-                    self._check(response.status_code, path, response.text)
-                for line in response.iter_lines():
-                    # other fields of the format (event, id, comments) carry nothing here
-                    data = line.removeprefix("data:").strip() if line.startswith("data:") else ""
-                    if data == STREAM_END:
-                        return
-                    if data:
-                        yield self._object(data)
+            yield
         except httpx.TimeoutException as error:
-            raise Passing(f"no answer within {self.timeout:g} s") from error
-        except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, UnicodeError, RuntimeError) as error:
-            raise Passing(f"the connection broke: {error or type(error).__name__}") from error
-        raise Passing("the stream broke off before its end")
+            raise Transient(f"no answer within {self.timeout:g} s") from error
+        except (httpx.HTTPError, httpx.InvalidURL, UnicodeError, RuntimeError) as error:
+            # RuntimeError: the client was closed under this thread; UnicodeError: sent on to a host that is none
+            raise Transient(f"{fault}: {error or type(error).__name__}") from error
 
     def served_models(self) -> list[str]:
         """Names of the models the server lists. Raises as :meth:`text`, and ``UserError`` for a list that is none."""
@@ -185,7 +160,7 @@ class Connection:
 
     def _check(self, status: int, path: str, text: str) -> None:
         if status >= 500 and status not in FATAL_STATUS or status in RETRIED_STATUS:
-            raise Passing(f"status {status}")
+            raise Transient(f"status {status}")
         said = self.shown(text)
         if status in (401, 403):
             said += f"; {'is' if self._key else 'set'} the server's key in the environment variable {KEY_VARIABLE}"
@@ -199,11 +174,11 @@ class Connection:
         try:
             value = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise Passing(f"an answer that is not JSON: {self.shown(text)!r}") from error
+            raise Transient(f"an answer that is not JSON: {self.shown(text)!r}") from error
         if not isinstance(value, dict):
-            raise Passing(f"an answer that is no JSON object: {self.shown(text)!r}")
+            raise Transient(f"an answer that is no JSON object: {self.shown(text)!r}")
         if value.get("error"):
-            raise Passing(f"the server reports {self.shown(str(value['error']))!r}")
+            raise Transient(f"the server reports {self.shown(str(value['error']))!r}")
         return value
 
 
@@ -232,7 +207,7 @@ def completion_body(request: Request, model: str | None, max_new_tokens: int) ->
 
 
 def counted(value: dict[str, Any], name: str, most: int | None = None) -> int | None:
-    """A count of the server's ``usage``, where the answer has one. Raises ``Passing`` for one that cannot be.
+    """A count of the server's ``usage``, where the answer has one. Raises ``Transient`` for one that cannot be.
 
     ``most`` is the highest that can be.
     """
@@ -241,13 +216,8 @@ def counted(value: dict[str, Any], name: str, most: int | None = None) -> int | 
     if count is None:
         return None
     if not isinstance(count, int) or isinstance(count, bool) or count < 0 or (most is not None and count > most):
-        raise Passing(f"an answer whose {name} is {excerpt(str(count))}")
+        raise Transient(f"an answer whose {name} is {excerpt(str(count))}")
     return count
-
-
-def completion_tokens(value: dict[str, Any], most: int | None = None) -> int | None:
-    """The server's own count of output tokens, as :func:`counted`."""
-    return counted(value, "completion_tokens", most)
 
 
 def first_choice(value: dict[str, Any]) -> dict[str, Any] | None:
@@ -255,6 +225,22 @@ def first_choice(value: dict[str, Any]) -> dict[str, Any] | None:
     choices = value.get("choices")
     choice = choices[0] if isinstance(choices, list) and choices else None
     return choice if isinstance(choice, dict) else None
+
+
+def answer_text(choice: dict[str, Any]) -> str:
+    """The text of a choice; empty in one without. Raises ``Transient`` where it is no text."""
+    text = choice.get("text")
+    if text is not None and not isinstance(text, str):
+        raise Transient(f"an answer whose text is {excerpt(repr(text))}")
+    return text or ""
+
+
+def answer_ids(choice: dict[str, Any]) -> list[int] | None:
+    """The token ids of a choice; None in one without. Raises ``Transient`` where they are no ids."""
+    ids = choice.get("token_ids")
+    if ids is not None and not (isinstance(ids, list) and all(type(i) is int and i >= 0 for i in ids)):
+        raise Transient("an answer whose token ids are no list of numbers")
+    return ids
 
 
 def check_prompt(choice: dict[str, Any], value: dict[str, Any], request: Request) -> None:

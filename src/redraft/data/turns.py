@@ -1,4 +1,4 @@
-"""One turn of a conversation, under the names that data sets and servers give it, in one form.
+"""Turns of a conversation: the many names that data sets and servers have for the same thing, brought to one form.
 
 A turn is ``{"role", "content"}`` with text as content, and where it has them ``reasoning_content`` (what an assistant
 thought before it spoke), ``tool_calls`` (OpenAI's, the arguments as an object), ``tool_call_id`` and ``name``.
@@ -34,6 +34,16 @@ UNTRAINED = ("train", "loss")  # set to false as a weight of 0 is set elsewhere
 def excerpt(value: Any) -> str:
     """The beginning of a value, for a message."""
     return json.dumps(value, default=str)[:40]
+
+
+def keys_of(item: Mapping[str, Any]) -> str:
+    """The first keys of a row, for a message."""
+    return ", ".join(sorted(map(str, item))[:8]) or "none"
+
+
+def exchange(question: str, answer: str) -> list[Message]:
+    """A user's turn and the assistant's answer to it."""
+    return [{"role": USER, "content": question}, {"role": ASSISTANT, "content": answer}]
 
 
 def decoded(value: Any, name: str) -> Any:

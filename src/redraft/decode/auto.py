@@ -22,10 +22,10 @@ from redraft.acceptance.simulate import walk
 from redraft.decode.engine import PlainDecoder, SpeculativeDecoder
 from redraft.decode.make import make_decoder
 from redraft.decode.requests import Uniforms
-from redraft.decode.tree import ChainShape, DynamicTree, Shape, StaticTree
 from redraft.drafts.base import Draft
 from redraft.errors import UserError
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
+from redraft.settings.shapes import ChainShape, DynamicTree, Shape, StaticTree
 from redraft.target import Target
 
 # Chains whose rounds are timed; costs of the lengths between them are interpolated.

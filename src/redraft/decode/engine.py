@@ -23,7 +23,8 @@ from redraft.decode.requests import Generation, OnRound, Request, Round, Uniform
 from redraft.drafts.base import AnyDraft, Draft
 from redraft.errors import UserError
 from redraft.prepack import prepack
-from redraft.sampling import Sampler, draw, warp
+from redraft.sampling import draw, warp
+from redraft.settings.sampler import Sampler
 from redraft.target import Target
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from redraft.decode.engine import ChainDecoder, SpeculativeDecoder
 from redraft.decode.static import StaticChainDecoder, StaticTarget
-from redraft.decode.tree import ChainShape, Shape
 from redraft.decode.tree_engine import TreeDecoder
 from redraft.drafts.base import Draft
 from redraft.errors import UserError
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
+from redraft.settings.shapes import ChainShape, Shape
 from redraft.target import Target
 
 

@@ -29,7 +29,7 @@ from redraft.drafts.base import Draft
 from redraft.drafts.proposing import ChainProposer
 from redraft.errors import UserError
 from redraft.graphs import Recorded
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
 from redraft.target import FixedLayer, KeyValueCache, Target, TargetStep
 from redraft.target.structure import length_bound_ropes
 

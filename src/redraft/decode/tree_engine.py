@@ -23,11 +23,13 @@ from torch import Tensor
 from redraft.decode.accept import accept_trees, draw_siblings, follow_tree
 from redraft.decode.engine import SpeculativeDecoder
 from redraft.decode.requests import Request, Round, Uniforms
-from redraft.decode.tree import DynamicTree, Path, StaticTree, Topology, check_drafts
+from redraft.decode.tree import Topology
 from redraft.drafts.base import Draft
 from redraft.drafts.proposing import TreeProposer
 from redraft.errors import UserError
-from redraft.sampling import Sampler, warp
+from redraft.sampling import warp
+from redraft.settings.sampler import Sampler
+from redraft.settings.shapes import DynamicTree, Path, StaticTree, check_drafts
 from redraft.target import Target
 
 

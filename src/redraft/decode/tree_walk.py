@@ -16,11 +16,11 @@ from redraft.acceptance.simulate import check_own
 from redraft.data.store import Row
 from redraft.decode.accept import follow_tree
 from redraft.decode.requests import Request, Uniforms
-from redraft.decode.tree import DynamicTree, StaticTree
 from redraft.decode.tree_engine import TreeDecoder
 from redraft.drafts.base import Draft
 from redraft.features import FeatureSource
 from redraft.rows import anchors
+from redraft.settings.shapes import DynamicTree, StaticTree
 from redraft.target import Target
 
 

@@ -10,7 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from redraft.sampling import Sampler, token_probability
+from redraft.sampling import token_probability
+from redraft.settings.sampler import Sampler
 
 Logits = Callable[[Tensor], Tensor]
 

@@ -28,9 +28,9 @@ from torch import Tensor, nn
 
 from redraft.drafts.config import DraftConfig
 from redraft.drafts.layers import Linear
-from redraft.drafts.methods import check_experts
 from redraft.drafts.routing import RoutedMLP, Router
 from redraft.errors import UserError
+from redraft.settings.methods import check_experts
 
 # Matrices of a SwiGLU, and the axis along which those of a private expert are joined to the shared one's.
 MATRICES = {"gate_proj": 0, "up_proj": 0, "down_proj": 1}
@@ -188,7 +188,7 @@ def attach_low_rank(
     """A copy of ``draft`` with updates of ``rank`` on the linear layers that ``on`` fits (all by default).
 
     They start at zero. ``alpha`` scales them by alpha / rank, as peft does; without it the scale is one. With ``aim``
-    training begins by turning them to where the gradient is (``train/aim.py``).
+    training begins by turning them to where the gradient is (``attic/aim.py``).
     Raises ``UserError`` when there are some already, for a rank or alpha that is not positive, and for a pattern
     that fits nothing.
     """

@@ -80,7 +80,7 @@ class LowRank(nn.Module):
 
     Without ``alpha`` the scale is one and ``inner`` is normal with variance 1 / in, so that no choice hangs on the
     rank. With it the update is peft's: scale alpha / R, and ``inner`` uniform within 1 / sqrt(in). ``aim`` says that
-    training has yet to turn ``inner`` to where the gradient is (``train/aim.py``).
+    training has yet to turn ``inner`` to where the gradient is (``attic/aim.py``).
     """
 
     aim = False

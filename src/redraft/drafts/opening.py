@@ -6,7 +6,7 @@ is refused by its name rather than dropped. No pickle is run.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,30 +20,44 @@ from redraft.drafts.formats.reading import Checkpoint
 from redraft.errors import UserError
 from redraft.loading import tokenizer_hash
 from redraft.registries import FAMILIES
+from redraft.shown import Shown, lines
 
 # Keys that a mixture of experts has.
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
 @dataclass
-class OpenDraft:
-    """A draft with what is known of it. ``base_hash`` identifies the tensors as they were on disk."""
+class OpenDraft(Shown):
+    """A draft with what is known of it. ``base_hash`` identifies the tensors as they were on disk, in ``source``."""
 
-    draft: Draft
-    meta: dict[str, Any]
+    draft: Draft = field(repr=False)
+    meta: dict[str, Any] = field(repr=False)
     base_hash: str
+    source: str = ""
+
+    def __rich__(self) -> Any:
+        size = sum(parameter.numel() for parameter in self.draft.parameters())
+        known = [f"{self.draft.family} draft of {size:,} parameters", *self.meta.get("notes", [])]
+        return lines(f"{self.source or 'draft'}: {'; '.join(known)}")
 
 
-def family_at(source: str | Path) -> Family:
+AnyDraft = str | Path | OpenDraft
+"""A draft by name (a folder in any format, a hub id), or opened."""
+
+
+def family_at(source: AnyDraft) -> Family:
     """The family of the draft in a folder of any kind, at a hub id or ``embedded:NAME``; no weights are loaded.
 
     Raises ``UserError`` when it cannot be read or is no draft.
     """
+    if isinstance(source, OpenDraft):
+        family: Family = FAMILIES.get(source.draft.family)
+        return family
     return _family(Checkpoint.at(source))
 
 
 def read_draft(
-    source: str | Path, target: Any = None, base: str | Path | None = None, **options: Any
+    source: AnyDraft, target: Any = None, base: AnyDraft | None = None, **options: Any
 ) -> tuple[Any, dict[str, Any]]:
     """The draft and its metadata, as :func:`open_checkpoint`, in the types of its file."""
     opened = open_checkpoint(source, target, base, **options)
@@ -51,9 +65,9 @@ def read_draft(
 
 
 def open_checkpoint(
-    source: str | Path,
+    source: AnyDraft,
     target: Any = None,
-    base: str | Path | None = None,
+    base: AnyDraft | None = None,
     dtype: torch.dtype | None = None,
     **options: Any,
 ) -> OpenDraft:
@@ -62,14 +76,18 @@ def open_checkpoint(
     ``target``, whatever :meth:`TargetInfo.of` takes, must fit it; checkpoints of drafts that read its states cannot be
     read without. A private part needs ``base``, the draft that it was trained on. ``options`` are for the family:
     ``taps`` overrules the feature ids of an Eagle3 checkpoint. The metadata of a checkpoint of other hands holds
-    family, format, source, verifier, notes and the config as it was found. Raises ``UserError`` when the source cannot
-    be read, is no draft, does not fit the target, or was made for another tokenizer.
+    family, format, source, verifier, notes and the config as it was found. A draft that is open is taken as it is.
+    Raises ``UserError`` when the source cannot be read, is no draft, does not fit the target, or was made for another
+    tokenizer.
     """
+    if isinstance(source, OpenDraft):
+        return source
     checkpoint, info = Checkpoint.at(source), None if target is None else TargetInfo.of(target)
     if checkpoint.meta.get("kind") == "private":
         if base is None:
             raise UserError(f"{source} is a private part; name the draft that it belongs to with --base-draft")
-        return _joined(checkpoint.folder, open_checkpoint(base, target, None, dtype), info, dtype)
+        joined = _joined(checkpoint.folder, open_checkpoint(base, target, None, dtype), info, dtype)
+        return replace(joined, source=str(source))
     if checkpoint.meta:
         draft, meta = load_draft(checkpoint.folder)
         FAMILIES.get(draft.family).check_usable(draft, str(source))
@@ -81,7 +99,7 @@ def open_checkpoint(
     if info is not None and draft.tokenizer is None:
         _check_origin(source, meta, info)
     base_hash = draft.base_hash()
-    return OpenDraft(draft if dtype is None else draft.to(dtype), meta, base_hash)
+    return OpenDraft(draft if dtype is None else draft.to(dtype), meta, base_hash, str(source))
 
 
 def _read(checkpoint: Checkpoint, info: TargetInfo | None, options: dict[str, Any]) -> tuple[Draft, dict[str, Any]]:

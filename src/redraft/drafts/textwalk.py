@@ -19,7 +19,7 @@ from torch import Tensor
 from redraft.drafts import chances
 from redraft.features import FeatureSource
 from redraft.rows import AnyRow, anchors, length_batches
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
 
 BATCH_TOKENS = 2048
 

@@ -25,7 +25,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import zip_longest
 
 from redraft.errors import UserError
 
@@ -42,10 +42,14 @@ STARTED = "process_start_time_seconds"
 # Labels of schedulers that share the work of one model, each of which counts all of it.
 SHARING = ("tp_rank", "pp_rank", "ep_rank", "moe_ep_rank", "moe_dp_rank", "attn_tp_rank", "attn_cp_rank")
 WANTED = (*ROUNDS.values(), DRAFTED, ACCEPTED, GENERATED, *CACHED.values(), *GAUGES, STARTED)
+# The fields of a reading and of a difference that are one number each.
+COUNTED = ("rounds", "drafted", "accepted", "generated", "cached")
 SOURCES = {
     VLLM: "vLLM's counters: 1 + accepted tokens / rounds, so rounds which the stop rule cuts count in full",
     SGLANG: "SGLang's counter of rounds: (output tokens received - requests) / rounds, after the stop rule's cut",
 }
+
+Labels = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -118,10 +122,10 @@ class _Samples:
     """What of a text is of use, sample by sample."""
 
     families: set[str] = field(default_factory=set)
-    counters: dict[str, dict[tuple[tuple[str, str], ...], float]] = field(default_factory=lambda: defaultdict(dict))
+    counters: dict[str, dict[Labels, float]] = field(default_factory=lambda: defaultdict(dict))
     gauges: dict[str, float] = field(default_factory=dict)
     made: dict[str, float] = field(default_factory=dict)
-    seen: set[tuple[str, tuple[tuple[str, str], ...]]] = field(default_factory=set)
+    seen: set[tuple[str, Labels]] = field(default_factory=set)
 
     def take(self, spelled: str, labels: Mapping[str, str], value: float) -> None:
         """Raises ``UserError`` for a sample that is there twice, ``ValueError`` for a value that cannot be."""
@@ -146,7 +150,7 @@ class _Samples:
 
     def sums(self, name: str) -> dict[str | None, float]:
         """The counter by position (None where it has none): schedulers that share work once, all else added up."""
-        groups: dict[tuple[tuple[str, str], ...], float] = {}
+        groups: dict[Labels, float] = {}
         for key, value in self.counters.get(name, {}).items():
             whole = tuple(pair for pair in key if pair[0] not in SHARING)
             groups[whole] = max(value, groups.get(whole, 0.0))
@@ -192,11 +196,7 @@ def difference(before: Reading, after: Reading, where: str) -> Counts:
     """
     pairs = [
         *((count, after.parts.get(part)) for part, count in before.parts.items()),
-        (before.rounds, after.rounds),
-        (before.drafted, after.drafted),
-        (before.accepted, after.accepted),
-        (before.generated, after.generated),
-        (before.cached, after.cached),
+        *((getattr(before, name), getattr(after, name)) for name in COUNTED),
         *((count, after.per_position.get(position)) for position, count in before.per_position.items()),
     ]
     another = before.started != after.started or any(after.made.get(part) != at for part, at in before.made.items())
@@ -205,18 +205,11 @@ def difference(before: Reading, after: Reading, where: str) -> Counts:
             f"the counters of the server {where} went backwards: it was restarted; measure again "
             "(where several processes answer in turn, each with counters of its own, measure one of them)"
         )
-    length = max(after.per_position, default=-1) + 1
+    places = range(max(after.per_position, default=-1) + 1)
     return Counts(
         prefix=after.prefix,
-        rounds=_gain(before.rounds, after.rounds),
-        drafted=_gain(before.drafted, after.drafted),
-        accepted=_gain(before.accepted, after.accepted),
-        per_position=[
-            round(after.per_position.get(position, 0) - before.per_position.get(position, 0))
-            for position in range(length)
-        ],
-        generated=_gain(before.generated, after.generated),
-        cached=_gain(before.cached, after.cached),
+        per_position=[round(after.per_position.get(j, 0) - before.per_position.get(j, 0)) for j in places],
+        **{name: _gain(getattr(before, name), getattr(after, name)) for name in COUNTED},
     )
 
 
@@ -228,22 +221,11 @@ def _gain(before: float | None, after: float | None) -> int | None:
 def total(parts: Iterable[Counts]) -> Counts:
     """The sum of several differences of one server; a field that one of them lacks is lacking."""
     found = list(parts)
-
-    def summed(values: list[Any]) -> int | None:
-        return None if any(value is None for value in values) else sum(values)
-
-    length = max((len(part.per_position) for part in found), default=0)
+    values = {name: [getattr(part, name) for part in found] for name in COUNTED}
     return Counts(
         prefix=found[0].prefix if found else "",
-        rounds=summed([part.rounds for part in found]),
-        drafted=summed([part.drafted for part in found]),
-        accepted=summed([part.accepted for part in found]),
-        per_position=[
-            sum(part.per_position[position] for part in found if position < len(part.per_position))
-            for position in range(length)
-        ],
-        generated=summed([part.generated for part in found]),
-        cached=summed([part.cached for part in found]),
+        per_position=[sum(place) for place in zip_longest(*(part.per_position for part in found), fillvalue=0)],
+        **{name: None if None in some else sum(some) for name, some in values.items()},
     )
 
 

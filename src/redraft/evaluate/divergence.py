@@ -1,4 +1,4 @@
-"""Where two greedy texts of the same prompt part, and whether the target could tell the two tokens apart there.
+"""Where two greedy texts of the same prompt diverge, and whether the target could tell the two tokens apart there.
 
 Verification gives the target several tokens at once, plain decoding one. In float32 that makes no difference to an
 argmax; in bfloat16 the two round differently, and where the two best logits nearly tie the texts may part without

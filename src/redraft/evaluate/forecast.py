@@ -15,27 +15,24 @@ Shape legend: N targets, F observations and a constant.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import TypeAdapter
 
 Array = npt.NDArray[np.float64]
 
-SCHEMA = "redraft.forecast/1"
 # Two-sided 90% points of Student's t for 1, 2, ... degrees of freedom; the last one stands for all beyond.
 T_90 = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812, 1.796, 1.782, 1.771, 1.761, 1.753, 1.746)
-WANTED = 0.9
 # How far beyond the evidence an observation may lie, in widths of its range.
 REACH = 0.5
-# A draft that is never, or always, right has no finite logit; a step of nothing has no logarithm.
-LEAST_RATE, MOST_RATE, LEAST_STEP = 0.01, 0.99, 0.02
+# A draft that is never, or always, right has no finite logit.
+LEAST_RATE, MOST_RATE = 0.01, 0.99
 
 
 # -- acceptance of a chain -------------------------------------------------------------------------------------------
@@ -85,54 +82,22 @@ class Seen:
     reference_tau: float | None = None
     trial_tau: float | None = None
 
-
-@dataclass(frozen=True)
-class Known:
-    """A target whose outcome is known."""
-
-    name: str
-    seen: Seen
-    aligned_tau: float
-
-    @property
-    def step(self) -> float:
-        """What the default method added to the logit, at the least :data:`LEAST_STEP`."""
-        gained = logit(self.aligned_tau, self.seen.gamma) - logit(self.seen.tau, self.seen.gamma)
-        return max(LEAST_STEP, gained)
-
-
-def _level(seen: Seen) -> float | None:
-    return logit(seen.tau, seen.gamma)
-
-
-def _lost(seen: Seen) -> float | None:
-    return None if seen.reference_tau is None else logit(seen.reference_tau, seen.gamma) - logit(seen.tau, seen.gamma)
-
-
-def _base(seen: Seen) -> float | None:
-    return None if seen.reference_tau is None else logit(seen.reference_tau, seen.gamma)
-
-
-def _tried(seen: Seen) -> float | None:
-    return None if seen.trial_tau is None else logit(seen.trial_tau, seen.gamma) - logit(seen.tau, seen.gamma)
-
-
-# Observations by name: the old draft's own level, that on its base target, what it lost between the two, what a trial
-# brought.
-OBSERVATIONS: dict[str, Callable[[Seen], float | None]] = {
-    "level": _level,
-    "base": _base,
-    "lost": _lost,
-    "trial": _tried,
-}
+    def observations(self) -> dict[str, float | None]:
+        """By name: the draft's own ``level``, that on its ``base`` target, what it ``lost`` between the two, and what
+        a ``trial`` brought; all of them logits."""
+        level, base, tried = (
+            None if tau is None else logit(tau, self.gamma) for tau in (self.tau, self.reference_tau, self.trial_tau)
+        )
+        assert level is not None
+        lost, trial = (None if other is None else other - level for other in (base, tried))
+        return {"level": level, "base": base, "lost": lost, "trial": trial}
 
 
 def observed(seen: Seen, names: Sequence[str]) -> Array | None:
     """A constant and the named observations, [F]; None where one was not measured."""
-    values = [OBSERVATIONS[name](seen) for name in names]
-    if any(value is None for value in values):
-        return None
-    return np.array([1.0, *(value for value in values if value is not None)])
+    known = seen.observations()
+    values = [value for name in names if (value := known[name]) is not None]
+    return np.array([1.0, *values]) if len(values) == len(names) else None
 
 
 # -- the fit ---------------------------------------------------------------------------------------------------------
@@ -193,77 +158,6 @@ class Fit:
             "of a fit without them"
         )
 
-    def to_dict(self) -> dict[str, Any]:
-        """As plain JSON values."""
-        return asdict(self) | {
-            "observations": list(self.observations),
-            "guards": list(self.guards),
-            "ranges": [list(ends) for ends in self.ranges],
-            "coefficients": list(self.coefficients),
-            "gram": [list(row) for row in self.gram],
-        }
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Fit:
-        """From :meth:`to_dict`."""
-        lists = {name: tuple(values[name]) for name in ("observations", "guards", "coefficients")}
-        tables = {name: tuple(tuple(row) for row in values[name]) for name in ("ranges", "gram")}
-        return cls(**{**values, **lists, **tables})
-
-
-def usable(known: Sequence[Known], names: Sequence[str]) -> list[Known]:
-    """The targets that have all of the named observations."""
-    return [one for one in known if observed(one.seen, names) is not None]
-
-
-def least_squares(known: Sequence[Known], names: Sequence[str], guards: Sequence[str] = ()) -> Fit:
-    """The fit on the targets that have these observations.
-
-    Raises ``ValueError`` when they are too few to leave a degree of freedom.
-    """
-    rows = usable(known, (*names, *guards))
-    if len(rows) < len(names) + 2:
-        raise ValueError(f"{len(rows)} targets are too few for {len(names)} observations and a constant")
-    x_NF = np.array([observed(one.seen, names) for one in rows])
-    y_N = np.array([math.log(one.step) for one in rows])
-    gram_FF = np.linalg.inv(x_NF.T @ x_NF)
-    coefficients_F = gram_FF @ x_NF.T @ y_N
-    left_N = y_N - x_NF @ coefficients_F
-    spread = math.sqrt(float(left_N @ left_N) / (len(rows) - x_NF.shape[1]))
-    gram = tuple(tuple(float(v) for v in row) for row in gram_FF)
-    every_NF = np.array([observed(one.seen, (*names, *guards)) for one in rows])
-    ranges = tuple((float(x_N.min()), float(x_N.max())) for x_N in every_NF.T[1:])
-    return Fit(tuple(names), tuple(guards), ranges, tuple(float(c) for c in coefficients_F), gram, spread, len(rows))
-
-
-def leave_one_out(known: Sequence[Known], names: Sequence[str], guards: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Every target's outcome beside the forecast of a fit without it: logarithms of steps, half the width.
-
-    A target that lies too far off from all others has no forecast, and is not in the list.
-    """
-    rows = usable(known, (*names, *guards))
-    found = []
-    for one in rows:
-        fit = least_squares([other for other in rows if other is not one], names, guards)
-        predicted = fit.log_step(one.seen)
-        if predicted is None:
-            continue
-        found.append(
-            {"name": one.name, "log_step": math.log(one.step), "predicted": predicted[0], "half": predicted[1]}
-        )
-    return found
-
-
-def calibrated(known: Sequence[Known], names: Sequence[str], guards: Sequence[str] = ()) -> Fit:
-    """The fit with its interval widened until nine of ten targets lie in that of a fit without them."""
-    table = leave_one_out(known, names, guards)
-    misses = sorted(abs(row["log_step"] - row["predicted"]) / row["half"] for row in table)
-    # Rounded up, so that what only just lies within goes on doing so.
-    needed = math.ceil(100 * misses[math.ceil(WANTED * len(misses)) - 1]) / 100
-    widened = max(1.0, needed)
-    held = sum(miss <= widened for miss in misses)
-    return replace(least_squares(known, names, guards), widened=widened, held=held)
-
 
 # -- what ships ------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
@@ -292,11 +186,4 @@ class Evidence:
 @cache
 def shipped() -> Evidence:
     """The evidence in assets/forecast.json."""
-    values = json.loads((files("redraft") / "assets" / "forecast.json").read_text())
-    return Evidence(
-        tuple(values["families"]),
-        tuple(Fit.from_dict(fit) for fit in values["fits"]),
-        values["training_cost"],
-        values["draft_share"],
-        values["trial_passes"],
-    )
+    return TypeAdapter(Evidence).validate_json((files("redraft") / "assets" / "forecast.json").read_bytes())

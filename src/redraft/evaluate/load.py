@@ -11,7 +11,7 @@ gaps between messages would be those of rounds.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,18 +19,19 @@ from typing import Any
 from redraft.data.generate import Request
 from redraft.data.transport import (
     Connection,
-    Passing,
     Refused,
+    Transient,
+    answer_ids,
+    answer_text,
     check_prompt,
     completion_body,
-    completion_tokens,
-    excerpt,
+    counted,
     first_choice,
 )
 from redraft.errors import UserError
 from redraft.evaluate.counters import SGLANG, VLLM, Counts, Reading, difference, parse_metrics
 from redraft.evaluate.speed import Prompt
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
 
 SETTLE_SECONDS = 1.0
 VERSION_PATHS = {VLLM: "/version", SGLANG: "/server_info"}
@@ -57,7 +58,6 @@ class ServerConfig:
     timeout: float = 300.0
     tolerated: float = 0.03
     models: Mapping[str, str] = field(default_factory=dict)
-    api_key: str | None = None
     eos_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -124,13 +124,23 @@ class Level:
         """The answers that did not fail."""
         return [answer for answer in self.answers if not answer.fault]
 
+    @property
+    def failed(self) -> int:
+        """How many answers failed."""
+        return len(self.answers) - len(self.good)
+
+    @property
+    def received(self) -> int:
+        """Output tokens that came."""
+        return sum(answer.tokens for answer in self.answers)
+
 
 class Session:
     """A server under measurement: its connection, what it serves, and whether it streams. Use :meth:`open` first."""
 
     def __init__(self, name: str, url: str, config: ServerConfig) -> None:
         self.name, self.config = name, config
-        self.connection = Connection(url, max(config.concurrencies) + 1, config.timeout, config.api_key)
+        self.connection = Connection(url, max(config.concurrencies) + 1, config.timeout)
         self.model = ""
         self.streamed = True
         self.engine = ""
@@ -149,7 +159,7 @@ class Session:
             self._find_mode(prompts[0])
             self.engine = self.read().prefix
             self.version = self._version()
-        except (Passing, Refused) as error:
+        except (Transient, Refused) as error:
             self.close()
             raise UserError(f"the server {self.where} cannot be used: {error}; is it up?") from error
         except BaseException:
@@ -193,7 +203,7 @@ class Session:
         """The engine's version where it tells; None is no fault."""
         try:
             found = self.connection.json("GET", VERSION_PATHS[self.engine]).get("version")
-        except (KeyError, Passing, Refused, UserError):
+        except (KeyError, Transient, Refused, UserError):
             return None
         return str(found) if found else None
 
@@ -207,7 +217,7 @@ class Session:
         except (UserError, Refused):  # a status such as 404 or 401: it has none, or none for us
             self._metrics = False
             return Reading()
-        except Passing as error:
+        except Transient as error:
             raise UserError(f"the server {self.where} does not give its counters: {error}") from error
         return parse_metrics(text)
 
@@ -230,7 +240,7 @@ class Session:
         began = time.perf_counter()
         try:
             return self._ask(prompt, index, max_new_tokens or self.config.max_new_tokens)
-        except (Passing, Refused) as error:
+        except (Transient, Refused) as error:
             return Answer(seconds=time.perf_counter() - began, fault=str(error))
 
     def _ask(self, prompt: Prompt, index: int, max_new_tokens: int) -> Answer:
@@ -239,9 +249,9 @@ class Session:
         if self.streamed:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
         began = time.perf_counter()
-        if not self.streamed:
-            return _whole(self.connection.json("POST", "/v1/completions", body), body, request, began)
-        return _streamed(self.connection, body, request, began)
+        asked = "/v1/completions", body
+        events = self.connection.events(*asked) if self.streamed else [self.connection.json("POST", *asked)]
+        return _read(events, body, request, began)
 
     def warm(self, prompts: Sequence[Prompt], concurrency: int) -> None:
         """Short requests, as many at a time as the level has workers. Raises ``UserError`` where one fails."""
@@ -332,71 +342,39 @@ def paired(sessions: Sequence[Session], prompts: Sequence[Prompt], done: Done | 
 
 
 # -- answers ---------------------------------------------------------------------------------------------------------
-def _streamed(connection: Connection, body: dict[str, Any], request: Request, began: float) -> Answer:
-    """Follow a stream to its end. Raises ``Passing`` for half an answer, ``Refused`` for one without token counts."""
+def _read(events: Iterable[dict[str, Any]], body: dict[str, Any], request: Request, began: float) -> Answer:
+    """The answer in the events of a stream, or in the one object of a server that does not stream.
+
+    Raises ``Transient`` for half an answer, ``Refused`` for one without token counts.
+    """
+    what = "stream" if body["stream"] else "answer"
     texts: list[str] = []
     ids: list[int] = []
-    first: float | None = None
-    last: float | None = None
-    counted: int | None = None
+    times: list[float] = []
+    tokens: int | None = None
     finished = with_ids = False
-    for event in connection.events("/v1/completions", body):
-        found = completion_tokens(event, most_tokens(body))
-        counted = counted if found is None else found
+    for event in events:
+        # some servers count an end token beside the tokens that were asked for
+        found = counted(event, "completion_tokens", int(body["max_tokens"]) + 1)
+        tokens = tokens if found is None else found
         choice = first_choice(event)
         if choice is None:
             continue
         check_prompt(choice, event, request)
-        text, new = _text(choice), _ids(choice)
+        text, new = answer_text(choice), answer_ids(choice)
         with_ids = with_ids or new is not None
         if new or text:
-            last = time.perf_counter() - began
-            first = last if first is None else first
+            times.append(time.perf_counter() - began)
             texts.append(text)
             ids += new or []
         finished = finished or choice.get("finish_reason") is not None
     seconds = time.perf_counter() - began
     if not finished:
-        raise Passing("the stream ended without a finish reason")
-    tokens = counted if counted is not None else len(ids) if with_ids else None
+        raise Transient(f"half an answer: the {what} ended without a finish reason")
+    tokens = len(ids) if tokens is None and with_ids else tokens
     if tokens is None:
-        raise Refused("the stream has neither usage nor token ids")
-    if tokens < 1 or first is None:
-        raise Passing("an answer without tokens")
+        raise Refused(f"the {what} has neither usage nor token ids; the speed of this server cannot be told")
+    if tokens < 1 or (body["stream"] and not times):
+        raise Transient("an answer without tokens")
+    first, last = (times[0], times[-1]) if body["stream"] else (None, None)
     return Answer(tokens, seconds, first, last, "".join(texts), ids if with_ids else None)
-
-
-def _whole(value: dict[str, Any], body: dict[str, Any], request: Request, began: float) -> Answer:
-    """An answer that came in one piece. Raises ``Refused`` when the server does not count its tokens."""
-    seconds = time.perf_counter() - began
-    choice = first_choice(value)
-    if choice is None or choice.get("finish_reason") is None:
-        raise Passing(f"half an answer: {excerpt(str(value))!r}")
-    check_prompt(choice, value, request)
-    ids = _ids(choice)
-    tokens = completion_tokens(value, most_tokens(body))
-    tokens = len(ids) if tokens is None and ids is not None else tokens
-    if tokens is None:
-        raise Refused("the answer has neither usage nor token ids; the speed of this server cannot be told")
-    if tokens < 1:
-        raise Passing("an answer without tokens")
-    return Answer(tokens, seconds, text=_text(choice), ids=ids)
-
-
-def most_tokens(body: dict[str, Any]) -> int:
-    """The most tokens that a server may count: some count an end token beside those asked for."""
-    return int(body["max_tokens"]) + 1
-
-
-def _text(choice: dict[str, Any]) -> str:
-    text = choice.get("text")
-    if text is not None and not isinstance(text, str):
-        raise Passing(f"an answer whose text is {excerpt(repr(text))}")
-    return text or ""
-
-
-def _ids(choice: dict[str, Any]) -> list[int] | None:
-    ids = choice.get("token_ids")
-    if ids is not None and not (isinstance(ids, list) and all(type(i) is int and i >= 0 for i in ids)):
-        raise Passing("an answer whose token ids are no list of numbers")
-    return ids

@@ -10,12 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
-from typing import Any, Protocol
+from typing import Any
 
 from redraft.data.suites import suite_of
 from redraft.data.suites.code import code_blocks, defined_names
+from redraft.evaluate.figures import PLAIN
+from redraft.evaluate.speed import Prompt
 from redraft.evaluate.statistics import mean, paired_difference
-from redraft.evaluate.summary import PLAIN
 from redraft.registries import SUITES
 from redraft.registry import Registry
 
@@ -34,15 +35,6 @@ ALONE = re.compile(rf"^\W*{DECISIONS}\W*$", re.I)
 LEADING = re.compile(rf"^\W*{DECISIONS}(?:\W*$|[*_\"')]*[.,;:!\n])", re.I)
 
 
-class Asked(Protocol):
-    """What scoring reads of a prompt; ``redraft.evaluate.speed.Prompt`` and ``redraft.data.suites.SuiteItem`` fit."""
-
-    @property
-    def task(self) -> str: ...
-    @property
-    def reference(self) -> str | None: ...
-
-
 def kind_of(task: str) -> str:
     """The scoring rule of a task (``gsm8k``, ``spec-bench:qa``); empty where it has none."""
     suite = suite_of(task)
@@ -57,7 +49,7 @@ def score(kind: str, output: str, reference: str | None) -> bool | None:
     return RULES.get(kind)(output, reference) if kind and reference is not None else None
 
 
-def quality_table(prompts: Sequence[Asked], outputs: Mapping[str, Sequence[str]]) -> dict[str, dict[str, Any]]:
+def quality_table(prompts: Sequence[Prompt], outputs: Mapping[str, Sequence[str]]) -> dict[str, dict[str, Any]]:
     """{contestant: {task: {"rule", "scored", "correct", "score"}}} over the prompts that can be scored.
 
     ``outputs`` holds the decoded responses of each contestant in the order of ``prompts``. ``score`` is the share of

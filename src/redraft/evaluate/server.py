@@ -10,6 +10,7 @@ What a client sees is measured: speed counts from sending a request to the end o
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
@@ -52,48 +53,25 @@ def bench_servers(
             "give more prompts or a lower concurrency"
         )
     one_by_one = any(callable(server) for server in servers.values())
-    measured = (_after_each_other if one_by_one else _together)(servers, prompts, config, _counting(tick))
+    at_once = [[item] for item in servers.items()] if one_by_one else [list(servers.items())]
+    asked, measured = itertools.count(1), dict[str, Contestant]()
+
+    def done(what: str) -> None:
+        if tick:
+            tick(next(asked), what)
+
+    for group in at_once:
+        with ExitStack() as stack:
+            sessions = []
+            for name, server in group:
+                url = stack.enter_context(server()) if callable(server) else server
+                sessions.append(Session(name, url, config).open(prompts))
+                stack.callback(sessions[-1].close)
+            measured |= _levels(sessions, prompts, config, done)
     return server_result(measured, prompts, config, target, provenance, one_by_one)
 
 
 # -- measuring -------------------------------------------------------------------------------------------------------
-def _counting(tick: Tick | None) -> Callable[[str], None]:
-    count = 0
-
-    def done(what: str) -> None:
-        nonlocal count
-        count += 1
-        if tick:
-            tick(count, what)
-
-    return done
-
-
-def _together(
-    servers: Mapping[str, Server], prompts: Sequence[Prompt], config: ServerConfig, done: Callable[[str], None]
-) -> dict[str, Contestant]:
-    with ExitStack() as stack:
-        sessions = []
-        for name, url in servers.items():
-            session = Session(name, str(url), config).open(prompts)
-            stack.callback(session.close)
-            sessions.append(session)
-        return _levels(sessions, prompts, config, done)
-
-
-def _after_each_other(
-    servers: Mapping[str, Server], prompts: Sequence[Prompt], config: ServerConfig, done: Callable[[str], None]
-) -> dict[str, Contestant]:
-    found: dict[str, Contestant] = {}
-    for name, server in servers.items():
-        with ExitStack() as stack:
-            url = stack.enter_context(server()) if callable(server) else server
-            session = Session(name, url, config).open(prompts)
-            stack.callback(session.close)
-            found |= _levels([session], prompts, config, done)
-    return found
-
-
 def _levels(
     sessions: Sequence[Session], prompts: Sequence[Prompt], config: ServerConfig, done: Callable[[str], None]
 ) -> dict[str, Contestant]:
@@ -147,17 +125,15 @@ def _check_level(session: Session, level: Level) -> None:
         raise UserError(f"the server {session.where} counted no round of speculation; does it run with its draft?")
     if fault := contradiction(whole):
         raise UserError(f"the counters of the server {session.where} contradict each other: {fault}; measure again")
-    received = sum(answer.tokens for answer in level.answers)
-    slack = 0.01 * received + len(level.answers)
-    if whole.generated is not None and whole.generated < received - slack:
+    slack = 0.01 * level.received + len(level.answers)
+    if whole.generated is not None and whole.generated < level.received - slack:
         raise UserError(
-            f"the counters of the server {session.where} hold {whole.generated} of the {received} tokens that it sent: "
-            "they are not those of all its processes; measure one process, or let the server put them together"
+            f"the counters of the server {session.where} hold {whole.generated} of the {level.received} tokens that it "
+            "sent: they are not those of all its processes; measure one process, or let the server put them together"
         )
-    failed = len(level.answers) - len(level.good)
-    if failed and whole.accepted is None and not level.by_prompt:
+    if level.failed and whole.accepted is None and not level.by_prompt:
         raise UserError(
-            f"{failed} requests to the server {session.where} failed at concurrency {level.concurrency}, and its "
+            f"{level.failed} requests to the server {session.where} failed at concurrency {level.concurrency}, and its "
             f"counter of rounds has theirs among the others': tau cannot be told; measure again"
         )
 
@@ -175,8 +151,7 @@ def _notes(session: Session, levels: Mapping[int, Level]) -> list[str]:
 
 def _level_notes(session: Session, level: Level) -> list[str]:
     notes, counts, number = [], total(level.counts), level.concurrency
-    failed = len(level.answers) - len(level.good)
-    received = sum(answer.tokens for answer in level.answers)
+    failed, received = level.failed, level.received
     if level.by_prompt:  # a failed request is in no figure, but what it left running may be
         counted = [c.generated for c, a in zip(level.counts, level.answers, strict=True) if not a.fault]
         generated = None if None in counted else sum(count or 0 for count in counted)

@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from redraft.errors import UserError
 from redraft.evaluate.counters import ENGINES, SOURCES, Counts, acceptance, total
+from redraft.evaluate.figures import PLAIN, Tally, by_task, gains
 from redraft.evaluate.load import Answer, Level, ServerConfig
 from redraft.evaluate.speed import SCHEMA, Prompt
-from redraft.evaluate.statistics import bootstrap, mean, paired_difference, paired_ratio, ratio_of_sums
+from redraft.evaluate.statistics import bootstrap
 
-PLAIN = "plain"
 FAULTS_LISTED = 20
-
-Pairs = tuple[list[float], list[float]]
 
 
 @dataclass(frozen=True)
@@ -59,8 +57,9 @@ def server_result(
     plain = measured.get(PLAIN)
     drafts = {name: found for name, found in measured.items() if name != PLAIN}
     kept = _kept(measured)
+    tallies = {name: _tally(found.base, kept) for name, found in measured.items()}
     for found in drafts.values():
-        if found.base.by_prompt and not _with_rounds(found.base, kept):
+        if found.base.by_prompt and not tallies[found.name].with_rounds():
             raise UserError(
                 f"{found.name} drafted for none of the prompts that every server answered; give longer ones"
             )
@@ -85,7 +84,7 @@ def server_result(
             "speed": "output tokens a second as the client sees it, from sending a request to the end of its answer",
         },
         "drafts": {name: _summary(found, plain, kept) for name, found in drafts.items()},
-        "gains": _gains(drafts, kept) if batch == 1 else {},
+        "gains": gains({name: tallies[name] for name in drafts}) if batch == 1 else {},
         "per_prompt": _per_prompt(measured, prompts, kept) if batch == 1 else [],
         "server": {
             "levels": [
@@ -98,11 +97,12 @@ def server_result(
         },
     }
     if plain:
-        rate = _rate(plain.base, kept)
-        result["plain"] = {"server": {"tokens_per_second": rate}, "fastest": "server"}
+        result["plain"] = {"server": {"tokens_per_second": tallies[PLAIN].rate()}, "fastest": "server"}
     if batch == 1:
-        for name, found in drafts.items():
-            result["drafts"][name]["by_task"] = _by_task(found, plain, prompts, kept)
+        tasks = [prompts[i].task for i in kept]
+        order = dict.fromkeys(filter(None, tasks))
+        for name in drafts:
+            result["drafts"][name]["by_task"] = by_task(tallies[name], tallies.get(PLAIN), tasks, order)
     return result
 
 
@@ -127,131 +127,63 @@ def _one(level: Level, kept: Sequence[int]) -> tuple[list[Answer], list[Counts]]
     return [level.answers[i] for i in kept], [level.counts[i] for i in kept] if level.counts else []
 
 
-def _point(value: float) -> dict[str, float | None]:
-    """A figure of which only the total is known."""
-    return {"value": value, "low": None, "high": None}
-
-
-def _speed_pairs(level: Level, kept: Sequence[int]) -> Pairs:
-    """(tokens, seconds): a pair a prompt at concurrency 1, else one pair of totals."""
-    answers, _ = _one(level, kept)
-    if level.by_prompt:
-        return [a.tokens for a in answers], [a.seconds for a in answers]
-    return [sum(a.tokens for a in answers)], [level.wall]
-
-
-def _tau_pairs(level: Level, kept: Sequence[int]) -> Pairs:
-    """(numerators, rounds) of tau: a pair a prompt that had rounds at concurrency 1, else one pair of totals."""
+def _tally(level: Level, kept: Sequence[int]) -> Tally:
+    """An entry a prompt at concurrency 1, else one of totals. tau's tokens are the counters' where these have them."""
     answers, counts = _one(level, kept)
+    tokens = [answer.tokens for answer in answers]
     if not level.by_prompt:
         whole = total(counts)
-        tokens = sum(a.tokens for a in answers)
-        return [whole.tau_tokens(tokens, len(answers))], [whole.rounds or 0]
-    pairs = [(c.tau_tokens(a.tokens, 1), c.rounds) for a, c in zip(answers, counts, strict=True) if c.rounds]
-    return [float(n) for n, _ in pairs], [float(d) for _, d in pairs]
-
-
-def _with_rounds(level: Level, kept: Sequence[int]) -> list[int]:
-    """Those of the prompts that had rounds: an answer of one token comes from prefill alone."""
-    return [i for i in kept if level.counts[i].rounds]
-
-
-def _ratio(level: Level, pairs: Pairs) -> dict[str, float | None]:
-    if level.by_prompt:
-        return dict(ratio_of_sums(*pairs).to_dict())
-    return _point(pairs[0][0] / pairs[1][0])
-
-
-def _rate(level: Level, kept: Sequence[int]) -> dict[str, float | None]:
-    return _ratio(level, _speed_pairs(level, kept))
-
-
-def _speedup(level: Level, plain: Level, kept: Sequence[int]) -> dict[str, float | None]:
-    mine, base = _speed_pairs(level, kept), _speed_pairs(plain, kept)
-    if level.by_prompt:
-        return dict(paired_ratio(mine, base).to_dict())
-    return _point(mine[0][0] / mine[1][0] / (base[0][0] / base[1][0]))
+        numerator = whole.tau_tokens(sum(tokens), len(answers))
+        return Tally([sum(tokens)], [level.wall], [numerator], [whole.rounds or 0], whole=True)
+    seconds = [answer.seconds for answer in answers]
+    if not counts:
+        return Tally(tokens, seconds, [0] * len(tokens), [0] * len(tokens))
+    of_rounds = [c.tau_tokens(n, 1) for c, n in zip(counts, tokens, strict=True)]
+    return Tally(tokens, seconds, of_rounds, [c.rounds or 0 for c in counts])
 
 
 def _summary(found: Contestant, plain: Contestant | None, kept: Sequence[int]) -> dict[str, Any]:
     """The headline of one draft, at its base level."""
     level = found.base
     answers, counts = _one(level, kept)
-    whole, tau = total(counts), _tau_pairs(level, kept)
+    whole, mine = total(counts), _tally(level, kept)
     unconditional, conditional = acceptance(whole)
-    tokens = sum(a.tokens for a in answers) - len(answers)
+    tokens = sum(mine.tokens) - len(answers)
     summary: dict[str, Any] = {
-        "tau_pooled": _ratio(level, tau),
+        "tau_pooled": mine.tau(),
         "tau_source": SOURCES[whole.prefix],
         "compared": len(answers),
         "acceptance_conditional": conditional,
         "acceptance_unconditional": unconditional,
-        "tokens_per_second": _rate(level, kept),
+        "tokens_per_second": mine.rate(),
         "rounds": whole.rounds,
         "drafted": whole.drafted,
         "tokens": tokens,
     }
-    if not level.by_prompt and len(answers) == len(level.answers):
-        summary["tau_after_cut"] = _point(tokens / (whole.rounds or 1))
     if level.by_prompt:
-        pairs = [(a.tokens - 1, c.rounds) for a, c in zip(answers, counts, strict=True) if c.rounds]
-        summary["tau_after_cut"] = ratio_of_sums([n for n, _ in pairs], [d for _, d in pairs]).to_dict()
-        summary["tau_macro"] = mean([n / d for n, d in zip(*tau, strict=True)]).to_dict()
+        summary["tau_after_cut"] = replace(mine, of_rounds=[n - 1 for n in mine.tokens]).tau()
+        summary["tau_macro"] = mine.tau_macro()
+    elif not level.failed:
+        summary["tau_after_cut"] = replace(mine, of_rounds=[tokens]).tau()
     if plain:
-        summary["speedup"] = _speedup(level, plain.base, kept)
+        summary["speedup"] = mine.speedup(_tally(plain.base, kept))
     if plain and level.by_prompt:
         others, _ = _one(plain.base, kept)
         summary["identical_to_plain"] = sum(a.same_output(b) for a, b in zip(answers, others, strict=True))
     return summary
 
 
-def _by_task(
-    found: Contestant, plain: Contestant | None, prompts: Sequence[Prompt], kept: Sequence[int]
-) -> dict[str, Any]:
-    """The headline of one draft for the prompts of each task; a task whose prompts had no rounds is left out."""
-    figures = {}
-    for task in dict.fromkeys(prompts[i].task for i in kept if prompts[i].task):
-        part = [i for i in kept if prompts[i].task == task]
-        if not _with_rounds(found.base, part):
-            continue
-        figures[task] = {
-            "prompts": len(part),
-            "tau_pooled": _ratio(found.base, _tau_pairs(found.base, part)),
-            "tokens_per_second": _rate(found.base, part),
-        }
-        if plain:
-            figures[task]["speedup"] = _speedup(found.base, plain.base, part)
-            figures[task]["plain_tokens_per_second"] = _rate(plain.base, part)
-    return figures
-
-
-def _gains(drafts: Mapping[str, Contestant], kept: Sequence[int]) -> dict[str, Any]:
-    """Every later draft against the first, paired over the same prompts."""
-    names = list(drafts)
-    gains = {}
-    for name in names[1:]:
-        new, old = drafts[name].base, drafts[names[0]].base
-        both = _with_rounds(new, _with_rounds(old, kept))
-        gains[f"{name} over {names[0]}"] = {
-            "tau": paired_difference(_tau_pairs(new, both), _tau_pairs(old, both)).to_dict(),
-            "speed": _speedup(new, old, kept),
-        }
-    return gains
-
-
 def _level(found: Contestant, plain: Contestant | None, concurrency: int, kept: Sequence[int]) -> dict[str, Any]:
     """One server at one concurrency, for ``server.levels``."""
     level = found.levels[concurrency]
-    if level is not found.base:
-        kept = [i for i, answer in enumerate(level.answers) if not answer.fault]
     answers, counts = _one(level, kept)
-    whole = total(counts)
+    whole, mine = total(counts), _tally(level, kept)
     entry: dict[str, Any] = {
         "requests": len(level.answers),
-        "failed": len(level.answers) - len(level.good),
-        "tokens": sum(a.tokens for a in answers),
-        "seconds": sum(a.seconds for a in answers) if level.by_prompt else level.wall,
-        "tokens_per_second": _rate(level, kept),
+        "failed": level.failed,
+        "tokens": sum(mine.tokens),
+        "seconds": sum(mine.seconds),
+        "tokens_per_second": mine.rate(),
         "in_flight": round(level.in_flight, 2),
         "inter_token_ms": _spread([a.inter_token for a in answers]),
         "ttft_ms": _spread([a.first for a in answers]),
@@ -259,14 +191,14 @@ def _level(found: Contestant, plain: Contestant | None, concurrency: int, kept: 
     }
     firsts = [a.first for a in answers if a.first is not None]
     if firsts:
-        median = bootstrap(firsts, statistics.median).to_dict() if level.by_prompt else None
-        entry["ttft"] = median or _point(statistics.median(firsts))
+        median = {"value": statistics.median(firsts), "low": None, "high": None}
+        entry["ttft"] = bootstrap(firsts, statistics.median).to_dict() if level.by_prompt else median
     if found.name != PLAIN:
-        entry["tau"] = _ratio(level, _tau_pairs(level, kept))
+        entry["tau"] = mine.tau()
         entry["acceptance_unconditional"], _ = acceptance(whole)
         entry |= {"rounds": whole.rounds, "drafted": whole.drafted, "accepted": whole.accepted}
     if found.name != PLAIN and plain:
-        entry["speedup"] = _speedup(level, plain.levels[concurrency], kept)
+        entry["speedup"] = mine.speedup(_tally(plain.levels[concurrency], kept))
     if level.gauges:
         entry["gauges"] = {"what": "the server's own last reading, not a difference", **level.gauges}
     return entry

@@ -16,15 +16,14 @@ from redraft.decode.engine import PlainDecoder
 from redraft.decode.make import make_decoder
 from redraft.decode.pieces import trace
 from redraft.decode.requests import Generation
-from redraft.decode.tree import ChainShape, Shape
 from redraft.drafts.base import Draft
 from redraft.errors import UserError
 from redraft.evaluate import summary
-from redraft.evaluate.costs import costs
 from redraft.evaluate.divergence import plain_text
+from redraft.evaluate.figures import PLAIN, by_task, gains
 from redraft.evaluate.statistics import ratio_of_sums
-from redraft.evaluate.summary import PLAIN
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
+from redraft.settings.shapes import ChainShape, Shape
 from redraft.target import Target
 
 SCHEMA = "redraft.bench/1"
@@ -123,6 +122,7 @@ def bench(
     wall, decoding = time.perf_counter() - began, sum(summary.seconds(g) for part in runs.values() for g in part)
     expected = {name: _expected(name, chosen, runs, used[name], prompts, config) for name in drafts}
     tasks = [prompt.task for prompt in prompts]
+    tallies = {name: summary.tally(found) for name, found in runs.items()}
     result: dict[str, Any] = {
         "schema": SCHEMA,
         "provenance": dict(provenance),
@@ -131,7 +131,7 @@ def bench(
         "plain": _plain(runs[PLAIN], chosen[PLAIN], held.get(PLAIN, {})),
         "contest": {name: {dtype: _entry(found) for dtype, found in by.items()} for name, by in held.items()},
         "drafts": {},
-        "gains": summary.gains(runs, list(drafts)),
+        "gains": gains({name: tallies[name] for name in drafts}),
         "per_prompt": summary.per_prompt(runs, [prompt.id for prompt in prompts], tasks),
         "traces": _traces(used[PLAIN], runs, prompts, config),
     }
@@ -141,8 +141,8 @@ def bench(
             "parameters": sum(p.numel() for p in draft.parameters()),
             "alpha": _alpha(used[name], draft, prompts[: config.alpha_prompts], config),
             **summary.summarise(runs[name], runs[PLAIN], config.depth, expected[name]),
-            **costs(used[name], draft, runs[name], runs[PLAIN]),
-            "by_task": summary.by_task(runs[name], runs[PLAIN], tasks),
+            **summary.costs(used[name], draft, runs[name], runs[PLAIN]),
+            "by_task": by_task(tallies[name], tallies[PLAIN], tasks, sorted({*tasks} - {""})),
         }
     return Measured(result, runs, used, expected)
 
@@ -170,11 +170,11 @@ def _setup(
 
 def _plain(runs: Sequence[Generation], fastest: str, held: Mapping[str, Sequence[Generation]]) -> dict[str, Any]:
     """Plain decoding by data type: the fastest on all prompts, the others on those of the contest, and over it."""
-    found: dict[str, Any] = {fastest: {"tokens_per_second": summary.speed(runs)}}
+    found: dict[str, Any] = {fastest: {"tokens_per_second": summary.tally(runs).rate()}}
     for name in held.keys() - {fastest}:
         both = min(len(held[name]), len(held[fastest]))
-        relative = summary.speedup(held[name][:both], held[fastest][:both])
-        found[name] = {"tokens_per_second": summary.speed(held[name]), "relative": relative}
+        relative = summary.tally(held[name][:both]).speedup(summary.tally(held[fastest][:both]))
+        found[name] = {"tokens_per_second": summary.tally(held[name]).rate(), "relative": relative}
     return {**found, "fastest": fastest}
 
 

@@ -17,7 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[np.float64]
+Pairs = tuple[npt.ArrayLike, npt.ArrayLike]
+"""Numerators and denominators of a ratio, an entry each a prompt."""
 T = TypeVar("T")
+LEVEL = 0.95  # of every interval
 
 
 @dataclass(frozen=True)
@@ -32,10 +35,6 @@ class Interval:
         """{"value", "low", "high"} as plain floats, the form of every result file."""
         return asdict(self)
 
-    def excludes(self, number: float) -> bool:
-        """Whether ``number`` lies outside the interval."""
-        return not self.low <= number <= self.high
-
 
 def resample_counts(prompts: int, draws: int, seed: int) -> Array:
     """How often each prompt occurs in each resample [D, P]; a function of the three arguments alone.
@@ -48,12 +47,12 @@ def resample_counts(prompts: int, draws: int, seed: int) -> Array:
     return np.random.default_rng(seed).multinomial(prompts, even, size=draws).astype(np.float64)
 
 
-def _interval(value: float, drawn_D: Array, level: float) -> Interval:
+def _interval(value: float, drawn_D: Array) -> Interval:
     """Percentiles of the finite draws: a resample whose statistic does not exist (0/0) says nothing about it."""
     finite = drawn_D[np.isfinite(drawn_D)]
     if not finite.size:
         return Interval(float(value), float("nan"), float("nan"))
-    low, high = np.quantile(finite, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(finite, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(float(value), float(low), float(high))
 
 
@@ -62,7 +61,6 @@ def bootstrap(
     statistic: Callable[[list[T]], float],
     draws: int = 2000,
     seed: int = 0,
-    level: float = 0.95,
 ) -> Interval:
     """Percentile bootstrap (Efron 1979) of any statistic of a list with one entry a prompt.
 
@@ -73,7 +71,7 @@ def bootstrap(
     counts_DP = resample_counts(len(values), draws, seed).astype(np.int64)
     everyone = np.arange(len(values))
     drawn = [statistic([values[i] for i in np.repeat(everyone, counts_P)]) for counts_P in counts_DP]
-    return _interval(statistic(values), np.asarray(drawn, dtype=np.float64), level)
+    return _interval(statistic(values), np.asarray(drawn, dtype=np.float64))
 
 
 def bootstrap_sums(
@@ -81,7 +79,6 @@ def bootstrap_sums(
     statistic: Callable[[Array], Any],
     draws: int = 2000,
     seed: int = 0,
-    level: float = 0.95,
 ) -> Interval:
     """Bootstrap of a statistic that needs only the sums over prompts; one matrix product, no loop.
 
@@ -95,7 +92,7 @@ def bootstrap_sums(
     with np.errstate(divide="ignore", invalid="ignore"):
         drawn = np.asarray(statistic(counts_DP @ values), dtype=np.float64)
         value = float(np.asarray(statistic(values.sum(0))))
-    return _interval(value, drawn, level)
+    return _interval(value, drawn)
 
 
 def ratio_of_sums(numerator_P: npt.ArrayLike, denominator_P: npt.ArrayLike, **options: Any) -> Interval:
@@ -109,34 +106,25 @@ def mean(values_P: npt.ArrayLike, **options: Any) -> Interval:
     return ratio_of_sums(values_P, ones, **options)
 
 
-def paired_difference(
-    new_P: tuple[npt.ArrayLike, npt.ArrayLike], old_P: tuple[npt.ArrayLike, npt.ArrayLike], **options: Any
-) -> Interval:
+def paired_difference(new_P: Pairs, old_P: Pairs, **options: Any) -> Interval:
     """Ratio of sums of ``new`` minus that of ``old``; each is (numerators, denominators) on the same prompts."""
     return bootstrap_sums(
         np.column_stack([*new_P, *old_P]), lambda s: s[..., 0] / s[..., 1] - s[..., 2] / s[..., 3], **options
     )
 
 
-def paired_ratio(
-    new_P: tuple[npt.ArrayLike, npt.ArrayLike], old_P: tuple[npt.ArrayLike, npt.ArrayLike], **options: Any
-) -> Interval:
+def paired_ratio(new_P: Pairs, old_P: Pairs, **options: Any) -> Interval:
     """Ratio of sums of ``new`` over that of ``old``: a speed-up, from (tokens, seconds) of each on the same prompts."""
     return bootstrap_sums(
         np.column_stack([*new_P, *old_P]), lambda s: s[..., 0] / s[..., 1] / (s[..., 2] / s[..., 3]), **options
     )
 
 
-def paired_recovery(
-    new_P: tuple[npt.ArrayLike, npt.ArrayLike],
-    stale_P: tuple[npt.ArrayLike, npt.ArrayLike],
-    full_P: tuple[npt.ArrayLike, npt.ArrayLike],
-    **options: Any,
-) -> Interval:
-    """``metrics.recovery`` of pooled tau, from (tokens, rounds) of the three drafts on the same prompts.
+def paired_recovery(new_P: Pairs, stale_P: Pairs, full_P: Pairs, **options: Any) -> Interval:
+    """Share of the gap to full retraining that was won back, (tau - tau_stale) / (tau_full - tau_stale) of pooled tau.
 
-    The denominator may come near zero in some resamples when full retraining gains little; the interval is then
-    wide, as it should be.
+    From (tokens, rounds) of the three drafts on the same prompts; above 1 where it beats full retraining. The
+    denominator may come near zero in some resamples when full retraining gains little: the interval is wide then.
     """
 
     def statistic(sums: Array) -> Array:

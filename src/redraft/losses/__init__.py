@@ -4,11 +4,11 @@ The contract of every entry: ``loss(draft_logits_ND, teacher_logits_ND, weight_N
 
 - Both logits are over the draft vocabulary. The teacher's are those rows of the target's head, so their softmax is
   the target's distribution restricted to the draft vocabulary and renormalised there.
-- ``sum`` is the weighted sum over positions of a loss that is never negative and is least where the two
-  distributions are equal; ``count`` is the sum of the weights (N without weights). The trainer divides by the
+- ``sum`` is the weighted sum over positions of a loss that is never negative, but for rounding, and is least where the
+  two distributions are equal; ``count`` is the sum of the weights (N without weights). The trainer divides by the
   global count, so results depend neither on the batch split nor on the number of workers.
-- Computed in float32 (float64 for float64 input) whatever the input; gradients reach the draft's logits alone.
-- The gradient is the derivative of ``sum``.
+- Computed in float32 (float64 for float64 input) whatever the input. The teacher's logits carry no gradient.
+- The gradient is the derivative of ``sum``: autograd's will do. In closed form it costs less memory (``rows.py``).
 
 What a few losses need beside that they say by having one of these, and are held to the contract otherwise:
 

@@ -30,12 +30,6 @@ from redraft.registries import LOSSES
 LEAST_STD = 1e-4
 
 
-def policy_gradient(draft_ND: Tensor, advantage_ND: Tensor) -> Tensor:
-    """-E_{x ~ draft}[advantage(x) * grad log draft(x)] with respect to the logits, row by row, [N, D]."""
-    mean_N1 = (draft_ND * advantage_ND).sum(-1, keepdim=True)
-    return draft_ND * (mean_N1 - advantage_ND)
-
-
 def mean_and_std(statistics: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the rewards from :meth:`NormalisedReward.statistics`, scalars."""
     mean = statistics[0] / statistics[1].clamp(min=torch.finfo(statistics.dtype).tiny)

@@ -9,34 +9,23 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from types import TracebackType
-from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from redraft.decode.pieces import TokenText
+from redraft.decode.requests import Round
 from redraft.report.tokens import Piece, fates, kinds, visible
 
-if TYPE_CHECKING:
-    from redraft.decode.pieces import TokenText
-    from redraft.decode.requests import Round
-
-STYLES = {
-    "accepted": "color(16) on color(153)",
-    "corrected": "color(16) on color(216) underline",
-    "bonus": "color(16) on color(157) underline2",
-    "prefill": "color(16) on color(252)",
-    "rejected": "dim strike",
-    "unused": "dim",
-}
-MARKS = {
-    "accepted": "[]",
-    "corrected": "<>",
-    "bonus": "{}",
-    "prefill": "()",
-    "rejected": "~~",
-    "unused": "~~",
+# By kind: the style where there are colours, and the brackets where there are none.
+LOOKS = {
+    "accepted": ("color(16) on color(153)", "[]"),
+    "corrected": ("color(16) on color(216) underline", "<>"),
+    "bonus": ("color(16) on color(157) underline2", "{}"),
+    "prefill": ("color(16) on color(252)", "()"),
+    "rejected": ("dim strike", "~~"),
+    "unused": ("dim", "~~"),
 }
 SHOWN_KINDS = ("accepted", "corrected", "bonus", "prefill")
 TAIL = 2000  # pieces that a screen can hold at most
@@ -52,12 +41,12 @@ def paint(pieces: Sequence[Piece], colour: bool) -> Text:
     text = Text()
     for index, piece in enumerate(pieces):
         shown = visible(piece.text, breaks=piece.kind in SHOWN_KINDS)
+        style, mark = LOOKS[piece.kind]
         if colour:
-            text.append(shown, STYLES[piece.kind])
+            text.append(shown, style)
             continue
-        mark = MARKS[piece.kind]
-        opens = index == 0 or MARKS[pieces[index - 1].kind] != mark
-        closes = index + 1 == len(pieces) or MARKS[pieces[index + 1].kind] != mark
+        opens = index == 0 or LOOKS[pieces[index - 1].kind][1] != mark
+        closes = index + 1 == len(pieces) or LOOKS[pieces[index + 1].kind][1] != mark
         text.append((mark[0] if opens else "") + shown + (mark[1] if closes else ""))
     return text
 
@@ -95,9 +84,7 @@ class Watcher:
             self.live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self.live is not None:
             self.live.stop()
             self.live = None
@@ -109,13 +96,13 @@ class Watcher:
     def on_round(self, record: Round) -> None:
         """Take one round; the first one without proposals is prefill's token."""
         self.last = self.clock()
-        fresh = self._prefill(record) if not record.proposed and not self.pieces else self._round(record)
+        if record.proposed or self.pieces:
+            fresh = self._round(record)
+        else:
+            fresh = [Piece(self.texts.push(token), "prefill") for token in record.kept]
         self.pieces += fresh
         if self.live is None:
             self.console.print(paint(fresh, self.colour), end="", soft_wrap=True)
-
-    def _prefill(self, record: Round) -> list[Piece]:
-        return [Piece(self.texts.push(token), "prefill") for token in record.kept]
 
     def _round(self, record: Round) -> list[Piece]:
         proposed = self.texts.proposed(record) if self.rejected else []

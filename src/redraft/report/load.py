@@ -7,6 +7,7 @@ breaking the page.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -271,10 +272,10 @@ class Summary(_Open):
 
 
 class CurvePoint(_Open):
-    """One logged step of training."""
+    """One logged step of training; step 0, before any, has no loss."""
 
     step: int
-    loss: float
+    loss: float | None = None
     tokens: int = 0
     seconds: float = 0.0
     heldout_tau: float | None = None
@@ -298,6 +299,10 @@ class Costs(_Open):
     stages: list[Stage]
 
 
+# What a record is called in messages.
+WORDS: dict[type[BaseModel], str] = {BenchResult: "benchmark result", Costs: "cost ledger", Summary: "summary"}
+
+
 def read_json(path: Path) -> Any:
     """The JSON in ``path``. Raises ``UserError`` that names the file, and the line where it is broken."""
     try:
@@ -319,6 +324,11 @@ def parse(model: type[Model], data: Any, where: str) -> Model:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "top level"
         raise UserError(f"{where}: {field}: {first['msg']}") from error
+
+
+def parsed(model: type[Model], value: Mapping[str, Any] | Model) -> Model:
+    """``value``, or what it says as JSON. Raises ``UserError`` for a field that does not fit."""
+    return value if isinstance(value, model) else parse(model, value, WORDS[model])
 
 
 def read_bench(path: Path) -> BenchResult:
@@ -362,8 +372,9 @@ def read_ledger(path: Path) -> Costs:
 def read_curve(path: Path) -> list[CurvePoint]:
     """A training curve, one JSON object a line; a torn last line of a run in progress is left out.
 
-    A step that is there twice (a run that was killed between writing its line and its checkpoint, and resumed)
-    counts once, as written last. Raises ``UserError`` with file and line for damage anywhere else.
+    It begins at step 0, with the draft as it was: where no line says so, the run's state beside the curve does. A step
+    that is there twice (a run that was killed between writing its line and its checkpoint, and resumed) counts once,
+    as written last. Raises ``UserError`` with file and line for damage anywhere else.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -379,5 +390,19 @@ def read_curve(path: Path) -> list[CurvePoint]:
                 break
             raise UserError(f"{path}:{number}: broken JSON: {error.msg}") from error
         point = parse(CurvePoint, data, f"{path}:{number}")
+        if point.step and point.loss is None:
+            raise UserError(f"{path}:{number}: loss: missing, which only step 0 may do without")
         points[point.step] = point
+    before = _before(path) if any(point.heldout_tau is not None for point in points.values()) else None
+    if before is not None:
+        points.setdefault(0, CurvePoint(step=0, heldout_tau=before))
     return [points[step] for step in sorted(points)]
+
+
+def _before(curve: Path) -> float | None:
+    """The held-out tau before any training, from the run's state beside the curve; None where there is none."""
+    try:
+        (step, tau), *_ = json.loads(curve.with_name("state.json").read_text(encoding="utf-8"))["state"]["history"]
+        return float(tau) if step == 0 else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -15,18 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from redraft.errors import UserError
+from redraft.files import atomic_write_bytes, atomic_write_text
 from redraft.report import format as form
 from redraft.report import plots, sections, tokens
 from redraft.report.costs import round_costs
-from redraft.report.load import (
-    BenchResult,
-    CurvePoint,
-    Trace,
-    read_bench,
-    read_curve,
-    read_ledger,
-    read_summary,
-)
+from redraft.report.drawing import PHASES, series_colours
+from redraft.report.load import BenchResult, CurvePoint, Trace, read_bench, read_curve, read_ledger, read_summary
 
 # Anchor of a result's part: what it needs, and what the list of contents calls it.
 PARTS = {
@@ -73,8 +67,6 @@ def build_report(
         "summary": sections.summary_lines(read_summary(summary)) if summary else None,
     }
     page = _environment().get_template("report.html.j2").render(**content, contents=_contents(content))
-    from redraft.artifact import atomic_write_text
-
     # A result may hold halves of surrogate pairs, which UTF-8 has no bytes for.
     atomic_write_text(out, page.encode("utf-8", "replace").decode("utf-8"))
     return out
@@ -96,8 +88,6 @@ def _contents(content: dict[str, Any]) -> list[tuple[str, str]]:
 
 def headline_png(result: Path, out: Path) -> Path:
     """Write the headline picture (acceptance length and speed-up with intervals, on white) and return ``out``."""
-    from redraft.artifact import atomic_write_bytes
-
     atomic_write_bytes(out, plots.headline_figure_png(read_bench(result)))
     return out
 
@@ -165,7 +155,7 @@ def _section(index: int, path: Path, result: BenchResult) -> dict[str, Any]:
         "quality": scores,
         "quality_verdict": sections.quality_verdict(scores),
         "quality_picture": _quality_picture(scores, name, colours),
-        "divergences": sections.divergences(result),
+        "divergences": {key: d.divergence for key, d in result.drafts.items() if d.divergence},
         "prompts": (prompts := sections.prompt_rows(result)),
         "prompt_tasks": any(row["task"] for row in prompts),
         "facts": sections.facts(result.provenance),
@@ -177,9 +167,7 @@ def _colours(result: BenchResult) -> dict[str, str]:
     """A colour for plain decoding and for everything that any part of the result names."""
     names = [*result.drafts, *(key for trace in result.traces for key in trace.drafts)]
     names += [key for level in (result.server.levels if result.server else []) for key in level.contestants]
-    return plots.series_colours([name for name in dict.fromkeys(names) if name != "plain"]) | {
-        "plain": plots.PHASES["other"]
-    }
+    return series_colours([name for name in dict.fromkeys(names) if name != "plain"]) | {"plain": PHASES["other"]}
 
 
 def _task_pictures(result: BenchResult, name: str, colours: dict[str, str]) -> list[str]:
@@ -230,7 +218,7 @@ def _trace(trace: Trace, tree: bool) -> dict[str, Any]:
 
 
 def _training(points: list[CurvePoint], result: BenchResult) -> dict[str, Any] | None:
-    """The training section; nothing for an empty curve. ``heldout_tau`` of step 0 is the stale draft's where given."""
+    """The training section; nothing for an empty curve. The draft before training is step 0's, where that is known."""
     if not points:
         return None
     stale = None

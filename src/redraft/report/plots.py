@@ -1,128 +1,36 @@
-"""The pictures, as inline SVG that takes the page's text colour, and as PNG for a README.
-
-Series colours are mid tones with at least 3:1 contrast on white and on near-black; series also differ by marker,
-never by colour alone. Text and grid are drawn in marker colours that become CSS variables in the SVG. No picture
-holds an address or an identifier that could clash with another picture on the same page.
-"""
+"""The pictures of a benchmark and of a training: intervals, curves and bars."""
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from redraft.errors import UserError
 from redraft.report.costs import round_costs
+from redraft.report.drawing import (
+    COLOURS,
+    GRID,
+    INK,
+    MARKERS,
+    PHASES,
+    WIDTH,
+    dot,
+    figure,
+    png,
+    rows_named,
+    series_colours,
+    svg,
+)
 from redraft.report.format import missing, number
 from redraft.report.load import BenchResult, CurvePoint, Interval
-
-INK, GRID = "#010203", "#010204"
-COLOURS = {"stale": "#c8702a", "aligned": "#3a7fc8", "full": "#2f9461"}
-OTHERS = ("#a65fb0", "#8a8420", "#c25069", "#4f8a94")
-PHASES = {"draft": "#8067c0", "verify": "#3a8f8f", "other": "#85888f", "prefill": "#b08a3c"}
-MARKERS = "osD^vP"
-WIDTH = 4.6
-
-
-def series_colours(names: Sequence[str]) -> dict[str, str]:
-    """A colour for every draft: stale, aligned and full have their own, others take turns."""
-    rest = [name for name in names if name not in COLOURS]
-    return {name: COLOURS.get(name) or OTHERS[rest.index(name) % len(OTHERS)] for name in names}
-
-
-def _pyplot() -> Any:
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise UserError("reports need matplotlib and jinja2: pip install 'redraft[report]'") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-@contextmanager
-def _figure(width: float, height: float, columns: int = 1, ink: str = INK, grid: str = GRID) -> Iterator[Any]:
-    """A figure and its axes in the house style, closed afterwards."""
-    pyplot = _pyplot()
-    style = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "redraft",
-        "font.size": 10,
-        "font.family": "sans-serif",
-        "text.color": ink,
-        "axes.labelcolor": ink,
-        "axes.edgecolor": grid,
-        "axes.titlesize": 10.5,
-        "axes.titlelocation": "left",
-        "axes.titleweight": "bold",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "grid.color": grid,
-        "grid.linewidth": 0.8,
-        "xtick.color": grid,
-        "ytick.color": grid,
-        "xtick.labelcolor": ink,
-        "ytick.labelcolor": ink,
-        "xtick.labelsize": 9,
-        "ytick.labelsize": 9,
-        "legend.frameon": False,
-        "legend.fontsize": 9,
-        "lines.linewidth": 1.8,
-        "lines.markersize": 5,
-        "figure.constrained_layout.use": True,
-        "savefig.transparent": True,
-    }
-    with pyplot.rc_context(style):
-        figure, axes = pyplot.subplots(1, columns, figsize=(width, height))
-        try:
-            yield figure, axes
-        finally:
-            pyplot.close(figure)
-
-
-def _svg(figure: Any, name: str, about: str) -> str:
-    """The figure as an inline SVG element: no prolog, metadata or addresses; CSS colours; identifiers of its own."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text).replace("xlink:href=", "href=")
-    used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', text))
-    text = re.sub(r'\sid="([^"]+)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", text)
-    text = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", text)
-    text = text.replace(INK, "currentColor").replace(GRID, "var(--grid)")
-    text = re.sub(r"font: ([^;\"]*?)'[^;\"]*", r"font: \1inherit", text)
-    text = re.sub(r"font-family: [^;\"]*", "font-family: inherit", text)
-    about = about.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
-    return re.sub(r"<svg [^>]*?(viewBox=\"[^\"]*\")[^>]*>", rf'<svg \1 role="img" aria-label="{about}">', text, count=1)
 
 
 def _dots(axes: Any, entries: list[tuple[str, str, Interval]], title: str, digits: int, unit: str = "") -> None:
     """A dot with its interval a row, the first on top, each with its figure beside it."""
-    for row, (_, colour, figure) in enumerate(entries):
-        if not missing(figure.low):
-            axes.plot(
-                [figure.low, figure.high], [row, row], color=colour, linewidth=4, alpha=0.45, solid_capstyle="round"
-            )
-        axes.plot(figure.value, row, MARKERS[row % len(MARKERS)], color=colour, markersize=8)
-        axes.annotate(
-            f"{figure.value:.{digits}f}{unit}",
-            (figure.value, row),
-            (0, 9),
-            textcoords="offset points",
-            ha="center",
-            fontweight="bold",
-        )
-    axes.set_yticks(range(len(entries)), [name for name, _, _ in entries])
-    axes.set_ylim(len(entries) - 0.5, -0.75)
-    axes.tick_params(axis="y", length=0)
-    axes.grid(axis="y", visible=False)
+    for row, (_, colour, found) in enumerate(entries):
+        dot(axes, row, found, colour, MARKERS[row % len(MARKERS)], 8)
+        words, place = f"{found.value:.{digits}f}{unit}", (found.value, row)
+        axes.annotate(words, place, (0, 9), textcoords="offset points", ha="center", fontweight="bold")
+    rows_named(axes, [name for name, _, _ in entries], 0.5, 0.75)
     axes.margins(x=0.12)
     axes.set_title(title)
 
@@ -149,7 +57,7 @@ def _headline_axes(result: BenchResult, tau_axes: Any, speed_axes: Any) -> None:
         title, unit, digits, figures = speed_figures(result)
         if unit:
             speed_axes.axvline(1, color=PHASES["other"], linestyle="--", linewidth=1.2)
-        _dots(speed_axes, [(name, colours[name], figure) for name, figure in figures.items()], title, digits, unit)
+        _dots(speed_axes, [(name, colours[name], found) for name, found in figures.items()], title, digits, unit)
 
 
 def headline_svgs(result: BenchResult, name: str) -> list[str]:
@@ -159,9 +67,9 @@ def headline_svgs(result: BenchResult, name: str) -> list[str]:
     for index, what in enumerate(("acceptance length", "speed")):
         if index and not speed_figures(result)[3]:
             continue
-        with _figure(WIDTH, height) as (figure, axes):
+        with figure(WIDTH, height) as (made, axes):
             _headline_axes(result, axes if index == 0 else None, axes if index == 1 else None)
-            pictures.append(_svg(figure, f"{name}-headline{index}", f"{what} of each draft with its interval"))
+            pictures.append(svg(made, f"{name}-headline{index}", f"{what} of each draft with its interval"))
     return pictures
 
 
@@ -176,31 +84,22 @@ def grouped_svg(
     series = list(dict.fromkeys(key for figures in groups.values() for key in figures))
     pitch = 0.8 / max(len(series), 1)
     inches = 1.05 + sum(0.12 + 0.2 * len(series) for _ in groups)
-    with _figure(WIDTH, inches) as (figure, axes):
+    with figure(WIDTH, inches) as (made, axes):
         for band, figures in enumerate(groups.values()):
             for key, interval in figures.items():
                 row = band + (series.index(key) - (len(series) - 1) / 2) * pitch
-                if not missing(interval.low):
-                    axes.plot(
-                        [interval.low, interval.high], [row] * 2, color=colours[key], linewidth=3, alpha=0.45,
-                        solid_capstyle="round",
-                    )  # fmt: skip
-                marker = MARKERS[series.index(key) % len(MARKERS)]
-                axes.plot(interval.value, row, marker, color=colours[key], markersize=6)
+                dot(axes, row, interval, colours[key], MARKERS[series.index(key) % len(MARKERS)], 6)
         for key in series:
             axes.plot([], [], MARKERS[series.index(key) % len(MARKERS)], color=colours[key], label=key)
         if line is not None:
             axes.axvline(line, color=PHASES["other"], linestyle="--", linewidth=1.2)
-        axes.set_yticks(range(len(groups)), [_short(group) for group in groups])
-        axes.set_ylim(len(groups) - 0.5, -0.5)
-        axes.tick_params(axis="y", length=0)
-        axes.grid(axis="y", visible=False)
+        rows_named(axes, [_short(group) for group in groups], 0.5, 0.5)
         for band in range(1, len(groups)):
             axes.axhline(band - 0.5, color=GRID, linewidth=0.8)
         axes.margins(x=0.08)
         axes.set_title(title)
-        figure.legend(loc="outside lower right", ncols=min(3, len(series)), handletextpad=0.2, columnspacing=1.0)
-        return _svg(figure, name, f"{title}, by group, with intervals: {_spoken(groups)}")
+        made.legend(loc="outside lower right", ncols=min(3, len(series)), handletextpad=0.2, columnspacing=1.0)
+        return svg(made, name, f"{title}, by group, with intervals: {_spoken(groups)}")
 
 
 def _short(text: str, limit: int = 18) -> str:
@@ -209,7 +108,7 @@ def _short(text: str, limit: int = 18) -> str:
 
 def _spoken(groups: Mapping[str, Mapping[str, Interval]]) -> str:
     return "; ".join(
-        f"{group}: " + ", ".join(f"{key} {number(figure.value)}" for key, figure in figures.items())
+        f"{group}: " + ", ".join(f"{key} {number(found.value)}" for key, found in figures.items())
         for group, figures in groups.items()
     )
 
@@ -222,7 +121,7 @@ def lines_svg(
     name: str,
 ) -> str:
     """One line a series over a base-2 axis (concurrency), with its interval as a shade."""
-    with _figure(WIDTH, 2.9) as (figure, axes):
+    with figure(WIDTH, 2.9) as (made, axes):
         for marker, (key, points) in zip(MARKERS * len(curves), curves.items(), strict=False):
             at = [x for x, _ in points]
             axes.plot(at, [y.value for _, y in points], f"{marker}-", color=colours[key], label=key)
@@ -241,18 +140,16 @@ def lines_svg(
         spoken = "; ".join(
             f"{key}: " + ", ".join(f"{y.value:.4g} at {x:g}" for x, y in points) for key, points in curves.items()
         )
-        return _svg(figure, name, f"{title} over {xlabel}: {spoken}")
+        return svg(made, name, f"{title} over {xlabel}: {spoken}")
 
 
 def headline_figure_png(result: BenchResult) -> bytes:
     """The headline picture on white, for places that show no SVG."""
     columns = 2 if speed_figures(result)[3] else 1
     height = 0.95 + 0.55 * len(result.drafts)
-    with _figure(columns * WIDTH, height, columns, ink="#1b1f24", grid="#d5d9de") as (figure, axes):
+    with figure(columns * WIDTH, height, columns, white=True) as (made, axes):
         _headline_axes(result, *(axes if columns == 2 else (axes, None)))
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=160, transparent=False, facecolor="white", metadata={"Software": None})
-        return buffer.getvalue()
+        return png(made, 160)
 
 
 def acceptance_svgs(result: BenchResult, name: str) -> list[str]:
@@ -263,7 +160,7 @@ def acceptance_svgs(result: BenchResult, name: str) -> list[str]:
         curves = {key: getattr(draft, f"acceptance_{kind}") for key, draft in result.drafts.items()}
         if not any(curves.values()):
             continue
-        with _figure(WIDTH, 2.9) as (figure, axes):
+        with figure(WIDTH, 2.9) as (made, axes):
             for marker, (key, curve) in zip(MARKERS * len(curves), curves.items(), strict=False):
                 values = [float("nan") if v is None else v for v in curve]
                 axes.plot(range(1, len(curve) + 1), values, f"{marker}-", color=colours[key], label=key)
@@ -272,7 +169,7 @@ def acceptance_svgs(result: BenchResult, name: str) -> list[str]:
             axes.set_xlabel("drafted position")
             axes.set_title(title)
             axes.legend()
-            pictures.append(_svg(figure, f"{name}-{kind}", f"Share of draft tokens {title}, by position"))
+            pictures.append(svg(made, f"{name}-{kind}", f"Share of draft tokens {title}, by position"))
     return pictures
 
 
@@ -282,7 +179,7 @@ def time_svg(result: BenchResult, name: str) -> str | None:
     if not costs:
         return None
     relative = result.plain is not None
-    with _figure(WIDTH, 1.45 + 0.42 * len(costs)) as (figure, axes):
+    with figure(WIDTH, 1.45 + 0.42 * len(costs)) as (made, axes):
         for row, cost in enumerate(costs.values()):
             left = 0.0
             for phase, colour in PHASES.items():
@@ -292,16 +189,13 @@ def time_svg(result: BenchResult, name: str) -> str | None:
             if relative:
                 label = "yield, \N{GREEK SMALL LETTER TAU}" if row == 0 else None
                 axes.plot([cost.tau] * 2, [row - 0.38, row + 0.38], color=INK, linewidth=2, label=label)
-        axes.set_yticks(range(len(costs)), [_short(key) for key in costs])
-        axes.set_ylim(len(costs) - 0.45, -0.55)
-        axes.tick_params(axis="y", length=0)
-        axes.grid(axis="y", visible=False)
+        rows_named(axes, [_short(key) for key in costs], 0.55, 0.55)
         axes.set_xlim(0, 1.06 * max(max(cost.total, cost.tau if relative else 0) for cost in costs.values()))
         unit = "tokens of plain decoding" if relative else "milliseconds"
         axes.set_xlabel(f"cost of a round, in {unit}")
         handles, labels = axes.get_legend_handles_labels()
         order = sorted(range(len(labels)), key=lambda i: labels[i] not in PHASES)
-        figure.legend(
+        made.legend(
             [handles[i] for i in order],
             [labels[i] for i in order],
             loc="outside upper left",
@@ -313,7 +207,7 @@ def time_svg(result: BenchResult, name: str) -> str | None:
             f"{key}: a round costs {number(cost.total)} {unit} and yields {number(cost.tau)} tokens"
             for key, cost in costs.items()
         )
-        return _svg(figure, f"{name}-time", about)
+        return svg(made, f"{name}-time", about)
 
 
 def training_svgs(points: Sequence[CurvePoint], stale: tuple[str, float] | None) -> list[str]:
@@ -325,20 +219,21 @@ def training_svgs(points: Sequence[CurvePoint], stale: tuple[str, float] | None)
         if by_tokens
         else ("step", [float(p.step) for p in points])
     )
-    with _figure(WIDTH, 2.7) as (figure, axes):
+    with figure(WIDTH, 2.7) as (made, axes):
+        losses = [(x, p.loss) for x, p in zip(at, points, strict=True) if p.loss is not None]
         # a line through one point is nothing at all
-        axes.plot(at, [p.loss for p in points], "-" if at[1:] else "o", color=COLOURS["aligned"], linewidth=1.4)
+        axes.plot(*zip(*losses, strict=True), "-" if losses[1:] else "o", color=COLOURS["aligned"], linewidth=1.4)
         axes.set_title("training loss")
         axes.set_xlabel(label)
-        pictures.append(_svg(figure, "curve-loss", "Training loss"))
+        pictures.append(svg(made, "curve-loss", "Training loss"))
     held = [(x, p.heldout_tau) for x, p in zip(at, points, strict=True) if p.heldout_tau is not None]
     if held:
-        with _figure(WIDTH, 2.7) as (figure, axes):
+        with figure(WIDTH, 2.7) as (made, axes):
             axes.plot(*zip(*held, strict=True), "o-", color=COLOURS["aligned"], label="in training")
             if stale is not None:
                 axes.axhline(stale[1], color=COLOURS["stale"], linestyle="--", label=stale[0])
             axes.legend()
             axes.set_title("held-out acceptance length \N{GREEK SMALL LETTER TAU}")
             axes.set_xlabel(label)
-            pictures.append(_svg(figure, "curve-tau", "Held-out acceptance length during training"))
+            pictures.append(svg(made, "curve-tau", "Held-out acceptance length during training"))
     return pictures

@@ -150,30 +150,6 @@ def quality_verdict(scores: dict[str, dict[str, Score]]) -> str:
     return f"{same}, though {changed} verdicts changed." if changed else f"{same}."
 
 
-def divergences(result: BenchResult) -> list[dict[str, Any]]:
-    """One row a draft: texts equal to plain decoding's, texts that left it at a near-tie, and at something else."""
-    rows = []
-    for name, draft in result.drafts.items():
-        found = draft.divergence
-        if found is None:
-            continue
-        gaps = sorted(found.first_divergence_gap)
-        apart = found.prompts - found.identical
-        rows.append(
-            {
-                "name": name,
-                "prompts": found.prompts,
-                "identical": found.identical,
-                "near_ties": found.near_ties,
-                "other": apart - found.near_ties,
-                "rate": apart / found.prompts if found.prompts else None,
-                "median": gaps[len(gaps) // 2] if gaps else None,
-                "largest": gaps[-1] if gaps else None,
-            }
-        )
-    return rows
-
-
 def mbsu(result: BenchResult) -> dict[str, Any] | None:
     """The kinds of cost that were counted, and by draft tau / (gamma c + 1) with each; None where there is none."""
     drafts = {name: draft.mbsu for name, draft in result.drafts.items() if draft.mbsu}

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from redraft.report.format import DASH, count, duration, number, percent, scaled
 
 Row = Mapping[str, Any]
+RECOVERIES = ("recovery", "recovery_same_data", "recovery_sampled")
+_flops, _one = partial(scaled, unit="FLOP"), partial(number, digits=1)
 SETS = {
     "greedy": "τ greedy",
     "sampled": "τ sampled",
@@ -113,9 +116,6 @@ def _acceptance(rows: Sequence[Row], sets: Sequence[str]) -> str:
     return table(head, lines)
 
 
-RECOVERIES = ("recovery", "recovery_same_data", "recovery_sampled")
-
-
 def _seeds(row: Row) -> str:
     found = row["tau_by_seed"]
     return f"{number(min(found))} to {number(max(found))}" if len(found) > 1 else DASH
@@ -126,11 +126,7 @@ def _outside(row: Row, name: str) -> str:
     tau = number(row["tau"][name]["value"])
     if change is None or change["value"] is None:
         return tau
-    return f"{tau} ({ranged({k: None if v is None else v - 1 for k, v in change.items()}, _signed)})"
-
-
-def _signed(value: float | None) -> str:
-    return DASH if value is None else f"{100 * value:+.1f}%"
+    return f"{tau} ({ranged(change, lambda ratio: DASH if ratio is None else f'{100 * (ratio - 1):+.1f}%')})"
 
 
 def _tasks(rows: Sequence[Row]) -> str:
@@ -140,10 +136,6 @@ def _tasks(rows: Sequence[Row]) -> str:
     names = list(rows[0]["tasks"][tasks[0]])
     head = ["method; data", *(f"{task}, {SETS[name]}" for task in tasks for name in names)]
     return table(head, [[label(r), *(ranged(r["tasks"][t][n]) for t in tasks for n in names)] for r in rows])
-
-
-def _flops(value: float | None) -> str:
-    return scaled(value, "FLOP") if value is not None else DASH
 
 
 def _sizes(rows: Sequence[Row]) -> str:
@@ -182,10 +174,6 @@ def _speed(runs: Sequence[Mapping[str, Any]]) -> str:
                 name = f"{name} ({found['dtype']}, plain {plain['fastest']})"
             lines.append([how, name, ranged(found["tau_pooled"]), rate, ranged(found["speedup"])])
     return table(head, lines)
-
-
-def _one(value: float | None) -> str:
-    return number(value, 1)
 
 
 def _average(rows: Sequence[Row]) -> str:

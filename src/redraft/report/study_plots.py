@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from redraft.report.plots import COLOURS, MARKERS, OTHERS, WIDTH, _figure
+from redraft.report.drawing import COLOURS, MARKERS, OTHERS, WIDTH, figure, png
 from redraft.report.study import label
 
 TAU = "acceptance length \N{GREEK SMALL LETTER TAU}"
 MORE = ("#5b6bb5", "#b0604a", "#6d8f3c", "#7a7a7a")
 Row = Mapping[str, Any]
-Curve = Sequence[tuple[float, float, float | None, float | None]]
+Point = tuple[float, float, float | None, float | None]
+Curve = Sequence[Point]
 """(x, y, low, high) in order; the ends are None where there is no interval."""
 
 
@@ -56,8 +55,8 @@ def training_curves(results: Mapping[str, Any], cells: Sequence[Row]) -> dict[st
 def kept_curves(results: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Curve]:
     """tau over what selection keeps, a line for every method and scorer; all of the data closes every line."""
     named = results["config"]["selections"]
-    found: dict[str, list[tuple[float, float, float | None, float | None]]] = {}
-    whole: dict[str, tuple[float, float, float | None, float | None]] = {}
+    found: dict[str, list[Point]] = {}
+    whole: dict[str, Point] = {}
     for row in rows:
         if row["kept_tokens"] is None:
             continue
@@ -71,12 +70,9 @@ def kept_curves(results: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Cu
         where = " on prompts" if entry and entry["on"] == "prompts" else ""
         mixed = f" + {entry['general']:.0%} general" if entry and entry["general"] else ""
         found.setdefault(f"{start}; {scorer}{where}{mixed}", []).append(point)
-    closed = {name: [*points, *_whole(name, whole)] for name, points in found.items()}
-    return {name: sorted(points) for name, points in closed.items()}
-
-
-def _whole(name: str, whole: Mapping[str, Any]) -> list[Any]:
-    return [point for start, point in whole.items() if name.startswith(f"{start}; ")][:1]
+    for name, points in found.items():
+        points += [point for start, point in whole.items() if name.startswith(f"{start}; ")][:1]
+    return {name: sorted(points) for name, points in found.items()}
 
 
 def width_curves(rows: Sequence[Row]) -> dict[str, Curve]:
@@ -111,7 +107,7 @@ def draw(curves: Mapping[str, Curve], title: str, axis: str, level: float | None
     shades = [*OTHERS, *MORE]
     curves = dict(sorted(apart(curves, bool(unit)).items(), key=lambda item: -item[1][-1][1]))
     names, common = shorter(list(curves))
-    with _white(1.9 * WIDTH, 3.6 + 0.09 * len(curves)) as (figure, axes):
+    with figure(1.9 * WIDTH, 3.6 + 0.09 * len(curves), white=True) as (made, axes):
         for index, (name, points) in enumerate(zip(names, curves.values(), strict=True)):
             colour = COLOURS.get(name) or shades[index % len(shades)]
             x, y = [point[0] for point in points], [point[1] for point in points]
@@ -128,10 +124,8 @@ def draw(curves: Mapping[str, Curve], title: str, axis: str, level: float | None
         axes.set_xlabel(axis)
         axes.set_ylabel(TAU)
         axes.set_title(title)
-        figure.legend(loc="outside right upper", fontsize=8, title=common or None, title_fontsize=8, alignment="left")
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=130, transparent=False, facecolor="white", metadata={"Software": None})
-        return buffer.getvalue()
+        made.legend(loc="outside right upper", fontsize=8, title=common or None, title_fontsize=8, alignment="left")
+        return png(made, 130)
 
 
 def shorter(names: Sequence[str]) -> tuple[list[str], str]:
@@ -175,9 +169,3 @@ def _quantities(axes: Any, unit: str, values: Sequence[float]) -> None:
     axes.xaxis.set_major_locator(LogLocator(subs=steps))
     axes.xaxis.set_major_formatter(EngFormatter(unit))
     axes.xaxis.set_minor_formatter(NullFormatter())
-
-
-@contextmanager
-def _white(width: float, height: float) -> Iterator[Any]:
-    with _figure(width, height, ink="#1b1f24", grid="#d5d9de") as drawn:
-        yield drawn

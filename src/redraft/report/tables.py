@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.markup import escape
@@ -10,7 +10,7 @@ from rich.panel import Panel
 from rich.table import Table
 
 from redraft.report import format as form
-from redraft.report.load import BenchResult, Costs, Interval, Summary, parse
+from redraft.report.load import BenchResult, Costs, Interval, Summary, parsed
 from redraft.report.sections import (
     identical,
     ledger_cells,
@@ -31,21 +31,25 @@ def _cell(interval: Interval | None, digits: int, unit: str = "") -> str:
     return f"{form.number(interval.value, digits)}{unit}" + (f" [dim]({ends})[/dim]" if ends else "")
 
 
+def _table(title: str, left: Sequence[str], right: Sequence[str], **how: Any) -> Table:
+    """A table whose first column is bold; figures stand on the right."""
+    table = Table(title=title, title_justify="left", caption_justify="left", **how)
+    for number, name in enumerate(left):
+        table.add_column(name, style=None if number else "bold")
+    for name in right:
+        table.add_column(name, justify="right")
+    return table
+
+
 def bench_table(result: Mapping[str, Any] | BenchResult) -> Table:
     """All drafts of a benchmark result (its JSON as read, or parsed) with 95% intervals.
 
     Raises ``UserError`` when a field is missing.
     """
-    bench = result if isinstance(result, BenchResult) else parse(BenchResult, dict(result), "benchmark result")
-    table = Table(
-        title=f"{bench.setup.target}: {sampler_line(bench)}",
-        title_justify="left",
-        caption_justify="left",
-        caption=_bench_caption(bench),
-    )
-    table.add_column("draft", style="bold")
-    for name in ("tau", "tau macro", "alpha", "tokens/s", "speed-up", "same as plain"):
-        table.add_column(name, justify="right")
+    bench = parsed(BenchResult, result)
+    figures = ("tau", "tau macro", "alpha", "tokens/s", "speed-up", "same as plain")
+    title = f"{bench.setup.target}: {sampler_line(bench)}"
+    table = _table(title, ["draft"], figures, caption=_bench_caption(bench))
     for kind, rate in bench.plain.rates.items() if bench.plain else ():
         assert bench.plain is not None
         relative = form.times(bench.plain.over_fastest(kind))
@@ -74,13 +78,9 @@ def _bench_caption(bench: BenchResult) -> str:
 
 def acceptance_table(result: Mapping[str, Any] | BenchResult) -> Table:
     """Acceptance by drafted position: given that it was reached, and of all rounds."""
-    bench = result if isinstance(result, BenchResult) else parse(BenchResult, dict(result), "benchmark result")
-    table = Table(title="acceptance by position", title_justify="left")
-    table.add_column("draft", style="bold")
-    table.add_column("of")
-    lengths = [len(draft.acceptance_unconditional) for draft in bench.drafts.values()]
-    for position in range(1, max(lengths, default=0) + 1):
-        table.add_column(str(position), justify="right")
+    bench = parsed(BenchResult, result)
+    positions = max((len(draft.acceptance_unconditional) for draft in bench.drafts.values()), default=0)
+    table = _table("acceptance by position", ["draft", "of"], [str(j) for j in range(1, positions + 1)])
     for name, draft in bench.drafts.items():
         table.add_row(name, "rounds that reach it", *(form.number(v) for v in draft.acceptance_conditional))
         table.add_row("", "all rounds", *(form.number(v) for v in draft.acceptance_unconditional))
@@ -89,15 +89,10 @@ def acceptance_table(result: Mapping[str, Any] | BenchResult) -> Table:
 
 def task_table(result: Mapping[str, Any] | BenchResult) -> Table | None:
     """Acceptance length and speed-up of every draft by task; None when the result was not divided by task."""
-    bench = result if isinstance(result, BenchResult) else parse(BenchResult, dict(result), "benchmark result")
-    found = tasks(bench)
+    found = tasks(parsed(BenchResult, result))
     if not found:
         return None
-    table = Table(title="by task", title_justify="left")
-    table.add_column("task", style="bold")
-    table.add_column("draft")
-    for name in ("prompts", "tau", "speed-up", "tokens/s"):
-        table.add_column(name, justify="right")
+    table = _table("by task", ["task", "draft"], ["prompts", "tau", "speed-up", "tokens/s"])
     for task, drafts in found.items():
         for index, (name, figures) in enumerate(drafts.items()):
             table.add_row(
@@ -133,38 +128,22 @@ def probe_panel(verdict: str, lines: Mapping[str, str], action: str) -> Panel:
 
 def ledger_table(ledger: Mapping[str, Any] | Costs) -> Table:
     """The cost ledger (its JSON as read, or parsed) with its total. Raises ``UserError`` when it is not one."""
-    costs = ledger if isinstance(ledger, Costs) else parse(Costs, dict(ledger), "cost ledger")
-    table = Table(title="cost", title_justify="left", show_footer=True)
-    total = ledger_cells(total_of(costs))
-    heads = {
-        "stage": "stage",
-        "time": "time",
-        "tokens": "tokens",
-        "flops": "compute",
-        "memory": "peak memory",
-        "written": "written",
-    }
-    for key, head in heads.items():
-        table.add_column(head, footer=total[key], justify="left" if key == "stage" else "right")
-    for stage in costs.stages:
-        cells = ledger_cells(stage)
-        table.add_row(*(cells[key] for key in heads))
+    costs = parsed(Costs, ledger)
+    heads = {"time": "time", "tokens": "tokens", "flops": "compute", "memory": "peak memory", "written": "written"}
+    table = _table("cost", ["stage"], list(heads.values()), show_footer=True)
+    keys, total = ["stage", *heads], ledger_cells(total_of(costs))
+    for key, column in zip(keys, table.columns, strict=True):
+        column.footer = total[key]
+    for cells in map(ledger_cells, costs.stages):
+        table.add_row(*(cells[key] for key in keys))
     return table
 
 
 def summary_table(summary: Mapping[str, Any] | Summary) -> Table:
     """The quickstart's outcome: acceptance length and speed-up of the stale, the aligned and the full draft."""
-    facts = summary if isinstance(summary, Summary) else parse(Summary, dict(summary), "summary")
-    table = Table(
-        title="stale draft in, aligned draft out",
-        title_justify="left",
-        caption_justify="left",
-        min_width=72,
-        caption=_summary_caption(facts),
-    )
-    table.add_column("draft", style="bold")
-    table.add_column("tau", justify="right")
-    table.add_column("speed-up", justify="right")
+    facts = parsed(Summary, summary)
+    title, caption = "stale draft in, aligned draft out", _summary_caption(facts)
+    table = _table(title, ["draft"], ["tau", "speed-up"], min_width=72, caption=caption)
     for name in dict.fromkeys([*facts.tau, *facts.speedup]):
         table.add_row(name, form.number(facts.tau.get(name)), form.times(facts.speedup.get(name)))
     return table

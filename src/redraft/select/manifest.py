@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from redraft.artifact import atomic_write_json, read_json
 from redraft.errors import UserError
 from redraft.select import ScorableRow
+from redraft.shown import Shown, lines
 
 SCHEMA = "redraft.selection/1"
 RowT = TypeVar("RowT", bound=ScorableRow)
@@ -30,7 +31,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Manifest:
+class Manifest(Shown):
     """A selection and all that led to it. ``entries`` are in the order of rank."""
 
     scorer: str
@@ -49,6 +50,10 @@ class Manifest:
     @property
     def selected_tokens(self) -> int:
         return sum(entry.tokens for entry in self.entries if entry.selected)
+
+    def __rich__(self) -> Any:
+        kept, total = len(self.selected_keys), len(self.entries)
+        return lines(f"{kept} of {total} rows kept ({self.selected_tokens:,} tokens) by {self.scorer}")
 
     def apply(self, rows: Sequence[RowT]) -> list[RowT]:
         """The selected ones of ``rows``, in their own order. Raises ``UserError`` when a selected row is missing."""

@@ -25,7 +25,9 @@ from redraft.acceptance.simulate import tau_of, walk
 from redraft.data.store import Row
 from redraft.drafts.layers import norm_weight
 from redraft.errors import UserError
+from redraft.registries import STARTS
 from redraft.rows import anchors
+from redraft.starts.apply import Start, StartContext, StartResult
 from redraft.starts.rowmap import RowMap, fit_row_map
 from redraft.target import Target
 
@@ -203,3 +205,22 @@ def choose_swaps(
     spare.sort(key=lambda id: (int(counts_V[id]), int(general_V[id]), -id))
     pairs = [(new, old) for new, old in zip(wanted, spare, strict=False) if counts_V[new] > counts_V[old]]
     return [new for new, _ in pairs], [old for _, old in pairs]
+
+
+def start(draft: Any, context: StartContext) -> StartResult:
+    """The refresh as a start."""
+    renewed, report = refresh_vocabulary(
+        draft, context.target, context.rows, context.general_rows, context.gamma, context.seed
+    )
+    details = {
+        "replaced": len(report.added),
+        "before": report.before.to_dict(worst=0),
+        "after": report.after.to_dict(worst=0),
+        "map": report.rows and {"kind": report.rows.kind, "errors": report.rows.errors},
+    }
+    return StartResult(renewed, report.changed, report.notes, details=details)
+
+
+STARTS.register("vocabulary")(
+    Start(frozenset({"rows"}), "unused tokens of the draft swapped for those the target uses", start)
+)

@@ -17,7 +17,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,34 +30,11 @@ from redraft.drafts.standalone.causal import CausalModel
 from redraft.drafts.standalone.objective import Distillation, Teacher, size
 from redraft.errors import UserError
 from redraft.progress import Progress
-from redraft.registries import LOSSES
 from redraft.rows import anchors
+from redraft.settings.training import DistilConfig
 from redraft.train.checkpoint import rows_digest
-from redraft.train.loop import CausalConfig, LoopResult, Step, TrainingLoop
+from redraft.train.loop import LoopResult, Step, TrainingLoop
 from redraft.train.workers import SINGLE, Shares, Workers
-
-
-@dataclass(frozen=True)
-class DistilConfig(CausalConfig):
-    """``batch_anchors`` supervised response tokens make a step, ``micro_tokens`` (prompts counted) go through the
-    model at once. ``text_share`` is the share of plain text among supervised tokens, in blocks of ``text_length``."""
-
-    learning_rate: float = 3e-4
-    loss: str = "kl"
-    epochs: float = 3.0
-    batch_anchors: int = 4096
-    micro_tokens: int = 4096
-    gamma: int = 5
-    text_share: float = 0.1
-    text_length: int = 256
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        LOSSES.get(self.loss)
-        if not 0 <= self.text_share < 1:
-            raise UserError(f"the share of text must be at least 0 and below 1, not {self.text_share}")
-        if min(self.batch_anchors, self.micro_tokens, self.gamma) < 1 or self.epochs <= 0:
-            raise UserError("batch_anchors, micro_tokens, gamma and epochs must be above 0")
 
 
 def groups(rows: Sequence[Row], limit: int, weigh: Callable[[Row], int]) -> list[list[Row]]:

@@ -15,73 +15,21 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from redraft.arithmetic import AUTO, CHOICES, choose_dtype
+from redraft.arithmetic import choose_dtype
 from redraft.artifact import atomic_write_text
 from redraft.errors import UserError
 from redraft.progress import Progress
+from redraft.settings.training import LoopConfig
 from redraft.train.checkpoint import Checkpoint, Named
-from redraft.train.optimizer import OPTIMIZERS, Optimizers, learning_rate, make_optimizers, muon_type
+from redraft.train.optimizer import Optimizers, learning_rate, make_optimizers, muon_type
 from redraft.train.workers import SINGLE, Workers, sum_gradients
-
-
-@dataclass(frozen=True)
-class LoopConfig:
-    """How anything is trained. ``warmup`` is the share of all steps before the cosine, ``patience`` how many
-    evaluations may pass without a new best (0: all steps are done). Besides at evaluations a checkpoint is written
-    when ``save_seconds`` have gone by."""
-
-    learning_rate: float = 1e-3
-    warmup: float = 0.05
-    optimizer: str = "adamw"
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    evaluate_every: int = 25
-    patience: int = 6
-    save_seconds: float = 300.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Raises ``UserError`` for a setting that would train nothing, or without end."""
-        if not 0 < self.learning_rate < math.inf:
-            raise UserError(f"training setting learning_rate must be above 0 and finite, not {self.learning_rate!r}")
-        if self.optimizer not in OPTIMIZERS:
-            raise UserError(f"unknown optimizer {self.optimizer!r}; choose one of {', '.join(OPTIMIZERS)}")
-        if not 0 < self.clip:
-            raise UserError(f"training setting clip must be above 0 (inf clips nothing), not {self.clip!r}")
-        if not 0 <= self.weight_decay < math.inf:
-            raise UserError(f"training setting weight_decay must be 0 or more, not {self.weight_decay!r}")
-        if self.evaluate_every < 1:
-            raise UserError(f"training setting evaluate_every must be 1 or more, not {self.evaluate_every!r}")
-        if self.patience < 0:
-            raise UserError(f"training setting patience must be 0 (never stop early) or more, not {self.patience!r}")
-        if not 0 <= self.warmup < 1:
-            raise UserError(f"training setting warmup must be a share of all steps below 1, not {self.warmup!r}")
-
-    # What may differ between a run and its resumption.
-    FREE = ("save_seconds",)
-
-    def identity(self) -> dict[str, Any]:
-        """The settings that a checkpoint belongs to."""
-        return {k: v for k, v in asdict(self).items() if k not in self.FREE}
-
-
-@dataclass(frozen=True)
-class CausalConfig(LoopConfig):
-    """How a causal LM is trained, whatever on."""
-
-    precision: str = AUTO
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.precision not in CHOICES:
-            raise UserError(f"precision must be one of {', '.join(CHOICES)}, not {self.precision!r}")
 
 
 @dataclass

@@ -12,7 +12,6 @@ import hashlib
 import math
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,43 +21,10 @@ from torch import Tensor
 
 from redraft.data.packed import PackedText, Position, ahead
 from redraft.drafts.standalone.causal import CausalModel
-from redraft.errors import UserError
 from redraft.progress import Progress
-from redraft.train.loop import CausalConfig, LoopResult, Step, TrainingLoop
+from redraft.settings.training import PretrainConfig
+from redraft.train.loop import LoopResult, Step, TrainingLoop
 from redraft.train.workers import SINGLE, Workers
-
-
-@dataclass(frozen=True)
-class PretrainConfig(CausalConfig):
-    """``tokens`` in all, in blocks of ``length``; ``batch_tokens`` make an optimiser step, ``micro_tokens`` of them
-    go through the model at once. ``heldout_tokens`` measure perplexity."""
-
-    warmup: float = 0.02
-    weight_decay: float = 0.1
-    evaluate_every: int = 200
-    patience: int = 0
-    tokens: int = 10_000_000
-    length: int = 512
-    batch_tokens: int = 16_384
-    micro_tokens: int = 4_096
-    heldout_tokens: int = 32_768
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if min(self.tokens, self.length, self.batch_tokens, self.micro_tokens, self.heldout_tokens) < 1:
-            raise UserError("tokens, length, batch_tokens, micro_tokens and heldout_tokens must be above 0")
-
-    @property
-    def batch_blocks(self) -> int:
-        return max(1, self.batch_tokens // self.length)
-
-    @property
-    def micro_blocks(self) -> int:
-        return min(self.batch_blocks, max(1, self.micro_tokens // self.length))
-
-    @property
-    def steps(self) -> int:
-        return max(1, round(self.tokens / (self.batch_blocks * self.length)))
 
 
 class TextSteps:

@@ -39,32 +39,10 @@ from redraft.errors import UserError
 from redraft.features import FeatureSource
 from redraft.progress import Progress
 from redraft.rows import anchors
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
+from redraft.settings.training import ReplayConfig, TrainConfig
 from redraft.target import Head
-from redraft.train.trainer import TrainConfig, Trainer
-
-
-@dataclass(frozen=True)
-class ReplayConfig:
-    """``passes`` of replay after the first training (0 is off), each of ``epochs`` at ``rate`` times its learning rate.
-
-    Weights of a state: ``accepted`` for a step that a lost round still got right, ``failed`` for the one that ended
-    it, ``floor`` for every state that the draft can be right at, reached or not. Raises ``UserError``.
-    """
-
-    passes: int = 0
-    epochs: float = 1.0
-    rate: float = 0.3
-    accepted: float = 1.0
-    failed: float = 1.0
-    floor: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.passes < 0 or self.epochs <= 0 or self.rate <= 0:
-            raise UserError("replay: passes must be 0 or more, epochs and rate above 0")
-        if min(self.accepted, self.failed) <= 0 or self.floor < 0:
-            # A loss over chains needs every step that led to a weighed one.
-            raise UserError("replay: the weights of accepted and failed steps must be above 0, the floor 0 or more")
+from redraft.train.trainer import Trainer
 
 
 @dataclass

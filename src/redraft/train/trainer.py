@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,35 +18,12 @@ from redraft.drafts.base import Draft
 from redraft.errors import UserError
 from redraft.features import FeatureSource
 from redraft.progress import Progress
-from redraft.registries import LOSSES
 from redraft.rows import anchor_batches, anchors
+from redraft.settings.training import TrainConfig
 from redraft.target import Head
 from redraft.train.checkpoint import OLD_DRAFT, rows_digest
-from redraft.train.loop import LoopConfig, Step, TrainingLoop
+from redraft.train.loop import Step, TrainingLoop
 from redraft.train.workers import SINGLE, Shares, Workers
-
-
-@dataclass(frozen=True)
-class TrainConfig(LoopConfig):
-    """How to train. ``batch_anchors`` counts supervised positions a step; ``unroll`` is EAGLE-3's J."""
-
-    optimizer: str = "muon"
-    loss: str = "kl"
-    epochs: float = 3.0
-    batch_anchors: int = 1536
-    unroll: int = 3
-    step_decay: float = 0.8
-    gamma: int = 5
-
-    def __post_init__(self) -> None:
-        """Raises ``UserError`` for a setting that would train nothing, or without end."""
-        super().__post_init__()
-        LOSSES.get(self.loss)
-        if not 0 < self.epochs < math.inf:
-            raise UserError(f"training setting epochs must be above 0 and finite, not {self.epochs!r}")
-        for name in ("batch_anchors", "unroll", "gamma"):
-            if getattr(self, name) < 1:
-                raise UserError(f"training setting {name} must be 1 or more, not {getattr(self, name)!r}")
 
 
 @dataclass

@@ -16,13 +16,13 @@ from redraft import provenance
 from redraft.adaptation.core import build_features, feature_store
 from redraft.adaptation.runs import Log
 from redraft.adaptation.sources import answer
-from redraft.adaptation.study.config import StudyConfig
 from redraft.data.prompts import Conversation
 from redraft.data.regenerate import InProcessEngine
 from redraft.data.store import Row, read_rows
 from redraft.features import FeatureStore, RowFeatures
 from redraft.rows import anchors
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
+from redraft.settings.studies import StudyConfig
 from redraft.target import Target
 
 

@@ -15,7 +15,6 @@ from redraft.acceptance.simulate import expected_rounds_sampled, simulate_greedy
 from redraft.adaptation.core import Adaptation, Plan, half
 from redraft.adaptation.runs import row_tokens
 from redraft.adaptation.study.answers import features_stage, slug
-from redraft.adaptation.study.entries import ANY, NONE, Cell
 from redraft.adaptation.study.selection import Selected, select, spend, spend_all
 from redraft.adaptation.study.targets import Asked, TargetWork
 from redraft.artifact import tensors_bytes
@@ -23,15 +22,16 @@ from redraft.coarse import Coarse
 from redraft.decode.tree_walk import simulate_tree
 from redraft.drafts.files import coarse_state, private_state
 from redraft.drafts.groups import trained_parameters
-from redraft.drafts.methods import method
 from redraft.drafts.opening import OpenDraft
 from redraft.errors import UserError
 from redraft.provenance import Ledger
 from redraft.rows import anchors
-from redraft.sampling import Sampler
+from redraft.settings.methods import method
+from redraft.settings.sampler import Sampler
+from redraft.settings.study_parts import ANY, NONE, Cell
+from redraft.settings.training import ReplayConfig, TrainConfig
 from redraft.starts.apply import StartContext
-from redraft.train.replay import ReplayConfig, check_replayable
-from redraft.train.trainer import TrainConfig
+from redraft.train.replay import check_replayable
 
 CELL_FORMULAS = {
     "generation": f"{provenance.FORWARD_FORMULA}, of every row that had to be generated",

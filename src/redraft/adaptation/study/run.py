@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from redraft import provenance
-from redraft.adaptation.config import settled
+from redraft.adaptation.claim import settled
 from redraft.adaptation.models import open_target
 from redraft.adaptation.runs import Log, Say, row_tokens
 from redraft.adaptation.study.answers import Model, slug
 from redraft.adaptation.study.cells import CELL_FORMULAS, cell_folder, run_cell
-from redraft.adaptation.study.config import StudyConfig
-from redraft.adaptation.study.entries import ANY, Cell
 from redraft.adaptation.study.speed import speed_cells, speed_of
 from redraft.adaptation.study.targets import TargetWork
 from redraft.artifact import atomic_write_json, read_json
@@ -25,7 +23,9 @@ from redraft.errors import UserError
 from redraft.evaluate.study import SCHEMA, derive
 from redraft.progress import Progress, progress_bar
 from redraft.rows import anchors
-from redraft.select.rules import parse_budget
+from redraft.settings.budget import parse_budget
+from redraft.settings.studies import StudyConfig
+from redraft.settings.study_parts import ANY, Cell
 from redraft.target import Target
 
 CONFIG_FILE, RESULTS_FILE = "study.json", "results.json"

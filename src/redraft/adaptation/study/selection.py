@@ -11,7 +11,6 @@ from redraft.adaptation.models import PromptRow
 from redraft.adaptation.runs import row_tokens
 from redraft.adaptation.scoring import scoring_context
 from redraft.adaptation.study.answers import features_stage, slug
-from redraft.adaptation.study.entries import NONE, SelectionEntry
 from redraft.adaptation.study.targets import TargetWork
 from redraft.artifact import atomic_write_json, read_json
 from redraft.data.mixture import mix
@@ -19,9 +18,11 @@ from redraft.data.store import Row, read_rows
 from redraft.progress import Progress
 from redraft.provenance import Entry, Ledger
 from redraft.rows import anchors
-from redraft.select import parse_scorer, score_rows
-from redraft.select.rules import parse_budget
+from redraft.select import score_rows
 from redraft.select.rules import select as select_rows
+from redraft.settings.budget import parse_budget
+from redraft.settings.scorers import parse_scorer
+from redraft.settings.study_parts import NONE, SelectionEntry
 
 
 @dataclass

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,21 +23,7 @@ from redraft.data.overlap import find_overlap, refuse_overlap
 from redraft.data.prompts import Conversation, read_conversations
 from redraft.data.suites import DATA_VARIABLE, load_suite
 from redraft.errors import UserError
-
-MATHS, DATA, SUITE = "maths", "data", "suite"
-
-
-@dataclass(frozen=True)
-class Source:
-    """A parsed source: ``kind`` is maths, data, suite or file."""
-
-    kind: str
-    place: str
-    count: int | None
-
-    @property
-    def generated(self) -> bool:
-        return self.kind == MATHS
+from redraft.settings.texts import DATA, MATHS, SUITE, parse_source
 
 
 @dataclass
@@ -49,22 +34,6 @@ class Prompts:
     heldout: list[Conversation]
     evaluation: dict[str, list[Conversation]]
     dropped: int
-
-
-def parse_source(text: str) -> Source:
-    """Raises ``UserError`` for a malformed one."""
-    found = re.fullmatch(r"(?P<place>.+?)(?:@(?P<count>\d+))?", text.strip())
-    if found is None:
-        raise UserError("a prompt source is empty; name a file, data:FILE, suite:NAME or maths:SEED@COUNT")
-    count = int(found["count"]) if found["count"] else None
-    if count == 0:
-        raise UserError(f"prompt source {text!r} takes 0 prompts; take 1 or more")
-    kind, colon, rest = found["place"].partition(":")
-    if not colon or kind not in (MATHS, DATA, SUITE):
-        return Source("file", found["place"], count)
-    if not rest or kind == MATHS and (not rest.isdigit() or count is None):
-        raise UserError(f"prompt source {text!r} is not understood; write data:FILE, suite:NAME or maths:SEED@COUNT")
-    return Source(kind, rest, count)
 
 
 def data_file(place: str) -> Path:

@@ -10,13 +10,12 @@ from redraft.adaptation.models import contestants, open_draft, template_prompts
 from redraft.adaptation.runs import Say, record_of
 from redraft.adaptation.study.answers import slug
 from redraft.adaptation.study.cells import cell_folder
-from redraft.adaptation.study.config import StudyConfig
-from redraft.adaptation.study.entries import ANY, NONE, Cell
 from redraft.adaptation.study.targets import TargetWork
 from redraft.artifact import atomic_write_json
-from redraft.decode.tree import DynamicTree, parse_shape
 from redraft.evaluate.speed import BenchConfig, Prompt, bench
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
+from redraft.settings.shapes import DynamicTree, parse_shape
+from redraft.settings.studies import ANY, NONE, Cell, StudyConfig
 
 
 def speed_cells(config: StudyConfig, cells: list[Cell]) -> list[Cell]:

@@ -15,19 +15,19 @@ from redraft.adaptation.models import open_draft, open_target
 from redraft.adaptation.runs import Log
 from redraft.adaptation.sources import ask_itself
 from redraft.adaptation.study.answers import Model, named
-from redraft.adaptation.study.config import StudyConfig
-from redraft.adaptation.study.entries import NONE, DataEntry, TargetEntry
 from redraft.adaptation.study.sources import Prompts, first_turn, read_prompts, read_sources, without_overlap
 from redraft.data.overlap import refuse_overlap, trained_conversations
 from redraft.data.prompts import Conversation
 from redraft.data.references import reference_rows
 from redraft.data.store import Row
 from redraft.data.traces import read_traces
-from redraft.decode.tree import DynamicTree, StaticTree
 from redraft.drafts.opening import OpenDraft
 from redraft.errors import UserError
 from redraft.rows import anchors
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
+from redraft.settings.shapes import DynamicTree, StaticTree
+from redraft.settings.studies import StudyConfig
+from redraft.settings.study_parts import NONE, DataEntry, TargetEntry
 from redraft.target import Target
 
 GREEDY, SAMPLED, GENERAL, GENERAL_BASE = "greedy", "sampled", "general", "general-base"

@@ -17,7 +17,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from redraft.data.prompts import HUB_PREFIX, Conversation, Message, prompt_messages, read_conversations, user_turns
+from redraft.data.prompts import HUB_PREFIX, prompt_messages, read_conversations, user_turns
+from redraft.data.shapes import Conversation
+from redraft.data.turns import Message, keys_of
 from redraft.errors import UserError
 from redraft.registries import SUITES
 
@@ -206,9 +208,8 @@ def _converter(name: str, definition: SuiteDefinition) -> Callable[[Any, int], A
         try:
             return definition.convert(item, number)
         except KeyError as error:
-            keys = ", ".join(sorted(map(str, item))[:8]) or "none"
             raise ValueError(
-                f'no {error} among its keys ({keys}); a row of suite {name} has "messages", or the columns of '
+                f'no {error} among its keys ({keys_of(item)}); a row of suite {name} has "messages", or the columns of '
                 f"{definition.home}"
             ) from error
         except (TypeError, AttributeError, IndexError) as error:

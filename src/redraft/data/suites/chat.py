@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from redraft.data.prompts import Conversation
+from redraft.data.shapes import Conversation
 from redraft.data.suites import SuiteDefinition, category_of
 from redraft.registries import SUITES
 

@@ -10,8 +10,9 @@ import re
 import warnings
 from typing import Any
 
-from redraft.data.prompts import Conversation
+from redraft.data.shapes import Conversation
 from redraft.data.suites import SuiteDefinition, last_answer
+from redraft.data.turns import exchange
 from redraft.registries import SUITES
 
 FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.M | re.S)
@@ -59,8 +60,7 @@ def humaneval_row(row: dict[str, Any], number: int) -> dict[str, Any]:
         f"```python\n{prompt.strip()}\n```"
     )
     answer = f"```python\n{prompt.strip()}\n{row['canonical_solution'].strip(chr(10))}\n```"
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return {"id": row["task_id"].lower(), "messages": messages}
+    return {"id": row["task_id"].lower(), "messages": exchange(question, answer)}
 
 
 def mbpp_row(row: dict[str, Any], number: int) -> dict[str, Any]:
@@ -72,8 +72,7 @@ def mbpp_row(row: dict[str, Any], number: int) -> dict[str, Any]:
         f"Your code should pass these tests:\n\n{tests}"
     )
     answer = "```python\n" + row["code"].replace("\r\n", "\n").strip() + "\n```"
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return {"id": f"mbpp/{row['task_id']}", "messages": messages}
+    return {"id": f"mbpp/{row['task_id']}", "messages": exchange(question, answer)}
 
 
 SUITES.register("humaneval")(

@@ -6,8 +6,9 @@ import re
 from typing import Any
 
 from redraft.data.embedded import maths_conversations
-from redraft.data.prompts import Conversation
+from redraft.data.shapes import Conversation
 from redraft.data.suites import SuiteDefinition
+from redraft.data.turns import exchange
 from redraft.registries import SUITES
 
 POOL, POOL_SEED = 200, 2
@@ -17,8 +18,7 @@ CALCULATOR = re.compile(r"<<[^<>]*>>")
 def gsm8k_row(row: dict[str, Any], number: int) -> dict[str, Any]:
     """``question`` and ``answer``, whose calculator marks are no part of the text."""
     answer = CALCULATOR.sub("", row["answer"])
-    messages = [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": answer}]
-    return {"id": f"gsm8k/test/{number - 1}", "messages": messages}
+    return {"id": f"gsm8k/test/{number - 1}", "messages": exchange(row["question"], answer)}
 
 
 def embedded_problems() -> list[Conversation]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from redraft.data.suites import SuiteDefinition
+from redraft.data.turns import exchange
 from redraft.registries import SUITES
 
 
@@ -20,16 +21,14 @@ def pubmedqa_row(row: dict[str, Any], number: int) -> dict[str, Any]:
         "Explain your conclusion, then answer yes, no or maybe."
     )
     answer = f"{row['long_answer']}\n\nAnswer: {row['final_decision']}"
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return {"id": f"pubmedqa/{row['pubid']}", "messages": messages}
+    return {"id": f"pubmedqa/{row['pubid']}", "messages": exchange(question, answer)}
 
 
 def medquad_row(row: dict[str, Any], number: int) -> dict[str, Any] | None:
     """``question`` and ``answer``; two thirds of the published rows have no answer and are left out."""
     if not row["answer"] or not row["question"]:
         return None
-    messages = [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
-    return {"id": f"medquad/{number - 1}", "messages": messages}
+    return {"id": f"medquad/{number - 1}", "messages": exchange(row["question"], row["answer"])}
 
 
 SUITES.register("pubmedqa")(

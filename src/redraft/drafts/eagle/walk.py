@@ -15,7 +15,7 @@ from redraft.drafts import chances
 from redraft.drafts.eagle.unroll import Batch, collate, unroll
 from redraft.features import FeatureSource
 from redraft.rows import AnyRow, anchor_batches, anchors
-from redraft.sampling import Sampler
+from redraft.settings.sampler import Sampler
 from redraft.target import Head
 
 Judge = Callable[[int, Tensor, Tensor], Tensor]

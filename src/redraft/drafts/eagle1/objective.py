@@ -25,10 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from redraft.drafts.eagle.unroll import Batch, collate, unroll
-from redraft.drafts.proposing import ObjectiveSettings, Reduce, alone
+from redraft.drafts.proposing import Reduce, alone, shared
 from redraft.features import FeatureSource
 from redraft.losses.portions import portions, sum_over_portions
 from redraft.rows import TokenRow
+from redraft.settings.training import TrainConfig
 from redraft.target import Head
 
 # Positions whose logits over the whole vocabulary stand in memory at once.
@@ -52,7 +53,7 @@ class RegressionObjective:
         self,
         draft: Any,
         target: Head,
-        config: ObjectiveSettings,
+        config: TrainConfig,
         recipe: Recipe = Recipe(),
         reduce: Reduce = alone,
     ) -> None:
@@ -76,7 +77,7 @@ class RegressionObjective:
         loss = recipe.state_weight * F.smooth_l1_loss(states_MH.float(), batch.hidden_M.float())
         loss = loss + recipe.word_weight * self.words(states_MH, batch.hidden_M)
         count = loss.new_tensor(float(len(states_MH)))
-        return loss * (len(states_MH) / self.reduce(count)) + self.draft.extra_loss()
+        return loss * (len(states_MH) / self.reduce(count)) + shared(self.draft.extra_loss(), self.reduce)
 
     def words(self, states_MH: Tensor, hidden_MH: Tensor) -> Tensor:
         """Mean cross-entropy of the draft's words against the target's distribution, portion by portion."""

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from redraft.errors import UserError
 from redraft.registries import EXPORTERS, FAMILIES
+from redraft.shown import Shown, lines
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -59,7 +60,7 @@ class TargetInfo:
 
 
 @dataclass(frozen=True)
-class ExportReport:
+class ExportReport(Shown):
     """What was written, and what the reader should know. ``serve`` is the command that loads it."""
 
     format: str
@@ -87,6 +88,10 @@ class ExportReport:
 
     def to_dict(self) -> dict[str, Any]:
         return {**self.__dict__, "folder": str(self.folder), "warnings": list(self.warnings)}
+
+    def __rich__(self) -> Any:
+        size = f"{self.folder}: {self.parameters:,} parameters, {self.bytes / 1e6:.1f} MB"
+        return lines(*(f"note: {warning}" for warning in self.warnings), size, f"serve with: {self.serve}")
 
 
 class Writer(Protocol):

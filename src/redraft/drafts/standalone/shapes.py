@@ -172,15 +172,6 @@ def fresh_standalone(
     return draft.bind(target).to(target.device)
 
 
-def spread_layers(target: Any, count: int) -> list[int]:
-    """``count`` layers of the target, evenly spread, the first and the last among them."""
-    if not 1 <= count <= target.layers:
-        raise UserError(f"cannot take {count} of the target's {target.layers} layers")
-    if count == 1:
-        return [0]
-    return [round(i * (target.layers - 1) / (count - 1)) for i in range(count)]
-
-
 def _pruned_shape(target: Any, layers: Sequence[int]) -> Any:
     absent = [k for k in layers if not 0 <= k < target.layers]
     if absent:

@@ -1,0 +1,35 @@
+from redraft.adaptation.probe import ProbeResult as ProbeResult
+from redraft.adaptation.steps import TargetSpec as TargetSpec
+from redraft.api.adapting import adapt as adapt
+from redraft.api.adapting import study as study
+from redraft.api.adapting import train as train
+from redraft.api.files import export as export
+from redraft.api.files import merge as merge
+from redraft.api.measuring import bench as bench
+from redraft.api.measuring import probe as probe
+from redraft.api.measuring import report as report
+from redraft.api.opening import open_draft as open_draft
+from redraft.api.opening import open_target as open_target
+from redraft.api.text import regenerate as regenerate
+from redraft.api.text import select as select
+from redraft.data.regenerate import RegenerationReport as RegenerationReport
+from redraft.drafts.formats.base import ExportReport as ExportReport
+from redraft.drafts.opening import OpenDraft as OpenDraft
+from redraft.errors import UserError as UserError
+from redraft.registries import EXPORTERS as EXPORTERS
+from redraft.registries import FAMILIES as FAMILIES
+from redraft.registries import LOSSES as LOSSES
+from redraft.registries import SCORERS as SCORERS
+from redraft.registries import STARTS as STARTS
+from redraft.registries import SUITES as SUITES
+from redraft.registries import load_plugin as load_plugin
+from redraft.report.results import Adapted as Adapted
+from redraft.report.results import Benchmark as Benchmark
+from redraft.report.results import Merged as Merged
+from redraft.report.results import Page as Page
+from redraft.report.results import Study as Study
+from redraft.report.results import Trained as Trained
+from redraft.select.manifest import Manifest as Manifest
+from redraft.target import Target as Target
+
+__version__: str

@@ -1,0 +1,117 @@
+"""``delta``: the draft's head rows moved by the target's own change, with no data and no gradient.
+
+What fine-tuning did to the target's head rows (final norm included, since its weight multiplies every row) is done
+to the draft's: ``lm_head += step * map(new rows - old rows)``. The map is that of :mod:`redraft.starts.rowmap`,
+fitted between the *base* target's head and the draft's: by the ratio of norm weights, or by a ridge regression,
+whichever predicts held-out draft rows better; the report says which. ``step`` is the slope of held-out draft rows on
+their images; it corrects the scale of the map and knows nothing of acceptance.
+
+A draft that reads the target's embeddings (nearly all do) needs nothing for them: the fine-tuned target's own are
+what it reads anyway. Only a draft with an embedding of its own has those rows moved alike. Where fine-tuning left
+head, final norm and embeddings as they were (LoRA on the layers alone), there is nothing to move and the draft stays
+as it is; the report says so.
+
+Shape legend: D draft vocabulary, V target vocabulary, F width of the target, H width of the draft.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from redraft.drafts.layers import norm_weight
+from redraft.errors import UserError
+from redraft.registries import STARTS
+from redraft.starts.apply import Start, StartContext, StartResult
+from redraft.starts.rowmap import RowMap, fit_row_map
+
+
+@dataclass(frozen=True)
+class DeltaReport:
+    """What was moved. ``changed`` names tensors of the draft's state; ``notes`` are lines for the user."""
+
+    changed: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    maps: dict[str, RowMap] = field(default_factory=dict)
+
+
+def delta(draft: Any, target: Any, base_target: Any, seed: int = 0) -> tuple[Any, DeltaReport]:
+    """A copy of ``draft`` moved by the change from ``base_target`` to ``target``, and a report.
+
+    Both targets need the attributes head, embedding, backbone.norm and hidden_size, as ``redraft.target.Target`` has.
+    Raises ``UserError`` when their sizes differ, or the draft's head carries a low-rank update.
+    """
+    check_same_shape(target, base_target)
+    if not any(getattr(draft, name, None) is not None for name in ROWS):
+        note = "delta: the draft has neither a head nor embeddings of its own; those of the target moved by themselves"
+        return draft, DeltaReport((), (note,))
+    moved = copy.deepcopy(draft)
+    changed, notes, maps = [], [], {}
+    for name, part in ROWS.items():
+        layer = getattr(moved, name, None)
+        if layer is None:
+            continue
+        if getattr(layer, "low_rank", None) is not None:
+            raise UserError(f"delta moves the rows of {name}, which carries a low-rank update; merge the draft first")
+        old, new = part(base_target, draft), part(target, draft)
+        if torch.equal(old, new):
+            continue
+        norm_H = norm_weight(draft.norm, draft.config.hidden_size) if name == "lm_head" else None
+        found = fit_row_map(old, layer.weight, norm_H, seed)
+        with torch.no_grad():
+            shift = found.step * found(new - old)
+            layer.weight.copy_((layer.weight.double() + shift.to(layer.weight.device)).to(layer.weight.dtype))
+        maps[name] = found
+        changed.append(f"{name}.weight")
+        share = float(shift.norm() / draft.get_submodule(name).weight.detach().double().norm().clamp(min=1e-30))
+        left = ", ".join(f"{kind} {error:.3f}" for kind, error in found.errors.items())
+        notes.append(
+            f"delta: {name} moved by {share:.2%} of its size through the map {found.kind!r} "
+            f"(held-out error {left}; step {found.step:.2f})"
+        )
+    if not changed:
+        notes.append(
+            "delta: fine-tuning changed neither the head nor the final norm of the target, so there is nothing to move"
+        )
+    return (moved if changed else draft), DeltaReport(tuple(changed), tuple(notes), maps)
+
+
+def _head(target: Any, draft: Any) -> Tensor:
+    """Head rows of the draft's vocabulary times the final norm's weight, [D, F] in float64."""
+    rows = target.head.weight[draft.vocabulary().to(target.head.weight.device)].double()
+    return rows * norm_weight(target.norm, target.hidden_size)
+
+
+def _embedding(target: Any, draft: Any) -> Tensor:
+    return target.embedding.weight.double()
+
+
+ROWS = {"lm_head": _head, "embed_tokens": _embedding}
+
+
+def check_same_shape(target: Any, base_target: Any) -> None:
+    """Raise ``UserError`` unless one target can be the other, fine-tuned."""
+    faults = [
+        f"{what} {getattr(target, key)} and {getattr(base_target, key)}"
+        for key, what in (("hidden_size", "width"), ("layers", "layers"), ("vocab_size", "vocabulary"))
+        if getattr(target, key) != getattr(base_target, key)
+    ]
+    if faults:
+        raise UserError(
+            f"the fine-tuned and the base target differ in shape: {'; '.join(faults)}; "
+            "give the model that the target was fine-tuned from as --base-target"
+        )
+
+
+def start(draft: Any, context: StartContext) -> StartResult:
+    """:func:`delta` as a start."""
+    moved, report = delta(draft, context.target, context.base_target, context.seed)
+    maps = {name: {"kind": m.kind, "errors": m.errors, "step": m.step} for name, m in report.maps.items()}
+    return StartResult(moved, report.changed, report.notes, details=maps)
+
+
+STARTS.register("delta")(Start(frozenset({"base_target"}), "head rows moved by the target's own change", start))

@@ -1,0 +1,182 @@
+"""``ridge``: the draft's ``fc`` re-solved so that the fine-tuned target's features fuse to what the base's did.
+
+No gradient. Both targets read the same responses of the fine-tuned target; with f the input of ``fc`` at a position,
+
+    W = argmin sum w ||W f_finetuned - W_old f_base||^2 + lambda ||W - W_old||^2.
+
+Only sums are kept (:mod:`redraft.starts.leastsquares`). lambda is the one that leaves the smallest error on rows held
+out; when none beats W_old, the draft stays as it is. A position weighs w = 1 / ||W_old f_base||^2: the layer norms
+what ``fc`` gives, so that the relative error counts, and the first tokens of a text, whose features can be a hundred
+times as long as others', would otherwise drown the rest.
+
+What it can and cannot do: it undoes a *linear* drift of the feature space. It knows nothing of what the fine-tuned
+target now says differently; by taking its features back to the base target's it may take some of that away.
+
+Norms before ``fc`` (norm_before_fc, fc_norm) are applied before the regression; a bias and a low-rank update of
+``fc`` stay and are accounted for.
+
+Shape legend: N positions, B rows, T tokens, K taps, F target width, H draft width.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from redraft import provenance
+from redraft.attic.delta import check_same_shape
+from redraft.data.store import Row
+from redraft.errors import UserError
+from redraft.registries import STARTS
+from redraft.rows import anchors, length_batches
+from redraft.starts.apply import Start, StartContext, StartResult
+from redraft.starts.leastsquares import Moments, fit
+from redraft.target import Target
+
+HELDOUT_EVERY = 4
+# Each row goes through two targets, and fc has far fewer weights than so many rows have features.
+MOST_ROWS = 300
+
+
+@dataclass(frozen=True)
+class RidgeReport:
+    """What was solved. ``changed`` names tensors of the draft's state; ``notes`` are lines for the user.
+
+    ``errors``: held-out error by relative strength, as a share of that of the old ``fc``. ``tokens``: those that went
+    through *each* target.
+    """
+
+    changed: tuple[str, ...]
+    notes: tuple[str, ...]
+    errors: dict[float, float]
+    ratio: float | None
+    tokens: int
+
+
+def ridge(
+    draft: Any,
+    target: Target,
+    base_target: Target,
+    rows: Sequence[Row],
+    batch_tokens: int = 2048,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[Any, RidgeReport]:
+    """A copy of ``draft`` with its ``fc`` re-solved on ``rows``, responses of ``target``, and a report.
+
+    The draft must be in a floating type with room for the solution (float32). Sets the taps of both targets to the
+    draft's. Raises ``UserError`` when the targets differ in shape, fewer than two rows can be used, or the draft's
+    ``fc`` reads anything besides the target's features.
+    """
+    train, heldout = moments(draft, target, base_target, rows, batch_tokens, progress)
+    tokens, found = train.samples + heldout.samples, fit(train, heldout)
+    if found.ratio is None:
+        moved = float((train + heldout).square) > 0
+        why = "no strength beats the old fc on held-out rows" if moved else "both targets give the same features"
+        note = f"ridge: {why}; the draft stays as it is"
+        return draft, RidgeReport((), (note,), found.errors, None, tokens)
+    note = (
+        f"ridge: fc solved on {tokens:,} positions; the distance of fused features to the base target's falls to "
+        f"{found.error:.0%} of its square on held-out rows (strength {found.ratio:g})"
+    )
+    return resolved(draft, found.correction_HF), RidgeReport(("fc.weight",), (note,), found.errors, found.ratio, tokens)
+
+
+def resolved(draft: Any, correction_HF: Tensor) -> Any:
+    """A copy of ``draft`` with the correction [H, K*F] added to its ``fc``."""
+    solved = copy.deepcopy(draft)
+    with torch.no_grad():
+        weight = solved.fc.weight
+        weight.copy_((weight.double() + correction_HF.to(weight.device)).to(weight.dtype))
+    return solved
+
+
+def moments(
+    draft: Any,
+    target: Target,
+    base_target: Target,
+    rows: Sequence[Row],
+    batch_tokens: int = 2048,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[Moments, Moments]:
+    """The sums of the regression over the rows to fit on and over those held out; arguments as of :func:`ridge`."""
+    check_same_shape(target, base_target)
+    used = sorted((row for row in rows if anchors(row)), key=lambda row: row.key)
+    if len(used) < 2:
+        raise UserError(f"ridge needs two responses or more, one of them to hold out; {len(used)} can be used")
+    kept_back = {row.key for row in used[:: min(HELDOUT_EVERY, len(used))]}
+    for model in (target, base_target):
+        model.tap(draft.config.taps)
+    outputs, inputs = draft.fc.weight.shape
+    train, heldout = (Moments(inputs, outputs, draft.fc.weight.device) for _ in range(2))
+    for row, finetuned_NKF, base_NKF in paired_taps(used, target, base_target, batch_tokens):
+        x, now_NH = fc_input_and_output(draft, finetuned_NKF)
+        _, wanted_NH = fc_input_and_output(draft, base_NKF)
+        weight_N = 1 / wanted_NH.double().square().sum(-1).clamp(min=1e-12)
+        (heldout if row.key in kept_back else train).add(x, wanted_NH - now_NH, weight_N)
+        if progress:
+            progress(train.samples + heldout.samples)
+    return train, heldout
+
+
+def fc_input_and_output(draft: Any, taps_NKF: Tensor) -> tuple[Tensor, Tensor]:
+    """What ``fc`` reads at each position, norms before it applied, and the fused states [N, H] it gives.
+
+    Raises ``UserError`` when the fused states are not ``fc`` of the taps alone.
+    """
+    caught: list[Tensor] = []
+    hook = draft.fc.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
+    try:
+        with torch.no_grad():
+            states_NH = draft.fuse(taps_NKF.to(draft.fc.weight))
+    finally:
+        hook.remove()
+    if len(caught) != 1:
+        raise UserError(
+            "ridge re-solves an fc that fuses the target's features alone, and this draft has none; "
+            "use it on an EAGLE-3 draft"
+        )
+    return caught[0], states_NH
+
+
+def paired_taps(
+    rows: Sequence[Row], target: Target, base_target: Target, batch_tokens: int
+) -> Iterator[tuple[Row, Tensor, Tensor]]:
+    """(row, fine-tuned taps [N, K*F], base taps [N, K*F]) at every position that an unroll reads, prompt included."""
+    for batch in length_batches(rows, batch_tokens):
+        lengths = [len(row.prompt_ids) + anchors(row) - 1 for row in batch]
+        ids_BT = torch.zeros(len(batch), max(lengths), dtype=torch.long)
+        for i, row in enumerate(batch):
+            ids_BT[i, : lengths[i]] = torch.tensor([*row.prompt_ids, *row.response_ids][: lengths[i]])
+        # Right padding: causal attention never looks at it.
+        both = [model.forward(ids_BT.to(model.device)).taps_BTKH for model in (target, base_target)]
+        assert both[0] is not None and both[1] is not None
+        for i, row in enumerate(batch):
+            yield row, both[0][i, : lengths[i]], both[1][i, : lengths[i]].to(target.device)
+
+
+def spread(rows: Sequence[Row], most: int) -> Sequence[Row]:
+    """At most ``most`` rows, evenly spread over all in the order of their keys."""
+    if len(rows) <= most:
+        return rows
+    ordered = sorted(rows, key=lambda row: row.key)
+    return [ordered[place * len(rows) // most] for place in range(most)]
+
+
+def start(draft: Any, context: StartContext) -> StartResult:
+    """:func:`ridge` as a start."""
+    assert context.base_target is not None  # in ``needs``
+    rows = spread(context.rows, MOST_ROWS)
+    found, report = ridge(draft, context.target, context.base_target, rows, progress=context.progress)
+    flops = 2 * provenance.forward_flops(context.target.parameters_per_token, report.tokens)
+    details = {"errors": {f"{ratio:g}": error for ratio, error in report.errors.items()}, "ratio": report.ratio}
+    return StartResult(found, report.changed, report.notes, 2 * report.tokens, flops, details)
+
+
+STARTS.register("ridge")(
+    Start(frozenset({"base_target", "rows"}), "fc re-solved so that features land where the base's did", start)
+)

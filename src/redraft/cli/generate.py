@@ -1,0 +1,219 @@
+"""Commands out of settings: flags, help, checks and the first line follow from the model; a command adds its call.
+
+Nothing here imports torch; commands import the library when they run.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import NoneType
+from typing import Annotated, Any, get_args, get_origin
+
+import typer
+from typer.core import TyperCommand
+
+from redraft.cli.failures import as_user_error, unexpected
+from redraft.cli.plans import announce, refuse_overwriting
+from redraft.errors import UserError
+from redraft.registries import EXPORTERS, LOSSES, SCORERS, STARTS, SUITES
+from redraft.registry import nearest
+from redraft.settings.base import Settings, block_kind, choices, convert
+from redraft.settings.methods import METHODS
+from redraft.settings.places import check_places
+from redraft.settings.yamlfile import read
+
+CHOICES: dict[str, Callable[[], list[str]]] = {
+    "{losses}": LOSSES.names,
+    "{scorers}": SCORERS.names,
+    "{formats}": EXPORTERS.names,
+    "{methods}": lambda: list(METHODS),
+    "{starts}": STARTS.names,
+    "{suites}": SUITES.names,
+}
+PANELS = {
+    "Target": "target adapter base_target template_arg server server_model server_only",
+    "Draft": "draft base_draft private method private_width rank family vocabulary from_nothing start size layers "
+    "embeddings tied from_layers scale",
+    "Text": "prompts prompt responses eval_prompts suite data limit trained_on text text_field heldout "
+    "heldout_responses heldout_prompts heldout_text heldout_share text_share general general_share selection scorer "
+    "budget select_on order temperature temperatures top_p top_k max_new_tokens",
+    "Training": "loss epochs batch_anchors learning_rate setting train align pretrain replay teacher top_logprobs "
+    "store_states refresh",
+    "Measuring": "gamma shape greedy_drafts static concurrency bench_prompts bench_tokens trial worst rejected",
+    "Output": "out keep json_out exports format curve ledger summary png title report tables list_cells full",
+    "Machine": "dtype device seed batch_size",
+}
+PANEL_OF = {name: panel for panel, names in PANELS.items() for name in names.split()}
+DRY_RUN = ("adapt", "distill", "regenerate", "study", "train")
+METAVARS = {int: "INTEGER", float: "FLOAT", str: "TEXT", Path: "PATH", dict: "NAME=VALUE"}
+
+
+class Command(TyperCommand):
+    """Fills the registries' names into its help, and tells failures as people can use them."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        for parameter in self.params:
+            if text := getattr(parameter, "help", None):
+                parameter.help = filled_in(text)  # type: ignore[attr-defined]
+        super().format_help(ctx, formatter)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run it. A key press is no defect: one line and the shell's own exit code for it.
+
+        Raises ``UserError`` when a disk is full; any other surprise is one line, with its trace in a file.
+        """
+        name = str(self.name)
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            print("redraft: interrupted; the same command goes on where it can", file=sys.stderr)
+            raise SystemExit(130) from None
+        except (UserError, typer.Exit, typer.Abort, BrokenPipeError):
+            raise
+        except Exception as error:
+            if ctx.find_root().params.get("debug"):
+                raise
+            out = ctx.params.get("out")  # also where a file of settings says so
+            if known := as_user_error(error, out):
+                raise known from error
+            print(unexpected(error, name, out), file=sys.stderr)
+            raise SystemExit(1) from None
+
+
+def add_command(app: typer.Typer, kind: type[Settings], call: Callable[[Any], None], examples: Sequence[str]) -> None:
+    """Add the command of the settings ``kind`` to ``app``: ``call`` does the work, its docstring is the help."""
+    name = kind.COMMAND
+
+    def run(ctx: typer.Context, **given: Any) -> None:
+        path, dry_run = given.pop("settings_file", None), given.pop("dry_run", False)
+        settings = read(kind, path, {key: _typed(kind, key, value) for key, value in _given(kind, given)})
+        ctx.params["out"] = getattr(settings, "out", None)
+        refuse_overwriting(settings)
+        announce(settings)
+        check_places(settings)
+        if dry_run:
+            from redraft.adaptation.estimate import plan
+
+            print("\n".join(plan(settings)))
+        else:
+            call(settings)
+
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters = [
+        inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context),
+        *(
+            inspect.Parameter(key, keyword, default=default, annotation=hint)
+            for key, default, hint in _parameters(kind)
+        ),
+    ]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    run.__doc__ = call.__doc__
+    shown = "\n\n".join(["[bold]Examples[/bold]", *(f"[cyan]{example}[/cyan]" for example in examples)])
+    app.command(name=name, cls=Command, epilog=shown)(run)
+
+
+def _given(kind: type[Settings], values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The flags that were really there."""
+    for name, value in values.items():
+        absent = value is None or value == [] or value is False and kind.model_fields[name].default is False
+        if not absent:
+            yield name, value
+
+
+def _typed(kind: type[Settings], name: str, value: Any) -> Any:
+    """What a flag gave; ``NAME=VALUE`` texts as the values of a block. Raises ``UserError``."""
+    block = block_kind(kind.model_fields[name])
+    return block_values(value, block) if block else value
+
+
+def block_values(given: list[str], block: Any) -> dict[str, Any]:
+    """``NAME=VALUE`` texts as settings of the recipe ``block``. Raises ``UserError``."""
+    known, found = block.__dataclass_fields__, dict[str, Any]()
+    for text in given:
+        name, equals, value = text.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals or name not in known:
+            near = nearest(name, known)
+            raise UserError(f"setting {text!r} is not understood{near}; write NAME=VALUE, one of {', '.join(known)}")
+        try:
+            told = convert(value.strip(), block.__pydantic_fields__[name].annotation)
+        except ValueError as error:
+            raise UserError(f"setting {name} {error}") from None
+        if found.setdefault(name, told) != told:
+            raise UserError(f"setting {name} is given twice, as {found[name]} and as {told}; give it once")
+    return found
+
+
+def filled_in(text: str) -> str:
+    """A help text with the registries' names in it."""
+    for place, names in CHOICES.items():
+        if place in text:
+            text = text.replace(place, ", ".join(names()))
+    return text
+
+
+# -- parameters --------------------------------------------------------------------------------------------------------
+def _parameters(kind: type[Settings]) -> Iterator[tuple[str, Any, Any]]:
+    """(name, default, annotation) of every flag, panel by panel."""
+    if "config" not in kind.model_fields:
+        help = "YAML file with any of these settings (`redraft config` prints one); flags win, key by key."
+        option = typer.Option("--config", help=help, metavar="PATH", rich_help_panel="Running")
+        yield "settings_file", None, Annotated[Path | None, option]
+    if kind.COMMAND in DRY_RUN:
+        help = "Print the plan and what it costs, and stop."
+        yield "dry_run", False, Annotated[bool, typer.Option("--dry-run", help=help, rich_help_panel="Running")]
+    order = list(PANELS)
+    fields = sorted(kind.model_fields.items(), key=lambda item: order.index(PANEL_OF.get(item[0], "Output")))
+    for name, field in fields:
+        extra: Any = field.json_schema_extra
+        plain = next(one for one in choices(field.annotation) if one is not NoneType)
+        several = get_origin(plain) in (tuple, dict)
+        about: dict[str, Any] = {
+            "help": sentence(field),
+            "metavar": METAVARS.get(
+                get_args(plain)[0] if get_origin(plain) is tuple else get_origin(plain) or plain, "TEXT"
+            ),
+            "show_default": shown_default(field),
+            "rich_help_panel": PANEL_OF.get(name, "Output"),
+        }
+        hint: Any = list[str] | None if several else str | None
+        if extra["argument"]:
+            about.pop("rich_help_panel")
+            yield (
+                name,
+                None,
+                Annotated[hint, typer.Argument(**{**about, "metavar": "RESULT..." if several else "FILE"})],
+            )
+        elif plain is bool:
+            yield name, *_switch(name, field, extra["flag"], about)
+        else:
+            flags = [extra["flag"] or f"--{name.replace('_', '-')}", *(["-o"] if name == "out" else [])]
+            yield name, None, Annotated[hint, typer.Option(*flags, **about)]
+
+
+def _switch(name: str, field: Any, flag: str, about: dict[str, Any]) -> tuple[Any, Any]:
+    """A truth value's default and annotation: one flag where it is off by default, else one for each value."""
+    about = {key: value for key, value in about.items() if key != "metavar"}
+    dashed = name.replace("_", "-")
+    if field.default is False:
+        return False, Annotated[bool, typer.Option(flag or f"--{dashed}", **about)]
+    no = "--untied" if name == "tied" else f"--no-{dashed}"
+    return None, Annotated[bool | None, typer.Option(f"--{dashed}/{no}", **about)]
+
+
+def sentence(field: Any) -> str:
+    """The help of a setting as a sentence."""
+    text = field.description
+    return f"{text[:1].upper()}{text[1:]}.{' Required.' if field.is_required() else ''}"
+
+
+def shown_default(field: Any) -> str | bool:
+    """A default as help shows it; nothing for what is empty or not there."""
+    value = None if field.is_required() else field.get_default(call_default_factory=True)
+    if value is None or value == () or isinstance(value, dict | bool):
+        return False
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -1,0 +1,159 @@
+"""The settings of a whole adaptation, from flags or one YAML file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from redraft.errors import UserError
+from redraft.settings.base import block_of, setting
+from redraft.settings.budget import parse_budget
+from redraft.settings.common import (
+    NO_SERVER,
+    PROMPT_FORMS,
+    Address,
+    BudgetText,
+    FormatName,
+    MethodName,
+    OnTarget,
+    ScorerName,
+    StartName,
+)
+from redraft.settings.methods import PrivateSize, check_bits, method
+from redraft.settings.sampler import samplers_of
+from redraft.settings.scorers import parse_scorer
+from redraft.settings.texts import self_prompts, start_needs
+from redraft.settings.training import LossName, TrainConfig
+
+FIFTH = "by default what makes it a fifth of the draft"
+
+
+class Adapting(OnTarget):
+    """What is trained of an old draft, and how: of ``redraft adapt`` and ``redraft train``."""
+
+    LIFTED: ClassVar[tuple[str, ...]] = ("train", "setting")
+
+    method: MethodName = setting("lora", "which parts of the draft are trained: {methods}")
+    private_width: int | None = setting(None, f"inner width of the private expert; {FIFTH}", gt=0)
+    rank: int | None = setting(None, f"rank of the low-rank updates; {FIFTH}", gt=0)
+    private: block_of(PrivateSize, "private") = setting(  # type: ignore[valid-type]
+        {}, "any other size of the private part, such as alpha=8 (bits with full); repeatable"
+    )
+    loss: LossName = setting("kl", "training loss: {losses}")
+    gamma: int = setting(5, "drafted tokens a round", gt=0)
+
+    @property
+    def private_size(self) -> PrivateSize:
+        """The sizes of the private part. Raises ``UserError`` for some that no draft can have together."""
+        return PrivateSize(**{"width": self.private_width, "rank": self.rank, **self.private})
+
+
+def adaptation(method_name: str) -> dict[str, Any]:
+    """Training settings of an old draft where nobody says otherwise: those of the studies (docs/studies).
+
+    A few hundred answers want many small steps; a new draft, with its millions of tokens, keeps the larger ones of
+    :class:`~redraft.settings.training.TrainConfig`.
+    """
+    return {"epochs": 6.0, "batch_anchors": 768, "learning_rate": method(method_name).learning_rate}
+
+
+class AdaptConfig(Adapting):
+    """What ``redraft adapt`` does. Every field is a flag of the same name and a key of the YAML file."""
+
+    COMMAND: ClassVar[str] = "adapt"
+    ONCE: ClassVar[dict[str, dict[str, str]]] = {
+        "train": {"loss": "loss", "gamma": "gamma", "seed": "seed"},
+        "private": {"private_width": "width", "rank": "rank"},
+    }
+
+    draft: str = setting(..., "old draft: folder in any format, or hub id", reads="model")
+    prompts: str | None = setting(
+        None,
+        f"prompts of the target's domain ({PROMPT_FORMS}); self:400 lets the target write 400 questions itself",
+        reads="prompts",
+    )
+    responses: str | None = setting(
+        None, "a log of served responses (text or token ids) instead of --prompts: nothing is generated", reads="file"
+    )
+    out: Path = setting(..., "run directory; a stopped run resumes from it")
+    base_target: str | None = setting(
+        None, "target that the old draft was made for (scorer shift needs it)", reads="model"
+    )
+    eval_prompts: str | None = setting(
+        None, "prompts to measure on; by default held out from --prompts", reads="prompts"
+    )
+    start: StartName = setting("vocabulary", "what training starts from: {starts}; joined by + where several")
+    replay: int = setting(0, "passes over the states where the trained draft's rounds end early", ge=0)
+    scorer: ScorerName = setting(
+        "rejection", "how samples are scored: {scorers}; NAME:KEY=VALUE,KEY=VALUE for its settings"
+    )
+    budget: BudgetText = setting("100%", 'what selection keeps: "25%", "400" rows or "60k tokens"')
+    select_on: Literal["responses", "prompts"] = setting(
+        "responses", "what is scored: responses, or prompts, of which only the kept ones are then answered"
+    )
+    general: str | None = setting(
+        None, "responses to general prompts, mixed in to guard the draft's other speed", reads="file"
+    )
+    general_share: float = setting(0.0, "their share of all response tokens", ge=0, lt=1)
+    temperatures: tuple[float, ...] = setting((0.0,), "sampling temperature of regeneration; repeatable")
+    top_p: float = setting(1.0, "nucleus of sampled regeneration")
+    max_new_tokens: int = setting(256, "longest response, in tokens", gt=1)
+    server: Address | None = setting(
+        None,
+        "OpenAI-compatible server that serves the target, e.g. http://127.0.0.1:8000; its key: REDRAFT_API_KEY",
+    )
+    server_model: str | None = setting(None, "the target's name on that server")
+    batch_size: int = setting(64, "sequences decoded together, or requests under way at --server", gt=0)
+    heldout_prompts: int = setting(24, "prompts kept back for early stopping", gt=0)
+    bench_prompts: int = setting(24, "prompts of the final benchmark", gt=0)
+    bench_tokens: int = setting(128, "longest response in the benchmark, in tokens", gt=1)
+    exports: tuple[FormatName, ...] = setting(("vllm",), "format to export: {formats}; repeatable")
+    train: block_of(TrainConfig, "train") = setting(  # type: ignore[valid-type]
+        {}, "training setting that differs from the method's, such as epochs=4; repeatable"
+    )
+
+    @property
+    def self_prompts(self) -> int:
+        """How many questions the target writes itself; 0 for a prompt file. Raises ``UserError``."""
+        return self_prompts(self.prompts)
+
+    def train_config(self) -> TrainConfig:
+        """The method's training settings, with those that were given."""
+        own = {"loss": self.loss, "gamma": self.gamma, "seed": self.seed}
+        return TrainConfig(**{**adaptation(self.method), **own, **self.train})
+
+    def conflicts(self) -> Iterator[str]:
+        if (self.prompts is None) == (self.responses is None):
+            yield "give --prompts, or --responses with a log of served responses: one of the two"
+        if self.responses and (self.server or self.eval_prompts):
+            yield "--responses takes served text as it is; --server and --eval-prompts go with --prompts"
+        if self.server_model and not self.server:
+            yield NO_SERVER
+        if self.top_p != 1 and not any(self.temperatures):
+            yield "--top-p filters what is sampled, and all --temperatures are 0; raise one, or leave it out"
+        if self.responses and self.select_on == "prompts":
+            yield "--select-on prompts saves generation, and --responses are written already; leave it out"
+        whole = parse_budget(self.budget).whole
+        if whole and self.select_on == "prompts":
+            yield "--select-on prompts has nothing to choose: a budget of 100% answers them all; give less"
+        if whole and self.scorer != type(self).model_fields["scorer"].default:
+            yield f"scorer {self.scorer} has nothing to choose: the budget is 100%; give --budget, say 50%"
+        if (self.general is None) != (self.general_share == 0):
+            yield "--general and --general-share go together: the responses, and their share of all tokens"
+        for test in (
+            lambda: samplers_of(self.temperatures, self.top_p),
+            lambda: self.self_prompts,
+            lambda: check_bits(self.method, self.private_size),
+        ):
+            try:
+                test()
+            except UserError as error:
+                yield str(error)
+
+    def check_needs(self) -> None:
+        """Ask the scorer and the start for what they need, which imports them. Raises ``UserError``."""
+        if "base_target" in parse_scorer(self.scorer).needs and self.base_target is None:
+            raise UserError(f"scorer {self.scorer} compares the target with its base; give --base-target")
+        if "base_target" in start_needs(self.start) and self.base_target is None:
+            raise UserError(f"start {self.start} compares the target with its base; give --base-target")

@@ -1,0 +1,166 @@
+"""Shapes of a proposal as a user names them: chains, paths of a tree, trees that follow the draft's confidence."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+
+from redraft.errors import UserError
+
+Path = tuple[int, ...]
+"""A node by the sibling ranks on the way to it: (0,) is the draft's first choice, (0, 1) its second choice after it."""
+
+
+@dataclass(frozen=True)
+class ChainShape:
+    """One path of ``gamma`` tokens. Raises ``UserError`` when gamma is below 1."""
+
+    gamma: int = 5
+
+    def __post_init__(self) -> None:
+        if self.gamma < 1:
+            raise UserError(f"a chain needs at least 1 token, not {self.gamma}; for example chain:5")
+
+    @property
+    def depth(self) -> int:
+        return self.gamma
+
+    def describe(self) -> str:
+        """The name that goes beside every published figure."""
+        return f"chain of {self.gamma}"
+
+
+@dataclass(frozen=True)
+class StaticTree:
+    """A tree given as the paths of all its nodes, in any order.
+
+    Raises ``UserError`` when the paths are no tree: none at all, an empty or a repeated one, a missing parent, or
+    ranks among siblings that are not 0, 1, 2, ...
+    """
+
+    paths: tuple[Path, ...]
+
+    def __post_init__(self) -> None:
+        for path in self.paths:
+            if not path or any(rank < 0 for rank in path):
+                raise UserError(f"{list(path)} is no path of a tree: give one or more ranks, 0 or above")
+        nodes = set(self.paths)
+        if not nodes:
+            raise UserError("a tree needs at least one path; for example [[0],[1],[0,0]]")
+        if len(nodes) < len(self.paths):
+            twice = next(path for i, path in enumerate(self.paths) if path in self.paths[:i])
+            raise UserError(f"the tree names the path {list(twice)} twice; name every node once")
+        for path in sorted(nodes, key=_by_level):
+            if path[:-1] and path[:-1] not in nodes:
+                raise UserError(f"the tree has {list(path)} without its parent {list(path[:-1])}; add the parent")
+            if path[-1] and (*path[:-1], path[-1] - 1) not in nodes:
+                before = [*path[:-1], path[-1] - 1]
+                raise UserError(f"the tree has {list(path)} without {before}: number siblings 0, 1, 2, ...")
+        object.__setattr__(self, "paths", tuple(sorted(nodes, key=_by_level)))
+
+    @property
+    def depth(self) -> int:
+        return len(self.paths[-1])
+
+    def fans(self) -> dict[Path, int]:
+        """How many children each inner node has, the root () included."""
+        fans: dict[Path, int] = {}
+        for path in self.paths:
+            fans[path[:-1]] = fans.get(path[:-1], 0) + 1
+        return fans
+
+    def describe(self) -> str:
+        """The name that goes beside every published figure."""
+        return f"static tree of {len(self.paths)} nodes"
+
+
+@dataclass(frozen=True)
+class DynamicTree:
+    """EAGLE-2's tree (arXiv 2406.16858), which follows the draft's confidence in the present context.
+
+    Level by level, the ``top_k`` likeliest children of each of the level's ``top_k`` best nodes become candidates,
+    ``depth`` levels deep; a node's worth is the product of the draft's probabilities on its path. The ``nodes`` best
+    candidates of all levels are proposed. A node is never worth more than its parent, so they form a tree. ``depth``
+    counts proposed tokens on the longest path and ``nodes`` proposed tokens (the root is in neither).
+
+    Raises ``UserError`` when a number is below 1.
+    """
+
+    depth: int = 5
+    top_k: int = 10
+    nodes: int = 60
+
+    def __post_init__(self) -> None:
+        if min(self.depth, self.top_k, self.nodes) < 1:
+            raise UserError(
+                f"a dynamic tree of depth {self.depth}, top-k {self.top_k} and {self.nodes} nodes is none: "
+                "each must be at least 1; for example tree:5x10x60"
+            )
+
+    def describe(self) -> str:
+        """The name that goes beside every published figure."""
+        return f"dynamic tree, depth {self.depth}, top-k {self.top_k}, {self.nodes} nodes"
+
+
+Shape = ChainShape | StaticTree | DynamicTree
+
+
+def check_drafts(shape: Shape, greedy: bool) -> None:
+    """Raise ``UserError`` for a dynamic tree of sampled drafts; ``greedy`` drafts go with every shape."""
+    if isinstance(shape, DynamicTree) and not greedy:
+        raise UserError(
+            "a dynamic tree grows towards the tokens that the draft likes best, so they are no draws from the "
+            "draft and cannot be verified as such; choose greedy drafts, or a static tree or a chain"
+        )
+
+
+def _by_level(path: Path) -> tuple[int, Path]:
+    return len(path), path
+
+
+def parse_shape(text: str) -> Shape:
+    """The shape that a user wrote: ``chain:5``, ``tree:5x10x60`` (depth x top-k x nodes), paths as JSON, or a file.
+
+    Raises ``UserError`` for anything else, and for a tree that is no tree.
+    """
+    text = text.strip()
+    kind, _, rest = text.partition(":")
+    if kind == "chain":
+        return ChainShape(*_numbers(text, rest, 1))
+    if kind == "tree":
+        return DynamicTree(*_numbers(text, rest, 3))
+    if text.startswith("["):
+        return _static(text, "the tree")
+    file = FilePath(text)
+    if text.endswith(".json"):
+        try:
+            return _static(file.read_text(encoding="utf-8"), text)
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+            raise UserError(f"cannot read the tree {text}: {reason}") from None
+    raise UserError(
+        f"unknown shape {text!r}; give chain:5, tree:5x10x60 (depth x top-k x nodes), paths such as "
+        "[[0],[1],[0,0]], or a .json file of paths"
+    )
+
+
+def _numbers(text: str, rest: str, count: int) -> list[int]:
+    parts = rest.split("x")
+    if len(parts) != count or not all(part.isascii() and part.isdigit() and len(part) < 6 for part in parts):
+        example = "chain:5" if count == 1 else "tree:5x10x60 (depth x top-k x nodes)"
+        raise UserError(f"cannot read the shape {text!r}; write it like {example}")
+    return [int(part) for part in parts]
+
+
+def _static(text: str, source: str) -> StaticTree:
+    try:
+        paths = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{source} is not JSON ({error}); write paths such as [[0],[1],[0,0]]") from None
+    good = isinstance(paths, list) and all(
+        isinstance(path, list) and all(type(rank) is int for rank in path) for path in paths
+    )
+    if not good:
+        raise UserError(f"{source} is not a list of lists of whole numbers; write paths such as [[0],[1],[0,0]]")
+    return StaticTree(tuple(tuple(path) for path in paths))
