@@ -9,8 +9,8 @@ from typing import Any
 
 from redraft.acceptance.simulate import row_alphas
 from redraft.features import FeatureStore
-from redraft.select import Scorer, ScoringContext
-from redraft.select.acceptance import alpha_measurer
+from redraft.selection import Scorer, ScoringContext
+from redraft.selection.acceptance import alpha_measurer
 from redraft.target import Target
 
 

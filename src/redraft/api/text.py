@@ -20,10 +20,10 @@ from redraft.data.shapes import row_of
 from redraft.data.store import encode_row
 from redraft.errors import UserError
 from redraft.progress import progress_bar
-from redraft.select import ScoringContext
-from redraft.select.acceptance import alpha_measurer
-from redraft.select.manifest import Manifest
-from redraft.select.rules import choose
+from redraft.selection import ScoringContext
+from redraft.selection.acceptance import alpha_measurer
+from redraft.selection.manifest import Manifest
+from redraft.selection.rules import choose
 from redraft.settings.budget import parse_budget
 from redraft.settings.scorers import parse_scorer
 from redraft.settings.steps import RegenerateSettings, SelectSettings

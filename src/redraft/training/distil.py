@@ -1,7 +1,7 @@
 """Distillation of a causal LM from a target's responses, under any loss of the registry, with plain text mixed in.
 
 One teacher-forced pass gives the draft's distribution at every response token (prompts are read and not supervised);
-the teacher's comes from ``train/teachers.py``. As everywhere here, the first response token comes from prefill and
+the teacher's comes from ``training/teachers.py``. As everywhere here, the first response token comes from prefill and
 is nobody's to draft. Text, with next-token cross-entropy, is mixed in by a share of all supervised tokens (0.1 is the
 9:1 of Goel et al., arXiv 2403.00858) to keep the draft from forgetting what its pretraining gave it.
 
@@ -32,9 +32,9 @@ from redraft.errors import UserError
 from redraft.progress import Progress
 from redraft.rows import anchors
 from redraft.settings.training import DistilConfig
-from redraft.train.checkpoint import rows_digest
-from redraft.train.loop import LoopResult, Step, TrainingLoop
-from redraft.train.workers import SINGLE, Shares, Workers
+from redraft.training.checkpoint import rows_digest
+from redraft.training.loop import LoopResult, Step, TrainingLoop
+from redraft.training.workers import SINGLE, Shares, Workers
 
 
 def groups(rows: Sequence[Row], limit: int, weigh: Callable[[Row], int]) -> list[list[Row]]:

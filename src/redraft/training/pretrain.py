@@ -23,8 +23,8 @@ from redraft.data.packed import PackedText, Position, ahead
 from redraft.drafts.standalone.causal import CausalModel
 from redraft.progress import Progress
 from redraft.settings.training import PretrainConfig
-from redraft.train.loop import LoopResult, Step, TrainingLoop
-from redraft.train.workers import SINGLE, Workers
+from redraft.training.loop import LoopResult, Step, TrainingLoop
+from redraft.training.workers import SINGLE, Workers
 
 
 class TextSteps:

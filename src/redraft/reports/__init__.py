@@ -1,5 +1,5 @@
 """Turns result files into pages, pictures and terminal tables. Reads JSON only; runs no model."""
 
-from redraft.report.page import build_report, headline_png
+from redraft.reports.page import build_report, headline_png
 
 __all__ = ["build_report", "headline_png"]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from redraft.registries import SCORERS
-from redraft.select import ScorableRow, ScoringContext, scored_tokens
+from redraft.selection import ScorableRow, ScoringContext, scored_tokens
 
 
 @SCORERS.register("length")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from redraft.errors import UserError
-from redraft.select import ScorableRow, ScoringContext, scored_ids
+from redraft.selection import ScorableRow, ScoringContext, scored_ids
 from redraft.target import Target
 
 FINAL = "final"

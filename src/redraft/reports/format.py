@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from redraft.report.load import Interval
+from redraft.reports.load import Interval
 
 DASH = "\N{EN DASH}"
 

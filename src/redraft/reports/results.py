@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Group
 from rich.markdown import Markdown
 
-from redraft.report.tables import acceptance_table, bench_table, ledger_table, task_table
+from redraft.reports.tables import acceptance_table, bench_table, ledger_table, task_table
 from redraft.shown import Shown, lines
 
 

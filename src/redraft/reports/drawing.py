@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from redraft.errors import UserError
-from redraft.report.format import missing
-from redraft.report.load import Interval
+from redraft.reports.format import missing
+from redraft.reports.load import Interval
 
 INK, GRID = "#010203", "#010204"
 ON_WHITE = ("#1b1f24", "#d5d9de")  # text and grid of a PNG

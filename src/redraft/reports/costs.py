@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from redraft.report.load import BenchResult, DraftResult
+from redraft.reports.load import BenchResult, DraftResult
 
 
 @dataclass(frozen=True)

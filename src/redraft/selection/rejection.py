@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from redraft.registries import SCORERS
-from redraft.select import ScorableRow, ScoringContext
+from redraft.selection import ScorableRow, ScoringContext
 
 
 @dataclass(frozen=True)

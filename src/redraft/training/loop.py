@@ -27,9 +27,9 @@ from redraft.artifact import atomic_write_text
 from redraft.errors import UserError
 from redraft.progress import Progress
 from redraft.settings.training import LoopConfig
-from redraft.train.checkpoint import Checkpoint, Named
-from redraft.train.optimizer import Optimizers, learning_rate, make_optimizers, muon_type
-from redraft.train.workers import SINGLE, Workers, sum_gradients
+from redraft.training.checkpoint import Checkpoint, Named
+from redraft.training.optimizer import Optimizers, learning_rate, make_optimizers, muon_type
+from redraft.training.workers import SINGLE, Workers, sum_gradients
 
 
 @dataclass

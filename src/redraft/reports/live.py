@@ -16,7 +16,7 @@ from rich.text import Text
 
 from redraft.decode.pieces import TokenText
 from redraft.decode.requests import Round
-from redraft.report.tokens import Piece, fates, kinds, visible
+from redraft.reports.tokens import Piece, fates, kinds, visible
 
 # By kind: the style where there are colours, and the brackets where there are none.
 LOOKS = {

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from redraft.report.load import Trace, TraceDraft, TraceRound
+from redraft.reports.load import Trace, TraceDraft, TraceRound
 
 KINDS = {
     "accepted": "proposed by the draft and accepted",

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from redraft.report.format import DASH, count, duration, number, percent, scaled
+from redraft.reports.format import DASH, count, duration, number, percent, scaled
 
 Row = Mapping[str, Any]
 RECOVERIES = ("recovery", "recovery_same_data", "recovery_sampled")

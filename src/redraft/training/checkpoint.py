@@ -12,7 +12,7 @@ from torch import nn
 
 from redraft.artifact import atomic_write_json, read_checked, read_json, write_checked
 from redraft.errors import UserError
-from redraft.train.optimizer import Optimizers
+from redraft.training.optimizer import Optimizers
 
 Named = list[tuple[str, nn.Parameter]]
 BEST_FILE, STATE_FILE = "best.safetensors", "state.json"

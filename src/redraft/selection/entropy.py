@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from redraft.registries import SCORERS
-from redraft.select import ScorableRow, ScoringContext
-from redraft.select.states import batched_states
+from redraft.selection import ScorableRow, ScoringContext
+from redraft.selection.states import batched_states
 from redraft.target import Target
 
 # Logits held at once: 64 MB in float32, whatever the vocabulary and however long the row.

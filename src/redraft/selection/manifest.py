@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from redraft.artifact import atomic_write_json, read_json
 from redraft.errors import UserError
-from redraft.select import ScorableRow
+from redraft.selection import ScorableRow
 from redraft.shown import Shown, lines
 
 SCHEMA = "redraft.selection/1"

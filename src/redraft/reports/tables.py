@@ -9,9 +9,9 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
-from redraft.report import format as form
-from redraft.report.load import BenchResult, Costs, Interval, Summary, parse
-from redraft.report.sections import (
+from redraft.reports import format as form
+from redraft.reports.load import BenchResult, Costs, Interval, Summary, parse
+from redraft.reports.sections import (
     identical,
     ledger_cells,
     others_apart,

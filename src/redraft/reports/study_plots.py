@@ -7,8 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from redraft.report.drawing import COLOURS, MARKERS, OTHERS, WIDTH, figure, png
-from redraft.report.study import label
+from redraft.reports.drawing import COLOURS, MARKERS, OTHERS, WIDTH, figure, png
+from redraft.reports.study import label
 
 TAU = "acceptance length \N{GREEK SMALL LETTER TAU}"
 MORE = ("#5b6bb5", "#b0604a", "#6d8f3c", "#7a7a7a")

@@ -16,11 +16,11 @@ from typing import Any
 
 from redraft.errors import UserError
 from redraft.files import atomic_write_bytes, atomic_write_text
-from redraft.report import format as form
-from redraft.report import plots, sections, tokens
-from redraft.report.costs import round_costs
-from redraft.report.drawing import PHASES, series_colours
-from redraft.report.load import BenchResult, CurvePoint, Trace, read_bench, read_curve, read_ledger, read_summary
+from redraft.reports import format as form
+from redraft.reports import plots, sections, tokens
+from redraft.reports.costs import round_costs
+from redraft.reports.drawing import PHASES, series_colours
+from redraft.reports.load import BenchResult, CurvePoint, Trace, read_bench, read_curve, read_ledger, read_summary
 
 # Anchor of a result's part: what it needs, and what the list of contents calls it.
 PARTS = {
@@ -93,7 +93,7 @@ def headline_png(result: Path, out: Path) -> Path:
 
 
 def _static(name: str) -> str:
-    return (resources.files("redraft.report") / "templates" / name).read_text(encoding="utf-8").strip() + "\n"
+    return (resources.files("redraft.reports") / "templates" / name).read_text(encoding="utf-8").strip() + "\n"
 
 
 def _environment() -> Any:
@@ -102,7 +102,7 @@ def _environment() -> Any:
     except ImportError as error:
         raise UserError("reports need matplotlib and jinja2: pip install 'redraft[report]'") from error
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("redraft.report"),
+        loader=jinja2.PackageLoader("redraft.reports"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

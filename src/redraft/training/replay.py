@@ -42,7 +42,7 @@ from redraft.rows import anchors
 from redraft.settings.sampler import Sampler
 from redraft.settings.training import ReplayConfig, TrainConfig
 from redraft.target import Head
-from redraft.train.trainer import Trainer
+from redraft.training.trainer import Trainer
 
 
 @dataclass

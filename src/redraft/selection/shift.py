@@ -37,9 +37,9 @@ from torch import Tensor
 from redraft.artifact import require_free_space
 from redraft.errors import UserError
 from redraft.registries import SCORERS
-from redraft.select import ScorableRow, ScoringContext, scored_tokens
-from redraft.select.covariance import ledoit_wolf
-from redraft.select.states import FINAL, batched_states, check_layer
+from redraft.selection import ScorableRow, ScoringContext, scored_tokens
+from redraft.selection.covariance import ledoit_wolf
+from redraft.selection.states import FINAL, batched_states, check_layer
 from redraft.target import Target
 
 METRICS = ("mahalanobis", "l2", "cosine")

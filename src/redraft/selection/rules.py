@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from redraft.errors import UserError
-from redraft.select import ScorableRow, Scorer, ScoringContext, explained_scores, scored_tokens
-from redraft.select.manifest import Entry, Manifest, file_hash
+from redraft.selection import ScorableRow, Scorer, ScoringContext, explained_scores, scored_tokens
+from redraft.selection.manifest import Entry, Manifest, file_hash
 from redraft.settings.budget import Budget, parse_budget
 
 Order = Literal["highest", "lowest"]
@@ -29,7 +29,7 @@ def choose(
 ) -> Manifest:
     """Score the rows and select from them, with the scorer's own account of each number in the manifest.
 
-    See :func:`redraft.select.explained_scores` and :func:`select` for what is checked and raised.
+    See :func:`redraft.selection.explained_scores` and :func:`select` for what is checked and raised.
     """
     budget = parse_budget(budget) if isinstance(budget, str) else budget
     check_order(order)

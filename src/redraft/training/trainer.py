@@ -21,9 +21,9 @@ from redraft.progress import Progress
 from redraft.rows import anchor_batches, anchors
 from redraft.settings.training import TrainConfig
 from redraft.target import Head
-from redraft.train.checkpoint import OLD_DRAFT, rows_digest
-from redraft.train.loop import Step, TrainingLoop
-from redraft.train.workers import SINGLE, Shares, Workers
+from redraft.training.checkpoint import OLD_DRAFT, rows_digest
+from redraft.training.loop import Step, TrainingLoop
+from redraft.training.workers import SINGLE, Shares, Workers
 
 
 @dataclass

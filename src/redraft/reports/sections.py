@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from redraft.report import format as form
-from redraft.report.load import BenchResult, Costs, DraftResult, Interval, Score, Stage, Summary
+from redraft.reports import format as form
+from redraft.reports.load import BenchResult, Costs, DraftResult, Interval, Score, Stage, Summary
 
 PER_PROMPT_ROWS = 200
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from redraft.report.costs import round_costs
-from redraft.report.drawing import (
+from redraft.reports.costs import round_costs
+from redraft.reports.drawing import (
     COLOURS,
     GRID,
     INK,
@@ -20,8 +20,8 @@ from redraft.report.drawing import (
     series_colours,
     svg,
 )
-from redraft.report.format import missing, number
-from redraft.report.load import BenchResult, CurvePoint, Interval
+from redraft.reports.format import missing, number
+from redraft.reports.load import BenchResult, CurvePoint, Interval
 
 
 def _dots(axes: Any, entries: list[tuple[str, str, Interval]], title: str, digits: int, unit: str = "") -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from redraft.registries import SCORERS
-from redraft.select import ScorableRow, ScoringContext
+from redraft.selection import ScorableRow, ScoringContext
 
 
 @SCORERS.register("random")
