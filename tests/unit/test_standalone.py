@@ -19,7 +19,7 @@ from redraft.data.store import Row
 from redraft.decode.engine import ChainDecoder, PlainDecoder
 from redraft.decode.make import make_decoder
 from redraft.decode.static import StaticTarget
-from redraft.drafts.chances import run_lengths
+from redraft.drafts.agreement import run_lengths
 from redraft.drafts.experts import attach_private, is_private, merge_private, private_names
 from redraft.drafts.files import load_draft, load_private, save_draft, save_private
 from redraft.drafts.groups import prepare

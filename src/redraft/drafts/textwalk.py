@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from redraft.drafts import chances
+from redraft.drafts import agreement
 from redraft.features import FeatureSource
 from redraft.rows import AnyRow, anchors, length_batches
 from redraft.settings.sampler import Sampler
@@ -40,9 +40,9 @@ class TextWalk:
     ) -> Iterator[tuple[AnyRow, list[int]]]:
         vocabulary = self.draft.vocabulary()
         for row, states_AH in self.own(rows):
-            best = vocabulary[chances.likeliest(self.draft.logits, states_AH)].tolist()
+            best = vocabulary[agreement.likeliest(self.draft.logits, states_AH)].tolist()
             right = [a == b for a, b in zip(best, row.response_ids[1:], strict=True)]
-            yield row, chances.run_lengths(right, gamma)
+            yield row, agreement.run_lengths(right, gamma)
 
     @torch.inference_mode()
     def chances(
@@ -52,12 +52,12 @@ class TextWalk:
             for row, runs in self.runs(rows, features, gamma):
                 yield row, (torch.arange(gamma) < torch.tensor(runs)[:, None]).float()
             return
-        place_V = chances.places(self.draft.vocabulary(), self.target.vocab_size)
+        place_V = agreement.places(self.draft.vocabulary(), self.target.vocab_size)
         known = {row.key: self.target_chances(row, hidden, sampler) for row, hidden in self.hidden(rows, features)}
         for row, states_AH in self.own(rows):
             index_A = place_V[torch.tensor(row.response_ids[1:], device=place_V.device)]
-            mine_A = chances.sayable_probability(self.draft.logits, states_AH, index_A, sampler).double().cpu()
-            accepted_A = chances.accepted_given_text(mine_A, known[row.key])
+            mine_A = agreement.sayable_probability(self.draft.logits, states_AH, index_A, sampler).double().cpu()
+            accepted_A = agreement.accepted_given_text(mine_A, known[row.key])
             yield row, F.pad(accepted_A, (0, gamma)).unfold(0, gamma, 1)[:-1]
 
     @torch.inference_mode()
@@ -65,10 +65,9 @@ class TextWalk:
         vocabulary = self.draft.vocabulary()
         pairs = zip(self.own(rows), self.hidden(rows, features), strict=True)
         for (row, states_AH), (_, hidden_AH) in pairs:
-            parts = zip(states_AH.split(chances.CHUNK), hidden_AH.split(chances.CHUNK), strict=True)
-            found = [
-                chances.overlap(self.draft.logits(mine), self.target.logits(other), vocabulary) for mine, other in parts
-            ]
+            parts = zip(states_AH.split(agreement.CHUNK), hidden_AH.split(agreement.CHUNK), strict=True)
+            logits = ((self.draft.logits(mine), self.target.logits(other)) for mine, other in parts)
+            found = [agreement.overlap(mine, other, vocabulary) for mine, other in logits]
             yield row, float(torch.cat(found).mean())
 
     # -- states in front of every response token after the first -------------------------------------------------
@@ -94,7 +93,7 @@ class TextWalk:
     def target_chances(self, row: AnyRow, hidden_AH: Tensor, sampler: Sampler) -> Tensor:
         """The warped probability [A] that the target gives each response token after the first, on the CPU."""
         ids_A = torch.tensor(row.response_ids[1:], device=hidden_AH.device)
-        return chances.probability(self.target.logits, hidden_AH, ids_A, sampler).double().cpu()
+        return agreement.probability(self.target.logits, hidden_AH, ids_A, sampler).double().cpu()
 
     def in_front(
         self, rows: Sequence[AnyRow], states: Callable[[Tensor], Tensor], dtype: torch.dtype
@@ -107,7 +106,7 @@ class TextWalk:
             for i, text in enumerate(texts):
                 ids_BT[i, : len(text)] = torch.tensor(text)
             # Padding stands on the right, where no token looks.
-            with chances.autocast(self.target.device, dtype):
+            with agreement.autocast(self.target.device, dtype):
                 states_BTH = states(ids_BT.to(self.target.device))
             for row, text, states_TH in zip(group, texts, states_BTH, strict=True):
                 yield row, states_TH[len(row.prompt_ids) : len(text)]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from redraft.drafts import chances
+from redraft.drafts import agreement
 from redraft.drafts.eagle.unroll import Batch, collate, unroll
 from redraft.features import FeatureSource
 from redraft.rows import AnyRow, anchor_batches, anchors
@@ -52,9 +52,9 @@ class EagleWalk:
     def alphas(self, rows: Sequence[AnyRow], features: FeatureSource | None) -> Iterator[tuple[AnyRow, float]]:
         vocabulary = self.draft.vocabulary()
         for group, batch in self.batches(rows, features, 1, self.alpha_anchors):
-            with torch.inference_mode(), chances.autocast(self.target.device, self.target.dtype):
+            with torch.inference_mode(), agreement.autocast(self.target.device, self.target.dtype):
                 logits_MD = self.draft.logits(next(unroll(self.draft, self.target.embedding, batch, 1)))
-            overlap_M = chances.overlap(logits_MD, self.target.logits(batch.hidden_M), vocabulary)
+            overlap_M = agreement.overlap(logits_MD, self.target.logits(batch.hidden_M), vocabulary)
             for row, part in zip(group, overlap_M.split([*map(anchors, group)]), strict=True):
                 yield row, float(part.mean())
 
@@ -76,7 +76,7 @@ class EagleWalk:
         runs_M = torch.zeros(len(batch.future_MJ), dtype=torch.long, device=batch.future_MJ.device)
 
         def right(step: int, places: Tensor, states: Tensor) -> Tensor:
-            found = vocabulary[chances.likeliest(self.draft.logits, states)] == batch.future_MJ[places, step]
+            found = vocabulary[agreement.likeliest(self.draft.logits, states)] == batch.future_MJ[places, step]
             runs_M[places[found]] += 1
             return found
 
@@ -87,19 +87,19 @@ class EagleWalk:
     def accepted(self, batch: Batch, gamma: int, sampler: Sampler) -> Tensor:
         """w [M, J]: the chance that the j-th token behind each anchor came by acceptance, given that it came."""
         future_MJ = batch.future_MJ
-        place_V = chances.places(self.draft.vocabulary(), self.target.vocab_size)
+        place_V = agreement.places(self.draft.vocabulary(), self.target.vocab_size)
         # The target's probability of a token does not depend on where the round began: one row of logits an anchor.
-        target_M = chances.probability(self.target.logits, batch.hidden_M, future_MJ[:, 0], sampler)
+        target_M = agreement.probability(self.target.logits, batch.hidden_M, future_MJ[:, 0], sampler)
         chances_MJ = torch.zeros(len(target_M), gamma, device=target_M.device)
 
         def reached(step: int, places: Tensor, states: Tensor) -> Tensor:
             # What no round reaches is not drafted at all.
             ids = future_MJ[places, step]
             index = torch.where(ids >= 0, place_V[ids.clamp(min=0)], -1)
-            found = chances.sayable_probability(self.draft.logits, states, index, sampler)
+            found = agreement.sayable_probability(self.draft.logits, states, index, sampler)
             # Anchors of a row stand side by side, so the target's row of step j is that of the anchor j places on.
             towards = target_M[(places + step).clamp(max=len(target_M) - 1)]
-            chances_MJ[places, step] = chances.accepted_given_text(found, towards)
+            chances_MJ[places, step] = agreement.accepted_given_text(found, towards)
             return chances_MJ[places, step] > 0
 
         self.draft_on(batch, gamma, reached)
@@ -108,7 +108,7 @@ class EagleWalk:
     def draft_on(self, batch: Batch, gamma: int, judge: Judge) -> None:
         """Unroll at most ``gamma`` steps, each from the anchors alone that the step before was worth it for."""
         places = torch.arange(len(batch.future_MJ), device=batch.future_MJ.device)
-        with chances.autocast(self.target.device, self.target.dtype):
+        with agreement.autocast(self.target.device, self.target.dtype):
             drafting = unroll(self.draft, self.target.embedding, batch, gamma)
             states = next(drafting)
             for step in range(gamma):

@@ -1,4 +1,4 @@
-"""Acceptance chances from logits: what the walks of all families compute alike.
+"""How far a draft and its target agree, from logits: what the walks of all families compute alike.
 
 Shape legend: N rows, M positions, H width, D draft vocabulary, V target vocabulary.
 """
