@@ -98,6 +98,8 @@ def check_whole(words: list[str]) -> None:
     """Parse a whole command as the command line would: options, types, and nothing required left out."""
     if words[:1] in (["--version"], ["--help"]):
         return
+    while words[:1] == ["--plugin"]:
+        words = words[2:]
     assert words and words[0] in COMMANDS, f"no command {words[:1]}"
     context = GROUP.context_class(GROUP, info_name="redraft")
     COMMANDS[words[0]].make_context(words[0], list(words[1:]), parent=context)

@@ -3,9 +3,8 @@
 One file a scorer, found by the registry. Every scorer's numbers say the same thing: higher is more worth training
 on. Rows may be answered ones or prompts alone (an empty response): a scorer then works on the prompt, before any
 generation is paid for. A scorer with settings is written ``shift:metric=l2,layer=12``, see
-:func:`redraft.settings.scorers.parse_scorer`. See :mod:`redraft.settings.budget` for budgets,
-:mod:`redraft.selection.rules` for the rule, and :mod:`redraft.selection.manifest` for the record of what was chosen and
-why.
+:func:`redraft.settings.scorers.parse_scorer`. Budgets are in :mod:`redraft.settings.budget`, the rule is in
+:mod:`redraft.selection.rules`, and :mod:`redraft.selection.manifest` records what was chosen and why.
 """
 
 from __future__ import annotations
