@@ -283,7 +283,7 @@ def prepare(options: argparse.Namespace) -> Job:
     """Open both models and the prompts. Raises ``UserError``."""
     target = open_target(options.target, options.dtype, "cpu", options.adapter)
     draft, _ = open_proposer(options.draft, target, options.base_draft)
-    if not isinstance(draft, StandaloneDraft):
+    if draft.taps:
         raise UserError(f"{options.draft} reads the target's states; the four engines share standalone drafts alone")
     asked = read_conversations(options.prompts) if options.prompts else maths_conversations(options.count, options.seed)
     templated = template_prompts(asked[: options.count], target, options.max_new_tokens)

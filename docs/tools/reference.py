@@ -24,11 +24,11 @@ os.environ |= {"TERM": "dumb", "COLUMNS": "200"}
 import click
 from typer.main import get_command
 
-from redraft.adaptation.config import AdaptConfig
-from redraft.adaptation.distill_config import DistillConfig
 from redraft.cli.main import app
-from redraft.drafts.groups import PrivateSize
-from redraft.train.trainer import TrainConfig
+from redraft.settings.adapt import AdaptConfig
+from redraft.settings.distill import DistillConfig
+from redraft.settings.methods import PrivateSize
+from redraft.settings.training import TrainConfig
 
 DOCS = Path(__file__).resolve().parents[1]
 WRITTEN = "<!-- Written by docs/tools/reference.py from the code; edit the help texts there. -->"

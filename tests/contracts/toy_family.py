@@ -19,10 +19,11 @@ from redraft.drafts.base import Draft, Family
 from redraft.drafts.config import DraftConfig
 from redraft.drafts.experts import attach_parts
 from redraft.drafts.layers import Linear
-from redraft.drafts.proposing import ObjectiveSettings, Pick, Reduce, alone
+from redraft.drafts.proposing import Pick, Reduce, alone
 from redraft.drafts.textwalk import TextWalk
 from redraft.errors import UserError
 from redraft.registries import FAMILIES, LOSSES
+from redraft.settings.training import TrainConfig
 from redraft.target import Target
 
 
@@ -75,7 +76,7 @@ class ToyDraft(Draft):
     def walk(self, target: Target) -> TextWalk:
         return TextWalk(self, target, self.states)
 
-    def objective(self, target: Target, settings: ObjectiveSettings, reduce: Reduce = alone) -> ToyObjective:
+    def objective(self, target: Target, settings: TrainConfig, reduce: Reduce = alone) -> ToyObjective:
         return ToyObjective(self, target, settings, reduce)
 
 
@@ -117,7 +118,7 @@ class ToyBatch:
 class ToyObjective:
     """The mean of a loss over supervised positions."""
 
-    def __init__(self, draft: ToyDraft, target: Target, settings: ObjectiveSettings, reduce: Reduce) -> None:
+    def __init__(self, draft: ToyDraft, target: Target, settings: TrainConfig, reduce: Reduce) -> None:
         self.draft, self.target, self.loss, self.reduce = draft, target, LOSSES.get(settings.loss), reduce
 
     def collate(self, rows: Sequence[Any], features: Any, weights: Mapping[str, Tensor] | None = None) -> ToyBatch:

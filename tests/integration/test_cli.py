@@ -14,13 +14,13 @@ from rich.markup import render
 from typer.main import get_command
 
 from redraft.cli import main
-from redraft.cli.generate import CHOICES, block_values
+from redraft.cli.generate import CHOICES
 from redraft.errors import UserError
 from redraft.registries import EXPORTERS, LOSSES, SCORERS
 from redraft.settings.adapt import AdaptConfig
 from redraft.settings.measure import BenchSettings
 from redraft.settings.methods import METHODS
-from redraft.settings.training import TrainConfig
+from redraft.settings.steps import TrainSettings
 from redraft.settings.yamlfile import read
 
 SERVERS = ["bench", "--target", "./no", "--prompts", "p", "--out", "b.json", "--server"]
@@ -106,7 +106,10 @@ def test_version(redraft: Any) -> None:
         (["train", "--target", "t", "--draft", "d", "--responses", "r", "--out", "o", "--method", "x"], "method 'x'"),
         (["train", "--target", "t", "--from-nothing", "--responses", "r", "--out", "o", "--loss", "x"], "loss 'x'"),
         (["train", "--target", "t", "--responses", "r", "--out", "o"], "--from-nothing"),
-        (["train", "--target", "t", "--responses", "r", "--out", "o", "--setting", "lr=1"], "'lr=1'"),
+        (
+            ["train", "--target", "t", "--responses", "r", "--out", "o", "--setting", "lr=1"],
+            "unknown setting lr in setting",
+        ),
         (["train", "--target", "t", "--responses", "r", "--out", "o", "--setting", "clip=x"], "a number"),
         (
             ["export", "--draft", "d", "--target", "./no", "--format", "onnx", "--out", "o"],
@@ -127,7 +130,7 @@ def test_version(redraft: Any) -> None:
         ([*REGENERATE, "--server", "http://h:1/v1?key=hush"], "REDRAFT_API_KEY"),
         ([*REGENERATE, "--server-model", "m"], "give --server too"),
         ([*REGENERATE, "--top-p", "0.9"], "greedy and leaves nothing to filter"),
-        ([*TRAIN, "--epochs", "2", "--setting", "epochs=3"], "epochs is 2 and setting epochs is 3.0: two values"),
+        ([*TRAIN, "--epochs", "2", "--setting", "epochs=3"], "epochs is 2 and setting epochs is 3: two values"),
         ([*TRAIN, "--gamma", "3", "--setting", "gamma=7"], "gamma is 3 and setting gamma is 7: two values"),
         (
             [*BENCH, "--temperature", "-1"],
@@ -221,11 +224,14 @@ def test_named_drafts() -> None:
 
 
 def test_settings_take_the_types_of_the_config() -> None:
-    assert block_values(["batch-anchors=5e3", "seed=7"], TrainConfig) == {"batch_anchors": 5000, "seed": 7}
-    for text in ("batch-anchors=5.5", "batch-anchors=1e-3", "seed=many"):
-        with pytest.raises(UserError, match="must be a whole number, not"):
-            block_values([text], TrainConfig)
-    found = block_values(["clip=0.5", "batch-anchors=64", "optimizer=adamw"], TrainConfig)
+    def trained(**given: str) -> dict[str, Any]:
+        return TrainSettings(target="t", responses="r", out="o", draft="d", setting=given).setting
+
+    assert trained(batch_anchors="5e3", seed="7") == {"batch_anchors": 5000, "seed": 7}
+    for name, text in (("batch_anchors", "5.5"), ("batch_anchors", "1e-3"), ("seed", "many")):
+        with pytest.raises(UserError, match=f"setting {name} must be a whole number, not"):
+            trained(**{name: text})
+    found = trained(clip="0.5", batch_anchors="64", optimizer="adamw")
     assert found == {"clip": 0.5, "batch_anchors": 64, "optimizer": "adamw"}
 
 

@@ -145,5 +145,5 @@ def test_bits_are_for_methods_that_change_the_drafts_own_matrices(name: str) -> 
 
 
 def test_bits_that_cannot_be() -> None:
-    with pytest.raises(UserError, match="1 to 8 bits a weight, not 9"):
+    with pytest.raises(UserError, match="bits must be 8 or less, not 9"):
         PrivateSize(bits=9)

@@ -115,16 +115,18 @@ def test_values_are_taken_as_people_write_them() -> None:
 def test_flags_win_key_by_key(tmp_path: Path, redraft: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.yaml").write_text(
         "target: t\ndraft: d\nprompts: self:30\nout: o\ntrain: {epochs: 4, clip: 3}\n"
-        "private: {alpha: 9, on: [q_proj]}\n"
+        "private: {alpha: 9, on: [q_proj]}\ntemplate_arg: {a: 1, b: x}\n"
     )
     seen: list[Settings] = []
     monkeypatch.setattr("redraft.cli.generate.announce", lambda settings: seen.append(settings) or 1 / 0)
-    code, _, _ = redraft(f"adapt --config {tmp_path}/a.yaml --train clip=1 --private alpha=2 --train unroll=2")
+    code, _, _ = redraft(
+        f"adapt --config {tmp_path}/a.yaml --train clip=1 --private alpha=2 --train unroll=2 --template-arg a=2"
+    )
     assert code == 1
     (found,) = seen
     assert isinstance(found, AdaptConfig)
     assert found.train == {"epochs": 4.0, "clip": 1.0, "unroll": 2}
-    assert found.private == {"alpha": 2.0, "on": ("q_proj",)}
+    assert found.private == {"alpha": 2.0, "on": ("q_proj",)} and found.template_arg == {"a": 2, "b": "x"}
     code, _, err = redraft(f"adapt --config {tmp_path}/a.yaml --gamma 3 --train gamma=4 --loss tv --train loss=kl")
     assert code == 2 and "gamma is 3 and train gamma is 4" in err and "loss is tv and train loss is kl" in err
 

@@ -19,10 +19,11 @@ import pytest
 import yaml
 from typer.main import get_command
 
-from redraft.adaptation.config import read_config
-from redraft.adaptation.distill_config import read_distill_config
-from redraft.adaptation.study.config import read_study
 from redraft.cli.main import app
+from redraft.settings.adapt import AdaptConfig
+from redraft.settings.distill import DistillConfig
+from redraft.settings.studies import read_study
+from redraft.settings.yamlfile import read
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -97,6 +98,8 @@ def check_whole(words: list[str]) -> None:
     """Parse a whole command as the command line would: options, types, and nothing required left out."""
     if words[:1] in (["--version"], ["--help"]):
         return
+    while words[:1] == ["--plugin"]:
+        words = words[2:]
     assert words and words[0] in COMMANDS, f"no command {words[:1]}"
     context = GROUP.context_class(GROUP, info_name="redraft")
     COMMANDS[words[0]].make_context(words[0], list(words[1:]), parent=context)
@@ -156,8 +159,8 @@ def test_the_pages_made_from_the_code_are_up_to_date() -> None:
 
 # -- settings --------------------------------------------------------------------------------------------------------
 READERS = {
-    "redraft adapt": lambda path: read_config(path),
-    "redraft distill": lambda path: read_distill_config(path, {}),
+    "redraft adapt": lambda path: read(AdaptConfig, path),
+    "redraft distill": lambda path: read(DistillConfig, path),
     "redraft study": lambda path: read_study(path),
 }
 

@@ -59,11 +59,6 @@ def bench_files(
     wanted = None if how.shape == AUTO else parse_shape(how.shape)
     if wanted is not None:
         check_drafts(wanted, how.sampler.greedy or how.greedy_drafts)
-    if how.static and not isinstance(wanted, ChainShape):
-        # A tree's passes are wider than what is recorded, and `auto` would choose by the costs of other steps.
-        raise UserError(
-            f"--static records the steps of a chain, not of {how.shape}; give --shape chain:5, or leave it out"
-        )
     questions.conversations  # noqa: B018  a bad prompt file is refused before anything large is loaded
     target = spec.open()
     opened = {name: open_proposer(source, target, base_draft)[0] for name, source in drafts.items()}

@@ -138,8 +138,6 @@ def train_new(
     Returns what the draft's record says of its held-out acceptance. Raises ``UserError``, also for rows of another
     target; a killed run goes on.
     """
-    if data.heldout_responses is not None:
-        raise UserError("--from-nothing holds responses out by number: give --heldout, not --heldout-responses")
     train, heldout = data.read()
     target = spec.open(training_dtype(spec, out, say))
     log = Log(Ledger.load(out / "ledger.json"), say)

@@ -84,7 +84,7 @@ def rest(settings: Settings, *without: str) -> dict[str, Any]:
 def quickstart(settings: QuickstartSettings) -> None:
     """The whole story on a small embedded model: a target fine-tuned on maths gets its lost speed-up back."""
     from redraft.adaptation import quickstart as story
-    from redraft.report.load import read_ledger
+    from redraft.report.load import read_json
     from redraft.report.tables import acceptance_table, bench_table, ledger_table, probe_panel, summary_table
 
     summary, result, found = story.quickstart(settings.out, say)
@@ -94,7 +94,7 @@ def quickstart(settings: QuickstartSettings) -> None:
     printer.print(acceptance_table(result))
     ledger = settings.out / "run" / "ledger.json"
     if ledger.exists():
-        printer.print(ledger_table(read_ledger(ledger)))
+        printer.print(ledger_table(read_json(ledger)))
     printer.print(summary_table(summary))
     say(f"page: {settings.out / 'report.html'}")
 

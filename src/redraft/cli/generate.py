@@ -19,10 +19,10 @@ from redraft.cli.failures import as_user_error, unexpected
 from redraft.cli.plans import announce, refuse_overwriting
 from redraft.errors import UserError
 from redraft.registries import EXPORTERS, LOSSES, SCORERS, STARTS, SUITES
-from redraft.registry import nearest
-from redraft.settings.base import Settings, block_kind, choices, convert
+from redraft.settings.base import Settings, block_kind, choices
 from redraft.settings.methods import METHODS
 from redraft.settings.places import check_places
+from redraft.settings.texts import parse_template_args
 from redraft.settings.yamlfile import read
 
 CHOICES: dict[str, Callable[[], list[str]]] = {
@@ -89,7 +89,7 @@ def add_command(app: typer.Typer, kind: type[Settings], call: Callable[[Any], No
 
     def run(ctx: typer.Context, **given: Any) -> None:
         path, dry_run = given.pop("settings_file", None), given.pop("dry_run", False)
-        settings = read(kind, path, {key: _typed(kind, key, value) for key, value in _given(kind, given)})
+        settings = read(kind, path, {key: _as_mapping(kind, key, value) for key, value in _given(kind, given)})
         ctx.params["out"] = getattr(settings, "out", None)
         refuse_overwriting(settings)
         announce(settings)
@@ -124,27 +124,23 @@ def _given(kind: type[Settings], values: dict[str, Any]) -> Iterator[tuple[str, 
             yield name, value
 
 
-def _typed(kind: type[Settings], name: str, value: Any) -> Any:
-    """What a flag gave; ``NAME=VALUE`` texts as the values of a block. Raises ``UserError``."""
-    block = block_kind(kind.model_fields[name])
-    return block_values(value, block) if block else value
+def _as_mapping(kind: type[Settings], name: str, value: Any) -> Any:
+    """What a flag gave; ``NAME=VALUE`` texts as a mapping, so that it holds together with that of a file."""
+    field = kind.model_fields[name]
+    if get_origin(field.annotation) is not dict:
+        return value
+    return pairs(value) if block_kind(field) else parse_template_args(value)
 
 
-def block_values(given: list[str], block: Any) -> dict[str, Any]:
-    """``NAME=VALUE`` texts as settings of the recipe ``block``. Raises ``UserError``."""
-    known, found = block.__dataclass_fields__, dict[str, Any]()
+def pairs(given: list[str]) -> dict[str, str]:
+    """``NAME=VALUE`` texts as texts by their names. Raises ``UserError``, also for two values of one name."""
+    found: dict[str, str] = {}
     for text in given:
-        name, equals, value = text.partition("=")
-        name = name.strip().replace("-", "_")
-        if not equals or name not in known:
-            near = nearest(name, known)
-            raise UserError(f"setting {text!r} is not understood{near}; write NAME=VALUE, one of {', '.join(known)}")
-        try:
-            told = convert(value.strip(), block.__pydantic_fields__[name].annotation)
-        except ValueError as error:
-            raise UserError(f"setting {name} {error}") from None
-        if found.setdefault(name, told) != told:
-            raise UserError(f"setting {name} is given twice, as {found[name]} and as {told}; give it once")
+        name, equals, value = (part.strip() for part in text.partition("="))
+        if not equals or not name:
+            raise UserError(f"setting {text!r} is not understood; write NAME=VALUE, as epochs=4")
+        if found.setdefault(name.replace("-", "_"), value) != value:
+            raise UserError(f"setting {name} is given twice, as {found[name.replace('-', '_')]} and as {value}")
     return found
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from redraft.features import FeatureSource
 from redraft.rows import AnyRow, TokenRow
 from redraft.settings.sampler import Sampler
+from redraft.settings.training import TrainConfig
 from redraft.target import Head, Target
 
 Pick = Callable[[Tensor], Tensor]
@@ -118,26 +119,6 @@ class Walk(Protocol):
 
 
 # -- training --------------------------------------------------------------------------------------------------------
-class ObjectiveSettings(Protocol):
-    """The settings of training that objectives read: the loss's name in the registry, draft steps, the weight of each
-    against the one before, tokens a round, and the seed of what is drawn at random."""
-
-    @property
-    def loss(self) -> str: ...
-
-    @property
-    def unroll(self) -> int: ...
-
-    @property
-    def step_decay(self) -> float: ...
-
-    @property
-    def gamma(self) -> int: ...
-
-    @property
-    def seed(self) -> int: ...
-
-
 Batch = TypeVar("Batch")
 
 
@@ -178,6 +159,6 @@ class Proposes:
         """The draft over stored responses of ``target``."""
         raise NotImplementedError
 
-    def objective(self, target: Head, settings: ObjectiveSettings, reduce: Reduce = alone) -> Objective[Any]:
+    def objective(self, target: Head, settings: TrainConfig, reduce: Reduce = alone) -> Objective[Any]:
         """What a training step minimises. Raises ``UserError`` for an unknown loss."""
         raise NotImplementedError

@@ -7,7 +7,6 @@ breaking the page.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -299,10 +298,6 @@ class Costs(_Open):
     stages: list[Stage]
 
 
-# What a record is called in messages.
-WORDS: dict[type[BaseModel], str] = {BenchResult: "benchmark result", Costs: "cost ledger", Summary: "summary"}
-
-
 def read_json(path: Path) -> Any:
     """The JSON in ``path``. Raises ``UserError`` that names the file, and the line where it is broken."""
     try:
@@ -324,11 +319,6 @@ def parse(model: type[Model], data: Any, where: str) -> Model:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "top level"
         raise UserError(f"{where}: {field}: {first['msg']}") from error
-
-
-def parsed(model: type[Model], value: Mapping[str, Any] | Model) -> Model:
-    """``value``, or what it says as JSON. Raises ``UserError`` for a field that does not fit."""
-    return value if isinstance(value, model) else parse(model, value, WORDS[model])
 
 
 def read_bench(path: Path) -> BenchResult:

@@ -10,7 +10,7 @@ from rich.panel import Panel
 from rich.table import Table
 
 from redraft.report import format as form
-from redraft.report.load import BenchResult, Costs, Interval, Summary, parsed
+from redraft.report.load import BenchResult, Costs, Interval, Summary, parse
 from redraft.report.sections import (
     identical,
     ledger_cells,
@@ -41,12 +41,12 @@ def _table(title: str, left: Sequence[str], right: Sequence[str], **how: Any) ->
     return table
 
 
-def bench_table(result: Mapping[str, Any] | BenchResult) -> Table:
-    """All drafts of a benchmark result (its JSON as read, or parsed) with 95% intervals.
+def bench_table(result: Mapping[str, Any]) -> Table:
+    """All drafts of a benchmark result (its JSON) with 95% intervals.
 
     Raises ``UserError`` when a field is missing.
     """
-    bench = parsed(BenchResult, result)
+    bench = parse(BenchResult, result, "benchmark result")
     figures = ("tau", "tau macro", "alpha", "tokens/s", "speed-up", "same as plain")
     title = f"{bench.setup.target}: {sampler_line(bench)}"
     table = _table(title, ["draft"], figures, caption=_bench_caption(bench))
@@ -76,9 +76,9 @@ def _bench_caption(bench: BenchResult) -> str:
     return "\n".join(lines)
 
 
-def acceptance_table(result: Mapping[str, Any] | BenchResult) -> Table:
+def acceptance_table(result: Mapping[str, Any]) -> Table:
     """Acceptance by drafted position: given that it was reached, and of all rounds."""
-    bench = parsed(BenchResult, result)
+    bench = parse(BenchResult, result, "benchmark result")
     positions = max((len(draft.acceptance_unconditional) for draft in bench.drafts.values()), default=0)
     table = _table("acceptance by position", ["draft", "of"], [str(j) for j in range(1, positions + 1)])
     for name, draft in bench.drafts.items():
@@ -87,9 +87,9 @@ def acceptance_table(result: Mapping[str, Any] | BenchResult) -> Table:
     return table
 
 
-def task_table(result: Mapping[str, Any] | BenchResult) -> Table | None:
+def task_table(result: Mapping[str, Any]) -> Table | None:
     """Acceptance length and speed-up of every draft by task; None when the result was not divided by task."""
-    found = tasks(parsed(BenchResult, result))
+    found = tasks(parse(BenchResult, result, "benchmark result"))
     if not found:
         return None
     table = _table("by task", ["task", "draft"], ["prompts", "tau", "speed-up", "tokens/s"])
@@ -126,9 +126,9 @@ def probe_panel(verdict: str, lines: Mapping[str, str], action: str) -> Panel:
     )
 
 
-def ledger_table(ledger: Mapping[str, Any] | Costs) -> Table:
-    """The cost ledger (its JSON as read, or parsed) with its total. Raises ``UserError`` when it is not one."""
-    costs = parsed(Costs, ledger)
+def ledger_table(ledger: Mapping[str, Any]) -> Table:
+    """The cost ledger (its JSON) with its total. Raises ``UserError`` when it is not one."""
+    costs = parse(Costs, ledger, "cost ledger")
     heads = {"time": "time", "tokens": "tokens", "flops": "compute", "memory": "peak memory", "written": "written"}
     table = _table("cost", ["stage"], list(heads.values()), show_footer=True)
     keys, total = ["stage", *heads], ledger_cells(total_of(costs))
@@ -139,9 +139,9 @@ def ledger_table(ledger: Mapping[str, Any] | Costs) -> Table:
     return table
 
 
-def summary_table(summary: Mapping[str, Any] | Summary) -> Table:
+def summary_table(summary: Mapping[str, Any]) -> Table:
     """The quickstart's outcome: acceptance length and speed-up of the stale, the aligned and the full draft."""
-    facts = parsed(Summary, summary)
+    facts = parse(Summary, summary, "summary")
     title, caption = "stale draft in, aligned draft out", _summary_caption(facts)
     table = _table(title, ["draft"], ["tau", "speed-up"], min_width=72, caption=caption)
     for name in dict.fromkeys([*facts.tau, *facts.speedup]):

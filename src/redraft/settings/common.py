@@ -12,13 +12,7 @@ from redraft.settings.budget import parse_budget
 from redraft.settings.methods import METHODS
 from redraft.settings.scorers import check_scorer
 from redraft.settings.shapes import parse_shape
-from redraft.settings.texts import check_address, parse_start, parse_template_args
-
-
-def _arguments(value: Any) -> Any:
-    """Arguments of a template as flags give them, ``NAME=VALUE`` texts."""
-    texts = isinstance(value, list | tuple) and all(isinstance(one, str) for one in value)
-    return parse_template_args(value) if texts else value
+from redraft.settings.texts import check_address, parse_start
 
 
 def _rows(value: Any) -> Any:
@@ -37,7 +31,6 @@ ShapeText = Annotated[str, check(lambda text: text == AUTO or parse_shape(text))
 Address = Annotated[str, check(check_address)]
 FormatName = Annotated[str, one_of("export format", EXPORTERS.names)]
 SuiteName = Annotated[str, check(_suite)]
-TemplateArgs = Annotated[dict[str, Any], BeforeValidator(_arguments)]
 
 PROMPT_FORMS = "JSONL, ShareGPT, Alpaca, text lines, or datasets:NAME"
 NO_SERVER = "--server-model names the target on a server; give --server too, or leave it out"
@@ -48,7 +41,7 @@ class OnTarget(Settings):
 
     target: str = setting(..., "fine-tuned target: folder, hub id, or folder of a PEFT adapter", reads="model")
     adapter: str | None = setting(None, "PEFT adapter to merge into --target", reads="model")
-    template_arg: TemplateArgs = setting(
+    template_arg: dict[str, Any] = setting(
         {}, "argument of the target's chat template, such as enable_thinking=false; repeatable"
     )
     dtype: DtypeName = setting(

@@ -105,6 +105,7 @@ class BenchSettings(Sampled, Questioned):
         if self.server and (self.shape != "chain:5" or self.greedy_drafts or self.static or self.base_draft):
             yield "servers draft as they were started; leave out --shape, --greedy-drafts, --static, --base-draft"
         if self.static and not self.shape.startswith("chain:"):
+            # a tree's passes are wider than what is recorded, and auto would choose by the costs of other steps
             yield f"--static records the steps of a chain, not of {self.shape}; give --shape chain:5, or leave it out"
         if not self.prompts and not self.suite:
             yield "nothing to measure on; give --prompts FILE or --suite NAME"

@@ -19,7 +19,6 @@ from redraft.errors import UserError
 from redraft.registries import LOSSES
 from redraft.registry import nearest
 from redraft.settings.base import AUTO, DtypeName, Part, Settings, block_of, complaints, known_name, setting
-from redraft.settings.common import TemplateArgs
 from redraft.settings.methods import METHODS, PrivateSize, method
 from redraft.settings.scorers import parse_scorer
 from redraft.settings.shapes import ChainShape, DynamicTree, StaticTree, parse_shape
@@ -56,7 +55,7 @@ class StudySettings(Settings):
         None, "results file: make its tables and pictures again, and nothing else", reads="file"
     )
     list_cells: bool = setting(False, "print the cells and stop", flag="--list")
-    template_arg: TemplateArgs = setting({}, "argument of the targets' chat templates; repeatable")
+    template_arg: dict[str, Any] = setting({}, "argument of the targets' chat templates; repeatable")
     full: Path | None = setting(None, "file for what full reached, as the quickstart reads it")
 
     def conflicts(self) -> Iterator[str]:

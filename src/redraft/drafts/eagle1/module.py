@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from redraft.drafts.eagle.module import EagleConfig, EagleDraft, EagleLayer, layer_of
 from redraft.drafts.eagle1.objective import RegressionObjective
 from redraft.drafts.layers import Linear
-from redraft.drafts.proposing import ObjectiveSettings, Reduce, alone
+from redraft.drafts.proposing import Reduce, alone
 from redraft.errors import UserError
+from redraft.settings.training import TrainConfig
 from redraft.target import FINAL, Head
 
 
@@ -126,7 +127,7 @@ class Eagle1Draft(EagleDraft):
             raise ValueError("an Eagle1 draft has no head of its own; bind it to its target first")
         return self._head(states)
 
-    def objective(self, target: Head, settings: ObjectiveSettings, reduce: Reduce = alone) -> RegressionObjective:
+    def objective(self, target: Head, settings: TrainConfig, reduce: Reduce = alone) -> RegressionObjective:
         return RegressionObjective(self, target, settings, reduce=reduce)
 
     def start(self, target: Any, seed: int) -> None:

@@ -25,10 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from redraft.drafts.eagle.unroll import Batch, collate, unroll
-from redraft.drafts.proposing import ObjectiveSettings, Reduce, alone, shared
+from redraft.drafts.proposing import Reduce, alone, shared
 from redraft.features import FeatureSource
 from redraft.losses.portions import portions, sum_over_portions
 from redraft.rows import TokenRow
+from redraft.settings.training import TrainConfig
 from redraft.target import Head
 
 # Positions whose logits over the whole vocabulary stand in memory at once.
@@ -52,7 +53,7 @@ class RegressionObjective:
         self,
         draft: Any,
         target: Head,
-        config: ObjectiveSettings,
+        config: TrainConfig,
         recipe: Recipe = Recipe(),
         reduce: Reduce = alone,
     ) -> None:

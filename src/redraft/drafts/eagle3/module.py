@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from redraft.drafts.eagle.module import EagleConfig, EagleDraft, EagleLayer, layer_of
 from redraft.drafts.eagle3.objective import UnrollObjective
 from redraft.drafts.layers import Linear, RMSNorm, norm_weight
-from redraft.drafts.proposing import ObjectiveSettings, Reduce, alone
+from redraft.drafts.proposing import Reduce, alone
 from redraft.errors import UserError
+from redraft.settings.training import TrainConfig
 from redraft.target import Head
 
 
@@ -140,7 +141,7 @@ class Eagle3Draft(EagleDraft):
     def carry(self, states: Tensor) -> Tensor:
         return self.norm(states) if self.config.norm_output else states
 
-    def objective(self, target: Head, settings: ObjectiveSettings, reduce: Reduce = alone) -> UnrollObjective:
+    def objective(self, target: Head, settings: TrainConfig, reduce: Reduce = alone) -> UnrollObjective:
         return UnrollObjective(self, target, settings, reduce=reduce)
 
     def logits(self, states: Tensor) -> Tensor:

@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from redraft.drafts.eagle.unroll import Batch, collate, supervised, unroll
-from redraft.drafts.proposing import ObjectiveSettings, Reduce, alone, shared
+from redraft.drafts.proposing import Reduce, alone, shared
 from redraft.features import FeatureSource
 from redraft.losses.portions import portions, sum_over_portions
 from redraft.registries import LOSSES
 from redraft.rows import TokenRow
+from redraft.settings.training import TrainConfig
 from redraft.target import Head
 
 # Draft and teacher logits that stand in memory at once, counted in numbers: 256 MiB in float32, which keeps any device
@@ -39,7 +40,7 @@ class UnrollObjective:
         self,
         draft: Any,
         target: Head,
-        config: ObjectiveSettings,
+        config: TrainConfig,
         portion_numbers: int | None = None,
         reduce: Reduce = alone,
     ) -> None:

@@ -24,13 +24,14 @@ from redraft.compat import cache_argument
 from redraft.drafts.base import Draft
 from redraft.drafts.config import DraftConfig
 from redraft.drafts.experts import attach_parts
-from redraft.drafts.proposing import ObjectiveSettings, Reduce, alone
+from redraft.drafts.proposing import Reduce, alone
 from redraft.drafts.standalone.objective import StandaloneObjective
 from redraft.drafts.standalone.proposer import StandaloneProposer
 from redraft.drafts.textwalk import TextWalk
 from redraft.errors import UserError
 from redraft.loading import check_tokenizers
 from redraft.sampling import scale_logits
+from redraft.settings.training import TrainConfig
 from redraft.target import Head, Target
 
 # What transformers writes into a config besides the model itself.
@@ -150,7 +151,7 @@ class StandaloneDraft(Draft):
     def walk(self, target: Head) -> TextWalk:
         return TextWalk(self, target, self.states)
 
-    def objective(self, target: Head, settings: ObjectiveSettings, reduce: Reduce = alone) -> StandaloneObjective:
+    def objective(self, target: Head, settings: TrainConfig, reduce: Reduce = alone) -> StandaloneObjective:
         return StandaloneObjective(self, target, settings, reduce)
 
     def mlps(self) -> tuple[str, ...]:

@@ -17,11 +17,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from redraft.drafts.proposing import ObjectiveSettings, Reduce, alone
+from redraft.drafts.proposing import Reduce, alone
 from redraft.drafts.standalone.causal import CausalModel
 from redraft.features import FeatureSource
 from redraft.registries import LOSSES
 from redraft.rows import TokenRow, anchors
+from redraft.settings.training import TrainConfig
 from redraft.target import Head
 
 TeacherLogits = Callable[[Tensor], Tensor]
@@ -164,7 +165,7 @@ class TextBatch:
 class StandaloneObjective:
     """See :class:`redraft.drafts.proposing.Objective`: every position counts the same."""
 
-    def __init__(self, draft: Any, target: Head, config: ObjectiveSettings, reduce: Reduce = alone) -> None:
+    def __init__(self, draft: Any, target: Head, config: TrainConfig, reduce: Reduce = alone) -> None:
         """Raises ``UserError`` for an unknown loss."""
         self.causal, self.target, self.config, self.reduce = CausalModel(draft.model), target, config, reduce
         LOSSES.get(config.loss)
