@@ -17,7 +17,6 @@ from redraft.adaptation.core import Adaptation, Plan, half, open_old
 from redraft.adaptation.merged_target import adapter_note
 from redraft.adaptation.models import contestants, open_draft, open_target, prompt_rows, settle_template
 from redraft.adaptation.runs import Run, Say, row_tokens, supervised_rows
-from redraft.adaptation.scoring import scoring_context
 from redraft.adaptation.sources import Source
 from redraft.artifact import atomic_write_json, read_json
 from redraft.data.mixture import mix
@@ -30,6 +29,7 @@ from redraft.drafts.opening import AnyDraft, OpenDraft
 from redraft.errors import UserError
 from redraft.evaluate.speed import BenchConfig
 from redraft.report.page import build_report
+from redraft.select.acceptance import scoring_context
 from redraft.select.manifest import Manifest, read_manifest
 from redraft.select.rules import choose
 from redraft.settings.adapt import AdaptConfig
@@ -149,8 +149,8 @@ class AdaptRun(Run[AdaptConfig]):
             self.job.features("features", rows)
             store, passes = self.job.store, passes - 1
         with self.log.counted("select", len(rows), "prompts" if prompts else "rows") as (entry, progress):
-            context = scoring_context(scorer, target, self.stale.draft, self.open_base, c.seed, self.folder, store)
-            context.progress = lambda done, total: progress.update(done)
+            draft, folder = self.stale.draft, self.folder
+            context = scoring_context(scorer, target, draft, self.open_base, c.seed, folder, progress, store)
             manifest = choose(scorer, rows, context, c.budget, source=None if prompts else self.source.responses)
             manifest.write(self.selection)
             tokens, formula = row_tokens(rows), f"passes of the target * {provenance.FORWARD_FORMULA}"

@@ -20,8 +20,7 @@ from redraft.data.shapes import row_of
 from redraft.data.store import encode_row
 from redraft.errors import UserError
 from redraft.progress import progress_bar
-from redraft.select import ScoringContext
-from redraft.select.acceptance import alpha_measurer
+from redraft.select.acceptance import scoring_context
 from redraft.select.manifest import Manifest
 from redraft.select.rules import choose
 from redraft.settings.budget import parse_budget
@@ -104,17 +103,9 @@ def select(
     opened = spec.open() if spec and needs_target else None
     rows: list[Any] = prompt_rows(asked, opened) if opened and asked else supervised_rows(s.responses or Path())
     with progress_bar("select", len(rows), "rows") as progress:
-        context = ScoringContext(
-            target=opened,
-            base_target=TargetSpec.of(base_target).open() if base_target and "base_target" in by.needs else None,
-            device=spec.device if spec else "cpu",
-            seed=s.seed,
-            progress=lambda done, total: progress.update(done),
-            scratch=s.out.parent,
-        )
-        if opened and draft and "alpha_of" in by.needs:
-            present = models.open_draft(draft, opened).draft
-            context.alpha_of = alpha_measurer(present, opened, s.out.parent, context.progress)
+        present = models.open_draft(draft, opened).draft if opened and draft and "alpha_of" in by.needs else None
+        base = (lambda: TargetSpec.of(base_target).open()) if base_target else lambda: None
+        context = scoring_context(by, opened, present, base, s.seed, s.out.parent, progress)
         source = s.responses or (Path(s.prompts) if s.prompts and Path(s.prompts).is_file() else None)
         manifest = choose(by, rows, context, parse_budget(s.budget), s.order, source)
     manifest.write(s.out)

@@ -1,7 +1,8 @@
-"""Acceptance of the present draft row by row, for rows whose features nobody keeps."""
+"""What scorers may ask of models: the target, its base, and the present draft's acceptance row by row."""
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -9,10 +10,50 @@ from typing import Any
 
 from redraft.acceptance.simulate import row_alphas
 from redraft.features import FeatureStore
+from redraft.progress import Progress
+from redraft.select import Scorer, ScoringContext
 from redraft.target import Target
 
 # Tokens whose features lie on the disk at once: 220 MB for three taps of width 576 in bfloat16.
 PORTION_TOKENS = 2**16
+
+
+def scoring_context(
+    scorer: Scorer,
+    target: Target | None,
+    draft: Any,
+    base: Callable[[], Target | None],
+    seed: int,
+    scratch: Path,
+    progress: Progress | None = None,
+    store: FeatureStore | None = None,
+) -> ScoringContext:
+    """The context of ``scorer``; ``base`` opens the base target where that is asked for.
+
+    ``store`` holds the features of the rows. Without one they are computed in portions, in a folder of ``scratch``.
+    """
+
+    def tell(done: int, total: int) -> None:
+        if progress is not None:
+            progress.update(done)
+
+    def alpha_of(rows: Sequence[Any]) -> list[float]:
+        assert target is not None
+        own = copy.deepcopy(draft).to(target.device)
+        if store is not None:
+            return row_alphas(own, target, rows, store)
+        return alpha_measurer(own, target, scratch, tell)(rows)
+
+    return ScoringContext(
+        target=target,
+        base_target=base() if "base_target" in scorer.needs else None,
+        draft=draft,
+        alpha_of=alpha_of if "alpha_of" in scorer.needs else None,
+        device="cpu" if target is None else target.device,
+        seed=seed,
+        progress=tell,
+        scratch=scratch,
+    )
 
 
 def alpha_measurer(

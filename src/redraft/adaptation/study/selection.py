@@ -9,7 +9,6 @@ from typing import Any
 from redraft import provenance
 from redraft.adaptation.models import PromptRow
 from redraft.adaptation.runs import row_tokens
-from redraft.adaptation.scoring import scoring_context
 from redraft.adaptation.study.answers import features_stage, slug
 from redraft.adaptation.study.targets import TargetWork
 from redraft.artifact import atomic_write_json, read_json
@@ -19,6 +18,7 @@ from redraft.progress import Progress
 from redraft.provenance import Entry, Ledger
 from redraft.rows import anchors
 from redraft.select import score_rows
+from redraft.select.acceptance import scoring_context
 from redraft.select.rules import select as select_rows
 from redraft.settings.budget import parse_budget
 from redraft.settings.scorers import parse_scorer
@@ -113,8 +113,8 @@ def _score(work: TargetWork, rows: Sequence[Any], entry: SelectionEntry, progres
     assert entry.scorer is not None
     scorer, target, old = parse_scorer(entry.scorer), work.target, work.opened(NONE).draft
     store = work.store(work.taps) if entry.reads_features else None
-    context = scoring_context(scorer, target, old, lambda: work.base.target, work.config.seed, work.folder, store)
-    context.progress = lambda done, total: progress.update(done)
+    base, seed = (lambda: work.base.target), work.config.seed
+    context = scoring_context(scorer, target, old, base, seed, work.folder, progress, store)
     scores, passes, tokens, flops = score_rows(scorer, rows, context), scorer.passes, row_tokens(rows), 0
     if "alpha_of" in scorer.needs:
         flops = provenance.forward_flops(old.parameters_per_token, tokens)
