@@ -29,9 +29,9 @@ from redraft.drafts.scaling import coarse_change
 from redraft.errors import UserError
 from redraft.evaluate.statistics import paired_ratio, paired_recovery, ratio_of_sums
 from redraft.progress import progress_bar
-from redraft.report.format import DASH
-from redraft.report.study import ranged
-from redraft.report.study import table as markdown
+from redraft.reports.format import DASH
+from redraft.reports.study import ranged
+from redraft.reports.study import table as markdown
 from redraft.settings.studies import Cell, read_study
 
 STALE, WHOLE = "stale", "whole"

@@ -52,7 +52,7 @@ from redraft.settings.training import TrainConfig
 from redraft.starts.apply import StartContext, apply_start
 from redraft.starts.vocabulary import coverage
 from redraft.target import Target
-from redraft.train.trainer import Trainer
+from redraft.training.trainer import Trainer
 
 RESULTS = Path(__file__).resolve().parent / "results"
 FILE = RESULTS / "forecast-targets.json"

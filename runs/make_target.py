@@ -46,8 +46,8 @@ from redraft.errors import UserError
 from redraft.loading import CACHE_FILES, load_target
 from redraft.progress import progress_bar
 from redraft.target import Target
-from redraft.train.checkpoint import Checkpoint, rows_digest
-from redraft.train.optimizer import learning_rate, make_optimizers
+from redraft.training.checkpoint import Checkpoint, rows_digest
+from redraft.training.optimizer import learning_rate, make_optimizers
 
 EMBEDDED = "embedded:smollm2-135m-instruct"
 SYMBOLIC_SEED = 20_000  # of the problems; regeneration and evaluation use other seeds and drop repeated questions

@@ -23,13 +23,13 @@ from redraft.registries import SCORERS as SCORERS
 from redraft.registries import STARTS as STARTS
 from redraft.registries import SUITES as SUITES
 from redraft.registries import load_plugin as load_plugin
-from redraft.report.results import Adapted as Adapted
-from redraft.report.results import Benchmark as Benchmark
-from redraft.report.results import Merged as Merged
-from redraft.report.results import Page as Page
-from redraft.report.results import Study as Study
-from redraft.report.results import Trained as Trained
-from redraft.select.manifest import Manifest as Manifest
+from redraft.reports.results import Adapted as Adapted
+from redraft.reports.results import Benchmark as Benchmark
+from redraft.reports.results import Merged as Merged
+from redraft.reports.results import Page as Page
+from redraft.reports.results import Study as Study
+from redraft.reports.results import Trained as Trained
+from redraft.selection.manifest import Manifest as Manifest
 from redraft.target import Target as Target
 
 __version__: str

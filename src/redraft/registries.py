@@ -1,7 +1,7 @@
 """The registries of what can be named on the command line or in a settings file, and the plugins that add to them.
 
 Nothing here imports torch, and no name does: see :mod:`redraft.registry`. What an entry must be stands beside those
-there are: ``redraft.losses``, ``redraft.select``, ``redraft.starts``, ``redraft.drafts.formats.base``,
+there are: ``redraft.losses``, ``redraft.selection``, ``redraft.starts``, ``redraft.drafts.formats.base``,
 ``redraft.drafts.base`` and ``redraft.data.suites``.
 
 A plugin is a module that registers at import, ``package.module``, or a function that does so when it is called,
@@ -75,7 +75,7 @@ def _registry(kind: str, variable: str, *rooms: str) -> Registry[Any]:
 
 
 LOSSES = _registry("loss", "LOSSES", "losses")
-SCORERS = _registry("scorer", "SCORERS", "select", "attic")
+SCORERS = _registry("scorer", "SCORERS", "selection", "attic")
 STARTS = _registry("start", "STARTS", "starts", "attic")
 EXPORTERS = _registry("export format", "EXPORTERS", "drafts")
 FAMILIES = _registry("draft family", "FAMILIES", "drafts")

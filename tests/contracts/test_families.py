@@ -42,7 +42,7 @@ from redraft.settings.sampler import Sampler
 from redraft.settings.shapes import ChainShape, DynamicTree, StaticTree
 from redraft.settings.training import TrainConfig
 from redraft.target import Target
-from redraft.train.trainer import Trainer
+from redraft.training.trainer import Trainer
 
 TOYS = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "unit" / "toys.py")))
 PLUGIN = str(Path(__file__).with_name("toy_family.py"))

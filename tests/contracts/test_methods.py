@@ -21,7 +21,7 @@ from redraft.drafts.scaling import scale_change
 from redraft.errors import UserError
 from redraft.settings.methods import METHODS, PrivateSize, mergeable
 from redraft.target import Target
-from redraft.train.optimizer import make_optimizers
+from redraft.training.optimizer import make_optimizers
 
 SIZE = PrivateSize(width=16, rank=2)
 # Every method as it is, and what the sizes can ask of those that have private parts.

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from redraft.report import build_report
+from redraft.reports import build_report
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 DATA = runpy.run_path(str(Path(__file__).parents[1] / "report_data.py"))

@@ -20,7 +20,7 @@ from redraft.data.store import read_rows
 from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
 from redraft.drafts.files import load_draft, load_private, save_draft
 from redraft.errors import UserError
-from redraft.select.manifest import read_manifest
+from redraft.selection.manifest import read_manifest
 from redraft.settings.adapt import AdaptConfig
 
 

@@ -30,7 +30,7 @@ from redraft.drafts.standalone.shapes import fresh_standalone, shape_for
 from redraft.errors import UserError
 from redraft.evaluate.speed import BenchConfig, Prompt, bench
 from redraft.registries import EXPORTERS
-from redraft.report.load import BenchResult, parse
+from redraft.reports.load import BenchResult, parse
 from redraft.settings.sampler import Sampler
 from redraft.settings.shapes import ChainShape
 

@@ -19,7 +19,7 @@ from redraft.drafts.eagle3 import fresh_draft
 from redraft.drafts.files import load_draft, save_draft
 from redraft.drafts.opening import read_draft
 from redraft.loading import load_tokenizer, tokenizer_hash
-from redraft.select.manifest import read_manifest
+from redraft.selection.manifest import read_manifest
 from redraft.target import Target
 
 WORDS = "the rain in the north is on the river and the stone is in the hand of one man".split()

@@ -18,7 +18,7 @@ from redraft.errors import UserError
 from redraft.evaluate.statistics import paired_difference, paired_recovery
 from redraft.evaluate.study import derive
 from redraft.settings.studies import parse_study
-from redraft.train.trainer import Trainer
+from redraft.training.trainer import Trainer
 
 DATA = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "study_data.py")))
 settings = DATA.settings

@@ -13,7 +13,7 @@ import pytest
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """A report page holds empty pictures: drawing them takes most of the time, and many tests read its text alone."""
-    monkeypatch.setattr("redraft.report.plots.svg", lambda figure, name, about: "<svg></svg>")
+    monkeypatch.setattr("redraft.reports.plots.svg", lambda figure, name, about: "<svg></svg>")
 
 
 @pytest.fixture(scope="session")

@@ -23,9 +23,9 @@ from redraft.evaluate.divergence import plain_text
 from redraft.evaluate.figures import gains
 from redraft.evaluate.speed import BenchConfig, Measured, Prompt, bench
 from redraft.evaluate.summary import costs, tally
-from redraft.report.load import BenchResult, parse
-from redraft.report.sections import slower
-from redraft.report.tables import bench_table
+from redraft.reports.load import BenchResult, parse
+from redraft.reports.sections import slower
+from redraft.reports.tables import bench_table
 from redraft.settings.sampler import Sampler
 from redraft.settings.shapes import ChainShape, DynamicTree, parse_shape
 

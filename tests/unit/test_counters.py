@@ -13,8 +13,8 @@ import pytest
 
 from redraft.errors import UserError
 from redraft.evaluate.counters import Counts, contradiction, difference, drafted_share, parse_metrics
-from redraft.report.load import read_bench
-from redraft.report.tables import acceptance_table, bench_table
+from redraft.reports.load import read_bench
+from redraft.reports.tables import acceptance_table, bench_table
 
 pytest.importorskip("httpx")
 pytest.importorskip("prometheus_client")

@@ -16,8 +16,8 @@ import torch
 
 from redraft.attic.coverage import WIDTH, Coverage, directions, projection, shares
 from redraft.attic.greedy import SAME, Chosen, greedy_order
-from redraft.select import ScoringContext, score_rows
-from redraft.select.rules import choose
+from redraft.selection import ScoringContext, score_rows
+from redraft.selection.rules import choose
 from redraft.target import Target
 
 MakeTarget = Callable[..., Target]

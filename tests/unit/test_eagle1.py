@@ -39,8 +39,8 @@ from redraft.settings.sampler import Sampler
 from redraft.settings.shapes import ChainShape, parse_shape
 from redraft.settings.training import TrainConfig
 from redraft.target import FINAL, Target
-from redraft.train.optimizer import make_optimizers
-from redraft.train.trainer import Trainer
+from redraft.training.optimizer import make_optimizers
+from redraft.training.trainer import Trainer
 
 TOYS = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("toys.py"))))
 TOKENS, GAMMA = 16, 3

@@ -26,7 +26,7 @@ from redraft.registries import LOSSES
 from redraft.settings.methods import PrivateSize
 from redraft.settings.training import TrainConfig
 from redraft.target import Target
-from redraft.train.trainer import Trainer
+from redraft.training.trainer import Trainer
 
 J, WORDS, WIDTH = 3, 120, 32
 EXACT = [name for name, loss in LOSSES.items() if not getattr(loss, "sampled", False)]

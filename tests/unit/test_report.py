@@ -15,12 +15,12 @@ import pytest
 from rich.console import Console
 
 from redraft.errors import UserError
-from redraft.report import build_report, headline_png, sections, tables
-from redraft.report import format as form
-from redraft.report.costs import round_cost
-from redraft.report.drawing import COLOURS
-from redraft.report.load import BenchResult, CurvePoint, read_bench, read_curve
-from redraft.report.plots import training_svgs
+from redraft.reports import build_report, headline_png, sections, tables
+from redraft.reports import format as form
+from redraft.reports.costs import round_cost
+from redraft.reports.drawing import COLOURS
+from redraft.reports.load import BenchResult, CurvePoint, read_bench, read_curve
+from redraft.reports.plots import training_svgs
 
 DATA = runpy.run_path(str(Path(__file__).parents[1] / "report_data.py"))
 

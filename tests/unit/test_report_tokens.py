@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from redraft.report import build_report
-from redraft.report.load import Trace, TraceDraft
-from redraft.report.tokens import (
+from redraft.reports import build_report
+from redraft.reports.load import Trace, TraceDraft
+from redraft.reports.tokens import (
     MAX_PROPOSED,
     MAX_TOKENS,
     MAX_TRACES,

@@ -21,7 +21,7 @@ from redraft.drafts.routing import RoutedMLP, Router
 from redraft.errors import UserError
 from redraft.registries import EXPORTERS, FAMILIES
 from redraft.settings.methods import PrivateSize, mergeable
-from redraft.train.optimizer import make_optimizers
+from redraft.training.optimizer import make_optimizers
 
 H = 8
 

@@ -12,13 +12,13 @@ import torch
 
 from redraft.acceptance.simulate import row_alphas
 from redraft.features import FeatureStore
-from redraft.select import ScoringContext, score_rows
-from redraft.select import acceptance as acceptance_module
-from redraft.select import entropy as entropy_module
-from redraft.select.acceptance import alpha_measurer
-from redraft.select.entropy import Entropy, entropies
-from redraft.select.length import Length
-from redraft.select.rejection import Rejection
+from redraft.selection import ScoringContext, score_rows
+from redraft.selection import acceptance as acceptance_module
+from redraft.selection import entropy as entropy_module
+from redraft.selection.acceptance import alpha_measurer
+from redraft.selection.entropy import Entropy, entropies
+from redraft.selection.length import Length
+from redraft.selection.rejection import Rejection
 from redraft.target import Target
 
 MakeTarget = Callable[..., Target]

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from redraft.errors import UserError
-from redraft.select import ScoringContext, score_rows, scored_ids, scored_tokens
-from redraft.select.manifest import file_hash, read_manifest
-from redraft.select.random_ import Random
-from redraft.select.rejection import Rejection
-from redraft.select.rules import choose, select
+from redraft.selection import ScoringContext, score_rows, scored_ids, scored_tokens
+from redraft.selection.manifest import file_hash, read_manifest
+from redraft.selection.random_ import Random
+from redraft.selection.rejection import Rejection
+from redraft.selection.rules import choose, select
 from redraft.settings.budget import parse_budget
 from redraft.settings.scorers import parse_scorer, scorer_text
 

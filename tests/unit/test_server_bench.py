@@ -14,7 +14,7 @@ import pytest
 
 from redraft.errors import UserError
 from redraft.evaluate.counters import Reading, difference, parse_metrics
-from redraft.report.load import read_bench
+from redraft.reports.load import read_bench
 from redraft.settings.sampler import Sampler
 
 pytest.importorskip("httpx")

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from redraft.errors import UserError
-from redraft.select import ScoringContext
-from redraft.select.covariance import ledoit_wolf
-from redraft.select.shift import METRICS, POOLINGS, Shift
-from redraft.select.states import batches
+from redraft.selection import ScoringContext
+from redraft.selection.covariance import ledoit_wolf
+from redraft.selection.shift import METRICS, POOLINGS, Shift
+from redraft.selection.states import batches
 from redraft.target import Target
 
 MakeTarget = Callable[..., Target]

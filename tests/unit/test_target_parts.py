@@ -22,7 +22,7 @@ from redraft.features import FeatureStore
 from redraft.loading import load_target, open_facts, open_head, parts, read_facts
 from redraft.settings.training import TrainConfig
 from redraft.target import Facts, Head, Target
-from redraft.train.trainer import Trainer
+from redraft.training.trainer import Trainer
 
 FACTS = ("hidden_size", "layers", "vocab_size", "context", "eos_ids", "parameters_per_token", "architectures", "name")
 

@@ -26,8 +26,8 @@ from redraft.errors import UserError
 from redraft.rows import anchors
 from redraft.settings.methods import PrivateSize
 from redraft.settings.training import TrainConfig
-from redraft.train import optimizer as optimizer_module
-from redraft.train.trainer import Trainer, TrainResult, batch_order
+from redraft.training import optimizer as optimizer_module
+from redraft.training.trainer import Trainer, TrainResult, batch_order
 
 RIG = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("training_rig.py"))))
 # Nothing below changes the target, its answers or their features: they are made once.
@@ -64,7 +64,7 @@ def test_only_the_trained_groups_move_and_the_loss_falls(method, optimizer, targ
 
 
 def make(work: Trainer):
-    from redraft.train.optimizer import make_optimizers
+    from redraft.training.optimizer import make_optimizers
 
     return make_optimizers(work.trained, work.config.optimizer, work.config.weight_decay)
 

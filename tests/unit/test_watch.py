@@ -11,8 +11,8 @@ from redraft.cli import commands
 from redraft.decode.pieces import TokenText, trace
 from redraft.decode.requests import Generation, Round
 from redraft.errors import UserError
-from redraft.report.live import Watcher, coloured, legend, paint
-from redraft.report.tokens import Piece
+from redraft.reports.live import Watcher, coloured, legend, paint
+from redraft.reports.tokens import Piece
 from redraft.settings.measure import WatchSettings
 
 

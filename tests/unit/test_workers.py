@@ -23,11 +23,11 @@ from redraft.drafts.standalone.objective import Distillation, StateTeacher
 from redraft.features import FeatureStore
 from redraft.settings.training import DistilConfig, PretrainConfig, TrainConfig
 from redraft.target import FINAL, Target
-from redraft.train.distil import MixedSteps
-from redraft.train.loop import Step
-from redraft.train.pretrain import TextSteps
-from redraft.train.trainer import Trainer
-from redraft.train.workers import SINGLE, Shares, Workers, sum_gradients
+from redraft.training.distil import MixedSteps
+from redraft.training.loop import Step
+from redraft.training.pretrain import TextSteps
+from redraft.training.trainer import Trainer
+from redraft.training.workers import SINGLE, Shares, Workers, sum_gradients
 
 BUILDERS = runpy.run_path(str(Path(__file__).parents[1] / "tiny_models.py"))
 

@@ -28,10 +28,10 @@ from redraft.drafts.groups import trained_parameters
 from redraft.drafts.opening import AnyDraft, OpenDraft
 from redraft.errors import UserError
 from redraft.evaluate.speed import BenchConfig
-from redraft.report.page import build_report
-from redraft.select.acceptance import scoring_context
-from redraft.select.manifest import Manifest, read_manifest
-from redraft.select.rules import choose
+from redraft.reports.page import build_report
+from redraft.selection.acceptance import scoring_context
+from redraft.selection.manifest import Manifest, read_manifest
+from redraft.selection.rules import choose
 from redraft.settings.adapt import AdaptConfig
 from redraft.settings.budget import parse_budget
 from redraft.settings.methods import mergeable
@@ -41,8 +41,8 @@ from redraft.settings.texts import start_needs
 from redraft.settings.training import ReplayConfig
 from redraft.starts.apply import StartContext
 from redraft.target import Target
-from redraft.train.replay import check_replayable
-from redraft.train.trainer import TrainResult
+from redraft.training.replay import check_replayable
+from redraft.training.trainer import TrainResult
 
 
 class AdaptRun(Run[AdaptConfig]):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from redraft.adaptation.pace import RoundTime
-from redraft.report.format import duration
+from redraft.reports.format import duration
 
 # A draft that kept nine tenths of its accepted tokens is as good as on the day it was trained.
 HEALTHY_SHARE = 0.9

@@ -26,8 +26,8 @@ from redraft.errors import UserError
 from redraft.evaluate.forecast import Evidence, Fit, Seen, same_chain, shipped
 from redraft.evaluate.speed import Prompt, tau_interval
 from redraft.features import FeatureStore, RowFeatures
-from redraft.report.format import duration
-from redraft.report.tables import probe_panel
+from redraft.reports.format import duration
+from redraft.reports.tables import probe_panel
 from redraft.rows import anchors
 from redraft.settings.sampler import Sampler
 from redraft.shown import Shown

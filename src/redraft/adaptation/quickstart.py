@@ -21,7 +21,7 @@ from redraft.data.embedded import maths_conversations
 from redraft.data.prompts import Conversation, read_conversations
 from redraft.drafts.groups import prepare, trained_parameters
 from redraft.evaluate.speed import Prompt
-from redraft.report.page import build_report
+from redraft.reports.page import build_report
 from redraft.settings.adapt import AdaptConfig
 
 EMBEDDED = "embedded:smollm2-135m-instruct"

@@ -25,13 +25,13 @@ from redraft.features import FeatureStore
 from redraft.features.store import read_index
 from redraft.provenance import Ledger
 from redraft.rows import anchors
-from redraft.select.manifest import read_manifest
+from redraft.selection.manifest import read_manifest
 from redraft.settings.base import AUTO
 from redraft.settings.methods import PrivateSize, method
 from redraft.settings.training import TrainConfig
 from redraft.target import Head, Target
-from redraft.train.checkpoint import stored_precision
-from redraft.train.trainer import TrainResult
+from redraft.training.checkpoint import stored_precision
+from redraft.training.trainer import TrainResult
 
 NEW = "scratch"
 

@@ -27,7 +27,7 @@ from redraft.settings.methods import PrivateSize
 from redraft.settings.training import TrainConfig
 from redraft.starts.apply import StartContext, apply_start
 from redraft.target import Target
-from redraft.train.trainer import Trainer
+from redraft.training.trainer import Trainer
 
 METHOD, START = "lora", "vocabulary"
 # Few answers seen often, in small steps.

@@ -16,8 +16,8 @@ from redraft.adaptation.steps import AnyTarget, TargetSpec, timed_targets
 from redraft.api.opening import Say, checked, name_of
 from redraft.drafts.opening import AnyDraft
 from redraft.progress import Progress, progress_bar
-from redraft.report import build_report, headline_png
-from redraft.report.results import Benchmark, Page
+from redraft.reports import build_report, headline_png
+from redraft.reports.results import Benchmark, Page
 from redraft.settings.measure import BenchSettings, ProbeSettings, ReportSettings
 
 

@@ -20,9 +20,9 @@ from redraft.data.shapes import row_of
 from redraft.data.store import encode_row
 from redraft.errors import UserError
 from redraft.progress import progress_bar
-from redraft.select.acceptance import scoring_context
-from redraft.select.manifest import Manifest
-from redraft.select.rules import choose
+from redraft.selection.acceptance import scoring_context
+from redraft.selection.manifest import Manifest
+from redraft.selection.rules import choose
 from redraft.settings.budget import parse_budget
 from redraft.settings.scorers import parse_scorer
 from redraft.settings.steps import RegenerateSettings, SelectSettings

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from redraft.drafts.layers import Linear
-from redraft.train.workers import sum_gradients
+from redraft.training.workers import sum_gradients
 
 # Steps whose batches the gradient is taken over.
 STEPS = 4
@@ -30,7 +30,7 @@ SPARE, ROUNDS = 16, 4
 
 
 def aim(trainer: Any) -> int:
-    """A :class:`~redraft.train.trainer.Trainer`'s ``before``: turn new low-rank updates to where the gradient of the
+    """A :class:`~redraft.training.trainer.Trainer`'s ``before``: turn new low-rank updates to where the gradient of the
     first steps is. Gives the supervised positions that it took, 0 where no update waits."""
     if not waiting(trainer.draft):
         return 0

@@ -28,8 +28,8 @@ from torch import Tensor
 from redraft.attic.greedy import Floats, greedy_order
 from redraft.errors import UserError
 from redraft.registries import SCORERS
-from redraft.select import ScorableRow, ScoringContext, score_rows
-from redraft.select.states import FINAL, batched_states, check_layer
+from redraft.selection import ScorableRow, ScoringContext, score_rows
+from redraft.selection.states import FINAL, batched_states, check_layer
 from redraft.settings.scorers import parse_scorer, scorer_text
 from redraft.target import Target
 
@@ -42,7 +42,7 @@ SOFTENING = 1e-3
 class Coverage:
     """The base scorer's rank weighed against novelty: ``diversity`` 0 is the base scorer alone, 1 novelty alone.
 
-    ``base`` is a scorer as :func:`redraft.select.parse_scorer` reads it, ``layer`` where the states are taken from.
+    ``base`` is a scorer as :func:`redraft.selection.parse_scorer` reads it, ``layer`` where the states are taken from.
     Raises ``UserError`` for settings out of range.
     """
 

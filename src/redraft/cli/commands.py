@@ -84,8 +84,8 @@ def rest(settings: Settings, *without: str) -> dict[str, Any]:
 def quickstart(settings: QuickstartSettings) -> None:
     """The whole story on a small embedded model: a target fine-tuned on maths gets its lost speed-up back."""
     from redraft.adaptation import quickstart as story
-    from redraft.report.load import read_json
-    from redraft.report.tables import acceptance_table, bench_table, ledger_table, probe_panel, summary_table
+    from redraft.reports.load import read_json
+    from redraft.reports.tables import acceptance_table, bench_table, ledger_table, probe_panel, summary_table
 
     summary, result, found = story.quickstart(settings.out, say)
     printer = console()

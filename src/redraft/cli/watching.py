@@ -10,8 +10,8 @@ from redraft.data.prompts import Conversation, read_conversations
 from redraft.decode.make import make_decoder
 from redraft.decode.pieces import TokenText
 from redraft.loading import quiet
-from redraft.report.live import Watcher, coloured, legend
-from redraft.report.tokens import visible_text
+from redraft.reports.live import Watcher, coloured, legend
+from redraft.reports.tokens import visible_text
 from redraft.settings.measure import WatchSettings
 from redraft.settings.shapes import parse_shape
 

@@ -17,9 +17,9 @@ from redraft.data.store import Row, read_rows
 from redraft.progress import Progress
 from redraft.provenance import Entry, Ledger
 from redraft.rows import anchors
-from redraft.select import score_rows
-from redraft.select.acceptance import scoring_context
-from redraft.select.rules import select as select_rows
+from redraft.selection import score_rows
+from redraft.selection.acceptance import scoring_context
+from redraft.selection.rules import select as select_rows
 from redraft.settings.budget import parse_budget
 from redraft.settings.scorers import parse_scorer
 from redraft.settings.study_parts import NONE, SelectionEntry

@@ -8,8 +8,8 @@ from typing import Any
 from redraft.artifact import atomic_write_bytes, atomic_write_json, atomic_write_text, read_json
 from redraft.errors import UserError
 from redraft.evaluate.study import AXES, FULL, derive, registered
-from redraft.report.study import markdown
-from redraft.report.study_plots import pictures
+from redraft.reports.study import markdown
+from redraft.reports.study_plots import pictures
 
 TABLES_FILE = "tables.md"
 

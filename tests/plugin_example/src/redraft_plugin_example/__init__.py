@@ -9,7 +9,7 @@ from torch import Tensor
 
 from redraft.losses.rows import computing_dtype, weighted_sum
 from redraft.registries import LOSSES, SCORERS, STARTS
-from redraft.select import ScorableRow, ScoringContext
+from redraft.selection import ScorableRow, ScoringContext
 from redraft.starts.apply import Start, StartContext, StartResult
 
 

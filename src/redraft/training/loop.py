@@ -1,0 +1,255 @@
+"""The training loop of everything that is trained here; a run that was killed goes on to the same bits.
+
+A step is the sum of its parts' gradients (gradient accumulation); a part is a callable that gives a scalar already
+divided by what the whole step counts, over all its parts and all workers. Weights, optimiser state, position in the
+data and every metric of the curve so far are in the checkpoint; what a step draws at random is a function of seed and
+step. A loss or gradient that is not finite stops the run before any weight is changed, so that no checkpoint ever
+holds it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from redraft.arithmetic import choose_dtype
+from redraft.artifact import atomic_write_text
+from redraft.errors import UserError
+from redraft.progress import Progress
+from redraft.settings.training import LoopConfig
+from redraft.training.checkpoint import Checkpoint, Named
+from redraft.training.optimizer import Optimizers, learning_rate, make_optimizers, muon_type
+from redraft.training.workers import SINGLE, Workers, sum_gradients
+
+
+@dataclass
+class Step:
+    """One optimiser step: the parts that this worker computes, the supervised tokens of all workers' parts, and the
+    position in the data behind it."""
+
+    parts: Sequence[Callable[[], Tensor]]
+    tokens: int
+    position: dict[str, Any] = field(default_factory=dict)
+
+
+class StepSource(Protocol):
+    """Gives the steps of a run from any place on."""
+
+    def steps(self, begin: int, position: dict[str, Any]) -> Iterator[Step]: ...
+
+
+@dataclass
+class LoopResult:
+    """The outcome. ``best`` and ``start`` are values of the metric that picks the best weights; ``history`` lists
+    (step, metric)."""
+
+    best: float
+    start: float
+    best_step: int
+    steps: int
+    tokens: int
+    seconds: float
+    stopped_early: bool
+    history: list[tuple[int, float]]
+
+
+class TrainingLoop:
+    """A run over ``total`` steps of ``source``. ``evaluate`` gives the metric that picks the best weights."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        trained: Named,
+        source: StepSource,
+        total: int,
+        evaluate: Callable[[], float],
+        config: LoopConfig,
+        folder: Path,
+        identity: dict[str, Any],
+        *,
+        precision: str,
+        metric: str = "heldout_tau",
+        higher_is_better: bool = True,
+        before: Callable[[], int] | None = None,
+        workers: Workers = SINGLE,
+    ) -> None:
+        """``trained`` are the parameters of ``model`` that move, in float32; losses are computed in ``precision``.
+
+        ``precision`` may be ``auto``; what a run was begun in is in its checkpoint, and it goes on so on any machine.
+        ``identity`` says what else the checkpoint in ``folder`` belongs to. ``before`` is done once, ahead of the
+        first evaluation, and gives the supervised tokens that it took. ``metric`` names what ``evaluate`` gives in
+        ``curve.jsonl``. Raises ``UserError`` for another's checkpoint.
+        """
+        if not trained:
+            raise ValueError("no parameter requires a gradient")
+        self.model, self.trained, self.source, self.total = model, trained, source, total
+        self.measure, self.config, self.before, self.workers = evaluate, config, before, workers
+        self.metric, self.sign = metric, 1 if higher_is_better else -1
+        self.device = trained[0][1].device
+        self.precision = choose_dtype(precision, self.device.type)
+        names = {"config": config.identity(), "trained": [n for n, _ in trained], "steps": total}
+        names["shapes"] = [list(p.shape) for _, p in trained]
+        self.folder, self.curve = folder, folder / "curve.jsonl"
+        # Whether the run had ended before this process came to it: then nothing is spent here.
+        self.done_before = False
+        self.checkpoint = Checkpoint(folder, names | identity)
+
+    # -- the loop ----------------------------------------------------------------------------------------------
+    def run(self, reporter: Progress | None = None) -> LoopResult:
+        """Train to the end, or until patience is out. On return the model holds the weights of the best evaluation.
+
+        A killed run, started again with the same arguments, ends with the same bits. Raises ``UserError`` when a
+        loss or a gradient is not finite; the checkpoint before it stays.
+        """
+        optimizers = make_optimizers(self.trained, self.config.optimizer, self.config.weight_decay)
+        stored = self.checkpoint.load(self.trained, optimizers)
+        self.workers.wait()  # nobody writes before all have looked
+        state = stored or self.start(optimizers)
+        # A run of before this was recorded took what it was given, and torch's own arithmetic.
+        used = state.setdefault("arithmetic", {"precision": self.precision, "muon": "bfloat16"})
+        self.precision, optimizers.muon = used["precision"], used["muon"]
+        self.done_before = self.ended(state)
+        if self.workers.writes:
+            self.mend_curve(state["step"])
+        self.model.train()
+        began = saved = time.monotonic()
+        spent = state["seconds"]
+        # Closed at once when the loop ends early: a source may hold a thread.
+        with closing(self.source.steps(state["step"], state["position"])) as steps:  # type: ignore[type-var]
+            while not self.ended(state):
+                self.advance(next(steps), optimizers, state, reporter)
+                state["seconds"] = spent + time.monotonic() - began
+                due = state["step"] % self.config.evaluate_every == 0 or state["step"] == self.total
+                if due:
+                    self.evaluation(state)
+                if due or time.monotonic() - saved >= self.config.save_seconds:
+                    self.save(optimizers, state)
+                    saved = time.monotonic()
+        self.workers.wait()
+        self.checkpoint.load_best(self.trained)
+        self.model.eval()
+        history = [(int(step), float(metric)) for step, metric in state["history"]]
+        kept = {k: state[k] for k in ("best", "start", "best_step", "tokens", "seconds")}
+        return LoopResult(**kept, steps=state["step"], stopped_early=state["step"] < self.total, history=history)
+
+    def start(self, optimizers: Optimizers) -> dict[str, Any]:
+        """The state before the first step, on disk."""
+        began = time.monotonic()
+        tokens = self.before() if self.before else 0
+        seconds = time.monotonic() - began if tokens else 0.0
+        metric = self.evaluate()
+        state: dict[str, Any] = {"step": 0, "tokens": tokens, "seconds": seconds, "best": metric, "start": metric}
+        state |= {"best_step": 0, "history": [[0, metric]], "segment": [0.0, 0], "position": {}}
+        state["arithmetic"] = {"precision": self.precision, "muon": muon_type(self.device)}
+        if self.workers.writes:
+            self.curve.write_text("")
+            self.checkpoint.save_best(self.trained)
+        self.save(optimizers, state)
+        return state
+
+    def save(self, optimizers: Optimizers, state: dict[str, Any]) -> None:
+        """The state as it is, on disk."""
+        if self.workers.writes:
+            self.checkpoint.save(self.trained, optimizers, state)
+
+    def evaluate(self) -> float:
+        """The metric as the weights stand: one worker measures, and all get the same number."""
+        self.model.eval()
+        with torch.no_grad(), self.autocast():
+            found = self.measure() if self.workers.writes else 0.0
+        self.model.train()
+        return self.summed(found)
+
+    def summed(self, value: float) -> float:
+        """A number summed over the workers."""
+        if self.workers.size == 1:
+            return value
+        return float(self.workers.sum(torch.tensor([value], dtype=torch.float64, device=self.device)))
+
+    def ended(self, state: dict[str, Any]) -> bool:
+        """Whether all steps are done, or patience is out."""
+        patience = self.config.patience * self.config.evaluate_every
+        return state["step"] >= self.total or 0 < patience <= state["step"] - state["best_step"]
+
+    def advance(self, step: Step, optimizers: Optimizers, state: dict[str, Any], reporter: Progress | None) -> None:
+        """One optimiser step and its entries in ``state``."""
+        loss = self.step(step.parts, optimizers, state["step"])
+        state["step"] += 1
+        state["tokens"] += step.tokens
+        state["position"] = step.position
+        state["segment"] = [state["segment"][0] + loss, state["segment"][1] + 1]
+        if reporter:
+            reporter.update(
+                state["tokens"], loss=loss, step=state["step"], **{self.metric: float(state["history"][-1][1])}
+            )
+
+    def evaluation(self, state: dict[str, Any]) -> None:
+        """Measure, keep the weights if they are the best so far, and write the curve's line."""
+        metric = self.evaluate()
+        state["history"].append([state["step"], metric])
+        better = self.sign * metric > self.sign * state["best"]
+        if better:
+            state["best"], state["best_step"] = metric, state["step"]
+        total, count = state["segment"]
+        state["segment"] = [0.0, 0]
+        if not self.workers.writes:
+            return
+        if better:
+            self.checkpoint.save_best(self.trained)
+        entry = {"step": state["step"], "tokens": state["tokens"], "seconds": round(state["seconds"], 1)}
+        with self.curve.open("a") as file:
+            file.write(json.dumps({**entry, "loss": total / count, self.metric: metric}) + "\n")
+
+    def mend_curve(self, step: int) -> None:
+        """Drop lines behind the checkpoint: a kill between the two would leave them there twice."""
+        lines = self.curve.read_text().splitlines(keepends=True) if self.curve.exists() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        if kept != lines:
+            atomic_write_text(self.curve, "".join(kept))
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
+
+    def step(self, parts: Sequence[Callable[[], Tensor]], optimizers: Optimizers, step: int) -> float:
+        """Gradients of all parts, then one move of the weights; the step's loss. Raises ``UserError`` (see run)."""
+        total = 0.0
+        for number, part in enumerate(parts):
+            # As one worker alone would number its parts.
+            loss = self.loss(part, step, number * self.workers.size + self.workers.rank)
+            loss.backward()
+            total += float(loss.detach())
+        sum_gradients((p for _, p in self.trained), self.workers)
+        norm = float(torch.nn.utils.clip_grad_norm_([p for _, p in self.trained], self.config.clip))
+        if not math.isfinite(norm):
+            self.stop(f"the gradient became {norm}", step)
+        config = self.config
+        optimizers.step(learning_rate(step, self.total, config.learning_rate, config.warmup))
+        return self.summed(total)
+
+    def loss(self, part: Callable[[], Tensor], step: int, number: int = 0) -> Tensor:
+        """The loss of a part of a step. What it draws is a function of seed, step and the part's number, so that a
+        resumed run draws the same. Raises ``UserError`` when it is not finite."""
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []), self.autocast():
+            torch.manual_seed(random.Random(f"{self.config.seed}/{step}/{number}").getrandbits(63))
+            loss = part()
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            self.stop(f"the loss became {value}", step)
+        return loss
+
+    def stop(self, what: str, step: int) -> None:
+        """Raise the ``UserError`` of a run that cannot go on."""
+        path = self.checkpoint.path
+        good = json.loads(path.read_text())["state"]["step"] if path.exists() else None
+        kept = "" if good is None else f"the last good checkpoint is that of step {good} in {self.folder}; "
+        raise UserError(f"{what} at step {step} of {self.total}; {kept}lower the learning rate")
