@@ -140,7 +140,7 @@ def test_prompts_are_chosen_before_any_is_answered(world, tmp_path, scorer):
         ({"general": "text.jsonl"}, "go together"),
         ({"start": "ridges"}, "ridges"),
         ({"scorer": "coverage:base=nobody"}, "nobody"),
-        ({"private": {"ranks": 3}}, "unknown setting ranks"),
+        ({"private": {"ranks": 3}}, "unknown setting ranks .did you mean rank.. in private"),
         ({"method": "eda-moe", "exports": ("vllm",)}, "cannot be merged"),
         ({"private": {"bits": 2}}, "not for lora"),
         ({"method": "full", "private": {"bits": 0}}, "private bits must be 1 or more, not 0"),
