@@ -20,10 +20,10 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from redraft.adaptation.study.figures import MAIN, NONE, Study
 from redraft.adaptation.trial import METHOD, PASSES, START
 from redraft.artifact import atomic_write_json, read_json
 from redraft.evaluate.forecast import Fit, Seen, logit, observed, stepped
-from redraft.evaluate.study import MAIN, NONE, Study
 
 SCHEMA = "redraft.forecast/1"
 WANTED = 0.9  # share of the targets whose outcome must lie in the interval of a fit without them

@@ -34,7 +34,7 @@ from redraft import provenance
 from redraft.acceptance.simulate import simulate_greedy_chain
 from redraft.adaptation.models import open_draft, open_target, template_prompts
 from redraft.adaptation.probe import acceptance, greedy_rows
-from redraft.adaptation.study.sources import read_sources, without_overlap
+from redraft.adaptation.study.targets import read_sources, without_overlap
 from redraft.adaptation.trial import METHOD, START, trial
 from redraft.artifact import atomic_write_json, read_json
 from redraft.data.prompts import Conversation

@@ -21,7 +21,7 @@ from redraft import provenance
 from redraft.acceptance.simulate import simulate_greedy_chain
 from redraft.adaptation.models import open_draft, open_target
 from redraft.adaptation.sources import own_answers
-from redraft.adaptation.study.sources import first_turn, read_source
+from redraft.adaptation.study.targets import first_turn, read_source
 from redraft.artifact import atomic_write_json, read_json
 from redraft.drafts.base import Draft
 from redraft.drafts.experts import merge_private

@@ -21,7 +21,7 @@ from redraft import provenance
 from redraft.acceptance.simulate import expected_rounds_sampled
 from redraft.adaptation.distill import DistillRun
 from redraft.adaptation.sources import own_answers
-from redraft.adaptation.study.sources import first_turn, read_source, without_overlap
+from redraft.adaptation.study.targets import first_turn, read_source, without_overlap
 from redraft.artifact import atomic_write_json, read_json
 from redraft.data.overlap import trained_conversations
 from redraft.data.store import Row

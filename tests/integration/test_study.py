@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import yaml
 
+from redraft.adaptation.study.figures import derive
 from redraft.adaptation.study.run import StudyRun
 from redraft.errors import UserError
 from redraft.evaluate.statistics import paired_difference, paired_recovery
-from redraft.evaluate.study import derive
 from redraft.settings.studies import parse_study
 from redraft.training.trainer import Trainer
 

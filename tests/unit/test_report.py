@@ -17,10 +17,8 @@ from rich.console import Console
 from redraft.errors import UserError
 from redraft.reports import build_report, headline_png, sections, tables
 from redraft.reports import format as form
-from redraft.reports.costs import round_cost
-from redraft.reports.drawing import COLOURS
 from redraft.reports.load import BenchResult, CurvePoint, read_bench, read_curve
-from redraft.reports.plots import training_svgs
+from redraft.reports.plots import COLOURS, training_svgs
 
 DATA = runpy.run_path(str(Path(__file__).parents[1] / "report_data.py"))
 
@@ -112,13 +110,13 @@ def test_same_inputs_give_the_same_bytes(made_up: dict[str, Path], tmp_path: Pat
 
 def test_round_cost_and_ideal(made_up: dict[str, Path]) -> None:
     result = BenchResult.model_validate(json.loads(made_up["bench.json"].read_text()))
-    cost = round_cost(result, result.drafts["aligned"])
-    assert cost.draft == pytest.approx(0.011 / 0.04)
-    assert cost.c == pytest.approx(0.011 / 0.04 / 5)
-    assert cost.verify == pytest.approx(0.043 / 0.04)
-    assert cost.ideal == pytest.approx(2.58 / (1 + 0.275))
-    assert cost.round_ms == pytest.approx(56.1 + 900 / 930)
-    assert cost.total == pytest.approx(cost.round_ms / 40)
+    cost = sections.round_costs(result)["aligned"]
+    assert cost["draft"] == pytest.approx(0.011 / 0.04)
+    assert cost["c"] == pytest.approx(0.011 / 0.04 / 5)
+    assert cost["verify"] == pytest.approx(0.043 / 0.04)
+    assert cost["ideal"] == pytest.approx(2.58 / (1 + 0.275))
+    assert cost["round_ms"] == pytest.approx(56.1 + 900 / 930)
+    assert cost["total"] == pytest.approx(cost["round_ms"] / 40)
 
 
 def _edit(made_up: dict[str, Path], edit) -> Path:
@@ -169,12 +167,12 @@ def test_an_interval_over_one_prompt_is_not_shown() -> None:
 def test_broken_files_are_named_with_their_line(made_up: dict[str, Path], tmp_path: Path) -> None:
     broken = tmp_path / "broken.json"
     broken.write_text('{"schema":\n "redraft.bench/1",\n oops}')
-    with pytest.raises(UserError, match=r"broken\.json: broken JSON at line 3"):
+    with pytest.raises(UserError, match=r"broken\.json is not JSON: line 3"):
         build_report([broken], tmp_path / "no.html")
-    with pytest.raises(UserError, match=r"absent\.json: cannot be read"):
+    with pytest.raises(UserError, match=r"absent\.json does not exist"):
         build_report([tmp_path / "absent.json"], tmp_path / "no.html")
     broken.write_text("[1, 2]")
-    with pytest.raises(UserError, match="schema is None"):
+    with pytest.raises(UserError, match=r"broken\.json must hold a JSON object, not a list"):
         build_report([broken], tmp_path / "no.html")
     with pytest.raises(UserError, match="at least one result"):
         build_report([], tmp_path / "no.html")

@@ -81,7 +81,9 @@ def test_long_traces_are_cut_at_a_round_and_wide_trees_at_a_number() -> None:
     rounds = [_round(1, 2, False, ["a"] * 60)] * MAX_TOKENS
     draft = TraceDraft.model_validate({"tokens": ["a"] * (2 * MAX_TOKENS + 1), "rounds": rounds})
     view = draft_view("d", draft, tree=True)
-    assert view.rounds[-1].tokens == MAX_TOKENS - 1 and view.left_out == MAX_TOKENS - len(view.rounds)
+    assert view.rounds[-1].tokens == MAX_TOKENS - 1 and view.total_rounds - len(view.rounds) == MAX_TOKENS - len(
+        view.rounds
+    )
     assert view.total_tokens == 2 * MAX_TOKENS + 1 and view.tau == 2
     assert len(view.rounds[0].proposed) == MAX_PROPOSED and view.rounds[0].hidden == 60 - MAX_PROPOSED
 

@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 
-from redraft.adaptation.study.run import StudyRun
-from redraft.adaptation.study.sources import read_prompts, read_source
-from redraft.adaptation.study.speed import speed_cells
+from redraft.adaptation.study.run import StudyRun, speed_cells
+from redraft.adaptation.study.targets import read_prompts, read_source
 from redraft.errors import UserError
 from redraft.settings.studies import parse_study
 from redraft.settings.texts import parse_source

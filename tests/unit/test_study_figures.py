@@ -9,12 +9,21 @@ from typing import Any
 
 import pytest
 
-from redraft.adaptation.study.tables import write_full
+from redraft.adaptation.study.figures import derive, mean_of_taus, write_full
 from redraft.errors import UserError
 from redraft.evaluate.statistics import paired_ratio, paired_recovery, ratio_of_sums
-from redraft.evaluate.study import derive, mean_of_taus
-from redraft.reports.study import label, markdown, ranged, table
-from redraft.reports.study_plots import apart, kept_curves, pictures, shorter, training_curves, width_curves
+from redraft.reports.study import (
+    apart,
+    kept_curves,
+    label,
+    markdown,
+    pictures,
+    ranged,
+    shorter,
+    table,
+    training_curves,
+    width_curves,
+)
 
 TOKENS = [30, 20, 40, 10]
 

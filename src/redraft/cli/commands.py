@@ -84,7 +84,7 @@ def rest(settings: Settings, *without: str) -> dict[str, Any]:
 def quickstart(settings: QuickstartSettings) -> None:
     """The whole story on a small embedded model: a target fine-tuned on maths gets its lost speed-up back."""
     from redraft.adaptation import quickstart as story
-    from redraft.reports.load import read_json
+    from redraft.artifact import read_json
     from redraft.reports.tables import acceptance_table, bench_table, ledger_table, probe_panel, summary_table
 
     summary, result, found = story.quickstart(settings.out, say)
@@ -358,7 +358,7 @@ def study(settings: StudySettings) -> None:
     """Compare methods, data, selections, losses and starts: one results file, its tables and pictures."""
     s = settings
     if s.tables is not None:
-        from redraft.adaptation.study.tables import write_tables
+        from redraft.adaptation.study.figures import write_tables
 
         say(f"tables: {write_tables(s.tables, s.out)}")
         return

@@ -10,8 +10,9 @@ import json
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from redraft.artifact import read_json
 from redraft.errors import UserError
 from redraft.redacted import without_secrets
 
@@ -20,10 +21,8 @@ BENCH_SCHEMA = "redraft.bench/1"
 Model = TypeVar("Model", bound=BaseModel)
 
 
-class _Open(BaseModel):
+class _Open(BaseModel, extra="allow"):
     """Base of every record: unknown fields are kept."""
-
-    model_config = ConfigDict(extra="allow")
 
 
 class Interval(_Open):
@@ -298,19 +297,6 @@ class Costs(_Open):
     stages: list[Stage]
 
 
-def read_json(path: Path) -> Any:
-    """The JSON in ``path``. Raises ``UserError`` that names the file, and the line where it is broken."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise UserError(f"{path}: cannot be read: {reason}") from error
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: broken JSON at line {error.lineno}: {error.msg}") from error
-
-
 def parse(model: type[Model], data: Any, where: str) -> Model:
     """``data`` as ``model``. Raises ``UserError`` with ``where`` and the first field that does not fit."""
     try:
@@ -324,7 +310,7 @@ def parse(model: type[Model], data: Any, where: str) -> Model:
 def read_bench(path: Path) -> BenchResult:
     """A benchmark result. Raises ``UserError`` for an unreadable file, another schema or a missing field."""
     data = read_json(path)
-    schema = data.get("schema") if isinstance(data, dict) else None
+    schema = data.get("schema")
     if schema != BENCH_SCHEMA:
         raise UserError(
             f"{path}: schema is {schema!r}, this redraft reads {BENCH_SCHEMA!r}; measure again with `redraft bench`"
@@ -349,14 +335,9 @@ def _shown(value: Any) -> Any:
     return without_secrets(value) if isinstance(value, str) else value
 
 
-def read_summary(path: Path) -> Summary:
-    """A quickstart summary. Raises ``UserError`` when the file is not one."""
-    return parse(Summary, read_json(path), str(path))
-
-
-def read_ledger(path: Path) -> Costs:
-    """A cost ledger. Raises ``UserError`` when the file is not one."""
-    return parse(Costs, read_json(path), str(path))
+def read_as(model: type[Model], path: Path) -> Model:
+    """A file that holds a ``model``: a quickstart's summary, a cost ledger. Raises ``UserError`` when it does not."""
+    return parse(model, read_json(path), str(path))
 
 
 def read_curve(path: Path) -> list[CurvePoint]:

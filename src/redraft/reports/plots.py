@@ -1,36 +1,132 @@
-"""The pictures of a benchmark and of a training: intervals, curves and bars."""
+"""The pictures of a benchmark and of a training, and their house style: figures, colours, inline SVG or PNG.
+
+Series colours are mid tones with at least 3:1 contrast on white and on near-black; series also differ by marker,
+never by colour alone. Text and grid are drawn in marker colours that become CSS variables in the SVG. No picture
+holds an address or an identifier that could clash with another picture on the same page.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import io
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from redraft.reports.costs import round_costs
-from redraft.reports.drawing import (
-    COLOURS,
-    GRID,
-    INK,
-    MARKERS,
-    PHASES,
-    WIDTH,
-    dot,
-    figure,
-    png,
-    rows_named,
-    series_colours,
-    svg,
-)
+from redraft.errors import UserError
+from redraft.reports import sections
 from redraft.reports.format import missing, number
 from redraft.reports.load import BenchResult, CurvePoint, Interval
 
+INK, GRID = "#010203", "#010204"
+ON_WHITE = ("#1b1f24", "#d5d9de")  # text and grid of a PNG
+COLOURS = {"stale": "#c8702a", "aligned": "#3a7fc8", "full": "#2f9461"}
+OTHERS = ("#a65fb0", "#8a8420", "#c25069", "#4f8a94")
+PHASES = {"draft": "#8067c0", "verify": "#3a8f8f", "other": "#85888f", "prefill": "#b08a3c"}
+MARKERS = "osD^vP"
+WIDTH = 4.6
 
-def _dots(axes: Any, entries: list[tuple[str, str, Interval]], title: str, digits: int, unit: str = "") -> None:
-    """A dot with its interval a row, the first on top, each with its figure beside it."""
-    for row, (_, colour, found) in enumerate(entries):
-        dot(axes, row, found, colour, MARKERS[row % len(MARKERS)], 8)
+
+def series_colours(names: Sequence[str]) -> dict[str, str]:
+    """A colour for every draft: stale, aligned and full have their own, others take turns."""
+    rest = [name for name in names if name not in COLOURS]
+    return {name: COLOURS.get(name) or OTHERS[rest.index(name) % len(OTHERS)] for name in names}
+
+
+def result_colours(result: BenchResult) -> dict[str, str]:
+    """A colour for plain decoding and for everything that any part of the result names."""
+    names = [*result.drafts, *(key for trace in result.traces for key in trace.drafts)]
+    names += [key for level in (result.server.levels if result.server else []) for key in level.contestants]
+    return series_colours([name for name in dict.fromkeys(names) if name != "plain"]) | {"plain": PHASES["other"]}
+
+
+@contextmanager
+def figure(width: float, height: float, columns: int = 1, white: bool = False) -> Iterator[Any]:
+    """A figure of so many inches and its axes in the house style, closed afterwards; ``white`` for :func:`png`."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise UserError("reports need matplotlib and jinja2: pip install 'redraft[report]'") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    ink, grid = ON_WHITE if white else (INK, GRID)
+    with pyplot.rc_context():
+        pyplot.rc("svg", fonttype="none", hashsalt="redraft")
+        pyplot.rc("font", size=10, family="sans-serif")
+        pyplot.rc("text", color=ink)
+        pyplot.rc("axes", labelcolor=ink, edgecolor=grid, grid=True, axisbelow=True)
+        pyplot.rc("axes", titlesize=10.5, titlelocation="left", titleweight="bold")
+        pyplot.rc("axes.spines", top=False, right=False)
+        pyplot.rc("grid", color=grid, linewidth=0.8)
+        pyplot.rc(("xtick", "ytick"), color=grid, labelcolor=ink, labelsize=9)
+        pyplot.rc("legend", frameon=False, fontsize=9)
+        pyplot.rc("lines", linewidth=1.8, markersize=5)
+        pyplot.rc("figure.constrained_layout", use=True)
+        pyplot.rc("savefig", transparent=True)
+        made, axes = pyplot.subplots(1, columns, figsize=(width, height))
+        try:
+            yield made, axes
+        finally:
+            pyplot.close(made)
+
+
+def svg(figure: Any, name: str, about: str) -> str:
+    """The figure as an inline SVG element: no prolog, metadata or addresses; CSS colours; identifiers of its own."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text).replace("xlink:href=", "href=")
+    used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', text))
+    text = re.sub(r'\sid="([^"]+)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", text)
+    text = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", text)
+    text = text.replace(INK, "currentColor").replace(GRID, "var(--grid)")
+    text = re.sub(r"font: ([^;\"]*?)'[^;\"]*", r"font: \1inherit", text)
+    text = re.sub(r"font-family: [^;\"]*", "font-family: inherit", text)
+    about = about.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+    return re.sub(r"<svg [^>]*?(viewBox=\"[^\"]*\")[^>]*>", rf'<svg \1 role="img" aria-label="{about}">', text, count=1)
+
+
+def png(figure: Any, dpi: int) -> bytes:
+    """The figure as a PNG on white, for places that show no SVG."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi, transparent=False, facecolor="white", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def dot(axes: Any, row: float, interval: Interval, colour: str, marker: str, size: float) -> None:
+    """A figure in a row, with its interval as a bar behind it."""
+    if not missing(interval.low):
+        ends = [interval.low, interval.high]
+        axes.plot(ends, [row, row], color=colour, linewidth=size / 2, alpha=0.45, solid_capstyle="round")
+    axes.plot(interval.value, row, marker, color=colour, markersize=size)
+
+
+def reference(axes: Any, at: float) -> None:
+    """A dashed line that figures are held against."""
+    axes.axvline(at, color=PHASES["other"], linestyle="--", linewidth=1.2)
+
+
+def rows_named(axes: Any, names: Sequence[str], below: float, above: float) -> None:
+    """A row a name, the first on top, with so much room below the last and above the first."""
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 1 + below, -above)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="y", visible=False)
+
+
+def _dots(axes: Any, result: BenchResult, title: str, unit: str, digits: int, figures: Mapping[str, Interval]) -> None:
+    """A draft's dot with its interval a row, the first on top, each with its figure beside it; ratios beside 1."""
+    colours = series_colours(list(result.drafts))
+    if unit:
+        reference(axes, 1)
+    for row, (name, found) in enumerate(figures.items()):
+        dot(axes, row, found, colours[name], MARKERS[row % len(MARKERS)], 8)
         words, place = f"{found.value:.{digits}f}{unit}", (found.value, row)
         axes.annotate(words, place, (0, 9), textcoords="offset points", ha="center", fontweight="bold")
-    rows_named(axes, [name for name, _, _ in entries], 0.5, 0.75)
+    rows_named(axes, list(figures), 0.5, 0.75)
     axes.margins(x=0.12)
     axes.set_title(title)
 
@@ -48,29 +144,34 @@ def speed_figures(result: BenchResult) -> tuple[str, str, int, dict[str, Interva
     return "tokens a second", "", 1, rates
 
 
-def _headline_axes(result: BenchResult, tau_axes: Any, speed_axes: Any) -> None:
-    colours = series_colours(list(result.drafts))
-    if tau_axes is not None:
-        tau = [(name, colours[name], draft.tau_pooled) for name, draft in result.drafts.items()]
-        _dots(tau_axes, tau, "acceptance length \N{GREEK SMALL LETTER TAU} (tokens a round)", 2)
-    if speed_axes is not None:
-        title, unit, digits, figures = speed_figures(result)
-        if unit:
-            speed_axes.axvline(1, color=PHASES["other"], linestyle="--", linewidth=1.2)
-        _dots(speed_axes, [(name, colours[name], found) for name, found in figures.items()], title, digits, unit)
+def _headline(result: BenchResult) -> list[tuple[str, str, int, dict[str, Interval]]]:
+    """What the headline's pictures show: acceptance length, and :func:`speed_figures` where there are any."""
+    tau = {name: draft.tau_pooled for name, draft in result.drafts.items()}
+    speed = speed_figures(result)
+    return [
+        ("acceptance length \N{GREEK SMALL LETTER TAU} (tokens a round)", "", 2, tau),
+        *([speed] if speed[3] else []),
+    ]
 
 
 def headline_svgs(result: BenchResult, name: str) -> list[str]:
     """Acceptance length and speed with intervals: two pictures that a narrow page stacks."""
-    height = 0.95 + 0.55 * len(result.drafts)
     pictures = []
-    for index, what in enumerate(("acceptance length", "speed")):
-        if index and not speed_figures(result)[3]:
-            continue
-        with figure(WIDTH, height) as (made, axes):
-            _headline_axes(result, axes if index == 0 else None, axes if index == 1 else None)
-            pictures.append(svg(made, f"{name}-headline{index}", f"{what} of each draft with its interval"))
+    for index, shown in enumerate(_headline(result)):
+        with figure(WIDTH, 0.95 + 0.55 * len(result.drafts)) as (made, axes):
+            _dots(axes, result, *shown)
+            about = f"{('acceptance length', 'speed')[index]} of each draft with its interval"
+            pictures.append(svg(made, f"{name}-headline{index}", about))
     return pictures
+
+
+def headline_figure_png(result: BenchResult) -> bytes:
+    """The headline picture on white, for places that show no SVG."""
+    shown = _headline(result)
+    with figure(len(shown) * WIDTH, 0.95 + 0.55 * len(result.drafts), len(shown), white=True) as (made, axes):
+        for each, what in zip(axes if len(shown) > 1 else [axes], shown, strict=True):
+            _dots(each, result, *what)
+        return png(made, 160)
 
 
 def grouped_svg(
@@ -92,7 +193,7 @@ def grouped_svg(
         for key in series:
             axes.plot([], [], MARKERS[series.index(key) % len(MARKERS)], color=colours[key], label=key)
         if line is not None:
-            axes.axvline(line, color=PHASES["other"], linestyle="--", linewidth=1.2)
+            reference(axes, line)
         rows_named(axes, [_short(group) for group in groups], 0.5, 0.5)
         for band in range(1, len(groups)):
             axes.axhline(band - 0.5, color=GRID, linewidth=0.8)
@@ -100,6 +201,25 @@ def grouped_svg(
         axes.set_title(title)
         made.legend(loc="outside lower right", ncols=min(3, len(series)), handletextpad=0.2, columnspacing=1.0)
         return svg(made, name, f"{title}, by group, with intervals: {_spoken(groups)}")
+
+
+def task_svgs(result: BenchResult, name: str, colours: Mapping[str, str]) -> list[str]:
+    """tau by task, and the speed-up (tokens a second without a baseline) by task."""
+    pictures = []
+    if groups := sections.task_figures(result, "tau_pooled"):
+        pictures.append(grouped_svg(groups, colours, "acceptance length by task", f"{name}-task-tau"))
+    if groups := sections.task_figures(result, "speedup"):
+        pictures.append(grouped_svg(groups, colours, "speed-up by task", f"{name}-task-speed", line=1.0))
+    elif groups := sections.task_figures(result, "tokens_per_second"):
+        pictures.append(grouped_svg(groups, colours, "tokens a second by task", f"{name}-task-speed"))
+    return pictures
+
+
+def quality_svg(scores: Mapping[str, Mapping[str, Any]], name: str, colours: Mapping[str, str]) -> str | None:
+    """The scores by task; None where none has a figure."""
+    groups = {task: {key: s.score for key, s in by_name.items() if s.score} for task, by_name in scores.items()}
+    groups = {task: figures for task, figures in groups.items() if figures}
+    return grouped_svg(groups, colours, "score by task", f"{name}-quality") if groups else None
 
 
 def _short(text: str, limit: int = 18) -> str:
@@ -113,14 +233,20 @@ def _spoken(groups: Mapping[str, Mapping[str, Interval]]) -> str:
     )
 
 
-def lines_svg(
-    curves: Mapping[str, Sequence[tuple[float, Interval]]],
-    colours: Mapping[str, str],
-    title: str,
-    xlabel: str,
-    name: str,
+def level_svgs(result: BenchResult, name: str, colours: Mapping[str, str]) -> list[str]:
+    """What the server did by the number of requests under way: tokens a second, and the time to the first token."""
+    titles = {"tokens_per_second": "tokens a second, all requests", "ttft": "median time to the first token, s"}
+    return [
+        _level_svg(curves, colours, titles[field], f"{name}-level-{field}")
+        for field, curves in sections.levels(result).items()
+    ]
+
+
+def _level_svg(
+    curves: Mapping[str, Sequence[tuple[float, Interval]]], colours: Mapping[str, str], title: str, name: str
 ) -> str:
     """One line a series over a base-2 axis (concurrency), with its interval as a shade."""
+    xlabel = "requests under way"
     with figure(WIDTH, 2.9) as (made, axes):
         for marker, (key, points) in zip(MARKERS * len(curves), curves.items(), strict=False):
             at = [x for x, _ in points]
@@ -141,15 +267,6 @@ def lines_svg(
             f"{key}: " + ", ".join(f"{y.value:.4g} at {x:g}" for x, y in points) for key, points in curves.items()
         )
         return svg(made, name, f"{title} over {xlabel}: {spoken}")
-
-
-def headline_figure_png(result: BenchResult) -> bytes:
-    """The headline picture on white, for places that show no SVG."""
-    columns = 2 if speed_figures(result)[3] else 1
-    height = 0.95 + 0.55 * len(result.drafts)
-    with figure(columns * WIDTH, height, columns, white=True) as (made, axes):
-        _headline_axes(result, *(axes if columns == 2 else (axes, None)))
-        return png(made, 160)
 
 
 def acceptance_svgs(result: BenchResult, name: str) -> list[str]:
@@ -175,7 +292,7 @@ def acceptance_svgs(result: BenchResult, name: str) -> list[str]:
 
 def time_svg(result: BenchResult, name: str) -> str | None:
     """One bar a draft: what a round costs, and (in plain tokens) a tick at tau, the tokens it yields."""
-    costs = round_costs(result)
+    costs = sections.round_costs(result)
     if not costs:
         return None
     relative = result.plain is not None
@@ -183,28 +300,22 @@ def time_svg(result: BenchResult, name: str) -> str | None:
         for row, cost in enumerate(costs.values()):
             left = 0.0
             for phase, colour in PHASES.items():
-                width = getattr(cost, phase)
+                width = cost[phase]
                 axes.barh(row, width, 0.55, left=left, color=colour, label=phase if row == 0 else None)
                 left += width
             if relative:
                 label = "yield, \N{GREEK SMALL LETTER TAU}" if row == 0 else None
-                axes.plot([cost.tau] * 2, [row - 0.38, row + 0.38], color=INK, linewidth=2, label=label)
+                axes.plot([cost["tau"]] * 2, [row - 0.38, row + 0.38], color=INK, linewidth=2, label=label)
         rows_named(axes, [_short(key) for key in costs], 0.55, 0.55)
-        axes.set_xlim(0, 1.06 * max(max(cost.total, cost.tau if relative else 0) for cost in costs.values()))
+        axes.set_xlim(0, 1.06 * max(max(cost["total"], cost["tau"] if relative else 0) for cost in costs.values()))
         unit = "tokens of plain decoding" if relative else "milliseconds"
         axes.set_xlabel(f"cost of a round, in {unit}")
         handles, labels = axes.get_legend_handles_labels()
-        order = sorted(range(len(labels)), key=lambda i: labels[i] not in PHASES)
-        made.legend(
-            [handles[i] for i in order],
-            [labels[i] for i in order],
-            loc="outside upper left",
-            ncols=3,
-            handlelength=1.0,
-            columnspacing=1.8,
-        )
+        named = sorted(zip(handles, labels, strict=True), key=lambda pair: pair[1] not in PHASES)
+        place = {"loc": "outside upper left", "ncols": 3, "handlelength": 1.0, "columnspacing": 1.8}
+        made.legend(*zip(*named, strict=True), **place)
         about = "; ".join(
-            f"{key}: a round costs {number(cost.total)} {unit} and yields {number(cost.tau)} tokens"
+            f"{key}: a round costs {number(cost['total'])} {unit} and yields {number(cost['tau'])} tokens"
             for key, cost in costs.items()
         )
         return svg(made, f"{name}-time", about)
@@ -212,13 +323,9 @@ def time_svg(result: BenchResult, name: str) -> str | None:
 
 def training_svgs(points: Sequence[CurvePoint], stale: tuple[str, float] | None) -> list[str]:
     """Training loss and held-out acceptance length over tokens seen, and ``stale`` (label, tau) as a dashed line."""
-    pictures = []
-    by_tokens = points[-1].tokens > 0
-    label, at = (
-        ("supervised tokens (thousands)", [p.tokens / 1000 for p in points])
-        if by_tokens
-        else ("step", [float(p.step) for p in points])
-    )
+    label, at, pictures = "step", [float(p.step) for p in points], []
+    if points[-1].tokens > 0:
+        label, at = "supervised tokens (thousands)", [p.tokens / 1000 for p in points]
     with figure(WIDTH, 2.7) as (made, axes):
         losses = [(x, p.loss) for x, p in zip(at, points, strict=True) if p.loss is not None]
         # a line through one point is nothing at all

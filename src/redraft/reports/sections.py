@@ -6,7 +6,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from redraft.reports import format as form
-from redraft.reports.load import BenchResult, Costs, DraftResult, Interval, Score, Stage, Summary
+from redraft.reports.load import (
+    BenchResult,
+    Costs,
+    CurvePoint,
+    DraftResult,
+    Interval,
+    PhaseSeconds,
+    Score,
+    Stage,
+    Summary,
+)
 
 PER_PROMPT_ROWS = 200
 
@@ -35,34 +45,24 @@ def first_and_last(result: BenchResult) -> tuple[str, str]:
 def tiles(result: BenchResult) -> list[dict[str, Any]]:
     """The headline figures: before, after, and the interval of after. A figure that was not measured has no tile."""
     before, after = first_and_last(result)
-    drafts = result.drafts
-
-    def named(name: str) -> str:
-        return f"{name} in {drafts[name].dtype}" if types_differ(result) else name
-
-    def tile(label: str, pick: Any, unit: str, digits: int = 2) -> dict[str, Any] | None:
-        old: Interval | None = pick(drafts[before]) if before != after else None
-        new: Interval | None = pick(drafts[after])
-        if new is None:
-            return None
-        return {
-            "label": label,
-            "unit": unit,
-            "before_name": named(before),
-            "after_name": named(after),
-            "before": form.number(old.value, digits) if old else None,
-            "before_bounds": form.bounds(old, digits),
-            "after": form.number(new.value, digits),
-            "after_bounds": form.bounds(new, digits),
-        }
-
+    drafts, apart = result.drafts, types_differ(result)
+    names = {name: f"{name} in {drafts[name].dtype}" if apart else name for name in (before, after)}
     baseline = f" ({result.plain.fastest})" if result.plain else ""
-    found = [
-        tile("acceptance length \N{GREEK SMALL LETTER TAU}, tokens a round", lambda d: d.tau_pooled, ""),
-        tile(f"speed-up over the fastest plain decoding{baseline}", lambda d: d.speedup, "\N{MULTIPLICATION SIGN}"),
-        tile("tokens a second", lambda d: d.tokens_per_second, "", 1),
+    shown = [
+        ("acceptance length \N{GREEK SMALL LETTER TAU}, tokens a round", "tau_pooled", "", 2),
+        (f"speed-up over the fastest plain decoding{baseline}", "speedup", "\N{MULTIPLICATION SIGN}", 2),
+        ("tokens a second", "tokens_per_second", "", 1),
     ]
-    return [each for each in found if each]
+    found = []
+    for label, field, unit, digits in shown:
+        old: Interval | None = getattr(drafts[before], field) if before != after else None
+        new: Interval | None = getattr(drafts[after], field)
+        if new is not None:
+            tile = {"label": label, "unit": unit, "before_name": names[before], "after_name": names[after]}
+            tile |= {"after": form.number(new.value, digits), "after_bounds": form.bounds(new, digits)}
+            tile["before"] = form.number(old.value, digits) if old else ""
+            found.append(tile | {"before_bounds": form.bounds(old, digits)})
+    return found
 
 
 def gains(result: BenchResult) -> list[str]:
@@ -102,6 +102,32 @@ def slower(result: BenchResult) -> list[str]:
     return found
 
 
+def round_costs(result: BenchResult) -> dict[str, dict[str, Any]]:
+    """The mean round of every draft that was timed, by name.
+
+    The four phases and their ``total`` are in units of what plain decoding takes for one token, t seconds: a round
+    costs draft + verify + other + its share of prefill and yields ``tau`` tokens, so the speed-up is close to
+    tau * t / cost (not equal: a response's first token comes from prefill and belongs to no round). ``c`` is the cost
+    of one draft step, and the ``ideal`` round verifies for the price of one plain token and has no other cost:
+    tau / (1 + gamma * c) (speculative sampling, arXiv 2211.17192, theorem 3.8, with measured times), unless the result
+    states its own. Without a plain baseline the unit is a millisecond, and there is no c and no ideal.
+    """
+    plain, gamma, found = result.plain, result.setup.gamma, {}
+    unit = 1 / plain.tokens_per_second.value if plain else 0.001
+    for name, draft in result.drafts.items():
+        if draft.time is None:
+            continue
+        cost: dict[str, Any] = {
+            phase: getattr(draft.time, phase) / (draft.rounds * unit) for phase in PhaseSeconds.model_fields
+        }
+        total, tau, ideal = sum(cost.values()), draft.tau_pooled.value, draft.ideal_speedup
+        cost |= {"total": total, "round_ms": total * (1000 * unit), "tau": tau}
+        cost["c"] = cost["draft"] / gamma if plain and gamma else None
+        cost["ideal"] = tau / (1 + cost["draft"]) if ideal is None and plain else ideal
+        found[name] = cost
+    return found
+
+
 def tasks(result: BenchResult) -> dict[str, dict[str, Any]]:
     """{task: {draft: its result on the task}}, tasks in the order they were met."""
     found: dict[str, dict[str, Any]] = {}
@@ -122,9 +148,7 @@ def task_figures(result: BenchResult, field: str) -> dict[str, dict[str, Interva
 
 def quality(result: BenchResult) -> dict[str, dict[str, Score]]:
     """{task: {"plain" or draft: score}}: the same scorer on plain and on speculative answers."""
-    found: dict[str, dict[str, Score]] = {}
-    for task, score in result.plain_quality.items():
-        found.setdefault(task, {})["plain"] = score
+    found = {task: {"plain": score} for task, score in result.plain_quality.items()}
     for name, draft in result.drafts.items():
         for task, score in draft.plain_quality.items():
             found.setdefault(task, {}).setdefault("plain", score)
@@ -227,20 +251,26 @@ def _record(value: Any) -> dict[str, Any]:
 
 
 # -- training, cost, summary -----------------------------------------------------------------------------------------
+def training(points: list[CurvePoint], result: BenchResult) -> dict[str, Any] | None:
+    """The training section; nothing for an empty curve. The draft before training is step 0's, where that is known."""
+    if not points:
+        return None
+    stale = None
+    if points[0].step == 0 and points[0].heldout_tau is not None:
+        stale = ("before training", points[0].heldout_tau)
+    elif "stale" in result.drafts:
+        stale = ("stale, in the benchmark", result.drafts["stale"].tau_pooled.value)
+    held = [point for point in points if point.heldout_tau is not None]
+    return {"points": points, "last": points[-1], "held": held, "rows": thinned(held or points), "stale": stale}
+
+
 def total_of(costs: Costs) -> Stage:
     """Sums of the ledger; the peak memory is the largest, not the sum."""
 
-    def add(field: str) -> Any:
-        return sum(getattr(stage, field) or 0 for stage in costs.stages)
-
-    return Stage(
-        stage="total",
-        tokens=add("tokens"),
-        flops=add("flops"),
-        seconds=add("seconds"),
-        bytes_written=add("bytes_written"),
-        peak_memory_bytes=max((s.peak_memory_bytes or 0 for s in costs.stages), default=0) or None,
-    )
+    peak = max((stage.peak_memory_bytes or 0 for stage in costs.stages), default=0) or None
+    added = ("tokens", "flops", "seconds", "bytes_written")
+    sums: dict[str, Any] = {name: sum(getattr(stage, name) or 0 for stage in costs.stages) for name in added}
+    return Stage(stage="total", peak_memory_bytes=peak, **sums)
 
 
 def ledger_cells(stage: Stage) -> dict[str, str]:
@@ -259,10 +289,9 @@ def ledger_cells(stage: Stage) -> dict[str, str]:
 def ledger_rows(costs: Costs) -> list[dict[str, Any]]:
     """The ledger's stages and, last, their total; ``share`` is a stage's part of all seconds."""
     seconds = sum(stage.seconds or 0 for stage in costs.stages)
-    rows: list[dict[str, Any]] = [
-        ledger_cells(stage) | {"share": (stage.seconds or 0) / seconds if seconds else 0.0} for stage in costs.stages
-    ]
-    return [*rows, ledger_cells(total_of(costs)) | {"share": None}]
+    shares = [(stage.seconds or 0) / seconds if seconds else 0.0 for stage in costs.stages]
+    stages = zip([*costs.stages, total_of(costs)], [*shares, None], strict=True)
+    return [ledger_cells(stage) | {"share": share} for stage, share in stages]
 
 
 def recovery(summary: Summary) -> float | None:

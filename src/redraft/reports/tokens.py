@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from redraft.reports.load import Trace, TraceDraft, TraceRound
+from redraft.reports.load import Trace, TraceDraft
 
 KINDS = {
     "accepted": "proposed by the draft and accepted",
@@ -92,12 +92,7 @@ class DraftView:
     tau: float | None
     total_tokens: int
     total_rounds: int
-    shares: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def left_out(self) -> int:
-        """How many rounds the cap left out."""
-        return self.total_rounds - len(self.rounds)
+    shares: dict[str, float]
 
 
 def fates(accepted: int, kept: Sequence[str], proposed: Sequence[str], tree: bool) -> list[Piece]:
@@ -118,45 +113,30 @@ def fates(accepted: int, kept: Sequence[str], proposed: Sequence[str], tree: boo
     return sorted(found, key=lambda piece: piece.kind != "accepted")
 
 
-def walk(draft: TraceDraft, tree: bool) -> Iterator[RoundView]:
-    """The rounds of a trace in order."""
-    at = 1
+def draft_view(name: str, draft: TraceDraft, tree: bool) -> DraftView:
+    """The view of one draft's trace, at most ``MAX_TOKENS`` tokens in whole rounds."""
+    at, rounds, counts = 1, [], Counter[str]()
     for number, given in enumerate(draft.rounds, 1):
         texts = draft.tokens[at : at + given.kept]
         at += given.kept
-        proposed = fates(given.accepted, texts, given.proposed, tree)
         labels = kinds(given.accepted, given.kept, given.full)
-        yield RoundView(
-            number=number,
-            about=_about(given, tree),
-            kept=[Piece(text, kind) for text, kind in zip(texts, labels, strict=True)],
-            proposed=proposed[:MAX_PROPOSED],
-            hidden=max(0, len(proposed) - MAX_PROPOSED),
-            tokens=at,
-            tau=(at - 1) / number,
-        )
+        counts.update(labels)
+        if at > MAX_TOKENS:
+            continue
+        proposed, of = fates(given.accepted, texts, given.proposed, tree), len(given.proposed)
+        about = f"{given.accepted} accepted, a tree of {of} proposed" if tree else f"{given.accepted} of {of} accepted"
+        kept = [Piece(text, kind) for text, kind in zip(texts, labels, strict=True)]
+        hidden = max(0, of - MAX_PROPOSED)
+        rounds.append(RoundView(number, about, kept, proposed[:MAX_PROPOSED], hidden, at, (at - 1) / number))
+    total, first = sum(counts.values()), Piece(draft.tokens[0], "prefill") if draft.tokens else None
+    tau = total / len(draft.rounds) if draft.rounds else None
+    shares = {kind: counts[kind] / total for kind in KINDS if counts[kind]}
+    return DraftView(name, first, rounds, tau, len(draft.tokens), len(draft.rounds), shares)
 
 
-def _about(given: TraceRound, tree: bool) -> str:
-    if tree:
-        return f"{given.accepted} accepted, a tree of {len(given.proposed)} proposed"
-    return f"{given.accepted} of {len(given.proposed)} accepted"
-
-
-def draft_view(name: str, draft: TraceDraft, tree: bool) -> DraftView:
-    """The view of one draft's trace, at most ``MAX_TOKENS`` tokens in whole rounds."""
-    rounds = list(walk(draft, tree))
-    counts = Counter(piece.kind for r in rounds for piece in r.kept)
-    total = sum(counts.values())
-    return DraftView(
-        name=name,
-        first=Piece(draft.tokens[0], "prefill") if draft.tokens else None,
-        rounds=[r for r in rounds if r.tokens <= MAX_TOKENS],
-        tau=total / len(rounds) if rounds else None,
-        total_tokens=len(draft.tokens),
-        total_rounds=len(rounds),
-        shares={kind: counts[kind] / total for kind in KINDS if counts[kind]},
-    )
+def draft_views(trace: Trace, tree: bool) -> list[DraftView]:
+    """The view of every draft's trace of one prompt."""
+    return [draft_view(name, draft, tree) for name, draft in trace.drafts.items()]
 
 
 def chosen(traces: Sequence[Trace], limit: int = MAX_TRACES) -> list[Trace]:

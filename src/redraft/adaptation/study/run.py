@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from redraft import provenance
 from redraft.adaptation.claim import settled
-from redraft.adaptation.models import open_target
-from redraft.adaptation.runs import Log, Say, row_tokens
-from redraft.adaptation.study.answers import Model, slug
+from redraft.adaptation.models import contestants, open_draft, open_target, template_prompts
+from redraft.adaptation.runs import Log, Say, record_of, row_tokens
 from redraft.adaptation.study.cells import CELL_FORMULAS, cell_folder, run_cell
-from redraft.adaptation.study.speed import speed_cells, speed_of
-from redraft.adaptation.study.targets import TargetWork
+from redraft.adaptation.study.figures import SCHEMA, derive
+from redraft.adaptation.study.targets import Model, TargetWork, slug
 from redraft.artifact import atomic_write_json, read_json
 from redraft.errors import UserError
-from redraft.evaluate.study import SCHEMA, derive
+from redraft.evaluate.speed import BenchConfig, Prompt, bench
 from redraft.progress import Progress, progress_bar
 from redraft.rows import anchors
 from redraft.settings.budget import parse_budget
+from redraft.settings.sampler import Sampler
+from redraft.settings.shapes import DynamicTree, parse_shape
 from redraft.settings.studies import StudyConfig
-from redraft.settings.study_parts import ANY, Cell
+from redraft.settings.study_parts import ANY, NONE, Cell
 from redraft.target import Target
 
 CONFIG_FILE, RESULTS_FILE = "study.json", "results.json"
@@ -39,18 +41,16 @@ CELL_UNITS = 1000
 LEAST_SHARE = 0.3
 
 
-@dataclass
 class Board:
-    """One ``bar`` over all cells, ``done`` of its units behind and as many as ``shown`` in sight.
+    """One ``bar`` over all cells, ``done`` of its units behind.
 
-    The training of the ``cell`` under way fills its ``units``; any other stage is named beside the bar.
+    The training of the cell under way fills its units; any other stage is named beside the bar.
     """
 
-    bar: Progress | None = None
-    done: int = 0
-    shown: int = 0
-    cell: str = ""
-    units: int = 0
+    def __init__(self) -> None:
+        self.bar: Progress | None = None
+        self.done = self.shown = self.units = 0
+        self.cell = ""
 
     @contextmanager
     def stage(self, name: str, total: int | None, unit: str) -> Iterator[Progress]:
@@ -67,7 +67,7 @@ class Board:
         self.show(self.done, cell.key)
 
     def show(self, done: int, now: str, tau: float | None = None) -> None:
-        """One line on where the study is."""
+        """One line on where the study is; the bar never goes back."""
         self.shown = max(done, self.shown)
         if self.bar is not None:
             self.bar.update(self.shown, now=now, heldout_tau=tau)
@@ -255,6 +255,70 @@ def told(record: dict[str, Any], known: dict[str, Any]) -> str:
     return f"{record['key']}: tau {sum(tokens) / sum(rounds):.3f} ({seconds:.0f} s)"
 
 
+# -- wall-clock speed: one paired run a shape and temperature, every draft on the same prompts -------------------------
+def speed_cells(config: StudyConfig, cells: list[Cell]) -> list[Cell]:
+    """The cells of one target whose speed is measured: of every method the first on the first data, unselected.
+
+    Starts with a draft of their own are left out: all drafts of a run are of one family.
+    """
+    if config.speed is None:
+        return []
+    found: dict[str, Cell] = {}
+    for cell in cells:
+        if config.speed.methods is not None and cell.method not in config.speed.methods:
+            continue
+        plain = cell.data in (ANY, next(iter(config.data))) and cell.selection in (ANY, NONE)
+        if plain and config.start_of(cell.start).draft is None:
+            found.setdefault(cell.method, cell)
+    return list(found.values())
+
+
+def speed_of(work: TargetWork, cells: list[Cell], dtype: str, say: Say) -> None:
+    """Measure what has no result yet and write each run beside the target's facts. Raises ``UserError``.
+
+    With ``dtype`` auto the data types compete.
+    """
+    config, wanted = work.config, work.config.speed
+    assert wanted is not None
+    shapes = wanted.shapes or (f"chain:{config.gamma}",)
+    names = {cell.method: cell_folder(work.root, cell) / "draft" for cell in cells}
+    runs = [(shape, temperature) for shape in shapes for temperature in wanted.temperatures]
+    keys = " ".join(cell.key for cell in cells)
+    paths = {run: work.folder / f"speed-{slug(f'{run[0]} T{run[1]:g} {keys}')}.json" for run in runs}
+    left = [run for run in runs if not paths[run].exists()]
+    if not left:
+        return
+    drafts: dict[str, Any] = {
+        name: open_draft(folder, work.target).draft.to(work.target.device) for name, folder in names.items()
+    }
+    targets = contestants(work.target, dtype, work.open_again)
+    for target in targets.values():
+        target.tap(next(iter(drafts.values())).config.taps)
+    prompts = _prompts(work, wanted.prompts)
+    for run in left:
+        shape, temperature = parse_shape(run[0]), run[1]
+        record = record_of(work.target, config.seed)
+        # A dynamic tree holds the draft's likeliest tokens, which are no draws from it.
+        greedy = temperature > 0 and isinstance(shape, DynamicTree)
+        how = BenchConfig(shape, Sampler(temperature), greedy, config.evaluation_tokens, config.seed, traces=0)
+        with work.log.counted("speed", None) as (_, progress):
+            result = bench(targets, drafts, prompts, how, record, lambda done, what: progress.update(0))
+        atomic_write_json(paths[run], result.result)
+        say(f"{work.name}: speed as {how.shape.describe()}, {how.sampler.describe()}")
+
+
+def _prompts(work: TargetWork, count: int) -> list[Prompt]:
+    """The first evaluation prompts, tasks in turn."""
+    found: list[Prompt] = []
+    for turn in itertools.zip_longest(*work.prompts.evaluation.values()):
+        for task, conversation in zip(work.prompts.evaluation, turn, strict=True):
+            if conversation is not None and len(found) < count:
+                asked = template_prompts([conversation], work.target, work.config.evaluation_tokens)
+                found.append(replace(asked[0], task=task))
+    return found
+
+
+# -- the folder ------------------------------------------------------------------------------------------------------
 def claim(config: StudyConfig, folder: Path, say: Say | None = None) -> StudyConfig:
     """Take the folder, or check that it holds the same study; the settings with the data type of the study.
 

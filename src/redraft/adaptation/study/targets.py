@@ -1,37 +1,243 @@
-"""What the cells of one target share: prompts, rows, untrained drafts and the sets that every draft is measured on.
+"""What the cells of one target share: prompts, rows, features, untrained drafts and the sets to measure every draft on.
 
-Everything is made once, kept in the target's folder and found again by a resumed study.
+Everything is made once, kept in the target's folder and found again by a resumed study. Row ids carry the name of their
+data (``regenerated:gsm8k/12``), so that one feature store holds all of a target's rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from redraft.adaptation.models import open_draft, open_target
+from redraft import provenance
+from redraft.adaptation.core import build_features, feature_store
+from redraft.adaptation.models import open_draft, open_target, split_prompts
 from redraft.adaptation.runs import Log
-from redraft.adaptation.sources import ask_itself
-from redraft.adaptation.study.answers import Model, named
-from redraft.adaptation.study.sources import Prompts, first_turn, read_prompts, read_sources, without_overlap
-from redraft.data.overlap import refuse_overlap, trained_conversations
-from redraft.data.prompts import Conversation
+from redraft.adaptation.sources import answer, ask_itself
+from redraft.data.embedded import maths_conversations
+from redraft.data.overlap import find_overlap, refuse_overlap, trained_conversations
+from redraft.data.prompts import Conversation, read_conversations
 from redraft.data.references import reference_rows
-from redraft.data.store import Row
+from redraft.data.regenerate import InProcessEngine
+from redraft.data.store import Row, read_rows
+from redraft.data.suites import DATA_VARIABLE, load_suite
 from redraft.data.traces import read_traces
 from redraft.drafts.opening import OpenDraft
 from redraft.errors import UserError
+from redraft.features import FeatureStore, RowFeatures
 from redraft.rows import anchors
 from redraft.settings.sampler import Sampler
 from redraft.settings.shapes import DynamicTree, StaticTree
 from redraft.settings.studies import StudyConfig
-from redraft.settings.study_parts import NONE, DataEntry, TargetEntry
+from redraft.settings.study_parts import NONE, DataEntry
+from redraft.settings.texts import DATA, MATHS, SUITE, parse_source
 from redraft.target import Target
 
 GREEDY, SAMPLED, GENERAL, GENERAL_BASE = "greedy", "sampled", "general", "general-base"
 TREE = "-tree"  # behind the name of a set that is walked as a tree too
+
+
+# -- prompts ---------------------------------------------------------------------------------------------------------
+@dataclass
+class Prompts:
+    """What a target is asked: disjoint, and nothing of ``evaluation`` (by task) is trained on."""
+
+    train: list[Conversation]
+    heldout: list[Conversation]
+    evaluation: dict[str, list[Conversation]]
+    dropped: int
+
+
+def data_file(place: str) -> Path:
+    """A file of the data folder. Raises ``UserError`` when no folder is named or it lacks the file."""
+    folder = os.environ.get(DATA_VARIABLE)
+    if not folder:
+        raise UserError(f"data:{place} is a file of the data folder; set {DATA_VARIABLE} to the folder that holds it")
+    path = Path(folder) / place
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; set {DATA_VARIABLE} to the folder that holds {place}")
+    return path
+
+
+def read_source(text: str, longest: int | None = None, exclude: Sequence[Conversation] = ()) -> list[Conversation]:
+    """The conversations of one source, none with a user turn of more than ``longest`` characters.
+
+        FILE or datasets:NAME           as every command reads them
+        data:math/gsm8k.train.jsonl.gz  a file of the folder that REDRAFT_DATA names
+        suite:gsm8k                     an evaluation suite (docs/suites.md)
+        maths:SEED                      generated maths problems with worked solutions; needs a count
+
+    ``@COUNT`` behind any of them takes that many: of a file in the order of a hash, so that its own order plays no
+    part; of a suite its beginning, in which tasks take turns.
+    ``exclude`` holds prompts that a generated source must not repeat. Raises ``UserError``, also for too few.
+    """
+    source = parse_source(text)
+    if source.kind == MATHS:
+        assert source.count is not None
+        asked = {m["content"] for c in exclude for m in c.messages if m["role"] == "user"}
+        found = maths_conversations(source.count, int(source.place), exclude=asked)
+    elif source.kind == SUITE:
+        found = [item.conversation for item in load_suite(source.place).items]
+    else:
+        found = read_conversations(data_file(source.place) if source.kind == DATA else source.place)
+    if longest is not None:
+        found = [c for c in found if max(len(m["content"]) for m in c.messages if m["role"] == "user") <= longest]
+    if source.count is None:
+        return found
+    if len(found) < source.count:
+        raise UserError(f"prompt source {text} gives {len(found)} prompts, not {source.count}; ask for fewer")
+    if source.kind in (MATHS, SUITE):
+        return found[: source.count]
+    return sorted(found, key=lambda c: hashlib.sha256(f"0|{c.id}".encode()).hexdigest())[: source.count]
+
+
+def read_sources(
+    texts: Sequence[str], longest: int | None = None, exclude: Sequence[Conversation] = ()
+) -> list[Conversation]:
+    """All of several sources. Raises ``UserError`` when two prompts have one id."""
+    found: dict[str, Conversation] = {}
+    for text in texts:
+        for conversation in read_source(text, longest, exclude):
+            if conversation.id in found:
+                raise UserError(f"prompt source {text}: id {conversation.id!r} is there twice; ids must differ")
+            found[conversation.id] = conversation
+    return list(found.values())
+
+
+def read_prompts(
+    prompts: Sequence[str],
+    evaluation: dict[str, tuple[str, ...]],
+    heldout: int,
+    seed: int,
+    longest: int | None,
+    drop_overlap: bool,
+) -> Prompts:
+    """Training, held-out and evaluation prompts of a target.
+
+    A training prompt that is, or nearly is, an evaluation prompt is an error; a generated one, or any with
+    ``drop_overlap``, is left out and counted. Raises ``UserError``.
+    """
+    measured = {task: read_sources(texts, longest) for task, texts in evaluation.items()}
+    everything = [conversation for part in measured.values() for conversation in part]
+    if len({c.id for c in everything}) < len(everything):
+        raise UserError("two evaluation prompts have the same id; name every source under one task only")
+    kept, dropped = [], 0
+    for text in prompts:
+        found = read_sources([text], longest, everything)
+        if parse_source(text).generated or drop_overlap:
+            clean = without_overlap(found, everything)
+            dropped += len(found) - len(clean)
+            found = clean
+        kept += found
+    if len({c.id for c in kept}) < len(kept):
+        raise UserError("two training prompts have the same id; ids must differ")
+    refuse_overlap(kept, everything, "the evaluation")
+    train, held, _ = split_prompts(kept, heldout, 0, seed)
+    return Prompts(train, held, measured, dropped)
+
+
+def without_overlap(training: Sequence[Conversation], evaluation: Sequence[Conversation]) -> list[Conversation]:
+    """The training prompts that are not, and not nearly, evaluation prompts."""
+    rest = list(training)
+    while near := {overlap.training_id for overlap in find_overlap(rest, evaluation)}:
+        rest = [conversation for conversation in rest if conversation.id not in near]
+    return rest
+
+
+def first_turn(conversation: Conversation) -> Conversation:
+    """The conversation up to its first user turn, without anybody's answer."""
+    turns = []
+    for message in conversation.messages:
+        turns.append(message)
+        if message["role"] == "user":
+            break
+    return replace(conversation, messages=[turn for turn in turns if turn["role"] != "assistant"])
+
+
+# -- a target --------------------------------------------------------------------------------------------------------
+def slug(text: str) -> str:
+    """A file name that can be read, and differs for different texts."""
+    plain = re.sub(r"[^A-Za-z0-9_+.-]+", "_", text).strip("_")
+    return f"{plain[:80]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def features_stage(name: str, taps: Sequence[int]) -> str:
+    """The pass that makes features of these rows; where generation kept those of other taps, it did not make these."""
+    return f"features {name} at {','.join(map(str, taps))}"
+
+
+def named(name: str, rows: Sequence[Row]) -> list[Row]:
+    """The rows that have a position to train or measure at, with ids that begin with ``name``."""
+    return [replace(row, id=f"{name}:{row.id}") for row in rows if anchors(row)]
+
+
+@dataclass
+class NamedKeeper:
+    """Puts features into a store under the rows' names in the study."""
+
+    name: str
+    store: FeatureStore
+
+    def put(self, found: Sequence[RowFeatures]) -> bool:
+        return self.store.put([f._replace(row=replace(f.row, id=f"{self.name}:{f.row.id}")) for f in found])
+
+
+class Model:
+    """A target with its own answers and features in a folder; stages of ``log`` carry its name."""
+
+    def __init__(self, name: str, opener: Callable[[], Target], folder: Path, config: StudyConfig, log: Log) -> None:
+        self.name, self._opener, self.folder, self.config, self.log = name, opener, folder, config, log
+        self.stores: dict[tuple[int, ...], FeatureStore] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+
+    @cached_property
+    def target(self) -> Target:
+        return self._opener()
+
+    def answer(
+        self, name: str, asked: Sequence[Conversation], samplers: Sequence[Sampler], tokens: int, taps: tuple[int, ...]
+    ) -> list[Row]:
+        """The target's answers, from the file of this name or made now, with ids that begin with the name.
+
+        What the target computes at the ``taps`` while it writes is kept as the rows' features.
+        """
+        path, target, keeper = self.folder / f"{name}.jsonl", self.target, NamedKeeper(name, self.store(taps))
+        target.tap(taps)
+        engine, seed = InProcessEngine(target, self.config.batch_size), self.config.seed
+        answer(f"generate {name}", engine, target, asked, samplers, path, tokens, seed, self.log, keeper)
+        # The file is in the order in which answers came in, which a resumed run need not repeat.
+        place = {conversation.id: number for number, conversation in enumerate(asked)}
+        rows = sorted(read_rows(path), key=lambda row: (place[row.id], row.turn, row.temperature))
+        return named(name, rows)
+
+    def store(self, taps: tuple[int, ...]) -> FeatureStore:
+        """The features of this model at these taps."""
+        if taps not in self.stores:
+            folder = self.folder / f"features-{'-'.join(map(str, taps))}"
+            self.stores[taps] = feature_store(folder, self.target, taps)
+        return self.stores[taps]
+
+    def features(self, name: str, rows: Sequence[Row], taps: tuple[int, ...]) -> FeatureStore:
+        """The store for these taps, with the features of all ``rows`` in it. Raises ``UserError``."""
+        self.target.tap(taps)
+        build_features(features_stage(name, taps), self.store(taps), self.target, rows, self.log)
+        return self.store(taps)
+
+    # -- what it cost ----------------------------------------------------------------------------------------------
+    def spent_on(self, stage: str, tokens: int) -> int:
+        """FLOPs of the target's pass over ``tokens``, or over as many as the stage had: kept features need none."""
+        return provenance.forward_flops(self.target.parameters_per_token, min(tokens, self.log.entry(stage).tokens))
+
+    def seconds_of(self, stage: str, tokens: int) -> float:
+        """The part of a stage's seconds that falls to ``tokens`` of those that it worked on."""
+        entry = self.log.entry(stage)
+        return entry.seconds * min(1.0, tokens / entry.tokens) if entry.tokens else 0.0
 
 
 @dataclass
@@ -58,7 +264,7 @@ class TargetWork(Model):
 
     def __init__(self, name: str, root: Path, config: StudyConfig, log: Log, bases: Mapping[str, Model]) -> None:
         super().__init__(name, self.open_again, root / "targets" / name, config, log)
-        self.entry: TargetEntry = config.targets[name]
+        self.entry = config.targets[name]
         self.root, self.bases = root, bases
         self.known_rows: dict[str, list[Row]] = {}  # of every data entry that has been asked for
         self._opened: dict[str, OpenDraft] = {}
@@ -109,11 +315,7 @@ class TargetWork(Model):
     def _make_rows(self, name: str, entry: DataEntry) -> list[Row]:
         tokens = entry.max_new_tokens or self.config.max_new_tokens
         target, hash = self.target, self.target.content_hash()
-        limits: dict[str, Any] = {
-            "eos_ids": target.eos_ids,
-            "max_new_tokens": tokens,
-            "context": target.context,
-        }
+        limits: dict[str, Any] = {"eos_ids": target.eos_ids, "max_new_tokens": tokens, "context": target.context}
         if entry.kind == "reference":
             return named(name, reference_rows(self.prompts.train, target.tokenizer, hash, failures=[], **limits))
         if entry.kind == "traces":

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from redraft.artifact import atomic_write_bytes, atomic_write_json, atomic_write_text, read_json
 from redraft.errors import UserError
 from redraft.evaluate.statistics import (
     paired_difference,
@@ -23,8 +25,9 @@ from redraft.evaluate.statistics import (
     ratio_of_sums,
     resample_counts,
 )
+from redraft.reports.study import markdown, pictures
 
-SCHEMA = "redraft.study/1"
+SCHEMA, TABLES_FILE = "redraft.study/1", "tables.md"
 NONE, ANY, FULL, SCRATCH = "none", "-", "full", "scratch"
 AXES = ("target", "method", "data", "selection", "loss", "start")
 MAIN, SAMPLED = "greedy", "sampled"
@@ -43,7 +46,9 @@ def derive(results: Mapping[str, Any]) -> dict[str, Any]:
     if results.get("schema") != SCHEMA:
         raise UserError(f"these are no results of a study (schema {results.get('schema')!r}, expected {SCHEMA!r})")
     study = Study(results)
-    groups = study.groups()
+    groups: dict[tuple[str, ...], list[Cell]] = {}  # of cells that differ in the seed alone, in order
+    for cell in study.cells:
+        groups.setdefault(tuple(cell[axis] for axis in AXES), []).append(cell)
     pooled = [study.figures(group) for group in groups.values()]
     single = {cell["key"]: study.figures([cell]) for cell in study.cells}
     return {"cells": single, "pooled": pooled, "average": study.averages(groups)}
@@ -65,36 +70,19 @@ class Study:
         self.first_data = next(iter(self.config["data"]))
 
     # -- looking up --------------------------------------------------------------------------------------------
-    def groups(self) -> dict[tuple[str, ...], list[Cell]]:
-        """Cells that differ in the seed alone, in order."""
-        found: dict[tuple[str, ...], list[Cell]] = {}
-        for cell in self.cells:
-            found.setdefault(tuple(cell[axis] for axis in AXES), []).append(cell)
-        return found
-
-    def family(self, cell: Cell) -> str | None:
-        """The draft that a cell starts from, where it is not the target's stale one."""
-        entry = self.config["starts"].get(cell["start"])
-        return entry["draft"] if entry else None
-
     def method_of(self, cell: Cell) -> str:
         return registered(self.config, cell["method"])
 
-    def plain(self, cell: Cell) -> bool:
-        """Whether a cell starts from its old draft, unchanged."""
+    def origin(self, cell: Cell) -> tuple[str | None, bool]:
+        """The draft that a cell starts from, where it is not the target's stale one; whether it is left unchanged."""
         entry = self.config["starts"].get(cell["start"])
-        return str(entry["start"] if entry else cell["start"]) == NONE
+        return (entry["draft"] if entry else None), str(entry["start"] if entry else cell["start"]) == NONE
 
     def rivals(self, cell: Cell, method: str, same_start: bool = False) -> list[Cell]:
         """Cells of a method on the same target and old draft, from that draft as it is or from the cell's start."""
-        return [
-            other
-            for other in self.cells
-            if other["target"] == cell["target"]
-            and self.method_of(other) == method
-            and self.family(other) == self.family(cell)
-            and (other["start"] == cell["start"] if same_start else self.plain(other))
-        ]
+        found = [c for c in self.cells if c["target"] == cell["target"] and self.method_of(c) == method]
+        found = [c for c in found if self.origin(c)[0] == self.origin(cell)[0]]
+        return [c for c in found if (c["start"] == cell["start"] if same_start else self.origin(c)[1])]
 
     def stale(self, cell: Cell) -> list[Cell]:
         return self.rivals(cell, NONE)[:1]
@@ -107,27 +95,23 @@ class Study:
         Those with the group's seeds where all are there, else all seeds.
         """
         cell = group[0]
-        wanted = (cell["data"], cell["selection"], cell["loss"]) if same_data else (self.first_data, NONE)
-        axes = ("data", "selection", "loss") if same_data else ("data", "selection")
-        rivals = (
-            [self.rivals(cell, method, True), self.rivals(cell, method)] if same_data else [self.rivals(cell, method)]
-        )
-        asked = ([c for c in some if tuple(c[axis] for axis in axes) == wanted] for some in rivals)
-        found = next((some for some in asked if some), [])
+        wanted = {"data": self.first_data, "selection": NONE}
+        if same_data:
+            wanted = {axis: cell[axis] for axis in ("data", "selection", "loss")}
+        rivals = (self.rivals(cell, method, same_start) for same_start in ((True, False) if same_data else (False,)))
+        asked = ([c for c in some if wanted.items() <= c.items()] for some in rivals)
+        found = next(filter(None, asked), [])
         # A study of losses has several; the usual one is the reference.
         found = [c for c in found if c["loss"] == "kl"] or [c for c in found if c["loss"] == found[0]["loss"]]
         # What is rounded afterwards is measured by the whole, whichever came out ahead.
-        found = self.strongest([c for c in found if c["settings"].get("bits") is None])
+        named: dict[str, list[Cell]] = {}
+        for c in found:
+            if c["settings"].get("bits") is None:
+                named.setdefault(c["method"], []).append(c)
+        found = max(named.values(), key=lambda cells: _ratio(self.sums(cells, MAIN)), default=[])
         seeds = {c["seed"] for c in group}
         mine = [c for c in found if c["seed"] in seeds]
         return mine if {c["seed"] for c in mine} == seeds else found
-
-    def strongest(self, cells: Sequence[Cell]) -> list[Cell]:
-        """Of cells under several names of one method those under the name with the highest tau."""
-        named: dict[str, list[Cell]] = {}
-        for cell in cells:
-            named.setdefault(cell["method"], []).append(cell)
-        return max(named.values(), key=lambda group: _ratio(self.sums(group, MAIN)), default=[])
 
     def sums(self, group: Sequence[Cell], name: str, task: str | None = None) -> Sums:
         """(tokens, rounds) of every prompt of a set, summed over the cells of a group."""
@@ -182,8 +166,6 @@ class Study:
         cell, count = group[0], len(group)
         if len({c["trained_parameters"] for c in group}) > 1:
             raise UserError(f"the seeds of {cell['key']} trained parts of different sizes; they cannot be pooled")
-        stages = {stage: sum(c["flops"].get(stage, 0) for c in group) / count for stage in cell["flops"]}
-        seconds = {stage: sum(c["seconds"].get(stage, 0.0) for c in group) / count for stage in cell["seconds"]}
         found: dict[str, Any] = {
             "trained_parameters": cell["trained_parameters"],
             "trained_share": cell["trained_parameters"] / cell["full_parameters"],
@@ -192,9 +174,10 @@ class Study:
             "kept_rows": cell.get("kept_rows"),
             "kept_tokens": cell.get("kept_tokens"),
             "trained_tokens": sum(c.get("trained_tokens", 0) for c in group) / count,
-            "flops": {**stages, "total": sum(stages.values())},
-            "seconds": {**seconds, "total": sum(seconds.values())},
         }
+        for name in ("flops", "seconds"):
+            stages = {stage: sum(c[name].get(stage, 0) for c in group) / count for stage in cell[name]}
+            found[name] = {**stages, "total": sum(stages.values())}
         scratch = self.reference(group, SCRATCH, False)
         if scratch and cell.get("heldout") and self.method_of(cell) != SCRATCH:
             found["scratch"] = self._against_scratch(group, scratch, found["flops"]["total"])
@@ -223,15 +206,14 @@ class Study:
         for key, group in groups.items():
             combined.setdefault(key[1:], []).append(group)
         names = {cell["target"] for cell in self.cells}
-        if len(names) < 2:
-            return []
-        whole = {key: parts for key, parts in combined.items() if len(parts) == len(names)}
-        return [dict(zip(AXES[1:], key, strict=True)) | self._average(parts) for key, parts in whole.items()]
-
-    def _average(self, parts: Sequence[Sequence[Cell]]) -> dict[str, Any]:
-        sets = [name for name in parts[0][0]["rounds"] if all(name in part[0]["rounds"] for part in parts)]
-        taus = {name: mean_of_taus([self.sums(part, name) for part in parts]) for name in sets}
-        return {"targets": [part[0]["target"] for part in parts], "tau": taus}
+        found = []
+        for key, parts in combined.items():
+            if len(names) > 1 and len(parts) == len(names):
+                sets = [name for name in parts[0][0]["rounds"] if all(name in part[0]["rounds"] for part in parts)]
+                taus = {name: mean_of_taus([self.sums(part, name) for part in parts]) for name in sets}
+                row = dict(zip(AXES[1:], key, strict=True))
+                found.append(row | {"targets": [part[0]["target"] for part in parts], "tau": taus})
+        return found
 
 
 def mean_of_taus(parts: Sequence[Sums]) -> dict[str, float | None]:
@@ -252,3 +234,40 @@ def interval(found: Any) -> dict[str, float | None]:
 
 def _ratio(sums: Sums) -> float:
     return math.fsum(sums[0]) / math.fsum(sums[1])
+
+
+# -- what is written -------------------------------------------------------------------------------------------------
+def write_tables(results: Path, out: Path | None = None) -> Path:
+    """Work the figures out of the raw results and write ``tables.md`` and the pictures to ``out``.
+
+    ``out`` is by default the folder of the results. Returns the path of the tables. Raises ``UserError``.
+    """
+    found = read_json(results)
+    figures = derive(found)
+    folder = out if out is not None else results.parent
+    drawn = pictures(found, figures)
+    for name, (_, image) in drawn.items():
+        atomic_write_bytes(folder / name, image)
+    figures["plots"] = {name: about for name, (about, _) in drawn.items()}
+    atomic_write_text(folder / TABLES_FILE, markdown(found, figures))
+    return folder / TABLES_FILE
+
+
+def write_full(results: dict[str, Any], path: Path, source: str) -> None:
+    """Write the best that ``full`` reached, from any start and under any name, as the quickstart's summary reads it.
+
+    Raises ``UserError`` when the study has no cell of ``full``, or several targets.
+    """
+    rows = [row for row in results["figures"]["pooled"] if registered(results["config"], row["method"]) == FULL]
+    if len(results["targets"]) != 1 or not rows:
+        raise UserError("the study must have one target and a cell of the method full")
+    row = max(rows, key=lambda row: row["tau"]["greedy"]["value"])
+    facts = results["targets"][row["target"]]
+    same = (cell for cell in results["cells"] if all(cell[axis] == row[axis] for axis in AXES))
+    kept, asked = next(same)["rows"], len(facts["sets"]["greedy"]["prompts"])
+    start = "" if row["start"] == "none" else f", from start {row['start']}"
+    told = (
+        f"a committed run on {kept} answers to problems of the same kind{start}, "
+        f"measured on {asked} others ({source}); the ten minutes do not allow it here"
+    )
+    atomic_write_json(path, {"tau": row["tau"]["greedy"]["value"], "from": told})
