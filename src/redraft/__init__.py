@@ -29,7 +29,7 @@ _HOMES = {
     "redraft.adaptation.steps": ("TargetSpec",),
     "redraft.data.regenerate": ("RegenerationReport",),
     "redraft.drafts.formats.base": ("ExportReport",),
-    "redraft.reports.results": ("Adapted", "Benchmark", "Merged", "Page", "Study", "Trained"),
+    "redraft.reports.tables": ("Adapted", "Benchmark", "Merged", "Page", "Study", "Trained"),
     "redraft.selection.manifest": ("Manifest",),
     "redraft.target": ("Target",),
     "redraft.errors": ("UserError",),

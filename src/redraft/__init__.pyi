@@ -23,12 +23,12 @@ from redraft.registries import SCORERS as SCORERS
 from redraft.registries import STARTS as STARTS
 from redraft.registries import SUITES as SUITES
 from redraft.registries import load_plugin as load_plugin
-from redraft.reports.results import Adapted as Adapted
-from redraft.reports.results import Benchmark as Benchmark
-from redraft.reports.results import Merged as Merged
-from redraft.reports.results import Page as Page
-from redraft.reports.results import Study as Study
-from redraft.reports.results import Trained as Trained
+from redraft.reports.tables import Adapted as Adapted
+from redraft.reports.tables import Benchmark as Benchmark
+from redraft.reports.tables import Merged as Merged
+from redraft.reports.tables import Page as Page
+from redraft.reports.tables import Study as Study
+from redraft.reports.tables import Trained as Trained
 from redraft.selection.manifest import Manifest as Manifest
 from redraft.target import Target as Target
 

@@ -13,7 +13,7 @@ from redraft.adaptation.study.run import RESULTS_FILE, StudyRun
 from redraft.adaptation.training import TrainData, train_new, train_old
 from redraft.api.opening import Say, checked, name_of
 from redraft.drafts.opening import AnyDraft, OpenDraft
-from redraft.reports.results import Adapted, Benchmark, Study, Trained
+from redraft.reports.tables import Adapted, Benchmark, Study, Trained
 from redraft.settings.adapt import AdaptConfig
 from redraft.settings.steps import TrainSettings
 from redraft.settings.studies import StudyConfig, read_study

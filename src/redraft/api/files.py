@@ -16,7 +16,7 @@ from redraft.drafts.opening import AnyDraft, OpenDraft, read_draft
 from redraft.drafts.scaling import scale_change
 from redraft.loading import load_tokenizer, quiet
 from redraft.registries import EXPORTERS, FAMILIES
-from redraft.reports.results import Merged
+from redraft.reports.tables import Merged
 from redraft.settings.steps import ExportSettings, MergeSettings
 
 

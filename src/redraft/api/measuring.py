@@ -17,7 +17,7 @@ from redraft.api.opening import Say, checked, name_of
 from redraft.drafts.opening import AnyDraft
 from redraft.progress import Progress, progress_bar
 from redraft.reports import build_report, headline_png
-from redraft.reports.results import Benchmark, Page
+from redraft.reports.tables import Benchmark, Page
 from redraft.settings.measure import BenchSettings, ProbeSettings, ReportSettings
 
 

@@ -7,6 +7,7 @@ import math
 from redraft.reports.load import Interval
 
 DASH = "\N{EN DASH}"
+PREFIXES = "kMGTPE"
 
 
 def missing(value: float | None) -> bool:
@@ -46,12 +47,11 @@ def scaled(value: float | None, unit: str, base: int = 1000) -> str:
     """A large figure with a decimal prefix: ``1.2 TFLOP``, ``3.4 GB``, ``181 k``."""
     if value is None:
         return DASH
-    for prefix in ("", "k", "M", "G", "T", "P", "E"):
-        if abs(value) < base or prefix == "E":
-            digits = 0 if prefix == "" or abs(value) >= 100 else 1
-            return f"{value:.{digits}f} {prefix}{unit}".rstrip()
-        value /= base
-    raise AssertionError("unreachable: the last prefix takes everything")
+    power = 0
+    while abs(value) >= base and power < len(PREFIXES):
+        value, power = value / base, power + 1
+    digits = 0 if not power or abs(value) >= 100 else 1
+    return f"{value:.{digits}f} {PREFIXES[power - 1] if power else ''}{unit}".rstrip()
 
 
 def count(value: int | None) -> str:

@@ -39,20 +39,20 @@ def build_report(
         raise UserError("a report needs at least one result file of `redraft bench`")
     loaded = [(path, read_bench(path)) for path in results]
     script = _static("script.js")
-    content = {
-        "title": title,
-        "style": _static("style.css"),
-        "script": script,
-        "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        "results": [_section(index, path, result) for index, (path, result) in enumerate(loaded)],
-        "several": len(loaded) > 1,
-        "training": sections.training(read_curve(curve), loaded[0][1]) if curve else None,
-        "ledger": sections.ledger_rows(read_as(Costs, ledger)) if ledger else None,
-        "summary": sections.summary_lines(read_as(Summary, summary)) if summary else None,
-    }
-    page = _environment().get_template("report.html.j2").render(**content)
+    page = _environment().get_template("report.html.j2")
+    text = page.render(
+        title=title,
+        style=_static("style.css"),
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        results=[_section(index, path, result) for index, (path, result) in enumerate(loaded)],
+        several=len(loaded) > 1,
+        training=sections.training(read_curve(curve), loaded[0][1]) if curve else None,
+        ledger=sections.ledger_rows(read_as(Costs, ledger)) if ledger else None,
+        summary=sections.summary_lines(read_as(Summary, summary)) if summary else None,
+    )
     # A result may hold halves of surrogate pairs, which UTF-8 has no bytes for.
-    atomic_write_text(out, page.encode("utf-8", "replace").decode("utf-8"))
+    atomic_write_text(out, text.encode("utf-8", "replace").decode("utf-8"))
     return out
 
 

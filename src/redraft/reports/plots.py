@@ -25,6 +25,8 @@ OTHERS = ("#a65fb0", "#8a8420", "#c25069", "#4f8a94")
 PHASES = {"draft": "#8067c0", "verify": "#3a8f8f", "other": "#85888f", "prefill": "#b08a3c"}
 MARKERS = "osD^vP"
 WIDTH = 4.6
+Colours = Mapping[str, str]
+Groups = Mapping[str, Mapping[str, Interval]]
 
 
 def series_colours(names: Sequence[str]) -> dict[str, str]:
@@ -131,33 +133,27 @@ def _dots(axes: Any, result: BenchResult, title: str, unit: str, digits: int, fi
     axes.set_title(title)
 
 
-def speed_figures(result: BenchResult) -> tuple[str, str, int, dict[str, Interval]]:
-    """What the speed pictures show: (title, unit, digits, interval by draft).
+def headline_figures(result: BenchResult) -> list[tuple[str, str, int, dict[str, Interval]]]:
+    """What the headline's pictures show: (title, unit, digits, interval by draft).
 
-    The speed-up where every draft has one, else tokens a second; empty where there is neither.
+    Acceptance length, and the speed-up where every draft has one, else tokens a second where any has.
     """
     drafts = result.drafts.items()
+    tau = {name: draft.tau_pooled for name, draft in drafts}
+    found = [("acceptance length \N{GREEK SMALL LETTER TAU} (tokens a round)", "", 2, tau)]
     ratios = {name: draft.speedup for name, draft in drafts if draft.speedup}
-    if result.plain and len(ratios) == len(result.drafts):
-        return f"speed-up over plain {result.plain.fastest}", "\N{MULTIPLICATION SIGN}", 2, ratios
     rates = {name: draft.tokens_per_second for name, draft in drafts if draft.tokens_per_second}
-    return "tokens a second", "", 1, rates
-
-
-def _headline(result: BenchResult) -> list[tuple[str, str, int, dict[str, Interval]]]:
-    """What the headline's pictures show: acceptance length, and :func:`speed_figures` where there are any."""
-    tau = {name: draft.tau_pooled for name, draft in result.drafts.items()}
-    speed = speed_figures(result)
-    return [
-        ("acceptance length \N{GREEK SMALL LETTER TAU} (tokens a round)", "", 2, tau),
-        *([speed] if speed[3] else []),
-    ]
+    if result.plain and len(ratios) == len(tau):
+        found.append((f"speed-up over plain {result.plain.fastest}", "\N{MULTIPLICATION SIGN}", 2, ratios))
+    elif rates:
+        found.append(("tokens a second", "", 1, rates))
+    return found
 
 
 def headline_svgs(result: BenchResult, name: str) -> list[str]:
     """Acceptance length and speed with intervals: two pictures that a narrow page stacks."""
     pictures = []
-    for index, shown in enumerate(_headline(result)):
+    for index, shown in enumerate(headline_figures(result)):
         with figure(WIDTH, 0.95 + 0.55 * len(result.drafts)) as (made, axes):
             _dots(axes, result, *shown)
             about = f"{('acceptance length', 'speed')[index]} of each draft with its interval"
@@ -167,20 +163,14 @@ def headline_svgs(result: BenchResult, name: str) -> list[str]:
 
 def headline_figure_png(result: BenchResult) -> bytes:
     """The headline picture on white, for places that show no SVG."""
-    shown = _headline(result)
+    shown = headline_figures(result)
     with figure(len(shown) * WIDTH, 0.95 + 0.55 * len(result.drafts), len(shown), white=True) as (made, axes):
         for each, what in zip(axes if len(shown) > 1 else [axes], shown, strict=True):
             _dots(each, result, *what)
         return png(made, 160)
 
 
-def grouped_svg(
-    groups: Mapping[str, Mapping[str, Interval]],
-    colours: Mapping[str, str],
-    title: str,
-    name: str,
-    line: float | None = None,
-) -> str:
+def grouped_svg(groups: Groups, colours: Colours, title: str, name: str, line: float | None = None) -> str:
     """Dots with intervals: a band a group (a task), in it a row a series (a draft); ``line`` is a dashed reference."""
     series = list(dict.fromkeys(key for figures in groups.values() for key in figures))
     pitch = 0.8 / max(len(series), 1)
@@ -200,10 +190,14 @@ def grouped_svg(
         axes.margins(x=0.08)
         axes.set_title(title)
         made.legend(loc="outside lower right", ncols=min(3, len(series)), handletextpad=0.2, columnspacing=1.0)
-        return svg(made, name, f"{title}, by group, with intervals: {_spoken(groups)}")
+        spoken = "; ".join(
+            f"{group}: " + ", ".join(f"{key} {number(found.value)}" for key, found in figures.items())
+            for group, figures in groups.items()
+        )
+        return svg(made, name, f"{title}, by group, with intervals: {spoken}")
 
 
-def task_svgs(result: BenchResult, name: str, colours: Mapping[str, str]) -> list[str]:
+def task_svgs(result: BenchResult, name: str, colours: Colours) -> list[str]:
     """tau by task, and the speed-up (tokens a second without a baseline) by task."""
     pictures = []
     if groups := sections.task_figures(result, "tau_pooled"):
@@ -215,7 +209,7 @@ def task_svgs(result: BenchResult, name: str, colours: Mapping[str, str]) -> lis
     return pictures
 
 
-def quality_svg(scores: Mapping[str, Mapping[str, Any]], name: str, colours: Mapping[str, str]) -> str | None:
+def quality_svg(scores: Mapping[str, Mapping[str, Any]], name: str, colours: Colours) -> str | None:
     """The scores by task; None where none has a figure."""
     groups = {task: {key: s.score for key, s in by_name.items() if s.score} for task, by_name in scores.items()}
     groups = {task: figures for task, figures in groups.items() if figures}
@@ -226,47 +220,36 @@ def _short(text: str, limit: int = 18) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 
-def _spoken(groups: Mapping[str, Mapping[str, Interval]]) -> str:
-    return "; ".join(
-        f"{group}: " + ", ".join(f"{key} {number(found.value)}" for key, found in figures.items())
-        for group, figures in groups.items()
-    )
+def level_svgs(result: BenchResult, name: str, colours: Colours) -> list[str]:
+    """Tokens a second, and the time to the first token, by the number of requests under way (on a base-2 axis).
 
-
-def level_svgs(result: BenchResult, name: str, colours: Mapping[str, str]) -> list[str]:
-    """What the server did by the number of requests under way: tokens a second, and the time to the first token."""
+    One line a series, with its interval as a shade.
+    """
     titles = {"tokens_per_second": "tokens a second, all requests", "ttft": "median time to the first token, s"}
-    return [
-        _level_svg(curves, colours, titles[field], f"{name}-level-{field}")
-        for field, curves in sections.levels(result).items()
-    ]
-
-
-def _level_svg(
-    curves: Mapping[str, Sequence[tuple[float, Interval]]], colours: Mapping[str, str], title: str, name: str
-) -> str:
-    """One line a series over a base-2 axis (concurrency), with its interval as a shade."""
-    xlabel = "requests under way"
-    with figure(WIDTH, 2.9) as (made, axes):
-        for marker, (key, points) in zip(MARKERS * len(curves), curves.items(), strict=False):
-            at = [x for x, _ in points]
-            axes.plot(at, [y.value for _, y in points], f"{marker}-", color=colours[key], label=key)
-            if all(not missing(y.low) for _, y in points):
-                low, high = [[getattr(y, end) for _, y in points] for end in ("low", "high")]
-                axes.fill_between(at, low, high, color=colours[key], alpha=0.18, linewidth=0)
-        ticks = sorted({x for points in curves.values() for x, _ in points})
-        if min(ticks) > 0 and max(ticks) / min(ticks) >= 4:
-            axes.set_xscale("log", base=2)
-        axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
-        axes.minorticks_off()
-        axes.set_ylim(bottom=0)
-        axes.set_xlabel(xlabel)
-        axes.set_title(title)
-        axes.legend()
-        spoken = "; ".join(
-            f"{key}: " + ", ".join(f"{y.value:.4g} at {x:g}" for x, y in points) for key, points in curves.items()
-        )
-        return svg(made, name, f"{title} over {xlabel}: {spoken}")
+    xlabel, pictures = "requests under way", []
+    for field, curves in sections.levels(result).items():
+        title = titles[field]
+        with figure(WIDTH, 2.9) as (made, axes):
+            for marker, (key, points) in zip(MARKERS * len(curves), curves.items(), strict=False):
+                at = [x for x, _ in points]
+                axes.plot(at, [y.value for _, y in points], f"{marker}-", color=colours[key], label=key)
+                if all(not missing(y.low) for _, y in points):
+                    low, high = [[getattr(y, end) for _, y in points] for end in ("low", "high")]
+                    axes.fill_between(at, low, high, color=colours[key], alpha=0.18, linewidth=0)
+            ticks = sorted({x for points in curves.values() for x, _ in points})
+            if min(ticks) > 0 and max(ticks) / min(ticks) >= 4:
+                axes.set_xscale("log", base=2)
+            axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+            axes.minorticks_off()
+            axes.set_ylim(bottom=0)
+            axes.set_xlabel(xlabel)
+            axes.set_title(title)
+            axes.legend()
+            spoken = "; ".join(
+                f"{key}: " + ", ".join(f"{y.value:.4g} at {x:g}" for x, y in points) for key, points in curves.items()
+            )
+            pictures.append(svg(made, f"{name}-level-{field}", f"{title} over {xlabel}: {spoken}"))
+    return pictures
 
 
 def acceptance_svgs(result: BenchResult, name: str) -> list[str]:

@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from redraft.reports import format as form
-from redraft.reports.load import (
-    BenchResult,
-    Costs,
-    CurvePoint,
-    DraftResult,
-    Interval,
-    PhaseSeconds,
-    Score,
-    Stage,
-    Summary,
-)
+from redraft.reports.load import BenchResult, Costs, CurvePoint, Interval, PhaseSeconds, Score, Stage, Summary
 
-PER_PROMPT_ROWS = 200
+PER_PROMPT_ROWS, CURVE_ROWS = 200, 14
 
 
 def sampler_line(result: BenchResult) -> str:
@@ -36,17 +25,15 @@ def is_tree(result: BenchResult) -> bool:
     return "tree" in result.setup.shape.lower()
 
 
-def first_and_last(result: BenchResult) -> tuple[str, str]:
-    """The drafts that the headline compares: stale and aligned where they are, else the first and the last."""
-    names = list(result.drafts)
-    return ("stale" if "stale" in names else names[0]), ("aligned" if "aligned" in names else names[-1])
-
-
 def tiles(result: BenchResult) -> list[dict[str, Any]]:
-    """The headline figures: before, after, and the interval of after. A figure that was not measured has no tile."""
-    before, after = first_and_last(result)
+    """The headline figures: before, after, and the interval of after. A figure that was not measured has no tile.
+
+    Compared are stale and aligned where they are, else the first and the last draft.
+    """
+    names = list(result.drafts)
+    before, after = ("stale" if "stale" in names else names[0]), ("aligned" if "aligned" in names else names[-1])
     drafts, apart = result.drafts, types_differ(result)
-    names = {name: f"{name} in {drafts[name].dtype}" if apart else name for name in (before, after)}
+    shown_as = {name: f"{name} in {drafts[name].dtype}" if apart else name for name in (before, after)}
     baseline = f" ({result.plain.fastest})" if result.plain else ""
     shown = [
         ("acceptance length \N{GREEK SMALL LETTER TAU}, tokens a round", "tau_pooled", "", 2),
@@ -58,7 +45,7 @@ def tiles(result: BenchResult) -> list[dict[str, Any]]:
         old: Interval | None = getattr(drafts[before], field) if before != after else None
         new: Interval | None = getattr(drafts[after], field)
         if new is not None:
-            tile = {"label": label, "unit": unit, "before_name": names[before], "after_name": names[after]}
+            tile = {"label": label, "unit": unit, "before_name": shown_as[before], "after_name": shown_as[after]}
             tile |= {"after": form.number(new.value, digits), "after_bounds": form.bounds(new, digits)}
             tile["before"] = form.number(old.value, digits) if old else ""
             found.append(tile | {"before_bounds": form.bounds(old, digits)})
@@ -197,22 +184,18 @@ def prompt_rows(result: BenchResult) -> list[dict[str, Any]]:
     """One row a prompt: task, tau and speed-up of every draft; entries that lack what that takes show nothing."""
     rows = []
     for entry in result.per_prompt[:PER_PROMPT_ROWS]:
-        plain, drafts = entry.get("plain") or {}, entry.get("drafts") or {}
-        cells = {}
+        drafts, cells, base = entry.get("drafts") or {}, {}, _rate(entry.get("plain") or {})
         for name in result.drafts:
             figures = drafts.get(name) or {}
-            rounds, tokens, seconds = (figures.get(key) for key in ("rounds", "tokens", "seconds"))
-            base = _rate(plain.get("tokens"), plain.get("seconds"))
-            rate = _rate(tokens, seconds)
-            cells[name] = {
-                "tau": (tokens - 1) / rounds if rounds and tokens else None,
-                "speedup": rate / base if rate and base else None,
-            }
+            rounds, tokens, rate = figures.get("rounds"), figures.get("tokens"), _rate(figures)
+            tau = (tokens - 1) / rounds if rounds and tokens else None
+            cells[name] = {"tau": tau, "speedup": rate / base if rate and base else None}
         rows.append({"id": entry.get("id", ""), "task": entry.get("task"), "drafts": cells})
     return rows
 
 
-def _rate(tokens: float | None, seconds: float | None) -> float | None:
+def _rate(figures: dict[str, Any]) -> float | None:
+    tokens, seconds = figures.get("tokens"), figures.get("seconds")
     return tokens / seconds if tokens and seconds else None
 
 
@@ -261,7 +244,10 @@ def training(points: list[CurvePoint], result: BenchResult) -> dict[str, Any] | 
     elif "stale" in result.drafts:
         stale = ("stale, in the benchmark", result.drafts["stale"].tau_pooled.value)
     held = [point for point in points if point.heldout_tau is not None]
-    return {"points": points, "last": points[-1], "held": held, "rows": thinned(held or points), "stale": stale}
+    rows, most = held or points, CURVE_ROWS - 1
+    if len(rows) > CURVE_ROWS:  # evenly, the first and the last among them
+        rows = [rows[round(i * (len(rows) - 1) / most)] for i in range(CURVE_ROWS)]
+    return {"points": points, "last": points[-1], "held": held, "rows": rows, "stale": stale}
 
 
 def total_of(costs: Costs) -> Stage:
@@ -321,16 +307,3 @@ def summary_lines(summary: Summary) -> list[tuple[str, str]]:
     ]
     extra = summary.model_extra or {}
     return lines + [(key.replace("_", " "), value) for key, value in extra.items() if isinstance(value, str)]
-
-
-def thinned(rows: Sequence[Any], limit: int = 14) -> list[Any]:
-    """At most ``limit`` of ``rows``, evenly, the first and the last among them."""
-    if len(rows) <= limit:
-        return list(rows)
-    return [rows[round(i * (len(rows) - 1) / (limit - 1))] for i in range(limit)]
-
-
-def identical(draft: DraftResult, prompts: int) -> str:
-    """How many texts equal plain decoding's, of those that were compared."""
-    compared = prompts if draft.compared is None else draft.compared
-    return form.DASH if draft.identical_to_plain is None else f"{draft.identical_to_plain} of {compared}"

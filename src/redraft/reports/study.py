@@ -279,19 +279,27 @@ def draw(curves: Mapping[str, Curve], title: str, axis: str, level: float | None
     curves = dict(sorted(apart(curves, bool(unit)).items(), key=lambda item: -item[1][-1][1]))
     names, common = shorter(list(curves))
     with figure(1.9 * WIDTH, 3.6 + 0.09 * len(curves), white=True) as (made, axes):
+        from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
         for index, (name, points) in enumerate(zip(names, curves.values(), strict=True)):
             colour = COLOURS.get(name) or shades[index % len(shades)]
             x, y = [point[0] for point in points], [point[1] for point in points]
             style = f"{MARKERS[index % len(MARKERS)]}{'-' if len(points) > 1 else ''}"
             axes.plot(x, y, style, color=colour, label=name, markersize=4)
-            for at, value, low, high in points:
+            for x_at, value, low, high in points:
                 if low is not None and high is not None and high > low:
-                    axes.plot([at, at], [low, high], color=colour, linewidth=1, alpha=0.5)
-                    axes.plot(at, value, style[0], color=colour, markersize=4)
+                    axes.plot([x_at, x_at], [low, high], color=colour, linewidth=1, alpha=0.5)
+                    axes.plot(x_at, value, style[0], color=colour, markersize=4)
         if level is not None:
             axes.axhline(level, color=COLOURS["stale"], linestyle="--", linewidth=1.2, label="stale")
-        if unit:
-            _quantities(axes, unit, [point[0] for points in curves.values() for point in points])
+        if unit:  # labels that a person reads: 15 TFLOP, 5 MB
+            at = [point[0] for points in curves.values() for point in points]
+            span = max(at) / min(at)
+            steps = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if span < 10 else (1.0, 3.0) if span < 1000 else (1.0,)
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=steps))
+            axes.xaxis.set_major_formatter(EngFormatter(unit))
+            axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(axis)
         axes.set_ylabel(TAU)
         axes.set_title(title)
@@ -328,15 +336,3 @@ def apart(curves: Mapping[str, Curve], logarithmic: bool) -> dict[str, Curve]:
             moved.append((x * math.exp(shift) if ratio else x + shift, value, low, high))
         found[name] = moved
     return found
-
-
-def _quantities(axes: Any, unit: str, values: Sequence[float]) -> None:
-    """A logarithmic x axis with labels that a person reads: 15 TFLOP, 5 MB."""
-    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
-
-    span = max(values) / min(values)
-    steps = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if span < 10 else (1.0, 3.0) if span < 1000 else (1.0,)
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=steps))
-    axes.xaxis.set_major_formatter(EngFormatter(unit))
-    axes.xaxis.set_minor_formatter(NullFormatter())

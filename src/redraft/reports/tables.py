@@ -1,27 +1,23 @@
-"""The same figures as the page, as tables for the terminal."""
+"""What the Python API gives back, and the figures of the page as tables for the terminal."""
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from rich.console import Group
+from rich.markdown import Markdown
 from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
 from redraft.reports import format as form
+from redraft.reports import sections
 from redraft.reports.load import BenchResult, Costs, Interval, Summary, parse
-from redraft.reports.sections import (
-    identical,
-    ledger_cells,
-    others_apart,
-    recovery,
-    sampler_line,
-    slower,
-    tasks,
-    total_of,
-    types_differ,
-)
+from redraft.shown import Shown, lines
 
 
 def _cell(interval: Interval | None, digits: int, unit: str = "") -> str:
@@ -48,13 +44,19 @@ def bench_table(result: Mapping[str, Any]) -> Table:
     """
     bench = parse(BenchResult, result, "benchmark result")
     figures = ("tau", "tau macro", "alpha", "tokens/s", "speed-up", "same as plain")
-    title = f"{bench.setup.target}: {sampler_line(bench)}"
-    table = _table(title, ["draft"], figures, caption=_bench_caption(bench))
+    said = ["95% intervals over prompts; speed-up over the fastest plain decoding"]
+    if sections.types_differ(bench):
+        said.append("each in its fastest data type; texts are compared with plain decoding in the draft's own")
+    said += [*filter(None, [sections.others_apart(bench)]), *map(escape, sections.slower(bench))]
+    title = f"{bench.setup.target}: {sections.sampler_line(bench)}"
+    table = _table(title, ["draft"], figures, caption="\n".join(said))
     for kind, rate in bench.plain.rates.items() if bench.plain else ():
         assert bench.plain is not None
         relative = form.times(bench.plain.over_fastest(kind))
         table.add_row(f"plain {kind}", "1.00", "1.00", form.DASH, _cell(rate, 1), relative, form.DASH, style="dim")
     for name, draft in bench.drafts.items():
+        compared = bench.setup.prompts if draft.compared is None else draft.compared
+        same = form.DASH if draft.identical_to_plain is None else f"{draft.identical_to_plain} of {compared}"
         table.add_row(
             escape(name) + (f" [dim]{draft.dtype}[/dim]" if draft.dtype else ""),
             _cell(draft.tau_pooled, 2),
@@ -62,18 +64,9 @@ def bench_table(result: Mapping[str, Any]) -> Table:
             _cell(draft.alpha, 3),
             _cell(draft.tokens_per_second, 1),
             _cell(draft.speedup, 2, "\N{MULTIPLICATION SIGN}"),
-            identical(draft, bench.setup.prompts),
+            same,
         )
     return table
-
-
-def _bench_caption(bench: BenchResult) -> str:
-    lines = ["95% intervals over prompts; speed-up over the fastest plain decoding", *map(escape, slower(bench))]
-    if apart := others_apart(bench):
-        lines.insert(1, apart)
-    if types_differ(bench):
-        lines.insert(1, "each in its fastest data type; texts are compared with plain decoding in the draft's own")
-    return "\n".join(lines)
 
 
 def acceptance_table(result: Mapping[str, Any]) -> Table:
@@ -89,7 +82,7 @@ def acceptance_table(result: Mapping[str, Any]) -> Table:
 
 def task_table(result: Mapping[str, Any]) -> Table | None:
     """Acceptance length and speed-up of every draft by task; None when the result was not divided by task."""
-    found = tasks(parse(BenchResult, result, "benchmark result"))
+    found = sections.tasks(parse(BenchResult, result, "benchmark result"))
     if not found:
         return None
     table = _table("by task", ["task", "draft"], ["prompts", "tau", "speed-up", "tokens/s"])
@@ -110,20 +103,15 @@ def task_table(result: Mapping[str, Any]) -> Table | None:
 PROBE_COLOURS = {"leave": "green", "try": "cyan", "adapt": "yellow"}
 
 
-def probe_panel(verdict: str, lines: Mapping[str, str], action: str) -> Panel:
+def probe_panel(verdict: str, figures: Mapping[str, str], action: str) -> Panel:
     """What `redraft probe` found: a verdict on top, one line a figure below; ``action`` gives the colour."""
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim")
     grid.add_column()
-    for key, value in lines.items():
+    for key, value in figures.items():
         grid.add_row(key, escape(value))
-    return Panel(
-        grid,
-        title=f"[bold]{verdict}[/bold]",
-        title_align="left",
-        expand=False,
-        border_style=PROBE_COLOURS[action],
-    )
+    title, colour = f"[bold]{verdict}[/bold]", PROBE_COLOURS[action]
+    return Panel(grid, title=title, title_align="left", expand=False, border_style=colour)
 
 
 def ledger_table(ledger: Mapping[str, Any]) -> Table:
@@ -131,10 +119,10 @@ def ledger_table(ledger: Mapping[str, Any]) -> Table:
     costs = parse(Costs, ledger, "cost ledger")
     heads = {"time": "time", "tokens": "tokens", "flops": "compute", "memory": "peak memory", "written": "written"}
     table = _table("cost", ["stage"], list(heads.values()), show_footer=True)
-    keys, total = ["stage", *heads], ledger_cells(total_of(costs))
+    keys, total = ["stage", *heads], sections.ledger_cells(sections.total_of(costs))
     for key, column in zip(keys, table.columns, strict=True):
         column.footer = total[key]
-    for cells in map(ledger_cells, costs.stages):
+    for cells in map(sections.ledger_cells, costs.stages):
         table.add_row(*(cells[key] for key in keys))
     return table
 
@@ -142,21 +130,112 @@ def ledger_table(ledger: Mapping[str, Any]) -> Table:
 def summary_table(summary: Mapping[str, Any]) -> Table:
     """The quickstart's outcome: acceptance length and speed-up of the stale, the aligned and the full draft."""
     facts = parse(Summary, summary, "summary")
-    title, caption = "stale draft in, aligned draft out", _summary_caption(facts)
-    table = _table(title, ["draft"], ["tau", "speed-up"], min_width=72, caption=caption)
-    for name in dict.fromkeys([*facts.tau, *facts.speedup]):
-        table.add_row(name, form.number(facts.tau.get(name)), form.times(facts.speedup.get(name)))
-    return table
-
-
-def _summary_caption(facts: Summary) -> str:
-    parts = []
-    share = recovery(facts)
+    title, parts, share = "stale draft in, aligned draft out", [], sections.recovery(facts)
     if share is not None:
         parts.append(f"{form.percent(share)} of the gain of training every weight")
     if facts.trained_fraction_of_full is not None:
         parts.append(f"with {form.percent(facts.trained_fraction_of_full, 1)} of the parameters")
     if facts.minutes is not None:
         parts.append(f"in {form.number(facts.minutes, 1)} minutes")
-    text = ", ".join(parts)
-    return f"{text}\nfull: {facts.tau_full_from}" if facts.tau_full_from else text
+    caption = ", ".join(parts) + (f"\nfull: {facts.tau_full_from}" if facts.tau_full_from else "")
+    table = _table(title, ["draft"], ["tau", "speed-up"], min_width=72, caption=caption)
+    for name in dict.fromkeys([*facts.tau, *facts.speedup]):
+        table.add_row(name, form.number(facts.tau.get(name)), form.times(facts.speedup.get(name)))
+    return table
+
+
+# -- what the API gives back -----------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Benchmark(Shown):
+    """A benchmark in ``path``. ``figures`` is the JSON in it: ``drafts`` by name, ``plain``, ``gains``, ``setup``."""
+
+    path: Path
+    figures: dict[str, Any] = field(repr=False)
+
+    def __rich__(self) -> Group:
+        parts: list[Any] = [bench_table(self.figures)]
+        if self.figures["drafts"]:
+            parts.append(acceptance_table(self.figures))
+        parts += filter(None, [task_table(self.figures)])
+        if picked := self.figures["setup"].get("picked"):
+            parts.append(lines(f"gamma=auto: {picked}"))
+        return Group(*parts)
+
+
+@dataclass(frozen=True)
+class Adapted(Shown):
+    """A finished run in ``folder``: the ``draft`` (merged, in redraft's format), ``exports`` by format, the ``page``.
+
+    ``private`` holds only what was trained; None where that is every weight. ``ledger`` is what each stage cost.
+    """
+
+    folder: Path
+    draft: Path
+    private: Path | None
+    exports: dict[str, Path]
+    page: Path
+    benchmark: Benchmark
+    ledger: dict[str, Any] = field(repr=False)
+
+    def __rich__(self) -> Group:
+        where = lines(f"draft: {self.draft}; page: {self.page}")
+        return Group(*self.benchmark.__rich__().renderables, ledger_table(self.ledger), where)
+
+
+@dataclass(frozen=True)
+class Trained(Shown):
+    """A trained draft in the folder ``draft``; ``private`` holds only what was trained, where that is a part.
+
+    ``tau`` is the acceptance length on held-out responses, bonus token included, ``start_tau`` that of the old draft
+    (None for a new one).
+    """
+
+    draft: Path
+    private: Path | None
+    tau: float
+    start_tau: float | None
+
+    def __rich__(self) -> Any:
+        before = "" if self.start_tau is None else f" (before training {self.start_tau:.2f})"
+        return lines(f"held-out tau {self.tau:.2f}{before}; draft: {self.draft}")
+
+
+@dataclass(frozen=True)
+class Merged(Shown):
+    """A dense draft in ``folder``. ``method`` is what trained the part of it."""
+
+    folder: Path
+    parameters: int
+    method: str | None
+
+    def __rich__(self) -> Any:
+        return lines(f"{self.folder}: {self.parameters:,} parameters, method {self.method}")
+
+
+@dataclass(frozen=True)
+class Page(Shown):
+    """A page that needs nothing else, in the file ``path``; a notebook shows it as it is."""
+
+    path: Path
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __rich__(self) -> Any:
+        return lines(str(self.path))
+
+    def _repr_html_(self) -> str:
+        text = html.escape(self.path.read_text(encoding="utf-8"))
+        return f'<iframe srcdoc="{text}" style="width:100%;height:800px;border:0"></iframe>'
+
+
+@dataclass(frozen=True)
+class Study(Shown):
+    """A study: the ``results`` file, its ``tables`` (Markdown) and the figures in them."""
+
+    results: Path
+    tables: Path
+    figures: dict[str, Any] = field(repr=False)
+
+    def __rich__(self) -> Markdown:
+        return Markdown(self.tables.read_text(encoding="utf-8"))

@@ -25,7 +25,6 @@ from redraft.drafts.files import coarse_state, private_state
 from redraft.drafts.groups import trained_parameters
 from redraft.drafts.opening import OpenDraft
 from redraft.errors import UserError
-from redraft.progress import Progress
 from redraft.provenance import Entry, Ledger
 from redraft.rows import anchors
 from redraft.selection import score_rows
@@ -276,36 +275,29 @@ def _spend_generation(work: TargetWork, name: str, rows: Sequence[Row], costs: L
 
 def _scores(work: TargetWork, data: str, entry: SelectionEntry) -> tuple[list[Any], list[float], int, float]:
     """(what is scored, scores, FLOPs, seconds); scores are kept in a file, for every budget is cut from them."""
+    assert entry.scorer is not None
     rows: list[Any] = list(work.rows(data))
     if entry.on == "prompts":
         rows = list({row.id: PromptRow(row.id, row.prompt_ids) for row in reversed(rows) if row.turn == 0}.values())
     path = work.folder / "scores" / f"{slug(f'{data} {entry.on} {entry.scorer}')}.json"
     if not path.exists():
-        if entry.reads_features:
-            work.features(data, rows, work.taps)
-        stage = f"score {data} by {entry.scorer} on {entry.on}"
+        store = work.features(data, rows, work.taps) if entry.reads_features else None
+        scorer, target, old = parse_scorer(entry.scorer), work.target, work.opened(NONE).draft
+        stage, tokens = f"score {data} by {entry.scorer} on {entry.on}", row_tokens(rows)
+        base, seed = (lambda: work.base.target), work.config.seed
         with work.log.counted(stage, len(rows), "rows") as (spent, progress):
-            scores, flops = _score(work, rows, entry, progress)
-            spent.add(row_tokens(rows), flops, provenance.FORWARD_FORMULA)
+            context = scoring_context(scorer, target, old, base, seed, work.folder, progress, store)
+            scores, passes, flops = score_rows(scorer, rows, context), scorer.passes, 0
+            if "alpha_of" in scorer.needs:
+                flops = provenance.forward_flops(old.parameters_per_token, tokens)
+                # Its pass of the target is for features: of responses they are kept, or have a stage of their own.
+                passes -= entry.reads_features
+            flops += passes * provenance.forward_flops(target.parameters_per_token, tokens)
+            spent.add(tokens, flops, provenance.FORWARD_FORMULA)
         found = {row.key: score for row, score in zip(rows, scores, strict=True)}
         atomic_write_json(path, {"flops": flops, "seconds": work.log.entry(stage).seconds, "scores": found})
     stored = read_json(path)
     return rows, [stored["scores"][row.key] for row in rows], stored["flops"], stored["seconds"]
-
-
-def _score(work: TargetWork, rows: Sequence[Any], entry: SelectionEntry, progress: Progress) -> tuple[list[float], int]:
-    """(scores, FLOPs) of these rows."""
-    assert entry.scorer is not None
-    scorer, target, old = parse_scorer(entry.scorer), work.target, work.opened(NONE).draft
-    store = work.store(work.taps) if entry.reads_features else None
-    base, seed = (lambda: work.base.target), work.config.seed
-    context = scoring_context(scorer, target, old, base, seed, work.folder, progress, store)
-    scores, passes, tokens, flops = score_rows(scorer, rows, context), scorer.passes, row_tokens(rows), 0
-    if "alpha_of" in scorer.needs:
-        flops = provenance.forward_flops(old.parameters_per_token, tokens)
-        # Its pass of the target is for features: of responses they are kept, or have a stage of their own.
-        passes -= entry.reads_features
-    return scores, flops + passes * provenance.forward_flops(target.parameters_per_token, tokens)
 
 
 # -- measuring -----------------------------------------------------------------------------------------------------
@@ -319,21 +311,20 @@ def measure(work: TargetWork, draft: Any) -> dict[str, list[float]]:
 
 
 def rounds_of(work: TargetWork, draft: Any, name: str, asked: Asked) -> list[float]:
-    model, gamma = asked.model, work.config.gamma
+    model, rows, gamma = asked.model, asked.rows, work.config.gamma
     draft.bind(model.target)
-    store = model.features(name, asked.rows, draft.config.taps)
-    with work.log.bar(f"{work.name}: measure {name}", len(asked.rows), "answers") as progress:
+    store = model.features(name, rows, draft.config.taps)
+    with work.log.bar(f"{work.name}: measure {name}", len(rows), "answers") as progress:
         progress.update(0)
         if asked.tree is not None:
             most, tell = work.config.evaluation_tokens, progress.update
-            walked = simulate_tree(draft, model.target, asked.rows, store, asked.tree, most, tell)
-            return [len(walked[row.key]) for row in asked.rows]
+            walked = simulate_tree(draft, model.target, rows, store, asked.tree, most, tell)
+            return [len(walked[row.key]) for row in rows]
     if asked.sampler.greedy:
-        accepted = simulate_greedy_chain(draft, model.target, asked.rows, store, gamma)
-        return [len(accepted[row.key]) for row in asked.rows]
-    sampler = Sampler(asked.sampler.temperature)
-    expected = expected_rounds_sampled(draft, model.target, asked.rows, store, gamma, sampler)
-    return [expected[row.key] for row in asked.rows]
+        accepted = simulate_greedy_chain(draft, model.target, rows, store, gamma)
+        return [len(accepted[row.key]) for row in rows]
+    expected = expected_rounds_sampled(draft, model.target, rows, store, gamma, Sampler(asked.sampler.temperature))
+    return [expected[row.key] for row in rows]
 
 
 def private_bytes(draft: Any, old: Any, trained: Sequence[str], coarse: Mapping[str, Coarse]) -> int:

@@ -70,9 +70,6 @@ class Study:
         self.first_data = next(iter(self.config["data"]))
 
     # -- looking up --------------------------------------------------------------------------------------------
-    def method_of(self, cell: Cell) -> str:
-        return registered(self.config, cell["method"])
-
     def origin(self, cell: Cell) -> tuple[str | None, bool]:
         """The draft that a cell starts from, where it is not the target's stale one; whether it is left unchanged."""
         entry = self.config["starts"].get(cell["start"])
@@ -80,7 +77,9 @@ class Study:
 
     def rivals(self, cell: Cell, method: str, same_start: bool = False) -> list[Cell]:
         """Cells of a method on the same target and old draft, from that draft as it is or from the cell's start."""
-        found = [c for c in self.cells if c["target"] == cell["target"] and self.method_of(c) == method]
+        found = [
+            c for c in self.cells if c["target"] == cell["target"] and registered(self.config, c["method"]) == method
+        ]
         found = [c for c in found if self.origin(c)[0] == self.origin(cell)[0]]
         return [c for c in found if (c["start"] == cell["start"] if same_start else self.origin(c)[1])]
 
@@ -179,7 +178,7 @@ class Study:
             stages = {stage: sum(c[name].get(stage, 0) for c in group) / count for stage in cell[name]}
             found[name] = {**stages, "total": sum(stages.values())}
         scratch = self.reference(group, SCRATCH, False)
-        if scratch and cell.get("heldout") and self.method_of(cell) != SCRATCH:
+        if scratch and cell.get("heldout") and registered(self.config, cell["method"]) != SCRATCH:
             found["scratch"] = self._against_scratch(group, scratch, found["flops"]["total"])
         return found
 

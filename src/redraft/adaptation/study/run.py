@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from redraft.adaptation.claim import settled
 from redraft.adaptation.models import contestants, open_draft, open_target, template_prompts
 from redraft.adaptation.runs import Log, Say, record_of, row_tokens
 from redraft.adaptation.study.cells import CELL_FORMULAS, cell_folder, run_cell
-from redraft.adaptation.study.figures import SCHEMA, derive
+from redraft.adaptation.study.figures import MAIN, SCHEMA, derive
 from redraft.adaptation.study.targets import Model, TargetWork, slug
 from redraft.artifact import atomic_write_json, read_json
 from redraft.errors import UserError
@@ -28,7 +29,6 @@ from redraft.settings.sampler import Sampler
 from redraft.settings.shapes import DynamicTree, parse_shape
 from redraft.settings.studies import StudyConfig
 from redraft.settings.study_parts import ANY, NONE, Cell
-from redraft.target import Target
 
 CONFIG_FILE, RESULTS_FILE = "study.json", "results.json"
 # What may be changed or added to while results are kept: other cells, and what is said about them.
@@ -104,10 +104,7 @@ class StudyRun:
 
     def _base(self, spec: str) -> Model:
         c, name = self.config, f"base {spec}"
-
-        def opener() -> Target:
-            return open_target(spec, c.dtype, c.device, None, c.template_arg, self.folder)
-
+        opener = partial(open_target, spec, c.dtype, c.device, None, c.template_arg, self.folder)
         return Model(name, opener, self.folder / "bases" / slug(spec), c, self._log(name))
 
     def _log(self, name: str) -> Log:
@@ -158,7 +155,10 @@ class StudyRun:
             atomic_write_json(self.record_path(cell), record)
             shutil.rmtree(self.record_path(cell).parent / "train", ignore_errors=True)
             self.write(finished=False)
-            self.say(f"{len(self.records())} of {len(self.cells)} cells: {told(record, read_json(facts_path))}")
+            tokens, rounds = work.sets[MAIN].tokens, record["rounds"][MAIN]
+            tau, seconds = sum(tokens) / sum(rounds), sum(record["seconds"].values())
+            done = f"{len(self.records())} of {len(self.cells)} cells"
+            self.say(f"{done}: {record['key']}: tau {tau:.3f} ({seconds:.0f} s)")
         if wanted:
             speed_of(work, wanted, self.asked_dtype, self.say)
 
@@ -246,13 +246,6 @@ def facts(work: TargetWork, path: Path) -> dict[str, Any]:
         "data": data,
         "sets": {name: asked.to_dict() for name, asked in work.sets.items()},
     }
-
-
-def told(record: dict[str, Any], known: dict[str, Any]) -> str:
-    """One line on a finished cell."""
-    tokens, rounds = known["sets"]["greedy"]["tokens"], record["rounds"]["greedy"]
-    seconds = sum(record["seconds"].values())
-    return f"{record['key']}: tau {sum(tokens) / sum(rounds):.3f} ({seconds:.0f} s)"
 
 
 # -- wall-clock speed: one paired run a shape and temperature, every draft on the same prompts -------------------------

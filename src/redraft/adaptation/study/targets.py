@@ -54,17 +54,6 @@ class Prompts:
     dropped: int
 
 
-def data_file(place: str) -> Path:
-    """A file of the data folder. Raises ``UserError`` when no folder is named or it lacks the file."""
-    folder = os.environ.get(DATA_VARIABLE)
-    if not folder:
-        raise UserError(f"data:{place} is a file of the data folder; set {DATA_VARIABLE} to the folder that holds it")
-    path = Path(folder) / place
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; set {DATA_VARIABLE} to the folder that holds {place}")
-    return path
-
-
 def read_source(text: str, longest: int | None = None, exclude: Sequence[Conversation] = ()) -> list[Conversation]:
     """The conversations of one source, none with a user turn of more than ``longest`` characters.
 
@@ -85,7 +74,15 @@ def read_source(text: str, longest: int | None = None, exclude: Sequence[Convers
     elif source.kind == SUITE:
         found = [item.conversation for item in load_suite(source.place).items]
     else:
-        found = read_conversations(data_file(source.place) if source.kind == DATA else source.place)
+        place = source.place
+        if source.kind == DATA:
+            folder, mend = os.environ.get(DATA_VARIABLE), f"set {DATA_VARIABLE} to the folder that holds"
+            if not folder:
+                raise UserError(f"data:{place} is a file of the data folder; {mend} it")
+            place = str(Path(folder) / place)
+            if not Path(place).is_file():
+                raise UserError(f"{place} does not exist; {mend} {source.place}")
+        found = read_conversations(place)
     if longest is not None:
         found = [c for c in found if max(len(m["content"]) for m in c.messages if m["role"] == "user") <= longest]
     if source.count is None:
@@ -152,12 +149,9 @@ def without_overlap(training: Sequence[Conversation], evaluation: Sequence[Conve
 
 def first_turn(conversation: Conversation) -> Conversation:
     """The conversation up to its first user turn, without anybody's answer."""
-    turns = []
-    for message in conversation.messages:
-        turns.append(message)
-        if message["role"] == "user":
-            break
-    return replace(conversation, messages=[turn for turn in turns if turn["role"] != "assistant"])
+    turns = conversation.messages
+    asked = next((number for number, turn in enumerate(turns) if turn["role"] == "user"), len(turns))
+    return replace(conversation, messages=[turn for turn in turns[: asked + 1] if turn["role"] != "assistant"])
 
 
 # -- a target --------------------------------------------------------------------------------------------------------
@@ -250,13 +244,16 @@ class Asked:
     tasks: list[str]
     tree: StaticTree | DynamicTree | None = None
 
+    @property
+    def tokens(self) -> list[int]:
+        return [anchors(row) for row in self.rows]
+
     def to_dict(self) -> dict[str, Any]:
         """What a result file needs to make tau from rounds."""
-        tokens = [anchors(row) for row in self.rows]
         names = {"answers_of": self.model.name, "sampler": self.sampler.describe()}
         if self.tree is not None:
             names["tree"] = self.tree.describe()
-        return {**names, "prompts": [row.id for row in self.rows], "tasks": self.tasks, "tokens": tokens}
+        return {**names, "prompts": [row.id for row in self.rows], "tasks": self.tasks, "tokens": self.tokens}
 
 
 class TargetWork(Model):
@@ -326,15 +323,13 @@ class TargetWork(Model):
                 refuse_overlap(trained, found, f"{task} of target {self.name}")
             return named(name, rows)
         samplers = [Sampler(t, 0, entry.top_p if t else 1.0) for t in entry.temperatures]
-        asked = self._self_prompts(name, entry.prompts) if entry.prompts else self.prompts.train
+        asked = self.prompts.train
+        if entry.prompts:  # questions that the target wrote itself, none of them measured on
+            path, stage, config = self.questions_path(name), f"generate {name} questions", self.config
+            found, _ = ask_itself(target, entry.prompts, config.seed, path, config.batch_size, self.log, stage)
+            measured = [c for part in self.prompts.evaluation.values() for c in part]
+            asked = without_overlap(found, [*measured, *self.prompts.heldout])
         return self.answer(name, asked, samplers, tokens, self.taps)
-
-    def _self_prompts(self, name: str, count: int) -> list[Conversation]:
-        """Questions that the target wrote itself, none of them measured on. Raises ``UserError``."""
-        path, stage = self.questions_path(name), f"generate {name} questions"
-        found, _ = ask_itself(self.target, count, self.config.seed, path, self.config.batch_size, self.log, stage)
-        measured = [c for part in self.prompts.evaluation.values() for c in part]
-        return without_overlap(found, [*measured, *self.prompts.heldout])
 
     def questions_path(self, name: str) -> Path:
         return self.folder / f"{name}-questions.jsonl"
