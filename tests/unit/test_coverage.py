@@ -17,7 +17,7 @@ import torch
 from redraft.attic.coverage import WIDTH, Coverage, directions, projection, shares
 from redraft.attic.greedy import SAME, Chosen, greedy_order
 from redraft.selection import ScoringContext, score_rows
-from redraft.selection.rules import choose
+from redraft.selection.manifest import choose
 from redraft.target import Target
 
 MakeTarget = Callable[..., Target]

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from redraft.errors import UserError
 from redraft.selection import ScoringContext
-from redraft.selection.covariance import ledoit_wolf
-from redraft.selection.shift import METRICS, POOLINGS, Shift
+from redraft.selection.shift import METRICS, POOLINGS, Shift, ledoit_wolf
 from redraft.selection.states import batches
 from redraft.target import Target
 

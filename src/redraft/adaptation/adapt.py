@@ -30,8 +30,7 @@ from redraft.errors import UserError
 from redraft.evaluate.speed import BenchConfig
 from redraft.reports.page import build_report
 from redraft.selection.acceptance import scoring_context
-from redraft.selection.manifest import Manifest, read_manifest
-from redraft.selection.rules import choose
+from redraft.selection.manifest import Manifest, choose, read_manifest
 from redraft.settings.adapt import AdaptConfig
 from redraft.settings.budget import parse_budget
 from redraft.settings.methods import mergeable

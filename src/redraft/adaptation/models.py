@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from redraft.drafts.opening import AnyDraft, OpenDraft, family_at, open_checkpoi
 from redraft.errors import UserError
 from redraft.evaluate.speed import Prompt
 from redraft.loading import load_target
+from redraft.selection import PromptRow
 from redraft.settings.base import AUTO, TYPES
 from redraft.target import Head, Target
 
@@ -116,15 +116,6 @@ def template_prompts(conversations: Sequence[Conversation], target: Target, new_
         check_length(conversation.id, len(ids), new_tokens, target.context)
         found.append(Prompt(conversation.id, ids))
     return found
-
-
-@dataclass(frozen=True)
-class PromptRow:
-    """A prompt without an answer, for selection before generation."""
-
-    key: str
-    prompt_ids: list[int]
-    response_ids: tuple[int, ...] = ()
 
 
 def prompt_rows(conversations: Sequence[Conversation], target: Target) -> list[PromptRow]:

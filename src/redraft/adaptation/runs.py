@@ -19,7 +19,7 @@ from redraft.drafts.formats.base import check_export
 from redraft.progress import Progress, progress_bar
 from redraft.provenance import Entry, Ledger
 from redraft.registries import EXPORTERS
-from redraft.rows import anchors
+from redraft.rows import anchors, whole_length
 from redraft.settings.adapt import AdaptConfig
 from redraft.settings.distill import DistillConfig
 from redraft.target import Head, Target
@@ -61,7 +61,7 @@ class Log:
 
 def row_tokens(rows: Sequence[Any]) -> int:
     """Prompt and response tokens of all rows."""
-    return sum(len(row.prompt_ids) + len(row.response_ids) for row in rows)
+    return sum(map(whole_length, rows))
 
 
 def supervised_rows(path: Path) -> list[Row]:

@@ -21,9 +21,7 @@ from redraft.data.store import encode_row
 from redraft.errors import UserError
 from redraft.progress import progress_bar
 from redraft.selection.acceptance import scoring_context
-from redraft.selection.manifest import Manifest
-from redraft.selection.rules import choose
-from redraft.settings.budget import parse_budget
+from redraft.selection.manifest import Manifest, choose
 from redraft.settings.scorers import parse_scorer
 from redraft.settings.steps import RegenerateSettings, SelectSettings
 from redraft.target import Facts
@@ -107,7 +105,7 @@ def select(
         base = (lambda: TargetSpec.of(base_target).open()) if base_target else lambda: None
         context = scoring_context(by, opened, present, base, s.seed, s.out.parent, progress)
         source = s.responses or (Path(s.prompts) if s.prompts and Path(s.prompts).is_file() else None)
-        manifest = choose(by, rows, context, parse_budget(s.budget), s.order, source)
+        manifest = choose(by, rows, context, s.budget, s.order, source)
     manifest.write(s.out)
     if s.keep is not None:
         _write_kept(manifest, rows, asked, s.keep)

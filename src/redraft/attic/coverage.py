@@ -28,7 +28,8 @@ from torch import Tensor
 from redraft.attic.greedy import Floats, greedy_order
 from redraft.errors import UserError
 from redraft.registries import SCORERS
-from redraft.selection import ScorableRow, ScoringContext, score_rows
+from redraft.rows import TokenRow
+from redraft.selection import Scorer, ScoringContext, score_rows
 from redraft.selection.states import FINAL, batched_states, check_layer
 from redraft.settings.scorers import parse_scorer, scorer_text
 from redraft.target import Target
@@ -39,7 +40,7 @@ SOFTENING = 1e-3
 
 
 @SCORERS.register("coverage")
-class Coverage:
+class Coverage(Scorer):
     """The base scorer's rank weighed against novelty: ``diversity`` 0 is the base scorer alone, 1 novelty alone.
 
     ``base`` is a scorer as :func:`redraft.selection.parse_scorer` reads it, ``layer`` where the states are taken from.
@@ -62,11 +63,11 @@ class Coverage:
     def settings(self) -> dict[str, Any]:
         return {"base": scorer_text(self.base), "diversity": self.diversity, "layer": self.layer}
 
-    def score(self, rows: Sequence[ScorableRow], context: ScoringContext) -> list[float]:
+    def score(self, rows: Sequence[TokenRow], context: ScoringContext) -> list[float]:
         """One number a row; see :meth:`explained`."""
         return [score for score, _ in self.explained(rows, context)]
 
-    def explained(self, rows: Sequence[ScorableRow], context: ScoringContext) -> list[tuple[float, str]]:
+    def explained(self, rows: Sequence[TokenRow], context: ScoringContext) -> list[tuple[float, str]]:
         """(number, what made it) a row. Raises ``UserError`` as the base scorer does, and for rows not the target's."""
         assert context.target is not None  # in ``needs``
         by_key = sorted(range(len(rows)), key=lambda i: rows[i].key)
@@ -81,7 +82,7 @@ class Coverage:
             found[by_key[step.index]] = (step.value, f"{base}, novelty {step.distance:.3f}, {beside}")
         return found
 
-    def _vectors(self, rows: Sequence[ScorableRow], target: Target, context: ScoringContext) -> Floats:
+    def _vectors(self, rows: Sequence[TokenRow], target: Target, context: ScoringContext) -> Floats:
         """Unit vectors [N, D] of the rows; a text that is there several times is run, and counted, once."""
         places: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
         place_N = [places.setdefault((tuple(r.prompt_ids), tuple(r.response_ids)), len(places)) for r in rows]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from redraft.acceptance.simulate import row_alphas
 from redraft.features import FeatureStore
 from redraft.progress import Progress
+from redraft.rows import groups, whole_length
 from redraft.selection import Scorer, ScoringContext
 from redraft.target import Target
 
@@ -40,9 +41,9 @@ def scoring_context(
     def alpha_of(rows: Sequence[Any]) -> list[float]:
         assert target is not None
         own = copy.deepcopy(draft).to(target.device)
-        if store is not None:
-            return row_alphas(own, target, rows, store)
-        return alpha_measurer(own, target, scratch, tell)(rows)
+        return (
+            measured_alphas(own, target, rows, scratch, tell) if store is None else row_alphas(own, target, rows, store)
+        )
 
     return ScoringContext(
         target=target,
@@ -56,40 +57,21 @@ def scoring_context(
     )
 
 
-def alpha_measurer(
-    draft: Any, target: Target, scratch: Path | None = None, progress: Callable[[int, int], None] | None = None
-) -> Callable[[Sequence[Any]], list[float]]:
-    """What ``ScoringContext.alpha_of`` takes: rows -> mean acceptance of ``draft`` at each row's drafted positions.
+def measured_alphas(
+    draft: Any, target: Target, rows: Sequence[Any], scratch: Path, progress: Callable[[int, int], None]
+) -> list[float]:
+    """The mean acceptance of ``draft`` at the drafted positions of each row.
 
     Features are computed in portions in a temporary folder of ``scratch``, so the disk holds ``PORTION_TOKENS`` of
     them however many rows there are. ``progress(done, total)`` counts rows.
     """
-
-    def measure(rows: Sequence[Any]) -> list[float]:
-        found: dict[str, float] = {}
-        target.tap(draft.config.taps)
-        for portion in _portions(sorted(rows, key=lambda r: (len(r.prompt_ids) + len(r.response_ids), r.key))):
-            with tempfile.TemporaryDirectory(prefix="redraft-select-", dir=scratch) as folder:
-                store = FeatureStore(Path(folder), {})
-                store.build(target, portion)
-                alphas = row_alphas(draft.to(target.device), target, portion, store)
-            found.update((row.key, alpha) for row, alpha in zip(portion, alphas, strict=True))
-            if progress is not None:
-                progress(len(found), len(rows))
-        return [found[row.key] for row in rows]
-
-    return measure
-
-
-def _portions(rows: Sequence[Any]) -> Iterator[list[Any]]:
-    portion: list[Any] = []
-    tokens = 0
-    for row in rows:
-        size = len(row.prompt_ids) + len(row.response_ids)
-        if portion and tokens + size > PORTION_TOKENS:
-            yield portion
-            portion, tokens = [], 0
-        portion.append(row)
-        tokens += size
-    if portion:
-        yield portion
+    found: dict[str, float] = {}
+    target.tap(draft.config.taps)
+    by_length = sorted(rows, key=lambda row: (whole_length(row), row.key))
+    for portion in groups(by_length, PORTION_TOKENS, whole_length):
+        with tempfile.TemporaryDirectory(prefix="redraft-select-", dir=scratch) as folder:
+            store = FeatureStore(Path(folder), {})
+            store.build(target, portion)
+            found |= dict(zip((row.key for row in portion), row_alphas(draft, target, portion, store), strict=True))
+        progress(len(found), len(rows))
+    return [found[row.key] for row in rows]

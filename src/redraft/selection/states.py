@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from redraft.errors import UserError
-from redraft.selection import ScorableRow, ScoringContext, scored_ids
+from redraft.rows import TokenRow, whole_length
+from redraft.selection import ScoringContext, scored_ids
 from redraft.target import Target
 
 FINAL = "final"
@@ -25,7 +26,7 @@ def check_layer(layer: str | int) -> str | int:
     return layer
 
 
-def check_rows(rows: Sequence[ScorableRow], targets: Sequence[Target]) -> None:
+def check_rows(rows: Sequence[TokenRow], targets: Sequence[Target]) -> None:
     """Raise ``UserError`` unless every target can read every row."""
     context, vocabulary = min(t.context for t in targets), min(t.vocab_size for t in targets)
     for row in rows:
@@ -37,7 +38,7 @@ def check_rows(rows: Sequence[ScorableRow], targets: Sequence[Target]) -> None:
 
 
 def batched_states(
-    rows: Sequence[ScorableRow], targets: Sequence[Target], context: ScoringContext, layer: str | int = FINAL
+    rows: Sequence[TokenRow], targets: Sequence[Target], context: ScoringContext, layer: str | int = FINAL
 ) -> Iterator[tuple[int, int, list[Tensor]]]:
     """(row index, index of the first token that counts, one [T, H] a target) for every row, each model once a row.
 
@@ -51,7 +52,7 @@ def batched_states(
     with ExitStack() as stack:
         for target in targets:
             stack.enter_context(_tapped(target, layer))
-        for batch in batches([len(row.prompt_ids) + len(row.response_ids) for row in rows], context.batch_tokens):
+        for batch in batches([whole_length(row) for row in rows], context.batch_tokens):
             sequences = [scored_ids(rows[index]) for index in batch]
             ids_BT = torch.zeros(len(batch), max(len(ids) for ids, _ in sequences), dtype=torch.long)
             for place, (ids, _) in enumerate(sequences):

@@ -30,24 +30,11 @@ from redraft.drafts.standalone.causal import CausalModel
 from redraft.drafts.standalone.objective import Distillation, Teacher, size
 from redraft.errors import UserError
 from redraft.progress import Progress
-from redraft.rows import anchors
+from redraft.rows import anchors, groups
 from redraft.settings.training import DistilConfig
 from redraft.training.checkpoint import rows_digest
 from redraft.training.loop import LoopResult, Step, TrainingLoop
 from redraft.training.workers import SINGLE, Shares, Workers
-
-
-def groups(rows: Sequence[Row], limit: int, weigh: Callable[[Row], int]) -> list[list[Row]]:
-    """Rows in their order, in groups that weigh at most ``limit``; a row that weighs more stands alone."""
-    found: list[list[Row]] = []
-    held = 0
-    for row in rows:
-        if not found or held + weigh(row) > limit:
-            found.append([])
-            held = 0
-        found[-1].append(row)
-        held += weigh(row)
-    return found
 
 
 def step_order(rows: Sequence[Row], config: DistilConfig, epoch: int) -> list[list[Row]]:
