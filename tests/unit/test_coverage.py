@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from redraft.attic.coverage import WIDTH, Coverage, directions, projection, shares
-from redraft.attic.greedy import SAME, Chosen, greedy_order
+from redraft.attic.coverage import SAME, WIDTH, Chosen, Coverage, directions, greedy_order, projection, shares
 from redraft.selection import ScoringContext, score_rows
 from redraft.selection.manifest import choose
 from redraft.target import Target

@@ -58,10 +58,10 @@ def open_old(source: AnyDraft, target: Head, log: Log) -> OpenDraft:
     return opened
 
 
-def draft_meta(target: Head, method: str, seed: int, **more: Any) -> dict[str, Any]:
-    """What a saved draft says of itself beside its own shape."""
+def draft_meta(target: Head, method: str | None, seed: int, **more: Any) -> dict[str, Any]:
+    """What a saved draft says of itself beside its own shape; no ``method`` where none is known."""
     return {
-        "method": method,
+        **({"method": method} if method else {}),
         "target": {"name": target.name, "hash": target.content_hash()},
         "tokenizer_hash": tokenizer_hash(target.tokenizer),
         **more,
