@@ -34,9 +34,10 @@ from redraft import provenance
 from redraft.acceptance.simulate import simulate_greedy_chain
 from redraft.adaptation.models import open_draft, open_target, template_prompts
 from redraft.adaptation.probe import acceptance, greedy_rows
-from redraft.adaptation.study.sources import read_sources, without_overlap
+from redraft.adaptation.study.sources import read_sources
 from redraft.adaptation.trial import METHOD, START, trial
 from redraft.artifact import atomic_write_json, read_json
+from redraft.data.overlap import without_overlap
 from redraft.data.prompts import Conversation
 from redraft.data.store import Row
 from redraft.drafts.base import Draft

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from redraft.arithmetic import choose_dtype
-from redraft.data.overlap import find_overlap, same_text
+from redraft.data.overlap import same_text, without_overlap
 from redraft.data.prompts import Conversation, check_length, prompt_messages
 from redraft.data.template import kept_moment, template_ids, use_template, writes_date
 from redraft.drafts.opening import AnyDraft, OpenDraft, family_at, open_checkpoint
@@ -97,9 +97,7 @@ def split_prompts(
 
     ordered = sorted(unique.values(), key=place)
     measured = ordered[heldout : heldout + evaluation]
-    rest = ordered[heldout + evaluation :]
-    while near := {overlap.training_id for overlap in find_overlap(rest, measured)}:
-        rest = [conversation for conversation in rest if conversation.id not in near]
+    rest = without_overlap(ordered[heldout + evaluation :], measured)
     if len(rest) < max(8, heldout // 4):
         raise UserError(
             f"{len(ordered)} different prompts are too few: {heldout} are held out for early stopping and {evaluation} "
