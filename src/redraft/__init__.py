@@ -26,7 +26,7 @@ _HOMES = {
     "redraft.api.measuring": ("bench", "probe", "report"),
     "redraft.drafts.opening": ("OpenDraft",),
     "redraft.adaptation.probe": ("ProbeResult",),
-    "redraft.adaptation.steps": ("TargetSpec",),
+    "redraft.adaptation.models": ("TargetSpec",),
     "redraft.data.regenerate": ("RegenerationReport",),
     "redraft.drafts.formats.base": ("ExportReport",),
     "redraft.reports.results": ("Adapted", "Benchmark", "Merged", "Page", "Study", "Trained"),

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from redraft.adaptation.steps import TargetSpec, target_info
+from redraft.adaptation.models import TargetSpec, target_info
 from redraft.api.text import regenerate
 from redraft.data.generate import Completion
 from redraft.data.store import read_rows

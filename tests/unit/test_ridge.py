@@ -98,8 +98,8 @@ class Drifted:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.target, name)
 
-    def forward(self, ids: Tensor) -> TargetStep:
-        step = self.target.forward(ids)
+    def forward(self, ids: Tensor, cache: Any = None) -> TargetStep:
+        step = self.target.forward(ids, cache)
         assert step.taps_BTKH is not None
         taps = step.taps_BTKH @ self.matrix
         return TargetStep(step.hidden_BTH, taps + self.noise * torch.randn(taps.shape))

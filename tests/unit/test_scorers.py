@@ -13,12 +13,12 @@ import torch
 from redraft.acceptance.simulate import row_alphas
 from redraft.features import FeatureStore
 from redraft.selection import ScoringContext, score_rows
-from redraft.selection import acceptance as acceptance_module
 from redraft.selection import entropy as entropy_module
-from redraft.selection.acceptance import measured_alphas
+from redraft.selection import states as states_module
 from redraft.selection.entropy import Entropy, entropies
 from redraft.selection.length import Length
 from redraft.selection.rejection import Rejection
+from redraft.selection.states import measured_alphas
 from redraft.target import Target
 
 MakeTarget = Callable[..., Target]
@@ -111,7 +111,7 @@ def test_acceptance_in_portions_is_acceptance_at_once(
     assert 0 < min(whole) < max(whole) < 1
 
     seen.clear()
-    monkeypatch.setattr(acceptance_module, "PORTION_TOKENS", 30)
+    monkeypatch.setattr(states_module, "PORTION_TOKENS", 30)
     target.tap((2,))  # whatever was tapped before
     assert Rejection().score(rows[::-1], ScoringContext(alpha_of=alpha_of)) == pytest.approx(whole[::-1], abs=1e-5)
     assert len(seen) > 3 and seen == sorted(seen) and seen[-1] == (9, 9)

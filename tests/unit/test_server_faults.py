@@ -14,9 +14,9 @@ import pytest
 from transformers import AutoConfig
 
 from redraft.adaptation.bench import How
+from redraft.adaptation.models import TargetSpec
 from redraft.adaptation.questions import Questions
 from redraft.adaptation.server_bench import bench_servers_on
-from redraft.adaptation.steps import TargetSpec
 from redraft.errors import UserError
 from redraft.settings.texts import named_servers
 

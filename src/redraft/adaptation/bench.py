@@ -10,9 +10,8 @@ from typing import Any
 
 from redraft import provenance
 from redraft.adaptation.auto import auto_shape
-from redraft.adaptation.models import contestants, open_proposer
+from redraft.adaptation.models import TargetSpec, check_output, contestants, open_proposer
 from redraft.adaptation.questions import Questions
-from redraft.adaptation.steps import TargetSpec, check_output
 from redraft.artifact import atomic_write_json
 from redraft.data.template import template_record
 from redraft.decode.static import StaticTarget
@@ -66,9 +65,7 @@ def bench_files(
     if how.static and len(taps) > 1:
         raise UserError("with --static all drafts must read the same layers; measure these in runs of their own")
     prompts = questions.read(target, how.max_new_tokens, how.seed)
-    targets = contestants(target, spec.dtype, spec.open)
-    for each in targets.values():
-        each.tap(next(iter(taps)))
+    targets = contestants(target, spec.dtype, spec.open, next(iter(taps)))
     shape, picked = (wanted, None) if wanted else _pick(target, list(opened.items())[-1], prompts, how)
     shape = shape or ChainShape(1)
     if how.static:

@@ -12,14 +12,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from redraft import provenance
 from redraft.adaptation.models import open_draft
-from redraft.adaptation.runs import Log, add_forward, record_of, row_tokens
+from redraft.adaptation.runs import Log, add_forward, half, record_of, row_tokens
 from redraft.artifact import atomic_write_json, read_checked, read_json, write_checked
 from redraft.attic.aim import aim
 from redraft.coarse import Coarse
@@ -36,20 +35,15 @@ from redraft.settings.methods import METHODS, PrivateSize
 from redraft.settings.training import ReplayConfig, TrainConfig
 from redraft.starts.apply import StartContext, StartResult, apply_start
 from redraft.target import Head, Target
-from redraft.training.replay import replay_settings, replay_states, replay_trainer
+from redraft.training.replay import check_replayable, replay_settings, replay_states
 from redraft.training.trainer import Trainer, TrainResult
+from redraft.training.workers import Workers
 
-Module = TypeVar("Module", bound=nn.Module)
 NO_START = "none"
 STATES_FILE, SUMMARY_FILE, FEATURES = "states.safetensors", "states.json", "features"
 
 
 # -- what the steps share ----------------------------------------------------------------------------------------------
-def half(draft: Module) -> Module:
-    """A copy in bfloat16, the type that drafts are stored and served in."""
-    return copy.deepcopy(draft).to(torch.bfloat16)
-
-
 def open_old(source: AnyDraft, target: Head, log: Log) -> OpenDraft:
     """The draft that an adaptation begins with; notes of its import are said. Raises ``UserError``."""
     opened = open_draft(source, target)
@@ -185,15 +179,13 @@ class Adaptation:
         """Train what is marked, then in passes of replay; the result of the first training. Raises ``UserError``."""
         self.features("features", rows)
         self.features("features held-out", heldout)
-        place, origin = self.folder / "train", self.old.base_hash
-        trainer = Trainer(
-            self.draft, self.target, self.store, rows, heldout, self.plan.train, place, origin, before=aim
-        )
-        self._run(trainer)
+        self._run(rows, heldout, self.plan.train, self.folder / "train", before=aim)
         self.replay(rows, heldout)
         return self.results[0]
 
-    def _run(self, trainer: Trainer) -> None:
+    def _run(self, rows: Sequence[Row], heldout: Sequence[Row], config: TrainConfig, place: Path, **more: Any) -> None:
+        work, origin, present = (self.draft, self.target, self.store), self.old.base_hash, Workers.present()
+        trainer = Trainer(*work, rows, heldout, config, place, origin, workers=present, **more)
         result = run_training(trainer, self.log)
         self.draft = trainer.draft
         self.results.append(result)
@@ -205,6 +197,8 @@ class Adaptation:
         A pass ends with the weights of its best held-out evaluation, its start among them, so it cannot make that
         figure worse.
         """
+        if self.plan.replay.passes:
+            check_replayable(self.draft)
         settings = replay_settings(self.plan.train, self.plan.replay)
         for number in range(1, self.plan.replay.passes + 1):
             place = self.replay_folder / f"pass-{number}"
@@ -212,8 +206,8 @@ class Adaptation:
             if not states:
                 self.log.say("replay: every round went through; nothing is left to train on")
                 break
-            again = (rows, heldout, settings, place / "train", states, self.old.base_hash)
-            self._run(replay_trainer(self.draft, self.target, self.store, *again))
+            lost = [row for row in rows if row.key in states]
+            self._run(lost, heldout, settings, place / "train", weights=states)
 
     def _lost_states(self, rows: Sequence[Row], folder: Path) -> dict[str, Tensor]:
         """The weights of a pass, walked once and kept: a resumed pass must train on the states it began with."""

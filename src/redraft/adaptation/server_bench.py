@@ -21,9 +21,8 @@ from typing import Any
 
 from redraft import provenance
 from redraft.adaptation.bench import How
-from redraft.adaptation.models import settle_template
+from redraft.adaptation.models import TargetSpec, check_output, settle_template
 from redraft.adaptation.questions import Questions
-from redraft.adaptation.steps import TargetSpec, check_output
 from redraft.artifact import atomic_write_json
 from redraft.data.template import template_record
 from redraft.data.transport import Connection, Refused, Transient

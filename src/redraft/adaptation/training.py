@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from redraft.acceptance.simulate import simulate_greedy_chain
-from redraft.adaptation.core import FEATURES, Adaptation, Plan, half, open_old
-from redraft.adaptation.runs import Log, Say, supervised_rows
-from redraft.adaptation.steps import TargetSpec
+from redraft.adaptation.core import FEATURES, Adaptation, Plan, open_old
+from redraft.adaptation.models import TargetSpec
+from redraft.adaptation.runs import Log, Say, half, supervised_rows
 from redraft.arithmetic import go_on_with
 from redraft.artifact import atomic_write_json
 from redraft.data.store import TRAFFIC, Row
@@ -165,9 +165,7 @@ def choose_vocabulary(rows: Sequence[Row], size: int, vocab_size: int) -> tuple[
     """
     if not 0 < size <= vocab_size:
         raise UserError(f"a draft vocabulary of {size} does not fit a target of {vocab_size} tokens")
-    counts = torch.zeros(vocab_size, dtype=torch.long)
-    for row in rows:
-        counts += torch.bincount(torch.tensor(row.response_ids), minlength=vocab_size)
+    counts = torch.bincount(torch.tensor([id for row in rows for id in row.response_ids]), minlength=vocab_size)
     ordered = sorted(range(vocab_size), key=lambda i: (-int(counts[i]), i))[:size]
     covered = float(counts[ordered].sum() / counts.sum().clamp(min=1))
     return sorted(ordered), covered

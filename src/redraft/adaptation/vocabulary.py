@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from redraft.adaptation.core import draft_meta, half
-from redraft.adaptation.models import open_draft
-from redraft.adaptation.runs import supervised_rows
-from redraft.adaptation.steps import TargetSpec, check_output
+from redraft.adaptation.core import draft_meta
+from redraft.adaptation.models import TargetSpec, check_output, open_draft
+from redraft.adaptation.runs import half, supervised_rows
 from redraft.artifact import atomic_write_json
 from redraft.drafts.files import save_draft
 from redraft.errors import UserError

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from redraft.adaptation.adapt import AdaptRun
-from redraft.adaptation.steps import AnyTarget, TargetSpec
+from redraft.adaptation.models import AnyTarget, TargetSpec
 from redraft.adaptation.study.run import RESULTS_FILE, StudyRun
 from redraft.adaptation.study.tables import write_full, write_tables
 from redraft.adaptation.training import TrainData, train_new, train_old

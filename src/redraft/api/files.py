@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from redraft.adaptation.core import half
-from redraft.adaptation.steps import AnyTarget, target_info
+from redraft.adaptation.models import AnyTarget, target_info
+from redraft.adaptation.runs import half
 from redraft.api.opening import checked
 from redraft.drafts.base import Draft
 from redraft.drafts.files import save_draft

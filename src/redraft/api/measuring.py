@@ -8,11 +8,10 @@ from typing import Any
 
 from redraft.adaptation import probe as probing
 from redraft.adaptation.bench import How, bench_files
-from redraft.adaptation.models import open_proposer
+from redraft.adaptation.models import AnyTarget, TargetSpec, contestants, open_proposer
 from redraft.adaptation.probe import ProbeResult
 from redraft.adaptation.questions import Questions
 from redraft.adaptation.server_bench import bench_servers_on
-from redraft.adaptation.steps import AnyTarget, TargetSpec, timed_targets
 from redraft.api.opening import Say, checked, name_of
 from redraft.drafts.opening import AnyDraft
 from redraft.progress import Progress, progress_bar
@@ -63,7 +62,7 @@ def probe(
             stated.get("tau"),
             _counting(progress),
             known_gamma=stated.get("gamma"),
-            targets=timed_targets(opened, found, spec.dtype, spec.open),
+            targets=contestants(opened, spec.dtype, spec.open, found.taps or None),
             with_trial=s.trial,
             say=say,
         )

@@ -25,6 +25,7 @@ from torch import Tensor
 from redraft.drafts.layers import norm_weight
 from redraft.errors import UserError
 from redraft.registries import STARTS
+from redraft.selection.states import check_same_shape
 from redraft.starts.apply import Start, StartContext, StartResult
 from redraft.starts.leastsquares import fit_row_map
 
@@ -35,6 +36,7 @@ def delta(draft: Any, context: StartContext) -> StartResult:
     Raises ``UserError`` when their sizes differ, or the draft's head carries a low-rank update.
     """
     target, base_target = context.target, context.base_target
+    assert base_target is not None  # in ``needs``
     check_same_shape(target, base_target)
     if not any(getattr(draft, name, None) is not None for name in ROWS):
         note = "delta: the draft has neither a head nor embeddings of its own; those of the target moved by themselves"
@@ -81,20 +83,6 @@ def _embedding(target: Any, draft: Any) -> Tensor:
 
 
 ROWS = {"lm_head": _head, "embed_tokens": _embedding}
-
-
-def check_same_shape(target: Any, base_target: Any) -> None:
-    """Raise ``UserError`` unless one target can be the other, fine-tuned."""
-    faults = [
-        f"{what} {getattr(target, key)} and {getattr(base_target, key)}"
-        for key, what in (("hidden_size", "width"), ("layers", "layers"), ("vocab_size", "vocabulary"))
-        if getattr(target, key) != getattr(base_target, key)
-    ]
-    if faults:
-        raise UserError(
-            f"the fine-tuned and the base target differ in shape: {'; '.join(faults)}; "
-            "give the model that the target was fine-tuned from as --base-target"
-        )
 
 
 STARTS.register("delta")(Start(frozenset({"base_target"}), "head rows moved by the target's own change", delta))

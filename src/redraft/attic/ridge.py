@@ -21,18 +21,19 @@ Shape legend: N positions, B rows, T tokens, K taps, F target width, H draft wid
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from redraft import provenance
-from redraft.attic.delta import check_same_shape
 from redraft.data.store import Row
 from redraft.errors import UserError
+from redraft.features import ComputedFeatures
 from redraft.registries import STARTS
-from redraft.rows import anchors, length_batches
+from redraft.rows import anchors
+from redraft.selection.states import check_same_shape
 from redraft.starts.apply import Start, StartContext, StartResult
 from redraft.starts.leastsquares import Moments, fit
 from redraft.target import Target
@@ -98,11 +99,13 @@ def moments(
         model.tap(draft.config.taps)
     outputs, inputs = draft.fc.weight.shape
     train, heldout = (Moments(inputs, outputs, draft.fc.weight.device) for _ in range(2))
-    for row, finetuned_NKF, base_NKF in paired_taps(used, target, base_target, batch_tokens):
-        x, now_NH = fc_input_and_output(draft, finetuned_NKF)
-        _, wanted_NH = fc_input_and_output(draft, base_NKF)
-        weight_N = 1 / wanted_NH.double().square().sum(-1).clamp(min=1e-12)
-        (heldout if row.key in kept_back else train).add(x, wanted_NH - now_NH, weight_N)
+    both = (ComputedFeatures(model).batches(used, batch_tokens=batch_tokens) for model in (target, base_target))
+    for batches in zip(*both, strict=True):
+        for finetuned, base in zip(*batches, strict=True):
+            x, now_NH = fc_input_and_output(draft, finetuned.taps)
+            _, wanted_NH = fc_input_and_output(draft, base.taps)
+            weight_N = 1 / wanted_NH.double().square().sum(-1).clamp(min=1e-12)
+            (heldout if base.row.key in kept_back else train).add(x, wanted_NH - now_NH, weight_N)
         if progress:
             progress(train.samples + heldout.samples)
     return train, heldout
@@ -126,22 +129,6 @@ def fc_input_and_output(draft: Any, taps_NKF: Tensor) -> tuple[Tensor, Tensor]:
             "use it on an EAGLE-3 draft"
         )
     return caught[0], states_NH
-
-
-def paired_taps(
-    rows: Sequence[Row], target: Target, base_target: Target, batch_tokens: int
-) -> Iterator[tuple[Row, Tensor, Tensor]]:
-    """(row, fine-tuned taps [N, K*F], base taps [N, K*F]) at every position that an unroll reads, prompt included."""
-    for batch in length_batches(rows, batch_tokens):
-        lengths = [len(row.prompt_ids) + anchors(row) - 1 for row in batch]
-        ids_BT = torch.zeros(len(batch), max(lengths), dtype=torch.long)
-        for i, row in enumerate(batch):
-            ids_BT[i, : lengths[i]] = torch.tensor([*row.prompt_ids, *row.response_ids][: lengths[i]])
-        # Right padding: causal attention never looks at it.
-        both = [model.forward(ids_BT.to(model.device)).taps_BTKH for model in (target, base_target)]
-        assert both[0] is not None and both[1] is not None
-        for i, row in enumerate(batch):
-            yield row, both[0][i, : lengths[i]], both[1][i, : lengths[i]].to(target.device)
 
 
 def spread(rows: Sequence[Row], most: int) -> Sequence[Row]:

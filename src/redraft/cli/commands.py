@@ -66,7 +66,7 @@ def say(text: str) -> None:
 
 def spec(settings: Any, name: str | None = None) -> Any:
     """The target that settings name; ``name`` is another one of theirs, without adapter and template arguments."""
-    from redraft.adaptation.steps import TargetSpec
+    from redraft.adaptation.models import TargetSpec
 
     if name is not None:
         return TargetSpec(name, settings.dtype, settings.device)
@@ -111,7 +111,7 @@ def probe(settings: ProbeSettings) -> None:
 
     It says at the start how long it will take.
     """
-    from redraft.adaptation.steps import check_output
+    from redraft.adaptation.models import check_output
     from redraft.api import measuring
     from redraft.artifact import atomic_write_json
 

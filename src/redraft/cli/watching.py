@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from redraft.adaptation.models import open_proposer, template_prompts
-from redraft.adaptation.steps import TargetSpec
+from redraft.adaptation.models import TargetSpec, open_proposer, template_prompts
 from redraft.data.prompts import Conversation, read_conversations
 from redraft.decode.make import make_decoder
 from redraft.decode.pieces import TokenText

@@ -40,7 +40,7 @@ from redraft.errors import UserError
 from redraft.registries import SCORERS
 from redraft.rows import TokenRow
 from redraft.selection import Scorer, ScoringContext, scored_tokens
-from redraft.selection.states import FINAL, batched_states, check_layer
+from redraft.selection.states import FINAL, batched_states, check_layer, check_same_shape
 from redraft.target import Target
 
 METRICS = ("mahalanobis", "l2", "cosine")
@@ -83,7 +83,7 @@ class Shift(Scorer):
         """One number a row. Raises ``UserError`` when the two targets or a row and a target do not fit."""
         target, base = context.target, context.base_target
         assert target is not None and base is not None  # in ``needs``
-        check_pair(target, base)
+        check_same_shape(target, base, ("hidden_size", "layers"))
         if self.metric == "mahalanobis":
             return self._mahalanobis(rows, target, base, context)
         measure: Callable[[Tensor, Tensor], Tensor] = _l2 if self.metric == "l2" else _cosine
@@ -131,19 +131,6 @@ def _l2(finetuned_PH: Tensor, base_PH: Tensor) -> Tensor:
 
 def _cosine(finetuned_PH: Tensor, base_PH: Tensor) -> Tensor:
     return 1 - torch.cosine_similarity(finetuned_PH.double(), base_PH.double(), dim=-1)
-
-
-def check_pair(target: Target, base: Target) -> None:
-    """Raise ``UserError`` unless the states of both models at one layer can be subtracted."""
-    for what, ours, theirs in (
-        ("hidden size", target.hidden_size, base.hidden_size),
-        ("layer count", target.layers, base.layers),
-    ):
-        if ours != theirs:
-            raise UserError(
-                f"the target has {what} {ours} and the base target {theirs}; "
-                "shift compares a fine-tuned model with the model it was fine-tuned from"
-            )
 
 
 @contextmanager

@@ -22,9 +22,8 @@ Shape legend: A anchors of one response, J draft steps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -42,7 +41,6 @@ from redraft.rows import anchors
 from redraft.settings.sampler import Sampler
 from redraft.settings.training import ReplayConfig, TrainConfig
 from redraft.target import Head
-from redraft.training.trainer import Trainer
 
 
 @dataclass
@@ -132,31 +130,6 @@ def check_replayable(draft: Draft) -> None:
     """Raise ``UserError`` for a draft of a family whose objective knows no states to weigh."""
     if not draft.weighable:
         raise UserError(f"replay is for drafts that train by unrolling; {draft.family} drafts do not")
-
-
-# -- training --------------------------------------------------------------------------------------------------------
-def replay_trainer(
-    draft: Draft,
-    target: Head,
-    store: FeatureSource,
-    rows: Sequence[Row],
-    heldout: Sequence[Row],
-    config: TrainConfig,
-    folder: Path,
-    states: Mapping[str, Tensor],
-    origin: str = "",
-) -> Trainer:
-    """A trainer over the rows that lost a round, on the states where decoding meets them.
-
-    Arguments as of :class:`Trainer`, and the ``states`` of :func:`replay_states`, whose steps must be
-    ``config.unroll``. Raises ``UserError`` as :class:`Trainer` does, for a draft family that is not trained by
-    unrolling, and when no round was lost.
-    """
-    if not states:
-        raise UserError("no round ended early, so there is nothing to replay")
-    check_replayable(draft)
-    lost = [row for row in rows if row.key in states]
-    return Trainer(draft, target, store, lost, heldout, config, folder, origin, weights=states)
 
 
 def replay_settings(config: TrainConfig, replay: ReplayConfig) -> TrainConfig:

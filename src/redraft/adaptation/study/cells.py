@@ -12,8 +12,8 @@ import torch
 
 from redraft import provenance
 from redraft.acceptance.simulate import expected_rounds_sampled, simulate_greedy_chain
-from redraft.adaptation.core import Adaptation, Plan, half
-from redraft.adaptation.runs import row_tokens
+from redraft.adaptation.core import Adaptation, Plan
+from redraft.adaptation.runs import half, row_tokens
 from redraft.adaptation.study.answers import features_stage, slug
 from redraft.adaptation.study.selection import Selected, select, spend, spend_all
 from redraft.adaptation.study.targets import Asked, TargetWork

@@ -17,8 +17,8 @@ from redraft.progress import Progress
 from redraft.provenance import Entry, Ledger
 from redraft.rows import anchors
 from redraft.selection import PromptRow, score_rows
-from redraft.selection.acceptance import scoring_context
 from redraft.selection.manifest import select as select_rows
+from redraft.selection.states import scoring_context
 from redraft.settings.scorers import parse_scorer
 from redraft.settings.study_parts import NONE, SelectionEntry
 
