@@ -14,7 +14,7 @@ from batched import BatchedChainDecoder
 from transformers import AutoModelForCausalLM
 
 from redraft.adaptation.auto import auto_shape, run_lengths
-from redraft.adaptation.models import open_draft, open_proposer
+from redraft.adaptation.models import open_any, open_draft
 from redraft.adaptation.probe import acceptance, greedy_rows, probe
 from redraft.api.files import export, merge
 from redraft.artifact import tensors_hash
@@ -73,12 +73,13 @@ def test_any_causal_lm_is_opened_as_a_draft_in_float32(target, half, tmp_path):
     for folder in ("plain", "own"):
         kept, _ = read_draft(str(tmp_path / folder), None)
         assert kept.dtype == torch.bfloat16
-        opened, meta = open_proposer(tmp_path / folder, target)
+        found = open_any(tmp_path / folder, target)
+        opened, meta = found.draft, found.meta
         assert isinstance(opened, StandaloneDraft) and opened.dtype == torch.float32
         assert meta["family"] == "standalone"
     eagle = TOYS.make_draft("fresh", target)
     save_draft(tmp_path / "eagle", eagle, {})
-    opened, _ = open_proposer(tmp_path / "eagle", target)
+    opened = open_any(tmp_path / "eagle", target).draft
     assert tensors_hash(opened.state_dict()) == tensors_hash(eagle.state_dict())
 
 
@@ -93,10 +94,10 @@ def test_a_draft_of_another_tokenizer_is_refused(target, half, tmp_path):
     spoiled.add_tokens(["extra"])
     save_draft(tmp_path / "own", StandaloneDraft(half.model, spoiled), {})
     with pytest.raises(UserError, match="another tokenizer"):
-        open_proposer(tmp_path / "own", target)
+        open_any(tmp_path / "own", target)
     save_draft(tmp_path / "bare", StandaloneDraft(half.model), {"tokenizer_hash": "0" * 16})
     with pytest.raises(UserError, match="made for another tokenizer"):
-        open_proposer(tmp_path / "bare", target)
+        open_any(tmp_path / "bare", target)
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------------
@@ -216,4 +217,4 @@ def test_a_wide_draft_of_another_vocabulary_is_refused(target, tmp_path):
     shape.vocab_size = 4096
     save_draft(tmp_path / "own", StandaloneDraft(AutoModelForCausalLM.from_config(shape)), {})
     with pytest.raises(UserError, match="the target's own tokenizer"):
-        open_proposer(tmp_path / "own", target)
+        open_any(tmp_path / "own", target)

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from redraft.acceptance.simulate import expected_rounds_sampled, simulate_greedy_chain
-from redraft.adaptation.models import open_proposer
+from redraft.adaptation.models import open_any
 from redraft.artifact import tensors_hash
 from redraft.data.store import Row
 from redraft.decode.engine import ChainDecoder, PlainDecoder
@@ -160,7 +160,7 @@ def test_a_draft_is_a_plain_folder_and_comes_back_bit_for_bit(tied, target, tmp_
     with torch.no_grad():
         assert torch.equal(plain(IDS).logits, back(IDS)) and torch.equal(back(IDS), draft(IDS))
     check_tokenizers(back.tokenizer, target.tokenizer)
-    opened, _ = open_proposer(tmp_path / "d", target)
+    opened = open_any(tmp_path / "d", target).draft
     assert opened.dtype == torch.float32
     path = tmp_path / "d" / "redraft.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"content_hash": "0" * 16}))
@@ -186,7 +186,7 @@ def test_a_model_whose_tokens_cannot_be_taken_back_is_no_draft(ours, target, tmp
         draft.model.save_pretrained(tmp_path / "d")
         target.tokenizer.save_pretrained(tmp_path / "d")
     with pytest.raises(UserError, match="d cannot be a draft: Lfm2ForCausalLM cannot take tokens back"):
-        open_proposer(tmp_path / "d", target)
+        open_any(tmp_path / "d", target)
 
 
 def test_a_draft_whose_logits_are_not_its_heads_is_refused(target, tmp_path):
@@ -194,7 +194,7 @@ def test_a_draft_whose_logits_are_not_its_heads_is_refused(target, tmp_path):
     draft.model.config.logits_scaling = 1.5  # what a Llama does not know
     save_draft(tmp_path / "d", StandaloneDraft(draft.model, target.tokenizer), {})
     with pytest.raises(UserError, match="cannot be a draft: the logits of LlamaForCausalLM are not its head"):
-        open_proposer(tmp_path / "d", target)
+        open_any(tmp_path / "d", target)
 
 
 def test_private_experts_are_a_file_of_their_own(target, tmp_path):
@@ -204,14 +204,14 @@ def test_private_experts_are_a_file_of_their_own(target, tmp_path):
     save_private(tmp_path / "p", split, private_names(split), base_hash, {"method": "eda"})
     save_draft(tmp_path / "base", base, {})
     back, _ = load_private(tmp_path / "p", base, base_hash)
-    opened, _ = open_proposer(tmp_path / "p", target, base=tmp_path / "base")
+    opened = open_any(tmp_path / "p", target, base=tmp_path / "base").draft
     with torch.no_grad():
         assert torch.equal(back(IDS), split(IDS)) and torch.equal(opened(IDS), split(IDS))
     copied = make("copy", target)
     with pytest.raises(UserError, match="belongs to the base draft"):
         load_private(tmp_path / "p", copied, copied.base_hash())
     with pytest.raises(UserError, match="--base-draft"):
-        open_proposer(tmp_path / "p", target)
+        open_any(tmp_path / "p", target)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -10,7 +10,7 @@ from typing import Any
 
 from redraft import provenance
 from redraft.adaptation.auto import auto_shape
-from redraft.adaptation.models import TargetSpec, check_output, contestants, open_proposer
+from redraft.adaptation.models import TargetSpec, check_output, contestants, open_any
 from redraft.adaptation.questions import Questions
 from redraft.artifact import atomic_write_json
 from redraft.data.template import template_record
@@ -60,7 +60,7 @@ def bench_files(
         check_drafts(wanted, how.sampler.greedy or how.greedy_drafts)
     questions.conversations  # noqa: B018  a bad prompt file is refused before anything large is loaded
     target = spec.open()
-    opened = {name: open_proposer(source, target, base_draft)[0] for name, source in drafts.items()}
+    opened = {name: open_any(source, target, base_draft).draft for name, source in drafts.items()}
     taps = {draft.config.taps for draft in opened.values()}
     if how.static and len(taps) > 1:
         raise UserError("with --static all drafts must read the same layers; measure these in runs of their own")

@@ -13,7 +13,7 @@ from redraft import provenance
 from redraft.acceptance.simulate import simulate_greedy_chain, tau_of
 from redraft.adaptation.claim import claim_distill
 from redraft.adaptation.core import build_features, draft_meta, feature_store
-from redraft.adaptation.models import open_proposer, settle_template
+from redraft.adaptation.models import open_any, settle_template
 from redraft.adaptation.runs import Run, Say, half, row_tokens, supervised_rows
 from redraft.adaptation.sources import Source
 from redraft.artifact import atomic_write_json, read_json
@@ -85,7 +85,7 @@ class DistillRun(Run[DistillConfig]):
         """All stages; returns the record of the run, ``distill.json``."""
         if self.config.exports and not (self.folder / "align.json").exists():
             given = self.config.draft
-            self.check_exports(self.start() if given is None else open_proposer(given, self.target)[0])
+            self.check_exports(self.start() if given is None else open_any(given, self.target).draft)
         self.survey()
         done = {"pretrain": self.pretrain(), "align": self.align()}
         self.export()
@@ -169,7 +169,7 @@ class DistillRun(Run[DistillConfig]):
         """What alignment starts from, in float32, with what it trains requiring a gradient; and the hash of the
         drafter that private experts are added to."""
         c = self.config
-        draft, _ = open_proposer(c.draft or self.folder / "pretrained", self.target)
+        draft: Any = open_any(c.draft or self.folder / "pretrained", self.target).draft
         check_tokenizers(draft.tokenizer, self.target.tokenizer)
         draft.requires_grad_(True)
         base_hash = draft.base_hash()

@@ -129,7 +129,7 @@ def target_info(target: AnyTarget) -> TargetInfo:
 def open_draft(source: AnyDraft, target: Head, base: AnyDraft | None = None) -> OpenDraft:
     """A draft that reads the target's states, in float32, checked against the target's sizes and tokenizer.
 
-    Notes of an import go along in ``meta``. For who takes standalone drafts too there is :func:`open_proposer`.
+    Notes of an import go along in ``meta``. For who takes standalone drafts too there is :func:`open_any`.
 
     A folder with a private part needs ``base``, the draft that it was trained on. An embedding that a public
     checkpoint ships is dropped where the target's own fits: the teacher is always the target at hand.
@@ -143,17 +143,11 @@ def open_draft(source: AnyDraft, target: Head, base: AnyDraft | None = None) -> 
     return open_any(source, target, base)
 
 
-def open_proposer(source: AnyDraft, target: Head, base: AnyDraft | None = None) -> tuple[Any, dict[str, Any]]:
-    """Any draft in float32, a standalone one too, and its metadata: for decoding and measuring.
-
-    A private part needs ``base``. Raises ``UserError``.
-    """
-    opened = open_any(source, target, base)
-    return opened.draft, opened.meta
-
-
 def open_any(source: AnyDraft, target: Head, base: AnyDraft | None = None) -> OpenDraft:
-    """A draft of any family in float32, bound to the target. Raises ``UserError``."""
+    """A draft of any family in float32, bound to the target: for decoding and measuring. A private part needs ``base``.
+
+    Raises ``UserError``.
+    """
     opened = open_checkpoint(source, target, base, torch.float32)
     opened.draft = opened.draft.borrowing(target).bind(target)
     return opened

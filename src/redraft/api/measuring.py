@@ -8,7 +8,7 @@ from typing import Any
 
 from redraft.adaptation import probe as probing
 from redraft.adaptation.bench import How, bench_files
-from redraft.adaptation.models import AnyTarget, TargetSpec, contestants, open_proposer
+from redraft.adaptation.models import AnyTarget, TargetSpec, contestants, open_any
 from redraft.adaptation.probe import ProbeResult
 from redraft.adaptation.questions import Questions
 from redraft.adaptation.server_bench import bench_servers_on
@@ -47,14 +47,14 @@ def probe(
     questions = Questions(s.prompts, s.suite, s.data, s.limit)
     questions.conversations  # noqa: B018  a bad prompt file is refused before anything large is loaded
     opened = spec.open()
-    found, meta = open_proposer(draft, opened, base_draft)
+    found = open_any(draft, opened, base_draft)
     asked = questions.read(opened, s.max_new_tokens, 0)
     base = TargetSpec.of(base_target).open() if base_target is not None else None
-    stated = meta.get("heldout", {})
+    stated = found.meta.get("heldout", {})
     with progress_bar("probe", len(asked) * (2 if base else 1), "prompts") as progress:
         return probing.probe(
             opened,
-            found,
+            found.draft,
             asked,
             s.gamma,
             s.max_new_tokens,
@@ -62,7 +62,7 @@ def probe(
             stated.get("tau"),
             _counting(progress),
             known_gamma=stated.get("gamma"),
-            targets=contestants(opened, spec.dtype, spec.open, found.taps or None),
+            targets=contestants(opened, spec.dtype, spec.open, found.draft.taps or None),
             with_trial=s.trial,
             say=say,
         )
