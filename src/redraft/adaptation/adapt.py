@@ -13,7 +13,6 @@ from redraft import provenance
 from redraft.adaptation.bench import measure
 from redraft.adaptation.claim import claim_run
 from redraft.adaptation.core import Adaptation, Plan, open_old
-from redraft.adaptation.merged_target import adapter_note
 from redraft.adaptation.models import contestants, open_draft, open_target, prompt_rows, settle_template
 from redraft.adaptation.runs import Run, Say, row_tokens, supervised_rows
 from redraft.adaptation.sources import Source
@@ -179,13 +178,6 @@ class AdaptRun(Run[AdaptConfig]):
         return StartContext(
             self.target, base, rows, supervised_rows(Path(c.general)) if c.general else [], c.gamma, c.seed
         )
-
-    def export(self) -> list[Path]:
-        """Write the merged draft for every engine asked for."""
-        found = super().export()
-        if found and (note := adapter_note(self.config.target, self.config.adapter)):
-            self.say(f"note: {note}")
-        return found
 
     def bench(self) -> dict[str, Any]:
         """Plain decoding, the stale and the aligned draft on the evaluation prompts."""

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from redraft import provenance
-from redraft.adaptation.merged_target import served
+from redraft.adaptation.merged_target import adapter_note, served
 from redraft.adaptation.models import open_target, tell_about
 from redraft.data.store import Row, read_rows
 from redraft.data.template import template_record
@@ -46,11 +46,9 @@ class Log:
     prefix: str = ""
     bar: Bar = progress_bar
 
-    @contextmanager
-    def stage(self, name: str) -> Iterator[Entry]:
+    def stage(self, name: str) -> AbstractContextManager[Entry]:
         """Time a stage without a bar. Raises ``UserError`` when the ledger cannot be written."""
-        with self.ledger.stage(self.prefix + name) as entry:
-            yield entry
+        return self.ledger.stage(self.prefix + name)
 
     @contextmanager
     def counted(self, name: str, total: int | None, unit: str = "tokens") -> Iterator[tuple[Entry, Progress]]:
@@ -151,4 +149,6 @@ class Run(Generic[Settings]):
             line = served(report.serve, self.config.target, self.config.adapter)
             self.say(f"export {name}: {folder}; serve with: {line}")
             found.append(folder)
+        if found and (note := adapter_note(self.config.target, self.config.adapter)):
+            self.say(f"note: {note}")
         return found
