@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from redraft.adaptation.core import draft_meta
@@ -12,54 +11,43 @@ from redraft.adaptation.runs import half, supervised_rows
 from redraft.artifact import atomic_write_json
 from redraft.drafts.files import save_draft
 from redraft.errors import UserError
+from redraft.settings.steps import VocabularySettings
 from redraft.starts.apply import StartContext
 from redraft.starts.vocabulary import Coverage, Refresh, coverage, refresh_vocabulary
 
 SCHEMA = "redraft.vocabulary/1"
 
 
-def vocabulary_file(
-    spec: TargetSpec,
-    draft: str,
-    responses: Path,
-    *,
-    base_draft: str | None = None,
-    refresh: bool = False,
-    out: Path | None = None,
-    general: Path | None = None,
-    report: Path | None = None,
-    gamma: int = 5,
-    seed: int = 0,
-) -> tuple[Coverage, Refresh | None, dict[str, Any]]:
-    """Coverage of ``draft`` on the target's ``responses``; with ``refresh`` also the draft to be written to ``out``.
+def vocabulary_file(spec: TargetSpec, s: VocabularySettings) -> tuple[Coverage, Refresh | None, dict[str, Any]]:
+    """Coverage of the draft on the target's responses; with ``refresh`` also the draft to be written to ``out``.
 
     Nothing is written to ``out`` when there is nothing to gain. Returns the coverage, the refresh and the JSON
     report, which is written to ``report`` where one is named. Raises ``UserError``.
     """
-    if refresh != (out is not None):
+    if s.refresh != (s.out is not None):
         raise UserError("give --refresh and --out together: the folder that the refreshed draft is written to")
-    if report is not None:
-        check_output(report, ".json")
-    rows, general_rows = supervised_rows(responses), supervised_rows(general) if general else []
+    if s.report is not None:
+        check_output(s.report, ".json")
+    rows, general_rows = supervised_rows(s.responses), supervised_rows(s.general) if s.general else []
     target = spec.open()
-    opened = open_draft(draft, target, base_draft)
-    found, meta = coverage(opened.draft, rows, gamma), draft_meta(target, opened.meta.get("method"), seed)
+    opened = open_draft(s.draft, target, s.base_draft)
+    found, meta = coverage(opened.draft, rows, s.gamma), draft_meta(target, opened.meta.get("method"), s.seed)
 
     def on_general(speaker: Any) -> dict[str, Any] | None:
-        return coverage(speaker, general_rows, gamma).to_dict(target.tokenizer) if general_rows else None
+        return coverage(speaker, general_rows, s.gamma).to_dict(target.tokenizer) if general_rows else None
 
     result: dict[str, Any] = {
         "schema": SCHEMA,
         "target": target.name,
-        "draft": draft,
-        "responses": str(responses),
+        "draft": s.draft,
+        "responses": str(s.responses),
         "coverage": found.to_dict(target.tokenizer),
         "general": on_general(opened.draft),
         "provenance": meta["provenance"],
     }
     refreshed = None
-    if out is not None:
-        refreshed = refresh_vocabulary(opened.draft, StartContext(target, None, rows, general_rows, gamma, seed))
+    if s.out is not None:
+        refreshed = refresh_vocabulary(opened.draft, StartContext(target, None, rows, general_rows, s.gamma, s.seed))
         about = {"replaced": len(refreshed.added), "map": refreshed.map, "notes": list(refreshed.notes)}
         result["refresh"] = about | {
             "coverage": refreshed.after.to_dict(target.tokenizer),
@@ -68,9 +56,9 @@ def vocabulary_file(
             "evicted": words(refreshed.evicted, target.tokenizer),
         }
         if refreshed.changed:
-            save_draft(out, half(refreshed.draft), meta | {"vocabulary": about})
-    if report is not None:
-        atomic_write_json(report, result)
+            save_draft(s.out, half(refreshed.draft), meta | {"vocabulary": about})
+    if s.report is not None:
+        atomic_write_json(s.report, result)
     return found, refreshed, result
 
 

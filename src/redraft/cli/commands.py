@@ -183,18 +183,7 @@ def vocabulary(settings: VocabularySettings) -> None:
     from redraft.adaptation.vocabulary import vocabulary_file
 
     s = settings
-    found, refreshed, result = vocabulary_file(
-        spec(s),
-        s.draft,
-        s.responses,
-        base_draft=s.base_draft,
-        refresh=s.refresh,
-        out=s.out,
-        general=s.general,
-        report=s.report,
-        gamma=s.gamma,
-        seed=s.seed,
-    )
+    found, refreshed, result = vocabulary_file(spec(s), s)
     say(f"{found.share:.2%} of {found.tokens:,} tokens can be said by the {found.size:,} of the draft's vocabulary")
     caps = ", ".join("none" if share is None else f"{share:.3f}" for share in found.positions)
     say(f"cap on acceptance by position of a chain of {s.gamma}: {caps}; on tau: {found.tau_cap:.2f}")
