@@ -30,9 +30,9 @@ from redraft.data.packed import PackedText, TextSource
 from redraft.drafts.standalone.causal import CausalModel
 from redraft.loading import load_tokenizer
 from redraft.settings.training import PretrainConfig
+from redraft.training.causal import TextSteps
 from redraft.training.loop import TrainingLoop
 from redraft.training.optimizer import make_optimizers
-from redraft.training.pretrain import TextSteps
 
 WORDS = (
     "the of and to in that was he it with as his on be at by had not but from have are which one you were all".split()

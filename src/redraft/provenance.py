@@ -25,8 +25,7 @@ import torch
 from redraft import arithmetic
 from redraft.errors import UserError
 from redraft.files import atomic_write_json
-from redraft.places import installed
-from redraft.redacted import without_secrets
+from redraft.places import installed, without_secrets
 
 FORWARD_FORMULA = "2 * parameters * tokens"
 TRAIN_FORMULA = "6 * trained * tokens + 4 * frozen_on_the_way * tokens"

@@ -11,7 +11,7 @@ import pytest
 
 from redraft import registries
 from redraft.errors import UserError
-from redraft.registry import Registry
+from redraft.registries import Registry
 
 SOURCE = Path(registries.__file__).parents[1]
 
@@ -22,7 +22,7 @@ def zoo(tmp_path, monkeypatch):
     folder = tmp_path / "zoo_of_this_test"
     (folder / "water").mkdir(parents=True)
     (folder / "__init__.py").write_text(
-        "from redraft.registry import Registry\n"
+        "from redraft.registries import Registry\n"
         'ZOO = Registry("animal", "ZOO", ("zoo_of_this_test",))\n'
         'HINT = """\n    @ZOO.register("gnu") is how to add one\n"""\n'
     )
@@ -90,7 +90,7 @@ def run(code: str, *folders: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
 
 
-EACH = "from redraft import registries\nfrom redraft.registry import Registry\n"
+EACH = "from redraft import registries\nfrom redraft.registries import Registry\n"
 EACH += "for registry in vars(registries).values():\n    if isinstance(registry, Registry): "
 
 

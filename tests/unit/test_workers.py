@@ -23,9 +23,8 @@ from redraft.drafts.standalone.objective import Distillation, StateTeacher
 from redraft.features import FeatureStore
 from redraft.settings.training import DistilConfig, PretrainConfig, TrainConfig
 from redraft.target import FINAL, Target
-from redraft.training.distil import MixedSteps
+from redraft.training.causal import MixedSteps, TextSteps
 from redraft.training.loop import Step
-from redraft.training.pretrain import TextSteps
 from redraft.training.trainer import Trainer
 from redraft.training.workers import SINGLE, Shares, Workers, sum_gradients
 

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from redraft.errors import UserError
-from redraft.loading.places import ADAPTER_FILE, hub_cached, like_hub_id, on_hub
-from redraft.loading.quiet import first_line, reason_of
+from redraft.loading.places import ADAPTER_FILE, first_line, hub_cached, like_hub_id, on_hub, reason_of
 
 # Starting values that leave the base as it is. The others (pissa, olora, corda, loftq, ...) change it.
 PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")

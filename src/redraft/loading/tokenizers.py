@@ -11,7 +11,7 @@ from typing import Any
 import transformers
 
 from redraft.errors import UserError
-from redraft.loading.quiet import first_line, one_line
+from redraft.loading.places import first_line, one_line
 
 # Files with the words of a tokenizer, of any kind.
 VOCABULARIES = ("tokenizer.json", "*.model", "*vocab*", "*.tiktoken", "tekken.json", "*.spm", "*.bpe")

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from redraft.errors import UserError
-from redraft.target.cache import KeyValueCache, OwnCache
-from redraft.target.slots import SlotCache, slot_attention
+from redraft.target.cache import KeyValueCache, OwnCache, SlotCache, slot_attention
 
 TOKENS, WINDOW, SLOPE = 24, 7, 4
 # Numbers that make a pass depend on the distance or the place in a text, and what they are in the trial.

@@ -21,8 +21,7 @@ from redraft.progress import Progress
 from redraft.rows import anchor_batches, anchors
 from redraft.settings.training import TrainConfig
 from redraft.target import Head
-from redraft.training.checkpoint import OLD_DRAFT, rows_digest
-from redraft.training.loop import Step, TrainingLoop
+from redraft.training.loop import OLD_DRAFT, Step, TrainingLoop, rows_digest
 from redraft.training.workers import SINGLE, Shares, Workers
 
 
