@@ -15,6 +15,7 @@ Shape legend: A anchors, B rows, T tokens, K taps, F target width.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -82,12 +83,8 @@ class FeatureKeeper(Protocol):
 # -- computed in this process ----------------------------------------------------------------------------------------
 def common_prefix(rows: Sequence[TokenRow]) -> list[int]:
     """The token ids that all prompts begin with (a chat template's opening, a system prompt), short of their last."""
-    first = min((list(row.prompt_ids) for row in rows), default=[])
-    last = max((list(row.prompt_ids) for row in rows), default=[])
-    length = 0
-    while length < min(len(first), len(last)) - 1 and first[length] == last[length]:
-        length += 1
-    return first[:length]
+    prompts = [list(row.prompt_ids) for row in rows]
+    return list(os.path.commonprefix(prompts))[: min(map(len, prompts), default=1) - 1]
 
 
 @dataclass

@@ -59,7 +59,8 @@ def collect(seed: int | None = None, device: str | None = None, extra: dict[str,
     record = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "argv": [Path(sys.argv[0]).name, *map(without_secrets, sys.argv[1:])],
-        "versions": versions(),
+        # The build matters (CPU or CUDA) and only torch itself knows it for certain.
+        "versions": installed() | {"torch": torch.__version__},
         "revision": revision(),
         "machine": machine(),
         "arithmetic": arithmetic.record(),
@@ -67,12 +68,6 @@ def collect(seed: int | None = None, device: str | None = None, extra: dict[str,
         "seed": seed,
     }
     return record | (extra or {})
-
-
-def versions() -> dict[str, str]:
-    """Installed versions of Python and of the packages that can move a figure; packages not installed are absent."""
-    # The build matters (CPU or CUDA) and only torch itself knows it for certain.
-    return installed() | {"torch": torch.__version__}
 
 
 def revision() -> dict[str, Any] | None:
@@ -149,23 +144,17 @@ class Entry:
 
     def add(self, tokens: int = 0, flops: int = 0, formula: str = "", bytes_written: int = 0) -> None:
         """Add to the counts; a stage that uses several formulas lists each once."""
-        self.tokens += int(tokens)
-        self.flops += int(flops)
-        self.bytes_written += int(bytes_written)
-        self._name(formula)
+        self.merge(Entry(self.stage, int(tokens), int(flops), formula, bytes_written=int(bytes_written)))
 
     def merge(self, other: Entry) -> None:
         """Take in the same stage's work of another run of the process: counts add up, memory is the higher."""
-        self.add(other.tokens, other.flops, bytes_written=other.bytes_written)
-        for formula in other.formula.split("; "):
-            self._name(formula)
+        self.tokens += other.tokens
+        self.flops += other.flops
+        self.bytes_written += other.bytes_written
         self.seconds += other.seconds
         self.peak_memory_bytes = max(self.peak_memory_bytes, other.peak_memory_bytes)
-
-    def _name(self, formula: str) -> None:
-        known = self.formula.split("; ") if self.formula else []
-        if formula and formula not in known:
-            self.formula = "; ".join([*known, formula])
+        formulas = [*self.formula.split("; "), *other.formula.split("; ")]
+        self.formula = "; ".join(dict.fromkeys(filter(None, formulas)))
 
 
 @dataclass

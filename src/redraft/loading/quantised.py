@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import transformers
 
 from redraft.errors import UserError
 
@@ -75,7 +76,23 @@ def plan(config: Any, spec: str) -> Plan:
             f"{spec} is quantised with {method} and {unknown}, which is not unpacked here; give the "
             "unquantised checkpoint"
         )
-    return _PLANS[method](settings)
+    match method:
+        case "bitsandbytes":
+            eight = bool(settings.get("load_in_8bit"))
+            return Plan({}, method, unpack=True, rounds="input activations" if eight else None)
+        case "fp8":
+            how: Any = transformers.FineGrainedFP8Config(dequantize=True)
+            return Plan({"quantization_config": how}, "fp8 blocks", rounds="input activations")
+        case "mxfp4":
+            return Plan({"quantization_config": transformers.Mxfp4Config(dequantize=True)}, method)
+    how = transformers.CompressedTensorsConfig
+    # An unknown argument would be taken without a word, so the older name is used where the newer one is not there.
+    newer = "dequantize" in inspect.signature(how).parameters
+    how = how(**{"dequantize": True} if newer else {"run_compressed": False})
+    groups = (settings.get("config_groups") or {}).values()
+    rounded = [name for name in ("input_activations", "output_activations") if any(g.get(name) for g in groups)]
+    rounded += ["the key and value cache"] if settings.get("kv_cache_scheme") else []
+    return Plan({"quantization_config": how}, method, rounds=" and ".join(rounded).replace("_", " ") or None)
 
 
 def _beside_weights(settings: dict[str, Any]) -> str | None:
@@ -87,47 +104,6 @@ def _beside_weights(settings: dict[str, Any]) -> str | None:
     if sparse != "dense":
         return f"sparsity_config {sparse}"
     return None if status == "compressed" else f"quantization_status {status}"
-
-
-def _compressed_tensors(settings: dict[str, Any]) -> Plan:
-    from transformers import CompressedTensorsConfig
-
-    # An unknown argument would be taken without a word, so the older name is used where the newer one is not there.
-    newer = "dequantize" in inspect.signature(CompressedTensorsConfig).parameters
-    groups = (settings.get("config_groups") or {}).values()
-    rounded = [name for name in ("input_activations", "output_activations") if any(g.get(name) for g in groups)]
-    rounded += ["the key and value cache"] if settings.get("kv_cache_scheme") else []
-    return Plan(
-        {
-            "quantization_config": CompressedTensorsConfig(
-                **{"dequantize": True} if newer else {"run_compressed": False}
-            )
-        },
-        "compressed-tensors",
-        rounds=" and ".join(rounded).replace("_", " ") or None,
-    )
-
-
-def _fp8(settings: dict[str, Any]) -> Plan:
-    from transformers import FineGrainedFP8Config
-
-    return Plan(
-        {"quantization_config": FineGrainedFP8Config(dequantize=True)}, "fp8 blocks", rounds="input activations"
-    )
-
-
-def _mxfp4(settings: dict[str, Any]) -> Plan:
-    from transformers import Mxfp4Config
-
-    return Plan({"quantization_config": Mxfp4Config(dequantize=True)}, "mxfp4")
-
-
-def _bitsandbytes(settings: dict[str, Any]) -> Plan:
-    eight = bool(settings.get("load_in_8bit"))
-    return Plan({}, "bitsandbytes", unpack=True, rounds="input activations" if eight else None)
-
-
-_PLANS = {"compressed-tensors": _compressed_tensors, "fp8": _fp8, "mxfp4": _mxfp4, "bitsandbytes": _bitsandbytes}
 
 
 def plain(model: Any, done: Plan, dtype: torch.dtype, spec: str) -> Any:

@@ -27,6 +27,7 @@ V vocabulary.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -47,7 +48,7 @@ from redraft.errors import UserError
 from redraft.progress import Progress
 from redraft.rows import anchors
 from redraft.settings.training import DistilConfig, PretrainConfig
-from redraft.training.loop import LoopResult, Step, TrainingLoop, rows_digest
+from redraft.training.loop import LoopResult, Step, TrainingLoop, onward, rows_digest
 from redraft.training.workers import SINGLE, Shares, Workers
 
 
@@ -124,12 +125,8 @@ def pretrain(
 
 def _first_blocks(text: PackedText, wanted: int) -> Tensor:
     """The first blocks of one pass over a file of held-out text; fewer where it holds fewer."""
-    found: list[Tensor] = []
-    for block, at in text.blocks():
-        if at.epoch or len(found) == wanted:
-            break
-        found.append(block)
-    return torch.stack(found)
+    blocks = itertools.takewhile(lambda found: not found[1].epoch, text.blocks())
+    return torch.stack([block for block, _ in itertools.islice(blocks, wanted)])
 
 
 # -- teachers of distillation ----------------------------------------------------------------------------------------
@@ -151,17 +148,7 @@ class TopTeacher:
                 raise UserError(f"response {row.key} has log-probabilities for {len(row_ids)} of {anchors(row)} tokens")
             ids += row_ids
             values += row_values
-        width = max(map(len, ids), default=0)
-        # A token named twice stays what it is: the filler repeats the first one.
-        ids_MK = torch.tensor([[*row, *row[:1] * (width - len(row))] for row in ids], device=device)
-        filled = [[*row, *row[:1] * (width - len(row))] for row in values]
-        values_MK = torch.tensor(filled, dtype=torch.float32, device=device)
-
-        def logits(index_N: Tensor) -> Tensor:
-            empty_NV = values_MK.new_full((len(index_N), self.vocab_size), -math.inf)
-            return empty_NV.scatter_(1, ids_MK[index_N], values_MK[index_N])
-
-        return logits
+        return _spread(ids, values, self.vocab_size, device)
 
 
 class TokenTeacher:
@@ -172,13 +159,23 @@ class TokenTeacher:
 
     def of(self, rows: Sequence[Row], device: torch.device) -> TeacherLogits:
         """See :class:`Teacher`."""
-        ids_M = torch.tensor([i for row in rows for i in row.response_ids[1:]], device=device)
+        ids = [[i] for row in rows for i in row.response_ids[1:]]
+        return _spread(ids, [[0.0]] * len(ids), self.vocab_size, device)
 
-        def logits(index_N: Tensor) -> Tensor:
-            empty_NV = torch.full((len(index_N), self.vocab_size), -math.inf, device=device)
-            return empty_NV.scatter_(1, ids_M[index_N][:, None], 0.0)
 
-        return logits
+def _spread(ids: list[list[int]], values: list[list[float]], vocab_size: int, device: torch.device) -> TeacherLogits:
+    """Logits of positions at which these tokens have these log-probabilities, and no other any."""
+    width = max(map(len, ids), default=0)
+    # A token named twice stays what it is: the filler repeats the first one.
+    ids_MK = torch.tensor([[*row, *row[:1] * (width - len(row))] for row in ids], device=device)
+    filled = [[*row, *row[:1] * (width - len(row))] for row in values]
+    values_MK = torch.tensor(filled, dtype=torch.float32, device=device)
+
+    def logits(index_N: Tensor) -> Tensor:
+        empty_NV = values_MK.new_full((len(index_N), vocab_size), -math.inf)
+        return empty_NV.scatter_(1, ids_MK[index_N], values_MK[index_N])
+
+    return logits
 
 
 # -- distillation ----------------------------------------------------------------------------------------------------
@@ -224,7 +221,7 @@ class MixedSteps:
         text, share = self.text, self.config.text_share
         blocks: Any = ahead(lambda: text.blocks(at), 8) if text else iter(())
         with closing(blocks) if text else nullcontext():
-            for rows in self.order(begin):
+            for rows in onward(partial(step_order, self.rows, self.config), begin):
                 taken = []
                 supervised = sum(map(anchors, rows))
                 if text:
@@ -234,14 +231,6 @@ class MixedSteps:
                         taken.append(block)
                         owed -= text.length
                 yield self.step(rows, taken, {"text": vars(at), "owed": owed})
-
-    def order(self, begin: int) -> Iterator[list[Row]]:
-        """The rows of step ``begin`` and all later ones."""
-        epoch, offset = 0, 0
-        while True:
-            steps = step_order(self.rows, self.config, epoch)
-            yield from steps[max(0, begin - offset) :]
-            epoch, offset = epoch + 1, offset + len(steps)
 
     def step(self, rows: Sequence[Row], blocks: Sequence[Tensor], position: dict[str, Any]) -> Step:
         """Responses and text weigh by their supervised tokens."""

@@ -12,6 +12,7 @@ The checkpoint is tensors and JSON, replaced as one, without pickle.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import random
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ from redraft.training.optimizer import Optimizers, learning_rate, make_optimizer
 from redraft.training.workers import SINGLE, Workers, sum_gradients
 
 Named = list[tuple[str, nn.Parameter]]
+Entry = TypeVar("Entry")
 BEST_FILE, STATE_FILE = "best.safetensors", "state.json"
 # The entry of an identity that names what a draft was before it was trained; empty for a new draft.
 OLD_DRAFT = "old draft"
@@ -47,6 +49,14 @@ class Step:
     parts: Sequence[Callable[[], Tensor]]
     tokens: int
     position: dict[str, Any] = field(default_factory=dict)
+
+
+def onward(order: Callable[[int], Sequence[Entry]], begin: int) -> Iterator[Entry]:
+    """The entries of ``order(0)``, ``order(1)`` and so on in a row, from number ``begin`` on, without end."""
+    for epoch in itertools.count():
+        entries = order(epoch)
+        yield from entries[begin:]
+        begin = max(0, begin - len(entries))
 
 
 class StepSource(Protocol):

@@ -22,9 +22,8 @@ Shape legend: A anchors of one response, J draft steps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -42,7 +41,6 @@ from redraft.rows import anchors
 from redraft.settings.sampler import Sampler
 from redraft.settings.training import ReplayConfig, TrainConfig
 from redraft.target import Head
-from redraft.training.trainer import Trainer
 
 
 @dataclass
@@ -74,42 +72,32 @@ def replay_states(
 
     Rows whose rounds all went through are left out of ``weights``. ``greedy_drafts``: the draft proposes its
     likeliest token also where the target samples. ``progress`` counts anchors. Raises ``UserError`` for reference
-    answers, which decoding would not produce.
+    answers, which decoding would not produce, and for a family that is not trained by unrolling.
     """
-    for row in rows:
-        check_own(row)
+    check_replayable(draft)
     groups: dict[Sampler, list[Row]] = {}
     for row in rows:
+        check_own(row)
         sampler = Sampler() if greedy_drafts else Sampler(row.temperature, row.top_k, row.top_p)
         groups.setdefault(sampler, []).append(row)
     found, done, walk = ReplayStates({}, 0.0, 0.0), 0, draft.walk(target)
     sayable = set(draft.vocabulary().tolist())
     for sampler, group in groups.items():
-        for row, chances_AJ in walk.chances(group, store, gamma, sampler):
+        for row, chances in walk.chances(group, store, gamma, sampler):
+            chances_AJ = chances.double().numpy()
             # How far the draft can be right behind each anchor.
-            steps = run_lengths([token in sayable for token in row.response_ids[1:]], gamma)
-            _add(row, chances_AJ.double().numpy(), np.array(steps), config, found)
+            steps_A = np.array(run_lengths([token in sayable for token in row.response_ids[1:]], gamma))
+            reached_AJ, failed_AJ = lost_states(chances_AJ, steps_A)
+            found.rounds += float(visits(chances_AJ).sum())
+            found.lost_rounds += float(failed_AJ.sum())
+            if failed_AJ.sum() > 0:
+                inside_AJ = np.arange(gamma) < steps_A[:, None]
+                weight_AJ = config.accepted * (reached_AJ - failed_AJ) + config.failed * failed_AJ
+                found.weights[row.key] = torch.from_numpy(weight_AJ + config.floor * inside_AJ).float()
             done += anchors(row)
             if progress is not None:
                 progress.update(done)
     return found
-
-
-def _add(
-    row: Row,
-    chances_AJ: npt.NDArray[np.float64],
-    steps_A: npt.NDArray[np.int64],
-    config: ReplayConfig,
-    found: ReplayStates,
-) -> None:
-    """Add a row to what was found."""
-    reached, failed = lost_states(chances_AJ, steps_A)
-    inside = np.arange(chances_AJ.shape[1]) < steps_A[:, None]
-    weight = config.accepted * (reached - failed) + config.failed * failed + config.floor * inside
-    found.rounds += float(visits(chances_AJ).sum())
-    found.lost_rounds += float(failed.sum())
-    if failed.sum() > 0:
-        found.weights[row.key] = torch.from_numpy(weight).float()
 
 
 def lost_states(
@@ -134,36 +122,7 @@ def check_replayable(draft: Draft) -> None:
         raise UserError(f"replay is for drafts that train by unrolling; {draft.family} drafts do not")
 
 
-# -- training --------------------------------------------------------------------------------------------------------
-def replay_trainer(
-    draft: Draft,
-    target: Head,
-    store: FeatureSource,
-    rows: Sequence[Row],
-    heldout: Sequence[Row],
-    config: TrainConfig,
-    folder: Path,
-    states: Mapping[str, Tensor],
-    origin: str = "",
-) -> Trainer:
-    """A trainer over the rows that lost a round, on the states where decoding meets them.
-
-    Arguments as of :class:`Trainer`, and the ``states`` of :func:`replay_states`, whose steps must be
-    ``config.unroll``. Raises ``UserError`` as :class:`Trainer` does, for a draft family that is not trained by
-    unrolling, and when no round was lost.
-    """
-    if not states:
-        raise UserError("no round ended early, so there is nothing to replay")
-    check_replayable(draft)
-    lost = [row for row in rows if row.key in states]
-    return Trainer(draft, target, store, lost, heldout, config, folder, origin, weights=states)
-
-
 def replay_settings(config: TrainConfig, replay: ReplayConfig) -> TrainConfig:
     """The settings of a pass: shorter, slower, and unrolled as far as a round can go."""
-    return replace(
-        config,
-        epochs=replay.epochs,
-        learning_rate=config.learning_rate * replay.rate,
-        unroll=config.gamma,
-    )
+    rate = config.learning_rate * replay.rate
+    return replace(config, epochs=replay.epochs, learning_rate=rate, unroll=config.gamma)

@@ -21,7 +21,7 @@ from redraft.progress import Progress
 from redraft.rows import anchor_batches, anchors
 from redraft.settings.training import TrainConfig
 from redraft.target import Head
-from redraft.training.loop import OLD_DRAFT, Step, TrainingLoop, rows_digest
+from redraft.training.loop import OLD_DRAFT, Step, TrainingLoop, onward, rows_digest
 from redraft.training.workers import SINGLE, Shares, Workers
 
 
@@ -71,13 +71,15 @@ class Trainer:
     ) -> None:
         """``origin`` names what the draft was before, where its shape does not say it. ``before`` is done once, ahead
         of the first evaluation, and gives the supervised positions that it took. ``weights`` [anchors, draft steps]
-        by row key weigh the states of a draft that is ``weighable``.
+        by row key weigh the states of a draft that is ``weighable``; rows without any are left out.
 
         Raises ``UserError`` when no row can be supervised or the folder belongs to another run.
         """
         self.draft, self.target, self.store, self.config = draft.to(target.device), target, store, config
         self.workers, self.shares, self.weights = workers, Shares(workers), weights
-        self.rows = [r for r in rows if anchors(r)]
+        if weights is not None and not weights:
+            raise UserError("no round ended early, so there is nothing to replay")
+        self.rows = [r for r in rows if anchors(r) and (weights is None or r.key in weights)]
         self.heldout = [r for r in heldout if anchors(r)]
         if not self.rows or not self.heldout:
             raise UserError("no row has two or more response tokens to train or to evaluate on; give longer responses")
@@ -94,11 +96,7 @@ class Trainer:
             self.evaluate,
             config,
             folder,
-            {
-                "rows": rows_digest([r.key for r in self.rows]),
-                "draft": self.draft.config.to_dict(),
-                OLD_DRAFT: origin,
-            },
+            {"rows": rows_digest([r.key for r in self.rows]), "draft": self.draft.config.to_dict(), OLD_DRAFT: origin},
             # As the target decodes, so is its draft trained.
             precision="bfloat16" if target.dtype == torch.bfloat16 else "float32",
             before=partial(before, self) if before else None,
@@ -117,16 +115,8 @@ class Trainer:
         arguments, ends with the same bits. Raises ``UserError`` when a loss or a gradient is not finite; the
         checkpoint before it stays.
         """
-        done = self.loop.run(reporter)
-        return TrainResult(
-            best_tau=done.best,
-            start_tau=done.start,
-            steps=done.steps,
-            anchors=done.tokens,
-            seconds=done.seconds,
-            stopped_early=done.stopped_early,
-            history=done.history,
-        )
+        r = self.loop.run(reporter)
+        return TrainResult(r.best, r.start, r.steps, r.tokens, r.seconds, r.stopped_early, r.history)
 
     # -- steps -------------------------------------------------------------------------------------------------
     def steps(self, begin: int, position: dict[str, Any]) -> Iterator[Step]:
@@ -141,13 +131,6 @@ class Trainer:
     def batches(self, begin: int) -> Iterator[tuple[Any, int]]:
         """This worker's share of the batches of step ``begin`` and all later ones, collated, each with the supervised
         positions of the whole."""
-        epoch, offset = 0, 0
-        while True:
-            order = batch_order(self.rows, self.config, epoch)
-            for rows in order[max(0, begin - offset) :]:
-                yield self.collated(self.shares.of(rows)).to(self.target.device), sum(map(anchors, rows))
-            epoch, offset = epoch + 1, offset + len(order)
-
-    def collated(self, rows: Sequence[Row]) -> Any:
-        """The batch of these rows, as the objective reads it."""
-        return self.objective.collate(rows, self.store, self.weights)
+        for rows in onward(partial(batch_order, self.rows, self.config), begin):
+            batch = self.objective.collate(self.shares.of(rows), self.store, self.weights)
+            yield batch.to(self.target.device), sum(map(anchors, rows))
