@@ -30,7 +30,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("features",),
     ("loading",),
     ("target", "losses"),
-    ("metrics", "sampling", "artifact", "provenance", "prepack", "graphs"),
+    ("metrics", "sampling", "artifact", "provenance", "graphs"),
     ("progress", "coarse", "files", "arithmetic", "rows", "shown"),
     ("settings",),
     ("registries", "places"),

@@ -1,13 +1,20 @@
 """Opening targets and tokenizers: a folder, a hub id, a PEFT adapter, or an embedded model.
 
 ``places`` finds the files, ``checkpoint`` reads a model strictly, ``quantised`` knows what quantised checkpoints
-compute, ``adapters`` merges PEFT adapters, ``tokenizers`` reads and compares tokenizers, and ``targets`` puts these
-together: the whole target, or its facts and head without the model.
+compute, ``adapters`` merges PEFT adapters, and ``targets`` puts these together: the whole target, or its facts and head
+without the model, and its tokenizer.
 """
 
 from redraft.loading.places import ADAPTER_FILE, CACHE_FILES, adapter_base, gguf_of, locate, one_line, quiet
-from redraft.loading.targets import load_target, load_tokenizer, open_facts, open_head, read_facts
-from redraft.loading.tokenizers import check_tokenizers, tokenizer_hash
+from redraft.loading.targets import (
+    check_tokenizers,
+    load_target,
+    load_tokenizer,
+    open_facts,
+    open_head,
+    read_facts,
+    tokenizer_hash,
+)
 
 __all__ = ["ADAPTER_FILE", "CACHE_FILES", "adapter_base", "gguf_of", "locate", "one_line", "quiet"]
 __all__ += ["load_target", "load_tokenizer", "open_facts", "open_head", "read_facts"]

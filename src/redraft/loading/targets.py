@@ -9,24 +9,32 @@ it is to be refused.
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from redraft.arithmetic import MOST_BYTES, prepack
 from redraft.artifact import read_json
 from redraft.errors import UserError
 from redraft.loading import quantised
 from redraft.loading.adapters import merge
 from redraft.loading.checkpoint import check_code, check_folder, check_names, load_model, weight_files
 from redraft.loading.places import ADAPTER_FILE, first_line, locate, one_line, quiet, split_adapter
-from redraft.loading.tokenizers import check_rows, read_tokenizer
-from redraft.prepack import MOST_BYTES, prepack
 from redraft.target import Facts, Head, Target
 from redraft.target.facts import empty_model, final_norm, plain_embedding, tensors_fingerprint, text_decoder
+
+# Files with the words of a tokenizer, of any kind.
+VOCABULARIES = ("tokenizer.json", "*.model", "*vocab*", "*.tiktoken", "tekken.json", "*.spm", "*.bpe")
+
+MODALITY_MARK = re.compile(r"image|img|vision|video|audio", re.IGNORECASE)
 
 
 def load_target(
@@ -117,8 +125,8 @@ def open_facts(spec: str, adapter: str | None = None, dtype: torch.dtype = torch
     ``dtype`` is that of the model, where it must be opened. Raises ``UserError``.
     """
     with quiet():
-        plain = PlainCheckpoint.at(spec, adapter)
-    return plain.facts if plain is not None else load_target(spec, dtype, "cpu", adapter, (), True).facts
+        plain = _plain(spec, adapter)
+    return plain[0] if plain is not None else load_target(spec, dtype, "cpu", adapter, (), True).facts
 
 
 def open_head(
@@ -130,9 +138,9 @@ def open_head(
 ) -> Head:
     """The head of a target, with the arguments of :func:`redraft.loading.load_target`. Raises ``UserError``."""
     with quiet():
-        plain = PlainCheckpoint.at(spec, adapter)
+        plain = _plain(spec, adapter)
     if plain is not None:
-        return plain.head(dtype, device)
+        return _head(*plain, dtype, device)
     return load_target(spec, dtype, device, adapter, taps=(), served=served).head_part
 
 
@@ -155,60 +163,54 @@ def _generation(place: dict[str, Any], config: Any) -> Any:
         return GenerationConfig.from_model_config(config)
 
 
-class PlainCheckpoint:
-    """A folder whose files hold the tensors of its model as they are called there."""
+def _plain(spec: str, adapter: str | None) -> tuple[Facts, Any, dict[str, Tensor]] | None:
+    """Facts, the model without numbers, and views of the files by the names of its state; none where it is not plain.
 
-    def __init__(self, facts: Facts, model: Any, tensors: dict[str, Tensor]) -> None:
-        """``model`` has no numbers; ``tensors`` are views of the files by the names of the model's state."""
-        self.facts, self.model, self.tensors = facts, model, tensors
+    Raises ``UserError``.
+    """
+    base, adapter = split_adapter(spec, adapter)
+    place = locate(base)
+    folder, notes = Path(place["pretrained_model_name_or_path"]), list[str]()
+    files = weight_files(folder)
+    if adapter is not None or not files:
+        return None
+    check_folder(place, spec)
+    config = read_config(place, base)
+    check_code(config, spec, notes)
+    if quantised.plan(config, spec).method is not None:
+        return None
+    check_names(folder, spec, None)
+    model = empty_model(config)
+    tensors = _tensors(files, model)
+    if tensors is None:
+        return None
+    tokenizer = read_tokenizer(None, place, base)
+    notes += check_rows(tokenizer, model, spec)
+    known, generation = tensors_fingerprint(tensors), _generation(place, config)
+    facts = Facts(spec, config, tokenizer, generation=generation, notes=tuple(notes), fingerprint=lambda: known)
+    return facts, model, tensors
 
-    @classmethod
-    def at(cls, spec: str, adapter: str | None = None) -> PlainCheckpoint | None:
-        """The plain checkpoint that ``spec`` names; none where it is not plain. Raises ``UserError``."""
-        base, adapter = split_adapter(spec, adapter)
-        place = locate(base)
-        folder, notes = Path(place["pretrained_model_name_or_path"]), list[str]()
-        files = weight_files(folder)
-        if adapter is not None or not files:
-            return None
-        check_folder(place, spec)
-        config = read_config(place, base)
-        check_code(config, spec, notes)
-        if quantised.plan(config, spec).method is not None:
-            return None
-        check_names(folder, spec, None)
-        model = empty_model(config)
-        tensors = _tensors(files, model)
-        if tensors is None:
-            return None
-        tokenizer = read_tokenizer(None, place, base)
-        notes += check_rows(tokenizer, model, spec)
-        known = tensors_fingerprint(tensors)
-        generation = _generation(place, config)
-        facts = Facts(spec, config, tokenizer, generation=generation, notes=tuple(notes), fingerprint=lambda: known)
-        return cls(facts, model, tensors)
 
-    def head(self, dtype: torch.dtype, device: str | torch.device) -> Head:
-        """The ends of the model in ``dtype``. Raises ``UserError`` where they hold NaN or infinity."""
-        decoder, head = text_decoder(self.model), self.model.get_output_embeddings()
-        names = {id(module): name for name, module in self.model.named_modules()}
-        table, norm = decoder.get_input_embeddings(), final_norm(decoder)
-        tied = names[id(head)] + ".weight" in self.model.all_tied_weights_keys
+def _head(facts: Facts, model: Any, tensors: dict[str, Tensor], dtype: torch.dtype, device: str | torch.device) -> Head:
+    """The ends of a plain checkpoint in ``dtype``. Raises ``UserError`` where they hold NaN or infinity."""
+    decoder, head = text_decoder(model), model.get_output_embeddings()
+    names = {id(module): name for name, module in model.named_modules()}
+    table, norm = decoder.get_input_embeddings(), final_norm(decoder)
 
-        def fill(module: nn.Module, name: str) -> Any:
-            found = {key: self.tensors[f"{name}.{key}"].to(device, dtype) for key in module.state_dict()}
-            module.load_state_dict(found, assign=True)
-            check_finite(((f"{name}.{key}", tensor) for key, tensor in found.items()), self.facts.name)
-            return module.eval().requires_grad_(False)
+    def fill(module: nn.Module, name: str) -> Any:
+        found = {key: tensors[f"{name}.{key}"].to(device, dtype) for key in module.state_dict()}
+        module.load_state_dict(found, assign=True)
+        check_finite(((f"{name}.{key}", tensor) for key, tensor in found.items()), facts.name)
+        return module.eval().requires_grad_(False)
 
-        embedding = fill(plain_embedding(table), names[id(table)])
-        filled = fill(head, names[id(head)])
-        if tied:
-            filled.weight = embedding.weight
-        # As the whole model's head would be: packed, or plain because the model is too large for it.
-        numbers = sum(layer.weight.numel() for layer in self.model.modules() if isinstance(layer, nn.Linear))
-        packed = prepack(filled) if numbers * dtype.itemsize <= MOST_BYTES else filled
-        return Head(self.facts, embedding, fill(norm, names[id(norm)]), packed)
+    embedding = fill(plain_embedding(table), names[id(table)])
+    filled = fill(head, names[id(head)])
+    if names[id(head)] + ".weight" in model.all_tied_weights_keys:
+        filled.weight = embedding.weight
+    # As the whole model's head would be: packed, or plain because the model is too large for it.
+    numbers = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear))
+    packed = prepack(filled) if numbers * dtype.itemsize <= MOST_BYTES else filled
+    return Head(facts, embedding, fill(norm, names[id(norm)]), packed)
 
 
 def _tensors(files: list[Path], model: Any) -> dict[str, Tensor] | None:
@@ -226,3 +228,79 @@ def _tensors(files: list[Path], model: Any) -> dict[str, Tensor] | None:
         return None
     exact = getattr(model, "_keep_in_fp32_modules", None) or getattr(model, "_keep_in_fp32_modules_strict", None)
     return None if exact else found | {name: found[source] for name, source in tied.items()}
+
+
+# -- tokenizers ------------------------------------------------------------------------------------------------------
+def read_tokenizer(adapter: str | None, place: dict[str, Any], spec: str) -> Any:
+    """The adapter's own tokenizer where it ships one, else the base model's. Raises ``UserError``."""
+    from transformers import AutoTokenizer
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    if adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file():
+        place, spec = place | {"pretrained_model_name_or_path": adapter, "local_files_only": True}, adapter
+    # The tokenizer is read with the config beside it, and a config of an unknown kind is no fault of a tokenizer.
+    where = {key: place[key] for key in ("pretrained_model_name_or_path", "local_files_only")}
+    with one_line(f"the tokenizer of {spec}"):
+        settings = get_tokenizer_config(**where)
+        auto = settings.get("auto_map")
+        named = str(settings.get("tokenizer_class") or "")
+        if auto and not any(hasattr(transformers, name) for name in (named, named + "Fast") if name):
+            raise UserError(
+                f"the tokenizer of {spec} asks to run Python code of its own (auto_map, {named or 'no class named'}), "
+                "which redraft never does; save it as a tokenizer.json that transformers reads itself"
+            )
+    folder = Path(where["pretrained_model_name_or_path"])
+    if folder.is_dir() and not any(True for name in VOCABULARIES for _ in folder.glob(name)):
+        # transformers makes a tokenizer of a few special tokens then, and says nothing
+        raise UserError(f"{spec} has no tokenizer that can be loaded: there is no tokenizer.json or other vocabulary")
+    try:
+        return AutoTokenizer.from_pretrained(**place)
+    except Exception as error:  # tokenizer files of strangers raise every kind of error
+        raise UserError(f"{spec} has no tokenizer that can be loaded: {first_line(error)}") from error
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """A fingerprint of what token ids mean: every token with its id, and which of them are special (16 hex digits).
+
+    The chat template and the choice of end and padding tokens are left out: fine-tuning changes them, and a draft
+    that guesses ids does not mind.
+    """
+    added = tokenizer.added_tokens_decoder if hasattr(tokenizer, "added_tokens_decoder") else {}
+    special = sorted(int(id) for id, token in added.items() if token.special)
+    text = json.dumps([sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])), special])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def check_tokenizers(draft: Any, target: Any) -> None:
+    """Raise ``UserError`` that names the first difference between two tokenizers; what one lacks cannot be compared."""
+    if draft is None or target is None or draft is target or tokenizer_hash(draft) == tokenizer_hash(target):
+        return
+    mine, other = draft.get_vocab(), target.get_vocab()
+    wrong = sorted((i, token) for token, i in other.items() if mine.get(token) != i)
+    if wrong:
+        number, token = wrong[0]
+        where = f"{token!r} is {number} in the target's and {mine.get(token, 'absent')} in the draft's"
+    else:
+        where = f"the draft's has {len(mine)} tokens and the target's {len(other)}, or they mark others as special"
+    raise UserError(f"the draft has another tokenizer than the target: {where}; give a draft of this model family")
+
+
+def check_rows(tokenizer: Any, model: Any, name: str) -> list[str]:
+    """Raise ``UserError`` for a tokenizer with ids that the model has no row for; rows without a token are padding.
+
+    Marks of images and sound beyond the last row, as the text-only Gemma 3 has one, are noted instead: no text has
+    them, and no head of this size says them.
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    rows = min(int(part.weight.shape[0]) for part in (head, embedding) if part is not None)
+    beyond = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= rows)
+    if not beyond:
+        return []
+    template = str(tokenizer.chat_template or "")
+    if all(MODALITY_MARK.search(token) and token not in template for _, token in beyond):
+        return [f"the tokenizer of {name} has {beyond[0][1]} and the model no row for it; prompts must not hold it"]
+    last, token = beyond[-1]
+    raise UserError(
+        f"the tokenizer of {name} has ids up to {last} ({token!r}) and the model {rows} rows in its embedding and "
+        f"head; resize the model to at least {last + 1} rows and train them, or take its first tokenizer"
+    )

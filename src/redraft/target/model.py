@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from redraft.arithmetic import prepack
 from redraft.artifact import let_others_read
 from redraft.errors import UserError
-from redraft.prepack import prepack
 from redraft.target.cache import KeyValueCache, MaskPlan, OwnCache, cache_argument
 from redraft.target.facts import (
     Facts,

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -89,17 +89,15 @@ def find_paths(target: Any) -> Paths:
             own_BTH = _own(target, ids_BT) if narrow else wide_BTH
             blind = _blind(target, wide_BTH, own_BTH)
             trial = _Trial(target, ids_BT, own_BTH, effect)
-            found = Paths(cached=trial.holds(trial.cached))
-            if not found.cached:
-                found = replace(
-                    found, own_cache=trial.holds(trial.own_cache, CLOSE_OWN if trial.exact else CLOSE_SHORT)
-                )
-            elif not blind and target.mask_plan is not None:
-                slots = trial.holds(trial.slots)
-                stock = target.backbone.config._attn_implementation == "sdpa"
-                kernel = slots and stock and trial.holds(trial.slots_by_kernel)
-                found = replace(found, kernel=kernel, slots=slots, masked=trial.holds(trial.masked))
-    return found if found.slots and found.masked else replace(found, why=blind or _unknown_layers(target) or trial.why)
+            cached = trial.holds(trial.cached)
+            own_cache = not cached and trial.holds(trial.own_cache, CLOSE_OWN if trial.exact else CLOSE_SHORT)
+            ours = cached and not blind and target.mask_plan is not None
+            slots = ours and trial.holds(trial.slots)
+            stock = target.backbone.config._attn_implementation == "sdpa"
+            kernel = slots and stock and trial.holds(trial.slots_by_kernel)
+            masked = ours and trial.holds(trial.masked)
+    why = "" if slots and masked else blind or _unknown_layers(target) or trial.why
+    return Paths(cached, own_cache, masked, slots, kernel, why)
 
 
 class _Trial:

@@ -282,6 +282,7 @@ class Checkpoint:
         self.identity = json.loads(json.dumps(identity))
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / STATE_FILE
+        self._mend = f"delete the folder {folder} and give the same command again, which trains anew"
         if self.path.exists():
             stored = self._stored()["identity"]
             if OLD_DRAFT in self.identity and not stored.get(OLD_DRAFT):
@@ -294,11 +295,6 @@ class Checkpoint:
                     f"{folder} belongs to a run with another {', '.join(changed)}; "
                     "give another run directory or the settings it was started with"
                 )
-
-    @property
-    def _mend(self) -> str:
-        """What a person does about damage."""
-        return f"delete the folder {self.folder} and give the same command again, which trains anew"
 
     def _stored(self) -> dict[str, Any]:
         """``state.json``. Raises ``UserError`` when it is damaged; older ones have no checksum."""
@@ -329,9 +325,9 @@ class Checkpoint:
             return None
         stored = self._stored()
         if (self.folder / BEST_FILE).exists():  # some that train keep no best weights besides the last
-            self._best(trained)
+            self._best()
         tensors = read_checked(self.folder / stored["file"], self._mend)
-        self._copy({name: f"weight/{name}" for name, _ in trained}, tensors, trained, stored["file"])
+        self._copy("weight/", tensors, trained, stored["file"])
         prefix = "optimizer/"
         optimizers.load_state({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
         return stored["state"]
@@ -341,17 +337,17 @@ class Checkpoint:
 
     def load_best(self, trained: Named) -> None:
         """Put the best weights in place. Raises ``UserError`` when their file is damaged."""
-        self._copy({name: name for name, _ in trained}, self._best(trained), trained, BEST_FILE)
+        self._copy("", self._best(), trained, BEST_FILE)
 
-    def _best(self, trained: Named) -> dict[str, torch.Tensor]:
+    def _best(self) -> dict[str, torch.Tensor]:
         return read_checked(self.folder / BEST_FILE, self._mend)
 
-    def _copy(self, names: dict[str, str], tensors: dict[str, torch.Tensor], trained: Named, file: str) -> None:
-        if missing := sorted(set(names.values()) - set(tensors)):
+    def _copy(self, prefix: str, tensors: dict[str, torch.Tensor], trained: Named, file: str) -> None:
+        if missing := sorted({prefix + name for name, _ in trained} - set(tensors)):
             raise UserError(f"{self.folder / file} is damaged: it lacks {missing[0]}; {self._mend}")
         with torch.no_grad():
             for name, parameter in trained:
-                parameter.copy_(tensors[names[name]])
+                parameter.copy_(tensors[prefix + name])
 
 
 def digest(entry: dict[str, Any]) -> str:
@@ -365,7 +361,7 @@ def stored_precision(folder: Path, unrecorded: str) -> str | None:
 
     ``unrecorded`` stands for that of a run of before this was recorded.
     """
-    path = folder / "state.json"
+    path = folder / STATE_FILE
     if not path.exists():
         return None
     return str(read_json(path)["state"].get("arithmetic", {}).get("precision", unrecorded))
