@@ -265,9 +265,6 @@ class PackedForward:
             and takes(x.dtype)
         )
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __reduce__(self) -> Any:
         """Copies pack for themselves: a packed weight is neither copied nor written."""
-        return {"layer": self.layer()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["layer"])  # type: ignore[misc]
+        return PackedForward, (self.layer(),)

@@ -188,15 +188,15 @@ class Ledger:
         work.peak_memory_bytes = max(work.peak_memory_bytes, peak_memory_bytes())
         self.append(work)
         if self.path is not None:
-            self.save(self.path)
+            atomic_write_json(self.path, self.to_dict())
 
     def append(self, work: Entry) -> None:
         """Add a stage's work, to its own line where the ledger has one."""
-        for entry in self.stages:
-            if entry.stage == work.stage:
-                entry.merge(work)
-                return
-        self.stages.append(work)
+        line = next((entry for entry in self.stages if entry.stage == work.stage), None)
+        if line is None:
+            self.stages.append(work)
+        else:
+            line.merge(work)
 
     def to_dict(self) -> dict[str, Any]:
         """{"stages": [...], "total": {...}}; memory's total is the highest."""
@@ -207,10 +207,6 @@ class Ledger:
             "stages": [asdict(entry) for entry in self.stages],
             "total": {k: v for k, v in asdict(total).items() if k not in ("stage", "formula")},
         }
-
-    def save(self, path: str | Path) -> None:
-        """Write the ledger as JSON, in one move. Raises ``UserError`` when the disk cannot hold it."""
-        atomic_write_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | Path) -> Ledger:

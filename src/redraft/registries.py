@@ -54,7 +54,6 @@ class Registry(Generic[T]):
         self._pattern = re.compile(rf'^@?{variable}\.register\(\s*"([^"]+)"', re.M)
         self._more = more
         self._entries: dict[str, T] = {}
-        self._found: dict[str, str] | None = None
 
     def register(self, name: str) -> Callable[[T], T]:
         """Decorator that files its object under ``name`` and returns it as it is.
@@ -63,7 +62,7 @@ class Registry(Generic[T]):
         """
 
         def file_under(entry: T) -> T:
-            home = self._modules().get(name)
+            home = self._modules.get(name)
             taken = home is not None and name not in self._entries and home not in sys.modules
             if taken or self._entries.setdefault(name, entry) is not entry:
                 raise ValueError(f"two entries of the {self.kind} registry are called {name!r}")
@@ -75,11 +74,11 @@ class Registry(Generic[T]):
         """Every registered name, sorted. Imports none of the packages' files."""
         if self._more is not None:
             self._more()
-        return sorted({*self._modules(), *self._entries})
+        return sorted({*self._modules, *self._entries})
 
     def get(self, name: str) -> T:
         """The entry called ``name``. Raises ``UserError`` that lists the choices when there is none."""
-        if name not in self._entries and (home := self._modules().get(name)):
+        if name not in self._entries and (home := self._modules.get(name)):
             importlib.import_module(home)
         if name not in self._entries and name not in (known := self.names()):
             raise UserError(f"unknown {self.kind} {name!r}{nearest(name, known)}; choose one of: {', '.join(known)}")
@@ -90,7 +89,7 @@ class Registry(Generic[T]):
         return [(name, self.get(name)) for name in self.names()]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._entries or name in self._modules() or name in self.names()
+        return name in self._entries or name in self._modules or name in self.names()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names())
@@ -98,17 +97,16 @@ class Registry(Generic[T]):
     def __len__(self) -> int:
         return len(self.names())
 
+    @functools.cached_property
     def _modules(self) -> dict[str, str]:
         """Name -> the module whose file registers it. Raises ``ValueError`` for a name that two files register."""
-        if self._found is None:
-            found: dict[str, str] = {}
-            for package in self.packages:
-                for module, text in _sources(package):
-                    for name in self._pattern.findall(text):
-                        if found.setdefault(name, module) != module:
-                            raise ValueError(f"two entries of the {self.kind} registry are called {name!r}")
-            self._found = found
-        return self._found
+        found: dict[str, str] = {}
+        for package in self.packages:
+            for module, text in _sources(package):
+                for name in self._pattern.findall(text):
+                    if found.setdefault(name, module) != module:
+                        raise ValueError(f"two entries of the {self.kind} registry are called {name!r}")
+        return found
 
 
 def _sources(package: str) -> Iterator[tuple[str, str]]:

@@ -28,8 +28,7 @@ from redraft.registries import LOSSES
 from redraft.rows import anchors
 from redraft.settings.training import ReplayConfig, TrainConfig
 from redraft.target import Target
-from redraft.training.replay import lost_states, replay_settings, replay_states
-from redraft.training.trainer import Trainer
+from redraft.training.trainer import Trainer, lost_states, replay_settings, replay_states
 
 GAMMA = 4
 toys: dict[str, Any] = runpy.run_path(str(Path(__file__).parent / "toys.py"))

@@ -36,8 +36,7 @@ from redraft.settings.methods import METHODS, PrivateSize
 from redraft.settings.training import ReplayConfig, TrainConfig
 from redraft.starts.apply import StartContext, StartResult, apply_start
 from redraft.target import Head, Target
-from redraft.training.replay import replay_settings, replay_states
-from redraft.training.trainer import Trainer, TrainResult
+from redraft.training.trainer import Trainer, TrainResult, replay_settings, replay_states
 
 Module = TypeVar("Module", bound=nn.Module)
 NO_START = "none"
