@@ -167,13 +167,9 @@ def load_installed() -> None:
         load_plugin(point.value, point.name + package)
 
 
-def _registry(kind: str, variable: str, *rooms: str) -> Registry[Any]:
-    return Registry(kind, variable, tuple(f"redraft.{room}" for room in rooms), load_installed)
-
-
-LOSSES = _registry("loss", "LOSSES", "losses")
-SCORERS = _registry("scorer", "SCORERS", "selection", "attic")
-STARTS = _registry("start", "STARTS", "starts", "attic")
-EXPORTERS = _registry("export format", "EXPORTERS", "drafts")
-FAMILIES = _registry("draft family", "FAMILIES", "drafts")
-SUITES = _registry("suite", "SUITES", "data.suites")
+LOSSES = Registry[Any]("loss", "LOSSES", ("redraft.losses",), load_installed)
+SCORERS = Registry[Any]("scorer", "SCORERS", ("redraft.selection", "redraft.attic"), load_installed)
+STARTS = Registry[Any]("start", "STARTS", ("redraft.starts", "redraft.attic"), load_installed)
+EXPORTERS = Registry[Any]("export format", "EXPORTERS", ("redraft.drafts",), load_installed)
+FAMILIES = Registry[Any]("draft family", "FAMILIES", ("redraft.drafts",), load_installed)
+SUITES = Registry[Any]("suite", "SUITES", ("redraft.data.suites",), load_installed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol, TypeVar
 
 MOST_PADDING = 0.06
@@ -30,21 +30,26 @@ def anchors(row: TokenRow) -> int:
     return max(0, len(row.response_ids) - 1)
 
 
-def anchor_batches(rows: Sequence[AnyRow], batch_anchors: int) -> Iterator[list[AnyRow]]:
+def groups(rows: Iterable[AnyRow], limit: int, weigh: Callable[[AnyRow], int]) -> list[list[AnyRow]]:
+    """Rows in their order, in groups that weigh at most ``limit``; a row that weighs more stands alone."""
+    found: list[list[AnyRow]] = []
+    held = 0
+    for row in rows:
+        if not found or held + weigh(row) > limit:
+            found.append([])
+            held = 0
+        found[-1].append(row)
+        held += weigh(row)
+    return found
+
+
+def anchor_batches(rows: Sequence[AnyRow], batch_anchors: int) -> list[list[AnyRow]]:
     """Rows of similar length together, at most ``batch_anchors`` supervised positions a batch.
 
     Rows of equal length keep the order they are given in; rows without an anchor are left out.
     """
-    batch: list[AnyRow] = []
-    for row in sorted(rows, key=lambda r: len(r.prompt_ids) + len(r.response_ids)):
-        if not anchors(row):
-            continue
-        if batch and sum(anchors(r) for r in batch) + anchors(row) > batch_anchors:
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
+    order = sorted(filter(anchors, rows), key=lambda r: len(r.prompt_ids) + len(r.response_ids))
+    return groups(order, batch_anchors, anchors)
 
 
 def length_batches(rows: Sequence[AnyRow], batch_tokens: int) -> Iterator[list[AnyRow]]:

@@ -84,8 +84,10 @@ def load_model(place: dict[str, Any], spec: str, dtype: torch.dtype) -> tuple[An
     if plan.unpack:
         with one_line(spec):
             model = model.dequantize(dtype)
-    model = quantised.plain(model, plan, dtype, spec)
-    return model, [*notes, *plan.notes], plan.rounds
+    if plan.method is not None:
+        model = quantised.plain(model, plan.method, dtype, spec)
+        notes.append(f"the weights were unpacked from {plan.method}; they take the room of unquantised ones")
+    return model, notes, plan.rounds
 
 
 def check_folder(place: dict[str, Any], spec: str) -> None:

@@ -37,27 +37,14 @@ class Plan:
     unpack: bool = False
     rounds: str | None = None
 
-    @property
-    def notes(self) -> list[str]:
-        if self.method is None:
-            return []
-        return [f"the weights were unpacked from {self.method}; they take the room of unquantised ones"]
-
-
-def settings_of(config: Any) -> dict[str, Any]:
-    """The quantisation that a config asks for, empty where it asks for none."""
-    for place in (config, config.get_text_config()):
-        found = getattr(place, "quantization_config", None)
-        if found:
-            return dict(found) if isinstance(found, dict) else found.to_dict()
-    return {}
-
 
 def plan(config: Any, spec: str) -> Plan:
     """How to open the checkpoint with this config. Raises ``UserError`` where it cannot be computed here."""
-    settings = settings_of(config)
-    if not settings:
+    asked = [getattr(place, "quantization_config", None) for place in (config, config.get_text_config())]
+    if not any(asked):
         return Plan()
+    found: Any = asked[0] or asked[1]
+    settings: dict[str, Any] = found if isinstance(found, dict) else found.to_dict()
     method = str(settings.get("quant_method") or "")
     if settings.get("load_in_4bit") or settings.get("load_in_8bit") or "bitsandbytes" in method:
         method = "bitsandbytes"
@@ -106,19 +93,17 @@ def _beside_weights(settings: dict[str, Any]) -> str | None:
     return None if status == "compressed" else f"quantization_status {status}"
 
 
-def plain(model: Any, done: Plan, dtype: torch.dtype, spec: str) -> Any:
+def plain(model: Any, method: str, dtype: torch.dtype, spec: str) -> Any:
     """The model as an ordinary one: in ``dtype``, and with nothing in its config that a saved copy would be read by.
 
     Raises ``UserError`` where the library of the format has left something packed.
     """
-    if done.method is None:
-        return model
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and tensor.element_size() > 1 and not PACKED.search(name):
             continue
         if isinstance(model.get_submodule(name.rpartition(".")[0]), torch.nn.Linear | torch.nn.Embedding):
             raise UserError(
-                f"{spec} is quantised with {done.method}, and this release of transformers does not unpack {name}; "
+                f"{spec} is quantised with {method}, and this release of transformers does not unpack {name}; "
                 "upgrade transformers, or give the unquantised checkpoint"
             )
     for config in (model.config, model.config.get_text_config()):

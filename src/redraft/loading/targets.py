@@ -69,7 +69,11 @@ def load_target(
         check_finite(model.named_parameters(), name)
         tokenizer = read_tokenizer(adapter, place, base)
         notes = [*notes, *check_rows(tokenizer, model, name)]
-    return Target(_to_device(model, device), tokenizer, name, taps, notes, rounds)
+    try:
+        model = model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"the device {device} cannot be used: {first_line(error)}") from error
+    return Target(model, tokenizer, name, taps, notes, rounds)
 
 
 def _other_base(adapter: str, base: str) -> list[str]:
@@ -96,13 +100,6 @@ def check_finite(named: Iterable[tuple[str, Tensor]], name: str) -> None:
         low, high = tensor.detach().aminmax()
         if not (torch.isfinite(low) and torch.isfinite(high)):
             raise UserError(f"{name} holds NaN or infinity in {parameter}; is its training sound?")
-
-
-def _to_device(model: Any, device: str | torch.device) -> Any:
-    try:
-        return model.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"the device {device} cannot be used: {first_line(error)}") from error
 
 
 # -- facts and head --------------------------------------------------------------------------------------------------

@@ -87,7 +87,10 @@ def find_paths(target: Any) -> Paths:
         effect = _effect(target, ids_BT, wide_BTH)
         with _narrowed(target) as narrow:
             own_BTH = _own(target, ids_BT) if narrow else wide_BTH
-            blind = _blind(target, wide_BTH, own_BTH)
+            # The trial says nothing about windows where narrowing them changed nothing.
+            same = target.mask_plan is not None and torch.equal(wide_BTH, own_BTH)
+            same = same and target.mask_plan.kinds != ("full_attention",)
+            blind = "its window could not be narrowed for the trial" if same else ""
             trial = _Trial(target, ids_BT, own_BTH, effect)
             cached = trial.holds(trial.cached)
             own_cache = not cached and trial.holds(trial.own_cache, CLOSE_OWN if trial.exact else CLOSE_SHORT)
@@ -212,14 +215,6 @@ def _own(target: Any, ids_BT: Tensor) -> Tensor:
         )
     _check_taps(target, ids_BT, out.hidden_states)
     return step.hidden_BTH
-
-
-def _blind(target: Any, wide_BTH: Tensor, narrow_BTH: Tensor) -> str:
-    """Why the trial says nothing about windows: narrowing them changed nothing where the config names some."""
-    plan = target.mask_plan
-    if plan is None or plan.kinds == ("full_attention",) or not torch.equal(wide_BTH, narrow_BTH):
-        return ""
-    return "its window could not be narrowed for the trial"
 
 
 def _check_taps(target: Any, ids_BT: Tensor, states: Any) -> None:

@@ -3,16 +3,13 @@
 Pretraining is next-token prediction on packed blocks, watched by held-out perplexity. Blocks hold text end to end (see
 ``data/packed.py``), attention runs over a whole block, as is usual.
 
-Distillation is a teacher-forced pass that gives the draft's distribution at every response token (prompts are read and
-not supervised; as everywhere here, the first response token comes from prefill and is nobody's to draft), under any
-loss of the registry against a teacher's logits:
+Distillation holds the draft's distribution at every response token, from one teacher-forced pass, against a teacher's
+(``drafts/standalone/objective.py``), under any loss of the registry. As everywhere here, the first response token comes
+from prefill and is nobody's to draft. The target's own states give a whole distribution; a server's answers give less:
 
-- ``states``: the target's own final-norm states, through its head: the whole distribution (white box; its teacher
-  stands in ``drafts/standalone/objective.py``).
-- ``tops``: the likeliest tokens with their log-probabilities, as a server gives them: the distribution restricted to
-  them and renormalised (black box).
-- ``tokens``: the response's token alone, with all the probability (black box; sequence-level distillation, Kim and
-  Rush, arXiv 1606.07947, where KL is the token's cross-entropy).
+- ``tops``: the likeliest tokens with their log-probabilities: the distribution restricted to them and renormalised.
+- ``tokens``: the response's token alone, with all the probability (sequence-level distillation, Kim and Rush, arXiv
+  1606.07947, where KL is the token's cross-entropy).
 
 Text, with next-token cross-entropy, is mixed in by a share of all supervised tokens (0.1 is the 9:1 of Goel et al.,
 arXiv 2403.00858) to keep the draft from forgetting what its pretraining gave it. A loss with batch statistics gets
@@ -46,7 +43,7 @@ from redraft.drafts.standalone.causal import CausalModel
 from redraft.drafts.standalone.objective import Distillation, Teacher, TeacherLogits, size
 from redraft.errors import UserError
 from redraft.progress import Progress
-from redraft.rows import anchors
+from redraft.rows import anchors, groups
 from redraft.settings.training import DistilConfig, PretrainConfig
 from redraft.training.loop import LoopResult, Step, TrainingLoop, onward, rows_digest
 from redraft.training.workers import SINGLE, Shares, Workers
@@ -179,22 +176,9 @@ def _spread(ids: list[list[int]], values: list[list[float]], vocab_size: int, de
 
 
 # -- distillation ----------------------------------------------------------------------------------------------------
-def groups(rows: Sequence[Row], limit: int, weigh: Callable[[Row], int]) -> list[list[Row]]:
-    """Rows in their order, in groups that weigh at most ``limit``; a row that weighs more stands alone."""
-    found: list[list[Row]] = []
-    held = 0
-    for row in rows:
-        if not found or held + weigh(row) > limit:
-            found.append([])
-            held = 0
-        found[-1].append(row)
-        held += weigh(row)
-    return found
-
-
 def step_order(rows: Sequence[Row], config: DistilConfig, epoch: int) -> list[list[Row]]:
     """The rows of every step of an epoch: a function of seed and epoch."""
-    order = sorted((row for row in rows if anchors(row)), key=lambda row: row.key)
+    order = sorted(filter(anchors, rows), key=lambda row: row.key)
     random.Random(f"{config.seed}/{epoch}").shuffle(order)
     return groups(order, config.batch_anchors, anchors)
 

@@ -134,12 +134,7 @@ class Trainer:
         return tau_of(accepted, self.heldout)
 
     def run(self, reporter: Progress | None = None) -> TrainResult:
-        """Train to the end of the budget or until held-out tau has not risen for ``patience`` evaluations.
-
-        On return the draft holds the weights of the best evaluation. A killed run, started again with the same
-        arguments, ends with the same bits. Raises ``UserError`` when a loss or a gradient is not finite; the
-        checkpoint before it stays.
-        """
+        """Train to the end of the budget or until patience is out: :meth:`TrainingLoop.run`. Raises ``UserError``."""
         r = self.loop.run(reporter)
         return TrainResult(r.best, r.start, r.steps, r.tokens, r.seconds, r.stopped_early, r.history)
 
