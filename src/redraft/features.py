@@ -177,25 +177,17 @@ class FeatureStore:
 
     def build(
         self,
-        target: Target,
+        source: Target | FeatureProducer,
         rows: Sequence[TokenRow],
         batch_tokens: int = 2048,
         progress: Callable[[int], None] | None = None,
     ) -> int:
-        """:meth:`fill` from the target in this process; returns the tokens that went through it."""
-        return self.fill(ComputedFeatures(target), rows, batch_tokens, progress)
-
-    def fill(
-        self,
-        source: FeatureProducer,
-        rows: Sequence[TokenRow],
-        batch_tokens: int = 2048,
-        progress: Callable[[int], None] | None = None,
-    ) -> int:
-        """Fetch what is missing; returns the tokens of the rows that ``source`` was asked for.
+        """Fetch what is missing, from the target in this process or another producer; returns the tokens of the rows
+        that it was asked for.
 
         Raises ``UserError`` before the start when the disk cannot hold the result.
         """
+        source = ComputedFeatures(source) if isinstance(source, Target) else source
         missing = [r for r in rows if anchors(r) and r.key not in self.index]
         needed, free = sum(map(source.row_bytes, missing)), shutil.disk_usage(self.folder).free
         if needed * 1.05 > free:

@@ -94,9 +94,6 @@ class Registry(Generic[T]):
     def __iter__(self) -> Iterator[str]:
         return iter(self.names())
 
-    def __len__(self) -> int:
-        return len(self.names())
-
     @functools.cached_property
     def _modules(self) -> dict[str, str]:
         """Name -> the module whose file registers it. Raises ``ValueError`` for a name that two files register."""

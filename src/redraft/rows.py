@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, TypeVar
 
 MOST_PADDING = 0.06
@@ -30,7 +30,12 @@ def anchors(row: TokenRow) -> int:
     return max(0, len(row.response_ids) - 1)
 
 
-def groups(rows: Iterable[AnyRow], limit: int, weigh: Callable[[AnyRow], int]) -> list[list[AnyRow]]:
+def whole_length(row: TokenRow) -> int:
+    """Tokens of the prompt and the response."""
+    return len(row.prompt_ids) + len(row.response_ids)
+
+
+def groups(rows: Sequence[AnyRow], limit: int, weigh: Callable[[AnyRow], int]) -> list[list[AnyRow]]:
     """Rows in their order, in groups that weigh at most ``limit``; a row that weighs more stands alone."""
     found: list[list[AnyRow]] = []
     held = 0
@@ -48,8 +53,7 @@ def anchor_batches(rows: Sequence[AnyRow], batch_anchors: int) -> list[list[AnyR
 
     Rows of equal length keep the order they are given in; rows without an anchor are left out.
     """
-    order = sorted(filter(anchors, rows), key=lambda r: len(r.prompt_ids) + len(r.response_ids))
-    return groups(order, batch_anchors, anchors)
+    return groups(sorted(filter(anchors, rows), key=whole_length), batch_anchors, anchors)
 
 
 def length_batches(rows: Sequence[AnyRow], batch_tokens: int) -> Iterator[list[AnyRow]]:
@@ -60,8 +64,8 @@ def length_batches(rows: Sequence[AnyRow], batch_tokens: int) -> Iterator[list[A
     """
     batch: list[AnyRow] = []
     held = 0
-    for row in sorted(rows, key=lambda r: (len(r.prompt_ids) + len(r.response_ids), r.key)):
-        longest = len(row.prompt_ids) + len(row.response_ids)
+    for row in sorted(rows, key=lambda r: (whole_length(r), r.key)):
+        longest = whole_length(row)
         padded = len(batch) * longest > (1 + MOST_PADDING) * held and held >= ENOUGH_TOKENS
         if batch and (padded or (len(batch) + 1) * longest > batch_tokens):
             yield batch

@@ -40,7 +40,7 @@ def zoo(tmp_path, monkeypatch):
 
 def test_names_come_from_the_text_and_an_entry_is_imported_when_it_is_asked_for(zoo):
     assert zoo.names() == ["heron", "otter"] == list(zoo)
-    assert "heron" in zoo and "lion" not in zoo and len(zoo) == 2
+    assert "heron" in zoo and "lion" not in zoo
     assert not {"zoo_of_this_test.water", "zoo_of_this_test.heron_file"} & set(sys.modules)
     assert zoo.get("otter")() == "otter!"
     assert "zoo_of_this_test.water" in sys.modules and "zoo_of_this_test.heron_file" not in sys.modules

@@ -50,30 +50,22 @@ from redraft.training.workers import SINGLE, Shares, Workers
 
 
 # -- pretraining -----------------------------------------------------------------------------------------------------
-class TextSteps:
-    """Optimiser steps of packed text, read ahead in a thread."""
+def text_steps(
+    causal: CausalModel, text: PackedText, config: PretrainConfig, workers: Workers, begin: int, place: dict[str, Any]
+) -> Iterator[Step]:
+    """Optimiser steps of packed text from ``place`` in it on, without end, read ahead in a thread."""
+    at = Position.of(place or None)
+    count, micro = config.batch_blocks, config.micro_blocks
+    tokens = count * text.length
 
-    def __init__(
-        self, causal: CausalModel, text: PackedText, config: PretrainConfig, workers: Workers = SINGLE
-    ) -> None:
-        self.causal, self.text, self.config, self.workers = causal, text, config, workers
+    def loss(block_BT: Tensor) -> Tensor:
+        return causal.block_loss(block_BT) / tokens
 
-    def steps(self, begin: int, position: dict[str, Any]) -> Iterator[Step]:
-        """Steps from ``position`` in the text on, without end."""
-        at = Position.of(position or None)
-        count, micro = self.config.batch_blocks, self.config.micro_blocks
-        tokens = count * self.text.length
-        with closing(ahead(lambda: self.text.blocks(at), 2 * count)) as blocks:  # type: ignore[type-var]
-            while True:
-                taken = [next(blocks) for _ in range(count)]
-                block_BT = torch.stack([block for block, _ in taken])
-                mine = block_BT.split(micro)[self.workers.rank :: self.workers.size]
-                parts = [partial(self.loss, part, tokens) for part in mine]
-                yield Step(parts, tokens, vars(taken[-1][1]))
-
-    def loss(self, block_BT: Tensor, tokens: int) -> Tensor:
-        """These blocks' share of the mean cross-entropy over ``tokens`` tokens."""
-        return self.causal.block_loss(block_BT) / tokens
+    with closing(ahead(lambda: text.blocks(at), 2 * count)) as blocks:  # type: ignore[type-var]
+        while True:
+            taken = [next(blocks) for _ in range(count)]
+            mine = torch.stack([block for block, _ in taken]).split(micro)[workers.rank :: workers.size]
+            yield Step([partial(loss, part) for part in mine], tokens, vars(taken[-1][1]))
 
 
 def perplexity(causal: CausalModel, block_BT: Tensor, micro: int) -> float:
@@ -106,7 +98,7 @@ def pretrain(
     loop = TrainingLoop(
         causal.model.float(),
         causal.trained,
-        TextSteps(causal, text, config, workers),
+        partial(text_steps, causal, text, config, workers),
         config.steps,
         lambda: perplexity(causal, held_BT, config.micro_blocks),
         config,
@@ -273,7 +265,7 @@ def distil(
         "teacher": type(teacher).__name__,
         "text": list(text.source.files) if text else [],
     }
-    steps = MixedSteps(distillation, kept, config, text, shares)
+    steps = MixedSteps(distillation, kept, config, text, shares).steps
     model, trained = causal.model.float(), causal.trained
     loop = TrainingLoop(
         model, trained, steps, total, evaluate, config, folder, identity, precision=config.precision, workers=workers

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -59,10 +59,8 @@ def onward(order: Callable[[int], Sequence[Entry]], begin: int) -> Iterator[Entr
         begin = max(0, begin - len(entries))
 
 
-class StepSource(Protocol):
-    """Gives the steps of a run from any place on."""
-
-    def steps(self, begin: int, position: dict[str, Any]) -> Iterator[Step]: ...
+Steps = Callable[[int, dict[str, Any]], Iterator[Step]]
+"""The steps of a run, from a number and a position in the data on."""
 
 
 @dataclass
@@ -81,13 +79,13 @@ class LoopResult:
 
 
 class TrainingLoop:
-    """A run over ``total`` steps of ``source``. ``evaluate`` gives the metric that picks the best weights."""
+    """A run over ``total`` of ``steps``. ``evaluate`` gives the metric that picks the best weights."""
 
     def __init__(
         self,
         model: nn.Module,
         trained: Named,
-        source: StepSource,
+        steps: Steps,
         total: int,
         evaluate: Callable[[], float],
         config: LoopConfig,
@@ -109,7 +107,7 @@ class TrainingLoop:
         """
         if not trained:
             raise ValueError("no parameter requires a gradient")
-        self.model, self.trained, self.source, self.total = model, trained, source, total
+        self.model, self.trained, self.steps, self.total = model, trained, steps, total
         self.measure, self.config, self.before, self.workers = evaluate, config, before, workers
         self.metric, self.sign = metric, 1 if higher_is_better else -1
         self.device = trained[0][1].device
@@ -142,7 +140,7 @@ class TrainingLoop:
         began = saved = time.monotonic()
         spent = state["seconds"]
         # Closed at once when the loop ends early: a source may hold a thread.
-        with closing(self.source.steps(state["step"], state["position"])) as steps:  # type: ignore[type-var]
+        with closing(self.steps(state["step"], state["position"])) as steps:  # type: ignore[type-var]
             while not self.ended(state):
                 self.advance(next(steps), optimizers, state, reporter)
                 state["seconds"] = spent + time.monotonic() - began

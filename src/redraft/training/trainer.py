@@ -116,7 +116,7 @@ class Trainer:
         self.loop = TrainingLoop(
             self.draft,
             self.trained,
-            self,
+            self.steps,
             max(1, round(config.epochs * per_epoch)),
             self.evaluate,
             config,
