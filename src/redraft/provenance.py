@@ -104,12 +104,10 @@ def machine() -> dict[str, Any]:
 
 def cpu_name() -> str:
     """The processor's own name where the system tells it, else its architecture."""
-    try:
+    with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
-    except OSError:
-        pass
     return platform.processor() or platform.machine()
 
 

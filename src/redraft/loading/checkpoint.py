@@ -57,12 +57,10 @@ def load_model(place: dict[str, Any], spec: str, dtype: torch.dtype) -> tuple[An
     The third is none where the model computed here is the one that engines serve, and says in words what they round
     besides where it is not (:mod:`redraft.loading.quantised`). Raises ``UserError``.
     """
-    from transformers import AutoConfig
-
     check_folder(place, spec)
     notes: list[str] = []
     with one_line(spec):
-        config = AutoConfig.from_pretrained(**place)
+        config = transformers.AutoConfig.from_pretrained(**place)
     check_code(config, spec, notes)
     plan = quantised.plan(config, spec)
     with one_line(spec):

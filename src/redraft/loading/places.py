@@ -187,16 +187,15 @@ def gguf_of(spec: str) -> Path | None:
 def _unpack(gguf: Path, folder: Path) -> None:
     """Write the model and the tokenizer of a GGUF file as a float32 checkpoint, all or nothing."""
     import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if importlib.util.find_spec("gguf") is None:
         raise UserError("unpacking a GGUF file needs the package gguf: pip install redraft[quickstart]")
     place = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    tokenizer = AutoTokenizer.from_pretrained(**place)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(**place)
     # transformers 5.16 always gives plain weights; later releases may keep them packed, and have a config against that.
     how = getattr(transformers, "GgufConfig", None)
     plain = {"quantization_config": how(dequantize=True)} if how is not None else {}
-    model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32, **plain)
+    model = transformers.AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32, **plain)
     needed = 4 * sum(p.numel() for p in model.parameters()) + (16 << 20)
     with atomic_folder(folder, needed, CACHE_FILES) as new:
         model.save_pretrained(new, max_shard_size="100GB")

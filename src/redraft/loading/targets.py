@@ -143,21 +143,17 @@ def open_head(
 
 def read_config(place: dict[str, Any], spec: str) -> Any:
     """The config at ``place`` (:func:`redraft.loading.places.locate`). Raises ``UserError``."""
-    from transformers import AutoConfig
-
     with one_line(f"the config of {spec}"):
-        return AutoConfig.from_pretrained(**place)
+        return transformers.AutoConfig.from_pretrained(**place)
 
 
 def _generation(place: dict[str, Any], config: Any) -> Any:
     """The generation config beside a config, or what the config alone makes of one."""
-    from transformers import GenerationConfig
-
     where = {key: place[key] for key in ("pretrained_model_name_or_path", "local_files_only")}
     try:
-        return GenerationConfig.from_pretrained(where.pop("pretrained_model_name_or_path"), **where)
+        return transformers.GenerationConfig.from_pretrained(where.pop("pretrained_model_name_or_path"), **where)
     except (OSError, ValueError):  # many checkpoints have none
-        return GenerationConfig.from_model_config(config)
+        return transformers.GenerationConfig.from_model_config(config)
 
 
 def _plain(spec: str, adapter: str | None) -> tuple[Facts, Any, dict[str, Tensor]] | None:
@@ -230,7 +226,6 @@ def _tensors(files: list[Path], model: Any) -> dict[str, Tensor] | None:
 # -- tokenizers ------------------------------------------------------------------------------------------------------
 def read_tokenizer(adapter: str | None, place: dict[str, Any], spec: str) -> Any:
     """The adapter's own tokenizer where it ships one, else the base model's. Raises ``UserError``."""
-    from transformers import AutoTokenizer
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     if adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file():
@@ -251,7 +246,7 @@ def read_tokenizer(adapter: str | None, place: dict[str, Any], spec: str) -> Any
         # transformers makes a tokenizer of a few special tokens then, and says nothing
         raise UserError(f"{spec} has no tokenizer that can be loaded: there is no tokenizer.json or other vocabulary")
     try:
-        return AutoTokenizer.from_pretrained(**place)
+        return transformers.AutoTokenizer.from_pretrained(**place)
     except Exception as error:  # tokenizer files of strangers raise every kind of error
         raise UserError(f"{spec} has no tokenizer that can be loaded: {first_line(error)}") from error
 
