@@ -17,8 +17,7 @@ from redraft.data.suites.code import code_blocks, defined_names
 from redraft.evaluate.figures import PLAIN
 from redraft.evaluate.speed import Prompt
 from redraft.evaluate.statistics import mean, paired_difference
-from redraft.registries import SUITES
-from redraft.registry import Registry
+from redraft.registries import SUITES, Registry
 
 # (output, reference) -> whether the output is right
 RULES: Registry[Callable[[str, str], bool]] = Registry("scoring rule")
