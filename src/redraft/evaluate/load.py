@@ -29,7 +29,7 @@ from redraft.data.transport import (
     first_choice,
 )
 from redraft.errors import UserError
-from redraft.evaluate.counters import SGLANG, VLLM, Counts, Reading, difference, parse_metrics
+from redraft.evaluate.counters import ENGINES, SGLANG, VLLM, Counts, Reading, difference, parse_metrics
 from redraft.evaluate.speed import Prompt
 from redraft.settings.sampler import Sampler
 
@@ -95,7 +95,7 @@ class Answer:
         return self.text == other.text
 
 
-@dataclass(frozen=True)
+@dataclass
 class Level:
     """What one server did at one concurrency: an answer a prompt, in their order.
 
@@ -136,7 +136,8 @@ class Level:
 
 
 class Session:
-    """A server under measurement: its connection, what it serves, and whether it streams. Use :meth:`open` first."""
+    """A server under measurement: its connection, what it says of itself, its ``levels`` by concurrency and what a
+    reader of them must know (``notes``). Use :meth:`open` first."""
 
     def __init__(self, name: str, url: str, config: ServerConfig) -> None:
         self.name, self.config = name, config
@@ -145,6 +146,7 @@ class Session:
         self.streamed = True
         self.engine = ""
         self.version: str | None = None
+        self.levels: dict[int, Level] = {}
         self.notes: list[str] = []
         self._metrics = True
 
@@ -175,6 +177,16 @@ class Session:
     def where(self) -> str:
         """The name and address of the server, for messages."""
         return f"{self.name} at {self.connection.url}"
+
+    @property
+    def base(self) -> Level:
+        """The level that the headline is of: concurrency 1, or the lowest."""
+        return self.levels[min(self.levels)]
+
+    @property
+    def product(self) -> str:
+        """``vLLM 0.32.0``, as far as it is known."""
+        return " ".join(filter(None, [ENGINES.get(self.engine, "unknown engine"), self.version]))
 
     def _find_model(self) -> str:
         wanted = self.config.models.get(self.name)
@@ -277,12 +289,13 @@ class Session:
 
     def _at_once(self, prompts: Sequence[Prompt], workers: int, limit: int, done: Done | None) -> list[Answer]:
         pool = ThreadPoolExecutor(workers, thread_name_prefix="redraft-load")
-        allowed = Tolerance(self.where, len(prompts), self.config.tolerated if done else 1.0)
+        faults: list[str] = []
         try:
             futures = [pool.submit(self.answer, prompt, index, limit) for index, prompt in enumerate(prompts)]
             for future in as_completed(futures):
-                allowed.take(future.result())
+                faults += filter(None, [future.result().fault])
                 if done:
+                    self.check_faults(faults, len(prompts))
                     done(f"{self.name}, {workers} at a time")
             return [future.result() for future in futures]
         except BaseException:
@@ -291,24 +304,13 @@ class Session:
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-
-class Tolerance:
-    """Counts failures and gives up as soon as they exceed the share ``tolerated`` of ``requests``."""
-
-    def __init__(self, where: str, requests: int, tolerated: float) -> None:
-        self.where, self.requests, self.tolerated = where, requests, tolerated
-        self.failed = 0
-
-    def take(self, answer: Answer) -> Answer:
-        """Count ``answer`` and give it back. Raises ``UserError`` when it was one failure too many."""
-        if answer.fault:
-            self.failed += 1
-            if self.failed > self.tolerated * self.requests:
-                raise UserError(
-                    f"{self.failed} of {self.requests} requests to the server {self.where} failed, more than "
-                    f"{self.tolerated:.0%}; the last: {answer.fault}"
-                )
-        return answer
+    def check_faults(self, faults: Sequence[str], requests: int) -> None:
+        """Raise ``UserError`` where more than the tolerated share of ``requests`` failed."""
+        if len(faults) > self.config.tolerated * requests:
+            raise UserError(
+                f"{len(faults)} of {requests} requests to the server {self.where} failed, more than "
+                f"{self.config.tolerated:.0%}; the last: {faults[-1]}"
+            )
 
 
 def paired(sessions: Sequence[Session], prompts: Sequence[Prompt], done: Done | None = None) -> dict[str, Level]:
@@ -316,29 +318,25 @@ def paired(sessions: Sequence[Session], prompts: Sequence[Prompt], done: Done | 
 
     The counters are read before and after each request. Raises ``UserError`` when too many requests fail.
     """
-    answers: dict[str, list[Answer]] = {session.name: [] for session in sessions}
-    counts: dict[str, list[Counts]] = {session.name: [] for session in sessions}
-    gauges: dict[str, dict[str, float]] = {}
-    allowed = {s.name: Tolerance(s.where, len(prompts), s.config.tolerated) for s in sessions}
+    levels = {session.name: Level(1, [], 0.0, [], True) for session in sessions}
     for index, prompt in enumerate(prompts):
         turn = index % len(sessions)
         for session in [*sessions[turn:], *sessions[:turn]]:
-            before = session.read()
-            answer = allowed[session.name].take(session.answer(prompt, index))
+            level, before = levels[session.name], session.read()
+            answer = session.answer(prompt, index)
+            level.answers.append(answer)
+            level.wall += answer.seconds
+            session.check_faults([found.fault for found in level.answers if found.fault], len(prompts))
             after = session.read_after(before, answer.tokens)
-            answers[session.name].append(answer)
             if after.prefix:
-                counts[session.name].append(difference(before, after, session.where))
-                gauges[session.name] = after.gauges
+                level.counts.append(difference(before, after, session.where))
+                level.gauges = after.gauges
             if done:
                 done(f"prompt {index + 1} of {len(prompts)}, {session.name}")
     for session in sessions:
-        if counts[session.name] and len(counts[session.name]) < len(prompts):
+        if 0 < len(levels[session.name].counts) < len(prompts):
             raise UserError(f"the server {session.where} stopped giving its counters half-way; measure again")
-    return {
-        name: Level(1, found, sum(a.seconds for a in found), counts[name], True, gauges.get(name, {}))
-        for name, found in answers.items()
-    }
+    return levels
 
 
 # -- answers ---------------------------------------------------------------------------------------------------------
