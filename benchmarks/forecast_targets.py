@@ -74,7 +74,7 @@ def keep(name: str, found: dict[str, Any]) -> None:
 def walked(target: Target, draft: Draft, rows: Sequence[Row], store: FeatureStore) -> dict[str, float]:
     """tau of the draft on stored answers, with its interval."""
     accepted = simulate_greedy_chain(draft, target, rows, store, GAMMA)
-    return tau_interval(accepted, {row.key: anchors(row) for row in rows})
+    return tau_interval(accepted, rows)
 
 
 @torch.inference_mode()

@@ -13,7 +13,7 @@ import torch
 from batched import BatchedChainDecoder
 from transformers import AutoModelForCausalLM
 
-from redraft.adaptation.auto import auto_shape, run_lengths
+from redraft.adaptation.bench import auto_shape, run_lengths
 from redraft.adaptation.models import open_draft, open_proposer
 from redraft.adaptation.probe import acceptance, greedy_rows, probe
 from redraft.api.files import export, merge

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from redraft.adaptation.auto import auto_shape, run_lengths
+from redraft.adaptation.bench import auto_shape, run_lengths
 from redraft.adaptation.probe import greedy_rows
 from redraft.data.generate import Request, generate
 from redraft.decode.auto import (

@@ -10,11 +10,19 @@ from typing import Any
 import pytest
 import torch
 
-from redraft.adaptation import pace
+from redraft.adaptation import advice
 from redraft.adaptation import trial as trials
-from redraft.adaptation.advice import ADAPT_ANSWERS, ADAPT_PASSES
-from redraft.adaptation.pace import TIMED_PROMPTS, TIMED_TOKENS, Pace, expected_seconds, first_batch, round_cost
-from redraft.adaptation.probe import Look, adaptation_seconds, greedy_answers, probe
+from redraft.adaptation.advice import (
+    ADAPT_ANSWERS,
+    ADAPT_PASSES,
+    TIMED_PROMPTS,
+    TIMED_TOKENS,
+    Pace,
+    expected_seconds,
+    first_batch,
+    round_cost,
+)
+from redraft.adaptation.probe import adaptation_seconds, greedy_answers, probe
 from redraft.adaptation.trial import PASSES, Trial, check_trial, halves, trial
 from redraft.drafts.base import fresh
 from redraft.drafts.standalone.shapes import fresh_standalone
@@ -83,8 +91,8 @@ def test_the_time_is_told_from_a_first_batch(monkeypatch: pytest.MonkeyPatch) ->
         clock.now += 2 + (tokens - 1) * (0.5 if len(requests) > 1 else 0.1)
         return iter(())
 
-    monkeypatch.setattr(pace, "generate", generate)
-    monkeypatch.setattr(pace, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(advice, "generate", generate)
+    monkeypatch.setattr(advice, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     found = first_batch(None, PROMPTS, 64)  # type: ignore[arg-type]
     assert (found.batch, found.prompts) == (6, pytest.approx(2))
     assert (found.single, found.step) == (pytest.approx(0.1), pytest.approx(0.5))
@@ -107,7 +115,7 @@ def test_a_step_of_many_answers_is_shared_by_them() -> None:
 
 def test_plain_decoding_and_rounds_count_in_their_fastest_types(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = {"half": (0.010, 0.030), "whole": (0.020, 0.024)}
-    monkeypatch.setattr(pace, "_timed", lambda target, *_: seconds[target])
+    monkeypatch.setattr(advice, "_timed", lambda target, *_: seconds[target])
     found = round_cost({"bfloat16": "half", "float32": "whole"}, None, [], 3)  # type: ignore[dict-item, arg-type]
     assert (found.plain, found.round) == (0.010, 0.024) and found.cost == pytest.approx(2.4)
     assert (found.plain_type, found.round_type) == ("bfloat16", "float32")
@@ -119,10 +127,11 @@ def test_an_adaptation_costs_its_answers_and_its_passes() -> None:
     evidence = shipped()
     pace, tokens = Pace(64, 0.0, 0.1, 0.64), ADAPT_ANSWERS * 50
     training = evidence.training(0.1) * 0.01
-    seen = Look({}, None, 50.0, trial=None)
-    assert adaptation_seconds(seen, evidence, pace, 0.1) == pytest.approx(tokens * (0.01 + ADAPT_PASSES * training))
-    tried = Look({}, None, 50.0, Trial({}, 8, tokens=2000, seconds=10.0))
-    assert adaptation_seconds(tried, evidence, pace, 0.1) == pytest.approx(tokens * (0.01 + ADAPT_PASSES * 0.005))
+    assert adaptation_seconds(50.0, None, evidence, pace, 0.1) == pytest.approx(
+        tokens * (0.01 + ADAPT_PASSES * training)
+    )
+    tried = Trial({}, 8, tokens=2000, seconds=10.0)
+    assert adaptation_seconds(50.0, tried, evidence, pace, 0.1) == pytest.approx(tokens * (0.01 + ADAPT_PASSES * 0.005))
 
 
 # -- the whole -------------------------------------------------------------------------------------------------------

@@ -16,8 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from redraft.acceptance.simulate import simulate_greedy_chain
-from redraft.adaptation.advice import ADAPT_ANSWERS, ADAPT_PASSES, LEAVE, break_even, judge
-from redraft.adaptation.pace import TIMED_PROMPTS, Pace, RoundTime, expected_seconds, first_batch, round_cost
+from redraft.adaptation.advice import (
+    ADAPT_ANSWERS,
+    ADAPT_PASSES,
+    LEAVE,
+    TIMED_PROMPTS,
+    Pace,
+    break_even,
+    expected_seconds,
+    first_batch,
+    judge,
+    round_cost,
+)
 from redraft.adaptation.trial import Trial, check_trial, trial
 from redraft.data.generate import Request, generate
 from redraft.data.store import Row
@@ -174,42 +184,10 @@ def walked(
     """tau_pooled with its interval of the greedy chain over these greedy answers. Raises ``UserError`` for none."""
     if not rows:
         raise UserError("the target ends every answer at once; check its chat template and end token")
-    accepted = simulate_greedy_chain(draft.to(target.device), target, rows, store, gamma)
-    return tau_interval(accepted, {row.key: anchors(row) for row in rows})
+    return tau_interval(simulate_greedy_chain(draft.to(target.device), target, rows, store, gamma), rows)
 
 
 # -- the whole -------------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Look:
-    """A draft on a target's answers: tau with its interval, the vocabulary's coverage, mean length of an answer, and
-    the trial where one was asked for."""
-
-    tau: dict[str, float]
-    coverage: float | None
-    length: float
-    trial: Trial | None
-
-
-def look(
-    target: Target,
-    draft: Draft,
-    prompts: Sequence[Prompt],
-    gamma: int,
-    max_new_tokens: int,
-    with_trial: bool,
-    progress: Callable[..., None] | None,
-) -> Look:
-    """Have the target answer, and walk the draft over it. Raises ``UserError``."""
-    with greedy_answers(target, draft, prompts, max_new_tokens, progress) as (rows, store):
-        tau = walked(target, draft, rows, store, gamma)
-        length = sum(len(row.response_ids) for row in rows) / len(rows)
-        if store is None:  # a draft that reads text alone says every token, and no trial adapts it
-            return Look(tau, None, length, None)
-        tried = trial(target, draft, rows, store, gamma) if with_trial else None
-        share = coverage(draft, rows, gamma).share
-        return Look(tau, share, length, tried)
-
-
 def probe(
     target: Target,
     draft: Draft,
@@ -231,25 +209,64 @@ def probe(
     base. ``targets`` holds the target in the data types that it may be served in; ``with_trial`` adapts to a part of
     the answers to narrow the forecast; ``say`` is told how long it will take. Raises ``UserError``.
     """
-    evidence, family = shipped(), draft.family
+    evidence, own, base = shipped(), draft.family, base_target
     if with_trial:
         check_trial(draft)
-    reference, where = _stated(known_reference if base_target is None else None, known_gamma or gamma, gamma)
+    reference, where = _stated(known_reference if base is None else None, known_gamma or gamma, gamma)
+    targets = targets or {str(target.dtype).removeprefix("torch."): target}
     size = draft.parameters_per_token / target.parameters_per_token
     pace = first_batch(target, prompts, max_new_tokens)
     if say:
         training = evidence.training(size) * evidence.trial_passes if with_trial else 0.0
-        passes, types = 2 if base_target is not None else 1, len(targets or [target])
-        say(_announcement(expected_seconds(pace, len(prompts), max_new_tokens, passes, types, training)))
-    seen = look(target, draft, prompts, gamma, max_new_tokens, with_trial, progress)
-    timed = round_cost(targets or target, draft, prompts[:TIMED_PROMPTS], gamma)
-    if base_target is not None:
-        reference = acceptance(base_target, draft, prompts, gamma, max_new_tokens, progress)
+        passes = 1 if base is None else 2
+        seconds = expected_seconds(pace, len(prompts), max_new_tokens, passes, len(targets), training)
+        shorter = (
+            "; fewer prompts (--limit) or shorter answers (--max-new-tokens) take less" if seconds > MINUTE else ""
+        )
+        say(f"this takes about {duration(max(1.0, seconds))} here, less where answers end early{shorter}")
+    share: float | None = None
+    tried: Trial | None = None
+    with greedy_answers(target, draft, prompts, max_new_tokens, progress) as (rows, store):
+        tau = walked(target, draft, rows, store, gamma)
+        length = sum(len(row.response_ids) for row in rows) / len(rows)
+        if store is not None:  # a draft that reads text alone says every token, and no trial adapts it
+            tried = trial(target, draft, rows, store, gamma) if with_trial else None
+            share = coverage(draft, rows, gamma).share
+    timed = round_cost(targets, draft, prompts[:TIMED_PROMPTS], gamma)
+    if base is not None:
+        reference = acceptance(base, draft, prompts, gamma, max_new_tokens, progress)
         where = "on the base target's own answers to the same prompts"
-    measured = reference["value"] if reference is not None and base_target is not None else None
-    observed = Seen(gamma, seen.tau["value"], measured, seen.trial.tau["value"] if seen.trial else None)
-    fit = evidence.fit_for(observed) if family in evidence.families else None
-    return _result(draft, seen, timed, reference, where, observed, fit, evidence, pace, size, len(prompts))
+    measured = reference["value"] if reference is not None and base is not None else None
+    observed = Seen(gamma, tau["value"], measured, tried.tau["value"] if tried else None)
+    fit = evidence.fit_for(observed) if own in evidence.families else None
+    forecast = fit.forecast(observed) if fit else None
+    found = judge(tau["value"], reference["value"] if reference else None, timed, forecast, _more(observed, fit))
+    paid = None
+    if forecast is not None and found.action != LEAVE:
+        paid = break_even(tau["value"], timed, forecast, adaptation_seconds(length, tried, evidence, pace, size))
+    known = " and ".join(evidence.families)
+    return ProbeResult(
+        verdict=found.verdict,
+        advice=found.advice,
+        action=found.action,
+        adapt=found.action != LEAVE,
+        prompts=len(prompts),
+        gamma=gamma,
+        tau=tau,
+        reference_tau=reference,
+        reference=where,
+        coverage=share,
+        trial_tau=tried.tau if tried else None,
+        forecast=forecast,
+        forecast_from=fit.sentence() if fit else f"no forecast: it was fitted on {known} drafts, not {own}",
+        round_cost=timed.cost,
+        round_types={"plain": timed.plain_type, "round": timed.round_type},
+        speedup_now=tau["value"] / timed.cost,
+        speedup_expected=forecast["value"] / timed.cost if forecast else None,
+        gain=found.gain,
+        break_even=paid.to_dict() if paid else None,
+        break_even_text=paid.sentence() if paid else None,
+    )
 
 
 def _stated(reference: Mapping[str, float] | None, known_gamma: int, gamma: int) -> tuple[dict[str, float] | None, str]:
@@ -270,61 +287,6 @@ def _stated(reference: Mapping[str, float] | None, known_gamma: int, gamma: int)
     return converted, f"{where}, from a chain of {known_gamma}"
 
 
-def _announcement(seconds: float) -> str:
-    longer = "; fewer prompts (--limit) or shorter answers (--max-new-tokens) take less" if seconds > MINUTE else ""
-    return f"this takes about {duration(max(1.0, seconds))} here, less where answers end early{longer}"
-
-
-def _result(
-    draft: Draft,
-    seen: Look,
-    timed: RoundTime,
-    reference: dict[str, float] | None,
-    where: str,
-    observed: Seen,
-    fit: Fit | None,
-    evidence: Evidence,
-    pace: Pace,
-    size: float,
-    prompts: int,
-) -> ProbeResult:
-    """The judgement on what was measured, in figures and words."""
-    forecast = fit.forecast(observed) if fit else None
-    family, gamma = draft.family, observed.gamma
-    found = judge(seen.tau["value"], reference["value"] if reference else None, timed, forecast, _more(observed, fit))
-    paid = None
-    if forecast is not None and found.action != LEAVE:
-        seconds = adaptation_seconds(seen, evidence, pace, size)
-        paid = break_even(seen.tau["value"], timed, forecast, seconds)
-    why = (
-        fit.sentence()
-        if fit
-        else f"no forecast: it was fitted on {' and '.join(evidence.families)} drafts, not {family}"
-    )
-    return ProbeResult(
-        verdict=found.verdict,
-        advice=found.advice,
-        action=found.action,
-        adapt=found.action != LEAVE,
-        prompts=prompts,
-        gamma=gamma,
-        tau=seen.tau,
-        reference_tau=reference,
-        reference=where,
-        coverage=seen.coverage,
-        trial_tau=seen.trial.tau if seen.trial else None,
-        forecast=forecast,
-        forecast_from=why,
-        round_cost=timed.cost,
-        round_types={"plain": timed.plain_type, "round": timed.round_type},
-        speedup_now=seen.tau["value"] / timed.cost,
-        speedup_expected=forecast["value"] / timed.cost if forecast else None,
-        gain=found.gain,
-        break_even=paid.to_dict() if paid else None,
-        break_even_text=paid.sentence() if paid else None,
-    )
-
-
 def _more(observed: Seen, fit: Fit | None) -> str:
     """How to learn more than the forecast says."""
     ways = []
@@ -335,14 +297,12 @@ def _more(observed: Seen, fit: Fit | None) -> str:
     return ", ".join([*ways, "redraft adapt measures it on held-out prompts"])
 
 
-def adaptation_seconds(seen: Look, evidence: Evidence, pace: Pace, size: float) -> float:
-    """What `redraft adapt` would take here by default: answers at this target's pace, and training on them.
+def adaptation_seconds(length: float, tried: Trial | None, evidence: Evidence, pace: Pace, size: float) -> float:
+    """What `redraft adapt` would take here by default: answers of this ``length`` at this pace, and training on them.
 
     A trained position costs what it did in the trial, else as many generated tokens as in the committed runs, by the
     draft's share ``size`` of the target's parameters.
     """
-    tokens, token = ADAPT_ANSWERS * seen.length, pace.token(seen.length)
-    position = evidence.training(size) * token
-    if seen.trial is not None and seen.trial.tokens:
-        position = seen.trial.seconds / seen.trial.tokens
-    return tokens * token + ADAPT_PASSES * tokens * position
+    token = pace.token(length)
+    position = tried.seconds / tried.tokens if tried and tried.tokens else evidence.training(size) * token
+    return ADAPT_ANSWERS * length * (token + ADAPT_PASSES * position)

@@ -7,16 +7,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from redraft.adaptation.models import template_prompts
 from redraft.data.answers import UnclearReply, reply_message
 from redraft.data.overlap import refuse_overlap, trained_conversations
 from redraft.data.prompts import check_length, read_conversations
-from redraft.data.shapes import Conversation
 from redraft.data.store import read_rows
 from redraft.data.suites import Suite, SuiteItem, load_suite, run_turns
 from redraft.data.template import template_ids
@@ -24,42 +20,37 @@ from redraft.data.turns import RESULTS, Message
 from redraft.decode.engine import PlainDecoder
 from redraft.errors import UserError
 from redraft.evaluate.speed import Prompt
-from redraft.registries import SUITES
+from redraft.settings.measure import BenchSettings, ProbeSettings
 from redraft.target import Target
 
 
-@dataclass(frozen=True)
 class Questions:
-    """Where the prompts of a benchmark come from: a prompt file, named suites, or both; ``limit`` of each."""
+    """The prompts of a measurement, from a prompt file, named suites, or both.
 
-    prompts: str | None = None
-    suites: Sequence[str] = ()
-    data: Path | None = None
-    limit: int = 24
-    trained_on: Path | None = None
+    Files are read at once, before anything large is loaded. Raises ``UserError`` for bad ones, for unknown categories,
+    and when nothing is asked.
+    """
 
-    @cached_property
-    def conversations(self) -> list[Conversation]:
-        """Those of the prompt file. Raises ``UserError`` for a bad file or suite name, and when nothing is asked."""
-        if self.prompts is None and not self.suites:
+    def __init__(self, s: BenchSettings | ProbeSettings) -> None:
+        if s.prompts is None and not s.suite:
             raise UserError("nothing to measure on; give --prompts FILE or --suite NAME")
-        for text in self.suites:
-            SUITES.get(text.partition("=")[0].partition(":")[0].strip())
-        return read_conversations(self.prompts)[: self.limit] if self.prompts else []
+        self.settings = s
+        self.conversations = read_conversations(s.prompts)[: s.limit] if s.prompts else []
+        self.suites = [load_suite(text, s.data, s.limit, s.seed) for text in s.suite]
 
-    def read(self, target: Any, max_new_tokens: int, seed: int) -> list[Prompt]:
+    def read(self, target: Any) -> list[Prompt]:
         """All prompts as the target's chat template makes them.
 
         ``target`` needs a tokenizer and a context; suites of several turns also need its weights, for its own replies.
-        Raises ``UserError`` for no prompts, bad ones, and those that ``trained_on`` (responses) holds as well.
+        Raises ``UserError`` for bad prompts, and for those that a draft was trained on.
         """
-        suites = [load_suite(text, self.data, self.limit, seed) for text in self.suites]
-        if self.trained_on is not None:
-            asked = [*self.conversations, *(item.conversation for suite in suites for item in suite.items)]
-            trained = trained_conversations(read_rows(self.trained_on), target.tokenizer)
-            refuse_overlap(trained, asked, " and ".join(filter(None, [self.prompts, *self.suites])))
-        found = template_prompts(self.conversations, target, max_new_tokens)
-        return found + suite_prompts(suites, target, max_new_tokens)
+        s = self.settings
+        if isinstance(s, BenchSettings) and s.trained_on is not None:
+            asked = [*self.conversations, *(item.conversation for suite in self.suites for item in suite.items)]
+            trained = trained_conversations(read_rows(s.trained_on), target.tokenizer)
+            refuse_overlap(trained, asked, " and ".join(filter(None, [s.prompts, *s.suite])))
+        found = template_prompts(self.conversations, target, s.max_new_tokens)
+        return found + suite_prompts(self.suites, target, s.max_new_tokens)
 
 
 def suite_prompts(suites: Sequence[Suite], target: Target, max_new_tokens: int) -> list[Prompt]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from redraft.training.trainer import Trainer
 
 METHOD, START = "lora", "vocabulary"
 # Few answers seen often, in small steps.
-PASSES, STEP_TOKENS = 8.0, 256
+PASSES, STEP_TOKENS, SEED = 8.0, 256, 0
 FEWEST_ANSWERS = 4
 
 
@@ -63,55 +63,30 @@ def halves(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
     return ordered[::2], ordered[1::2]
 
 
-def trial(
-    target: Target,
-    draft: Draft,
-    rows: Sequence[Row],
-    store: FeatureStore,
-    gamma: int,
-    seed: int = 0,
-    progress: Callable[..., None] | None = None,
-) -> Trial:
+def trial(target: Target, draft: Draft, rows: Sequence[Row], store: FeatureStore, gamma: int) -> Trial:
     """Train twice, walk twice. ``draft`` stays as it is; ``store`` holds the features of ``rows``.
 
     Raises ``UserError`` for fewer answers than four, and what training raises.
     """
     parts = halves(rows)
-    if sum(map(len, parts)) < FEWEST_ANSWERS:
+    answers = sum(map(len, parts))
+    if answers < FEWEST_ANSWERS:
         raise UserError(
-            f"a trial adaptation needs {FEWEST_ANSWERS} answers of two tokens or more, there are "
-            f"{sum(map(len, parts))}; give more prompts, or leave --trial out"
+            f"a trial adaptation needs {FEWEST_ANSWERS} answers of two tokens or more, there are {answers}; "
+            "give more prompts, or leave --trial out"
         )
     found: dict[str, list[int]] = {}
     tokens, seconds = 0, 0.0
-    for seen, unseen in (parts, parts[::-1]):
-        accepted, result = _half(target, draft, seen, unseen, store, gamma, seed, progress)
-        found |= accepted
-        tokens, seconds = tokens + result[0], seconds + result[1]
-    tau = tau_interval(found, {row.key: anchors(row) for part in parts for row in part})
-    return Trial(tau, sum(map(len, parts)), tokens, seconds)
-
-
-def _half(
-    target: Target,
-    draft: Draft,
-    seen: Sequence[Row],
-    unseen: Sequence[Row],
-    store: FeatureStore,
-    gamma: int,
-    seed: int,
-    progress: Callable[..., None] | None,
-) -> tuple[Mapping[str, list[int]], tuple[int, float]]:
-    """Rounds over ``unseen`` after training on ``seen``; supervised positions and seconds of the training."""
-    own = copy.deepcopy(draft).float()
-    started = apply_start(START, own, StartContext(target, rows=seen, gamma=gamma, seed=seed)).draft
-    prepared, _ = prepare(started, METHOD, PrivateSize(), seed, target)
-    settings = adaptation(METHOD) | {"epochs": PASSES, "batch_anchors": STEP_TOKENS, "gamma": gamma, "seed": seed}
+    settings = adaptation(METHOD) | {"epochs": PASSES, "batch_anchors": STEP_TOKENS, "gamma": gamma, "seed": SEED}
     config = TrainConfig(**settings | {"evaluate_every": 10**9, "patience": 0})
-    with tempfile.TemporaryDirectory(prefix="redraft-trial-", ignore_cleanup_errors=True) as folder:
-        # The best weights are chosen on what was seen: nothing may be chosen on the answers that are measured.
-        trainer = Trainer(prepared, target, store, seen, seen, config, Path(folder))
-        result = trainer.run(None)
-    if progress:
-        progress(len(seen))
-    return simulate_greedy_chain(trainer.draft, target, unseen, store, gamma), (result.anchors, result.seconds)
+    for seen, unseen in (parts, parts[::-1]):
+        own = copy.deepcopy(draft).float()
+        started = apply_start(START, own, StartContext(target, rows=seen, gamma=gamma, seed=SEED)).draft
+        prepared, _ = prepare(started, METHOD, PrivateSize(), SEED, target)
+        with tempfile.TemporaryDirectory(prefix="redraft-trial-", ignore_cleanup_errors=True) as folder:
+            # The best weights are chosen on what was seen: nothing may be chosen on the answers that are measured.
+            trainer = Trainer(prepared, target, store, seen, seen, config, Path(folder))
+            result = trainer.run(None)
+        found |= simulate_greedy_chain(trainer.draft, target, unseen, store, gamma)
+        tokens, seconds = tokens + result.anchors, seconds + result.seconds
+    return Trial(tau_interval(found, [*parts[0], *parts[1]]), answers, tokens, seconds)

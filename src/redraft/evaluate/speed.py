@@ -8,7 +8,7 @@ intervals over prompts.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ from redraft.errors import UserError
 from redraft.evaluate.divergence import plain_text
 from redraft.evaluate.figures import PLAIN, by_task, costs, gains, per_prompt, seconds, summarise, tally
 from redraft.evaluate.statistics import ratio_of_sums
+from redraft.rows import TokenRow, anchors
 from redraft.settings.sampler import Sampler
 from redraft.settings.shapes import ChainShape, Shape
 from redraft.target import Target
@@ -130,27 +131,14 @@ def bench(
             expected[name] = [plain_text(prompt.ids, run.ids, used[name]) for prompt, run in asked]
     tasks = [prompt.task for prompt in prompts]
     tallies = {name: tally(found) for name, found in runs.items()}
-    own, plain_held = chosen[PLAIN], held.get(PLAIN, {chosen[PLAIN]: []})
-    fixed = config.sampler.greedy or config.greedy_drafts
+    own, in_contest = chosen[PLAIN], held.get(PLAIN, {})
+    timed = {dtype: len(some) for dtype, some in in_contest.items()} | {own: len(prompts)}
     result: dict[str, Any] = {
         "schema": SCHEMA,
         "provenance": dict(provenance),
-        "setup": {
-            "target": used[PLAIN].name,
-            "sampler": config.sampler.describe(),
-            "draft_tokens": "greedy" if fixed else "sampled",
-            "gamma": config.shape.depth,
-            "shape": "chain" if isinstance(config.shape, ChainShape) else config.shape.describe(),
-            "prompts": len(prompts),
-            "max_new_tokens": config.max_new_tokens,
-            "batch": 1,
-            "seed": config.seed,
-            "dtype": own,
-            "speed": "tokens a second over prefill and decoding together",
-            "contest_prompts": {t: len(prompts) if t == own else len(some) for t, some in plain_held.items()},
-            "overhead": wall / decoding - 1,
-        },
-        "plain": _plain(runs[PLAIN], own, held.get(PLAIN, {})),
+        "setup": {"target": used[PLAIN].name, **_setup(config), "prompts": len(prompts), "dtype": own}
+        | {"contest_prompts": timed, "overhead": wall / decoding - 1},
+        "plain": _plain(runs[PLAIN], own, in_contest),
         "contest": {
             name: {dtype: {"prompts": len(some), "tokens_per_second": _rate(some)} for dtype, some in by_type.items()}
             for name, by_type in held.items()
@@ -172,6 +160,19 @@ def bench(
             "by_task": by_task(tallies[name], tallies[PLAIN], tasks, sorted({*tasks} - {""})),
         }
     return Measured(result, runs, used, expected)
+
+
+def _setup(config: BenchConfig) -> dict[str, Any]:
+    return {
+        "sampler": config.sampler.describe(),
+        "draft_tokens": "greedy" if config.sampler.greedy or config.greedy_drafts else "sampled",
+        "gamma": config.shape.depth,
+        "shape": "chain" if isinstance(config.shape, ChainShape) else config.shape.describe(),
+        "max_new_tokens": config.max_new_tokens,
+        "batch": 1,
+        "seed": config.seed,
+        "speed": "tokens a second over prefill and decoding together",
+    }
 
 
 def _plain(runs: Sequence[Generation], fastest: str, held: Mapping[str, Sequence[Generation]]) -> dict[str, Any]:
@@ -283,7 +284,8 @@ def _traces(
     ]
 
 
-def tau_interval(accepted: Mapping[str, Sequence[int]], tokens: Mapping[str, int]) -> dict[str, float]:
-    """tau_pooled with its interval from a simulation: accepted tokens of every round and tokens, by row key."""
+def tau_interval(accepted: Mapping[str, Sequence[int]], rows: Iterable[TokenRow]) -> dict[str, float]:
+    """tau_pooled with its interval from a simulation: accepted tokens of every round, by row key."""
+    tokens = {row.key: anchors(row) for row in rows}
     keys = [key for key in accepted if accepted[key]]
     return ratio_of_sums([tokens[k] for k in keys], [len(accepted[k]) for k in keys]).to_dict()
