@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from redraft.adaptation import advice
-from redraft.adaptation import trial as trials
+from redraft.adaptation import probe as probing
 from redraft.adaptation.advice import (
     ADAPT_ANSWERS,
     ADAPT_PASSES,
@@ -22,8 +22,16 @@ from redraft.adaptation.advice import (
     first_batch,
     round_cost,
 )
-from redraft.adaptation.probe import adaptation_seconds, greedy_answers, probe
-from redraft.adaptation.trial import PASSES, Trial, check_trial, halves, trial
+from redraft.adaptation.probe import (
+    PASSES,
+    Trial,
+    adaptation_seconds,
+    check_trial,
+    greedy_answers,
+    halves,
+    probe,
+    trial,
+)
 from redraft.drafts.base import fresh
 from redraft.drafts.standalone.shapes import fresh_standalone
 from redraft.errors import UserError
@@ -48,7 +56,7 @@ def test_a_trial_measures_every_answer_once_by_a_draft_that_did_not_see_it(
     before = {name: tensor.clone() for name, tensor in draft.state_dict().items()}
     seen: list[set[str]] = []
     walked: list[set[str]] = []
-    make, walk = trials.Trainer, trials.simulate_greedy_chain
+    make, walk = probing.Trainer, probing.simulate_greedy_chain
 
     def trainer(draft: Any, target: Any, store: Any, rows: Any, heldout: Any, *rest: Any) -> Any:
         assert {row.key for row in heldout} <= {row.key for row in rows}  # nothing is chosen on what is measured
@@ -59,8 +67,8 @@ def test_a_trial_measures_every_answer_once_by_a_draft_that_did_not_see_it(
         walked.append({row.key for row in rows})
         return walk(draft, target, rows, *rest)
 
-    monkeypatch.setattr(trials, "Trainer", trainer)
-    monkeypatch.setattr(trials, "simulate_greedy_chain", simulate)
+    monkeypatch.setattr(probing, "Trainer", trainer)
+    monkeypatch.setattr(probing, "simulate_greedy_chain", simulate)
     with greedy_answers(target, draft, PROMPTS, 16) as (rows, store):
         found = trial(target, draft, rows, store, 3)
         positions = sum(map(anchors, rows))

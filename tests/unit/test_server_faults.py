@@ -120,8 +120,8 @@ def test_servers_that_cannot_be_used(fake: Make) -> None:
     with pytest.raises(UserError, match="serves one, two; name one of them"):
         run({"new": several})
     with pytest.raises(UserError, match="the server new at .* serves one, two, not three"):
-        run({"new": several}, models={"new": "three"})
-    run({"new": several}, models={"new": "two"})
+        run({"new": several}, model="three")
+    run({"new": several}, model="two")
     assert several.seen[-1]["model"] == "two"
     for status, text in ((401, "who are you"), (404, "no such path")):
         refusing = fake()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from redraft.data.generate import Request, generate
@@ -19,8 +19,10 @@ from redraft.drafts.base import Draft
 from redraft.errors import UserError
 from redraft.evaluate.speed import Prompt
 from redraft.reports.format import duration
+from redraft.reports.tables import probe_panel
 from redraft.settings.sampler import Sampler
 from redraft.settings.shapes import ChainShape
+from redraft.shown import Shown
 from redraft.target import Target
 
 # A draft that kept nine tenths of its accepted tokens is as good as on the day it was trained.
@@ -144,6 +146,73 @@ def break_even(tau: float, time: RoundTime, forecast: Ends, seconds: float) -> B
     return BreakEven(seconds, {name: needed(forecast[end]) for name, end in sources.items()})
 
 
+# -- all of it ------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class ProbeResult(Shown):
+    """``tau`` and ``reference_tau`` with intervals, ``forecast`` of tau after alignment, ``gain`` in speed; speed-ups
+    are predictions from timed rounds. ``adapt`` is whether alignment is worth a try."""
+
+    verdict: str
+    advice: str
+    action: str
+    adapt: bool
+    prompts: int
+    gamma: int
+    tau: dict[str, float]
+    reference_tau: dict[str, float] | None
+    reference: str
+    coverage: float | None
+    trial_tau: dict[str, float] | None
+    forecast: dict[str, float] | None
+    forecast_from: str
+    round_cost: float
+    round_types: dict[str, str]
+    speedup_now: float
+    speedup_expected: float | None
+    gain: dict[str, float] | None
+    break_even: dict[str, Any] | None
+    break_even_text: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __rich__(self) -> Any:
+        return probe_panel(self.verdict, self.lines(), self.action)
+
+    def lines(self) -> dict[str, str]:
+        """The figures as label and text, for the terminal."""
+        found = {
+            "acceptance length": f"{_interval(self.tau)} (greedy chain of {self.gamma}, {self.prompts} prompts)",
+            "reference": f"{_interval(self.reference_tau)} {self.reference}" if self.reference_tau else self.reference,
+        }
+        if self.coverage is not None and self.coverage < 1:
+            found["vocabulary"] = f"the draft can say {self.coverage:.0%} of the target's tokens"
+        if self.trial_tau is not None:
+            how = "on each half of the answers, trained on the other; too few to forecast by"
+            found["trial adaptation"] = f"{_interval(self.trial_tau)} {how}"
+        cost = f"a round costs {self.round_cost:.2f} plain steps"
+        found["speed-up now"] = f"{self.speedup_now:.2f}x predicted{_slower(self.speedup_now)}; {cost}"
+        if self.forecast is None:
+            found["when aligned"] = self.forecast_from
+        else:
+            speed = {end: tau / self.round_cost for end, tau in self.forecast.items()}
+            found["when aligned"] = f"acceptance length {_interval(self.forecast)}, {self.forecast_from}"
+            found["speed-up when aligned"] = f"{_interval(speed, 'x')} predicted{_slower(speed['value'])}"
+        if self.break_even_text:
+            found["break-even"] = self.break_even_text
+        return found | {"advice": self.advice}
+
+
+def _interval(value: Mapping[str, float], unit: str = "") -> str:
+    if value["low"] == value["high"]:
+        return f"{value['value']:.2f}{unit}"
+    return f"{value['value']:.2f}{unit} [{value['low']:.2f}, {value['high']:.2f}]"
+
+
+def _slower(speedup: float) -> str:
+    return ", slower than plain decoding" if speedup <= 1 else ""
+
+
 # -- how long things take --------------------------------------------------------------------------------------------
 def round_cost(targets: Mapping[str, Target], draft: Draft, prompts: Sequence[Prompt], gamma: int) -> RoundTime:
     """Measured seconds of a plain step and of a round (gamma drafted tokens and their verification).
@@ -159,16 +228,12 @@ def round_cost(targets: Mapping[str, Target], draft: Draft, prompts: Sequence[Pr
 def _timed(target: Target, draft: Draft, prompts: Sequence[Prompt], gamma: int) -> tuple[float, float]:
     """Seconds of a plain step and of a round, of one target, decoded in turns."""
     plain, chain = PlainDecoder(target), make_decoder(target, draft, ChainShape(gamma))
-    plain_seconds = plain_steps = chain_seconds = rounds = 0.0
-    for index, prompt in enumerate(prompts):
-        a, b = (each.generate(prompt.ids, TIMED_TOKENS) for each in (plain, chain))
-        if index == 0 and len(prompts) > 1:
-            continue  # warm-up
-        plain_seconds, plain_steps = plain_seconds + a.decode_seconds, plain_steps + len(a.ids) - 1
-        chain_seconds, rounds = chain_seconds + b.decode_seconds, rounds + len(b.rounds)
-    if not rounds or not plain_steps:
+    found = [(plain.generate(prompt.ids, TIMED_TOKENS), chain.generate(prompt.ids, TIMED_TOKENS)) for prompt in prompts]
+    found = found[1:] or found  # the first is the warm-up
+    steps, rounds = sum(len(a.ids) - 1 for a, _ in found), sum(len(b.rounds) for _, b in found)
+    if not rounds or not steps:
         raise UserError("the target's answers are too short to time a round; give other prompts")
-    return plain_seconds / plain_steps, chain_seconds / rounds
+    return sum(a.decode_seconds for a, _ in found) / steps, sum(b.decode_seconds for _, b in found) / rounds
 
 
 @dataclass(frozen=True)
@@ -180,10 +245,6 @@ class Pace:
     prompts: float
     single: float
     step: float
-
-    def answering(self, count: int, tokens: int) -> float:
-        """Seconds of ``count`` answers of so many tokens, as many at once as here."""
-        return math.ceil(count / self.batch) * (self.prompts + self.step * tokens)
 
     def token(self, length: float) -> float:
         """Seconds of a generated token of answers of ``length`` tokens, their prompts counted in, at full width.
@@ -221,4 +282,5 @@ def expected_seconds(
     """
     timing = types * TIMED_PROMPTS * TIMED_TOKENS * 2 * pace.single
     trained = training * prompts * max_new_tokens * pace.token(max_new_tokens)
-    return passes * pace.answering(prompts, max_new_tokens) + timing + trained
+    answering = math.ceil(prompts / pace.batch) * (pace.prompts + pace.step * max_new_tokens)
+    return passes * answering + timing + trained

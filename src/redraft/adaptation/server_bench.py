@@ -14,15 +14,15 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from redraft import provenance
+from redraft.adaptation.bench import Questions
 from redraft.adaptation.models import settle_template
-from redraft.adaptation.questions import Questions
 from redraft.adaptation.steps import TargetSpec, check_output
 from redraft.artifact import atomic_write_json
 from redraft.data.template import template_record
@@ -54,7 +54,7 @@ def bench_servers_on(s: BenchSettings, spec: TargetSpec) -> dict[str, Any]:
         max_new_tokens=s.max_new_tokens,
         seed=s.seed,
         concurrencies=s.concurrency or (1,),
-        models=dict.fromkeys(s.servers, s.server_model) if s.server_model else {},
+        model=s.server_model,
     )
     questions = Questions(s)
     known: Facts = spec.open() if s.suite else read_facts(spec.name)
@@ -105,7 +105,7 @@ def _wait(process: subprocess.Popen[bytes], url: str, log: Path, seconds: float)
     connection = Connection(url, timeout=10.0)
     connection.open()
     deadline = time.monotonic() + seconds
-    try:
+    with closing(connection):
         while True:
             try:
                 connection.served_models()
@@ -116,8 +116,6 @@ def _wait(process: subprocess.Popen[bytes], url: str, log: Path, seconds: float)
                 if time.monotonic() > deadline:
                     raise UserError(f"the server did not answer within {seconds:g} s; {_tail(log)}") from None
             time.sleep(0.2)
-    finally:
-        connection.close()
 
 
 def _tail(log: Path) -> str:

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from redraft.adaptation import probe as probing
-from redraft.adaptation.bench import bench_files
+from redraft.adaptation.advice import ProbeResult
+from redraft.adaptation.bench import Questions, bench_files
 from redraft.adaptation.models import open_proposer
-from redraft.adaptation.probe import ProbeResult
-from redraft.adaptation.questions import Questions
 from redraft.adaptation.server_bench import bench_servers_on
 from redraft.adaptation.steps import AnyTarget, TargetSpec, timed_targets
 from redraft.api.opening import Say, checked, name_of

@@ -9,14 +9,12 @@ every round counts in full, also the last, of which the stop rule may keep a par
 SGLang: ``sglang:spec_verify_calls_total`` (rounds, added when a request ends) is the only cumulative one. Accepted
 tokens are not counted, but the client knows what it received: tau = (output tokens - requests) / rounds, the first
 token of a request being prefill's. The stop rule's cut is in it. The gauges ``sglang:spec_accept_length`` and
-``sglang:spec_accept_rate`` are means over the server's latest batches. They cannot be differenced; they are passed on
-under their own names, as last seen, and no figure is made of them.
+``sglang:spec_accept_rate``, means over the latest batches, are passed on as last seen; no figure is made of them.
 
-Samples of one counter with different labels (engines of a data-parallel server, models) are summed. Schedulers of
-one model that share its work (``tp_rank`` and the like) each count all of it, where they count at all: of these the
-highest is taken. A sample that stands there twice with the same labels, as of two processes whose registries were put
-together without a label of their own, is refused: whether to add them nobody knows. Names may end in ``_total``; a
-server that shows both spellings shows the same counter.
+Samples of one counter with different labels (engines of a data-parallel server, models) are summed. Schedulers that
+share a model's work (``tp_rank`` and the like) each count all of it: of these the highest is taken. A sample that is
+there twice with the same labels, as of two processes whose registries were put together, is refused: whether to add
+them nobody knows. Names may end in ``_total``; both spellings are the same counter.
 """
 
 from __future__ import annotations

@@ -21,17 +21,7 @@ from typing import Any
 import numpy as np
 
 from redraft.errors import UserError
-from redraft.evaluate.counters import (
-    ENGINES,
-    ROUNDS,
-    SOURCES,
-    VLLM,
-    Counts,
-    acceptance,
-    contradiction,
-    drafted_share,
-    total,
-)
+from redraft.evaluate import counters
 from redraft.evaluate.figures import PLAIN, Tally, by_task, gains, per_prompt
 from redraft.evaluate.load import Answer, Level, ServerConfig, Session, paired
 from redraft.evaluate.speed import SCHEMA, Prompt, Tick
@@ -118,12 +108,13 @@ def _check_counters(session: Session) -> None:
     reading = session.read()
     if session.name == PLAIN or reading.rounds is not None:
         return
-    wanted = f"{VLLM}{ROUNDS[VLLM]}"
+    prefix, names = reading.prefix, counters.ROUNDS
     if reading.gauges:
         reason = f"it has only gauges ({', '.join(reading.gauges)}), of which no difference can be taken"
-    elif reading.prefix:
-        reason = f"{ENGINES[reading.prefix]} shows no {reading.prefix}{ROUNDS[reading.prefix]}: it runs without a draft"
+    elif prefix:
+        reason = f"{counters.ENGINES[prefix]} shows no {prefix}{names[prefix]}: it runs without a draft"
     else:
+        wanted = counters.VLLM + names[counters.VLLM]
         reason = f"its /metrics are missing or hold neither {wanted} nor SGLang's (which needs --enable-metrics)"
     raise UserError(
         f"the server {session.where} has no counters of speculation: {reason}; "
@@ -133,14 +124,14 @@ def _check_counters(session: Session) -> None:
 
 def _check_level(session: Session, level: Level) -> None:
     """Raise ``UserError`` for a level of which the figures would be wrong without showing it."""
-    whole = total(level.counts)
+    whole = counters.total(level.counts)
     if session.name == PLAIN:
         if whole.rounds:
             raise UserError(f"the server {session.where} is called {PLAIN} but drafts; start it without speculation")
         return
     if not whole.rounds:
         raise UserError(f"the server {session.where} counted no round of speculation; does it run with its draft?")
-    if fault := contradiction(whole):
+    if fault := counters.contradiction(whole):
         raise UserError(f"the counters of the server {session.where} contradict each other: {fault}; measure again")
     slack = 0.01 * level.received + len(level.answers)
     if whole.generated is not None and whole.generated < level.received - slack:
@@ -157,11 +148,11 @@ def _check_level(session: Session, level: Level) -> None:
 
 def _notes(session: Session, level: Level) -> list[str]:
     """What a reader of a level's figures must know."""
-    notes, counts, number = [], total(level.counts), level.concurrency
+    notes, counts, number = [], counters.total(level.counts), level.concurrency
     failed, received = level.failed, level.received
     if level.by_prompt:  # a failed request is in no figure, but what it left running may be
         counted = [c for c, answer in zip(level.counts, level.answers, strict=True) if not answer.fault]
-        generated = total(counted).generated
+        generated = counters.total(counted).generated
     else:
         generated = None if failed else counts.generated
     if generated is not None and abs(generated - received) > 0.01 * received + len(level.answers):
@@ -172,13 +163,14 @@ def _notes(session: Session, level: Level) -> list[str]:
         notes.append(f"{failed} requests failed; their time and their rounds are in the figures, their tokens are not")
     if counts.cached:
         notes.append(f"{counts.cached} prompt tokens came from the prefix cache")
-    share = drafted_share(counts) if session.name != PLAIN else None
+    share = counters.drafted_share(counts) if session.name != PLAIN else None
     if share is not None and share < FULL_DRAFTS:
         notes.append(
             f"rounds drafted {share:.0%} of their positions on average; what was not drafted counts as rejected in the "
             "acceptance by position"
         )
-    if behind := level.behind(session.config.eos_ids):
+    ends = session.config.eos_ids
+    if behind := sum(any(i in ends for i in (answer.ids or [])[:-1]) for answer in level.good):
         notes.append(f"{behind} answers go on behind an end token of the target; does the server know them all?")
     if number > 1 and level.in_flight < BUSY * number:
         notes.append(f"{level.in_flight:.1f} requests were under way on average; more prompts keep the server busier")
@@ -203,7 +195,7 @@ def _result(
     for name, found in drafts.items():
         if found.base.by_prompt and not tallies[name].with_rounds():
             raise UserError(f"{name} drafted for none of the prompts that every server answered; give longer ones")
-    widths = {len(total(found.base.counts).per_position) for found in drafts.values()}
+    widths = {len(counters.total(found.base.counts).per_position) for found in drafts.values()}
     gamma = widths.pop() if len(widths) == 1 else 0
     order = "at concurrency 1 every prompt on every server, in rotation; other levels after each other"
     if one_by_one:
@@ -260,7 +252,7 @@ def _result(
     return result
 
 
-def _one(level: Level, kept: Sequence[int]) -> tuple[list[Answer], list[Counts]]:
+def _one(level: Level, kept: Sequence[int]) -> tuple[list[Answer], list[counters.Counts]]:
     """Answers and counts of the prompts that are compared: single ones at concurrency 1, else all."""
     if not level.by_prompt:
         return level.good, level.counts
@@ -272,10 +264,10 @@ def _tally(level: Level, kept: Sequence[int]) -> Tally:
     answers, counts = _one(level, kept)
     tokens = [answer.tokens for answer in answers]
     if not level.by_prompt:
-        whole = total(counts)
+        whole = counters.total(counts)
         numerator = whole.tau_tokens(sum(tokens), len(answers))
         return Tally([sum(tokens)], [level.wall], [numerator], [whole.rounds or 0], whole=True)
-    counts = counts or [Counts(rounds=0, accepted=0)] * len(answers)
+    counts = counts or [counters.Counts(rounds=0, accepted=0)] * len(answers)
     of_rounds = [c.tau_tokens(n, 1) for c, n in zip(counts, tokens, strict=True)]
     return Tally(tokens, [answer.seconds for answer in answers], of_rounds, [c.rounds or 0 for c in counts])
 
@@ -283,12 +275,12 @@ def _tally(level: Level, kept: Sequence[int]) -> Tally:
 def _summary(level: Level, plain: Session | None, kept: Sequence[int]) -> dict[str, Any]:
     """The headline of one draft, at its base level."""
     answers, counts = _one(level, kept)
-    whole, mine = total(counts), _tally(level, kept)
-    unconditional, conditional = acceptance(whole)
+    whole, mine = counters.total(counts), _tally(level, kept)
+    unconditional, conditional = counters.acceptance(whole)
     tokens = sum(mine.tokens) - len(answers)
     summary: dict[str, Any] = {
         "tau_pooled": mine.tau(),
-        "tau_source": SOURCES[whole.prefix],
+        "tau_source": counters.SOURCES[whole.prefix],
         "compared": len(answers),
         "acceptance_conditional": conditional,
         "acceptance_unconditional": unconditional,
@@ -314,7 +306,7 @@ def _level(found: Session, plain: Session | None, concurrency: int, kept: Sequen
     """One server at one concurrency, for ``server.levels``."""
     level = found.levels[concurrency]
     answers, counts = _one(level, kept)
-    whole, mine = total(counts), _tally(level, kept)
+    whole, mine = counters.total(counts), _tally(level, kept)
     firsts = [a.first for a in answers if a.first is not None]
     entry: dict[str, Any] = {
         "requests": len(level.answers),
@@ -332,7 +324,7 @@ def _level(found: Session, plain: Session | None, concurrency: int, kept: Sequen
         entry["ttft"] = bootstrap(firsts, statistics.median).to_dict() if level.by_prompt else median
     if found.name != PLAIN:
         entry["tau"] = mine.tau()
-        entry["acceptance_unconditional"], _ = acceptance(whole)
+        entry["acceptance_unconditional"], _ = counters.acceptance(whole)
         entry |= {"rounds": whole.rounds, "drafted": whole.drafted, "accepted": whole.accepted}
         if plain:
             entry["speedup"] = mine.speedup(_tally(plain.levels[concurrency], kept))

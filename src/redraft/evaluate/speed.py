@@ -79,11 +79,6 @@ class Measured:
     targets: dict[str, Target]
     expected: dict[str, list[list[int]]]
 
-    @property
-    def target(self) -> Target:
-        """The target of the fastest plain decoding."""
-        return self.targets[PLAIN]
-
 
 def bench(
     targets: Mapping[str, Target],
@@ -244,11 +239,10 @@ def contest(
             found[name][dtype].append(run)
             count(run, f"which type is faster: {name} in {dtype}")
         for name, by_type in found.items():
-            running = [dtype for dtype in by_type if (name, dtype) in open_keys]
-            rates = {dtype: _rate(by_type[dtype]) for dtype in running}
+            rates = {dtype: _rate(runs) for dtype, runs in by_type.items() if (name, dtype) in open_keys}
             limit = BEATEN[min(index, len(BEATEN) - 1)]
-            left = [dtype for dtype in running if rates[dtype] * limit > max(rates.values())]
-            for dtype in running:
+            left = [dtype for dtype, rate in rates.items() if rate * limit > max(rates.values())]
+            for dtype in rates:
                 if dtype not in left or len(left) == 1:
                     del open_keys[name, dtype]
         if not open_keys:
