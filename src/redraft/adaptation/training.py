@@ -177,5 +177,5 @@ def heldout_record(
 ) -> dict[str, Any]:
     """The held-out acceptance of a draft as it is stored, in bfloat16; later probes take it as their reference."""
     accepted = simulate_greedy_chain(half(draft).float(), target, heldout, store, gamma)
-    tau = tau_interval(accepted, {row.key: anchors(row) for row in heldout})
+    tau = tau_interval(accepted, heldout)
     return {"tau": tau, "gamma": gamma, "sampler": "greedy, chain", "prompts": len(heldout), **extra}
