@@ -35,8 +35,7 @@ from redraft.settings.methods import METHODS, PrivateSize
 from redraft.settings.training import ReplayConfig, TrainConfig
 from redraft.starts.apply import StartContext, StartResult, apply_start
 from redraft.target import Head, Target
-from redraft.training.replay import check_replayable, replay_settings, replay_states
-from redraft.training.trainer import Trainer, TrainResult
+from redraft.training.trainer import Trainer, TrainResult, replay_settings, replay_states
 from redraft.training.workers import Workers
 
 NO_START = "none"
@@ -197,8 +196,6 @@ class Adaptation:
         A pass ends with the weights of its best held-out evaluation, its start among them, so it cannot make that
         figure worse.
         """
-        if self.plan.replay.passes:
-            check_replayable(self.draft)
         settings = replay_settings(self.plan.train, self.plan.replay)
         for number in range(1, self.plan.replay.passes + 1):
             place = self.replay_folder / f"pass-{number}"
@@ -206,8 +203,7 @@ class Adaptation:
             if not states:
                 self.log.say("replay: every round went through; nothing is left to train on")
                 break
-            lost = [row for row in rows if row.key in states]
-            self._run(lost, heldout, settings, place / "train", weights=states)
+            self._run(rows, heldout, settings, place / "train", weights=states)
 
     def _lost_states(self, rows: Sequence[Row], folder: Path) -> dict[str, Tensor]:
         """The weights of a pass, walked once and kept: a resumed pass must train on the states it began with."""

@@ -20,7 +20,7 @@ from redraft.drafts.formats.base import TargetInfo
 from redraft.drafts.opening import AnyDraft, OpenDraft, family_at, open_checkpoint
 from redraft.errors import UserError
 from redraft.evaluate.speed import Prompt
-from redraft.loading import load_target, open_facts, open_head, read_facts
+from redraft.loading.targets import load_target, open_facts, open_head, read_facts
 from redraft.selection import PromptRow
 from redraft.settings.base import AUTO, TYPES
 from redraft.target import Facts, Head, Target
