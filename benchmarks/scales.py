@@ -24,7 +24,6 @@ from redraft.adaptation.sources import own_answers
 from redraft.adaptation.study.sources import first_turn, read_source
 from redraft.artifact import atomic_write_json, read_json
 from redraft.drafts.base import Draft
-from redraft.drafts.experts import merge_private
 from redraft.drafts.scaling import scale_change
 from redraft.evaluate.statistics import paired_difference, paired_ratio, ratio_of_sums
 from redraft.features import FeatureStore
@@ -89,7 +88,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     scales = [float(text) for text in options.scales.split(",")]
     with progress_bar("walk", len(scales), "scales") as progress:
         for scale in scales:
-            cells.append({"scale": scale, "rounds": rounds(merge_private(scale_change(trained, stale, scale)))})
+            cells.append({"scale": scale, "rounds": rounds(scale_change(trained, stale, scale).merged())})
             progress.update(len(cells) - 1)
     return {
         "schema": "redraft.scales/1",

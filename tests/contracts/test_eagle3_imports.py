@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from redraft import artifact
-from redraft.drafts.eagle3.maps import read_maps
+from redraft.drafts.eagle3.reading import read_maps
 from redraft.drafts.formats.base import TargetInfo
 from redraft.drafts.opening import family_at, read_draft
 from redraft.errors import UserError

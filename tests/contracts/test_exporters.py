@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 
 from redraft import registries
 from redraft.drafts import files
-from redraft.drafts.experts import attach_low_rank, attach_private, is_private, merge_private
+from redraft.drafts.base import is_private
 from redraft.drafts.formats.base import check_export
+from redraft.drafts.groups import attach_low_rank, attach_private
 from redraft.drafts.opening import read_draft
 from redraft.drafts.standalone import StandaloneDraft
 from redraft.errors import UserError
@@ -113,7 +114,7 @@ def test_a_private_part_is_merged(tmp_path, family, name, part):
     report = EXPORTERS.get(name)(draft, tmp_path / "out", TARGET)
     back, _ = read_draft(tmp_path / "out", TARGET)
     assert report.merged_private and any("merged" in line for line in report.warnings)
-    family.assert_same(merge_private(draft), back)
+    family.assert_same(draft.merged(), back)
     answer, near = family.answer(back), family.tolerance
     torch.testing.assert_close(answer, family.answer(draft), atol=near, rtol=near)
     assert not torch.allclose(answer, family.answer(family.make()), atol=1e-2)

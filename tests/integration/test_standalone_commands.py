@@ -21,9 +21,10 @@ from redraft.artifact import tensors_hash
 from redraft.decode.auto import chain_tau, measure_costs, pick_shape
 from redraft.decode.engine import ChainDecoder
 from redraft.decode.make import make_decoder
-from redraft.drafts.experts import attach_private, is_private, private_names
+from redraft.drafts.base import is_private
 from redraft.drafts.files import load_draft, save_draft, save_private
 from redraft.drafts.formats.base import TargetInfo
+from redraft.drafts.groups import attach_private
 from redraft.drafts.opening import family_at, read_draft
 from redraft.drafts.standalone import StandaloneDraft
 from redraft.drafts.standalone.shapes import fresh_standalone, shape_for
@@ -182,7 +183,8 @@ def test_experts_are_merged_into_a_plain_folder(dtype, target, half, tmp_path):
         for name, parameter in split.named_parameters():
             if is_private(name):
                 parameter.normal_(std=0.2, generator=torch.Generator().manual_seed(2))
-    save_private(tmp_path / "private", split.to(dtype), private_names(split), wide.base_hash(), {"method": "eda"})
+    names = filter(is_private, split.state_dict())
+    save_private(tmp_path / "private", split.to(dtype), names, wide.base_hash(), {"method": "eda"})
     found = merge(tmp_path / "private", tmp_path / "base", tmp_path / "merged")
     merged, stored = load_draft(tmp_path / "merged")
     assert found.method == stored["method"] == "eda" and merged.dtype == dtype

@@ -31,7 +31,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("loading",),
     ("target", "losses"),
     ("metrics", "sampling", "artifact", "provenance", "prepack", "graphs"),
-    ("progress", "coarse", "compat", "files", "places", "arithmetic", "rows", "shown"),
+    ("progress", "compat", "files", "places", "arithmetic", "rows", "shown"),
     ("settings",),
     ("registries",),
     ("registry", "redacted"),

@@ -16,8 +16,8 @@ from redraft.artifact import tensors_hash, write_tensors
 from redraft.cli.main import app
 from redraft.data.store import Row, RowWriter
 from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
-from redraft.drafts.experts import attach_low_rank
 from redraft.drafts.files import META_FILE, PRIVATE_FILE, load_draft, load_private, save_draft, save_private
+from redraft.drafts.groups import attach_low_rank
 from redraft.errors import UserError
 from redraft.loading import tokenizer_hash
 from redraft.starts.vocabulary import choose_swaps, coverage, refresh_vocabulary, run_lengths

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from redraft.artifact import check_tensors, read_json, read_tensors, tensors_bytes, tensors_hash, write_tensors
-from redraft.coarse import Coarse, told
 from redraft.drafts.base import Draft
+from redraft.drafts.scaling import Coarse, told
 from redraft.errors import UserError
 from redraft.files import atomic_folder, atomic_write_json, settle
 from redraft.registries import FAMILIES

@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from redraft.drafts.base import Draft, Family
-from redraft.drafts.experts import is_private
+from redraft.drafts.base import Draft, Family, is_private
 from redraft.drafts.files import load_draft, load_private
 from redraft.drafts.formats.base import TargetInfo
 from redraft.drafts.formats.reading import Checkpoint

@@ -1,8 +1,8 @@
 """How a family of drafts proposes, is walked over stored text, and is trained: what the rest asks of any draft.
 
 Decoding asks a draft for a *proposer*, simulation and selection for a *walk*, training for an *objective*. A family
-implements them in its own folder (``proposer.py``, ``walk.py``, ``objective.py``) and hands them out by the methods of
-:class:`Proposes`; what several families share stands once beside them (``drafts/eagle``, ``drafts/textwalk.py``).
+implements them in its own folder and hands them out by the methods of :class:`redraft.drafts.base.Draft`; what several
+families share stands once beside them (``drafts/eagle``, ``drafts/walks.py``).
 
 Texts and taps. A target pass over x_0 ... x_t gives the taps h_0 ... h_t, and h_t is what a draft may know of the text
 up to x_t when it guesses x_{t+2}. New tokens therefore come with the taps of the positions *before* them: ``ids_T``
@@ -16,7 +16,7 @@ positions, D draft vocabulary, A anchors of one response, J draft steps, K taps 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,8 +24,6 @@ from torch import Tensor
 from redraft.features import FeatureSource
 from redraft.rows import AnyRow, TokenRow
 from redraft.settings.sampler import Sampler
-from redraft.settings.training import TrainConfig
-from redraft.target import Head, Target
 
 Pick = Callable[[Tensor], Tensor]
 """Logits [N, D] over the draft vocabulary -> the index [N] to propose in each row. Rows are asked for in the order of
@@ -135,30 +133,3 @@ class Objective(Protocol[Batch]):
     def __call__(self, batch: Batch) -> Tensor:
         """The scalar loss of a batch, ready for ``backward``: a mean, whatever the batch's size."""
         ...
-
-
-# -- what a draft offers ---------------------------------------------------------------------------------------------
-class Proposes:
-    """The methods by which a draft hands out the above. A draft is bound to its target before any of them."""
-
-    # Whether :meth:`proposer` grows trees too (:class:`TreeProposer`).
-    grows_trees: ClassVar[bool] = False
-    # Whether the objective takes weights of its states.
-    weighable: ClassVar[bool] = False
-
-    def proposer(self, target: Target, capacity: int) -> Any:
-        """A :class:`ChainProposer` for one request of at most ``capacity`` tokens, a round's guesses included."""
-        raise NotImplementedError
-
-    def static_proposer(self, target: Target, capacity: int, gamma: int) -> Any:
-        """A :class:`ChainProposer` of greedy chains whose steps have static shapes, for CUDA graphs; it serves one
-        request after another. A family without one gives its usual proposer."""
-        return self.proposer(target, capacity)
-
-    def walk(self, target: Head) -> Walk:
-        """The draft over stored responses of ``target``."""
-        raise NotImplementedError
-
-    def objective(self, target: Head, settings: TrainConfig, reduce: Reduce = alone) -> Objective[Any]:
-        """What a training step minimises. Raises ``UserError`` for an unknown loss."""
-        raise NotImplementedError

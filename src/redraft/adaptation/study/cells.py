@@ -18,11 +18,11 @@ from redraft.adaptation.study.answers import features_stage, slug
 from redraft.adaptation.study.selection import Selected, select, spend, spend_all
 from redraft.adaptation.study.targets import Asked, TargetWork
 from redraft.artifact import tensors_bytes
-from redraft.coarse import Coarse
 from redraft.decode.tree_walk import simulate_tree
 from redraft.drafts.files import coarse_state, private_state
 from redraft.drafts.groups import trained_parameters
 from redraft.drafts.opening import OpenDraft
+from redraft.drafts.scaling import Coarse
 from redraft.errors import UserError
 from redraft.provenance import Ledger
 from redraft.rows import anchors
