@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import runpy
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -90,7 +89,7 @@ class TestRefusedExports:
 
 
 def test_a_nameless_target_is_refused_where_the_format_names_it(tmp_path):
-    refused("vllm", tmp_path, make(), "names the target", replace(TARGET, name=""))
+    refused("vllm", tmp_path, make(), "names the target", SHARED.facts(name=""))
 
 
 @pytest.mark.parametrize("part", ["my-eagle3-run", "eagle-2", "DFlash"])

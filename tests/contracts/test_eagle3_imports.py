@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 
 from redraft import artifact
 from redraft.drafts.eagle3.reading import read_maps
-from redraft.drafts.formats.base import TargetInfo
 from redraft.drafts.opening import family_at, read_draft
 from redraft.errors import UserError
 from redraft.registries import EXPORTERS
@@ -203,20 +202,6 @@ def test_absent_switches_take_each_formats_own_default(tmp_path):
         artifact.atomic_write_json(path, values)
         draft, meta = read_draft(tmp_path / name, TARGET)
         assert draft.config.norm_before_residual is expected and len(meta["notes"]) == int(expected)
-
-
-def test_facts_are_taken_from_a_huggingface_config():
-    from transformers import LlamaConfig
-
-    config = LlamaConfig(
-        hidden_size=16,
-        num_attention_heads=4,
-        num_hidden_layers=8,
-        vocab_size=40,
-        max_position_embeddings=64,
-        architectures=["LlamaForCausalLM"],
-    )
-    assert TargetInfo.of(config, "tuned/target") == TARGET
 
 
 def test_no_feature_ids_in_a_list_are_the_default_ones(tmp_path):

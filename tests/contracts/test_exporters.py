@@ -153,13 +153,13 @@ def test_nan_is_named(tmp_path, family, name, tensor):
 class TestRefusedExports:
     def test_a_target_that_does_not_fit(self, family, name, tmp_path):
         for change, message in (*MISFITS, ({"vocab_size": 41}, "vocabulary of 40"), *family.misfits):
-            refused(name, tmp_path, family.make(), message, replace(TARGET, **change))
+            refused(name, tmp_path, family.make(), message, SHARED.facts(**change))
 
     def test_routed_experts(self, family, name, tmp_path):
         refused(name, tmp_path, attach_private(family.make(), 8, experts=2), "eda-moe")
 
     def test_a_short_context_is_raised_or_refused(self, family, name, tmp_path):
-        long = replace(TARGET, context=128)
+        long = SHARED.facts(context=128)
         yarn = family.make(rope_parameters=SHARED.YARN)
         refused(name, tmp_path, yarn, "would change the yarn rotary angles", long)
         report = EXPORTERS.get(name)(family.make(), tmp_path / "out", long)
@@ -232,7 +232,7 @@ def test_extra_tensors_and_infinity_are_named(tmp_path, family, name):
 def test_a_draft_that_does_not_fit_the_target(tmp_path, family, name, change, message):
     folder = family.exported(name, tmp_path / "out")
     with pytest.raises(UserError, match=message):
-        read_draft(folder, replace(TARGET, **change))
+        read_draft(folder, SHARED.facts(**change))
 
 
 @each_format

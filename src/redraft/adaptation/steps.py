@@ -17,7 +17,6 @@ from redraft.adaptation.models import (
 from redraft.arithmetic import choose_dtype
 from redraft.data.template import settings_of
 from redraft.drafts.base import Draft
-from redraft.drafts.formats.base import TargetInfo
 from redraft.errors import UserError
 from redraft.loading import open_facts, open_head, read_facts
 from redraft.settings.base import AUTO
@@ -94,12 +93,10 @@ def check_output(path: Path, suffix: str = "") -> None:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def target_info(target: AnyTarget) -> TargetInfo:
+def target_info(target: AnyTarget) -> Facts:
     """The facts about a target that a draft must fit, without loading its weights. Raises ``UserError``."""
     spec = TargetSpec.of(target)
-    if spec.opened is not None:
-        return TargetInfo.of(spec.opened)
-    return TargetInfo.of(read_facts(spec.name, tokenizer=False), spec.name)
+    return read_facts(spec.name, tokenizer=False) if spec.opened is None else spec.opened.facts
 
 
 def timed_targets(target: Target, draft: Draft, dtype: str, open_as: Callable[[str], Target]) -> dict[str, Target]:

@@ -65,8 +65,7 @@ def trainable_names(draft: Draft, method_name: str) -> list[str]:
 
 def trained_parameters(draft: Draft, method_name: str) -> int:
     """How many parameters the method trains on this draft, as :func:`prepare` returned it."""
-    names = set(trainable_names(draft, method_name))
-    return sum(p.numel() for n, p in draft.named_parameters() if n in names)
+    return sum(draft.get_parameter(name).numel() for name in trainable_names(draft, method_name))
 
 
 def prepare(
@@ -127,9 +126,7 @@ def _with_private(draft: AnyDraft, size: PrivateSize, seed: int, room: int) -> A
         return attach_private(draft, width, seed, **{count: getattr(size, count) for count in COUNTS})
     wanted = {
         "private_width": draft.config.private_width if size.width is None else size.width,
-        "private_experts": size.experts,
-        "private_active": size.active,
-        "shared_experts": size.shared_experts,
+        **{name: getattr(size, count) for count, name in COUNTS.items() if count != "balance"},
         "shared_active": size.shared_experts if size.shared_active is None else size.shared_active,
     }
     found = {name: getattr(draft.config, name) for name in wanted}
@@ -258,12 +255,7 @@ def match_linears(draft: Draft, patterns: Sequence[str]) -> list[str]:
 
 
 def attach_low_rank(
-    draft: AnyDraft,
-    rank: int,
-    on: Sequence[str] = (),
-    seed: int = 0,
-    alpha: float | None = None,
-    aim: bool = False,
+    draft: AnyDraft, rank: int, on: Sequence[str] = (), seed: int = 0, alpha: float | None = None, aim: bool = False
 ) -> AnyDraft:
     """A copy of ``draft`` with updates of ``rank`` on the linear layers that ``on`` fits (all by default).
 

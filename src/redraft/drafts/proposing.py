@@ -50,16 +50,13 @@ class Proposer(Protocol):
     @property
     def capacity(self) -> int:
         """Tokens that its buffers hold: the text and one round's guesses."""
-        ...
 
     @property
     def verified(self) -> int:
         """How much verified text it has taken in, in units of its own."""
-        ...
 
     def rollback(self, verified: int) -> None:
         """Go back to when :attr:`verified` was this; 0 makes it ready for another request."""
-        ...
 
 
 class ChainProposer(Proposer, Protocol):
@@ -71,7 +68,6 @@ class ChainProposer(Proposer, Protocol):
         See the module's text for ``ids_T`` and ``taps_T``. The draft's own guesses of the last round that were kept
         are among ``ids_T``, in their order and followed by one token of the target's choice.
         """
-        ...
 
 
 class TreeProposer(Proposer, Protocol):
@@ -79,7 +75,6 @@ class TreeProposer(Proposer, Protocol):
 
     def feed(self, ids_T: Tensor, taps_T: Tensor) -> Tensor:
         """Take in what was verified since the last call; the root's state [1, H]."""
-        ...
 
     def expand(self, tokens_F: Tensor, states_FH: Tensor, depth: int, mask_FC: Tensor) -> Tensor:
         """States [F, H] of guessed nodes at this depth below the root, given the states of their parents.
@@ -87,7 +82,6 @@ class TreeProposer(Proposer, Protocol):
         ``mask_FC`` is boolean, true where a node may look: over the verified text, the nodes expanded since
         :meth:`feed`, and these nodes themselves.
         """
-        ...
 
 
 # -- acceptance over stored rows -------------------------------------------------------------------------------------
@@ -100,7 +94,6 @@ class Walk(Protocol):
     ) -> Iterator[tuple[AnyRow, list[int]]]:
         """For each anchor of a row how many greedy proposals in a row are right when a round starts there, at most
         ``gamma``."""
-        ...
 
     def chances(
         self, rows: Sequence[AnyRow], features: FeatureSource | None, gamma: int, sampler: Sampler
@@ -108,12 +101,10 @@ class Walk(Protocol):
         """The chance [A, J] that the j-th token behind each anchor came by acceptance, given that it came: w of
         :mod:`redraft.acceptance.simulate`. 0 behind the end of the response and behind a token that cannot be
         accepted; of a greedy sampler 1 up to the first wrong proposal."""
-        ...
 
     def alphas(self, rows: Sequence[AnyRow], features: FeatureSource | None) -> Iterator[tuple[AnyRow, float]]:
         """The mean over a row's anchors of sum_x min(target, draft) at the first drafted position. The target's
         probabilities are over its whole vocabulary."""
-        ...
 
 
 # -- training --------------------------------------------------------------------------------------------------------
@@ -128,8 +119,6 @@ class Objective(Protocol[Batch]):
     ) -> Batch:
         """The rows as a batch, which has ``.to(device)``. ``weights`` [A, J] by row key say what each state (anchor
         and draft step) counts for, in place of the objective's own; asked of drafts that are ``weighable`` only."""
-        ...
 
     def __call__(self, batch: Batch) -> Tensor:
         """The scalar loss of a batch, ready for ``backward``: a mean, whatever the batch's size."""
-        ...

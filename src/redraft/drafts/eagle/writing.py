@@ -18,7 +18,6 @@ from redraft.drafts.formats.base import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     ExportReport,
-    TargetInfo,
     path_warnings,
     serve_command,
     sglang_command,
@@ -27,6 +26,7 @@ from redraft.drafts.formats.reading import LAYER_FIELDS
 from redraft.drafts.opening import open_checkpoint
 from redraft.errors import UserError
 from redraft.files import atomic_folder, atomic_write_json
+from redraft.target import Facts
 
 EXPORTED_FILES = {CONFIG_FILE, WEIGHTS_FILE, "README.md"}
 
@@ -42,18 +42,18 @@ class LayerWriter(ABC):
         self.name, self.method, self.warns = name, method, warns
 
     @abstractmethod
-    def check(self, draft: Any, target: TargetInfo) -> tuple[Any, list[str]]:
+    def check(self, draft: Any, target: Facts) -> tuple[Any, list[str]]:
         """The dense draft as the format's engine computes it, and notes. Raises ``UserError``."""
 
     @abstractmethod
-    def config(self, draft: Any, target: TargetInfo, tokens: int) -> dict[str, Any]:
+    def config(self, draft: Any, target: Facts, tokens: int) -> dict[str, Any]:
         """The whole config.json."""
 
     @abstractmethod
     def tensors(self, draft: Any) -> dict[str, Tensor]:
         """The tensors by the format's names, with those that it asks for and the draft does not have."""
 
-    def write(self, dense: Any, folder: Path, target: TargetInfo, tokens: int) -> ExportReport:
+    def write(self, dense: Any, folder: Path, target: Facts, tokens: int) -> ExportReport:
         """Write config and weights, read them back as any checkpoint is read, and only then put the folder in place.
 
         Raises ``UserError`` on a full disk or a folder that holds other files, and ``RuntimeError`` when reading does
@@ -74,7 +74,7 @@ class LayerWriter(ABC):
 
 
 # -- checks ----------------------------------------------------------------------------------------------------------
-def prepare(draft: EagleDraft, target: TargetInfo) -> tuple[Any, list[str]]:
+def prepare(draft: EagleDraft, target: Facts) -> tuple[Any, list[str]]:
     """A dense draft that fits ``target`` and is sound in every tensor, and notes. Raises ``UserError``."""
     dense = draft.merged()
     dense.check_fit(target)
@@ -83,19 +83,19 @@ def prepare(draft: EagleDraft, target: TargetInfo) -> tuple[Any, list[str]]:
     return cover_context(dense, target)
 
 
-def cover_context(draft: EagleDraft, target: TargetInfo) -> tuple[EagleDraft, list[str]]:
+def cover_context(draft: EagleDraft, target: Facts) -> tuple[EagleDraft, list[str]]:
     """Raise ``max_position_embeddings`` to the target's where that changes no angle; else raise ``UserError``."""
-    config = draft.config
-    if config.max_position_embeddings >= target.context:
+    config, context = draft.config, int(target.config.max_position_embeddings)
+    if config.max_position_embeddings >= context:
         return draft, []
     kind = config.rope_parameters.get("rope_type", "default")
     if kind not in FREE_ROPE_TYPES:
         raise UserError(
-            f"the draft covers {config.max_position_embeddings} positions and the target {target.context}; raising it "
+            f"the draft covers {config.max_position_embeddings} positions and the target {context}; raising it "
             f"would change the {kind} rotary angles, so train the draft with the target's length"
         )
-    note = f"max_position_embeddings was raised from {config.max_position_embeddings} to the target's {target.context}"
-    return draft.rebuilt(replace(config, max_position_embeddings=target.context), draft.state_dict()), [note]
+    note = f"max_position_embeddings was raised from {config.max_position_embeddings} to the target's {context}"
+    return draft.rebuilt(replace(config, max_position_embeddings=context), draft.state_dict()), [note]
 
 
 # -- config.json -----------------------------------------------------------------------------------------------------

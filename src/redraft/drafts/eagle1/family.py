@@ -31,10 +31,10 @@ from redraft.artifact import check_tensors
 from redraft.drafts.base import Family
 from redraft.drafts.eagle.writing import LayerWriter, in_layers, legacy_config, prepare
 from redraft.drafts.eagle1.module import Eagle1Config, Eagle1Draft, fresh_eagle1
-from redraft.drafts.formats.base import TargetInfo
-from redraft.drafts.formats.reading import Checkpoint, build_untrained, layer_faults, layer_fields, read_state
+from redraft.drafts.formats.reading import Checkpoint, build_untrained, check_layer, layer_fields, read_state
 from redraft.errors import UserError
 from redraft.registries import FAMILIES
+from redraft.target import Facts
 
 ARCHITECTURES = {"EagleLlamaForCausalLM": "vllm", "LlamaForCausalLMEagle": "sglang"}
 ORIGINAL = "LlamaForCausalLM"
@@ -61,12 +61,10 @@ def kind_of(checkpoint: Checkpoint) -> str | None:
     return "original" if "fc.weight" in found and not found & other else None
 
 
-def read(checkpoint: Checkpoint, target: TargetInfo, notes: list[str]) -> tuple[Eagle1Draft, dict[str, Any]]:
+def read(checkpoint: Checkpoint, target: Facts, notes: list[str]) -> tuple[Eagle1Draft, dict[str, Any]]:
     """The draft and its metadata. Raises ``UserError`` for what our draft does not compute or hold."""
     raw, path, kind = checkpoint.config, checkpoint.path, kind_of(checkpoint)
-    faults = layer_faults(raw, raw, ("llama", "eagle"))
-    if faults:
-        raise UserError(f"{path} asks for what redraft does not compute: {', '.join(faults)}")
+    check_layer(raw, raw, ("llama", "eagle"), path)
     state = read_state(checkpoint.folder, notes)
     biased = {"vllm": False, "sglang": True}.get(str(kind), bool(raw.get("bias", True)))
     fields = layer_fields({key: value for key, value in raw.items() if key != "bias"}, path)
@@ -84,7 +82,7 @@ def read(checkpoint: Checkpoint, target: TargetInfo, notes: list[str]) -> tuple[
 class Eagle1Writer(LayerWriter):
     """The files of one engine."""
 
-    def check(self, draft: Eagle1Draft, target: TargetInfo) -> tuple[Eagle1Draft, list[str]]:
+    def check(self, draft: Eagle1Draft, target: Facts) -> tuple[Eagle1Draft, list[str]]:
         """As of every writer. A bias in ``fc`` that is all zero is left out for vLLM, whose ``fc`` has none."""
         dense, notes = prepare(draft, target)
         config = dense.config
@@ -103,7 +101,7 @@ class Eagle1Writer(LayerWriter):
             )
         return dense.rebuilt(replace(config, fc_bias=False), state), [*notes, "the bias of fc, all zero, was left out"]
 
-    def config(self, draft: Eagle1Draft, target: TargetInfo, tokens: int) -> dict[str, Any]:
+    def config(self, draft: Eagle1Draft, target: Facts, tokens: int) -> dict[str, Any]:
         architecture = next(architecture for architecture, kind in ARCHITECTURES.items() if kind == self.name)
         return legacy_config(draft, architecture) | ({} if draft.config.fc_bias else {"bias": False})
 

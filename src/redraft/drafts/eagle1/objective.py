@@ -50,12 +50,7 @@ class RegressionObjective:
     """A batch to a scalar loss. Rows, weights of the draft and ``config.seed`` decide it to the bit."""
 
     def __init__(
-        self,
-        draft: Any,
-        target: Head,
-        config: TrainConfig,
-        recipe: Recipe = Recipe(),
-        reduce: Reduce = alone,
+        self, draft: Any, target: Head, config: TrainConfig, recipe: Recipe = Recipe(), reduce: Reduce = alone
     ) -> None:
         """``config`` gives the seed of the noise; its loss and its draft steps play no part here. ``reduce`` sums
         over workers."""

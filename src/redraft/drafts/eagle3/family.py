@@ -16,9 +16,10 @@ from redraft.drafts.base import Family
 from redraft.drafts.eagle.writing import LayerWriter, dtype_name, in_layers, layer_config, legacy_config, prepare
 from redraft.drafts.eagle3.module import Eagle3Config, Eagle3Draft, fresh_draft
 from redraft.drafts.eagle3.reading import ARCHITECTURES, check_taps, check_vocabulary_map, read, recognises
-from redraft.drafts.formats.base import Format, TargetInfo
+from redraft.drafts.formats.base import Format
 from redraft.errors import UserError
 from redraft.registries import EXPORTERS, FAMILIES
+from redraft.target import Facts
 
 EXPORTERS.register("plain")(Format("plain"))
 
@@ -26,7 +27,7 @@ EXPORTERS.register("plain")(Format("plain"))
 class Eagle3Writer(LayerWriter):
     """The files of one format."""
 
-    def check(self, draft: Eagle3Draft, target: TargetInfo) -> tuple[Eagle3Draft, list[str]]:
+    def check(self, draft: Eagle3Draft, target: Facts) -> tuple[Eagle3Draft, list[str]]:
         """As of every writer, with a note on what SGLang would not compute of a plain file."""
         config = draft.config
         if self.name == "vllm" and not target.name:
@@ -44,14 +45,14 @@ class Eagle3Writer(LayerWriter):
             raise UserError(f"SGLang cannot run this draft: {limits}; export it for vLLM instead")
         return dense, notes + ([f"not for SGLang: {limits}"] if limits and self.name == "plain" else [])
 
-    def config(self, draft: Eagle3Draft, target: TargetInfo, tokens: int) -> dict[str, Any]:
+    def config(self, draft: Eagle3Draft, target: Facts, tokens: int) -> dict[str, Any]:
         return speculators_config(draft, target, tokens) if self.name == "vllm" else plain_config(draft)
 
     def tensors(self, draft: Eagle3Draft) -> dict[str, Tensor]:
         return in_layers(draft) if self.name == "vllm" else draft.state_dict()
 
 
-def sglang_limits(config: Eagle3Config, target: TargetInfo) -> list[str]:
+def sglang_limits(config: Eagle3Config, target: Facts) -> list[str]:
     """What SGLang would not compute as the draft does; it says nothing when that happens."""
     limits = []
     if config.norm_before_residual:
@@ -79,7 +80,7 @@ def options(config: Eagle3Config) -> dict[str, Any]:
     }
 
 
-def speculators_config(draft: Eagle3Draft, target: TargetInfo, tokens: int) -> dict[str, Any]:
+def speculators_config(draft: Eagle3Draft, target: Facts, tokens: int) -> dict[str, Any]:
     """The whole config.json. It must carry no top-level ``model_type``: vLLM tells the format by that."""
     config = draft.config
     # Engines assume three features unless told otherwise here.
@@ -101,7 +102,10 @@ def speculators_config(draft: Eagle3Draft, target: TargetInfo, tokens: int) -> d
             "algorithm": "eagle3",
             "default_proposal_method": "greedy",
             "proposal_methods": [proposal],
-            "verifier": {"name_or_path": target.name, "architectures": list(target.architectures)},
+            "verifier": {
+                "name_or_path": target.name,
+                "architectures": list(target.architectures or ("LlamaForCausalLM",)),
+            },
         },
     }
 

@@ -94,10 +94,8 @@ class Eagle3Draft(EagleDraft):
         ids_D = ids_D.long()
         if len(ids_D) != self.config.draft_vocab_size or not bool((ids_D[1:] > ids_D[:-1]).all()):
             raise ValueError(f"the vocabulary must hold {self.config.draft_vocab_size} ascending target ids")
-        member = torch.zeros(self.config.target_vocab_size, dtype=torch.bool, device=ids_D.device)
-        member[ids_D] = True
         self.register_buffer("d2t", ids_D - torch.arange(len(ids_D), device=ids_D.device))
-        self.register_buffer("t2d", member)
+        self.register_buffer("t2d", torch.isin(torch.arange(self.config.target_vocab_size, device=ids_D.device), ids_D))
 
     def share_vocabulary(self, other: Self) -> None:
         if self.reduced:

@@ -37,12 +37,7 @@ class UnrollObjective:
     """
 
     def __init__(
-        self,
-        draft: Any,
-        target: Head,
-        config: TrainConfig,
-        portion_numbers: int | None = None,
-        reduce: Reduce = alone,
+        self, draft: Any, target: Head, config: TrainConfig, portion_numbers: int | None = None, reduce: Reduce = alone
     ) -> None:
         """``portion_numbers``: by default what suits the device. ``reduce`` sums counts and statistics over workers.
 

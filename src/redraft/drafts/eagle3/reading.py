@@ -19,10 +19,9 @@ from torch import Tensor
 
 from redraft.artifact import check_tensors
 from redraft.drafts.eagle3.module import Eagle3Config, Eagle3Draft
-from redraft.drafts.formats.base import TargetInfo
-from redraft.drafts.formats.reading import Checkpoint, build_untrained, layer_faults, layer_fields, read_state
+from redraft.drafts.formats.reading import Checkpoint, build_untrained, check_layer, layer_fields, read_state
 from redraft.errors import UserError
-from redraft.target import default_taps
+from redraft.target import Facts, default_taps
 
 ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "Eagle3Speculator", "Eagle3DraftModel")
 
@@ -47,7 +46,7 @@ def recognises(checkpoint: Checkpoint) -> bool:
 
 
 def read(
-    checkpoint: Checkpoint, target: TargetInfo, notes: list[str], taps: tuple[int, ...] | None = None
+    checkpoint: Checkpoint, target: Facts, notes: list[str], taps: tuple[int, ...] | None = None
 ) -> tuple[Eagle3Draft, dict[str, Any]]:
     """The draft and its metadata; ``taps`` overrules the feature ids. Raises ``UserError``."""
     raw, folder = checkpoint.config, checkpoint.folder
@@ -82,7 +81,7 @@ def _verifier(raw: Mapping[str, Any]) -> str | None:
 
 
 def read_config(
-    raw: dict[str, Any], target: TargetInfo, path: Path, notes: list[str], taps: tuple[int, ...] | None = None
+    raw: dict[str, Any], target: Facts, path: Path, notes: list[str], taps: tuple[int, ...] | None = None
 ) -> Eagle3Config:
     """Our config from either format's config.json. Raises ``UserError`` for what our draft does not compute."""
     layer = raw.get("transformer_layer_config") if _speculators(raw) else raw
@@ -130,16 +129,13 @@ def _check_kind(raw: dict[str, Any], layer: dict[str, Any], eagle: dict[str, Any
     if _speculators(raw):
         if raw["speculators_model_type"] != "eagle3":
             raise UserError(f"{path} is a {raw['speculators_model_type']} speculator; only eagle3 can be imported")
-    faults = layer_faults(raw, layer, ("llama", "eagle3"))
-    if layer.get("bias"):
-        faults.append(f"bias {layer['bias']!r}")
+    faults = [f"bias {layer['bias']!r}"] if layer.get("bias") else []
     faults += [f"{key} {eagle[key]!r}" for key, usual in EAGLE_SWITCHES.items() if eagle.get(key) not in (None, usual)]
-    if faults:
-        raise UserError(f"{path} asks for what redraft does not compute: {', '.join(faults)}")
+    check_layer(raw, layer, ("llama", "eagle3"), path, faults)
 
 
 def read_taps(
-    raw: dict[str, Any], eagle: dict[str, Any], target: TargetInfo, path: Path, notes: list[str]
+    raw: dict[str, Any], eagle: dict[str, Any], target: Facts, path: Path, notes: list[str]
 ) -> tuple[int, ...]:
     """Feature ids, each "after k layers". Raises ``UserError`` when they are no list of integers.
 
@@ -152,23 +148,22 @@ def read_taps(
             raise UserError(f"{path} has eagle_aux_hidden_state_layer_ids {ids!r}; a list of integers is needed")
     if min(top or [0]) < 0 or min(nested or [0]) < -1:
         raise UserError(f"{path} has feature ids below the first layer, {top or nested}; engines never give these")
-    if not top and not nested:
-        usual = default_taps(target.layers)
-        if top is not None or nested is not None:
-            notes.append(f"the list of feature ids is empty; taken as the default {list(usual)}")
-        if eagle.get("layer_ids"):
-            raise UserError(
-                f"{path} has its feature ids in eagle_config.layer_ids alone, which hands count differently; write "
-                "them as eagle_aux_hidden_state_layer_ids, each the number of layers passed"
-            )
-        return usual
-    top, nested = top or None, nested or None
-    if top is not None:
-        if nested is not None and [k + 1 for k in nested] != top:
+    if top:
+        if nested and [k + 1 for k in nested] != top:
             notes.append(f"the feature ids {top} (vLLM) and {nested} (SGLang, one less) disagree; {top} was taken")
         return tuple(top)
-    notes.append(f"the feature ids {nested} are outputs of layers counted from zero; taken as one more each")
-    return tuple(k + 1 for k in nested or ())
+    if nested:
+        notes.append(f"the feature ids {nested} are outputs of layers counted from zero; taken as one more each")
+        return tuple(k + 1 for k in nested)
+    if eagle.get("layer_ids"):
+        raise UserError(
+            f"{path} has its feature ids in eagle_config.layer_ids alone, which hands count differently; write "
+            "them as eagle_aux_hidden_state_layer_ids, each the number of layers passed"
+        )
+    usual = default_taps(target.layers)
+    if top is not None or nested is not None:
+        notes.append(f"the list of feature ids is empty; taken as the default {list(usual)}")
+    return usual
 
 
 # -- vocabulary maps -------------------------------------------------------------------------------------------------
@@ -198,8 +193,7 @@ def read_maps(state: dict[str, Tensor], config: Eagle3Config, where: Path, notes
         ids_D = state["d2t"] + torch.arange(len(state["d2t"]))
         if not _inside(ids_D, config.target_vocab_size):
             raise UserError(f"{where}: d2t points outside the target's vocabulary of {config.target_vocab_size}")
-        state["t2d"] = torch.zeros(config.target_vocab_size, dtype=torch.bool)
-        state["t2d"][ids_D] = True
+        state["t2d"] = torch.isin(torch.arange(config.target_vocab_size), ids_D)
         notes.append("t2d is not in the file; derived from d2t")
     return state
 
@@ -258,13 +252,11 @@ def check_vocabulary_map(state: Mapping[str, Tensor], config: Eagle3Config, wher
     if config.draft_vocab_size == config.target_vocab_size:
         return
     ids_D = state["d2t"] + torch.arange(config.draft_vocab_size)
-    if int(ids_D.min()) < 0 or int(ids_D.max()) >= config.target_vocab_size:
+    if not _inside(ids_D, config.target_vocab_size):
         raise UserError(f"{where}: d2t points outside the target's vocabulary of {config.target_vocab_size}")
     if not bool((ids_D[1:] > ids_D[:-1]).all()):
         raise UserError(f"{where}: d2t must hold offsets that give ascending target ids (id = i + d2t[i])")
-    member_V = torch.zeros(config.target_vocab_size, dtype=torch.bool)
-    member_V[ids_D] = True
-    if not torch.equal(member_V, state["t2d"].bool()):
+    if not torch.equal(state["t2d"].nonzero().flatten(), ids_D):
         raise UserError(f"{where}: t2d does not mark the same target ids as d2t")
 
 
