@@ -146,15 +146,16 @@ def _faults(name: str, tensor: Tensor, wanted: Tensor) -> list[str]:
         return [f"{name} has shape {list(tensor.shape)} instead of {list(wanted.shape)}"]
     if wanted.is_floating_point():
         if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            return [f"{name} is {_short(tensor.dtype)} instead of float32, float16 or bfloat16"]
+            return [f"{name} is {dtype_name(tensor.dtype)} instead of float32, float16 or bfloat16"]
         if not torch.isfinite(tensor).all():
             return [f"{name} holds NaN or infinity"]
     elif tensor.dtype != wanted.dtype:
-        return [f"{name} is {_short(tensor.dtype)} instead of {_short(wanted.dtype)}"]
+        return [f"{name} is {dtype_name(tensor.dtype)} instead of {dtype_name(wanted.dtype)}"]
     return []
 
 
-def _short(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """As files and messages have it: without the library's name."""
     return str(dtype).removeprefix("torch.")
 
 

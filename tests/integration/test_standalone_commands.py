@@ -24,7 +24,7 @@ from redraft.decode.make import make_decoder
 from redraft.drafts.base import is_private
 from redraft.drafts.files import load_draft, save_draft, save_private
 from redraft.drafts.groups import attach_private
-from redraft.drafts.opening import family_at, read_draft
+from redraft.drafts.opening import family_at, open_checkpoint
 from redraft.drafts.standalone import StandaloneDraft
 from redraft.drafts.standalone.shapes import fresh_standalone, shape_for
 from redraft.errors import UserError
@@ -71,7 +71,7 @@ def test_any_causal_lm_is_opened_as_a_draft_in_float32(target, half, tmp_path):
     EXPORTERS.get("hf")(half.to(torch.bfloat16), tmp_path / "plain", target)
     save_draft(tmp_path / "own", half, {"method": "pretrain"})
     for folder in ("plain", "own"):
-        kept, _ = read_draft(str(tmp_path / folder), None)
+        kept = open_checkpoint(str(tmp_path / folder), None).draft
         assert kept.dtype == torch.bfloat16
         opened, meta = open_proposer(tmp_path / folder, target)
         assert isinstance(opened, StandaloneDraft) and opened.dtype == torch.float32
@@ -191,7 +191,7 @@ def test_experts_are_merged_into_a_plain_folder(dtype, target, half, tmp_path):
     with torch.no_grad():
         assert torch.allclose(merged.float()(IDS), split.float()(IDS), atol=1e-4)
     with pytest.raises(UserError, match="--base-draft"):
-        read_draft(str(tmp_path / "private"), None)
+        open_checkpoint(str(tmp_path / "private"), None)
 
 
 def test_export_from_the_command_compares_the_tokenizers(target, half, tmp_path):

@@ -12,7 +12,7 @@ from redraft.api.opening import checked
 from redraft.drafts.base import Draft
 from redraft.drafts.files import save_draft
 from redraft.drafts.formats.base import ExportReport
-from redraft.drafts.opening import AnyDraft, OpenDraft, read_draft
+from redraft.drafts.opening import AnyDraft, OpenDraft, open_checkpoint
 from redraft.drafts.scaling import scale_change
 from redraft.loading import load_tokenizer, quiet
 from redraft.registries import EXPORTERS, FAMILIES
@@ -48,9 +48,9 @@ def merge(
 
 def _read(draft: AnyDraft, info: Facts | None, base_draft: AnyDraft | None = None) -> tuple[Draft, dict[str, Any]]:
     """A draft in the types of its file; an opened one, which is in float32, in those that drafts are stored in."""
-    found, meta = read_draft(draft, info, base_draft)
+    found = open_checkpoint(draft, info, base_draft)
     opened = isinstance(draft, OpenDraft) or isinstance(base_draft, OpenDraft)
-    return (half(found) if opened else found), meta
+    return (half(found.draft) if opened else found.draft), found.meta
 
 
 def export(

@@ -55,14 +55,6 @@ def family_at(source: AnyDraft) -> Family:
     return _family(Checkpoint.at(source))
 
 
-def read_draft(
-    source: AnyDraft, target: Facts | None = None, base: AnyDraft | None = None, **options: Any
-) -> tuple[Any, dict[str, Any]]:
-    """The draft and its metadata, as :func:`open_checkpoint`, in the types of its file."""
-    opened = open_checkpoint(source, target, base, **options)
-    return opened.draft, opened.meta
-
-
 def open_checkpoint(
     source: AnyDraft,
     target: Facts | None = None,

@@ -43,6 +43,12 @@ def shared(loss: Tensor, reduce: Reduce) -> Tensor:
     return loss / reduce(torch.ones_like(loss)) if loss.requires_grad else loss
 
 
+Runs = Iterator[tuple[AnyRow, list[int]]]
+Chances = Iterator[tuple[AnyRow, Tensor]]
+Weights = Mapping[str, Tensor] | None
+"""By row key, for each anchor and draft step [A, J]."""
+
+
 # -- decoding --------------------------------------------------------------------------------------------------------
 class Proposer(Protocol):
     """A draft's state of one request. What it made for guesses that were not kept, it forgets by itself."""
@@ -89,15 +95,11 @@ class Walk(Protocol):
     """A draft over stored responses of its target, without decoding. Rows come out in an order of the walk's own;
     rows without an anchor are left out. ``features`` may be None for a draft without taps."""
 
-    def runs(
-        self, rows: Sequence[AnyRow], features: FeatureSource | None, gamma: int
-    ) -> Iterator[tuple[AnyRow, list[int]]]:
+    def runs(self, rows: Sequence[AnyRow], features: FeatureSource | None, gamma: int) -> Runs:
         """For each anchor of a row how many greedy proposals in a row are right when a round starts there, at most
         ``gamma``."""
 
-    def chances(
-        self, rows: Sequence[AnyRow], features: FeatureSource | None, gamma: int, sampler: Sampler
-    ) -> Iterator[tuple[AnyRow, Tensor]]:
+    def chances(self, rows: Sequence[AnyRow], features: FeatureSource | None, gamma: int, sampler: Sampler) -> Chances:
         """The chance [A, J] that the j-th token behind each anchor came by acceptance, given that it came: w of
         :mod:`redraft.acceptance.simulate`. 0 behind the end of the response and behind a token that cannot be
         accepted; of a greedy sampler 1 up to the first wrong proposal."""
@@ -114,11 +116,9 @@ Batch = TypeVar("Batch")
 class Objective(Protocol[Batch]):
     """From rows to one number to differentiate."""
 
-    def collate(
-        self, rows: Sequence[TokenRow], features: FeatureSource, weights: Mapping[str, Tensor] | None = None
-    ) -> Batch:
-        """The rows as a batch, which has ``.to(device)``. ``weights`` [A, J] by row key say what each state (anchor
-        and draft step) counts for, in place of the objective's own; asked of drafts that are ``weighable`` only."""
+    def collate(self, rows: Sequence[TokenRow], features: FeatureSource, weights: Weights = None) -> Batch:
+        """The rows as a batch, which has ``.to(device)``. ``weights`` say what each state (anchor and draft step)
+        counts for, in place of the objective's own; asked of drafts that are ``weighable`` only."""
 
     def __call__(self, batch: Batch) -> Tensor:
         """The scalar loss of a batch, ready for ``backward``: a mean, whatever the batch's size."""

@@ -129,22 +129,18 @@ def coarsen(matrix_DH: Tensor, known_DH: Tensor, bits: int, source_D: Tensor | N
     known = placed(known_DH, source_D)
     if known.shape != matrix.shape:
         raise ValueError(f"a matrix {list(matrix.shape)} cannot be told by one of {list(known.shape)}")
-    new = torch.zeros(len(matrix), dtype=torch.bool) if source_D is None else source_D.cpu() < 0
-    change = torch.where(new[:, None], 0.0, matrix - known)
+    new = slice(0) if source_D is None else source_D.cpu() < 0
+    change = matrix - known
+    change[new] = 0.0
     step = _steps(change, bits)
     codes = _codes(change, step, bits)
     unpacked = np.unpackbits(codes.numpy()[..., None], axis=-1)[..., -bits:]
-    packed = np.packbits(unpacked.reshape(len(codes), -1), axis=1)
+    packed = torch.from_numpy(np.packbits(unpacked.reshape(len(codes), -1), axis=1))
+    if source_D is None:
+        return Coarse(bits, matrix.shape[1], packed, step)
     # Rows that are kept whole take the type that the whole matrix would have been stored in.
-    rows = None if source_D is None else matrix_DH.detach().cpu()[new].to(known_DH.dtype).contiguous()
-    return Coarse(
-        bits,
-        matrix.shape[1],
-        torch.from_numpy(packed),
-        step,
-        None if source_D is None else source_D.cpu().to(torch.int32),
-        rows,
-    )
+    rows = matrix_DH.detach().cpu()[new].to(known_DH.dtype).contiguous()
+    return Coarse(bits, matrix.shape[1], packed, step, source_D.cpu().to(torch.int32), rows)
 
 
 def told(coarse: Coarse, known_DH: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from redraft.drafts.proposing import Chances, Runs
 from redraft.features import FeatureSource
 from redraft.rows import AnyRow, anchors, length_batches
 from redraft.sampling import token_probability
@@ -98,9 +99,7 @@ class TextWalk:
         self.draft, self.target, self.states = draft.bind(target), target, states
 
     @torch.inference_mode()
-    def runs(
-        self, rows: Sequence[AnyRow], features: FeatureSource | None, gamma: int
-    ) -> Iterator[tuple[AnyRow, list[int]]]:
+    def runs(self, rows: Sequence[AnyRow], features: FeatureSource | None, gamma: int) -> Runs:
         vocabulary = self.draft.vocabulary()
         for row, states_AH in self.own(rows):
             best = vocabulary[likeliest(self.draft.logits, states_AH)].tolist()
@@ -108,15 +107,16 @@ class TextWalk:
             yield row, run_lengths(right, gamma)
 
     @torch.inference_mode()
-    def chances(
-        self, rows: Sequence[AnyRow], features: FeatureSource | None, gamma: int, sampler: Sampler
-    ) -> Iterator[tuple[AnyRow, Tensor]]:
+    def chances(self, rows: Sequence[AnyRow], features: FeatureSource | None, gamma: int, sampler: Sampler) -> Chances:
         if sampler.greedy:
             for row, runs in self.runs(rows, features, gamma):
                 yield row, (torch.arange(gamma) < torch.tensor(runs)[:, None]).float()
             return
         place_V = places(self.draft.vocabulary(), self.target.vocab_size)
-        known = {row.key: self.target_chances(row, hidden, sampler) for row, hidden in self.hidden(rows, features)}
+        known = {}
+        for row, hidden_AH in self.hidden(rows, features):
+            ids_A = torch.tensor(row.response_ids[1:], device=hidden_AH.device)
+            known[row.key] = probability(self.target.logits, hidden_AH, ids_A, sampler).double().cpu()
         for row, states_AH in self.own(rows):
             index_A = place_V[torch.tensor(row.response_ids[1:], device=place_V.device)]
             mine_A = sayable_probability(self.draft.logits, states_AH, index_A, sampler).double().cpu()
@@ -152,11 +152,6 @@ class TextWalk:
         for group in length_batches([row for row in rows if anchors(row)], BATCH_TOKENS):
             for row in group:
                 yield row, features.get(row)[1].to(self.target.device)
-
-    def target_chances(self, row: AnyRow, hidden_AH: Tensor, sampler: Sampler) -> Tensor:
-        """The warped probability [A] that the target gives each response token after the first, on the CPU."""
-        ids_A = torch.tensor(row.response_ids[1:], device=hidden_AH.device)
-        return probability(self.target.logits, hidden_AH, ids_A, sampler).double().cpu()
 
     def in_front(
         self, rows: Sequence[AnyRow], states: Callable[[Tensor], Tensor], dtype: torch.dtype

@@ -13,6 +13,7 @@ heads, W head width, C cached and new positions, G proposed tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -90,11 +91,7 @@ class EagleProposer:
 
     def expand(self, tokens_F: Tensor, states_FH: Tensor, depth: int, mask_FC: Tensor | None = None) -> Tensor:
         """States [F, H] of guesses at this depth; without a mask each sees all that was fed before it."""
-        draft = self.draft
-
-        def attend(query_FQW: Tensor, key_FKW: Tensor, value_FKW: Tensor) -> Tensor:
-            return self.cache.attend(query_FQW, key_FKW, value_FKW, mask_FC)
-
+        draft, attend = self.draft, partial(self.cache.attend, mask_TC=mask_FC)
         positions_F = torch.full_like(tokens_F, self.verified + depth - 1)
         return draft(draft.embed(tokens_F, self.embedding), draft.carry(states_FH), positions_F, attend)
 

@@ -15,7 +15,7 @@ vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from redraft.drafts import walks
+from redraft.drafts.proposing import Chances, Runs, Weights
 from redraft.features import FeatureSource
 from redraft.rows import AnyRow, TokenRow, anchor_batches, anchors
 from redraft.settings.sampler import Sampler
@@ -56,9 +57,7 @@ class Batch:
         return Batch(**moved)
 
 
-def collate(
-    rows: Sequence[TokenRow], features: FeatureSource, steps: int, weights: Mapping[str, Tensor] | None = None
-) -> Batch:
+def collate(rows: Sequence[TokenRow], features: FeatureSource, steps: int, weights: Weights = None) -> Batch:
     """Pack rows with their features for an unroll of ``steps`` draft steps; ``weights`` [A, J] by row key."""
     first_B = torch.tensor([len(r.prompt_ids) - 1 for r in rows])
     counts_B = torch.tensor([anchors(r) for r in rows])
@@ -196,16 +195,12 @@ class EagleWalk:
     def __init__(self, draft: Any, target: Head) -> None:
         self.draft, self.target = draft.bind(target), target
 
-    def runs(
-        self, rows: Sequence[AnyRow], features: FeatureSource | None, gamma: int
-    ) -> Iterator[tuple[AnyRow, list[int]]]:
+    def runs(self, rows: Sequence[AnyRow], features: FeatureSource | None, gamma: int) -> Runs:
         for group, batch in self.batches(rows, features, gamma, self.batch_anchors):
             for row, part in zip(group, self.matches(batch, gamma).split([*map(anchors, group)]), strict=True):
                 yield row, part.tolist()
 
-    def chances(
-        self, rows: Sequence[AnyRow], features: FeatureSource | None, gamma: int, sampler: Sampler
-    ) -> Iterator[tuple[AnyRow, Tensor]]:
+    def chances(self, rows: Sequence[AnyRow], features: FeatureSource | None, gamma: int, sampler: Sampler) -> Chances:
         for group, batch in self.batches(rows, features, gamma, self.batch_anchors):
             if sampler.greedy:
                 runs_M = self.matches(batch, gamma)

@@ -12,16 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-from redraft.artifact import check_tensors, tensors_bytes, tensors_hash, write_tensors
+from redraft.artifact import check_tensors, dtype_name, tensors_bytes, tensors_hash, write_tensors
 from redraft.drafts.eagle.module import EagleDraft
-from redraft.drafts.formats.base import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    ExportReport,
-    path_warnings,
-    serve_command,
-    sglang_command,
-)
+from redraft.drafts.formats.base import CONFIG_FILE, WEIGHTS_FILE, ExportReport, path_warnings, serve_command
 from redraft.drafts.formats.reading import LAYER_FIELDS
 from redraft.drafts.opening import open_checkpoint
 from redraft.errors import UserError
@@ -68,26 +61,24 @@ class LayerWriter(ABC):
                 raise RuntimeError(f"the {self.name} export does not read back as the draft that was written")
         parameters = sum(parameter.numel() for parameter in dense.parameters())
         warnings = path_warnings(folder.absolute()) if self.warns else []
-        command = sglang_command if self.name == "sglang" else serve_command
-        serve = command(folder, target, tokens, self.method)
-        return ExportReport.of(self.name, folder, written, parameters, serve, warnings)
+        serve = serve_command(folder, target, tokens, self.method, self.name)
+        size = tensors_bytes(written)
+        return ExportReport(self.name, folder, len(written), parameters, size, serve, tuple(warnings))
 
 
 # -- checks ----------------------------------------------------------------------------------------------------------
 def prepare(draft: EagleDraft, target: Facts) -> tuple[Any, list[str]]:
-    """A dense draft that fits ``target`` and is sound in every tensor, and notes. Raises ``UserError``."""
+    """A dense draft that fits ``target`` and is sound in every tensor, and notes. Raises ``UserError``.
+
+    Its ``max_position_embeddings`` are raised to the target's where that changes no angle, and refused elsewhere.
+    """
     dense = draft.merged()
     dense.check_fit(target)
     state = {name: tensor.detach().cpu() for name, tensor in dense.state_dict().items()}
     check_tensors(state, type(dense)(dense.config).state_dict(), "the draft to be exported")
-    return cover_context(dense, target)
-
-
-def cover_context(draft: EagleDraft, target: Facts) -> tuple[EagleDraft, list[str]]:
-    """Raise ``max_position_embeddings`` to the target's where that changes no angle; else raise ``UserError``."""
-    config, context = draft.config, int(target.config.max_position_embeddings)
+    config, context = dense.config, int(target.config.max_position_embeddings)
     if config.max_position_embeddings >= context:
-        return draft, []
+        return dense, []
     kind = config.rope_parameters.get("rope_type", "default")
     if kind not in FREE_ROPE_TYPES:
         raise UserError(
@@ -95,7 +86,7 @@ def cover_context(draft: EagleDraft, target: Facts) -> tuple[EagleDraft, list[st
             f"would change the {kind} rotary angles, so train the draft with the target's length"
         )
     note = f"max_position_embeddings was raised from {config.max_position_embeddings} to the target's {context}"
-    return draft.rebuilt(replace(config, max_position_embeddings=context), draft.state_dict()), [note]
+    return dense.rebuilt(replace(config, max_position_embeddings=context), dense.state_dict()), [note]
 
 
 # -- config.json -----------------------------------------------------------------------------------------------------
@@ -108,10 +99,6 @@ def layer_config(draft: EagleDraft) -> dict[str, Any]:
         "mlp_bias": False,
         "tie_word_embeddings": False,
     }
-
-
-def dtype_name(draft: EagleDraft) -> str:
-    return str(draft.fc.weight.dtype).removeprefix("torch.")
 
 
 def legacy_config(draft: EagleDraft, architecture: str) -> dict[str, Any]:
@@ -128,7 +115,7 @@ def legacy_config(draft: EagleDraft, architecture: str) -> dict[str, Any]:
         **layer_config(draft),
         "rope_theta": theta,
         "rope_scaling": None if plain else rest,
-        "torch_dtype": dtype_name(draft),
+        "torch_dtype": dtype_name(draft.fc.weight.dtype),
     }
 
 

@@ -93,7 +93,6 @@ class Eagle1Draft(EagleDraft):
         return taps
 
     def carry(self, states: Tensor) -> Tensor:
-        """What the next draft step takes in place of the target's states: the prediction itself."""
         return states
 
     def logits(self, states: Tensor) -> Tensor:

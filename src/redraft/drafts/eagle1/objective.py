@@ -16,7 +16,7 @@ Shape legend: N packed pairs, M supervised anchors, C anchors of a portion, H wi
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from redraft.drafts.eagle.unroll import Batch, collate, unroll
-from redraft.drafts.proposing import Reduce, alone, shared
+from redraft.drafts.proposing import Reduce, Weights, alone, shared
 from redraft.features import FeatureSource
 from redraft.losses.portions import portions, sum_over_portions
 from redraft.rows import TokenRow
@@ -57,9 +57,7 @@ class RegressionObjective:
         self.draft, self.target, self.seed, self.recipe = draft.bind(target), target, config.seed, recipe
         self.reduce = reduce
 
-    def collate(
-        self, rows: Sequence[TokenRow], features: FeatureSource, weights: Mapping[str, Tensor] | None = None
-    ) -> Batch:
+    def collate(self, rows: Sequence[TokenRow], features: FeatureSource, weights: Weights = None) -> Batch:
         """See :class:`redraft.drafts.proposing.Objective`; there is one draft step, and no weights."""
         assert weights is None
         return collate(rows, features, 1)

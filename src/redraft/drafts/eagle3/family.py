@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
+from redraft.artifact import dtype_name
 from redraft.drafts.base import Family
-from redraft.drafts.eagle.writing import LayerWriter, dtype_name, in_layers, layer_config, legacy_config, prepare
+from redraft.drafts.eagle.writing import LayerWriter, in_layers, layer_config, legacy_config, prepare
 from redraft.drafts.eagle3.module import Eagle3Config, Eagle3Draft, fresh_draft
 from redraft.drafts.eagle3.reading import ARCHITECTURES, check_taps, check_vocabulary_map, read, recognises
 from redraft.drafts.formats.base import Format
@@ -46,7 +47,40 @@ class Eagle3Writer(LayerWriter):
         return dense, notes + ([f"not for SGLang: {limits}"] if limits and self.name == "plain" else [])
 
     def config(self, draft: Eagle3Draft, target: Facts, tokens: int) -> dict[str, Any]:
-        return speculators_config(draft, target, tokens) if self.name == "vllm" else plain_config(draft)
+        """As of every writer. That of speculators has no top-level ``model_type``: vLLM tells the format by that.
+
+        In the other feature ids stand twice: vLLM reads those on top (after k layers), SGLang adds one.
+        """
+        config, taps = draft.config, list(draft.config.taps)
+        # The four switches are always written: their defaults differ.
+        switches = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+        options = {
+            "draft_vocab_size": config.draft_vocab_size,
+            "target_hidden_size": config.target_hidden_size,
+            "eagle_aux_hidden_state_layer_ids": taps,
+            **{name: getattr(config, name) for name in switches},
+        }
+        # Engines assume three features unless told otherwise here.
+        number = {"num_aux_hidden_states": len(taps)}
+        if self.name != "vllm":
+            nested = {"use_aux_hidden_state": True, "eagle_aux_hidden_state_layer_ids": [k - 1 for k in taps]}
+            return legacy_config(draft, "LlamaForCausalLMEagle3") | number | options | {"eagle_config": nested}
+        rope, dtype = dict(config.rope_parameters), dtype_name(draft.fc.weight.dtype)
+        proposal = {"proposal_type": "greedy", "speculative_tokens": tokens}
+        verifier = {"name_or_path": target.name, "architectures": list(target.architectures or ("LlamaForCausalLM",))}
+        return {
+            "architectures": ["Eagle3Speculator"],
+            "speculators_model_type": "eagle3",
+            **options,
+            "tie_word_embeddings": False,
+            "transformer_layer_config": layer_config(draft) | number | {"rope_parameters": rope, "dtype": dtype},
+            "speculators_config": {
+                "algorithm": "eagle3",
+                "default_proposal_method": "greedy",
+                "proposal_methods": [proposal | {"verifier_accept_k": 1, "accept_tolerance": 0.0}],
+                "verifier": verifier,
+            },
+        }
 
     def tensors(self, draft: Eagle3Draft) -> dict[str, Tensor]:
         return in_layers(draft) if self.name == "vllm" else draft.state_dict()
@@ -54,72 +88,16 @@ class Eagle3Writer(LayerWriter):
 
 def sglang_limits(config: Eagle3Config, target: Facts) -> list[str]:
     """What SGLang would not compute as the draft does; it says nothing when that happens."""
-    limits = []
-    if config.norm_before_residual:
-        limits.append("norm_before_residual is ignored")
-    if config.attention_bias:
-        limits.append("attention biases are dropped")
-    if config.own_embedding:
-        limits.append("the draft's own embeddings are replaced with the target's")
-    if config.taps[0] < 1 or config.taps[-1] >= target.layers:
-        limits.append(f"features can be read after layers 1 to {target.layers - 1} only")
-    if len(config.taps) * config.target_hidden_size == config.hidden_size:
-        limits.append("fc is skipped when its input is as wide as its output")
-    return limits
-
-
-# -- config.json -----------------------------------------------------------------------------------------------------
-def options(config: Eagle3Config) -> dict[str, Any]:
-    """The keys of either format beside the layer's. The four switches are always written: their defaults differ."""
-    names = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
-    return {
-        "draft_vocab_size": config.draft_vocab_size,
-        "target_hidden_size": config.target_hidden_size,
-        "eagle_aux_hidden_state_layer_ids": list(config.taps),
-        **{name: getattr(config, name) for name in names},
+    fused = len(config.taps) * config.target_hidden_size
+    inside = config.taps[0] >= 1 and config.taps[-1] < target.layers
+    limits = {
+        "norm_before_residual is ignored": config.norm_before_residual,
+        "attention biases are dropped": config.attention_bias,
+        "the draft's own embeddings are replaced with the target's": config.own_embedding,
+        f"features can be read after layers 1 to {target.layers - 1} only": not inside,
+        "fc is skipped when its input is as wide as its output": fused == config.hidden_size,
     }
-
-
-def speculators_config(draft: Eagle3Draft, target: Facts, tokens: int) -> dict[str, Any]:
-    """The whole config.json. It must carry no top-level ``model_type``: vLLM tells the format by that."""
-    config = draft.config
-    # Engines assume three features unless told otherwise here.
-    layer = layer_config(draft) | {"num_aux_hidden_states": len(config.taps)}
-    layer |= {"rope_parameters": dict(config.rope_parameters), "dtype": dtype_name(draft)}
-    proposal = {
-        "proposal_type": "greedy",
-        "speculative_tokens": tokens,
-        "verifier_accept_k": 1,
-        "accept_tolerance": 0.0,
-    }
-    return {
-        "architectures": ["Eagle3Speculator"],
-        "speculators_model_type": "eagle3",
-        **options(config),
-        "tie_word_embeddings": False,
-        "transformer_layer_config": layer,
-        "speculators_config": {
-            "algorithm": "eagle3",
-            "default_proposal_method": "greedy",
-            "proposal_methods": [proposal],
-            "verifier": {
-                "name_or_path": target.name,
-                "architectures": list(target.architectures or ("LlamaForCausalLM",)),
-            },
-        },
-    }
-
-
-def plain_config(draft: Eagle3Draft) -> dict[str, Any]:
-    """The whole config.json. Feature ids stand twice: vLLM reads those on top (after k layers), SGLang adds one."""
-    taps = draft.config.taps
-    return {
-        **legacy_config(draft, "LlamaForCausalLMEagle3"),
-        # Engines assume three features unless told otherwise here.
-        "num_aux_hidden_states": len(taps),
-        **options(draft.config),
-        "eagle_config": {"use_aux_hidden_state": True, "eagle_aux_hidden_state_layer_ids": [k - 1 for k in taps]},
-    }
+    return [limit for limit, met in limits.items() if met]
 
 
 FAMILIES.register("eagle3")(

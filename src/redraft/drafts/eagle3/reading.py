@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from redraft.artifact import check_tensors
+from redraft.artifact import check_tensors, dtype_name
 from redraft.drafts.eagle3.module import Eagle3Config, Eagle3Draft
 from redraft.drafts.formats.reading import Checkpoint, build_untrained, check_layer, layer_fields, read_state
 from redraft.errors import UserError
@@ -50,7 +50,7 @@ def read(
 ) -> tuple[Eagle3Draft, dict[str, Any]]:
     """The draft and its metadata; ``taps`` overrules the feature ids. Raises ``UserError``."""
     raw, folder = checkpoint.config, checkpoint.folder
-    config = read_config(raw, target, checkpoint.path, notes, taps)
+    config = read_config(checkpoint, target, notes, taps)
     state = read_maps(read_state(folder, notes), config, folder, notes)
     config = replace(config, own_embedding="embed_tokens.weight" in state)
     config.check_fit(target)
@@ -59,7 +59,10 @@ def read(
     check_tensors(state, draft.state_dict(), folder)
     check_vocabulary_map(state, config, folder)
     draft.fill(state)
-    return draft, {"format": "speculators" if _speculators(raw) else "plain", "verifier": _verifier(raw)}
+    verifier: Any = raw
+    for key in ("speculators_config", "verifier", "name_or_path"):
+        verifier = verifier.get(key) if isinstance(verifier, dict) else None
+    return draft, {"format": "speculators" if _speculators(raw) else "plain", "verifier": verifier}
 
 
 def check_taps(taps: tuple[int, ...]) -> None:
@@ -73,29 +76,26 @@ def _speculators(raw: Mapping[str, Any]) -> bool:
     return "speculators_model_type" in raw
 
 
-def _verifier(raw: Mapping[str, Any]) -> str | None:
-    """The target that a speculators checkpoint names."""
-    nested = raw.get("speculators_config")
-    verifier = nested.get("verifier") if isinstance(nested, dict) else None
-    return verifier.get("name_or_path") if isinstance(verifier, dict) else None
-
-
-def read_config(
-    raw: dict[str, Any], target: Facts, path: Path, notes: list[str], taps: tuple[int, ...] | None = None
-) -> Eagle3Config:
+def read_config(checkpoint: Checkpoint, target: Facts, notes: list[str], taps: tuple[int, ...] | None) -> Eagle3Config:
     """Our config from either format's config.json. Raises ``UserError`` for what our draft does not compute."""
+    raw, path = checkpoint.config, checkpoint.path
+    if _speculators(raw) and raw["speculators_model_type"] != "eagle3":
+        raise UserError(f"{path} is a {raw['speculators_model_type']} speculator; only eagle3 can be imported")
     layer = raw.get("transformer_layer_config") if _speculators(raw) else raw
     if not isinstance(layer, dict):
         raise UserError(f"{path} has no transformer_layer_config; download it again")
     eagle = raw.get("eagle_config")
     eagle = eagle if isinstance(eagle, dict) else {}
-    _check_kind(raw, layer, eagle, path)
+    faults = [f"bias {layer['bias']!r}"] if layer.get("bias") else []
+    faults += [f"{key} {eagle[key]!r}" for key, usual in EAGLE_SWITCHES.items() if eagle.get(key) not in (None, usual)]
+    check_layer(raw, layer, ("llama", "eagle3"), path, faults)
     llama = layer_fields(layer, path)
-    _check_switches(raw | eagle, path)
-    options: dict[str, Any] = {key: bool(raw.get(key, False)) for key in ("norm_before_fc", "fc_norm", "norm_output")}
-    options["norm_before_fc"] = bool(eagle.get("norm_before_fc", options["norm_before_fc"]))
-    options["fc_norm"] = options["fc_norm"] or bool(raw.get("use_aux_norm", False))
-    if options["norm_before_fc"] and options["fc_norm"]:
+    for key, value in ((key, (raw | eagle).get(key)) for key in SWITCHES):
+        if value not in (None, True, False):  # the text "false" would count as on
+            raise UserError(f"{path} has {key} {value!r}; true or false is needed")
+    norm_before_fc = bool(eagle.get("norm_before_fc", raw.get("norm_before_fc")))
+    fc_norm = bool(raw.get("fc_norm") or raw.get("use_aux_norm"))
+    if norm_before_fc and fc_norm:
         raise UserError(f"{path} asks for norm_before_fc and fc_norm at once; no trainer makes such a draft")
     # Absent, the switch is on in vLLM's reading of the speculators format and off in that of the plain one.
     residual = raw.get("norm_before_residual")
@@ -111,38 +111,22 @@ def read_config(
         **llama,
         target_hidden_size=int(raw.get("target_hidden_size") or llama["hidden_size"]),
         draft_vocab_size=int(llama["target_vocab_size"] if vocabulary is None else vocabulary),
-        taps=tuple(taps) if taps is not None else read_taps(raw, eagle, target, path, notes),
+        taps=tuple(taps) if taps is not None else read_taps(checkpoint, eagle, target, notes),
         norm_before_residual=_speculators(raw) if residual is None else bool(residual),
-        **options,
+        norm_before_fc=norm_before_fc,
+        fc_norm=fc_norm,
+        norm_output=bool(raw.get("norm_output")),
     )
 
 
-def _check_switches(values: dict[str, Any], path: Path) -> None:
-    """Raise ``UserError`` for a switch that is neither on nor off: the text "false" would count as on."""
-    for key in SWITCHES:
-        if values.get(key) not in (None, True, False):
-            raise UserError(f"{path} has {key} {values[key]!r}; true or false is needed")
-
-
-def _check_kind(raw: dict[str, Any], layer: dict[str, Any], eagle: dict[str, Any], path: Path) -> None:
-    """Raise ``UserError`` unless this is an Eagle3 draft of one dense Llama layer that our draft computes alike."""
-    if _speculators(raw):
-        if raw["speculators_model_type"] != "eagle3":
-            raise UserError(f"{path} is a {raw['speculators_model_type']} speculator; only eagle3 can be imported")
-    faults = [f"bias {layer['bias']!r}"] if layer.get("bias") else []
-    faults += [f"{key} {eagle[key]!r}" for key, usual in EAGLE_SWITCHES.items() if eagle.get(key) not in (None, usual)]
-    check_layer(raw, layer, ("llama", "eagle3"), path, faults)
-
-
-def read_taps(
-    raw: dict[str, Any], eagle: dict[str, Any], target: Facts, path: Path, notes: list[str]
-) -> tuple[int, ...]:
+def read_taps(checkpoint: Checkpoint, eagle: dict[str, Any], target: Facts, notes: list[str]) -> tuple[int, ...]:
     """Feature ids, each "after k layers". Raises ``UserError`` when they are no list of integers.
 
     The ids on top are those of vLLM and mean that. The ids in ``eagle_config`` are those of SGLang and of the
     trainers that write them, and mean the output of layer k, counted from zero: one less.
     """
-    top, nested = raw.get("eagle_aux_hidden_state_layer_ids"), eagle.get("eagle_aux_hidden_state_layer_ids")
+    path, key = checkpoint.path, "eagle_aux_hidden_state_layer_ids"
+    top, nested = checkpoint.config.get(key), eagle.get(key)
     for ids in (top, nested):
         if ids is not None and not (isinstance(ids, list) and all(type(k) is int for k in ids)):
             raise UserError(f"{path} has eagle_aux_hidden_state_layer_ids {ids!r}; a list of integers is needed")
@@ -178,7 +162,10 @@ def read_maps(state: dict[str, Tensor], config: Eagle3Config, where: Path, notes
         if name in state:
             state[name] = _integers(name, state[name], where, notes)
     if config.draft_vocab_size == config.target_vocab_size:
-        return _without_identities(state, notes)
+        for name in [n for n in ("d2t", "t2d") if n in state and bool((state[n] == (n == "t2d")).all())]:
+            notes.append(f"{name} was left out: it maps the full vocabulary onto itself")
+            del state[name]
+        return state
     if "d2t" not in state and "t2d" not in state:
         return state
     if "d2t" not in state:
@@ -203,21 +190,13 @@ def _integers(name: str, tensor: Tensor, where: Path, notes: list[str]) -> Tenso
     wanted = torch.int64 if name == "d2t" else torch.bool
     if tensor.dtype == wanted:
         return tensor
-    kind = str(tensor.dtype).removeprefix("torch.")
+    kind = dtype_name(tensor.dtype)
     if tensor.is_floating_point() or tensor.is_complex():
         raise UserError(f"{where}: {name} is {kind}, which does not hold every id; save it with integers")
     if name == "t2d" and not bool(((tensor == 0) | (tensor == 1)).all()):
         raise UserError(f"{where}: t2d is {kind} with other values than 0 and 1; it must mark target ids")
-    notes.append(f"{name} was {kind}; taken as {str(wanted).removeprefix('torch.')}")
+    notes.append(f"{name} was {kind}; taken as {dtype_name(wanted)}")
     return tensor.to(wanted)
-
-
-def _without_identities(state: dict[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
-    for name, identity in (("d2t", lambda t: not t.any()), ("t2d", lambda t: bool(t.all()))):
-        if name in state and identity(state[name]):
-            notes.append(f"{name} was left out: it maps the full vocabulary onto itself")
-            del state[name]
-    return state
 
 
 def _settle_offsets(state: dict[str, Tensor], rows: int, where: Path, notes: list[str]) -> None:
@@ -237,7 +216,8 @@ def _settle_offsets(state: dict[str, Tensor], rows: int, where: Path, notes: lis
                 f"{where}: d2t grows at every step, as target ids do and offsets hardly ever; it must hold offsets "
                 "(target id = i + d2t[i]), with t2d beside it where it does"
             )
-    if sure and not (told is not None and _same_set(found_D + numbers_D, told)):
+    ids_D = found_D + numbers_D
+    if sure and not (told is not None and _inside(ids_D, len(told)) and bool(told[ids_D].all())):
         state["d2t"] = found_D - numbers_D
         notes.append("d2t held target ids; taken as such and turned into offsets")
 
@@ -262,7 +242,3 @@ def check_vocabulary_map(state: Mapping[str, Tensor], config: Eagle3Config, wher
 
 def _inside(ids_D: Tensor, rows: int) -> bool:
     return bool(((ids_D >= 0) & (ids_D < rows)).all())
-
-
-def _same_set(ids_D: Tensor, told_V: Tensor) -> bool:
-    return _inside(ids_D, len(told_V)) and bool(told_V[ids_D].all())

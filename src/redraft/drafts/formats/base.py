@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -39,20 +39,6 @@ class ExportReport(Shown):
     serve: str
     warnings: tuple[str, ...] = ()
     merged_private: bool = False
-
-    @classmethod
-    def of(
-        cls,
-        name: str,
-        folder: Path,
-        written: Mapping[str, Any],
-        parameters: int,
-        serve: str,
-        warnings: Sequence[str] = (),
-    ) -> ExportReport:
-        """The report of a file that holds the tensors ``written``."""
-        size = sum(tensor.numel() * tensor.element_size() for tensor in written.values())
-        return cls(name, folder, len(written), parameters, size, serve, tuple(warnings))
 
     def to_dict(self) -> dict[str, Any]:
         return {**self.__dict__, "folder": str(self.folder), "warnings": list(self.warnings)}
@@ -118,8 +104,7 @@ EXPORTERS.register("sglang")(Format("sglang"))
 
 def check_formats(names: Sequence[str], family: str) -> None:
     """Raise ``UserError`` for a format that there is not, or that holds no draft of this family."""
-    for name in names:
-        entry = EXPORTERS.get(name)
+    for entry in map(EXPORTERS.get, names):
         if isinstance(entry, Format):
             entry.writer(family)
 
@@ -139,15 +124,12 @@ def path_warnings(folder: Path) -> list[str]:
     return [f"vLLM reads a method out of the {', '.join(found)} in this path; give the method or rename the folder"]
 
 
-def serve_command(folder: Path, target: Facts, tokens: int, method: str = "eagle3") -> str:
-    """The vLLM command that serves the target with this draft."""
+def serve_command(folder: Path, target: Facts, tokens: int, method: str, engine: str = "vllm") -> str:
+    """The command of vLLM, or of SGLang, that serves the target with this draft."""
+    if engine == "sglang":
+        words = ["python", "-m", "sglang.launch_server", "--model-path", target.name]
+        words += ["--speculative-algorithm", method, "--speculative-draft-model-path", str(folder)]
+        words += ["--speculative-num-steps", str(tokens), "--speculative-eagle-topk", "1"]
+        return shlex.join([*words, "--speculative-num-draft-tokens", str(tokens + 1)])
     draft = json.dumps({"model": str(folder), "method": method, "num_speculative_tokens": tokens})
     return shlex.join(["vllm", "serve", target.name, "--speculative-config", draft])
-
-
-def sglang_command(folder: Path, target: Facts, tokens: int, algorithm: str) -> str:
-    """The SGLang command that serves the target with this draft."""
-    words = ["python", "-m", "sglang.launch_server", "--model-path", target.name, "--speculative-algorithm", algorithm]
-    words += ["--speculative-draft-model-path", str(folder), "--speculative-num-steps", str(tokens)]
-    words += ["--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", str(tokens + 1)]
-    return shlex.join(words)

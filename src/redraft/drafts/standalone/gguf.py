@@ -61,7 +61,8 @@ class GgufWriter:
             _write(new / FILE, dense, target, written, fields)
             _check_file(new / FILE, written, fields)
         parameters, serve = sum(t.numel() for t in state.values()), server_command(source, folder / FILE, tokens)
-        return ExportReport.of("gguf", folder, written, parameters, serve, [f"tokenizer: {fields.origin}"])
+        size, notes = tensors_bytes(written), (f"tokenizer: {fields.origin}",)
+        return ExportReport("gguf", folder, len(written), parameters, size, serve, notes)
 
 
 def server_command(target: Path | None, draft: Path, tokens: int) -> str:

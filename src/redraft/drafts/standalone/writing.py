@@ -41,8 +41,9 @@ class ModelWriter:
             if tensors_hash(StandaloneDraft(back.model).stored()) != tensors_hash(state):
                 raise RuntimeError("the hf export does not read back as the draft that was written")
             check_tokenizers(back.tokenizer, dense.tokenizer)
-        parameters, serve = sum(t.numel() for t in state.values()), serve_command(folder, target, tokens, "draft_model")
-        return ExportReport.of("hf", folder, state, parameters, serve, path_warnings(folder.absolute()))
+        parameters, size = sum(t.numel() for t in state.values()), tensors_bytes(state)
+        serve, warnings = serve_command(folder, target, tokens, "draft_model"), path_warnings(folder.absolute())
+        return ExportReport("hf", folder, len(state), parameters, size, serve, tuple(warnings))
 
 
 def dense_model(draft: StandaloneDraft, target: Facts) -> StandaloneDraft:
