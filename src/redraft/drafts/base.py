@@ -281,10 +281,6 @@ class Draft(nn.Module, ABC):
 AnyDraft = TypeVar("AnyDraft", bound=Draft)
 
 
-def _nothing(*_: Any) -> None:
-    return None
-
-
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """What all drafts of one kind share, and the way in and out of them. Whatever fails raises ``UserError``.
@@ -318,9 +314,9 @@ class Family:
     other_files: tuple[str, ...] = ()
     other_bytes: int = 0
     merges: bool = False
-    write_beside: Callable[[Path, Any], None] = _nothing
-    read_beside: Callable[[Path, Any], None] = _nothing
-    check_usable: Callable[[Any, str], None] = _nothing
+    write_beside: Callable[[Path, Any], None] = lambda *_: None
+    read_beside: Callable[[Path, Any], None] = lambda *_: None
+    check_usable: Callable[[Any, str], None] = lambda *_: None
 
     recognises: Callable[[Any], bool]
     takes_any: bool = False

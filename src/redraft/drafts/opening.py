@@ -50,8 +50,7 @@ def family_at(source: AnyDraft) -> Family:
     Raises ``UserError`` when it cannot be read or is no draft.
     """
     if isinstance(source, OpenDraft):
-        family: Family = FAMILIES.get(source.draft.family)
-        return family
+        return _family(Checkpoint(source.source, meta={"family": source.draft.family}))
     return _family(Checkpoint.at(source))
 
 

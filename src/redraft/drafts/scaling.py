@@ -114,8 +114,7 @@ class Coarse:
 
     def tensors(self) -> dict[str, Tensor]:
         """What a file holds of it, by the last part of the name."""
-        given = {"codes": self.codes, "step": self.step, "source": self.source, "rows": self.rows}
-        return {name: tensor for name, tensor in given.items() if tensor is not None}
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
 
 def coarsen(matrix_DH: Tensor, known_DH: Tensor, bits: int, source_D: Tensor | None = None) -> Coarse:

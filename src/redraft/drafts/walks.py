@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from redraft.drafts.proposing import Chances, Runs
 from redraft.features import FeatureSource
@@ -23,7 +24,8 @@ from redraft.rows import AnyRow, anchors, length_batches
 from redraft.sampling import token_probability
 from redraft.settings.sampler import Sampler
 
-Logits = Callable[[Tensor], Tensor]
+Rowwise = Callable[[Tensor], Tensor]
+States = Iterator[tuple[AnyRow, Tensor]]
 
 # Rows of logits that probabilities are taken from at once: enough for the head's product, few enough for the cache.
 CHUNK = 128
@@ -33,18 +35,18 @@ ROWS = 256
 BATCH_TOKENS = 2048
 
 
-def likeliest(logits_of: Logits, states_NH: Tensor) -> Tensor:
+def likeliest(logits_of: Rowwise, states_NH: Tensor) -> Tensor:
     """The index [N] of the likeliest token of each row, in portions of ``ROWS``."""
     return torch.cat([logits_of(part).argmax(-1) for part in states_NH.split(ROWS)])
 
 
-def probability(logits_of: Logits, states_NH: Tensor, index_N: Tensor, sampler: Sampler) -> Tensor:
+def probability(logits_of: Rowwise, states_NH: Tensor, index_N: Tensor, sampler: Sampler) -> Tensor:
     """The warped probability of one token a row, [N], in portions of ``CHUNK`` rows."""
     parts = zip(states_NH.split(CHUNK), index_N.split(CHUNK), strict=True)
     return torch.cat([token_probability(logits_of(states), index, sampler) for states, index in parts])
 
 
-def sayable_probability(logits_of: Logits, states_NH: Tensor, index_N: Tensor, sampler: Sampler) -> Tensor:
+def sayable_probability(logits_of: Rowwise, states_NH: Tensor, index_N: Tensor, sampler: Sampler) -> Tensor:
     """As :func:`probability`, but 0 where the index is -1: what a draft cannot say needs no softmax."""
     wanted_N = index_N >= 0
     found_N = states_NH.new_zeros(len(index_N), dtype=torch.float32)
@@ -93,7 +95,7 @@ def run_lengths(right: list[bool], gamma: int) -> list[int]:
 class TextWalk:
     """See :class:`redraft.drafts.proposing.Walk`. Without features the target computes its final states anew."""
 
-    def __init__(self, draft: Any, target: Any, states: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, draft: Any, target: Any, states: Rowwise) -> None:
         """``states(ids [B, T])`` gives the draft's states [B, T, H] behind every token of texts that are padded on the
         right; its ``logits`` and ``vocabulary`` say what follows."""
         self.draft, self.target, self.states = draft.bind(target), target, states
@@ -113,10 +115,7 @@ class TextWalk:
                 yield row, (torch.arange(gamma) < torch.tensor(runs)[:, None]).float()
             return
         place_V = places(self.draft.vocabulary(), self.target.vocab_size)
-        known = {}
-        for row, hidden_AH in self.hidden(rows, features):
-            ids_A = torch.tensor(row.response_ids[1:], device=hidden_AH.device)
-            known[row.key] = probability(self.target.logits, hidden_AH, ids_A, sampler).double().cpu()
+        known = {row.key: self.target_chances(row, hidden, sampler) for row, hidden in self.hidden(rows, features)}
         for row, states_AH in self.own(rows):
             index_A = place_V[torch.tensor(row.response_ids[1:], device=place_V.device)]
             mine_A = sayable_probability(self.draft.logits, states_AH, index_A, sampler).double().cpu()
@@ -134,7 +133,7 @@ class TextWalk:
             yield row, float(torch.cat(found).mean())
 
     # -- states in front of every response token after the first -------------------------------------------------
-    def own(self, rows: Sequence[AnyRow]) -> Iterator[tuple[AnyRow, Tensor]]:
+    def own(self, rows: Sequence[AnyRow]) -> States:
         """Row by row the draft's states [A, H]. The draft is in evaluation mode meanwhile."""
         training = self.draft.training
         self.draft.eval()
@@ -143,7 +142,7 @@ class TextWalk:
         finally:
             self.draft.train(training)
 
-    def hidden(self, rows: Sequence[AnyRow], features: FeatureSource | None) -> Iterator[tuple[AnyRow, Tensor]]:
+    def hidden(self, rows: Sequence[AnyRow], features: FeatureSource | None) -> States:
         """Row by row the target's final-norm states [A, H], in the order of :meth:`own`."""
         if features is None:
             states = lambda ids_BT: self.target.forward(ids_BT, taps=False).hidden_BTH  # noqa: E731
@@ -153,17 +152,18 @@ class TextWalk:
             for row in group:
                 yield row, features.get(row)[1].to(self.target.device)
 
-    def in_front(
-        self, rows: Sequence[AnyRow], states: Callable[[Tensor], Tensor], dtype: torch.dtype
-    ) -> Iterator[tuple[AnyRow, Tensor]]:
+    def target_chances(self, row: AnyRow, hidden_AH: Tensor, sampler: Sampler) -> Tensor:
+        """The warped probability [A] that the target gives each response token after the first, on the CPU."""
+        ids_A = torch.tensor(row.response_ids[1:], device=hidden_AH.device)
+        return probability(self.target.logits, hidden_AH, ids_A, sampler).double().cpu()
+
+    def in_front(self, rows: Sequence[AnyRow], states: Rowwise, dtype: torch.dtype) -> States:
         """Row by row the states [A, H] in front of every response token after the first; rows without any are left
         out."""
         for group in length_batches([row for row in rows if anchors(row)], BATCH_TOKENS):
             texts = [[*row.prompt_ids, *row.response_ids[:-1]] for row in group]
-            ids_BT = torch.zeros(len(group), max(map(len, texts)), dtype=torch.long)
-            for i, text in enumerate(texts):
-                ids_BT[i, : len(text)] = torch.tensor(text)
             # Padding stands on the right, where no token looks.
+            ids_BT = pad_sequence([torch.tensor(text) for text in texts], batch_first=True)
             with autocast(self.target.device, dtype):
                 states_BTH = states(ids_BT.to(self.target.device))
             for row, text, states_TH in zip(group, texts, states_BTH, strict=True):
