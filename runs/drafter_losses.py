@@ -35,7 +35,7 @@ from redraft.progress import progress_bar
 from redraft.rows import anchors
 from redraft.settings.distill import DistillConfig
 from redraft.settings.sampler import Sampler
-from redraft.training.distil import distil
+from redraft.training.causal import distil
 
 # What the drafter saw of its kind in training, and, last, what it did not.
 TASKS = {

@@ -25,7 +25,7 @@ _HOMES = {
     "redraft.api.files": ("export", "merge"),
     "redraft.api.measuring": ("bench", "probe", "report"),
     "redraft.drafts.opening": ("OpenDraft",),
-    "redraft.adaptation.probe": ("ProbeResult",),
+    "redraft.adaptation.advice": ("ProbeResult",),
     "redraft.adaptation.steps": ("TargetSpec",),
     "redraft.data.regenerate": ("RegenerationReport",),
     "redraft.drafts.formats.base": ("ExportReport",),

@@ -1,4 +1,4 @@
-from redraft.adaptation.probe import ProbeResult as ProbeResult
+from redraft.adaptation.advice import ProbeResult as ProbeResult
 from redraft.adaptation.steps import TargetSpec as TargetSpec
 from redraft.api.adapting import adapt as adapt
 from redraft.api.adapting import study as study

@@ -22,7 +22,7 @@ from redraft.loading import load_target, read_facts
 from redraft.settings.distill import DistillConfig
 from redraft.settings.yamlfile import read
 from redraft.target import Facts, Target
-from redraft.training.checkpoint import Checkpoint
+from redraft.training.loop import Checkpoint
 
 HERE = Path(__file__).parents[1]
 shared = runpy.run_path(str(HERE / "tiny_models.py"))

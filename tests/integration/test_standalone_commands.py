@@ -13,9 +13,9 @@ import torch
 from batched import BatchedChainDecoder
 from transformers import AutoModelForCausalLM
 
-from redraft.adaptation.auto import auto_shape, run_lengths
+from redraft.adaptation.bench import auto_shape
 from redraft.adaptation.models import open_draft, open_proposer
-from redraft.adaptation.probe import acceptance, greedy_rows, probe
+from redraft.adaptation.probe import greedy_answers, probe, walked
 from redraft.api.files import export, merge
 from redraft.artifact import tensors_hash
 from redraft.decode.auto import chain_tau, measure_costs, pick_shape
@@ -121,7 +121,8 @@ def test_the_benchmark_says_of_it_what_it_says_of_other_drafts(target, half):
 
 
 def test_the_probe_counts_what_decoding_counts(target, half):
-    found = acceptance(target, half, PROMPTS, 3, 24)
+    with greedy_answers(target, half, PROMPTS, 24) as (rows, store):
+        found = walked(target, half, rows, store, 3)
     runs = [make_decoder(target, half, ChainShape(3)).generate(prompt.ids, 24) for prompt in PROMPTS]
     decoded = sum(len(run.ids) - 1 for run in runs) / sum(len(run.rounds) for run in runs)
     assert found["value"] == pytest.approx(decoded) and found["low"] <= decoded <= found["high"]
@@ -131,8 +132,8 @@ def test_the_probe_counts_what_decoding_counts(target, half):
 
 # -- gamma=auto --------------------------------------------------------------------------------------------------------
 def test_one_pass_gives_the_acceptance_of_every_chain(target, half):
-    rows = greedy_rows(target, PROMPTS, 24)
-    runs = run_lengths(target, half, PROMPTS, 24, 4)
+    with torch.inference_mode(), greedy_answers(target, half, PROMPTS, 24) as (rows, store):
+        runs = [found for _, found in half.eval().walk(target).runs(rows, store, 4)]
     taus = []
     for gamma in (1, 2, 4):
         decoded = [make_decoder(target, half, ChainShape(gamma)).generate(row.prompt_ids, 24) for row in rows]

@@ -41,8 +41,7 @@ from redraft.settings.texts import start_needs
 from redraft.settings.training import ReplayConfig
 from redraft.starts.apply import StartContext
 from redraft.target import Target
-from redraft.training.replay import check_replayable
-from redraft.training.trainer import TrainResult
+from redraft.training.trainer import TrainResult, check_replayable
 
 
 class AdaptRun(Run[AdaptConfig]):

@@ -35,8 +35,7 @@ from redraft.settings.methods import METHODS, PrivateSize
 from redraft.settings.training import ReplayConfig, TrainConfig
 from redraft.starts.apply import StartContext, StartResult, apply_start
 from redraft.target import Head, Target
-from redraft.training.replay import replay_settings, replay_states, replay_trainer
-from redraft.training.trainer import Trainer, TrainResult
+from redraft.training.trainer import Trainer, TrainResult, replay_settings, replay_states
 
 Module = TypeVar("Module", bound=nn.Module)
 NO_START = "none"
@@ -211,8 +210,8 @@ class Adaptation:
             if not states:
                 self.log.say("replay: every round went through; nothing is left to train on")
                 break
-            again = (rows, heldout, settings, place / "train", states, self.old.base_hash)
-            self._run(replay_trainer(self.draft, self.target, self.store, *again))
+            again = (rows, heldout, settings, place / "train", self.old.base_hash)
+            self._run(Trainer(self.draft, self.target, self.store, *again, weights=states))
 
     def _lost_states(self, rows: Sequence[Row], folder: Path) -> dict[str, Tensor]:
         """The weights of a pass, walked once and kept: a resumed pass must train on the states it began with."""

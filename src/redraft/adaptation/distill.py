@@ -32,10 +32,8 @@ from redraft.loading import check_tokenizers, read_facts
 from redraft.rows import anchors
 from redraft.settings.distill import DistillConfig
 from redraft.settings.methods import PrivateSize
-from redraft.training.distil import distil
+from redraft.training.causal import TokenTeacher, TopTeacher, distil, pretrain
 from redraft.training.loop import LoopResult
-from redraft.training.pretrain import pretrain
-from redraft.training.teachers import TokenTeacher, TopTeacher
 
 # What is trained of a drafter where private experts are asked for.
 METHOD = "eda"

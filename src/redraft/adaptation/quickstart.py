@@ -12,8 +12,9 @@ from typing import Any
 
 from redraft import provenance
 from redraft.adaptation.adapt import AdaptRun
+from redraft.adaptation.advice import ProbeResult
 from redraft.adaptation.models import template_prompts
-from redraft.adaptation.probe import ProbeResult, probe
+from redraft.adaptation.probe import probe
 from redraft.adaptation.steps import timed_targets
 from redraft.arithmetic import EFFICIENCY, fastest
 from redraft.artifact import atomic_write_json, atomic_write_text

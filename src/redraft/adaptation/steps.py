@@ -18,7 +18,7 @@ from redraft.arithmetic import choose_dtype
 from redraft.data.template import settings_of
 from redraft.drafts.base import Draft
 from redraft.errors import UserError
-from redraft.loading import open_facts, open_head, read_facts
+from redraft.loading.targets import open_facts, open_head, read_facts
 from redraft.settings.base import AUTO
 from redraft.target import Facts, Head, Target
 

@@ -21,8 +21,7 @@ from redraft.drafts.base import Draft, fresh
 from redraft.drafts.opening import AnyDraft, OpenDraft
 from redraft.errors import UserError
 from redraft.evaluate.speed import tau_interval
-from redraft.features import FeatureStore
-from redraft.features.store import read_index
+from redraft.features import FeatureStore, read_index
 from redraft.provenance import Ledger
 from redraft.rows import anchors
 from redraft.selection.manifest import read_manifest
@@ -30,7 +29,7 @@ from redraft.settings.base import AUTO
 from redraft.settings.methods import PrivateSize, method
 from redraft.settings.training import TrainConfig
 from redraft.target import Head, Target
-from redraft.training.checkpoint import stored_precision
+from redraft.training.loop import stored_precision
 from redraft.training.trainer import TrainResult
 
 NEW = "scratch"
@@ -178,5 +177,5 @@ def heldout_record(
 ) -> dict[str, Any]:
     """The held-out acceptance of a draft as it is stored, in bfloat16; later probes take it as their reference."""
     accepted = simulate_greedy_chain(half(draft).float(), target, heldout, store, gamma)
-    tau = tau_interval(accepted, {row.key: anchors(row) for row in heldout})
+    tau = tau_interval(accepted, heldout)
     return {"tau": tau, "gamma": gamma, "sampler": "greedy, chain", "prompts": len(heldout), **extra}

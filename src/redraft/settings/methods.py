@@ -18,7 +18,7 @@ from pydantic import model_validator
 from pydantic_core import PydanticCustomError
 
 from redraft.errors import UserError
-from redraft.registry import nearest
+from redraft.registries import nearest
 from redraft.settings.base import Recipe, recipe, setting
 
 # Updates stand inside the layers that they update, so that no pattern of a family tells them apart.

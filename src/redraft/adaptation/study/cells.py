@@ -31,7 +31,7 @@ from redraft.settings.sampler import Sampler
 from redraft.settings.study_parts import ANY, NONE, Cell
 from redraft.settings.training import ReplayConfig, TrainConfig
 from redraft.starts.apply import StartContext
-from redraft.training.replay import check_replayable
+from redraft.training.trainer import check_replayable
 
 CELL_FORMULAS = {
     "generation": f"{provenance.FORWARD_FORMULA}, of every row that had to be generated",

@@ -18,7 +18,7 @@ from redraft.drafts.files import META_FILE
 from redraft.drafts.formats.base import CONFIG_FILE, WEIGHTS_FILE
 from redraft.errors import UserError
 from redraft.files import settle
-from redraft.loading import ADAPTER_FILE, EMBEDDED_PREFIX
+from redraft.loading.places import ADAPTER_FILE, EMBEDDED_PREFIX
 
 Built = TypeVar("Built")
 
