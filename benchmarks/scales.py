@@ -28,7 +28,6 @@ from redraft.data.prompts import Conversation
 from redraft.data.regenerate import InProcessEngine
 from redraft.data.store import Row
 from redraft.drafts.base import Draft
-from redraft.drafts.experts import merge_private
 from redraft.drafts.scaling import scale_change
 from redraft.evaluate.statistics import paired_difference, paired_ratio, ratio_of_sums
 from redraft.features import FeatureStore
@@ -100,7 +99,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     scales = [float(text) for text in options.scales.split(",")]
     with progress_bar("walk", len(scales), "scales") as progress:
         for scale in scales:
-            cells.append({"scale": scale, "rounds": rounds(merge_private(scale_change(trained, stale, scale)))})
+            cells.append({"scale": scale, "rounds": rounds(scale_change(trained, stale, scale).merged())})
             progress.update(len(cells) - 1)
     return {
         "schema": "redraft.scales/1",

@@ -21,7 +21,6 @@ from redraft.decode.engine import PlainDecoder
 from redraft.decode.static import StaticTarget
 from redraft.drafts.eagle1 import fresh_eagle1
 from redraft.drafts.eagle3 import fresh_draft
-from redraft.drafts.formats.base import TargetInfo
 from redraft.errors import UserError
 from redraft.loading import quiet
 from redraft.settings.sampler import Sampler
@@ -199,7 +198,7 @@ def test_a_scaled_table_is_read_as_it_lies_in_the_file() -> None:
 def test_an_export_names_the_whole_model_and_has_its_text_parts_sizes() -> None:
     target = make("gemma3")
     target.model.config.architectures = ["Gemma3ForConditionalGeneration"]
-    info = TargetInfo.of(target)
+    info = target.facts
     assert info.architectures == ("Gemma3ForConditionalGeneration",)
     assert (info.hidden_size, info.layers, info.vocab_size, info.context) == (64, 8, 128, 512)
 

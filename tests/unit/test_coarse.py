@@ -12,11 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from redraft import artifact
-from redraft.coarse import coarsen, told
 from redraft.data.store import Row
 from redraft.drafts import files
 from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
-from redraft.drafts.scaling import coarse_change
+from redraft.drafts.scaling import coarse_change, coarsen, told
 from redraft.errors import UserError
 from redraft.settings.methods import METHODS, MOST_BITS, PrivateSize, check_bits
 from redraft.starts.apply import StartContext

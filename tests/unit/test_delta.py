@@ -12,7 +12,7 @@ from torch import Tensor
 from redraft.attic.delta import delta
 from redraft.drafts.eagle1 import fresh_eagle1
 from redraft.drafts.eagle3 import Eagle3Config, Eagle3Draft, fresh_draft
-from redraft.drafts.experts import attach_low_rank
+from redraft.drafts.groups import attach_low_rank
 from redraft.drafts.layers import norm_weight
 from redraft.errors import UserError
 from redraft.starts.apply import StartContext

@@ -15,7 +15,7 @@ from redraft.attic.ridge import ridge, spread
 from redraft.data.store import Row
 from redraft.drafts.eagle1 import fresh_eagle1
 from redraft.drafts.eagle3 import Eagle3Config, Eagle3Draft, fresh_draft
-from redraft.drafts.experts import attach_low_rank
+from redraft.drafts.groups import attach_low_rank
 from redraft.errors import UserError
 from redraft.starts.apply import StartContext
 from redraft.starts.leastsquares import Moments, fit

@@ -19,12 +19,12 @@ from redraft.data.store import Row
 from redraft.decode.engine import ChainDecoder, PlainDecoder
 from redraft.decode.make import make_decoder
 from redraft.decode.static import StaticTarget
-from redraft.drafts.agreement import run_lengths
-from redraft.drafts.experts import attach_private, is_private, merge_private, private_names
+from redraft.drafts.base import is_private
 from redraft.drafts.files import load_draft, load_private, save_draft, save_private
-from redraft.drafts.groups import prepare
+from redraft.drafts.groups import attach_private, prepare
 from redraft.drafts.standalone import StandaloneDraft, untrained
 from redraft.drafts.standalone.shapes import fresh_standalone, parameters_of, projected, shape_for
+from redraft.drafts.walks import run_lengths
 from redraft.errors import UserError
 from redraft.loading import check_tokenizers
 from redraft.registries import EXPORTERS
@@ -137,7 +137,7 @@ def test_private_experts_start_at_nothing_and_merge_into_a_plain_model(architect
     with torch.no_grad():
         assert torch.equal(attach_private(draft, 24)(IDS), draft(IDS))
         split = trained_split(draft)
-        merged = merge_private(split)
+        merged = split.merged()
         assert not torch.allclose(split(IDS), draft(IDS), atol=1e-2)
         assert torch.allclose(merged(IDS), split(IDS), atol=1e-4)
     assert merged.model.config.intermediate_size == 64 + 24 and not merged.config.private_width
@@ -201,7 +201,7 @@ def test_private_experts_are_a_file_of_their_own(target, tmp_path):
     base = make("half", target)
     split = trained_split(base)
     base_hash = base.base_hash()
-    save_private(tmp_path / "p", split, private_names(split), base_hash, {"method": "eda"})
+    save_private(tmp_path / "p", split, [n for n in split.state_dict() if is_private(n)], base_hash, {"method": "eda"})
     save_draft(tmp_path / "base", base, {})
     back, _ = load_private(tmp_path / "p", base, base_hash)
     opened = open_any(tmp_path / "p", target, base=tmp_path / "base").draft

@@ -18,8 +18,8 @@ from redraft.cli.main import app
 from redraft.data.store import Row, RowWriter
 from redraft.drafts.agreement import run_lengths
 from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
-from redraft.drafts.experts import attach_low_rank
 from redraft.drafts.files import META_FILE, PRIVATE_FILE, load_draft, load_private, save_draft, save_private
+from redraft.drafts.groups import attach_low_rank
 from redraft.errors import UserError
 from redraft.loading import tokenizer_hash
 from redraft.starts.apply import StartContext

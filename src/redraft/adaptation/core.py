@@ -21,13 +21,12 @@ from redraft.adaptation.models import open_draft
 from redraft.adaptation.runs import Log, add_forward, half, record_of, row_tokens
 from redraft.artifact import atomic_write_json, read_checked, read_json, write_checked
 from redraft.attic.aim import aim
-from redraft.coarse import Coarse
 from redraft.data.store import Row
 from redraft.drafts.base import Draft
 from redraft.drafts.files import save_draft, save_private
 from redraft.drafts.groups import prepare
 from redraft.drafts.opening import AnyDraft, OpenDraft
-from redraft.drafts.scaling import coarse_change
+from redraft.drafts.scaling import Coarse, coarse_change
 from redraft.features import FeatureStore
 from redraft.loading import tokenizer_hash
 from redraft.rows import anchors

@@ -20,7 +20,7 @@ from redraft.artifact import atomic_write_json, read_json
 from redraft.data.logprobs import TopEngine, ask_tops
 from redraft.data.packed import PackedText, TextSource
 from redraft.data.store import Row
-from redraft.drafts.experts import private_names
+from redraft.drafts.base import is_private
 from redraft.drafts.files import load_draft, save_draft, save_private
 from redraft.drafts.groups import prepare
 from redraft.drafts.standalone import StandaloneDraft
@@ -195,7 +195,8 @@ class DistillRun(Run[DistillConfig]):
             entry.add(result.tokens, flops, f"{provenance.TRAIN_FORMULA} (prompts read)")
         stored, meta = half(draft), self.meta(METHOD if c.private_width else "full")
         if c.private_width:
-            save_private(self.folder / "private", stored, private_names(stored), base_hash, meta)
+            names = filter(is_private, stored.state_dict())
+            save_private(self.folder / "private", stored, names, base_hash, meta)
         save_draft(self.folder / "draft", stored, meta)
         atomic_write_json(done, asdict(result))
         why = "stopped early" if result.stopped_early else "whole budget"

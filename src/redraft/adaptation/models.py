@@ -16,7 +16,6 @@ from redraft.arithmetic import choose_dtype
 from redraft.data.overlap import same_text, without_overlap
 from redraft.data.prompts import Conversation, check_length, prompt_messages
 from redraft.data.template import kept_moment, settings_of, template_ids, use_template, writes_date
-from redraft.drafts.formats.base import TargetInfo
 from redraft.drafts.opening import AnyDraft, OpenDraft, family_at, open_checkpoint
 from redraft.errors import UserError
 from redraft.evaluate.speed import Prompt
@@ -117,12 +116,10 @@ AnyTarget = str | Path | TargetSpec | Target
 """A target by name, with settings of its own, or opened."""
 
 
-def target_info(target: AnyTarget) -> TargetInfo:
+def target_info(target: AnyTarget) -> Facts:
     """The facts about a target that a draft must fit, without loading its weights. Raises ``UserError``."""
     spec = TargetSpec.of(target)
-    if spec.opened is not None:
-        return TargetInfo.of(spec.opened)
-    return TargetInfo.of(read_facts(spec.name, tokenizer=False), spec.name)
+    return read_facts(spec.name, tokenizer=False) if spec.opened is None else spec.opened.facts
 
 
 # -- drafts and prompts ------------------------------------------------------------------------------------------------

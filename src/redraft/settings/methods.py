@@ -25,7 +25,7 @@ from redraft.settings.base import Recipe, recipe, setting
 LOW_RANK = "low_rank"
 WHOLE = ("fc", "norms", "attention", "shared", "head")
 
-# A change of a matrix is told in bytes at most (:mod:`redraft.coarse`).
+# A change of a matrix is told in bytes at most (:mod:`redraft.drafts.scaling`).
 MOST_BITS = 8
 
 

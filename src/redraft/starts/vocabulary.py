@@ -24,8 +24,8 @@ from torch import Tensor
 
 from redraft.acceptance.simulate import tau_of, walk
 from redraft.data.store import Row
-from redraft.drafts.agreement import run_lengths
 from redraft.drafts.layers import norm_weight
+from redraft.drafts.walks import run_lengths
 from redraft.errors import UserError
 from redraft.registries import STARTS
 from redraft.rows import anchors

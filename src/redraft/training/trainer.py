@@ -37,8 +37,8 @@ from torch import Tensor
 
 from redraft.acceptance.simulate import check_own, simulate_greedy_chain, tau_of, visits
 from redraft.data.store import Row
-from redraft.drafts.agreement import run_lengths
 from redraft.drafts.base import Draft
+from redraft.drafts.walks import run_lengths
 from redraft.errors import UserError
 from redraft.features import FeatureSource
 from redraft.progress import Progress
