@@ -12,8 +12,8 @@ import torch
 from batched import BatchedChainDecoder
 
 from redraft.data.generate import Request, generate
+from redraft.decode.auto import make_decoder
 from redraft.decode.engine import ChainDecoder, PlainDecoder
-from redraft.decode.make import make_decoder
 from redraft.decode.requests import Generation, Uniforms
 from redraft.drafts.eagle3 import fresh_draft
 from redraft.errors import UserError

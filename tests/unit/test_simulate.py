@@ -24,8 +24,7 @@ from redraft.acceptance.simulate import (
 from redraft.data.store import REFERENCE, Row
 from redraft.decode.engine import ChainDecoder, PlainDecoder
 from redraft.decode.requests import Generation
-from redraft.decode.tree_engine import TreeDecoder
-from redraft.decode.tree_walk import simulate_tree
+from redraft.decode.tree import TreeDecoder, simulate_tree
 from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
 from redraft.errors import UserError
 from redraft.features import FeatureStore

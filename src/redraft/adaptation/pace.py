@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from redraft.data.generate import Request, generate
+from redraft.decode.auto import make_decoder
 from redraft.decode.engine import PlainDecoder
-from redraft.decode.make import make_decoder
 from redraft.drafts.base import Draft
 from redraft.errors import UserError
 from redraft.evaluate.speed import Prompt

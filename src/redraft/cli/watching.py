@@ -7,8 +7,8 @@ from rich.console import Console
 from redraft.adaptation.models import open_proposer, template_prompts
 from redraft.adaptation.steps import TargetSpec
 from redraft.data.prompts import Conversation, read_conversations
-from redraft.decode.make import make_decoder
-from redraft.decode.pieces import TokenText
+from redraft.decode.auto import make_decoder
+from redraft.decode.requests import TokenText
 from redraft.loading import quiet
 from redraft.reports.live import Watcher, coloured, legend
 from redraft.reports.tokens import visible_text

@@ -1,4 +1,4 @@
-"""Lossless decoding at batch 1: plain, and with a draft's chain (trees: :mod:`redraft.decode.tree_engine`).
+"""Lossless decoding at batch 1: plain, and with a draft's chain (trees: :mod:`redraft.decode.tree`).
 
 A round: the draft proposes tokens, the target verifies them in one pass, the verification rule of
 :mod:`redraft.decode.accept` decides, the target's cache is rolled back to what was kept, and the draft is told what
