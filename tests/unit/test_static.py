@@ -111,7 +111,7 @@ def test_shapes_do_not_depend_on_the_length(width, tiny_target):
         cache = chosen.new_cache(48)
         chosen.forward(ids(length), cache)
         if isinstance(cache, StaticCache):
-            inputs = quick._inputs(ids(width), cache, width)
+            inputs = [ids(width), torch.arange(length, length + width)]
             step = quick._step(cache, True)
             return operations(lambda: step(*inputs))
         return operations(lambda: chosen.forward(ids(width), cache))

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from redraft.decode.accept import accept_chain, accept_greedy
+from redraft import metrics
+from redraft.decode.accept import accept_chains, accept_greedy
 from redraft.decode.requests import Generation, OnRound, Request, Round, Uniforms, check_room, trim
 from redraft.drafts.base import AnyDraft, Draft
 from redraft.errors import UserError
@@ -234,15 +235,13 @@ class ChainDecoder(SpeculativeDecoder):
                 assert draft_probs is not None
                 full = target_probs.new_zeros(len(proposed), target_probs.shape[-1])
                 full[:, self.vocabulary] = draft_probs
-                accepted, following = accept_chain(target_probs, full, ids_T[1:], chances)
+                found = accept_chains(target_probs[None], full[None], ids_T[None, 1:], chances[None])
+                accepted, following = int(found[0]), int(found[1])
         if self.measure_overlap and draft_probs is not None and target_probs is not None:
-            overlap = self.overlap(target_probs[:-1], draft_probs)
+            # Outside the draft vocabulary the draft has none.
+            overlap = metrics.overlap(target_probs[:-1, self.vocabulary], draft_probs).tolist()
         kept = [*proposed[:accepted], following]
         cache.rollback(before + accepted + 1)
         request.new_ids_T = torch.tensor(kept, device=target.device)
         request.new_taps_T = step.taps_BTKH[0, : accepted + 1]
         return Round(proposed, accepted, kept, overlap=overlap)
-
-    def overlap(self, target_probs_GV: Tensor, draft_probs_GD: Tensor) -> list[float]:
-        """sum_x min(target, draft) at each drafted position; outside the draft vocabulary the draft has none."""
-        return torch.minimum(target_probs_GV[:, self.vocabulary], draft_probs_GD).sum(-1).tolist()

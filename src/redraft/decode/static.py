@@ -7,9 +7,8 @@ tensor; widths are rounded up to a few recorded ones. Tokens that pad a width wr
 where they are masked until the next real token overwrites them.
 
 On a CPU the same static steps run without graphs, which is how they are tested: equal to the dynamic path, with the
-same operations on the same shapes at every length, and never asking the device for a number. Capture and replay
-themselves were written against the documented interface of ``torch.cuda.CUDAGraph``; neither they nor any speed has
-been measured on a GPU. Attending to the whole buffer costs the same at every length, so choose a capacity near the
+same operations on the same shapes at every length, and never asking the device for a number. What is known of graphs
+themselves: :mod:`redraft.graphs`. Attending to the whole buffer costs the same at every length, so choose a capacity near the
 longest sequence.
 
 Shape legend: T tokens of a step, W recorded width, C capacity, H hidden size, F fused taps, K key heads, D head width.
@@ -134,20 +133,16 @@ class StaticTarget(Target):
         if ours is None or not ours.length or tokens > self.widths[-1] or mask_B1TC is not None:
             return super().forward(ids_BT, cache, positions_BT, mask_B1TC, taps)
         width = next(w for w in self.widths if w >= tokens)
-        inputs = self._inputs(ids_BT, ours, width)
+        start = ours.length
+        if start + width > ours.capacity:
+            raise ValueError(f"cache of {ours.capacity} tokens cannot hold {start + width}, padding included")
+        inputs = [F.pad(ids_BT, (0, width - tokens)), torch.arange(start, start + width, device=ids_BT.device)]
         if (width, taps) not in self.steps:
             self.steps[width, taps] = Recorded(self._step(ours, taps), inputs)
         hidden, *fused = self.steps[width, taps](*inputs)
         for layer in ours.layers:
             layer.length += tokens
         return TargetStep(hidden[:, :tokens], fused[0][:, :tokens] if fused else None)
-
-    def _inputs(self, ids_BT: Tensor, cache: StaticCache, width: int) -> list[Tensor]:
-        """Ids [1, W] and columns [W], padded to the width."""
-        tokens, start = ids_BT.shape[1], cache.length
-        if start + width > cache.capacity:
-            raise ValueError(f"cache of {cache.capacity} tokens cannot hold {start + width}, padding included")
-        return [F.pad(ids_BT, (0, width - tokens)), torch.arange(start, start + width, device=ids_BT.device)]
 
     def _step(self, cache: StaticCache, taps: bool) -> Callable[..., tuple[Tensor, ...]]:
         forward = super().forward

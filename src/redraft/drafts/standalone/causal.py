@@ -84,10 +84,6 @@ class CausalModel:
                 input_ids=ids_T[None], position_ids=positions_T[None], use_cache=False
             ).last_hidden_state[0]
 
-    def block_states(self, ids_BT: Tensor) -> Tensor:
-        """Final-norm states [B * T, H] of rows of equal length, which no text fills up."""
-        return self.backbone(input_ids=ids_BT.to(self.device), use_cache=False).last_hidden_state.flatten(0, 1)
-
     def logits(self, states: Tensor) -> Tensor:
         """Logits [..., V] of final-norm states [..., H], with the model's own scaling and soft cap."""
         return scale_logits(self.head(states), self.config)
@@ -101,15 +97,13 @@ class CausalModel:
         head = [p for p in self.head.parameters() if p.requires_grad]
         return sum_over_portions(value, self.slices(len(states[0]), len(states)), states, head)
 
-    def next_token_sum(self, states_NH: Tensor, labels_N: Tensor) -> Tensor:
-        """Sum of the cross-entropy of ``labels`` under the logits of ``states``, portion by portion."""
-        labels_N = labels_N.to(states_NH.device)
+    def block_loss(self, block_BT: Tensor) -> Tensor:
+        """Sum of the next-token cross-entropy over blocks [B, T + 1] of text, which need no filling up."""
+        block_BT = block_BT.to(self.device)
+        labels_N = block_BT[:, 1:].flatten()
+        found = self.backbone(input_ids=block_BT[:, :-1], use_cache=False)
 
         def value(part: slice, states: list[Tensor]) -> Tensor:
             return F.cross_entropy(self.logits(states[0]).float(), labels_N[part], reduction="sum")
 
-        return self.portioned(value, [states_NH])
-
-    def block_loss(self, block_BT: Tensor) -> Tensor:
-        """Sum of the next-token cross-entropy over blocks [B, T + 1] of text."""
-        return self.next_token_sum(self.block_states(block_BT[:, :-1]), block_BT[:, 1:].flatten())
+        return self.portioned(value, [found.last_hidden_state.flatten(0, 1)])
