@@ -1,6 +1,4 @@
-"""The decoder that goes with a shape, and the shape that goes with a machine.
-
-gamma=auto: which chain or tree decodes fastest here, from measured costs of a round and measured acceptance.
+"""The decoder of a shape, and gamma=auto: the shape that decodes fastest here, by measured costs and acceptance.
 
 A shape's speed-up is tau * plain / round: tokens a round, times the seconds of a plain decoding step, over the
 seconds of a round. Costs are timed on the decoders' own rounds, so that everything a round does is in them. tau of

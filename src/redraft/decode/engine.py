@@ -96,11 +96,7 @@ class SpeculativeDecoder(PlainDecoder):
 
     @torch.inference_mode()
     def generate(
-        self,
-        prompt_ids: Sequence[int],
-        max_new_tokens: int,
-        seed: int = 0,
-        on_round: OnRound | None = None,
+        self, prompt_ids: Sequence[int], max_new_tokens: int, seed: int = 0, on_round: OnRound | None = None
     ) -> Generation:
         """Decode one prompt; ``on_round`` gets the token of prefill as a round of its own, then every round.
 
@@ -213,15 +209,13 @@ class ChainDecoder(SpeculativeDecoder):
         return proposed_G.tolist(), pick.probs
 
     def verify(self, request: Request, proposal: tuple[list[int], Tensor | None]) -> Round:
-        """See :meth:`SpeculativeDecoder.verify`."""
         target, cache, uniforms = self.target, request.cache, request.uniforms
         proposed, draft_probs = proposal
         ids_T = torch.tensor([request.ids[-1], *proposed], device=target.device)
         before = cache.length
         step = target.forward(ids_T[None], cache)
         assert step.taps_BTKH is not None
-        logits_TV = target.logits(step.hidden_BTH[0])
-        overlap: list[float] = []
+        logits_TV, overlap = target.logits(step.hidden_BTH[0]), list[float]()
         if self.sampler.greedy:
             accepted, following = accept_greedy(logits_TV.argmax(-1), proposed)
             target_probs = logits_TV.float().softmax(-1) if self.measure_overlap else None

@@ -1,15 +1,14 @@
 """Decoding with static shapes, for CUDA graphs: one recorded graph a step instead of hundreds of kernel launches.
 
-At batch 1 a step of a small or middling model is bound by launches. A graph replays all of them at once, but only if
-nothing in the step depends on a Python number that changes: keys stand in buffers of fixed capacity and are attended
-to whole, under a mask that is computed from a position tensor; new keys are written by ``index_copy_`` at a position
-tensor; widths are rounded up to a few recorded ones. Tokens that pad a width write keys behind the sequence's end,
-where they are masked until the next real token overwrites them.
+At batch 1 a step of a small or middling model is bound by launches. A graph (:mod:`redraft.graphs`) replays all of them
+at once, but only if nothing in the step depends on a Python number that changes: keys stand in buffers of fixed
+capacity and are attended to whole, under a mask that is computed from a position tensor; new keys are written by
+``index_copy_`` at a position tensor; widths are rounded up to a few recorded ones. Tokens that pad a width write keys
+behind the sequence's end, where they are masked until the next real token overwrites them.
 
 On a CPU the same static steps run without graphs, which is how they are tested: equal to the dynamic path, with the
-same operations on the same shapes at every length, and never asking the device for a number. What is known of graphs
-themselves: :mod:`redraft.graphs`. Attending to the whole buffer costs the same at every length, so choose a capacity near the
-longest sequence.
+same operations on the same shapes at every length, and never asking the device for a number. Attending to the whole
+buffer costs the same at every length, so choose a capacity near the longest sequence.
 
 Shape legend: T tokens of a step, W recorded width, C capacity, H hidden size, F fused taps, K key heads, D head width.
 """

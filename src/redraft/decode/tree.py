@@ -274,11 +274,7 @@ class TreeDecoder(SpeculativeDecoder):
         """Accepted nodes from the top and the token after them. Only rows that are visited are looked at."""
         tree = proposal.tree
         if self.fixed:
-
-            def choose(node: int) -> int:
-                return self.choose(logits_NV[node], uniforms)
-
-            return follow_tree(choose, tree.by_token(proposal.tokens))
+            return follow_tree(lambda node: self.choose(logits_NV[node], uniforms), tree.by_token(proposal.tokens))
         assert proposal.probs is not None and proposal.rows is not None
         probs, rows = proposal.probs, proposal.rows
 
@@ -316,9 +312,9 @@ def simulate_tree(
     very rounds that decoding would have: exact for greedy responses, and for sampled ones the rounds of the decoding
     that drew them.
 
-    ``rows`` must hold responses of this target, at most ``max_new_tokens`` long: no round reaches beyond them. Rows
-    without an anchor have no round and are left out. ``progress`` is told of finished rows. The draft works in the
-    target's type, as it does in decoding. Raises ``UserError`` for reference answers.
+    ``rows`` must hold responses of this target, at most ``max_new_tokens`` long; those without an anchor have no round
+    and are left out. ``progress`` is told of finished rows. The draft works in the target's type, as it does in
+    decoding. Raises ``UserError`` for reference answers.
     """
     decoder = TreeDecoder(target, draft, shape, greedy_drafts=True)
     found: dict[str, list[int]] = {}
@@ -332,7 +328,7 @@ def simulate_tree(
 
 
 def _rounds(decoder: TreeDecoder, row: Row, store: FeatureSource, max_new_tokens: int) -> list[int]:
-    """Accepted tokens of each round of one response; the first token comes from prefill."""
+    """Accepted tokens of each round of one response."""
     device, begin = decoder.target.device, len(row.prompt_ids)
     known = [*row.prompt_ids, *row.response_ids]
     ids_T, taps_TKF = torch.tensor(known, device=device), store.get(row)[0].to(device)
@@ -343,12 +339,8 @@ def _rounds(decoder: TreeDecoder, row: Row, store: FeatureSource, max_new_tokens
     accepted: list[int] = []
     while at < len(known):
         proposal = decoder.propose(request)
-        future, depths = known[at:], proposal.tree.depths
-
-        def choose(node: int, future: list[int] = future, depths: list[int] = depths) -> int:
-            return future[depths[node]] if depths[node] < len(future) else -1
-
-        path, _ = follow_tree(choose, proposal.tree.by_token(proposal.tokens))
+        own = [known[at + deep] if at + deep < len(known) else -1 for deep in proposal.tree.depths]
+        path, _ = follow_tree(own.__getitem__, proposal.tree.by_token(proposal.tokens))
         accepted.append(len(path))
         fed, at = at, at + len(path) + 1
         request.ids, request.new_ids_T, request.new_taps_T = known[begin:at], ids_T[fed:at], taps_TKF[fed - 1 : at - 1]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from redraft.data.packed import PackedText, Position, ahead
-from redraft.drafts.standalone.causal import CausalModel
+from redraft.drafts.standalone.objective import CausalModel
 from redraft.progress import Progress
 from redraft.settings.training import PretrainConfig
 from redraft.training.loop import LoopResult, Step, TrainingLoop

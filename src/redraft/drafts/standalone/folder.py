@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, GenerationConfig
+from transformers import GenerationConfig
 
 from redraft.artifact import check_tensors, tensors_bytes, tensors_hash, write_tensors
 from redraft.drafts.formats.base import ExportReport, Format, TargetInfo, path_warnings, serve_command
@@ -20,34 +20,16 @@ from redraft.drafts.formats.reading import Checkpoint
 from redraft.drafts.standalone.module import StandaloneDraft
 from redraft.errors import UserError
 from redraft.files import atomic_folder
-from redraft.loading import (
-    ADAPTER_FILE,
-    adapter_base,
-    check_tokenizers,
-    load_target,
-    load_tokenizer,
-    locate,
-    one_line,
-    quiet,
-)
+from redraft.loading import CACHE_FILES, check_tokenizers, load_target, load_tokenizer, locate, quiet
+from redraft.loading.parts import read_config
+from redraft.loading.places import split_adapter
 from redraft.registries import EXPORTERS
 from redraft.target import Target
 
 WEIGHTS_FILE = "model.safetensors"
 GENERATION_FILE = "generation_config.json"
 # What else such a folder may hold.
-OTHER_FILES = (
-    "config.json",
-    GENERATION_FILE,
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-)
+OTHER_FILES = (*CACHE_FILES, "added_tokens.json", "tokenizer.model", "vocab.json", "merges.txt")
 # How much room these may take.
 OTHER_BYTES = 16 << 20
 
@@ -81,7 +63,11 @@ def recognises(checkpoint: Checkpoint) -> bool:
 def read(checkpoint: Checkpoint, target: Any, notes: list[str]) -> tuple[StandaloneDraft, dict[str, Any]]:
     """The model in the data type of its file. Raises ``UserError``."""
     source = checkpoint.source
-    found = load_target(source, _file_dtype(source))
+    base = split_adapter(source)[0]
+    with quiet():
+        config = read_config(locate(base), base)
+    named = config.dtype or config.get_text_config().dtype
+    found = load_target(source, named if isinstance(named, torch.dtype) else torch.float32)
     found.tap(())  # its hooks would stay on the model and keep states that nobody reads
     _check_passes(found, source)
     notes += found.notes
@@ -110,15 +96,6 @@ def _check_passes(model: Target, source: str | Path) -> None:
         )
 
 
-def _file_dtype(spec: str) -> torch.dtype:
-    """The data type that a checkpoint's config names: that of its file."""
-    base = adapter_base(spec) if (Path(spec) / ADAPTER_FILE).is_file() else spec
-    with quiet(), one_line(f"the config of {base}"):
-        config = AutoConfig.from_pretrained(**locate(base))
-    named = config.dtype or config.get_text_config().dtype
-    return named if isinstance(named, torch.dtype) else torch.float32
-
-
 # -- writing -----------------------------------------------------------------------------------------------------------
 EXPORTERS.register("hf")(Format("hf"))
 
@@ -133,8 +110,7 @@ class ModelWriter:
     def write(self, dense: StandaloneDraft, folder: Path, target: TargetInfo, tokens: int) -> ExportReport:
         """Read back before it is in place."""
         state = dense.stored()
-        known = {WEIGHTS_FILE, "README.md", *OTHER_FILES}
-        with atomic_folder(folder, tensors_bytes(state) + OTHER_BYTES, known) as new:
+        with atomic_folder(folder, tensors_bytes(state) + OTHER_BYTES, {"README.md", *OTHER_FILES}) as new:
             write_beside(new, dense)
             write_tensors(new / WEIGHTS_FILE, state)
             back = load_target(str(new), dense.dtype)
@@ -146,23 +122,18 @@ class ModelWriter:
 
 
 def dense_model(draft: StandaloneDraft, target: TargetInfo) -> StandaloneDraft:
-    """The draft without private parts, sound in every tensor. Raises ``UserError`` where engines refuse the pair."""
+    """The draft without private parts, sound in every tensor.
+
+    Raises ``UserError`` where engines would refuse the pair, or take it for one that it is not.
+    """
     dense = draft.merged()
-    check_language_model(dense, target)
-    state = dense.stored()
-    check_tensors(state, state, "the draft to be exported")
-    return dense
-
-
-def check_language_model(draft: StandaloneDraft, target: TargetInfo) -> None:
-    """Raise ``UserError`` where engines would refuse the pair, or take it for one that it is not."""
-    config = draft.model.config
-    if draft.tokenizer is None:
+    config, state = dense.model.config, dense.stored()
+    if dense.tokenizer is None:
         raise UserError("the draft has no tokenizer, and engines ask for one; give it the target's")
-    check_tokenizers(draft.tokenizer, target.tokenizer)
-    if draft.config.draft_vocab_size != target.vocab_size:
+    check_tokenizers(dense.tokenizer, target.tokenizer)
+    if dense.config.draft_vocab_size != target.vocab_size:
         raise UserError(
-            f"the draft's table has {draft.config.draft_vocab_size} rows and the target's {target.vocab_size}; engines "
+            f"the draft's table has {dense.config.draft_vocab_size} rows and the target's {target.vocab_size}; engines "
             "take such a pair for different vocabularies"
         )
     if config.max_position_embeddings < target.context:
@@ -170,5 +141,7 @@ def check_language_model(draft: StandaloneDraft, target: TargetInfo) -> None:
             f"the draft covers {config.max_position_embeddings} positions and the target {target.context}; engines cut "
             "the target's context to the draft's: train the draft with the target's length"
         )
-    if draft.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise UserError(f"the draft is {draft.dtype}, which engines do not load; use float32, float16 or bfloat16")
+    if dense.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise UserError(f"the draft is {dense.dtype}, which engines do not load; use float32, float16 or bfloat16")
+    check_tensors(state, state, "the draft to be exported")
+    return dense

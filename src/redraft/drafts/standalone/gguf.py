@@ -18,7 +18,6 @@ import importlib.util
 import json
 import shlex
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +48,8 @@ WORDS = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
 SPLITS = {r"\p{N}{1,3}".join(WORDS): "llama-bpe", r"\p{N}".join(WORDS): "qwen2"}
+Fields = dict[str, tuple[Any, int, int]]
+"""Metadata by key as (value, type, type of an array's items or 0)."""
 
 EXPORTERS.register("gguf")(Format("gguf"))
 
@@ -74,15 +75,13 @@ class GgufWriter:
         with atomic_folder(folder, tensors_bytes(written) + OTHER_BYTES, {FILE}) as new:
             _write(new / FILE, dense, target, written, fields)
             _check_file(new / FILE, written, fields)
-        parameters, serve = sum(t.numel() for t in state.values()), server_command(source, folder / FILE, tokens)
-        return ExportReport.of("gguf", folder, written, parameters, serve, [f"tokenizer: {fields.origin}"])
-
-
-def server_command(target: Path | None, draft: Path, tokens: int) -> str:
-    """llama.cpp's server with this draft at a fixed length: it proposes every token, however unsure it is."""
-    words = ["llama-server", "--model", str(target or "TARGET.gguf"), "--spec-draft-model", str(draft)]
-    words += ["--spec-type", "draft-simple", "--spec-draft-n-max", str(tokens), "--spec-draft-p-min", "0"]
-    return shlex.join(words)
+        # llama.cpp's server with this draft at a fixed length: it proposes every token, however unsure it is.
+        words = ["llama-server", "--model", str(source or "TARGET.gguf"), "--spec-draft-model", str(folder / FILE)]
+        words += ["--spec-type", "draft-simple", "--spec-draft-n-max", str(tokens), "--spec-draft-p-min", "0"]
+        written_as = f"written from tokenizer.json, text split as {fields['tokenizer.ggml.pre'][0]}"
+        note = f"tokenizer: {f'copied from {source.name}' if source else written_as}"
+        parameters = sum(tensor.numel() for tensor in state.values())
+        return ExportReport.of("gguf", folder, written, parameters, shlex.join(words), [note])
 
 
 def check_shape(config: Any) -> None:
@@ -110,8 +109,7 @@ def gguf_tensors(model: Any, state: dict[str, Tensor]) -> Iterator[tuple[str, Te
         if heads:
             kept = interleave(kept, heads)
         yield place, kept.float() if kept.ndim == 1 else kept.contiguous()
-    factors = rope_factors(model)
-    if factors is not None:
+    if (factors := rope_factors(model)) is not None:
         yield "rope_freqs.weight", factors
 
 
@@ -144,15 +142,7 @@ def rope_factors(model: Any) -> Tensor | None:
 
 
 # -- the tokenizer ----------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class TokenFields:
-    """Metadata by key as (value, type, type of an array's items or 0), and where it comes from, in words."""
-
-    values: dict[str, tuple[Any, int, int]]
-    origin: str
-
-
-def token_fields(tokenizer: Any, rows: int, source: Path | None) -> TokenFields:
+def token_fields(tokenizer: Any, rows: int, source: Path | None) -> Fields:
     """The tokenizer for a table of ``rows`` rows; ``source`` is the target's GGUF file.
 
     Raises ``UserError`` when the file's tokens are not the tokenizer's, or the tokenizer cannot be expressed.
@@ -160,7 +150,7 @@ def token_fields(tokenizer: Any, rows: int, source: Path | None) -> TokenFields:
     if source is None:
         return _written(tokenizer, rows)
     fields = _copied(source)
-    listed = fields.values.get("tokenizer.ggml.tokens", ([], 0, 0))[0]
+    listed = fields.get("tokenizer.ggml.tokens", ([], 0, 0))[0]
     mine = _tokens(tokenizer, rows)
     wrong = next((i for i, (a, b) in enumerate(zip(listed, mine, strict=False)) if b is not None and a != b), None)
     if len(listed) != rows or wrong is not None:
@@ -182,28 +172,24 @@ def _tokens(tokenizer: Any, rows: int) -> list[str | None]:
     return found
 
 
-def _copied(source: Path) -> TokenFields:
+def _copied(source: Path) -> Fields:
     import gguf
 
     try:
         fields = gguf.GGUFReader(source).fields
     except (ValueError, IndexError, OSError, KeyError) as error:
         raise UserError(f"{source} is no GGUF file that can be read ({error}); remove it or copy it again") from error
-    values = {}
-    for name, field in fields.items():
-        if name.startswith(PREFIX):
-            part = int(field.types[-1]) if len(field.types) > 1 else 0
-            values[name] = (field.contents(), int(field.types[0]), part)
-    return TokenFields(values, f"copied from {source.name}")
+    kinds = {name: [int(kind) for kind in field.types] for name, field in fields.items() if name.startswith(PREFIX)}
+    return {name: (fields[name].contents(), kind[0], kind[-1] if kind[1:] else 0) for name, kind in kinds.items()}
 
 
-# -- written from tokenizer.json -------------------------------------------------------------------------------------
-def _written(tokenizer: Any, rows: int) -> TokenFields:
+def _written(tokenizer: Any, rows: int) -> Fields:
+    """From ``tokenizer.json``."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise UserError(_unknown("it has no tokenizer.json"))
     spec = json.loads(backend.to_str())
-    name, model = split_name(spec), spec["model"]
+    begin = tokenizer.bos_token_id
     added = {token["id"]: bool(token["special"]) for token in spec["added_tokens"]}
     tokens = _tokens(tokenizer, rows)
     kinds = [
@@ -211,36 +197,31 @@ def _written(tokenizer: Any, rows: int) -> TokenFields:
         for i, token in enumerate(tokens)
     ]
     texts = [f"[PAD{i}]" if token is None else token for i, token in enumerate(tokens)]
-    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-    values: dict[str, tuple[Any, int, int]] = {
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in spec["model"]["merges"]]
+    values: Fields = {
         "tokenizer.ggml.model": ("gpt2", STRING, 0),
-        "tokenizer.ggml.pre": (name, STRING, 0),
+        "tokenizer.ggml.pre": (split_name(spec), STRING, 0),
         "tokenizer.ggml.tokens": (texts, ARRAY, STRING),
         "tokenizer.ggml.token_type": (kinds, ARRAY, INT32),
         "tokenizer.ggml.merges": (merges, ARRAY, STRING),
         "tokenizer.ggml.add_space_prefix": (False, BOOL, 0),
-        "tokenizer.ggml.add_bos_token": (_begins_texts(tokenizer), BOOL, 0),
+        # Whether the tokenizer puts its first token before every text.
+        "tokenizer.ggml.add_bos_token": (begin is not None and tokenizer("a")["input_ids"][:1] == [begin], BOOL, 0),
     }
-    ids = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "padding": tokenizer.pad_token_id}
+    ids = {"bos": begin, "eos": tokenizer.eos_token_id, "padding": tokenizer.pad_token_id}
     values |= {f"tokenizer.ggml.{k}_token_id": (int(v), UINT32, 0) for k, v in ids.items() if v is not None}
     if isinstance(tokenizer.chat_template, str):
         values["tokenizer.chat_template"] = (tokenizer.chat_template, STRING, 0)
-    return TokenFields(values, f"written from tokenizer.json, text split as {name}")
-
-
-def _begins_texts(tokenizer: Any) -> bool:
-    """Whether the tokenizer puts its first token before every text."""
-    begin = tokenizer.bos_token_id
-    return begin is not None and tokenizer("a")["input_ids"][:1] == [begin]
+    return values
 
 
 def split_name(spec: dict[str, Any]) -> str:
     """llama.cpp's name of how a ``tokenizer.json`` splits text before merging. Raises ``UserError`` for others."""
-    if spec["model"].get("type") != "BPE" or spec.get("normalizer") not in (None, {"type": "NFC"}):
-        raise UserError(_unknown("it is no byte-level BPE"))
-    steps = _steps(spec.get("pre_tokenizer"))
-    kinds = [step["type"] for step in steps]
-    if not kinds or kinds[-1] != "ByteLevel" or steps[-1].get("add_prefix_space"):
+    pre = spec.get("pre_tokenizer") or {}
+    steps = pre["pretokenizers"] if pre.get("type") == "Sequence" else [pre]
+    kinds = [step.get("type") for step in steps]
+    merges_bytes = spec["model"].get("type") == "BPE" and spec.get("normalizer") in (None, {"type": "NFC"})
+    if not merges_bytes or kinds[-1:] != ["ByteLevel"] or steps[-1].get("add_prefix_space"):
         raise UserError(_unknown("it is no byte-level BPE"))
     by_words = steps[-1].get("use_regex", True)
     if kinds == ["ByteLevel"] and by_words:
@@ -253,28 +234,22 @@ def split_name(spec: dict[str, Any]) -> str:
     raise UserError(_unknown("llama.cpp's name of its splitting is not known here"))
 
 
-def _steps(pre: dict[str, Any] | None) -> list[dict[str, Any]]:
-    if pre is None:
-        return []
-    return list(pre["pretokenizers"]) if pre.get("type") == "Sequence" else [pre]
-
-
 def _unknown(why: str) -> str:
     return f"the tokenizer cannot be written into a GGUF file ({why}); put the target's own GGUF into its folder"
 
 
 # -- the file --------------------------------------------------------------------------------------------------------
-def _write(
-    path: Path, draft: StandaloneDraft, target: TargetInfo, tensors: dict[str, Tensor], fields: TokenFields
-) -> None:
+def _write(path: Path, draft: StandaloneDraft, target: TargetInfo, tensors: dict[str, Tensor], fields: Fields) -> None:
     import gguf
 
     writer = gguf.GGUFWriter(path, ARCHITECTURE)
     try:
-        _describe(writer, draft.model.config, f"draft of {target.name}" if target.name else "draft")
+        writer.add_type("model")
+        writer.add_name(f"draft of {target.name}" if target.name else "draft")
+        _describe(writer, draft.model.config)
         writer.add_file_type(TYPES[draft.dtype][1])
         writer.add_vocab_size(draft.config.draft_vocab_size)
-        for name, (value, kind, part) in fields.values.items():
+        for name, (value, kind, part) in fields.items():
             writer.add_key_value(name, value, gguf.GGUFValueType(kind), gguf.GGUFValueType(part) if part else None)
         for name, tensor in tensors.items():
             kind = gguf.GGMLQuantizationType[TYPES[tensor.dtype][0]]
@@ -288,12 +263,10 @@ def _write(
         writer.close()
 
 
-def _describe(writer: Any, config: Any, name: str) -> None:
+def _describe(writer: Any, config: Any) -> None:
     """The shape, none of it left to defaults."""
     import gguf
 
-    writer.add_type("model")
-    writer.add_name(name)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -311,7 +284,7 @@ def _describe(writer: Any, config: Any, name: str) -> None:
         writer.add_rope_scaling_factor(rope["factor"])
 
 
-def _check_file(path: Path, tensors: dict[str, Tensor], fields: TokenFields) -> None:
+def _check_file(path: Path, tensors: dict[str, Tensor], fields: Fields) -> None:
     """Raise ``RuntimeError`` unless the file holds just these tensors and tokens (a defect of ours)."""
     import gguf
 
@@ -325,6 +298,6 @@ def _check_file(path: Path, tensors: dict[str, Tensor], fields: TokenFields) -> 
         back[name].dtype == tensor.dtype and torch.equal(back[name], tensor) for name, tensor in tensors.items()
     )
     stored = reader.fields
-    told = all(name in stored and stored[name].contents() == value for name, (value, _, _) in fields.values.items())
+    told = all(name in stored and stored[name].contents() == value for name, (value, _, _) in fields.items())
     if not same or not told:
         raise RuntimeError("the gguf export does not read back as the draft that was written")
