@@ -196,10 +196,6 @@ def test_graphs_are_for_cuda_only(monkeypatch):
 
 def test_what_does_not_fit_is_refused(tiny_target):
     target = tiny_target("llama")
-    with pytest.raises(UserError, match="widths"):
-        StaticTarget(target, ())
-    with pytest.raises(UserError, match="widths"):
-        StaticTarget(target, (0, 4))
     rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     with pytest.raises(UserError, match="tiny-llama has a dynamic rope"):
         StaticTarget(tiny_target("llama", rope_parameters=rope), (4,))

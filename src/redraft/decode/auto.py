@@ -26,11 +26,13 @@ from redraft.decode.tree import TreeDecoder
 from redraft.drafts.base import Draft
 from redraft.errors import UserError
 from redraft.settings.sampler import Sampler
-from redraft.settings.shapes import ChainShape, DynamicTree, Shape, StaticTree
+from redraft.settings.shapes import ChainShape, DynamicTree, Shape
 from redraft.target import Target
 
 # Chains whose rounds are timed; costs of the lengths between them are interpolated.
 TIMED_CHAINS = (1, 2, 4, 8)
+# The trees that are tried unless others are named: a small and a full dynamic one (EAGLE-2's, arXiv 2406.16858).
+TREES = (DynamicTree(depth=4, top_k=4, nodes=12), DynamicTree(depth=5, top_k=10, nodes=60))
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,6 @@ class Pick:
     shape: Shape | None
     candidates: list[Candidate]
     sentence: str
-    costs: Costs
 
 
 def make_decoder(
@@ -192,12 +193,9 @@ def chain_tau(run_lengths: Sequence[Sequence[int]], gamma: int) -> float:
     """tau_pooled of a greedy chain of ``gamma``, from the run length at every anchor of each response.
 
     A run length says how many proposals in a row are right when a round starts there. Only where rounds do start
-    counts, and that depends on gamma; hence the walk. Raises ``ValueError`` without any anchor.
+    counts, and that depends on gamma; hence the walk.
     """
-    rounds = sum(len(walk([min(run, gamma) for run in runs])) for runs in run_lengths)
-    if not rounds:
-        raise ValueError("no anchors to walk over")
-    return sum(map(len, run_lengths)) / rounds
+    return sum(map(len, run_lengths)) / sum(len(walk([min(run, gamma) for run in runs])) for runs in run_lengths)
 
 
 def decoded_tau(
@@ -212,18 +210,6 @@ def decoded_tau(
 
 
 # -- the choice ------------------------------------------------------------------------------------------------------
-def default_trees(sampler: Sampler | None = None, greedy_drafts: bool = False) -> list[Shape]:
-    """The trees that are tried unless others are named.
-
-    A small and a full dynamic one (EAGLE-2's, arXiv 2406.16858); where drafts are sampled, which rules those out, a
-    static one that is widest at its root.
-    """
-    if greedy_drafts or sampler is None or sampler.greedy:
-        return [DynamicTree(depth=4, top_k=4, nodes=12), DynamicTree(depth=5, top_k=10, nodes=60)]
-    paths = ((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 0, 1), (0, 0, 0, 0))
-    return [StaticTree(paths)]
-
-
 def pick_shape(
     target: Target,
     draft: Draft,
@@ -240,20 +226,18 @@ def pick_shape(
 
     ``run_lengths`` (of greedy responses, capped at ``longest`` or later) spares decoding chains of a greedy target;
     without them, and always when the target samples, the timed chains are decoded. ``prompts`` are decoded by every
-    shape whose tau is not known otherwise, the first one also carries the timings. ``trees`` are
-    :func:`default_trees` unless given; an empty list means chains only, and so does a family that grows no trees.
+    shape whose tau is not known otherwise, the first one also carries the timings. ``trees`` are ``TREES`` unless
+    given, and none for a family that grows no trees and for sampled drafts, which dynamic trees do not go with.
 
-    Raises ``UserError`` without prompts, for ``longest`` below 1, or when answers are too short to measure.
+    Raises ``UserError`` without prompts, or when answers are too short to measure.
     """
     if not prompts:
         raise UserError("gamma=auto needs prompts to measure on; give at least one")
-    if longest < 1:
-        raise UserError(f"the longest chain to try must have at least 1 token, not {longest}")
     timed = sorted({gamma for gamma in TIMED_CHAINS if gamma < longest} | {longest})
-    if trees is None:
-        trees = default_trees(sampler, greedy_drafts) if draft.grows_trees else ()
-    costs = measure_costs(target, draft, prompts[0], timed, trees, sampler, greedy_drafts)
     greedy = sampler is None or sampler.greedy
+    if trees is None:
+        trees = TREES if draft.grows_trees and (greedy or greedy_drafts) else ()
+    costs = measure_costs(target, draft, prompts[0], timed, trees, sampler, greedy_drafts)
     walked = run_lengths if greedy and run_lengths is not None and any(map(len, run_lengths)) else None
     candidates = list[Candidate]()
     chains = [ChainShape(gamma) for gamma in (range(1, longest + 1) if walked is not None else timed)]
@@ -268,17 +252,12 @@ def pick_shape(
 
 
 def choose(candidates: Sequence[Candidate], costs: Costs) -> Pick:
-    """The fastest candidate, or no draft when none promises more than plain decoding.
-
-    Raises ``ValueError`` without candidates.
-    """
-    if not candidates:
-        raise ValueError("no candidates to choose from")
+    """The fastest candidate, or no draft when none promises more than plain decoding."""
     # Of equals the smaller, which stands first.
     ordered = sorted(candidates, key=lambda c: c.speedup, reverse=True)
     best, others = ordered[0], "".join(f"; {second}" for second in ordered[1:2])
     if best.speedup <= 1.0:
         sentence = f"no draft: plain decoding is fastest; the best shape, a {best}{others}"
-        return Pick(None, ordered, sentence, costs)
+        return Pick(None, ordered, sentence)
     reason = f"{best.tau:.2f} tokens a round that costs {best.round_seconds / costs.plain:.2f} plain steps"
-    return Pick(best.shape, ordered, f"{best} ({reason}){others}; plain 1.00x", costs)
+    return Pick(best.shape, ordered, f"{best} ({reason}){others}; plain 1.00x")

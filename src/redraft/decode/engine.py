@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,13 +20,14 @@ from torch import Tensor
 
 from redraft import metrics
 from redraft.decode.accept import accept_chains, accept_greedy
-from redraft.decode.requests import Generation, OnRound, Request, Round, Uniforms, check_room, trim
+from redraft.decode.requests import Generation, Request, Round, Uniforms, check_room, trim
 from redraft.drafts.base import AnyDraft, Draft
-from redraft.errors import UserError
 from redraft.prepack import prepack
 from redraft.sampling import draw, warp
 from redraft.settings.sampler import Sampler
 from redraft.target import Target
+
+OnRound = Callable[[Round], None]
 
 
 class PlainDecoder:
@@ -60,10 +61,8 @@ class PlainDecoder:
 
 
 def for_decoding(draft: AnyDraft, target: Target) -> AnyDraft:
-    """The draft where the target is, in its type, bound to it and packed; ``draft`` itself stays in the type it has.
-
-    Whoever trains or saves it afterwards must find what was handed in.
-    """
+    """The draft where the target is, in its type, bound to it and packed. ``draft`` itself stays in the type it has:
+    whoever trains or saves it afterwards must find what was handed in."""
     if any((p.dtype, p.device) != (target.dtype, target.device) for p in draft.parameters()):
         draft = copy.deepcopy(draft)
     return prepack(draft.eval().to(target.device, target.dtype).bind(target))
@@ -159,27 +158,6 @@ class SpeculativeDecoder(PlainDecoder):
         raise NotImplementedError
 
 
-class Picker:
-    """Chooses a chain's tokens from the draft's logits, and keeps the probabilities [G, D] where they are wanted."""
-
-    def __init__(self, sampler: Sampler, fixed: bool, measure_overlap: bool, uniforms: Uniforms) -> None:
-        self.sampler, self.fixed, self.measure_overlap, self.uniforms = sampler, fixed, measure_overlap, uniforms
-        self.rows: list[Tensor] = []
-
-    @property
-    def probs(self) -> Tensor | None:
-        return torch.cat(self.rows) if self.rows else None
-
-    def __call__(self, logits_ND: Tensor) -> Tensor:
-        if not self.fixed:
-            self.rows.append(warp(logits_ND, self.sampler))
-            return draw(self.rows[-1], self.uniforms.take(len(logits_ND)))
-        if self.measure_overlap:
-            # A greedy target's alpha is that of the distributions; a sampling one's that of the point mass.
-            self.rows.append(logits_ND.float().softmax(-1) if self.sampler.greedy else warp(logits_ND, Sampler()))
-        return logits_ND.argmax(-1)
-
-
 class ChainDecoder(SpeculativeDecoder):
     """Speculative decoding with a chain of ``gamma`` drafted tokens a round."""
 
@@ -197,16 +175,25 @@ class ChainDecoder(SpeculativeDecoder):
         Raises ``UserError`` when the draft does not fit the target.
         """
         super().__init__(target, draft, sampler, greedy_drafts)
-        if gamma < 1:
-            raise UserError(f"gamma must be at least 1, not {gamma}")
         self.gamma, self.measure_overlap = gamma, measure_overlap
         self.proposals = self.guesses = gamma
 
     def propose(self, request: Request) -> tuple[list[int], Tensor | None]:
         """The proposed ids, and their warped probabilities [G, D] where they are wanted."""
-        pick, gamma = Picker(self.sampler, self.fixed, self.measure_overlap, request.uniforms), self.gamma
-        proposed_G = request.proposer.propose(request.new_ids_T, request.new_taps_T, min(gamma, request.room), pick)
-        return proposed_G.tolist(), pick.probs
+        rows: list[Tensor] = []
+
+        def pick(logits_ND: Tensor) -> Tensor:
+            if not self.fixed:
+                rows.append(warp(logits_ND, self.sampler))
+                return draw(rows[-1], request.uniforms.take(len(logits_ND)))
+            if self.measure_overlap:
+                # A greedy target's alpha is that of the distributions; a sampling one's that of the point mass.
+                rows.append(logits_ND.float().softmax(-1) if self.sampler.greedy else warp(logits_ND, Sampler()))
+            return logits_ND.argmax(-1)
+
+        gamma = min(self.gamma, request.room)
+        proposed_G = request.proposer.propose(request.new_ids_T, request.new_taps_T, gamma, pick)
+        return proposed_G.tolist(), torch.cat(rows) if rows else None
 
     def verify(self, request: Request, proposal: tuple[list[int], Tensor | None]) -> Round:
         target, cache, uniforms = self.target, request.cache, request.uniforms

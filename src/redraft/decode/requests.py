@@ -6,7 +6,7 @@ Shape legend: T new tokens, K*F taps side by side.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,9 +55,6 @@ class Generation:
     rounds: list[Round] = field(default_factory=list)
 
 
-OnRound = Callable[[Round], None]
-
-
 class Uniforms:
     """The uniforms in [0, 1) of one request: one stream, whatever the portions in which it is taken."""
 
@@ -65,17 +62,12 @@ class Uniforms:
 
     def __init__(self, seed: int, device: torch.device) -> None:
         self.generator = torch.Generator().manual_seed(seed)
-        self.device = device
-        self.block, self.at = self.fresh(self.BLOCK), 0
-
-    def fresh(self, count: int) -> Tensor:
-        return torch.rand(count, generator=self.generator, dtype=torch.float64).to(self.device)
+        self.block, self.at = torch.empty(0, dtype=torch.float64, device=device), 0
 
     def take(self, count: int) -> Tensor:
-        if self.at + count > len(self.block):
-            blocks = -(-count // self.BLOCK)
-            more = [self.fresh(self.BLOCK) for _ in range(blocks)]
-            self.block, self.at = torch.cat([self.block[self.at :], *more]), 0
+        while self.at + count > len(self.block):
+            fresh = torch.rand(self.BLOCK, generator=self.generator, dtype=torch.float64).to(self.block.device)
+            self.block, self.at = torch.cat([self.block[self.at :], fresh]), 0
         self.at += count
         return self.block[self.at - count : self.at]
 

@@ -87,8 +87,8 @@ class StaticTarget(Target):
         """``widths``: numbers of tokens that steps will have, for example 1 and gamma + 1.
 
         ``capacity``: tokens that the cache should hold from the start; it grows, and graphs are recorded anew, when a
-        longer one is asked for. Raises ``UserError`` when there is no width, or one below 1, and for a target whose
-        rotary frequencies follow the length: it asks the device for that at every step, which no graph can hold.
+        longer one is asked for. Raises ``UserError`` for a target whose rotary frequencies follow the length: it asks
+        the device for that at every step, which no graph can hold.
         """
         for rope in length_bound_ropes(target.config):
             raise UserError(
@@ -96,8 +96,6 @@ class StaticTarget(Target):
             )
         target.require("masked")
         super().__init__(target.model, target.tokenizer, target.name, target.taps)
-        if not widths or min(widths) < 1:
-            raise UserError(f"static steps need widths of at least 1 token, not {list(widths)}")
         self.widths = tuple(sorted(set(widths)))
         self.smallest = capacity
         self.static_cache: StaticCache | None = None
@@ -176,7 +174,7 @@ class StaticChainDecoder(ChainDecoder):
     ) -> None:
         """``capacity``: tokens of the longest prompt and response together, for which buffers are made at once.
 
-        Raises ``UserError`` when the draft does not fit the target, or for a gamma below 1.
+        Raises ``UserError`` when the draft does not fit the target.
         """
         super().__init__(target, draft, gamma, sampler, greedy_drafts=greedy_drafts)
         self.target = StaticTarget(target, (1, gamma + 1), capacity + gamma + 1)

@@ -9,10 +9,6 @@ once for the longest sequence.
 A static tree's tokens are the draft's likeliest at every node (greedy drafts) or draws without replacement in rank
 order (sampled drafts). A dynamic tree's are a function of the context alone, so they are always fixed proposals.
 
-A shape says what may be proposed; a :class:`Topology` is what was proposed in one round: its nodes' parents and all
-that follows from them (depths, masks, children). Node 0 is the root, the last verified token; the proposals are
-nodes 1 to N - 1 in an order in which parents come before children and siblings by rank.
-
 Shape legend: F nodes fed to the draft at once, N nodes of the tree with its root, R most children of a node, H draft
 width, D draft vocabulary, V target vocabulary, C cached and new positions, S nodes that the draft feeds itself.
 """
@@ -42,7 +38,8 @@ from redraft.target import Target
 
 
 class Topology:
-    """The tree of one round. ``parents[i]`` is the parent of node i + 1 and smaller than it; 0 is the root."""
+    """The tree of one round, and all that follows from it. ``parents[i]`` is the parent of node i + 1 and smaller than
+    it; 0 is the root, the last verified token. Siblings come by rank."""
 
     def __init__(self, parents: Sequence[int]) -> None:
         self.parents = list(parents)
@@ -217,13 +214,10 @@ class TreeDecoder(SpeculativeDecoder):
         states_FH, rows_F = state_1H, torch.zeros(1, dtype=torch.long, device=device)
         for deep in range(1, depth + 1):
             ids_FR, probs_FD = self.siblings(states_FH, [self.fans[path] for path, _ in level], uniforms)
-            for i, (_, node) in enumerate(level):
-                rows[node] = sum(map(len, probs)) + i
-            if probs_FD is not None:
-                probs.append(probs_FD)
-            inner: list[tuple[Path, int]] = []
-            sources = list[int]()
+            first, inner, sources = sum(map(len, probs)), list[tuple[Path, int]](), list[int]()
+            probs += [probs_FD] if probs_FD is not None else []
             for i, (path, node) in enumerate(level):
+                rows[node] = first + i
                 for rank, token in enumerate(ids_FR[i]):
                     tokens.append(token)
                     parents.append(node)
@@ -306,11 +300,10 @@ def simulate_tree(
 ) -> dict[str, list[int]]:
     """Accepted draft tokens of every round, by row key; up to the end of the response, as for a chain.
 
-    A tree of a greedy target, and a dynamic tree under any sampler, holds tokens that are a function of the context
-    alone, and verification follows the target's own token (:func:`redraft.decode.accept.follow_tree`). The target's
-    tokens stand in the response and what it computed at them in the feature store, so the draft is led through the
-    very rounds that decoding would have: exact for greedy responses, and for sampled ones the rounds of the decoding
-    that drew them.
+    Fixed proposals are a function of the context alone, and verification follows the target's own token
+    (:func:`redraft.decode.accept.follow_tree`). These stand in the response and what the target computed at them in the
+    feature store, so the draft is led through the very rounds that decoding would have: exact for greedy responses,
+    and for sampled ones the rounds of the decoding that drew them.
 
     ``rows`` must hold responses of this target, at most ``max_new_tokens`` long; those without an anchor have no round
     and are left out. ``progress`` is told of finished rows. The draft works in the target's type, as it does in

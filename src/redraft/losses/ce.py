@@ -5,8 +5,6 @@
 Its gradient with respect to the draft's logits is draft(x) - target(x), forward KL's own; only the value differs, by
 the target's entropy, which no draft can change. So a run with ``ce`` takes the steps of a run with ``kl``, and its
 loss compares with the figures that EAGLE trainers print (EAGLE, arXiv 2401.15077; EAGLE-3, arXiv 2503.01840).
-
-Shape legend: N positions, D draft vocabulary.
 """
 
 from __future__ import annotations

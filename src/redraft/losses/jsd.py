@@ -5,8 +5,6 @@
 With g(x) = 0.5 * log(draft(x) / mean(x)) its gradient with respect to the draft's logits is
 draft(x) * (g(x) - sum_y draft(y) g(y)). As a distillation loss: Agarwal et al., generalised knowledge distillation
 (arXiv 2306.13649), with their beta at one half.
-
-Shape legend: N positions, D draft vocabulary.
 """
 
 from __future__ import annotations

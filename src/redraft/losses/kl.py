@@ -5,8 +5,6 @@
 Its gradient with respect to the draft's logits is draft(x) - target(x) (Hinton et al., arXiv 1503.02531, section
 2.1). Used for drafts in EAGLE-3 (arXiv 2503.01840, as cross-entropy, which differs by the target's entropy, a
 constant) and in EDA (arXiv 2603.09527).
-
-Shape legend: N positions, D draft vocabulary.
 """
 
 from __future__ import annotations

@@ -7,8 +7,6 @@ cross-entropy. Source: LK losses (arXiv 2602.23881). Computed from log probabili
 overlap in no representable number still have a finite value and a gradient.
 
 Here alpha is each position's own; the authors' training code takes the logarithm of its mean over the batch.
-
-Shape legend: N positions, D draft vocabulary.
 """
 
 from __future__ import annotations

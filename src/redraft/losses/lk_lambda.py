@@ -7,8 +7,6 @@ from the target KL gives a direction where TV's gradient vanishes; near it TV is
 losses (arXiv 2602.23881), eta 3.
 
 Here alpha is each position's own; the authors' training code takes its mean over the batch.
-
-Shape legend: N positions, D draft vocabulary.
 """
 
 from __future__ import annotations
@@ -29,12 +27,8 @@ class LambdaMixture(ClosedForm):
 
     def hold(self, draft_logits_ND: Tensor, teacher_logits_ND: Tensor, weight_N: Tensor | None = None) -> partial:
         """The loss with lambda as it is at these logits."""
-        return partial(self, mixing_N=mixing(Acceptance(*probabilities(draft_logits_ND, teacher_logits_ND))))
-
-
-def mixing(found: Acceptance) -> Tensor:
-    """lambda [N]."""
-    return torch.exp(-ETA * found.alpha_N)
+        found = Acceptance(*probabilities(draft_logits_ND, teacher_logits_ND))
+        return partial(self, mixing_N=torch.exp(-ETA * found.alpha_N))
 
 
 @LOSSES.register("lk_lambda")
@@ -46,7 +40,7 @@ def lk_lambda(
     log_draft_ND, log_target_ND = log_probabilities(draft_logits_ND, teacher_logits_ND)
     draft_ND, target_ND = log_draft_ND.exp(), log_target_ND.exp()
     found = Acceptance(draft_ND, target_ND)
-    share_N = mixing(found) if mixing_N is None else mixing_N
+    share_N = torch.exp(-ETA * found.alpha_N) if mixing_N is None else mixing_N
     terms_ND = log_target_ND.sub_(log_draft_ND).mul_(target_ND).masked_fill_(target_ND == 0, 0.0)
     loss_N = share_N * terms_ND.sum(-1).clamp_(min=0) + (1 - share_N) * (1 - found.alpha_N)
 

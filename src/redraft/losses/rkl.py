@@ -4,8 +4,6 @@
 
 Its gradient with respect to the draft's logits is draft(x) * (log draft(x) - log target(x) - KL). It seeks a mode
 where forward KL covers all of them (Gu et al., MiniLLM, arXiv 2306.08543, section 2).
-
-Shape legend: N positions, D draft vocabulary.
 """
 
 from __future__ import annotations

@@ -3,8 +3,6 @@
 A loss through autograd keeps two or three matrices of positions x vocabulary until the backward pass. Where the
 gradient has a closed form it is computed at once, and only that one matrix is kept, in the logits' own dtype
 (which is the dtype that the gradient is handed on in anyway).
-
-Shape legend: N positions, D draft vocabulary.
 """
 
 from __future__ import annotations

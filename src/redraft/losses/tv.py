@@ -6,8 +6,6 @@ so that 1 - TV is the chance that a sampled draft token is accepted (arXiv 2211.
 r(x) = 1[target(x) > draft(x)] its gradient with respect to the draft's logits is
 draft(x) * (sum_y draft(y) r(y) - r(x)). As a training loss: Goel et al. (arXiv 2403.00858), who note that
 its gradient vanishes where the draft is far off, so it serves better to finish than to start.
-
-Shape legend: N positions, D draft vocabulary.
 """
 
 from __future__ import annotations

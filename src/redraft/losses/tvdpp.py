@@ -12,8 +12,6 @@ nothing, so each row has its own mean for a baseline, and what remains is TV's g
 are rare, std is small, and TV's vanishing gradient is lifted.
 
 The value is TV / std with std held, the function that has this gradient.
-
-Shape legend: N positions, D draft vocabulary.
 """
 
 from __future__ import annotations

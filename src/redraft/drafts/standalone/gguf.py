@@ -34,10 +34,8 @@ from redraft.loading import gguf_of
 from redraft.registries import EXPORTERS
 
 FILE = "model.gguf"
-ARCHITECTURE = "llama"
 # Numbers of the format: data type of a tensor, and of the file as a whole.
 TYPES = {torch.float32: ("F32", 0), torch.float16: ("F16", 1), torch.bfloat16: ("BF16", 32)}
-PREFIX = "tokenizer."
 # Numbers of the format: types of values, and of tokens.
 UINT32, INT32, BOOL, STRING, ARRAY = 4, 5, 7, 8, 9
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
@@ -179,8 +177,12 @@ def _copied(source: Path) -> Fields:
         fields = gguf.GGUFReader(source).fields
     except (ValueError, IndexError, OSError, KeyError) as error:
         raise UserError(f"{source} is no GGUF file that can be read ({error}); remove it or copy it again") from error
-    kinds = {name: [int(kind) for kind in field.types] for name, field in fields.items() if name.startswith(PREFIX)}
-    return {name: (fields[name].contents(), kind[0], kind[-1] if kind[1:] else 0) for name, kind in kinds.items()}
+    found: Fields = {}
+    for name, field in fields.items():
+        if name.startswith("tokenizer."):
+            kind, *part = map(int, field.types)
+            found[name] = (field.contents(), kind, part[-1] if part else 0)
+    return found
 
 
 def _written(tokenizer: Any, rows: int) -> Fields:
@@ -242,11 +244,26 @@ def _unknown(why: str) -> str:
 def _write(path: Path, draft: StandaloneDraft, target: TargetInfo, tensors: dict[str, Tensor], fields: Fields) -> None:
     import gguf
 
-    writer = gguf.GGUFWriter(path, ARCHITECTURE)
+    writer, config = gguf.GGUFWriter(path, "llama"), draft.model.config
+    rope = dict(config.rope_parameters)
     try:
         writer.add_type("model")
         writer.add_name(f"draft of {target.name}" if target.name else "draft")
-        _describe(writer, draft.model.config)
+        # The shape, none of it left to defaults.
+        writer.add_block_count(config.num_hidden_layers)
+        writer.add_context_length(config.max_position_embeddings)
+        writer.add_embedding_length(config.hidden_size)
+        writer.add_feed_forward_length(config.intermediate_size)
+        writer.add_head_count(config.num_attention_heads)
+        writer.add_head_count_kv(config.num_key_value_heads)
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+        writer.add_rope_dimension_count(config.head_dim)
+        writer.add_rope_freq_base(rope["rope_theta"])
+        if rope.get("rope_type") == "linear":
+            writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+            writer.add_rope_scaling_factor(rope["factor"])
         writer.add_file_type(TYPES[draft.dtype][1])
         writer.add_vocab_size(draft.config.draft_vocab_size)
         for name, (value, kind, part) in fields.items():
@@ -261,27 +278,6 @@ def _write(path: Path, draft: StandaloneDraft, target: TargetInfo, tensors: dict
         writer.write_tensors_to_file()
     finally:
         writer.close()
-
-
-def _describe(writer: Any, config: Any) -> None:
-    """The shape, none of it left to defaults."""
-    import gguf
-
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(config.head_dim)
-    rope = dict(config.rope_parameters)
-    writer.add_rope_freq_base(rope["rope_theta"])
-    if rope.get("rope_type") == "linear":
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(rope["factor"])
 
 
 def _check_file(path: Path, tensors: dict[str, Tensor], fields: Fields) -> None:

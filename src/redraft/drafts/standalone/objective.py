@@ -41,15 +41,14 @@ PORTION_NUMBERS = {"cpu": 2**25, "cuda": 2**28}
 
 
 @contextmanager
-def packed(model: Any, lengths: Sequence[int]) -> Iterator[None]:
+def packed(model: Any, lengths: list[int]) -> Iterator[None]:
     """Let ``model`` take rows of these lengths side by side in one: each attends, causally, to itself alone."""
-    sizes = list(lengths)
 
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, None]:
         kwargs["is_causal"] = True
-        parts = zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
+        parts = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
         mixed = [sdpa_attention_forward(module, q, k, v, None, **kwargs)[0] for q, k, v in parts]
         return torch.cat(mixed, dim=1), None
 
@@ -71,7 +70,6 @@ class CausalModel:
         self.model = model if hasattr(model, "get_output_embeddings") else model.model
         self.backbone: Any = self.model.base_model
         self.head: Any = self.model.get_output_embeddings()
-        self.config: Any = self.model.config
         self.portion_numbers = portion_numbers or PORTION_NUMBERS.get(self.device.type, 2**25)
 
     @property
@@ -99,7 +97,7 @@ class CausalModel:
 
     def logits(self, states: Tensor) -> Tensor:
         """Logits [..., V] of final-norm states [..., H], with the model's own scaling and soft cap."""
-        return scale_logits(self.head(states), self.config)
+        return scale_logits(self.head(states), self.model.config)
 
     def slices(self, count: int, copies: int = 1) -> list[slice]:
         """``count`` positions in portions whose logits, ``copies`` times over, keep to ``portion_numbers``."""
@@ -190,7 +188,7 @@ class Distillation:
         """The rows' sum of the loss over ``count``, the pairs of the whole step. ``statistics`` are the step's, where
         these rows are not all of it."""
         states, loss = self.states(rows), self.loss
-        teacher, inside_MJ = self.teacher.of(rows, states[0].device), self.inside(rows)
+        teacher, inside_MJ = self.teacher.of(rows, self.causal.device), self.inside(rows)
         if hasattr(loss, "statistics"):
             if statistics is None:  # these rows are the whole step
                 statistics = self.reduce(self.sums(states, teacher, inside_MJ))
@@ -227,12 +225,10 @@ class Distillation:
         needs none, and where there is one micro-batch, which then sees to it itself."""
         if not hasattr(self.loss, "statistics") or len(micro) < 2:
             return None
-        found = []
         with torch.no_grad():
-            for rows in micro:
-                states = self.states(rows)
-                found.append(self.sums(states, self.teacher.of(rows, states[0].device), self.inside(rows)))
-            return self.reduce(torch.stack(found).sum(0))
+            parts = ((rows, self.teacher.of(rows, self.causal.device)) for rows in micro)
+            sums = [self.sums(self.states(rows), teacher, self.inside(rows)) for rows, teacher in parts]
+            return self.reduce(torch.stack(sums).sum(0))
 
 
 @dataclass

@@ -29,6 +29,7 @@ PRESETS: dict[str, tuple[int, int, int, int]] = {"goel": (4, 1024, 2816, 8)}
 DEPTHS = (4, 3, 2, 1)
 WIDEST_HEAD = 128
 MOST_INNER = 4
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
 
@@ -87,9 +88,8 @@ def _widest(target: Any, depth: int, head: int, budget: float, tied: bool | None
     """The widest shape of this depth within the budget, its MLP widened by what is left; ``None`` if there is none."""
     step, found = min(32, head), None
     for heads in range(1, 1 + max(1, target.hidden_size // head)):
-        width = heads * head
-        inner = max(step, round(width * 8 / 3 / step) * step)
-        config = _config(target, depth, width, inner, heads, tied)
+        inner = max(step, round(heads * head * 8 / 3 / step) * step)
+        config = _config(target, depth, heads * head, inner, heads, tied)
         if parameters_of(config) > budget:
             break
         found = config
@@ -115,10 +115,8 @@ def _config(target: Any, layers: int, width: int, inner: int, heads: int, tied: 
         max_position_embeddings=target.context,
         rms_norm_eps=float(getattr(source, "rms_norm_eps", 1e-5)),
         tie_word_embeddings=bool(source.tie_word_embeddings if tied is None else tied),
-        bos_token_id=source.bos_token_id,
-        eos_token_id=source.eos_token_id,
-        pad_token_id=source.pad_token_id,
         rope_parameters=rope_of(source),
+        **{name: getattr(source, name) for name in SPECIAL},
     )
 
 
@@ -138,10 +136,14 @@ def fresh_standalone(
     depth-pruned start); its shape is then the target's own with fewer layers, and ``shape`` is not asked. ``tied``
     overrules the shape's. Raises ``UserError`` for a request that cannot be.
     """
+    for k in layers:
+        if not 0 <= k < target.layers:
+            raise UserError(f"the target has layers 0 to {target.layers - 1}, not {k}")
+    config = copy.deepcopy(target.config if layers else shape if shape is not None else shape_for(target))
     if layers:
-        config = _pruned_shape(target, layers)
-    else:
-        config = copy.deepcopy(shape) if shape is not None else shape_for(target)
+        config.num_hidden_layers = len(layers)
+        if kinds := getattr(config, "layer_types", None):
+            config.layer_types = [kinds[k] for k in layers]
     if config.vocab_size != target.vocab_size:
         raise UserError(f"the shape has a vocabulary of {config.vocab_size}, the target one of {target.vocab_size}")
     config.tie_word_embeddings = config.tie_word_embeddings if tied is None else tied
@@ -159,20 +161,9 @@ def fresh_standalone(
             if head is not table:
                 head.copy_(projected(target.head.weight, head.shape[1], std))
     # The target's special tokens, so that engines end the draft's answers where they end the target's.
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+    for name in SPECIAL:
         setattr(model.generation_config, name, getattr(target.generation, name, None))
     return draft.bind(target).to(target.device)
-
-
-def _pruned_shape(target: Any, layers: Sequence[int]) -> Any:
-    for k in layers:
-        if not 0 <= k < target.layers:
-            raise UserError(f"the target has layers 0 to {target.layers - 1}, not {k}")
-    config = copy.deepcopy(target.config)
-    config.num_hidden_layers = len(layers)
-    if kinds := getattr(config, "layer_types", None):
-        config.layer_types = [kinds[k] for k in layers]
-    return config
 
 
 def projected(table_VS: Tensor, width: int, std: float) -> Tensor:
