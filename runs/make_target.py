@@ -41,7 +41,7 @@ from redraft.data.prompts import Conversation, read_conversations
 from redraft.data.references import reference_rows
 from redraft.data.store import Row
 from redraft.data.suites import DATA_VARIABLE
-from redraft.drafts.standalone.causal import CausalModel
+from redraft.drafts.standalone.objective import CausalModel
 from redraft.errors import UserError
 from redraft.loading import CACHE_FILES, load_target
 from redraft.progress import progress_bar

@@ -39,8 +39,7 @@ from torch import Tensor
 from redraft.data.logprobs import Top
 from redraft.data.packed import PackedText, Position, ahead
 from redraft.data.store import Row
-from redraft.drafts.standalone.causal import CausalModel
-from redraft.drafts.standalone.objective import Distillation, Teacher, TeacherLogits, size
+from redraft.drafts.standalone.objective import CausalModel, Distillation, Teacher, TeacherLogits, size
 from redraft.errors import UserError
 from redraft.progress import Progress
 from redraft.rows import anchors, groups
