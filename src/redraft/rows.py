@@ -1,9 +1,12 @@
-"""Stored responses as rows of token ids: how many positions of one can be supervised, and which share a batch."""
+"""Rows of token ids: how many positions of one can be supervised, which share a batch, and general ones among them."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Protocol, TypeVar
+
+from redraft.errors import UserError
 
 MOST_PADDING = 0.06
 ENOUGH_TOKENS = 512
@@ -14,10 +17,8 @@ class TokenRow(Protocol):
 
     @property
     def key(self) -> str: ...
-
     @property
     def prompt_ids(self) -> Sequence[int]: ...
-
     @property
     def response_ids(self) -> Sequence[int]: ...
 
@@ -30,13 +31,17 @@ def anchors(row: TokenRow) -> int:
     return max(0, len(row.response_ids) - 1)
 
 
+def _length(row: TokenRow) -> int:
+    return len(row.prompt_ids) + len(row.response_ids)
+
+
 def anchor_batches(rows: Sequence[AnyRow], batch_anchors: int) -> Iterator[list[AnyRow]]:
     """Rows of similar length together, at most ``batch_anchors`` supervised positions a batch.
 
     Rows of equal length keep the order they are given in; rows without an anchor are left out.
     """
     batch: list[AnyRow] = []
-    for row in sorted(rows, key=lambda r: len(r.prompt_ids) + len(r.response_ids)):
+    for row in sorted(rows, key=_length):
         if not anchors(row):
             continue
         if batch and sum(anchors(r) for r in batch) + anchors(row) > batch_anchors:
@@ -55,8 +60,8 @@ def length_batches(rows: Sequence[AnyRow], batch_tokens: int) -> Iterator[list[A
     """
     batch: list[AnyRow] = []
     held = 0
-    for row in sorted(rows, key=lambda r: (len(r.prompt_ids) + len(r.response_ids), r.key)):
-        longest = len(row.prompt_ids) + len(row.response_ids)
+    for row in sorted(rows, key=lambda r: (_length(r), r.key)):
+        longest = _length(row)
         padded = len(batch) * longest > (1 + MOST_PADDING) * held and held >= ENOUGH_TOKENS
         if batch and (padded or (len(batch) + 1) * longest > batch_tokens):
             yield batch
@@ -65,3 +70,41 @@ def length_batches(rows: Sequence[AnyRow], batch_tokens: int) -> Iterator[list[A
         held += longest
     if batch:
         yield batch
+
+
+def mix(rows: Sequence[AnyRow], general_rows: Sequence[AnyRow], share: float, seed: int = 0) -> list[AnyRow]:
+    """All of ``rows``, and behind them so many general ones that these hold ``share`` of all response tokens.
+
+    So a draft keeps its speed on everything else. Response tokens are what training is paid for and learns from.
+    Which general rows are taken depends on the seed and their keys alone: a larger share takes the same rows and more.
+    As many are taken as come nearest to the share, at least one for a share above 0; both groups stay in their own
+    order. Raises ``UserError`` for a share outside [0, 1), no rows, a key that is in both groups, and general rows
+    that hold too few tokens.
+    """
+    if not 0 <= share < 1:
+        raise UserError(f"the share of general text must be at least 0 and below 1, not {share}")
+    if not rows:
+        raise UserError("there are no rows to mix general text into; regenerate some first")
+    if share == 0:
+        return list(rows)
+    twice = {row.key for row in rows} & {row.key for row in general_rows}
+    if twice:
+        raise UserError(f"{len(twice)} rows are in both the data and the general text, first {min(twice)}; rename ids")
+    wanted = share / (1 - share) * sum(len(row.response_ids) for row in rows)
+    held = sum(len(row.response_ids) for row in general_rows)
+    if held < wanted:
+        raise UserError(
+            f"a share of {share:.3g} needs {wanted:,.0f} tokens of general responses and there are {held:,}; "
+            "give more general rows or a smaller share"
+        )
+    ranked = sorted(general_rows, key=lambda row: hashlib.sha256(f"{seed}|{row.key}".encode()).digest())
+    taken: set[str] = set()
+    tokens = 0
+    for row in ranked:
+        size = len(row.response_ids)
+        # Over by less than short by is nearer; the first row is taken whatever its size.
+        if taken and tokens + size - wanted > wanted - tokens:
+            break
+        taken.add(row.key)
+        tokens += size
+    return [*rows, *(row for row in general_rows if row.key in taken)]

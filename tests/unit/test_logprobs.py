@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from redraft.data.logprobs import TopEngine, ask_tops, read_top_file
+from redraft.data.server import TopEngine, ask_tops, read_top_file
 from redraft.data.store import Row
 from redraft.errors import UserError
 

@@ -17,8 +17,8 @@ from redraft.adaptation.models import open_proposer, settle_template
 from redraft.adaptation.runs import Run, Say, row_tokens, supervised_rows
 from redraft.adaptation.sources import Source
 from redraft.artifact import atomic_write_json
-from redraft.data.logprobs import TopEngine, ask_tops
 from redraft.data.packed import PackedText, TextSource
+from redraft.data.server import TopEngine, ask_tops
 from redraft.data.store import Row
 from redraft.drafts.experts import private_names
 from redraft.drafts.files import load_draft, save_draft, save_private

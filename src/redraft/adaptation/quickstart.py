@@ -17,8 +17,8 @@ from redraft.adaptation.probe import ProbeResult, probe
 from redraft.adaptation.steps import timed_targets
 from redraft.arithmetic import EFFICIENCY, fastest
 from redraft.artifact import atomic_write_json, atomic_write_text
-from redraft.data.embedded import maths_conversations
 from redraft.data.prompts import Conversation, read_conversations
+from redraft.data.suites.maths import maths_conversations
 from redraft.drafts.groups import prepare, trained_parameters
 from redraft.evaluate.speed import Prompt
 from redraft.reports.page import build_report

@@ -87,7 +87,11 @@ def answer_ids(
     texts = dict.fromkeys(_texts(id, frame, message, served, bool(counts), cut))
     responses = [continuation_ids(tokenizer, prompt, frame.opened, text) for text in texts]
     for each in responses:
-        _refuse_ends(tokenizer, id, each, ends)
+        if not each or each[0] in ends:
+            raise UserError(f"the answer in conversation {id} begins with an end token, so nothing of it is left")
+        if inside := [token for token in each if token in ends]:
+            mark = tokenizer.decode(inside[:1], skip_special_tokens=False)
+            raise UserError(f"the answer in conversation {id} holds the end token {mark}; take it out of the text")
     response = _counted(id, responses, len(end), counts) if counts else responses[0]
     return prompt, [*response, *end], "stop" if end else "length"
 
@@ -106,9 +110,7 @@ def _counted(id: str, responses: Sequence[list[int]], end: int, counts: Collecti
 
 def _frame(tokenizer: Any, id: str, asked: Sequence[Message], thinks: bool, ends: Collection[int]) -> _Frame:
     opened = render(tokenizer, id, asked, True)
-    sample: Message = {"role": ASSISTANT, "content": ANSWER}
-    if thinks:
-        sample |= {"reasoning_content": THOUGHT}
+    sample = {"role": ASSISTANT, "content": ANSWER} | ({"reasoning_content": THOUGHT} if thinks else {})
     whole = render(tokenizer, id, with_turns(asked, [*asked, sample]), False)
     before, found, behind = whole.rpartition(ANSWER)
     if not found:
@@ -122,77 +124,62 @@ def _frame(tokenizer: Any, id: str, asked: Sequence[Message], thinks: bool, ends
         lead = ""
     tail = list(tokenizer(behind, add_special_tokens=False).input_ids)
     place = next((place for place, token in enumerate(tail) if token in ends), None)
-    inner = tokenizer.decode(tail[:place], skip_special_tokens=False) if place is not None else ""
-    return _Frame(opened, lead, between, inner, None if place is None else tail[place])
+    if place is None:
+        return _Frame(opened, lead, between, "", None)
+    return _Frame(opened, lead, between, tokenizer.decode(tail[:place], skip_special_tokens=False), tail[place])
 
 
 def _texts(id: str, frame: _Frame, message: Message, served: bool, counted: bool, cut: bool) -> Iterator[str]:
     """What the model may have written, the likeliest first. Raises ``UserError``."""
     content, thoughts = message["content"], message.get("reasoning_content", "")
-    opens = opened_thoughts(frame.opened)
+    opens, lead = opened_thoughts(frame.opened), frame.before or ""
     behind = "" if cut else frame.behind.rstrip()
+    thinks = any(mark in lead for mark, _ in MARKS)
     if thoughts:
-        yield from _thought_texts(id, frame, content, thoughts, behind, counted, cut)
-        return
-    if any(_holds(content, pair) for pair in MARKS) or (cut and opens):
+        yield _thought_text(id, frame, content, thoughts, behind, counted, cut)
+    elif any(_holds(content, pair) for pair in MARKS) or (cut and opens):
         # The thoughts are in the text, closed or cut off in their midst. The prompt may have opened them already.
         yield _behind_mark(frame.opened, content, opens[0]) if opens else content
-        return
-    if opens:
+    elif opens:
         raise UserError(
             f"the prompt of conversation {id} opens a block of thoughts, but its answer has none: they were split off "
             "and lost; give reasoning_content too, or token ids"
         )
-    if frame.before is None:
+    elif frame.before is None:
         raise UserError(
             f"the chat template does not write the answer of conversation {id} behind its own opening of an "
             "assistant turn, so it cannot be placed; regenerate the answers, or give token ids"
         )
-    yield from _plain_texts(id, frame, content, behind, served, counted)
+    elif not lead.strip() and not behind:
+        yield content if content.startswith(lead) else lead + content
+    elif served and counted:
+        yield content
+        yield lead + content + behind
+    elif not served and not thinks:
+        yield lead + content + behind
+    else:
+        raise UserError(
+            f"the chat template writes {(lead.strip() or behind)[:40]!r} around the answer of conversation {id}, which "
+            "the row does not hold, so what the model wrote cannot be told; "
+            + ("set --template-arg enable_thinking=false if it did not think, or " if thinks else "")
+            + "give its thoughts, or token ids"
+        )
 
 
-def _thought_texts(
-    id: str, frame: _Frame, content: str, thoughts: str, behind: str, counted: bool, cut: bool
-) -> Iterator[str]:
+def _thought_text(id: str, frame: _Frame, content: str, thoughts: str, behind: str, counted: bool, cut: bool) -> str:
     """Thoughts and answer that a server took apart: as the template joins them, or as its prompt's block asks for."""
-    opens = opened_thoughts(frame.opened)
-    if frame.between is not None:
-        lead = frame.before or ""
+    opens, lead, between = opened_thoughts(frame.opened), frame.before or "", frame.between
+    if between is not None:
         begun = _behind_mark(frame.opened, thoughts, opens[0]) if opens and not lead else lead + _joined(lead, thoughts)
         if cut and not content:
-            yield begun
-        else:
-            yield _joined_end(begun, frame.between) + frame.between + _joined(frame.between, content) + behind
-        return
+            return begun
+        return _joined_end(begun, between) + between + _joined(between, content) + behind
     if opens and counted and not behind:
         # A server that cut the text at the closing mark and left the blanks there; the count tells whether it did.
-        yield thoughts + opens[1] + content
-        return
+        return thoughts + opens[1] + content
     raise UserError(
         f"the chat template leaves out the thoughts (reasoning_content) of the answer in conversation {id}, so the "
         "tokens of the model's response cannot be told; log token ids, or usage with completion_tokens"
-    )
-
-
-def _plain_texts(id: str, frame: _Frame, content: str, behind: str, served: bool, counted: bool) -> Iterator[str]:
-    """An answer without thoughts: as it is, or in the marks that the template puts around it."""
-    lead = frame.before or ""
-    if not lead.strip() and not behind:
-        yield content if content.startswith(lead) else lead + content
-        return
-    thinks = any(mark in lead for mark, _ in MARKS)
-    if not served and not thinks:
-        yield lead + content + behind
-        return
-    if served and counted:
-        yield content
-        yield lead + content + behind
-        return
-    raise UserError(
-        f"the chat template writes {(lead.strip() or behind)[:40]!r} around the answer of conversation {id}, which the "
-        "row does not hold, so what the model wrote cannot be told; "
-        + ("set --template-arg enable_thinking=false if it did not think, or " if thinks else "")
-        + "give its thoughts, or token ids"
     )
 
 
@@ -226,15 +213,6 @@ def _joined_end(text: str, behind: str) -> str:
     return _joined(behind[::-1], text[::-1])[::-1]
 
 
-def _refuse_ends(tokenizer: Any, id: str, response: Sequence[int], ends: Collection[int]) -> None:
-    if not response or response[0] in ends:
-        raise UserError(f"the answer in conversation {id} begins with an end token, so nothing of it is left")
-    inside = next((token for token in response if token in ends), None)
-    if inside is not None:
-        mark = tokenizer.decode([inside], skip_special_tokens=False)
-        raise UserError(f"the answer in conversation {id} holds the end token {mark}; take it out of the text")
-
-
 def continuation_ids(tokenizer: Any, prompt_ids: Sequence[int], prompt: str, text: str) -> list[int]:
     """Token ids of ``text`` where it follows ``prompt``, whose ids are ``prompt_ids`` (as it is, nothing added)."""
     joined = list(tokenizer(prompt + text, add_special_tokens=False).input_ids)
@@ -255,11 +233,11 @@ def opened_thoughts(prompt: str) -> tuple[str, str] | None:
     return next((marks for marks in MARKS if end.endswith(marks[0])), None)
 
 
+# -- tokens to a turn ------------------------------------------------------------------------------------------------
 class UnclearReply(ValueError):
     """What of a reply is the answer cannot be told."""
 
 
-# -- tokens to a turn ------------------------------------------------------------------------------------------------
 def reply_message(
     tokenizer: Any, prompt_ids: Sequence[int], response_ids: Sequence[int], eos_ids: Collection[int]
 ) -> Message:
@@ -322,11 +300,9 @@ def _said(tokenizer: Any, text: str) -> str:
 
 def _harmony(text: str) -> Message:
     """The final channel of a reply in gpt-oss's format, and what it thought before. Raises ``UnclearReply``."""
-    heads = list(HARMONY.finditer(text))
-    ends = [head.start() for head in heads[1:]] + [len(text)]
-    channels = [
-        (head[1].strip(), text[head.end() : end].removesuffix("<|end|>")) for head, end in zip(heads, ends, strict=True)
-    ]
+    _, *parts = HARMONY.split(text)
+    names, bodies = map(str.strip, parts[::2]), (body.removesuffix("<|end|>") for body in parts[1::2])
+    channels = list(zip(names, bodies, strict=True))
     final = [body for name, body in channels if name == "final"]
     other = [name for name, _ in channels if name not in ("analysis", "final", "commentary")]
     if len(final) != 1 or other or channels[-1][0] != "final" or "<|" in final[0]:

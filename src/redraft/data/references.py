@@ -1,7 +1,6 @@
 """Public reference answers as training rows: off-policy text, to be compared with the target's own answers.
 
-The published way to adapt a draft trains on the answers that come with a data set. They were written by people or
-other models, so the draft learns to guess text that the target would not write; regeneration exists to avoid that.
+The published way to adapt a draft trains on the answers that come with a data set, which people or other models wrote.
 These rows make the comparison possible: same prompts, same chat template, the data set's answers.
 """
 
@@ -11,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from redraft.data.answers import answer_ids
-from redraft.data.prompts import check_length, prompt_messages
+from redraft.data.prompts import check_length, prompt_messages, user_turns
 from redraft.data.shapes import Conversation
 from redraft.data.store import REFERENCE, UNKNOWN, Failure, Row, row_key
 from redraft.data.turns import ASSISTANT, SYSTEM, USER, Message
@@ -58,8 +57,8 @@ def reference_rows(
             except UserError as error:
                 if turn == 0 or failures is None:
                     raise
-                keys = [row_key(conversation.id, 0.0, later, REFERENCE) for later in range(turn, len(answers))]
-                failures += [Failure(key, str(error)) for key in keys]
+                keys = (row_key(conversation.id, 0.0, later, REFERENCE) for later in range(turn, len(answers)))
+                failures += (Failure(key, str(error)) for key in keys)
                 break
             if max_new_tokens is not None and len(response) > max_new_tokens:
                 response, finish = response[:max_new_tokens], "length"
@@ -84,10 +83,9 @@ def reference_answers(conversation: Conversation) -> list[Message]:
             answers.append(message)
         elif previous == USER:
             break
-    users = sum(message["role"] == USER for message in conversation.messages)
     empty = [not answer["content"].strip() and "tool_calls" not in answer for answer in answers]
-    if len(answers) < users or any(empty):
-        without = next((n for n, is_empty in enumerate(empty) if is_empty), len(answers))
+    without = [*empty, True].index(True)
+    if without < user_turns(conversation):
         raise UserError(
             f"conversation {conversation.id} has no reference answer to its user turn {without + 1}; remove that turn, "
             "or regenerate the answers"

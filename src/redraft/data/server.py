@@ -10,19 +10,27 @@ keeps its finish reason: all it says is the target's, and the draft learns nothi
 Transient faults (refused connections, time-outs, status 429 and 5xx, answers that make no sense) are tried again
 with exponential backoff. Once a whole row of requests has used up its attempts, the server counts as gone: the run
 stops with what it has, and the same command goes on from there.
+
+Top log-probabilities of stored responses are asked for in the same way. The server scores prompt and response as one
+prompt (vLLM's ``prompt_logprobs``), so the figures are those of the stored tokens, whoever wrote them. They are kept
+beside the response file as JSON lines, ``{"key": ..., "top": [[ids], [log-probabilities]]}``, with an entry for every
+response token after the first, the response's own token among them, also where it is not among the likeliest.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from difflib import SequenceMatcher
 from itertools import islice
+from pathlib import Path
 from typing import Any, TypeVar
 
 from redraft.data.generate import Completion, Request
-from redraft.data.store import FINISH_REASONS, Failure
+from redraft.data.store import FINISH_REASONS, Failure, Row
 from redraft.data.transport import (
     Connection,
     Refused,
@@ -42,6 +50,11 @@ Outcome = TypeVar("Outcome")
 LONGEST_PAUSE = 30.0
 # A server's text against its ids: characters that are compared, those that a comparison needs, and the share alike.
 COMPARED, TELLING, ALIKE = 200, 12, 0.5
+# Rounding may lift the logarithm of a certain token a little above zero.
+MOST_LOGPROB = 1e-2
+
+Top = tuple[list[list[int]], list[list[float]]]
+"""Token ids and log-probabilities for every response token after the first."""
 
 
 class ServerEngine:
@@ -64,8 +77,7 @@ class ServerEngine:
         vocab_size: int | None = None,
     ) -> None:
         self._connection = Connection(url, concurrency, timeout)
-        self.url = self._connection.url
-        self.model, self.concurrency = model, concurrency
+        self.url, self.model, self.concurrency = self._connection.url, model, concurrency
         self.attempts, self.backoff, self.vocab_size = attempts, backoff, vocab_size
         self._stop = threading.Event()
 
@@ -86,8 +98,7 @@ class ServerEngine:
         """
 
         def attempt(request: Request) -> Completion:
-            body = completion_body(request, self.model, max_new_tokens)
-            value = self._connection.json("POST", "/v1/completions", body)
+            value = self._complete(completion_body(request, self.model, max_new_tokens))
             # all that a draft learns of such a response is right; of its end it learns nothing
             limits = (max_new_tokens, tokenizer, eos_ids, self.vocab_size)
             return read_completion(value, request, *limits, open_end=True)
@@ -128,6 +139,9 @@ class ServerEngine:
             self._connection.close()
 
     # -- one request -------------------------------------------------------------------------------------------------
+    def _complete(self, body: dict[str, Any]) -> dict[str, Any]:
+        return self._connection.json("POST", "/v1/completions", body)
+
     def _try(self, key: str, item: Item, attempt: Callable[[Item], Outcome]) -> Outcome | Failure:
         try:
             return self._persist(lambda: attempt(item))
@@ -202,19 +216,19 @@ def _ended(ids: list[int], reason: str, choice: dict[str, Any], eos_ids: Sequenc
 
     What a server writes behind one of the target's end tokens is no part of the response.
     """
-    found = next((n for n, i in enumerate(ids) if i in eos_ids), None)
+    found = next((n for n, i in enumerate(ids, 1) if i in eos_ids), None)
     if found is not None:
-        return ids[: found + 1], "stop"
+        return ids[:found], "stop"
     if reason == "stop":
         end = _stopped_at(choice)
         if end is None and len(eos_ids) == 1:
             end = int(eos_ids[0])
         if isinstance(end, int) and ids[-1:] != [end]:
             ids = [*ids, end]
-    if not ids and reason == "stop":
-        raise Refused(
-            "an empty answer, and the server does not say which end token it is; use one that gives token ids"
-        )
+        if not ids:
+            raise Refused(
+                "an empty answer, and the server does not say which end token it is; use one that gives token ids"
+            )
     if not ids:
         raise Transient("an answer of 0 tokens")
     return ids, reason
@@ -259,7 +273,7 @@ def _check_vocabulary(text: Any, ids: list[int], tokenizer: Any) -> None:
 
 
 def _letters(text: str) -> str:
-    return "".join(character for character in text if character.isalpha())
+    return "".join(filter(str.isalpha, text))
 
 
 def _stopped_at(choice: dict[str, Any]) -> int | str | None:
@@ -269,3 +283,122 @@ def _stopped_at(choice: dict[str, Any]) -> int | str | None:
         if isinstance(found, int | str) and not isinstance(found, bool):
             return found
     return None
+
+
+# -- log-probabilities -----------------------------------------------------------------------------------------------
+class TopEngine(ServerEngine):
+    """Asks for the ``count`` likeliest tokens at every response token."""
+
+    def __init__(self, url: str, model: str | None, count: int, concurrency: int = 32, **options: Any) -> None:
+        super().__init__(url, model, concurrency, **options)
+        self.count = count
+
+    def tops(self, rows: Sequence[Row]) -> Iterator[tuple[str, Top] | Failure]:
+        """Each row's key and figures, or a failure, as the server finishes them.
+
+        Figures of an id beyond the vocabulary are no answer. Raises ``UserError`` when the server gives no
+        log-probabilities, cannot be reached or stops answering.
+        """
+        yield from self.ask([(row.key, row) for row in rows], lambda row: (row.key, self._figures(row)))
+
+    def _figures(self, row: Row) -> Top:
+        body = {
+            "model": self.model,
+            "prompt": [*row.prompt_ids, *row.response_ids],
+            "max_tokens": 1,
+            "temperature": 0.0,
+            "prompt_logprobs": self.count,
+        }
+        found = read_tops(self._complete(body), row, self.url)
+        highest, size = max(map(max, found[0])), self.vocab_size
+        if size is not None and highest >= size:
+            raise Transient(f"log-probabilities of token id {highest}, and the target's vocabulary has {size}")
+        return found
+
+
+def read_tops(value: dict[str, Any], row: Row, url: str) -> Top:
+    """The figures in a server's answer. Raises ``UserError`` where it has none, ``Transient`` where they do not fit."""
+    choice = first_choice(value)
+    if choice is None:
+        raise Transient("an answer without choices")
+    found = choice.get("prompt_logprobs")
+    if found is None:
+        raise UserError(
+            f"the server at {url} gives no log-probabilities of a prompt; use one that does (vLLM), or train on its "
+            "answers alone with --teacher tokens"
+        )
+    begin, end = len(row.prompt_ids) + 1, len(row.prompt_ids) + len(row.response_ids)
+    try:
+        entries = [{int(i): float(entry["logprob"]) for i, entry in place.items()} for place in found[begin:end]]
+        if any(i < 0 or x > MOST_LOGPROB for entry in entries for i, x in entry.items()):
+            raise ValueError
+    except (TypeError, ValueError, OverflowError, AttributeError, KeyError):
+        raise Transient("log-probabilities in no known form") from None
+    # JSON has no infinity: a token that cannot be comes as the least number there is, or not at all.
+    likely = [{i: x for i, x in entry.items() if math.isfinite(x)} for entry in entries]
+    if len(likely) != len(row.response_ids) - 1 or not all(likely):
+        raise Transient(f"log-probabilities of {len(likely)} tokens where {len(row.response_ids) - 1} were asked for")
+    return [list(entry) for entry in likely], [list(entry.values()) for entry in likely]
+
+
+def read_top_file(path: Path, rows: Sequence[Row]) -> dict[str, Top]:
+    """The figures stored for ``rows``; a torn last line is left out. Raises ``UserError`` for any other damage."""
+    counts = {row.key: len(row.response_ids) - 1 for row in rows}
+    found: dict[str, Top] = {}
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            value = json.loads(line)
+            if value["key"] in counts:
+                found[value["key"]] = parse_top(value["top"], counts[value["key"]])
+        except (ValueError, KeyError, TypeError) as error:
+            if not line.endswith("\n"):
+                break
+            raise UserError(f"{path}:{number}: {error}; delete the file and run the same command again") from None
+    return found
+
+
+def ask_tops(
+    engine: TopEngine, rows: Sequence[Row], path: Path, progress: Callable[..., None] | None = None
+) -> dict[str, Top]:
+    """The figures of every row, asked for where ``path`` does not have them yet; a stopped run goes on.
+
+    Raises ``UserError`` when any row has none in the end; what came is kept.
+    """
+    wanted = [row for row in rows if len(row.response_ids) > 1]
+    size = engine.vocab_size
+    found = read_top_file(path, wanted)
+    # figures of ids that the target does not have are asked for again
+    found = {key: top for key, top in found.items() if size is None or max(map(max, top[0])) < size}
+    failures: list[Failure] = []
+    with open(path, "w") as file:
+        file.writelines(json.dumps({"key": key, "top": top}) + "\n" for key, top in found.items())
+        for outcome in engine.tops([row for row in wanted if row.key not in found]):
+            if isinstance(outcome, Failure):
+                failures.append(outcome)
+                continue
+            key, top = outcome
+            found[key] = top
+            file.write(json.dumps({"key": key, "top": top}) + "\n")
+            file.flush()
+            if progress:
+                progress(len(found))
+    if failures:
+        raise UserError(
+            f"{len(failures)} of {len(wanted)} responses got no log-probabilities, first {failures[0].key}: "
+            f"{failures[0].reason}; the same command asks again"
+        )
+    return found
+
+
+def parse_top(value: Any, count: int) -> Top:
+    """A stored entry ``[[ids], [log-probabilities]]`` of ``count`` positions. Raises ``ValueError``."""
+    try:
+        ids = [[int(i) for i in row] for row in value[0]]
+        values = [[float(x) for x in row] for row in value[1]]
+    except (TypeError, ValueError, IndexError, KeyError):
+        raise ValueError("no lists of ids and log-probabilities") from None
+    whole = len(ids) == len(values) == count and all(len(a) == len(b) > 0 for a, b in zip(ids, values, strict=True))
+    if not whole or not all(math.isfinite(x) for row in values for x in row) or any(i < 0 for r in ids for i in r):
+        raise ValueError(f"not {count} positions of ids with finite log-probabilities")
+    return ids, values

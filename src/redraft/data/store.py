@@ -60,18 +60,11 @@ class Row:
 
     @classmethod
     def of(
-        cls,
-        id: str,
-        prompt_ids: list[int],
-        response_ids: list[int],
-        sampler: Sampler,
-        finish_reason: str,
-        target_hash: str,
-        **beside: Any,
+        cls, id: str, prompt: list[int], response: list[int], sampler: Sampler, finish: str, target: str, **beside: Any
     ) -> Row:
         """A response as ``sampler`` drew it; ``beside``: ``seed`` (0 where nobody knows it), ``turn``, ``source``."""
-        how = {"temperature": sampler.temperature, "top_k": sampler.top_k, "top_p": sampler.top_p, "seed": 0} | beside
-        return cls(id, prompt_ids, response_ids, finish_reason=finish_reason, target_hash=target_hash, **how)
+        how = sampler.temperature, sampler.top_k, sampler.top_p, beside.pop("seed", 0)
+        return cls(id, prompt, response, *how, finish, target, **beside)
 
     @property
     def key(self) -> str:
@@ -143,20 +136,24 @@ def _scan(data: bytes, where: str | Path) -> tuple[list[Row], int]:
     return rows, start
 
 
+def unpacked(path: Path, mend: str) -> bytes:
+    """What a file holds, unpacked where it ends in ``.gz``. Raises ``UserError``, with ``mend`` where there is none."""
+    try:
+        data = path.read_bytes()
+        return gzip.decompress(data) if path.suffix == ".gz" else data
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist; {mend}") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+
+
 def read_rows(path: str | Path) -> list[Row]:
     """Every row of a response file (``.jsonl`` or ``.jsonl.gz``), in file order. A torn last line is left out.
 
     Raises ``UserError`` when the file is missing or empty, and with the line number when a line is damaged or a
     row is there twice.
     """
-    path = Path(path)
-    try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist; name a response file that `redraft regenerate` wrote") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
-    rows, _ = _scan(data, path)
+    rows, _ = _scan(unpacked(Path(path), "name a response file that `redraft regenerate` wrote"), path)
     if not rows:
         raise UserError(f"{path} holds no responses; run `redraft regenerate` again")
     return rows
@@ -180,21 +177,17 @@ class RowWriter:
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror or error}") from error
         try:
-            self._lock()
             self._recover()
         except BaseException:
             self._file.close()
             raise
 
-    def _lock(self) -> None:
-        if fcntl is None:
-            return
+    def _recover(self) -> None:
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl is not None:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UserError(f"{self.path} is being written by another process; wait for it or stop it") from error
-
-    def _recover(self) -> None:
         self._file.seek(0)
         data = self._file.read()
         self.rows, whole = _scan(data, self.path)
@@ -217,22 +210,19 @@ class RowWriter:
             data += encode_row(row)
         require_free_space(self.path.parent, len(data))
         try:
-            view = memoryview(bytes(data))
-            while view:
-                view = view[self._file.write(view) :]
+            written = 0
+            while written < len(data):
+                written += self._file.write(data[written:])
             os.fsync(self._file.fileno())
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror or error}; what was written is kept") from error
         self.rows.extend(rows)
 
-    def close(self) -> None:
-        self._file.close()
-
     def __enter__(self) -> RowWriter:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.close()
+        self._file.close()
 
 
 @dataclass(frozen=True)
@@ -255,9 +245,7 @@ def failures_path(path: str | Path) -> Path:
 
 def write_failures(path: str | Path, failures: Iterable[Failure]) -> None:
     """Replace the list of failures beside the response file ``path``; an empty list removes it."""
-    place = failures_path(path)
-    text = "".join(json.dumps(asdict(failure)) + "\n" for failure in failures)
-    if text:
-        atomic_write_text(place, text)
+    if text := "".join(json.dumps(asdict(failure)) + "\n" for failure in failures):
+        atomic_write_text(failures_path(path), text)
     else:
-        place.unlink(missing_ok=True)
+        failures_path(path).unlink(missing_ok=True)

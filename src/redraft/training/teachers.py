@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from redraft.data.logprobs import Top
+from redraft.data.server import Top
 from redraft.data.store import Row
 from redraft.drafts.standalone.objective import TeacherLogits
 from redraft.errors import UserError
