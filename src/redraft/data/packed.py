@@ -57,20 +57,18 @@ def text_files(names: Sequence[str]) -> list[str]:
     """
     found: list[str] = []
     for name in names:
-        path = Path(name)
-        if name.startswith(HUB_PREFIX):
-            found.append(name)
-        elif path.is_dir():
-            files = sorted(p for p in path.rglob("*") if p.is_file() and kind_of(p) in (*PLAIN, *JSON))
-            if not files:
-                raise UserError(f"{path} holds no text files; they end in {', '.join((*PLAIN, *JSON))}, or .gz behind")
-            found += map(str, files)
-        elif not path.is_file():
-            raise UserError(f"{path} does not exist; name text files, a folder of them or datasets:NAME")
-        elif kind_of(path) not in (*PLAIN, *JSON):
-            raise UserError(f"{path} is of no known format; text files end in {', '.join((*PLAIN, *JSON))}, or .gz")
-        else:
-            found.append(name)
+        path, known = Path(name), (*PLAIN, *JSON)
+        files = [name]
+        if not name.startswith(HUB_PREFIX):
+            if path.is_dir():
+                files = [str(p) for p in sorted(path.rglob("*")) if p.is_file() and kind_of(p) in known]
+            elif not path.is_file():
+                raise UserError(f"{path} does not exist; name text files, a folder of them or datasets:NAME")
+            elif kind_of(path) not in known:
+                raise UserError(f"{path} is of no known format; text files end in {', '.join(known)}, or .gz")
+        if not files:
+            raise UserError(f"{path} holds no text files; they end in {', '.join(known)}, or .gz behind")
+        found += files
     if not found:
         raise UserError("no text is named; give text files, a folder of them or datasets:NAME")
     if len(set(found)) < len(found):
@@ -80,22 +78,21 @@ def text_files(names: Sequence[str]) -> list[str]:
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Number and text of every line. Raises ``UserError`` that names file and byte where it is not UTF-8 text."""
-    at = 0
+    at, number = 0, 1
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
             for number, line in enumerate(file, 1):
-                try:
-                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                except UnicodeDecodeError as error:
-                    raise UserError(
-                        f"{path} is not UTF-8 text at byte {at + error.start} (line {number}, {error.reason}); "
-                        "convert the file to UTF-8 or leave it out"
-                    ) from None
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 if "\0" in text:
                     place = at + line.index(b"\0")
                     raise UserError(f"{path} is no text: a zero at byte {place} (line {number}); leave it out")
                 at += len(line)
                 yield number, text
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not UTF-8 text at byte {at + error.start} (line {number}, {error.reason}); "
+            "convert the file to UTF-8 or leave it out"
+        ) from None
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"cannot read {path}: {error}") from error
 
@@ -106,15 +103,13 @@ def _file_pieces(path: Path, text_field: str) -> Iterator[str]:
             if line.strip():
                 yield _text_of(parse_json(line, path, number), text_field, f"{path}:{number}")
         return
-    held: list[str] = []
-    size = 0
+    held = ""
     for _, line in _lines(path):
-        held.append(line)
-        size += len(line)
-        if size >= PIECE_BYTES:
-            yield "".join(held)
-            held, size = [], 0
-    yield "".join(held)
+        held += line
+        if len(held) >= PIECE_BYTES:
+            yield held
+            held = ""
+    yield held
 
 
 def _text_of(item: Any, text_field: str, place: str) -> str:

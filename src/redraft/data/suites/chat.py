@@ -10,6 +10,7 @@ from typing import Any
 
 from redraft.data.shapes import Conversation
 from redraft.data.suites import SuiteDefinition, category_of
+from redraft.data.turns import asked_by_user
 from redraft.registries import SUITES
 
 # Spec-Bench reports MT-bench as one of six tasks; its eight categories can still be asked for by name. The other two
@@ -26,8 +27,7 @@ def question_row(row: dict[str, Any], number: int) -> dict[str, Any]:
     id = row["question_id"] if "question_id" in row else row["prompt_id"]
     if not isinstance(turns, list):
         raise TypeError("turns must be a list")
-    messages = [{"role": "user", "content": turn} for turn in turns]
-    return {"id": f"spec_bench/{row['category']}/{id}", "messages": messages}
+    return {"id": f"spec_bench/{row['category']}/{id}", "messages": list(map(asked_by_user, turns))}
 
 
 def mt_bench_only(conversation: Conversation) -> Conversation | None:
@@ -40,8 +40,8 @@ def mt_bench_only(conversation: Conversation) -> Conversation | None:
 
 def ability_row(row: dict[str, Any], number: int) -> dict[str, Any]:
     """``task`` (an ability), ``id`` and ``history`` of ``user`` and ``bot``; the source's own replies are not used."""
-    messages = [{"role": "user", "content": turn["user"]} for turn in row["history"]]
-    return {"id": f"mtbench101/{row['task']}/{row['id']}", "messages": messages}
+    turns = [asked_by_user(turn["user"]) for turn in row["history"]]
+    return {"id": f"mtbench101/{row['task']}/{row['id']}", "messages": turns}
 
 
 SUITES.register("spec-bench")(
