@@ -18,7 +18,7 @@ from redraft.adaptation.runs import Run, Say, row_tokens, supervised_rows
 from redraft.adaptation.sources import Source
 from redraft.artifact import atomic_write_json
 from redraft.data.packed import PackedText, TextSource
-from redraft.data.server import TopEngine, ask_tops
+from redraft.data.server import ServerEngine, ask_tops
 from redraft.data.store import Row
 from redraft.drafts.experts import private_names
 from redraft.drafts.files import load_draft, save_draft, save_private
@@ -159,9 +159,9 @@ class DistillRun(Run[DistillConfig]):
         if c.teacher == "tops":
             assert c.server is not None
             size = self.target.vocab_size
-            engine = TopEngine(c.server, c.server_model, c.top_logprobs, c.batch_size, vocab_size=size)
+            engine = ServerEngine(c.server, c.server_model, c.batch_size, vocab_size=size)
             with self.log.counted("log-probabilities", len(rows), "rows") as (_, progress):
-                found = ask_tops(engine, rows, self.folder / "tops.jsonl", progress.update)
+                found = ask_tops(engine, c.top_logprobs, rows, self.folder / "tops.jsonl", progress.update)
             return TopTeacher(found, self.target.vocab_size)
         if not c.store_states:
             return StateTeacher(self.target, ComputedFeatures(self.target))

@@ -45,7 +45,7 @@ T = TypeVar("T")
 
 
 # -- files -----------------------------------------------------------------------------------------------------------
-def kind_of(path: Path) -> str:
+def _kind_of(path: Path) -> str:
     """The ending that tells the format, without ``.gz``."""
     return Path(path.name.removesuffix(".gz")).suffix.lower()
 
@@ -61,10 +61,10 @@ def text_files(names: Sequence[str]) -> list[str]:
         files = [name]
         if not name.startswith(HUB_PREFIX):
             if path.is_dir():
-                files = [str(p) for p in sorted(path.rglob("*")) if p.is_file() and kind_of(p) in known]
+                files = [str(p) for p in sorted(path.rglob("*")) if p.is_file() and _kind_of(p) in known]
             elif not path.is_file():
                 raise UserError(f"{path} does not exist; name text files, a folder of them or datasets:NAME")
-            elif kind_of(path) not in known:
+            elif _kind_of(path) not in known:
                 raise UserError(f"{path} is of no known format; text files end in {', '.join(known)}, or .gz")
         if not files:
             raise UserError(f"{path} holds no text files; they end in {', '.join(known)}, or .gz behind")
@@ -98,7 +98,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _file_pieces(path: Path, text_field: str) -> Iterator[str]:
-    if kind_of(path) in JSON:
+    if _kind_of(path) in JSON:
         for number, line in _lines(path):
             if line.strip():
                 yield _text_of(parse_json(line, path, number), text_field, f"{path}:{number}")
@@ -196,8 +196,7 @@ class PackedText:
             raise UserError(f"the held-out share of the text must be at least 0 and below 1, not {heldout_share}")
         self.source, self.tokenizer, self.length, self.seed = source, tokenizer, length, seed
         self.share = round(heldout_share * HASH_PARTS)
-        opening = list(tokenizer("a").input_ids)[:1]
-        self.opening = opening if tokenizer.bos_token_id is not None and opening == [tokenizer.bos_token_id] else []
+        self.opening = [i for i in list(tokenizer("a").input_ids)[:1] if i == tokenizer.bos_token_id]
 
     def held_out(self, piece: str) -> bool:
         """Whether a piece belongs to the held-out text: by what it says, not by where it stands."""
@@ -205,11 +204,8 @@ class PackedText:
 
     def tokens(self, pieces: Sequence[str]) -> list[int]:
         """Token ids of the pieces, each between the opening token (if any) and the end token."""
-        texts = [piece for piece in pieces if piece]
-        if not texts:
-            return []
-        found = self.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
-        end = int(self.tokenizer.eos_token_id)
+        texts, end = [piece for piece in pieces if piece], int(self.tokenizer.eos_token_id)
+        found = self.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids if texts else []
         return [i for ids in found for i in (*self.opening, *ids, end)]
 
     def heldout(self, blocks: int) -> Tensor:

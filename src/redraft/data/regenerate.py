@@ -44,7 +44,10 @@ FOREIGN_RESULT = (
 
 
 class Engine(Protocol):
-    """Answers prompts of token ids with token ids, in any order."""
+    """Answers prompts of token ids with token ids, in any order.
+
+    ``among`` are all requests of the round; with ``features`` completions may bring what the target computed at taps.
+    """
 
     def answer(
         self,
@@ -63,17 +66,9 @@ class InProcessEngine:
     def __init__(self, target: Target, batch_size: int = 64) -> None:
         self.target, self.batch_size = target, batch_size
 
-    def answer(
-        self,
-        requests: Sequence[Request],
-        max_new_tokens: int,
-        tokenizer: Any,
-        eos_ids: Sequence[int],
-        among: Sequence[Request] = (),
-        features: bool = False,
-    ) -> Iterator[Completion | Failure]:
-        """``features``: completions bring what the target computed at its taps."""
-        yield from generate(self.target, requests, max_new_tokens, self.batch_size, among=among, features=features)
+    def answer(self, requests: Sequence[Request], max_new_tokens: int, *_: Any, **how: Any) -> Iterator[Completion]:
+        """``how``: ``among`` and ``features``, as :func:`generate` takes them."""
+        return generate(self.target, requests, max_new_tokens, self.batch_size, **how)
 
 
 @dataclass

@@ -82,23 +82,16 @@ class ServerEngine:
         self._stop = threading.Event()
 
     def answer(
-        self,
-        requests: Sequence[Request],
-        max_new_tokens: int,
-        tokenizer: Any,
-        eos_ids: Sequence[int],
-        among: Sequence[Request] = (),
-        features: bool = False,
+        self, requests: Sequence[Request], max_new_tokens: int, tokenizer: Any, eos_ids: Sequence[int], **_: Any
     ) -> Iterator[Completion | Failure]:
         """Answer the requests as the server finishes them; a request that fails for good comes as a ``Failure``.
 
-        ``among`` plays no part: how requests are batched is the server's own affair. Neither does ``features``: a
-        server gives none.
+        What else an engine is told plays no part: batches are the server's own affair, and features it gives none.
         Raises ``UserError`` when the server cannot be reached at all, knows no such model, or stops answering.
         """
 
         def attempt(request: Request) -> Completion:
-            value = self._complete(completion_body(request, self.model, max_new_tokens))
+            value = self.complete(completion_body(request, self.model, max_new_tokens))
             # all that a draft learns of such a response is right; of its end it learns nothing
             limits = (max_new_tokens, tokenizer, eos_ids, self.vocab_size)
             return read_completion(value, request, *limits, open_end=True)
@@ -139,8 +132,9 @@ class ServerEngine:
             self._connection.close()
 
     # -- one request -------------------------------------------------------------------------------------------------
-    def _complete(self, body: dict[str, Any]) -> dict[str, Any]:
-        return self._connection.json("POST", "/v1/completions", body)
+    def complete(self, body: dict[str, Any]) -> dict[str, Any]:
+        """What the server makes of a body for ``/v1/completions``. Raises as :meth:`Connection.json`."""
+        return self._connection.json("POST", "/v1/completions", {"model": self.model, **body})
 
     def _try(self, key: str, item: Item, attempt: Callable[[Item], Outcome]) -> Outcome | Failure:
         try:
@@ -286,36 +280,6 @@ def _stopped_at(choice: dict[str, Any]) -> int | str | None:
 
 
 # -- log-probabilities -----------------------------------------------------------------------------------------------
-class TopEngine(ServerEngine):
-    """Asks for the ``count`` likeliest tokens at every response token."""
-
-    def __init__(self, url: str, model: str | None, count: int, concurrency: int = 32, **options: Any) -> None:
-        super().__init__(url, model, concurrency, **options)
-        self.count = count
-
-    def tops(self, rows: Sequence[Row]) -> Iterator[tuple[str, Top] | Failure]:
-        """Each row's key and figures, or a failure, as the server finishes them.
-
-        Figures of an id beyond the vocabulary are no answer. Raises ``UserError`` when the server gives no
-        log-probabilities, cannot be reached or stops answering.
-        """
-        yield from self.ask([(row.key, row) for row in rows], lambda row: (row.key, self._figures(row)))
-
-    def _figures(self, row: Row) -> Top:
-        body = {
-            "model": self.model,
-            "prompt": [*row.prompt_ids, *row.response_ids],
-            "max_tokens": 1,
-            "temperature": 0.0,
-            "prompt_logprobs": self.count,
-        }
-        found = read_tops(self._complete(body), row, self.url)
-        highest, size = max(map(max, found[0])), self.vocab_size
-        if size is not None and highest >= size:
-            raise Transient(f"log-probabilities of token id {highest}, and the target's vocabulary has {size}")
-        return found
-
-
 def read_tops(value: dict[str, Any], row: Row, url: str) -> Top:
     """The figures in a server's answer. Raises ``UserError`` where it has none, ``Transient`` where they do not fit."""
     choice = first_choice(value)
@@ -359,27 +323,36 @@ def read_top_file(path: Path, rows: Sequence[Row]) -> dict[str, Top]:
 
 
 def ask_tops(
-    engine: TopEngine, rows: Sequence[Row], path: Path, progress: Callable[..., None] | None = None
+    engine: ServerEngine, count: int, rows: Sequence[Row], path: Path, progress: Callable[..., None] | None = None
 ) -> dict[str, Top]:
-    """The figures of every row, asked for where ``path`` does not have them yet; a stopped run goes on.
+    """The ``count`` likeliest tokens at every token of every row, asked for where ``path`` does not have them yet.
 
-    Raises ``UserError`` when any row has none in the end; what came is kept.
+    A stopped run goes on. Figures of an id beyond the vocabulary are no answer. Raises ``UserError`` when the server
+    gives no log-probabilities, as :meth:`ServerEngine.ask` does, and when any row has none in the end; what came is
+    kept.
     """
-    wanted = [row for row in rows if len(row.response_ids) > 1]
-    size = engine.vocab_size
-    found = read_top_file(path, wanted)
+    size = math.inf if engine.vocab_size is None else engine.vocab_size
+
+    def attempt(row: Row) -> tuple[str, Top]:
+        prompt = {"prompt": [*row.prompt_ids, *row.response_ids], "prompt_logprobs": count}
+        found = read_tops(engine.complete({"max_tokens": 1, "temperature": 0.0, **prompt}), row, engine.url)
+        if (highest := max(map(max, found[0]))) >= size:
+            raise Transient(f"log-probabilities of token id {highest}, and the target's vocabulary has {size}")
+        return row.key, found
+
+    wanted = {row.key: row for row in rows if len(row.response_ids) > 1}
+    stored = read_top_file(path, list(wanted.values()))
     # figures of ids that the target does not have are asked for again
-    found = {key: top for key, top in found.items() if size is None or max(map(max, top[0])) < size}
+    found = {key: top for key, top in stored.items() if max(map(max, top[0])) < size}
     failures: list[Failure] = []
     with open(path, "w") as file:
         file.writelines(json.dumps({"key": key, "top": top}) + "\n" for key, top in found.items())
-        for outcome in engine.tops([row for row in wanted if row.key not in found]):
+        for outcome in engine.ask([item for item in wanted.items() if item[0] not in found], attempt):
             if isinstance(outcome, Failure):
                 failures.append(outcome)
                 continue
-            key, top = outcome
-            found[key] = top
-            file.write(json.dumps({"key": key, "top": top}) + "\n")
+            key, found[outcome[0]] = outcome
+            file.write(json.dumps({"key": key, "top": found[key]}) + "\n")
             file.flush()
             if progress:
                 progress(len(found))
