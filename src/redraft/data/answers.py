@@ -1,8 +1,8 @@
 """Between text and tokens: the token ids of an answer that came as text, and the chat turn of a response in ids.
 
-A chat template writes answers in its own way: it trims them, drops thoughts, opens an empty block of thoughts. What was
-served was written by the model behind the template's opening of its turn, so the answer's own text is put there, and
-of the template only what frames it is taken: marks between thoughts and answer, and the end token.
+A chat template writes answers in its own way: it trims them, drops thoughts, opens an empty block of thoughts. So the
+answer's own text is put behind the template's opening of its turn, and of the template only what frames it is taken:
+marks between thoughts and answer, and the end token.
 """
 
 from __future__ import annotations
@@ -64,15 +64,13 @@ def answer_ids(
 ) -> tuple[list[int], list[int], str]:
     """(prompt ids, response ids, finish reason) of an ``answer`` to the messages ``asked``, by the chat template.
 
-    The response is the answer's own text behind the opening of the assistant's turn, its thoughts before it where it
-    has any, and the first end token that the template writes behind it (``stop``); without one where it was ``cut``
-    off or the template writes none (``length``). ``served`` answers are the model's own: nothing is put among them
-    that the model may not have written, unless the number of tokens, one of ``counts``, says that it did. Answers of
-    others are framed as the template does it. ``eos_ids`` are the target's end tokens (the tokenizer's own where none
-    are given).
-
-    Raises ``UserError`` for conversation ``id``: a template that cannot be followed or drops the thoughts, an answer
-    without the thoughts that its prompt opens, one with a tool call, one that holds an end token.
+    The response is the answer's own text behind the opening of the assistant's turn, any thoughts before it, and the
+    first end token that the template writes behind it (``stop``); without one where it was ``cut`` off or the template
+    writes none (``length``). ``served`` answers are the model's own: nothing is put among them that the model may not
+    have written, unless the number of tokens, one of ``counts``, says that it did. Others are framed as the template
+    does it. ``eos_ids`` are the target's end tokens (the tokenizer's own where none are given). Raises ``UserError``
+    for a template that cannot be followed or drops the thoughts, an answer without the thoughts that its prompt opens,
+    one with a tool call, one that holds an end token.
     """
     message: Message = {"role": ASSISTANT, "content": answer} if isinstance(answer, str) else answer
     if message.get("tool_calls"):
@@ -243,9 +241,8 @@ def reply_message(
 ) -> Message:
     """The assistant's turn that a chat server would hold of a response, for the history of the next turn.
 
-    Thoughts whose marks the template itself knows what to do with stay in the text; others are split off, as a server's
-    parser does it. Of gpt-oss's channels the final one is the answer. Raises ``UnclearReply`` where it cannot be
-    told from the rest.
+    Thoughts whose marks the template knows what to do with stay in the text; others are split off, as a server's parser
+    does it. Of gpt-oss's channels the final one is the answer. Raises ``UnclearReply`` where it cannot be told.
     """
     ids = list(response_ids)
     while ids and ids[-1] in eos_ids:
@@ -261,7 +258,9 @@ def reply_message(
             raise UnclearReply("its thoughts do not end, so there is no answer")
         if special_tokens(tokenizer).intersection(marks) or marks[1] not in template_text(tokenizer):
             thoughts, _, text = text.rpartition(marks[1])
-            thoughts, text = _without(thoughts, marks[0]).strip("\n"), _unwrapped(text.lstrip("\n"))
+            thoughts, text = _without(thoughts, marks[0]).strip("\n"), text.lstrip("\n")
+            around = next((pair for pair in ANSWER_MARKS if text.startswith(pair[0])), ("", ""))
+            text = text.removeprefix(around[0]).removesuffix(around[1])
             thought = {"reasoning_content": thoughts} if thoughts.strip() else {}
     return {"role": ASSISTANT, "content": _said(tokenizer, text), **thought}
 
@@ -272,18 +271,9 @@ def special_tokens(tokenizer: Any) -> set[str]:
     return {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
 
 
-def _unwrapped(text: str) -> str:
-    """The answer without the marks that stand around it behind thoughts, as servers' parsers give it."""
-    marks = next((pair for pair in ANSWER_MARKS if text.startswith(pair[0])), None)
-    return text.removeprefix(marks[0]).removesuffix(marks[1]) if marks else text
-
-
 def _said(tokenizer: Any, text: str) -> str:
-    """The text without special tokens that frame no part of an answer, as servers show it.
-
-    These are the begin, padding and unknown token, and those of turns, which a model that runs on may write. Raises
-    ``UnclearReply`` for any other: what stands before or behind it may be something else than the answer.
-    """
+    """The text without special tokens that frame no part of an answer (begin, padding, unknown, and those of turns,
+    which a model that runs on may write). Raises ``UnclearReply`` for any other: beside it may stand something else."""
     text = text.removeprefix(ANSWER_MARKS[0][0]).removesuffix(ANSWER_MARKS[0][1])
     found = {mark for mark in special_tokens(tokenizer) if mark in text}
     strange = found - {tokenizer.bos_token, tokenizer.pad_token, tokenizer.unk_token}

@@ -1,12 +1,10 @@
 """In-process generation by the target: token ids in, token ids out.
 
-Continuous batching: a fixed number of slots, each with its own length. A finished sequence frees its slot at once;
-freed slots are refilled by groups of waiting prompts of similar length, so that neither finished rows nor padding cost
-a forward pass. What a draft will learn from, the target's features, passes by on the way and can be kept.
-
-That is done where sequences of several lengths in one pass give the target's own text (:mod:`redraft.target.paths`);
-for any other target transformers' own generation writes it. Prompts of the same length then share a pass, so that
-nothing is padded: what padding does to a window or to a recurrent state is nobody's business here.
+Continuous batching: a finished sequence frees its slot at once; freed slots are refilled by groups of waiting prompts
+of similar length, so that neither finished rows nor padding cost a forward pass. What a draft will learn from, the
+target's features, passes by on the way and can be kept. That is done where sequences of several lengths in one pass
+give the target's own text (:mod:`redraft.target.paths`). For any other target transformers' own generation writes it,
+prompts of one length at a time: what padding does to a window or to a recurrent state is nobody's business here.
 
 Shape legend: B slots or rows, P prompt tokens, R response tokens, T tokens, H hidden size, K taps, V vocabulary.
 """
@@ -74,12 +72,10 @@ def generate(
 ) -> Iterator[Completion]:
     """Answer every request; completions come as they finish, not in the order of the requests.
 
-    ``stop_ids`` end a response besides the target's own end tokens. ``among``: all requests of a run of which these
-    are left. Slots, their capacity and the groups of the prefill then follow from all of them, so that every pass
-    has the shape that it would have had without the stop, and in bfloat16 too the answers are the same.
-    ``features``: keep what the target computes at its taps, which saves the pass that would compute it again.
-    Raises ``ValueError`` for an empty prompt or one that leaves no room for a response; callers check user input
-    first.
+    ``stop_ids`` end a response besides the target's own end tokens. ``among``: all requests of a run of which these are
+    left, from which slots, their capacity and the groups of the prefill follow, so that every pass has the shape that
+    it would have had without the stop, and in bfloat16 too the answers are the same. ``features``: keep what the target
+    computes at its taps. Raises ``ValueError`` for a prompt that is empty or leaves no room; callers check user input.
     """
     everyone = among or requests
     for each in everyone:

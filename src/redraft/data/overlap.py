@@ -63,10 +63,7 @@ def same_text(conversation: Conversation) -> str:
 
 
 def find_overlap(training: Iterable[Conversation], evaluation: Sequence[Conversation]) -> list[Overlap]:
-    """Every evaluation prompt that is, or nearly is, a training prompt: one entry each, with its closest match.
-
-    Linear in the number of words; only the evaluation prompts' shingles are kept in memory.
-    """
+    """Every evaluation prompt that is, or nearly is, a training prompt: one entry each, with its closest match."""
     exact: defaultdict[str, list[int]] = defaultdict(list)
     holders: defaultdict[int, list[_Turn]] = defaultdict(list)
     for index, conversation in enumerate(evaluation):
@@ -123,11 +120,10 @@ def refuse_overlap(training: Iterable[Conversation], evaluation: Sequence[Conver
 
 
 def trained_conversations(rows: Iterable[Row], tokenizer: Any) -> Iterator[Conversation]:
-    """The user turns of a response file's prompts as conversations, for :func:`refuse_overlap`.
+    """The user turns of a response file's prompts as conversations, for :func:`refuse_overlap`; once a prompt.
 
     What the chat template writes around them is cut off, and with it system turns and tools, which all prompts of a
-    service share. A prompt that does not show the template's marks is taken whole. Responses of several temperatures to
-    one prompt give it once.
+    service share. A prompt that does not show the template's marks is taken whole.
     """
     opening, closing = _user_marks(tokenizer)
     once: dict[tuple[str, int], Row] = {}

@@ -1,18 +1,14 @@
 """Plain text as training blocks: read in order, tokenised, laid end to end and cut, with no token lost or padded.
 
 Read are text files (``.txt``, ``.text``, ``.md``), JSON lines with a text field (``.jsonl``, ``.json``), any of these
-with ``.gz``, folders of them, and ``datasets:NAME:CONFIG@SPLIT``, which is streamed. Files are read piece by piece: a
-line of JSON is a piece, a text file is cut at line breaks into pieces of about ``PIECE_BYTES``.
-
-Order: pieces are shuffled within windows of ``WINDOW``, by seed, pass and window, so that a stream of any length has
-a reproducible order. A position in it is a handful of numbers and the tokens left over from the last cut; reading
-goes on from it bit by bit as if it had never stopped. Every piece ends with the tokenizer's end token, and begins
-with its opening token where the tokenizer itself puts one.
+with ``.gz``, folders of them, and ``datasets:NAME:CONFIG@SPLIT``, which is streamed. A line of JSON is a piece, a text
+file is cut at line breaks into pieces of about ``PIECE_BYTES``. Pieces are shuffled within windows of ``WINDOW``, by
+seed, pass and window, so that a stream of any length has a reproducible order, and reading goes on from a position in
+it as if it had never stopped. Every piece ends with the tokenizer's end token, and begins with its opening token where
+the tokenizer itself puts one.
 
 A block has ``length + 1`` tokens and begins with the last one of the block before: as inputs and labels, shifted by
-one, every token of the stream is a label once, but for the very first.
-
-Shape legend: B blocks, T tokens.
+one, every token of the stream is a label once, but for the very first. Shape legend: B blocks, T tokens.
 """
 
 from __future__ import annotations
@@ -52,9 +48,7 @@ def _kind_of(path: Path) -> str:
 
 def text_files(names: Sequence[str]) -> list[str]:
     """Files and ``datasets:`` names, in the order given, folders replaced by their files in name order.
-
-    Raises ``UserError`` for what is missing, empty, or of an unknown format, and when nothing is named.
-    """
+    Raises ``UserError`` for what is missing, empty, or of an unknown format, and when nothing is named."""
     found: list[str] = []
     for name in names:
         path, known = Path(name), (*PLAIN, *JSON)
@@ -124,8 +118,7 @@ def _text_of(item: Any, text_field: str, place: str) -> str:
 class TextSource:
     """Pieces of text in a fixed order. ``names`` are files, folders and ``datasets:`` names.
 
-    Raises ``UserError`` as :func:`text_files` does; what is wrong inside a file is found by :meth:`survey`, or when
-    reading comes to it.
+    Raises ``UserError``; what is wrong inside a file is found by :meth:`survey`, or when reading comes to it.
     """
 
     names: Sequence[str]
@@ -210,9 +203,7 @@ class PackedText:
 
     def heldout(self, blocks: int) -> Tensor:
         """The first ``blocks`` blocks of the held-out text, in file order, [B, T]; fewer where it holds fewer.
-
-        Raises ``UserError`` when it does not fill one block.
-        """
+        Raises ``UserError`` when it does not fill one block."""
         held: list[int] = []
         for piece in self.source.pieces():
             if piece and self.held_out(piece):
@@ -229,9 +220,7 @@ class PackedText:
 
     def blocks(self, start: Position = Position()) -> Iterator[tuple[Tensor, Position]]:
         """Blocks [T] from ``start`` on, without end, each with the position behind it.
-
-        Raises ``UserError`` when a whole pass gives no block.
-        """
+        Raises ``UserError`` when a whole pass gives no block."""
         at = start
         while True:
             whole = (at.window, at.batches, at.blocks) == (0, 0, 0)
@@ -269,10 +258,8 @@ def cut(row: Sequence[int], length: int, count: int) -> Tensor:
 
 # -- reading ahead ---------------------------------------------------------------------------------------------------
 def ahead(make: Callable[[], Iterator[T]], depth: int = 8) -> Iterator[T]:
-    """What the iterator that ``make`` gives yields, worked out up to ``depth`` items ahead in a thread of its own.
-
-    Errors come out where the item would have. Closing the generator ends the thread.
-    """
+    """What the iterator that ``make`` gives yields, worked out up to ``depth`` items ahead in a thread of its own,
+    which ends when the generator is closed. Errors come out where the item would have."""
     end, items = object(), make()
     reader = ThreadPoolExecutor(1, thread_name_prefix="redraft-text")
     try:

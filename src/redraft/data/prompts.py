@@ -30,8 +30,7 @@ def read_conversations(
 
     Items without an id are called after the file and their line. ``convert(item, number)`` may bring rows of another
     shape into a known one, leave a row out by giving None, or raise ``ValueError`` that says what is wrong with it.
-    Raises ``UserError`` with file and line for: a missing or empty file, broken JSON, an unknown shape or role, a
-    conversation with no user turn, an id that is there twice.
+    Raises ``UserError``, with file and line where there is one, also for an id that is there twice.
     """
     stem, items = stem_of(Path(path)), file_items(Path(path))
     if str(path).startswith(HUB_PREFIX):
@@ -115,9 +114,7 @@ def _refuse_row(line: str, path: Path, number: int) -> None:
 
 def hub_rows(name: str, skip: int | None = None) -> Iterator[tuple[int, Any]]:
     """Number and value of every row of a ``datasets:`` name, in order; streamed from behind the first ``skip``, if any.
-
-    Raises ``UserError`` where the library is missing or cannot read the data set.
-    """
+    Raises ``UserError`` where the library is missing or cannot read the data set."""
     place, _, split = name.removeprefix(HUB_PREFIX).partition("@")
     repository, _, config = place.partition(":")
     try:
@@ -143,8 +140,8 @@ def _without_nulls(value: Any) -> Any:
 def prompt_turns(conversation: Conversation) -> list[Message]:
     """The turns to be answered: all but the assistant's, in order. Reference answers are left out.
 
-    The model's own reply belongs behind every user turn, also where two user turns follow each other. What an
-    assistant says before any question is no answer to one, and stays.
+    The model's own reply belongs behind every user turn, also where two follow each other. What an assistant says
+    before any question is no answer to one, and stays.
     """
     turns = conversation.messages
     first = next((number for number, message in enumerate(turns) if message["role"] == USER), 0)
@@ -157,21 +154,15 @@ def user_turns(conversation: Conversation) -> int:
 
 
 def prompt_messages(conversation: Conversation, replies: Sequence[str | Message]) -> Turns:
-    """The messages that lead to reply number ``len(replies)``, with the earlier ``replies`` in their places.
-
-    A reply is its text, or an assistant's turn. Raises ``ValueError`` when the conversation has no further user turn.
-    """
-    messages = conversation.turns(())
-    answered = 0
+    """The messages that lead to reply number ``len(replies)``, with the earlier ``replies`` (texts, or assistant's
+    turns) in their places. Raises ``ValueError`` when the conversation has no further user turn."""
+    messages, earlier = conversation.turns(()), iter(replies)
     for message in prompt_turns(conversation):
         messages.append(message)
-        if message["role"] != USER:
-            continue
-        if answered == len(replies):
-            return messages
-        reply = replies[answered]
-        messages.append({"role": ASSISTANT, "content": reply} if isinstance(reply, str) else reply)
-        answered += 1
+        if message["role"] == USER:
+            if (reply := next(earlier, None)) is None:
+                return messages
+            messages.append({"role": ASSISTANT, "content": reply} if isinstance(reply, str) else reply)
     raise ValueError(f"conversation {conversation.id} has no user turn after {len(replies)} replies")
 
 

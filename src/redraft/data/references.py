@@ -29,16 +29,14 @@ def reference_rows(
 ) -> list[Row]:
     """One row for every user turn, with the answer that stands behind it in the file; ``source`` is ``reference``.
 
-    Turn by turn, as regeneration does it: the prompt of a later turn holds the reference answers to the earlier
-    ones. The prompt is what the target's chat template makes of it; the answer stands behind it unchanged, with the
-    end token that the template writes. A turn of ``weight`` 0 gives no row and stays in the prompts of later ones.
-    ``eos_ids`` are the target's end tokens (the tokenizer's own where none are given). Answers longer than
-    ``max_new_tokens`` are cut there and finish with ``length``, as a regenerated one would; ``context`` is the
-    longest sequence of the target. A later turn that no longer fits goes to ``failures`` where a list is given, with
-    all turns behind it.
+    Turn by turn, as regeneration does it: the prompt of a later turn holds the reference answers to the earlier ones. A
+    turn of ``weight`` 0 gives no row and stays in the prompts of later ones. ``eos_ids`` are the target's end tokens
+    (the tokenizer's own where none are given). Answers longer than ``max_new_tokens`` are cut there and finish with
+    ``length``, as a regenerated one would; ``context`` is the longest sequence of the target. A later turn that no
+    longer fits goes to ``failures`` where a list is given, with all turns behind it.
 
-    Raises ``UserError`` that names the conversation: for a user turn without an answer, a prompt that does not fit,
-    a template that cannot be followed, an id that is there twice.
+    Raises ``UserError`` that names the conversation, as :func:`answer_ids` does, and for a user turn without an answer,
+    a prompt that does not fit, an id that is there twice.
     """
     rows: list[Row] = []
     seen: set[str] = set()
@@ -70,8 +68,7 @@ def reference_rows(
 def reference_answers(conversation: Conversation) -> list[Message]:
     """The assistant's turn behind every user turn, in order.
 
-    Raises ``UserError`` when a user turn has none, an empty one or two, or an answer stands before any question or
-    behind the result of a tool.
+    Raises ``UserError`` when a user turn has none, an empty one or two, or an answer stands behind no user turn.
     """
     answers: list[Message] = []
     role = SYSTEM

@@ -2,9 +2,8 @@
 
 Token ids in, token ids out. Conversations go turn by turn: first the first turn of all of them, then the second, and
 so on. For the next turn a reply is put back through the chat template as the turn that a chat server would hold of it,
-without the thoughts that it would split off; reference answers in the prompt file are not used.
-
-A template that writes the date is shown that of the run's start, which is kept beside the rows.
+without the thoughts that it would split off; reference answers in the prompt file are not used. A template that writes
+the date is shown that of the run's start, which is kept beside the rows.
 
 A run that was killed goes on where it stopped. Every draw depends on the prompt, the sampler and the seed alone, so
 the outcome is that of a run that was not killed, but for rounding that depends on what shares a batch.
@@ -15,7 +14,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -157,16 +155,13 @@ def regenerate(
     if len({conversation.id for conversation in conversations}) < len(conversations):
         raise UserError("two conversations have the same id; ids must differ")
     chains = [_Chain(conversation, sampler) for sampler in samplers for conversation in conversations]
-    with RowWriter(out_path) as writer, at_moment(target.tokenizer, _moment(target.tokenizer, writer)):
-        return _Run(engine, target, max_new_tokens, seed, writer, progress, features).finish(chains)
-
-
-def _moment(tokenizer: Any, writer: RowWriter) -> datetime | None:
-    """The date that the template is shown, where it writes one and the run has none of its own."""
-    known = settings_of(tokenizer)
-    if known.fixed or not writes_date(tokenizer):
-        return None
-    return kept_moment(writer.path, known.moment, fresh=not writer.rows)
+    with RowWriter(out_path) as writer:
+        known = settings_of(target.tokenizer)
+        moment = known.moment
+        if writes_date(target.tokenizer) and not known.fixed:  # the run has none of its own
+            moment = kept_moment(writer.path, moment, fresh=not writer.rows)
+        with at_moment(target.tokenizer, moment):
+            return _Run(engine, target, max_new_tokens, seed, writer, progress, features).finish(chains)
 
 
 @dataclass

@@ -70,8 +70,7 @@ class SelfPromptReport:
 def user_opening(tokenizer: Any) -> UserOpening:
     """The opening of a user's turn by the chat template, behind the template's own system turn if it has one.
 
-    Raises ``UserError`` when there is no template, it writes nothing in front of a user's text or nothing behind it,
-    or changes that text, so that the opening cannot be told.
+    Raises ``UserError`` when there is no template, or one from which the opening cannot be told.
     """
     try:
         text = render(tokenizer, "with a lone user turn", [asked_by_user(SENTINEL)], False)
@@ -237,11 +236,8 @@ def unusable(text: str, marks: Sequence[str]) -> str | None:
 
 
 class NearDuplicates:
-    """Texts that are not near each other: shared shingles of four words, found through an index.
-
-    Two texts are near when they share 0.7 of the shingles of the shorter one and that one has no number that the
-    other lacks: a problem with other numbers is another problem.
-    """
+    """Texts that are not near each other: they share less than 0.7 of the four-word shingles of the shorter one, or
+    that one has a number that the other lacks. A problem with other numbers is another problem."""
 
     def __init__(self) -> None:
         self.holders: defaultdict[tuple[str, ...], list[int]] = defaultdict(list)

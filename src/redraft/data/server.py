@@ -7,14 +7,13 @@ An end token is never guessed. It is the last id, or the one that the server nam
 ``matched_stop``), or the target's only one. Where none of that holds the response ends with its last known token and
 keeps its finish reason: all it says is the target's, and the draft learns nothing of its end.
 
-Transient faults (refused connections, time-outs, status 429 and 5xx, answers that make no sense) are tried again
-with exponential backoff. Once a whole row of requests has used up its attempts, the server counts as gone: the run
-stops with what it has, and the same command goes on from there.
+Transient faults (refused connections, time-outs, status 429 and 5xx, answers that make no sense) are tried again with
+exponential backoff. Once a whole row of requests has used up its attempts, the server counts as gone: the run stops.
 
-Top log-probabilities of stored responses are asked for in the same way. The server scores prompt and response as one
-prompt (vLLM's ``prompt_logprobs``), so the figures are those of the stored tokens, whoever wrote them. They are kept
-beside the response file as JSON lines, ``{"key": ..., "top": [[ids], [log-probabilities]]}``, with an entry for every
-response token after the first, the response's own token among them, also where it is not among the likeliest.
+Top log-probabilities of stored responses: the server scores prompt and response as one prompt (``prompt_logprobs``), so
+the figures are those of the stored tokens, whoever wrote them. They are kept beside the response file as JSON lines,
+``{"key": ..., "top": [[ids], [log-probabilities]]}``, with an entry for every response token after the first, that
+token always among them.
 """
 
 from __future__ import annotations
@@ -24,24 +23,16 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from difflib import SequenceMatcher
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+from redraft.data import transport
 from redraft.data.generate import Completion, Request
 from redraft.data.store import FINISH_REASONS, Failure, Row
-from redraft.data.transport import (
-    Connection,
-    Refused,
-    Transient,
-    answer_ids,
-    check_prompt,
-    completion_body,
-    counted,
-    excerpt,
-    first_choice,
-)
+from redraft.data.transport import Connection, Refused, Transient, excerpt
 from redraft.errors import UserError
 
 Item = TypeVar("Item")
@@ -57,6 +48,7 @@ Top = tuple[list[list[int]], list[list[float]]]
 """Token ids and log-probabilities for every response token after the first."""
 
 
+@dataclass
 class ServerEngine:
     """Answers requests through a server at ``url`` (with or without ``/v1``).
 
@@ -66,20 +58,17 @@ class ServerEngine:
     tokenizer does not know.
     """
 
-    def __init__(
-        self,
-        url: str,
-        model: str | None = None,
-        concurrency: int = 32,
-        timeout: float = 300.0,
-        attempts: int = 5,
-        backoff: float = 0.5,
-        vocab_size: int | None = None,
-    ) -> None:
-        self._connection = Connection(url, concurrency, timeout)
-        self.url, self.model, self.concurrency = self._connection.url, model, concurrency
-        self.attempts, self.backoff, self.vocab_size = attempts, backoff, vocab_size
-        self._stop = threading.Event()
+    url: str
+    model: str | None = None
+    concurrency: int = 32
+    timeout: float = 300.0
+    attempts: int = 5
+    backoff: float = 0.5
+    vocab_size: int | None = None
+
+    def __post_init__(self) -> None:
+        self._connection = Connection(self.url, self.concurrency, self.timeout)
+        self.url, self._stop = self._connection.url, threading.Event()
 
     def answer(
         self, requests: Sequence[Request], max_new_tokens: int, tokenizer: Any, eos_ids: Sequence[int], **_: Any
@@ -91,7 +80,7 @@ class ServerEngine:
         """
 
         def attempt(request: Request) -> Completion:
-            value = self.complete(completion_body(request, self.model, max_new_tokens))
+            value = self.complete(transport.completion_body(request, self.model, max_new_tokens))
             # all that a draft learns of such a response is right; of its end it learns nothing
             limits = (max_new_tokens, tokenizer, eos_ids, self.vocab_size)
             return read_completion(value, request, *limits, open_end=True)
@@ -101,8 +90,8 @@ class ServerEngine:
     def ask(self, items: Sequence[tuple[str, Item]], attempt: Callable[[Item], Outcome]) -> Iterator[Outcome | Failure]:
         """What ``attempt`` makes of every (key, item), or a failure, ``concurrency`` at a time, as they finish.
 
-        Raises ``UserError`` as :meth:`answer` does: as many given up in a row as are under way at a time mean that the
-        server is gone.
+        Raises ``UserError`` as :meth:`answer` does: as many given up in a row as are under way mean that the server is
+        gone.
         """
         if not items:
             return
@@ -179,18 +168,20 @@ def read_completion(
     ``Transient`` for an answer that makes no sense, ``Refused`` when text cannot be turned back into exact token ids,
     ``UserError`` when the server did not take the prompt as it was sent.
     """
-    choice = first_choice(value)
+    choice = transport.first_choice(value)
     if choice is None:
         raise Transient(f"an answer without choices: {excerpt(str(value))!r}")
     reason = choice.get("finish_reason")
     if reason not in FINISH_REASONS:
         raise Transient(f"an answer with the finish reason {excerpt(repr(reason))}")
-    check_prompt(choice, value, request)
-    ids = answer_ids(choice)
+    transport.check_prompt(choice, value, request)
+    ids = transport.answer_ids(choice)
     if ids is None:
         if isinstance(_stopped_at(choice), str):
             raise Refused("the server cut the text at a stop string, so its last tokens are lost; start it without any")
-        ids = exact_ids(choice.get("text"), counted(value, "completion_tokens", max_new_tokens + 1), reason, tokenizer)
+        ids = exact_ids(
+            choice.get("text"), transport.counted(value, "completion_tokens", max_new_tokens + 1), reason, tokenizer
+        )
     if len(ids) > max_new_tokens + 1:
         raise Transient(f"an answer of {len(ids)} tokens where at most {max_new_tokens} were asked for")
     ids, reason = _ended(ids, reason, choice, eos_ids)
@@ -229,10 +220,9 @@ def _ended(ids: list[int], reason: str, choice: dict[str, Any], eos_ids: Sequenc
 
 
 def exact_ids(text: Any, completion_tokens: int | None, reason: str, tokenizer: Any) -> list[int]:
-    """Token ids of a response that came as text, where they can be had exactly.
+    """Token ids of a response that came as text, where they can be had exactly; ``Refused`` otherwise.
 
-    The text must survive encoding and decoding, and where the server counted its tokens the count must agree (with
-    or without the end token). Raises ``Refused`` otherwise.
+    The text must survive encoding and decoding, and a count of the server's must agree (with or without the end token).
     """
     if not isinstance(text, str):
         raise Transient("an answer with neither token ids nor text")
@@ -282,7 +272,7 @@ def _stopped_at(choice: dict[str, Any]) -> int | str | None:
 # -- log-probabilities -----------------------------------------------------------------------------------------------
 def read_tops(value: dict[str, Any], row: Row, url: str) -> Top:
     """The figures in a server's answer. Raises ``UserError`` where it has none, ``Transient`` where they do not fit."""
-    choice = first_choice(value)
+    choice = transport.first_choice(value)
     if choice is None:
         raise Transient("an answer without choices")
     found = choice.get("prompt_logprobs")

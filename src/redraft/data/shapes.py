@@ -11,21 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from redraft.data.turns import (
-    ASSISTANT,
-    MEDIA,
-    SYSTEM,
-    THOUGHTS,
-    USER,
-    Message,
-    asked_by_user,
-    decoded,
-    excerpt,
-    exchange,
-    keys_of,
-    parse_turns,
-    text_of,
-)
+from redraft.data import turns as turn_shapes
+from redraft.data.turns import ASSISTANT, SYSTEM, THOUGHTS, USER, Message, asked_by_user, decoded, excerpt, text_of
 
 TURN_KEYS = ("messages", "conversations", "conversation")
 SYSTEM_KEYS = ("system", "system_prompt", "system_message", "system_instruction")
@@ -43,7 +30,7 @@ BEGINNING = "an answer that goes on from a given beginning is no answer of its o
 PAIR = "a pair of answers says not which one counts; keep the prompt, and one answer as completion"
 # Keys that would change the prompt and are not read, and what to do about them.
 REFUSED = {
-    **dict.fromkeys(MEDIA, "only text can be trained on; leave such rows out"),
+    **dict.fromkeys(turn_shapes.MEDIA, "only text can be trained on; leave such rows out"),
     **dict.fromkeys(("chosen", "rejected"), PAIR),
     **dict.fromkeys(("continue_final_message", "prefix", "prefill", "assistant_prefill"), BEGINNING),
     "instructions": 'give it as "system", or in the first turn',
@@ -121,10 +108,10 @@ def _messages(item: dict[str, Any]) -> list[Message]:
     """The turns of a row, without the system text of a key of its own."""
     for key in TURN_KEYS:
         if item.get(key) is not None:
-            return _alone(item, key, parse_turns(item[key]), ("prompt", "instruction"))
+            return _alone(item, key, turn_shapes.parse_turns(item[key]), ("prompt", "instruction"))
     if isinstance(item.get("prompt"), list):
-        asked, answer = _alone(item, "prompt", parse_turns(item["prompt"]), ()), item.get("completion")
-        return asked + (parse_turns(answer) if isinstance(answer, list) else _answer(item))
+        asked, answer = _alone(item, "prompt", turn_shapes.parse_turns(item["prompt"]), ()), item.get("completion")
+        return asked + (turn_shapes.parse_turns(answer) if isinstance(answer, list) else _answer(item))
     if item.get("data") is not None:
         return _alone(item, "data", _alternating(item["data"]), ("prompt", "instruction", "question"))
     if _is_list_of_texts(item.get("turns")):
@@ -139,7 +126,7 @@ def _messages(item: dict[str, Any]) -> list[Message]:
             return [*_alone(item, key, [asked_by_user(text_of(item[key]))], ()), *_answer(item)]
     raise ValueError(
         'no "messages" (or ShareGPT "conversations", Alpaca "instruction", "prompt", "question") among its keys: '
-        + keys_of(item)
+        + turn_shapes.keys_of(item)
     )
 
 
@@ -217,7 +204,7 @@ def _history(pairs: Any) -> list[Message]:
         return []
     if not isinstance(pairs, list) or not all(isinstance(p, list | tuple) and len(p) == 2 for p in pairs):
         raise ValueError(f'"history" must be a list of [question, answer], not {excerpt(pairs)}')
-    return [turn for question, answer in pairs for turn in exchange(text_of(question), text_of(answer))]
+    return [turn for question, answer in pairs for turn in turn_shapes.exchange(text_of(question), text_of(answer))]
 
 
 def _alternating(texts: Any) -> list[Message]:
@@ -283,10 +270,7 @@ def _checked(messages: list[Message]) -> list[Message]:
 
 # -- beside the turns ------------------------------------------------------------------------------------------------
 def tools_of(item: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The tools of a row as OpenAI writes them, from ``tools`` (a list, or its JSON text) or the older ``functions``.
-
-    Raises ``ValueError``.
-    """
+    """The tools of a row as OpenAI writes them, from ``tools`` (or its JSON text) or ``functions``. ``ValueError``."""
     given = [(key, decoded(item[key], key)) for key in ("tools", "functions") if item.get(key)]
     found = [(key, value) for key, value in given if value]
     if not found:
@@ -314,9 +298,7 @@ def _tool(key: str, tool: Any) -> dict[str, Any]:
 
 def arguments_of(item: Mapping[str, Any]) -> dict[str, Any]:
     """The template arguments of a request: ``chat_template_kwargs``, and two that may stand outside it.
-
-    Raises ``ValueError``.
-    """
+    Raises ``ValueError``."""
     extra = item.get("extra_body")
     places = [item, extra] if isinstance(extra, Mapping) else [item]
     found: dict[str, Any] = {}

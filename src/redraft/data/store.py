@@ -117,9 +117,7 @@ def decode_row(line: bytes) -> Row:
 
 def _scan(data: bytes, where: str | Path) -> tuple[list[Row], int]:
     """The rows in ``data`` and the number of bytes that are whole; only the last line may be torn."""
-    rows: list[Row] = []
-    lines: dict[str, int] = {}
-    start = 0
+    rows, lines, start = list[Row](), dict[str, int](), 0
     for number, line in enumerate(data.splitlines(keepends=True), 1):
         if line.strip():
             try:
@@ -150,8 +148,7 @@ def unpacked(path: Path, mend: str) -> bytes:
 def read_rows(path: str | Path) -> list[Row]:
     """Every row of a response file (``.jsonl`` or ``.jsonl.gz``), in file order. A torn last line is left out.
 
-    Raises ``UserError`` when the file is missing or empty, and with the line number when a line is damaged or a
-    row is there twice.
+    Raises ``UserError`` when the file is missing or empty, and by its number for a line that is damaged or there twice.
     """
     rows, _ = _scan(unpacked(Path(path), "name a response file that `redraft regenerate` wrote"), path)
     if not rows:
@@ -169,8 +166,6 @@ class RowWriter:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.keys: set[str] = set()
-        self.rows: list[Row] = []
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file: BinaryIO = open(self.path, "ab+", buffering=0)
@@ -227,10 +222,8 @@ class RowWriter:
 
 @dataclass(frozen=True)
 class Failure:
-    """A response that could not be had, by the key its row would have, and why.
-
-    ``permanent`` is false where asking again later may help.
-    """
+    """A response that could not be had, by the key its row would have, and why; ``permanent`` unless asking may
+    help."""
 
     key: str
     reason: str

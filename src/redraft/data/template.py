@@ -34,10 +34,8 @@ HOURS = re.compile(r"%-?[HIMSpfcXTR]")
 
 @dataclass
 class TemplateSettings:
-    """What a template is handed beside the messages: arguments by name, and the date and time it may write.
-
-    ``fixed`` says that the moment is that of a run, kept with it, and not only that of this process.
-    """
+    """What a template is handed beside the messages: arguments by name, and the date and time it may write, which is
+    ``fixed`` when it is kept with a run."""
 
     arguments: dict[str, Any] = field(default_factory=dict)
     moment: datetime = field(default_factory=lambda: datetime.now().replace(microsecond=0))
@@ -126,10 +124,8 @@ def date_path(path: str | Path) -> Path:
 
 
 def kept_moment(path: str | Path, began: datetime, fresh: bool = False) -> datetime:
-    """The date and time of the run that writes to ``path``: as it was kept there, or ``began``, kept from now on.
-
-    A ``fresh`` run begins now, whatever an earlier one left there. Raises ``UserError`` for a file that holds no date.
-    """
+    """The date and time of the run that writes to ``path``: as it was kept there, or ``began``, kept from now on, as a
+    ``fresh`` run does whatever an earlier one left. Raises ``UserError`` for a file that holds no date."""
     place = date_path(path)
     if fresh or not place.exists():
         atomic_write_text(place, json.dumps({"date": began.isoformat()}) + "\n")
@@ -191,10 +187,8 @@ def template_ids(tokenizer: Any, id: str, messages: Sequence[Message]) -> list[i
 
 
 def render(tokenizer: Any, id: str, messages: Sequence[Message], opening: bool) -> str:
-    """The text of ``messages`` through the chat template, with the ``opening`` of the assistant's turn behind it.
-
-    Raises ``UserError``.
-    """
+    """The text of ``messages`` through the template, with the ``opening`` of the assistant's turn behind.
+    Raises ``UserError``."""
     return str(_apply(tokenizer, id, messages, add_generation_prompt=opening, tokenize=False))
 
 

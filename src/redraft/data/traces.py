@@ -81,10 +81,8 @@ def read_traces(
     its limits. Longer answers are cut at ``max_new_tokens``. ``warn`` is told in one line about repeated exchanges,
     and about raw prompts that look as if they had not been through a chat template.
 
-    Raises ``UserError`` with file and line for: a missing or empty file, broken JSON, a record of no known shape,
-    token ids that are none or not this model's, ids that do not spell the text beside them, text that does not come
-    through the tokenizer unchanged, the hash of another target, a record that is longer than the target's context,
-    an id that is there twice.
+    Raises ``UserError`` with file and line for whatever cannot be what this target served, and for an id that is there
+    twice.
     """
     path = Path(path)
     ends = tuple(int(i) for i in eos_ids) or (int(tokenizer.eos_token_id),)
@@ -248,10 +246,7 @@ def _from_messages(
 
 
 def _served_at(created: Any) -> datetime:
-    """Unix seconds or an ISO text as the local time.
-
-    Raises ``ValueError`` where nobody says, and for a time before there were LLMs.
-    """
+    """Unix seconds or an ISO text as the local time. Raises ``ValueError``, also for a time before there were LLMs."""
     if created is None:
         raise ValueError(
             'the chat template writes the date, and this record does not say when it was served; give "created" '

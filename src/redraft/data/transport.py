@@ -42,10 +42,8 @@ def _certificates() -> ssl.SSLContext:
 
 
 def server_key() -> str | None:
-    """The bearer key of the environment, its one place: a command line or a file would keep it. None where it is unset.
-
-    Raises ``UserError`` for one that cannot be sent.
-    """
+    """The bearer key of the environment, its one place: a command line or a file would keep it. None where it is unset;
+    raises ``UserError`` for one that cannot be sent."""
     key = os.environ.get(KEY_VARIABLE, "").strip()
     if not key.isascii() or not key.isprintable() or " " in key:
         raise UserError(f"{KEY_VARIABLE} holds characters that no key has; set it to the server's key alone")
@@ -92,10 +90,7 @@ class Connection:
             self._client.close()
 
     def text(self, method: str, path: str, body: dict[str, Any] | None = None) -> str:
-        """The answer's text, read as UTF-8.
-
-        Raises ``Transient``, ``Refused``, and ``UserError`` where no request can ever succeed.
-        """
+        """The answer's text. Raises ``Transient``, ``Refused``, and ``UserError`` where no request can ever succeed."""
         with self._reaching("no connection"):
             response = self._client.request(method, path, json=body)
         response.encoding = ENCODING
@@ -198,10 +193,8 @@ def completion_body(request: Request, model: str | None, max_new_tokens: int) ->
 
 
 def counted(value: dict[str, Any], name: str, most: int | None = None) -> int | None:
-    """A count of the server's ``usage``, where the answer has one. Raises ``Transient`` for one that cannot be.
-
-    ``most`` is the highest that can be.
-    """
+    """A count of the server's ``usage``, if it has one. Raises ``Transient`` for one that cannot be, as above
+    ``most``."""
     usage = value.get("usage")
     count = usage.get(name) if isinstance(usage, dict) else None
     if count is None:

@@ -156,8 +156,7 @@ def _turns(items: Sequence[SuiteItem], kind: Callable[[SuiteItem], str]) -> list
 def run_turns(conversation: Conversation, reply: Callable[[list[Message]], str | Message]) -> Iterator[list[Message]]:
     """The messages that lead to each reply, turn by turn, with the model's own replies between them.
 
-    ``reply(messages)`` answers a turn, as text or as an assistant's turn; it is asked only when the next turn is, and
-    so never for the last.
+    ``reply(messages)``, a text or an assistant's turn, is asked for only when the next turn is: never for the last.
     """
     replies: list[str | Message] = []
     while True:

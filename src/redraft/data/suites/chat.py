@@ -1,7 +1,4 @@
-"""General chat: MT-bench (arXiv 2306.05685), MT-Bench-101 (arXiv 2402.14762) and Spec-Bench (arXiv 2401.07851).
-
-Where a conversation has several user turns, the model's own replies go between them.
-"""
+"""General chat: MT-bench (arXiv 2306.05685), MT-Bench-101 (arXiv 2402.14762) and Spec-Bench (arXiv 2401.07851)."""
 
 from __future__ import annotations
 
