@@ -36,8 +36,8 @@ from torch import Tensor
 
 from redraft import provenance
 from redraft.artifact import atomic_folder, atomic_write_json
+from redraft.data.answers import reference_rows
 from redraft.data.prompts import Conversation, read_conversations
-from redraft.data.references import reference_rows
 from redraft.data.store import Row
 from redraft.data.suites import DATA_VARIABLE
 from redraft.data.suites.maths import maths_conversations

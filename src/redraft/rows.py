@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol, TypeVar
 
 from redraft.errors import UserError
@@ -35,21 +35,25 @@ def _length(row: TokenRow) -> int:
     return len(row.prompt_ids) + len(row.response_ids)
 
 
-def anchor_batches(rows: Sequence[AnyRow], batch_anchors: int) -> Iterator[list[AnyRow]]:
-    """Rows of similar length together, at most ``batch_anchors`` supervised positions a batch.
-
-    Rows of equal length keep the order they are given in; rows without an anchor are left out.
-    """
+def _batches(rows: Iterable[AnyRow], full: Callable[[list[AnyRow], AnyRow], bool]) -> Iterator[list[AnyRow]]:
+    """The rows in order; a batch is closed before a row for which it is ``full``."""
     batch: list[AnyRow] = []
-    for row in sorted(rows, key=_length):
-        if not anchors(row):
-            continue
-        if batch and sum(anchors(r) for r in batch) + anchors(row) > batch_anchors:
+    for row in rows:
+        if batch and full(batch, row):
             yield batch
             batch = []
         batch.append(row)
     if batch:
         yield batch
+
+
+def anchor_batches(rows: Sequence[AnyRow], batch_anchors: int) -> Iterator[list[AnyRow]]:
+    """Rows of similar length together, at most ``batch_anchors`` supervised positions a batch.
+
+    Rows of equal length keep the order they are given in; rows without an anchor are left out.
+    """
+    ordered = filter(anchors, sorted(rows, key=_length))
+    return _batches(ordered, lambda batch, row: sum(map(anchors, batch)) + anchors(row) > batch_anchors)
 
 
 def length_batches(rows: Sequence[AnyRow], batch_tokens: int) -> Iterator[list[AnyRow]]:
@@ -58,18 +62,13 @@ def length_batches(rows: Sequence[AnyRow], batch_tokens: int) -> Iterator[list[A
     A batch that is large enough to keep the machine busy is closed before a row that would pad the others by more
     than ``MOST_PADDING``.
     """
-    batch: list[AnyRow] = []
-    held = 0
-    for row in sorted(rows, key=lambda r: (_length(r), r.key)):
-        longest = _length(row)
+
+    def full(batch: list[AnyRow], row: AnyRow) -> bool:
+        longest, held = _length(row), sum(map(_length, batch))
         padded = len(batch) * longest > (1 + MOST_PADDING) * held and held >= ENOUGH_TOKENS
-        if batch and (padded or (len(batch) + 1) * longest > batch_tokens):
-            yield batch
-            batch, held = [], 0
-        batch.append(row)
-        held += longest
-    if batch:
-        yield batch
+        return padded or (len(batch) + 1) * longest > batch_tokens
+
+    return _batches(sorted(rows, key=lambda r: (_length(r), r.key)), full)
 
 
 def mix(rows: Sequence[AnyRow], general_rows: Sequence[AnyRow], share: float, seed: int = 0) -> list[AnyRow]:

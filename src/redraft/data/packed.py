@@ -19,7 +19,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -114,19 +114,14 @@ def _text_of(item: Any, text_field: str, place: str) -> str:
     return text
 
 
-@dataclass
 class TextSource:
     """Pieces of text in a fixed order. ``names`` are files, folders and ``datasets:`` names.
 
     Raises ``UserError``; what is wrong inside a file is found by :meth:`survey`, or when reading comes to it.
     """
 
-    names: Sequence[str]
-    text_field: str = "text"
-    files: list[str] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.files = text_files(self.names)
+    def __init__(self, names: Sequence[str], text_field: str = "text") -> None:
+        self.files, self.text_field = text_files(names), text_field
 
     def pieces(self, skip: int = 0) -> Iterator[str]:
         """Every piece from number ``skip`` on; a piece without any letter or sign is an empty string."""

@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from redraft.data.shapes import Conversation, Turns, parse_conversation
-from redraft.data.store import unpacked
 from redraft.data.turns import ASSISTANT, USER, Message
 from redraft.errors import UserError
+from redraft.files import unpacked
 
 HUB_PREFIX = "datasets:"
 # JSON can write one half of a pair that makes a character; files that were cut in the middle of one do.
@@ -71,8 +72,13 @@ def file_items(path: Path) -> Iterator[tuple[int, str, Any]]:
     lines = ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
     if path.name.removesuffix(".gz").endswith(".txt"):
         for number, line in lines:
-            _refuse_row(line, path, number)
-            yield number, f"{path}:{number}", line.strip()
+            place = f"{path}:{number}"
+            with suppress(ValueError, RecursionError):
+                if line.lstrip().startswith("{") and json.loads(line):
+                    raise UserError(
+                        f"{place}: a JSON row in a file of plain text; call the file .jsonl to have rows read"
+                    )
+            yield number, place, line.strip()
     elif text.lstrip().startswith("["):
         for number, item in enumerate(parse_json(text, path, 1), 1):
             yield number, f"{path}: item {number}", item
@@ -102,16 +108,6 @@ def parse_json(text: str, path: Path, first_line: int) -> Any:
         raise UserError(f"{path}:{first_line}: not JSON that can be read: {why}") from error
 
 
-def _refuse_row(line: str, path: Path, number: int) -> None:
-    """Raise ``UserError`` for a line of plain text that is a row, whose JSON would be asked as it stands."""
-    try:
-        row = json.loads(line) if line.lstrip().startswith("{") else None
-    except (ValueError, RecursionError):
-        return
-    if row:
-        raise UserError(f"{path}:{number}: a JSON row in a file of plain text; call the file .jsonl to have rows read")
-
-
 def hub_rows(name: str, skip: int | None = None) -> Iterator[tuple[int, Any]]:
     """Number and value of every row of a ``datasets:`` name, in order; streamed from behind the first ``skip``, if any.
     Raises ``UserError`` where the library is missing or cannot read the data set."""
@@ -137,17 +133,6 @@ def _without_nulls(value: Any) -> Any:
 
 
 # -- prompts ---------------------------------------------------------------------------------------------------------
-def prompt_turns(conversation: Conversation) -> list[Message]:
-    """The turns to be answered: all but the assistant's, in order. Reference answers are left out.
-
-    The model's own reply belongs behind every user turn, also where two follow each other. What an assistant says
-    before any question is no answer to one, and stays.
-    """
-    turns = conversation.messages
-    first = next((number for number, message in enumerate(turns) if message["role"] == USER), 0)
-    return [message for n, message in enumerate(turns) if n < first or message["role"] != ASSISTANT]
-
-
 def user_turns(conversation: Conversation) -> int:
     """How many replies a conversation asks for."""
     return sum(message["role"] == USER for message in conversation.messages)
@@ -155,11 +140,18 @@ def user_turns(conversation: Conversation) -> int:
 
 def prompt_messages(conversation: Conversation, replies: Sequence[str | Message]) -> Turns:
     """The messages that lead to reply number ``len(replies)``, with the earlier ``replies`` (texts, or assistant's
-    turns) in their places. Raises ``ValueError`` when the conversation has no further user turn."""
-    messages, earlier = conversation.turns(()), iter(replies)
-    for message in prompt_turns(conversation):
+    turns) in the places of the reference answers.
+
+    The model's own reply belongs behind every user turn, also where two follow each other. What an assistant says
+    before any question is no answer to one, and stays. Raises ``ValueError`` where there is no further user turn.
+    """
+    messages, earlier, asked = conversation.turns(()), iter(replies), False
+    for message in conversation.messages:
+        if asked and message["role"] == ASSISTANT:
+            continue
         messages.append(message)
         if message["role"] == USER:
+            asked = True
             if (reply := next(earlier, None)) is None:
                 return messages
             messages.append({"role": ASSISTANT, "content": reply} if isinstance(reply, str) else reply)

@@ -180,10 +180,8 @@ class _Run:
         self.tokenizer, self.target_hash = self.target.tokenizer, self.target.content_hash()
         self.stored = {row.key: row for row in self.writer.rows}
         self.report = RegenerationReport(self.writer.path)
-        self.buffer: list[Row] = []
-        self.kept: list[RowFeatures] = []
-        self.kept_bytes = 0
-        self.flushed = time.monotonic()
+        self.buffer, self.kept = list[Row](), list[RowFeatures]()
+        self.kept_bytes, self.flushed = 0, time.monotonic()
 
     def finish(self, chains: Sequence[_Chain]) -> RegenerationReport:
         """All turns of all chains. Whatever happens, finished rows and the list of failures reach the disk."""
@@ -320,9 +318,8 @@ class _Run:
         """Features first: a row on the disk has its features there, or they would be made again, a little otherwise."""
         if self.features is not None and not self.features.put(self.kept):
             self.features = None
-        rows, self.buffer = self.buffer, []
-        self.kept, self.kept_bytes = [], 0
-        self.flushed = time.monotonic()
+        rows, self.buffer, self.kept = self.buffer, [], []
+        self.kept_bytes, self.flushed = 0, time.monotonic()
         self.writer.append(rows)
 
     def _tell(self) -> None:

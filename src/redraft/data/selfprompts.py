@@ -135,10 +135,8 @@ class _Run:
     progress: Callable[..., None] | None
 
     def __post_init__(self) -> None:
-        self.hash = self.target.content_hash()
-        self.report = SelfPromptReport()
-        self.kept: list[Conversation] = []
-        self.seen = NearDuplicates()
+        self.hash, self.report = self.target.content_hash(), SelfPromptReport()
+        self.kept, self.seen = list[Conversation](), NearDuplicates()
         self.stored = {row.key: row for row in self.writer.rows}
         wanted = (self.hash, self.opening.ids, self.sampler, self.seed)
         for row in self.stored.values():
@@ -178,14 +176,14 @@ class _Run:
 
     def _draw(self, numbers: Sequence[int]) -> None:
         """Complete the draws of these numbers in the file."""
-        missing = {self._key(number): number for number in numbers if self._key(number) not in self.stored}
+        missing = [key for key in map(self._key, numbers) if key not in self.stored]
         requests = [Request(key, self.opening.ids, self.sampler, self.seed) for key in missing]
         limits = self.max_new_tokens, self.batch_size
         buffer: list[Row] = []
         try:
             for done in generate(self.target, requests, *limits, stop_ids=self.opening.stop_ids):
                 drawn = done.response_ids, self.sampler, done.finish_reason, self.hash
-                id = f"self/{missing[done.request.key]}"
+                id, _, _ = done.request.key.partition("@")
                 buffer.append(Row.of(id, self.opening.ids, *drawn, seed=self.seed))
                 self.report.new += 1
                 self.report.tokens += len(self.opening.ids) + len(done.response_ids)

@@ -262,11 +262,8 @@ def _letters(text: str) -> str:
 
 def _stopped_at(choice: dict[str, Any]) -> int | str | None:
     """The token id or the stop string that the server says it stopped at; None where it says nothing."""
-    for name in ("stop_reason", "matched_stop"):  # vLLM and TensorRT-LLM, SGLang
-        found = choice.get(name)
-        if isinstance(found, int | str) and not isinstance(found, bool):
-            return found
-    return None
+    said = (choice.get(name) for name in ("stop_reason", "matched_stop"))  # vLLM and TensorRT-LLM, SGLang
+    return next((stop for stop in said if isinstance(stop, int | str) and not isinstance(stop, bool)), None)
 
 
 # -- log-probabilities -----------------------------------------------------------------------------------------------

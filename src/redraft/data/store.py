@@ -7,18 +7,16 @@ the file and the line. See docs/formats.md.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import os
-import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from redraft.artifact import atomic_write_text, require_free_space
 from redraft.errors import UserError
+from redraft.files import atomic_write_text, require_free_space, unpacked
 from redraft.settings.sampler import Sampler
 
 try:
@@ -132,17 +130,6 @@ def _scan(data: bytes, where: str | Path) -> tuple[list[Row], int]:
             rows.append(row)
         start += len(line)
     return rows, start
-
-
-def unpacked(path: Path, mend: str) -> bytes:
-    """What a file holds, unpacked where it ends in ``.gz``. Raises ``UserError``, with ``mend`` where there is none."""
-    try:
-        data = path.read_bytes()
-        return gzip.decompress(data) if path.suffix == ".gz" else data
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist; {mend}") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
 
 
 def read_rows(path: str | Path) -> list[Row]:

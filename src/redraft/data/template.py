@@ -17,10 +17,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from redraft.artifact import atomic_write_text
 from redraft.data.shapes import RESERVED, Turns, with_turns
 from redraft.data.turns import ASSISTANT, USER, Message
 from redraft.errors import UserError
+from redraft.files import atomic_write_text
 from redraft.settings.texts import kept_as_it_is
 
 SENTINEL = "redraftturn"

@@ -217,8 +217,7 @@ def _from_messages(
     reader: _Reader, record: dict[str, Any], default_id: str, said: str | dict[str, Any] | None, ended: bool
 ) -> tuple[list[int], list[int]]:
     for turn in next((record[key] for key in TURN_KEYS if isinstance(record.get(key), list)), []):
-        content = turn.get("content") if isinstance(turn, dict) else None
-        if isinstance(content, list) and len(content) > 1:
+        if isinstance(turn, dict) and isinstance(turn.get("content"), list) and len(turn["content"]) > 1:
             raise ValueError("a turn's content has several text parts, which engines join differently; log token ids")
     apart = {"id": None} | (dict.fromkeys(TEXT_KEYS) if said is not None else {})
     conversation = parse_conversation(record | apart, default_id)

@@ -146,10 +146,8 @@ def _arranged(items: Sequence[SuiteItem], definition: SuiteDefinition, seed: int
 
 
 def _turns(items: Sequence[SuiteItem], kind: Callable[[SuiteItem], str]) -> list[SuiteItem]:
-    kinds: dict[str, list[SuiteItem]] = {}
-    for item in items:
-        kinds.setdefault(kind(item), []).append(item)
-    rounds = itertools.zip_longest(*(kinds[name] for name in sorted(kinds)))
+    kinds = [[item for item in items if kind(item) == name] for name in sorted(set(map(kind, items)))]
+    rounds = itertools.zip_longest(*kinds)
     return [item for turn in rounds for item in turn if item is not None]
 
 
