@@ -28,7 +28,7 @@ from batched import BatchedChainDecoder
 from redraft import provenance
 from redraft.adaptation.models import open_draft, open_target, template_prompts
 from redraft.artifact import atomic_write_json
-from redraft.data.embedded import maths_conversations
+from redraft.data.suites.maths import maths_conversations
 from redraft.decode.auto import measure_costs
 from redraft.decode.engine import ChainDecoder
 from redraft.decode.tree import Topology
