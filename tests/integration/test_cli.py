@@ -18,9 +18,8 @@ from redraft.cli.generate import CHOICES
 from redraft.errors import UserError
 from redraft.registries import EXPORTERS, LOSSES, SCORERS
 from redraft.settings.adapt import AdaptConfig
-from redraft.settings.measure import BenchSettings
 from redraft.settings.methods import METHODS
-from redraft.settings.steps import TrainSettings
+from redraft.settings.steps import BenchSettings, TrainSettings
 from redraft.settings.yamlfile import read
 
 SERVERS = ["bench", "--target", "./no", "--prompts", "p", "--out", "b.json", "--server"]

@@ -33,11 +33,9 @@ from redraft.selection.acceptance import scoring_context
 from redraft.selection.manifest import Manifest, read_manifest
 from redraft.selection.rules import choose
 from redraft.settings.adapt import AdaptConfig
-from redraft.settings.budget import parse_budget
 from redraft.settings.methods import mergeable
-from redraft.settings.scorers import parse_scorer
 from redraft.settings.shapes import ChainShape
-from redraft.settings.texts import start_needs
+from redraft.settings.texts import parse_budget, parse_scorer, start_needs
 from redraft.settings.training import ReplayConfig
 from redraft.starts.apply import StartContext
 from redraft.target import Target

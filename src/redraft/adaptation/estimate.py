@@ -31,12 +31,11 @@ from redraft.errors import UserError
 from redraft.loading import ADAPTER_FILE, adapter_base, locate, one_line, quiet
 from redraft.settings.adapt import AdaptConfig
 from redraft.settings.base import Settings
-from redraft.settings.budget import parse_budget
 from redraft.settings.distill import DistillConfig
 from redraft.settings.methods import METHODS, SHARE
 from redraft.settings.steps import RegenerateSettings, TrainSettings
 from redraft.settings.studies import StudySettings, read_study
-from redraft.settings.texts import self_prompts
+from redraft.settings.texts import parse_budget, self_prompts
 from redraft.target.facts import Facts, empty_model
 
 CHARACTERS = 4  # of a token of ordinary English text, where there is no tokenizer to ask

@@ -18,7 +18,7 @@ from redraft.drafts.opening import AnyDraft
 from redraft.progress import Progress, progress_bar
 from redraft.reports import build_report, headline_png
 from redraft.reports.results import Benchmark, Page
-from redraft.settings.measure import BenchSettings, ProbeSettings, ReportSettings
+from redraft.settings.steps import BenchSettings, ProbeSettings, ReportSettings
 
 
 def probe(

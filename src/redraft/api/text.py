@@ -23,9 +23,8 @@ from redraft.progress import progress_bar
 from redraft.selection.acceptance import scoring_context
 from redraft.selection.manifest import Manifest
 from redraft.selection.rules import choose
-from redraft.settings.budget import parse_budget
-from redraft.settings.scorers import parse_scorer
 from redraft.settings.steps import RegenerateSettings, SelectSettings
+from redraft.settings.texts import parse_budget, parse_scorer
 from redraft.target import Facts
 
 

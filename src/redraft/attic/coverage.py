@@ -30,7 +30,7 @@ from redraft.errors import UserError
 from redraft.registries import SCORERS
 from redraft.selection import ScorableRow, ScoringContext, score_rows
 from redraft.selection.states import FINAL, batched_states, check_layer
-from redraft.settings.scorers import parse_scorer, scorer_text
+from redraft.settings.texts import parse_scorer, scorer_text
 from redraft.target import Target
 
 WIDTH = 128

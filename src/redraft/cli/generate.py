@@ -7,21 +7,22 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import textwrap
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, get_args, get_origin
 
 import typer
+import yaml
 from typer.core import TyperCommand
 
 from redraft.cli.failures import as_user_error, unexpected
-from redraft.cli.plans import announce, refuse_overwriting
+from redraft.cli.plans import announce, check_places, refuse_overwriting
 from redraft.errors import UserError
 from redraft.registries import EXPORTERS, LOSSES, SCORERS, STARTS, SUITES
-from redraft.settings.base import Settings, block_kind, choices
+from redraft.settings.base import Settings, choices, is_block
 from redraft.settings.methods import METHODS
-from redraft.settings.places import check_places
 from redraft.settings.texts import parse_template_args
 from redraft.settings.yamlfile import read
 
@@ -129,7 +130,7 @@ def _as_mapping(kind: type[Settings], name: str, value: Any) -> Any:
     field = kind.model_fields[name]
     if get_origin(field.annotation) is not dict:
         return value
-    return pairs(value) if block_kind(field) else parse_template_args(value)
+    return pairs(value) if is_block(field) else parse_template_args(value)
 
 
 def pairs(given: list[str]) -> dict[str, str]:
@@ -162,28 +163,23 @@ def _parameters(kind: type[Settings]) -> Iterator[tuple[str, Any, Any]]:
     if kind.COMMAND in DRY_RUN:
         help = "Print the plan and what it costs, and stop."
         yield "dry_run", False, Annotated[bool, typer.Option("--dry-run", help=help, rich_help_panel="Running")]
-    order = list(PANELS)
-    fields = sorted(kind.model_fields.items(), key=lambda item: order.index(PANEL_OF.get(item[0], "Output")))
-    for name, field in fields:
+    for name in filter(kind.model_fields.__contains__, PANEL_OF):
+        field: Any = kind.model_fields[name]
         extra: Any = field.json_schema_extra
         plain = next(one for one in choices(field.annotation) if one is not NoneType)
         several = get_origin(plain) in (tuple, dict)
+        kept = get_args(plain)[0] if get_origin(plain) is tuple else get_origin(plain) or plain
         about: dict[str, Any] = {
             "help": sentence(field),
-            "metavar": METAVARS.get(
-                get_args(plain)[0] if get_origin(plain) is tuple else get_origin(plain) or plain, "TEXT"
-            ),
+            "metavar": METAVARS.get(kept, "TEXT"),
             "show_default": shown_default(field),
-            "rich_help_panel": PANEL_OF.get(name, "Output"),
+            "rich_help_panel": PANEL_OF[name],
         }
         hint: Any = list[str] | None if several else str | None
         if extra["argument"]:
             about.pop("rich_help_panel")
-            yield (
-                name,
-                None,
-                Annotated[hint, typer.Argument(**{**about, "metavar": "RESULT..." if several else "FILE"})],
-            )
+            about["metavar"] = "RESULT..." if several else "FILE"
+            yield name, None, Annotated[hint, typer.Argument(**about)]
         elif plain is bool:
             yield name, *_switch(name, field, extra["flag"], about)
         else:
@@ -213,3 +209,39 @@ def shown_default(field: Any) -> str | bool:
     if value is None or value == () or isinstance(value, dict | bool):
         return False
     return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+# -- settings as YAML --------------------------------------------------------------------------------------------------
+def template(kind: type[Settings]) -> str:
+    """All settings of a command as YAML with their help: required ones to fill in, the others at their defaults.
+
+    Optional ones are comments, so that only what is changed counts as given; without their marks they are the defaults.
+    """
+    blocks = kind.model_construct().blocks()
+    lines = [f"# Settings of `redraft {kind.COMMAND}`: `redraft {kind.COMMAND} --config FILE`; flags win, key by key."]
+    for panel, names in PANELS.items():
+        fields = [(name, kind.model_fields[name]) for name in names.split() if name in kind.model_fields]
+        lines += ["", f"# -- {panel} {'-' * (100 - len(panel))}"] if fields else []
+        for name, field in fields:
+            lines += textwrap.wrap(filled_in(sentence(field)), 116, initial_indent="# ", subsequent_indent="# ")
+            if field.is_required():
+                lines.append(f"{name}:")
+            elif name in blocks:
+                lines += [f"# {name}:", *_block(blocks[name], kind.ONCE.get(name, {}).values())]
+            else:
+                lines.append(f"# {_line(name, field.get_default(call_default_factory=True))}")
+    return "\n".join(lines) + "\n"
+
+
+def _block(recipe: Any, above: Collection[str]) -> Iterator[str]:
+    """The settings of a block; those ``above`` it have their place there."""
+    for name, field in recipe.__pydantic_fields__.items():
+        if name not in above:
+            yield f"#   {_line(name, getattr(recipe, name)):<30}  # {field.description}"
+
+
+def _line(name: str, value: Any) -> str:
+    """``name: value`` in one line of YAML."""
+    plain = list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
+    text = yaml.safe_dump(plain, default_flow_style=True, sort_keys=False, width=1000)
+    return f"{name}: {text.removesuffix('...' + chr(10)).strip()}"

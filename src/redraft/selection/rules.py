@@ -14,7 +14,7 @@ from typing import Any, Literal
 from redraft.errors import UserError
 from redraft.selection import ScorableRow, Scorer, ScoringContext, explained_scores, scored_tokens
 from redraft.selection.manifest import Entry, Manifest, file_hash
-from redraft.settings.budget import Budget, parse_budget
+from redraft.settings.texts import Budget, parse_budget
 
 Order = Literal["highest", "lowest"]
 

@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from redraft.errors import UserError
-from redraft.settings.base import block_of, setting
-from redraft.settings.budget import parse_budget
-from redraft.settings.common import (
-    NO_SERVER,
-    PROMPT_FORMS,
-    Address,
+from redraft.settings.base import setting
+from redraft.settings.common import PROMPT_FORMS, AnsweredRun, OnTarget
+from redraft.settings.methods import MethodName, PrivateBlock, PrivateSize, check_bits, method
+from redraft.settings.sampler import samplers_of
+from redraft.settings.texts import (
     BudgetText,
     FormatName,
-    MethodName,
-    OnTarget,
     ScorerName,
     StartName,
+    parse_budget,
+    parse_scorer,
+    self_prompts,
+    start_needs,
 )
-from redraft.settings.methods import PrivateSize, check_bits, method
-from redraft.settings.sampler import samplers_of
-from redraft.settings.scorers import parse_scorer
-from redraft.settings.texts import self_prompts, start_needs
-from redraft.settings.training import LossName, TrainConfig
+from redraft.settings.training import LossName, TrainBlock, TrainConfig
 
 FIFTH = "by default what makes it a fifth of the draft"
 
@@ -37,9 +33,7 @@ class Adapting(OnTarget):
     method: MethodName = setting("lora", "which parts of the draft are trained: {methods}")
     private_width: int | None = setting(None, f"inner width of the private expert; {FIFTH}", gt=0)
     rank: int | None = setting(None, f"rank of the low-rank updates; {FIFTH}", gt=0)
-    private: block_of(PrivateSize, "private") = setting(  # type: ignore[valid-type]
-        {}, "any other size of the private part, such as alpha=8 (bits with full); repeatable"
-    )
+    private: PrivateBlock = setting({}, "any other size of the private part, as alpha=8 (bits with full); repeatable")
     loss: LossName = setting("kl", "training loss: {losses}")
     gamma: int = setting(5, "drafted tokens a round", gt=0)
 
@@ -58,7 +52,7 @@ def adaptation(method_name: str) -> dict[str, Any]:
     return {"epochs": 6.0, "batch_anchors": 768, "learning_rate": method(method_name).learning_rate}
 
 
-class AdaptConfig(Adapting):
+class AdaptConfig(Adapting, AnsweredRun):
     """What ``redraft adapt`` does. Every field is a flag of the same name and a key of the YAML file."""
 
     COMMAND: ClassVar[str] = "adapt"
@@ -73,45 +67,25 @@ class AdaptConfig(Adapting):
         f"prompts of the target's domain ({PROMPT_FORMS}); self:400 lets the target write 400 questions itself",
         reads="prompts",
     )
-    responses: str | None = setting(
-        None, "a log of served responses (text or token ids) instead of --prompts: nothing is generated", reads="file"
-    )
-    out: Path = setting(..., "run directory; a stopped run resumes from it")
-    base_target: str | None = setting(
-        None, "target that the old draft was made for (scorer shift needs it)", reads="model"
-    )
-    eval_prompts: str | None = setting(
-        None, "prompts to measure on; by default held out from --prompts", reads="prompts"
-    )
+    base_target: str | None = setting(None, "target that the old draft was made for, for scorer shift", reads="model")
+    eval_prompts: str | None = setting(None, "prompts to measure on; else held out from --prompts", reads="prompts")
     start: StartName = setting("vocabulary", "what training starts from: {starts}; joined by + where several")
     replay: int = setting(0, "passes over the states where the trained draft's rounds end early", ge=0)
     scorer: ScorerName = setting(
-        "rejection", "how samples are scored: {scorers}; NAME:KEY=VALUE,KEY=VALUE for its settings"
+        "rejection", "how samples are scored: {scorers}; NAME:KEY=VALUE,KEY=VALUE for settings"
     )
     budget: BudgetText = setting("100%", 'what selection keeps: "25%", "400" rows or "60k tokens"')
     select_on: Literal["responses", "prompts"] = setting(
         "responses", "what is scored: responses, or prompts, of which only the kept ones are then answered"
     )
     general: str | None = setting(
-        None, "responses to general prompts, mixed in to guard the draft's other speed", reads="file"
+        None, "responses to general prompts, mixed in for the speed on other text", reads="file"
     )
     general_share: float = setting(0.0, "their share of all response tokens", ge=0, lt=1)
-    temperatures: tuple[float, ...] = setting((0.0,), "sampling temperature of regeneration; repeatable")
-    top_p: float = setting(1.0, "nucleus of sampled regeneration")
-    max_new_tokens: int = setting(256, "longest response, in tokens", gt=1)
-    server: Address | None = setting(
-        None,
-        "OpenAI-compatible server that serves the target, e.g. http://127.0.0.1:8000; its key: REDRAFT_API_KEY",
-    )
-    server_model: str | None = setting(None, "the target's name on that server")
-    batch_size: int = setting(64, "sequences decoded together, or requests under way at --server", gt=0)
-    heldout_prompts: int = setting(24, "prompts kept back for early stopping", gt=0)
     bench_prompts: int = setting(24, "prompts of the final benchmark", gt=0)
     bench_tokens: int = setting(128, "longest response in the benchmark, in tokens", gt=1)
     exports: tuple[FormatName, ...] = setting(("vllm",), "format to export: {formats}; repeatable")
-    train: block_of(TrainConfig, "train") = setting(  # type: ignore[valid-type]
-        {}, "training setting that differs from the method's, such as epochs=4; repeatable"
-    )
+    train: TrainBlock = setting({}, "training setting that differs from the method's, as epochs=4; repeatable")
 
     @property
     def self_prompts(self) -> int:
@@ -127,12 +101,9 @@ class AdaptConfig(Adapting):
         return {"train": self.train_config(), "private": self.private_size}
 
     def conflicts(self) -> Iterator[str]:
-        if (self.prompts is None) == (self.responses is None):
-            yield "give --prompts, or --responses with a log of served responses: one of the two"
+        yield from super().conflicts()
         if self.responses and (self.server or self.eval_prompts):
             yield "--responses takes served text as it is; --server and --eval-prompts go with --prompts"
-        if self.server_model and not self.server:
-            yield NO_SERVER
         if self.top_p != 1 and not any(self.temperatures):
             yield "--top-p filters what is sampled, and all --temperatures are 0; raise one, or leave it out"
         if self.responses and self.select_on == "prompts":

@@ -2,7 +2,7 @@
 
 A command's settings are a :class:`Settings`; a part of a file that is a model of its own is a :class:`Part`; a recipe
 (of a training, of a private part) is a frozen dataclass made by :func:`recipe`, of which a file or a flag may give
-some values: a field of the type ``block_of(kind)``.
+some values: a mapping marked with :class:`BlockOf`.
 """
 
 from __future__ import annotations
@@ -88,10 +88,15 @@ def check(test: Callable[[Any], Any]) -> AfterValidator:
         try:
             test(value)
         except UserError as error:
-            raise PydanticCustomError("said", "{text}", {"text": str(error)}) from None
+            raise said(error) from None
         return value
 
     return AfterValidator(run)
+
+
+def said(text: object) -> PydanticCustomError:
+    """What a validator raises to tell ``text`` as it is."""
+    return PydanticCustomError("said", "{text}", {"text": str(text)})
 
 
 def known_name(kind: str, name: str, known: Iterable[str]) -> None:
@@ -192,31 +197,29 @@ class Recipe:
         return convert(value, cls.__pydantic_fields__[info.field_name].annotation)  # type: ignore[attr-defined]
 
 
-def block_of(kind: Any, name: str) -> Any:
-    """The type of a setting ``name`` that holds some settings of the recipe ``kind``, in their types."""
-
-    def typed(given: dict[str, Any]) -> dict[str, Any]:
-        try:
-            made = kind(**given)
-        except UserError as error:
-            assert isinstance(error.__cause__, ValidationError)
-            text = "; ".join(complaints(error.__cause__, kind.__dataclass_fields__, name))
-            raise PydanticCustomError("said", "{text}", {"text": text}) from None
-        return {key: getattr(made, key) for key in given}
-
-    return Annotated[dict[str, Any], AfterValidator(typed), BlockOf(kind)]
-
-
 class BlockOf:
-    """Marks a setting as holding settings of ``kind``."""
+    """Marks a mapping as holding some settings of the recipe ``kind``; each gets its type."""
 
     def __init__(self, kind: Any) -> None:
         self.kind = kind
 
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        return AfterValidator(self._typed).__get_pydantic_core_schema__(source, handler)
 
-def block_kind(field: Any) -> Any:
-    """The recipe whose settings a field of a model holds; ``None`` for any other field."""
-    return next((mark.kind for mark in field.metadata if isinstance(mark, BlockOf)), None)
+    def _typed(self, given: dict[str, Any], info: Any) -> dict[str, Any]:
+        try:
+            made = self.kind(**given)
+        except UserError as error:
+            assert isinstance(error.__cause__, ValidationError)
+            raise said(
+                "; ".join(complaints(error.__cause__, self.kind.__dataclass_fields__, info.field_name))
+            ) from None
+        return {key: getattr(made, key) for key in given}
+
+
+def is_block(field: Any) -> bool:
+    """Whether a field of a model holds settings of a recipe."""
+    return any(isinstance(mark, BlockOf) for mark in field.metadata)
 
 
 # -- models ------------------------------------------------------------------------------------------------------------
@@ -233,7 +236,7 @@ class Part(BaseModel):
     @model_validator(mode="after")
     def _agree(self) -> Any:
         if found := list(self._told()):
-            raise PydanticCustomError("said", "{text}", {"text": "; ".join(dict.fromkeys(found))})
+            raise said("; ".join(dict.fromkeys(found)))
         return self
 
     def _told(self) -> Iterator[str]:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from redraft.settings.base import block_of, setting
-from redraft.settings.common import NO_SERVER, PROMPT_FORMS, Address, FormatName, OnTarget
+from redraft.settings.base import setting
+from redraft.settings.common import AnsweredRun
 from redraft.settings.sampler import samplers_of
-from redraft.settings.training import DistilConfig, LossName, PretrainConfig
+from redraft.settings.texts import FormatName
+from redraft.settings.training import AlignBlock, DistilConfig, LossName, PretrainBlock, PretrainConfig
 
 
-class DistillConfig(OnTarget):
+class DistillConfig(AnsweredRun):
     """What ``redraft distill`` does. Every field is a flag of the same name and a key of the YAML file."""
 
     COMMAND: ClassVar[str] = "distill"
@@ -22,7 +22,6 @@ class DistillConfig(OnTarget):
     }
     LIFTED: ClassVar[tuple[str, ...]] = ("align", "pretrain")
 
-    out: Path = setting(..., "run directory; a stopped run resumes from it")
     # the drafter
     draft: str | None = setting(None, "drafter to align as it is, instead of pretraining a new one", reads="model")
     size: str = setting("1/10", "size of a new one: a share of the target (1/10), parameters (15M), or goel")
@@ -33,25 +32,16 @@ class DistillConfig(OnTarget):
     private_width: int = setting(0, "train only private experts of this width beside the MLPs of --draft", ge=0)
     # pretraining
     text: tuple[str, ...] = setting(
-        (), "plain text: file, folder or datasets:NAME:CONFIG@SPLIT; repeatable", reads="prompts"
+        (), "plain text: file, folder, datasets:NAME:CONFIG@SPLIT; repeatable", reads="prompts"
     )
     text_field: str = setting("text", "field of JSON lines and data sets that holds the text")
     heldout_text: str | None = setting(None, "held-out text; by default a share of --text", reads="prompts")
     heldout_share: float = setting(0.01, "share of --text that is held out", gt=0, lt=1)
-    pretrain: block_of(PretrainConfig, "pretrain") = setting(  # type: ignore[valid-type]
-        {}, "pretraining setting, such as tokens=5e6; repeatable"
-    )
+    pretrain: PretrainBlock = setting({}, "pretraining setting, such as tokens=5e6; repeatable")
     # responses
-    prompts: str | None = setting(None, f"seed instructions that the target answers ({PROMPT_FORMS})", reads="prompts")
-    responses: str | None = setting(None, "a log of served responses instead of --prompts", reads="file")
     temperatures: tuple[float, ...] = setting((0.0, 0.3, 0.7, 1.0), "sampling temperature of the answers; repeatable")
     top_p: float = setting(0.95, "nucleus of sampled answers")
-    max_new_tokens: int = setting(256, "longest answer, in tokens", gt=1)
-    server: Address | None = setting(None, "OpenAI-compatible server that answers; its key: REDRAFT_API_KEY")
-    server_model: str | None = setting(None, "the target's name on that server")
     server_only: bool = setting(False, "the target's weights are not here: only config and tokenizer are")
-    batch_size: int = setting(64, "sequences decoded together, or requests under way at --server", gt=0)
-    heldout_prompts: int = setting(24, "prompts kept back for early stopping", gt=0)
     # alignment
     loss: LossName = setting("tvdpp", "training loss: {losses}")
     teacher: Literal["states", "tops", "tokens"] = setting(
@@ -60,9 +50,7 @@ class DistillConfig(OnTarget):
     top_logprobs: int = setting(20, "likeliest tokens asked of the server for teacher tops", gt=0)
     text_share: float = setting(0.1, "share of plain text in alignment", ge=0, lt=1)
     store_states: bool = setting(True, "keep the target's states on disk over the epochs")
-    align: block_of(DistilConfig, "align") = setting(  # type: ignore[valid-type]
-        {}, "alignment setting, such as epochs=4; repeatable"
-    )
+    align: AlignBlock = setting({}, "alignment setting, such as epochs=4; repeatable")
     gamma: int = setting(3, "drafted tokens a round", gt=0)
     exports: tuple[FormatName, ...] = setting(("hf",), "format to export: {formats}; repeatable")
     # what a source of responses asks for and distillation has no use for
@@ -71,12 +59,9 @@ class DistillConfig(OnTarget):
     self_prompts: ClassVar[int] = 0
 
     def conflicts(self) -> Iterator[str]:
-        if (self.prompts is None) == (self.responses is None):
-            yield "give --prompts for the target to answer, or --responses with a log of served ones"
+        yield from super().conflicts()
         if not self.text and (self.draft is None or self.text_share > 0):
             yield "give --text to pretrain on and to mix in (with --draft and --text-share 0 none is needed)"
-        if self.server_model and not self.server:
-            yield NO_SERVER
         if self.private_width and self.draft is None:
             yield "private experts stand beside the MLPs of a trained drafter; give it with --draft"
         if self.server_only and self.teacher == "states":

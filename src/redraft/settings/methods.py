@@ -12,14 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import model_validator
-from pydantic_core import PydanticCustomError
 
 from redraft.errors import UserError
-from redraft.registry import nearest
-from redraft.settings.base import Recipe, recipe, setting
+from redraft.settings.base import BlockOf, Recipe, known_name, one_of, recipe, said, setting
 
 # Updates stand inside the layers that they update, so that no pattern of a family tells them apart.
 LOW_RANK = "low_rank"
@@ -40,7 +38,7 @@ class PrivateSize(Recipe):
     width: int | None = setting(None, "inner width of the private expert, or of all of them together", ge=1)
     rank: int | None = setting(None, "rank of the low-rank updates", ge=1)
     bits: int | None = setting(
-        None, "bits a weight that the change of the draft's own matrices is told in; 2 are usual", ge=1, le=MOST_BITS
+        None, "bits a weight that whole matrices' change is told in; 2 are usual", ge=1, le=MOST_BITS
     )
     on: tuple[str, ...] = setting((), "patterns of the linear layers with low-rank updates; all by default")
     alpha: float | None = setting(None, "scale of low-rank updates, alpha / rank as in peft; one by default", gt=0)
@@ -58,8 +56,11 @@ class PrivateSize(Recipe):
             check_experts("private", self.experts, self.active)
             check_experts("shared", self.shared_experts, shared_active)
         except UserError as error:
-            raise PydanticCustomError("said", "{text}", {"text": str(error)}) from None
+            raise said(error) from None
         return self
+
+
+PrivateBlock = Annotated[dict[str, Any], BlockOf(PrivateSize)]
 
 
 def check_experts(side: str, experts: int, active: int) -> None:
@@ -124,11 +125,12 @@ METHODS: dict[str, Method] = {
     "scratch": Method(WHOLE, "every weight of a new draft of the same shape and vocabulary", fresh=True),
 }
 
+MethodName = Annotated[str, one_of("method", lambda: METHODS)]
+
 
 def method(name: str) -> Method:
     """Raises ``UserError`` for a name that is not there, listing those that are."""
-    if name not in METHODS:
-        raise UserError(f"unknown method {name!r}{nearest(name, METHODS)}; choose one of: {', '.join(METHODS)}")
+    known_name("method", name, METHODS)
     return METHODS[name]
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path as FilePath
+from typing import Annotated
 
 from redraft.errors import UserError
+from redraft.settings.base import AUTO, check
 
 Path = tuple[int, ...]
 """A node by the sibling ranks on the way to it: (0,) is the draft's first choice, (0, 1) its second choice after it."""
@@ -164,3 +166,6 @@ def _static(text: str, source: str) -> StaticTree:
     if not good:
         raise UserError(f"{source} is not a list of lists of whole numbers; write paths such as [[0],[1],[0,0]]")
     return StaticTree(tuple(tuple(path) for path in paths))
+
+
+ShapeText = Annotated[str, check(lambda text: text == AUTO or parse_shape(text))]

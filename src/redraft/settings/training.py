@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Annotated, Any, ClassVar
 
 from redraft.registries import LOSSES
-from redraft.settings.base import AUTO, DtypeName, Recipe, one_of, recipe, setting
+from redraft.settings.base import AUTO, BlockOf, DtypeName, Recipe, one_of, recipe, setting
 
 LossName = Annotated[str, one_of("loss", LOSSES.names)]
 OPTIMIZERS = ("muon", "adamw")
@@ -48,6 +48,9 @@ class TrainConfig(LoopConfig):
     gamma: int = setting(5, "drafted tokens a round when held-out tau is measured", ge=1)
 
 
+TrainBlock = Annotated[dict[str, Any], BlockOf(TrainConfig)]
+
+
 @recipe
 class CausalConfig(LoopConfig):
     """How a causal language model is trained, whatever on."""
@@ -82,6 +85,9 @@ class PretrainConfig(CausalConfig):
         return max(1, round(self.tokens / (self.batch_blocks * self.length)))
 
 
+PretrainBlock = Annotated[dict[str, Any], BlockOf(PretrainConfig)]
+
+
 @recipe
 class DistilConfig(CausalConfig):
     """Distillation from a target's answers, with plain text mixed in."""
@@ -94,6 +100,9 @@ class DistilConfig(CausalConfig):
     gamma: int = setting(5, "drafted tokens a round", ge=1)
     text_share: float = setting(0.1, "share of plain text among supervised tokens", ge=0, lt=1)
     text_length: int = setting(256, "tokens of a block of plain text", ge=1)
+
+
+AlignBlock = Annotated[dict[str, Any], BlockOf(DistilConfig)]
 
 
 @recipe
@@ -109,3 +118,6 @@ class ReplayConfig(Recipe):
     accepted: float = setting(1.0, "weight of a step that a lost round still got right", gt=0)
     failed: float = setting(1.0, "weight of the step that ended a round", gt=0)
     floor: float = setting(0.0, "weight of every other state that the draft can be right at", ge=0)
+
+
+ReplayBlock = Annotated[dict[str, Any], BlockOf(ReplayConfig)]

@@ -28,7 +28,7 @@ from redraft.provenance import Ledger
 from redraft.rows import anchors
 from redraft.settings.methods import method
 from redraft.settings.sampler import Sampler
-from redraft.settings.study_parts import ANY, NONE, Cell
+from redraft.settings.studies import ANY, NONE, Cell
 from redraft.settings.training import ReplayConfig, TrainConfig
 from redraft.starts.apply import StartContext
 from redraft.training.replay import check_replayable

@@ -20,9 +20,8 @@ from redraft.rows import anchors
 from redraft.selection import score_rows
 from redraft.selection.acceptance import scoring_context
 from redraft.selection.rules import select as select_rows
-from redraft.settings.budget import parse_budget
-from redraft.settings.scorers import parse_scorer
-from redraft.settings.study_parts import NONE, SelectionEntry
+from redraft.settings.studies import NONE, SelectionEntry
+from redraft.settings.texts import parse_budget, parse_scorer
 
 
 @dataclass
