@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from redraft import arithmetic, provenance
-from redraft.adaptation.claim import claim_distill, settled
+from redraft.adaptation.claim import claim_run, settled
 from redraft.adaptation.models import contestants
 from redraft.adaptation.quickstart import EFFICIENCY, FEWEST, GIGA_OPERATIONS, QUESTIONS, SECONDS, affordable
 from redraft.adaptation.study.run import claim
@@ -155,10 +155,10 @@ def distillation(folder: Path, **more: str):
 
 def test_what_a_drafter_trains_in_follows_the_target_and_then_the_run(machine, tmp_path):
     machine(0.9, 58.0)
-    config = claim_distill(distillation(tmp_path / "new"))
+    config = claim_run(distillation(tmp_path / "new"))
     assert (config.dtype, config.pretrain_config().precision, config.align_config().precision) == ("float32",) * 3
     machine(400.0, 90.0)
-    again = claim_distill(distillation(tmp_path / "new"))
+    again = claim_run(distillation(tmp_path / "new"))
     assert (again.dtype, again.align_config()) == ("float32", config.align_config())
     # An old run: a float32 target, and training in bfloat16, the default of then.
     file = tmp_path / "new" / "config.json"
@@ -166,14 +166,14 @@ def test_what_a_drafter_trains_in_follows_the_target_and_then_the_run(machine, t
     for name in ("pretrain", "align"):
         stored[name]["precision"] = "bfloat16"
     file.write_text(json.dumps(stored))
-    old = claim_distill(distillation(tmp_path / "new"))
+    old = claim_run(distillation(tmp_path / "new"))
     assert (old.dtype, old.pretrain_config().precision, old.align_config().precision) == (
         "float32",
         "bfloat16",
         "bfloat16",
     )
     with pytest.raises(UserError, match="another align precision"):
-        claim_distill(distillation(tmp_path / "new", align={"precision": "float32"}))
+        claim_run(distillation(tmp_path / "new", align={"precision": "float32"}))
 
 
 def test_a_training_says_what_it_computes_in(tmp_path):

@@ -11,7 +11,7 @@ from typing import Any
 
 from redraft import provenance
 from redraft.acceptance.simulate import simulate_greedy_chain, tau_of
-from redraft.adaptation.claim import claim_distill
+from redraft.adaptation.claim import claim_run
 from redraft.adaptation.core import build_features, draft_meta, feature_store, half
 from redraft.adaptation.models import open_proposer, settle_template
 from redraft.adaptation.runs import Run, Say, row_tokens, supervised_rows
@@ -46,7 +46,7 @@ class DistillRun(Run[DistillConfig]):
 
     def __init__(self, config: DistillConfig, say: Say = print) -> None:
         """Raises ``UserError`` when the run directory belongs to other settings."""
-        super().__init__(claim_distill(config, say), say)
+        super().__init__(claim_run(config, say), say)
 
     # -- what the stages work on -------------------------------------------------------------------------------
     @cached_property

@@ -37,7 +37,8 @@ def announce(settings: Settings) -> None:
 
 def told(settings: Any) -> Iterator[str]:
     """What was asked for, with counts: what a command cannot do without, what was given, and what matters most."""
-    for name in type(settings).model_fields:
+    fields = type(settings).model_fields
+    for name in sorted(fields, key=lambda name: not fields[name].is_required()):
         value = getattr(settings, name)
         if (name in settings.model_fields_set or name in TOLD) and value not in (None, (), {}) and value is not False:
             number = counted(str(value)) if name in ("prompts", "responses") else None
