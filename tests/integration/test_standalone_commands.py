@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from redraft.adaptation.auto import auto_shape, run_lengths
 from redraft.adaptation.models import open_draft, open_proposer
 from redraft.adaptation.probe import acceptance, greedy_rows, probe
-from redraft.api.files import export, merge
+from redraft.api.steps import export, merge
 from redraft.artifact import tensors_hash
 from redraft.decode.auto import chain_tau, measure_costs, pick_shape
 from redraft.decode.engine import ChainDecoder

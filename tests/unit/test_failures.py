@@ -37,7 +37,7 @@ def fail_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     def fail(*arguments: Any, **options: Any) -> None:
         raise error
 
-    monkeypatch.setattr("redraft.api.measuring.build_report", fail)
+    monkeypatch.setattr("redraft.api.runs.build_report", fail)
 
 
 # -- defects ---------------------------------------------------------------------------------------------------------
@@ -153,7 +153,7 @@ def run_alone(*arguments: str) -> tuple[list[str], list[str]]:
         ("bench --target t --draft d --suite gms8k --out b.json", "did you mean gsm8k?"),
         ("distill --target t --out o --text x --prompts p --loss tvdp", "did you mean tvdpp?"),
         ("regenerate --target t --prompts p.jsonl --temperature 0 --temperature 0.5 --out r.jsonl",
-         "prompts p.jsonl (2); out r.jsonl; temperature 0.0, 0.5; at most 1,024 tokens of answers"),
+         "prompts p.jsonl (2); out r.jsonl; max-new-tokens 256; temperature 0.0, 0.5; at most 1,024 tokens of answers"),
     ],
 )  # fmt: skip
 def test_names_settings_paths_and_help_load_nothing_heavy(tmp_path, monkeypatch, command, says) -> None:
