@@ -45,8 +45,8 @@ from redraft.errors import UserError
 from redraft.evaluate.speed import tau_interval
 from redraft.features import FeatureStore
 from redraft.rows import anchors
-from redraft.settings.adapt import adaptation
 from redraft.settings.methods import PrivateSize
+from redraft.settings.runs import adaptation
 from redraft.settings.studies import parse_study
 from redraft.settings.training import TrainConfig
 from redraft.starts.apply import StartContext, apply_start

@@ -33,7 +33,7 @@ from redraft.features import FeatureStore
 from redraft.metrics import cost_by_bytes, mbsu
 from redraft.progress import progress_bar
 from redraft.rows import anchors
-from redraft.settings.distill import DistillConfig
+from redraft.settings.runs import DistillConfig
 from redraft.settings.sampler import Sampler
 from redraft.training.distil import distil
 

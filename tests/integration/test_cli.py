@@ -17,10 +17,10 @@ from redraft.cli import main
 from redraft.cli.generate import CHOICES
 from redraft.errors import UserError
 from redraft.registries import EXPORTERS, LOSSES, SCORERS
-from redraft.settings.adapt import AdaptConfig
+from redraft.settings.base import read
 from redraft.settings.methods import METHODS
+from redraft.settings.runs import AdaptConfig
 from redraft.settings.steps import BenchSettings, TrainSettings
-from redraft.settings.yamlfile import read
 
 SERVERS = ["bench", "--target", "./no", "--prompts", "p", "--out", "b.json", "--server"]
 REGENERATE = ["regenerate", "--target", "./no", "--prompts", "p", "--out", "o.jsonl"]
@@ -371,4 +371,4 @@ def test_the_plan_knows_the_texts_of_a_settings_file(redraft: Any, tmp_path: Pat
     file = tmp_path / "distill.yaml"
     file.write_text(f"target: ./no\ntext: [corpus.txt]\nprompts: p.jsonl\nout: {tmp_path / 'run'}\n")
     code, out, _ = redraft("distill", "--config", str(file))
-    assert code == 2 and "pretrained on corpus.txt," in out
+    assert code == 2 and "text corpus.txt;" in out

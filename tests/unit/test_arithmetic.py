@@ -17,11 +17,9 @@ from redraft.adaptation.quickstart import EFFICIENCY, FEWEST, GIGA_OPERATIONS, Q
 from redraft.adaptation.study.run import claim
 from redraft.arithmetic import Choice, choose_dtype, fastest, go_on_with
 from redraft.errors import UserError
-from redraft.settings.adapt import AdaptConfig
-from redraft.settings.base import AUTO, TYPES
-from redraft.settings.distill import DistillConfig
+from redraft.settings.base import AUTO, TYPES, read
+from redraft.settings.runs import AdaptConfig, DistillConfig
 from redraft.settings.studies import parse_study
-from redraft.settings.yamlfile import read
 from redraft.training.checkpoint import stored_precision
 from redraft.training.optimizer import InFloat32, make_optimizers, muon_type
 

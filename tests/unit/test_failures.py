@@ -19,9 +19,9 @@ from typer.main import get_command
 
 from redraft.cli import main, plans
 from redraft.cli.failures import trace, unexpected, without_secrets
-from redraft.settings.adapt import AdaptConfig
+from redraft.settings.base import read
+from redraft.settings.runs import AdaptConfig
 from redraft.settings.steps import BenchSettings, MergeSettings, QuickstartSettings, RegenerateSettings
-from redraft.settings.yamlfile import read
 
 SRC = str(Path(main.__file__).parents[2])
 REPORT = f"report {__file__}"

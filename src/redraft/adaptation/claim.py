@@ -13,9 +13,8 @@ from redraft.arithmetic import go_on_with
 from redraft.artifact import atomic_write_json, read_json
 from redraft.drafts.formats.base import check_formats
 from redraft.errors import UserError
-from redraft.settings.adapt import AdaptConfig
 from redraft.settings.base import AUTO
-from redraft.settings.distill import DistillConfig
+from redraft.settings.runs import AdaptConfig, DistillConfig
 from redraft.settings.training import DistilConfig, PretrainConfig, TrainConfig
 
 CONFIG_FILE = "config.json"

@@ -29,10 +29,9 @@ from redraft.data.store import read_rows
 from redraft.drafts.standalone.shapes import parameters_of, shape_for
 from redraft.errors import UserError
 from redraft.loading import ADAPTER_FILE, adapter_base, locate, one_line, quiet
-from redraft.settings.adapt import AdaptConfig
 from redraft.settings.base import AUTO, Settings
-from redraft.settings.distill import DistillConfig
 from redraft.settings.methods import METHODS, SHARE
+from redraft.settings.runs import AdaptConfig, DistillConfig
 from redraft.settings.steps import RegenerateSettings, TrainSettings
 from redraft.settings.studies import StudySettings, read_study
 from redraft.settings.texts import parse_budget, parse_source, self_prompts

@@ -22,7 +22,7 @@ from redraft.data.prompts import Conversation, read_conversations
 from redraft.drafts.groups import prepare, trained_parameters
 from redraft.evaluate.speed import Prompt
 from redraft.reports.page import build_report
-from redraft.settings.adapt import AdaptConfig
+from redraft.settings.runs import AdaptConfig
 
 EMBEDDED = "embedded:smollm2-135m-instruct"
 TRAIN_SEED, EVALUATION_SEED = 1, 2

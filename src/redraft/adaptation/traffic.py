@@ -14,8 +14,7 @@ from redraft.data.store import Row, encode_row
 from redraft.data.traces import read_traces
 from redraft.evaluate.speed import Prompt
 from redraft.rows import anchors
-from redraft.settings.adapt import AdaptConfig
-from redraft.settings.distill import DistillConfig
+from redraft.settings.runs import AdaptConfig, DistillConfig
 from redraft.target import Target
 
 

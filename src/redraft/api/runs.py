@@ -22,10 +22,10 @@ from redraft.drafts.opening import AnyDraft, OpenDraft
 from redraft.progress import Progress, progress_bar
 from redraft.reports import build_report, headline_png
 from redraft.reports.results import Adapted, Benchmark, Page, Study, Trained
-from redraft.settings.adapt import AdaptConfig
+from redraft.settings.base import merged, read, underscored
+from redraft.settings.runs import AdaptConfig
 from redraft.settings.steps import BenchSettings, ProbeSettings, ReportSettings, TrainSettings
 from redraft.settings.studies import StudyConfig, read_study
-from redraft.settings.yamlfile import merged, read, underscored
 
 
 def adapt(

@@ -16,9 +16,8 @@ import redraft
 from redraft.cli.generate import add_command, template
 from redraft.errors import UserError
 from redraft.settings import steps
-from redraft.settings.adapt import AdaptConfig
 from redraft.settings.base import Settings, known_name
-from redraft.settings.distill import DistillConfig
+from redraft.settings.runs import AdaptConfig, DistillConfig
 from redraft.settings.shapes import parse_shape
 from redraft.settings.studies import StudySettings, read_study
 

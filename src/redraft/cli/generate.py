@@ -21,10 +21,9 @@ from redraft.cli.failures import as_user_error, unexpected
 from redraft.cli.plans import announce, check_places, refuse_overwriting
 from redraft.errors import UserError
 from redraft.registries import EXPORTERS, LOSSES, SCORERS, STARTS, SUITES
-from redraft.settings.base import Settings, choices, is_block
+from redraft.settings.base import Settings, choices, is_block, read
 from redraft.settings.methods import METHODS
 from redraft.settings.texts import parse_template_args
-from redraft.settings.yamlfile import read
 
 CHOICES: dict[str, Callable[[], list[str]]] = {
     "{losses}": LOSSES.names,

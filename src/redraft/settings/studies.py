@@ -18,20 +18,11 @@ from pydantic import BeforeValidator, ConfigDict, ValidationError
 from redraft.errors import UserError
 from redraft.registries import LOSSES
 from redraft.registry import nearest
-from redraft.settings.base import AUTO, DtypeName, Part, Settings, check, complaints, known_name, setting
+from redraft.settings import texts
+from redraft.settings.base import AUTO, DtypeName, Part, Settings, check, complaints, known_name, read_yaml, setting
 from redraft.settings.methods import METHODS, PrivateSize, method
 from redraft.settings.shapes import ChainShape, DynamicTree, StaticTree, parse_shape
-from redraft.settings.texts import (
-    BudgetText,
-    ScorerName,
-    StartName,
-    parse_budget,
-    parse_scorer,
-    parse_source,
-    start_needs,
-)
 from redraft.settings.training import ReplayBlock, ReplayConfig, TrainBlock, TrainConfig
-from redraft.settings.yamlfile import read_yaml
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_+.-]*")
 # What the study itself sets in every training run.
@@ -39,18 +30,18 @@ OWN_TRAIN_SETTINGS = ("loss", "gamma", "seed")
 NONE, ANY = "none", "-"
 
 
-def _texts(value: Any) -> Any:
+def _several(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
 def _evaluation(value: Any) -> Any:
     if isinstance(value, str | list):
         value = {"domain": value}
-    return {name: _texts(texts) for name, texts in value.items()} if isinstance(value, dict) else value
+    return {name: _several(given) for name, given in value.items()} if isinstance(value, dict) else value
 
 
 # Prompt sources, one or several: see docs/studies/README.md.
-Sources = Annotated[tuple[Annotated[str, check(parse_source)], ...], BeforeValidator(_texts)]
+Sources = Annotated[tuple[Annotated[str, check(texts.parse_source)], ...], BeforeValidator(_several)]
 
 
 class TargetEntry(Part):
@@ -93,20 +84,22 @@ class DataEntry(Part):
 class SelectionEntry(Part):
     """What is kept: a scorer (``name`` or ``name:key=value,...``) and a budget, on responses or on prompts alone."""
 
-    scorer: ScorerName | None = setting(None, "how samples are scored")
-    budget: BudgetText = setting("100%", "what is kept")
+    scorer: texts.ScorerName | None = setting(None, "how samples are scored")
+    budget: texts.BudgetText = setting("100%", "what is kept")
     on: Literal["responses", "prompts"] = setting("responses", "what is scored")
     order: Literal["highest", "lowest"] = setting("highest", "which scores come first")
     general: float = setting(0.0, "share of general text that is mixed in afterwards", ge=0, lt=1)
 
     def conflicts(self) -> Iterator[str]:
-        if self.scorer is None and not parse_budget(self.budget).whole:
+        if self.scorer is None and not texts.parse_budget(self.budget).whole:
             yield "a budget needs a scorer"
 
     @property
     def reads_features(self) -> bool:
         """Whether the scorer works on the features that training reads too: those of the responses."""
-        return self.scorer is not None and self.on == "responses" and "alpha_of" in parse_scorer(self.scorer).needs
+        return (
+            self.scorer is not None and self.on == "responses" and "alpha_of" in texts.parse_scorer(self.scorer).needs
+        )
 
 
 class MethodEntry(Part):
@@ -143,12 +136,12 @@ class StartEntry(Part):
     """What training starts from: the target's stale draft or another, changed by registered starts (``a+b``)."""
 
     draft: str | None = setting(None, "another draft than the target's stale one")
-    start: StartName = setting(NONE, "registered starts, joined by +")
+    start: texts.StartName = setting(NONE, "registered starts, joined by +")
 
     @property
     def needs(self) -> frozenset[str]:
         """What the starts cannot do without: "base_target", "rows"."""
-        return start_needs(self.start)
+        return texts.start_needs(self.start)
 
 
 class General(Part):
@@ -243,9 +236,7 @@ class StudyConfig(Part):
     name: str = setting(..., "name of the study")
     about: str = setting("", "what it asks, in a sentence or two")
     targets: dict[str, TargetEntry] = setting(..., "targets by name", min_length=1)
-    data: dict[str, DataEntry] = setting(
-        None, "training texts by name", default_factory=lambda: {"regenerated": DataEntry()}
-    )
+    data: dict[str, DataEntry] = setting({"regenerated": {}}, "training texts by name", validate_default=True)
     methods: dict[str, MethodEntry] = setting({}, "methods with settings of their own, by name")
     selections: dict[str, SelectionEntry] = setting({}, "selections by name")
     starts: dict[str, StartEntry] = setting({}, "starts by name")
@@ -295,20 +286,17 @@ class StudyConfig(Part):
         return shape
 
     # -- looking names up ------------------------------------------------------------------------------------------
+    def entry_of(self, name: str) -> MethodEntry:
+        """What the study says of a method; where it says nothing, all is left to the method."""
+        return self.methods.get(name, MethodEntry())
+
     def method_of(self, name: str) -> str:
         """The registered method behind a name. Raises ``UserError``."""
-        entry = self.methods.get(name)
-        if entry is None:
+        if name not in self.methods:
             known_name("method", name, dict.fromkeys([*self.methods, *METHODS]))
-        found = (entry.method if entry else None) or name
+        found = self.entry_of(name).method or name
         method(found)
         return found
-
-    def size_of(self, name: str) -> PrivateSize:
-        return self.methods[name].size if name in self.methods else PrivateSize()
-
-    def replay_of(self, name: str) -> ReplayConfig | None:
-        return self.methods[name].replay_config if name in self.methods else None
 
     def trains(self, name: str) -> bool:
         return bool(method(self.method_of(name)).groups)
@@ -338,10 +326,9 @@ class StudyConfig(Part):
 
     def train_config(self, loss: str, seed: int, method_name: str | None = None) -> TrainConfig:
         """The common training settings; of a method's own there is the learning rate alone. Raises ``UserError``."""
-        common = TrainConfig(**self.train)
-        own = self.methods.get(method_name or "")
-        rate = own.learning_rate if own and own.learning_rate else common.learning_rate
-        return replace(common, learning_rate=rate, loss=loss, gamma=self.gamma, seed=seed)
+        rate = self.entry_of(method_name or "").learning_rate
+        own = {"loss": loss, "gamma": self.gamma, "seed": seed} | ({"learning_rate": rate} if rate else {})
+        return TrainConfig(**self.train | own)
 
     # -- cells -----------------------------------------------------------------------------------------------------
     def all_cells(self) -> Iterator[Cell]:
@@ -355,46 +342,38 @@ class StudyConfig(Part):
         for name in self.targets:
             yield (baseline := Cell(name, NONE, ANY, ANY, ANY, NONE, 0))
             seen[baseline] = "baseline"
-        for place, asked, cell in self._asked():
+        for place, asked in self._asked():
             self._check(asked)
-            if cell in seen:
+            if (cell := self._plain(asked)) in seen:
                 if seen[cell] in ("baseline", place) and not self.trains(cell.method):
                     continue
                 raise UserError(f"the cell {cell.key} is there twice ({seen[cell]} and {place}); remove one")
             seen[cell] = place
             yield cell
 
-    def _asked(self) -> Iterator[tuple[str, Cell, Cell]]:
+    def _asked(self) -> Iterator[tuple[str, Cell]]:
         first = next(iter(self.data), None)
         if first is None:
             raise UserError("the study has no data; leave the key out for regenerated responses")
         for index, grid in enumerate(self.grid, 1):
-            place = f"grid {index}"
-            axes: tuple[tuple[Any, ...], ...] = (
-                grid.targets or tuple(self.targets), grid.methods, grid.data or (first,), grid.selections,
-                grid.losses, grid.starts, grid.seeds,
-            )  # fmt: skip
-            for values in axes:
+            lists = grid.model_dump() | {"targets": grid.targets or tuple(self.targets), "data": grid.data or (first,)}
+            for values in lists.values():
                 if twice := {v for v in values if values.count(v) > 1}:
-                    raise UserError(f"{place} lists {', '.join(map(str, sorted(twice)))} twice; remove one")
-            for values in itertools.product(*axes):
-                asked = Cell(*values)
-                yield place, asked, self._plain(asked)
+                    raise UserError(f"grid {index} lists {', '.join(map(str, sorted(twice)))} twice; remove one")
+            yield from ((f"grid {index}", Cell(*values)) for values in itertools.product(*lists.values()))
         for index, entry in enumerate(self.cells, 1):
             if entry.target is None and len(self.targets) > 1:
                 raise UserError(f"cell {index} names no target; choose one of {', '.join(self.targets)}")
-            target = entry.target or next(iter(self.targets))
-            rest = (entry.selection, entry.loss, entry.start, entry.seed)
-            asked = Cell(target, entry.method, entry.data or first, *rest)
-            yield f"cell {index}", asked, self._plain(asked)
+            left = {"target": next(iter(self.targets)), "data": first}
+            yield f"cell {index}", Cell(**left | entry.model_dump(exclude_none=True))
 
     def _plain(self, cell: Cell) -> Cell:
         """The cell with ``ANY`` for what it does not depend on."""
         if self.trains(cell.method):
             return cell
         if self.start_of(cell.start).start != NONE:
-            return Cell(cell.target, cell.method, cell.data, cell.selection, ANY, cell.start, 0)
-        return Cell(cell.target, cell.method, ANY, ANY, ANY, cell.start, 0)
+            return replace(cell, loss=ANY, seed=0)
+        return replace(cell, data=ANY, selection=ANY, loss=ANY, seed=0)
 
     def _check(self, cell: Cell) -> None:
         """Raise ``UserError`` for a name that is not there, or something that the cell needs and was not given."""
@@ -408,19 +387,18 @@ class StudyConfig(Part):
 
     def check_needs(self) -> None:
         """Ask the scorers and starts of all cells for what they need, which imports them. Raises ``UserError``."""
-        for _, cell, _ in self._asked():
+        for _, cell in self._asked():
             if self.targets[cell.target].base_target is not None:
                 continue
             scorer, start = self.selection_of(cell.selection).scorer, self.start_of(cell.start)
-            if scorer and "base_target" in parse_scorer(scorer).needs:
+            if scorer and "base_target" in texts.parse_scorer(scorer).needs:
                 raise UserError(f"scorer {scorer} needs the base target of {cell.target}; give its base_target")
             if "base_target" in start.needs:
                 raise UserError(f"start {cell.start} needs the base target of {cell.target}; give its base_target")
 
 
 # Every name that the file may hold anywhere, to name the nearest to one that it may not.
-PARTS = (StudyConfig, TargetEntry, DataEntry, SelectionEntry, StartEntry, General, Speed, Grid, CellEntry)
-KNOWN = sorted({name for part in PARTS for name in part.model_fields})
+KNOWN = sorted({name for part in Part.__subclasses__() if part is not Settings for name in part.model_fields})
 Entry = TypeVar("Entry", bound=Part)
 
 

@@ -95,12 +95,12 @@ def cell_folder(root: Path, cell: Cell) -> Path:
 def adaptation_of(work: TargetWork, cell: Cell, opened: OpenDraft, selected: Selected | None) -> Adaptation:
     """The cell's training, its features where all of the target's are. Raises ``UserError``."""
     config, folder = work.config, cell_folder(work.root, cell)
-    replay = config.replay_of(cell.method) or ReplayConfig()
+    replay = config.entry_of(cell.method).replay_config or ReplayConfig()
     if replay.passes:
         check_replayable(opened.draft)
     plan = Plan(
         config.method_of(cell.method),
-        config.size_of(cell.method),
+        config.entry_of(cell.method).size,
         cell_config(work, cell, selected) if selected and config.trains(cell.method) else TrainConfig(seed=cell.seed),
         config.start_of(cell.start).start,
         replay,
@@ -116,7 +116,7 @@ def cell_config(work: TargetWork, cell: Cell, selected: Selected) -> TrainConfig
     of the same budget. Raises ``UserError`` when they leave nothing of it.
     """
     config = work.config.train_config(cell.loss, cell.seed, cell.method)
-    epochs, replay = config.epochs, work.config.replay_of(cell.method)
+    epochs, replay = config.epochs, work.config.entry_of(cell.method).replay_config
     if work.config.budget == "tokens":
         common = sum(map(anchors, work.rows(next(iter(work.config.data)))))
         epochs *= common / sum(map(anchors, selected.rows))
