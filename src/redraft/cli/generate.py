@@ -89,7 +89,8 @@ def add_command(app: typer.Typer, kind: type[Settings], call: Callable[[Any], No
 
     def run(ctx: typer.Context, **given: Any) -> None:
         path, dry_run = given.pop("settings_file", None), given.pop("dry_run", False)
-        settings = read(kind, path, {key: _as_mapping(kind, key, value) for key, value in _given(kind, given)})
+        flags = {key: value for key, value in given.items() if value not in (None, [])}
+        settings = read(kind, path, {key: _meant(kind.model_fields[key], value) for key, value in flags.items()})
         ctx.params["out"] = getattr(settings, "out", None)
         refuse_overwriting(settings)
         announce(settings)
@@ -101,32 +102,18 @@ def add_command(app: typer.Typer, kind: type[Settings], call: Callable[[Any], No
         else:
             call(settings)
 
+    hints = {"ctx": typer.Context} | dict(_parameters(kind))
     keyword = inspect.Parameter.KEYWORD_ONLY
-    parameters = [
-        inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context),
-        *(
-            inspect.Parameter(key, keyword, default=default, annotation=hint)
-            for key, default, hint in _parameters(kind)
-        ),
-    ]
+    parameters = [inspect.Parameter(key, keyword, default=None, annotation=hint) for key, hint in hints.items()]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    run.__annotations__ = hints
     run.__doc__ = call.__doc__
     shown = "\n\n".join(["[bold]Examples[/bold]", *(f"[cyan]{example}[/cyan]" for example in examples)])
     app.command(name=name, cls=Command, epilog=shown)(run)
 
 
-def _given(kind: type[Settings], values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The flags that were really there."""
-    for name, value in values.items():
-        absent = value is None or value == [] or value is False and kind.model_fields[name].default is False
-        if not absent:
-            yield name, value
-
-
-def _as_mapping(kind: type[Settings], name: str, value: Any) -> Any:
+def _meant(field: Any, value: Any) -> Any:
     """What a flag gave; ``NAME=VALUE`` texts as a mapping, so that it holds together with that of a file."""
-    field = kind.model_fields[name]
     if get_origin(field.annotation) is not dict:
         return value
     return pairs(value) if is_block(field) else parse_template_args(value)
@@ -153,47 +140,33 @@ def filled_in(text: str) -> str:
 
 
 # -- parameters --------------------------------------------------------------------------------------------------------
-def _parameters(kind: type[Settings]) -> Iterator[tuple[str, Any, Any]]:
-    """(name, default, annotation) of every flag, panel by panel."""
+def _parameters(kind: type[Settings]) -> Iterator[tuple[str, Any]]:
+    """(name, annotation) of every flag, panel by panel."""
     if "config" not in kind.model_fields:
         help = "YAML file with any of these settings (`redraft config` prints one); flags win, key by key."
         option = typer.Option("--config", help=help, metavar="PATH", rich_help_panel="Running")
-        yield "settings_file", None, Annotated[Path | None, option]
+        yield "settings_file", Annotated[Path | None, option]
     if kind.COMMAND in DRY_RUN:
         help = "Print the plan and what it costs, and stop."
-        yield "dry_run", False, Annotated[bool, typer.Option("--dry-run", help=help, rich_help_panel="Running")]
+        yield "dry_run", Annotated[bool | None, typer.Option("--dry-run", help=help, rich_help_panel="Running")]
     for name in filter(kind.model_fields.__contains__, PANEL_OF):
         field: Any = kind.model_fields[name]
         extra: Any = field.json_schema_extra
         plain = next(one for one in choices(field.annotation) if one is not NoneType)
         several = get_origin(plain) in (tuple, dict)
         kept = get_args(plain)[0] if get_origin(plain) is tuple else get_origin(plain) or plain
-        about: dict[str, Any] = {
-            "help": sentence(field),
-            "metavar": METAVARS.get(kept, "TEXT"),
-            "show_default": shown_default(field),
-            "rich_help_panel": PANEL_OF[name],
-        }
         hint: Any = list[str] | None if several else str | None
+        about: dict[str, Any] = {"help": sentence(field), "show_default": shown_default(field)}
         if extra["argument"]:
-            about.pop("rich_help_panel")
-            about["metavar"] = "RESULT..." if several else "FILE"
-            yield name, None, Annotated[hint, typer.Argument(**about)]
-        elif plain is bool:
-            yield name, *_switch(name, field, extra["flag"], about)
+            yield name, Annotated[hint, typer.Argument(metavar="RESULT..." if several else "FILE", **about)]
+            continue
+        about["rich_help_panel"], flag = PANEL_OF[name], extra["flag"] or f"--{name.replace('_', '-')}"
+        if plain is bool:
+            no = "" if field.default is False else "/--untied" if name == "tied" else f"/--no{flag[1:]}"
+            yield name, Annotated[bool | None, typer.Option(flag + no, **about)]
         else:
-            flags = [extra["flag"] or f"--{name.replace('_', '-')}", *(["-o"] if name == "out" else [])]
-            yield name, None, Annotated[hint, typer.Option(*flags, **about)]
-
-
-def _switch(name: str, field: Any, flag: str, about: dict[str, Any]) -> tuple[Any, Any]:
-    """A truth value's default and annotation: one flag where it is off by default, else one for each value."""
-    about = {key: value for key, value in about.items() if key != "metavar"}
-    dashed = name.replace("_", "-")
-    if field.default is False:
-        return False, Annotated[bool, typer.Option(flag or f"--{dashed}", **about)]
-    no = "--untied" if name == "tied" else f"--no-{dashed}"
-    return None, Annotated[bool | None, typer.Option(f"--{dashed}/{no}", **about)]
+            flags = [flag, "-o"] if name == "out" else [flag]
+            yield name, Annotated[hint, typer.Option(*flags, metavar=METAVARS.get(kept, "TEXT"), **about)]
 
 
 def sentence(field: Any) -> str:
