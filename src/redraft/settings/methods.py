@@ -37,9 +37,7 @@ class PrivateSize(Recipe):
 
     width: int | None = setting(None, "inner width of the private expert, or of all of them together", ge=1)
     rank: int | None = setting(None, "rank of the low-rank updates", ge=1)
-    bits: int | None = setting(
-        None, "bits a weight that whole matrices' change is told in; 2 are usual", ge=1, le=MOST_BITS
-    )
+    bits: int | None = setting(None, "bits a weight that a change is told in; 2 are usual", ge=1, le=MOST_BITS)
     on: tuple[str, ...] = setting((), "patterns of the linear layers with low-rank updates; all by default")
     alpha: float | None = setting(None, "scale of low-rank updates, alpha / rank as in peft; one by default", gt=0)
     aim: bool = setting(False, "begin low-rank updates where the gradient of the first steps is")

@@ -6,20 +6,11 @@ from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 from redraft.errors import UserError
-from redraft.settings import texts
+from redraft.settings import texts, training
 from redraft.settings.base import setting
 from redraft.settings.common import PROMPT_FORMS, AnsweredRun, OnTarget
 from redraft.settings.methods import MethodName, PrivateBlock, PrivateSize, check_bits, method
 from redraft.settings.sampler import samplers_of
-from redraft.settings.training import (
-    AlignBlock,
-    DistilConfig,
-    LossName,
-    PretrainBlock,
-    PretrainConfig,
-    TrainBlock,
-    TrainConfig,
-)
 
 OWN_PROMPTS = f"prompts of its domain ({PROMPT_FORMS}); self:400 lets the target write 400 questions itself"
 FIFTH = "by default what makes it a fifth of the draft"
@@ -34,7 +25,7 @@ class Adapting(OnTarget):
     private_width: int | None = setting(None, f"inner width of the private expert; {FIFTH}", gt=0)
     rank: int | None = setting(None, f"rank of the low-rank updates; {FIFTH}", gt=0)
     private: PrivateBlock = setting({}, "any other size of the private part, as alpha=8 (bits with full); repeatable")
-    loss: LossName = setting("kl", "training loss: {losses}")
+    loss: training.LossName = setting("kl", "training loss: {losses}")
     gamma: int = setting(5, "drafted tokens a round", gt=0)
 
     @property
@@ -67,31 +58,27 @@ class AdaptConfig(Adapting, AnsweredRun):
     eval_prompts: str | None = setting(None, "prompts to measure on; else held out from --prompts", reads="prompts")
     start: texts.StartName = setting("vocabulary", "what training starts from: {starts}; joined by + where several")
     replay: int = setting(0, "passes over the states where the trained draft's rounds end early", ge=0)
-    scorer: texts.ScorerName = setting(
-        "rejection", "how samples are scored: {scorers}; NAME:KEY=VALUE,KEY=VALUE for settings"
-    )
+    scorer: texts.ScorerName = setting("rejection", "how samples are scored: {scorers}; or NAME:KEY=VALUE,KEY=VALUE")
     budget: texts.BudgetText = setting("100%", 'what selection keeps: "25%", "400" rows or "60k tokens"')
     select_on: Literal["responses", "prompts"] = setting(
-        "responses", "what is scored; of prompts only the kept are answered"
+        "responses", "what is scored; prompts that are not kept stay unanswered"
     )
-    general: str | None = setting(
-        None, "responses to general prompts, mixed in for the speed on other text", reads="file"
-    )
+    general: str | None = setting(None, "general responses, mixed in for the speed on other text", reads="file")
     general_share: float = setting(0.0, "their share of all response tokens", ge=0, lt=1)
     bench_prompts: int = setting(24, "prompts of the final benchmark", gt=0)
     bench_tokens: int = setting(128, "longest response in the benchmark, in tokens", gt=1)
     exports: tuple[texts.FormatName, ...] = setting(("vllm",), "format to export: {formats}; repeatable")
-    train: TrainBlock = setting({}, "training setting that differs from the method's, as epochs=4; repeatable")
+    train: training.TrainBlock = setting({}, "training setting that differs from the method's, as epochs=4; repeatable")
 
     @property
     def self_prompts(self) -> int:
         """How many questions the target writes itself; 0 for a prompt file. Raises ``UserError``."""
         return texts.self_prompts(self.prompts)
 
-    def train_config(self) -> TrainConfig:
+    def train_config(self) -> training.TrainConfig:
         """The method's training settings, with those that were given."""
         own = {"loss": self.loss, "gamma": self.gamma, "seed": self.seed}
-        return TrainConfig(**{**adaptation(self.method), **own, **self.train})
+        return training.TrainConfig(**{**adaptation(self.method), **own, **self.train})
 
     def blocks(self) -> dict[str, Any]:
         return {"train": self.train_config(), "private": self.private_size}
@@ -148,26 +135,24 @@ class DistillConfig(AnsweredRun):
     from_layers: tuple[int, ...] = setting((), "layer of the target that it starts from, counted from 0; repeatable")
     private_width: int = setting(0, "train only private experts of this width beside the MLPs of --draft", ge=0)
     # pretraining
-    text: tuple[str, ...] = setting(
-        (), "plain text: file, folder, datasets:NAME:CONFIG@SPLIT; repeatable", reads="prompts"
-    )
+    text: tuple[str, ...] = setting((), "text: file, folder, datasets:NAME:CONFIG@SPLIT; repeatable", reads="prompts")
     text_field: str = setting("text", "field of JSON lines and data sets that holds the text")
     heldout_text: str | None = setting(None, "held-out text; by default a share of --text", reads="prompts")
     heldout_share: float = setting(0.01, "share of --text that is held out", gt=0, lt=1)
-    pretrain: PretrainBlock = setting({}, "pretraining setting, such as tokens=5e6; repeatable")
+    pretrain: training.PretrainBlock = setting({}, "pretraining setting, such as tokens=5e6; repeatable")
     # responses
     temperatures: tuple[float, ...] = setting((0.0, 0.3, 0.7, 1.0), "sampling temperature of the answers; repeatable")
     top_p: float = setting(0.95, "nucleus of sampled answers")
     server_only: bool = setting(False, "the target's weights are not here: only config and tokenizer are")
     # alignment
-    loss: LossName = setting("tvdpp", "training loss: {losses}")
+    loss: training.LossName = setting("tvdpp", "training loss: {losses}")
     teacher: Literal["states", "tops", "tokens"] = setting(
         "states", "what the target is known by: states (logits), tops (a server's log-probabilities) or tokens"
     )
     top_logprobs: int = setting(20, "likeliest tokens asked of the server for teacher tops", gt=0)
     text_share: float = setting(0.1, "share of plain text in alignment", ge=0, lt=1)
     store_states: bool = setting(True, "keep the target's states on disk over the epochs")
-    align: AlignBlock = setting({}, "alignment setting, such as epochs=4; repeatable")
+    align: training.AlignBlock = setting({}, "alignment setting, such as epochs=4; repeatable")
     gamma: int = setting(3, "drafted tokens a round", gt=0)
     exports: tuple[texts.FormatName, ...] = setting(("hf",), "format to export: {formats}; repeatable")
     # what a source of responses asks for and distillation has no use for
@@ -192,14 +177,14 @@ class DistillConfig(AnsweredRun):
             yield "without the target's weights a new drafter starts with --embeddings random and no layers"
         samplers_of(self.temperatures, self.top_p)
 
-    def pretrain_config(self) -> PretrainConfig:
+    def pretrain_config(self) -> training.PretrainConfig:
         """The settings of pretraining."""
-        return PretrainConfig(**{"seed": self.seed, "precision": self.dtype, **self.pretrain})
+        return training.PretrainConfig(**{"seed": self.seed, "precision": self.dtype, **self.pretrain})
 
-    def align_config(self) -> DistilConfig:
+    def align_config(self) -> training.DistilConfig:
         """The settings of alignment."""
         own = {"loss": self.loss, "gamma": self.gamma, "text_share": self.text_share, "seed": self.seed}
-        return DistilConfig(**{**own, "precision": self.dtype, **self.align})
+        return training.DistilConfig(**{**own, "precision": self.dtype, **self.align})
 
     def blocks(self) -> dict[str, Any]:
         return {"pretrain": self.pretrain_config(), "align": self.align_config()}

@@ -9,20 +9,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from redraft.errors import UserError
+from redraft.settings import texts
 from redraft.settings.base import Settings, setting
 from redraft.settings.common import PROMPT_FORMS, SHARED_DRAFT, Answered, OnTarget, Sampled
 from redraft.settings.runs import Adapting, adaptation
 from redraft.settings.sampler import Sampler, asked_samplers
 from redraft.settings.shapes import ShapeText, check_drafts, parse_shape
-from redraft.settings.texts import (
-    PORT,
-    BudgetText,
-    FormatName,
-    ScorerName,
-    SuiteName,
-    check_address,
-    named_servers,
-)
 from redraft.settings.training import TrainBlock, TrainConfig
 
 
@@ -63,8 +55,10 @@ class SelectSettings(OnTarget):
     out: Path = setting(..., "manifest to write (JSON): every score, and why a row is in")
     responses: Path | None = setting(None, "responses to select from", reads="file")
     prompts: str | None = setting(None, "prompts to select from, before any is answered", reads="prompts")
-    scorer: ScorerName = setting("rejection", "how rows are scored: {scorers}; NAME:KEY=VALUE,KEY=VALUE for settings")
-    budget: BudgetText = setting("75%", 'what to keep: "25%", "400" rows or "60k tokens"')
+    scorer: texts.ScorerName = setting(
+        "rejection", "how rows are scored: {scorers}; NAME:KEY=VALUE,KEY=VALUE for settings"
+    )
+    budget: texts.BudgetText = setting("75%", 'what to keep: "25%", "400" rows or "60k tokens"')
     order: Literal["highest", "lowest"] = setting("highest", "which scores come first: highest or lowest")
     keep: Path | None = setting(None, "also write the kept rows or prompts to this file")
     base_target: str | None = setting(None, "target that the old draft was made for", reads="model")
@@ -96,9 +90,7 @@ class TrainSettings(Adapting):
     heldout_responses: Path | None = setting(None, "held-out responses in a file of their own", reads="file")
     epochs: float | None = setting(None, "passes over the responses; by default 6, for a new draft 3", gt=0)
     batch_anchors: int | None = setting(None, "supervised positions a step; by default 768, for a new draft 1536", gt=0)
-    learning_rate: float | None = setting(
-        None, "highest rate; by default the method's own, for a new draft 0.001", gt=0
-    )
+    learning_rate: float | None = setting(None, "highest; by default the method's own rate, of a new draft 0.001", gt=0)
     setting: TrainBlock = setting({}, "any other training setting, NAME=VALUE; repeatable")
 
     def training(self) -> dict[str, Any]:
@@ -140,7 +132,7 @@ class ExportSettings(Settings):
 
     draft: str = setting(..., "draft: redraft folder, private part, or public checkpoint", reads="model")
     target: str = setting(..., "fine-tuned target: folder, hub id, or folder of a PEFT adapter", reads="model")
-    format: FormatName = setting(..., "format to write: {formats}")
+    format: texts.FormatName = setting(..., "format to write: {formats}")
     out: Path = setting(..., "folder to write")
     base_draft: str | None = setting(None, SHARED_DRAFT, reads="model")
     gamma: int = setting(5, "drafted tokens a round", gt=0)
@@ -177,7 +169,7 @@ class Questioned(OnTarget):
     """What is asked when something is measured."""
 
     prompts: str | None = setting(None, f"prompts: {PROMPT_FORMS}", reads="prompts")
-    suite: tuple[SuiteName, ...] = setting((), "named prompts: {suites}; NAME:CATEGORY, NAME=FILE; repeatable")
+    suite: tuple[texts.SuiteName, ...] = setting((), "named prompts: {suites}; NAME:CATEGORY, NAME=FILE; repeatable")
     data: Path | None = setting(None, "folder of the suites' files; by default that of REDRAFT_DATA", reads="file")
 
 
@@ -234,10 +226,10 @@ class BenchSettings(Sampled, Questioned):
     @property
     def servers(self) -> dict[str, str]:
         """Name -> address, or command that starts a server. Raises ``UserError``, also for a secret in an address."""
-        servers = named_servers(self.server)
+        servers = texts.named_servers(self.server)
         for place in servers.values():
-            if PORT not in place:
-                check_address(place)
+            if texts.PORT not in place:
+                texts.check_address(place)
         return servers
 
     def conflicts(self) -> Iterator[str]:
