@@ -183,12 +183,7 @@ def _write_kept(manifest: Manifest, rows: Sequence[Any], asked: Sequence[Convers
 
 
 def merge(
-    private: AnyDraft,
-    base_draft: AnyDraft,
-    out: str | Path,
-    *,
-    target: AnyTarget | None = None,
-    scale: float = 1.0,
+    private: AnyDraft, base_draft: AnyDraft, out: str | Path, *, target: AnyTarget | None = None, scale: float = 1.0
 ) -> Merged:
     """Fold ``scale`` times what a private part changes into the draft that it was trained on: one dense draft.
 

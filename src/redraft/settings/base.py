@@ -235,15 +235,15 @@ class Part(BaseModel):
 
     @model_validator(mode="after")
     def _agree(self) -> Any:
-        if found := list(self._told()):
-            raise said("; ".join(dict.fromkeys(found)))
-        return self
-
-    def _told(self) -> Iterator[str]:
+        found: dict[str, None] = {}
         try:
-            yield from self.conflicts()
+            for conflict in self.conflicts():
+                found[conflict] = None
         except UserError as error:
-            yield str(error)
+            found[str(error)] = None
+        if found:
+            raise said("; ".join(found))
+        return self
 
     def conflicts(self) -> Iterator[str]:
         """What does not go together, a sentence each; may raise ``UserError`` instead."""

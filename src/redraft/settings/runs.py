@@ -1,21 +1,78 @@
-"""The settings of whole runs, adapt and distill, and of what train shares with the first."""
+"""Settings that several commands have, and those of whole runs: adapt and distill, and what train shares with them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from redraft.errors import UserError
 from redraft.settings import texts, training
-from redraft.settings.base import setting
-from redraft.settings.common import PROMPT_FORMS, AnsweredRun, OnTarget
+from redraft.settings.base import AUTO, DtypeName, Settings, setting
 from redraft.settings.methods import MethodName, PrivateBlock, PrivateSize, check_bits, method
-from redraft.settings.sampler import samplers_of
+from redraft.settings.sampler import Sampler, asked_samplers, samplers_of
 
+PROMPT_FORMS = "JSONL, ShareGPT, Alpaca, text lines, or datasets:NAME"
+SHARED_DRAFT = "shared draft, when --draft is a private part"
 OWN_PROMPTS = f"prompts of its domain ({PROMPT_FORMS}); self:400 lets the target write 400 questions itself"
 FIFTH = "by default what makes it a fifth of the draft"
 
 
+class OnTarget(Settings):
+    """Settings of a command that opens the target."""
+
+    target: str = setting(..., "fine-tuned target: folder, hub id, or folder of a PEFT adapter", reads="model")
+    adapter: str | None = setting(None, "PEFT adapter to merge into --target", reads="model")
+    template_arg: dict[str, Any] = setting({}, "argument of its chat template, as enable_thinking=false; repeatable")
+    dtype: DtypeName = setting(AUTO, "data type of the target: bfloat16, float32, or auto, the faster one here")
+    device: str = setting("cpu", "torch device: cpu, cuda, cuda:1, ...")
+    seed: int = setting(0, "seed of everything random")
+
+
+class Sampled(OnTarget):
+    """How the target draws."""
+
+    temperature: float = setting(0.0, "0 is greedy")
+    top_p: float = setting(1.0, "nucleus of sampling")
+    top_k: int = setting(0, "likeliest tokens to sample from; 0 is all")
+
+    @property
+    def sampler(self) -> Sampler:
+        """Raises ``UserError`` for values out of range and for filters of a greedy choice."""
+        return asked_samplers([self.temperature], self.top_p, self.top_k)[0]
+
+
+class Answered(OnTarget):
+    """How the target, or a server of it, answers prompts."""
+
+    top_p: float = setting(1.0, "nucleus of sampled answers")
+    max_new_tokens: int = setting(256, "longest answer, in tokens", gt=1)
+    server: texts.Address | None = setting(None, "OpenAI-compatible server of the target; its key: REDRAFT_API_KEY")
+    server_model: str | None = setting(None, "the target's name on that server")
+    batch_size: int = setting(64, "sequences decoded together, or requests under way at --server", gt=0)
+
+    def conflicts(self) -> Iterator[str]:
+        if self.server_model and not self.server:
+            yield "--server-model names the target on a server; give --server too, or leave it out"
+
+
+class AnsweredRun(Answered):
+    """A run that begins with the target's answers and ends with exports."""
+
+    out: Path = setting(..., "run directory; a stopped run resumes from it")
+    prompts: str | None = setting(None, f"prompts that the target answers ({PROMPT_FORMS})", reads="prompts")
+    responses: str | None = setting(None, "log of served responses, as text or ids, instead of --prompts", reads="file")
+    temperatures: tuple[float, ...] = setting((0.0,), "sampling temperature of the answers; repeatable")
+    heldout_prompts: int = setting(24, "prompts kept back for early stopping", gt=0)
+    exports: tuple[texts.FormatName, ...] = setting((), "format to export: {formats}; repeatable")
+
+    def conflicts(self) -> Iterator[str]:
+        yield from super().conflicts()
+        if (self.prompts is None) == (self.responses is None):
+            yield "give --prompts for the target to answer, or --responses with a log of served ones: one of the two"
+
+
+# -- whole runs --------------------------------------------------------------------------------------------------------
 class Adapting(OnTarget):
     """What is trained of an old draft, and how: of ``redraft adapt`` and ``redraft train``."""
 

@@ -11,8 +11,7 @@ from typing import Any, ClassVar, Literal
 from redraft.errors import UserError
 from redraft.settings import texts
 from redraft.settings.base import Settings, setting
-from redraft.settings.common import PROMPT_FORMS, SHARED_DRAFT, Answered, OnTarget, Sampled
-from redraft.settings.runs import Adapting, adaptation
+from redraft.settings.runs import PROMPT_FORMS, SHARED_DRAFT, Adapting, Answered, OnTarget, Sampled, adaptation
 from redraft.settings.sampler import Sampler, asked_samplers
 from redraft.settings.shapes import ShapeText, check_drafts, parse_shape
 from redraft.settings.training import TrainBlock, TrainConfig
