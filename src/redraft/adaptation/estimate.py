@@ -10,6 +10,7 @@ parameter (weights, their best, two moments); a stored draft has 2 bytes a param
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -159,17 +160,10 @@ class Draft:
 def plan(settings: Settings) -> list[str]:
     """The resolved settings of a command and its costs, as lines. Raises ``UserError`` for what cannot be read."""
     shown = settings.model_dump(mode="json") | {name: asdict(block) for name, block in settings.blocks().items()}
-    shown = {name: list(value) if isinstance(value, tuple) else value for name, value in shown.items()}
-    listed = yaml.dump(shown, Dumper=Plain, sort_keys=False, default_flow_style=None, width=118).splitlines()
+    plain = json.loads(json.dumps(shown))  # lists for tuples
+    listed = yaml.safe_dump(plain, sort_keys=False, default_flow_style=None, width=118).splitlines()
     costs = COSTS[type(settings)](settings)
     return ["settings:", *(f"  {line}" for line in listed), "costs:", *costs, "nothing was done: --dry-run"]
-
-
-class Plain(yaml.SafeDumper):
-    """Writes tuples as lists."""
-
-
-Plain.add_representer(tuple, lambda dumper, value: dumper.represent_list(value))
 
 
 # -- texts -------------------------------------------------------------------------------------------------------------

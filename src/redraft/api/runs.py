@@ -17,7 +17,7 @@ from redraft.adaptation.steps import AnyTarget, TargetSpec, timed_targets
 from redraft.adaptation.study.run import RESULTS_FILE, StudyRun
 from redraft.adaptation.study.tables import write_full, write_tables
 from redraft.adaptation.training import TrainData, train_new, train_old
-from redraft.api.steps import Say, checked, name_of
+from redraft.api.steps import Place, Say, checked, name_of
 from redraft.drafts.opening import AnyDraft, OpenDraft
 from redraft.progress import Progress, progress_bar
 from redraft.reports import build_report, headline_png
@@ -31,9 +31,9 @@ from redraft.settings.studies import StudyConfig, read_study
 def adapt(
     target: AnyTarget | None = None,
     draft: AnyDraft | None = None,
-    out: str | Path | None = None,
+    out: Place | None = None,
     *,
-    config: str | Path | Mapping[str, Any] | None = None,
+    config: Place | Mapping[str, Any] | None = None,
     say: Say = print,
     **settings: Any,
 ) -> Adapted:
@@ -46,7 +46,7 @@ def adapt(
     """
     spec = None if target is None else TargetSpec.of(target)
     named: dict[str, Any] = {"target": name_of(target), "draft": name_of(draft), "out": out}
-    if spec is not None and not isinstance(target, str | Path):  # a name alone leaves these to ``settings``
+    if spec is not None and not isinstance(target, Place):  # a name alone leaves these to ``settings``
         named |= {"dtype": spec.dtype, "device": spec.device, "adapter": spec.adapter}
         named |= {"template_arg": dict(spec.template_args)} if spec.template_args else {}
     given = {name: value for name, value in named.items() if value is not None} | settings
@@ -69,17 +69,17 @@ def adapt(
 
 def train(
     target: AnyTarget,
-    responses: str | Path,
-    out: str | Path,
+    responses: Place,
+    out: Place,
     *,
     draft: AnyDraft | None = None,
     method: str = "lora",
     private: Mapping[str, Any] | None = None,
     family: str = "eagle3",
     vocabulary: int = 8192,
-    selection: str | Path | None = None,
+    selection: Place | None = None,
     heldout: int = 40,
-    heldout_responses: str | Path | None = None,
+    heldout_responses: Place | None = None,
     say: Say = print,
     **settings: Any,
 ) -> Trained:
@@ -104,11 +104,11 @@ def train(
 
 
 def study(
-    config: str | Path | StudyConfig,
-    out: str | Path,
+    config: Place | StudyConfig,
+    out: Place,
     *,
     template_arg: Mapping[str, Any] | None = None,
-    full: str | Path | None = None,
+    full: Place | None = None,
     say: Say = print,
 ) -> Study:
     """Compare methods, data, selections, losses and starts on the same footing: a YAML file of a study in, results out.
@@ -129,10 +129,10 @@ def study(
 def probe(
     target: AnyTarget,
     draft: AnyDraft,
-    prompts: str | Path | None = None,
+    prompts: Place | None = None,
     *,
     suite: Sequence[str] = (),
-    data: str | Path | None = None,
+    data: Place | None = None,
     base_target: AnyTarget | None = None,
     base_draft: AnyDraft | None = None,
     limit: int = 16,
@@ -176,13 +176,12 @@ def probe(
 
 def _counting(progress: Progress) -> Callable[..., None]:
     """One count over the two passes of a probe, each of which starts from one again."""
-    state = {"before": 0, "last": 0}
+    before = last = 0
 
     def update(done: int, **fields: Any) -> None:
-        if done < state["last"]:
-            state["before"] += state["last"]
-        state["last"] = done
-        progress.update(state["before"] + done, **fields)
+        nonlocal before, last
+        before, last = before + (last if done < last else 0), done
+        progress.update(before + done, **fields)
 
     return update
 
@@ -190,13 +189,13 @@ def _counting(progress: Progress) -> Callable[..., None]:
 def bench(
     target: AnyTarget,
     drafts: AnyDraft | Mapping[str, AnyDraft] | None,
-    out: str | Path,
+    out: Place,
     *,
-    prompts: str | Path | None = None,
+    prompts: Place | None = None,
     suite: Sequence[str] = (),
-    data: str | Path | None = None,
+    data: Place | None = None,
     limit: int = 24,
-    trained_on: str | Path | None = None,
+    trained_on: Place | None = None,
     shape: str = "chain:5",
     greedy_drafts: bool = False,
     static: bool = False,
@@ -232,13 +231,13 @@ def bench(
 
 
 def report(
-    results: str | Path | Benchmark | Sequence[str | Path | Benchmark],
-    out: str | Path = "report.html",
+    results: Place | Benchmark | Sequence[Place | Benchmark],
+    out: Place = "report.html",
     *,
-    curve: str | Path | None = None,
-    ledger: str | Path | None = None,
-    summary: str | Path | None = None,
-    png: str | Path | None = None,
+    curve: Place | None = None,
+    ledger: Place | None = None,
+    summary: Place | None = None,
+    png: Place | None = None,
     title: str = "Draft alignment report",
 ) -> Page:
     """One HTML page of benchmark results that needs nothing else; ``png`` is a file for its headline picture.
@@ -247,7 +246,7 @@ def report(
 
         redraft.report("bench.json", "report.html", ledger="run/ledger.json")
     """
-    several = [results] if isinstance(results, str | Path | Benchmark) else list(results)
+    several = [results] if isinstance(results, Place | Benchmark) else list(results)
     results = [each.path if isinstance(each, Benchmark) else Path(each) for each in several]
     s = checked(ReportSettings, locals())
     page = build_report(list(s.results), s.out, s.curve, s.ledger, s.summary, s.title)

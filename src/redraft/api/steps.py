@@ -38,11 +38,12 @@ from redraft.settings.texts import parse_budget, parse_scorer
 from redraft.target import Facts, Target
 
 Say = Callable[[str], None]
+Place = str | Path
 Kind = TypeVar("Kind", bound=Settings)
 
 
 def open_target(
-    target: str | Path,
+    target: Place,
     *,
     dtype: str = "auto",
     device: str = "cpu",
@@ -89,8 +90,8 @@ def name_of(given: Any) -> Any:
 
 def regenerate(
     target: AnyTarget,
-    prompts: str | Path,
-    out: str | Path,
+    prompts: Place,
+    out: Place,
     *,
     temperature: Sequence[float] = (0.0,),
     top_p: float = 1.0,
@@ -125,14 +126,14 @@ def regenerate(
 
 
 def select(
-    out: str | Path,
+    out: Place,
     *,
-    responses: str | Path | None = None,
-    prompts: str | Path | None = None,
+    responses: Place | None = None,
+    prompts: Place | None = None,
     scorer: str = "rejection",
     budget: str = "75%",
     order: str = "highest",
-    keep: str | Path | None = None,
+    keep: Place | None = None,
     target: AnyTarget | None = None,
     base_target: AnyTarget | None = None,
     draft: AnyDraft | None = None,
@@ -183,7 +184,7 @@ def _write_kept(manifest: Manifest, rows: Sequence[Any], asked: Sequence[Convers
 
 
 def merge(
-    private: AnyDraft, base_draft: AnyDraft, out: str | Path, *, target: AnyTarget | None = None, scale: float = 1.0
+    private: AnyDraft, base_draft: AnyDraft, out: Place, *, target: AnyTarget | None = None, scale: float = 1.0
 ) -> Merged:
     """Fold ``scale`` times what a private part changes into the draft that it was trained on: one dense draft.
 
@@ -210,13 +211,7 @@ def _read(draft: AnyDraft, info: TargetInfo | None, base_draft: AnyDraft | None 
 
 
 def export(
-    draft: AnyDraft,
-    target: AnyTarget,
-    format: str,
-    out: str | Path,
-    *,
-    base_draft: AnyDraft | None = None,
-    gamma: int = 5,
+    draft: AnyDraft, target: AnyTarget, format: str, out: Place, *, base_draft: AnyDraft | None = None, gamma: int = 5
 ) -> ExportReport:
     """Write a draft in the ``format`` of an engine, complete or not at all; refused where it would compute otherwise.
 

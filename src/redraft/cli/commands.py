@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -20,9 +20,6 @@ from redraft.settings.base import Settings, known_name
 from redraft.settings.runs import AdaptConfig, DistillConfig
 from redraft.settings.shapes import parse_shape
 from redraft.settings.studies import StudySettings, read_study
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 COMMANDS: dict[type[Settings], tuple[Callable[[Any], None], tuple[str, ...]]] = {}
 
@@ -54,7 +51,7 @@ def register(app: typer.Typer) -> None:
         print(template(kinds[command]), end="")
 
 
-def console() -> Console:
+def console() -> Any:
     """Standard output for tables; wide enough for them where it is no terminal."""
     from rich.console import Console
 
@@ -89,14 +86,11 @@ def quickstart(s: steps.QuickstartSettings) -> None:
 
     say("344 maths problems answered, a draft trained on them, measured on 16 others: ten minutes or so on two cores")
     summary, result, found = story.quickstart(s.out, say)
-    printer = console()
-    printer.print(probe_panel(f"before: {found.verdict}", found.lines(), found.action))
-    printer.print(bench_table(result))
-    printer.print(acceptance_table(result))
+    before = probe_panel(f"before: {found.verdict}", found.lines(), found.action)
     ledger = s.out / "run" / "ledger.json"
-    if ledger.exists():
-        printer.print(ledger_table(read_json(ledger)))
-    printer.print(summary_table(summary))
+    costs = [ledger_table(read_json(ledger))] if ledger.exists() else []
+    for part in (before, bench_table(result), acceptance_table(result), *costs, summary_table(summary)):
+        console().print(part)
     say(f"page: {s.out / 'report.html'}")
 
 
@@ -205,7 +199,7 @@ def train(s: steps.TrainSettings) -> None:
 )
 def adapt(s: AdaptConfig) -> None:
     """Everything in one go: regenerate, select, train, export, bench and report. Stop it and resume it at will."""
-    redraft.adapt(say=say, **s.given()).show(console())
+    redraft.adapt(say=say, **{name: getattr(s, name) for name in s.model_fields_set}).show(console())
 
 
 @command(

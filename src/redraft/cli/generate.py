@@ -21,7 +21,7 @@ from redraft.cli.failures import as_user_error, unexpected
 from redraft.cli.plans import announce, check_places, refuse_overwriting
 from redraft.errors import UserError
 from redraft.registries import EXPORTERS, LOSSES, SCORERS, STARTS, SUITES
-from redraft.settings.base import Settings, choices, is_block, read
+from redraft.settings.base import BlockOf, Settings, choices, read
 from redraft.settings.methods import METHODS
 from redraft.settings.texts import parse_template_args
 
@@ -116,7 +116,8 @@ def _meant(field: Any, value: Any) -> Any:
     """What a flag gave; ``NAME=VALUE`` texts as a mapping, so that it holds together with that of a file."""
     if get_origin(field.annotation) is not dict:
         return value
-    return pairs(value) if is_block(field) else parse_template_args(value)
+    block = any(isinstance(mark, BlockOf) for mark in field.metadata)
+    return pairs(value) if block else parse_template_args(value)
 
 
 def pairs(given: list[str]) -> dict[str, str]:

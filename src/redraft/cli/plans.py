@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Iterator
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -118,12 +119,11 @@ def refuse_overwriting(settings: Settings) -> None:
     named = [(name, one) for name, value in values.items() for one in (value if type(value) is tuple else (value,))]
     paths = [(name, Path(one)) for name, one in named if isinstance(one, str | Path)]
     places = [(name, path.resolve()) for name, path in paths if name in OUTPUTS or _exists(path)]
-    for at, (name, place) in enumerate(places):
-        for other, there in places[:at]:
-            if place == there and (name in OUTPUTS or other in OUTPUTS):
-                out, kept = (name, other) if name in OUTPUTS else (other, name)
-                flags = f"--{out.replace('_out', '')} and --{kept.replace('_out', '').replace('_', '-')}"
-                raise UserError(f"{flags} are both {place}, which would be overwritten; name another file to write")
+    for (other, there), (name, place) in combinations(places, 2):
+        if place == there and (name in OUTPUTS or other in OUTPUTS):
+            out, kept = (name, other) if name in OUTPUTS else (other, name)
+            flags = f"--{out.replace('_out', '')} and --{kept.replace('_out', '').replace('_', '-')}"
+            raise UserError(f"{flags} are both {place}, which would be overwritten; name another file to write")
 
 
 def _exists(path: Path) -> bool:

@@ -217,11 +217,6 @@ class BlockOf:
         return {key: getattr(made, key) for key in given}
 
 
-def is_block(field: Any) -> bool:
-    """Whether a field of a model holds settings of a recipe."""
-    return any(isinstance(mark, BlockOf) for mark in field.metadata)
-
-
 # -- models ------------------------------------------------------------------------------------------------------------
 class Part(BaseModel):
     """A part of a file of settings. Unknown names are mistakes; cross-checks are :meth:`conflicts`."""
@@ -269,10 +264,6 @@ class Settings(Part):
             mistakes += complaints(error, type(self).model_fields)
         if mistakes:
             raise UserError(f"{'; '.join(mistakes)}; see `redraft {self.COMMAND} --help`")
-
-    def given(self) -> dict[str, Any]:
-        """The settings that are not left to their defaults, as keywords."""
-        return {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
 
     def blocks(self) -> dict[str, Any]:
         """The settings that its blocks come to, defaults and settings on top counted in: block -> recipe."""

@@ -159,13 +159,9 @@ def parse_budget(text: str) -> Budget:
         raise UserError(f"budget {text!r} is not understood; {BUDGETS}")
     written, scale, unit = found["number"], found["scale"].lower(), (found["unit"] or "").lower().rstrip("s")
     amount = Decimal(written.replace("_", "").replace(",", "")) * SCALES[scale]
-    kind: BudgetKind = "rows"
-    if unit == "token":
-        kind = "tokens"
-    elif unit == "%":
-        kind, amount = "fraction", amount / 100
-    elif "." in written and not scale and not unit:
-        kind = "fraction"
+    kind: BudgetKind = "tokens" if unit == "token" else "rows"
+    if unit == "%" or "." in written and not scale and not unit:
+        kind, amount = "fraction", amount / (100 if unit else 1)
     if kind == "fraction" and (scale or amount > 1):
         raise UserError(f"budget {text!r} is more than everything; {BUDGETS}")
     if kind != "fraction" and amount != int(amount):
