@@ -45,10 +45,9 @@ from redraft.errors import UserError
 from redraft.evaluate.speed import tau_interval
 from redraft.features import FeatureStore
 from redraft.rows import anchors
-from redraft.settings.methods import PrivateSize
 from redraft.settings.runs import adaptation
 from redraft.settings.studies import parse_study
-from redraft.settings.training import TrainConfig
+from redraft.settings.training import PrivateSize, TrainConfig
 from redraft.starts.apply import StartContext, apply_start
 from redraft.starts.vocabulary import coverage
 from redraft.target import Target

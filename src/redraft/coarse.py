@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from redraft.settings.methods import MOST_BITS
+from redraft.settings.training import MOST_BITS
 
 # Steps that are tried, as shares of the one whose outermost levels reach the row's largest change.
 SPANS = torch.linspace(0.3, 1.0, 15).tolist()

@@ -18,9 +18,9 @@ from redraft.cli.generate import CHOICES
 from redraft.errors import UserError
 from redraft.registries import EXPORTERS, LOSSES, SCORERS
 from redraft.settings.base import read
-from redraft.settings.methods import METHODS
 from redraft.settings.runs import AdaptConfig
 from redraft.settings.steps import BenchSettings, TrainSettings
+from redraft.settings.training import METHODS
 
 SERVERS = ["bench", "--target", "./no", "--prompts", "p", "--out", "b.json", "--server"]
 REGENERATE = ["regenerate", "--target", "./no", "--prompts", "p", "--out", "o.jsonl"]

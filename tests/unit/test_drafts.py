@@ -20,7 +20,7 @@ from redraft.drafts.experts import (
 from redraft.drafts.groups import group_of, prepare, trainable_names, trained_parameters
 from redraft.drafts.scaling import scale_change
 from redraft.errors import UserError
-from redraft.settings.methods import LOW_RANK, RANK_STEP, SHARE, WIDTH_STEP, PrivateSize, method
+from redraft.settings.training import LOW_RANK, RANK_STEP, SHARE, WIDTH_STEP, PrivateSize, method
 from redraft.target import Target
 
 

@@ -20,7 +20,7 @@ from redraft.drafts.layers import GatedMLP
 from redraft.drafts.routing import RoutedMLP, Router
 from redraft.errors import UserError
 from redraft.registries import EXPORTERS, FAMILIES
-from redraft.settings.methods import PrivateSize, mergeable
+from redraft.settings.training import PrivateSize, mergeable
 from redraft.training.optimizer import make_optimizers
 
 H = 8

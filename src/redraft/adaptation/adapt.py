@@ -32,11 +32,10 @@ from redraft.reports.page import build_report
 from redraft.selection.acceptance import scoring_context
 from redraft.selection.manifest import Manifest, read_manifest
 from redraft.selection.rules import choose
-from redraft.settings.methods import mergeable
 from redraft.settings.runs import AdaptConfig
 from redraft.settings.shapes import ChainShape
 from redraft.settings.texts import parse_budget, parse_scorer, start_needs
-from redraft.settings.training import ReplayConfig
+from redraft.settings.training import ReplayConfig, mergeable
 from redraft.starts.apply import StartContext
 from redraft.target import Target
 from redraft.training.replay import check_replayable

@@ -30,8 +30,8 @@ from redraft.errors import UserError
 from redraft.features import ComputedFeatures, FeatureStore
 from redraft.loading import check_tokenizers, read_facts
 from redraft.rows import anchors
-from redraft.settings.methods import PrivateSize
 from redraft.settings.runs import DistillConfig
+from redraft.settings.training import PrivateSize
 from redraft.training.distil import distil
 from redraft.training.loop import LoopResult
 from redraft.training.pretrain import pretrain

@@ -30,12 +30,13 @@ from redraft.data.store import read_rows
 from redraft.drafts.standalone.shapes import parameters_of, shape_for
 from redraft.errors import UserError
 from redraft.loading import ADAPTER_FILE, adapter_base, locate, one_line, quiet
+from redraft.prepack import MOST_BYTES
 from redraft.settings.base import AUTO, Settings
-from redraft.settings.methods import METHODS, SHARE
 from redraft.settings.runs import AdaptConfig, DistillConfig
 from redraft.settings.steps import RegenerateSettings, TrainSettings
 from redraft.settings.studies import StudySettings, read_study
 from redraft.settings.texts import parse_budget, parse_source, self_prompts
+from redraft.settings.training import METHODS, SHARE
 from redraft.target.facts import Facts, empty_model
 
 CHARACTERS = 4  # of a token of ordinary English text, where there is no tokenizer to ask
@@ -106,16 +107,16 @@ class Costs:
     def memory(self, contest: bool) -> Iterator[tuple[str, float]]:
         """The parts of peak memory in bytes.
 
-        The process itself; the target's weights, on a CPU twice, since products use a packed copy; the other data type
+        The process itself; the target's weights, on a CPU twice where products use a packed copy; the other data type
         in the same way where a benchmark lets float32 and bfloat16 compete; and what the largest stage works with: keys
         and values of the answers that are decoded together, or features read back, the draft in 4 bytes with 12 more
         where trained, and three copies of a step's logits, the draft's and the target's.
         """
-        copies = 2 if self.device == "cpu" else 1
         yield "the process with torch", PROCESS
-        yield f"the target in {self.dtype}", copies * self.numbers * self.item
-        if self.auto and contest:
-            yield "the target in the type that competes", copies * self.numbers * (6 - self.item)
+        types = {f"the target in {self.dtype}": self.item, "the target in the type that competes": 6 - self.item}
+        for name, item in list(types.items())[: 1 + (self.auto and contest)]:
+            packed = self.device == "cpu" and self.numbers * item <= MOST_BYTES
+            yield name, self.numbers * item * (2 if packed else 1)
         if self.working:
             yield max(self.working.items(), key=lambda part: part[1])
 

@@ -27,8 +27,7 @@ from redraft.provenance import Ledger
 from redraft.rows import anchors
 from redraft.selection.manifest import read_manifest
 from redraft.settings.base import AUTO
-from redraft.settings.methods import PrivateSize, method
-from redraft.settings.training import TrainConfig
+from redraft.settings.training import PrivateSize, TrainConfig, method
 from redraft.target import Head, Target
 from redraft.training.checkpoint import stored_precision
 from redraft.training.trainer import TrainResult

@@ -22,9 +22,8 @@ from redraft.evaluate.forecast import shipped
 from redraft.evaluate.speed import tau_interval
 from redraft.features import FeatureStore
 from redraft.rows import anchors
-from redraft.settings.methods import PrivateSize
 from redraft.settings.runs import adaptation
-from redraft.settings.training import TrainConfig
+from redraft.settings.training import PrivateSize, TrainConfig
 from redraft.starts.apply import StartContext, apply_start
 from redraft.target import Target
 from redraft.training.trainer import Trainer

@@ -72,9 +72,8 @@ def spec(settings: Any, name: str | None = None) -> Any:
 
 def rest(settings: Settings, *without: str) -> dict[str, Any]:
     """The settings, as keywords of the library's call, but for those of :func:`spec` and the ones named."""
-    of_target = ("target", "adapter", "template_arg", "dtype", "device")
-    names = [name for name in type(settings).model_fields if name not in (*of_target, *without)]
-    return {name: getattr(settings, name) for name in names}
+    out = ("target", "adapter", "template_arg", "dtype", "device", *without)
+    return {name: getattr(settings, name) for name in type(settings).model_fields if name not in out}
 
 
 @command("redraft quickstart", "redraft quickstart --out /tmp/demo")
@@ -96,8 +95,7 @@ def quickstart(s: steps.QuickstartSettings) -> None:
 
 @command(
     "redraft probe --target my-model --draft old-draft --prompts prompts.jsonl",
-    "redraft probe --target my-model --draft old-draft --base-target base-model --prompts prompts.jsonl --limit 32 "
-    "--json probe.json",
+    "redraft probe --target my-model --draft old-draft --base-target base-model --prompts eval.jsonl --json probe.json",
     "redraft probe --target my-model --draft old-draft --prompts prompts.jsonl --limit 24 --trial",
 )
 def probe(s: steps.ProbeSettings) -> None:
@@ -120,8 +118,7 @@ def probe(s: steps.ProbeSettings) -> None:
 
 @command(
     "redraft regenerate --target my-model --prompts prompts.jsonl --out responses.jsonl",
-    "redraft regenerate --target my-model --prompts datasets:gsm8k@train --temperature 0 --temperature 0.7 "
-    "--top-p 0.95 --out responses.jsonl",
+    "redraft regenerate --target my-model --prompts datasets:gsm8k@train --temperature 0 --temperature 0.7 --out r.jsonl",
     "redraft regenerate --target my-model --server http://127.0.0.1:8000 --prompts prompts.jsonl --out r.jsonl",
 )
 def regenerate(s: steps.RegenerateSettings) -> None:
@@ -133,8 +130,7 @@ def regenerate(s: steps.RegenerateSettings) -> None:
 
 
 @command(
-    "redraft select --responses responses.jsonl --scorer rejection --target my-model --draft old-draft "
-    "--budget 50% --out selection.json",
+    "redraft select --responses responses.jsonl --target my-model --draft old-draft --budget 50% --out selection.json",
     "redraft select --prompts prompts.jsonl --scorer shift --target my-model --base-target base-model "
     "--budget 400 --out selection.json --keep chosen.jsonl",
     "redraft select --responses responses.jsonl --scorer coverage:base=shift,base.layer=12,diversity=0.5 "
@@ -155,8 +151,7 @@ def select(s: steps.SelectSettings) -> None:
 
 @command(
     "redraft vocabulary --target my-model --draft old-draft --responses responses.jsonl",
-    "redraft vocabulary --target my-model --draft old-draft --responses responses.jsonl "
-    "--general general.jsonl --refresh --out refreshed-draft",
+    "redraft vocabulary --target my-model --draft old-draft --responses r.jsonl --general g.jsonl --refresh --out new",
 )
 def vocabulary(s: steps.VocabularySettings) -> None:
     """Report how much of the target's text the draft's vocabulary covers, and what that caps; or refresh it.
@@ -182,8 +177,7 @@ def vocabulary(s: steps.VocabularySettings) -> None:
 
 @command(
     "redraft train --target my-model --draft old-draft --responses responses.jsonl --method eda+fc --out run",
-    "redraft train --target my-model --from-nothing --vocabulary 8192 --responses general.jsonl --epochs 3 "
-    "--out new-draft",
+    "redraft train --target my-model --from-nothing --vocabulary 8192 --responses general.jsonl --out new-draft",
 )
 def train(s: steps.TrainSettings) -> None:
     """Train a small part of an old draft, or a new draft, on the target's own responses. A stopped run goes on."""
@@ -271,8 +265,7 @@ def bench(s: steps.BenchSettings) -> None:
 
 @command(
     "redraft report bench.json --out report.html",
-    "redraft report run/bench.json --curve run/train/curve.jsonl --ledger run/ledger.json --png headline.png "
-    "--out report.html",
+    "redraft report run/bench.json --curve run/train/curve.jsonl --ledger run/ledger.json --png headline.png",
 )
 def report(s: steps.ReportSettings) -> None:
     """Turn results into one HTML page that needs nothing else: nothing is fetched, now or when it is opened."""

@@ -22,8 +22,8 @@ from redraft.cli.plans import announce, check_places, refuse_overwriting
 from redraft.errors import UserError
 from redraft.registries import EXPORTERS, LOSSES, SCORERS, STARTS, SUITES
 from redraft.settings.base import BlockOf, Settings, choices, read
-from redraft.settings.methods import METHODS
 from redraft.settings.texts import parse_template_args
+from redraft.settings.training import METHODS
 
 CHOICES: dict[str, Callable[[], list[str]]] = {
     "{losses}": LOSSES.names,

@@ -29,7 +29,7 @@ TOLD = "method budget scorer temperature temperatures gamma shape limit max_new_
 def announce(settings: Settings) -> None:
     """Print the lines for a command. What cannot be read is left for the command itself to refuse."""
     try:
-        lines = ["; ".join(told(settings)), found(getattr(settings, "out", None))]
+        lines = ["; ".join(told(settings)), found(out) if (out := getattr(settings, "out", None)) else ""]
     except Exception:  # a line that fails must not hide what the command says about the same input
         return
     for line in filter(None, lines):
@@ -85,12 +85,10 @@ FILES = {
 CHECKPOINTS = {"train": "training", "pretrain": "pretraining", "align": "alignment"}
 
 
-def found(out: Any) -> str:
+def found(out: Path) -> str:
     """What a run directory (or a response file) holds from before; nothing for a new one."""
-    place = Path(str(out)) if out is not None else None
-    if place is not None and (place / "run").is_dir():
-        place = place / "run"
-    if place is None or not place.exists():
+    place = Path(out) / "run" if (Path(out) / "run").is_dir() else Path(out)
+    if not place.exists():
         return ""
     if place.is_file():
         number = items(place) if place.suffix == ".jsonl" else None

@@ -30,7 +30,7 @@ from redraft.drafts.config import DraftConfig
 from redraft.drafts.layers import Linear
 from redraft.drafts.routing import RoutedMLP, Router
 from redraft.errors import UserError
-from redraft.settings.methods import check_experts
+from redraft.settings.training import check_experts
 
 # Matrices of a SwiGLU, and the axis along which those of a private expert are joined to the shared one's.
 MATRICES = {"gate_proj": 0, "up_proj": 0, "down_proj": 1}

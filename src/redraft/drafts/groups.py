@@ -9,7 +9,7 @@ from typing import Any
 from redraft.drafts.base import AnyDraft, Draft
 from redraft.drafts.experts import attach_low_rank, attach_private, match_linears
 from redraft.errors import UserError
-from redraft.settings.methods import LOW_RANK, RANK_STEP, SHARE, WIDTH_STEP, PrivateSize, check_bits, method
+from redraft.settings.training import LOW_RANK, RANK_STEP, SHARE, WIDTH_STEP, PrivateSize, check_bits, method
 
 
 def group_of(draft: Draft, parameter: str) -> str:

@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Literal
 from redraft.errors import UserError
 from redraft.settings import texts, training
 from redraft.settings.base import AUTO, DtypeName, Settings, setting
-from redraft.settings.methods import MethodName, PrivateBlock, PrivateSize, check_bits, method
 from redraft.settings.sampler import Sampler, asked_samplers, samplers_of
 
 PROMPT_FORMS = "JSONL, ShareGPT, Alpaca, text lines, or datasets:NAME"
@@ -78,17 +77,19 @@ class Adapting(OnTarget):
 
     LIFTED: ClassVar[tuple[str, ...]] = ("train", "setting")
 
-    method: MethodName = setting("lora", "which parts of the draft are trained: {methods}")
+    method: training.MethodName = setting("lora", "which parts of the draft are trained: {methods}")
     private_width: int | None = setting(None, f"inner width of the private expert; {FIFTH}", gt=0)
     rank: int | None = setting(None, f"rank of the low-rank updates; {FIFTH}", gt=0)
-    private: PrivateBlock = setting({}, "any other size of the private part, as alpha=8 (bits with full); repeatable")
+    private: training.PrivateBlock = setting(
+        {}, "any other size of the private part, as alpha=8 (bits with full); repeatable"
+    )
     loss: training.LossName = setting("kl", "training loss: {losses}")
     gamma: int = setting(5, "drafted tokens a round", gt=0)
 
     @property
-    def private_size(self) -> PrivateSize:
+    def private_size(self) -> training.PrivateSize:
         """The sizes of the private part. Raises ``UserError`` for some that no draft can have together."""
-        return PrivateSize(**{"width": self.private_width, "rank": self.rank, **self.private})
+        return training.PrivateSize(**{"width": self.private_width, "rank": self.rank, **self.private})
 
 
 def adaptation(method_name: str) -> dict[str, Any]:
@@ -97,7 +98,7 @@ def adaptation(method_name: str) -> dict[str, Any]:
     A few hundred answers want many small steps; a new draft, with its millions of tokens, keeps the larger ones of
     :class:`~redraft.settings.training.TrainConfig`.
     """
-    return {"epochs": 6.0, "batch_anchors": 768, "learning_rate": method(method_name).learning_rate}
+    return {"epochs": 6.0, "batch_anchors": 768, "learning_rate": training.method(method_name).learning_rate}
 
 
 class AdaptConfig(Adapting, AnsweredRun):
@@ -110,7 +111,7 @@ class AdaptConfig(Adapting, AnsweredRun):
     }
 
     draft: str = setting(..., "old draft: folder in any format, or hub id", reads="model")
-    prompts: str | None = setting(None, OWN_PROMPTS, reads="prompts")
+    prompts: texts.PromptsName | None = setting(None, OWN_PROMPTS, reads="prompts")
     base_target: str | None = setting(None, "target that the old draft was made for, for scorer shift", reads="model")
     eval_prompts: str | None = setting(None, "prompts to measure on; else held out from --prompts", reads="prompts")
     start: texts.StartName = setting("vocabulary", "what training starts from: {starts}; joined by + where several")
@@ -155,15 +156,11 @@ class AdaptConfig(Adapting, AnsweredRun):
             yield f"scorer {self.scorer} has nothing to choose: the budget is 100%; give --budget, say 50%"
         if (self.general is None) != (self.general_share == 0):
             yield "--general and --general-share go together: the responses, and their share of all tokens"
-        for test in (
-            lambda: samplers_of(self.temperatures, self.top_p),
-            lambda: self.self_prompts,
-            lambda: check_bits(self.method, self.private_size),
-        ):
-            try:
-                test()
-            except UserError as error:
-                yield str(error)
+        try:
+            training.check_bits(self.method, self.private_size)
+        except UserError as error:
+            yield str(error)
+        samplers_of(self.temperatures, self.top_p)
 
     def check_needs(self) -> None:
         """Ask the scorer and the start for what they need, which imports them. Raises ``UserError``."""

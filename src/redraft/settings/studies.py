@@ -20,9 +20,8 @@ from redraft.registries import LOSSES
 from redraft.registry import nearest
 from redraft.settings import texts
 from redraft.settings.base import AUTO, DtypeName, Part, Settings, check, complaints, known_name, read_yaml, setting
-from redraft.settings.methods import METHODS, PrivateSize, method
 from redraft.settings.shapes import ChainShape, DynamicTree, StaticTree, parse_shape
-from redraft.settings.training import ReplayBlock, ReplayConfig, TrainBlock, TrainConfig
+from redraft.settings.training import METHODS, PrivateSize, ReplayBlock, ReplayConfig, TrainBlock, TrainConfig, method
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_+.-]*")
 # What the study itself sets in every training run.
@@ -268,9 +267,8 @@ class StudyConfig(Part):
             if name in METHODS and entry.method not in (None, name):
                 yield f"methods: {name} is the name of a method, so it cannot stand for {entry.method}"
             self.method_of(name)
-        for entries in (self.selections, self.starts):
-            if NONE in entries:
-                yield f"{NONE!r} is what it says and cannot be given another meaning"
+        if NONE in {*self.selections, *self.starts}:
+            yield f"{NONE!r} is what it says and cannot be given another meaning"
         for name in OWN_TRAIN_SETTINGS:
             if name in self.train:
                 yield f"train {name} is set by the study itself: cells have a loss and a seed, the study has gamma"

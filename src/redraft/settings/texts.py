@@ -296,6 +296,7 @@ def _suite(text: str) -> None:
     known_name("suite", text.partition("=")[0].partition(":")[0].strip(), SUITES.names())
 
 
+PromptsName = Annotated[str, check(self_prompts)]
 StartName = Annotated[str, check(parse_start)]
 ScorerName = Annotated[str, check(check_scorer)]
 BudgetText = Annotated[str, BeforeValidator(_rows), check(parse_budget)]

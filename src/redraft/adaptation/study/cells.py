@@ -26,10 +26,9 @@ from redraft.drafts.opening import OpenDraft
 from redraft.errors import UserError
 from redraft.provenance import Ledger
 from redraft.rows import anchors
-from redraft.settings.methods import method
 from redraft.settings.sampler import Sampler
 from redraft.settings.studies import ANY, NONE, Cell
-from redraft.settings.training import ReplayConfig, TrainConfig
+from redraft.settings.training import ReplayConfig, TrainConfig, method
 from redraft.starts.apply import StartContext
 from redraft.training.replay import check_replayable
 
