@@ -175,12 +175,9 @@ def select(
 
 def _write_kept(manifest: Manifest, rows: Sequence[Any], asked: Sequence[Conversation], keep: Path) -> None:
     """The selected rows as a response file, or the selected prompts as a prompt file."""
-    if not asked:
-        atomic_write_text(keep, b"".join(encode_row(row) for row in manifest.apply(rows)).decode())
-        return
     chosen = set(manifest.selected_keys)
-    kept = [json.dumps(row_of(c)) for c in asked if c.id in chosen]
-    atomic_write_text(keep, "\n".join(kept) + "\n")
+    prompts = "".join(json.dumps(row_of(c)) + "\n" for c in asked if c.id in chosen)
+    atomic_write_text(keep, prompts if asked else b"".join(map(encode_row, manifest.apply(rows))).decode())
 
 
 def merge(

@@ -118,7 +118,7 @@ def probe(s: steps.ProbeSettings) -> None:
 
 @command(
     "redraft regenerate --target my-model --prompts prompts.jsonl --out responses.jsonl",
-    "redraft regenerate --target my-model --prompts datasets:gsm8k@train --temperature 0 --temperature 0.7 --out r.jsonl",
+    "redraft regenerate --target my-model --prompts datasets:gsm8k@train --temperature 0 --temperature 1 --out r.jsonl",
     "redraft regenerate --target my-model --server http://127.0.0.1:8000 --prompts prompts.jsonl --out r.jsonl",
 )
 def regenerate(s: steps.RegenerateSettings) -> None:

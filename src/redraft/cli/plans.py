@@ -43,18 +43,14 @@ def told(settings: Any) -> Iterator[str]:
         value = getattr(settings, name)
         if (name in settings.model_fields_set or name in TOLD) and value not in (None, (), {}) and value is not False:
             number = counted(str(value)) if name in ("prompts", "responses") else None
-            yield f"{name.replace('_', '-')} {shown(value)}" + ("" if number is None else f" ({number:,})")
+            parts = [f"{key}={one}" for key, one in value.items()] if isinstance(value, dict) else value
+            text = ", ".join(map(str, parts)) if isinstance(parts, tuple | list) else str(parts)
+            yield f"{name.replace('_', '-')} {text}" + ("" if number is None else f" ({number:,})")
     longest, number = getattr(settings, "max_new_tokens", 0), counted(str(getattr(settings, "prompts", "")))
     if longest and number:
         drawn = getattr(settings, "temperatures", getattr(settings, "temperature", 0))
         number = min(number, getattr(settings, "limit", number)) * (len(drawn) if isinstance(drawn, tuple) else 1)
         yield f"at most {number * longest:,} tokens of answers where each prompt asks one question"
-
-
-def shown(value: Any) -> str:
-    """A value in a line of plain text."""
-    parts = [f"{key}={one}" for key, one in value.items()] if isinstance(value, dict) else value
-    return ", ".join(map(str, parts)) if isinstance(parts, tuple | list) else str(parts)
 
 
 def counted(source: str) -> int | None:

@@ -30,7 +30,7 @@ NONE, ANY = "none", "-"
 
 
 def _several(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
+    return [value] if isinstance(value, str | dict) else value
 
 
 def _evaluation(value: Any) -> Any:
@@ -221,10 +221,6 @@ class StudySettings(Settings):
             yield "give the YAML file of a study, or --tables with the results of one"
 
 
-def _one(value: Any) -> Any:
-    return [value] if isinstance(value, dict) else value
-
-
 def _speed(value: Any) -> Any:
     return {True: {}, False: None}[value] if isinstance(value, bool) else value
 
@@ -240,7 +236,7 @@ class StudyConfig(Part):
     selections: dict[str, SelectionEntry] = setting({}, "selections by name")
     starts: dict[str, StartEntry] = setting({}, "starts by name")
     general: General | None = setting(None, "text outside the domain")
-    grid: Annotated[tuple[Grid, ...], BeforeValidator(_one)] = setting((), "products of cells")
+    grid: Annotated[tuple[Grid, ...], BeforeValidator(_several)] = setting((), "products of cells")
     cells: tuple[CellEntry, ...] = setting((), "single cells")
     max_new_tokens: int = setting(160, "longest answer to train on, in tokens", gt=1)
     evaluation_tokens: int = setting(128, "longest answer to measure on, in tokens", gt=1)
