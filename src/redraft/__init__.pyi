@@ -1,5 +1,5 @@
-from redraft.adaptation.probe import ProbeResult as ProbeResult
-from redraft.adaptation.steps import TargetSpec as TargetSpec
+from redraft.adaptation.advice import ProbeResult as ProbeResult
+from redraft.adaptation.models import TargetSpec as TargetSpec
 from redraft.api.runs import adapt as adapt
 from redraft.api.runs import bench as bench
 from redraft.api.runs import probe as probe

@@ -20,7 +20,7 @@ from redraft.errors import UserError
 from redraft.settings.base import AUTO, TYPES, read
 from redraft.settings.runs import AdaptConfig, DistillConfig
 from redraft.settings.studies import parse_study
-from redraft.training.checkpoint import stored_precision
+from redraft.training.loop import stored_precision
 from redraft.training.optimizer import InFloat32, make_optimizers, muon_type
 
 

@@ -23,14 +23,13 @@ from transformers import AutoConfig
 
 from redraft import provenance
 from redraft.adaptation.study.sources import read_source
-from redraft.arithmetic import EFFICIENCY, choose_dtype, fastest
+from redraft.arithmetic import EFFICIENCY, MOST_BYTES, choose_dtype, fastest
 from redraft.artifact import read_json
 from redraft.data.prompts import read_conversations
 from redraft.data.store import read_rows
 from redraft.drafts.standalone.shapes import parameters_of, shape_for
 from redraft.errors import UserError
 from redraft.loading import ADAPTER_FILE, adapter_base, locate, one_line, quiet
-from redraft.prepack import MOST_BYTES
 from redraft.settings.base import AUTO, Settings
 from redraft.settings.runs import AdaptConfig, DistillConfig
 from redraft.settings.steps import RegenerateSettings, TrainSettings

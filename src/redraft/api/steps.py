@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from redraft.adaptation import models
-from redraft.adaptation.core import half
-from redraft.adaptation.models import open_any, prompt_rows
-from redraft.adaptation.runs import supervised_rows
-from redraft.adaptation.steps import AnyTarget, TargetSpec, check_output, target_info
+from redraft.adaptation.models import AnyTarget, TargetSpec, check_output, open_any, prompt_rows, target_info
+from redraft.adaptation.runs import half, supervised_rows
 from redraft.artifact import atomic_write_text
 from redraft.data.prompts import Conversation, read_conversations
 from redraft.data.regenerate import InProcessEngine, RegenerationReport, ServerEngine, expected_rows
@@ -21,20 +19,19 @@ from redraft.data.shapes import row_of
 from redraft.data.store import encode_row
 from redraft.drafts.base import Draft
 from redraft.drafts.files import save_draft
-from redraft.drafts.formats.base import ExportReport, TargetInfo
-from redraft.drafts.opening import AnyDraft, OpenDraft, read_draft
+from redraft.drafts.formats.base import ExportReport
+from redraft.drafts.opening import AnyDraft, OpenDraft, open_checkpoint
 from redraft.drafts.scaling import scale_change
 from redraft.errors import UserError
 from redraft.loading import load_tokenizer, quiet
 from redraft.progress import progress_bar
 from redraft.registries import EXPORTERS, FAMILIES
 from redraft.reports.results import Merged
-from redraft.selection.acceptance import scoring_context
-from redraft.selection.manifest import Manifest
-from redraft.selection.rules import choose
+from redraft.selection.manifest import Manifest, choose
+from redraft.selection.states import scoring_context
 from redraft.settings.base import Settings
 from redraft.settings.steps import ExportSettings, MergeSettings, RegenerateSettings, SelectSettings
-from redraft.settings.texts import parse_budget, parse_scorer
+from redraft.settings.texts import parse_scorer
 from redraft.target import Facts, Target
 
 Say = Callable[[str], None]
@@ -166,7 +163,7 @@ def select(
         base = (lambda: TargetSpec.of(base_target).open()) if base_target else lambda: None
         context = scoring_context(by, opened, present, base, s.seed, s.out.parent, progress)
         source = s.responses or (Path(s.prompts) if s.prompts and Path(s.prompts).is_file() else None)
-        manifest = choose(by, rows, context, parse_budget(s.budget), s.order, source)
+        manifest = choose(by, rows, context, s.budget, s.order, source)
     manifest.write(s.out)
     if s.keep is not None:
         _write_kept(manifest, rows, asked, s.keep)
@@ -200,11 +197,11 @@ def merge(
     return Merged(s.out, sum(parameter.numel() for parameter in merged.parameters()), kept.get("method"))
 
 
-def _read(draft: AnyDraft, info: TargetInfo | None, base_draft: AnyDraft | None = None) -> tuple[Draft, dict[str, Any]]:
+def _read(draft: AnyDraft, info: Facts | None, base_draft: AnyDraft | None = None) -> tuple[Draft, dict[str, Any]]:
     """A draft in the types of its file; an opened one, which is in float32, in those that drafts are stored in."""
-    found, meta = read_draft(draft, info, base_draft)
+    found = open_checkpoint(draft, info, base_draft)
     opened = isinstance(draft, OpenDraft) or isinstance(base_draft, OpenDraft)
-    return (half(found) if opened else found), meta
+    return (half(found.draft) if opened else found.draft), found.meta
 
 
 def export(
@@ -222,5 +219,6 @@ def export(
     if not FAMILIES.get(found.family).reads_states and info.tokenizer is None:
         # A model by itself must speak as the target does, down to its special tokens.
         with quiet():
-            info = replace(info, tokenizer=load_tokenizer(info.name))
+            info = copy.copy(info)
+            info.tokenizer = load_tokenizer(info.name)
     return exporter(found, s.out, info, speculative_tokens=s.gamma)

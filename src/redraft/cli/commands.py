@@ -103,7 +103,7 @@ def probe(s: steps.ProbeSettings) -> None:
 
     It says at the start how long it will take.
     """
-    from redraft.adaptation.steps import check_output
+    from redraft.adaptation.models import check_output
     from redraft.artifact import atomic_write_json
 
     if s.json_out is not None:
@@ -160,7 +160,7 @@ def vocabulary(s: steps.VocabularySettings) -> None:
     """
     from redraft.adaptation.vocabulary import vocabulary_file
 
-    found, refreshed, result = vocabulary_file(spec(s), s.draft, s.responses, **rest(s, "draft", "responses", "worst"))
+    found, refreshed, result = vocabulary_file(spec(s), s)
     say(f"{found.share:.2%} of {found.tokens:,} tokens can be said by the {found.size:,} of the draft's vocabulary")
     caps = ", ".join("none" if share is None else f"{share:.3f}" for share in found.positions)
     say(f"cap on acceptance by position of a chain of {s.gamma}: {caps}; on tau: {found.tau_cap:.2f}")
@@ -308,7 +308,7 @@ def watch(s: steps.WatchSettings) -> None:
 
     Without colours (a file, a pipe, NO_COLOR) brackets say the same.
     """
-    from redraft.adaptation.models import open_proposer, template_prompts
+    from redraft.adaptation.models import open_any, template_prompts
     from redraft.data.prompts import Conversation, read_conversations
     from redraft.decode.make import make_decoder
     from redraft.decode.pieces import TokenText
@@ -323,7 +323,7 @@ def watch(s: steps.WatchSettings) -> None:
         asked = [Conversation("prompt", [{"role": "user", "content": str(s.prompt)}])]
     with quiet():
         opened = spec(s).open()
-        module, _ = open_proposer(s.draft, opened, s.base_draft)
+        module = open_any(s.draft, opened, s.base_draft).draft
     opened.tap(module.config.taps)
     ready = template_prompts(asked, opened, s.max_new_tokens)
     decoder = make_decoder(opened, module, form, s.sampler, s.greedy_drafts)

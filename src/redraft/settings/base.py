@@ -20,7 +20,7 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
 from redraft.errors import UserError
-from redraft.registry import nearest
+from redraft.registries import nearest
 
 STRICT = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 AUTO = "auto"
@@ -31,7 +31,7 @@ def setting(default: Any, help: str, *, flag: str = "", reads: str = "", argumen
     """Declare a setting: its default (``...`` for none), its help, and pydantic's bounds (``ge``, ``gt``, ``lt``, ...).
 
     ``flag`` is its flag where that is not the name with dashes. ``reads`` says what its value names that must be there
-    (:mod:`redraft.settings.places`): "file", "prompts" or "model". An ``argument`` stands without a flag.
+    (:mod:`redraft.cli.plans`): "file", "prompts" or "model". An ``argument`` stands without a flag.
     """
     bounds |= {"default_factory": default.copy} if isinstance(default, dict) else {"default": default}
     return Field(description=help, json_schema_extra={"flag": flag, "reads": reads, "argument": argument}, **bounds)

@@ -16,8 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import BeforeValidator, ConfigDict, ValidationError
 
 from redraft.errors import UserError
-from redraft.registries import LOSSES
-from redraft.registry import nearest
+from redraft.registries import LOSSES, nearest
 from redraft.settings import texts
 from redraft.settings.base import AUTO, DtypeName, Part, Settings, check, complaints, known_name, read_yaml, setting
 from redraft.settings.shapes import ChainShape, DynamicTree, StaticTree, parse_shape

@@ -19,9 +19,8 @@ from urllib.parse import urlsplit
 from pydantic import BeforeValidator
 
 from redraft.errors import UserError
-from redraft.redacted import without_secrets
-from redraft.registries import EXPORTERS, SCORERS, STARTS, SUITES
-from redraft.registry import nearest
+from redraft.places import without_secrets
+from redraft.registries import EXPORTERS, SCORERS, STARTS, SUITES, nearest
 from redraft.settings.base import KINDS, check, choices, convert, known_name, one_of
 
 KEY_VARIABLE = "REDRAFT_API_KEY"

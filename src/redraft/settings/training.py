@@ -138,7 +138,7 @@ ReplayBlock = Annotated[dict[str, Any], BlockOf(ReplayConfig)]
 LOW_RANK = "low_rank"
 WHOLE = ("fc", "norms", "attention", "shared", "head")
 
-# A change of a matrix is told in bytes at most (:mod:`redraft.coarse`).
+# A change of a matrix is told in bytes at most (:mod:`redraft.drafts.scaling`).
 MOST_BITS = 8
 
 
