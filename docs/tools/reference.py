@@ -25,10 +25,8 @@ import click
 from typer.main import get_command
 
 from redraft.cli.main import app
-from redraft.settings.adapt import AdaptConfig
-from redraft.settings.distill import DistillConfig
-from redraft.settings.methods import PrivateSize
-from redraft.settings.training import TrainConfig
+from redraft.settings.runs import AdaptConfig, DistillConfig
+from redraft.settings.training import PrivateSize, TrainConfig
 
 DOCS = Path(__file__).resolve().parents[1]
 WRITTEN = "<!-- Written by docs/tools/reference.py from the code; edit the help texts there. -->"
