@@ -156,10 +156,8 @@ class _Slots:
         return [row for row, request in enumerate(self.requests) if request is None]
 
     def admit(self, group: Sequence[Request], rows: Sequence[int], wanted: Collection[str]) -> None:
-        """Prefill a group, padded on the right so that the plain causal mask holds, and copy it into its slots.
-
-        Requests whose keys are not ``wanted`` pad the prefill and leave their slots free.
-        """
+        """Prefill a group, padded on the right so that the plain causal mask holds, and copy it into its slots; those
+        of requests whose keys are not ``wanted`` stay free."""
         lengths = [len(r.prompt_ids) for r in group]
         ids_BT = pad_sequence([torch.tensor(list(r.prompt_ids)) for r in group], batch_first=True)
         prompt_cache = self.target.new_buffers(max(lengths))

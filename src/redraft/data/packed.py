@@ -170,10 +170,8 @@ class Position:
 
 
 class PackedText:
-    """Blocks of ``length + 1`` token ids out of ``source``, in the order described at the top of this file.
-
-    Pieces whose checksum falls into ``heldout_share`` are kept out of the stream, for :meth:`heldout`.
-    """
+    """Blocks of ``length + 1`` token ids out of ``source``, in the order described at the top of this file. Pieces
+    whose checksum falls into ``heldout_share`` are kept out of the stream, for :meth:`heldout`."""
 
     def __init__(
         self, source: TextSource, tokenizer: Any, length: int, seed: int = 0, heldout_share: float = 0.0

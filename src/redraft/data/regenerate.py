@@ -137,11 +137,10 @@ def regenerate(
 ) -> RegenerationReport:
     """Answer every user turn under every sampler and append the rows to ``out_path``.
 
-    ``target`` is what ``engine`` runs; of it only the facts are read. Rows that are there already are kept, and the
-    run goes on behind them; they must come from the same target, prompts, sampling settings and token limit.
-    ``progress(rows done, tokens=new tokens)`` is called as rows come in. ``features`` takes the features that
-    completions bring, for as long as its disk has room. Whatever could not be answered is in the report and in
-    ``<name>.failures.jsonl``; the next run tries it again.
+    ``target`` is what ``engine`` runs. Rows that are there already are kept, and the run goes on behind them; they must
+    come from the same target, prompts, sampling settings and token limit. ``progress(rows done, tokens=new tokens)`` is
+    called as rows come in. ``features`` takes the features that completions bring, as long as its disk has room.
+    Whatever could not be answered is in the report and in ``<name>.failures.jsonl``; the next run tries it again.
 
     Raises ``UserError`` for prompts that do not fit, stored rows that do not belong here, a server that stops
     answering (what was answered is kept), and when nothing at all could be answered.
@@ -259,8 +258,7 @@ class _Run:
             "seed": row.seed == self.seed,
             "number of new tokens": length == limit or (length < limit and row.finish_reason != "length"),
         }
-        if not all(same.values()):
-            differs = [name for name, is_same in same.items() if not is_same]
+        if differs := [name for name, is_same in same.items() if not is_same]:
             what = " and ".join(differs)
             if differs == ["prompt"] and writes_date(self.tokenizer):
                 what += f" (the template writes the date: {date_path(self.writer.path)} must hold that of the rows)"
@@ -285,12 +283,9 @@ class _Run:
         if self.features is not None and completion.features is not None:
             self.kept.append(RowFeatures(row, *completion.features))
             self.kept_bytes += sum(tensor.nbytes for tensor in completion.features)
-        waited = time.monotonic() - self.flushed
-        if self.features is None:
-            due = len(self.buffer) >= FLUSH_ROWS or waited >= FLUSH_SECONDS
-        else:
-            due = self.kept_bytes >= FLUSH_FEATURES_BYTES or waited >= FLUSH_FEATURES_SECONDS
-        if due:
+        plain, waited = self.features is None, time.monotonic() - self.flushed
+        full = len(self.buffer) >= FLUSH_ROWS if plain else self.kept_bytes >= FLUSH_FEATURES_BYTES
+        if full or waited >= (FLUSH_SECONDS if plain else FLUSH_FEATURES_SECONDS):
             self._flush()
         self._tell()
 
@@ -301,8 +296,7 @@ class _Run:
         if not chain.open:
             return  # nobody asks for the last reply
         try:
-            ids = row.prompt_ids, row.response_ids
-            chain.replies[-1] = reply_message(self.tokenizer, *ids, self.target.eos_ids)
+            chain.replies[-1] = reply_message(self.tokenizer, row.prompt_ids, row.response_ids, self.target.eos_ids)
         except UnclearReply as error:
             self._break(chain, f"the reply before it ({row.key}) cannot be put into its history: {error}")
 

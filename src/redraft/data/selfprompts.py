@@ -39,10 +39,8 @@ DRAWS_A_QUESTION = 8
 
 @dataclass(frozen=True)
 class UserOpening:
-    """What the chat template writes up to the first letter of a user's turn, and what ends the turn.
-
-    ``stop_ids`` is empty where no single token of its own ends a turn; ``ending`` is then looked for in the text.
-    """
+    """What the chat template writes up to the first letter of a user's turn, and what ends the turn: ``ending`` is
+    looked for in the text where no single token of its own, one of ``stop_ids``, does."""
 
     ids: list[int]
     ending: str
@@ -102,12 +100,10 @@ def self_prompts(
     """``count`` different questions in the target's own words, and what became of the other draws.
 
     The raw draws go to the response file ``path``; those that are there already are used again, so the same command
-    goes on after a kill. A draw is dropped that does not end, is empty or has hardly a word, repeats itself, holds
-    marks of the chat template or broken characters, or nearly is an earlier one. ``progress(questions, draws=n)`` is
-    called as draws come in.
-
-    Raises ``UserError``: for a greedy sampler, a chat template without an opening, stored draws that do not belong
-    here, and when far too few draws are of use.
+    goes on after a kill. A draw is dropped that does not end, has hardly a word, repeats itself, holds marks of the
+    chat template or broken characters, or nearly is an earlier one. ``progress(questions, draws=n)`` is called as draws
+    come in. Raises ``UserError``: for a greedy sampler, a chat template without an opening, stored draws that do not
+    belong here, and when far too few draws are of use.
     """
     if count < 1:
         raise UserError(f"the number of prompts must be 1 or more, not {count}")

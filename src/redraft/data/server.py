@@ -197,10 +197,8 @@ def read_completion(
 
 
 def _ended(ids: list[int], reason: str, choice: dict[str, Any], eos_ids: Sequence[int]) -> tuple[list[int], str]:
-    """The ids with the response's end, as far as it is known, and the finish reason. See the module's text.
-
-    What a server writes behind one of the target's end tokens is no part of the response.
-    """
+    """The ids with the response's end, as far as it is known, and the finish reason. See the module's text. What a
+    server writes behind one of the target's end tokens is no part of the response."""
     found = next((n for n, i in enumerate(ids, 1) if i in eos_ids), None)
     if found is not None:
         return ids[:found], "stop"
@@ -239,10 +237,8 @@ def exact_ids(text: Any, completion_tokens: int | None, reason: str, tokenizer: 
 
 
 def _check_vocabulary(text: Any, ids: list[int], tokenizer: Any) -> None:
-    """Raise ``Refused`` where a server's text is not what its ids say: they are of another model's vocabulary.
-
-    Servers differ in blanks, special tokens and the text of the end, so letters are compared, and loosely.
-    """
+    """Raise ``Refused`` where a server's text is not what its ids say: they are of another model's vocabulary. Servers
+    differ in blanks, special tokens and the text of the end, so letters are compared, and loosely."""
     said = _letters(text)[:COMPARED] if isinstance(text, str) else ""
     if len(said) < TELLING:
         return

@@ -131,10 +131,8 @@ def _messages(item: dict[str, Any]) -> list[Message]:
 
 
 def _alone(item: dict[str, Any], key: str, messages: list[Message], others: Sequence[str]) -> list[Message]:
-    """The turns under ``key``, if no key beside it says something that they lack. Raises ``ValueError``.
-
-    That are texts or choices which belong to what is asked, and ``others`` that ask something themselves.
-    """
+    """The turns under ``key``, if neither ``others`` beside it, which ask something themselves, nor texts or choices
+    that belong to what is asked say something that the turns lack. Raises ``ValueError``."""
     texts = [message["content"] for message in messages if message["role"] != ASSISTANT]
     whole = key in ONE_TEXT and isinstance(item.get(key), str)
     for name in PARTS if whole else PARTS_OF_AN_INSTRUCTION if key == "instruction" else PARTS_OF_TURNS:
@@ -219,10 +217,7 @@ def _is_list_of_texts(value: Any) -> bool:
 
 
 def _with_extra_body(item: dict[str, Any]) -> dict[str, Any]:
-    """The row with what a client's ``extra_body`` lays beside its keys; template arguments stay where they are.
-
-    Raises ``ValueError`` for a key that is there twice with two values.
-    """
+    """The row with what a client's ``extra_body`` lays beside its keys, but for template arguments. ``ValueError``."""
     if not item.get("extra_body"):
         return item
     extra = decoded(item["extra_body"], "extra_body")
@@ -260,11 +255,9 @@ def _with_system(item: dict[str, Any], messages: list[Message]) -> list[Message]
 
 def _checked(messages: list[Message]) -> list[Message]:
     """The turns, if a user asks something in them. Raises ``ValueError``."""
-    users = [message for message in messages if message["role"] == USER]
-    if not users:
-        raise ValueError("the conversation has no user turn")
-    if not all(message["content"].strip() for message in users):
-        raise ValueError("a user turn is empty")
+    asked = [message["content"].strip() for message in messages if message["role"] == USER]
+    if not all(asked) or not asked:
+        raise ValueError("a user turn is empty" if asked else "the conversation has no user turn")
     return messages
 
 
@@ -319,6 +312,5 @@ def arguments_of(item: Mapping[str, Any]) -> dict[str, Any]:
 
 def row_of(conversation: Conversation) -> dict[str, Any]:
     """The conversation as a row of a prompt file, which :func:`parse_conversation` reads again."""
-    row: dict[str, Any] = {"id": conversation.id, "messages": conversation.messages}
-    row |= {"tools": conversation.tools} if conversation.tools else {}
-    return row | ({"chat_template_kwargs": conversation.arguments} if conversation.arguments else {})
+    beside = {"tools": conversation.tools, "chat_template_kwargs": conversation.arguments}
+    return {"id": conversation.id, "messages": conversation.messages, **{k: v for k, v in beside.items() if v}}

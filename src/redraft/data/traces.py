@@ -144,10 +144,8 @@ def _first(record: dict[str, Any], *keys: str) -> str:
 
 
 def _flat(item: dict[str, Any]) -> dict[str, Any]:
-    """The record with the one entry of its ``choices`` or ``outputs`` list laid over it.
-
-    A request and the server's whole answer to it may stand in keys of their own, as proxies log them.
-    """
+    """The record with the one entry of its ``choices`` or ``outputs`` list laid over it, and before that a request and
+    the server's whole answer, which may stand in keys of their own, as proxies log them."""
     for name in ("request", "response"):
         inner = item.get(name)
         body = inner.get("body", inner) if isinstance(inner, dict) else None
@@ -164,10 +162,8 @@ def _flat(item: dict[str, Any]) -> dict[str, Any]:
 
 
 def _reason(record: dict[str, Any]) -> tuple[str | None, bool]:
-    """(finish reason as recorded, whether an end token ended the response; true where nobody says).
-
-    A response that a stop string ended has no end token: the model did not write one.
-    """
+    """(finish reason as recorded, whether an end token ended the response; true where nobody says, false where a stop
+    string did: the model wrote no end token then)."""
     value = record.get("finish_reason")
     value = value.get("type") if isinstance(value, dict) else value  # as SGLang's own interface writes it
     if value is not None and (not isinstance(value, str) or value not in REASONS):

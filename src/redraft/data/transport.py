@@ -169,12 +169,9 @@ class Connection:
 
 
 def completion_body(request: Request, model: str | None, max_new_tokens: int) -> dict[str, Any]:
-    """The body for ``/v1/completions``.
-
-    What a request leaves out servers fill with defaults of their own (the checkpoint's generation config, a top-k of
-    40), so filters that are off are named too where tokens are drawn; a greedy choice has none. Top-k is off at -1,
-    which every server takes: SGLang refuses 0.
-    """
+    """The body for ``/v1/completions``. What a request leaves out servers fill with defaults of their own (the
+    checkpoint's generation config, a top-k of 40), so filters that are off are named too where tokens are drawn; a
+    greedy choice has none. Top-k is off at -1, which every server takes: SGLang refuses 0."""
     sampler = request.sampler
     seed = hashlib.sha256(f"{request.key}|{request.seed}".encode()).digest()
     filters = {"top_p": sampler.top_p, "top_k": sampler.top_k or -1, "min_p": 0.0}

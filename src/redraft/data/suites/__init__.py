@@ -106,10 +106,8 @@ def load_suite(text: str, data_dir: str | Path | None = None, limit: int | None 
     """The suite that ``text`` asks for: ``NAME``, ``NAME:CATEGORY``, and either with ``=FILE`` or ``=datasets:...``.
 
     Without a file the rows come from ``data_dir``, or else from the folder that the variable REDRAFT_DATA names. The
-    order depends on ``seed`` and the ids alone; ``limit`` takes the beginning of it, in which tasks take turns.
-
-    Raises ``UserError`` for an unknown suite or category, data that are not there, and rows of a wrong format (with
-    file and line).
+    order depends on ``seed`` and the ids alone; ``limit`` takes the beginning of it, in which tasks take turns. Raises
+    ``UserError`` for an unknown suite or category, missing data, and rows of a wrong format (with file and line).
     """
     if limit is not None and limit < 1:
         raise UserError(f"the number of prompts of a suite must be at least 1, not {limit}")
@@ -137,18 +135,15 @@ def load_suite(text: str, data_dir: str | Path | None = None, limit: int | None 
 
 
 def _arranged(items: Sequence[SuiteItem], definition: SuiteDefinition, seed: int) -> list[SuiteItem]:
-    """Shuffled by ``seed`` and id, whatever the order of the file was.
-
-    Tasks take turns, and within a task its categories do, so that any beginning has its share of each.
-    """
+    """Shuffled by ``seed`` and id, whatever the order of the file was. Tasks take turns, and within a task its
+    categories do, so that any beginning has its share of each."""
     shuffled = sorted(items, key=lambda item: hashlib.sha256(f"{seed}|{item.id}".encode()).hexdigest())
     return _turns(_turns(shuffled, lambda item: definition.category(item.id)), lambda item: item.task)
 
 
 def _turns(items: Sequence[SuiteItem], kind: Callable[[SuiteItem], str]) -> list[SuiteItem]:
     kinds = [[item for item in items if kind(item) == name] for name in sorted(set(map(kind, items)))]
-    rounds = itertools.zip_longest(*kinds)
-    return [item for turn in rounds for item in turn if item is not None]
+    return [item for turn in itertools.zip_longest(*kinds) for item in turn if item is not None]
 
 
 def run_turns(conversation: Conversation, reply: Callable[[list[Message]], str | Message]) -> Iterator[list[Message]]:
@@ -206,6 +201,5 @@ def _item(name: str, definition: SuiteDefinition, asked: str, conversation: Conv
     turns = [m for m in conversation.messages if m["role"] != "assistant"]
     while turns[-1]["role"] != "user":
         turns.pop()
-    task = f"{name}:{group}" if group else name
-    bare = replace(conversation, messages=turns)
+    bare, task = replace(conversation, messages=turns), f"{name}:{group}" if group else name
     return SuiteItem(conversation.id, task, bare, definition.reference(conversation))
