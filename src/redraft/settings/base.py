@@ -110,14 +110,21 @@ def one_of(kind: str, names: Callable[[], Iterable[str]]) -> AfterValidator:
     return check(lambda value: known_name(kind, value, names()))
 
 
-def check_dtype(value: str) -> str:
-    """``value`` if it names a data type or ``auto``. Raises ``UserError``."""
+def check_dtype(value: str, name: str = "dtype") -> str:
+    """``value`` if it names a data type or ``auto``; ``name`` is the setting's. Raises ``UserError``."""
     if value not in (*TYPES, AUTO):
-        raise UserError(f"dtype must be {AUTO}, {' or '.join(TYPES)}, not {value!r}")
+        raise UserError(f"{name} must be {AUTO}, {' or '.join(TYPES)}, not {value!r}")
     return value
 
 
-DtypeName = Annotated[str, check(check_dtype)]
+def _dtype(value: str, info: Any) -> str:
+    try:
+        return check_dtype(value, info.field_name)
+    except UserError as error:
+        raise PydanticCustomError("said", "{text}", {"text": str(error)}) from None
+
+
+DtypeName = Annotated[str, AfterValidator(_dtype)]
 
 
 # -- mistakes ----------------------------------------------------------------------------------------------------------
