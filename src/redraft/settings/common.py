@@ -47,5 +47,5 @@ class OnTarget(Settings):
     dtype: DtypeName = setting(
         AUTO, "data type of the target: bfloat16, float32, or auto, the one this machine is faster in"
     )
-    device: str = setting("cpu", "torch device: cpu, cuda, cuda:1, ...")
+    device: str = setting("cpu", "torch device: cpu, cuda, cuda:1 or another")
     seed: int = setting(0, "seed of everything random")
