@@ -17,6 +17,9 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
 ROLE = re.compile(r":(?:func|class|mod|meth|data|attr):<code>~?([^<]*)</code>")
+SHELL = re.compile(r'<div class="language-bash highlight">.*?</div>', re.S)
+TAG = re.compile(r"(<[^>]+>)")
+HYPHENED = re.compile(r"[^\s\"']*-[^\s\"']*")
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)\s#]+)(?=[)#])")
 
 
@@ -42,8 +45,15 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Docstrings name other things as :func:`name`, which Markdown shows as it stands: leave the name alone."""
-    return ROLE.sub(r"<code>\1</code>", html)
+    """What Markdown leaves to be done: of :func:`name` in docstrings the name alone; commands not broken at hyphens."""
+    return SHELL.sub(lambda block: unbroken(block[0]), ROLE.sub(r"<code>\1</code>", html))
+
+
+def unbroken(block: str) -> str:
+    """A shell block whose options and paths are not broken at their hyphens."""
+    parts = TAG.split(block)
+    parts[::2] = [HYPHENED.sub(r'<span class="word">\g<0></span>', text) for text in parts[::2]]
+    return "".join(parts)
 
 
 def linked(page: Path) -> Iterator[Path]:

@@ -19,6 +19,7 @@ import pytest
 import yaml
 from typer.main import get_command
 
+import redraft
 from redraft.cli.main import app
 from redraft.settings.adapt import AdaptConfig
 from redraft.settings.distill import DistillConfig
@@ -188,11 +189,18 @@ def test_python_blocks_parse_and_import_what_there_is(block: Block) -> None:
             assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == [], str(block)
 
 
+def test_the_api_page_has_every_name() -> None:
+    """Registries stand in its text, which is no docstring of theirs."""
+    shown = set(re.findall(r"^::: redraft\.([\w.]+)$", text_of("docs/api.md"), flags=re.M)) - {"metrics"}
+    homes = {f"{home}.{name}".removeprefix("redraft.") for name, home in redraft._HOME_OF.items() if not name.isupper()}
+    assert shown == homes
+
+
 # -- links and paths -------------------------------------------------------------------------------------------------
 def anchors(text: str) -> tuple[set[str], set[str]]:
-    """The anchors of a page's headings: as the site makes them, and as code hosts do."""
-    site: set[str] = set()
-    host: set[str] = set()
+    """The anchors of a page's headings: as the site makes them, and as code hosts do; those of docstrings."""
+    docstrings = re.findall(r"^::: (\S+)$", text, flags=re.M)
+    site, host = set(docstrings), set(docstrings)
     for heading in HEADING.findall(FENCE.sub("", text)):
         plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).replace("`", "").replace("*", "").lower()
         kept = re.sub(r"[^\w\s-]", "", plain).strip()
