@@ -20,7 +20,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from redraft.adaptation.trial import METHOD, PASSES, START
+from redraft.adaptation.probe import METHOD, PASSES, START
 from redraft.artifact import atomic_write_json, read_json
 from redraft.evaluate.forecast import Fit, Seen, logit, observed, stepped
 from redraft.evaluate.study import MAIN, NONE, Study

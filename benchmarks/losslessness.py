@@ -21,7 +21,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -210,7 +210,7 @@ class Run:
             "tokens": len(found.ids) - 1,
             "rounds": len(found.rounds),
             "accepted": [record.accepted for record in found.rounds],
-            "difference": None if difference is None else difference.to_dict(),
+            "difference": None if difference is None else asdict(difference) | {"near_tie": difference.near_tie},
         }
 
 

@@ -46,7 +46,7 @@ from redraft.errors import UserError
 from redraft.loading import CACHE_FILES, load_target
 from redraft.progress import progress_bar
 from redraft.target import Target
-from redraft.training.checkpoint import Checkpoint, rows_digest
+from redraft.training.loop import Checkpoint, rows_digest
 from redraft.training.optimizer import learning_rate, make_optimizers
 
 EMBEDDED = "embedded:smollm2-135m-instruct"

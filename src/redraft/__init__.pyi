@@ -1,5 +1,5 @@
-from redraft.adaptation.probe import ProbeResult as ProbeResult
-from redraft.adaptation.steps import TargetSpec as TargetSpec
+from redraft.adaptation.advice import ProbeResult as ProbeResult
+from redraft.adaptation.models import TargetSpec as TargetSpec
 from redraft.api.adapting import adapt as adapt
 from redraft.api.adapting import study as study
 from redraft.api.adapting import train as train

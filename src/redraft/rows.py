@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, TypeVar
 
 MOST_PADDING = 0.06
@@ -30,21 +30,30 @@ def anchors(row: TokenRow) -> int:
     return max(0, len(row.response_ids) - 1)
 
 
-def anchor_batches(rows: Sequence[AnyRow], batch_anchors: int) -> Iterator[list[AnyRow]]:
+def whole_length(row: TokenRow) -> int:
+    """Tokens of the prompt and the response."""
+    return len(row.prompt_ids) + len(row.response_ids)
+
+
+def groups(rows: Sequence[AnyRow], limit: int, weigh: Callable[[AnyRow], int]) -> list[list[AnyRow]]:
+    """Rows in their order, in groups that weigh at most ``limit``; a row that weighs more stands alone."""
+    found: list[list[AnyRow]] = []
+    held = 0
+    for row in rows:
+        if not found or held + weigh(row) > limit:
+            found.append([])
+            held = 0
+        found[-1].append(row)
+        held += weigh(row)
+    return found
+
+
+def anchor_batches(rows: Sequence[AnyRow], batch_anchors: int) -> list[list[AnyRow]]:
     """Rows of similar length together, at most ``batch_anchors`` supervised positions a batch.
 
     Rows of equal length keep the order they are given in; rows without an anchor are left out.
     """
-    batch: list[AnyRow] = []
-    for row in sorted(rows, key=lambda r: len(r.prompt_ids) + len(r.response_ids)):
-        if not anchors(row):
-            continue
-        if batch and sum(anchors(r) for r in batch) + anchors(row) > batch_anchors:
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
+    return groups(sorted(filter(anchors, rows), key=whole_length), batch_anchors, anchors)
 
 
 def length_batches(rows: Sequence[AnyRow], batch_tokens: int) -> Iterator[list[AnyRow]]:
@@ -55,8 +64,8 @@ def length_batches(rows: Sequence[AnyRow], batch_tokens: int) -> Iterator[list[A
     """
     batch: list[AnyRow] = []
     held = 0
-    for row in sorted(rows, key=lambda r: (len(r.prompt_ids) + len(r.response_ids), r.key)):
-        longest = len(row.prompt_ids) + len(row.response_ids)
+    for row in sorted(rows, key=lambda r: (whole_length(r), r.key)):
+        longest = whole_length(row)
         padded = len(batch) * longest > (1 + MOST_PADDING) * held and held >= ENOUGH_TOKENS
         if batch and (padded or (len(batch) + 1) * longest > batch_tokens):
             yield batch

@@ -34,7 +34,7 @@ from redraft.drafts.base import Draft, fresh
 from redraft.drafts.files import load_draft, load_private, save_draft, save_private
 from redraft.drafts.groups import prepare
 from redraft.errors import UserError
-from redraft.features.store import FeatureStore
+from redraft.features import FeatureStore
 from redraft.registries import FAMILIES, LOSSES
 from redraft.rows import anchors
 from redraft.settings.methods import PrivateSize

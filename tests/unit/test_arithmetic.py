@@ -22,7 +22,7 @@ from redraft.settings.base import AUTO, TYPES
 from redraft.settings.distill import DistillConfig
 from redraft.settings.studies import parse_study
 from redraft.settings.yamlfile import read
-from redraft.training.checkpoint import stored_precision
+from redraft.training.loop import stored_precision
 from redraft.training.optimizer import InFloat32, make_optimizers, muon_type
 
 

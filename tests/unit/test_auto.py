@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
-from redraft.adaptation.auto import auto_shape, run_lengths
-from redraft.adaptation.probe import greedy_rows
+from redraft.adaptation.bench import auto_shape
+from redraft.adaptation.probe import greedy_answers
 from redraft.data.generate import Request, generate
 from redraft.decode.auto import (
     Candidate,
@@ -49,8 +50,8 @@ def test_tau_walks_rounds_and_does_not_average_positions():
 def test_walked_tau_is_that_of_decoding(pair):
     """Every chain length from one pass of the longest; the rounds of each are those of a real decoder."""
     target, draft, prompts = pair
-    rows = greedy_rows(target, prompts, 24)
-    runs = run_lengths(target, draft, prompts, 24, 6)
+    with torch.inference_mode(), greedy_answers(target, draft, prompts, 24) as (rows, store):
+        runs = [found for _, found in draft.eval().walk(target).runs(rows, store, 6)]
     taus = []
     for gamma in (1, 2, 4, 6):
         decoder, decoded = make_decoder(target, draft, ChainShape(gamma)), []

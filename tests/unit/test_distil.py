@@ -25,9 +25,8 @@ from redraft.rows import anchors
 from redraft.settings.sampler import Sampler
 from redraft.settings.training import DistilConfig
 from redraft.target import Target
-from redraft.training.checkpoint import Checkpoint
-from redraft.training.distil import MixedSteps, distil, step_order
-from redraft.training.teachers import TokenTeacher, TopTeacher
+from redraft.training.causal import MixedSteps, TokenTeacher, TopTeacher, distil, step_order
+from redraft.training.loop import Checkpoint
 
 HERE = Path(__file__).parents[1]
 build_model = runpy.run_path(str(HERE / "tiny_models.py"))["build_model"]

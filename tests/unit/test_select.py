@@ -13,10 +13,9 @@ import pytest
 
 from redraft.errors import UserError
 from redraft.selection import ScoringContext, score_rows, scored_ids, scored_tokens
-from redraft.selection.manifest import file_hash, read_manifest
+from redraft.selection.manifest import choose, file_hash, read_manifest, select
 from redraft.selection.random_ import Random
 from redraft.selection.rejection import Rejection
-from redraft.selection.rules import choose, select
 from redraft.settings.budget import parse_budget
 from redraft.settings.scorers import parse_scorer, scorer_text
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from redraft.adaptation.adapt import AdaptRun
-from redraft.adaptation.steps import AnyTarget, TargetSpec
+from redraft.adaptation.models import AnyTarget, TargetSpec
 from redraft.adaptation.study.run import RESULTS_FILE, StudyRun
 from redraft.adaptation.study.tables import write_full, write_tables
-from redraft.adaptation.training import TrainData, train_new, train_old
+from redraft.adaptation.training import train_new, train_old
 from redraft.api.opening import Say, checked, name_of
 from redraft.drafts.opening import AnyDraft, OpenDraft
 from redraft.reports.results import Adapted, Benchmark, Study, Trained
@@ -86,11 +86,10 @@ def train(
     own = {name: value for name, value in settings.items() if name in TrainSettings.OWN}
     rest = {name: value for name, value in settings.items() if name not in own}
     s = checked(TrainSettings, locals(), from_nothing=draft is None, setting=rest, **own)
-    spec, data = TargetSpec.of(target), TrainData(s.responses, s.heldout, s.heldout_responses, s.selection)
     if draft is None:
-        record = train_new(spec, data, s.out, s.vocabulary, s.train_config(), say, s.family)
+        record = train_new(TargetSpec.of(target), s, say)
         return Trained(s.out / "draft", None, record["tau"]["value"], None)
-    result = train_old(spec, draft, data, s.out, s.train_config(), s.method, s.private_size, say)
+    result = train_old(TargetSpec.of(target), draft, s, say)
     part = s.out / "private"
     return Trained(s.out / "merged", part if part.is_dir() else None, result.best_tau, result.start_tau)
 

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import copy
 from pathlib import Path
 from typing import Any
 
-from redraft.adaptation.core import half
-from redraft.adaptation.steps import AnyTarget, target_info
+from redraft.adaptation.models import AnyTarget, target_info
+from redraft.adaptation.runs import half
 from redraft.api.opening import checked
 from redraft.drafts.base import Draft
 from redraft.drafts.files import save_draft
-from redraft.drafts.formats.base import ExportReport, TargetInfo
-from redraft.drafts.opening import AnyDraft, OpenDraft, read_draft
+from redraft.drafts.formats.base import ExportReport
+from redraft.drafts.opening import AnyDraft, OpenDraft, open_checkpoint
 from redraft.drafts.scaling import scale_change
 from redraft.loading import load_tokenizer, quiet
 from redraft.registries import EXPORTERS, FAMILIES
 from redraft.reports.results import Merged
 from redraft.settings.steps import ExportSettings, MergeSettings
+from redraft.target import Facts
 
 
 def merge(
@@ -45,11 +46,11 @@ def merge(
     return Merged(s.out, sum(parameter.numel() for parameter in merged.parameters()), kept.get("method"))
 
 
-def _read(draft: AnyDraft, info: TargetInfo | None, base_draft: AnyDraft | None = None) -> tuple[Draft, dict[str, Any]]:
+def _read(draft: AnyDraft, info: Facts | None, base_draft: AnyDraft | None = None) -> tuple[Draft, dict[str, Any]]:
     """A draft in the types of its file; an opened one, which is in float32, in those that drafts are stored in."""
-    found, meta = read_draft(draft, info, base_draft)
+    found = open_checkpoint(draft, info, base_draft)
     opened = isinstance(draft, OpenDraft) or isinstance(base_draft, OpenDraft)
-    return (half(found) if opened else found), meta
+    return (half(found.draft) if opened else found.draft), found.meta
 
 
 def export(
@@ -73,5 +74,6 @@ def export(
     if not FAMILIES.get(found.family).reads_states and info.tokenizer is None:
         # A model by itself must speak as the target does, down to its special tokens.
         with quiet():
-            info = replace(info, tokenizer=load_tokenizer(info.name))
+            info = copy.copy(info)
+            info.tokenizer = load_tokenizer(info.name)
     return exporter(found, s.out, info, speculative_tokens=s.gamma)

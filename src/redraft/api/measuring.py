@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from redraft.adaptation import probe as probing
-from redraft.adaptation.bench import How, bench_files
-from redraft.adaptation.models import open_proposer
-from redraft.adaptation.probe import ProbeResult
-from redraft.adaptation.questions import Questions
+from redraft.adaptation.advice import ProbeResult
+from redraft.adaptation.bench import Questions, bench_files
+from redraft.adaptation.models import AnyTarget, TargetSpec, contestants, open_any
 from redraft.adaptation.server_bench import bench_servers_on
-from redraft.adaptation.steps import AnyTarget, TargetSpec, timed_targets
 from redraft.api.opening import Say, checked, name_of
 from redraft.drafts.opening import AnyDraft
 from redraft.progress import Progress, progress_bar
@@ -45,17 +43,16 @@ def probe(
         found.tau["value"], found.verdict
     """
     s, spec = checked(ProbeSettings, locals()), TargetSpec.of(target)
-    questions = Questions(s.prompts, s.suite, s.data, s.limit)
-    questions.conversations  # noqa: B018  a bad prompt file is refused before anything large is loaded
+    questions = Questions(s)
     opened = spec.open()
-    found, meta = open_proposer(draft, opened, base_draft)
-    asked = questions.read(opened, s.max_new_tokens, 0)
+    found = open_any(draft, opened, base_draft)
+    asked = questions.read(opened)
     base = TargetSpec.of(base_target).open() if base_target is not None else None
-    stated = meta.get("heldout", {})
+    stated = found.meta.get("heldout", {})
     with progress_bar("probe", len(asked) * (2 if base else 1), "prompts") as progress:
         return probing.probe(
             opened,
-            found,
+            found.draft,
             asked,
             s.gamma,
             s.max_new_tokens,
@@ -63,7 +60,7 @@ def probe(
             stated.get("tau"),
             _counting(progress),
             known_gamma=stated.get("gamma"),
-            targets=timed_targets(opened, found, spec.dtype, spec.open),
+            targets=contestants(opened, spec.dtype, spec.open, found.draft.taps or None),
             with_trial=s.trial,
             say=say,
         )
@@ -117,13 +114,9 @@ def bench(
     draft = tuple(f"{name}={name_of(place)}" if name else str(name_of(place)) for name, place in places.items())
     server = tuple(f"{name}={place}" for name, place in (servers or {}).items())
     s, spec = checked(BenchSettings, locals()), TargetSpec.of(target)
-    questions = Questions(s.prompts, s.suite, s.data, s.limit, s.trained_on)
-    how = How(s.shape, s.sampler, s.greedy_drafts, s.max_new_tokens, s.seed, s.static)
     if s.servers:
-        levels = s.concurrency or (1,)
-        return Benchmark(s.out, bench_servers_on(spec, s.servers, questions, s.out, how, levels, s.server_model))
-    named = dict(zip(s.drafts, places.values(), strict=True))
-    return Benchmark(s.out, bench_files(spec, named, questions, s.out, how, base_draft))
+        return Benchmark(s.out, bench_servers_on(s, spec))
+    return Benchmark(s.out, bench_files(s, spec, dict(zip(s.drafts, places.values(), strict=True)), base_draft))
 
 
 def report(

@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from redraft.adaptation.models import open_any
-from redraft.adaptation.steps import AnyTarget, TargetSpec
+from redraft.adaptation.models import AnyTarget, TargetSpec, open_any
 from redraft.drafts.opening import AnyDraft, OpenDraft
 from redraft.settings.base import Settings
 from redraft.target import Target

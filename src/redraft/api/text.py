@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from redraft.adaptation import models
-from redraft.adaptation.models import prompt_rows
+from redraft.adaptation.models import AnyTarget, TargetSpec, check_output, prompt_rows
 from redraft.adaptation.runs import supervised_rows
-from redraft.adaptation.steps import AnyTarget, TargetSpec, check_output
 from redraft.api.opening import AnyDraft, checked
 from redraft.artifact import atomic_write_text
 from redraft.data.prompts import Conversation, read_conversations
@@ -20,10 +19,8 @@ from redraft.data.shapes import row_of
 from redraft.data.store import encode_row
 from redraft.errors import UserError
 from redraft.progress import progress_bar
-from redraft.selection.acceptance import scoring_context
-from redraft.selection.manifest import Manifest
-from redraft.selection.rules import choose
-from redraft.settings.budget import parse_budget
+from redraft.selection.manifest import Manifest, choose
+from redraft.selection.states import scoring_context
 from redraft.settings.scorers import parse_scorer
 from redraft.settings.steps import RegenerateSettings, SelectSettings
 from redraft.target import Facts
@@ -107,7 +104,7 @@ def select(
         base = (lambda: TargetSpec.of(base_target).open()) if base_target else lambda: None
         context = scoring_context(by, opened, present, base, s.seed, s.out.parent, progress)
         source = s.responses or (Path(s.prompts) if s.prompts and Path(s.prompts).is_file() else None)
-        manifest = choose(by, rows, context, parse_budget(s.budget), s.order, source)
+        manifest = choose(by, rows, context, s.budget, s.order, source)
     manifest.write(s.out)
     if s.keep is not None:
         _write_kept(manifest, rows, asked, s.keep)

@@ -66,7 +66,7 @@ def say(text: str) -> None:
 
 def spec(settings: Any, name: str | None = None) -> Any:
     """The target that settings name; ``name`` is another one of theirs, without adapter and template arguments."""
-    from redraft.adaptation.steps import TargetSpec
+    from redraft.adaptation.models import TargetSpec
 
     if name is not None:
         return TargetSpec(name, settings.dtype, settings.device)
@@ -111,7 +111,7 @@ def probe(settings: ProbeSettings) -> None:
 
     It says at the start how long it will take.
     """
-    from redraft.adaptation.steps import check_output
+    from redraft.adaptation.models import check_output
     from redraft.api import measuring
     from redraft.artifact import atomic_write_json
 
@@ -183,18 +183,7 @@ def vocabulary(settings: VocabularySettings) -> None:
     from redraft.adaptation.vocabulary import vocabulary_file
 
     s = settings
-    found, refreshed, result = vocabulary_file(
-        spec(s),
-        s.draft,
-        s.responses,
-        base_draft=s.base_draft,
-        refresh=s.refresh,
-        out=s.out,
-        general=s.general,
-        report=s.report,
-        gamma=s.gamma,
-        seed=s.seed,
-    )
+    found, refreshed, result = vocabulary_file(spec(s), s)
     say(f"{found.share:.2%} of {found.tokens:,} tokens can be said by the {found.size:,} of the draft's vocabulary")
     caps = ", ".join("none" if share is None else f"{share:.3f}" for share in found.positions)
     say(f"cap on acceptance by position of a chain of {s.gamma}: {caps}; on tau: {found.tau_cap:.2f}")

@@ -16,8 +16,7 @@ from pathlib import Path
 
 from redraft.errors import UserError
 from redraft.files import atomic_write_text, disk_is_full, write_error
-from redraft.places import cache_folder, installed
-from redraft.redacted import without_keys
+from redraft.places import cache_folder, installed, without_keys
 
 # Files that only a run directory of ours has; other folders are not written to.
 MARKS = ("ledger.json", "study.json", "distill.json")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from redraft.errors import UserError
-from redraft.redacted import without_secrets
+from redraft.places import without_secrets
 from redraft.settings.base import Settings
 from redraft.settings.texts import self_prompts
 

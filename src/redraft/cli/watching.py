@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from redraft.adaptation.models import open_proposer, template_prompts
-from redraft.adaptation.steps import TargetSpec
+from redraft.adaptation.models import TargetSpec, open_any, template_prompts
 from redraft.data.prompts import Conversation, read_conversations
 from redraft.decode.make import make_decoder
 from redraft.decode.pieces import TokenText
@@ -25,7 +24,7 @@ def watch_prompts(settings: WatchSettings, spec: TargetSpec, printer: Console) -
         asked = [Conversation("prompt", [{"role": "user", "content": str(s.prompt)}])]
     with quiet():
         opened = spec.open()
-        module, _ = open_proposer(s.draft, opened, s.base_draft)
+        module = open_any(s.draft, opened, s.base_draft).draft
     opened.tap(module.config.taps)
     ready = template_prompts(asked, opened, s.max_new_tokens)
     decoder = make_decoder(opened, module, form, s.sampler, s.greedy_drafts)

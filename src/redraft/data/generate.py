@@ -23,7 +23,7 @@ from redraft.data.requests import Completion, Request, request_uniforms
 from redraft.sampling import draw, warp
 from redraft.settings.sampler import Sampler
 from redraft.target import Target, TargetStep
-from redraft.target.slots import SlotCache, slot_attention
+from redraft.target.cache import SlotCache, slot_attention
 
 
 class Features:

@@ -123,6 +123,14 @@ def refuse_overlap(training: Iterable[Conversation], evaluation: Sequence[Conver
     )
 
 
+def without_overlap(training: Sequence[Conversation], evaluation: Sequence[Conversation]) -> list[Conversation]:
+    """The training prompts that are not, and not nearly, evaluation prompts."""
+    rest = list(training)
+    while near := {overlap.training_id for overlap in find_overlap(rest, evaluation)}:
+        rest = [conversation for conversation in rest if conversation.id not in near]
+    return rest
+
+
 def trained_conversations(rows: Iterable[Row], tokenizer: Any) -> Iterator[Conversation]:
     """The user turns of a response file's prompts as conversations, for :func:`refuse_overlap`.
 

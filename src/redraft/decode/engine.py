@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from redraft.arithmetic import prepack
 from redraft.decode.accept import accept_chain, accept_greedy
 from redraft.decode.requests import Generation, OnRound, Request, Round, Uniforms, check_room, trim
 from redraft.drafts.base import AnyDraft, Draft
 from redraft.errors import UserError
-from redraft.prepack import prepack
 from redraft.sampling import draw, warp
 from redraft.settings.sampler import Sampler
 from redraft.target import Target

@@ -31,7 +31,7 @@ from redraft.errors import UserError
 from redraft.graphs import Recorded
 from redraft.settings.sampler import Sampler
 from redraft.target import FixedLayer, KeyValueCache, Target, TargetStep
-from redraft.target.structure import length_bound_ropes
+from redraft.target.facts import length_bound_ropes
 
 
 # -- the target ------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from redraft.errors import UserError
-from redraft.redacted import without_secrets
+from redraft.places import without_secrets
 
 BENCH_SCHEMA = "redraft.bench/1"
 

@@ -17,7 +17,7 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
 from redraft.errors import UserError
-from redraft.registry import nearest
+from redraft.registries import nearest
 
 STRICT = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 AUTO = "auto"

@@ -18,14 +18,14 @@ from pydantic import model_validator
 from pydantic_core import PydanticCustomError
 
 from redraft.errors import UserError
-from redraft.registry import nearest
+from redraft.registries import nearest
 from redraft.settings.base import Recipe, recipe, setting
 
 # Updates stand inside the layers that they update, so that no pattern of a family tells them apart.
 LOW_RANK = "low_rank"
 WHOLE = ("fc", "norms", "attention", "shared", "head")
 
-# A change of a matrix is told in bytes at most (:mod:`redraft.coarse`).
+# A change of a matrix is told in bytes at most (:mod:`redraft.drafts.scaling`).
 MOST_BITS = 8
 
 

@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from redraft.errors import UserError
-from redraft.registries import SCORERS
-from redraft.registry import nearest
+from redraft.registries import SCORERS, nearest
 from redraft.settings.base import known_name
 
 

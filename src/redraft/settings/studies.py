@@ -16,8 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import BeforeValidator, ValidationError
 
 from redraft.errors import UserError
-from redraft.registries import LOSSES
-from redraft.registry import nearest
+from redraft.registries import LOSSES, nearest
 from redraft.settings.base import AUTO, DtypeName, Part, Settings, block_of, complaints, known_name, setting
 from redraft.settings.methods import METHODS, PrivateSize, method
 from redraft.settings.scorers import parse_scorer

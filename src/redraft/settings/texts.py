@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from redraft.errors import UserError
-from redraft.redacted import without_secrets
+from redraft.places import without_secrets
 from redraft.registries import STARTS
 from redraft.settings.base import known_name
 

@@ -12,17 +12,17 @@ import torch
 
 from redraft import provenance
 from redraft.acceptance.simulate import expected_rounds_sampled, simulate_greedy_chain
-from redraft.adaptation.core import Adaptation, Plan, half
-from redraft.adaptation.runs import row_tokens
+from redraft.adaptation.core import Adaptation, Plan
+from redraft.adaptation.runs import half, row_tokens
 from redraft.adaptation.study.answers import features_stage, slug
 from redraft.adaptation.study.selection import Selected, select, spend, spend_all
 from redraft.adaptation.study.targets import Asked, TargetWork
 from redraft.artifact import tensors_bytes
-from redraft.coarse import Coarse
 from redraft.decode.tree_walk import simulate_tree
-from redraft.drafts.files import coarse_state, private_state
+from redraft.drafts.files import private_state
 from redraft.drafts.groups import trained_parameters
 from redraft.drafts.opening import OpenDraft
+from redraft.drafts.scaling import Coarse
 from redraft.errors import UserError
 from redraft.provenance import Ledger
 from redraft.rows import anchors
@@ -31,7 +31,7 @@ from redraft.settings.sampler import Sampler
 from redraft.settings.study_parts import ANY, NONE, Cell
 from redraft.settings.training import ReplayConfig, TrainConfig
 from redraft.starts.apply import StartContext
-from redraft.training.replay import check_replayable
+from redraft.training.trainer import check_replayable
 
 CELL_FORMULAS = {
     "generation": f"{provenance.FORWARD_FORMULA}, of every row that had to be generated",
@@ -245,5 +245,4 @@ def private_bytes(draft: Any, old: Any, trained: Sequence[str], coarse: Mapping[
         return name in before and before[name].shape == tensor.shape and torch.equal(before[name].to(tensor), tensor)
 
     found = {n: tensor for n, tensor in draft.state_dict().items() if n in trained or not same(n, tensor)}
-    whole = {n: tensor for n, tensor in found.items() if n not in coarse}
-    return tensors_bytes(private_state(whole, before)[0]) + tensors_bytes(coarse_state(coarse))
+    return tensors_bytes(private_state(found, before, coarse)[0])

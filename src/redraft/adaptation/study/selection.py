@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from redraft import provenance
-from redraft.adaptation.models import PromptRow
 from redraft.adaptation.runs import row_tokens
 from redraft.adaptation.study.answers import features_stage, slug
 from redraft.adaptation.study.targets import TargetWork
@@ -17,10 +16,9 @@ from redraft.data.store import Row, read_rows
 from redraft.progress import Progress
 from redraft.provenance import Entry, Ledger
 from redraft.rows import anchors
-from redraft.selection import score_rows
-from redraft.selection.acceptance import scoring_context
-from redraft.selection.rules import select as select_rows
-from redraft.settings.budget import parse_budget
+from redraft.selection import PromptRow, score_rows
+from redraft.selection.manifest import select as select_rows
+from redraft.selection.states import scoring_context
 from redraft.settings.scorers import parse_scorer
 from redraft.settings.study_parts import NONE, SelectionEntry
 
@@ -60,7 +58,7 @@ def _select(work: TargetWork, data: str, entry: SelectionEntry) -> Selected:
     kept = generated = rows
     if entry.scorer is not None:
         scored, scores, flops, seconds = _scores(work, data, entry)
-        chosen = set(select_rows(scored, scores, parse_budget(entry.budget), entry.order).selected_keys)
+        chosen = set(select_rows(scored, scores, entry.budget, entry.order).selected_keys)
         if entry.on == "prompts":
             kept = generated = [row for row in rows if row.id in chosen]
         else:

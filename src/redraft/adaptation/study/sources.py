@@ -19,7 +19,7 @@ from pathlib import Path
 
 from redraft.adaptation.models import split_prompts
 from redraft.data.embedded import maths_conversations
-from redraft.data.overlap import find_overlap, refuse_overlap
+from redraft.data.overlap import refuse_overlap, without_overlap
 from redraft.data.prompts import Conversation, read_conversations
 from redraft.data.suites import DATA_VARIABLE, load_suite
 from redraft.errors import UserError
@@ -115,14 +115,6 @@ def read_prompts(
     refuse_overlap(kept, everything, "the evaluation")
     train, held, _ = split_prompts(kept, heldout, 0, seed)
     return Prompts(train, held, measured, dropped)
-
-
-def without_overlap(training: Sequence[Conversation], evaluation: Sequence[Conversation]) -> list[Conversation]:
-    """The training prompts that are not, and not nearly, evaluation prompts."""
-    rest = list(training)
-    while near := {overlap.training_id for overlap in find_overlap(rest, evaluation)}:
-        rest = [conversation for conversation in rest if conversation.id not in near]
-    return rest
 
 
 def first_turn(conversation: Conversation) -> Conversation:

@@ -53,9 +53,7 @@ def speed_of(work: TargetWork, cells: list[Cell], dtype: str, say: Say) -> None:
     drafts: dict[str, Any] = {
         name: open_draft(folder, work.target).draft.to(work.target.device) for name, folder in names.items()
     }
-    targets = contestants(work.target, dtype, work.open_again)
-    for target in targets.values():
-        target.tap(next(iter(drafts.values())).config.taps)
+    targets = contestants(work.target, dtype, work.open_again, next(iter(drafts.values())).config.taps)
     prompts = _prompts(work, wanted.prompts)
     for run in left:
         shape, temperature = parse_shape(run[0]), run[1]

@@ -15,8 +15,8 @@ from redraft.adaptation.models import open_draft, open_target
 from redraft.adaptation.runs import Log
 from redraft.adaptation.sources import ask_itself
 from redraft.adaptation.study.answers import Model, named
-from redraft.adaptation.study.sources import Prompts, first_turn, read_prompts, read_sources, without_overlap
-from redraft.data.overlap import refuse_overlap, trained_conversations
+from redraft.adaptation.study.sources import Prompts, first_turn, read_prompts, read_sources
+from redraft.data.overlap import refuse_overlap, trained_conversations, without_overlap
 from redraft.data.prompts import Conversation
 from redraft.data.references import reference_rows
 from redraft.data.store import Row

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from redraft.artifact import tensors_bytes
-from redraft.drafts.formats.base import ExportReport, Format, TargetInfo
+from redraft.drafts.formats.base import ExportReport, Format
 from redraft.drafts.standalone.folder import OTHER_BYTES
 from redraft.drafts.standalone.gguf_tokens import TokenFields, token_fields
 from redraft.drafts.standalone.module import StandaloneDraft
@@ -27,6 +27,7 @@ from redraft.errors import UserError
 from redraft.files import atomic_folder
 from redraft.loading import gguf_of
 from redraft.registries import EXPORTERS
+from redraft.target import Facts
 
 FILE = "model.gguf"
 ARCHITECTURE = "llama"
@@ -39,7 +40,7 @@ EXPORTERS.register("gguf")(Format("gguf"))
 class GgufWriter:
     """The format ``gguf``: one file, its tokenizer copied from the target's own GGUF file where there is one."""
 
-    def check(self, draft: StandaloneDraft, target: TargetInfo) -> tuple[StandaloneDraft, list[str]]:
+    def check(self, draft: StandaloneDraft, target: Facts) -> tuple[StandaloneDraft, list[str]]:
         """The dense language model as llama.cpp computes it. Raises ``UserError`` where it would compute another."""
         try:
             import gguf  # noqa: F401
@@ -51,7 +52,7 @@ class GgufWriter:
         token_fields(dense.tokenizer, dense.config.draft_vocab_size, gguf_of(target.name))
         return dense, []
 
-    def write(self, dense: StandaloneDraft, folder: Path, target: TargetInfo, tokens: int) -> ExportReport:
+    def write(self, dense: StandaloneDraft, folder: Path, target: Facts, tokens: int) -> ExportReport:
         """Read back before it is in place."""
         state, source = dense.stored(), gguf_of(target.name)
         fields = token_fields(dense.tokenizer, dense.config.draft_vocab_size, source)
@@ -60,7 +61,8 @@ class GgufWriter:
             _write(new / FILE, dense, target, written, fields)
             _check_file(new / FILE, written, fields)
         parameters, serve = sum(t.numel() for t in state.values()), server_command(source, folder / FILE, tokens)
-        return ExportReport.of("gguf", folder, written, parameters, serve, [f"tokenizer: {fields.origin}"])
+        size, notes = tensors_bytes(written), (f"tokenizer: {fields.origin}",)
+        return ExportReport("gguf", folder, len(written), parameters, size, serve, notes)
 
 
 def server_command(target: Path | None, draft: Path, tokens: int) -> str:
@@ -129,9 +131,7 @@ def rope_factors(model: Any) -> Tensor | None:
 
 
 # -- the file --------------------------------------------------------------------------------------------------------
-def _write(
-    path: Path, draft: StandaloneDraft, target: TargetInfo, tensors: dict[str, Tensor], fields: TokenFields
-) -> None:
+def _write(path: Path, draft: StandaloneDraft, target: Facts, tensors: dict[str, Tensor], fields: TokenFields) -> None:
     import gguf
 
     writer = gguf.GGUFWriter(path, ARCHITECTURE)

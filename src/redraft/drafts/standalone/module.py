@@ -20,19 +20,18 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from redraft.compat import cache_argument
-from redraft.drafts.base import Draft
-from redraft.drafts.config import DraftConfig
-from redraft.drafts.experts import attach_parts
+from redraft.drafts.base import Draft, DraftConfig
+from redraft.drafts.groups import attach_parts
 from redraft.drafts.proposing import Reduce, alone
 from redraft.drafts.standalone.objective import StandaloneObjective
 from redraft.drafts.standalone.proposer import StandaloneProposer
-from redraft.drafts.textwalk import TextWalk
+from redraft.drafts.walks import TextWalk
 from redraft.errors import UserError
 from redraft.loading import check_tokenizers
 from redraft.sampling import scale_logits
 from redraft.settings.training import TrainConfig
 from redraft.target import Head, Target
+from redraft.target.cache import cache_argument
 
 # What transformers writes into a config besides the model itself.
 PASSING = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from redraft.drafts.config import heads_of, rope_of
+from redraft.drafts.base import heads_of, rope_of
 from redraft.drafts.standalone.module import StandaloneDraft, untrained
 from redraft.errors import UserError
 

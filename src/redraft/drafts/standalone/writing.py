@@ -11,13 +11,14 @@ from pathlib import Path
 import torch
 
 from redraft.artifact import check_tensors, tensors_bytes, tensors_hash, write_tensors
-from redraft.drafts.formats.base import ExportReport, Format, TargetInfo, path_warnings, serve_command
+from redraft.drafts.formats.base import ExportReport, Format, path_warnings, serve_command
 from redraft.drafts.standalone.folder import OTHER_BYTES, OTHER_FILES, WEIGHTS_FILE, write_beside
 from redraft.drafts.standalone.module import StandaloneDraft
 from redraft.errors import UserError
 from redraft.files import atomic_folder
 from redraft.loading import check_tokenizers, load_target
 from redraft.registries import EXPORTERS
+from redraft.target import Facts
 
 EXPORTERS.register("hf")(Format("hf"))
 
@@ -25,11 +26,11 @@ EXPORTERS.register("hf")(Format("hf"))
 class ModelWriter:
     """The format ``hf``: the model complete with its tokenizer."""
 
-    def check(self, draft: StandaloneDraft, target: TargetInfo) -> tuple[StandaloneDraft, list[str]]:
+    def check(self, draft: StandaloneDraft, target: Facts) -> tuple[StandaloneDraft, list[str]]:
         """The dense language model. Raises ``UserError`` where engines would refuse the pair."""
         return dense_model(draft, target), []
 
-    def write(self, dense: StandaloneDraft, folder: Path, target: TargetInfo, tokens: int) -> ExportReport:
+    def write(self, dense: StandaloneDraft, folder: Path, target: Facts, tokens: int) -> ExportReport:
         """Read back before it is in place."""
         state = dense.stored()
         known = {WEIGHTS_FILE, "README.md", *OTHER_FILES}
@@ -40,11 +41,12 @@ class ModelWriter:
             if tensors_hash(StandaloneDraft(back.model).stored()) != tensors_hash(state):
                 raise RuntimeError("the hf export does not read back as the draft that was written")
             check_tokenizers(back.tokenizer, dense.tokenizer)
-        parameters, serve = sum(t.numel() for t in state.values()), serve_command(folder, target, tokens, "draft_model")
-        return ExportReport.of("hf", folder, state, parameters, serve, path_warnings(folder.absolute()))
+        parameters, size = sum(t.numel() for t in state.values()), tensors_bytes(state)
+        serve, warnings = serve_command(folder, target, tokens, "draft_model"), path_warnings(folder.absolute())
+        return ExportReport("hf", folder, len(state), parameters, size, serve, tuple(warnings))
 
 
-def dense_model(draft: StandaloneDraft, target: TargetInfo) -> StandaloneDraft:
+def dense_model(draft: StandaloneDraft, target: Facts) -> StandaloneDraft:
     """The draft without private parts, sound in every tensor. Raises ``UserError`` where engines refuse the pair."""
     dense = draft.merged()
     check_language_model(dense, target)
@@ -53,7 +55,7 @@ def dense_model(draft: StandaloneDraft, target: TargetInfo) -> StandaloneDraft:
     return dense
 
 
-def check_language_model(draft: StandaloneDraft, target: TargetInfo) -> None:
+def check_language_model(draft: StandaloneDraft, target: Facts) -> None:
     """Raise ``UserError`` where engines would refuse the pair, or take it for one that it is not."""
     config = draft.model.config
     if draft.tokenizer is None:
@@ -64,9 +66,10 @@ def check_language_model(draft: StandaloneDraft, target: TargetInfo) -> None:
             f"the draft's table has {draft.config.draft_vocab_size} rows and the target's {target.vocab_size}; engines "
             "take such a pair for different vocabularies"
         )
-    if config.max_position_embeddings < target.context:
+    context = int(target.config.max_position_embeddings)
+    if config.max_position_embeddings < context:
         raise UserError(
-            f"the draft covers {config.max_position_embeddings} positions and the target {target.context}; engines cut "
+            f"the draft covers {config.max_position_embeddings} positions and the target {context}; engines cut "
             "the target's context to the draft's: train the draft with the target's length"
         )
     if draft.dtype not in (torch.float32, torch.float16, torch.bfloat16):
