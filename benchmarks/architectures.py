@@ -30,7 +30,7 @@ from redraft.artifact import atomic_write_json, atomic_write_text
 from redraft.data.generate import Request, generate
 from redraft.data.store import Row
 from redraft.decode.engine import ChainDecoder
-from redraft.decode.tree_engine import TreeDecoder
+from redraft.decode.tree import TreeDecoder
 from redraft.drafts.eagle3 import fresh_draft
 from redraft.drafts.files import save_draft
 from redraft.errors import UserError

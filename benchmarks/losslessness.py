@@ -31,8 +31,8 @@ from redraft import provenance
 from redraft.adaptation.models import open_draft, open_target, template_prompts
 from redraft.artifact import atomic_write_json
 from redraft.data.prompts import Conversation, read_conversations
+from redraft.decode.auto import make_decoder
 from redraft.decode.engine import PlainDecoder
-from redraft.decode.make import make_decoder
 from redraft.decode.requests import Generation
 from redraft.drafts.eagle3 import Eagle3Draft
 from redraft.errors import UserError

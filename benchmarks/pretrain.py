@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from redraft import provenance
 from redraft.artifact import atomic_write_json
 from redraft.data.packed import PackedText, TextSource
-from redraft.drafts.standalone.causal import CausalModel
+from redraft.drafts.standalone.objective import CausalModel
 from redraft.loading import load_tokenizer
 from redraft.settings.training import PretrainConfig
 from redraft.training.causal import text_steps

@@ -36,8 +36,8 @@ from rich.table import Table
 
 from redraft.adaptation.models import open_any, open_target, template_prompts
 from redraft.artifact import atomic_write_json, atomic_write_text
-from redraft.data.embedded import maths_conversations
 from redraft.data.prompts import read_conversations
+from redraft.data.suites.maths import maths_conversations
 from redraft.decode.engine import ChainDecoder, PlainDecoder
 from redraft.drafts.standalone import StandaloneDraft
 from redraft.errors import UserError

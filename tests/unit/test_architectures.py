@@ -145,11 +145,10 @@ def test_sampled_answers_by_the_models_own_path_are_those_of_its_own_probabiliti
     found = {done.request.key: done.response_ids for done in generate(target, requests, 12, stop_ids=(9,))}
     assert not target.paths.slots
     assert target.model.generation_config.repetition_penalty == 1.5
-    from redraft.data.requests import request_uniforms
     from redraft.sampling import draw, warp
 
     for request in requests:
-        chances, ids = request_uniforms(request, 12), list(request.prompt_ids)
+        chances, ids = request.uniforms(12), list(request.prompt_ids)
         for token in found[request.key]:
             logits = target.model(torch.tensor([ids]), use_cache=False).logits[0, -1:]
             assert int(draw(warp(logits, sampler), chances[len(ids) - len(request.prompt_ids)][None])) == token

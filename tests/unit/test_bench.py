@@ -13,8 +13,8 @@ import pytest
 import torch
 from rich.console import Console
 
+from redraft.decode.auto import make_decoder
 from redraft.decode.engine import PlainDecoder
-from redraft.decode.make import make_decoder
 from redraft.decode.static import StaticChainDecoder, StaticTarget
 from redraft.drafts.eagle3 import fresh_draft
 from redraft.errors import UserError

@@ -13,11 +13,10 @@ import pytest
 import torch
 
 from redraft.data.generate import Request, generate
-from redraft.data.logprobs import parse_top
 from redraft.data.packed import PackedText, TextSource
+from redraft.data.server import parse_top
 from redraft.data.store import Row
-from redraft.drafts.standalone.causal import CausalModel
-from redraft.drafts.standalone.objective import Distillation, StateTeacher
+from redraft.drafts.standalone.objective import CausalModel, Distillation, StateTeacher
 from redraft.errors import UserError
 from redraft.features import ComputedFeatures, FeatureStore
 from redraft.registries import LOSSES

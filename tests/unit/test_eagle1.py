@@ -19,8 +19,8 @@ from redraft.adaptation.models import open_draft
 from redraft.adaptation.probe import probe
 from redraft.artifact import tensors_hash
 from redraft.data.store import Row
+from redraft.decode.auto import make_decoder
 from redraft.decode.engine import ChainDecoder, PlainDecoder
-from redraft.decode.make import make_decoder
 from redraft.decode.static import StaticChainDecoder
 from redraft.drafts.base import fresh
 from redraft.drafts.eagle.unroll import collate, unroll

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from redraft.data.packed import PackedText, TextSource
-from redraft.drafts.standalone import causal as causal_module
-from redraft.drafts.standalone.causal import CausalModel
+from redraft.drafts.standalone import objective as causal_module
+from redraft.drafts.standalone.objective import CausalModel
 from redraft.errors import UserError
 from redraft.settings.training import PretrainConfig
 from redraft.training.causal import perplexity, pretrain

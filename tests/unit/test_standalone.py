@@ -16,8 +16,8 @@ from redraft.acceptance.simulate import expected_rounds_sampled, simulate_greedy
 from redraft.adaptation.models import open_any
 from redraft.artifact import tensors_hash
 from redraft.data.store import Row
+from redraft.decode.auto import make_decoder
 from redraft.decode.engine import ChainDecoder, PlainDecoder
-from redraft.decode.make import make_decoder
 from redraft.decode.static import StaticTarget
 from redraft.drafts.base import is_private
 from redraft.drafts.files import load_draft, load_private, save_draft, save_private

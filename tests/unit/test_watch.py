@@ -8,8 +8,7 @@ import pytest
 from rich.console import Console
 
 from redraft.cli import commands
-from redraft.decode.pieces import TokenText, trace
-from redraft.decode.requests import Generation, Round
+from redraft.decode.requests import Generation, Round, TokenText, trace
 from redraft.errors import UserError
 from redraft.reports.live import Watcher, coloured, legend, paint
 from redraft.reports.tokens import Piece

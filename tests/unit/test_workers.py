@@ -18,8 +18,7 @@ from redraft.drafts.eagle1 import fresh_eagle1
 from redraft.drafts.eagle1.objective import RegressionObjective
 from redraft.drafts.eagle3 import fresh_draft
 from redraft.drafts.proposing import shared
-from redraft.drafts.standalone.causal import CausalModel
-from redraft.drafts.standalone.objective import Distillation, StateTeacher
+from redraft.drafts.standalone.objective import CausalModel, Distillation, StateTeacher
 from redraft.features import FeatureStore
 from redraft.settings.training import DistilConfig, PretrainConfig, TrainConfig
 from redraft.target import FINAL, Target

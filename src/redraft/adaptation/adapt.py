@@ -17,7 +17,6 @@ from redraft.adaptation.models import contestants, open_draft, open_target, prom
 from redraft.adaptation.runs import Run, Say, row_tokens, supervised_rows
 from redraft.adaptation.sources import Source
 from redraft.artifact import atomic_write_json, read_json
-from redraft.data.mixture import mix
 from redraft.data.store import Row
 from redraft.drafts.base import Draft
 from redraft.drafts.files import PRIVATE_FILE
@@ -27,6 +26,7 @@ from redraft.drafts.opening import AnyDraft, OpenDraft
 from redraft.errors import UserError
 from redraft.evaluate.speed import BenchConfig
 from redraft.reports.page import build_report
+from redraft.rows import mix
 from redraft.selection.manifest import Manifest, choose, read_manifest
 from redraft.selection.states import scoring_context
 from redraft.settings.adapt import AdaptConfig

@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from redraft.data.generate import Request, generate
+from redraft.decode.auto import make_decoder
 from redraft.decode.engine import PlainDecoder
-from redraft.decode.make import make_decoder
 from redraft.drafts.base import Draft
 from redraft.errors import UserError
 from redraft.evaluate.speed import Prompt

@@ -17,8 +17,8 @@ from redraft.adaptation.models import open_any, settle_template
 from redraft.adaptation.runs import Run, Say, half, row_tokens, supervised_rows
 from redraft.adaptation.sources import Source
 from redraft.artifact import atomic_write_json, read_json
-from redraft.data.logprobs import TopEngine, ask_tops
 from redraft.data.packed import PackedText, TextSource
+from redraft.data.server import ServerEngine, ask_tops
 from redraft.data.store import Row
 from redraft.drafts.base import is_private
 from redraft.drafts.files import load_draft, save_draft, save_private
@@ -155,9 +155,10 @@ class DistillRun(Run[DistillConfig]):
         if c.teacher == "tops":
             assert c.server is not None
             size = self.target.vocab_size
-            engine = TopEngine(c.server, c.server_model, c.top_logprobs, c.batch_size, vocab_size=size)
+            engine = ServerEngine(c.server, c.server_model, c.batch_size, vocab_size=size)
             with self.log.counted("log-probabilities", len(rows), "rows") as (_, progress):
-                return TopTeacher(ask_tops(engine, rows, self.folder / "tops.jsonl", progress.update), size)
+                found = ask_tops(engine, c.top_logprobs, rows, self.folder / "tops.jsonl", progress.update)
+                return TopTeacher(found, size)
         if not c.store_states:
             return StateTeacher(self.target, ComputedFeatures(self.target))
         build_features("features", self.store, self.target, rows, self.log)

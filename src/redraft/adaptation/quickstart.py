@@ -17,8 +17,8 @@ from redraft.adaptation.models import contestants, template_prompts
 from redraft.adaptation.probe import probe
 from redraft.arithmetic import EFFICIENCY, fastest
 from redraft.artifact import atomic_write_json, atomic_write_text
-from redraft.data.embedded import maths_conversations
 from redraft.data.prompts import read_conversations
+from redraft.data.suites.maths import maths_conversations
 from redraft.drafts.groups import prepare, trained_parameters
 from redraft.settings.adapt import AdaptConfig
 

@@ -6,8 +6,8 @@ from rich.console import Console
 
 from redraft.adaptation.models import TargetSpec, open_any, template_prompts
 from redraft.data.prompts import Conversation, read_conversations
-from redraft.decode.make import make_decoder
-from redraft.decode.pieces import TokenText
+from redraft.decode.auto import make_decoder
+from redraft.decode.requests import TokenText
 from redraft.loading import quiet
 from redraft.reports.live import Watcher, coloured, legend
 from redraft.reports.tokens import visible_text

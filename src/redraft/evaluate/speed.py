@@ -12,10 +12,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from redraft.decode.auto import make_decoder
 from redraft.decode.engine import PlainDecoder
-from redraft.decode.make import make_decoder
-from redraft.decode.pieces import trace
-from redraft.decode.requests import Generation
+from redraft.decode.requests import Generation, trace
 from redraft.drafts.base import Draft
 from redraft.errors import UserError
 from redraft.evaluate.divergence import plain_text

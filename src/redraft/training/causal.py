@@ -36,11 +36,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from redraft.data.logprobs import Top
 from redraft.data.packed import PackedText, Position, ahead
+from redraft.data.server import Top
 from redraft.data.store import Row
-from redraft.drafts.standalone.causal import CausalModel
-from redraft.drafts.standalone.objective import Distillation, Teacher, TeacherLogits, size
+from redraft.drafts.standalone.objective import CausalModel, Distillation, Teacher, TeacherLogits, size
 from redraft.errors import UserError
 from redraft.progress import Progress
 from redraft.rows import anchors, groups

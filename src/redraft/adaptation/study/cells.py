@@ -18,7 +18,7 @@ from redraft.adaptation.study.answers import features_stage, slug
 from redraft.adaptation.study.selection import Selected, select, spend, spend_all
 from redraft.adaptation.study.targets import Asked, TargetWork
 from redraft.artifact import tensors_bytes
-from redraft.decode.tree_walk import simulate_tree
+from redraft.decode.tree import simulate_tree
 from redraft.drafts.files import private_state
 from redraft.drafts.groups import trained_parameters
 from redraft.drafts.opening import OpenDraft

@@ -11,11 +11,10 @@ from redraft.adaptation.runs import row_tokens
 from redraft.adaptation.study.answers import features_stage, slug
 from redraft.adaptation.study.targets import TargetWork
 from redraft.artifact import atomic_write_json, read_json
-from redraft.data.mixture import mix
 from redraft.data.store import Row, read_rows
 from redraft.progress import Progress
 from redraft.provenance import Entry, Ledger
-from redraft.rows import anchors
+from redraft.rows import anchors, mix
 from redraft.selection import PromptRow, score_rows
 from redraft.selection.manifest import select as select_rows
 from redraft.selection.states import scoring_context

@@ -18,10 +18,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from redraft.adaptation.models import split_prompts
-from redraft.data.embedded import maths_conversations
 from redraft.data.overlap import refuse_overlap, without_overlap
 from redraft.data.prompts import Conversation, read_conversations
 from redraft.data.suites import DATA_VARIABLE, load_suite
+from redraft.data.suites.maths import maths_conversations
 from redraft.errors import UserError
 from redraft.settings.texts import DATA, MATHS, SUITE, parse_source
 

@@ -16,9 +16,9 @@ from redraft.adaptation.runs import Log
 from redraft.adaptation.sources import ask_itself
 from redraft.adaptation.study.answers import Model, named
 from redraft.adaptation.study.sources import Prompts, first_turn, read_prompts, read_sources
+from redraft.data.answers import reference_rows
 from redraft.data.overlap import refuse_overlap, trained_conversations, without_overlap
 from redraft.data.prompts import Conversation
-from redraft.data.references import reference_rows
 from redraft.data.store import Row
 from redraft.data.traces import read_traces
 from redraft.drafts.opening import OpenDraft
