@@ -36,7 +36,7 @@ from redraft.drafts.files import save_draft
 from redraft.errors import UserError
 from redraft.features import FeatureStore
 from redraft.loading import quiet
-from redraft.settings.adapt import AdaptConfig
+from redraft.settings.runs import AdaptConfig
 from redraft.settings.sampler import Sampler
 from redraft.settings.shapes import StaticTree
 from redraft.target import Target

@@ -43,10 +43,9 @@ from redraft.drafts.groups import prepare
 from redraft.errors import UserError
 from redraft.features import FeatureStore
 from redraft.rows import anchors
-from redraft.settings.adapt import adaptation
-from redraft.settings.methods import PrivateSize
+from redraft.settings.runs import adaptation
 from redraft.settings.studies import parse_study
-from redraft.settings.training import TrainConfig
+from redraft.settings.training import PrivateSize, TrainConfig
 from redraft.starts.apply import StartContext, apply_start
 from redraft.starts.vocabulary import coverage
 from redraft.target import Target

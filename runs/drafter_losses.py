@@ -36,7 +36,7 @@ from redraft.metrics import cost_by_bytes, mbsu
 from redraft.progress import progress_bar
 from redraft.provenance import Ledger
 from redraft.rows import anchors
-from redraft.settings.distill import DistillConfig
+from redraft.settings.runs import DistillConfig
 from redraft.settings.sampler import Sampler
 from redraft.settings.shapes import ChainShape
 from redraft.training.causal import distil

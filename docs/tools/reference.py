@@ -25,7 +25,7 @@ from typer.main import get_command
 
 from redraft.cli.generate import filled_in, sentence
 from redraft.cli.main import app
-from redraft.settings import adapt, distill, methods, steps, studies, training
+from redraft.settings import runs, steps, studies, training
 
 DOCS = Path(__file__).resolve().parents[1]
 WRITTEN = "<!-- Written by docs/tools/reference.py from {}; edit that. -->"
@@ -128,22 +128,22 @@ def cell(text: str) -> str:
 
 
 # -- settings ------------------------------------------------------------------------------------------------------
-OLD = adapt.adaptation("lora")
+OLD = runs.adaptation("lora")
 BLOCKS: dict[str, tuple[str, Any]] = {
     "The block train": (
         "Of `redraft adapt` (`--train NAME=VALUE`) and of a study. An old draft is trained with the method's own "
         f"`learning_rate`, {OLD['epochs']:g} `epochs` and {OLD['batch_anchors']} `batch_anchors` instead.",
         training.TrainConfig,
     ),
-    "The block private": ("Of `redraft adapt` (`--private NAME=VALUE`): the part that is added.", methods.PrivateSize),
+    "The block private": ("Of `redraft adapt` (`--private NAME=VALUE`): the part that is added.", training.PrivateSize),
     "The block pretrain": ("Of `redraft distill`.", training.PretrainConfig),
     "The block align": ("Of `redraft distill`.", training.DistilConfig),
     "The block replay": ("Of a method of a study.", training.ReplayConfig),
 }
 MODELS: dict[str, tuple[str, Any]] = {
-    "redraft adapt": ("Each is a flag too.", adapt.AdaptConfig),
+    "redraft adapt": ("Each is a flag too.", runs.AdaptConfig),
     "redraft train": ("Each is a flag too.", steps.TrainSettings),
-    "redraft distill": ("Each is a flag too.", distill.DistillConfig),
+    "redraft distill": ("Each is a flag too.", runs.DistillConfig),
     "redraft study": (
         "The file of a study; [an example with all its parts](studies/README.md#the-config).",
         studies.StudyConfig,

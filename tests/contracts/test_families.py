@@ -36,10 +36,9 @@ from redraft.errors import UserError
 from redraft.features import FeatureStore
 from redraft.registries import FAMILIES, LOSSES
 from redraft.rows import anchors
-from redraft.settings.methods import PrivateSize
 from redraft.settings.sampler import Sampler
 from redraft.settings.shapes import ChainShape, DynamicTree, StaticTree
-from redraft.settings.training import TrainConfig
+from redraft.settings.training import PrivateSize, TrainConfig
 from redraft.target import Target
 from redraft.training.trainer import Trainer
 

@@ -18,7 +18,7 @@ from redraft.drafts.files import load_private, save_private
 from redraft.drafts.groups import group_of, prepare, trained_parameters
 from redraft.drafts.scaling import scale_change
 from redraft.errors import UserError
-from redraft.settings.methods import METHODS, PrivateSize, mergeable
+from redraft.settings.training import METHODS, PrivateSize, mergeable
 from redraft.target import Target
 from redraft.training.optimizer import make_optimizers
 

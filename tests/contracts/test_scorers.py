@@ -15,7 +15,7 @@ from redraft.errors import UserError
 from redraft.registries import SCORERS
 from redraft.selection import Scorer, ScoringContext, score_rows
 from redraft.selection.manifest import choose, select
-from redraft.settings.scorers import parse_scorer, scorer_text
+from redraft.settings.texts import parse_scorer, scorer_text
 from redraft.target import Target
 
 

@@ -19,8 +19,8 @@ from redraft.data.store import read_rows
 from redraft.drafts.files import META_FILE
 from redraft.errors import UserError
 from redraft.loading import load_target, read_facts
-from redraft.settings.distill import DistillConfig
-from redraft.settings.yamlfile import read
+from redraft.settings.base import read
+from redraft.settings.runs import DistillConfig
 from redraft.target import Facts, Target
 from redraft.training.loop import Checkpoint
 

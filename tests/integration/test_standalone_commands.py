@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from redraft.adaptation.bench import auto_shape
 from redraft.adaptation.models import open_any, open_draft
 from redraft.adaptation.probe import greedy_answers, probe, walked
-from redraft.api.files import export, merge
+from redraft.api.steps import export, merge
 from redraft.artifact import tensors_hash
 from redraft.decode.auto import chain_tau, make_decoder, measure_costs, pick_shape
 from redraft.decode.engine import ChainDecoder

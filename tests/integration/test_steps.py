@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from redraft.adaptation.models import TargetSpec, target_info
-from redraft.api.text import regenerate
+from redraft.api.steps import regenerate
 from redraft.data.generate import Completion
 from redraft.data.store import read_rows
 from redraft.drafts.eagle3 import fresh_draft
@@ -203,7 +203,7 @@ def test_a_server_answers_for_a_target_of_which_only_the_facts_are_read(
         def answer(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
             yield from (Completion(request, [9, 2], "stop") for request in requests)
 
-    monkeypatch.setattr("redraft.api.text.ServerEngine", Engine)
+    monkeypatch.setattr("redraft.api.steps.ServerEngine", Engine)
     no_model()
     spec, out = TargetSpec(str(place / "target"), "float32"), place / "served.jsonl"
     report = regenerate(spec, place / "prompts.jsonl", out, max_new_tokens=12, server="http://127.0.0.1:9")

@@ -17,7 +17,7 @@ from redraft.drafts import files
 from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
 from redraft.drafts.scaling import coarse_change, coarsen, told
 from redraft.errors import UserError
-from redraft.settings.methods import METHODS, MOST_BITS, PrivateSize, check_bits
+from redraft.settings.training import METHODS, MOST_BITS, PrivateSize, check_bits
 from redraft.starts.apply import StartContext
 from redraft.starts.vocabulary import refresh_vocabulary
 

@@ -21,10 +21,9 @@ from typer.main import get_command
 
 import redraft
 from redraft.cli.main import app
-from redraft.settings.adapt import AdaptConfig
-from redraft.settings.distill import DistillConfig
+from redraft.settings.base import read
+from redraft.settings.runs import AdaptConfig, DistillConfig
 from redraft.settings.studies import read_study
-from redraft.settings.yamlfile import read
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])

@@ -22,7 +22,7 @@ from redraft.drafts.groups import (
 )
 from redraft.drafts.scaling import scale_change
 from redraft.errors import UserError
-from redraft.settings.methods import LOW_RANK, RANK_STEP, SHARE, WIDTH_STEP, PrivateSize, method
+from redraft.settings.training import LOW_RANK, RANK_STEP, SHARE, WIDTH_STEP, PrivateSize, method
 from redraft.target import Target
 
 

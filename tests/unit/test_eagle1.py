@@ -33,10 +33,9 @@ from redraft.evaluate.speed import BenchConfig, Prompt, bench
 from redraft.features import FeatureStore
 from redraft.registries import EXPORTERS
 from redraft.rows import anchors
-from redraft.settings.methods import PrivateSize
 from redraft.settings.sampler import Sampler
 from redraft.settings.shapes import ChainShape, parse_shape
-from redraft.settings.training import TrainConfig
+from redraft.settings.training import PrivateSize, TrainConfig
 from redraft.target import FINAL, Target
 from redraft.training.optimizer import make_optimizers
 from redraft.training.trainer import Trainer

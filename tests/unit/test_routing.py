@@ -18,7 +18,7 @@ from redraft.drafts.groups import attach_private, prepare
 from redraft.drafts.layers import GatedMLP, Router, SharedPrivateMLP
 from redraft.errors import UserError
 from redraft.registries import EXPORTERS, FAMILIES
-from redraft.settings.methods import PrivateSize, mergeable
+from redraft.settings.training import PrivateSize, mergeable
 from redraft.training.optimizer import make_optimizers
 
 H = 8

@@ -16,7 +16,7 @@ from transformers import AutoConfig
 from redraft.adaptation.models import TargetSpec
 from redraft.adaptation.server_bench import bench_servers_on
 from redraft.errors import UserError
-from redraft.settings.measure import BenchSettings
+from redraft.settings.steps import BenchSettings
 from redraft.settings.texts import named_servers
 
 pytest.importorskip("httpx")

@@ -29,9 +29,9 @@ from redraft.errors import UserError
 from redraft.loading import check_tokenizers
 from redraft.registries import EXPORTERS
 from redraft.sampling import warp
-from redraft.settings.methods import PrivateSize
 from redraft.settings.sampler import Sampler
 from redraft.settings.shapes import parse_shape
+from redraft.settings.training import PrivateSize
 
 TOYS = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("toys.py"))))
 prompts = TOYS.prompts

@@ -18,7 +18,7 @@ from redraft.data.overlap import same_text, trained_conversations
 from redraft.data.store import TRAFFIC, Row, read_rows
 from redraft.data.traces import read_traces
 from redraft.errors import UserError
-from redraft.settings.adapt import AdaptConfig
+from redraft.settings.runs import AdaptConfig
 from redraft.target import Target
 
 EOS = 2

@@ -29,13 +29,10 @@ from redraft.reports.page import build_report
 from redraft.rows import mix
 from redraft.selection.manifest import Manifest, choose, read_manifest
 from redraft.selection.states import scoring_context
-from redraft.settings.adapt import AdaptConfig
-from redraft.settings.budget import parse_budget
-from redraft.settings.methods import mergeable
-from redraft.settings.scorers import parse_scorer
+from redraft.settings.runs import AdaptConfig
 from redraft.settings.shapes import ChainShape
-from redraft.settings.texts import start_needs
-from redraft.settings.training import ReplayConfig
+from redraft.settings.texts import parse_budget, parse_scorer, start_needs
+from redraft.settings.training import ReplayConfig, mergeable
 from redraft.starts.apply import StartContext
 from redraft.target import Target
 from redraft.training.trainer import TrainResult, check_replayable

@@ -36,9 +36,9 @@ from redraft.evaluate.quality import quality_table
 from redraft.evaluate.speed import BenchConfig, Prompt, bench
 from redraft.progress import progress_bar
 from redraft.settings.base import AUTO
-from redraft.settings.measure import BenchSettings, ProbeSettings
 from redraft.settings.sampler import Sampler
 from redraft.settings.shapes import ChainShape, Shape, parse_shape
+from redraft.settings.steps import BenchSettings, ProbeSettings
 from redraft.target import Target
 
 # Prompts that every tree decodes (and, when the target samples, every chain).

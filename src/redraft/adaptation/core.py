@@ -30,8 +30,7 @@ from redraft.drafts.scaling import Coarse, coarse_change
 from redraft.features import FeatureStore
 from redraft.loading import tokenizer_hash
 from redraft.rows import anchors
-from redraft.settings.methods import METHODS, PrivateSize
-from redraft.settings.training import ReplayConfig, TrainConfig
+from redraft.settings.training import METHODS, PrivateSize, ReplayConfig, TrainConfig
 from redraft.starts.apply import StartContext, StartResult, apply_start
 from redraft.target import Head, Target
 from redraft.training.trainer import Trainer, TrainResult, replay_settings, replay_states

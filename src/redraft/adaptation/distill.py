@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 
 from redraft import provenance
 from redraft.acceptance.simulate import simulate_greedy_chain, tau_of
-from redraft.adaptation.claim import claim_distill
+from redraft.adaptation.claim import claim_run
 from redraft.adaptation.core import build_features, draft_meta, feature_store
 from redraft.adaptation.models import open_any, settle_template
 from redraft.adaptation.runs import Run, Say, half, row_tokens, supervised_rows
@@ -30,8 +30,8 @@ from redraft.errors import UserError
 from redraft.features import ComputedFeatures, FeatureStore
 from redraft.loading import check_tokenizers, read_facts
 from redraft.rows import anchors
-from redraft.settings.distill import DistillConfig
-from redraft.settings.methods import PrivateSize
+from redraft.settings.runs import DistillConfig
+from redraft.settings.training import PrivateSize
 from redraft.training.causal import TokenTeacher, TopTeacher, distil, pretrain
 from redraft.training.loop import LoopResult
 from redraft.training.workers import Workers
@@ -46,7 +46,7 @@ class DistillRun(Run[DistillConfig]):
 
     def __init__(self, config: DistillConfig, say: Say = print) -> None:
         """Raises ``UserError`` when the run directory belongs to other settings."""
-        super().__init__(claim_distill(config, say), say)
+        super().__init__(claim_run(config, say), say)
 
     # -- what the stages work on -------------------------------------------------------------------------------
     @cached_property

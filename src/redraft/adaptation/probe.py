@@ -32,10 +32,9 @@ from redraft.evaluate.speed import Prompt, tau_interval
 from redraft.features import FeatureStore, RowFeatures
 from redraft.reports.format import duration
 from redraft.rows import anchors
-from redraft.settings.adapt import adaptation
-from redraft.settings.methods import PrivateSize
+from redraft.settings.runs import adaptation
 from redraft.settings.sampler import Sampler
-from redraft.settings.training import TrainConfig
+from redraft.settings.training import PrivateSize, TrainConfig
 from redraft.starts.apply import StartContext, apply_start
 from redraft.starts.vocabulary import coverage
 from redraft.target import Target

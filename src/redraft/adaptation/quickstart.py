@@ -20,7 +20,7 @@ from redraft.artifact import atomic_write_json, atomic_write_text
 from redraft.data.prompts import read_conversations
 from redraft.data.suites.maths import maths_conversations
 from redraft.drafts.groups import prepare, trained_parameters
-from redraft.settings.adapt import AdaptConfig
+from redraft.settings.runs import AdaptConfig
 
 EMBEDDED = "embedded:smollm2-135m-instruct"
 TRAIN_SEED, EVALUATION_SEED = 1, 2

@@ -24,8 +24,7 @@ from redraft.progress import Progress, progress_bar
 from redraft.provenance import Entry, Ledger
 from redraft.registries import EXPORTERS
 from redraft.rows import anchors, whole_length
-from redraft.settings.adapt import AdaptConfig
-from redraft.settings.distill import DistillConfig
+from redraft.settings.runs import AdaptConfig, DistillConfig
 from redraft.target import Head, Target
 
 Say = Callable[[str], None]

@@ -31,7 +31,7 @@ from redraft.evaluate.load import ServerConfig
 from redraft.evaluate.server import Server, bench_servers
 from redraft.loading import read_facts
 from redraft.progress import progress_bar
-from redraft.settings.measure import BenchSettings
+from redraft.settings.steps import BenchSettings
 from redraft.settings.texts import PORT
 from redraft.target import Facts
 

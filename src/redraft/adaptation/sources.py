@@ -24,8 +24,7 @@ from redraft.errors import UserError
 from redraft.evaluate.speed import Prompt
 from redraft.features import FeatureKeeper, FeatureStore
 from redraft.rows import anchors
-from redraft.settings.adapt import AdaptConfig
-from redraft.settings.distill import DistillConfig
+from redraft.settings.runs import AdaptConfig, DistillConfig
 from redraft.settings.sampler import Sampler, samplers_of
 from redraft.target import Target
 

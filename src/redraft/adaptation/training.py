@@ -26,8 +26,8 @@ from redraft.provenance import Ledger
 from redraft.rows import anchors
 from redraft.selection.manifest import read_manifest
 from redraft.settings.base import AUTO
-from redraft.settings.methods import method
 from redraft.settings.steps import TrainSettings
+from redraft.settings.training import method
 from redraft.target import Head, Target
 from redraft.training.loop import stored_precision
 from redraft.training.trainer import TrainResult

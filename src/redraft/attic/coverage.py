@@ -42,7 +42,7 @@ from redraft.registries import SCORERS
 from redraft.rows import TokenRow
 from redraft.selection import Scorer, ScoringContext, score_rows
 from redraft.selection.states import FINAL, batched_states, check_layer
-from redraft.settings.scorers import parse_scorer, scorer_text
+from redraft.settings.texts import parse_scorer, scorer_text
 from redraft.target import Target
 
 Floats = npt.NDArray[np.floating]

@@ -26,7 +26,7 @@ import torch
 from redraft.drafts.base import MATRICES, AnyDraft, Draft, DraftConfig
 from redraft.drafts.layers import Linear, SharedPrivateMLP
 from redraft.errors import UserError
-from redraft.settings.methods import (
+from redraft.settings.training import (
     LOW_RANK,
     RANK_STEP,
     SHARE,

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from redraft.drafts.base import AnyDraft, Draft, is_private
 from redraft.errors import UserError
-from redraft.settings.methods import MOST_BITS
+from redraft.settings.training import MOST_BITS
 
 
 @torch.no_grad()

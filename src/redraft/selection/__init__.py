@@ -3,7 +3,7 @@
 One file a scorer, found by the registry. Every scorer's numbers say the same thing: higher is more worth training
 on. Rows may be answered ones or prompts alone (an empty response): a scorer then works on the prompt, before any
 generation is paid for. A scorer with settings is written ``shift:metric=l2,layer=12``, see
-:func:`redraft.settings.scorers.parse_scorer`. Budgets are in :mod:`redraft.settings.budget`, the rule and
+:func:`redraft.settings.texts.parse_scorer`. Budgets are in :mod:`redraft.settings.texts`, the rule and
 the record of what was chosen and why in :mod:`redraft.selection.manifest`.
 """
 

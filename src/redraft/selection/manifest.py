@@ -16,7 +16,7 @@ from redraft.artifact import atomic_write_json, read_json
 from redraft.errors import UserError
 from redraft.rows import AnyRow, TokenRow
 from redraft.selection import Scorer, ScoringContext, explained_scores, scored_tokens
-from redraft.settings.budget import Budget, parse_budget
+from redraft.settings.texts import Budget, parse_budget
 from redraft.shown import Shown, lines
 
 SCHEMA = "redraft.selection/1"

@@ -26,10 +26,9 @@ from redraft.drafts.scaling import Coarse
 from redraft.errors import UserError
 from redraft.provenance import Ledger
 from redraft.rows import anchors
-from redraft.settings.methods import method
 from redraft.settings.sampler import Sampler
-from redraft.settings.study_parts import ANY, NONE, Cell
-from redraft.settings.training import ReplayConfig, TrainConfig
+from redraft.settings.studies import ANY, NONE, Cell
+from redraft.settings.training import ReplayConfig, TrainConfig, method
 from redraft.starts.apply import StartContext
 from redraft.training.trainer import check_replayable
 
@@ -95,12 +94,12 @@ def cell_folder(root: Path, cell: Cell) -> Path:
 def adaptation_of(work: TargetWork, cell: Cell, opened: OpenDraft, selected: Selected | None) -> Adaptation:
     """The cell's training, its features where all of the target's are. Raises ``UserError``."""
     config, folder = work.config, cell_folder(work.root, cell)
-    replay = config.replay_of(cell.method) or ReplayConfig()
+    replay = config.entry_of(cell.method).replay_config or ReplayConfig()
     if replay.passes:
         check_replayable(opened.draft)
     plan = Plan(
         config.method_of(cell.method),
-        config.size_of(cell.method),
+        config.entry_of(cell.method).size,
         cell_config(work, cell, selected) if selected and config.trains(cell.method) else TrainConfig(seed=cell.seed),
         config.start_of(cell.start).start,
         replay,
@@ -116,7 +115,7 @@ def cell_config(work: TargetWork, cell: Cell, selected: Selected) -> TrainConfig
     of the same budget. Raises ``UserError`` when they leave nothing of it.
     """
     config = work.config.train_config(cell.loss, cell.seed, cell.method)
-    epochs, replay = config.epochs, work.config.replay_of(cell.method)
+    epochs, replay = config.epochs, work.config.entry_of(cell.method).replay_config
     if work.config.budget == "tokens":
         common = sum(map(anchors, work.rows(next(iter(work.config.data)))))
         epochs *= common / sum(map(anchors, selected.rows))

@@ -23,9 +23,8 @@ from redraft.errors import UserError
 from redraft.evaluate.study import SCHEMA, derive
 from redraft.progress import Progress, progress_bar
 from redraft.rows import anchors
-from redraft.settings.budget import parse_budget
-from redraft.settings.studies import StudyConfig
-from redraft.settings.study_parts import ANY, Cell
+from redraft.settings.studies import ANY, Cell, StudyConfig
+from redraft.settings.texts import parse_budget
 from redraft.target import Target
 
 CONFIG_FILE, RESULTS_FILE = "study.json", "results.json"

@@ -18,8 +18,8 @@ from redraft.rows import anchors, mix
 from redraft.selection import PromptRow, score_rows
 from redraft.selection.manifest import select as select_rows
 from redraft.selection.states import scoring_context
-from redraft.settings.scorers import parse_scorer
-from redraft.settings.study_parts import NONE, SelectionEntry
+from redraft.settings.studies import NONE, SelectionEntry
+from redraft.settings.texts import parse_scorer
 
 
 @dataclass

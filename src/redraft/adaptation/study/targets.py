@@ -26,8 +26,7 @@ from redraft.errors import UserError
 from redraft.rows import anchors
 from redraft.settings.sampler import Sampler
 from redraft.settings.shapes import DynamicTree, StaticTree
-from redraft.settings.studies import StudyConfig
-from redraft.settings.study_parts import NONE, DataEntry, TargetEntry
+from redraft.settings.studies import NONE, DataEntry, StudyConfig, TargetEntry
 from redraft.target import Target
 
 GREEDY, SAMPLED, GENERAL, GENERAL_BASE = "greedy", "sampled", "general", "general-base"
