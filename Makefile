@@ -7,7 +7,7 @@
 #   make test-newest   the same with the newest ones, whatever is installed already
 #   make vllm-check    the exported drafts served by vLLM on the CPU, in an environment of its own
 #   make docs          the documentation site, in site/; fails at any warning
-#   make reference     docs/commands.md and docs/settings.md again, after a change of options or settings
+#   make reference     docs/commands.md, settings.md and tutorial.md again, after a change of what they are made of
 #   make lint          ruff and mypy only
 #   make clean         remove the environments and caches (out/ stays)
 #

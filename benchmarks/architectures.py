@@ -30,13 +30,13 @@ from redraft.artifact import atomic_write_json, atomic_write_text
 from redraft.data.generate import Request, generate
 from redraft.data.store import Row
 from redraft.decode.engine import ChainDecoder
-from redraft.decode.tree_engine import TreeDecoder
+from redraft.decode.tree import TreeDecoder
 from redraft.drafts.eagle3 import fresh_draft
 from redraft.drafts.files import save_draft
 from redraft.errors import UserError
 from redraft.features import FeatureStore
 from redraft.loading import quiet
-from redraft.settings.adapt import AdaptConfig
+from redraft.settings.runs import AdaptConfig
 from redraft.settings.sampler import Sampler
 from redraft.settings.shapes import StaticTree
 from redraft.target import Target

@@ -32,7 +32,7 @@ from redraft.errors import UserError
 from redraft.sampling import draw, warp
 from redraft.settings.sampler import Sampler
 from redraft.target import Target
-from redraft.target.slots import SlotCache, causal_mask, slot_attention, write
+from redraft.target.cache import SlotCache, causal_mask, slot_attention, write
 
 Done = Callable[[int, Generation], None]
 """Called with a prompt's index and its generation as soon as it has ended."""

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from redraft import provenance
-from redraft.adaptation.core import half
+from redraft.adaptation.runs import half
 from redraft.adaptation.study.cells import measure, private_bytes
 from redraft.adaptation.study.run import StudyRun
 from redraft.artifact import atomic_write_json, read_json

@@ -29,6 +29,7 @@ from redraft.drafts.standalone import StandaloneDraft
 from redraft.drafts.standalone.shapes import fresh_standalone, shape_for
 from redraft.errors import UserError
 from redraft.progress import progress_bar
+from redraft.settings.shapes import ChainShape
 from redraft.target import Target
 
 # Layers, width, inner width, heads, key heads, vocabulary, tied: public models' shapes.
@@ -151,7 +152,8 @@ def measure(
     costs = measure_costs(target, draft, text, GAMMAS, repeats=options.repeats)
     found = []
     for gamma in GAMMAS:
-        round_cost = costs.chain(gamma).seconds / costs.plain
+        cost = costs.of(ChainShape(gamma))
+        round_cost = cost.seconds / costs.plain
         found.append(
             {
                 "target": name,
@@ -159,8 +161,8 @@ def measure(
                 "parameters_per_token": {"draft": draft.parameters_per_token, "target": target.parameters_per_token},
                 "gamma": gamma,
                 "plain_step_s": costs.plain,
-                "draft_step_over_plain": costs.chain(gamma).draft / gamma / costs.plain,
-                "verify_over_plain": costs.chain(gamma).verify / costs.plain,
+                "draft_step_over_plain": cost.draft / gamma / costs.plain,
+                "verify_over_plain": cost.verify / costs.plain,
                 "break_even": round_cost,
                 "projected_speedup": {label: tau / round_cost for label, tau, at in taus if at == gamma},
             }

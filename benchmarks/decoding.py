@@ -28,7 +28,7 @@ from batched import BatchedChainDecoder
 from redraft import provenance
 from redraft.adaptation.models import open_draft, open_target, template_prompts
 from redraft.artifact import atomic_write_json
-from redraft.data.embedded import maths_conversations
+from redraft.data.suites.maths import maths_conversations
 from redraft.decode.auto import measure_costs
 from redraft.decode.engine import ChainDecoder
 from redraft.decode.tree import Topology
@@ -155,7 +155,7 @@ def passes(target: Target, draft: Eagle3Draft, repeats: int) -> dict[str, Any]:
         # Rounds and passes in turn, a few at a time: a machine that is slower for a while is slower for both.
         for _ in range(TURNS):
             costs = measure_costs(target, draft, ids, [shape.depth], () if chain else [shape], repeats=repeats // 3)
-            round_cost = costs.chains[shape.depth] if chain else costs.shapes[shape]
+            round_cost = costs.rounds[shape]
             turns.append([round_cost.seconds, *timed(jobs, repeats // 3, target.device), costs.plain])
         whole, one, other, plain = (statistics.median(column) for column in zip(*turns, strict=True))
         found[shape.describe()] = {
@@ -175,7 +175,9 @@ def lengths(target: Target, draft: Eagle3Draft, repeats: int) -> list[dict[str, 
     found = []
     for length in LENGTHS:
         costs = measure_costs(target, draft, text(target, length), [5], repeats=repeats)
-        found.append({"length": length, "plain_ms": 1e3 * costs.plain, "round_ms": 1e3 * costs.chains[5].seconds})
+        found.append(
+            {"length": length, "plain_ms": 1e3 * costs.plain, "round_ms": 1e3 * costs.rounds[ChainShape(5)].seconds}
+        )
     return found
 
 

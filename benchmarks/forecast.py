@@ -20,8 +20,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from redraft.adaptation.probe import METHOD, PASSES, START
 from redraft.adaptation.study.figures import MAIN, NONE, Study
-from redraft.adaptation.trial import METHOD, PASSES, START
 from redraft.artifact import atomic_write_json, read_json
 from redraft.evaluate.forecast import Fit, Seen, logit, observed, stepped
 

@@ -31,24 +31,21 @@ from typing import Any
 import torch
 
 from redraft import provenance
-from redraft.acceptance.simulate import simulate_greedy_chain
 from redraft.adaptation.models import open_draft, open_target, template_prompts
-from redraft.adaptation.probe import acceptance, greedy_rows
-from redraft.adaptation.study.targets import read_sources, without_overlap
-from redraft.adaptation.trial import METHOD, START, trial
+from redraft.adaptation.probe import METHOD, START, greedy_answers, greedy_rows, trial, walked
+from redraft.adaptation.study.targets import read_sources
 from redraft.artifact import atomic_write_json, read_json
+from redraft.data.overlap import without_overlap
 from redraft.data.prompts import Conversation
 from redraft.data.store import Row
 from redraft.drafts.base import Draft
 from redraft.drafts.groups import prepare
 from redraft.errors import UserError
-from redraft.evaluate.speed import tau_interval
 from redraft.features import FeatureStore
 from redraft.rows import anchors
-from redraft.settings.adapt import adaptation
-from redraft.settings.methods import PrivateSize
+from redraft.settings.runs import adaptation
 from redraft.settings.studies import parse_study
-from redraft.settings.training import TrainConfig
+from redraft.settings.training import PrivateSize, TrainConfig
 from redraft.starts.apply import StartContext, apply_start
 from redraft.starts.vocabulary import coverage
 from redraft.target import Target
@@ -71,12 +68,6 @@ def keep(name: str, found: dict[str, Any]) -> None:
     print(name, found, flush=True)
 
 
-def walked(target: Target, draft: Draft, rows: Sequence[Row], store: FeatureStore) -> dict[str, float]:
-    """tau of the draft on stored answers, with its interval."""
-    accepted = simulate_greedy_chain(draft, target, rows, store, GAMMA)
-    return tau_interval(accepted, {row.key: anchors(row) for row in rows})
-
-
 @torch.inference_mode()
 def entropy(target: Target, rows: Sequence[Row], store: FeatureStore) -> float:
     """Mean entropy of the target's next token behind every anchor, in nats."""
@@ -95,7 +86,7 @@ def seen(
     """What a probe sees on these answers, with a trial adaptation where one is asked for."""
     found: dict[str, Any] = {
         "entropy": entropy(target, rows, store),
-        "stale_tau": walked(target, draft, rows, store),
+        "stale_tau": walked(target, draft, rows, store, GAMMA),
         "coverage": coverage(draft, rows, GAMMA).share,
     }
     if with_trial:
@@ -150,7 +141,8 @@ def reference(asked: Sequence[Conversation], tokens: int, options: argparse.Name
     """tau of the old draft on the base target's answers."""
     base = open_target(BASE, options.dtype, options.device)
     draft = open_draft(DRAFT, base).draft
-    return acceptance(base, draft, template_prompts(asked, base, tokens), GAMMA, tokens)
+    with greedy_answers(base, draft, template_prompts(asked, base, tokens), tokens) as (rows, store):
+        return walked(base, draft, rows, store, GAMMA)
 
 
 def answers(
@@ -195,7 +187,7 @@ def adapted(
         trainer = Trainer(prepared, target, store, own, heldout, config, Path(folder))
         result = trainer.run(None)
     return {
-        "aligned_tau": walked(target, trainer.draft, rows, store),
+        "aligned_tau": walked(target, trainer.draft, rows, store, GAMMA),
         "answers": len(own),
         "answer_tokens": sum(map(anchors, own)),
         "steps": result.steps,

@@ -21,7 +21,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,8 @@ from redraft import provenance
 from redraft.adaptation.models import open_draft, open_target, template_prompts
 from redraft.artifact import atomic_write_json
 from redraft.data.prompts import Conversation, read_conversations
+from redraft.decode.auto import make_decoder
 from redraft.decode.engine import PlainDecoder
-from redraft.decode.make import make_decoder
 from redraft.decode.requests import Generation
 from redraft.drafts.eagle3 import Eagle3Draft
 from redraft.errors import UserError
@@ -210,7 +210,7 @@ class Run:
             "tokens": len(found.ids) - 1,
             "rounds": len(found.rounds),
             "accepted": [record.accepted for record in found.rounds],
-            "difference": None if difference is None else difference.to_dict(),
+            "difference": None if difference is None else asdict(difference) | {"near_tie": difference.near_tie},
         }
 
 

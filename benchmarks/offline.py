@@ -30,10 +30,10 @@ from redraft.acceptance.simulate import expected_rounds_sampled, simulate_greedy
 from redraft.adaptation.models import open_draft, open_target, template_prompts
 from redraft.artifact import atomic_write_json
 from redraft.data import generate as generation
-from redraft.data.embedded import maths_conversations
 from redraft.data.generate import Features, Request
 from redraft.data.prompts import read_conversations
 from redraft.data.store import Row
+from redraft.data.suites.maths import maths_conversations
 from redraft.decode.engine import ChainDecoder
 from redraft.decode.requests import Generation
 from redraft.drafts.eagle3 import Eagle3Draft

@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from redraft import provenance
 from redraft.artifact import atomic_write_json
 from redraft.data.packed import PackedText, TextSource
-from redraft.drafts.standalone.causal import CausalModel
+from redraft.drafts.standalone.objective import CausalModel
 from redraft.loading import load_tokenizer
 from redraft.settings.training import PretrainConfig
+from redraft.training.causal import text_steps
 from redraft.training.loop import TrainingLoop
 from redraft.training.optimizer import make_optimizers
-from redraft.training.pretrain import TextSteps
+from redraft.training.workers import SINGLE
 
 WORDS = (
     "the of and to in that was he it with as his on be at by had not but from have are which one you were all".split()
@@ -75,12 +77,12 @@ def bare_steps(model: Any, config: PretrainConfig, device: str) -> Iterator[None
 def our_steps(model: Any, text: PackedText, config: PretrainConfig, folder: Path) -> Iterator[None]:
     """Optimiser steps of ours, without end: the reader of text included, evaluation and checkpoints not."""
     causal = CausalModel(model)
-    source = TextSteps(causal, text, config)
+    source = partial(text_steps, causal, text, config, SINGLE)
     lm, trained = causal.model.float(), causal.trained
     loop = TrainingLoop(lm, trained, source, 10**6, lambda: 0.0, config, folder, {}, precision=config.precision)
     optimizers = make_optimizers(loop.trained, config.optimizer, config.weight_decay)
     state = loop.start(optimizers)
-    with closing(loop.source.steps(0, {})) as steps:  # type: ignore[type-var]
+    with closing(loop.steps(0, {})) as steps:  # type: ignore[type-var]
         for step in steps:
             loop.advance(step, optimizers, state, None)
             yield

@@ -20,17 +20,22 @@ from typing import Any
 from redraft import provenance
 from redraft.acceptance.simulate import simulate_greedy_chain
 from redraft.adaptation.models import open_draft, open_target
-from redraft.adaptation.sources import own_answers
+from redraft.adaptation.runs import Log, supervised_rows
+from redraft.adaptation.sources import answer
 from redraft.adaptation.study.targets import first_turn, read_source
 from redraft.artifact import atomic_write_json, read_json
+from redraft.data.prompts import Conversation
+from redraft.data.regenerate import InProcessEngine
+from redraft.data.store import Row
 from redraft.drafts.base import Draft
-from redraft.drafts.experts import merge_private
 from redraft.drafts.scaling import scale_change
 from redraft.evaluate.statistics import paired_difference, paired_ratio, ratio_of_sums
 from redraft.features import FeatureStore
 from redraft.progress import progress_bar
+from redraft.provenance import Ledger
 from redraft.rows import anchors
 from redraft.settings.sampler import Sampler
+from redraft.target import Target
 
 Rounds = dict[str, list[int]]  # by set, in the order of its prompts
 STALE = "stale"
@@ -60,6 +65,13 @@ def arguments() -> argparse.Namespace:
     return options
 
 
+def own_answers(target: Target, prompts: list[Conversation], path: Path, most: int) -> list[Row]:
+    """The target's greedy answers to these prompts, made once, in the file ``path``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    answer(path.stem, InProcessEngine(target), target, prompts, [Sampler()], path, most, 0, Log(Ledger()))
+    return sorted(supervised_rows(path), key=lambda row: row.key)
+
+
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """The whole result."""
     target = open_target(options.target, options.dtype, options.device)
@@ -71,9 +83,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     general = [c for name in options.general.split(",") for c in read_source(name, options.longest)]
     prompts = {"domain": read_source(options.domain), "general": general}
     sets = {
-        name: own_answers(
-            target, [first_turn(c) for c in found], Sampler(), options.work / f"{name}.jsonl", options.tokens
-        )
+        name: own_answers(target, [first_turn(c) for c in found], options.work / f"{name}.jsonl", options.tokens)
         for name, found in prompts.items()
     }
     identity = {"target": target.content_hash(), "taps": list(target.taps)}
@@ -89,7 +99,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     scales = [float(text) for text in options.scales.split(",")]
     with progress_bar("walk", len(scales), "scales") as progress:
         for scale in scales:
-            cells.append({"scale": scale, "rounds": rounds(merge_private(scale_change(trained, stale, scale)))})
+            cells.append({"scale": scale, "rounds": rounds(scale_change(trained, stale, scale).merged())})
             progress.update(len(cells) - 1)
     return {
         "schema": "redraft.scales/1",

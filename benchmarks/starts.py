@@ -90,7 +90,7 @@ class Bench:
         tokens = {row.key: anchors(row) for row in self.measured}
         keys = list(tokens)
         sums = [([tokens[k] for k in keys], [len(found[k]) for k in keys]) for found in (rounds, stale)]
-        return {"tau": tau_interval(rounds, tokens), "gain_over_stale": paired_difference(*sums).to_dict()}
+        return {"tau": tau_interval(rounds, self.measured), "gain_over_stale": paired_difference(*sums).to_dict()}
 
 
 def usable(path: Path) -> list[Row]:

@@ -20,22 +20,26 @@ from typing import Any
 from redraft import provenance
 from redraft.acceptance.simulate import expected_rounds_sampled
 from redraft.adaptation.distill import DistillRun
-from redraft.adaptation.sources import own_answers
-from redraft.adaptation.study.targets import first_turn, read_source, without_overlap
+from redraft.adaptation.runs import Log, supervised_rows
+from redraft.adaptation.sources import answer
+from redraft.adaptation.study.targets import first_turn, read_source
 from redraft.artifact import atomic_write_json, read_json
-from redraft.data.overlap import trained_conversations
+from redraft.data.overlap import trained_conversations, without_overlap
+from redraft.data.regenerate import InProcessEngine
 from redraft.data.store import Row
-from redraft.decode.auto import measure_costs
+from redraft.decode.auto import Costs, measure_costs
 from redraft.drafts.files import load_draft, save_draft
 from redraft.drafts.standalone import StandaloneDraft
 from redraft.evaluate.statistics import paired_difference, ratio_of_sums
 from redraft.features import FeatureStore
 from redraft.metrics import cost_by_bytes, mbsu
 from redraft.progress import progress_bar
+from redraft.provenance import Ledger
 from redraft.rows import anchors
-from redraft.settings.distill import DistillConfig
+from redraft.settings.runs import DistillConfig
 from redraft.settings.sampler import Sampler
-from redraft.training.distil import distil
+from redraft.settings.shapes import ChainShape
+from redraft.training.causal import distil
 
 # What the drafter saw of its kind in training, and, last, what it did not.
 TASKS = {
@@ -95,8 +99,11 @@ class Comparison:
 
     def answers(self, task: str, name: str) -> list[Row]:
         """The target's answers to a task's prompts, made once."""
-        prompts, sampler, path = self.prompts[task], SAMPLERS[name], self.options.work / f"{task}-{name}.jsonl"
-        return own_answers(self.target, prompts, sampler, path, self.options.tokens, self.run.config.seed)
+        path, engine, log = self.options.work / f"{task}-{name}.jsonl", InProcessEngine(self.target), Log(Ledger())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sampled, most, seed = [SAMPLERS[name]], self.options.tokens, self.run.config.seed
+        answer(path.stem, engine, self.target, self.prompts[task], sampled, path, most, seed, log)
+        return sorted(supervised_rows(path), key=lambda row: row.key)
 
     def states_of(self, task: str, name: str) -> FeatureStore:
         """The target's final states of a set's answers, which are walked over again and again."""
@@ -162,8 +169,8 @@ class Comparison:
                 "dropped_as_overlap": self.dropped,
                 "parameters_per_token": {"draft": sizes[0], "target": sizes[1]},
                 "cost_by_bytes": cost_by_bytes(*sizes),
-                "cost_by_time": costs.draft_step / costs.plain if costs.draft_step else None,
-                "costs": costs.to_dict(),
+                "cost_by_time": draft_step(costs) / costs.plain,
+                "costs": costs_as_json(costs),
             },
             "tokens": {
                 task: {name: [anchors(row) for row in self.sets[task, name]] for name in SAMPLERS} for task in TASKS
@@ -173,6 +180,19 @@ class Comparison:
 
 
 # -- tables ----------------------------------------------------------------------------------------------------------
+def draft_step(costs: Costs) -> float:
+    """Seconds of one more draft step: the slope between the shortest and the longest timed chain."""
+    timed = {shape.gamma: cost.draft for shape, cost in costs.rounds.items() if isinstance(shape, ChainShape)}
+    low, high = min(timed), max(timed)
+    return (timed[high] - timed[low]) / (high - low)
+
+
+def costs_as_json(costs: Costs) -> dict[str, Any]:
+    """In seconds."""
+    rounds = [{"shape": shape.describe()} | vars(cost) for shape, cost in costs.rounds.items()]
+    return {"plain_step": costs.plain, "draft_step": draft_step(costs), "rounds": rounds}
+
+
 def tables(result: dict[str, Any]) -> str:
     """Block efficiency by task and loss, pooled over seeds; the difference from ``REFERENCE`` where it was trained."""
     losses = list(dict.fromkeys(cell["loss"] for cell in result["cells"]))

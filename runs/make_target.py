@@ -36,17 +36,17 @@ from torch import Tensor
 
 from redraft import provenance
 from redraft.artifact import atomic_folder, atomic_write_json
-from redraft.data.embedded import maths_conversations
+from redraft.data.answers import reference_rows
 from redraft.data.prompts import Conversation, read_conversations
-from redraft.data.references import reference_rows
 from redraft.data.store import Row
 from redraft.data.suites import DATA_VARIABLE
-from redraft.drafts.standalone.causal import CausalModel
+from redraft.data.suites.maths import maths_conversations
+from redraft.drafts.standalone.objective import CausalModel
 from redraft.errors import UserError
 from redraft.loading import CACHE_FILES, load_target
 from redraft.progress import progress_bar
 from redraft.target import Target
-from redraft.training.checkpoint import Checkpoint, rows_digest
+from redraft.training.loop import Checkpoint, rows_digest
 from redraft.training.optimizer import learning_rate, make_optimizers
 
 EMBEDDED = "embedded:smollm2-135m-instruct"

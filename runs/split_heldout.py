@@ -9,10 +9,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from redraft.adaptation.core import draft_meta, feature_store, half
+from redraft.adaptation.core import draft_meta, feature_store
 from redraft.adaptation.models import open_draft, open_target
 from redraft.adaptation.quickstart import EMBEDDED
-from redraft.adaptation.runs import supervised_rows
+from redraft.adaptation.runs import half, supervised_rows
 from redraft.adaptation.training import NEW, heldout_record, split_rows
 from redraft.artifact import atomic_write_bytes
 from redraft.data.store import encode_row, read_rows

@@ -34,10 +34,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from redraft.adaptation.models import open_proposer, open_target, template_prompts
+from redraft.adaptation.models import open_any, open_target, template_prompts
 from redraft.artifact import atomic_write_json, atomic_write_text
-from redraft.data.embedded import maths_conversations
 from redraft.data.prompts import read_conversations
+from redraft.data.suites.maths import maths_conversations
 from redraft.decode.engine import ChainDecoder, PlainDecoder
 from redraft.drafts.standalone import StandaloneDraft
 from redraft.errors import UserError
@@ -282,7 +282,7 @@ def show(result: dict[str, Any], console: Console) -> None:
 def prepare(options: argparse.Namespace) -> Job:
     """Open both models and the prompts. Raises ``UserError``."""
     target = open_target(options.target, options.dtype, "cpu", options.adapter)
-    draft, _ = open_proposer(options.draft, target, options.base_draft)
+    draft = open_any(options.draft, target, options.base_draft).draft
     if draft.taps:
         raise UserError(f"{options.draft} reads the target's states; the four engines share standalone drafts alone")
     asked = read_conversations(options.prompts) if options.prompts else maths_conversations(options.count, options.seed)

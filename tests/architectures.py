@@ -13,8 +13,7 @@ from batched import BatchedChainDecoder, _Proposal
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from redraft.decode.engine import ChainDecoder
-from redraft.decode.tree import Topology
-from redraft.decode.tree_engine import Proposal, TreeDecoder
+from redraft.decode.tree import Proposal, Topology, TreeDecoder
 
 WINDOW = {"sliding_window": 16}
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}

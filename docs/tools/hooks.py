@@ -17,11 +17,16 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
 ROLE = re.compile(r":(?:func|class|mod|meth|data|attr):<code>~?([^<]*)</code>")
+BLOCK = re.compile(r'<div class="highlight">.*?</div>', re.S)
+TAG = re.compile(r"(<[^>]+>)")
+HYPHENED = re.compile(r"[^\s\"']*-[^\s\"']*")
+FETCHED, WORKER = "https://unpkg.com/iframe-worker/shim", "assets/worker.js"
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)\s#]+)(?=[)#])")
 
 
 def on_files(files: Files, config: Any) -> Files:
     """Add the pages from outside docs/, and copies of the files that any page links to."""
+    files.append(File.generated(config, WORKER, abs_src_path=str(DOCS / "tools" / "worker.js")))
     for source, name in PAGES.items():
         text = (ROOT / source).read_text(encoding="utf-8")
         files.append(File.generated(config, name, content=relinked(text, ROOT, DOCS)))
@@ -42,8 +47,25 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Docstrings name other things as :func:`name`, which Markdown shows as it stands: leave the name alone."""
-    return ROLE.sub(r"<code>\1</code>", html)
+    """What Markdown leaves to be done: of :func:`name` in docstrings the name alone; code not broken at hyphens."""
+    return BLOCK.sub(lambda block: unbroken(block[0]), ROLE.sub(r"<code>\1</code>", html))
+
+
+def on_post_page(output: str, page: Any, **_: Any) -> str:
+    """The theme fetches what search needs in pages opened from a folder; ours lies beside them."""
+    return output.replace(FETCHED, "../" * page.url.count("/") + WORKER)
+
+
+def on_post_template(output: str, template_name: str, **_: Any) -> str:
+    """The same for the page of a wrong address, which may stand at any depth."""
+    return output.replace(FETCHED, f"/{WORKER}")
+
+
+def unbroken(block: str) -> str:
+    """A block of code whose options and paths are not broken at their hyphens."""
+    parts = TAG.split(block)
+    parts[::2] = [HYPHENED.sub(r'<span class="word">\g<0></span>', text) for text in parts[::2]]
+    return "".join(parts)
 
 
 def linked(page: Path) -> Iterator[Path]:

@@ -1,5 +1,5 @@
 """Writes the pages that follow from the code: docs/commands.md from the help of every command, docs/settings.md from
-the settings models.
+the settings models, docs/tutorial.md from docs/tutorial.py.
 
     python docs/tools/reference.py             write them
     python docs/tools/reference.py --check     say which of them are not what the code says; exit code 1 where one is
@@ -10,38 +10,37 @@ A test runs the second form, so that a page never tells of options that a comman
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 os.environ |= {"TERM": "dumb", "COLUMNS": "200"}
 
 import click
 from typer.main import get_command
 
+from redraft.cli.generate import filled_in, sentence
 from redraft.cli.main import app
-from redraft.settings.adapt import AdaptConfig
-from redraft.settings.distill import DistillConfig
-from redraft.settings.methods import PrivateSize
-from redraft.settings.training import TrainConfig
+from redraft.settings import runs, steps, studies, training
 
 DOCS = Path(__file__).resolve().parents[1]
-WRITTEN = "<!-- Written by docs/tools/reference.py from the code; edit the help texts there. -->"
+WRITTEN = "<!-- Written by docs/tools/reference.py from {}; edit that. -->"
+FROM_CODE = WRITTEN.format("the help texts in src/redraft/settings and src/redraft/cli")
 BOLD, COMMAND = re.compile(r"\[bold\](.*?)\[/bold\]"), re.compile(r"\[cyan\](.*?)\[/cyan\]")
 
 
+# -- the commands --------------------------------------------------------------------------------------------------
 def commands_page() -> str:
     """The command reference: what each command does, its examples, and its options by group."""
     group: Any = get_command(app)
     lines = [
         "# Commands",
         "",
-        WRITTEN,
+        FROM_CODE,
         "",
         f"{plain(group.help)}",
         "",
@@ -129,46 +128,71 @@ def cell(text: str) -> str:
 
 
 # -- settings ------------------------------------------------------------------------------------------------------
-MODELS: dict[str, tuple[str, Any]] = {
-    "redraft adapt": ("Keys of `redraft adapt --config FILE`; each is a flag too.", AdaptConfig),
-    "redraft distill": ("Keys of `redraft distill --config FILE`.", DistillConfig),
-    "train": ("Keys of the block `train:` of `adapt` (`--train NAME=VALUE`) and of a study.", TrainConfig),
-    "private": ("Keys of the block `private:` of `adapt` (`--private NAME=VALUE`).", PrivateSize),
+OLD = runs.adaptation("lora")
+BLOCKS: dict[str, tuple[str, Any]] = {
+    "The block train": (
+        "Of `redraft adapt` (`--train NAME=VALUE`) and of a study. An old draft is trained with the method's own "
+        f"`learning_rate`, {OLD['epochs']:g} `epochs` and {OLD['batch_anchors']} `batch_anchors` instead.",
+        training.TrainConfig,
+    ),
+    "The block private": ("Of `redraft adapt` (`--private NAME=VALUE`): the part that is added.", training.PrivateSize),
+    "The block pretrain": ("Of `redraft distill`.", training.PretrainConfig),
+    "The block align": ("Of `redraft distill`.", training.DistilConfig),
+    "The block replay": ("Of a method of a study.", training.ReplayConfig),
 }
+MODELS: dict[str, tuple[str, Any]] = {
+    "redraft adapt": ("Each is a flag too.", runs.AdaptConfig),
+    "redraft train": ("Each is a flag too.", steps.TrainSettings),
+    "redraft distill": ("Each is a flag too.", runs.DistillConfig),
+    "redraft study": (
+        "The file of a study; [an example with all its parts](studies/README.md#the-config).",
+        studies.StudyConfig,
+    ),
+} | BLOCKS
 
 
 def settings_page() -> str:
-    """The settings reference: every key of a YAML file, its type, default and meaning."""
+    """The settings reference: every key of a YAML file, its type, bounds, default and meaning."""
     lines = [
         "# Settings",
         "",
-        WRITTEN,
+        FROM_CODE,
         "",
-        "What may stand in a YAML file, under the names of the flags (dashes or underscores). Flags win, key by key.",
-        "An unknown key is refused with the nearest name.",
+        "What may stand in a YAML file (`--config FILE`), under the names of the flags, with dashes or underscores.",
+        "Flags win, key by key. An unknown key is refused with the nearest name, a setting that is given two values",
+        "with both, and all mistakes of a file are told at once. `redraft config COMMAND` prints a file with all",
+        "settings of a command at their defaults. Commands that are not here take their [flags](commands.md) as keys.",
     ]
     for title, (about, kind) in MODELS.items():
-        lines += ["", f"## {title}", "", about, "", "| key | type | default | meaning |", "| --- | --- | --- | --- |"]
-        for name, annotation, value, text in fields_of(kind):
-            lines.append(f"| `{name}` | {cell(typed(annotation))} | {cell(value)} | {cell(text)} |")
+        lines += ["", f"## {title}", "", about, "", "| key | value | default | meaning |", "| --- | --- | --- | --- |"]
+        lines += [f"| `{name}` | {' | '.join(map(cell, told(field)))} |" for name, field in fields_of(kind)]
     return "\n".join(lines) + "\n"
 
 
-def fields_of(kind: Any) -> Iterator[tuple[str, Any, str, str]]:
-    """Name, type, default and meaning of every setting of a model or of a recipe."""
-    known = getattr(kind, "model_fields", None) or getattr(kind, "__pydantic_fields__", None)
-    hints = get_type_hints(kind)
-    if known is None:
-        for field in dataclasses.fields(kind):
-            yield field.name, hints[field.name], shown(field.default), ""
-        return
-    for name, field in known.items():
-        value = "required" if field.is_required() else shown(field.get_default(call_default_factory=True))
-        yield name, hints[name], value, field.description or ""
+def fields_of(kind: Any) -> Iterable[tuple[str, Any]]:
+    """Name and field of every setting of a model or of a recipe."""
+    known = getattr(kind, "model_fields", None) or kind.__pydantic_fields__
+    return known.items()
+
+
+def told(field: Any) -> tuple[str, str, str]:
+    """What a setting may be, its default and its meaning."""
+    value = "required" if field.is_required() else shown(field.get_default(call_default_factory=True))
+    about = filled_in(sentence(field)).removesuffix(" Required.").replace("; repeatable", "")
+    return ", ".join([typed(field.annotation), *bounds(field)]), value, about
+
+
+def bounds(field: Any) -> Iterator[str]:
+    words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+    for one in field.metadata:
+        for name, said in words.items():
+            if (limit := getattr(one, name, None)) is not None:
+                yield f"{said} {limit:g}"
 
 
 def shown(value: Any) -> str:
-    if value is None or value is dataclasses.MISSING or value in ((), [], {}):
+    """A default as YAML has it; nothing where there is none, or a block of defaults."""
+    if value is None or isinstance(value, dict) or value in ((), [], ""):
         return ""
     if isinstance(value, tuple):
         value = f"[{', '.join(map(str, value))}]"
@@ -183,16 +207,30 @@ def typed(hint: Any) -> str:
     if hint in WORDS:
         return WORDS[hint]
     origin, inside = get_origin(hint), [one for one in get_args(hint) if one is not type(None) and one is not ...]
+    if origin is Annotated:
+        return typed(inside[0])
     if origin is Literal:
         return " or ".join(f"`{value}`" for value in inside)
     if origin in (tuple, list):
         return f"list of {typed(inside[0])}s" if inside else "list"
-    if origin is dict:
-        return "block"
-    return " or ".join(dict.fromkeys(typed(one) for one in inside)) if inside else getattr(hint, "__name__", str(hint))
+    return " or ".join(dict.fromkeys(typed(one) for one in inside)) if inside and origin is not dict else "block"
 
 
-PAGES = {"commands.md": commands_page, "settings.md": settings_page}
+# -- the tutorial --------------------------------------------------------------------------------------------------
+def tutorial_page() -> str:
+    """docs/tutorial.py as a page: its Markdown cells as they are, its code in blocks."""
+    cells = re.split(r"^# %%", (DOCS / "tutorial.py").read_text(encoding="utf-8"), flags=re.M)[1:]
+    parts = []
+    for kind, _, body in (one.partition("\n") for one in cells):
+        if "[markdown]" in kind:
+            parts.append("\n".join(line.removeprefix("#").removeprefix(" ") for line in body.strip().splitlines()))
+        else:
+            parts.append(f"```python\n{body.strip()}\n```")
+    title, _, rest = parts[0].partition("\n")
+    return "\n\n".join([title, WRITTEN.format("docs/tutorial.py"), rest.strip(), *parts[1:]]) + "\n"
+
+
+PAGES = {"commands.md": commands_page, "settings.md": settings_page, "tutorial.md": tutorial_page}
 
 
 def outdated() -> Iterator[str]:

@@ -19,14 +19,11 @@ __version__ = "0.1.0"
 
 # Where each name is at home. Their types stand in __init__.pyi.
 _HOMES = {
-    "redraft.api.opening": ("open_draft", "open_target"),
-    "redraft.api.text": ("regenerate", "select"),
-    "redraft.api.adapting": ("adapt", "study", "train"),
-    "redraft.api.files": ("export", "merge"),
-    "redraft.api.measuring": ("bench", "probe", "report"),
+    "redraft.api.runs": ("adapt", "bench", "probe", "report", "study", "train"),
+    "redraft.api.steps": ("export", "merge", "open_draft", "open_target", "regenerate", "select"),
     "redraft.drafts.opening": ("OpenDraft",),
-    "redraft.adaptation.probe": ("ProbeResult",),
-    "redraft.adaptation.steps": ("TargetSpec",),
+    "redraft.adaptation.advice": ("ProbeResult",),
+    "redraft.adaptation.models": ("TargetSpec",),
     "redraft.data.regenerate": ("RegenerationReport",),
     "redraft.drafts.formats.base": ("ExportReport",),
     "redraft.reports.tables": ("Adapted", "Benchmark", "Merged", "Page", "Study", "Trained"),

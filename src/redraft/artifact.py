@@ -129,32 +129,26 @@ def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], w
 
     ``expected`` gives names, shapes and kinds; a floating-point tensor may have any of float32, float16, bfloat16.
     """
-    faults = []
     missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
-    if missing:
-        faults.append(f"missing {', '.join(missing)}")
-    if extra:
-        faults.append(f"extra {', '.join(extra)}")
+    faults = [f"missing {', '.join(missing)}"] if missing else []
+    faults += [f"extra {', '.join(extra)}"] if extra else []
     for name in sorted(set(found) & set(expected)):
-        faults.extend(_faults(name, found[name], expected[name]))
+        tensor, wanted = found[name], expected[name]
+        kind, right = dtype_name(tensor.dtype), dtype_name(wanted.dtype)
+        if tensor.shape != wanted.shape:
+            faults.append(f"{name} has shape {list(tensor.shape)} instead of {list(wanted.shape)}")
+        elif not wanted.is_floating_point():
+            faults += [f"{name} is {kind} instead of {right}"] if kind != right else []
+        elif tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            faults.append(f"{name} is {kind} instead of float32, float16 or bfloat16")
+        elif not torch.isfinite(tensor).all():
+            faults.append(f"{name} holds NaN or infinity")
     if faults:
         raise UserError(f"{where} does not hold the tensors that its config asks for: {'; '.join(faults)}")
 
 
-def _faults(name: str, tensor: Tensor, wanted: Tensor) -> list[str]:
-    if tensor.shape != wanted.shape:
-        return [f"{name} has shape {list(tensor.shape)} instead of {list(wanted.shape)}"]
-    if wanted.is_floating_point():
-        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            return [f"{name} is {_short(tensor.dtype)} instead of float32, float16 or bfloat16"]
-        if not torch.isfinite(tensor).all():
-            return [f"{name} holds NaN or infinity"]
-    elif tensor.dtype != wanted.dtype:
-        return [f"{name} is {_short(tensor.dtype)} instead of {_short(wanted.dtype)}"]
-    return []
-
-
-def _short(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """As files and messages have it: without the library's name."""
     return str(dtype).removeprefix("torch.")
 
 

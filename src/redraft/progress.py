@@ -75,27 +75,11 @@ class Meter:
         return ", ".join(words)
 
 
-class _Counted:
-    """The amount done and its rate, and that of the tokens where the amount counts something else."""
+class PlainProgress:
+    """A line soon, then at most one every ``every`` seconds, for logs and pipes.
 
-    def __init__(self, total: int | None, unit: str, now: Callable[[], float] = time.monotonic) -> None:
-        self.unit, self.meter, self.tokens = unit, Meter(total, now), Meter(None, now)
-        self.last: dict[str, Any] = {}
-
-    def update(self, done: int, **fields: Any) -> None:
-        self.meter.update(done)
-        self.last.update(fields)
-        if fields.get("tokens") is not None:
-            self.tokens.update(fields["tokens"])
-
-    @property
-    def rate(self) -> str:
-        words = [self.tokens.text("tokens"), self.meter.text(self.unit)]
-        return ", ".join(word for word in words if word)
-
-
-class PlainProgress(_Counted):
-    """A line soon, then at most one every ``every`` seconds, for logs and pipes."""
+    It tells the rate of the amount done, and that of the tokens where the amount counts something else.
+    """
 
     def __init__(
         self,
@@ -106,14 +90,26 @@ class PlainProgress(_Counted):
         every: float = LINE_SECONDS,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        super().__init__(total, unit, now)
-        self.description, self.stream, self.every, self.now = description, stream, every, now
+        self.description, self.unit, self.stream, self.every, self.now = description, unit, stream, every, now
+        self.meter, self.tokens = Meter(total, now), Meter(None, now)
+        self.last: dict[str, Any] = {}
         self.due = now() + min(FIRST_SECONDS, every)
 
     def update(self, done: int, **fields: Any) -> None:
-        super().update(done, **fields)
+        self.meter.update(done)
+        self.last.update(fields)
+        if fields.get("tokens") is not None:
+            self.tokens.update(fields["tokens"])
+        self.show()
+
+    def show(self) -> None:
+        """Called at every report."""
         if self.now() >= self.due:
             self.write()
+
+    @property
+    def rate(self) -> str:
+        return ", ".join(filter(None, [self.tokens.text("tokens"), self.meter.text(self.unit)]))
 
     def write(self, ended: bool = False) -> None:
         """The line as it stands now."""
@@ -126,19 +122,17 @@ class PlainProgress(_Counted):
         else:
             share = f"{done:,} {self.unit}" if done else "begun"
         parts = [f"{self.description}: {share}", self.rate, fields_text(self.last)]
-        print("  ".join(part for part in parts if part), file=self.stream, flush=True)
+        print("  ".join(filter(None, parts)), file=self.stream, flush=True)
 
 
-class _BarProgress(_Counted):
+class _BarProgress(PlainProgress):
     """Drives one task of a rich bar."""
 
-    def __init__(self, bar: Any, task: Any, total: int | None, unit: str) -> None:
-        super().__init__(total, unit)
-        self.bar, self.task = bar, task
+    bar: Any
+    task: Any
 
-    def update(self, done: int, **fields: Any) -> None:
-        super().update(done, **fields)
-        self.bar.update(self.task, completed=done, rate=self.rate, fields=fields_text(self.last))
+    def show(self) -> None:
+        self.bar.update(self.task, completed=self.meter.done, rate=self.rate, fields=fields_text(self.last))
 
 
 @contextmanager
@@ -160,13 +154,9 @@ def progress_bar(
     from rich.progress import BarColumn, SpinnerColumn, TaskProgressColumn, TextColumn
     from rich.progress import Progress as RichProgress
 
-    columns = [
-        SpinnerColumn(),
-        TextColumn("[bold]{task.description}"),
-        BarColumn(bar_width=30),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TextColumn("[cyan]{task.fields[fields]}"),
-    ]
+    columns = [SpinnerColumn(), TextColumn("[bold]{task.description}"), BarColumn(bar_width=30), TaskProgressColumn()]
+    columns += [TextColumn("{task.fields[rate]}"), TextColumn("[cyan]{task.fields[fields]}")]
     with RichProgress(*columns, console=Console(file=stream)) as bar:
-        yield _BarProgress(bar, bar.add_task(description, total=total, rate="", fields=""), total, unit)
+        shown = _BarProgress(description, total, unit, stream)
+        shown.bar, shown.task = bar, bar.add_task(description, total=total, rate="", fields="")
+        yield shown

@@ -25,8 +25,7 @@ import torch
 from redraft import arithmetic
 from redraft.errors import UserError
 from redraft.files import atomic_write_json
-from redraft.places import installed
-from redraft.redacted import without_secrets
+from redraft.places import installed, without_secrets
 
 FORWARD_FORMULA = "2 * parameters * tokens"
 TRAIN_FORMULA = "6 * trained * tokens + 4 * frozen_on_the_way * tokens"
@@ -60,7 +59,8 @@ def collect(seed: int | None = None, device: str | None = None, extra: dict[str,
     record = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "argv": [Path(sys.argv[0]).name, *map(without_secrets, sys.argv[1:])],
-        "versions": versions(),
+        # The build matters (CPU or CUDA) and only torch itself knows it for certain.
+        "versions": installed() | {"torch": torch.__version__},
         "revision": revision(),
         "machine": machine(),
         "arithmetic": arithmetic.record(),
@@ -68,12 +68,6 @@ def collect(seed: int | None = None, device: str | None = None, extra: dict[str,
         "seed": seed,
     }
     return record | (extra or {})
-
-
-def versions() -> dict[str, str]:
-    """Installed versions of Python and of the packages that can move a figure; packages not installed are absent."""
-    # The build matters (CPU or CUDA) and only torch itself knows it for certain.
-    return installed() | {"torch": torch.__version__}
 
 
 def revision() -> dict[str, Any] | None:
@@ -110,12 +104,10 @@ def machine() -> dict[str, Any]:
 
 def cpu_name() -> str:
     """The processor's own name where the system tells it, else its architecture."""
-    try:
+    with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
-    except OSError:
-        pass
     return platform.processor() or platform.machine()
 
 
@@ -150,23 +142,17 @@ class Entry:
 
     def add(self, tokens: int = 0, flops: int = 0, formula: str = "", bytes_written: int = 0) -> None:
         """Add to the counts; a stage that uses several formulas lists each once."""
-        self.tokens += int(tokens)
-        self.flops += int(flops)
-        self.bytes_written += int(bytes_written)
-        self._name(formula)
+        self.merge(Entry(self.stage, int(tokens), int(flops), formula, bytes_written=int(bytes_written)))
 
     def merge(self, other: Entry) -> None:
         """Take in the same stage's work of another run of the process: counts add up, memory is the higher."""
-        self.add(other.tokens, other.flops, bytes_written=other.bytes_written)
-        for formula in other.formula.split("; "):
-            self._name(formula)
+        self.tokens += other.tokens
+        self.flops += other.flops
+        self.bytes_written += other.bytes_written
         self.seconds += other.seconds
         self.peak_memory_bytes = max(self.peak_memory_bytes, other.peak_memory_bytes)
-
-    def _name(self, formula: str) -> None:
-        known = self.formula.split("; ") if self.formula else []
-        if formula and formula not in known:
-            self.formula = "; ".join([*known, formula])
+        formulas = [*self.formula.split("; "), *other.formula.split("; ")]
+        self.formula = "; ".join(dict.fromkeys(filter(None, formulas)))
 
 
 @dataclass
@@ -200,15 +186,15 @@ class Ledger:
         work.peak_memory_bytes = max(work.peak_memory_bytes, peak_memory_bytes())
         self.append(work)
         if self.path is not None:
-            self.save(self.path)
+            atomic_write_json(self.path, self.to_dict())
 
     def append(self, work: Entry) -> None:
         """Add a stage's work, to its own line where the ledger has one."""
-        for entry in self.stages:
-            if entry.stage == work.stage:
-                entry.merge(work)
-                return
-        self.stages.append(work)
+        line = next((entry for entry in self.stages if entry.stage == work.stage), None)
+        if line is None:
+            self.stages.append(work)
+        else:
+            line.merge(work)
 
     def to_dict(self) -> dict[str, Any]:
         """{"stages": [...], "total": {...}}; memory's total is the highest."""
@@ -219,10 +205,6 @@ class Ledger:
             "stages": [asdict(entry) for entry in self.stages],
             "total": {k: v for k, v in asdict(total).items() if k not in ("stage", "formula")},
         }
-
-    def save(self, path: str | Path) -> None:
-        """Write the ledger as JSON, in one move. Raises ``UserError`` when the disk cannot hold it."""
-        atomic_write_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | Path) -> Ledger:

@@ -1,8 +1,13 @@
 """The registries of what can be named on the command line or in a settings file, and the plugins that add to them.
 
-Nothing here imports torch, and no name does: see :mod:`redraft.registry`. What an entry must be stands beside those
-there are: ``redraft.losses``, ``redraft.selection``, ``redraft.starts``, ``redraft.drafts.formats.base``,
-``redraft.drafts.base`` and ``redraft.data.suites``.
+    @LOSSES.register("kl")
+    def kl(...): ...
+
+Each entry stands in a file of its own that registers itself. Which names there are is read from the text of the
+packages' files, and a file is imported when its entry is asked for: help and error messages list every choice without
+importing torch. So the registration stands at the beginning of a line, after the registry's variable, with the name
+written out. What an entry must be stands beside those there are: ``redraft.losses``, ``redraft.selection``,
+``redraft.starts``, ``redraft.drafts.formats.base``, ``redraft.drafts.base`` and ``redraft.data.suites``.
 
 A plugin is a module that registers at import, ``package.module``, or a function that does so when it is called,
 ``package.module:function``. Installed packages name theirs in the entry point group ``redraft.plugins``; any other is
@@ -11,17 +16,106 @@ named with ``redraft --plugin``, also as a file, ``my_loss.py``.
 
 from __future__ import annotations
 
+import difflib
 import functools
 import importlib
 import importlib.util
+import re
 import sys
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from redraft.errors import UserError
-from redraft.registry import Registry
 
+T = TypeVar("T", bound=Any)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`` (did you mean NAME?)`` with the known name that is nearest; nothing where none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+class Registry(Generic[T]):
+    """Named entries of one kind.
+
+    ``kind`` is the word that error messages use. ``packages`` are searched, folders in them too, for files that
+    register with ``variable``. ``more`` is called before names are listed or one is not found, and may register
+    further entries (plugins).
+    """
+
+    def __init__(
+        self, kind: str, variable: str = "", packages: tuple[str, ...] = (), more: Callable[[], None] | None = None
+    ) -> None:
+        self.kind = kind
+        self.packages = packages
+        self._pattern = re.compile(rf'^@?{variable}\.register\(\s*"([^"]+)"', re.M)
+        self._more = more
+        self._entries: dict[str, T] = {}
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Decorator that files its object under ``name`` and returns it as it is.
+
+        Raises ``ValueError`` when another object already has the name, or a file that is not imported yet.
+        """
+
+        def file_under(entry: T) -> T:
+            home = self._modules.get(name)
+            taken = home is not None and name not in self._entries and home not in sys.modules
+            if taken or self._entries.setdefault(name, entry) is not entry:
+                raise ValueError(f"two entries of the {self.kind} registry are called {name!r}")
+            return entry
+
+        return file_under
+
+    def names(self) -> list[str]:
+        """Every registered name, sorted. Imports none of the packages' files."""
+        if self._more is not None:
+            self._more()
+        return sorted({*self._modules, *self._entries})
+
+    def get(self, name: str) -> T:
+        """The entry called ``name``. Raises ``UserError`` that lists the choices when there is none."""
+        if name not in self._entries and (home := self._modules.get(name)):
+            importlib.import_module(home)
+        if name not in self._entries and name not in (known := self.names()):
+            raise UserError(f"unknown {self.kind} {name!r}{nearest(name, known)}; choose one of: {', '.join(known)}")
+        return self._entries[name]
+
+    def items(self) -> list[tuple[str, T]]:
+        """(name, entry) pairs in the order of :meth:`names`."""
+        return [(name, self.get(name)) for name in self.names()]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries or name in self._modules or name in self.names()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names())
+
+    @functools.cached_property
+    def _modules(self) -> dict[str, str]:
+        """Name -> the module whose file registers it. Raises ``ValueError`` for a name that two files register."""
+        found: dict[str, str] = {}
+        for package in self.packages:
+            for module, text in _sources(package):
+                for name in self._pattern.findall(text):
+                    if found.setdefault(name, module) != module:
+                        raise ValueError(f"two entries of the {self.kind} registry are called {name!r}")
+        return found
+
+
+def _sources(package: str) -> Iterator[tuple[str, str]]:
+    """(module, text) of every file of ``package`` and of the folders in it, without importing the package."""
+    spec = importlib.util.find_spec(package)
+    for folder in map(Path, (spec.submodule_search_locations if spec else None) or ()):
+        for path in sorted(folder.rglob("*.py")):
+            parts = path.relative_to(folder).with_suffix("").parts
+            yield ".".join([package, *(part for part in parts if part != "__init__")]), path.read_text(encoding="utf-8")
+
+
+# -- plugins ---------------------------------------------------------------------------------------------------------
 PLUGINS = "redraft.plugins"
 
 # A plugin that could not be loaded is not tried again: it may have registered half of what it has.
@@ -70,13 +164,9 @@ def load_installed() -> None:
         load_plugin(point.value, point.name + package)
 
 
-def _registry(kind: str, variable: str, *rooms: str) -> Registry[Any]:
-    return Registry(kind, variable, tuple(f"redraft.{room}" for room in rooms), load_installed)
-
-
-LOSSES = _registry("loss", "LOSSES", "losses")
-SCORERS = _registry("scorer", "SCORERS", "selection", "attic")
-STARTS = _registry("start", "STARTS", "starts", "attic")
-EXPORTERS = _registry("export format", "EXPORTERS", "drafts")
-FAMILIES = _registry("draft family", "FAMILIES", "drafts")
-SUITES = _registry("suite", "SUITES", "data.suites")
+LOSSES = Registry[Any]("loss", "LOSSES", ("redraft.losses",), load_installed)
+SCORERS = Registry[Any]("scorer", "SCORERS", ("redraft.selection", "redraft.attic"), load_installed)
+STARTS = Registry[Any]("start", "STARTS", ("redraft.starts", "redraft.attic"), load_installed)
+EXPORTERS = Registry[Any]("export format", "EXPORTERS", ("redraft.drafts",), load_installed)
+FAMILIES = Registry[Any]("draft family", "FAMILIES", ("redraft.drafts",), load_installed)
+SUITES = Registry[Any]("suite", "SUITES", ("redraft.data.suites",), load_installed)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, TypeVar
+
+from redraft.errors import UserError
 
 MOST_PADDING = 0.06
 ENOUGH_TOKENS = 512
@@ -30,21 +33,30 @@ def anchors(row: TokenRow) -> int:
     return max(0, len(row.response_ids) - 1)
 
 
-def anchor_batches(rows: Sequence[AnyRow], batch_anchors: int) -> Iterator[list[AnyRow]]:
+def whole_length(row: TokenRow) -> int:
+    """Tokens of the prompt and the response."""
+    return len(row.prompt_ids) + len(row.response_ids)
+
+
+def groups(rows: Sequence[AnyRow], limit: int, weigh: Callable[[AnyRow], int]) -> list[list[AnyRow]]:
+    """Rows in their order, in groups that weigh at most ``limit``; a row that weighs more stands alone."""
+    found: list[list[AnyRow]] = []
+    held = 0
+    for row in rows:
+        if not found or held + weigh(row) > limit:
+            found.append([])
+            held = 0
+        found[-1].append(row)
+        held += weigh(row)
+    return found
+
+
+def anchor_batches(rows: Sequence[AnyRow], batch_anchors: int) -> list[list[AnyRow]]:
     """Rows of similar length together, at most ``batch_anchors`` supervised positions a batch.
 
     Rows of equal length keep the order they are given in; rows without an anchor are left out.
     """
-    batch: list[AnyRow] = []
-    for row in sorted(rows, key=lambda r: len(r.prompt_ids) + len(r.response_ids)):
-        if not anchors(row):
-            continue
-        if batch and sum(anchors(r) for r in batch) + anchors(row) > batch_anchors:
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
+    return groups(sorted(filter(anchors, rows), key=whole_length), batch_anchors, anchors)
 
 
 def length_batches(rows: Sequence[AnyRow], batch_tokens: int) -> Iterator[list[AnyRow]]:
@@ -55,8 +67,8 @@ def length_batches(rows: Sequence[AnyRow], batch_tokens: int) -> Iterator[list[A
     """
     batch: list[AnyRow] = []
     held = 0
-    for row in sorted(rows, key=lambda r: (len(r.prompt_ids) + len(r.response_ids), r.key)):
-        longest = len(row.prompt_ids) + len(row.response_ids)
+    for row in sorted(rows, key=lambda r: (whole_length(r), r.key)):
+        longest = whole_length(row)
         padded = len(batch) * longest > (1 + MOST_PADDING) * held and held >= ENOUGH_TOKENS
         if batch and (padded or (len(batch) + 1) * longest > batch_tokens):
             yield batch
@@ -65,3 +77,41 @@ def length_batches(rows: Sequence[AnyRow], batch_tokens: int) -> Iterator[list[A
         held += longest
     if batch:
         yield batch
+
+
+def mix(rows: Sequence[AnyRow], general_rows: Sequence[AnyRow], share: float, seed: int = 0) -> list[AnyRow]:
+    """All of ``rows``, and behind them so many general ones that these hold ``share`` of all response tokens.
+
+    So a draft keeps its speed on everything else. Response tokens are what training is paid for and learns from.
+    Which general rows are taken depends on the seed and their keys alone: a larger share takes the same rows and more.
+    As many are taken as come nearest to the share, at least one for a share above 0; both groups stay in their own
+    order. Raises ``UserError`` for a share outside [0, 1), no rows, a key that is in both groups, and general rows
+    that hold too few tokens.
+    """
+    if not 0 <= share < 1:
+        raise UserError(f"the share of general text must be at least 0 and below 1, not {share}")
+    if not rows:
+        raise UserError("there are no rows to mix general text into; regenerate some first")
+    if share == 0:
+        return list(rows)
+    twice = {row.key for row in rows} & {row.key for row in general_rows}
+    if twice:
+        raise UserError(f"{len(twice)} rows are in both the data and the general text, first {min(twice)}; rename ids")
+    wanted = share / (1 - share) * sum(len(row.response_ids) for row in rows)
+    held = sum(len(row.response_ids) for row in general_rows)
+    if held < wanted:
+        raise UserError(
+            f"a share of {share:.3g} needs {wanted:,.0f} tokens of general responses and there are {held:,}; "
+            "give more general rows or a smaller share"
+        )
+    ranked = sorted(general_rows, key=lambda row: hashlib.sha256(f"{seed}|{row.key}".encode()).digest())
+    taken: set[str] = set()
+    tokens = 0
+    for row in ranked:
+        size = len(row.response_ids)
+        # Over by less than short by is nearer; the first row is taken whatever its size.
+        if taken and tokens + size - wanted > wanted - tokens:
+            break
+        taken.add(row.key)
+        tokens += size
+    return [*rows, *(row for row in general_rows if row.key in taken)]

@@ -56,12 +56,13 @@ def nucleus(probs_NV: Tensor, mass: float, first: int = 64) -> Tensor:
     A full sort of a vocabulary costs more than a small target's forward pass, and most rows reach ``mass`` within a
     few tokens: only those whose ``first`` likeliest fall short are looked at again, with sixteen times as many.
     """
-    if first >= probs_NV.shape[-1]:
-        return _cut(probs_NV, *probs_NV.sort(-1, descending=True), mass)
-    ordered, order = probs_NV.topk(first, dim=-1)
-    kept_NV = _cut(probs_NV, ordered, order, mass)
+    everything = first >= probs_NV.shape[-1]
+    ordered, order = probs_NV.sort(-1, descending=True) if everything else probs_NV.topk(first, dim=-1)
+    outside = ordered.cumsum(-1) - ordered >= mass
+    kept_NV = torch.zeros_like(probs_NV).scatter_(-1, order, ordered.masked_fill(outside, 0.0))
+    kept_NV = kept_NV / kept_NV.sum(-1, keepdim=True)
     short_N = ordered.sum(-1) < mass
-    if bool(short_N.any()):
+    if not everything and bool(short_N.any()):
         kept_NV[short_N] = nucleus(probs_NV[short_N], mass, 16 * first)
     return kept_NV
 
@@ -89,12 +90,6 @@ def _nucleus_probability(logits_NV: Tensor, total_N: Tensor, index_N: Tensor, ma
         rest = logits_NV[short_N], total_N[short_N], index_N[short_N]
         found_N[short_N] = _nucleus_probability(*rest, mass, 16 * first)
     return found_N
-
-
-def _cut(probs_NV: Tensor, ordered: Tensor, order: Tensor, mass: float) -> Tensor:
-    outside = ordered.cumsum(-1) - ordered >= mass
-    kept_NV = torch.zeros_like(probs_NV).scatter_(-1, order, ordered.masked_fill(outside, 0.0))
-    return kept_NV / kept_NV.sum(-1, keepdim=True)
 
 
 def draw(probs_NV: Tensor, uniform_N: Tensor) -> Tensor:

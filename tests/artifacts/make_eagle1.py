@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from redraft.artifact import atomic_write_json, tensors_hash
+from redraft.drafts.base import is_private
 from redraft.drafts.eagle1 import Eagle1Config, Eagle1Draft
-from redraft.drafts.experts import attach_private, is_private
 from redraft.drafts.files import save_draft, save_private
+from redraft.drafts.groups import attach_private
 
 CONFIG = Eagle1Config(
     hidden_size=8,

@@ -19,18 +19,36 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import LlamaConfig
 
 from redraft import artifact, registries
 from redraft.drafts.base import Draft
 from redraft.drafts.eagle1 import Eagle1Config, Eagle1Draft
 from redraft.drafts.eagle3 import Eagle3Config, Eagle3Draft
-from redraft.drafts.formats.base import TargetInfo
 from redraft.errors import UserError
 from redraft.registries import EXPORTERS
+from redraft.target import Facts
 
 TINY = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "tiny_drafts.py")))
 LLAMA3, YARN = TINY.LLAMA3, TINY.YARN
-TARGET = TargetInfo("tuned/target", hidden_size=16, layers=8, vocab_size=40, context=64)
+
+
+def facts(
+    name: str = "tuned/target", hidden_size: int = 16, layers: int = 8, vocab_size: int = 40, context: int = 64
+) -> Facts:
+    """What is known of a target of these sizes."""
+    config = LlamaConfig(
+        hidden_size=hidden_size,
+        num_attention_heads=1,
+        num_hidden_layers=layers,
+        vocab_size=vocab_size,
+        max_position_embeddings=context,
+        architectures=["LlamaForCausalLM"],
+    )
+    return Facts(name, config)
+
+
+TARGET = facts()
 
 
 @dataclass(frozen=True)
@@ -84,7 +102,7 @@ class Family:
         assert torch.equal(self.answer(left), self.answer(right))
 
 
-def refused(name: str, tmp_path: Path, draft: Draft, message: str, target: TargetInfo = TARGET, **how: Any) -> None:
+def refused(name: str, tmp_path: Path, draft: Draft, message: str, target: Facts = TARGET, **how: Any) -> None:
     """The export fails with one line, and nothing is left behind."""
     with pytest.raises(UserError, match=message) as caught:
         EXPORTERS.get(name)(draft, tmp_path / "out", target, **how)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from redraft.drafts.opening import family_at, read_draft
+from redraft.drafts.opening import family_at, open_checkpoint
 from redraft.errors import UserError
 from redraft.registries import EXPORTERS
 
@@ -45,10 +45,10 @@ def test_a_bias_of_zeros_is_left_out_for_vllm_and_kept_for_sglang(tmp_path):
     torch.nn.init.zeros_(draft.fc.bias)
     report = EXPORTERS.get("vllm")(draft, tmp_path / "v", TARGET)
     assert any("bias of fc" in line for line in report.warnings)
-    back, _ = read_draft(tmp_path / "v", TARGET)
+    back = open_checkpoint(tmp_path / "v", TARGET).draft
     assert not back.config.fc_bias and torch.equal(answer(back), answer(draft))
     EXPORTERS.get("sglang")(draft, tmp_path / "s", TARGET)
-    assert_same(read_draft(tmp_path / "s", TARGET)[0], draft)
+    assert_same(open_checkpoint(tmp_path / "s", TARGET).draft, draft)
 
 
 # -- refusals --------------------------------------------------------------------------------------------------------
@@ -57,11 +57,11 @@ def test_the_bias_must_be_as_the_format_has_it(tmp_path):
     state = load_file(tmp_path / "v" / "model.safetensors")
     rewrite(tmp_path / "v", state | {"fc.bias": torch.zeros(16)})
     with pytest.raises(UserError, match="extra fc.bias"):
-        read_draft(tmp_path / "v", TARGET)
+        open_checkpoint(tmp_path / "v", TARGET)
     EXPORTERS.get("sglang")(make(), tmp_path / "s", TARGET)
     rewrite(tmp_path / "s", state)
     with pytest.raises(UserError, match="missing fc.bias"):
-        read_draft(tmp_path / "s", TARGET)
+        open_checkpoint(tmp_path / "s", TARGET)
 
 
 def test_eagles_own_checkpoints_are_read(tmp_path):
@@ -71,15 +71,16 @@ def test_eagles_own_checkpoints_are_read(tmp_path):
     EXPORTERS.get("sglang")(make(fc_bias=True), folder, TARGET)
     state = {name.replace("midlayer.", "layers.0."): tensor for name, tensor in draft.state_dict().items()}
     rewrite(folder, state, architectures=["LlamaForCausalLM"])
-    back, meta = read_draft(folder, TARGET)
+    opened = open_checkpoint(folder, TARGET)
+    back, meta = opened.draft, opened.meta
     assert_same(draft, back)
     assert meta["format"] == "original"
     rewrite(folder, bias=True)
-    assert_same(draft, read_draft(folder, TARGET)[0])
+    assert_same(draft, open_checkpoint(folder, TARGET).draft)
     rewrite(folder, bias=False)
     with pytest.raises(UserError, match="extra fc.bias"):
-        read_draft(folder, TARGET)
+        open_checkpoint(folder, TARGET)
     rewrite(folder, {name: tensor for name, tensor in state.items() if name != "fc.bias"})
-    assert not read_draft(folder, TARGET)[0].config.fc_bias
+    assert not open_checkpoint(folder, TARGET).draft.config.fc_bias
     rewrite(folder, state | {"norm.weight": torch.zeros(16)})
     assert family_at(folder).name == "standalone"

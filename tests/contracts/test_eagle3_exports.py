@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import runpy
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from redraft.drafts.eagle.writing import legacy_rope
+from redraft.drafts.eagle.writing import legacy_config
 from redraft.registries import EXPORTERS
 
 SHARED = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("export_families.py"))))
@@ -48,9 +47,11 @@ def test_the_plain_config_has_every_key_that_vllm_and_sglang_read(tmp_path):
 
 
 def test_legacy_rope_keys():
-    assert legacy_rope({"rope_theta": 5.0, "rope_type": "default"}) == (5.0, None)
-    theta, scaling = legacy_rope(LLAMA3)
-    assert theta == 500000.0 and scaling is not None and scaling["factor"] == 8.0 and "rope_theta" not in scaling
+    plain = legacy_config(make(rope_parameters={"rope_theta": 5.0, "rope_type": "default"}), "Any")
+    assert (plain["architectures"], plain["rope_theta"], plain["rope_scaling"]) == (["Any"], 5.0, None)
+    scaled = legacy_config(make(rope_parameters=LLAMA3), "Any")
+    assert scaled["rope_theta"] == 500000.0 and scaled["rope_scaling"]["factor"] == 8.0
+    assert "rope_theta" not in scaled["rope_scaling"]
 
 
 # -- refused exports -------------------------------------------------------------------------------------------------
@@ -88,7 +89,7 @@ class TestRefusedExports:
 
 
 def test_a_nameless_target_is_refused_where_the_format_names_it(tmp_path):
-    refused("vllm", tmp_path, make(), "names the target", replace(TARGET, name=""))
+    refused("vllm", tmp_path, make(), "names the target", SHARED.facts(name=""))
 
 
 @pytest.mark.parametrize("part", ["my-eagle3-run", "eagle-2", "DFlash"])

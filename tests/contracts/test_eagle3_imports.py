@@ -13,9 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from redraft import artifact
-from redraft.drafts.eagle3.maps import read_maps
-from redraft.drafts.formats.base import TargetInfo
-from redraft.drafts.opening import family_at, read_draft
+from redraft.drafts.eagle3.reading import read_maps
+from redraft.drafts.opening import family_at, open_checkpoint
 from redraft.errors import UserError
 from redraft.registries import EXPORTERS
 
@@ -46,33 +45,33 @@ def exported(request, tmp_path):
 def test_options_that_we_do_not_compute_are_refused_by_name(exported, change, message):
     rewrite(exported, **change)
     with pytest.raises(UserError, match=message):
-        read_draft(exported, TARGET)
+        open_checkpoint(exported, TARGET)
 
 
 def test_other_kinds_of_checkpoint_are_refused(tmp_path):
     EXPORTERS.get("vllm")(make(), tmp_path / "v", TARGET)
     rewrite(tmp_path / "v", speculators_model_type="dflash")
     with pytest.raises(UserError, match="dflash speculator"):
-        read_draft(tmp_path / "v", TARGET)
+        open_checkpoint(tmp_path / "v", TARGET)
     EXPORTERS.get("plain")(make(), tmp_path / "p", TARGET)
     rewrite(tmp_path / "p", architectures=["LlamaForCausalLM"])
     assert not family_at(tmp_path / "p").reads_states
     rewrite(tmp_path / "p", architectures=["MixtralEagle3Draft"], num_local_experts=4)
     with pytest.raises(UserError, match="4, a mixture of experts; .*LlamaForCausalLMEagle, LlamaForCausalLMEagle3,"):
-        read_draft(tmp_path / "p", TARGET)
+        open_checkpoint(tmp_path / "p", TARGET)
 
 
 def test_sources_that_cannot_be_read(tmp_path, exported, monkeypatch):
     with pytest.raises(UserError, match="does not exist"):
-        read_draft(tmp_path / "no" / "such" / "folder", TARGET)
+        open_checkpoint(tmp_path / "no" / "such" / "folder", TARGET)
     with pytest.raises(UserError, match="is a file"):
-        read_draft(exported / "config.json", TARGET)
+        open_checkpoint(exported / "config.json", TARGET)
     (exported / "model.safetensors").rename(exported / "pytorch_model.bin")
     with pytest.raises(UserError, match="pytorch_model.bin cannot be read as tensors alone"):
-        read_draft(exported, TARGET)
+        open_checkpoint(exported, TARGET)
     (exported / "config.json").write_text("{")
     with pytest.raises(UserError, match="not JSON: line 1"):
-        read_draft(exported, TARGET)
+        open_checkpoint(exported, TARGET)
 
 
 def test_a_hub_id_with_no_hub_in_reach_gives_one_line(monkeypatch):
@@ -83,7 +82,7 @@ def test_a_hub_id_with_no_hub_in_reach_gives_one_line(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     with pytest.raises(UserError, match="could not be fetched as a model id .cannot reach the hub.") as caught:
-        read_draft("nobody/no-such-draft", TARGET)
+        open_checkpoint("nobody/no-such-draft", TARGET)
     assert "\n" not in str(caught.value)
 
 
@@ -98,7 +97,7 @@ def test_a_hub_id_is_downloaded_without_pickle(tmp_path, monkeypatch):
         return str(tmp_path / "snapshot")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    back, _ = read_draft("someone/some-draft", TARGET)
+    back = open_checkpoint("someone/some-draft", TARGET).draft
     assert_same(make(), back)
     assert asked["name"] == "someone/some-draft" and not any("bin" in p for p in asked["patterns"])
 
@@ -119,13 +118,14 @@ def test_rotary_settings_that_tell_no_one_set_of_angles(tmp_path, change, messag
     EXPORTERS.get("plain")(make(), tmp_path / "out", TARGET)
     rewrite(tmp_path / "out", **change)
     with pytest.raises(UserError, match=message):
-        read_draft(tmp_path / "out", TARGET)
+        open_checkpoint(tmp_path / "out", TARGET)
 
 
 def test_two_bases_of_the_angles_are_told(tmp_path):
     EXPORTERS.get("plain")(make(), tmp_path / "out", TARGET)
     rewrite(tmp_path / "out", rope_theta=5.0, rope_scaling=None, rope_parameters={"rope_theta": 7.0})
-    draft, meta = read_draft(tmp_path / "out", TARGET)
+    opened = open_checkpoint(tmp_path / "out", TARGET)
+    draft, meta = opened.draft, opened.meta
     assert draft.config.rope_parameters["rope_theta"] == 7.0 and "7.0 was taken" in meta["notes"][0]
 
 
@@ -146,14 +146,14 @@ def test_older_tensor_names_and_shards_are_read(tmp_path):
         save_file({name: state[name] for name in part}, tmp_path / "out" / file)
     index = {"weight_map": {name: file for file, part in shards.items() for name in part}}
     artifact.atomic_write_json(tmp_path / "out" / "model.safetensors.index.json", index)
-    back, _ = read_draft(tmp_path / "out", TARGET)
+    back = open_checkpoint(tmp_path / "out", TARGET).draft
     assert_same(draft, back)
     save_file(
         {"fc.weight": draft.fc.weight.detach(), "model.fc.weight": draft.fc.weight.detach() + 1},
         tmp_path / "out" / "a.safetensors",
     )
     with pytest.raises(UserError, match="a second time"):
-        read_draft(tmp_path / "out", TARGET)
+        open_checkpoint(tmp_path / "out", TARGET)
 
 
 def test_identity_maps_of_a_full_vocabulary_are_left_out_and_told(tmp_path):
@@ -162,13 +162,14 @@ def test_identity_maps_of_a_full_vocabulary_are_left_out_and_told(tmp_path):
     state = load_file(tmp_path / "out" / "model.safetensors")
     state |= {"d2t": torch.zeros(40, dtype=torch.int64), "t2d": torch.ones(40, dtype=torch.bool)}
     rewrite(tmp_path / "out", state)
-    back, meta = read_draft(tmp_path / "out", TARGET)
+    opened = open_checkpoint(tmp_path / "out", TARGET)
+    back, meta = opened.draft, opened.meta
     assert_same(draft, back)
     assert len(meta["notes"]) == 2
     state["d2t"][3] = 1
     rewrite(tmp_path / "out", state)
     with pytest.raises(UserError, match="extra d2t"):
-        read_draft(tmp_path / "out", TARGET)
+        open_checkpoint(tmp_path / "out", TARGET)
 
 
 def test_feature_ids_in_every_place_they_are_written(tmp_path):
@@ -180,7 +181,8 @@ def test_feature_ids_in_every_place_they_are_written(tmp_path):
         for key in ("eagle_aux_hidden_state_layer_ids", "eagle_config"):
             values.pop(key, None)
         artifact.atomic_write_json(path, values | config)
-        draft, meta = read_draft(tmp_path / "out", TARGET)
+        opened = open_checkpoint(tmp_path / "out", TARGET)
+        draft, meta = opened.draft, opened.meta
         return draft.config.taps, meta["notes"]
 
     assert taps() == ((2, 4, 5), [])
@@ -190,7 +192,7 @@ def test_feature_ids_in_every_place_they_are_written(tmp_path):
         eagle_aux_hidden_state_layer_ids=[1, 3, 6], eagle_config={"eagle_aux_hidden_state_layer_ids": [1, 3, 6]}
     )
     assert both == (1, 3, 6) and "disagree" in notes[0]
-    draft, _ = read_draft(tmp_path / "out", TARGET, taps=(1, 2, 3))
+    draft = open_checkpoint(tmp_path / "out", TARGET, taps=(1, 2, 3)).draft
     assert draft.config.taps == (1, 2, 3)
 
 
@@ -201,22 +203,9 @@ def test_absent_switches_take_each_formats_own_default(tmp_path):
         values = json.loads(path.read_text())
         del values["norm_before_residual"]
         artifact.atomic_write_json(path, values)
-        draft, meta = read_draft(tmp_path / name, TARGET)
+        opened = open_checkpoint(tmp_path / name, TARGET)
+        draft, meta = opened.draft, opened.meta
         assert draft.config.norm_before_residual is expected and len(meta["notes"]) == int(expected)
-
-
-def test_facts_are_taken_from_a_huggingface_config():
-    from transformers import LlamaConfig
-
-    config = LlamaConfig(
-        hidden_size=16,
-        num_attention_heads=4,
-        num_hidden_layers=8,
-        vocab_size=40,
-        max_position_embeddings=64,
-        architectures=["LlamaForCausalLM"],
-    )
-    assert TargetInfo.of(config, "tuned/target") == TARGET
 
 
 def test_no_feature_ids_in_a_list_are_the_default_ones(tmp_path):
@@ -226,24 +215,25 @@ def test_no_feature_ids_in_a_list_are_the_default_ones(tmp_path):
         {"eagle_aux_hidden_state_layer_ids": None, "eagle_config": {"eagle_aux_hidden_state_layer_ids": []}},
     ):
         rewrite(tmp_path / "out", **change)
-        draft, meta = read_draft(tmp_path / "out", TARGET)
+        opened = open_checkpoint(tmp_path / "out", TARGET)
+        draft, meta = opened.draft, opened.meta
         assert draft.config.taps == (2, 4, 5) and "list of feature ids is empty" in meta["notes"][0]
     nested = {"eagle_aux_hidden_state_layer_ids": [0, 2, 6]}
     rewrite(tmp_path / "out", eagle_aux_hidden_state_layer_ids=[], eagle_config=nested)
-    assert read_draft(tmp_path / "out", TARGET)[0].config.taps == (1, 3, 7)
+    assert open_checkpoint(tmp_path / "out", TARGET).draft.config.taps == (1, 3, 7)
     rewrite(tmp_path / "out", eagle_config={"layer_ids": [1, 2, 3]})
     with pytest.raises(UserError, match="eagle_config.layer_ids alone"):
-        read_draft(tmp_path / "out", TARGET)
+        open_checkpoint(tmp_path / "out", TARGET)
 
 
 @pytest.mark.parametrize("key", ["use_last_layernorm", "use_input_layernorm_in_first_layer", "use_aux_hidden_state"])
 def test_switches_of_other_trainers_are_refused_where_engines_do_otherwise(tmp_path, key):
     EXPORTERS.get("plain")(make(), tmp_path / "out", TARGET)
     rewrite(tmp_path / "out", eagle_config={key: True})
-    read_draft(tmp_path / "out", TARGET)
+    open_checkpoint(tmp_path / "out", TARGET)
     rewrite(tmp_path / "out", eagle_config={key: False})
     with pytest.raises(UserError, match=f"{key} False"):
-        read_draft(tmp_path / "out", TARGET)
+        open_checkpoint(tmp_path / "out", TARGET)
 
 
 def changed_maps(folder: Path, **changes):
@@ -252,7 +242,8 @@ def changed_maps(folder: Path, **changes):
     EXPORTERS.get("plain")(draft, folder, TARGET)
     state = {**load_file(folder / "model.safetensors"), **changes}
     rewrite(folder, {name: tensor for name, tensor in state.items() if tensor is not None})
-    back, meta = read_draft(folder, TARGET)
+    opened = open_checkpoint(folder, TARGET)
+    back, meta = opened.draft, opened.meta
     assert_same(draft, back)
     return meta["notes"]
 
@@ -310,15 +301,16 @@ def test_tensors_of_the_older_kind_are_read_and_nothing_in_them_is_run(tmp_path)
     names = sorted(state)
     torch.save({name: state[name] for name in names[::2]}, out / "pytorch_model-00001-of-00002.bin")
     torch.save({name: state[name] for name in names[1::2]}, out / "pytorch_model-00002-of-00002.bin")
-    back, meta = read_draft(out, TARGET)
+    opened = open_checkpoint(out, TARGET)
+    back, meta = opened.draft, opened.meta
     assert_same(draft, back)
     assert len(meta["notes"]) == 2 and "reader of tensors alone" in meta["notes"][0]
     torch.save({"fc.weight": Runs(tmp_path / "ran")}, out / "pytorch_model-00001-of-00002.bin")
     with pytest.raises(UserError, match="cannot be read as tensors alone, and pickle is never run"):
-        read_draft(out, TARGET)
+        open_checkpoint(out, TARGET)
     torch.save({"state_dict": state}, out / "pytorch_model-00001-of-00002.bin")
     with pytest.raises(UserError, match="holds more than named tensors"):
-        read_draft(out, TARGET)
+        open_checkpoint(out, TARGET)
     assert not (tmp_path / "ran").exists()
 
 
@@ -336,7 +328,7 @@ def test_a_hub_id_is_asked_for_the_older_kind_only_where_there_is_nothing_else(t
         return str(tmp_path / "out")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert_same(make(), read_draft("someone/some-draft", TARGET)[0])
+    assert_same(make(), open_checkpoint("someone/some-draft", TARGET).draft)
     assert asked == [False, True]
 
 
@@ -346,4 +338,4 @@ def test_an_index_beside_a_whole_file_is_refused(tmp_path):
     index = {"weight_map": {"fc.weight": "a.safetensors"}}
     artifact.atomic_write_json(tmp_path / "out" / "model.safetensors.index.json", index)
     with pytest.raises(UserError, match="delete the older weights"):
-        read_draft(tmp_path / "out", TARGET)
+        open_checkpoint(tmp_path / "out", TARGET)

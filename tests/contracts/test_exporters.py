@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 
 from redraft import registries
 from redraft.drafts import files
-from redraft.drafts.experts import attach_low_rank, attach_private, is_private, merge_private
+from redraft.drafts.base import is_private
 from redraft.drafts.formats.base import check_export
-from redraft.drafts.opening import read_draft
+from redraft.drafts.groups import attach_low_rank, attach_private
+from redraft.drafts.opening import open_checkpoint
 from redraft.drafts.standalone import StandaloneDraft
 from redraft.errors import UserError
 from redraft.registries import EXPORTERS
@@ -76,7 +77,8 @@ def test_a_round_trip_gives_the_same_tensors_and_answers(tmp_path, family, name,
     check_export(name, draft, TARGET)
     assert list(tmp_path.iterdir()) == []
     report = EXPORTERS.get(name)(draft, tmp_path / "out", TARGET)
-    back, meta = read_draft(tmp_path / "out", TARGET)
+    opened = open_checkpoint(tmp_path / "out", TARGET)
+    back, meta = opened.draft, opened.meta
     family.assert_same(draft, back)
     assert meta["family"] == family.name and meta["notes"] == []
     state = load_file(tmp_path / "out" / "model.safetensors")
@@ -111,9 +113,9 @@ def test_a_private_part_is_merged(tmp_path, family, name, part):
             if is_private(tensor):
                 parameter.normal_(std=0.3, generator=generator)
     report = EXPORTERS.get(name)(draft, tmp_path / "out", TARGET)
-    back, _ = read_draft(tmp_path / "out", TARGET)
+    back = open_checkpoint(tmp_path / "out", TARGET).draft
     assert report.merged_private and any("merged" in line for line in report.warnings)
-    family.assert_same(merge_private(draft), back)
+    family.assert_same(draft.merged(), back)
     answer, near = family.answer(back), family.tolerance
     torch.testing.assert_close(answer, family.answer(draft), atol=near, rtol=near)
     assert not torch.allclose(answer, family.answer(family.make()), atol=1e-2)
@@ -121,7 +123,7 @@ def test_a_private_part_is_merged(tmp_path, family, name, part):
 
 @each_format
 def test_a_second_export_of_the_import_gives_the_same_files(tmp_path, family, name):
-    back, _ = read_draft(family.exported(name, tmp_path / "one"), TARGET)
+    back = open_checkpoint(family.exported(name, tmp_path / "one"), TARGET).draft
     EXPORTERS.get(name)(back, tmp_path / "two", TARGET)
     for file in ("config.json", "model.safetensors"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
@@ -133,7 +135,8 @@ def test_a_second_export_of_the_import_gives_the_same_files(tmp_path, family, na
 def test_our_own_format_is_imported_too(tmp_path, family, option):
     draft = family.make(**family.options[option][0])
     files.save_draft(tmp_path / "own", draft, {"method": "full"})
-    back, meta = read_draft(tmp_path / "own", TARGET)
+    opened = open_checkpoint(tmp_path / "own", TARGET)
+    back, meta = opened.draft, opened.meta
     family.assert_same(draft, back)
     assert meta["format"] == "redraft" and meta["family"] == family.name and meta["method"] == "full"
 
@@ -152,17 +155,17 @@ def test_nan_is_named(tmp_path, family, name, tensor):
 class TestRefusedExports:
     def test_a_target_that_does_not_fit(self, family, name, tmp_path):
         for change, message in (*MISFITS, ({"vocab_size": 41}, "vocabulary of 40"), *family.misfits):
-            refused(name, tmp_path, family.make(), message, replace(TARGET, **change))
+            refused(name, tmp_path, family.make(), message, SHARED.facts(**change))
 
     def test_routed_experts(self, family, name, tmp_path):
         refused(name, tmp_path, attach_private(family.make(), 8, experts=2), "eda-moe")
 
     def test_a_short_context_is_raised_or_refused(self, family, name, tmp_path):
-        long = replace(TARGET, context=128)
+        long = SHARED.facts(context=128)
         yarn = family.make(rope_parameters=SHARED.YARN)
         refused(name, tmp_path, yarn, "would change the yarn rotary angles", long)
         report = EXPORTERS.get(name)(family.make(), tmp_path / "out", long)
-        back, _ = read_draft(tmp_path / "out", long)
+        back = open_checkpoint(tmp_path / "out", long).draft
         assert any("raised from 64" in line for line in report.warnings)
         assert back.config == replace(family.config, max_position_embeddings=128)
         assert torch.equal(family.answer(back), family.answer(family.make()))
@@ -193,7 +196,7 @@ def test_every_missing_tensor_is_named(tmp_path, family, name, tensor):
         del state[theirs(folder, name_of)]
     rewrite(folder, state)
     with pytest.raises(UserError, match=f"missing .*{tensor}"):
-        read_draft(folder, TARGET)
+        open_checkpoint(folder, TARGET)
 
 
 @each_tensor
@@ -202,11 +205,11 @@ def test_every_misshaped_or_wrongly_typed_tensor_is_named(tmp_path, family, name
     whole, stored = load_file(folder / "model.safetensors"), theirs(folder, tensor)
     rewrite(folder, whole | {stored: torch.cat([whole[stored], whole[stored][:1]])})
     with pytest.raises(UserError, match=f"{tensor} has shape"):
-        read_draft(folder, TARGET)
+        open_checkpoint(folder, TARGET)
     wrong = "float16" if tensor in MAPS else "int8"
     rewrite(folder, whole | {stored: whole[stored].to(getattr(torch, wrong))})
     with pytest.raises(UserError, match=f"{tensor} is {wrong}"):
-        read_draft(folder, TARGET)
+        open_checkpoint(folder, TARGET)
 
 
 @each_format
@@ -216,12 +219,12 @@ def test_extra_tensors_and_infinity_are_named(tmp_path, family, name):
     for extra in family.extra_tensors:
         rewrite(folder, whole | {extra: torch.zeros(3)})
         with pytest.raises(UserError, match=f"extra {extra.replace('layers.0.', 'midlayer.')}"):
-            read_draft(folder, TARGET)
+            open_checkpoint(folder, TARGET)
     last = family.weights[-1]
     whole[theirs(folder, last)][3] = float("inf")
     rewrite(folder, whole)
     with pytest.raises(UserError, match=f"{last} holds NaN or infinity"):
-        read_draft(folder, TARGET)
+        open_checkpoint(folder, TARGET)
 
 
 @pytest.mark.parametrize(
@@ -231,7 +234,7 @@ def test_extra_tensors_and_infinity_are_named(tmp_path, family, name):
 def test_a_draft_that_does_not_fit_the_target(tmp_path, family, name, change, message):
     folder = family.exported(name, tmp_path / "out")
     with pytest.raises(UserError, match=message):
-        read_draft(folder, replace(TARGET, **change))
+        open_checkpoint(folder, SHARED.facts(**change))
 
 
 @each_format
@@ -243,5 +246,5 @@ def test_layers_that_we_do_not_compute_are_refused_by_name(tmp_path, family, nam
         change = {"transformer_layer_config": config["transformer_layer_config"] | change}
     rewrite(folder, **change)
     with pytest.raises(UserError, match=message) as caught:
-        read_draft(folder, TARGET)
+        open_checkpoint(folder, TARGET)
     assert "\n" not in str(caught.value)

@@ -17,8 +17,7 @@ from torch import Tensor
 from redraft.losses import Loss
 from redraft.losses.tvdpp import mean_and_std
 from redraft.losses.tvdpp_sampled import sampled_policy_gradient
-from redraft.registries import LOSSES
-from redraft.registry import Registry
+from redraft.registries import LOSSES, Registry
 from redraft.sampling import draw
 
 N, D = 12, 7

@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from redraft.artifact import tensors_hash
-from redraft.drafts.base import Draft, fresh
-from redraft.drafts.experts import is_private, merge_private
+from redraft.drafts.base import Draft, fresh, is_private
 from redraft.drafts.files import load_private, save_private
 from redraft.drafts.groups import group_of, prepare, trained_parameters
 from redraft.drafts.scaling import scale_change
 from redraft.errors import UserError
-from redraft.settings.methods import METHODS, PrivateSize, mergeable
+from redraft.settings.training import METHODS, PrivateSize, mergeable
 from redraft.target import Target
 from redraft.training.optimizer import make_optimizers
 
@@ -155,9 +154,9 @@ def test_a_trained_draft_is_one_dense_draft_or_says_that_it_cannot_be(case, read
     split.requires_grad_(False)
     if not mergeable(*case):
         with pytest.raises(UserError, match=r"experts.*eda-moe.*cannot be merged or exported"):
-            merge_private(split)
+            split.merged()
         return
-    dense = merge_private(split)
+    dense = split.merged()
     assert set(dense.state_dict()) == set(draft.state_dict()) and not any(map(is_private, dense.state_dict()))
     width = SIZE.width if METHODS[case[0]].private else 0
     assert dense.config == replace(draft.config, intermediate_size=draft.config.intermediate_size + width)
@@ -184,7 +183,7 @@ def test_what_a_method_changes_can_be_put_in_by_halves(case, ready, draft, targe
     none, half, whole = (scale_change(split, draft, scale) for scale in (0.0, 0.5, 1.0))
     torch.testing.assert_close(logits(none, target), logits(draft, target))
     torch.testing.assert_close(logits(whole, target), logits(split, target))
-    before, between, after = (merge_private(d).state_dict() for d in (none, half, whole))
+    before, between, after = (d.merged().state_dict() for d in (none, half, whole))
     for name, tensor in between.items():
         torch.testing.assert_close(tensor.float(), (before[name].float() + after[name].float()) / 2)
 

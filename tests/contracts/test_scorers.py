@@ -14,8 +14,8 @@ from torch import Tensor
 from redraft.errors import UserError
 from redraft.registries import SCORERS
 from redraft.selection import Scorer, ScoringContext, score_rows
-from redraft.selection.rules import choose, select
-from redraft.settings.scorers import parse_scorer, scorer_text
+from redraft.selection.manifest import choose, select
+from redraft.settings.texts import parse_scorer, scorer_text
 from redraft.target import Target
 
 

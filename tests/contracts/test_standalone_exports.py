@@ -13,8 +13,9 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from redraft.drafts.base import is_private
 from redraft.drafts.eagle3 import fresh_draft
-from redraft.drafts.experts import attach_private, is_private
+from redraft.drafts.groups import attach_private
 from redraft.drafts.standalone import StandaloneDraft
 from redraft.drafts.standalone.shapes import fresh_standalone, shape_for
 from redraft.errors import UserError

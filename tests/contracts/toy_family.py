@@ -15,12 +15,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from redraft.drafts.base import Draft, Family
-from redraft.drafts.config import DraftConfig
-from redraft.drafts.experts import attach_parts
+from redraft.drafts.base import Draft, DraftConfig, Family
+from redraft.drafts.groups import attach_parts
 from redraft.drafts.layers import Linear
 from redraft.drafts.proposing import Pick, Reduce, alone
-from redraft.drafts.textwalk import TextWalk
+from redraft.drafts.walks import TextWalk
 from redraft.errors import UserError
 from redraft.registries import FAMILIES, LOSSES
 from redraft.settings.training import TrainConfig

@@ -17,7 +17,7 @@ from redraft.adaptation.adapt import AdaptRun
 from redraft.adaptation.probe import probe
 from redraft.adaptation.runs import supervised_rows
 from redraft.evaluate.speed import Prompt
-from redraft.settings.adapt import AdaptConfig
+from redraft.settings.runs import AdaptConfig
 
 PRODUCTS = ("mm", "linear", "matmul", "dot_product", "einsum", "mkldnn")
 

@@ -5,6 +5,7 @@ What is left out, and why, stands in :func:`runnable`; that those lines parse is
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import re
@@ -12,6 +13,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +51,18 @@ def runnable(page: str) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def furnished(tmp_path_factory: pytest.TempPathFactory, builders: Any) -> Path:
     """A folder as a newcomer has it: base and fine-tuned model, a public draft of the base, prompts."""
+    import peft
     import torch
 
     from redraft.drafts.eagle3 import fresh_draft
-    from redraft.export import EXPORTERS
+    from redraft.registries import EXPORTERS
     from redraft.target import Target
 
     folder = tmp_path_factory.mktemp("newcomer")
     target = Target(builders.build_model("llama", 0), builders.build_tokenizer(), name="base-model", taps=(1, 3, 5))
     target.save(folder / "base-model")
+    lora = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    peft.get_peft_model(copy.deepcopy(target.model), lora).save_pretrained(folder / "my-adapter")
     EXPORTERS.get("plain")(fresh_draft(target, range(4, 100), seed=1), folder / "old-draft", target)
     generator = torch.Generator().manual_seed(1)
     for weight in target.model.parameters():
@@ -103,5 +108,24 @@ def test_the_lines_of_the_pages_run(page: Run, furnished: Path) -> None:
     own = page("docs/own-model.md")
     assert {"probe", "adapt", "merge", "bench", "report", "export", "regenerate"} <= {line.split()[0] for line in own}
     assert page("docs/serving.md") and page("docs/acceptance.md") and page("docs/starts.md")
-    for place in ("run/merged", "run/export-vllm", "run/report.html", "report.html", "milder", "draft-for-sglang"):
+    written = ("run/merged", "run/export-vllm", "run/report.html", "report.html", "milder", "draft-for-sglang")
+    for place in (*written, "merged-target/model.safetensors"):
         assert (furnished / place).exists(), place
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/api.md"])
+def test_the_python_of_the_pages_runs(
+    name: str, furnished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import redraft
+
+    small = {"max_new_tokens": 12, "heldout_prompts": 4, "bench_prompts": 4, "bench_tokens": 8, "train": {"epochs": 1}}
+    monkeypatch.setattr(redraft, "open_target", partial(redraft.open_target, dtype="float32"), raising=False)
+    monkeypatch.setattr(redraft, "adapt", partial(redraft.adapt, **small), raising=False)
+    for place in furnished.iterdir():
+        if place.name in ("my-model", "old-draft", "prompts.jsonl"):
+            (tmp_path / place.name).symlink_to(place)
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / name).read_text(encoding="utf-8"), re.M | re.S)
+    exec(compile(block, name, "exec"), {})
+    assert "vllm" in capsys.readouterr().out and (tmp_path / "run" / "export-vllm").is_dir()

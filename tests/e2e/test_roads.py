@@ -21,7 +21,7 @@ from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
 from redraft.drafts.files import load_draft, load_private, save_draft
 from redraft.errors import UserError
 from redraft.selection.manifest import read_manifest
-from redraft.settings.adapt import AdaptConfig
+from redraft.settings.runs import AdaptConfig
 
 
 def settings(world: Path, out: Path, **changes: Any) -> AdaptConfig:

@@ -17,11 +17,10 @@ from redraft.cli import main
 from redraft.cli.generate import CHOICES
 from redraft.errors import UserError
 from redraft.registries import EXPORTERS, LOSSES, SCORERS
-from redraft.settings.adapt import AdaptConfig
-from redraft.settings.measure import BenchSettings
-from redraft.settings.methods import METHODS
-from redraft.settings.steps import TrainSettings
-from redraft.settings.yamlfile import read
+from redraft.settings.base import read
+from redraft.settings.runs import AdaptConfig
+from redraft.settings.steps import BenchSettings, TrainSettings
+from redraft.settings.training import METHODS
 
 SERVERS = ["bench", "--target", "./no", "--prompts", "p", "--out", "b.json", "--server"]
 REGENERATE = ["regenerate", "--target", "./no", "--prompts", "p", "--out", "o.jsonl"]
@@ -200,7 +199,7 @@ def test_a_line_break_in_a_message_stays_one_line(redraft: Any, monkeypatch: pyt
     def fail(*_: Any) -> None:
         raise UserError("first\nsecond")
 
-    monkeypatch.setattr("redraft.api.measuring.build_report", fail)
+    monkeypatch.setattr("redraft.api.runs.build_report", fail)
     code, _, err = redraft("report", __file__)
     assert (code, err) == (2, "redraft: error: first second\n")
 
@@ -209,7 +208,7 @@ def test_an_interrupt_is_exit_code_130(redraft: Any, monkeypatch: pytest.MonkeyP
     def press(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("redraft.api.measuring.build_report", press)
+    monkeypatch.setattr("redraft.api.runs.build_report", press)
     code, _, err = redraft("report", __file__)
     assert code == 130 and "interrupted" in err and "Traceback" not in err
 
@@ -299,7 +298,7 @@ def test_every_setting_of_adapt_is_a_flag_and_only_given_ones_are_handed_on(
         seen.update(config.model_dump(exclude_unset=True))
         raise UserError("far enough")
 
-    monkeypatch.setattr("redraft.api.adapting.AdaptRun", stop)
+    monkeypatch.setattr("redraft.api.runs.AdaptRun", stop)
     settings = tmp_path / "adapt.yaml"
     settings.write_text("target: my-model\ndraft: old\nprompts: self:30\nout: run\nmethod: fc\ngamma: 3\n")
     flags = ["--method", "eda", "--temperatures", "0", "--temperatures", "0.7", "--train", "epochs=2"]
@@ -372,4 +371,4 @@ def test_the_plan_knows_the_texts_of_a_settings_file(redraft: Any, tmp_path: Pat
     file = tmp_path / "distill.yaml"
     file.write_text(f"target: ./no\ntext: [corpus.txt]\nprompts: p.jsonl\nout: {tmp_path / 'run'}\n")
     code, out, _ = redraft("distill", "--config", str(file))
-    assert code == 2 and "pretrained on corpus.txt," in out
+    assert code == 2 and "text corpus.txt;" in out

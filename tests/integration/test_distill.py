@@ -13,16 +13,16 @@ from tokenizers import AddedToken
 from typer.testing import CliRunner
 
 from redraft.adaptation.distill import DistillRun
-from redraft.adaptation.models import open_proposer
+from redraft.adaptation.models import open_any
 from redraft.cli.main import app
 from redraft.data.store import read_rows
 from redraft.drafts.files import META_FILE
 from redraft.errors import UserError
 from redraft.loading import load_target, read_facts
-from redraft.settings.distill import DistillConfig
-from redraft.settings.yamlfile import read
+from redraft.settings.base import read
+from redraft.settings.runs import DistillConfig
 from redraft.target import Facts, Target
-from redraft.training.checkpoint import Checkpoint
+from redraft.training.loop import Checkpoint
 
 HERE = Path(__file__).parents[1]
 shared = runpy.run_path(str(HERE / "tiny_models.py"))
@@ -132,7 +132,7 @@ def test_a_given_drafter_gets_private_experts(place: Path, tmp_path: Path) -> No
     assert torch.equal(found["model.embed_tokens.weight"], old["model.embed_tokens.weight"])
     wide = found["model.layers.0.mlp.gate_proj.weight"]
     assert wide.shape[0] == 64 + 8 and torch.equal(wide[:64], old["model.layers.0.mlp.gate_proj.weight"])
-    both, _ = open_proposer(tmp_path / "run" / "private", job.target, tmp_path / "sibling")
+    both = open_any(tmp_path / "run" / "private", job.target, tmp_path / "sibling").draft
     assert both.config.private_width == 8
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from redraft.data.references import reference_rows
+from redraft.data.answers import reference_rows
 from redraft.data.store import Row
 from redraft.errors import UserError
 from redraft.loading import load_target

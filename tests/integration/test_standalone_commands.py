@@ -13,18 +13,17 @@ import torch
 from batched import BatchedChainDecoder
 from transformers import AutoModelForCausalLM
 
-from redraft.adaptation.auto import auto_shape, run_lengths
-from redraft.adaptation.models import open_draft, open_proposer
-from redraft.adaptation.probe import acceptance, greedy_rows, probe
-from redraft.api.files import export, merge
+from redraft.adaptation.bench import auto_shape
+from redraft.adaptation.models import open_any, open_draft
+from redraft.adaptation.probe import greedy_answers, probe, walked
+from redraft.api.steps import export, merge
 from redraft.artifact import tensors_hash
-from redraft.decode.auto import chain_tau, measure_costs, pick_shape
+from redraft.decode.auto import chain_tau, make_decoder, measure_costs, pick_shape
 from redraft.decode.engine import ChainDecoder
-from redraft.decode.make import make_decoder
-from redraft.drafts.experts import attach_private, is_private, private_names
+from redraft.drafts.base import is_private
 from redraft.drafts.files import load_draft, save_draft, save_private
-from redraft.drafts.formats.base import TargetInfo
-from redraft.drafts.opening import family_at, read_draft
+from redraft.drafts.groups import attach_private
+from redraft.drafts.opening import family_at, open_checkpoint
 from redraft.drafts.standalone import StandaloneDraft
 from redraft.drafts.standalone.shapes import fresh_standalone, shape_for
 from redraft.errors import UserError
@@ -71,14 +70,15 @@ def test_any_causal_lm_is_opened_as_a_draft_in_float32(target, half, tmp_path):
     EXPORTERS.get("hf")(half.to(torch.bfloat16), tmp_path / "plain", target)
     save_draft(tmp_path / "own", half, {"method": "pretrain"})
     for folder in ("plain", "own"):
-        kept, _ = read_draft(str(tmp_path / folder), None)
+        kept = open_checkpoint(str(tmp_path / folder), None).draft
         assert kept.dtype == torch.bfloat16
-        opened, meta = open_proposer(tmp_path / folder, target)
+        found = open_any(tmp_path / folder, target)
+        opened, meta = found.draft, found.meta
         assert isinstance(opened, StandaloneDraft) and opened.dtype == torch.float32
         assert meta["family"] == "standalone"
     eagle = TOYS.make_draft("fresh", target)
     save_draft(tmp_path / "eagle", eagle, {})
-    opened, _ = open_proposer(tmp_path / "eagle", target)
+    opened = open_any(tmp_path / "eagle", target).draft
     assert tensors_hash(opened.state_dict()) == tensors_hash(eagle.state_dict())
 
 
@@ -93,10 +93,10 @@ def test_a_draft_of_another_tokenizer_is_refused(target, half, tmp_path):
     spoiled.add_tokens(["extra"])
     save_draft(tmp_path / "own", StandaloneDraft(half.model, spoiled), {})
     with pytest.raises(UserError, match="another tokenizer"):
-        open_proposer(tmp_path / "own", target)
+        open_any(tmp_path / "own", target)
     save_draft(tmp_path / "bare", StandaloneDraft(half.model), {"tokenizer_hash": "0" * 16})
     with pytest.raises(UserError, match="made for another tokenizer"):
-        open_proposer(tmp_path / "bare", target)
+        open_any(tmp_path / "bare", target)
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------------
@@ -121,7 +121,8 @@ def test_the_benchmark_says_of_it_what_it_says_of_other_drafts(target, half):
 
 
 def test_the_probe_counts_what_decoding_counts(target, half):
-    found = acceptance(target, half, PROMPTS, 3, 24)
+    with greedy_answers(target, half, PROMPTS, 24) as (rows, store):
+        found = walked(target, half, rows, store, 3)
     runs = [make_decoder(target, half, ChainShape(3)).generate(prompt.ids, 24) for prompt in PROMPTS]
     decoded = sum(len(run.ids) - 1 for run in runs) / sum(len(run.rounds) for run in runs)
     assert found["value"] == pytest.approx(decoded) and found["low"] <= decoded <= found["high"]
@@ -131,8 +132,8 @@ def test_the_probe_counts_what_decoding_counts(target, half):
 
 # -- gamma=auto --------------------------------------------------------------------------------------------------------
 def test_one_pass_gives_the_acceptance_of_every_chain(target, half):
-    rows = greedy_rows(target, PROMPTS, 24)
-    runs = run_lengths(target, half, PROMPTS, 24, 4)
+    with torch.inference_mode(), greedy_answers(target, half, PROMPTS, 24) as (rows, store):
+        runs = [found for _, found in half.eval().walk(target).runs(rows, store, 4)]
     taus = []
     for gamma in (1, 2, 4):
         decoded = [make_decoder(target, half, ChainShape(gamma)).generate(row.prompt_ids, 24) for row in rows]
@@ -163,7 +164,7 @@ def test_timed_rounds_all_start_from_the_same_state(target, half, monkeypatch):
     prompt = PROMPTS[0].ids
     costs = measure_costs(target, half, prompt, (1, 3), repeats=3)
     assert seen == {(len(prompt), len(prompt), len(prompt))}
-    assert set(costs.chains) == {1, 3} and all(c.draft > 0 and c.verify > 0 for c in costs.chains.values())
+    assert len(costs.rounds) == 2 and all(c.draft > 0 and c.verify > 0 for c in costs.rounds.values())
 
 
 def test_batched_decoding_refuses_it_in_one_line(target, half):
@@ -182,7 +183,8 @@ def test_experts_are_merged_into_a_plain_folder(dtype, target, half, tmp_path):
         for name, parameter in split.named_parameters():
             if is_private(name):
                 parameter.normal_(std=0.2, generator=torch.Generator().manual_seed(2))
-    save_private(tmp_path / "private", split.to(dtype), private_names(split), wide.base_hash(), {"method": "eda"})
+    names = filter(is_private, split.state_dict())
+    save_private(tmp_path / "private", split.to(dtype), names, wide.base_hash(), {"method": "eda"})
     found = merge(tmp_path / "private", tmp_path / "base", tmp_path / "merged")
     merged, stored = load_draft(tmp_path / "merged")
     assert found.method == stored["method"] == "eda" and merged.dtype == dtype
@@ -190,7 +192,7 @@ def test_experts_are_merged_into_a_plain_folder(dtype, target, half, tmp_path):
     with torch.no_grad():
         assert torch.allclose(merged.float()(IDS), split.float()(IDS), atol=1e-4)
     with pytest.raises(UserError, match="--base-draft"):
-        read_draft(str(tmp_path / "private"), None)
+        open_checkpoint(str(tmp_path / "private"), None)
 
 
 def test_export_from_the_command_compares_the_tokenizers(target, half, tmp_path):
@@ -208,7 +210,6 @@ def test_export_from_the_command_compares_the_tokenizers(target, half, tmp_path)
     path.write_text(json.dumps(tokenizer))
     with pytest.raises(UserError, match="another tokenizer"):
         export(tmp_path / "own", named, "hf", tmp_path / "again")
-    assert TargetInfo.of(target).tokenizer is target.tokenizer
 
 
 def test_a_wide_draft_of_another_vocabulary_is_refused(target, tmp_path):
@@ -216,4 +217,4 @@ def test_a_wide_draft_of_another_vocabulary_is_refused(target, tmp_path):
     shape.vocab_size = 4096
     save_draft(tmp_path / "own", StandaloneDraft(AutoModelForCausalLM.from_config(shape)), {})
     with pytest.raises(UserError, match="the target's own tokenizer"):
-        open_proposer(tmp_path / "own", target)
+        open_any(tmp_path / "own", target)

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from redraft.adaptation.steps import TargetSpec, target_info
-from redraft.api.text import regenerate
+from redraft.adaptation.models import TargetSpec, target_info
+from redraft.api.steps import regenerate
 from redraft.data.generate import Completion
 from redraft.data.store import read_rows
 from redraft.drafts.eagle3 import fresh_draft
 from redraft.drafts.files import load_draft, save_draft
-from redraft.drafts.opening import read_draft
+from redraft.drafts.opening import open_checkpoint
 from redraft.loading import load_tokenizer, tokenizer_hash
 from redraft.selection.manifest import read_manifest
 from redraft.target import Target
@@ -157,7 +157,7 @@ def test_train_merge_export_and_back(place: Path, redraft: Any) -> None:
         code, out, err = redraft(f"{exported} {name} --out {name}")
         assert code == 0, err
         assert "serve with: vllm serve target" in out
-        back, _ = read_draft(place / name, target_info("target"))
+        back = open_checkpoint(place / name, target_info("target")).draft
         for key, tensor in back.state_dict().items():
             assert torch.equal(tensor, merged.state_dict()[key]), key
 
@@ -203,7 +203,7 @@ def test_a_server_answers_for_a_target_of_which_only_the_facts_are_read(
         def answer(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
             yield from (Completion(request, [9, 2], "stop") for request in requests)
 
-    monkeypatch.setattr("redraft.api.text.ServerEngine", Engine)
+    monkeypatch.setattr("redraft.api.steps.ServerEngine", Engine)
     no_model()
     spec, out = TargetSpec(str(place / "target"), "float32"), place / "served.jsonl"
     report = regenerate(spec, place / "prompts.jsonl", out, max_new_tokens=12, server="http://127.0.0.1:9")
@@ -271,5 +271,5 @@ def test_a_private_part_needs_its_base_and_a_public_draft_a_target(place: Path, 
     assert redraft("export --draft draft --target target --format plain --out public")[0] == 0
     code, _, err = redraft("merge --private run/private --base-draft public --out x")
     assert code == 2 and "--target" in err
-    draft, _ = read_draft("public", target_info("target"))
+    draft = open_checkpoint("public", target_info("target")).draft
     assert draft.config.draft_vocab_size == 96

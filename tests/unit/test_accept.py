@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from redraft.decode.accept import accept_chain, accept_chains, accept_greedy
+from redraft.decode.accept import accept_chains, accept_greedy
 from redraft.sampling import draw, warp
 from redraft.settings.sampler import Sampler
 
@@ -33,6 +33,12 @@ def fixed(target: Tensor, draft: Tensor, ids: Tensor, uniforms: Tensor) -> tuple
     cases, case_B = torch.cat([own, ids], 1).unique(dim=0, return_inverse=True)
     pairs = [accept_greedy(case[: G + 1], case[G + 1 :]) for case in cases.tolist()]
     return tuple(torch.tensor(pairs)[case_B].unbind(1))
+
+
+def accept_chain(target_GV: Tensor, draft_GV: Tensor, ids_G: Tensor, uniforms_G: Tensor) -> tuple[int, int]:
+    """(accepted, next id) of one chain."""
+    found = accept_chains(target_GV[None], draft_GV[None], ids_G[None], uniforms_G[None])
+    return int(found[0]), int(found[1])
 
 
 def likeliest(draft_BV: Tensor, uniform_B: Tensor) -> Tensor:

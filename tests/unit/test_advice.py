@@ -6,8 +6,7 @@ import math
 
 import pytest
 
-from redraft.adaptation.advice import WORTHWHILE_GAIN, break_even, judge, rounded
-from redraft.adaptation.pace import RoundTime
+from redraft.adaptation.advice import WORTHWHILE_GAIN, RoundTime, break_even, judge, rounded
 
 TIME = RoundTime(plain=0.04, round=0.06)  # a draft pays from a tau of 1.5 on
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from redraft.attic.aim import aim_updates, leading_directions, waiting
 from redraft.drafts.layers import Linear
-from redraft.settings.methods import METHODS, PrivateSize
+from redraft.settings.training import METHODS, PrivateSize
 
 
 class Two(nn.Module):

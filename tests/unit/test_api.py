@@ -18,8 +18,16 @@ from redraft.drafts.eagle3 import fresh_draft
 from redraft.drafts.files import load_draft, save_draft
 from redraft.loading import tokenizer_hash
 from redraft.settings.base import Settings
-from redraft.settings.measure import BenchSettings, ProbeSettings, ReportSettings
-from redraft.settings.steps import ExportSettings, MergeSettings, RegenerateSettings, SelectSettings, TrainSettings
+from redraft.settings.steps import (
+    BenchSettings,
+    ExportSettings,
+    MergeSettings,
+    ProbeSettings,
+    RegenerateSettings,
+    ReportSettings,
+    SelectSettings,
+    TrainSettings,
+)
 from redraft.settings.studies import StudySettings
 from redraft.shown import Shown, lines
 from redraft.target import Target

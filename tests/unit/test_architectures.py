@@ -21,13 +21,11 @@ from redraft.decode.engine import PlainDecoder
 from redraft.decode.static import StaticTarget
 from redraft.drafts.eagle1 import fresh_eagle1
 from redraft.drafts.eagle3 import fresh_draft
-from redraft.drafts.formats.base import TargetInfo
 from redraft.errors import UserError
 from redraft.loading import quiet
 from redraft.settings.sampler import Sampler
 from redraft.target import KeyValueCache, OwnCache, Target
-from redraft.target import masks as masks_module
-from redraft.target import slots as slots_module
+from redraft.target import cache as cache_module
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = SimpleNamespace(**runpy.run_path(str(ROOT / "benchmarks" / "architectures.py"), run_name="loaded"))
@@ -65,7 +63,7 @@ def make(name: str, **changes: Any) -> Target:
 
 # -- passes that are wrong on purpose are found out ---------------------------------------------------------------
 def test_a_mask_without_its_window_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(masks_module.MaskPlan, "plain", property(lambda self: True))
+    monkeypatch.setattr(cache_module.MaskPlan, "plain", property(lambda self: True))
     paths = make("mistral").paths
     assert paths.cached and not (paths.masked or paths.slots or paths.kernel)
     assert paths.why.startswith("passes over several texts at once move its states by")
@@ -76,7 +74,7 @@ def test_attention_that_leaves_something_out_is_not_used(name: str, monkeypatch:
     """Were its soft cap or its sinks dropped, a target's text in slots would be another from the first token."""
     target = make(name)
     assert target.paths.slots and not target.paths.kernel
-    with slots_module.slot_attention(target, True), torch.inference_mode():
+    with cache_module.slot_attention(target, True), torch.inference_mode():
         cache = target.new_buffers(8)
         wrong = target.forward(torch.tensor([[5, 6, 7]]), cache, taps=False).hidden_BTH if name != "gemma2" else None
     if wrong is not None:
@@ -84,13 +82,13 @@ def test_attention_that_leaves_something_out_is_not_used(name: str, monkeypatch:
 
 
 def test_a_kernel_that_computes_something_else_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    stock = slots_module._slot_attention
+    stock = cache_module._slot_attention
 
     def doubled(*args: Any, **kwargs: Any) -> Any:
         mixed, weights = stock(*args, **kwargs)
         return 2 * mixed, weights
 
-    monkeypatch.setitem(slots_module.AttentionInterface._global_mapping, "redraft_slots", doubled)
+    monkeypatch.setitem(cache_module.AttentionInterface._global_mapping, "redraft_slots", doubled)
     paths = make("llama").paths
     assert not paths.kernel and paths.slots and paths.masked, "the model's own attention is still there"
 
@@ -99,7 +97,7 @@ def test_in_a_short_type_a_pass_counts_by_what_stands_behind_the_prompt(monkeypa
     """Most states of the trial are a prompt's, and right: a mask that shows everything must be seen all the same."""
     half = Target(make("llama").model.to(torch.bfloat16)).paths
     assert half.masked and half.slots
-    monkeypatch.setattr(masks_module.MaskPlan, "masks", lambda self, allowed, *rest: torch.ones_like(allowed))
+    monkeypatch.setattr(cache_module.MaskPlan, "masks", lambda self, allowed, *rest: torch.ones_like(allowed))
     wrong = Target(make("llama").model.to(torch.bfloat16)).paths
     assert wrong.cached and not (wrong.masked or wrong.slots or wrong.kernel)
 
@@ -147,11 +145,10 @@ def test_sampled_answers_by_the_models_own_path_are_those_of_its_own_probabiliti
     found = {done.request.key: done.response_ids for done in generate(target, requests, 12, stop_ids=(9,))}
     assert not target.paths.slots
     assert target.model.generation_config.repetition_penalty == 1.5
-    from redraft.data.requests import request_uniforms
     from redraft.sampling import draw, warp
 
     for request in requests:
-        chances, ids = request_uniforms(request, 12), list(request.prompt_ids)
+        chances, ids = request.uniforms(12), list(request.prompt_ids)
         for token in found[request.key]:
             logits = target.model(torch.tensor([ids]), use_cache=False).logits[0, -1:]
             assert int(draw(warp(logits, sampler), chances[len(ids) - len(request.prompt_ids)][None])) == token
@@ -200,7 +197,7 @@ def test_a_scaled_table_is_read_as_it_lies_in_the_file() -> None:
 def test_an_export_names_the_whole_model_and_has_its_text_parts_sizes() -> None:
     target = make("gemma3")
     target.model.config.architectures = ["Gemma3ForConditionalGeneration"]
-    info = TargetInfo.of(target)
+    info = target.facts
     assert info.architectures == ("Gemma3ForConditionalGeneration",)
     assert (info.hidden_size, info.layers, info.vocab_size, info.context) == (64, 8, 128, 512)
 

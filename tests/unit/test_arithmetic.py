@@ -11,18 +11,16 @@ import torch
 from torch import nn
 
 from redraft import arithmetic, provenance
-from redraft.adaptation.claim import claim_distill, settled
+from redraft.adaptation.claim import claim_run, settled
 from redraft.adaptation.models import contestants
 from redraft.adaptation.quickstart import EFFICIENCY, FEWEST, GIGA_OPERATIONS, QUESTIONS, SECONDS, affordable
 from redraft.adaptation.study.run import claim
 from redraft.arithmetic import Choice, choose_dtype, fastest, go_on_with
 from redraft.errors import UserError
-from redraft.settings.adapt import AdaptConfig
-from redraft.settings.base import AUTO, TYPES
-from redraft.settings.distill import DistillConfig
+from redraft.settings.base import AUTO, TYPES, read
+from redraft.settings.runs import AdaptConfig, DistillConfig
 from redraft.settings.studies import parse_study
-from redraft.settings.yamlfile import read
-from redraft.training.checkpoint import stored_precision
+from redraft.training.loop import stored_precision
 from redraft.training.optimizer import InFloat32, make_optimizers, muon_type
 
 
@@ -155,10 +153,10 @@ def distillation(folder: Path, **more: str):
 
 def test_what_a_drafter_trains_in_follows_the_target_and_then_the_run(machine, tmp_path):
     machine(0.9, 58.0)
-    config = claim_distill(distillation(tmp_path / "new"))
+    config = claim_run(distillation(tmp_path / "new"))
     assert (config.dtype, config.pretrain_config().precision, config.align_config().precision) == ("float32",) * 3
     machine(400.0, 90.0)
-    again = claim_distill(distillation(tmp_path / "new"))
+    again = claim_run(distillation(tmp_path / "new"))
     assert (again.dtype, again.align_config()) == ("float32", config.align_config())
     # An old run: a float32 target, and training in bfloat16, the default of then.
     file = tmp_path / "new" / "config.json"
@@ -166,14 +164,14 @@ def test_what_a_drafter_trains_in_follows_the_target_and_then_the_run(machine, t
     for name in ("pretrain", "align"):
         stored[name]["precision"] = "bfloat16"
     file.write_text(json.dumps(stored))
-    old = claim_distill(distillation(tmp_path / "new"))
+    old = claim_run(distillation(tmp_path / "new"))
     assert (old.dtype, old.pretrain_config().precision, old.align_config().precision) == (
         "float32",
         "bfloat16",
         "bfloat16",
     )
     with pytest.raises(UserError, match="another align precision"):
-        claim_distill(distillation(tmp_path / "new", align={"precision": "float32"}))
+        claim_run(distillation(tmp_path / "new", align={"precision": "float32"}))
 
 
 def test_a_training_says_what_it_computes_in(tmp_path):

@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from redraft import artifact
 from redraft.drafts import files
+from redraft.drafts.base import is_private
 from redraft.drafts.eagle3 import Eagle3Draft
-from redraft.drafts.experts import attach_private, is_private
+from redraft.drafts.groups import attach_private
 from redraft.errors import UserError
 
 CONFIG = runpy.run_path(str(Path(__file__).parents[1] / "tiny_drafts.py"))["EAGLE3"]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
+import torch
 
-from redraft.adaptation.auto import auto_shape, run_lengths
-from redraft.adaptation.probe import greedy_rows
+from redraft.adaptation.bench import auto_shape
+from redraft.adaptation.probe import greedy_answers
 from redraft.data.generate import Request, generate
 from redraft.decode.auto import (
     Candidate,
@@ -16,11 +15,10 @@ from redraft.decode.auto import (
     chain_tau,
     choose,
     decoded_tau,
-    default_trees,
+    make_decoder,
     measure_costs,
     pick_shape,
 )
-from redraft.decode.make import make_decoder
 from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
 from redraft.errors import UserError
 from redraft.evaluate.speed import Prompt
@@ -28,7 +26,7 @@ from redraft.settings.sampler import Sampler
 from redraft.settings.shapes import ChainShape, DynamicTree, StaticTree
 from redraft.target import Target
 
-COSTS = Costs(1.0, {1: RoundCost(0.1, 1.0), 4: RoundCost(0.4, 1.3)})
+COSTS = Costs(1.0, {ChainShape(1): RoundCost(0.1, 1.0), ChainShape(4): RoundCost(0.4, 1.3)})
 
 
 @pytest.fixture
@@ -49,8 +47,8 @@ def test_tau_walks_rounds_and_does_not_average_positions():
 def test_walked_tau_is_that_of_decoding(pair):
     """Every chain length from one pass of the longest; the rounds of each are those of a real decoder."""
     target, draft, prompts = pair
-    rows = greedy_rows(target, prompts, 24)
-    runs = run_lengths(target, draft, prompts, 24, 6)
+    with torch.inference_mode(), greedy_answers(target, draft, prompts, 24) as (rows, store):
+        runs = [found for _, found in draft.eval().walk(target).runs(rows, store, 6)]
     taus = []
     for gamma in (1, 2, 4, 6):
         decoder, decoded = make_decoder(target, draft, ChainShape(gamma)), []
@@ -66,12 +64,9 @@ def test_walked_tau_is_that_of_decoding(pair):
 
 
 def test_costs_between_timed_lengths_lie_on_the_line():
-    assert COSTS.chain(4) == RoundCost(0.4, 1.3)
-    assert COSTS.chain(2).draft == pytest.approx(0.2) and COSTS.chain(2).verify == pytest.approx(1.1)
-    assert COSTS.chain(6).seconds == pytest.approx(0.6 + 1.5)
-    assert COSTS.draft_step == pytest.approx(0.1)
-    single = Costs(1.0, {3: RoundCost(0.3, 1.0)})
-    assert single.chain(5) == RoundCost(0.3, 1.0) and single.draft_step is None
+    assert COSTS.of(ChainShape(4)) == RoundCost(0.4, 1.3)
+    between = COSTS.of(ChainShape(2))
+    assert between.draft == pytest.approx(0.2) and between.verify == pytest.approx(1.1)
 
 
 def test_measured_costs_leave_the_caches_alone(pair, monkeypatch):
@@ -79,7 +74,7 @@ def test_measured_costs_leave_the_caches_alone(pair, monkeypatch):
     target, draft, prompts = pair
     seen: dict[str, set[tuple[int, int]]] = {}
     from redraft.decode.engine import ChainDecoder
-    from redraft.decode.tree_engine import TreeDecoder
+    from redraft.decode.tree import TreeDecoder
 
     for kind in (ChainDecoder, TreeDecoder):
 
@@ -91,13 +86,12 @@ def test_measured_costs_leave_the_caches_alone(pair, monkeypatch):
     tree = DynamicTree(2, 2, 5)
     costs = measure_costs(target, draft, prompts[0].ids, (1, 3), [tree], repeats=2)
     assert seen == {"1": {(4, 3)}, "3": {(4, 3)}, "5": {(4, 3)}}
-    assert set(costs.chains) == {1, 3} and set(costs.shapes) == {tree}
-    assert costs.plain > 0 and all(c.draft > 0 and c.verify > 0 for c in [*costs.chains.values(), costs.shapes[tree]])
-    assert [r["shape"] for r in costs.to_dict()["rounds"]] == ["chain of 1", "chain of 3", tree.describe()]
+    assert list(costs.rounds) == [ChainShape(1), ChainShape(3), tree]
+    assert costs.plain > 0 and all(c.draft > 0 and c.verify > 0 for c in costs.rounds.values())
 
 
 def candidate(gamma: int, tau: float) -> Candidate:
-    seconds = COSTS.chain(gamma).seconds
+    seconds = COSTS.of(ChainShape(gamma)).seconds
     return Candidate(ChainShape(gamma), tau, seconds, tau / seconds)
 
 
@@ -109,7 +103,6 @@ def test_the_fastest_is_chosen_and_explained():
         "chain of 2: predicted 1.62x (2.10 tokens a round that costs 1.30 plain steps); "
         "chain of 1: predicted 1.36x; plain 1.00x"
     )
-    assert json.loads(json.dumps(pick.to_dict()))["picked"] == "chain of 2"
 
 
 def test_no_draft_is_an_outcome_that_is_said():
@@ -118,7 +111,6 @@ def test_no_draft_is_an_outcome_that_is_said():
     assert pick.sentence.startswith(
         "no draft: plain decoding is fastest; the best shape, a chain of 1: predicted 0.95x"
     )
-    assert pick.to_dict()["picked"] is None
 
 
 def test_auto_compares_chains_of_every_length_and_trees(pair):
@@ -138,25 +130,15 @@ def test_auto_compares_chains_of_every_length_and_trees(pair):
 def test_a_sampling_target_decodes_its_chains(pair):
     target, draft, prompts = pair
     pick = auto_shape(target, draft, prompts, Sampler(0.9), longest=2, max_new_tokens=8)
-    assert {c.shape for c in pick.candidates} == {ChainShape(1), ChainShape(2), *default_trees(Sampler(0.9))}
+    assert {c.shape for c in pick.candidates} == {ChainShape(1), ChainShape(2)}, "a dynamic tree is no draw"
     expected = decoded_tau(make_decoder(target, draft, ChainShape(2), Sampler(0.9)), [p.ids for p in prompts[:3]], 8)
     assert {c.shape: c.tau for c in pick.candidates}[ChainShape(2)] == pytest.approx(expected)
-
-
-def test_dynamic_trees_are_left_out_where_drafts_are_sampled():
-    assert all(isinstance(tree, DynamicTree) for tree in default_trees())
-    assert all(isinstance(tree, DynamicTree) for tree in default_trees(Sampler(1.0), greedy_drafts=True))
-    assert all(isinstance(tree, StaticTree) for tree in default_trees(Sampler(1.0)))
 
 
 def test_nothing_to_measure_is_said(pair):
     target, draft, prompts = pair
     with pytest.raises(UserError, match="prompts"):
         pick_shape(target, draft, [])
-    with pytest.raises(UserError, match="longest chain"):
-        auto_shape(target, draft, prompts, longest=0)
-    with pytest.raises(ValueError, match="anchors"):
-        chain_tau([[]], 3)
     short = [c.response_ids for c in generate(target, [Request("0", prompts[0].ids, Sampler())], 1)]
     assert len(short[0]) == 1
     with pytest.raises(UserError, match="too short"):

@@ -13,16 +13,15 @@ import pytest
 import torch
 from rich.console import Console
 
+from redraft.decode.auto import make_decoder
 from redraft.decode.engine import PlainDecoder
-from redraft.decode.make import make_decoder
 from redraft.decode.static import StaticChainDecoder, StaticTarget
 from redraft.drafts.eagle3 import fresh_draft
 from redraft.errors import UserError
 from redraft.evaluate import speed
 from redraft.evaluate.divergence import plain_text
-from redraft.evaluate.figures import gains
+from redraft.evaluate.figures import costs, gains, tally
 from redraft.evaluate.speed import BenchConfig, Measured, Prompt, bench
-from redraft.evaluate.summary import costs, tally
 from redraft.reports.load import BenchResult, parse
 from redraft.reports.sections import slower
 from redraft.reports.tables import bench_table
@@ -229,7 +228,7 @@ def test_nothing_to_measure_is_refused(tiny_target):
 
 
 def test_the_default_shape_is_a_chain():
-    assert BenchConfig().shape == ChainShape(5) and BenchConfig().depth == 5
+    assert BenchConfig().shape == ChainShape(5)
 
 
 def test_steps_of_fixed_shapes_are_measured_like_others(tiny_target):

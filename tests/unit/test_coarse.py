@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from redraft import artifact
-from redraft.coarse import coarsen, told
 from redraft.data.store import Row
 from redraft.drafts import files
 from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
-from redraft.drafts.scaling import coarse_change
+from redraft.drafts.scaling import coarse_change, coarsen, told
 from redraft.errors import UserError
-from redraft.settings.methods import METHODS, MOST_BITS, PrivateSize, check_bits
+from redraft.settings.training import METHODS, MOST_BITS, PrivateSize, check_bits
+from redraft.starts.apply import StartContext
 from redraft.starts.vocabulary import refresh_vocabulary
 
 
@@ -73,7 +73,8 @@ def pair(tiny_target) -> tuple[Eagle3Draft, Eagle3Draft, list[str]]:
     target = tiny_target("llama")
     base = fresh_draft(target, range(0, 120), seed=1).to(torch.bfloat16)
     rows = [Row("p", [1], list(range(20, 128)), 0.0, 0, 1.0, 0, "length", "hash")]
-    renewed, report = refresh_vocabulary(copy.deepcopy(base).float(), target, rows)
+    report = refresh_vocabulary(copy.deepcopy(base).float(), StartContext(target, rows=rows))
+    renewed = report.draft
     assert report.changed
     with torch.no_grad():
         for seed, parameter in enumerate(renewed.parameters()):
@@ -127,7 +128,8 @@ def test_a_head_of_new_rows_alone_needs_no_codes(tiny_target) -> None:
     target = tiny_target("llama")
     base = fresh_draft(target, range(0, 120), seed=1).to(torch.bfloat16)
     rows = [Row("p", [1], list(range(20, 128)), 0.0, 0, 1.0, 0, "length", "hash")]
-    renewed, report = refresh_vocabulary(copy.deepcopy(base).float(), target, rows)
+    report = refresh_vocabulary(copy.deepcopy(base).float(), StartContext(target, rows=rows))
+    renewed = report.draft
     assert "lm_head.weight" in report.changed
     assert coarse_change(renewed, base, ["lm_head.weight", "fc.weight"], 2)[1] == {}
     with pytest.raises(UserError, match="no fc.weight of this shape"):

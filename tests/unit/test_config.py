@@ -16,18 +16,15 @@ from typer.main import get_command
 from redraft.adaptation.merged_target import adapter_note, merge_target_folder, served
 from redraft.cli import main
 from redraft.cli.commands import COMMANDS
-from redraft.cli.generate import PANEL_OF
-from redraft.cli.template import template
+from redraft.cli.generate import PANEL_OF, template
+from redraft.cli.plans import check_places
 from redraft.errors import UserError
 from redraft.loading import load_target
-from redraft.settings.adapt import AdaptConfig
-from redraft.settings.base import Settings, convert
-from redraft.settings.distill import DistillConfig
-from redraft.settings.places import check_places
+from redraft.settings.base import Settings, convert, read, read_yaml
+from redraft.settings.runs import AdaptConfig, DistillConfig
 from redraft.settings.steps import RegenerateSettings, TrainSettings
 from redraft.settings.studies import StudySettings, parse_study
 from redraft.settings.training import TrainConfig
-from redraft.settings.yamlfile import read, read_yaml
 
 RUN = Path(__file__).parents[1] / "artifacts" / "run"
 KINDS = {kind.COMMAND: kind for kind in COMMANDS}

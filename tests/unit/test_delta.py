@@ -12,10 +12,11 @@ from torch import Tensor
 from redraft.attic.delta import delta
 from redraft.drafts.eagle1 import fresh_eagle1
 from redraft.drafts.eagle3 import Eagle3Config, Eagle3Draft, fresh_draft
-from redraft.drafts.experts import attach_low_rank
+from redraft.drafts.groups import attach_low_rank
 from redraft.drafts.layers import norm_weight
 from redraft.errors import UserError
-from redraft.starts.rowmap import fit_row_map
+from redraft.starts.apply import StartContext
+from redraft.starts.leastsquares import fit_row_map
 from redraft.target import Target
 
 IDS = list(range(2, 122))
@@ -94,7 +95,8 @@ def test_an_unchanged_head_moves_nothing_and_says_so(tiny_target: Callable[..., 
     base, tuned = tiny_target(taps=(1, 3, 5)), tiny_target(taps=(1, 3, 5))
     tuned.backbone.layers[2].mlp.up_proj.weight.data.mul_(2)
     old = fresh_draft(base, IDS)
-    moved, report = delta(old, tuned, base)
+    report = delta(old, StartContext(tuned, base))
+    moved = report.draft
     assert moved is old and report.changed == () and "nothing to move" in report.notes[0]
 
 
@@ -112,10 +114,11 @@ def test_rows_follow_the_target(tiny_target: Callable[..., Target], turned: bool
 
     old.lm_head.weight.data = rows(base)
     before = old.lm_head.weight.clone()
-    moved, report = delta(old, tuned, base)
+    report = delta(old, StartContext(tuned, base))
+    moved = report.draft
     assert report.changed == ("lm_head.weight",) and torch.equal(old.lm_head.weight, before)
     gap = (moved.lm_head.weight - rows(tuned)).norm() / (before - rows(tuned)).norm()
-    assert gap < 0.02 and repr(report.maps["lm_head"].kind) in report.notes[0]
+    assert gap < 0.02 and repr(report.details["lm_head"]["kind"]) in report.notes[0]
 
 
 def test_an_embedding_of_its_own_moves_too(tiny_target: Callable[..., Target]) -> None:
@@ -126,16 +129,18 @@ def test_an_embedding_of_its_own_moves_too(tiny_target: Callable[..., Target]) -
     config = Eagle3Config.from_dict(bare.config.to_dict() | {"own_embedding": True})
     old = Eagle3Draft(config, bare.vocabulary())
     old.embed_tokens.weight.data = 2 * base.embedding.weight.data.clone()  # type: ignore[union-attr]
-    moved, report = delta(old, tuned, base)
+    report = delta(old, StartContext(tuned, base))
+    moved = report.draft
     assert report.changed == ("embed_tokens.weight",)
     torch.testing.assert_close(moved.embed_tokens.weight, 2 * tuned.embedding.weight, atol=1e-3, rtol=0)
-    assert delta(bare, tuned, base)[0] is bare  # reads the target's embedding, which moved by itself
+    assert delta(bare, StartContext(tuned, base)).draft is bare  # reads the target's embedding, which moved by itself
 
 
 def test_a_draft_on_the_targets_head_needs_nothing(tiny_target: Callable[..., Target]) -> None:
     base = tiny_target(taps=(1, 3, 5))
     old = fresh_eagle1(base)
-    moved, report = delta(old, finetuned(base), base)
+    report = delta(old, StartContext(finetuned(base), base))
+    moved = report.draft
     assert moved is old and "by themselves" in report.notes[0]
 
 
@@ -143,6 +148,6 @@ def test_bad_input_is_one_line(tiny_target: Callable[..., Target]) -> None:
     base = tiny_target(taps=(1, 3, 5))
     old = fresh_draft(base, IDS)
     with pytest.raises(UserError, match="layers 6 and 7"):
-        delta(old, base, tiny_target(num_hidden_layers=7))
+        delta(old, StartContext(base, tiny_target(num_hidden_layers=7)))
     with pytest.raises(UserError, match="low-rank"):
-        delta(attach_low_rank(old, 2, ("lm_head",)), finetuned(base), base)
+        delta(attach_low_rank(old, 2, ("lm_head",)), StartContext(finetuned(base), base))

@@ -13,11 +13,10 @@ import pytest
 import torch
 
 from redraft.data.generate import Request, generate
-from redraft.data.logprobs import parse_top
 from redraft.data.packed import PackedText, TextSource
+from redraft.data.server import parse_top
 from redraft.data.store import Row
-from redraft.drafts.standalone.causal import CausalModel
-from redraft.drafts.standalone.objective import Distillation, StateTeacher
+from redraft.drafts.standalone.objective import CausalModel, Distillation, StateTeacher
 from redraft.errors import UserError
 from redraft.features import ComputedFeatures, FeatureStore
 from redraft.registries import LOSSES
@@ -25,9 +24,8 @@ from redraft.rows import anchors
 from redraft.settings.sampler import Sampler
 from redraft.settings.training import DistilConfig
 from redraft.target import Target
-from redraft.training.checkpoint import Checkpoint
-from redraft.training.distil import MixedSteps, distil, step_order
-from redraft.training.teachers import TokenTeacher, TopTeacher
+from redraft.training.causal import MixedSteps, TokenTeacher, TopTeacher, distil, step_order
+from redraft.training.loop import Checkpoint
 
 HERE = Path(__file__).parents[1]
 build_model = runpy.run_path(str(HERE / "tiny_models.py"))["build_model"]

@@ -105,4 +105,4 @@ def test_summary_counts():
         "near_ties": 1,
         "first_divergence_gap": [0.01, 0.01],
     }
-    assert tie.to_dict()["near_tie"] is True and wrong.to_dict()["near_tie"] is False
+    assert tie.near_tie and not wrong.near_tie

@@ -1,6 +1,6 @@
 """The pages tell the truth: commands, options, settings, paths, links and imports in them exist.
 
-Nothing is run here; tests/integration/test_readme.py runs the lines of README and of the user's pages on a tiny model.
+Nothing is run here; tests/e2e/test_pages.py runs the lines of README and of the user's pages on a tiny model.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import pytest
 import yaml
 from typer.main import get_command
 
+import redraft
 from redraft.cli.main import app
-from redraft.settings.adapt import AdaptConfig
-from redraft.settings.distill import DistillConfig
+from redraft.settings.base import read
+from redraft.settings.runs import AdaptConfig, DistillConfig
 from redraft.settings.studies import read_study
-from redraft.settings.yamlfile import read
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -94,12 +94,19 @@ def options_of(command: Any) -> set[str]:
     return {name for one in command.params for name in [*one.opts, *one.secondary_opts]} | {"--help"}
 
 
+def bare(words: list[str]) -> list[str]:
+    """A command without what may stand before it: variables of the environment, and plugins."""
+    while len(words) > 1 and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
+        words = words[1:]
+    while words[:2] == ["redraft", "--plugin"]:
+        words = [words[0], *words[3:]]
+    return words
+
+
 def check_whole(words: list[str]) -> None:
     """Parse a whole command as the command line would: options, types, and nothing required left out."""
     if words[:1] in (["--version"], ["--help"]):
         return
-    while words[:1] == ["--plugin"]:
-        words = words[2:]
     assert words and words[0] in COMMANDS, f"no command {words[:1]}"
     context = GROUP.context_class(GROUP, info_name="redraft")
     COMMANDS[words[0]].make_context(words[0], list(words[1:]), parent=context)
@@ -113,7 +120,7 @@ def test_every_shell_block_says_what_it_is() -> None:
 def test_commands_in_blocks_parse(block: Block) -> None:
     targets = set(re.findall(r"^([a-z][a-z0-9-]*):", text_of("Makefile"), flags=re.M))
     for line in command_lines(block.text):
-        words = shlex.split(line)
+        words = bare(shlex.split(line))
         if words[0] == "redraft":
             check_whole(words[1:])
         elif words[0] == "make":
@@ -128,9 +135,7 @@ def test_commands_in_blocks_parse(block: Block) -> None:
 def test_commands_in_the_text_exist(name: str) -> None:
     """A command named in a sentence may leave required options out; what it names must exist."""
     for code in CODE.findall(prose(name)):
-        words = code.split()
-        while len(words) > 1 and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
-            words = words[1:]
+        words = bare(code.split())
         if words[0] == "make" and len(words) > 1:
             assert re.search(rf"^{re.escape(words[1])}:", text_of("Makefile"), flags=re.M), code
         if words[0] in ("bash", "python") and len(words) > 1 and words[1].endswith((".sh", ".py")):
@@ -183,11 +188,18 @@ def test_python_blocks_parse_and_import_what_there_is(block: Block) -> None:
             assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == [], str(block)
 
 
+def test_the_api_page_has_every_name() -> None:
+    """Registries stand in its text, which is no docstring of theirs."""
+    shown = set(re.findall(r"^::: redraft\.([\w.]+)$", text_of("docs/api.md"), flags=re.M)) - {"metrics"}
+    homes = {f"{home}.{name}".removeprefix("redraft.") for name, home in redraft._HOME_OF.items() if not name.isupper()}
+    assert shown == homes
+
+
 # -- links and paths -------------------------------------------------------------------------------------------------
 def anchors(text: str) -> tuple[set[str], set[str]]:
-    """The anchors of a page's headings: as the site makes them, and as code hosts do."""
-    site: set[str] = set()
-    host: set[str] = set()
+    """The anchors of a page's headings: as the site makes them, and as code hosts do; those of docstrings."""
+    docstrings = re.findall(r"^::: (\S+)$", text, flags=re.M)
+    site, host = set(docstrings), set(docstrings)
     for heading in HEADING.findall(FENCE.sub("", text)):
         plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).replace("`", "").replace("*", "").lower()
         kept = re.sub(r"[^\w\s-]", "", plain).strip()
@@ -215,11 +227,15 @@ PATH = re.compile(r"(?:[\w-]+/)+(?:[\w.-]+\.[a-z]+)?")
 FILE = re.compile(r"[\w-]+\.py")
 # Folders of a run that are called like rooms of the package.
 OF_RUNS = ("features/", "train/", "export/")
+EXAMPLES = ("my_loss.py",)
 
 
 @pytest.mark.parametrize("name", CURRENT)
 def test_paths_in_the_text_exist(name: str) -> None:
-    """A path that begins in one of our folders ends at something there; files of others and of runs are left alone."""
+    """A path that begins in one of our folders ends at something there; files of others and of runs are left alone.
+
+    A developer's page may name a file of several folders (a family's ``reading.py``): one of that name must be there.
+    """
     missing = []
     for code in CODE.findall(prose(name)):
         if PATH.fullmatch(code) and code not in OF_RUNS and not (code.startswith("train/") and ".py" not in code):
@@ -227,12 +243,24 @@ def test_paths_in_the_text_exist(name: str) -> None:
             homes = [ROOT / folder for folder in FOLDERS if (ROOT / folder / first).exists()]
             ours = bool(homes)
         elif FILE.fullmatch(code):
-            homes, ours = [ROOT / folder for folder in FOLDERS], name.startswith("docs/dev/")
+            homes = [ROOT / folder for folder in FOLDERS] + [path.parent for path in (ROOT / "src").rglob(code)]
+            ours = name.startswith("docs/dev/") and code not in EXAMPLES
         else:
             continue
         if ours and not any((home / code).exists() for home in homes):
             missing.append(code)
     assert missing == []
+
+
+NAME = re.compile(r"[A-Z]\w*[a-z]\w*|[a-z]+(?:_[a-z]+)*|[A-Z]+(?:_[A-Z]+)*")
+
+
+def test_the_map_of_the_house_names_what_there_is() -> None:
+    """Functions, classes and settings that it names as code stand somewhere in the package, as whole words."""
+    words = {word for path in (ROOT / "src").rglob("*.py") for word in re.findall(r"\w+", path.read_text("utf-8"))}
+    rooms = {path.name for path in (ROOT / "tests").iterdir()}
+    named = {code.removesuffix("()").partition(".")[0] for code in CODE.findall(prose("docs/dev/house.md"))}
+    assert {name for name in named if NAME.fullmatch(name)} <= words | rooms | {"code", "NAME"}
 
 
 def test_the_site_shows_every_page() -> None:

@@ -9,18 +9,20 @@ from fnmatch import fnmatchcase
 import pytest
 import torch
 
+from redraft.drafts.base import is_private
 from redraft.drafts.eagle3 import Eagle3Config, Eagle3Draft, fresh_draft
-from redraft.drafts.experts import (
+from redraft.drafts.groups import (
     attach_low_rank,
     attach_private,
-    is_private,
+    group_of,
     match_linears,
-    merge_private,
+    prepare,
+    trainable_names,
+    trained_parameters,
 )
-from redraft.drafts.groups import group_of, prepare, trainable_names, trained_parameters
 from redraft.drafts.scaling import scale_change
 from redraft.errors import UserError
-from redraft.settings.methods import LOW_RANK, RANK_STEP, SHARE, WIDTH_STEP, PrivateSize, method
+from redraft.settings.training import LOW_RANK, RANK_STEP, SHARE, WIDTH_STEP, PrivateSize, method
 from redraft.target import Target
 
 
@@ -61,7 +63,7 @@ def test_merging_gives_an_equal_dense_draft(draft, tiny_target):
     target = tiny_target("llama")
     split = attach_private(draft, 24)
     torch.nn.init.normal_(split.midlayer.mlp.private.down_proj.weight, std=0.3)
-    merged = merge_private(split)
+    merged = split.merged()
     assert not any(map(is_private, merged.state_dict()))
     assert merged.config.intermediate_size == draft.config.intermediate_size + 24
     assert not torch.allclose(run(draft, target), run(split, target), atol=1e-3)
@@ -80,7 +82,7 @@ def test_merging_low_rank_updates_gives_an_equal_dense_draft(on, draft, tiny_tar
     for name, parameter in split.named_parameters():
         if is_private(name):
             torch.nn.init.normal_(parameter, std=0.3)
-    merged = merge_private(split)
+    merged = split.merged()
     assert not any(map(is_private, merged.state_dict()))
     assert {n.split(".low_rank")[0] for n in split.state_dict() if "low_rank" in n} == set(on or draft.linears())
     assert not torch.allclose(run(draft, target), run(split, target), atol=1e-3)
@@ -119,7 +121,7 @@ def test_updates_with_an_alpha_are_those_of_peft(draft, tiny_target):
             layer.lora_B["default"].weight.copy_(update.outer)
     assert torch.equal(run(ours, target), run(theirs, target))
     assert not torch.allclose(run(ours, target), run(draft, target), atol=1e-2)
-    merged = merge_private(ours)
+    merged = ours.merged()
     for name in layers:
         layer = theirs.get_submodule(name)
         layer.merge()

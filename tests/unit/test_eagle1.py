@@ -19,25 +19,23 @@ from redraft.adaptation.models import open_draft
 from redraft.adaptation.probe import probe
 from redraft.artifact import tensors_hash
 from redraft.data.store import Row
+from redraft.decode.auto import make_decoder
 from redraft.decode.engine import ChainDecoder, PlainDecoder
-from redraft.decode.make import make_decoder
 from redraft.decode.static import StaticChainDecoder
 from redraft.drafts.base import fresh
 from redraft.drafts.eagle.unroll import collate, unroll
 from redraft.drafts.eagle1 import Eagle1Config, Eagle1Draft, fresh_eagle1
 from redraft.drafts.eagle1.objective import CHUNK, Recipe, RegressionObjective, row_lengths
-from redraft.drafts.experts import attach_private, merge_private
 from redraft.drafts.files import load_draft, load_private, save_draft, save_private
-from redraft.drafts.groups import group_of, prepare
+from redraft.drafts.groups import attach_private, group_of, prepare
 from redraft.errors import UserError
 from redraft.evaluate.speed import BenchConfig, Prompt, bench
 from redraft.features import FeatureStore
 from redraft.registries import EXPORTERS
 from redraft.rows import anchors
-from redraft.settings.methods import PrivateSize
 from redraft.settings.sampler import Sampler
 from redraft.settings.shapes import ChainShape, parse_shape
-from redraft.settings.training import TrainConfig
+from redraft.settings.training import PrivateSize, TrainConfig
 from redraft.target import FINAL, Target
 from redraft.training.optimizer import make_optimizers
 from redraft.training.trainer import Trainer
@@ -144,7 +142,7 @@ def test_a_target_of_other_sizes_is_refused(target, tiny_target):
 def test_a_new_draft_of_the_same_shape(target):
     old = attach_private(shaken(fresh_eagle1(target, fc_bias=True)), 8)
     new = old.restarted(target, seed=5)
-    assert new.config == merge_private(old).config
+    assert new.config == old.merged().config
     torch.testing.assert_close(new.fc.weight[:, 32:], torch.eye(32), atol=0.1, rtol=0)
     assert torch.equal(new.state_dict()["fc.weight"], old.restarted(target, seed=5).state_dict()["fc.weight"])
     assert new.logits(torch.zeros(1, 32)).shape == (1, 128)
@@ -245,7 +243,7 @@ def test_a_private_part_changes_nothing_at_first_and_merges_exactly(target, rows
         assert torch.equal(chain_logits(split, target, rows, store), before)
         assert names and {group_of(split, n) for n in names} <= {"private", "fc", "low_rank", "norms"}
         shaken(split, 0.05)
-        merged = merge_private(split)
+        merged = split.merged()
         assert isinstance(merged, Eagle1Draft) and not merged.config.private_width and not merged.config.low_rank
         after = chain_logits(split, target, rows, store)
         torch.testing.assert_close(chain_logits(merged, target, rows, store), after, atol=1e-4, rtol=1e-4)
@@ -305,7 +303,7 @@ def test_opening_binds_the_draft_and_its_private_part(target, rows, store, tmp_p
     assert torch.equal(chain_logits(joined, target, rows, store), chain_logits(split, target, rows, store))
     EXPORTERS.get("vllm")(joined, tmp_path / "served", target)
     served = open_draft(tmp_path / "served", target).draft
-    expected = chain_logits(merge_private(split), target, rows, store)
+    expected = chain_logits(split.merged(), target, rows, store)
     assert torch.equal(chain_logits(served, target, rows, store), expected)
 
 

@@ -12,11 +12,10 @@ import torch
 from batched import BatchedChainDecoder
 
 from redraft.data.generate import Request, generate
+from redraft.decode.auto import make_decoder
 from redraft.decode.engine import ChainDecoder, PlainDecoder
-from redraft.decode.make import make_decoder
 from redraft.decode.requests import Generation, Uniforms
 from redraft.drafts.eagle3 import fresh_draft
-from redraft.errors import UserError
 from redraft.settings.sampler import Sampler
 from redraft.settings.shapes import parse_shape
 from redraft.target import Target
@@ -83,13 +82,6 @@ def test_uniforms_are_one_stream_however_they_are_taken():
         parts.take(4)
         parts.put_back(4)
     assert torch.equal(torch.cat(got), expected[:994])
-
-
-@pytest.mark.parametrize("gamma", [0, -1])
-def test_gamma_must_be_positive(gamma, tiny_target):
-    target = tiny_target("llama")
-    with pytest.raises(UserError, match="gamma"):
-        ChainDecoder(target, make("fresh", target), gamma=gamma)
 
 
 def test_a_sequence_longer_than_the_context_is_refused(tiny_target):

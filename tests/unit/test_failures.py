@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 from typer.main import get_command
 
-from redraft.cli import main, plans, quiet
+from redraft.cli import main, plans
 from redraft.cli.failures import trace, unexpected, without_secrets
-from redraft.settings.adapt import AdaptConfig
-from redraft.settings.steps import MergeSettings, RegenerateSettings
-from redraft.settings.yamlfile import read
+from redraft.settings.base import read
+from redraft.settings.runs import AdaptConfig
+from redraft.settings.steps import BenchSettings, MergeSettings, QuickstartSettings, RegenerateSettings
 
 SRC = str(Path(main.__file__).parents[2])
 REPORT = f"report {__file__}"
@@ -37,7 +37,7 @@ def fail_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     def fail(*arguments: Any, **options: Any) -> None:
         raise error
 
-    monkeypatch.setattr("redraft.api.measuring.build_report", fail)
+    monkeypatch.setattr("redraft.api.runs.build_report", fail)
 
 
 # -- defects ---------------------------------------------------------------------------------------------------------
@@ -106,8 +106,17 @@ def test_a_full_disk_or_memory_is_one_line_wherever_it_is_met(error, says, redra
 
 
 # -- the first line --------------------------------------------------------------------------------------------------
-def test_every_command_has_a_first_line() -> None:
-    assert {*plans.PLANS, "config"} == set(get_command(main.app).commands)
+def test_a_first_line_says_what_was_given_and_what_matters_most(tmp_path, capsys) -> None:
+    (tmp_path / "p.jsonl").write_text('{"instruction": "a"}\n{"instruction": "b"}\n')
+    given = {"target": "t", "draft": ["a=x", "b=y"], "prompts": f"{tmp_path}/p.jsonl", "limit": 1, "out": "b.json"}
+    plans.announce(BenchSettings(**given, max_new_tokens=9, greedy_drafts=True))
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("bench: target t; ")
+    for said in ("draft a=x, b=y", "p.jsonl (2)", "temperature 0.0", "shape chain:5", "limit 1", "greedy-drafts True"):
+        assert f"{said}; " in line
+    assert line.endswith("at most 9 tokens of answers where each prompt asks one question")
+    plans.announce(QuickstartSettings())
+    assert capsys.readouterr().out == "quickstart: out out/quickstart\n"
 
 
 def run_alone(*arguments: str) -> tuple[list[str], list[str]]:
@@ -144,7 +153,7 @@ def run_alone(*arguments: str) -> tuple[list[str], list[str]]:
         ("bench --target t --draft d --suite gms8k --out b.json", "did you mean gsm8k?"),
         ("distill --target t --out o --text x --prompts p --loss tvdp", "did you mean tvdpp?"),
         ("regenerate --target t --prompts p.jsonl --temperature 0 --temperature 0.5 --out r.jsonl",
-         "2 prompts of p.jsonl, answered by t at temperature 0.0, 0.5, at most 256 tokens each = at most 1,024 tokens"),
+         "prompts p.jsonl (2); out r.jsonl; max-new-tokens 256; temperature 0.0, 0.5; at most 1,024 tokens of answers"),
     ],
 )  # fmt: skip
 def test_names_settings_paths_and_help_load_nothing_heavy(tmp_path, monkeypatch, command, says) -> None:
@@ -157,8 +166,7 @@ def test_names_settings_paths_and_help_load_nothing_heavy(tmp_path, monkeypatch,
     )
     if command.startswith("regenerate"):  # the first line stands before the target is looked for
         (tmp_path / "p.jsonl").write_text('{"instruction": "a"}\n\n{"instruction": "b"}\n')
-        command = command.replace("--target t", "--target ./t/u").replace("answered by t", "answered by ./t/u")
-        says = says.replace("answered by t", "answered by ./t/u")
+        command = command.replace("--target t", "--target ./t/u")
     said, heavy = run_alone(*command.split())
     assert says in " ".join(" ".join(said).split())
     assert heavy == ["heavy: []"]
@@ -170,8 +178,7 @@ def test_settings_of_a_file_count_and_flags_win(tmp_path, capsys) -> None:
     )
     plans.announce(read(AdaptConfig, tmp_path / "c.yaml", {"target": "from-flag", "out": tmp_path / "run"}))
     said = capsys.readouterr().out
-    assert "30 questions that the target writes itself; select 50%, answer" in said
-    assert "from-flag with the draft old" in said
+    assert "adapt: target from-flag; " in said and "prompts self:30 (30); " in said and "budget 50%; " in said
 
 
 def test_a_run_that_goes_on_says_what_is_there(tmp_path, capsys) -> None:
@@ -197,13 +204,13 @@ def test_a_plan_that_cannot_be_made_is_left_out(tmp_path, capsys) -> None:
 
 # -- silence ---------------------------------------------------------------------------------------------------------
 def test_libraries_are_silent_unless_the_user_asks(monkeypatch) -> None:
-    for name in quiet.VARIABLES:
+    for name in main.VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "info")
     monkeypatch.setattr(sys, "warnoptions", [])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        quiet.quiet_libraries()
+        main.quiet_libraries()
         warnings.warn("of a library", FutureWarning, stacklevel=1)
     assert not caught
     assert os.environ["TRANSFORMERS_VERBOSITY"] == "info" and os.environ["TOKENIZERS_PARALLELISM"] == "true"

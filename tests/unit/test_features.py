@@ -12,9 +12,7 @@ from safetensors.torch import load_file, save_file
 from redraft.data.generate import Completion, Request, generate
 from redraft.data.store import Row
 from redraft.errors import UserError
-from redraft.features import FeatureStore, RowFeatures
-from redraft.features.computed import common_prefix
-from redraft.features.store import SPARE_BYTES
+from redraft.features import SPARE_BYTES, FeatureStore, RowFeatures, common_prefix
 from redraft.rows import ENOUGH_TOKENS, MOST_PADDING, anchors, length_batches
 from redraft.settings.sampler import Sampler
 from redraft.target import Target
@@ -177,7 +175,7 @@ def test_stored_features_leave_a_build_nothing_to_do(answered, tmp_path):
 
 
 def test_few_shards_are_open_at_once(answered, tmp_path, monkeypatch):
-    monkeypatch.setattr("redraft.features.store.OPEN_SHARDS", 2)
+    monkeypatch.setattr("redraft.features.OPEN_SHARDS", 2)
     store = FeatureStore(tmp_path / "features", {})
     kept = kept_rows(answered[1])
     for each in kept:

@@ -16,8 +16,15 @@ gguf = pytest.importorskip("gguf")
 from transformers import AutoTokenizer, LlamaConfig, Qwen3Config  # noqa: E402
 
 from redraft.drafts.standalone import StandaloneDraft  # noqa: E402
-from redraft.drafts.standalone.gguf import check_shape, interleave, rope_factors  # noqa: E402
-from redraft.drafts.standalone.gguf_tokens import SPLITS, UNUSED, split_name, token_fields  # noqa: E402
+from redraft.drafts.standalone.gguf import (  # noqa: E402  # noqa: E402
+    SPLITS,
+    UNUSED,
+    check_shape,
+    interleave,
+    rope_factors,
+    split_name,
+    token_fields,
+)
 from redraft.drafts.standalone.shapes import fresh_standalone  # noqa: E402
 from redraft.errors import UserError  # noqa: E402
 from redraft.loading import gguf_of  # noqa: E402
@@ -175,7 +182,7 @@ def test_without_the_package_there_is_one_line(target, tmp_path, monkeypatch):
 
     before = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "gguf" else before(name, *a))
-    with pytest.raises(UserError, match="need the package gguf"):
+    with pytest.raises(UserError, match="needs the package gguf"):
         export(target, tmp_path / "out")
 
 

@@ -173,7 +173,7 @@ def test_a_hub_that_cannot_be_reached_does_not_hang(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(HfApi, "model_info", unreachable)
     monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("the hub was asked again and again"))
     refused("nobody/no-such-model", "no hub can be reached")
-    assert asked == [loading.HUB_SECONDS]
+    assert asked == [loading.places.HUB_SECONDS]
 
 
 def test_damaged_checkpoints(saved: tuple[Path, Target], tmp_path: Path) -> None:
@@ -250,7 +250,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "__init__.py").write_text("raise ImportError('this package must not be imported')")
     (folder / "tiny.gguf").write_bytes(b"GGUF stand-in")
     monkeypatch.syspath_prepend(str(folder.parent))
-    monkeypatch.setitem(loading.EMBEDDED, "tiny", folder.name)
+    monkeypatch.setitem(loading.places.EMBEDDED, "tiny", folder.name)
     monkeypatch.setenv("REDRAFT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setitem(sys.modules, "gguf", gguf := ModuleType("gguf"))
     gguf.__spec__ = importlib.util.spec_from_loader("gguf", None)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from redraft.data.logprobs import TopEngine, ask_tops, read_top_file
+from redraft.data.server import ServerEngine, ask_tops, read_top_file
 from redraft.data.store import Row
 from redraft.errors import UserError
 
@@ -61,12 +61,12 @@ def server() -> Iterator[Server]:
     found.http.stop()
 
 
-def engine(server: Server) -> TopEngine:
-    return TopEngine(server.url, None, 2, 2, attempts=2, backoff=0.01)
+def engine(server: Server) -> ServerEngine:
+    return ServerEngine(server.url, None, 2, attempts=2, backoff=0.01)
 
 
 def test_figures_belong_to_the_tokens_after_the_first(server: Server, tmp_path: Path) -> None:
-    found = ask_tops(engine(server), ROWS, tmp_path / "tops.jsonl")
+    found = ask_tops(engine(server), 2, ROWS, tmp_path / "tops.jsonl")
     assert set(found) == {row.key for row in ROWS}
     ids, values = found[ROWS[1].key]
     assert ids == [[8, 9], [10, 11]] and values == [[-0.08, -5.0], [-0.1, -5.0]]
@@ -76,10 +76,10 @@ def test_figures_belong_to_the_tokens_after_the_first(server: Server, tmp_path: 
 
 def test_what_is_there_is_not_asked_for_again(server: Server, tmp_path: Path) -> None:
     path = tmp_path / "tops.jsonl"
-    ask_tops(engine(server), ROWS[:3], path)
+    ask_tops(engine(server), 2, ROWS[:3], path)
     path.write_text(path.read_text() + '{"key": "torn')
     server.asked.clear()
-    found = ask_tops(engine(server), ROWS, path)
+    found = ask_tops(engine(server), 2, ROWS, path)
     assert len(server.asked) == 3 and len(found) == 6
     assert len(path.read_text().splitlines()) == 6
 
@@ -87,17 +87,17 @@ def test_what_is_there_is_not_asked_for_again(server: Server, tmp_path: Path) ->
 def test_a_server_without_them_is_told_in_one_line(server: Server, tmp_path: Path) -> None:
     server.rule = lambda body: None
     with pytest.raises(UserError, match="gives no log-probabilities of a prompt"):
-        ask_tops(engine(server), ROWS, tmp_path / "tops.jsonl")
+        ask_tops(engine(server), 2, ROWS, tmp_path / "tops.jsonl")
 
 
 def test_requests_that_fail_are_counted_and_the_rest_is_kept(server: Server, tmp_path: Path) -> None:
     server.rule = lambda body: (400, "at most 20") if body["prompt"][0] == 6 else scored(body)
     with pytest.raises(UserError, match="1 of 6 responses got no log-probabilities, first 1@T0: status 400"):
-        ask_tops(engine(server), ROWS, tmp_path / "tops.jsonl")
+        ask_tops(engine(server), 2, ROWS, tmp_path / "tops.jsonl")
     assert len(read_top_file(tmp_path / "tops.jsonl", ROWS)) == 5
     server.rule = lambda body: scored(body)[:-1]
     with pytest.raises(UserError, match="log-probabilities of"):
-        ask_tops(engine(server), ROWS[:2], tmp_path / "other.jsonl")
+        ask_tops(engine(server), 2, ROWS[:2], tmp_path / "other.jsonl")
 
 
 def test_damage_in_the_file_is_named(tmp_path: Path) -> None:

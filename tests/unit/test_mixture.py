@@ -6,9 +6,9 @@ import random
 
 import pytest
 
-from redraft.data.mixture import mix
 from redraft.data.store import Row
 from redraft.errors import UserError
+from redraft.rows import mix
 
 
 def rows(name: str, count: int, longest: int = 60, seed: int = 0) -> list[Row]:

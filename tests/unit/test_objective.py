@@ -23,8 +23,7 @@ from redraft.drafts.groups import prepare
 from redraft.features import FeatureStore
 from redraft.losses.portions import portions, sum_over_portions
 from redraft.registries import LOSSES
-from redraft.settings.methods import PrivateSize
-from redraft.settings.training import TrainConfig
+from redraft.settings.training import PrivateSize, TrainConfig
 from redraft.target import Target
 from redraft.training.trainer import Trainer
 

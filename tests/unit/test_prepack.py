@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from redraft import prepack as module
+from redraft import arithmetic as module
+from redraft.arithmetic import PackedForward, prepack
 from redraft.decode.engine import ChainDecoder
 from redraft.drafts.eagle3 import fresh_draft
 from redraft.drafts.layers import Linear
-from redraft.prepack import PackedForward, prepack
 
 TYPES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 

@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 
 from redraft.data.packed import PackedText, TextSource
-from redraft.drafts.standalone import causal as causal_module
-from redraft.drafts.standalone.causal import CausalModel
+from redraft.drafts.standalone import objective as causal_module
+from redraft.drafts.standalone.objective import CausalModel
 from redraft.errors import UserError
 from redraft.settings.training import PretrainConfig
-from redraft.training.checkpoint import Checkpoint
-from redraft.training.pretrain import perplexity, pretrain
+from redraft.training.causal import perplexity, pretrain
+from redraft.training.loop import Checkpoint
 
 build_model = runpy.run_path(str(Path(__file__).parents[1] / "tiny_models.py"))["build_model"]
 CONFIG = PretrainConfig(

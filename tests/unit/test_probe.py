@@ -10,12 +10,28 @@ from typing import Any
 import pytest
 import torch
 
-from redraft.adaptation import pace
-from redraft.adaptation import trial as trials
-from redraft.adaptation.advice import ADAPT_ANSWERS, ADAPT_PASSES
-from redraft.adaptation.pace import TIMED_PROMPTS, TIMED_TOKENS, Pace, expected_seconds, first_batch, round_cost
-from redraft.adaptation.probe import Look, adaptation_seconds, greedy_answers, probe
-from redraft.adaptation.trial import PASSES, Trial, check_trial, halves, trial
+from redraft.adaptation import advice
+from redraft.adaptation import probe as probing
+from redraft.adaptation.advice import (
+    ADAPT_ANSWERS,
+    ADAPT_PASSES,
+    TIMED_PROMPTS,
+    TIMED_TOKENS,
+    Pace,
+    expected_seconds,
+    first_batch,
+    round_cost,
+)
+from redraft.adaptation.probe import (
+    PASSES,
+    Trial,
+    adaptation_seconds,
+    check_trial,
+    greedy_answers,
+    halves,
+    probe,
+    trial,
+)
 from redraft.drafts.base import fresh
 from redraft.drafts.standalone.shapes import fresh_standalone
 from redraft.errors import UserError
@@ -40,7 +56,7 @@ def test_a_trial_measures_every_answer_once_by_a_draft_that_did_not_see_it(
     before = {name: tensor.clone() for name, tensor in draft.state_dict().items()}
     seen: list[set[str]] = []
     walked: list[set[str]] = []
-    make, walk = trials.Trainer, trials.simulate_greedy_chain
+    make, walk = probing.Trainer, probing.simulate_greedy_chain
 
     def trainer(draft: Any, target: Any, store: Any, rows: Any, heldout: Any, *rest: Any) -> Any:
         assert {row.key for row in heldout} <= {row.key for row in rows}  # nothing is chosen on what is measured
@@ -51,8 +67,8 @@ def test_a_trial_measures_every_answer_once_by_a_draft_that_did_not_see_it(
         walked.append({row.key for row in rows})
         return walk(draft, target, rows, *rest)
 
-    monkeypatch.setattr(trials, "Trainer", trainer)
-    monkeypatch.setattr(trials, "simulate_greedy_chain", simulate)
+    monkeypatch.setattr(probing, "Trainer", trainer)
+    monkeypatch.setattr(probing, "simulate_greedy_chain", simulate)
     with greedy_answers(target, draft, PROMPTS, 16) as (rows, store):
         found = trial(target, draft, rows, store, 3)
         positions = sum(map(anchors, rows))
@@ -83,8 +99,8 @@ def test_the_time_is_told_from_a_first_batch(monkeypatch: pytest.MonkeyPatch) ->
         clock.now += 2 + (tokens - 1) * (0.5 if len(requests) > 1 else 0.1)
         return iter(())
 
-    monkeypatch.setattr(pace, "generate", generate)
-    monkeypatch.setattr(pace, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(advice, "generate", generate)
+    monkeypatch.setattr(advice, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     found = first_batch(None, PROMPTS, 64)  # type: ignore[arg-type]
     assert (found.batch, found.prompts) == (6, pytest.approx(2))
     assert (found.single, found.step) == (pytest.approx(0.1), pytest.approx(0.5))
@@ -107,7 +123,7 @@ def test_a_step_of_many_answers_is_shared_by_them() -> None:
 
 def test_plain_decoding_and_rounds_count_in_their_fastest_types(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = {"half": (0.010, 0.030), "whole": (0.020, 0.024)}
-    monkeypatch.setattr(pace, "_timed", lambda target, *_: seconds[target])
+    monkeypatch.setattr(advice, "_timed", lambda target, *_: seconds[target])
     found = round_cost({"bfloat16": "half", "float32": "whole"}, None, [], 3)  # type: ignore[dict-item, arg-type]
     assert (found.plain, found.round) == (0.010, 0.024) and found.cost == pytest.approx(2.4)
     assert (found.plain_type, found.round_type) == ("bfloat16", "float32")
@@ -119,10 +135,11 @@ def test_an_adaptation_costs_its_answers_and_its_passes() -> None:
     evidence = shipped()
     pace, tokens = Pace(64, 0.0, 0.1, 0.64), ADAPT_ANSWERS * 50
     training = evidence.training(0.1) * 0.01
-    seen = Look({}, None, 50.0, trial=None)
-    assert adaptation_seconds(seen, evidence, pace, 0.1) == pytest.approx(tokens * (0.01 + ADAPT_PASSES * training))
-    tried = Look({}, None, 50.0, Trial({}, 8, tokens=2000, seconds=10.0))
-    assert adaptation_seconds(tried, evidence, pace, 0.1) == pytest.approx(tokens * (0.01 + ADAPT_PASSES * 0.005))
+    assert adaptation_seconds(50.0, None, evidence, pace, 0.1) == pytest.approx(
+        tokens * (0.01 + ADAPT_PASSES * training)
+    )
+    tried = Trial({}, 8, tokens=2000, seconds=10.0)
+    assert adaptation_seconds(50.0, tried, evidence, pace, 0.1) == pytest.approx(tokens * (0.01 + ADAPT_PASSES * 0.005))
 
 
 # -- the whole -------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from redraft.data.prompts import check_length, prompt_messages, prompt_turns, read_conversations, user_turns
+from redraft.data.prompts import check_length, prompt_messages, read_conversations, user_turns
 from redraft.data.shapes import Conversation
 from redraft.errors import UserError
 
@@ -129,7 +129,7 @@ def test_reference_answers_are_left_out_and_replies_go_behind_every_user_turn() 
     conversation = Conversation(
         "c", [turn("system", "s"), turn("user", "1"), turn("assistant", "ref"), turn("user", "2"), turn("user", "3")]
     )
-    assert [m["content"] for m in prompt_turns(conversation)] == ["s", "1", "2", "3"]
+    assert [m["content"] for m in prompt_messages(conversation, ["", ""]) if m["content"]] == ["s", "1", "2", "3"]
     assert user_turns(conversation) == 3
     assert [m["content"] for m in prompt_messages(conversation, [])] == ["s", "1"]
     third = prompt_messages(conversation, ["A", "B"])

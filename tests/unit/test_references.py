@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from redraft.data.references import reference_rows
+from redraft.data.answers import reference_rows
 from redraft.data.shapes import Conversation
 from redraft.data.store import REFERENCE, Failure, Row, decode_row, encode_row
 from redraft.errors import UserError

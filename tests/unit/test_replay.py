@@ -28,8 +28,7 @@ from redraft.registries import LOSSES
 from redraft.rows import anchors
 from redraft.settings.training import ReplayConfig, TrainConfig
 from redraft.target import Target
-from redraft.training.replay import lost_states, replay_settings, replay_states, replay_trainer
-from redraft.training.trainer import Trainer
+from redraft.training.trainer import Trainer, lost_states, replay_settings, replay_states
 
 GAMMA = 4
 toys: dict[str, Any] = runpy.run_path(str(Path(__file__).parent / "toys.py"))
@@ -251,14 +250,14 @@ def test_replay_trains_on_lost_rounds_and_never_ends_worse(
     assert sum("rounds ended early" in line for line in said) == 2
 
 
-def test_off_is_the_default_and_nothing_to_replay_is_said(
+def test_off_is_the_default(
     target: Target, rows: list[Row], store: FeatureStore, draft: Eagle3Draft, tmp_path: Path
 ) -> None:
     job = Adaptation(target, OpenDraft(draft, {}, ""), Plan("full"), tmp_path, Log(provenance.Ledger()), store)
     job.replay(rows, rows)
     assert job.draft is draft and job.results == [] and not (tmp_path / "replay").exists()
     with pytest.raises(UserError, match="nothing to replay"):
-        replay_trainer(draft, target, store, rows, rows, TrainConfig(), tmp_path / "none", {})
+        Trainer(draft, target, store, rows, rows, TrainConfig(), tmp_path / "none", weights={})
 
 
 def test_a_pass_unrolls_as_far_as_a_round_goes() -> None:

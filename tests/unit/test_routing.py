@@ -11,16 +11,14 @@ import pytest
 import torch
 
 from redraft.decode.engine import ChainDecoder, PlainDecoder
-from redraft.drafts.config import DraftConfig
+from redraft.drafts.base import DraftConfig
 from redraft.drafts.eagle3 import Eagle3Config, Eagle3Draft, fresh_draft
-from redraft.drafts.experts import SharedPrivateMLP, attach_private, merge_private
 from redraft.drafts.files import load_draft, save_draft
-from redraft.drafts.groups import prepare
-from redraft.drafts.layers import GatedMLP
-from redraft.drafts.routing import RoutedMLP, Router
+from redraft.drafts.groups import attach_private, prepare
+from redraft.drafts.layers import GatedMLP, Router, SharedPrivateMLP
 from redraft.errors import UserError
 from redraft.registries import EXPORTERS, FAMILIES
-from redraft.settings.methods import PrivateSize, mergeable
+from redraft.settings.training import PrivateSize, mergeable
 from redraft.training.optimizer import make_optimizers
 
 H = 8
@@ -37,7 +35,7 @@ def tokens(count: int = 6, seed: int = 9) -> torch.Tensor:
     return torch.randn(count, H, generator=torch.Generator().manual_seed(seed))
 
 
-def expert(mlp: RoutedMLP, number: int, experts: int) -> GatedMLP:
+def expert(mlp: GatedMLP, number: int, experts: int) -> GatedMLP:
     """Expert ``number`` of a routed MLP as an MLP of its own."""
     width = mlp.gate_proj.weight.shape[0] // experts
     rows = slice(number * width, (number + 1) * width)
@@ -52,7 +50,7 @@ def expert(mlp: RoutedMLP, number: int, experts: int) -> GatedMLP:
 @pytest.mark.parametrize("experts", [2, 3, 4])
 @pytest.mark.parametrize("active", [1, 2])
 def test_a_routed_mlp_is_the_weighted_sum_of_the_best_experts(experts, active):
-    mlp = RoutedMLP(H, 12, experts, active)
+    mlp = GatedMLP(H, 12, experts, active)
     randomise(mlp)
     for x in tokens():
         scores = mlp.router.weight @ x
@@ -78,7 +76,7 @@ def test_both_sides_have_routers_of_their_own():
 def test_counts_that_cannot_be_build_no_mlp():
     for counts in ((0, 0), (2, 3), (5, 1)):
         with pytest.raises(ValueError, match="experts of an inner width of 12"):
-            RoutedMLP(H, 12, *counts)
+            GatedMLP(H, 12, *counts)
 
 
 @pytest.mark.parametrize("experts", range(1, 65))
@@ -173,7 +171,7 @@ def test_one_expert_on_each_side_is_eda_bit_for_bit(draft):
             optimizer.step()
     expected = eda.state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in moe.state_dict().items())
-    assert torch.equal(step(moe), step(eda)) and torch.equal(step(merge_private(moe)), step(merge_private(eda)))
+    assert torch.equal(step(moe), step(eda)) and torch.equal(step(moe.merged()), step(eda.merged()))
     assert not torch.equal(step(moe), step(draft))
 
 

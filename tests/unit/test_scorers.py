@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import runpy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,12 +13,12 @@ import torch
 from redraft.acceptance.simulate import row_alphas
 from redraft.features import FeatureStore
 from redraft.selection import ScoringContext, score_rows
-from redraft.selection import acceptance as acceptance_module
 from redraft.selection import entropy as entropy_module
-from redraft.selection.acceptance import alpha_measurer
+from redraft.selection import states as states_module
 from redraft.selection.entropy import Entropy, entropies
 from redraft.selection.length import Length
 from redraft.selection.rejection import Rejection
+from redraft.selection.states import measured_alphas
 from redraft.target import Target
 
 MakeTarget = Callable[..., Target]
@@ -95,7 +95,14 @@ def test_acceptance_in_portions_is_acceptance_at_once(
     target = tiny_target(taps=(1, 3, 5))
     draft = make_draft("random", target)
     rows = [row for row in samples() if row.key != "one"]
-    whole = Rejection().score(rows, ScoringContext(alpha_of=alpha_measurer(draft, target, tmp_path)))
+    seen: list[tuple[int, int]] = []
+
+    def alpha_of(rows: Sequence[Sample]) -> list[float]:
+        return measured_alphas(draft, target, rows, scratch, lambda done, total: seen.append((done, total)))
+
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    whole = Rejection().score(rows, ScoringContext(alpha_of=alpha_of))
 
     forced = [row if row.response_ids else Sample(row.key, row.prompt_ids[:1], row.prompt_ids[1:]) for row in rows]
     store = FeatureStore(tmp_path / "store", {})
@@ -103,12 +110,9 @@ def test_acceptance_in_portions_is_acceptance_at_once(
     assert whole == pytest.approx([1 - a for a in row_alphas(draft, target, forced, store)], abs=1e-5)  # type: ignore[arg-type]
     assert 0 < min(whole) < max(whole) < 1
 
-    seen: list[tuple[int, int]] = []
-    monkeypatch.setattr(acceptance_module, "PORTION_TOKENS", 30)
+    seen.clear()
+    monkeypatch.setattr(states_module, "PORTION_TOKENS", 30)
     target.tap((2,))  # whatever was tapped before
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
-    in_portions = alpha_measurer(draft, target, scratch, lambda done, total: seen.append((done, total)))
-    assert Rejection().score(rows[::-1], ScoringContext(alpha_of=in_portions)) == pytest.approx(whole[::-1], abs=1e-5)
+    assert Rejection().score(rows[::-1], ScoringContext(alpha_of=alpha_of)) == pytest.approx(whole[::-1], abs=1e-5)
     assert len(seen) > 3 and seen == sorted(seen) and seen[-1] == (9, 9)
     assert not any(scratch.iterdir())

@@ -13,12 +13,10 @@ import pytest
 
 from redraft.errors import UserError
 from redraft.selection import ScoringContext, score_rows, scored_ids, scored_tokens
-from redraft.selection.manifest import file_hash, read_manifest
+from redraft.selection.manifest import choose, file_hash, read_manifest, select
 from redraft.selection.random_ import Random
 from redraft.selection.rejection import Rejection
-from redraft.selection.rules import choose, select
-from redraft.settings.budget import parse_budget
-from redraft.settings.scorers import parse_scorer, scorer_text
+from redraft.settings.texts import parse_budget, parse_scorer, scorer_text
 
 
 @dataclass(frozen=True)
@@ -239,7 +237,7 @@ def test_choose_refuses_before_it_scores() -> None:
         ("random:seed=x", "seed must be a whole number, not 'x'"),
         ("coverage:diversity=much", "coverage: diversity must be a number, not 'much'"),
         ("coverage:diversity=1.5", "between 0 and 1, not 1.5"),
-        ("coverage:diversity=nan", "between 0 and 1, not nan"),
+        ("coverage:diversity=nan", "diversity must be a number, not 'nan'"),
         ("coverage:base=nothing", "unknown scorer 'nothing'"),
         ("coverage:base=coverage", "choose another scorer"),
         ("coverage:base.metric=l2", "scorer rejection has no setting 'metric'"),

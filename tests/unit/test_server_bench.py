@@ -284,7 +284,7 @@ def test_names_labels_and_positions_of_the_text_format() -> None:
         'vllm:spec_decode_num_drafts_created{engine="0"} 1.7e9\n'
     )
     reading = parse_metrics(text)
-    assert reading.rounds == 10 and reading.per_position == {1: 2, 0: 8} and reading.accepted is None
+    assert reading.rounds == 10 and reading.per_position == [8, 2] and reading.accepted is None
     declared = parse_metrics("# TYPE sglang:spec_verify_calls_total counter\n")
     assert declared.prefix == "sglang:" and declared.rounds == 0
     assert parse_metrics("<html>404</html>") == Reading() == parse_metrics("")
@@ -293,12 +293,12 @@ def test_names_labels_and_positions_of_the_text_format() -> None:
 
 
 def test_counters_that_vanish_or_appear() -> None:
-    some = Reading("vllm:", rounds=3.0, per_position={0: 2.0})
+    some = Reading("vllm:", rounds=3.0, per_position=[2.0])
     with pytest.raises(UserError, match="went backwards"):
         difference(some, Reading("vllm:"), "x")
     with pytest.raises(UserError, match="went backwards"):
-        difference(some, Reading("vllm:", rounds=5.0, per_position={0: 1.0}), "x")
+        difference(some, Reading("vllm:", rounds=5.0, per_position=[1.0]), "x")
     gained = difference(Reading("sglang:"), Reading("sglang:", rounds=4.0), "x")
     assert gained.rounds == 4 and gained.tau_tokens(13, 1) == 12
-    grown = difference(some, Reading("vllm:", rounds=5.0, accepted=7.0, per_position={0: 3.0, 1: 1.0}), "x")
+    grown = difference(some, Reading("vllm:", rounds=5.0, accepted=7.0, per_position=[3.0, 1.0]), "x")
     assert grown.per_position == [1, 1] and grown.tau_tokens(13, 1) == 9

@@ -13,11 +13,10 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from redraft.adaptation.bench import How
-from redraft.adaptation.questions import Questions
+from redraft.adaptation.models import TargetSpec
 from redraft.adaptation.server_bench import bench_servers_on
-from redraft.adaptation.steps import TargetSpec
 from redraft.errors import UserError
+from redraft.settings.steps import BenchSettings
 from redraft.settings.texts import named_servers
 
 pytest.importorskip("httpx")
@@ -121,8 +120,8 @@ def test_servers_that_cannot_be_used(fake: Make) -> None:
     with pytest.raises(UserError, match="serves one, two; name one of them"):
         run({"new": several})
     with pytest.raises(UserError, match="the server new at .* serves one, two, not three"):
-        run({"new": several}, models={"new": "three"})
-    run({"new": several}, models={"new": "two"})
+        run({"new": several}, model="three")
+    run({"new": several}, model="two")
     assert several.seen[-1]["model"] == "two"
     for status, text in ((401, "who are you"), (404, "no such path")):
         refusing = fake()
@@ -196,9 +195,10 @@ def test_files_in_and_a_file_out(
     prompts, out = tmp_path / "prompts.txt", tmp_path / "deep" / "bench.json"
     prompts.write_text("".join(f"question {i}\n" for i in range(6)))
     server = fake()
-    servers = {"plain": fake("vllm", False).url, "new": server.url}
-    how = How(max_new_tokens=LIMIT)
-    result = bench_servers_on(TargetSpec(str(weightless)), servers, Questions(str(prompts), limit=4), out, how, (1, 2))
+    options: dict[str, Any] = {"target": str(weightless), "prompts": str(prompts), "out": out, "seed": 0}
+    servers = (f"plain={fake('vllm', False).url}", f"new={server.url}")
+    asked = BenchSettings(**options, server=servers, limit=4, concurrency=(1, 2), max_new_tokens=LIMIT)
+    result = bench_servers_on(asked, TargetSpec(str(weightless)))
     assert json.loads(out.read_text()) == json.loads(json.dumps(result))
     assert result["setup"]["prompts"] == 4 and result["provenance"]["seed"] == 0
     turn = [{"role": "user", "content": "question 0"}]
@@ -208,7 +208,7 @@ def test_files_in_and_a_file_out(
     assert server.url not in json.dumps({k: v for k, v in result.items() if k != "provenance"})
     prompts.write_text("word " * 60)
     with pytest.raises(UserError, match="does not fit into the context of 128"):
-        bench_servers_on(TargetSpec(str(weightless)), servers, Questions(str(prompts)), out, How())
+        bench_servers_on(BenchSettings(**options, server=servers), TargetSpec(str(weightless)))
 
 
 def test_a_failed_run_leaves_the_old_result_alone(fake: Make, weightless: Path, tmp_path: Path) -> None:
@@ -216,6 +216,7 @@ def test_a_failed_run_leaves_the_old_result_alone(fake: Make, weightless: Path, 
     prompts.write_text("a question\n")
     out.write_text("old")
     with pytest.raises(UserError, match="no counters of speculation"):
-        servers, how = {"new": fake("bare").url}, How(max_new_tokens=LIMIT)
-        bench_servers_on(TargetSpec(str(weightless)), servers, Questions(str(prompts)), out, how)
+        options: dict[str, Any] = {"target": str(weightless), "prompts": str(prompts), "out": out}
+        asked = BenchSettings(**options, server=(f"new={fake('bare').url}",), max_new_tokens=LIMIT)
+        bench_servers_on(asked, TargetSpec(str(weightless)))
     assert out.read_text() == "old"

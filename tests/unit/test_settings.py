@@ -9,11 +9,10 @@ import pytest
 
 from redraft.cli.generate import pairs
 from redraft.errors import UserError
-from redraft.settings.adapt import AdaptConfig
-from redraft.settings.distill import DistillConfig
+from redraft.settings.base import merged, read, underscored
+from redraft.settings.runs import AdaptConfig, DistillConfig
 from redraft.settings.steps import TrainSettings
 from redraft.settings.studies import parse_study
-from redraft.settings.yamlfile import merged, read, underscored
 
 ADAPT: dict[str, Any] = {"target": "t", "draft": "d", "prompts": "p", "out": "o"}
 DISTILL: dict[str, Any] = {"target": "t", "out": "o", "prompts": "p", "text": ["x.txt"]}

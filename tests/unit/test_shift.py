@@ -15,8 +15,7 @@ from torch import Tensor
 
 from redraft.errors import UserError
 from redraft.selection import ScoringContext
-from redraft.selection.covariance import ledoit_wolf
-from redraft.selection.shift import METRICS, POOLINGS, Shift
+from redraft.selection.shift import METRICS, POOLINGS, Shift, ledoit_wolf
 from redraft.selection.states import batches
 from redraft.target import Target
 
@@ -226,9 +225,9 @@ def test_batches_hold_every_row_once_within_the_limit() -> None:
 def test_models_and_rows_that_do_not_fit_are_refused(tiny_target: MakeTarget) -> None:
     target = tiny_target()
     fits = ScoringContext(target=target, base_target=tiny_target())
-    with pytest.raises(UserError, match="hidden size 32 and the base target 16"):
+    with pytest.raises(UserError, match="width 32 and 16"):
         Shift().score(samples(), ScoringContext(target=target, base_target=tiny_target(hidden_size=16)))
-    with pytest.raises(UserError, match="layer count 6 and the base target 4"):
+    with pytest.raises(UserError, match="layers 6 and 4"):
         Shift().score(samples(), ScoringContext(target=target, base_target=tiny_target(num_hidden_layers=4)))
     with pytest.raises(UserError, match="layer 7 does not exist: the target has 6 layers"):
         Shift(layer=7).score(samples(), fits)

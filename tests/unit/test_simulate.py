@@ -17,15 +17,13 @@ import torch
 from redraft.acceptance.simulate import (
     expected_rounds_sampled,
     simulate_greedy_chain,
-    tau_expected,
     tau_of,
     visits,
 )
 from redraft.data.store import REFERENCE, Row
 from redraft.decode.engine import ChainDecoder, PlainDecoder
 from redraft.decode.requests import Generation
-from redraft.decode.tree_engine import TreeDecoder
-from redraft.decode.tree_walk import simulate_tree
+from redraft.decode.tree import TreeDecoder, simulate_tree
 from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
 from redraft.errors import UserError
 from redraft.features import FeatureStore
@@ -175,7 +173,7 @@ def test_expected_rounds_are_those_of_real_decoding(sampler, target, draft, deco
     error = differences.std(ddof=1) / math.sqrt(len(rows))
     assert error > 0 and abs(differences.mean()) < 4 * error
     # The bound is of use: it would notice an estimate that counted accepted and rejected tokens the wrong way.
-    tau = tau_expected(expected, rows)
+    tau = sum(map(anchors, rows)) / sum(expected.values())
     assert 1.1 < tau < GAMMA + 1
     assert 4 * error < 0.15 * np.mean(list(expected.values()))
 
@@ -273,7 +271,7 @@ def test_no_temperature_is_the_greedy_walk(temperature, target, draft, tmp_path)
     walked = simulate_greedy_chain(draft, target, rows, store, GAMMA)
     expected = expected_rounds_sampled(draft, target, rows, store, GAMMA, sampler)
     assert expected == pytest.approx({key: len(rounds) for key, rounds in walked.items()}, abs=1e-3)
-    assert tau_expected(expected, rows) == pytest.approx(tau_of(walked, rows), rel=1e-3)
+    assert sum(map(anchors, rows)) / sum(expected.values()) == pytest.approx(tau_of(walked, rows), rel=1e-3)
     assert any(max(rounds) for rounds in walked.values())
 
 
@@ -283,8 +281,8 @@ def test_portions_do_not_matter(target, draft, tmp_path, monkeypatch):
     rows = [as_row(i, plain.generate(prompt(i), TOKENS, seed=i), prompt(i), sampler) for i in range(8)]
     store = features(target, rows, tmp_path)
     whole = expected_rounds_sampled(draft, target, rows, store, GAMMA, sampler)
-    monkeypatch.setattr("redraft.drafts.agreement.CHUNK", 3)
-    monkeypatch.setattr("redraft.drafts.eagle.walk.EagleWalk.batch_anchors", 20)
+    monkeypatch.setattr("redraft.drafts.walks.CHUNK", 3)
+    monkeypatch.setattr("redraft.drafts.eagle.unroll.EagleWalk.batch_anchors", 20)
     assert expected_rounds_sampled(draft, target, rows, store, GAMMA, sampler) == pytest.approx(whole, rel=1e-5)
 
 
@@ -298,4 +296,4 @@ def test_rows_of_another_sampler_are_refused(target, draft, tmp_path):
 def test_rows_without_an_anchor_are_left_out(target, draft, tmp_path):
     row = Row("a", [5, 6], [7], 1.0, 0, 1.0, 0, "length", "hash")
     expected = expected_rounds_sampled(draft, target, [row], FeatureStore(tmp_path, {}), GAMMA, Sampler(1.0))
-    assert expected == {} and tau_expected(expected, [row]) == 0.0
+    assert expected == {} and tau_of({}, [row]) == 0.0

@@ -13,25 +13,25 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from redraft.acceptance.simulate import expected_rounds_sampled, simulate_greedy_chain
-from redraft.adaptation.models import open_proposer
+from redraft.adaptation.models import open_any
 from redraft.artifact import tensors_hash
 from redraft.data.store import Row
+from redraft.decode.auto import make_decoder
 from redraft.decode.engine import ChainDecoder, PlainDecoder
-from redraft.decode.make import make_decoder
 from redraft.decode.static import StaticTarget
-from redraft.drafts.agreement import run_lengths
-from redraft.drafts.experts import attach_private, is_private, merge_private, private_names
+from redraft.drafts.base import is_private
 from redraft.drafts.files import load_draft, load_private, save_draft, save_private
-from redraft.drafts.groups import prepare
+from redraft.drafts.groups import attach_private, prepare
 from redraft.drafts.standalone import StandaloneDraft, untrained
 from redraft.drafts.standalone.shapes import fresh_standalone, parameters_of, projected, shape_for
+from redraft.drafts.walks import run_lengths
 from redraft.errors import UserError
 from redraft.loading import check_tokenizers
 from redraft.registries import EXPORTERS
 from redraft.sampling import warp
-from redraft.settings.methods import PrivateSize
 from redraft.settings.sampler import Sampler
 from redraft.settings.shapes import parse_shape
+from redraft.settings.training import PrivateSize
 
 TOYS = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("toys.py"))))
 prompts = TOYS.prompts
@@ -137,7 +137,7 @@ def test_private_experts_start_at_nothing_and_merge_into_a_plain_model(architect
     with torch.no_grad():
         assert torch.equal(attach_private(draft, 24)(IDS), draft(IDS))
         split = trained_split(draft)
-        merged = merge_private(split)
+        merged = split.merged()
         assert not torch.allclose(split(IDS), draft(IDS), atol=1e-2)
         assert torch.allclose(merged(IDS), split(IDS), atol=1e-4)
     assert merged.model.config.intermediate_size == 64 + 24 and not merged.config.private_width
@@ -160,7 +160,7 @@ def test_a_draft_is_a_plain_folder_and_comes_back_bit_for_bit(tied, target, tmp_
     with torch.no_grad():
         assert torch.equal(plain(IDS).logits, back(IDS)) and torch.equal(back(IDS), draft(IDS))
     check_tokenizers(back.tokenizer, target.tokenizer)
-    opened, _ = open_proposer(tmp_path / "d", target)
+    opened = open_any(tmp_path / "d", target).draft
     assert opened.dtype == torch.float32
     path = tmp_path / "d" / "redraft.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"content_hash": "0" * 16}))
@@ -186,7 +186,7 @@ def test_a_model_whose_tokens_cannot_be_taken_back_is_no_draft(ours, target, tmp
         draft.model.save_pretrained(tmp_path / "d")
         target.tokenizer.save_pretrained(tmp_path / "d")
     with pytest.raises(UserError, match="d cannot be a draft: Lfm2ForCausalLM cannot take tokens back"):
-        open_proposer(tmp_path / "d", target)
+        open_any(tmp_path / "d", target)
 
 
 def test_a_draft_whose_logits_are_not_its_heads_is_refused(target, tmp_path):
@@ -194,24 +194,24 @@ def test_a_draft_whose_logits_are_not_its_heads_is_refused(target, tmp_path):
     draft.model.config.logits_scaling = 1.5  # what a Llama does not know
     save_draft(tmp_path / "d", StandaloneDraft(draft.model, target.tokenizer), {})
     with pytest.raises(UserError, match="cannot be a draft: the logits of LlamaForCausalLM are not its head"):
-        open_proposer(tmp_path / "d", target)
+        open_any(tmp_path / "d", target)
 
 
 def test_private_experts_are_a_file_of_their_own(target, tmp_path):
     base = make("half", target)
     split = trained_split(base)
     base_hash = base.base_hash()
-    save_private(tmp_path / "p", split, private_names(split), base_hash, {"method": "eda"})
+    save_private(tmp_path / "p", split, [n for n in split.state_dict() if is_private(n)], base_hash, {"method": "eda"})
     save_draft(tmp_path / "base", base, {})
     back, _ = load_private(tmp_path / "p", base, base_hash)
-    opened, _ = open_proposer(tmp_path / "p", target, base=tmp_path / "base")
+    opened = open_any(tmp_path / "p", target, base=tmp_path / "base").draft
     with torch.no_grad():
         assert torch.equal(back(IDS), split(IDS)) and torch.equal(opened(IDS), split(IDS))
     copied = make("copy", target)
     with pytest.raises(UserError, match="belongs to the base draft"):
         load_private(tmp_path / "p", copied, copied.base_hash())
     with pytest.raises(UserError, match="--base-draft"):
-        open_proposer(tmp_path / "p", target)
+        open_any(tmp_path / "p", target)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -124,7 +124,8 @@ def test_the_writer_refuses_a_key_that_is_there(tmp_path: Path) -> None:
 def test_a_second_writer_is_refused(tmp_path: Path) -> None:
     with RowWriter(tmp_path / "r.jsonl"), pytest.raises(UserError, match="being written by another process"):
         RowWriter(tmp_path / "r.jsonl")
-    RowWriter(tmp_path / "r.jsonl").close()
+    with RowWriter(tmp_path / "r.jsonl"):
+        pass
 
 
 def test_a_full_disk_is_a_user_error_before_anything_is_written(

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from redraft.adaptation.questions import suite_prompts
+from redraft.adaptation.bench import suite_prompts
 from redraft.data.shapes import Conversation
 from redraft.data.suites import DATA_VARIABLE, load_suite, run_turns
 from redraft.decode.engine import PlainDecoder

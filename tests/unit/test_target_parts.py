@@ -19,7 +19,8 @@ from redraft.data.store import Row
 from redraft.drafts.eagle3 import fresh_draft
 from redraft.errors import UserError
 from redraft.features import FeatureStore
-from redraft.loading import load_target, open_facts, open_head, parts, read_facts
+from redraft.loading import targets
+from redraft.loading.targets import load_target, open_facts, open_head, read_facts
 from redraft.settings.training import TrainConfig
 from redraft.target import Facts, Head, Target
 from redraft.training.trainer import Trainer
@@ -48,7 +49,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("the model was opened")
 
-    monkeypatch.setattr(parts, "load_target", refuse)
+    monkeypatch.setattr(targets, "load_target", refuse)
 
 
 def agree(one: Facts, other: Facts) -> None:

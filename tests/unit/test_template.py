@@ -21,7 +21,7 @@ from redraft.data.store import read_rows
 from redraft.data.template import TemplateSettings, date_path, settings_of, template_ids, template_record, use_template
 from redraft.data.traces import read_traces
 from redraft.errors import UserError
-from redraft.settings.adapt import AdaptConfig
+from redraft.settings.runs import AdaptConfig
 from redraft.settings.sampler import Sampler
 from redraft.settings.texts import parse_template_args
 

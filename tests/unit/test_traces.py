@@ -13,12 +13,12 @@ import pytest
 
 from redraft import provenance
 from redraft.adaptation.runs import Log
-from redraft.adaptation.traffic import Traffic, split_traffic, take_traffic
+from redraft.adaptation.sources import Parts, Source, split_traffic
 from redraft.data.overlap import same_text, trained_conversations
 from redraft.data.store import TRAFFIC, Row, read_rows
 from redraft.data.traces import read_traces
 from redraft.errors import UserError
-from redraft.settings.adapt import AdaptConfig
+from redraft.settings.runs import AdaptConfig
 from redraft.target import Target
 
 EOS = 2
@@ -210,18 +210,16 @@ def test_a_split_keeps_the_answers_to_one_prompt_together(
 ) -> None:
     target = tiny_target()
     rows = read_traces(log(*served(40)), target.tokenizer, "cafe")
-    found = split_traffic(rows, target, 6, 5, seed=0)
+    train, heldout, evaluation = split_traffic(rows, target, 6, 5, seed=0)
     again = split_traffic(list(reversed(rows)), target, 6, 5, seed=0)
     texts = [
-        {same_text(c) for c in trained_conversations(part, target.tokenizer)}
-        for part in (found.train, found.heldout, found.evaluation)
+        {same_text(c) for c in trained_conversations(part, target.tokenizer)} for part in (train, heldout, evaluation)
     ]
     assert [len(part) for part in texts] == [29, 6, 5]
     assert not (texts[0] & texts[1] or texts[0] & texts[2] or texts[1] & texts[2])
-    assert {row.key for row in found.heldout} == {row.key for row in again.heldout}
-    assert [prompt.ids for prompt in found.prompts()] == [row.prompt_ids for row in found.evaluation]
-    kept = {row.key for row in (*found.train, *found.heldout)}
-    assert len(kept) == len(found.train) + len(found.heldout)
+    assert {row.key for row in heldout} == {row.key for row in again[1]}
+    kept = {row.key for row in (*train, *heldout)}
+    assert len(kept) == len(train) + len(heldout)
     dropped = [row for row in rows if row.key not in kept]
     assert {same_text(c) for c in trained_conversations(dropped, target.tokenizer)} == texts[2]
 
@@ -234,22 +232,23 @@ def test_traffic_costs_no_generation_and_is_read_again_after_a_kill(
     ledger = provenance.Ledger()
     written = Log(ledger, said.append)
 
-    def take(count: int) -> Traffic:
-        given = {"target": "t", "draft": "d", "out": tmp_path, "responses": str(log(*served(count)))}
+    def source(count: int) -> Source:
+        given = {"target": "t", "draft": "d", "out": tmp_path / "run", "responses": str(log(*served(count)))}
         given |= {"heldout_prompts": 6, "bench_prompts": 5, "max_new_tokens": 32}
-        return take_traffic(AdaptConfig(**given), target, *paths, written)
+        return Source(AdaptConfig(**given), lambda: target, written)
 
-    found = take(40)
-    assert read_rows(paths[0]) == found.train and read_rows(paths[1]) == found.heldout
-    assert {row.target_hash for row in found.train} == {target.content_hash()}
+    found: Parts = source(40).traffic
+    assert read_rows(paths[0]) == found[0] and read_rows(paths[1]) == found[1]
+    assert {row.target_hash for row in found[0]} == {target.content_hash()}
     (entry,) = ledger.stages
     assert (entry.stage, entry.tokens, entry.flops) == ("served traffic", 0, 0) and entry.bytes_written > 0
     before = [path.stat().st_mtime_ns for path in paths]
-    assert take(40) == found
+    assert source(40).traffic == found
+    assert [prompt.ids for prompt in source(40).evaluation(8)] == [row.prompt_ids for row in found[2]]
     assert [path.stat().st_mtime_ns for path in paths] == before
     assert "nothing was generated" in said[-1]
     with pytest.raises(UserError, match="too few"):
-        take(9)
+        source(9).write()
 
 
 # -- what a request and an answer say beside the text ----------------------------------------------------------------

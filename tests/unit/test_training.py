@@ -24,8 +24,7 @@ from redraft.drafts.eagle.unroll import collate
 from redraft.drafts.groups import prepare
 from redraft.errors import UserError
 from redraft.rows import anchors
-from redraft.settings.methods import PrivateSize
-from redraft.settings.training import TrainConfig
+from redraft.settings.training import PrivateSize, TrainConfig
 from redraft.training import optimizer as optimizer_module
 from redraft.training.trainer import Trainer, TrainResult, batch_order
 

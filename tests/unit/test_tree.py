@@ -54,7 +54,7 @@ def test_paths_may_stand_in_a_file(tmp_path: Path) -> None:
         ("[[0],[true]]", "not a list of lists"),
         ("[[0.5]]", "not a list of lists"),
         ('[["0"]]', "not a list of lists"),
-        ("[[0],", "not JSON"),
+        ("[[0],", "Invalid JSON"),
         ("chain:0", "at least 1 token"),
         ("chain:", "chain:5"),
         ("chain:-2", "chain:5"),

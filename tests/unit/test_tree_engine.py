@@ -10,13 +10,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from redraft.decode import tree_engine
+from redraft.decode import tree as tree_module
 from redraft.decode.accept import accept_trees
+from redraft.decode.auto import make_decoder
 from redraft.decode.engine import ChainDecoder, PlainDecoder
-from redraft.decode.make import make_decoder
 from redraft.decode.requests import Generation, Round
-from redraft.decode.tree import Topology
-from redraft.decode.tree_engine import Proposal, TreeDecoder, TreeMask
+from redraft.decode.tree import Proposal, Topology, TreeDecoder, TreeMask
 from redraft.drafts.eagle.proposer import DraftCache
 from redraft.drafts.eagle3 import fresh_draft
 from redraft.errors import UserError
@@ -159,7 +158,7 @@ def test_sampled_output_of_a_broken_rule_does_not(monkeypatch, tiny_target):
     def broken(target_of, draft_of, children, ids, uniforms):
         return accept_trees(target_of, lambda nodes: draft_of(nodes).pow(3), children, ids, uniforms)
 
-    monkeypatch.setattr(tree_engine, "accept_trees", broken)
+    monkeypatch.setattr(tree_module, "accept_trees", broken)
     assert TOYS.pairs_misfit(decoder, [5, 9, 70], 900) > 8
 
 

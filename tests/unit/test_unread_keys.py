@@ -15,9 +15,9 @@ from redraft.data.shapes import parse_conversation
 from redraft.data.template import use_template
 from redraft.data.traces import read_traces
 from redraft.errors import UserError
-from redraft.settings.adapt import AdaptConfig
+from redraft.settings.base import read
+from redraft.settings.runs import AdaptConfig
 from redraft.settings.texts import parse_template_args
-from redraft.settings.yamlfile import read
 
 ASK = [{"role": "user", "content": "so?"}]
 NEEDED = "target: t\ndraft: d\nprompts: p.jsonl\nout: run\n"
@@ -243,8 +243,8 @@ def test_settings_that_cannot_be_meant_are_refused_before_anything_runs(tmp_path
 
 
 def test_temperatures_of_distillation_are_looked_at_too(tmp_path: Path) -> None:
-    from redraft.settings.distill import DistillConfig
-    from redraft.settings.yamlfile import read
+    from redraft.settings.base import read
+    from redraft.settings.runs import DistillConfig
 
     values = {"target": "t", "text": ("x",), "prompts": "p", "out": str(tmp_path)}
     with pytest.raises(UserError, match="every temperature once"):

@@ -14,7 +14,7 @@ from redraft.data.store import Row
 from redraft.decode.engine import ChainDecoder
 from redraft.drafts.eagle.unroll import collate, supervised, unroll
 from redraft.drafts.eagle3 import Eagle3Draft
-from redraft.drafts.experts import attach_private, merge_private
+from redraft.drafts.groups import attach_private
 from redraft.features import FeatureStore
 from redraft.rows import anchors
 from redraft.target import Target
@@ -32,7 +32,7 @@ def test_the_simulated_chain_is_the_decoded_one(kind, target, rows, store, draft
         draft = attach_private(draft, 16)
         torch.nn.init.normal_(draft.midlayer.mlp.private.down_proj.weight, std=0.2)
     if kind == "merged":
-        draft = merge_private(draft)
+        draft = draft.merged()
     # A head fitted to the rows, so that rounds accept something.
     fit(draft, target, rows, store)
     simulated = simulate_greedy_chain(draft, target, rows, store, gamma=4)

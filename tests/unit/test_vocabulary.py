@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,11 +17,13 @@ from redraft.artifact import tensors_hash, write_tensors
 from redraft.cli.main import app
 from redraft.data.store import Row, RowWriter
 from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
-from redraft.drafts.experts import attach_low_rank
 from redraft.drafts.files import META_FILE, PRIVATE_FILE, load_draft, load_private, save_draft, save_private
+from redraft.drafts.groups import attach_low_rank
+from redraft.drafts.walks import run_lengths
 from redraft.errors import UserError
 from redraft.loading import tokenizer_hash
-from redraft.starts.vocabulary import choose_swaps, coverage, refresh_vocabulary, run_lengths
+from redraft.starts.apply import StartContext
+from redraft.starts.vocabulary import Refresh, choose_swaps, coverage, refresh_vocabulary
 from redraft.target import Target
 
 IDS = [2, *range(10, 50)]
@@ -61,9 +64,9 @@ def test_coverage_by_hand(draft: Eagle3Draft) -> None:
     assert found.tau_cap == pytest.approx(9 / 5) and found.tau_whole == pytest.approx(9 / 4)
 
 
-def test_run_lengths() -> None:
-    assert run_lengths([True, True, False, True], 5) == [2, 1, 0, 1]
-    assert run_lengths([True] * 4, 2) == [2, 2, 2, 1] and run_lengths([], 3) == []
+def refresh(draft: Eagle3Draft, target: Target, rows: Sequence[Row]) -> tuple[Any, Refresh]:
+    found = refresh_vocabulary(draft, StartContext(target, rows=rows))
+    return found.draft, found
 
 
 def test_the_cap_is_reached_by_a_draft_that_is_right_wherever_it_can_be(
@@ -86,7 +89,7 @@ def test_a_whole_vocabulary_covers_everything(target: Target) -> None:
     whole = fresh_draft(target, list(range(target.vocab_size)), intermediate=32)
     found = coverage(whole, text())
     assert found.share == 1 and found.missing == () and found.tau_cap == found.tau_whole
-    same, report = refresh_vocabulary(whole, target, text())
+    same, report = refresh(whole, target, text())
     assert same is whole and "the whole of it" in report.notes[0]
 
 
@@ -120,7 +123,7 @@ def test_a_refresh_carries_rows_and_covers_more(target: Target, draft: Eagle3Dra
             draft.lm_head.weight.shape, generator=torch.Generator().manual_seed(1)
         )
     old = {name: tensor.clone() for name, tensor in draft.state_dict().items()}
-    renewed, report = refresh_vocabulary(draft, target, rows)
+    renewed, report = refresh(draft, target, rows)
     ids = renewed.vocabulary()
     assert len(ids) == len(IDS) and bool((ids[1:] > ids[:-1]).all()) and 2 in ids
     assert torch.equal(renewed.t2d.nonzero().flatten(), ids)
@@ -141,7 +144,7 @@ def test_a_refresh_carries_rows_and_covers_more(target: Target, draft: Eagle3Dra
 
 
 def test_a_covered_text_changes_nothing(target: Target, draft: Eagle3Draft) -> None:
-    same, report = refresh_vocabulary(draft, target, text(low=10, high=50))
+    same, report = refresh(draft, target, text(low=10, high=50))
     assert (
         same is draft and report.added == () and report.before is report.after and "stays as it is" in report.notes[0]
     )
@@ -149,13 +152,13 @@ def test_a_covered_text_changes_nothing(target: Target, draft: Eagle3Draft) -> N
 
 def test_a_head_with_a_private_update_is_refused(target: Target, draft: Eagle3Draft) -> None:
     with pytest.raises(UserError, match="merge the draft first"):
-        refresh_vocabulary(attach_low_rank(draft, 2, ("lm_head",)), target, text())
+        refresh(attach_low_rank(draft, 2, ("lm_head",)), target, text())
 
 
 def test_refreshed_drafts_are_stored_whole_and_as_a_private_part(
     tmp_path: Path, target: Target, draft: Eagle3Draft
 ) -> None:
-    renewed, report = refresh_vocabulary(draft, target, text())
+    renewed, report = refresh(draft, target, text())
     save_draft(tmp_path / "whole", renewed, {})
     base_hash = tensors_hash(draft.state_dict())
     save_private(tmp_path / "part", renewed, report.changed, base_hash, {})
@@ -166,7 +169,7 @@ def test_refreshed_drafts_are_stored_whole_and_as_a_private_part(
 def test_a_private_part_holds_only_the_new_rows_of_a_refreshed_head(
     tmp_path: Path, target: Target, draft: Eagle3Draft
 ) -> None:
-    renewed, report = refresh_vocabulary(draft, target, text())
+    renewed, report = refresh(draft, target, text())
     assert 0 < len(report.added) < draft.config.draft_vocab_size / 2
     base, base_hash = draft.state_dict(), tensors_hash(draft.state_dict())
     names = [*report.changed, "norm.weight"]
@@ -181,7 +184,7 @@ def test_a_private_part_holds_only_the_new_rows_of_a_refreshed_head(
 def test_rows_that_do_not_fit_the_base_are_refused(
     spoil: str, tmp_path: Path, target: Target, draft: Eagle3Draft
 ) -> None:
-    renewed, report = refresh_vocabulary(draft, target, text())
+    renewed, report = refresh(draft, target, text())
     base_hash, path = tensors_hash(draft.state_dict()), tmp_path / "part" / PRIVATE_FILE
     save_private(tmp_path / "part", renewed, report.changed, base_hash, {}, draft.state_dict())
     stored = load_file(path)

@@ -8,12 +8,11 @@ import pytest
 from rich.console import Console
 
 from redraft.cli import commands
-from redraft.decode.pieces import TokenText, trace
-from redraft.decode.requests import Generation, Round
+from redraft.decode.requests import Generation, Round, TokenText, trace
 from redraft.errors import UserError
 from redraft.reports.live import Watcher, coloured, legend, paint
 from redraft.reports.tokens import Piece
-from redraft.settings.measure import WatchSettings
+from redraft.settings.steps import WatchSettings
 
 
 class Bytes:
@@ -179,7 +178,6 @@ def test_one_prompt_or_a_file() -> None:
 
 def test_the_command_prints_what_the_decoder_says(tiny_target, tmp_path, monkeypatch, capsys) -> None:
     """With a decoder that plays back rounds: the command's own part, from prompt to summary."""
-    from redraft.cli import watching
     from redraft.drafts.eagle3 import fresh_draft
     from redraft.drafts.files import save_draft
     from redraft.loading import tokenizer_hash
@@ -196,7 +194,7 @@ def test_the_command_prints_what_the_decoder_says(tiny_target, tmp_path, monkeyp
             on_round(Round(ids[1:3], 1, ids[1:3], 0.1, 0.1))
             return Generation(ids[:3], "length", 0.1, 0.2, [])
 
-    monkeypatch.setattr(watching, "make_decoder", lambda *args: Playback())
+    monkeypatch.setattr("redraft.decode.make.make_decoder", lambda *args: Playback())
     places = {"target": str(tmp_path / "target"), "draft": str(tmp_path / "draft")}
     commands.watch(WatchSettings(**places, prompt="one \x1b two", dtype="float32", max_new_tokens=3))
     shown = capsys.readouterr().out

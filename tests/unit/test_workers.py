@@ -18,14 +18,12 @@ from redraft.drafts.eagle1 import fresh_eagle1
 from redraft.drafts.eagle1.objective import RegressionObjective
 from redraft.drafts.eagle3 import fresh_draft
 from redraft.drafts.proposing import shared
-from redraft.drafts.standalone.causal import CausalModel
-from redraft.drafts.standalone.objective import Distillation, StateTeacher
+from redraft.drafts.standalone.objective import CausalModel, Distillation, StateTeacher
 from redraft.features import FeatureStore
 from redraft.settings.training import DistilConfig, PretrainConfig, TrainConfig
 from redraft.target import FINAL, Target
-from redraft.training.distil import MixedSteps
+from redraft.training.causal import MixedSteps, text_steps
 from redraft.training.loop import Step
-from redraft.training.pretrain import TextSteps
 from redraft.training.trainer import Trainer
 from redraft.training.workers import SINGLE, Shares, Workers, sum_gradients
 
@@ -191,7 +189,7 @@ def test_pretraining(tmp_path: Path) -> None:
     def steps_of(workers: Workers) -> tuple[Any, Step]:
         causal = CausalModel(BUILDERS["build_model"](seed=1, num_hidden_layers=1))
         packed = PackedText(TextSource([str(text)]), BUILDERS["build_tokenizer"](), 16, 0)
-        return causal.model, next(TextSteps(causal, packed, config, workers).steps(0, {}))
+        return causal.model, next(text_steps(causal, packed, config, workers, 0, {}))
 
     same_gradient(steps_of, tmp_path)
 

@@ -80,15 +80,10 @@ def visits(chances_AJ: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return starts[:count]
 
 
-def tau_expected(rounds: Mapping[str, float], rows: Sequence[Row]) -> float:
-    """tau_pooled from rounds by row key: tokens after the first of every response, over rounds; 0 without rounds."""
-    total = sum(rounds.values())
-    return sum(anchors(r) for r in rows if r.key in rounds) / total if total else 0.0
-
-
 def tau_of(accepted: Mapping[str, Sequence[int]], rows: Sequence[Row]) -> float:
-    """tau_pooled of a simulated greedy chain, from the accepted tokens of every round."""
-    return tau_expected({key: len(rounds) for key, rounds in accepted.items()}, rows)
+    """tau_pooled of a simulated greedy chain, from the accepted tokens of every round; 0 without rounds."""
+    total = sum(map(len, accepted.values()))
+    return sum(anchors(row) for row in rows if row.key in accepted) / total if total else 0.0
 
 
 # -- drafts over stored rows -----------------------------------------------------------------------------------------
@@ -121,12 +116,15 @@ def expected_rounds_sampled(
     likeliest token whatever the sampler. Rows without an anchor have no round and are left out. Raises ``UserError``
     for rows of another sampler, whose text would follow another distribution.
     """
-    check_sampler(rows, sampler)
-    if greedy_drafts or sampler.greedy:
-        return {
-            key: float(len(rounds)) for key, rounds in simulate_greedy_chain(draft, target, rows, store, gamma).items()
-        }
-    found = draft.walk(target).chances(rows, store, gamma, sampler)
+    for row in rows:
+        check_own(row)
+        drawn = Sampler(row.temperature, row.top_k, row.top_p)
+        if drawn != sampler and not (drawn.greedy and sampler.greedy):
+            raise UserError(
+                f"response {row.key} was drawn with {drawn.describe()}, the chain samples with {sampler.describe()}; "
+                "give responses of the same sampler"
+            )
+    found = draft.walk(target).chances(rows, store, gamma, Sampler() if greedy_drafts else sampler)
     return {row.key: float(visits(chances_AJ.double().numpy()).sum()) for row, chances_AJ in found}
 
 
@@ -145,15 +143,3 @@ def check_own(row: Row) -> None:
     """Raise ``UserError`` for a reference answer: decoding would not produce it, so it has no rounds."""
     if row.source == REFERENCE:
         raise UserError(f"{row.key} is a reference answer; rounds can be told of the target's own responses alone")
-
-
-def check_sampler(rows: Sequence[Row], sampler: Sampler) -> None:
-    """Raise ``UserError`` when a response was drawn with another sampler, or by nobody."""
-    for row in rows:
-        check_own(row)
-        drawn = Sampler(row.temperature, row.top_k, row.top_p)
-        if drawn != sampler and not (drawn.greedy and sampler.greedy):
-            raise UserError(
-                f"response {row.key} was drawn with {drawn.describe()}, the chain samples with {sampler.describe()}; "
-                "give responses of the same sampler"
-            )

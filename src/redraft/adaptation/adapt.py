@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,13 +12,11 @@ from typing import Any
 from redraft import provenance
 from redraft.adaptation.bench import measure
 from redraft.adaptation.claim import claim_run
-from redraft.adaptation.core import Adaptation, Plan, half, open_old
-from redraft.adaptation.merged_target import adapter_note
+from redraft.adaptation.core import Adaptation, Plan, open_old
 from redraft.adaptation.models import contestants, open_draft, open_target, prompt_rows, settle_template
 from redraft.adaptation.runs import Run, Say, row_tokens, supervised_rows
 from redraft.adaptation.sources import Source
 from redraft.artifact import atomic_write_json, read_json
-from redraft.data.mixture import mix
 from redraft.data.store import Row
 from redraft.drafts.base import Draft
 from redraft.drafts.files import PRIVATE_FILE
@@ -29,20 +26,16 @@ from redraft.drafts.opening import AnyDraft, OpenDraft
 from redraft.errors import UserError
 from redraft.evaluate.speed import BenchConfig
 from redraft.reports.page import build_report
-from redraft.selection.acceptance import scoring_context
-from redraft.selection.manifest import Manifest, read_manifest
-from redraft.selection.rules import choose
-from redraft.settings.adapt import AdaptConfig
-from redraft.settings.budget import parse_budget
-from redraft.settings.methods import mergeable
-from redraft.settings.scorers import parse_scorer
+from redraft.rows import mix
+from redraft.selection.manifest import Manifest, choose, read_manifest
+from redraft.selection.states import scoring_context
+from redraft.settings.runs import AdaptConfig
 from redraft.settings.shapes import ChainShape
-from redraft.settings.texts import start_needs
-from redraft.settings.training import ReplayConfig
+from redraft.settings.texts import parse_budget, parse_scorer, start_needs
+from redraft.settings.training import ReplayConfig, mergeable
 from redraft.starts.apply import StartContext
 from redraft.target import Target
-from redraft.training.replay import check_replayable
-from redraft.training.trainer import TrainResult
+from redraft.training.trainer import TrainResult, check_replayable
 
 
 class AdaptRun(Run[AdaptConfig]):
@@ -57,6 +50,7 @@ class AdaptRun(Run[AdaptConfig]):
         """
         super().__init__(claim_run(config, say), say)
         self.old_draft: AnyDraft = config.draft if draft is None else draft
+        self.served = bool(config.server or config.responses)
         if target is not None:
             settle_template(target.tokenizer, config.template_arg, config.out)
             self.target = target
@@ -65,22 +59,6 @@ class AdaptRun(Run[AdaptConfig]):
         self.selection = self.folder / "selection.json"
 
     # -- what the stages work on -------------------------------------------------------------------------------
-    @property
-    def served(self) -> bool:
-        return bool(self.config.server or self.config.responses)
-
-    @cached_property
-    def target(self) -> Target:
-        name, target = self.config.target, super().target
-        for note in target.notes:
-            self.say(f"note on {name}: {note}")
-        if rounded := target.rounding:
-            self.say(
-                f"note on {name}: it is served with quantised {rounded}; its text, also that of held-out prompts, "
-                "is the server's, and what is computed here is near it: measure with redraft bench --server"
-            )
-        return target
-
     def open_base(self) -> Target | None:
         """The base target, opened when it is asked for and not kept: two targets need twice the memory."""
         c = self.config
@@ -197,21 +175,11 @@ class AdaptRun(Run[AdaptConfig]):
             self.target, base, rows, supervised_rows(Path(c.general)) if c.general else [], c.gamma, c.seed
         )
 
-    def finished(self) -> Draft:
-        return half(self.aligned)
-
-    def export(self) -> list[Path]:
-        """Write the merged draft for every engine asked for."""
-        found = super().export()
-        if found and (note := adapter_note(self.config.target, self.config.adapter)):
-            self.say(f"note: {note}")
-        return found
-
     def bench(self) -> dict[str, Any]:
         """Plain decoding, the stale and the aligned draft on the evaluation prompts."""
         c, path = self.config, self.folder / "bench.json"
         if path.exists():
-            return json.loads(path.read_text())
+            return read_json(path)
         prompts, began = self.source.evaluation(c.bench_tokens), time.monotonic()
         with self.log.stage("bench") as entry:
             result = measure(
@@ -227,12 +195,8 @@ class AdaptRun(Run[AdaptConfig]):
         self.say(f"bench: {len(prompts)} prompts in {time.monotonic() - began:.0f} s")
         return result
 
-    def report(self) -> Path:
-        """The HTML page of this run."""
-        curve = self.folder / "train" / "curve.jsonl"
-        return build_report(
-            [self.folder / "bench.json"],
-            self.folder / "report.html",
-            curve=curve if curve.exists() else None,
-            ledger=self.folder / "ledger.json",
-        )
+    def report(self, page: Path | None = None, summary: Path | None = None) -> Path:
+        """The HTML page of this run, with the ``summary`` of a quickstart."""
+        curve, ledger = self.folder / "train" / "curve.jsonl", self.folder / "ledger.json"
+        page, known = page or self.folder / "report.html", curve if curve.exists() else None
+        return build_report([self.folder / "bench.json"], page, known, ledger, summary)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,14 +13,14 @@ from redraft.arithmetic import go_on_with
 from redraft.artifact import atomic_write_json, read_json
 from redraft.drafts.formats.base import check_formats
 from redraft.errors import UserError
-from redraft.settings.adapt import AdaptConfig
 from redraft.settings.base import AUTO
-from redraft.settings.distill import DistillConfig
+from redraft.settings.runs import AdaptConfig, DistillConfig
 from redraft.settings.training import DistilConfig, PretrainConfig, TrainConfig
 
 CONFIG_FILE = "config.json"
 REVISABLE = ("exports",)  # settings that a run may be gone on with otherwise
 Held = TypeVar("Held", bound=BaseModel)
+Run = TypeVar("Run", AdaptConfig, DistillConfig)
 Say = Callable[[str], None]
 
 
@@ -36,70 +36,47 @@ def settled(config: Held, file: Path, say: Say | None) -> Held:
     return config.model_copy(update={"dtype": go_on_with(held.dtype, stored, held.device, say)})
 
 
-def claim_run(config: AdaptConfig, say: Say | None = None) -> AdaptConfig:
-    """Make the run directory, or check that it belongs to the same settings; the settings with the run's data type.
-
-    Raises ``UserError``.
-    """
-    config.check_needs()
-    check_formats(config.exports, "eagle3")
-    config = settled(config, config.out / CONFIG_FILE, say)
-    values = json.loads(config.model_dump_json(exclude={"out"})) | {"train": config.train_config().identity()}
-    claim_folder(config.out, values, AdaptConfig, {"train": TrainConfig().identity()})
-    return config
-
-
-def claim_distill(config: DistillConfig, say: Say | None = None) -> DistillConfig:
+def claim_run(config: Run, say: Say | None = None) -> Run:
     """Make the run directory, or check that it belongs to the same settings; the settings with the run's data types.
 
-    Raises ``UserError``.
+    What a finished draft is exported to may change. Raises ``UserError``.
     """
-    check_formats(config.exports, "standalone")
-    file = config.out / CONFIG_FILE
-    config = settled(config, file, say)
-    defaults = {"pretrain": PretrainConfig().identity(), "align": DistilConfig().identity()}
-    if file.is_file():
+    adapts = isinstance(config, AdaptConfig)
+    if isinstance(config, AdaptConfig):
+        config.check_needs()
+    check_formats(config.exports, "eagle3" if adapts else "standalone")
+    path = config.out / CONFIG_FILE
+    config = settled(config, path, say)
+    recipes = {"train": TrainConfig()} if adapts else {"pretrain": PretrainConfig(), "align": DistilConfig()}
+    if path.is_file() and not adapts:
         # What trains kept its precision whatever the target's type was, before there was a choice.
-        stored = read_json(file)
-        kept = {name: {key: v for key, v in stored.get(name, {}).items() if key == "precision"} for name in defaults}
-        config = config.model_copy(update={name: kept[name] | getattr(config, name) for name in defaults})
-    values = json.loads(config.model_dump_json(exclude={"out"}))
-    values |= {"pretrain": config.pretrain_config().identity(), "align": config.align_config().identity()}
-    # earlier runs name what they never had
-    claim_folder(config.out, values | {"bench_prompts": 0}, DistillConfig, defaults)
-    return config
-
-
-def claim_folder(
-    folder: Path, values: dict[str, Any], kind: type[BaseModel], recipes: Mapping[str, dict[str, Any]]
-) -> None:
-    """Make a run directory of these settings of ``kind``, or check that it belongs to them. Raises ``UserError``.
-
-    ``recipes`` are those settings that hold settings of their own, with their defaults. What a finished draft is
-    exported to may change.
-    """
+        stored = read_json(path)
+        kept = {name: {key: v for key, v in stored.get(name, {}).items() if key == "precision"} for name in recipes}
+        config = config.model_copy(update={name: kept[name] | getattr(config, name) for name in recipes})
+    values = json.loads(config.model_dump_json(exclude={"out"})) | {"bench_prompts": config.bench_prompts}
+    values |= {name: config.blocks()[name].identity() for name in recipes}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        config.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot use {folder} as run directory: {error.strerror or error}") from None
-    path = folder / CONFIG_FILE
+        raise UserError(f"cannot use {config.out} as run directory: {error.strerror or error}") from None
     if not path.exists():
-        if any(folder.iterdir()):
-            raise UserError(f"{folder} holds other files; give a new or empty run directory")
+        if any(config.out.iterdir()):
+            raise UserError(f"{config.out} holds other files; give a new or empty run directory")
         atomic_write_json(path, values)
-        return
+        return config
     # Settings that are newer than the run directory had their defaults then.
-    shown = kind.model_fields
-    then = {name: shown[name].get_default(call_default_factory=True) for name in values if name in shown}
-    stored = json.loads(json.dumps(then, default=str)) | read_json(path)
-    for name, defaults in recipes.items():
-        stored[name] = defaults | {key: value for key, value in stored[name].items() if key in defaults}
-    changed = sorted(_differences(stored, values, recipes))
-    if changed:
+    fields = type(config).model_fields
+    then = {name: fields[name].get_default(call_default_factory=True) for name in values if name in fields}
+    before = json.loads(json.dumps(then, default=str)) | read_json(path)
+    for name, recipe in recipes.items():
+        defaults = recipe.identity()
+        before[name] = defaults | {key: value for key, value in before[name].items() if key in defaults}
+    if changed := sorted(_differences(before, values, recipes)):
         raise UserError(
-            f"{folder} belongs to a run with another {', '.join(changed)}; "
+            f"{config.out} belongs to a run with another {', '.join(changed)}; "
             "give another run directory, or the same settings to resume it"
         )
+    return config
 
 
 def _differences(stored: dict[str, Any], values: dict[str, Any], recipes: Iterable[str]) -> Iterator[str]:

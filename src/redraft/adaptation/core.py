@@ -12,44 +12,35 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from redraft import provenance
 from redraft.adaptation.models import open_draft
-from redraft.adaptation.runs import Log, add_forward, record_of, row_tokens
+from redraft.adaptation.runs import Log, add_forward, half, record_of, row_tokens
 from redraft.artifact import atomic_write_json, read_checked, read_json, write_checked
 from redraft.attic.aim import aim
-from redraft.coarse import Coarse
 from redraft.data.store import Row
 from redraft.drafts.base import Draft
 from redraft.drafts.files import save_draft, save_private
 from redraft.drafts.groups import prepare
 from redraft.drafts.opening import AnyDraft, OpenDraft
-from redraft.drafts.scaling import coarse_change
+from redraft.drafts.scaling import Coarse, coarse_change
 from redraft.features import FeatureStore
 from redraft.loading import tokenizer_hash
 from redraft.rows import anchors
-from redraft.settings.methods import METHODS, PrivateSize
-from redraft.settings.training import ReplayConfig, TrainConfig
+from redraft.settings.training import METHODS, PrivateSize, ReplayConfig, TrainConfig
 from redraft.starts.apply import StartContext, StartResult, apply_start
 from redraft.target import Head, Target
-from redraft.training.replay import replay_settings, replay_states, replay_trainer
-from redraft.training.trainer import Trainer, TrainResult
+from redraft.training.trainer import Trainer, TrainResult, replay_settings, replay_states
+from redraft.training.workers import Workers
 
-Module = TypeVar("Module", bound=nn.Module)
 NO_START = "none"
 STATES_FILE, SUMMARY_FILE, FEATURES = "states.safetensors", "states.json", "features"
 
 
 # -- what the steps share ----------------------------------------------------------------------------------------------
-def half(draft: Module) -> Module:
-    """A copy in bfloat16, the type that drafts are stored and served in."""
-    return copy.deepcopy(draft).to(torch.bfloat16)
-
-
 def open_old(source: AnyDraft, target: Head, log: Log) -> OpenDraft:
     """The draft that an adaptation begins with; notes of its import are said. Raises ``UserError``."""
     opened = open_draft(source, target)
@@ -58,10 +49,10 @@ def open_old(source: AnyDraft, target: Head, log: Log) -> OpenDraft:
     return opened
 
 
-def draft_meta(target: Head, method: str, seed: int, **more: Any) -> dict[str, Any]:
-    """What a saved draft says of itself beside its own shape."""
+def draft_meta(target: Head, method: str | None, seed: int, **more: Any) -> dict[str, Any]:
+    """What a saved draft says of itself beside its own shape; no ``method`` where none is known."""
     return {
-        "method": method,
+        **({"method": method} if method else {}),
         "target": {"name": target.name, "hash": target.content_hash()},
         "tokenizer_hash": tokenizer_hash(target.tokenizer),
         **more,
@@ -185,15 +176,13 @@ class Adaptation:
         """Train what is marked, then in passes of replay; the result of the first training. Raises ``UserError``."""
         self.features("features", rows)
         self.features("features held-out", heldout)
-        place, origin = self.folder / "train", self.old.base_hash
-        trainer = Trainer(
-            self.draft, self.target, self.store, rows, heldout, self.plan.train, place, origin, before=aim
-        )
-        self._run(trainer)
+        self._run(rows, heldout, self.plan.train, self.folder / "train", before=aim)
         self.replay(rows, heldout)
         return self.results[0]
 
-    def _run(self, trainer: Trainer) -> None:
+    def _run(self, rows: Sequence[Row], heldout: Sequence[Row], config: TrainConfig, place: Path, **more: Any) -> None:
+        work, origin, present = (self.draft, self.target, self.store), self.old.base_hash, Workers.present()
+        trainer = Trainer(*work, rows, heldout, config, place, origin, workers=present, **more)
         result = run_training(trainer, self.log)
         self.draft = trainer.draft
         self.results.append(result)
@@ -212,8 +201,7 @@ class Adaptation:
             if not states:
                 self.log.say("replay: every round went through; nothing is left to train on")
                 break
-            again = (rows, heldout, settings, place / "train", states, self.old.base_hash)
-            self._run(replay_trainer(self.draft, self.target, self.store, *again))
+            self._run(rows, heldout, settings, place / "train", weights=states)
 
     def _lost_states(self, rows: Sequence[Row], folder: Path) -> dict[str, Tensor]:
         """The weights of a pass, walked once and kept: a resumed pass must train on the states it began with."""

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import cached_property
-from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter
 
 from redraft import provenance
 from redraft.acceptance.simulate import simulate_greedy_chain, tau_of
-from redraft.adaptation.claim import claim_distill
-from redraft.adaptation.core import build_features, draft_meta, feature_store, half
-from redraft.adaptation.models import open_proposer, settle_template
-from redraft.adaptation.runs import Run, Say, row_tokens, supervised_rows
+from redraft.adaptation.claim import claim_run
+from redraft.adaptation.core import build_features, draft_meta, feature_store
+from redraft.adaptation.models import open_any, settle_template
+from redraft.adaptation.runs import Run, Say, half, row_tokens, supervised_rows
 from redraft.adaptation.sources import Source
-from redraft.artifact import atomic_write_json
-from redraft.data.logprobs import TopEngine, ask_tops
+from redraft.artifact import atomic_write_json, read_json
 from redraft.data.packed import PackedText, TextSource
+from redraft.data.server import ServerEngine, ask_tops
 from redraft.data.store import Row
-from redraft.drafts.experts import private_names
+from redraft.drafts.base import is_private
 from redraft.drafts.files import load_draft, save_draft, save_private
 from redraft.drafts.groups import prepare
 from redraft.drafts.standalone import StandaloneDraft
@@ -30,15 +30,15 @@ from redraft.errors import UserError
 from redraft.features import ComputedFeatures, FeatureStore
 from redraft.loading import check_tokenizers, read_facts
 from redraft.rows import anchors
-from redraft.settings.distill import DistillConfig
-from redraft.settings.methods import PrivateSize
-from redraft.training.distil import distil
+from redraft.settings.runs import DistillConfig
+from redraft.settings.training import PrivateSize
+from redraft.training.causal import TokenTeacher, TopTeacher, distil, pretrain
 from redraft.training.loop import LoopResult
-from redraft.training.pretrain import pretrain
-from redraft.training.teachers import TokenTeacher, TopTeacher
+from redraft.training.workers import Workers
 
 # What is trained of a drafter where private experts are asked for.
 METHOD = "eda"
+LOOP_RESULT = TypeAdapter(LoopResult)
 
 
 class DistillRun(Run[DistillConfig]):
@@ -46,7 +46,7 @@ class DistillRun(Run[DistillConfig]):
 
     def __init__(self, config: DistillConfig, say: Say = print) -> None:
         """Raises ``UserError`` when the run directory belongs to other settings."""
-        super().__init__(claim_distill(config, say), say)
+        super().__init__(claim_run(config, say), say)
 
     # -- what the stages work on -------------------------------------------------------------------------------
     @cached_property
@@ -83,7 +83,7 @@ class DistillRun(Run[DistillConfig]):
         """All stages; returns the record of the run, ``distill.json``."""
         if self.config.exports and not (self.folder / "align.json").exists():
             given = self.config.draft
-            self.check_exports(self.start() if given is None else open_proposer(given, self.target)[0])
+            self.check_exports(self.start() if given is None else open_any(given, self.target).draft)
         self.survey()
         done = {"pretrain": self.pretrain(), "align": self.align()}
         self.export()
@@ -103,7 +103,7 @@ class DistillRun(Run[DistillConfig]):
         path = self.folder / "text.json"
         if not self.config.text or path.exists():
             return
-        names = [*self.config.text, *([self.config.heldout_text] if self.config.heldout_text else [])]
+        names = [*self.config.text, *filter(None, [self.config.heldout_text])]
         with self.log.stage("survey"):
             size = TextSource(names, self.config.text_field).survey()
         atomic_write_json(path, {"files": names, "bytes": size})
@@ -112,10 +112,8 @@ class DistillRun(Run[DistillConfig]):
     def start(self) -> StandaloneDraft:
         """The untrained drafter of the shape asked for. Raises ``UserError`` when there is none."""
         c = self.config
-        if c.from_layers:
-            return fresh_standalone(self.target, None, c.seed, c.embeddings, c.tied, c.from_layers)
-        shape = shape_for(self.target, c.size, c.layers, c.tied)
-        return fresh_standalone(self.target, shape, c.seed, c.embeddings, c.tied)
+        shape = None if c.from_layers else shape_for(self.target, c.size, c.layers, c.tied)
+        return fresh_standalone(self.target, shape, c.seed, c.embeddings, c.tied, c.from_layers)
 
     def pretrain(self) -> LoopResult | None:
         """A new drafter, trained on the text, in ``pretrained``; nothing where a drafter is given."""
@@ -123,19 +121,17 @@ class DistillRun(Run[DistillConfig]):
         if c.draft is not None:
             return None
         if done.exists():
-            return result_of(done)
+            return LOOP_RESULT.validate_python(read_json(done))
         config, draft = c.pretrain_config(), self.start()
         share = draft.parameters_per_token / self.target.parameters_per_token
         self.say(f"drafter: {draft.parameters_per_token:,} parameters a token, {share:.3f} of the target's")
-        text = self.text(config.length)
-        heldout = (
-            PackedText(TextSource([c.heldout_text], c.text_field), self.target.tokenizer, config.length)
-            if c.heldout_text
-            else None
-        )
+        text, heldout = self.text(config.length), None
+        if c.heldout_text:
+            heldout = PackedText(TextSource([c.heldout_text], c.text_field), self.target.tokenizer, config.length)
         total = config.steps * config.batch_blocks * config.length
         with self.log.counted("pretrain", total) as (entry, progress):
-            result = pretrain(draft.model, text, config, self.folder / "pretrain", progress, heldout)
+            place, present = self.folder / "pretrain", Workers.present()
+            result = pretrain(draft.model, text, config, place, progress, heldout, present)
             flops = provenance.train_flops(draft.parameters_per_token, result.tokens)
             entry.add(result.tokens, flops, provenance.TRAIN_FORMULA)
         save_draft(self.folder / "pretrained", draft, self.meta("pretrain"))
@@ -159,10 +155,10 @@ class DistillRun(Run[DistillConfig]):
         if c.teacher == "tops":
             assert c.server is not None
             size = self.target.vocab_size
-            engine = TopEngine(c.server, c.server_model, c.top_logprobs, c.batch_size, vocab_size=size)
+            engine = ServerEngine(c.server, c.server_model, c.batch_size, vocab_size=size)
             with self.log.counted("log-probabilities", len(rows), "rows") as (_, progress):
-                found = ask_tops(engine, rows, self.folder / "tops.jsonl", progress.update)
-            return TopTeacher(found, self.target.vocab_size)
+                found = ask_tops(engine, c.top_logprobs, rows, self.folder / "tops.jsonl", progress.update)
+                return TopTeacher(found, size)
         if not c.store_states:
             return StateTeacher(self.target, ComputedFeatures(self.target))
         build_features("features", self.store, self.target, rows, self.log)
@@ -172,7 +168,7 @@ class DistillRun(Run[DistillConfig]):
         """What alignment starts from, in float32, with what it trains requiring a gradient; and the hash of the
         drafter that private experts are added to."""
         c = self.config
-        draft, _ = open_proposer(c.draft or self.folder / "pretrained", self.target)
+        draft: Any = open_any(c.draft or self.folder / "pretrained", self.target).draft
         check_tokenizers(draft.tokenizer, self.target.tokenizer)
         draft.requires_grad_(True)
         base_hash = draft.base_hash()
@@ -185,30 +181,23 @@ class DistillRun(Run[DistillConfig]):
         """The drafter, taught by the target, in ``draft``; its private part also in ``private``."""
         c, done = self.config, self.folder / "align.json"
         if done.exists():
-            return result_of(done)
+            return LOOP_RESULT.validate_python(read_json(done))
         rows, heldout = self.responses()
         config, (draft, base_hash) = c.align_config(), self.drafter()
         teacher = self.teacher(rows)
         text = self.text(config.text_length) if config.text_share else None
         total = round(config.epochs * sum(map(anchors, rows)) / (1 - config.text_share))
         with self.log.counted("align", total) as (entry, progress):
-            result = distil(
-                draft.model,
-                teacher,
-                rows,
-                config,
-                self.folder / "align",
-                self.efficiency(draft, heldout),
-                text,
-                progress,
-            )
+            measure, place, present = self.efficiency(draft, heldout), self.folder / "align", Workers.present()
+            result = distil(draft.model, teacher, rows, config, place, measure, text, progress, present)
             trained = sum(p.numel() for p in draft.parameters() if p.requires_grad)
             read = row_tokens(rows) / sum(map(anchors, rows))
             flops = provenance.train_flops(draft.parameters_per_token, round(result.tokens * read))
             entry.add(result.tokens, flops, f"{provenance.TRAIN_FORMULA} (prompts read)")
         stored, meta = half(draft), self.meta(METHOD if c.private_width else "full")
         if c.private_width:
-            save_private(self.folder / "private", stored, private_names(stored), base_hash, meta)
+            names = filter(is_private, stored.state_dict())
+            save_private(self.folder / "private", stored, names, base_hash, meta)
         save_draft(self.folder / "draft", stored, meta)
         atomic_write_json(done, asdict(result))
         why = "stopped early" if result.stopped_early else "whole budget"
@@ -228,15 +217,6 @@ class DistillRun(Run[DistillConfig]):
         """The finished drafter as it is on disk."""
         return load_draft(self.folder / "draft")[0].bind(self.target)
 
-    def finished(self) -> StandaloneDraft:
-        return self.aligned
-
     def meta(self, method: str) -> dict[str, Any]:
         """What a saved drafter says of itself."""
         return draft_meta(self.target, method, self.config.seed)
-
-
-def result_of(path: Path) -> LoopResult:
-    """A stage's result as it was stored."""
-    value = json.loads(path.read_text())
-    return LoopResult(**value | {"history": [(int(step), float(figure)) for step, figure in value["history"]]})

@@ -4,14 +4,13 @@ Sizes come from configs and from the headers of weight files; no weights are loa
 follow the formulas of the cost ledger (:mod:`redraft.provenance`) for answers of the full length, so they are an upper
 bound where answers end early. A private part is taken to be a fifth of the draft. Bytes on disk: features are 2 bytes a
 number, those of three taps at every token and the last state at answers' tokens; a checkpoint keeps 16 bytes a trained
-parameter (weights, their best, two moments); a stored draft has 2 bytes a parameter. Memory is a lower bound: what
-libraries take, the target's weights, and either keys and values of the answers that are decoded together, or the draft
-in 4 bytes with 12 more where trained and three copies of a step's logits; activations and allocators come on top.
-Minutes are told on a CPU alone, whose speed in products of many rows is tried for a moment.
+parameter (weights, their best, two moments); a stored draft has 2 bytes a parameter. Memory is told part by part: see
+:meth:`Costs.memory`. Minutes are told on a CPU alone, whose speed in products of many rows is tried for a moment.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -23,26 +22,26 @@ from safetensors import safe_open
 from transformers import AutoConfig
 
 from redraft import provenance
-from redraft.arithmetic import EFFICIENCY, choose_dtype, fastest
+from redraft.adaptation.study.targets import read_source
+from redraft.arithmetic import EFFICIENCY, MOST_BYTES, choose_dtype, fastest
 from redraft.artifact import read_json
 from redraft.data.prompts import read_conversations
 from redraft.data.store import read_rows
+from redraft.drafts.standalone.shapes import parameters_of, shape_for
 from redraft.errors import UserError
 from redraft.loading import ADAPTER_FILE, adapter_base, locate, one_line, quiet
-from redraft.settings.adapt import AdaptConfig
-from redraft.settings.base import Settings
-from redraft.settings.budget import parse_budget
-from redraft.settings.distill import DistillConfig
-from redraft.settings.methods import METHODS, SHARE
+from redraft.settings.base import AUTO, Settings
+from redraft.settings.runs import AdaptConfig, DistillConfig
 from redraft.settings.steps import RegenerateSettings, TrainSettings
 from redraft.settings.studies import StudySettings, read_study
-from redraft.settings.texts import self_prompts
+from redraft.settings.texts import parse_budget, parse_source, self_prompts
+from redraft.settings.training import METHODS, SHARE
 from redraft.target.facts import Facts, empty_model
 
 CHARACTERS = 4  # of a token of ordinary English text, where there is no tokenizer to ask
 OWN_PROMPT = 60  # tokens of a prompt that is still to be written
 TAPS = 3
-LIBRARIES = 500e6
+PROCESS = 400e6  # Python with torch and transformers loaded
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,8 @@ class Costs:
         self.dtype, self.device = choose_dtype(dtype, device), device
         self.item = 2 if self.dtype == "bfloat16" else 4
         whole = sum(weight.numel() for weight in empty_model(facts.whole_config).parameters())
-        self.weights, self.working = whole * self.item, 0.0
+        self.numbers, self.auto = whole, dtype == AUTO and device == "cpu"
+        self.working: dict[str, float] = {}
         self.stages: list[tuple[str, float, float]] = []
         self.disk: dict[str, float] = {}
 
@@ -88,7 +88,7 @@ class Costs:
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         together = min(batch, text.rows) * text.tokens / max(1, text.rows)
-        self.working = max(self.working, together * 2 * self.facts.layers * heads * head * self.item)
+        self.working["keys and values"] = together * 2 * self.facts.layers * heads * head * self.item
 
     def train(self, draft: Draft, method: str, config: Any, text: Text, copies: int) -> None:
         """Training of a draft; its stored copies are the private part, the merged draft and ``copies`` exports."""
@@ -100,17 +100,36 @@ class Costs:
         self.stages.append(("train", anchors, flops))
         self.disk["features"] = 2 * self.facts.hidden_size * (TAPS * text.tokens + text.answers)
         self.disk |= {"checkpoint": 16 * trained, "drafts": 2 * (trained + draft.parameters * (1 + copies))}
-        logits = 3 * 4 * config.batch_anchors * config.unroll * draft.vocabulary
-        self.working = max(self.working, 4 * draft.parameters + 12 * trained + logits)
+        logits = 3 * 4 * config.batch_anchors * (config.unroll * draft.vocabulary + self.facts.vocab_size)
+        self.working["training"] = self.disk["features"] + 4 * draft.parameters + 12 * trained + logits
 
-    def lines(self) -> Iterator[str]:
-        """The sums, for a reader."""
+    def memory(self, contest: bool) -> Iterator[tuple[str, float]]:
+        """The parts of peak memory in bytes.
+
+        The process itself; the target's weights, on a CPU twice where products use a packed copy; the other data type
+        in the same way where a benchmark lets float32 and bfloat16 compete; and what the largest stage works with: keys
+        and values of the answers that are decoded together, or features read back, the draft in 4 bytes with 12 more
+        where trained, and three copies of a step's logits, the draft's and the target's.
+        """
+        yield "the process with torch", PROCESS
+        types = {f"the target in {self.dtype}": self.item, "the target in the type that competes": 6 - self.item}
+        for name, item in list(types.items())[: 1 + (self.auto and contest)]:
+            packed = self.device == "cpu" and self.numbers * item <= MOST_BYTES
+            yield name, self.numbers * item * (2 if packed else 1)
+        if self.working:
+            yield max(self.working.items(), key=lambda part: part[1])
+
+    def lines(self, contest: bool = False) -> Iterator[str]:
+        """The sums, for a reader; ``contest`` says that a benchmark follows."""
         total = sum(flops for _, _, flops in self.stages)
         for name, tokens, flops in [*self.stages, ("in all, at most", sum(t for _, t, _ in self.stages), total)]:
             yield f"  {name:<20}{round(tokens):>16,} tokens{flops:>12.3g} FLOPs"
+        if "responses" in self.disk:
+            yield "tokens: as if every answer were as long as --max-new-tokens allows; most end earlier"
         yield "disk: " + ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in self.disk.items())
-        memory = (LIBRARIES + self.weights + self.working) / 1e9
-        yield f"peak memory: at least about {memory:.1f} GB, and more where a benchmark opens several data types"
+        parts = [(name, size / 1e9) for name, size in self.memory(contest)]
+        counted = ", ".join(f"{name} {size:.2g}" for name, size in parts)
+        yield f"peak memory: about {sum(size for _, size in parts):.1f} GB ({counted}), and what allocators keep"
         rate = dict(fastest("cpu").gflops).get(self.dtype) if self.device == "cpu" else None
         if rate:
             minutes = total / (rate * 1e9 * EFFICIENCY[self.dtype]) / 60
@@ -141,45 +160,35 @@ class Draft:
 def plan(settings: Settings) -> list[str]:
     """The resolved settings of a command and its costs, as lines. Raises ``UserError`` for what cannot be read."""
     shown = settings.model_dump(mode="json") | {name: asdict(block) for name, block in settings.blocks().items()}
-    shown = {name: list(value) if isinstance(value, tuple) else value for name, value in shown.items()}
-    listed = yaml.dump(shown, Dumper=Plain, sort_keys=False, default_flow_style=None, width=118).splitlines()
+    plain = json.loads(json.dumps(shown))  # lists for tuples
+    listed = yaml.safe_dump(plain, sort_keys=False, default_flow_style=None, width=118).splitlines()
     costs = COSTS[type(settings)](settings)
     return ["settings:", *(f"  {line}" for line in listed), "costs:", *costs, "nothing was done: --dry-run"]
 
 
-class Plain(yaml.SafeDumper):
-    """Writes tuples as lists."""
-
-
-Plain.add_representer(tuple, lambda dumper, value: dumper.represent_list(value))
-
-
 # -- texts -------------------------------------------------------------------------------------------------------------
-def asked(prompts: str, samples: int, longest: int) -> Text:
-    """The answers that prompts get, ``samples`` each. Raises ``UserError`` for a bad file."""
+def text_of(responses: str | Path | None, prompts: str | None = None, samples: int = 1, longest: int = 0) -> Text:
+    """Responses on disk, or the answers that prompts get, ``samples`` each. Raises ``UserError`` for a bad file."""
+    if responses is not None:
+        rows = read_rows(Path(responses))
+        return Text(len(rows), sum(len(row.prompt_ids) for row in rows), sum(len(row.response_ids) for row in rows))
     count = self_prompts(prompts)
-    found = [] if count else read_conversations(prompts)
+    found = [] if count else read_conversations(str(prompts))
     lengths = [sum(len(m["content"]) for m in c.messages) / CHARACTERS for c in found] or [OWN_PROMPT] * count
     return Text(len(lengths), sum(lengths), len(lengths) * longest).part(samples)
-
-
-def stored(path: str | Path) -> Text:
-    """Responses on disk. Raises ``UserError``."""
-    rows = read_rows(Path(path))
-    return Text(len(rows), sum(len(row.prompt_ids) for row in rows), sum(len(row.response_ids) for row in rows))
 
 
 # -- commands ----------------------------------------------------------------------------------------------------------
 def regenerate_costs(s: RegenerateSettings) -> Iterator[str]:
     costs = Costs(s.target, s.dtype, s.device)
-    costs.answer(asked(s.prompts, len(s.temperature), s.max_new_tokens), s.batch_size)
+    costs.answer(text_of(None, s.prompts, len(s.temperature), s.max_new_tokens), s.batch_size)
     return costs.lines()
 
 
 def train_costs(s: TrainSettings) -> Iterator[str]:
     if s.draft is None:
         raise UserError("--dry-run reads the sizes of --draft; a new draft has them when it is made")
-    costs, text = Costs(s.target, s.dtype, s.device), stored(s.responses)
+    costs, text = Costs(s.target, s.dtype, s.device), text_of(s.responses)
     costs.forward("features", text.tokens)
     kept = text.part(max(0, text.rows - s.heldout) / text.rows) if s.heldout_responses is None else text
     costs.train(Draft.of(s.draft), s.method, s.train_config(), kept, 0)
@@ -189,7 +198,7 @@ def train_costs(s: TrainSettings) -> Iterator[str]:
 def adapt_costs(s: AdaptConfig) -> Iterator[str]:
     """Features come from the passes that the answers take."""
     costs = Costs(s.target, s.dtype, s.device)
-    text = stored(s.responses) if s.responses else asked(str(s.prompts), len(s.temperatures), s.max_new_tokens)
+    text = text_of(s.responses, s.prompts, len(s.temperatures), s.max_new_tokens)
     if s.responses:
         costs.forward("features", text.tokens)
     else:
@@ -198,13 +207,13 @@ def adapt_costs(s: AdaptConfig) -> Iterator[str]:
     whole = {"fraction": 1.0, "rows": text.rows, "tokens": text.answers}[budget.kind]
     share = min(1.0, float(budget.amount) / max(1, whole)) * max(0, text.rows - s.heldout_prompts) / max(1, text.rows)
     costs.train(Draft.of(s.draft), s.method, s.train_config(), text.part(share), len(s.exports))
-    return costs.lines()
+    return costs.lines(contest=True)
 
 
 def distill_costs(s: DistillConfig) -> Iterator[str]:
     costs, align = Costs(s.target, s.dtype, s.device), s.align_config()
-    text = stored(s.responses) if s.responses else asked(str(s.prompts), len(s.temperatures), s.max_new_tokens)
-    size = Draft.of(s.draft).parameters if s.draft else drafter_size(s.size, costs.active)
+    text = text_of(s.responses, s.prompts, len(s.temperatures), s.max_new_tokens)
+    size = Draft.of(s.draft).parameters if s.draft else parameters_of(shape_for(costs.facts, s.size, s.layers, s.tied))
     if s.draft is None:
         tokens = s.pretrain_config().tokens
         costs.stages.append(("pretrain", tokens, provenance.train_flops(size, tokens)))
@@ -216,19 +225,8 @@ def distill_costs(s: DistillConfig) -> Iterator[str]:
     trained = align.epochs * text.tokens
     costs.stages.append(("align", trained, provenance.train_flops(size, round(trained))))
     costs.disk |= {"checkpoints": 16 * size, "drafter": 2 * size * (1 + len(s.exports))}
-    costs.working = max(costs.working, 16 * size)
+    costs.working["training"] = 16 * size
     return costs.lines()
-
-
-def drafter_size(size: str, target: int) -> int:
-    """Parameters a token of a new drafter: a share of the ``target``'s, or so many; a tenth for a preset."""
-    number, _, below = size.partition("/")
-    scale = {"k": 1e3, "m": 1e6, "b": 1e9}.get(number[-1:].lower(), 1)
-    try:
-        value = float(number.rstrip("kmbKMB")) * scale / float(below or 1)
-    except (ValueError, ZeroDivisionError):
-        value = 0.1
-    return round(value if value > 1 else value * target)
 
 
 def study_costs(s: StudySettings) -> Iterator[str]:
@@ -239,22 +237,14 @@ def study_costs(s: StudySettings) -> Iterator[str]:
     for name, entry in study.targets.items():
         costs, cells = Costs(entry.target, study.dtype, study.device), study.all_cells()
         trained = [cell for cell in cells if cell.target == name and study.trains(cell.method)]
-        rows = sum(source_rows(text) for text in entry.prompts)
+        rows = sum(parse_source(text).count or len(read_source(text)) for text in entry.prompts)
         text = Text(rows, rows * OWN_PROMPT, rows * study.max_new_tokens)
         costs.answer(text.part(len({cell.data for cell in trained})), study.batch_size)
         for cell in trained:
             config = study.train_config(cell.loss, cell.seed, cell.method)
             costs.train(Draft.of(entry.draft), study.method_of(cell.method), config, text, 0)
         yield f"{name}: {rows} prompts, {len(trained)} cells to train"
-        yield from costs.lines()
-
-
-def source_rows(text: str) -> int:
-    """Prompts of a source of a study: its count, or those of the file; 0 where nobody knows. Raises ``UserError``."""
-    _, at, count = text.rpartition("@")
-    if at and count.isdigit():
-        return int(count)
-    return len(read_conversations(text)) if Path(text).is_file() else 0
+        yield from costs.lines(contest=study.speed is not None)
 
 
 COSTS: dict[type[Settings], Callable[[Any], Iterator[str]]] = {

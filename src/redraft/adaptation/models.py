@@ -1,25 +1,28 @@
-"""Opening what a job works on: the target in its data types, the draft in any format, the prompts by purpose."""
+"""Opening what a job works on: the target by name or as it is, in its data types; the draft in any format; the prompts
+by purpose."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from redraft.arithmetic import choose_dtype
-from redraft.data.overlap import find_overlap, same_text
+from redraft.data.overlap import same_text, without_overlap
 from redraft.data.prompts import Conversation, check_length, prompt_messages
-from redraft.data.template import kept_moment, template_ids, use_template, writes_date
+from redraft.data.template import kept_moment, settings_of, template_ids, use_template, writes_date
 from redraft.drafts.opening import AnyDraft, OpenDraft, family_at, open_checkpoint
 from redraft.errors import UserError
 from redraft.evaluate.speed import Prompt
-from redraft.loading import load_target
+from redraft.loading.targets import load_target, open_facts, open_head, read_facts
+from redraft.selection import PromptRow
 from redraft.settings.base import AUTO, TYPES
-from redraft.target import Head, Target
+from redraft.target import Facts, Head, Target
 
 
 def open_target(
@@ -41,6 +44,13 @@ def open_target(
     return target
 
 
+def tell_about(name: str, target: Target, say: Callable[[str], None]) -> None:
+    """Say what was made of the target called ``name``, and what its opening has noted."""
+    say(f"target {name}: {target.verdict()}")
+    for note in target.notes:
+        say(f"note on {name}: {note}")
+
+
 def settle_template(tokenizer: Any, template_args: Mapping[str, Any] | None = None, run: Path | None = None) -> None:
     """Give a tokenizer's template its arguments and the date of a ``run`` directory. Raises ``UserError``."""
     known = use_template(tokenizer, template_args)
@@ -48,10 +58,75 @@ def settle_template(tokenizer: Any, template_args: Mapping[str, Any] | None = No
         use_template(tokenizer, template_args, kept_moment(run, known.moment))
 
 
+@dataclass(frozen=True)
+class TargetSpec:
+    """A target by name, with how to open it. ``opened`` is the target itself where it is open already.
+
+    ``name`` is a folder, a hub id or the folder of a PEFT adapter, ``dtype`` bfloat16, float32 or auto, ``device`` a
+    torch device, ``adapter`` a PEFT adapter to merge in, ``template_args`` arguments of the chat template.
+    """
+
+    name: str
+    dtype: str = AUTO
+    device: str = "cpu"
+    adapter: str | None = None
+    template_args: Mapping[str, Any] = field(default_factory=dict)
+    opened: Target | None = field(default=None, repr=False, compare=False)
+
+    @classmethod
+    def of(cls, target: AnyTarget) -> TargetSpec:
+        """A name in the default settings, an opened target in its own, or the spec that it is already."""
+        if isinstance(target, TargetSpec):
+            return target
+        if not isinstance(target, Target):
+            return cls(str(target))
+        name, _, adapter = target.name.partition(" + ")  # as loading calls a base with its adapter
+        dtype = str(target.dtype).removeprefix("torch.")
+        arguments = settings_of(target.tokenizer).arguments
+        return cls(name, dtype, str(target.device), adapter or None, arguments, target)
+
+    def open(self, dtype: str | None = None, served: bool = False) -> Target:
+        """Load it, in another ``dtype`` if one is given; ``served`` as :func:`open_target`. Raises ``UserError``."""
+        if self.opened is not None and dtype in (None, self.dtype):
+            return self.opened
+        chosen = choose_dtype(dtype or self.dtype, self.device, print)
+        target = open_target(self.name, chosen, self.device, self.adapter, self.template_args, served=served)
+        if dtype is None:
+            tell_about(self.name, target, functools.partial(print, flush=True))
+        return target
+
+    def head(self, dtype: str) -> Head:
+        """Its head alone, for who computes with stored states. Raises ``UserError``."""
+        if self.opened is not None:
+            return self.open(dtype)
+        found = open_head(self.name, getattr(torch, dtype), self.device, self.adapter)
+        settle_template(found.tokenizer, self.template_args)
+        return found
+
+    def facts(self) -> Facts:
+        """What is known of it, where nothing is computed with it here. Raises ``UserError``."""
+        if self.opened is not None:
+            return self.opened.facts
+        found = open_facts(self.name, self.adapter)
+        settle_template(found.tokenizer, self.template_args)
+        return found
+
+
+AnyTarget = str | Path | TargetSpec | Target
+"""A target by name, with settings of its own, or opened."""
+
+
+def target_info(target: AnyTarget) -> Facts:
+    """The facts about a target that a draft must fit, without loading its weights. Raises ``UserError``."""
+    spec = TargetSpec.of(target)
+    return read_facts(spec.name, tokenizer=False) if spec.opened is None else spec.opened.facts
+
+
+# -- drafts and prompts ------------------------------------------------------------------------------------------------
 def open_draft(source: AnyDraft, target: Head, base: AnyDraft | None = None) -> OpenDraft:
     """A draft that reads the target's states, in float32, checked against the target's sizes and tokenizer.
 
-    Notes of an import go along in ``meta``. For who takes standalone drafts too there is :func:`open_proposer`.
+    Notes of an import go along in ``meta``. For who takes standalone drafts too there is :func:`open_any`.
 
     A folder with a private part needs ``base``, the draft that it was trained on. An embedding that a public
     checkpoint ships is dropped where the target's own fits: the teacher is always the target at hand.
@@ -65,17 +140,11 @@ def open_draft(source: AnyDraft, target: Head, base: AnyDraft | None = None) -> 
     return open_any(source, target, base)
 
 
-def open_proposer(source: AnyDraft, target: Head, base: AnyDraft | None = None) -> tuple[Any, dict[str, Any]]:
-    """Any draft in float32, a standalone one too, and its metadata: for decoding and measuring.
-
-    A private part needs ``base``. Raises ``UserError``.
-    """
-    opened = open_any(source, target, base)
-    return opened.draft, opened.meta
-
-
 def open_any(source: AnyDraft, target: Head, base: AnyDraft | None = None) -> OpenDraft:
-    """A draft of any family in float32, bound to the target. Raises ``UserError``."""
+    """A draft of any family in float32, bound to the target: for decoding and measuring. A private part needs ``base``.
+
+    Raises ``UserError``.
+    """
     opened = open_checkpoint(source, target, base, torch.float32)
     opened.draft = opened.draft.borrowing(target).bind(target)
     return opened
@@ -97,9 +166,7 @@ def split_prompts(
 
     ordered = sorted(unique.values(), key=place)
     measured = ordered[heldout : heldout + evaluation]
-    rest = ordered[heldout + evaluation :]
-    while near := {overlap.training_id for overlap in find_overlap(rest, measured)}:
-        rest = [conversation for conversation in rest if conversation.id not in near]
+    rest = without_overlap(ordered[heldout + evaluation :], measured)
     if len(rest) < max(8, heldout // 4):
         raise UserError(
             f"{len(ordered)} different prompts are too few: {heldout} are held out for early stopping and {evaluation} "
@@ -118,23 +185,32 @@ def template_prompts(conversations: Sequence[Conversation], target: Target, new_
     return found
 
 
-@dataclass(frozen=True)
-class PromptRow:
-    """A prompt without an answer, for selection before generation."""
-
-    key: str
-    prompt_ids: list[int]
-    response_ids: tuple[int, ...] = ()
-
-
 def prompt_rows(conversations: Sequence[Conversation], target: Target) -> list[PromptRow]:
     """First turns as rows without a response. Raises ``UserError`` for one that leaves no room to answer."""
     return [PromptRow(prompt.id, prompt.ids) for prompt in template_prompts(conversations, target, 1)]
 
 
-def contestants(target: Target, dtype: str, open_as: Callable[[str], Target]) -> dict[str, Target]:
-    """The target by the data types that compete: both for ``auto`` on a CPU, else the one that it is open in."""
+def contestants(
+    target: Target, dtype: str, open_as: Callable[[str], Target], taps: Sequence[int] | None = None
+) -> dict[str, Target]:
+    """The target by the data types that compete: both for ``auto`` on a CPU, else the one that it is open in.
+
+    Each is tapped at ``taps``, where such are given.
+    """
     own = str(target.dtype).removeprefix("torch.")
-    if target.device.type != "cpu" or dtype != AUTO:
-        return {own: target}
-    return {own: target} | {other: open_as(other) for other in TYPES if other != own}
+    compete = target.device.type == "cpu" and dtype == AUTO
+    found = {own: target} | {other: open_as(other) for other in TYPES if compete and other != own}
+    if taps is not None:
+        for each in found.values():
+            each.tap(taps)
+    return found
+
+
+def check_output(path: Path, suffix: str = "") -> None:
+    """Raise ``UserError`` before any work when ``path`` cannot be the file that the work ends with."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name a file{f' ending in {suffix}' if suffix else ''}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error

@@ -4,104 +4,48 @@ The target answers a few prompts greedily (batched), the draft's rounds are walk
 on the way, and two short decodings time a round. The reference is the same draft on the target it was made for; what
 alignment would bring is a forecast with an interval (:mod:`redraft.evaluate.forecast`), to which a trial adaptation
 can be added. Drafts of every family are probed; there is a forecast for those that it was fitted on.
+
+A trial adaptation is the default method on the answers at hand, dealt into two halves. A copy of the draft, from a
+refreshed vocabulary as ``adapt`` starts, is trained on one half and walked over the other, and the other way round, so
+that every answer is measured once by a draft that was not trained on it.
 """
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from redraft.acceptance.simulate import simulate_greedy_chain
-from redraft.adaptation.advice import ADAPT_ANSWERS, ADAPT_PASSES, LEAVE, break_even, judge
-from redraft.adaptation.pace import TIMED_PROMPTS, Pace, RoundTime, expected_seconds, first_batch, round_cost
-from redraft.adaptation.trial import Trial, check_trial, trial
+from redraft.adaptation import advice
+from redraft.adaptation.advice import ADAPT_ANSWERS, ADAPT_PASSES, LEAVE, TIMED_PROMPTS, Pace, ProbeResult
 from redraft.data.generate import Request, generate
 from redraft.data.store import Row
 from redraft.drafts.base import Draft
+from redraft.drafts.groups import prepare
 from redraft.errors import UserError
 from redraft.evaluate.forecast import Evidence, Fit, Seen, same_chain, shipped
 from redraft.evaluate.speed import Prompt, tau_interval
 from redraft.features import FeatureStore, RowFeatures
 from redraft.reports.format import duration
-from redraft.reports.tables import probe_panel
 from redraft.rows import anchors
+from redraft.settings.runs import adaptation
 from redraft.settings.sampler import Sampler
-from redraft.shown import Shown
+from redraft.settings.training import PrivateSize, TrainConfig
+from redraft.starts.apply import StartContext, apply_start
 from redraft.starts.vocabulary import coverage
 from redraft.target import Target
+from redraft.training.trainer import Trainer
 
+# A trial: the default method on few answers seen often, in small steps.
+METHOD, START = "lora", "vocabulary"
+PASSES, STEP_TOKENS, SEED = 8.0, 256, 0
+FEWEST_ANSWERS = 4
 # A probe that takes longer says how to shorten it.
 MINUTE = 60.0
-
-
-@dataclass(frozen=True)
-class ProbeResult(Shown):
-    """``tau`` and ``reference_tau`` with intervals, ``forecast`` of tau after alignment, ``gain`` in speed; speed-ups
-    are predictions from timed rounds. ``adapt`` is whether alignment is worth a try."""
-
-    verdict: str
-    advice: str
-    action: str
-    adapt: bool
-    prompts: int
-    gamma: int
-    tau: dict[str, float]
-    reference_tau: dict[str, float] | None
-    reference: str
-    coverage: float | None
-    trial_tau: dict[str, float] | None
-    forecast: dict[str, float] | None
-    forecast_from: str
-    round_cost: float
-    round_types: dict[str, str]
-    speedup_now: float
-    speedup_expected: float | None
-    gain: dict[str, float] | None
-    break_even: dict[str, Any] | None
-    break_even_text: str | None
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def __rich__(self) -> Any:
-        return probe_panel(self.verdict, self.lines(), self.action)
-
-    def lines(self) -> dict[str, str]:
-        """The figures as label and text, for the terminal."""
-        found = {
-            "acceptance length": f"{_interval(self.tau)} (greedy chain of {self.gamma}, {self.prompts} prompts)",
-            "reference": f"{_interval(self.reference_tau)} {self.reference}" if self.reference_tau else self.reference,
-        }
-        if self.coverage is not None and self.coverage < 1:
-            found["vocabulary"] = f"the draft can say {self.coverage:.0%} of the target's tokens"
-        if self.trial_tau is not None:
-            how = "on each half of the answers, trained on the other; too few to forecast by"
-            found["trial adaptation"] = f"{_interval(self.trial_tau)} {how}"
-        cost = f"a round costs {self.round_cost:.2f} plain steps"
-        found["speed-up now"] = f"{self.speedup_now:.2f}x predicted{_slower(self.speedup_now)}; {cost}"
-        if self.forecast is None:
-            found["when aligned"] = self.forecast_from
-        else:
-            speed = {end: tau / self.round_cost for end, tau in self.forecast.items()}
-            found["when aligned"] = f"acceptance length {_interval(self.forecast)}, {self.forecast_from}"
-            found["speed-up when aligned"] = f"{_interval(speed, 'x')} predicted{_slower(speed['value'])}"
-        if self.break_even_text:
-            found["break-even"] = self.break_even_text
-        return found | {"advice": self.advice}
-
-
-def _interval(value: Mapping[str, float], unit: str = "") -> str:
-    if value["low"] == value["high"]:
-        return f"{value['value']:.2f}{unit}"
-    return f"{value['value']:.2f}{unit} [{value['low']:.2f}, {value['high']:.2f}]"
-
-
-def _slower(speedup: float) -> str:
-    return ", slower than plain decoding" if speedup <= 1 else ""
 
 
 # -- the target's answers --------------------------------------------------------------------------------------------
@@ -152,64 +96,77 @@ def greedy_answers(
         yield rows, store
 
 
-def acceptance(
-    target: Target,
-    draft: Draft,
-    prompts: Sequence[Prompt],
-    gamma: int,
-    max_new_tokens: int,
-    progress: Callable[..., None] | None = None,
-) -> dict[str, float]:
-    """tau_pooled with its interval of the greedy chain on the target's own greedy answers, without decoding.
-
-    Raises ``UserError`` when no answer has two tokens.
-    """
-    with greedy_answers(target, draft, prompts, max_new_tokens, progress) as (rows, store):
-        return walked(target, draft, rows, store, gamma)
-
-
 def walked(
     target: Target, draft: Draft, rows: Sequence[Row], store: FeatureStore | None, gamma: int
 ) -> dict[str, float]:
-    """tau_pooled with its interval of the greedy chain over these greedy answers. Raises ``UserError`` for none."""
+    """tau_pooled with its interval of the greedy chain over the target's own greedy answers, without decoding.
+
+    Raises ``UserError`` when no answer has two tokens.
+    """
     if not rows:
         raise UserError("the target ends every answer at once; check its chat template and end token")
-    accepted = simulate_greedy_chain(draft.to(target.device), target, rows, store, gamma)
-    return tau_interval(accepted, {row.key: anchors(row) for row in rows})
+    return tau_interval(simulate_greedy_chain(draft.to(target.device), target, rows, store, gamma), rows)
+
+
+# -- a trial adaptation ----------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Trial:
+    """``tau`` of all answers, each by the draft that was trained on the other half, with its interval.
+
+    ``tokens`` are the supervised positions of both trainings, ``seconds`` what these took.
+    """
+
+    tau: dict[str, float]
+    answers: int
+    tokens: int
+    seconds: float
+
+
+def check_trial(draft: Draft) -> None:
+    """Raise ``UserError`` for a draft of a family that there is no forecast for, which a trial would narrow."""
+    known = shipped().families
+    if draft.family not in known:
+        raise UserError(
+            f"a trial adapts {' and '.join(known)} drafts, this one is of the family {draft.family}; leave --trial out"
+        )
+
+
+def halves(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """The rows that can be measured, dealt out in turn in the order of their keys."""
+    ordered = sorted((row for row in rows if anchors(row)), key=lambda row: row.key)
+    return ordered[::2], ordered[1::2]
+
+
+def trial(target: Target, draft: Draft, rows: Sequence[Row], store: FeatureStore, gamma: int) -> Trial:
+    """Train twice, walk twice. ``draft`` stays as it is; ``store`` holds the features of ``rows``.
+
+    Raises ``UserError`` for fewer answers than four, and what training raises.
+    """
+    parts = halves(rows)
+    answers = sum(map(len, parts))
+    if answers < FEWEST_ANSWERS:
+        raise UserError(
+            f"a trial adaptation needs {FEWEST_ANSWERS} answers of two tokens or more, there are {answers}; "
+            "give more prompts, or leave --trial out"
+        )
+    found: dict[str, list[int]] = {}
+    tokens, seconds = 0, 0.0
+    settings = adaptation(METHOD) | {"epochs": PASSES, "batch_anchors": STEP_TOKENS, "gamma": gamma, "seed": SEED}
+    config = TrainConfig(**settings | {"evaluate_every": 10**9, "patience": 0})
+    for seen, unseen in (parts, parts[::-1]):
+        own = copy.deepcopy(draft).float()
+        started = apply_start(START, own, StartContext(target, rows=seen, gamma=gamma, seed=SEED)).draft
+        prepared, _ = prepare(started, METHOD, PrivateSize(), SEED, target)
+        with tempfile.TemporaryDirectory(prefix="redraft-trial-", ignore_cleanup_errors=True) as folder:
+            # The best weights are chosen on what was seen: nothing may be chosen on the answers that are measured.
+            trainer = Trainer(prepared, target, store, seen, seen, config, Path(folder))
+            result = trainer.run(None)
+        found |= simulate_greedy_chain(trainer.draft, target, unseen, store, gamma)
+        tokens, seconds = tokens + result.anchors, seconds + result.seconds
+    return Trial(tau_interval(found, [*parts[0], *parts[1]]), answers, tokens, seconds)
 
 
 # -- the whole -------------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Look:
-    """A draft on a target's answers: tau with its interval, the vocabulary's coverage, mean length of an answer, and
-    the trial where one was asked for."""
-
-    tau: dict[str, float]
-    coverage: float | None
-    length: float
-    trial: Trial | None
-
-
-def look(
-    target: Target,
-    draft: Draft,
-    prompts: Sequence[Prompt],
-    gamma: int,
-    max_new_tokens: int,
-    with_trial: bool,
-    progress: Callable[..., None] | None,
-) -> Look:
-    """Have the target answer, and walk the draft over it. Raises ``UserError``."""
-    with greedy_answers(target, draft, prompts, max_new_tokens, progress) as (rows, store):
-        tau = walked(target, draft, rows, store, gamma)
-        length = sum(len(row.response_ids) for row in rows) / len(rows)
-        if store is None:  # a draft that reads text alone says every token, and no trial adapts it
-            return Look(tau, None, length, None)
-        tried = trial(target, draft, rows, store, gamma) if with_trial else None
-        share = coverage(draft, rows, gamma).share
-        return Look(tau, share, length, tried)
-
-
 def probe(
     target: Target,
     draft: Draft,
@@ -231,25 +188,65 @@ def probe(
     base. ``targets`` holds the target in the data types that it may be served in; ``with_trial`` adapts to a part of
     the answers to narrow the forecast; ``say`` is told how long it will take. Raises ``UserError``.
     """
-    evidence, family = shipped(), draft.family
+    evidence, own, base = shipped(), draft.family, base_target
     if with_trial:
         check_trial(draft)
-    reference, where = _stated(known_reference if base_target is None else None, known_gamma or gamma, gamma)
+    reference, where = _stated(known_reference if base is None else None, known_gamma or gamma, gamma)
+    targets = targets or {str(target.dtype).removeprefix("torch."): target}
     size = draft.parameters_per_token / target.parameters_per_token
-    pace = first_batch(target, prompts, max_new_tokens)
+    pace = advice.first_batch(target, prompts, max_new_tokens)
     if say:
         training = evidence.training(size) * evidence.trial_passes if with_trial else 0.0
-        passes, types = 2 if base_target is not None else 1, len(targets or [target])
-        say(_announcement(expected_seconds(pace, len(prompts), max_new_tokens, passes, types, training)))
-    seen = look(target, draft, prompts, gamma, max_new_tokens, with_trial, progress)
-    timed = round_cost(targets or target, draft, prompts[:TIMED_PROMPTS], gamma)
-    if base_target is not None:
-        reference = acceptance(base_target, draft, prompts, gamma, max_new_tokens, progress)
+        passes = 1 if base is None else 2
+        seconds = advice.expected_seconds(pace, len(prompts), max_new_tokens, passes, len(targets), training)
+        shorter = (
+            "; fewer prompts (--limit) or shorter answers (--max-new-tokens) take less" if seconds > MINUTE else ""
+        )
+        say(f"this takes about {duration(max(1.0, seconds))} here, less where answers end early{shorter}")
+    share: float | None = None
+    tried: Trial | None = None
+    with greedy_answers(target, draft, prompts, max_new_tokens, progress) as (rows, store):
+        tau = walked(target, draft, rows, store, gamma)
+        length = sum(len(row.response_ids) for row in rows) / len(rows)
+        if store is not None:  # a draft that reads text alone says every token, and no trial adapts it
+            tried = trial(target, draft, rows, store, gamma) if with_trial else None
+            share = coverage(draft, rows, gamma).share
+    timed = advice.round_cost(targets, draft, prompts[:TIMED_PROMPTS], gamma)
+    if base is not None:
+        with greedy_answers(base, draft, prompts, max_new_tokens, progress) as (rows, store):
+            reference = walked(base, draft, rows, store, gamma)
         where = "on the base target's own answers to the same prompts"
-    measured = reference["value"] if reference is not None and base_target is not None else None
-    observed = Seen(gamma, seen.tau["value"], measured, seen.trial.tau["value"] if seen.trial else None)
-    fit = evidence.fit_for(observed) if family in evidence.families else None
-    return _result(draft, seen, timed, reference, where, observed, fit, evidence, pace, size, len(prompts))
+    measured = reference["value"] if reference is not None and base is not None else None
+    observed = Seen(gamma, tau["value"], measured, tried.tau["value"] if tried else None)
+    fit = evidence.fit_for(observed) if own in evidence.families else None
+    forecast = fit.forecast(observed) if fit else None
+    found = advice.judge(tau["value"], reference["value"] if reference else None, timed, forecast, _more(observed, fit))
+    paid = None
+    if forecast is not None and found.action != LEAVE:
+        paid = advice.break_even(tau["value"], timed, forecast, adaptation_seconds(length, tried, evidence, pace, size))
+    known = " and ".join(evidence.families)
+    return ProbeResult(
+        verdict=found.verdict,
+        advice=found.advice,
+        action=found.action,
+        adapt=found.action != LEAVE,
+        prompts=len(prompts),
+        gamma=gamma,
+        tau=tau,
+        reference_tau=reference,
+        reference=where,
+        coverage=share,
+        trial_tau=tried.tau if tried else None,
+        forecast=forecast,
+        forecast_from=fit.sentence() if fit else f"no forecast: it was fitted on {known} drafts, not {own}",
+        round_cost=timed.cost,
+        round_types={"plain": timed.plain_type, "round": timed.round_type},
+        speedup_now=tau["value"] / timed.cost,
+        speedup_expected=forecast["value"] / timed.cost if forecast else None,
+        gain=found.gain,
+        break_even=paid.to_dict() if paid else None,
+        break_even_text=paid.sentence() if paid else None,
+    )
 
 
 def _stated(reference: Mapping[str, float] | None, known_gamma: int, gamma: int) -> tuple[dict[str, float] | None, str]:
@@ -270,61 +267,6 @@ def _stated(reference: Mapping[str, float] | None, known_gamma: int, gamma: int)
     return converted, f"{where}, from a chain of {known_gamma}"
 
 
-def _announcement(seconds: float) -> str:
-    longer = "; fewer prompts (--limit) or shorter answers (--max-new-tokens) take less" if seconds > MINUTE else ""
-    return f"this takes about {duration(max(1.0, seconds))} here, less where answers end early{longer}"
-
-
-def _result(
-    draft: Draft,
-    seen: Look,
-    timed: RoundTime,
-    reference: dict[str, float] | None,
-    where: str,
-    observed: Seen,
-    fit: Fit | None,
-    evidence: Evidence,
-    pace: Pace,
-    size: float,
-    prompts: int,
-) -> ProbeResult:
-    """The judgement on what was measured, in figures and words."""
-    forecast = fit.forecast(observed) if fit else None
-    family, gamma = draft.family, observed.gamma
-    found = judge(seen.tau["value"], reference["value"] if reference else None, timed, forecast, _more(observed, fit))
-    paid = None
-    if forecast is not None and found.action != LEAVE:
-        seconds = adaptation_seconds(seen, evidence, pace, size)
-        paid = break_even(seen.tau["value"], timed, forecast, seconds)
-    why = (
-        fit.sentence()
-        if fit
-        else f"no forecast: it was fitted on {' and '.join(evidence.families)} drafts, not {family}"
-    )
-    return ProbeResult(
-        verdict=found.verdict,
-        advice=found.advice,
-        action=found.action,
-        adapt=found.action != LEAVE,
-        prompts=prompts,
-        gamma=gamma,
-        tau=seen.tau,
-        reference_tau=reference,
-        reference=where,
-        coverage=seen.coverage,
-        trial_tau=seen.trial.tau if seen.trial else None,
-        forecast=forecast,
-        forecast_from=why,
-        round_cost=timed.cost,
-        round_types={"plain": timed.plain_type, "round": timed.round_type},
-        speedup_now=seen.tau["value"] / timed.cost,
-        speedup_expected=forecast["value"] / timed.cost if forecast else None,
-        gain=found.gain,
-        break_even=paid.to_dict() if paid else None,
-        break_even_text=paid.sentence() if paid else None,
-    )
-
-
 def _more(observed: Seen, fit: Fit | None) -> str:
     """How to learn more than the forecast says."""
     ways = []
@@ -335,14 +277,12 @@ def _more(observed: Seen, fit: Fit | None) -> str:
     return ", ".join([*ways, "redraft adapt measures it on held-out prompts"])
 
 
-def adaptation_seconds(seen: Look, evidence: Evidence, pace: Pace, size: float) -> float:
-    """What `redraft adapt` would take here by default: answers at this target's pace, and training on them.
+def adaptation_seconds(length: float, tried: Trial | None, evidence: Evidence, pace: Pace, size: float) -> float:
+    """What `redraft adapt` would take here by default: answers of this ``length`` at this pace, and training on them.
 
     A trained position costs what it did in the trial, else as many generated tokens as in the committed runs, by the
     draft's share ``size`` of the target's parameters.
     """
-    tokens, token = ADAPT_ANSWERS * seen.length, pace.token(seen.length)
-    position = evidence.training(size) * token
-    if seen.trial is not None and seen.trial.tokens:
-        position = seen.trial.seconds / seen.trial.tokens
-    return tokens * token + ADAPT_PASSES * tokens * position
+    token = pace.token(length)
+    position = tried.seconds / tried.tokens if tried and tried.tokens else evidence.training(size) * token
+    return ADAPT_ANSWERS * length * (token + ADAPT_PASSES * position)

@@ -12,17 +12,15 @@ from typing import Any
 
 from redraft import provenance
 from redraft.adaptation.adapt import AdaptRun
-from redraft.adaptation.models import template_prompts
-from redraft.adaptation.probe import ProbeResult, probe
-from redraft.adaptation.steps import timed_targets
+from redraft.adaptation.advice import ProbeResult
+from redraft.adaptation.models import contestants, template_prompts
+from redraft.adaptation.probe import probe
 from redraft.arithmetic import EFFICIENCY, fastest
 from redraft.artifact import atomic_write_json, atomic_write_text
-from redraft.data.embedded import maths_conversations
-from redraft.data.prompts import Conversation, read_conversations
+from redraft.data.prompts import read_conversations
+from redraft.data.suites.maths import maths_conversations
 from redraft.drafts.groups import prepare, trained_parameters
-from redraft.evaluate.speed import Prompt
-from redraft.reports.page import build_report
-from redraft.settings.adapt import AdaptConfig
+from redraft.settings.runs import AdaptConfig
 
 EMBEDDED = "embedded:smollm2-135m-instruct"
 TRAIN_SEED, EVALUATION_SEED = 1, 2
@@ -37,21 +35,15 @@ def asset(name: str) -> Path:
     return Path(str(files("redraft"))) / "assets" / name
 
 
-def write_prompts(path: Path, conversations: list[Conversation]) -> None:
-    """A prompt file of the user turns alone."""
-    asked = [(c.id, [m for m in c.messages if m["role"] == "user"]) for c in conversations]
-    lines = [json.dumps({"id": id, "messages": messages}) for id, messages in asked]
-    atomic_write_text(path, "\n".join(lines) + "\n")
-
-
 def embedded_prompts(out: Path, train: int, evaluation: int) -> tuple[Path, Path]:
-    """Prompt files of the embedded maths domain; no question of one is in the other."""
+    """Prompt files of the embedded maths domain, user turns alone; no question of one is in the other."""
     measured = maths_conversations(evaluation, EVALUATION_SEED)
     trained = maths_conversations(train, TRAIN_SEED, exclude={c.messages[0]["content"] for c in measured})
     paths = out / "prompts.jsonl", out / "evaluation.jsonl"
     out.mkdir(parents=True, exist_ok=True)
     for path, found in zip(paths, (trained, measured), strict=True):
-        write_prompts(path, found)
+        asked = [{"id": c.id, "messages": [m for m in c.messages if m["role"] == "user"]} for c in found]
+        atomic_write_text(path, "".join(json.dumps(each) + "\n" for each in asked))
     return paths
 
 
@@ -100,23 +92,19 @@ def quickstart(out: Path, say: Callable[[str], None] = print) -> tuple[dict[str,
     summary = summarise(run, result, (time.monotonic() - began) / 60)
     atomic_write_json(out / "summary.json", summary)
     atomic_write_json(out / "probe.json", found.to_dict())
-    curve = run.folder / "train" / "curve.jsonl"
-    build_report(
-        [run.folder / "bench.json"], out / "report.html", curve, run.folder / "ledger.json", out / "summary.json"
-    )
+    run.report(out / "report.html", out / "summary.json")
     return summary, result, found
 
 
 def run_probe(run: AdaptRun, prompts: int = 12) -> ProbeResult:
     """The probe on a run's held-out prompts, with its base target as the reference where one is named."""
-    config = run.config
-    conversations = run.source.prompts[1][:prompts]
-    asked: list[Prompt] = template_prompts(conversations, run.target, config.max_new_tokens)
-    base, targets = run.open_base(), timed_targets(run.target, run.stale.draft, config.dtype, run.open_target)
+    config, draft = run.config, run.stale.draft
+    asked = template_prompts(run.source.prompts[1][:prompts], run.target, config.max_new_tokens)
+    base, targets = run.open_base(), contestants(run.target, config.dtype, run.open_target, draft.taps)
     with run.log.counted("probe", len(asked) * (2 if base else 1), "prompts") as (_, progress):
         return probe(
             run.target,
-            run.stale.draft,
+            draft,
             asked,
             config.gamma,
             config.max_new_tokens,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -9,9 +10,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import torch
+from torch import nn
+
 from redraft import provenance
-from redraft.adaptation.merged_target import served
-from redraft.adaptation.models import open_target
+from redraft.adaptation.merged_target import adapter_note, served
+from redraft.adaptation.models import open_target, tell_about
 from redraft.data.store import Row, read_rows
 from redraft.data.template import template_record
 from redraft.drafts.base import Draft
@@ -19,14 +23,14 @@ from redraft.drafts.formats.base import check_export
 from redraft.progress import Progress, progress_bar
 from redraft.provenance import Entry, Ledger
 from redraft.registries import EXPORTERS
-from redraft.rows import anchors
-from redraft.settings.adapt import AdaptConfig
-from redraft.settings.distill import DistillConfig
+from redraft.rows import anchors, whole_length
+from redraft.settings.runs import AdaptConfig, DistillConfig
 from redraft.target import Head, Target
 
 Say = Callable[[str], None]
 Bar = Callable[[str, int | None, str], AbstractContextManager[Progress]]
 Settings = TypeVar("Settings", AdaptConfig, DistillConfig)
+Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -41,11 +45,9 @@ class Log:
     prefix: str = ""
     bar: Bar = progress_bar
 
-    @contextmanager
-    def stage(self, name: str) -> Iterator[Entry]:
+    def stage(self, name: str) -> AbstractContextManager[Entry]:
         """Time a stage without a bar. Raises ``UserError`` when the ledger cannot be written."""
-        with self.ledger.stage(self.prefix + name) as entry:
-            yield entry
+        return self.ledger.stage(self.prefix + name)
 
     @contextmanager
     def counted(self, name: str, total: int | None, unit: str = "tokens") -> Iterator[tuple[Entry, Progress]]:
@@ -59,9 +61,14 @@ class Log:
         return next(named, Entry(self.prefix + name))
 
 
+def half(draft: Module) -> Module:
+    """A copy in bfloat16, the type that drafts are stored and served in."""
+    return copy.deepcopy(draft).to(torch.bfloat16)
+
+
 def row_tokens(rows: Sequence[Any]) -> int:
     """Prompt and response tokens of all rows."""
-    return sum(len(row.prompt_ids) + len(row.response_ids) for row in rows)
+    return sum(map(whole_length, rows))
 
 
 def supervised_rows(path: Path) -> list[Row]:
@@ -81,7 +88,12 @@ def record_of(target: Head, seed: int) -> dict[str, Any]:
 
 
 class Run(Generic[Settings]):
-    """One run directory. What a stage needs is opened when it is first asked for."""
+    """One run directory. What a stage needs is opened when it is first asked for.
+
+    ``served`` says that the target's text comes from elsewhere.
+    """
+
+    served = False
 
     def __init__(self, config: Settings, say: Say) -> None:
         """``config`` are the settings that the directory is known to belong to."""
@@ -93,11 +105,6 @@ class Run(Generic[Settings]):
     def ledger(self) -> Ledger:
         return self.log.ledger
 
-    @property
-    def served(self) -> bool:
-        """Whether the target's text comes from elsewhere."""
-        return False
-
     def open_target(self, dtype: str | None = None) -> Target:
         """The target in the run's data type, or in another ``dtype``. Raises ``UserError``."""
         c = self.config
@@ -105,9 +112,19 @@ class Run(Generic[Settings]):
 
     @cached_property
     def target(self) -> Target:
-        target = self.open_target()
-        self.say(f"target {self.config.target}: {target.verdict()}")
+        name, target = self.config.target, self.open_target()
+        tell_about(name, target, self.say)
+        if rounded := target.rounding:
+            self.say(
+                f"note on {name}: it is served with quantised {rounded}; its text, also that of held-out prompts, "
+                "is the server's, and what is computed here is near it: measure with redraft bench --server"
+            )
         return target
+
+    @property
+    def aligned(self) -> Draft:
+        """The draft that the run ends with, as it is on disk."""
+        raise NotImplementedError
 
     def record(self) -> dict[str, Any]:
         """Where the results of this run come from."""
@@ -118,21 +135,19 @@ class Run(Generic[Settings]):
         for name in self.config.exports:
             check_export(name, draft, self.target, self.config.gamma)
 
-    def finished(self) -> Draft:
-        """The draft that the run ends with, in the type in which it is served."""
-        raise NotImplementedError
-
     def export(self) -> list[Path]:
-        """Write the finished draft in every format asked for; returns the folders."""
+        """Write the finished draft, in the type it is served in, in every format asked for; returns the folders."""
         found, gamma = [], self.config.gamma
         for name in self.config.exports:
             folder = self.folder / f"export-{name}"
             with self.log.stage(f"export {name}") as entry:
-                report = EXPORTERS.get(name)(self.finished(), folder, self.target, speculative_tokens=gamma)
+                report = EXPORTERS.get(name)(half(self.aligned), folder, self.target, speculative_tokens=gamma)
                 entry.add(bytes_written=report.bytes)
             for warning in report.warnings:
                 self.say(f"note on {folder}: {warning}")
             line = served(report.serve, self.config.target, self.config.adapter)
             self.say(f"export {name}: {folder}; serve with: {line}")
             found.append(folder)
+        if found and (note := adapter_note(self.config.target, self.config.adapter)):
+            self.say(f"note: {note}")
         return found

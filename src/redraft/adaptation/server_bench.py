@@ -13,17 +13,16 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from redraft import provenance
-from redraft.adaptation.bench import How
-from redraft.adaptation.models import settle_template
-from redraft.adaptation.questions import Questions
-from redraft.adaptation.steps import TargetSpec, check_output
+from redraft.adaptation.bench import Questions
+from redraft.adaptation.models import TargetSpec, check_output, settle_template
 from redraft.artifact import atomic_write_json
 from redraft.data.template import template_record
 from redraft.data.transport import Connection, Refused, Transient
@@ -32,7 +31,8 @@ from redraft.evaluate.load import ServerConfig
 from redraft.evaluate.server import Server, bench_servers
 from redraft.loading import read_facts
 from redraft.progress import progress_bar
-from redraft.settings.texts import PORT, check_address
+from redraft.settings.steps import BenchSettings
+from redraft.settings.texts import PORT
 from redraft.target import Facts
 
 START_SECONDS = 900.0
@@ -40,56 +40,41 @@ STOP_SECONDS = 30.0
 LOG_LINES = 12
 
 
-def bench_servers_on(
-    spec: TargetSpec,
-    servers: Mapping[str, str],
-    questions: Questions,
-    out: Path,
-    how: How,
-    levels: Sequence[int] = (1,),
-    model: str | None = None,
-) -> dict[str, Any]:
-    """Measure ``servers`` (:func:`named_servers`) at these concurrencies; writes the result to ``out`` and returns it.
+def bench_servers_on(s: BenchSettings, spec: TargetSpec) -> dict[str, Any]:
+    """Measure the servers of these settings, at their levels; writes the result to ``s.out`` and returns it.
 
     Of the target only tokenizer and config are read, but for suites, whose later turns stand behind its own replies.
-    ``model`` is the served name where a server has several; the shape of ``how`` is the servers' own affair. What a
-    server that is started here prints goes to ``STEM-NAME.log`` beside ``out``. Raises ``UserError``.
+    What a server that is started here prints goes to ``STEM-NAME.log`` beside the result. Raises ``UserError``.
     """
-    check_output(out, ".json")
-    for place in servers.values():
-        if PORT not in place:
-            check_address(place)
+    check_output(s.out, ".json")
     # A wrong level is refused before anything is loaded.
     config = ServerConfig(
-        sampler=how.sampler,
-        max_new_tokens=how.max_new_tokens,
-        seed=how.seed,
-        concurrencies=tuple(levels),
-        models={name: model for name in servers} if model else {},
+        sampler=s.sampler,
+        max_new_tokens=s.max_new_tokens,
+        seed=s.seed,
+        concurrencies=s.concurrency or (1,),
+        model=s.server_model,
     )
-    known: Facts = spec.open() if questions.suites else read_facts(spec.name)
+    questions = Questions(s)
+    known: Facts = spec.open() if s.suite else read_facts(spec.name)
     settle_template(known.tokenizer, spec.template_args)
-    asked = questions.read(known, how.max_new_tokens, how.seed)
+    asked = questions.read(known)
     contestants: dict[str, Server] = {
-        name: _starter(place, out.with_name(f"{out.stem}-{name}.log")) if PORT in place else place
-        for name, place in servers.items()
+        name: partial(launched, place, s.out.with_name(f"{s.out.stem}-{name}.log")) if PORT in place else place
+        for name, place in s.servers.items()
     }
-    record = provenance.collect(how.seed, "as the servers run", template_record(known.tokenizer))
-    requests = len(asked) * len(servers) * len(levels)
+    record = provenance.collect(s.seed, "as the servers run", template_record(known.tokenizer))
+    requests = len(asked) * len(s.servers) * len(config.concurrencies)
     with progress_bar("bench", requests, "requests") as progress:
         config = replace(config, eos_ids=known.eos_ids)
         result = bench_servers(
             contestants, asked, config, spec.name, record, lambda done, what: progress.update(done, now=what)
         )
-    atomic_write_json(out, result)
+    atomic_write_json(s.out, result)
     return result
 
 
 # -- servers that are started here -----------------------------------------------------------------------------------
-def _starter(command: str, log: Path) -> Server:
-    return lambda: launched(command, log)
-
-
 @contextmanager
 def launched(command: str, log: Path, start_seconds: float = START_SECONDS) -> Iterator[str]:
     """Start a server, wait until it answers, give its address; stop it, and all it started, at the end.
@@ -119,7 +104,7 @@ def _wait(process: subprocess.Popen[bytes], url: str, log: Path, seconds: float)
     connection = Connection(url, timeout=10.0)
     connection.open()
     deadline = time.monotonic() + seconds
-    try:
+    with closing(connection):
         while True:
             try:
                 connection.served_models()
@@ -130,8 +115,6 @@ def _wait(process: subprocess.Popen[bytes], url: str, log: Path, seconds: float)
                 if time.monotonic() > deadline:
                     raise UserError(f"the server did not answer within {seconds:g} s; {_tail(log)}") from None
             time.sleep(0.2)
-    finally:
-        connection.close()
 
 
 def _tail(log: Path) -> str:
@@ -142,22 +125,14 @@ def _tail(log: Path) -> str:
 def _stop(process: subprocess.Popen[bytes]) -> None:
     """End the server's whole process group, politely first. Members may outlive its leader."""
     for how in (signal.SIGTERM, signal.SIGKILL):
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(process.pid, how)
-        except ProcessLookupError:
-            break
-        deadline = time.monotonic() + STOP_SECONDS
-        while time.monotonic() < deadline and (process.poll() is None or _group_lives(process.pid)):
-            time.sleep(0.05)
+            deadline = time.monotonic() + STOP_SECONDS
+            while time.monotonic() < deadline:
+                process.poll()  # a leader that has ended is there until it is waited for
+                os.killpg(process.pid, 0)
+                time.sleep(0.05)
     process.wait()
-
-
-def _group_lives(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 @contextmanager

@@ -12,27 +12,23 @@ from pathlib import Path
 from typing import Any
 
 from redraft.adaptation.models import split_prompts, template_prompts
-from redraft.adaptation.runs import Log, add_forward, supervised_rows
-from redraft.adaptation.traffic import Traffic, take_traffic
-from redraft.data.overlap import refuse_overlap
+from redraft.adaptation.runs import Log, add_forward
+from redraft.artifact import atomic_write_bytes
+from redraft.data.overlap import refuse_overlap, same_text, trained_conversations
 from redraft.data.prompts import Conversation, read_conversations
-from redraft.data.regenerate import (
-    InProcessEngine,
-    RegenerationReport,
-    ServerEngine,
-    expected_rows,
-    regenerate,
-)
+from redraft.data.regenerate import InProcessEngine, RegenerationReport, ServerEngine, expected_rows, regenerate
 from redraft.data.selfprompts import SelfPromptReport, self_prompts
-from redraft.data.store import Row
+from redraft.data.store import Row, encode_row
+from redraft.data.traces import read_traces
 from redraft.errors import UserError
 from redraft.evaluate.speed import Prompt
 from redraft.features import FeatureKeeper, FeatureStore
-from redraft.provenance import Ledger
-from redraft.settings.adapt import AdaptConfig
-from redraft.settings.distill import DistillConfig
+from redraft.rows import anchors
+from redraft.settings.runs import AdaptConfig, DistillConfig
 from redraft.settings.sampler import Sampler, samplers_of
 from redraft.target import Target
+
+Parts = tuple[list[Row], list[Row], list[Row]]
 
 
 class Source:
@@ -84,11 +80,39 @@ class Source:
         return found
 
     @cached_property
-    def traffic(self) -> Traffic:
-        """Served responses by purpose; both response files are written."""
-        c = self.config
+    def traffic(self) -> Parts:
+        """Served responses by purpose, as :func:`split_traffic`; both response files are written.
+
+        The same log gives the same files, so a killed run simply reads it again. The stage ``served traffic`` counts
+        the time of reading and no tokens: the responses were paid for when they were served. Raises ``UserError``.
+        """
+        c, target = self.config, self.target_of()
         assert c.responses is not None
-        return take_traffic(c, self.target_of(), self.responses, self.heldout, self.log)
+        with self.log.stage("served traffic") as entry:
+            rows = read_traces(
+                c.responses,
+                target.tokenizer,
+                target.content_hash(),
+                eos_ids=target.eos_ids,
+                vocab_size=target.vocab_size,
+                max_new_tokens=c.max_new_tokens,
+                context=target.context,
+                warn=lambda text: self.log.say(f"note on {text}"),
+            )
+            # A response of one token has nothing that a draft could guess.
+            usable = list(filter(anchors, rows))
+            parts = split_traffic(usable, target, c.heldout_prompts, c.bench_prompts, c.seed)
+            for path, part in zip((self.responses, self.heldout), parts, strict=False):
+                data = b"".join(encode_row(row) for row in part)
+                if not path.exists() or path.read_bytes() != data:
+                    atomic_write_bytes(path, data)
+                    entry.add(bytes_written=len(data))
+        train, heldout, evaluation = (f"{len(part):,}" for part in parts)
+        self.log.say(
+            f"served traffic: {len(rows):,} responses; {train} to train on, {heldout} held out, "
+            f"{evaluation} prompts to measure on; nothing was generated"
+        )
+        return parts
 
     def write(self) -> None:
         """Both response files, complete. Raises ``UserError``; a killed run goes on."""
@@ -99,31 +123,45 @@ class Source:
         train, heldout, _ = self.prompts
         if self.chosen is not None:
             train = [conversation for conversation in train if conversation.id in self.chosen]
-        samplers = samplers_of(c.temperatures, c.top_p)
-        self._answer("regenerate", train, samplers, c.server)
+        self._answer("regenerate", train, samplers_of(c.temperatures, c.top_p), self.responses, c.server)
         apart = self.heldout_server or (c.server if self.target_of().rounding else None)
-        self._answer("regenerate held-out", heldout, [Sampler()], apart)
+        self._answer("regenerate held-out", heldout, [Sampler()], self.heldout, apart)
 
-    def _answer(self, name: str, prompts: Sequence[Conversation], samplers: list[Sampler], server: str | None) -> None:
+    def _answer(
+        self, name: str, prompts: Sequence[Conversation], samplers: list[Sampler], path: Path, server: str | None
+    ) -> None:
         c, target = self.config, self.target_of()
         store = self.store_of() if self.store_of and not server else None
         engine: Any = InProcessEngine(target, c.batch_size)
         if server:
             engine = ServerEngine(server, c.server_model, c.batch_size, vocab_size=target.vocab_size)
-        path = self.responses if name == "regenerate" else self.heldout
-        report = answer(
-            name, engine, target, prompts, samplers, path, c.max_new_tokens, c.seed, self.log, features=store
-        )
+        report = answer(name, engine, target, prompts, samplers, path, c.max_new_tokens, c.seed, self.log, store)
         self.log.say(f"{name}: {report.summary()}")
 
     def evaluation(self, new_tokens: int) -> list[Prompt]:
-        """The prompts to measure on, as the target reads them, with room for an answer of ``new_tokens``.
-
-        Raises ``UserError`` for one that is too long.
+        """The prompts to measure on, as the target reads them (of traffic token for token as they were served), with
+        room for an answer of ``new_tokens``. Raises ``UserError`` for one that is too long.
         """
         if self.config.responses:
-            return self.traffic.prompts()
+            return [Prompt(row.id, row.prompt_ids) for row in self.traffic[2]]
         return template_prompts(self.prompts[2], self.target_of(), new_tokens)
+
+
+def split_traffic(rows: Sequence[Row], target: Target, heldout: int, evaluation: int, seed: int) -> Parts:
+    """Served responses (to train on, held out, to measure on), split by the text of their prompts, so that several to
+    one prompt stay together; no prompt of one part is, or nearly is, a prompt of the last.
+
+    ``heldout`` and ``evaluation`` count different prompts; of each evaluation prompt one response is kept, which shows
+    what was served and is not trained on. Raises ``UserError`` when too few different prompts are left to train on.
+    """
+    conversations = list(trained_conversations(rows, target.tokenizer))
+    texts = {conversation.id: same_text(conversation) for conversation in conversations}
+    by_text: dict[str, list[Row]] = {}
+    for row in rows:
+        by_text.setdefault(texts[row.id], []).append(row)
+    parts = split_prompts(conversations, heldout, evaluation, seed)
+    train, kept, measured = ([by_text[same_text(c)] for c in part] for part in parts)
+    return sum(train, []), sum(kept, []), [group[0] for group in measured]
 
 
 def answer(
@@ -140,17 +178,8 @@ def answer(
 ) -> RegenerationReport:
     """The target's answers to these prompts in the file ``path``, as the stage ``name``. Raises ``UserError``."""
     with log.counted(name, expected_rows(prompts, samplers), "rows") as (entry, progress):
-        report = regenerate(
-            engine,
-            prompts,
-            target,
-            samplers,
-            path,
-            max_new_tokens,
-            seed,
-            progress.update,
-            features,
-        )
+        told = progress.update
+        report = regenerate(engine, prompts, target, samplers, path, max_new_tokens, seed, told, features)
         tokens = report.prompt_tokens + report.response_tokens
         add_forward(entry, target, tokens, bytes_written=report.bytes_written)
     return report
@@ -164,16 +193,3 @@ def ask_itself(
         found, report = self_prompts(target, count, seed, path, batch_size=batch_size, progress=progress.update)
         add_forward(entry, target, report.tokens)
     return found, report
-
-
-def own_answers(
-    target: Target, prompts: Sequence[Conversation], sampler: Sampler, path: Path, max_new_tokens: int, seed: int = 0
-) -> list[Row]:
-    """The target's answers to these prompts, made once, in the file ``path``; those with an anchor, by key.
-
-    Raises ``UserError`` for prompts that do not fit and rows in the file that do not belong there.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    engine, log = InProcessEngine(target), Log(Ledger())
-    answer(path.stem, engine, target, prompts, [sampler], path, max_new_tokens, seed, log)
-    return sorted(supervised_rows(path), key=lambda row: row.key)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from redraft.acceptance.simulate import simulate_greedy_chain
-from redraft.adaptation.core import FEATURES, Adaptation, Plan, half, open_old
-from redraft.adaptation.runs import Log, Say, supervised_rows
-from redraft.adaptation.steps import TargetSpec
+from redraft.adaptation.core import FEATURES, Adaptation, Plan, open_old
+from redraft.adaptation.models import TargetSpec
+from redraft.adaptation.runs import Log, Say, half, supervised_rows
 from redraft.arithmetic import go_on_with
 from redraft.artifact import atomic_write_json
 from redraft.data.store import TRAFFIC, Row
@@ -21,54 +21,46 @@ from redraft.drafts.base import Draft, fresh
 from redraft.drafts.opening import AnyDraft, OpenDraft
 from redraft.errors import UserError
 from redraft.evaluate.speed import tau_interval
-from redraft.features import FeatureStore
-from redraft.features.store import read_index
+from redraft.features import FeatureStore, read_index
 from redraft.provenance import Ledger
 from redraft.rows import anchors
 from redraft.selection.manifest import read_manifest
 from redraft.settings.base import AUTO
-from redraft.settings.methods import PrivateSize, method
-from redraft.settings.training import TrainConfig
+from redraft.settings.steps import TrainSettings
+from redraft.settings.training import method
 from redraft.target import Head, Target
-from redraft.training.checkpoint import stored_precision
+from redraft.training.loop import stored_precision
 from redraft.training.trainer import TrainResult
 
 NEW = "scratch"
 
 
-@dataclass(frozen=True)
-class TrainData:
-    """Stored responses: ``heldout`` greedy ones are split off for early stopping, or read from a file of their own."""
+def read_data(s: TrainSettings) -> tuple[list[Row], list[Row]]:
+    """(train, held-out) of stored responses; ``heldout`` greedy ones are split off for early stopping, or read from a
+    file of their own.
 
-    responses: Path
-    heldout: int = 40
-    heldout_responses: Path | None = None
-    selection: Path | None = None
-
-    def read(self) -> tuple[list[Row], list[Row]]:
-        """(train, held-out). Raises ``UserError`` for files that cannot be read or do not fit together."""
-        rows = supervised_rows(self.responses)
-        if self.selection is not None:
-            manifest = read_manifest(self.selection)
-            manifest.check_source(self.responses)
-            rows = manifest.apply(rows)
-        if self.heldout_responses is None:
-            train, kept = split_rows(rows, self.heldout)
-            if not train or not kept:
-                raise UserError(
-                    f"{self.responses}: {len(kept)} greedy rows can be held out and {len(train)} are left to train on; "
-                    "hold fewer back (--heldout), regenerate more prompts, some at temperature 0, or give "
-                    "--heldout-responses"
-                )
-            return train, kept
-        kept = supervised_rows(self.heldout_responses)
-        if any(row.temperature and row.source != TRAFFIC for row in kept):
-            raise UserError(f"{self.heldout_responses} holds sampled responses; held-out ones must be greedy")
-        if shared := {row.id for row in rows} & {row.id for row in kept}:
+    Raises ``UserError`` for files that cannot be read or do not fit together.
+    """
+    rows = supervised_rows(s.responses)
+    if s.selection is not None:
+        manifest = read_manifest(s.selection)
+        manifest.check_source(s.responses)
+        rows = manifest.apply(rows)
+    if s.heldout_responses is None:
+        train, kept = split_rows(rows, s.heldout)
+        if not train or not kept:
             raise UserError(
-                f"{len(shared)} held-out prompts are trained on, first {min(shared)}; remove one of the two"
+                f"{s.responses}: {len(kept)} greedy rows can be held out and {len(train)} are left to train on; "
+                "hold fewer back (--heldout), regenerate more prompts, some at temperature 0, or give "
+                "--heldout-responses"
             )
-        return rows, kept
+        return train, kept
+    kept = supervised_rows(s.heldout_responses)
+    if any(row.temperature and row.source != TRAFFIC for row in kept):
+        raise UserError(f"{s.heldout_responses} holds sampled responses; held-out ones must be greedy")
+    if shared := {row.id for row in rows} & {row.id for row in kept}:
+        raise UserError(f"{len(shared)} held-out prompts are trained on, first {min(shared)}; remove one of the two")
+    return rows, kept
 
 
 def split_rows(rows: Sequence[Row], heldout: int) -> tuple[list[Row], list[Row]]:
@@ -96,64 +88,48 @@ def open_spec(spec: TargetSpec, out: Path, rows: Sequence[Row], say: Say) -> Hea
     return spec.head(dtype) if all(row.key in index for row in rows) else spec.open(dtype)
 
 
-def train_old(
-    spec: TargetSpec,
-    draft: AnyDraft,
-    data: TrainData,
-    out: Path,
-    config: TrainConfig,
-    method_name: str = "lora",
-    size: PrivateSize | None = None,
-    say: Say = print,
-) -> TrainResult:
+def train_old(spec: TargetSpec, draft: AnyDraft, s: TrainSettings, say: Say = print) -> TrainResult:
     """Train a part of an old draft: ``out/merged`` is the whole, ``out/private`` the part (of ``full`` only with bits).
 
     Raises ``UserError``; a killed run, started again with the same arguments, goes on.
     """
-    if not method(method_name).groups:
-        raise UserError(f"method {method_name} trains nothing; choose another")
-    rows, heldout = data.read()
-    target, log = open_spec(spec, out, [*rows, *heldout], say), Log(Ledger.load(out / "ledger.json"), say)
-    job = Adaptation(target, open_old(draft, target, log), Plan(method_name, size or PrivateSize(), config), out, log)
+    if not method(s.method).groups:
+        raise UserError(f"method {s.method} trains nothing; choose another")
+    rows, heldout = read_data(s)
+    target, log = open_spec(spec, s.out, [*rows, *heldout], say), Log(Ledger.load(s.out / "ledger.json"), say)
+    plan = Plan(s.method, s.private_size, s.train_config())
+    job = Adaptation(target, open_old(draft, target, log), plan, s.out, log)
     job.prepare()
     job.features("features", [*rows, *heldout])
     result = job.train(rows, heldout)
     job.save()
-    atomic_write_json(out / "train.json", asdict(result))
+    atomic_write_json(s.out / "train.json", asdict(result))
     return result
 
 
 # -- a new draft -------------------------------------------------------------------------------------------------------
-def train_new(
-    spec: TargetSpec,
-    data: TrainData,
-    out: Path,
-    vocabulary: int,
-    config: TrainConfig,
-    say: Say = print,
-    family: str = "eagle3",
-) -> dict[str, Any]:
-    """Stage 1: a draft of ``family`` from nothing, in ``out/draft``, on the base target's answers to general prompts.
+def train_new(spec: TargetSpec, s: TrainSettings, say: Say = print) -> dict[str, Any]:
+    """Stage 1: a new draft from nothing, in ``out/draft``, on the base target's answers to general prompts.
 
     Returns what the draft's record says of its held-out acceptance. Raises ``UserError``, also for rows of another
     target; a killed run goes on.
     """
-    train, heldout = data.read()
-    target = spec.open(training_dtype(spec, out, say))
-    log = Log(Ledger.load(out / "ledger.json"), say)
+    (train, heldout), config = read_data(s), s.train_config()
+    target = spec.open(training_dtype(spec, s.out, say))
+    log = Log(Ledger.load(s.out / "ledger.json"), say)
     strangers = {row.target_hash for row in (*train, *heldout)} - {target.content_hash()}
     if strangers:
         raise UserError(f"the responses come from another target ({', '.join(sorted(strangers))}); regenerate them")
-    ids, covered = choose_vocabulary(train, vocabulary, target.vocab_size)
-    draft = fresh(family, target, ids, config.seed)
+    ids, covered = choose_vocabulary(train, s.vocabulary, target.vocab_size)
+    draft = fresh(s.family, target, ids, config.seed)
     if not draft.reduced:
         covered = 1.0
     say(f"{len(train)} rows, {sum(map(anchors, train)):,} supervised tokens; vocabulary covers {covered:.1%} of them")
-    job = Adaptation(target, OpenDraft(draft, {}, ""), Plan(NEW, train=config), out, log)
+    job = Adaptation(target, OpenDraft(draft, {}, ""), Plan(NEW, train=config), s.out, log)
     job.features("features", [*heldout, *train])
     job.train(train, heldout)
     record = heldout_record(job.draft, target, heldout, job.store, config.gamma, coverage=covered)
-    job.save_whole(out / "draft", heldout=record)
+    job.save_whole(s.out / "draft", heldout=record)
     return record
 
 
@@ -165,9 +141,7 @@ def choose_vocabulary(rows: Sequence[Row], size: int, vocab_size: int) -> tuple[
     """
     if not 0 < size <= vocab_size:
         raise UserError(f"a draft vocabulary of {size} does not fit a target of {vocab_size} tokens")
-    counts = torch.zeros(vocab_size, dtype=torch.long)
-    for row in rows:
-        counts += torch.bincount(torch.tensor(row.response_ids), minlength=vocab_size)
+    counts = torch.bincount(torch.tensor([id for row in rows for id in row.response_ids]), minlength=vocab_size)
     ordered = sorted(range(vocab_size), key=lambda i: (-int(counts[i]), i))[:size]
     covered = float(counts[ordered].sum() / counts.sum().clamp(min=1))
     return sorted(ordered), covered
@@ -178,5 +152,5 @@ def heldout_record(
 ) -> dict[str, Any]:
     """The held-out acceptance of a draft as it is stored, in bfloat16; later probes take it as their reference."""
     accepted = simulate_greedy_chain(half(draft).float(), target, heldout, store, gamma)
-    tau = tau_interval(accepted, {row.key: anchors(row) for row in heldout})
+    tau = tau_interval(accepted, heldout)
     return {"tau": tau, "gamma": gamma, "sampler": "greedy, chain", "prompts": len(heldout), **extra}

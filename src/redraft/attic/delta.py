@@ -1,7 +1,7 @@
 """``delta``: the draft's head rows moved by the target's own change, with no data and no gradient.
 
 What fine-tuning did to the target's head rows (final norm included, since its weight multiplies every row) is done
-to the draft's: ``lm_head += step * map(new rows - old rows)``. The map is that of :mod:`redraft.starts.rowmap`,
+to the draft's: ``lm_head += step * map(new rows - old rows)``. The map is that of :mod:`redraft.starts.leastsquares`,
 fitted between the *base* target's head and the draft's: by the ratio of norm weights, or by a ridge regression,
 whichever predicts held-out draft rows better; the report says which. ``step`` is the slope of held-out draft rows on
 their images; it corrects the scale of the map and knows nothing of acceptance.
@@ -17,7 +17,6 @@ Shape legend: D draft vocabulary, V target vocabulary, F width of the target, H 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,29 +25,22 @@ from torch import Tensor
 from redraft.drafts.layers import norm_weight
 from redraft.errors import UserError
 from redraft.registries import STARTS
+from redraft.selection.states import check_same_shape
 from redraft.starts.apply import Start, StartContext, StartResult
-from redraft.starts.rowmap import RowMap, fit_row_map
+from redraft.starts.leastsquares import fit_row_map
 
 
-@dataclass(frozen=True)
-class DeltaReport:
-    """What was moved. ``changed`` names tensors of the draft's state; ``notes`` are lines for the user."""
+def delta(draft: Any, context: StartContext) -> StartResult:
+    """A copy of ``draft`` moved by the change from the base target to the target.
 
-    changed: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-    maps: dict[str, RowMap] = field(default_factory=dict)
-
-
-def delta(draft: Any, target: Any, base_target: Any, seed: int = 0) -> tuple[Any, DeltaReport]:
-    """A copy of ``draft`` moved by the change from ``base_target`` to ``target``, and a report.
-
-    Both targets need the attributes head, embedding, backbone.norm and hidden_size, as ``redraft.target.Target`` has.
     Raises ``UserError`` when their sizes differ, or the draft's head carries a low-rank update.
     """
+    target, base_target = context.target, context.base_target
+    assert base_target is not None  # in ``needs``
     check_same_shape(target, base_target)
     if not any(getattr(draft, name, None) is not None for name in ROWS):
         note = "delta: the draft has neither a head nor embeddings of its own; those of the target moved by themselves"
-        return draft, DeltaReport((), (note,))
+        return StartResult(draft, notes=(note,))
     moved = copy.deepcopy(draft)
     changed, notes, maps = [], [], {}
     for name, part in ROWS.items():
@@ -61,11 +53,11 @@ def delta(draft: Any, target: Any, base_target: Any, seed: int = 0) -> tuple[Any
         if torch.equal(old, new):
             continue
         norm_H = norm_weight(draft.norm, draft.config.hidden_size) if name == "lm_head" else None
-        found = fit_row_map(old, layer.weight, norm_H, seed)
+        found = fit_row_map(old, layer.weight, norm_H, context.seed)
         with torch.no_grad():
             shift = found.step * found(new - old)
             layer.weight.copy_((layer.weight.double() + shift.to(layer.weight.device)).to(layer.weight.dtype))
-        maps[name] = found
+        maps[name] = {"kind": found.kind, "errors": found.errors, "step": found.step}
         changed.append(f"{name}.weight")
         share = float(shift.norm() / draft.get_submodule(name).weight.detach().double().norm().clamp(min=1e-30))
         left = ", ".join(f"{kind} {error:.3f}" for kind, error in found.errors.items())
@@ -77,7 +69,7 @@ def delta(draft: Any, target: Any, base_target: Any, seed: int = 0) -> tuple[Any
         notes.append(
             "delta: fine-tuning changed neither the head nor the final norm of the target, so there is nothing to move"
         )
-    return (moved if changed else draft), DeltaReport(tuple(changed), tuple(notes), maps)
+    return StartResult(moved if changed else draft, tuple(changed), tuple(notes), details=maps)
 
 
 def _head(target: Any, draft: Any) -> Tensor:
@@ -93,25 +85,4 @@ def _embedding(target: Any, draft: Any) -> Tensor:
 ROWS = {"lm_head": _head, "embed_tokens": _embedding}
 
 
-def check_same_shape(target: Any, base_target: Any) -> None:
-    """Raise ``UserError`` unless one target can be the other, fine-tuned."""
-    faults = [
-        f"{what} {getattr(target, key)} and {getattr(base_target, key)}"
-        for key, what in (("hidden_size", "width"), ("layers", "layers"), ("vocab_size", "vocabulary"))
-        if getattr(target, key) != getattr(base_target, key)
-    ]
-    if faults:
-        raise UserError(
-            f"the fine-tuned and the base target differ in shape: {'; '.join(faults)}; "
-            "give the model that the target was fine-tuned from as --base-target"
-        )
-
-
-def start(draft: Any, context: StartContext) -> StartResult:
-    """:func:`delta` as a start."""
-    moved, report = delta(draft, context.target, context.base_target, context.seed)
-    maps = {name: {"kind": m.kind, "errors": m.errors, "step": m.step} for name, m in report.maps.items()}
-    return StartResult(moved, report.changed, report.notes, details=maps)
-
-
-STARTS.register("delta")(Start(frozenset({"base_target"}), "head rows moved by the target's own change", start))
+STARTS.register("delta")(Start(frozenset({"base_target"}), "head rows moved by the target's own change", delta))

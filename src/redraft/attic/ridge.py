@@ -21,19 +21,19 @@ Shape legend: N positions, B rows, T tokens, K taps, F target width, H draft wid
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from redraft import provenance
-from redraft.attic.delta import check_same_shape
 from redraft.data.store import Row
 from redraft.errors import UserError
+from redraft.features import ComputedFeatures
 from redraft.registries import STARTS
-from redraft.rows import anchors, length_batches
+from redraft.rows import anchors
+from redraft.selection.states import check_same_shape
 from redraft.starts.apply import Start, StartContext, StartResult
 from redraft.starts.leastsquares import Moments, fit
 from redraft.target import Target
@@ -43,47 +43,33 @@ HELDOUT_EVERY = 4
 MOST_ROWS = 300
 
 
-@dataclass(frozen=True)
-class RidgeReport:
-    """What was solved. ``changed`` names tensors of the draft's state; ``notes`` are lines for the user.
-
-    ``errors``: held-out error by relative strength, as a share of that of the old ``fc``. ``tokens``: those that went
-    through *each* target.
-    """
-
-    changed: tuple[str, ...]
-    notes: tuple[str, ...]
-    errors: dict[float, float]
-    ratio: float | None
-    tokens: int
-
-
-def ridge(
-    draft: Any,
-    target: Target,
-    base_target: Target,
-    rows: Sequence[Row],
-    batch_tokens: int = 2048,
-    progress: Callable[[int], None] | None = None,
-) -> tuple[Any, RidgeReport]:
-    """A copy of ``draft`` with its ``fc`` re-solved on ``rows``, responses of ``target``, and a report.
+def ridge(draft: Any, context: StartContext, batch_tokens: int = 2048) -> StartResult:
+    """A copy of ``draft`` with its ``fc`` re-solved on the context's rows, responses of its target.
 
     The draft must be in a floating type with room for the solution (float32). Sets the taps of both targets to the
     draft's. Raises ``UserError`` when the targets differ in shape, fewer than two rows can be used, or the draft's
     ``fc`` reads anything besides the target's features.
     """
-    train, heldout = moments(draft, target, base_target, rows, batch_tokens, progress)
+    target, base_target = context.target, context.base_target
+    assert base_target is not None  # in ``needs``
+    rows = spread(context.rows, MOST_ROWS)
+    train, heldout = moments(draft, target, base_target, rows, batch_tokens, context.progress)
     tokens, found = train.samples + heldout.samples, fit(train, heldout)
-    if found.ratio is None:
-        moved = float((train + heldout).square) > 0
-        why = "no strength beats the old fc on held-out rows" if moved else "both targets give the same features"
-        note = f"ridge: {why}; the draft stays as it is"
-        return draft, RidgeReport((), (note,), found.errors, None, tokens)
-    note = (
-        f"ridge: fc solved on {tokens:,} positions; the distance of fused features to the base target's falls to "
-        f"{found.error:.0%} of its square on held-out rows (strength {found.ratio:g})"
-    )
-    return resolved(draft, found.correction_HF), RidgeReport(("fc.weight",), (note,), found.errors, found.ratio, tokens)
+    changed: tuple[str, ...] = ()
+    if found.ratio is not None:
+        draft, changed = resolved(draft, found.correction_HF), ("fc.weight",)
+        note = (
+            f"fc solved on {tokens:,} positions; the distance of fused features to the base target's falls to "
+            f"{found.error:.0%} of its square on held-out rows (strength {found.ratio:g})"
+        )
+    elif float((train + heldout).square) > 0:
+        note = "no strength beats the old fc on held-out rows; the draft stays as it is"
+    else:
+        note = "both targets give the same features; the draft stays as it is"
+    # Each target read them all. Errors by strength are shares of that of the old fc.
+    flops = 2 * provenance.forward_flops(target.parameters_per_token, tokens)
+    details = {"errors": {f"{ratio:g}": error for ratio, error in found.errors.items()}, "ratio": found.ratio}
+    return StartResult(draft, changed, (f"ridge: {note}",), 2 * tokens, flops, details)
 
 
 def resolved(draft: Any, correction_HF: Tensor) -> Any:
@@ -113,11 +99,13 @@ def moments(
         model.tap(draft.config.taps)
     outputs, inputs = draft.fc.weight.shape
     train, heldout = (Moments(inputs, outputs, draft.fc.weight.device) for _ in range(2))
-    for row, finetuned_NKF, base_NKF in paired_taps(used, target, base_target, batch_tokens):
-        x, now_NH = fc_input_and_output(draft, finetuned_NKF)
-        _, wanted_NH = fc_input_and_output(draft, base_NKF)
-        weight_N = 1 / wanted_NH.double().square().sum(-1).clamp(min=1e-12)
-        (heldout if row.key in kept_back else train).add(x, wanted_NH - now_NH, weight_N)
+    both = (ComputedFeatures(model).batches(used, batch_tokens=batch_tokens) for model in (target, base_target))
+    for batches in zip(*both, strict=True):
+        for finetuned, base in zip(*batches, strict=True):
+            x, now_NH = fc_input_and_output(draft, finetuned.taps)
+            _, wanted_NH = fc_input_and_output(draft, base.taps)
+            weight_N = 1 / wanted_NH.double().square().sum(-1).clamp(min=1e-12)
+            (heldout if base.row.key in kept_back else train).add(x, wanted_NH - now_NH, weight_N)
         if progress:
             progress(train.samples + heldout.samples)
     return train, heldout
@@ -143,22 +131,6 @@ def fc_input_and_output(draft: Any, taps_NKF: Tensor) -> tuple[Tensor, Tensor]:
     return caught[0], states_NH
 
 
-def paired_taps(
-    rows: Sequence[Row], target: Target, base_target: Target, batch_tokens: int
-) -> Iterator[tuple[Row, Tensor, Tensor]]:
-    """(row, fine-tuned taps [N, K*F], base taps [N, K*F]) at every position that an unroll reads, prompt included."""
-    for batch in length_batches(rows, batch_tokens):
-        lengths = [len(row.prompt_ids) + anchors(row) - 1 for row in batch]
-        ids_BT = torch.zeros(len(batch), max(lengths), dtype=torch.long)
-        for i, row in enumerate(batch):
-            ids_BT[i, : lengths[i]] = torch.tensor([*row.prompt_ids, *row.response_ids][: lengths[i]])
-        # Right padding: causal attention never looks at it.
-        both = [model.forward(ids_BT.to(model.device)).taps_BTKH for model in (target, base_target)]
-        assert both[0] is not None and both[1] is not None
-        for i, row in enumerate(batch):
-            yield row, both[0][i, : lengths[i]], both[1][i, : lengths[i]].to(target.device)
-
-
 def spread(rows: Sequence[Row], most: int) -> Sequence[Row]:
     """At most ``most`` rows, evenly spread over all in the order of their keys."""
     if len(rows) <= most:
@@ -167,16 +139,6 @@ def spread(rows: Sequence[Row], most: int) -> Sequence[Row]:
     return [ordered[place * len(rows) // most] for place in range(most)]
 
 
-def start(draft: Any, context: StartContext) -> StartResult:
-    """:func:`ridge` as a start."""
-    assert context.base_target is not None  # in ``needs``
-    rows = spread(context.rows, MOST_ROWS)
-    found, report = ridge(draft, context.target, context.base_target, rows, progress=context.progress)
-    flops = 2 * provenance.forward_flops(context.target.parameters_per_token, report.tokens)
-    details = {"errors": {f"{ratio:g}": error for ratio, error in report.errors.items()}, "ratio": report.ratio}
-    return StartResult(found, report.changed, report.notes, 2 * report.tokens, flops, details)
-
-
 STARTS.register("ridge")(
-    Start(frozenset({"base_target", "rows"}), "fc re-solved so that features land where the base's did", start)
+    Start(frozenset({"base_target", "rows"}), "fc re-solved so that features land where the base's did", ridge)
 )

@@ -11,13 +11,13 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
 from redraft.errors import UserError
 from redraft.files import atomic_write_text, disk_is_full, write_error
-from redraft.places import cache_folder, installed
-from redraft.redacted import without_keys
+from redraft.places import cache_folder, installed, without_keys
 
 # Files that only a run directory of ours has; other folders are not written to.
 MARKS = ("ledger.json", "study.json", "distill.json")
@@ -63,31 +63,24 @@ def trace(error: BaseException) -> str:
 
 def places(out: object) -> Iterator[Path]:
     """Where a trace may go, best first: the run directory, the cache, the folder for temporary files."""
-    if out is not None:
-        yield from (folder / TRACE_FILE for folder in (Path(str(out)), Path(str(out), "run")) if is_run(folder))
+    for folder in (Path(str(out)), Path(str(out), "run")) if out is not None else ():
+        if any((folder / mark).is_file() for mark in MARKS):  # a run directory of ours, where it disturbs nobody
+            yield folder / TRACE_FILE
     name = f"error-{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.getpid()}.txt"
     yield cache_folder() / "errors" / name
     yield Path(tempfile.gettempdir()) / f"redraft-{name}"
-
-
-def is_run(folder: Path) -> bool:
-    """Whether a folder is a run directory of ours, in which a trace disturbs nobody."""
-    return any((folder / mark).is_file() for mark in MARKS)
 
 
 def unexpected(error: BaseException, command: str, out: object = None) -> str:
     """The one line about ``error``; the trace is written where it can be."""
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     said = without_secrets(f"{type(error).__name__}: {first}"[:300].rstrip(": "))
-    text, written = trace(error), None
+    text, where = trace(error), "the full trace could not be written"
     for place in places(out):
-        try:
+        with suppress(UserError, OSError):
             atomic_write_text(place, text)
-        except (UserError, OSError):
-            continue
-        written = place
-        break
-    where = f"the full trace is in {written}" if written else "the full trace could not be written"
+            where = f"the full trace is in {place}"
+            break
     return (
         f"redraft: defect in {command}: {said}; this is not your input's fault and what was finished is kept; {where}, "
         f"and `redraft --debug {command} ...` shows it"

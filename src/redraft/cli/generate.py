@@ -7,23 +7,23 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import textwrap
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, get_args, get_origin
 
 import typer
+import yaml
 from typer.core import TyperCommand
 
 from redraft.cli.failures import as_user_error, unexpected
-from redraft.cli.plans import announce, refuse_overwriting
+from redraft.cli.plans import announce, check_places, refuse_overwriting
 from redraft.errors import UserError
 from redraft.registries import EXPORTERS, LOSSES, SCORERS, STARTS, SUITES
-from redraft.settings.base import Settings, block_kind, choices
-from redraft.settings.methods import METHODS
-from redraft.settings.places import check_places
+from redraft.settings.base import BlockOf, Settings, choices, read
 from redraft.settings.texts import parse_template_args
-from redraft.settings.yamlfile import read
+from redraft.settings.training import METHODS
 
 CHOICES: dict[str, Callable[[], list[str]]] = {
     "{losses}": LOSSES.names,
@@ -89,7 +89,8 @@ def add_command(app: typer.Typer, kind: type[Settings], call: Callable[[Any], No
 
     def run(ctx: typer.Context, **given: Any) -> None:
         path, dry_run = given.pop("settings_file", None), given.pop("dry_run", False)
-        settings = read(kind, path, {key: _as_mapping(kind, key, value) for key, value in _given(kind, given)})
+        flags = {key: value for key, value in given.items() if value not in (None, [])}
+        settings = read(kind, path, {key: _meant(kind.model_fields[key], value) for key, value in flags.items()})
         ctx.params["out"] = getattr(settings, "out", None)
         refuse_overwriting(settings)
         announce(settings)
@@ -101,35 +102,22 @@ def add_command(app: typer.Typer, kind: type[Settings], call: Callable[[Any], No
         else:
             call(settings)
 
+    hints = {"ctx": typer.Context} | dict(_parameters(kind))
     keyword = inspect.Parameter.KEYWORD_ONLY
-    parameters = [
-        inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context),
-        *(
-            inspect.Parameter(key, keyword, default=default, annotation=hint)
-            for key, default, hint in _parameters(kind)
-        ),
-    ]
+    parameters = [inspect.Parameter(key, keyword, default=None, annotation=hint) for key, hint in hints.items()]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    run.__annotations__ = hints
     run.__doc__ = call.__doc__
     shown = "\n\n".join(["[bold]Examples[/bold]", *(f"[cyan]{example}[/cyan]" for example in examples)])
     app.command(name=name, cls=Command, epilog=shown)(run)
 
 
-def _given(kind: type[Settings], values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The flags that were really there."""
-    for name, value in values.items():
-        absent = value is None or value == [] or value is False and kind.model_fields[name].default is False
-        if not absent:
-            yield name, value
-
-
-def _as_mapping(kind: type[Settings], name: str, value: Any) -> Any:
+def _meant(field: Any, value: Any) -> Any:
     """What a flag gave; ``NAME=VALUE`` texts as a mapping, so that it holds together with that of a file."""
-    field = kind.model_fields[name]
     if get_origin(field.annotation) is not dict:
         return value
-    return pairs(value) if block_kind(field) else parse_template_args(value)
+    block = any(isinstance(mark, BlockOf) for mark in field.metadata)
+    return pairs(value) if block else parse_template_args(value)
 
 
 def pairs(given: list[str]) -> dict[str, str]:
@@ -153,52 +141,33 @@ def filled_in(text: str) -> str:
 
 
 # -- parameters --------------------------------------------------------------------------------------------------------
-def _parameters(kind: type[Settings]) -> Iterator[tuple[str, Any, Any]]:
-    """(name, default, annotation) of every flag, panel by panel."""
+def _parameters(kind: type[Settings]) -> Iterator[tuple[str, Any]]:
+    """(name, annotation) of every flag, panel by panel."""
     if "config" not in kind.model_fields:
         help = "YAML file with any of these settings (`redraft config` prints one); flags win, key by key."
         option = typer.Option("--config", help=help, metavar="PATH", rich_help_panel="Running")
-        yield "settings_file", None, Annotated[Path | None, option]
+        yield "settings_file", Annotated[Path | None, option]
     if kind.COMMAND in DRY_RUN:
         help = "Print the plan and what it costs, and stop."
-        yield "dry_run", False, Annotated[bool, typer.Option("--dry-run", help=help, rich_help_panel="Running")]
-    order = list(PANELS)
-    fields = sorted(kind.model_fields.items(), key=lambda item: order.index(PANEL_OF.get(item[0], "Output")))
-    for name, field in fields:
+        yield "dry_run", Annotated[bool | None, typer.Option("--dry-run", help=help, rich_help_panel="Running")]
+    for name in filter(kind.model_fields.__contains__, PANEL_OF):
+        field: Any = kind.model_fields[name]
         extra: Any = field.json_schema_extra
         plain = next(one for one in choices(field.annotation) if one is not NoneType)
         several = get_origin(plain) in (tuple, dict)
-        about: dict[str, Any] = {
-            "help": sentence(field),
-            "metavar": METAVARS.get(
-                get_args(plain)[0] if get_origin(plain) is tuple else get_origin(plain) or plain, "TEXT"
-            ),
-            "show_default": shown_default(field),
-            "rich_help_panel": PANEL_OF.get(name, "Output"),
-        }
+        kept = get_args(plain)[0] if get_origin(plain) is tuple else get_origin(plain) or plain
         hint: Any = list[str] | None if several else str | None
+        about: dict[str, Any] = {"help": sentence(field), "show_default": shown_default(field)}
         if extra["argument"]:
-            about.pop("rich_help_panel")
-            yield (
-                name,
-                None,
-                Annotated[hint, typer.Argument(**{**about, "metavar": "RESULT..." if several else "FILE"})],
-            )
-        elif plain is bool:
-            yield name, *_switch(name, field, extra["flag"], about)
+            yield name, Annotated[hint, typer.Argument(metavar="RESULT..." if several else "FILE", **about)]
+            continue
+        about["rich_help_panel"], flag = PANEL_OF[name], extra["flag"] or f"--{name.replace('_', '-')}"
+        if plain is bool:
+            no = "" if field.default is False else "/--untied" if name == "tied" else f"/--no{flag[1:]}"
+            yield name, Annotated[bool | None, typer.Option(flag + no, **about)]
         else:
-            flags = [extra["flag"] or f"--{name.replace('_', '-')}", *(["-o"] if name == "out" else [])]
-            yield name, None, Annotated[hint, typer.Option(*flags, **about)]
-
-
-def _switch(name: str, field: Any, flag: str, about: dict[str, Any]) -> tuple[Any, Any]:
-    """A truth value's default and annotation: one flag where it is off by default, else one for each value."""
-    about = {key: value for key, value in about.items() if key != "metavar"}
-    dashed = name.replace("_", "-")
-    if field.default is False:
-        return False, Annotated[bool, typer.Option(flag or f"--{dashed}", **about)]
-    no = "--untied" if name == "tied" else f"--no-{dashed}"
-    return None, Annotated[bool | None, typer.Option(f"--{dashed}/{no}", **about)]
+            flags = [flag, "-o"] if name == "out" else [flag]
+            yield name, Annotated[hint, typer.Option(*flags, metavar=METAVARS.get(kept, "TEXT"), **about)]
 
 
 def sentence(field: Any) -> str:
@@ -213,3 +182,39 @@ def shown_default(field: Any) -> str | bool:
     if value is None or value == () or isinstance(value, dict | bool):
         return False
     return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+# -- settings as YAML --------------------------------------------------------------------------------------------------
+def template(kind: type[Settings]) -> str:
+    """All settings of a command as YAML with their help: required ones to fill in, the others at their defaults.
+
+    Optional ones are comments, so that only what is changed counts as given; without their marks they are the defaults.
+    """
+    blocks = kind.model_construct().blocks()
+    lines = [f"# Settings of `redraft {kind.COMMAND}`: `redraft {kind.COMMAND} --config FILE`; flags win, key by key."]
+    for panel, names in PANELS.items():
+        fields = [(name, kind.model_fields[name]) for name in names.split() if name in kind.model_fields]
+        lines += ["", f"# -- {panel} {'-' * (100 - len(panel))}"] if fields else []
+        for name, field in fields:
+            lines += textwrap.wrap(filled_in(sentence(field)), 116, initial_indent="# ", subsequent_indent="# ")
+            if field.is_required():
+                lines.append(f"{name}:")
+            elif name in blocks:
+                lines += [f"# {name}:", *_block(blocks[name], kind.ONCE.get(name, {}).values())]
+            else:
+                lines.append(f"# {_line(name, field.get_default(call_default_factory=True))}")
+    return "\n".join(lines) + "\n"
+
+
+def _block(recipe: Any, above: Collection[str]) -> Iterator[str]:
+    """The settings of a block; those ``above`` it have their place there."""
+    for name, field in recipe.__pydantic_fields__.items():
+        if name not in above:
+            yield f"#   {_line(name, getattr(recipe, name)):<30}  # {field.description}"
+
+
+def _line(name: str, value: Any) -> str:
+    """``name: value`` in one line of YAML."""
+    plain = list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
+    text = yaml.safe_dump(plain, default_flow_style=True, sort_keys=False, width=1000)
+    return f"{name}: {text.removesuffix('...' + chr(10)).strip()}"

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 import traceback
+import warnings
 from typing import Annotated
 
 import typer
 
 from redraft import __version__
-from redraft.cli import commands, template
-from redraft.cli.quiet import quiet_libraries
+from redraft.cli import commands
 from redraft.errors import UserError
 from redraft.registries import load_plugin
+
+VARIABLES = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "HF_HUB_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_SYMLINKS_WARNING": "1",
+    "DATASETS_VERBOSITY": "error",
+    # Any value silences the tokenizers' warning about forks; this one keeps them as fast as they are.
+    "TOKENIZERS_PARALLELISM": "true",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+}
 
 app = typer.Typer(
     name="redraft",
@@ -25,6 +39,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
+
+
+def quiet_libraries() -> None:
+    """Silence libraries that talk to a user about themselves; to be called before anything heavy is imported.
+
+    What matters of their warnings is raised by redraft as an error of its own where it happens. Variables that the user
+    has set stay as they are, ``python -W`` and ``PYTHONWARNINGS`` win, and ``redraft --debug`` silences nothing.
+    """
+    for name, value in VARIABLES.items():
+        os.environ.setdefault(name, value)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    # What libraries log without a handler of their own goes through this one (matplotlib's font cache, for one).
+    if logging.lastResort is not None:
+        logging.lastResort.setLevel(logging.ERROR)
+    for name in ("torch", "matplotlib"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _version(wanted: bool) -> None:
@@ -56,7 +87,6 @@ def options(
 
 
 commands.register(app)
-template.register(app)
 
 
 def main() -> None:

@@ -1,71 +1,61 @@
-"""The first line of every command: what will be done, with the counts that can be had without loading anything heavy.
+"""Before a command does anything: its first line, and whether the files that it names are there and are safe.
 
-It goes to standard output, where the other lines on what was done go: standard error has the progress, and the one line
-of an error. A run directory that holds something already gets a second line, which says what.
+The line says what was asked for, with the counts that can be had without loading anything heavy. It goes to standard
+output, where the other lines on what was done go: standard error has the progress, and the one line of an error. A run
+directory that holds something already gets a second line, which says what.
 """
 
 from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Callable
+from collections.abc import Iterator
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from redraft.errors import UserError
-from redraft.redacted import without_secrets
+from redraft.places import without_secrets
 from redraft.settings.base import Settings
 from redraft.settings.texts import self_prompts
 
 # Larger files are not read only to count their lines.
 MOST_BYTES = 100 * 2**20
+# Settings that the first line tells even where they are left to their defaults.
+TOLD = "method budget scorer temperature temperatures gamma shape limit max_new_tokens out".split()
 
 
+# -- the first line ----------------------------------------------------------------------------------------------------
 def announce(settings: Settings) -> None:
     """Print the lines for a command. What cannot be read is left for the command itself to refuse."""
-    command = settings.COMMAND
     try:
-        lines = [PLANS[command](settings), found(getattr(settings, "out", None))]
-    except Exception:  # a plan that fails must not hide what the command says about the same input
+        lines = ["; ".join(told(settings)), found(out) if (out := getattr(settings, "out", None)) else ""]
+    except Exception:  # a line that fails must not hide what the command says about the same input
         return
     for line in filter(None, lines):
-        print(f"{command}: {without_secrets(line)}", flush=True)
+        print(f"{settings.COMMAND}: {without_secrets(line)}", flush=True)
 
 
-OUTPUTS = ("out", "keep", "json_out", "full", "png", "report")
+def told(settings: Any) -> Iterator[str]:
+    """What was asked for, with counts: what a command cannot do without, what was given, and what matters most."""
+    fields = type(settings).model_fields
+    for name in sorted(fields, key=lambda name: not fields[name].is_required()):
+        value = getattr(settings, name)
+        if (name in settings.model_fields_set or name in TOLD) and value not in (None, (), {}) and value is not False:
+            number = counted(str(value)) if name in ("prompts", "responses") else None
+            parts = [f"{key}={one}" for key, one in value.items()] if isinstance(value, dict) else value
+            text = ", ".join(map(str, parts)) if isinstance(parts, tuple | list) else str(parts)
+            yield f"{name.replace('_', '-')} {text}" + ("" if number is None else f" ({number:,})")
+    longest, number = getattr(settings, "max_new_tokens", 0), counted(str(getattr(settings, "prompts", "")))
+    if longest and number:
+        drawn = getattr(settings, "temperatures", getattr(settings, "temperature", 0))
+        number = min(number, getattr(settings, "limit", number)) * (len(drawn) if isinstance(drawn, tuple) else 1)
+        yield f"at most {number * longest:,} tokens of answers where each prompt asks one question"
 
 
-def refuse_overwriting(settings: Settings) -> None:
-    """Raise ``UserError`` where a command would write over something that it reads, or two results over each other."""
-    values = {name: getattr(settings, name) for name in type(settings).model_fields}
-    named = [(name, one) for name, value in values.items() for one in (value if type(value) is tuple else (value,))]
-    paths = [(name, Path(one)) for name, one in named if isinstance(one, str | Path)]
-    places = [(name, path.resolve()) for name, path in paths if name in OUTPUTS or _exists(path)]
-    for at, (name, place) in enumerate(places):
-        for other, there in places[:at]:
-            if place == there and (name in OUTPUTS or other in OUTPUTS):
-                out, kept = (name, other) if name in OUTPUTS else (other, name)
-                flags = f"--{out.replace('_out', '')} and --{kept.replace('_out', '').replace('_', '-')}"
-                raise UserError(f"{flags} are both {place}, which would be overwritten; name another file to write")
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # a text that no file can be called
-        return False
-
-
-# -- counting --------------------------------------------------------------------------------------------------------
-def counted(source: Any, what: str, most: int | None = None) -> str:
-    """``40 prompts of prompts.jsonl``, without the number where it is not cheap to know; at ``most`` so many."""
-    text = str(source)
-    if count := self_prompts(text):
-        return f"{count} questions that the target writes itself"
-    number = items(Path(text))
-    if number is None:
-        return f"{what} of {text}" if most is None else f"at most {most} {what} of {text}"
-    return f"{number:,} {what} of {text}" if most is None else f"{min(number, most):,} of {number:,} {what} of {text}"
+def counted(source: str) -> int | None:
+    """How many prompts or responses a source has; ``None`` where it is not cheap to know."""
+    return self_prompts(source) or items(Path(source))
 
 
 def items(path: Path) -> int | None:
@@ -76,25 +66,6 @@ def items(path: Path) -> int | None:
     if data.lstrip()[:1] == b"[":
         return len(json.loads(data))
     return sum(1 for line in data.splitlines() if line.strip())
-
-
-def asked(s: Any) -> str:
-    """The prompts of a command that takes files, suites and a limit."""
-    if s.prompts and not s.suite:
-        return counted(s.prompts, "prompts", s.limit)
-    return f"at most {s.limit} prompts each of {several([*filter(None, [s.prompts]), *s.suite])}"
-
-
-def several(values: Any) -> str:
-    return ", ".join(map(str, values))
-
-
-def target(s: Any) -> str:
-    return f"{s.target}{' + ' + s.adapter if s.adapter else ''}"
-
-
-def text(s: Any) -> str:
-    return counted(s.responses, "responses") if s.responses else counted(s.prompts, "prompts")
 
 
 # -- what is there already -------------------------------------------------------------------------------------------
@@ -110,12 +81,10 @@ FILES = {
 CHECKPOINTS = {"train": "training", "pretrain": "pretraining", "align": "alignment"}
 
 
-def found(out: Any) -> str:
+def found(out: Path) -> str:
     """What a run directory (or a response file) holds from before; nothing for a new one."""
-    place = Path(str(out)) if out is not None else None
-    if place is not None and (place / "run").is_dir():
-        place = place / "run"
-    if place is None or not place.exists():
+    place = Path(out) / "run" if (Path(out) / "run").is_dir() else Path(out)
+    if not place.exists():
         return ""
     if place.is_file():
         number = items(place) if place.suffix == ".jsonl" else None
@@ -134,80 +103,58 @@ def found(out: Any) -> str:
     return f"{place} holds from before: {', '.join(there)}; it goes on from there" if there else ""
 
 
-# -- one line a command ----------------------------------------------------------------------------------------------
-def _regenerate(s: Any) -> str:
-    number = items(Path(s.prompts))
-    total = number * len(s.temperature) * s.max_new_tokens if number else 0
-    most = f" = at most {total:,} tokens where each asks one question" if total else ""
-    return (
-        f"{counted(s.prompts, 'prompts')}, answered by {f'the server {s.server}' if s.server else target(s)} at "
-        f"temperature {several(s.temperature)}, at most {s.max_new_tokens} tokens each{most}, into {s.out}"
-    )
+# -- places that settings name -----------------------------------------------------------------------------------------
+OUTPUTS = ("out", "keep", "json_out", "full", "png", "report")
 
 
-def _adapt(s: Any) -> str:
-    steps = ["take served responses" if s.responses else "answer", "train", "export", "measure", "write the page"]
-    if s.budget != "100%":
-        steps.insert(0 if s.select_on == "prompts" else 1, f"select {s.budget}")
-    return f"{text(s)}; {several(steps)}; {target(s)} with the draft {s.draft}; run directory {s.out}"
+def refuse_overwriting(settings: Settings) -> None:
+    """Raise ``UserError`` where a command would write over something that it reads, or two results over each other."""
+    values = {name: getattr(settings, name) for name in type(settings).model_fields}
+    named = [(name, one) for name, value in values.items() for one in (value if type(value) is tuple else (value,))]
+    paths = [(name, Path(one)) for name, one in named if isinstance(one, str | Path)]
+    places = [(name, path.resolve()) for name, path in paths if name in OUTPUTS or _exists(path)]
+    for (other, there), (name, place) in combinations(places, 2):
+        if place == there and (name in OUTPUTS or other in OUTPUTS):
+            out, kept = (name, other) if name in OUTPUTS else (other, name)
+            flags = f"--{out.replace('_out', '')} and --{kept.replace('_out', '').replace('_', '-')}"
+            raise UserError(f"{flags} are both {place}, which would be overwritten; name another file to write")
 
 
-def _distill(s: Any) -> str:
-    begin = f"the drafter {s.draft}" if s.draft else f"a new drafter, pretrained on {several(s.text)}"
-    return f"{begin}, aligned with {target(s)} on its answers to {text(s)}; run directory {s.out}"
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a text that no file can be called
+        return False
 
 
-def _train(s: Any) -> str:
-    what = f"{s.method} of the draft {s.draft}" if s.draft else "a new draft"
-    times = f"{s.train_config().epochs:g} times {counted(s.responses, 'responses')}"
-    return f"{what} for {target(s)}, trained on {times}; run directory {s.out}"
-
-
-def _probe(s: Any) -> str:
-    beside = f" and by {s.base_target} for comparison" if s.base_target else ""
-    most = f"at most {s.max_new_tokens} tokens each"
-    return f"the draft {s.draft} on {asked(s)}, answered by {target(s)}{beside}, {most}; chain of {s.gamma}"
-
-
-def _bench(s: Any) -> str:
-    measured = f"{several(s.server or s.draft)} and plain decoding of {target(s)}"
-    return f"{measured} on {asked(s)}, at most {s.max_new_tokens} tokens each, {s.shape}, into {s.out}"
-
-
-def _vocabulary(s: Any) -> str:
-    does = f"refreshed into {s.out}" if s.refresh else "looked at"
-    return f"the vocabulary of {s.draft} against {counted(s.responses, 'responses')} of {target(s)}, {does}"
-
-
-def _study(s: Any) -> str:
-    if s.tables:
-        return f"tables and pictures of {s.tables}"
-    return f"the cells of {s.config}" + (", listed" if s.list_cells else f"; folder {s.out}")
-
-
-def _watch(s: Any) -> str:
-    what = counted(s.prompts, "prompts", s.limit) if s.prompts else "one prompt"
-    most = f"at most {s.max_new_tokens} tokens{' each' if s.prompts and s.limit > 1 else ''}"
-    return f"{what}, answered by {target(s)} with the draft {s.draft}, {s.shape}, {most}"
-
-
-PLANS: dict[str, Callable[[Any], str]] = {
-    "adapt": _adapt,
-    "bench": _bench,
-    "distill": _distill,
-    "export": lambda s: f"{s.draft} for {s.target} in the format {s.format}, written to {s.out}",
-    "merge": lambda s: f"{s.private} (scale {s.scale:g}) into {s.base_draft}, written to {s.out}",
-    "merge-target": lambda s: f"the adapter {s.adapter} into {s.target}, written to {s.out}",
-    "probe": _probe,
-    "quickstart": lambda s: (
-        "344 maths problems answered, a draft trained on them, measured on 16 others; about ten minutes on two cores; "
-        f"folder {s.out}"
-    ),
-    "regenerate": _regenerate,
-    "report": lambda s: f"{several(s.results)} as one page, {s.out}",
-    "select": lambda s: f"{s.budget} of {text(s)}, scored by {s.scorer}, into {s.out}",
-    "study": _study,
-    "train": _train,
-    "vocabulary": _vocabulary,
-    "watch": _watch,
+INSTEAD = {
+    "file": "name a file that is there",
+    "prompts": "name a file, or datasets:NAME",
+    "model": "name a folder, a hub id or embedded:smollm2-135m-instruct",
 }
+
+
+def check_places(settings: Settings) -> None:
+    """Raise ``UserError`` that names every file or folder that is not there. Hub ids are left to the hub."""
+    if missing := list(dict.fromkeys(_missing(settings))):
+        raise UserError("; ".join(missing))
+
+
+def _missing(settings: Settings) -> Iterator[str]:
+    for name, field in type(settings).model_fields.items():
+        extra: Any = field.json_schema_extra
+        value = getattr(settings, name)
+        for text in map(str, value if isinstance(value, tuple) else (value,)):
+            if value is not None and extra["reads"] and not _there(text, extra["reads"]):
+                yield f"{text} does not exist; {INSTEAD[extra['reads']]}"
+
+
+def _there(text: str, kind: str) -> bool:
+    """Whether the place is there, as far as its name tells where it would be."""
+    if kind == "prompts" and (self_prompts(text) or text.startswith("datasets:")):
+        return True
+    path = Path(text).expanduser()
+    if kind == "model" and not path.exists():
+        # org/name, or a name alone, may be on the hub
+        return text.startswith("embedded:") or not (text.startswith((".", "/", "~")) or text.count("/") > 1)
+    return path.exists()

@@ -1,32 +1,31 @@
 """Between text and tokens: the token ids of an answer that came as text, and the chat turn of a response in ids.
 
-A chat template writes answers in its own way: it trims them, drops thoughts, opens an empty block of thoughts. What was
-served was written by the model behind the template's opening of its turn, so the answer's own text is put there, and
-of the template only what frames it is taken: marks between thoughts and answer, and the end token.
+A chat template writes answers in its own way: it trims them, drops thoughts, opens an empty block of thoughts. So the
+answer's own text is put behind the template's opening of its turn, and of the template only what frames it is taken:
+marks between thoughts and answer, and the end token.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from redraft.data.shapes import with_turns
+from redraft.data.prompts import check_length, prompt_messages, user_turns
+from redraft.data.shapes import Conversation, with_turns
+from redraft.data.store import REFERENCE, UNKNOWN, Failure, Row, row_key
 from redraft.data.template import render, template_ids, template_text
-from redraft.data.turns import ASSISTANT, USER, Message
+from redraft.data.turns import ASSISTANT, SYSTEM, USER, Message
 from redraft.errors import UserError
 
 ANSWER, THOUGHT = "redraftanswer", "redraftthought"
 # What opens and closes a block of thoughts in the public families of models that think.
 MARKS = (
-    ("<think>", "</think>"),
+    *((f"<{name}>", f"</{name}>") for name in ("think", "seed:think", "thought", "reasoning")),
     ("[THINK]", "[/THINK]"),
-    ("<seed:think>", "</seed:think>"),
     ("◁think▷", "◁/think▷"),
     ("<|START_THINKING|>", "<|END_THINKING|>"),
-    ("<thought>", "</thought>"),
-    ("<reasoning>", "</reasoning>"),
     ("<|begin_of_thought|>", "<|end_of_thought|>"),
     ("<|channel>thought", "<channel|>"),
 )
@@ -64,15 +63,13 @@ def answer_ids(
 ) -> tuple[list[int], list[int], str]:
     """(prompt ids, response ids, finish reason) of an ``answer`` to the messages ``asked``, by the chat template.
 
-    The response is the answer's own text behind the opening of the assistant's turn, its thoughts before it where it
-    has any, and the first end token that the template writes behind it (``stop``); without one where it was ``cut``
-    off or the template writes none (``length``). ``served`` answers are the model's own: nothing is put among them
-    that the model may not have written, unless the number of tokens, one of ``counts``, says that it did. Answers of
-    others are framed as the template does it. ``eos_ids`` are the target's end tokens (the tokenizer's own where none
-    are given).
-
-    Raises ``UserError`` for conversation ``id``: a template that cannot be followed or drops the thoughts, an answer
-    without the thoughts that its prompt opens, one with a tool call, one that holds an end token.
+    The response is the answer's own text behind the opening of the assistant's turn, any thoughts before it, and the
+    first end token that the template writes behind it (``stop``); without one where it was ``cut`` off or the template
+    writes none (``length``). ``served`` answers are the model's own: nothing is put among them that the model may not
+    have written, unless the number of tokens, one of ``counts``, says that it did. Others are framed as the template
+    does it. ``eos_ids`` are the target's end tokens (the tokenizer's own where none are given). Raises ``UserError``
+    for a template that cannot be followed or drops the thoughts, an answer without the thoughts that its prompt opens,
+    one with a tool call, one that holds an end token.
     """
     message: Message = {"role": ASSISTANT, "content": answer} if isinstance(answer, str) else answer
     if message.get("tool_calls"):
@@ -87,7 +84,11 @@ def answer_ids(
     texts = dict.fromkeys(_texts(id, frame, message, served, bool(counts), cut))
     responses = [continuation_ids(tokenizer, prompt, frame.opened, text) for text in texts]
     for each in responses:
-        _refuse_ends(tokenizer, id, each, ends)
+        if not each or each[0] in ends:
+            raise UserError(f"the answer in conversation {id} begins with an end token, so nothing of it is left")
+        if inside := [token for token in each if token in ends]:
+            mark = tokenizer.decode(inside[:1], skip_special_tokens=False)
+            raise UserError(f"the answer in conversation {id} holds the end token {mark}; take it out of the text")
     response = _counted(id, responses, len(end), counts) if counts else responses[0]
     return prompt, [*response, *end], "stop" if end else "length"
 
@@ -106,9 +107,7 @@ def _counted(id: str, responses: Sequence[list[int]], end: int, counts: Collecti
 
 def _frame(tokenizer: Any, id: str, asked: Sequence[Message], thinks: bool, ends: Collection[int]) -> _Frame:
     opened = render(tokenizer, id, asked, True)
-    sample: Message = {"role": ASSISTANT, "content": ANSWER}
-    if thinks:
-        sample |= {"reasoning_content": THOUGHT}
+    sample = {"role": ASSISTANT, "content": ANSWER} | ({"reasoning_content": THOUGHT} if thinks else {})
     whole = render(tokenizer, id, with_turns(asked, [*asked, sample]), False)
     before, found, behind = whole.rpartition(ANSWER)
     if not found:
@@ -122,77 +121,62 @@ def _frame(tokenizer: Any, id: str, asked: Sequence[Message], thinks: bool, ends
         lead = ""
     tail = list(tokenizer(behind, add_special_tokens=False).input_ids)
     place = next((place for place, token in enumerate(tail) if token in ends), None)
-    inner = tokenizer.decode(tail[:place], skip_special_tokens=False) if place is not None else ""
-    return _Frame(opened, lead, between, inner, None if place is None else tail[place])
+    if place is None:
+        return _Frame(opened, lead, between, "", None)
+    return _Frame(opened, lead, between, tokenizer.decode(tail[:place], skip_special_tokens=False), tail[place])
 
 
 def _texts(id: str, frame: _Frame, message: Message, served: bool, counted: bool, cut: bool) -> Iterator[str]:
     """What the model may have written, the likeliest first. Raises ``UserError``."""
     content, thoughts = message["content"], message.get("reasoning_content", "")
-    opens = opened_thoughts(frame.opened)
+    opens, lead = opened_thoughts(frame.opened), frame.before or ""
     behind = "" if cut else frame.behind.rstrip()
+    thinks = any(mark in lead for mark, _ in MARKS)
     if thoughts:
-        yield from _thought_texts(id, frame, content, thoughts, behind, counted, cut)
-        return
-    if any(_holds(content, pair) for pair in MARKS) or (cut and opens):
+        yield _thought_text(id, frame, content, thoughts, behind, counted, cut)
+    elif any(_holds(content, pair) for pair in MARKS) or (cut and opens):
         # The thoughts are in the text, closed or cut off in their midst. The prompt may have opened them already.
         yield _behind_mark(frame.opened, content, opens[0]) if opens else content
-        return
-    if opens:
+    elif opens:
         raise UserError(
             f"the prompt of conversation {id} opens a block of thoughts, but its answer has none: they were split off "
             "and lost; give reasoning_content too, or token ids"
         )
-    if frame.before is None:
+    elif frame.before is None:
         raise UserError(
             f"the chat template does not write the answer of conversation {id} behind its own opening of an "
             "assistant turn, so it cannot be placed; regenerate the answers, or give token ids"
         )
-    yield from _plain_texts(id, frame, content, behind, served, counted)
+    elif not lead.strip() and not behind:
+        yield content if content.startswith(lead) else lead + content
+    elif served and counted:
+        yield content
+        yield lead + content + behind
+    elif not served and not thinks:
+        yield lead + content + behind
+    else:
+        raise UserError(
+            f"the chat template writes {(lead.strip() or behind)[:40]!r} around the answer of conversation {id}, which "
+            "the row does not hold, so what the model wrote cannot be told; "
+            + ("set --template-arg enable_thinking=false if it did not think, or " if thinks else "")
+            + "give its thoughts, or token ids"
+        )
 
 
-def _thought_texts(
-    id: str, frame: _Frame, content: str, thoughts: str, behind: str, counted: bool, cut: bool
-) -> Iterator[str]:
+def _thought_text(id: str, frame: _Frame, content: str, thoughts: str, behind: str, counted: bool, cut: bool) -> str:
     """Thoughts and answer that a server took apart: as the template joins them, or as its prompt's block asks for."""
-    opens = opened_thoughts(frame.opened)
-    if frame.between is not None:
-        lead = frame.before or ""
+    opens, lead, between = opened_thoughts(frame.opened), frame.before or "", frame.between
+    if between is not None:
         begun = _behind_mark(frame.opened, thoughts, opens[0]) if opens and not lead else lead + _joined(lead, thoughts)
         if cut and not content:
-            yield begun
-        else:
-            yield _joined_end(begun, frame.between) + frame.between + _joined(frame.between, content) + behind
-        return
+            return begun
+        return _joined_end(begun, between) + between + _joined(between, content) + behind
     if opens and counted and not behind:
         # A server that cut the text at the closing mark and left the blanks there; the count tells whether it did.
-        yield thoughts + opens[1] + content
-        return
+        return thoughts + opens[1] + content
     raise UserError(
         f"the chat template leaves out the thoughts (reasoning_content) of the answer in conversation {id}, so the "
         "tokens of the model's response cannot be told; log token ids, or usage with completion_tokens"
-    )
-
-
-def _plain_texts(id: str, frame: _Frame, content: str, behind: str, served: bool, counted: bool) -> Iterator[str]:
-    """An answer without thoughts: as it is, or in the marks that the template puts around it."""
-    lead = frame.before or ""
-    if not lead.strip() and not behind:
-        yield content if content.startswith(lead) else lead + content
-        return
-    thinks = any(mark in lead for mark, _ in MARKS)
-    if not served and not thinks:
-        yield lead + content + behind
-        return
-    if served and counted:
-        yield content
-        yield lead + content + behind
-        return
-    raise UserError(
-        f"the chat template writes {(lead.strip() or behind)[:40]!r} around the answer of conversation {id}, which the "
-        "row does not hold, so what the model wrote cannot be told; "
-        + ("set --template-arg enable_thinking=false if it did not think, or " if thinks else "")
-        + "give its thoughts, or token ids"
     )
 
 
@@ -226,15 +210,6 @@ def _joined_end(text: str, behind: str) -> str:
     return _joined(behind[::-1], text[::-1])[::-1]
 
 
-def _refuse_ends(tokenizer: Any, id: str, response: Sequence[int], ends: Collection[int]) -> None:
-    if not response or response[0] in ends:
-        raise UserError(f"the answer in conversation {id} begins with an end token, so nothing of it is left")
-    inside = next((token for token in response if token in ends), None)
-    if inside is not None:
-        mark = tokenizer.decode([inside], skip_special_tokens=False)
-        raise UserError(f"the answer in conversation {id} holds the end token {mark}; take it out of the text")
-
-
 def continuation_ids(tokenizer: Any, prompt_ids: Sequence[int], prompt: str, text: str) -> list[int]:
     """Token ids of ``text`` where it follows ``prompt``, whose ids are ``prompt_ids`` (as it is, nothing added)."""
     joined = list(tokenizer(prompt + text, add_special_tokens=False).input_ids)
@@ -255,19 +230,18 @@ def opened_thoughts(prompt: str) -> tuple[str, str] | None:
     return next((marks for marks in MARKS if end.endswith(marks[0])), None)
 
 
+# -- tokens to a turn ------------------------------------------------------------------------------------------------
 class UnclearReply(ValueError):
     """What of a reply is the answer cannot be told."""
 
 
-# -- tokens to a turn ------------------------------------------------------------------------------------------------
 def reply_message(
     tokenizer: Any, prompt_ids: Sequence[int], response_ids: Sequence[int], eos_ids: Collection[int]
 ) -> Message:
     """The assistant's turn that a chat server would hold of a response, for the history of the next turn.
 
-    Thoughts whose marks the template itself knows what to do with stay in the text; others are split off, as a server's
-    parser does it. Of gpt-oss's channels the final one is the answer. Raises ``UnclearReply`` where it cannot be
-    told from the rest.
+    Thoughts whose marks the template knows what to do with stay in the text; others are split off, as a server's parser
+    does it. Of gpt-oss's channels the final one is the answer. Raises ``UnclearReply`` where it cannot be told.
     """
     ids = list(response_ids)
     while ids and ids[-1] in eos_ids:
@@ -283,7 +257,9 @@ def reply_message(
             raise UnclearReply("its thoughts do not end, so there is no answer")
         if special_tokens(tokenizer).intersection(marks) or marks[1] not in template_text(tokenizer):
             thoughts, _, text = text.rpartition(marks[1])
-            thoughts, text = _without(thoughts, marks[0]).strip("\n"), _unwrapped(text.lstrip("\n"))
+            thoughts, text = _without(thoughts, marks[0]).strip("\n"), text.lstrip("\n")
+            around = next((pair for pair in ANSWER_MARKS if text.startswith(pair[0])), ("", ""))
+            text = text.removeprefix(around[0]).removesuffix(around[1])
             thought = {"reasoning_content": thoughts} if thoughts.strip() else {}
     return {"role": ASSISTANT, "content": _said(tokenizer, text), **thought}
 
@@ -294,18 +270,9 @@ def special_tokens(tokenizer: Any) -> set[str]:
     return {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
 
 
-def _unwrapped(text: str) -> str:
-    """The answer without the marks that stand around it behind thoughts, as servers' parsers give it."""
-    marks = next((pair for pair in ANSWER_MARKS if text.startswith(pair[0])), None)
-    return text.removeprefix(marks[0]).removesuffix(marks[1]) if marks else text
-
-
 def _said(tokenizer: Any, text: str) -> str:
-    """The text without special tokens that frame no part of an answer, as servers show it.
-
-    These are the begin, padding and unknown token, and those of turns, which a model that runs on may write. Raises
-    ``UnclearReply`` for any other: what stands before or behind it may be something else than the answer.
-    """
+    """The text without special tokens that frame no part of an answer (begin, padding, unknown, and those of turns,
+    which a model that runs on may write). Raises ``UnclearReply`` for any other: beside it may stand something else."""
     text = text.removeprefix(ANSWER_MARKS[0][0]).removesuffix(ANSWER_MARKS[0][1])
     found = {mark for mark in special_tokens(tokenizer) if mark in text}
     strange = found - {tokenizer.bos_token, tokenizer.pad_token, tokenizer.unk_token}
@@ -322,14 +289,89 @@ def _said(tokenizer: Any, text: str) -> str:
 
 def _harmony(text: str) -> Message:
     """The final channel of a reply in gpt-oss's format, and what it thought before. Raises ``UnclearReply``."""
-    heads = list(HARMONY.finditer(text))
-    ends = [head.start() for head in heads[1:]] + [len(text)]
-    channels = [
-        (head[1].strip(), text[head.end() : end].removesuffix("<|end|>")) for head, end in zip(heads, ends, strict=True)
-    ]
+    _, *parts = HARMONY.split(text)
+    names, bodies = map(str.strip, parts[::2]), (body.removesuffix("<|end|>") for body in parts[1::2])
+    channels = list(zip(names, bodies, strict=True))
     final = [body for name, body in channels if name == "final"]
     other = [name for name, _ in channels if name not in ("analysis", "final", "commentary")]
     if len(final) != 1 or other or channels[-1][0] != "final" or "<|" in final[0]:
         raise UnclearReply("it has no final channel to take the answer from")
     thoughts = "\n".join(body for name, body in channels if name == "analysis")
     return {"role": ASSISTANT, "content": final[0], **({"reasoning_content": thoughts} if thoughts else {})}
+
+
+# -- reference answers -----------------------------------------------------------------------------------------------
+def reference_rows(
+    conversations: Iterable[Conversation],
+    tokenizer: Any,
+    target_hash: str,
+    *,
+    eos_ids: Sequence[int] = (),
+    max_new_tokens: int | None = None,
+    context: int | None = None,
+    failures: list[Failure] | None = None,
+) -> list[Row]:
+    """One row for every user turn, with the answer that stands behind it in the file; ``source`` is ``reference``.
+
+    They are off-policy text, to be compared with the target's own answers to the same prompts, and what the published
+    way to adapt a draft trains on.
+
+    Turn by turn, as regeneration does it: the prompt of a later turn holds the reference answers to the earlier ones. A
+    turn of ``weight`` 0 gives no row and stays in the prompts of later ones. ``eos_ids`` are the target's end tokens
+    (the tokenizer's own where none are given). Answers longer than ``max_new_tokens`` are cut there and finish with
+    ``length``, as a regenerated one would; ``context`` is the longest sequence of the target. A later turn that no
+    longer fits goes to ``failures`` where a list is given, with all turns behind it.
+
+    Raises ``UserError`` that names the conversation, as :func:`answer_ids` does, and for a user turn without an answer,
+    a prompt that does not fit, an id that is there twice.
+    """
+    rows: list[Row] = []
+    seen: set[str] = set()
+    for conversation in conversations:
+        if conversation.id in seen:
+            raise UserError(f"two conversations are called {conversation.id}; ids must differ")
+        seen.add(conversation.id)
+        answers = reference_answers(conversation)
+        for turn, answer in enumerate(answers):
+            if answer.get("weight") == 0:
+                continue  # a turn that is only there to be answered
+            asked = prompt_messages(conversation, answers[:turn])
+            prompt, response, finish = answer_ids(tokenizer, conversation.id, asked, answer, eos_ids)
+            try:
+                check_length(conversation.id, len(prompt), max_new_tokens or len(response), context)
+            except UserError as error:
+                if turn == 0 or failures is None:
+                    raise
+                keys = (row_key(conversation.id, 0.0, later, REFERENCE) for later in range(turn, len(answers)))
+                failures += (Failure(key, str(error)) for key in keys)
+                break
+            if max_new_tokens is not None and len(response) > max_new_tokens:
+                response, finish = response[:max_new_tokens], "length"
+            found = prompt, response, UNKNOWN, finish, target_hash
+            rows.append(Row.of(conversation.id, *found, turn=turn, source=REFERENCE))
+    return rows
+
+
+def reference_answers(conversation: Conversation) -> list[Message]:
+    """The assistant's turn behind every user turn, in order.
+
+    Raises ``UserError`` when a user turn has none, an empty one or two, or an answer stands behind no user turn.
+    """
+    answers: list[Message] = []
+    role = SYSTEM
+    for message in conversation.messages:
+        previous, role = role, message["role"]
+        if role == ASSISTANT:
+            if previous != USER:
+                raise UserError(f"conversation {conversation.id} has an assistant turn that answers no user turn")
+            answers.append(message)
+        elif previous == USER:
+            break
+    empty = [not answer["content"].strip() and "tool_calls" not in answer for answer in answers]
+    without = [*empty, True].index(True)
+    if without < user_turns(conversation):
+        raise UserError(
+            f"conversation {conversation.id} has no reference answer to its user turn {without + 1}; remove that turn, "
+            "or regenerate the answers"
+        )
+    return answers

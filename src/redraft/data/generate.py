@@ -1,31 +1,117 @@
-"""Batched in-process generation by the target: token ids in, token ids out.
+"""In-process generation by the target: token ids in, token ids out.
 
-Continuous batching: a fixed number of slots, each with its own length. A finished sequence frees its slot at
-once; freed slots are refilled by groups of waiting prompts of similar length, so that neither finished rows nor
-padding cost a forward pass. What a draft will learn from, the target's features, passes by on the way and can be kept.
+Continuous batching: a finished sequence frees its slot at once; freed slots are refilled by groups of waiting prompts
+of similar length, so that neither finished rows nor padding cost a forward pass. What a draft will learn from, the
+target's features, passes by on the way and can be kept. That is done where sequences of several lengths in one pass
+give the target's own text (:mod:`redraft.target.paths`). For any other target transformers' own generation writes it,
+prompts of one length at a time: what padding does to a window or to a recurrent state is nobody's business here.
 
-That is done where sequences of several lengths in one pass give the target's own text (:mod:`redraft.target.paths`);
-for any other target transformers' own generation writes it, prompts of one length at a time.
-
-Shape legend: B slots, P prompt tokens, R response tokens, T tokens, H hidden size, K taps, V vocabulary.
+Shape legend: B slots or rows, P prompt tokens, R response tokens, T tokens, H hidden size, K taps, V vocabulary.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationConfig, LogitsProcessorList
 
-from redraft.data.own import own_generation
-from redraft.data.requests import Completion, Request, request_uniforms
 from redraft.sampling import draw, warp
 from redraft.settings.sampler import Sampler
 from redraft.target import Target, TargetStep
-from redraft.target.slots import SlotCache, slot_attention
+from redraft.target.cache import SlotCache, slot_attention
 
 
+@dataclass(frozen=True)
+class Request:
+    """One prompt to be answered: its key, its token ids and the sampling rule."""
+
+    key: str
+    prompt_ids: Sequence[int]
+    sampler: Sampler
+    seed: int = 0
+
+    def uniforms(self, count: int) -> Tensor:
+        """The uniforms [count] that its tokens are drawn with: a function of its key, sampler and seed alone."""
+        text = f"{self.key}|{self.sampler}|{self.seed}"
+        seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+        return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """The answer to a request. ``finish_reason`` is ``stop`` (an end token, kept in the ids) or ``length``.
+
+    ``features``, where they were asked for: taps [P + R - 2, K*H] and final-norm states [R - 1, H] of the positions
+    that :mod:`redraft.features` names; none for an answer of one token.
+    """
+
+    request: Request
+    response_ids: list[int]
+    finish_reason: str
+    features: tuple[Tensor, Tensor] | None = None
+
+
+@torch.inference_mode()
+def generate(
+    target: Target,
+    requests: Sequence[Request],
+    max_new_tokens: int,
+    batch_size: int = 64,
+    stop_ids: Sequence[int] = (),
+    among: Sequence[Request] = (),
+    features: bool = False,
+) -> Iterator[Completion]:
+    """Answer every request; completions come as they finish, not in the order of the requests.
+
+    ``stop_ids`` end a response besides the target's own end tokens. ``among``: all requests of a run of which these are
+    left, from which slots, their capacity and the groups of the prefill follow, so that every pass has the shape that
+    it would have had without the stop, and in bfloat16 too the answers are the same. ``features``: keep what the target
+    computes at its taps. Raises ``ValueError`` for a prompt that is empty or leaves no room; callers check user input.
+    """
+    everyone = among or requests
+    for each in everyone:
+        if not each.prompt_ids or len(each.prompt_ids) + max_new_tokens > target.context:
+            raise ValueError(f"prompt {each.key}: {len(each.prompt_ids)} tokens do not fit")
+    if not requests:
+        return
+    ends = frozenset({*target.eos_ids, *stop_ids})
+    if not target.paths.slots:
+        yield from _own_generation(target, requests, max_new_tokens, batch_size, ends)
+        return
+    ordered = sorted(everyone, key=lambda r: len(r.prompt_ids), reverse=True)[::-1]
+    size, wanted = min(batch_size, len(ordered)), {request.key for request in requests}
+    slots = _Slots(target, size, len(ordered[-1].prompt_ids) + max_new_tokens, max_new_tokens, features)
+    step = max(1, size // 8)
+    groups = [ordered[i : i + step] for i in range(0, len(ordered), step)]
+    waiting = deque(group for group in groups if any(request.key in wanted for request in group))
+    with slot_attention(target):
+        while True:
+            while waiting and len(free := slots.free()) >= len(waiting[0]):
+                slots.admit(waiting[0], free[: len(waiting[0])], wanted)
+                waiting.popleft()
+            if len(slots.free()) == size:
+                return
+            tokens = slots.choose()
+            for row, request in enumerate(slots.requests):
+                if request is None:
+                    continue
+                slots.responses[row].append(tokens[row])
+                if tokens[row] in ends or len(slots.responses[row]) == max_new_tokens:
+                    yield slots.finish(row, tokens[row] in ends)
+            if len(slots.free()) < size:
+                slots.advance(tokens)
+
+
+# -- slots -----------------------------------------------------------------------------------------------------------
 class Features:
     """What the target computed on the way to each answer in flight, in memory of the CPU."""
 
@@ -70,14 +156,10 @@ class _Slots:
         return [row for row, request in enumerate(self.requests) if request is None]
 
     def admit(self, group: Sequence[Request], rows: Sequence[int], wanted: Collection[str]) -> None:
-        """Prefill a group, padded on the right so that the plain causal mask holds, and copy it into its slots.
-
-        Requests whose keys are not ``wanted`` pad the prefill and leave their slots free.
-        """
+        """Prefill a group, padded on the right so that the plain causal mask holds, and copy it into its slots; those
+        of requests whose keys are not ``wanted`` stay free."""
         lengths = [len(r.prompt_ids) for r in group]
-        ids_BT = torch.zeros(len(group), max(lengths), dtype=torch.long)
-        for i, request in enumerate(group):
-            ids_BT[i, : lengths[i]] = torch.tensor(list(request.prompt_ids))
+        ids_BT = pad_sequence([torch.tensor(list(r.prompt_ids)) for r in group], batch_first=True)
         prompt_cache = self.target.new_buffers(max(lengths))
         step = self.target.forward(ids_BT.to(self.target.device), prompt_cache, taps=self.features is not None)
         ends = torch.tensor(lengths, device=self.target.device)
@@ -87,7 +169,7 @@ class _Slots:
         self.cache.fill(index, prompt_cache, ends)
         for i, (row, request) in enumerate(zip(rows, group, strict=True)):
             self.requests[row], self.responses[row] = request if request.key in wanted else None, []
-            self.uniforms[row] = request_uniforms(request, self.max_new_tokens)
+            self.uniforms[row] = request.uniforms(self.max_new_tokens)
             if self.features and step.taps_BTKH is not None:
                 self.features.begin(row, step.taps_BTKH[i, : lengths[i]])
 
@@ -125,72 +207,58 @@ class _Slots:
         return Completion(request, response, "stop" if ended else "length", found)
 
 
-def _check(target: Target, requests: Sequence[Request], max_new_tokens: int) -> None:
-    for request in requests:
-        if not request.prompt_ids or len(request.prompt_ids) + max_new_tokens > target.context:
-            raise ValueError(f"prompt {request.key}: {len(request.prompt_ids)} tokens do not fit")
-
-
-@torch.inference_mode()
-def generate(
-    target: Target,
-    requests: Sequence[Request],
-    max_new_tokens: int,
-    batch_size: int = 64,
-    stop_ids: Sequence[int] = (),
-    among: Sequence[Request] = (),
-    features: bool = False,
+# -- transformers' own -----------------------------------------------------------------------------------------------
+def _own_generation(
+    target: Target, requests: Sequence[Request], max_new_tokens: int, batch_size: int, ends: frozenset[int]
 ) -> Iterator[Completion]:
-    """Answer every request; completions come as they finish, not in the order of the requests.
+    """Answer every request through ``model.generate``; ``ends`` are the ids that end a response."""
+    last = sorted(ends)
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=last or None, pad_token_id=last[0] if last else 0
+    )
+    ordered = sorted(requests, key=lambda request: len(request.prompt_ids))
+    for length, found in groupby(ordered, key=lambda request: len(request.prompt_ids)):
+        alike = list(found)
+        for group in (alike[first : first + batch_size] for first in range(0, len(alike), batch_size)):
+            ids_BT = torch.tensor([list(request.prompt_ids) for request in group], device=target.device)
+            with _neutral(target.model):
+                out_BT = target.model.generate(
+                    input_ids=ids_BT,
+                    attention_mask=torch.ones_like(ids_BT),
+                    generation_config=settings,
+                    logits_processor=LogitsProcessorList([_Draws(group, length, max_new_tokens)]),
+                )
+            for request, ids in zip(group, out_BT[:, length:].tolist(), strict=True):
+                # What stands behind the end token pads the batch.
+                end = next((place for place, token in enumerate(ids, 1) if token in ends), None)
+                yield Completion(request, ids[:end], "length" if end is None else "stop")
 
-    ``stop_ids`` end a response besides the target's own end tokens. ``among``: all requests of a run of which these
-    are left. Slots, their capacity and the groups of the prefill then follow from all of them, so that every pass
-    has the shape that it would have had without the stop, and in bfloat16 too the answers are the same.
-    ``features``: keep what the target computes at its taps, which saves the pass that would compute it again.
-    Raises ``ValueError`` for an empty prompt or one that leaves no room for a response; callers check user input
-    first.
-    """
-    everyone = among or requests
-    _check(target, everyone, max_new_tokens)
-    if not requests:
-        return
-    ends = frozenset({*target.eos_ids, *stop_ids})
-    if target.paths.slots:
-        yield from _in_slots(target, requests, max_new_tokens, batch_size, ends, everyone, features)
-    else:
-        yield from own_generation(target, requests, max_new_tokens, batch_size, ends)
+
+@contextmanager
+def _neutral(model: Any) -> Iterator[None]:
+    """The model without the penalties and filters of its generation config: a request names its whole sampler."""
+    kept = model.generation_config
+    model.generation_config = GenerationConfig(bos_token_id=kept.bos_token_id)
+    try:
+        yield
+    finally:
+        model.generation_config = kept
 
 
-def _in_slots(
-    target: Target,
-    requests: Sequence[Request],
-    max_new_tokens: int,
-    batch_size: int,
-    ends: frozenset[int],
-    everyone: Sequence[Request],
-    features: bool,
-) -> Iterator[Completion]:
-    ordered = sorted(everyone, key=lambda r: len(r.prompt_ids), reverse=True)[::-1]
-    size, wanted = min(batch_size, len(ordered)), {request.key for request in requests}
-    slots = _Slots(target, size, len(ordered[-1].prompt_ids) + max_new_tokens, max_new_tokens, features)
-    step = max(1, size // 8)
-    groups = [ordered[i : i + step] for i in range(0, len(ordered), step)]
-    waiting = deque(group for group in groups if any(request.key in wanted for request in group))
-    with slot_attention(target):
-        while True:
-            free = slots.free()
-            while waiting and len(free) >= len(waiting[0]):
-                slots.admit(waiting[0], free[: len(waiting[0])], wanted)
-                waiting.popleft()
-                free = slots.free()
-            if len(free) == size:
-                return
-            tokens = slots.choose()
-            for row, request in enumerate(slots.requests):
-                if request is None:
-                    continue
-                slots.responses[row].append(tokens[row])
-                if tokens[row] in ends or len(slots.responses[row]) == max_new_tokens:
-                    yield slots.finish(row, tokens[row] in ends)
-            if len(slots.free()) < size:
-                slots.advance(tokens)
+class _Draws:
+    """A logits processor that leaves one token possible: the one that the request's sampler draws."""
+
+    def __init__(self, group: Sequence[Request], length: int, max_new_tokens: int) -> None:
+        self.group, self.length = group, length
+        drawn = (row for row, request in enumerate(group) if not request.sampler.greedy)
+        self.uniforms = {row: group[row].uniforms(max_new_tokens) for row in drawn}
+
+    def __call__(self, ids_BT: Tensor, scores_BV: Tensor) -> Tensor:
+        step = ids_BT.shape[1] - self.length
+        scores_BV = scores_BV.clone()
+        for row, uniforms in self.uniforms.items():
+            chance = uniforms[step : step + 1].to(scores_BV.device)
+            token = draw(warp(scores_BV[row : row + 1], self.group[row].sampler), chance)
+            scores_BV[row] = float("-inf")
+            scores_BV[row, token] = 0.0
+        return scores_BV

@@ -13,7 +13,7 @@ import itertools
 import os.path
 import re
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 from redraft.data.shapes import Conversation
 from redraft.data.store import Row
 from redraft.data.template import render
+from redraft.data.turns import USER, asked_by_user, exchange
 from redraft.errors import UserError
 
 SHINGLE = 13
@@ -52,26 +53,24 @@ def numbers_of(found: Iterable[str]) -> set[str]:
     return {word for word in found if any(map(str.isdigit, word))}
 
 
+def _questions(conversation: Conversation) -> list[str]:
+    return [message["content"] for message in conversation.messages if message["role"] == USER]
+
+
 def same_text(conversation: Conversation) -> str:
     """What makes two prompts the same prompt: the words of the user turns; the bare text where there are no words."""
-    turns = [m["content"] for m in conversation.messages if m["role"] == "user"]
-    return "\n".join(" ".join(words(turn)) or turn.strip() for turn in turns)
+    return "\n".join(" ".join(words(turn)) or turn.strip() for turn in _questions(conversation))
 
 
 def find_overlap(training: Iterable[Conversation], evaluation: Sequence[Conversation]) -> list[Overlap]:
-    """Every evaluation prompt that is, or nearly is, a training prompt: one entry each, with its closest match.
-
-    Linear in the number of words; only the evaluation prompts' shingles are kept in memory.
-    """
-    exact: dict[str, list[int]] = {}
-    turns: list[_Turn] = []
-    holders: dict[int, list[_Turn]] = {}
+    """Every evaluation prompt that is, or nearly is, a training prompt: one entry each, with its closest match."""
+    exact: defaultdict[str, list[int]] = defaultdict(list)
+    holders: defaultdict[int, list[_Turn]] = defaultdict(list)
     for index, conversation in enumerate(evaluation):
-        exact.setdefault(same_text(conversation), []).append(index)
-        turns += [_Turn(index, found) for found in _long_turns(conversation)]
-    for turn in turns:
-        for shingle in turn.shingles:
-            holders.setdefault(shingle, []).append(turn)
+        exact[same_text(conversation)].append(index)
+        for turn in (_Turn(index, found) for found in _long_turns(conversation)):
+            for shingle in turn.shingles:
+                holders[shingle].append(turn)
     best: dict[int, Overlap] = {}
 
     def note(index: int, training_id: str, share: float) -> None:
@@ -94,15 +93,12 @@ class _Turn:
     """A user turn of evaluation prompt number ``index``: its shingles, and the words with a digit in them."""
 
     def __init__(self, index: int, found: Sequence[str]) -> None:
-        self.index = index
-        self.shingles = _shingles([found])
-        self.numbers = numbers_of(found)
+        self.index, self.shingles, self.numbers = index, _shingles([found]), numbers_of(found)
 
 
 def _long_turns(conversation: Conversation) -> list[list[str]]:
     """The words of every user turn that has a shingle."""
-    turns = [words(m["content"]) for m in conversation.messages if m["role"] == "user"]
-    return [found for found in turns if len(found) >= SHINGLE]
+    return [found for found in map(words, _questions(conversation)) if len(found) >= SHINGLE]
 
 
 def _shingles(turns: Iterable[Sequence[str]]) -> set[int]:
@@ -123,31 +119,36 @@ def refuse_overlap(training: Iterable[Conversation], evaluation: Sequence[Conver
     )
 
 
+def without_overlap(training: Sequence[Conversation], evaluation: Sequence[Conversation]) -> list[Conversation]:
+    """The training prompts that are not, and not nearly, evaluation prompts."""
+    rest = list(training)
+    while near := {overlap.training_id for overlap in find_overlap(rest, evaluation)}:
+        rest = [conversation for conversation in rest if conversation.id not in near]
+    return rest
+
+
 def trained_conversations(rows: Iterable[Row], tokenizer: Any) -> Iterator[Conversation]:
-    """The user turns of a response file's prompts as conversations, for :func:`refuse_overlap`.
+    """The user turns of a response file's prompts as conversations, for :func:`refuse_overlap`; once a prompt.
 
     What the chat template writes around them is cut off, and with it system turns and tools, which all prompts of a
-    service share. A prompt that does not show the template's marks is taken whole. Responses of several temperatures to
-    one prompt give it once.
+    service share. A prompt that does not show the template's marks is taken whole.
     """
     opening, closing = _user_marks(tokenizer)
-    seen: set[tuple[str, int]] = set()
+    once: dict[tuple[str, int], Row] = {}
     for row in rows:
-        if (row.id, row.turn) in seen:
-            continue
-        seen.add((row.id, row.turn))
+        once.setdefault((row.id, row.turn), row)
+    for row in once.values():
         text = tokenizer.decode(row.prompt_ids, skip_special_tokens=False)
         turns = [turn.partition(closing)[0] for turn in text.split(opening)[1:]] if opening and closing else []
         turns = turns or [tokenizer.decode(row.prompt_ids, skip_special_tokens=True)]
-        yield Conversation(row.id, [{"role": "user", "content": turn} for turn in turns])
+        yield Conversation(row.id, list(map(asked_by_user, turns)))
 
 
 def _user_marks(tokenizer: Any) -> tuple[str, str]:
     """What the chat template writes before and behind the text of any user turn; empty where that cannot be told."""
     names = [f"{SENTINEL}{number}x" for number in range(3)]
-    talk = [{"role": ("user", "assistant")[number % 2], "content": name} for number, name in enumerate(names)]
     try:
-        text = render(tokenizer, "template", talk, True)
+        text = render(tokenizer, "template", [*exchange(*names[:2]), asked_by_user(names[2])], True)
     except UserError:  # it wants a system turn, or knows one question alone
         text = ""
     parts = re.split("|".join(names), text)

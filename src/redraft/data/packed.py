@@ -1,18 +1,14 @@
 """Plain text as training blocks: read in order, tokenised, laid end to end and cut, with no token lost or padded.
 
 Read are text files (``.txt``, ``.text``, ``.md``), JSON lines with a text field (``.jsonl``, ``.json``), any of these
-with ``.gz``, folders of them, and ``datasets:NAME:CONFIG@SPLIT``, which is streamed. Files are read piece by piece: a
-line of JSON is a piece, a text file is cut at line breaks into pieces of about ``PIECE_BYTES``.
-
-Order: pieces are shuffled within windows of ``WINDOW``, by seed, pass and window, so that a stream of any length has
-a reproducible order. A position in it is a handful of numbers and the tokens left over from the last cut; reading
-goes on from it bit by bit as if it had never stopped. Every piece ends with the tokenizer's end token, and begins
-with its opening token where the tokenizer itself puts one.
+with ``.gz``, folders of them, and ``datasets:NAME:CONFIG@SPLIT``, which is streamed. A line of JSON is a piece, a text
+file is cut at line breaks into pieces of about ``PIECE_BYTES``. Pieces are shuffled within windows of ``WINDOW``, by
+seed, pass and window, so that a stream of any length has a reproducible order, and reading goes on from a position in
+it as if it had never stopped. Every piece ends with the tokenizer's end token, and begins with its opening token where
+the tokenizer itself puts one.
 
 A block has ``length + 1`` tokens and begins with the last one of the block before: as inputs and labels, shifted by
-one, every token of the stream is a label once, but for the very first.
-
-Shape legend: B blocks, T tokens.
+one, every token of the stream is a label once, but for the very first. Shape legend: B blocks, T tokens.
 """
 
 from __future__ import annotations
@@ -23,7 +19,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -45,32 +41,28 @@ T = TypeVar("T")
 
 
 # -- files -----------------------------------------------------------------------------------------------------------
-def kind_of(path: Path) -> str:
+def _kind_of(path: Path) -> str:
     """The ending that tells the format, without ``.gz``."""
     return Path(path.name.removesuffix(".gz")).suffix.lower()
 
 
 def text_files(names: Sequence[str]) -> list[str]:
     """Files and ``datasets:`` names, in the order given, folders replaced by their files in name order.
-
-    Raises ``UserError`` for what is missing, empty, or of an unknown format, and when nothing is named.
-    """
+    Raises ``UserError`` for what is missing, empty, or of an unknown format, and when nothing is named."""
     found: list[str] = []
     for name in names:
-        path = Path(name)
-        if name.startswith(HUB_PREFIX):
-            found.append(name)
-        elif path.is_dir():
-            files = sorted(p for p in path.rglob("*") if p.is_file() and kind_of(p) in (*PLAIN, *JSON))
-            if not files:
-                raise UserError(f"{path} holds no text files; they end in {', '.join((*PLAIN, *JSON))}, or .gz behind")
-            found += map(str, files)
-        elif not path.is_file():
-            raise UserError(f"{path} does not exist; name text files, a folder of them or datasets:NAME")
-        elif kind_of(path) not in (*PLAIN, *JSON):
-            raise UserError(f"{path} is of no known format; text files end in {', '.join((*PLAIN, *JSON))}, or .gz")
-        else:
-            found.append(name)
+        path, known = Path(name), (*PLAIN, *JSON)
+        files = [name]
+        if not name.startswith(HUB_PREFIX):
+            if path.is_dir():
+                files = [str(p) for p in sorted(path.rglob("*")) if p.is_file() and _kind_of(p) in known]
+            elif not path.is_file():
+                raise UserError(f"{path} does not exist; name text files, a folder of them or datasets:NAME")
+            elif _kind_of(path) not in known:
+                raise UserError(f"{path} is of no known format; text files end in {', '.join(known)}, or .gz")
+        if not files:
+            raise UserError(f"{path} holds no text files; they end in {', '.join(known)}, or .gz behind")
+        found += files
     if not found:
         raise UserError("no text is named; give text files, a folder of them or datasets:NAME")
     if len(set(found)) < len(found):
@@ -80,41 +72,38 @@ def text_files(names: Sequence[str]) -> list[str]:
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Number and text of every line. Raises ``UserError`` that names file and byte where it is not UTF-8 text."""
-    at = 0
+    at, number = 0, 1
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
             for number, line in enumerate(file, 1):
-                try:
-                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                except UnicodeDecodeError as error:
-                    raise UserError(
-                        f"{path} is not UTF-8 text at byte {at + error.start} (line {number}, {error.reason}); "
-                        "convert the file to UTF-8 or leave it out"
-                    ) from None
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 if "\0" in text:
                     place = at + line.index(b"\0")
                     raise UserError(f"{path} is no text: a zero at byte {place} (line {number}); leave it out")
                 at += len(line)
                 yield number, text
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not UTF-8 text at byte {at + error.start} (line {number}, {error.reason}); "
+            "convert the file to UTF-8 or leave it out"
+        ) from None
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"cannot read {path}: {error}") from error
 
 
 def _file_pieces(path: Path, text_field: str) -> Iterator[str]:
-    if kind_of(path) in JSON:
+    if _kind_of(path) in JSON:
         for number, line in _lines(path):
             if line.strip():
                 yield _text_of(parse_json(line, path, number), text_field, f"{path}:{number}")
         return
-    held: list[str] = []
-    size = 0
+    held = ""
     for _, line in _lines(path):
-        held.append(line)
-        size += len(line)
-        if size >= PIECE_BYTES:
-            yield "".join(held)
-            held, size = [], 0
-    yield "".join(held)
+        held += line
+        if len(held) >= PIECE_BYTES:
+            yield held
+            held = ""
+    yield held
 
 
 def _text_of(item: Any, text_field: str, place: str) -> str:
@@ -125,20 +114,14 @@ def _text_of(item: Any, text_field: str, place: str) -> str:
     return text
 
 
-@dataclass
 class TextSource:
     """Pieces of text in a fixed order. ``names`` are files, folders and ``datasets:`` names.
 
-    Raises ``UserError`` as :func:`text_files` does; what is wrong inside a file is found by :meth:`survey`, or when
-    reading comes to it.
+    Raises ``UserError``; what is wrong inside a file is found by :meth:`survey`, or when reading comes to it.
     """
 
-    names: Sequence[str]
-    text_field: str = "text"
-    files: list[str] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.files = text_files(self.names)
+    def __init__(self, names: Sequence[str], text_field: str = "text") -> None:
+        self.files, self.text_field = text_files(names), text_field
 
     def pieces(self, skip: int = 0) -> Iterator[str]:
         """Every piece from number ``skip`` on; a piece without any letter or sign is an empty string."""
@@ -187,10 +170,8 @@ class Position:
 
 
 class PackedText:
-    """Blocks of ``length + 1`` token ids out of ``source``, in the order described at the top of this file.
-
-    Pieces whose checksum falls into ``heldout_share`` are kept out of the stream, for :meth:`heldout`.
-    """
+    """Blocks of ``length + 1`` token ids out of ``source``, in the order described at the top of this file. Pieces
+    whose checksum falls into ``heldout_share`` are kept out of the stream, for :meth:`heldout`."""
 
     def __init__(
         self, source: TextSource, tokenizer: Any, length: int, seed: int = 0, heldout_share: float = 0.0
@@ -201,8 +182,7 @@ class PackedText:
             raise UserError(f"the held-out share of the text must be at least 0 and below 1, not {heldout_share}")
         self.source, self.tokenizer, self.length, self.seed = source, tokenizer, length, seed
         self.share = round(heldout_share * HASH_PARTS)
-        opening = list(tokenizer("a").input_ids)[:1]
-        self.opening = opening if tokenizer.bos_token_id is not None and opening == [tokenizer.bos_token_id] else []
+        self.opening = [i for i in list(tokenizer("a").input_ids)[:1] if i == tokenizer.bos_token_id]
 
     def held_out(self, piece: str) -> bool:
         """Whether a piece belongs to the held-out text: by what it says, not by where it stands."""
@@ -210,18 +190,13 @@ class PackedText:
 
     def tokens(self, pieces: Sequence[str]) -> list[int]:
         """Token ids of the pieces, each between the opening token (if any) and the end token."""
-        texts = [piece for piece in pieces if piece]
-        if not texts:
-            return []
-        found = self.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
-        end = int(self.tokenizer.eos_token_id)
+        texts, end = [piece for piece in pieces if piece], int(self.tokenizer.eos_token_id)
+        found = self.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids if texts else []
         return [i for ids in found for i in (*self.opening, *ids, end)]
 
     def heldout(self, blocks: int) -> Tensor:
         """The first ``blocks`` blocks of the held-out text, in file order, [B, T]; fewer where it holds fewer.
-
-        Raises ``UserError`` when it does not fill one block.
-        """
+        Raises ``UserError`` when it does not fill one block."""
         held: list[int] = []
         for piece in self.source.pieces():
             if piece and self.held_out(piece):
@@ -238,9 +213,7 @@ class PackedText:
 
     def blocks(self, start: Position = Position()) -> Iterator[tuple[Tensor, Position]]:
         """Blocks [T] from ``start`` on, without end, each with the position behind it.
-
-        Raises ``UserError`` when a whole pass gives no block.
-        """
+        Raises ``UserError`` when a whole pass gives no block."""
         at = start
         while True:
             whole = (at.window, at.batches, at.blocks) == (0, 0, 0)
@@ -278,10 +251,8 @@ def cut(row: Sequence[int], length: int, count: int) -> Tensor:
 
 # -- reading ahead ---------------------------------------------------------------------------------------------------
 def ahead(make: Callable[[], Iterator[T]], depth: int = 8) -> Iterator[T]:
-    """What the iterator that ``make`` gives yields, worked out up to ``depth`` items ahead in a thread of its own.
-
-    Errors come out where the item would have. Closing the generator ends the thread.
-    """
+    """What the iterator that ``make`` gives yields, worked out up to ``depth`` items ahead in a thread of its own,
+    which ends when the generator is closed. Errors come out where the item would have."""
     end, items = object(), make()
     reader = ThreadPoolExecutor(1, thread_name_prefix="redraft-text")
     try:

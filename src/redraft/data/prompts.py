@@ -7,17 +7,17 @@ one prompt a line (``.txt``); any of these with ``.gz``; and ``datasets:NAME``, 
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
-import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from redraft.data.shapes import Conversation, Turns, parse_conversation
 from redraft.data.turns import ASSISTANT, USER, Message
 from redraft.errors import UserError
+from redraft.files import unpacked
 
 HUB_PREFIX = "datasets:"
 # JSON can write one half of a pair that makes a character; files that were cut in the middle of one do.
@@ -31,21 +31,17 @@ def read_conversations(
 
     Items without an id are called after the file and their line. ``convert(item, number)`` may bring rows of another
     shape into a known one, leave a row out by giving None, or raise ``ValueError`` that says what is wrong with it.
-    Raises ``UserError`` with file and line for: a missing or empty file, broken JSON, an unknown shape or role, a
-    conversation with no user turn, an id that is there twice.
+    Raises ``UserError``, with file and line where there is one, also for an id that is there twice.
     """
-    items: Iterator[tuple[int, str, Any]]
+    stem, items = stem_of(Path(path)), file_items(Path(path))
     if str(path).startswith(HUB_PREFIX):
-        stem = str(path).removeprefix(HUB_PREFIX)
-        items = ((number, f"{path}: row {number}", _without_nulls(item)) for number, item in hub_rows(str(path)))
-    else:
-        stem, items = stem_of(Path(path)), file_items(Path(path))
+        stem, rows = str(path).removeprefix(HUB_PREFIX), hub_rows(str(path))
+        items = ((number, f"{path}: row {number}", _without_nulls(item)) for number, item in rows)
     found: list[Conversation] = []
     places: dict[str, str] = {}
     for number, place, item in items:
         try:
-            known = convert(item, number)
-            if known is None:
+            if (known := convert(item, number)) is None:
                 continue
             conversation = parse_conversation(known, f"{stem}/{number}")
         except ValueError as error:
@@ -66,35 +62,28 @@ def stem_of(path: Path) -> str:
     return name[: name.rfind(".")] if name.rfind(".") > 0 else name
 
 
-def _read_text(path: Path) -> str:
-    try:
-        data = path.read_bytes()
-        return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist; name a prompt file or datasets:NAME") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
-
-
 def file_items(path: Path) -> Iterator[tuple[int, str, Any]]:
     """Number, place (for messages) and value of every item of a prompt file. Raises ``UserError``."""
-    text = _read_text(path)
+    try:
+        text = unpacked(path, "name a prompt file or datasets:NAME").decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
     # split("\n"), not splitlines(): JSON text may hold U+2028 and its like unescaped
-    lines = text.split("\n")
+    lines = ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
     if path.name.removesuffix(".gz").endswith(".txt"):
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                _refuse_row(line, path, number)
-                yield number, f"{path}:{number}", line.strip()
-        return
-    if text.lstrip().startswith("["):
+        for number, line in lines:
+            place = f"{path}:{number}"
+            with suppress(ValueError, RecursionError):
+                if line.lstrip().startswith("{") and json.loads(line):
+                    raise UserError(
+                        f"{place}: a JSON row in a file of plain text; call the file .jsonl to have rows read"
+                    )
+            yield number, place, line.strip()
+    elif text.lstrip().startswith("["):
         for number, item in enumerate(parse_json(text, path, 1), 1):
             yield number, f"{path}: item {number}", item
-        return
-    for number, line in enumerate(lines, 1):
-        if line.strip():
+    else:
+        for number, line in lines:
             yield number, f"{path}:{number}", parse_json(line, path, number)
 
 
@@ -114,29 +103,14 @@ def parse_json(text: str, path: Path, first_line: int) -> Any:
         raise UserError(
             f"{path}:{first_line}: {found} behind {near!r} is half a character, which no text can hold; take it out"
         ) from error
-    except ValueError as error:  # a number of thousands of digits
-        raise UserError(f"{path}:{first_line}: not JSON that can be read: {error}") from error
-    except RecursionError as error:
-        raise UserError(f"{path}:{first_line}: not JSON that can be read: nested too deeply") from error
-
-
-def _refuse_row(line: str, path: Path, number: int) -> None:
-    """Raise ``UserError`` for a line of plain text that is a row, whose JSON would be asked as it stands."""
-    if not line.lstrip().startswith("{"):
-        return
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return
-    if isinstance(row, dict) and row:
-        raise UserError(f"{path}:{number}: a JSON row in a file of plain text; call the file .jsonl to have rows read")
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits
+        why = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise UserError(f"{path}:{first_line}: not JSON that can be read: {why}") from error
 
 
 def hub_rows(name: str, skip: int | None = None) -> Iterator[tuple[int, Any]]:
     """Number and value of every row of a ``datasets:`` name, in order; streamed from behind the first ``skip``, if any.
-
-    Raises ``UserError`` where the library is missing or cannot read the data set.
-    """
+    Raises ``UserError`` where the library is missing or cannot read the data set."""
     place, _, split = name.removeprefix(HUB_PREFIX).partition("@")
     repository, _, config = place.partition(":")
     try:
@@ -159,38 +133,28 @@ def _without_nulls(value: Any) -> Any:
 
 
 # -- prompts ---------------------------------------------------------------------------------------------------------
-def prompt_turns(conversation: Conversation) -> list[Message]:
-    """The turns to be answered: all but the assistant's, in order. Reference answers are left out.
-
-    The model's own reply belongs behind every user turn, also where two user turns follow each other. What an
-    assistant says before any question is no answer to one, and stays.
-    """
-    turns = conversation.messages
-    first = next((number for number, message in enumerate(turns) if message["role"] == USER), 0)
-    return [message for n, message in enumerate(turns) if n < first or message["role"] != ASSISTANT]
-
-
 def user_turns(conversation: Conversation) -> int:
     """How many replies a conversation asks for."""
     return sum(message["role"] == USER for message in conversation.messages)
 
 
 def prompt_messages(conversation: Conversation, replies: Sequence[str | Message]) -> Turns:
-    """The messages that lead to reply number ``len(replies)``, with the earlier ``replies`` in their places.
+    """The messages that lead to reply number ``len(replies)``, with the earlier ``replies`` (texts, or assistant's
+    turns) in the places of the reference answers.
 
-    A reply is its text, or an assistant's turn. Raises ``ValueError`` when the conversation has no further user turn.
+    The model's own reply belongs behind every user turn, also where two follow each other. What an assistant says
+    before any question is no answer to one, and stays. Raises ``ValueError`` where there is no further user turn.
     """
-    messages = conversation.turns(())
-    answered = 0
-    for message in prompt_turns(conversation):
-        messages.append(message)
-        if message["role"] != USER:
+    messages, earlier, asked = conversation.turns(()), iter(replies), False
+    for message in conversation.messages:
+        if asked and message["role"] == ASSISTANT:
             continue
-        if answered == len(replies):
-            return messages
-        reply = replies[answered]
-        messages.append({"role": ASSISTANT, "content": reply} if isinstance(reply, str) else reply)
-        answered += 1
+        messages.append(message)
+        if message["role"] == USER:
+            asked = True
+            if (reply := next(earlier, None)) is None:
+                return messages
+            messages.append({"role": ASSISTANT, "content": reply} if isinstance(reply, str) else reply)
     raise ValueError(f"conversation {conversation.id} has no user turn after {len(replies)} replies")
 
 

@@ -2,9 +2,8 @@
 
 Token ids in, token ids out. Conversations go turn by turn: first the first turn of all of them, then the second, and
 so on. For the next turn a reply is put back through the chat template as the turn that a chat server would hold of it,
-without the thoughts that it would split off; reference answers in the prompt file are not used.
-
-A template that writes the date is shown that of the run's start, which is kept beside the rows.
+without the thoughts that it would split off; reference answers in the prompt file are not used. A template that writes
+the date is shown that of the run's start, which is kept beside the rows.
 
 A run that was killed goes on where it stopped. Every draw depends on the prompt, the sampler and the seed alone, so
 the outcome is that of a run that was not killed, but for rounding that depends on what shares a batch.
@@ -15,14 +14,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
 from redraft.data.answers import UnclearReply, reply_message
 from redraft.data.generate import Completion, Request, generate
-from redraft.data.prompts import Conversation, check_length, prompt_messages, user_turns
-from redraft.data.server import ServerEngine
+from redraft.data.prompts import check_length, prompt_messages, user_turns
+from redraft.data.server import ServerEngine as ServerEngine
+from redraft.data.shapes import Conversation
 from redraft.data.store import CONTEXT_FULL, Failure, Row, RowWriter, failures_path, row_key, write_failures
 from redraft.data.template import at_moment, date_path, kept_moment, settings_of, template_ids, writes_date
 from redraft.data.turns import RESULTS, Message
@@ -31,8 +30,6 @@ from redraft.features import FeatureKeeper, RowFeatures
 from redraft.settings.sampler import Sampler
 from redraft.shown import Shown, lines
 from redraft.target import Facts, Target
-
-__all__ = ["Engine", "InProcessEngine", "RegenerationReport", "ServerEngine", "expected_rows", "regenerate"]
 
 FLUSH_ROWS, FLUSH_SECONDS = 32, 2.0
 # Features go to the disk in files of some size; a kill costs no more than these seconds of work.
@@ -45,7 +42,10 @@ FOREIGN_RESULT = (
 
 
 class Engine(Protocol):
-    """Answers prompts of token ids with token ids, in any order."""
+    """Answers prompts of token ids with token ids, in any order.
+
+    ``among`` are all requests of the round; with ``features`` completions may bring what the target computed at taps.
+    """
 
     def answer(
         self,
@@ -64,17 +64,9 @@ class InProcessEngine:
     def __init__(self, target: Target, batch_size: int = 64) -> None:
         self.target, self.batch_size = target, batch_size
 
-    def answer(
-        self,
-        requests: Sequence[Request],
-        max_new_tokens: int,
-        tokenizer: Any,
-        eos_ids: Sequence[int],
-        among: Sequence[Request] = (),
-        features: bool = False,
-    ) -> Iterator[Completion | Failure]:
-        """``features``: completions bring what the target computed at its taps."""
-        yield from generate(self.target, requests, max_new_tokens, self.batch_size, among=among, features=features)
+    def answer(self, requests: Sequence[Request], max_new_tokens: int, *_: Any, **how: Any) -> Iterator[Completion]:
+        """``how``: ``among`` and ``features``, as :func:`generate` takes them."""
+        return generate(self.target, requests, max_new_tokens, self.batch_size, **how)
 
 
 @dataclass
@@ -94,17 +86,15 @@ class RegenerationReport(Shown):
 
     def summary(self) -> str:
         """One line for a person."""
-        parts = [f"{self.new + self.kept:,} responses"]
-        if self.kept:
-            parts.append(f"{self.kept:,} of them already there")
-        if self.new:
-            rate = self.response_tokens / max(self.seconds, 1e-9)
-            parts.append(f"{self.response_tokens:,} new tokens at {rate:,.0f} a second")
-        if self.cut:
-            parts.append(f"{self.cut:,} of them cut short by the server's context; start it with a longer one")
-        if self.failures:
-            parts.append(f"{len(self.failures):,} failed, listed in {failures_path(self.path)}")
-        return ", ".join(parts)
+        rate = self.response_tokens / max(self.seconds, 1e-9)
+        parts = {
+            f"{self.new + self.kept:,} responses": True,
+            f"{self.kept:,} of them already there": self.kept,
+            f"{self.response_tokens:,} new tokens at {rate:,.0f} a second": self.new,
+            f"{self.cut:,} of them cut short by the server's context; start it with a longer one": self.cut,
+            f"{len(self.failures):,} failed, listed in {failures_path(self.path)}": self.failures,
+        }
+        return ", ".join(part for part, told in parts.items() if told)
 
     def __rich__(self) -> Any:
         return lines(self.summary())
@@ -147,78 +137,59 @@ def regenerate(
 ) -> RegenerationReport:
     """Answer every user turn under every sampler and append the rows to ``out_path``.
 
-    ``target`` is what ``engine`` runs; of it only the facts are read. Rows that are there already are kept, and the
-    run goes on behind them; they must come from the same target, prompts, sampling settings and token limit.
-    ``progress(rows done, tokens=new tokens)`` is called as rows come in. ``features`` takes the features that
-    completions bring, for as long as its disk has room. Whatever could not be answered is in the report and in
-    ``<name>.failures.jsonl``; the next run tries it again.
+    ``target`` is what ``engine`` runs. Rows that are there already are kept, and the run goes on behind them; they must
+    come from the same target, prompts, sampling settings and token limit. ``progress(rows done, tokens=new tokens)`` is
+    called as rows come in. ``features`` takes the features that completions bring, as long as its disk has room.
+    Whatever could not be answered is in the report and in ``<name>.failures.jsonl``; the next run tries it again.
 
     Raises ``UserError`` for prompts that do not fit, stored rows that do not belong here, a server that stops
     answering (what was answered is kept), and when nothing at all could be answered.
     """
-    _check_arguments(conversations, samplers, max_new_tokens)
-    chains = [_Chain(conversation, sampler) for sampler in samplers for conversation in conversations]
-    with RowWriter(out_path) as writer, at_moment(target.tokenizer, _moment(target.tokenizer, writer)):
-        run = _Run(engine, target, max_new_tokens, seed, writer, progress, features)
-        run.check_stored()
-        return run.finish(chains)
-
-
-def _moment(tokenizer: Any, writer: RowWriter) -> datetime | None:
-    """The date that the template is shown, where it writes one and the run has none of its own."""
-    known = settings_of(tokenizer)
-    if known.fixed or not writes_date(tokenizer):
-        return None
-    return kept_moment(writer.path, known.moment, fresh=not writer.rows)
-
-
-def _check_arguments(conversations: Sequence[Conversation], samplers: Sequence[Sampler], max_new_tokens: int) -> None:
     if not conversations:
         raise UserError("there are no prompts to answer")
     if max_new_tokens < 1:
         raise UserError(f"the number of new tokens must be 1 or more, not {max_new_tokens}")
-    temperatures = [row_key("", sampler.temperature) for sampler in samplers]
-    if not samplers or len(set(temperatures)) < len(temperatures):
+    if not samplers or len({row_key("", sampler.temperature) for sampler in samplers}) < len(samplers):
         raise UserError("give at least one temperature, and every temperature once")
     if len({conversation.id for conversation in conversations}) < len(conversations):
         raise UserError("two conversations have the same id; ids must differ")
+    chains = [_Chain(conversation, sampler) for sampler in samplers for conversation in conversations]
+    with RowWriter(out_path) as writer:
+        known = settings_of(target.tokenizer)
+        moment = known.moment
+        if writes_date(target.tokenizer) and not known.fixed:  # the run has none of its own
+            moment = kept_moment(writer.path, moment, fresh=not writer.rows)
+        with at_moment(target.tokenizer, moment):
+            return _Run(engine, target, max_new_tokens, seed, writer, progress, features).finish(chains)
 
 
+@dataclass
 class _Run:
     """The state of one run."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        target: Facts,
-        max_new_tokens: int,
-        seed: int,
-        writer: RowWriter,
-        progress: Callable[..., None] | None,
-        features: FeatureKeeper | None,
-    ) -> None:
-        self.engine, self.tokenizer = engine, target.tokenizer
-        self.eos_ids, self.context, self.target_hash = target.eos_ids, target.context, target.content_hash()
-        self.max_new_tokens, self.seed = max_new_tokens, seed
-        self.writer, self.progress, self.features = writer, progress, features
-        self.stored = {row.key: row for row in writer.rows}
-        self.report = RegenerationReport(writer.path)
-        self.buffer: list[Row] = []
-        self.kept: list[RowFeatures] = []
-        self.kept_bytes = 0
-        self.flushed = time.monotonic()
+    engine: Engine
+    target: Facts
+    max_new_tokens: int
+    seed: int
+    writer: RowWriter
+    progress: Callable[..., None] | None
+    features: FeatureKeeper | None
 
-    def check_stored(self) -> None:
-        """Rows of another target in the file would be trained on as if they were this one's."""
+    def __post_init__(self) -> None:
+        self.tokenizer, self.target_hash = self.target.tokenizer, self.target.content_hash()
+        self.stored = {row.key: row for row in self.writer.rows}
+        self.report = RegenerationReport(self.writer.path)
+        self.buffer, self.kept = list[Row](), list[RowFeatures]()
+        self.kept_bytes, self.flushed = 0, time.monotonic()
+
+    def finish(self, chains: Sequence[_Chain]) -> RegenerationReport:
+        """All turns of all chains. Whatever happens, finished rows and the list of failures reach the disk."""
         for row in self.stored.values():
-            if row.target_hash != self.target_hash:
+            if row.target_hash != self.target_hash:  # it would be trained on as if it were this one's
                 raise UserError(
                     f"{self.writer.path} holds responses of another target ({row.target_hash}, this one is "
                     f"{self.target_hash}); name another file, or delete this one"
                 )
-
-    def finish(self, chains: Sequence[_Chain]) -> RegenerationReport:
-        """All turns of all chains. Whatever happens, finished rows and the list of failures reach the disk."""
         began, size = time.monotonic(), self.writer.path.stat().st_size
         try:
             while any(chain.open for chain in chains):
@@ -243,68 +214,52 @@ class _Run:
         waiting: dict[str, _Chain] = {}
         templated: dict[tuple[str, Any], list[int]] = {}
         for chain in chains:
-            messages = prompt_messages(chain.conversation, chain.replies)
+            messages, key = prompt_messages(chain.conversation, chain.replies), chain.key
             if any(message["role"] in RESULTS for message in messages):
-                self._break(chain, Failure(chain.key, FOREIGN_RESULT))
+                self._break(chain, FOREIGN_RESULT)
                 continue
             again = (chain.conversation.id, chain.said)
-            if again not in templated:
-                try:
+            try:
+                if again not in templated:
                     templated[again] = template_ids(self.tokenizer, chain.conversation.id, messages)
-                except UserError as error:
-                    if not chain.replies:
-                        raise  # the user's to mend; a later turn holds the target's own reply
-                    self._break(chain, Failure(chain.key, str(error)))
-                    continue
-            prompt_ids, key = templated[again], chain.key
-            request = Request(key, prompt_ids, chain.sampler, self.seed)
+                if key not in self.stored:
+                    check_length(key, len(templated[again]), self.max_new_tokens, self.target.context)
+            except UserError as error:
+                if not chain.replies:
+                    raise  # the user's to mend; a later turn holds the target's own reply
+                self._break(chain, str(error))
+                continue
+            request = Request(key, templated[again], chain.sampler, self.seed)
+            everyone.append(request)
             if key in self.stored:
-                self._keep(chain, self.stored[key], prompt_ids)
-            elif self._fits(chain, prompt_ids):
+                self._keep(chain, self.stored[key], request.prompt_ids)
+            else:
                 waiting[key] = chain
                 requests.append(request)
-            else:
-                continue
-            everyone.append(request)
         self._tell()
         try:
             wanted = self.features is not None
-            limits = (self.max_new_tokens, self.tokenizer, self.eos_ids)
+            limits = (self.max_new_tokens, self.tokenizer, self.target.eos_ids)
             for outcome in self.engine.answer(requests, *limits, among=everyone, features=wanted):
                 if isinstance(outcome, Failure):
-                    self._break(waiting.pop(outcome.key), outcome)
+                    self._break(waiting.pop(outcome.key), outcome.reason, outcome.permanent)
                 else:
                     self._take(waiting.pop(outcome.request.key), outcome)
         except UserError as error:
             self.report.failures += [Failure(key, f"not asked: {error}", permanent=False) for key in waiting]
             raise
 
-    def _fits(self, chain: _Chain, prompt_ids: Sequence[int]) -> bool:
-        """A first prompt that does not fit is the user's to mend; a later one grew by replies and ends its chain."""
-        try:
-            check_length(chain.key, len(prompt_ids), self.max_new_tokens, self.context)
-        except UserError as error:
-            if not chain.replies:
-                raise
-            self._break(chain, Failure(chain.key, str(error)))
-            return False
-        return True
-
     def _keep(self, chain: _Chain, row: Row, prompt_ids: Sequence[int]) -> None:
-        sampler, limit = chain.sampler, self.max_new_tokens
-        differs = [
-            name
-            for name, same in (
-                ("prompt", row.prompt_ids == list(prompt_ids)),
-                ("top-k", row.top_k == sampler.top_k),
-                ("top-p", row.top_p == sampler.top_p),
-                ("seed", row.seed == self.seed),
-                ("number of new tokens", len(row.response_ids) == limit or row.finish_reason != "length"),
-            )
-            if not same
-        ]
-        if differs or len(row.response_ids) > limit:
-            what = " and ".join(differs or ["number of new tokens"])
+        length, limit = len(row.response_ids), self.max_new_tokens
+        same = {
+            "prompt": row.prompt_ids == list(prompt_ids),
+            "top-k": row.top_k == chain.sampler.top_k,
+            "top-p": row.top_p == chain.sampler.top_p,
+            "seed": row.seed == self.seed,
+            "number of new tokens": length == limit or (length < limit and row.finish_reason != "length"),
+        }
+        if differs := [name for name, is_same in same.items() if not is_same]:
+            what = " and ".join(differs)
             if differs == ["prompt"] and writes_date(self.tokenizer):
                 what += f" (the template writes the date: {date_path(self.writer.path)} must hold that of the rows)"
             raise UserError(
@@ -328,44 +283,37 @@ class _Run:
         if self.features is not None and completion.features is not None:
             self.kept.append(RowFeatures(row, *completion.features))
             self.kept_bytes += sum(tensor.nbytes for tensor in completion.features)
-        if self._due():
+        plain, waited = self.features is None, time.monotonic() - self.flushed
+        full = len(self.buffer) >= FLUSH_ROWS if plain else self.kept_bytes >= FLUSH_FEATURES_BYTES
+        if full or waited >= (FLUSH_SECONDS if plain else FLUSH_FEATURES_SECONDS):
             self._flush()
         self._tell()
-
-    def _due(self) -> bool:
-        waited = time.monotonic() - self.flushed
-        if self.features is None:
-            return len(self.buffer) >= FLUSH_ROWS or waited >= FLUSH_SECONDS
-        return self.kept_bytes >= FLUSH_FEATURES_BYTES or waited >= FLUSH_FEATURES_SECONDS
 
     def _reply(self, chain: _Chain, row: Row) -> None:
         """Put the reply into the chain's history; where the answer in it cannot be told, the later turns fail."""
         chain.said = (*chain.said, tuple(row.response_ids))
-        last = len(chain.said) == user_turns(chain.conversation)
+        chain.replies.append({})
+        if not chain.open:
+            return  # nobody asks for the last reply
         try:
-            reply = {} if last else reply_message(self.tokenizer, row.prompt_ids, row.response_ids, self.eos_ids)
+            chain.replies[-1] = reply_message(self.tokenizer, row.prompt_ids, row.response_ids, self.target.eos_ids)
         except UnclearReply as error:
-            chain.replies.append({})
-            reason = f"the reply before it ({row.key}) cannot be put into its history: {error}"
-            self._break(chain, Failure(chain.key, reason))
-        else:
-            chain.replies.append(reply)
+            self._break(chain, f"the reply before it ({row.key}) cannot be put into its history: {error}")
 
-    def _break(self, chain: _Chain, failure: Failure) -> None:
+    def _break(self, chain: _Chain, reason: str, permanent: bool = True) -> None:
         """A turn that fails takes the later turns of its conversation with it; all of them are listed."""
-        self.report.failures.append(failure)
         chain.broken = True
-        for turn in range(len(chain.replies) + 1, user_turns(chain.conversation)):
+        for turn in range(len(chain.replies), user_turns(chain.conversation)):
             key = row_key(chain.conversation.id, chain.sampler.temperature, turn)
-            self.report.failures.append(Failure(key, f"an earlier turn failed ({failure.key})", failure.permanent))
+            why = reason if key == chain.key else f"an earlier turn failed ({chain.key})"
+            self.report.failures.append(Failure(key, why, permanent))
 
     def _flush(self) -> None:
         """Features first: a row on the disk has its features there, or they would be made again, a little otherwise."""
         if self.features is not None and not self.features.put(self.kept):
             self.features = None
-        rows, self.buffer = self.buffer, []
-        self.kept, self.kept_bytes = [], 0
-        self.flushed = time.monotonic()
+        rows, self.buffer, self.kept = self.buffer, [], []
+        self.kept_bytes, self.flushed = 0, time.monotonic()
         self.writer.append(rows)
 
     def _tell(self) -> None:

@@ -1,17 +1,16 @@
 """Prompts for users who have none: the target, given only its chat template's opening of a user turn, goes on to
 write what a user might ask (Magpie, arXiv 2406.08464).
 
-A chat model has seen users' turns in training and so has their distribution; a fine-tuned one leans towards what it
-was tuned on. Every draw depends on its number, the sampler and the seed alone; draws are stored as they come, so a
-killed run goes on where it stopped, and the questions kept are those of a run that was not killed (but for rounding
-that depends on what shares a batch).
+A fine-tuned model leans towards what it was tuned on. Every draw depends on its number, the sampler and the seed alone;
+draws are stored as they come, so a killed run goes on where it stopped, and the questions kept are those of a run that
+was not killed (but for rounding that depends on what shares a batch).
 """
 
 from __future__ import annotations
 
 import time
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +21,7 @@ from redraft.data.overlap import SENTINEL, numbers_of, words
 from redraft.data.shapes import Conversation
 from redraft.data.store import Row, RowWriter, row_key
 from redraft.data.template import render
-from redraft.data.turns import USER
+from redraft.data.turns import asked_by_user
 from redraft.errors import UserError
 from redraft.settings.sampler import Sampler
 from redraft.target import Target
@@ -40,10 +39,8 @@ DRAWS_A_QUESTION = 8
 
 @dataclass(frozen=True)
 class UserOpening:
-    """What the chat template writes up to the first letter of a user's turn, and what ends the turn.
-
-    ``stop_ids`` is empty where no single token of its own ends a turn; ``ending`` is then looked for in the text.
-    """
+    """What the chat template writes up to the first letter of a user's turn, and what ends the turn: ``ending`` is
+    looked for in the text where no single token of its own, one of ``stop_ids``, does."""
 
     ids: list[int]
     ending: str
@@ -62,21 +59,19 @@ class SelfPromptReport:
 
     def summary(self) -> str:
         """One line for a person."""
-        kept = self.draws - sum(self.dropped.values())
+        kept = self.draws - self.dropped.total()
         why = ", ".join(f"{count} {reason}" for reason, count in sorted(self.dropped.items()))
-        return f"{kept} of {self.draws} questions that the target wrote itself are of use" + (
-            f" ({why})" if why else ""
-        )
+        said = f"{kept} of {self.draws} questions that the target wrote itself are of use"
+        return f"{said} ({why})" if why else said
 
 
 def user_opening(tokenizer: Any) -> UserOpening:
     """The opening of a user's turn by the chat template, behind the template's own system turn if it has one.
 
-    Raises ``UserError`` when there is no template, it writes nothing in front of a user's text or nothing behind it,
-    or changes that text, so that the opening cannot be told.
+    Raises ``UserError`` when there is no template, or one from which the opening cannot be told.
     """
     try:
-        text = render(tokenizer, "with a lone user turn", [{"role": USER, "content": SENTINEL}], False)
+        text = render(tokenizer, "with a lone user turn", [asked_by_user(SENTINEL)], False)
     except UserError as error:
         raise UserError(f"{error}; give a prompt file") from error
     before, found, behind = text.partition(SENTINEL)
@@ -105,12 +100,10 @@ def self_prompts(
     """``count`` different questions in the target's own words, and what became of the other draws.
 
     The raw draws go to the response file ``path``; those that are there already are used again, so the same command
-    goes on after a kill. A draw is dropped that does not end, is empty or has hardly a word, repeats itself, holds
-    marks of the chat template or broken characters, or nearly is an earlier one. ``progress(questions, draws=n)`` is
-    called as draws come in.
-
-    Raises ``UserError``: for a greedy sampler, a chat template without an opening, stored draws that do not belong
-    here, and when far too few draws are of use.
+    goes on after a kill. A draw is dropped that does not end, has hardly a word, repeats itself, holds marks of the
+    chat template or broken characters, or nearly is an earlier one. ``progress(questions, draws=n)`` is called as draws
+    come in. Raises ``UserError``: for a greedy sampler, a chat template without an opening, stored draws that do not
+    belong here, and when far too few draws are of use.
     """
     if count < 1:
         raise UserError(f"the number of prompts must be 1 or more, not {count}")
@@ -121,7 +114,6 @@ def self_prompts(
         raise UserError(f"{max_new_tokens} new tokens do not fit into the target's context of {target.context}")
     with RowWriter(path) as writer:
         run = _Run(target, opening, sampler, seed, max_new_tokens, batch_size, writer, progress)
-        run.check_stored()
         return run.collect(count), run.report
 
 
@@ -139,13 +131,9 @@ class _Run:
     progress: Callable[..., None] | None
 
     def __post_init__(self) -> None:
-        self.hash = self.target.content_hash()
-        self.report = SelfPromptReport()
-        self.kept: list[Conversation] = []
-        self.seen = NearDuplicates()
+        self.hash, self.report = self.target.content_hash(), SelfPromptReport()
+        self.kept, self.seen = list[Conversation](), NearDuplicates()
         self.stored = {row.key: row for row in self.writer.rows}
-
-    def check_stored(self) -> None:
         wanted = (self.hash, self.opening.ids, self.sampler, self.seed)
         for row in self.stored.values():
             found = (row.target_hash, row.prompt_ids, Sampler(row.temperature, row.top_k, row.top_p), row.seed)
@@ -173,9 +161,8 @@ class _Run:
                 numbers = range(done, min(done + wave, most))
                 self._draw(numbers)
                 for number in numbers:
-                    self._judge(number)
-                    if len(self.kept) == count:
-                        break
+                    if len(self.kept) < count:
+                        self._judge(number)
         finally:
             self.report.seconds = time.monotonic() - began
         return self.kept
@@ -185,15 +172,14 @@ class _Run:
 
     def _draw(self, numbers: Sequence[int]) -> None:
         """Complete the draws of these numbers in the file."""
-        missing = {self._key(number): number for number in numbers if self._key(number) not in self.stored}
+        missing = [key for key in map(self._key, numbers) if key not in self.stored]
         requests = [Request(key, self.opening.ids, self.sampler, self.seed) for key in missing]
+        limits = self.max_new_tokens, self.batch_size
         buffer: list[Row] = []
         try:
-            for done in generate(
-                self.target, requests, self.max_new_tokens, self.batch_size, stop_ids=self.opening.stop_ids
-            ):
+            for done in generate(self.target, requests, *limits, stop_ids=self.opening.stop_ids):
                 drawn = done.response_ids, self.sampler, done.finish_reason, self.hash
-                id = f"self/{missing[done.request.key]}"
+                id, _, _ = done.request.key.partition("@")
                 buffer.append(Row.of(id, self.opening.ids, *drawn, seed=self.seed))
                 self.report.new += 1
                 self.report.tokens += len(self.opening.ids) + len(done.response_ids)
@@ -212,24 +198,21 @@ class _Run:
     def _judge(self, number: int) -> None:
         """Keep the draw of this number, or count why not."""
         self.report.draws += 1
-        text, finished = self._text(self.stored[self._key(number)])
-        marks = (self.opening.ending, *self.target.tokenizer.all_special_tokens)
-        reason = "unfinished" if not finished else unusable(text, marks)
+        row, tokenizer = self.stored[self._key(number)], self.target.tokenizer
+        stopped = row.finish_reason == "stop"
+        text = tokenizer.decode(row.response_ids[:-1] if stopped else row.response_ids, skip_special_tokens=False)
+        if not self.opening.stop_ids:
+            text, found, _ = text.partition(self.opening.ending)
+            stopped = stopped or bool(found)
+        text = text.strip()
+        marks = (self.opening.ending, *tokenizer.all_special_tokens)
+        reason = unusable(text, marks) if stopped else "unfinished"
         if reason is None and not self.seen.add(text):
             reason = "near duplicates"
-        if reason is not None:
+        if reason is None:
+            self.kept.append(Conversation(f"self/{self.seed}/{number}", [asked_by_user(text)]))
+        else:
             self.report.dropped[reason] += 1
-            return
-        self.kept.append(Conversation(f"self/{self.seed}/{number}", [{"role": USER, "content": text}]))
-
-    def _text(self, row: Row) -> tuple[str, bool]:
-        """The text of a draw up to the end of the turn, and whether that end came."""
-        ids = row.response_ids[:-1] if row.finish_reason == "stop" else row.response_ids
-        text = self.target.tokenizer.decode(ids, skip_special_tokens=False)
-        if self.opening.stop_ids:
-            return text.strip(), row.finish_reason == "stop"
-        head, found, _ = text.partition(self.opening.ending)
-        return head.strip(), bool(found) or row.finish_reason == "stop"
 
 
 # -- what is of use --------------------------------------------------------------------------------------------------
@@ -241,22 +224,17 @@ def unusable(text: str, marks: Sequence[str]) -> str | None:
     if "\ufffd" in text or any(mark in text for mark in marks):
         return "marked"
     data = text.encode()
-    if len(data) >= DEFLATED_FROM and len(zlib.compress(data, 9)) < DEFLATED * len(data):
-        return "repetitive"
-    if len(found) >= 2 * SHINGLE and len(set(found)) * 4 < len(found):
-        return "repetitive"
-    return None
+    deflates = len(data) >= DEFLATED_FROM and len(zlib.compress(data, 9)) < DEFLATED * len(data)
+    repeats = len(found) >= 2 * SHINGLE and len(set(found)) * 4 < len(found)
+    return "repetitive" if deflates or repeats else None
 
 
 class NearDuplicates:
-    """Texts that are not near each other: shared shingles of four words, found through an index.
-
-    Two texts are near when they share 0.7 of the shingles of the shorter one and that one has no number that the
-    other lacks: a problem with other numbers is another problem.
-    """
+    """Texts that are not near each other: they share less than 0.7 of the four-word shingles of the shorter one, or
+    that one has a number that the other lacks. A problem with other numbers is another problem."""
 
     def __init__(self) -> None:
-        self.holders: dict[tuple[str, ...], list[int]] = {}
+        self.holders: defaultdict[tuple[str, ...], list[int]] = defaultdict(list)
         self.texts: list[tuple[set[tuple[str, ...]], set[str]]] = []
 
     def add(self, text: str) -> bool:
@@ -272,6 +250,6 @@ class NearDuplicates:
             if count >= SHARE * min(len(shingles), len(others)) and small <= large:
                 return False
         for shingle in shingles:
-            self.holders.setdefault(shingle, []).append(len(self.texts))
+            self.holders[shingle].append(len(self.texts))
         self.texts.append((shingles, numbers))
         return True

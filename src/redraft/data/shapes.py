@@ -6,23 +6,13 @@ keys (scores, sources, categories) play no part.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from redraft.data.turns import (
-    ASSISTANT,
-    SYSTEM,
-    THOUGHTS,
-    USER,
-    Message,
-    decoded,
-    excerpt,
-    keys_of,
-    parse_turns,
-    text_of,
-)
-from redraft.data.unread_keys import refuse_keys, refuse_parts, refuse_second_text
+from redraft.data import turns as turn_shapes
+from redraft.data.turns import ASSISTANT, SYSTEM, THOUGHTS, USER, Message, asked_by_user, decoded, excerpt, text_of
 
 TURN_KEYS = ("messages", "conversations", "conversation")
 SYSTEM_KEYS = ("system", "system_prompt", "system_message", "system_instruction")
@@ -36,6 +26,29 @@ RESERVED = frozenset(
     "tokenize sanitize_control_tokens padding truncation max_length return_tensors return_dict "
     "return_assistant_tokens_mask tokenizer_kwargs strftime_now raise_exception".split()
 )
+BEGINNING = "an answer that goes on from a given beginning is no answer of its own; leave it out"
+PAIR = "a pair of answers says not which one counts; keep the prompt, and one answer as completion"
+# Keys that would change the prompt and are not read, and what to do about them.
+REFUSED = {
+    **dict.fromkeys(turn_shapes.MEDIA, "only text can be trained on; leave such rows out"),
+    **dict.fromkeys(("chosen", "rejected"), PAIR),
+    **dict.fromkeys(("continue_final_message", "prefix", "prefill", "assistant_prefill"), BEGINNING),
+    "instructions": 'give it as "system", or in the first turn',
+    "suffix": "a text to be filled in is no chat; leave such rows out",
+    "chat_template": "the target's own chat template is used; set it in the tokenizer",
+    "documents": "write them into a turn, as the template would",
+}
+# Texts beside a question that belong to it in some way which only their data set knows.
+TEXTS = (
+    "context contexts ctxs passage passages document article paragraph story background evidence table schema "
+    "starter_code"
+).split()
+CHOICES = "choices options option_a opa A endings candidates hint".split()
+PARTS = (*TEXTS, *CHOICES, "input", "inputs")
+# Beside turns, of which a server's answer has choices too; and beside Alpaca's instruction, which has two of its own.
+PARTS_OF_TURNS = ("context", "contexts", "ctxs", "passage", "passages", "document", "article")
+PARTS_OF_AN_INSTRUCTION = tuple(name for name in PARTS if name not in ("input", "context"))
+ONE_TEXT = ("question", "prompt")
 
 
 @dataclass(frozen=True)
@@ -73,13 +86,13 @@ def with_turns(asked: Sequence[Message], messages: Iterable[Message]) -> Turns:
 def parse_conversation(item: Any, default_id: str) -> Conversation:
     """The conversation of one item of any known shape. Raises ``ValueError`` that says what is wrong with it."""
     if isinstance(item, str):
-        return Conversation(default_id, checked([{"role": USER, "content": item}]))
+        return Conversation(default_id, _checked([asked_by_user(item)]))
     if not isinstance(item, dict):
         raise ValueError(f"a prompt must be a JSON object, not {excerpt(item)}")
     name = id_of(item.get("id"), default_id)
     item = _with_extra_body(item)
-    refuse_keys(item)
-    messages = checked(_with_thoughts(item, _with_system(item, _messages(item))))
+    _refuse_keys(item)
+    messages = _checked(_with_thoughts(item, _with_system(item, _messages(item))))
     return Conversation(name, messages, tools_of(item), arguments_of(item))
 
 
@@ -95,38 +108,76 @@ def _messages(item: dict[str, Any]) -> list[Message]:
     """The turns of a row, without the system text of a key of its own."""
     for key in TURN_KEYS:
         if item.get(key) is not None:
-            return _alone(item, key, parse_turns(item[key]), ("prompt", "instruction"))
+            return _alone(item, key, turn_shapes.parse_turns(item[key]), ("prompt", "instruction"))
     if isinstance(item.get("prompt"), list):
-        asked = _alone(item, "prompt", parse_turns(item["prompt"]), ())
-        answer = item.get("completion")
-        return asked + (parse_turns(answer) if isinstance(answer, list) else _answer(item))
+        asked, answer = _alone(item, "prompt", turn_shapes.parse_turns(item["prompt"]), ()), item.get("completion")
+        return asked + (turn_shapes.parse_turns(answer) if isinstance(answer, list) else _answer(item))
     if item.get("data") is not None:
         return _alone(item, "data", _alternating(item["data"]), ("prompt", "instruction", "question"))
     if _is_list_of_texts(item.get("turns")):
-        asked = [{"role": USER, "content": text} for text in item["turns"]]
-        return _alone(item, "turns", asked, ("prompt", "instruction", "question"))
+        return _alone(item, "turns", list(map(asked_by_user, item["turns"])), ("prompt", "instruction", "question"))
     if "instruction" in item:
-        turn = {"role": USER, "content": _instruction(item)}
-        _alone(item, "instruction", [turn], ("prompt", "question"))
-        return [*_history(item.get("history")), turn, *_answer(item)]
+        turns = _alone(item, "instruction", [asked_by_user(_instruction(item))], ("prompt", "question"))
+        return [*_history(item.get("history")), *turns, *_answer(item)]
     if item.get("question") and item.get("prompt"):
         raise ValueError('both "question" and "prompt"; keep what is asked')
-    for key in ("question", "prompt"):
+    for key in ONE_TEXT:
         if item.get(key) is not None:
-            return [*_alone(item, key, [{"role": USER, "content": text_of(item[key])}], ()), *_answer(item)]
+            return [*_alone(item, key, [asked_by_user(text_of(item[key]))], ()), *_answer(item)]
     raise ValueError(
         'no "messages" (or ShareGPT "conversations", Alpaca "instruction", "prompt", "question") among its keys: '
-        + keys_of(item)
+        + turn_shapes.keys_of(item)
     )
 
 
 def _alone(item: dict[str, Any], key: str, messages: list[Message], others: Sequence[str]) -> list[Message]:
-    """The turns under ``key``, if no other key says something that they lack. Raises ``ValueError``."""
+    """The turns under ``key``, if neither ``others`` beside it, which ask something themselves, nor texts or choices
+    that belong to what is asked say something that the turns lack. Raises ``ValueError``."""
     texts = [message["content"] for message in messages if message["role"] != ASSISTANT]
-    refuse_parts(item, key, texts)
-    for other in others:
-        refuse_second_text(item, other, key, texts)
+    whole = key in ONE_TEXT and isinstance(item.get(key), str)
+    for name in PARTS if whole else PARTS_OF_AN_INSTRUCTION if key == "instruction" else PARTS_OF_TURNS:
+        value = item.get(name)
+        if _says_something(value) and not (isinstance(value, str) and _within(value, texts)):
+            raise ValueError(f'the key "{name}" beside "{key}" is not read; write what is asked into one text')
+    for other in others if texts else ():
+        said = item.get(other)
+        # Data sets often repeat a question, and logs a whole prompt with its marks: either may be within the other.
+        if not isinstance(said, str) or not said.strip() or _within(said, texts):
+            continue
+        if not all(_within(text, [said]) for text in texts):
+            raise ValueError(f'both "{other}" and "{key}" ask something; write what is asked into one of them')
     return messages
+
+
+def _within(part: str, texts: Sequence[str]) -> bool:
+    """Whether one of the texts holds the part as whole words, whatever their blanks."""
+    whole = re.compile(rf"(?<!\w){re.escape(' '.join(part.split()))}(?!\w)")
+    return any(whole.search(" ".join(text.split())) for text in texts)
+
+
+def _says_something(value: Any) -> bool:
+    """Whether a value holds text; numbers (token ids, counts, marks) do not."""
+    if isinstance(value, str):
+        return bool(value.strip())
+    if isinstance(value, Mapping):
+        return any(_says_something(inner) for inner in value.values())
+    return isinstance(value, list) and any(_says_something(inner) for inner in value)
+
+
+def _refuse_keys(item: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` for the first key of a row that is not read."""
+    for key, advice in REFUSED.items():
+        if item.get(key):
+            raise ValueError(f'the key "{key}" is not read: {advice}')
+    if item.get("add_generation_prompt") is False:
+        raise ValueError('the key "add_generation_prompt" is not read: the answer\'s turn is always opened')
+    for key in THOUGHTS:
+        # {"effort": "high"}, {"type": "disabled"}: each server makes template arguments of its own of them.
+        if isinstance(item.get(key), dict) and any(value is not None for value in item[key].values()):
+            raise ValueError(
+                f'the key "{key}" is not read where it is {excerpt(item[key])}: say in chat_template_kwargs what the '
+                "template was handed"
+            )
 
 
 def _answer(item: dict[str, Any]) -> list[Message]:
@@ -151,8 +202,7 @@ def _history(pairs: Any) -> list[Message]:
         return []
     if not isinstance(pairs, list) or not all(isinstance(p, list | tuple) and len(p) == 2 for p in pairs):
         raise ValueError(f'"history" must be a list of [question, answer], not {excerpt(pairs)}')
-    roles = (USER, ASSISTANT)
-    return [{"role": role, "content": text_of(text)} for p in pairs for role, text in zip(roles, p, strict=True)]
+    return [turn for question, answer in pairs for turn in turn_shapes.exchange(text_of(question), text_of(answer))]
 
 
 def _alternating(texts: Any) -> list[Message]:
@@ -167,10 +217,7 @@ def _is_list_of_texts(value: Any) -> bool:
 
 
 def _with_extra_body(item: dict[str, Any]) -> dict[str, Any]:
-    """The row with what a client's ``extra_body`` lays beside its keys; template arguments stay where they are.
-
-    Raises ``ValueError`` for a key that is there twice with two values.
-    """
+    """The row with what a client's ``extra_body`` lays beside its keys, but for template arguments. ``ValueError``."""
     if not item.get("extra_body"):
         return item
     extra = decoded(item["extra_body"], "extra_body")
@@ -186,9 +233,9 @@ def _with_extra_body(item: dict[str, Any]) -> dict[str, Any]:
 def _with_thoughts(item: dict[str, Any], messages: list[Message]) -> list[Message]:
     """The turns, the last answer with the thoughts that stand in a key of the row. Raises ``ValueError``."""
     found = {key: item[key] for key in THOUGHTS if isinstance(item.get(key), str) and item[key]}
-    if not found or messages[-1:] == [] or messages[-1]["role"] != ASSISTANT:
+    last = messages[-1] if messages else {}
+    if not found or last.get("role") != ASSISTANT:
         return messages
-    last = messages[-1]
     thoughts = {*found.values(), *([last[THOUGHTS[0]]] if last.get(THOUGHTS[0]) else [])}
     if len(thoughts) > 1:
         raise ValueError(f'the key "{next(iter(found))}" and another are two thoughts of the last answer; keep one')
@@ -197,11 +244,8 @@ def _with_thoughts(item: dict[str, Any], messages: list[Message]) -> list[Messag
 
 def _with_system(item: dict[str, Any], messages: list[Message]) -> list[Message]:
     """The turns behind the system text that stands in a key of its own."""
-    for key in SYSTEM_KEYS:
-        if not item.get(key):
-            continue
-        text = text_of(item[key])
-        first = messages[0] if messages else {}
+    for key in filter(item.get, SYSTEM_KEYS):
+        text, first = text_of(item[key]), messages[0] if messages else {}
         if first.get("role") == SYSTEM and first["content"] != text:
             raise ValueError(f'the key "{key}" and the first turn are two system texts; keep one')
         if first.get("role") != SYSTEM:
@@ -209,24 +253,19 @@ def _with_system(item: dict[str, Any], messages: list[Message]) -> list[Message]
     return messages
 
 
-def checked(messages: list[Message]) -> list[Message]:
+def _checked(messages: list[Message]) -> list[Message]:
     """The turns, if a user asks something in them. Raises ``ValueError``."""
-    users = [message for message in messages if message["role"] == USER]
-    if not users:
-        raise ValueError("the conversation has no user turn")
-    if not all(message["content"].strip() for message in users):
-        raise ValueError("a user turn is empty")
+    asked = [message["content"].strip() for message in messages if message["role"] == USER]
+    if not all(asked) or not asked:
+        raise ValueError("a user turn is empty" if asked else "the conversation has no user turn")
     return messages
 
 
 # -- beside the turns ------------------------------------------------------------------------------------------------
 def tools_of(item: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The tools of a row as OpenAI writes them, from ``tools`` (a list, or its JSON text) or the older ``functions``.
-
-    Raises ``ValueError``.
-    """
-    found = [(key, decoded(item[key], key)) for key in ("tools", "functions") if item.get(key)]
-    found = [(key, value) for key, value in found if value]
+    """The tools of a row as OpenAI writes them, from ``tools`` (or its JSON text) or ``functions``. ``ValueError``."""
+    given = [(key, decoded(item[key], key)) for key in ("tools", "functions") if item.get(key)]
+    found = [(key, value) for key, value in given if value]
     if not found:
         return []
     if len(found) > 1:
@@ -243,9 +282,8 @@ def _tool(key: str, tool: Any) -> dict[str, Any]:
     """A tool with its wrapper, which some data sets leave out."""
     bare = isinstance(tool, dict) and "function" not in tool and isinstance(tool.get("name"), str)
     whole = {"type": "function", "function": tool} if bare and "input_schema" not in tool else tool
-    function = (
-        whole.get("function") if isinstance(whole, dict) and whole.get("type", "function") == "function" else None
-    )
+    wrapped = isinstance(whole, dict) and whole.get("type", "function") == "function"
+    function = whole.get("function") if wrapped else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ValueError(f'"{key}" holds {excerpt(tool)}, which is no function tool as OpenAI writes them')
     return whole
@@ -253,9 +291,7 @@ def _tool(key: str, tool: Any) -> dict[str, Any]:
 
 def arguments_of(item: Mapping[str, Any]) -> dict[str, Any]:
     """The template arguments of a request: ``chat_template_kwargs``, and two that may stand outside it.
-
-    Raises ``ValueError``.
-    """
+    Raises ``ValueError``."""
     extra = item.get("extra_body")
     places = [item, extra] if isinstance(extra, Mapping) else [item]
     found: dict[str, Any] = {}
@@ -276,6 +312,5 @@ def arguments_of(item: Mapping[str, Any]) -> dict[str, Any]:
 
 def row_of(conversation: Conversation) -> dict[str, Any]:
     """The conversation as a row of a prompt file, which :func:`parse_conversation` reads again."""
-    row: dict[str, Any] = {"id": conversation.id, "messages": conversation.messages}
-    row |= {"tools": conversation.tools} if conversation.tools else {}
-    return row | ({"chat_template_kwargs": conversation.arguments} if conversation.arguments else {})
+    beside = {"tools": conversation.tools, "chat_template_kwargs": conversation.arguments}
+    return {"id": conversation.id, "messages": conversation.messages, **{k: v for k, v in beside.items() if v}}

@@ -7,18 +7,16 @@ the file and the line. See docs/formats.md.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import os
-import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from redraft.artifact import atomic_write_text, require_free_space
 from redraft.errors import UserError
+from redraft.files import atomic_write_text, require_free_space, unpacked
 from redraft.settings.sampler import Sampler
 
 try:
@@ -60,18 +58,11 @@ class Row:
 
     @classmethod
     def of(
-        cls,
-        id: str,
-        prompt_ids: list[int],
-        response_ids: list[int],
-        sampler: Sampler,
-        finish_reason: str,
-        target_hash: str,
-        **beside: Any,
+        cls, id: str, prompt: list[int], response: list[int], sampler: Sampler, finish: str, target: str, **beside: Any
     ) -> Row:
         """A response as ``sampler`` drew it; ``beside``: ``seed`` (0 where nobody knows it), ``turn``, ``source``."""
-        how = {"temperature": sampler.temperature, "top_k": sampler.top_k, "top_p": sampler.top_p, "seed": 0} | beside
-        return cls(id, prompt_ids, response_ids, finish_reason=finish_reason, target_hash=target_hash, **how)
+        how = sampler.temperature, sampler.top_k, sampler.top_p, beside.pop("seed", 0)
+        return cls(id, prompt, response, *how, finish, target, **beside)
 
     @property
     def key(self) -> str:
@@ -124,9 +115,7 @@ def decode_row(line: bytes) -> Row:
 
 def _scan(data: bytes, where: str | Path) -> tuple[list[Row], int]:
     """The rows in ``data`` and the number of bytes that are whole; only the last line may be torn."""
-    rows: list[Row] = []
-    lines: dict[str, int] = {}
-    start = 0
+    rows, lines, start = list[Row](), dict[str, int](), 0
     for number, line in enumerate(data.splitlines(keepends=True), 1):
         if line.strip():
             try:
@@ -146,17 +135,9 @@ def _scan(data: bytes, where: str | Path) -> tuple[list[Row], int]:
 def read_rows(path: str | Path) -> list[Row]:
     """Every row of a response file (``.jsonl`` or ``.jsonl.gz``), in file order. A torn last line is left out.
 
-    Raises ``UserError`` when the file is missing or empty, and with the line number when a line is damaged or a
-    row is there twice.
+    Raises ``UserError`` when the file is missing or empty, and by its number for a line that is damaged or there twice.
     """
-    path = Path(path)
-    try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist; name a response file that `redraft regenerate` wrote") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
-    rows, _ = _scan(data, path)
+    rows, _ = _scan(unpacked(Path(path), "name a response file that `redraft regenerate` wrote"), path)
     if not rows:
         raise UserError(f"{path} holds no responses; run `redraft regenerate` again")
     return rows
@@ -172,29 +153,23 @@ class RowWriter:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.keys: set[str] = set()
-        self.rows: list[Row] = []
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file: BinaryIO = open(self.path, "ab+", buffering=0)
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror or error}") from error
         try:
-            self._lock()
             self._recover()
         except BaseException:
             self._file.close()
             raise
 
-    def _lock(self) -> None:
-        if fcntl is None:
-            return
+    def _recover(self) -> None:
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl is not None:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UserError(f"{self.path} is being written by another process; wait for it or stop it") from error
-
-    def _recover(self) -> None:
         self._file.seek(0)
         data = self._file.read()
         self.rows, whole = _scan(data, self.path)
@@ -217,30 +192,25 @@ class RowWriter:
             data += encode_row(row)
         require_free_space(self.path.parent, len(data))
         try:
-            view = memoryview(bytes(data))
-            while view:
-                view = view[self._file.write(view) :]
+            written = 0
+            while written < len(data):
+                written += self._file.write(data[written:])
             os.fsync(self._file.fileno())
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror or error}; what was written is kept") from error
         self.rows.extend(rows)
 
-    def close(self) -> None:
-        self._file.close()
-
     def __enter__(self) -> RowWriter:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.close()
+        self._file.close()
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A response that could not be had, by the key its row would have, and why.
-
-    ``permanent`` is false where asking again later may help.
-    """
+    """A response that could not be had, by the key its row would have, and why; ``permanent`` unless asking may
+    help."""
 
     key: str
     reason: str
@@ -255,9 +225,7 @@ def failures_path(path: str | Path) -> Path:
 
 def write_failures(path: str | Path, failures: Iterable[Failure]) -> None:
     """Replace the list of failures beside the response file ``path``; an empty list removes it."""
-    place = failures_path(path)
-    text = "".join(json.dumps(asdict(failure)) + "\n" for failure in failures)
-    if text:
-        atomic_write_text(place, text)
+    if text := "".join(json.dumps(asdict(failure)) + "\n" for failure in failures):
+        atomic_write_text(failures_path(path), text)
     else:
-        place.unlink(missing_ok=True)
+        failures_path(path).unlink(missing_ok=True)

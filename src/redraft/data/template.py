@@ -17,10 +17,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from redraft.artifact import atomic_write_text
 from redraft.data.shapes import RESERVED, Turns, with_turns
 from redraft.data.turns import ASSISTANT, USER, Message
 from redraft.errors import UserError
+from redraft.files import atomic_write_text
 from redraft.settings.texts import kept_as_it_is
 
 SENTINEL = "redraftturn"
@@ -34,10 +34,8 @@ HOURS = re.compile(r"%-?[HIMSpfcXTR]")
 
 @dataclass
 class TemplateSettings:
-    """What a template is handed beside the messages: arguments by name, and the date and time it may write.
-
-    ``fixed`` says that the moment is that of a run, kept with it, and not only that of this process.
-    """
+    """What a template is handed beside the messages: arguments by name, and the date and time it may write, which is
+    ``fixed`` when it is kept with a run."""
 
     arguments: dict[str, Any] = field(default_factory=dict)
     moment: datetime = field(default_factory=lambda: datetime.now().replace(microsecond=0))
@@ -87,18 +85,14 @@ def _reads(tag: str, name: str) -> bool:
 
 def _compares(template: str, name: str, value: str) -> bool:
     """Whether a template holds an argument, or what it sets from it, against this text."""
-    quoted = f"'{value}'", f'"{value}"'
     tags = [tag for tag in _tags(template) if _reads(tag, name)]
-    renamed = any(re.search(r"\bset\b", tag) for tag in tags)
-    return any(text in (template if renamed else tag) for text in quoted for tag in tags)
+    places = [template] if any(re.search(r"\bset\b", tag) for tag in tags) else tags
+    return any(text in place for text in (f"'{value}'", f'"{value}"') for place in places)
 
 
 def settings_of(tokenizer: Any) -> TemplateSettings:
     """What this tokenizer's template is handed. The first call fixes the date for this process."""
-    known = tokenizer.__dict__.get("redraft_template") if hasattr(tokenizer, "__dict__") else None
-    if known is None:
-        known = TemplateSettings()
-        tokenizer.redraft_template = known
+    known: TemplateSettings = vars(tokenizer).setdefault("redraft_template", TemplateSettings())
     return known
 
 
@@ -130,12 +124,8 @@ def date_path(path: str | Path) -> Path:
 
 
 def kept_moment(path: str | Path, began: datetime, fresh: bool = False) -> datetime:
-    """The date and time of the run that writes to ``path``: as it was kept there, or ``began``, kept from now on.
-
-    A ``fresh`` run begins now, whatever an earlier one left there.
-
-    Raises ``UserError`` for a file that holds no date.
-    """
+    """The date and time of the run that writes to ``path``: as it was kept there, or ``began``, kept from now on, as a
+    ``fresh`` run does whatever an earlier one left. Raises ``UserError`` for a file that holds no date."""
     place = date_path(path)
     if fresh or not place.exists():
         atomic_write_text(place, json.dumps({"date": began.isoformat()}) + "\n")
@@ -164,11 +154,11 @@ def date_matters(tokenizer: Any, id: str, messages: Sequence[Message]) -> bool:
     """Whether the date of the day is in the text of these messages. Raises ``UserError``."""
     if not writes_date(tokenizer):
         return False
-    texts = []
+    texts = set()
     for day in (datetime(2001, 1, 1), datetime(2022, 12, 31, 23, 58, 59)):
         with at_moment(tokenizer, day):
-            texts.append(render(tokenizer, id, messages, True))
-    return texts[0] != texts[1]
+            texts.add(render(tokenizer, id, messages, True))
+    return len(texts) > 1
 
 
 def _with_date(template: str, moment: datetime) -> str:
@@ -197,21 +187,16 @@ def template_ids(tokenizer: Any, id: str, messages: Sequence[Message]) -> list[i
 
 
 def render(tokenizer: Any, id: str, messages: Sequence[Message], opening: bool) -> str:
-    """The text of ``messages`` through the chat template, with the ``opening`` of the assistant's turn behind it.
-
-    Raises ``UserError``.
-    """
+    """The text of ``messages`` through the template, with the ``opening`` of the assistant's turn behind.
+    Raises ``UserError``."""
     return str(_apply(tokenizer, id, messages, add_generation_prompt=opening, tokenize=False))
 
 
 def _apply(tokenizer: Any, id: str, messages: Sequence[Message], **how: Any) -> Any:
     if not getattr(tokenizer, "chat_template", None):
         raise UserError("the target's tokenizer has no chat template; add one to its tokenizer_config.json")
-    beside = messages if isinstance(messages, Turns) else Turns(messages)
-    known = settings_of(tokenizer)
-    arguments = known.arguments | beside.arguments
-    if beside.tools:
-        arguments["tools"] = beside.tools
+    beside, known = with_turns(messages, ()), settings_of(tokenizer)
+    arguments = known.arguments | beside.arguments | ({"tools": beside.tools} if beside.tools else {})
     try:
         if writes_date(tokenizer):
             template = tokenizer.get_chat_template(None, beside.tools or None)
@@ -230,28 +215,22 @@ def _for_template(message: Message) -> Message:
 
 def _refuse_dropped(tokenizer: Any, id: str, messages: Sequence[Message]) -> None:
     """Raise ``UserError`` where the template leaves out the tools, a turn that is no plain question, or a call."""
-    tools = messages.tools if isinstance(messages, Turns) else []
-    marked: list[Message] = []
+    marked = with_turns(messages, messages)
     wanted: dict[str, str] = {}
     for number, message in enumerate(messages):
         mark = f"{SENTINEL}{number}x"
         if message["role"] not in (USER, ASSISTANT):
-            message = message | {"content": mark}
+            marked[number] = message | {"content": mark}
             wanted[mark] = f"its {message['role']} turn"
         elif message.get("tool_calls"):
             calls = [call | {"function": call["function"] | {"name": mark}} for call in message["tool_calls"]]
-            message = message | {"tool_calls": calls}
+            marked[number] = message | {"tool_calls": calls}
             wanted[mark] = "the tool call in its history"
-        marked.append(message)
-    if not wanted and not tools:
+    if not wanted and not marked.tools:
         return
-    text = render(tokenizer, id, with_turns(messages, marked), True)
+    text = render(tokenizer, id, marked, True)
     lost = next((what for mark, what in wanted.items() if mark not in text), None)
-    if (
-        lost is None
-        and tools
-        and text == render(tokenizer, id, Turns(marked, (), with_turns(messages, ()).arguments), True)
-    ):
+    if lost is None and marked.tools and text == render(tokenizer, id, Turns(marked, (), marked.arguments), True):
         lost = "its tools"
     if lost is not None:
         raise UserError(

@@ -1,13 +1,13 @@
 """Served traffic in place of generation: responses that the target has already given, read from a log.
 
-A log is a file of JSON lines or one JSON array (``.gz`` too), one served response a record, in one of four shapes:
+A log is a file of JSON lines or one JSON array (``.gz`` too), one served response a record, in one of three shapes:
 
 - ``prompt_ids`` and ``response_ids``, or vLLM's names ``prompt_token_ids`` and ``token_ids``: token ids as the engine
   had them. The best there is: nothing is tokenised again. A ``choices`` or ``outputs`` list of one entry, as vLLM's
   server and its offline engine give them, may hold the response.
-- ``messages`` that end with the assistant's answer: through the target's chat template. Only the last answer counts
-  as served; what stands before it is its prompt. A log of whole conversations needs one record an answer.
-- ``messages`` that end with a user turn (or a tool's result), and ``completion`` (or ``response``): the same.
+- ``messages`` that end with the assistant's answer, or with a user turn (or a tool's result) and the answer as
+  ``completion`` (or ``response``): through the target's chat template. Only the last answer counts as served; what
+  stands before it is its prompt. A log of whole conversations needs one record an answer.
 - ``prompt`` and ``completion``: raw text as the engine had it, chat markup included.
 
 In the two last, a ``choices`` list of one entry with ``message`` or ``text``, as OpenAI-compatible servers answer, does
@@ -31,7 +31,7 @@ from typing import Any
 
 from redraft.data.answers import answer_ids, continuation_ids
 from redraft.data.prompts import file_items, stem_of
-from redraft.data.shapes import TURN_KEYS, Turns, id_of, parse_conversation
+from redraft.data.shapes import TURN_KEYS, id_of, parse_conversation
 from redraft.data.store import TRAFFIC, UNKNOWN, Row
 from redraft.data.template import at_moment, date_matters
 from redraft.data.turns import ASSISTANT, RESULTS, THOUGHTS, USER, excerpt, keys_of, parse_turn
@@ -81,10 +81,8 @@ def read_traces(
     its limits. Longer answers are cut at ``max_new_tokens``. ``warn`` is told in one line about repeated exchanges,
     and about raw prompts that look as if they had not been through a chat template.
 
-    Raises ``UserError`` with file and line for: a missing or empty file, broken JSON, a record of no known shape,
-    token ids that are none or not this model's, ids that do not spell the text beside them, text that does not come
-    through the tokenizer unchanged, the hash of another target, a record that is longer than the target's context,
-    an id that is there twice.
+    Raises ``UserError`` with file and line for whatever cannot be what this target served, and for an id that is there
+    twice.
     """
     path = Path(path)
     ends = tuple(int(i) for i in eos_ids) or (int(tokenizer.eos_token_id),)
@@ -136,46 +134,42 @@ def _row(reader: _Reader, item: Any, default_id: str) -> tuple[Row, bool]:
             f"{len(prompt) + len(response)} tokens do not fit into the target's context of {reader.context}, so it "
             "cannot have served them; is this the log of another model?"
         )
-    id = next((record[key] for key in ("id", "request_id") if record.get(key) is not None), None)
-    sampler, name = _sampler(record), id_of(id, default_id)
+    sampler, name = _sampler(record), id_of(record.get(_first(record, "id", "request_id")), default_id)
     return Row.of(name, prompt, response, sampler, finish, reader.target_hash, source=TRAFFIC), bare
 
 
-def _flat(item: dict[str, Any]) -> dict[str, Any]:
-    """The record with the one entry of its ``choices`` or ``outputs`` list laid over it.
+def _first(record: dict[str, Any], *keys: str) -> str:
+    """The first of the keys under which the record has something; empty where it has none."""
+    return next((key for key in keys if record.get(key) is not None), "")
 
-    A request and the server's whole answer to it may stand in keys of their own, as proxies log them.
-    """
+
+def _flat(item: dict[str, Any]) -> dict[str, Any]:
+    """The record with the one entry of its ``choices`` or ``outputs`` list laid over it, and before that a request and
+    the server's whole answer, which may stand in keys of their own, as proxies log them."""
     for name in ("request", "response"):
         inner = item.get(name)
         body = inner.get("body", inner) if isinstance(inner, dict) else None
         if isinstance(body, dict) and body.keys() & {"messages", "prompt", *NESTED}:
             item = {key: value for key, value in item.items() if key != name} | body
-    for name in NESTED:
-        entries = item.get(name)
-        if entries is None:
-            continue
-        if not isinstance(entries, list) or len(entries) != 1 or not isinstance(entries[0], dict):
-            raise ValueError(f'"{name}" must be a list of one response; write one record a response')
-        entry = {key: value for key, value in entries[0].items() if value is not None}
-        said = entry.pop("message") if isinstance(entry.get("message"), dict) else entry.get("text")
-        return item | entry | ({"completion": said} if isinstance(said, str | dict) else {})
-    return item
+    if not (name := _first(item, *NESTED)):
+        return item
+    entries = item[name]
+    if not isinstance(entries, list) or len(entries) != 1 or not isinstance(entries[0], dict):
+        raise ValueError(f'"{name}" must be a list of one response; write one record a response')
+    entry = {key: value for key, value in entries[0].items() if value is not None}
+    said = entry.pop("message") if isinstance(entry.get("message"), dict) else entry.get("text")
+    return item | entry | ({"completion": said} if isinstance(said, str | dict) else {})
 
 
 def _reason(record: dict[str, Any]) -> tuple[str | None, bool]:
-    """(finish reason as recorded, whether an end token ended the response; true where nobody says).
-
-    A response that a stop string ended has no end token: the model did not write one.
-    """
+    """(finish reason as recorded, whether an end token ended the response; true where nobody says, false where a stop
+    string did: the model wrote no end token then)."""
     value = record.get("finish_reason")
     value = value.get("type") if isinstance(value, dict) else value  # as SGLang's own interface writes it
     if value is not None and (not isinstance(value, str) or value not in REASONS):
         raise ValueError(f"the finish reason must be one of {', '.join(REASONS)}, not {value!r}")
     reason = "stop" if value is None else REASONS[value]
-    if any(isinstance(stop, str) and stop for stop in _stops(record)):
-        reason = None
-    if reason is None:
+    if reason is None or any(isinstance(stop, str) and stop for stop in _stops(record)):
         return "length", False
     return (None if value is None else reason), reason == "stop"
 
@@ -189,8 +183,7 @@ def _stops(record: dict[str, Any]) -> list[Any]:
 
 def _ids(reader: _Reader, record: dict[str, Any], default_id: str, ended: bool) -> tuple[list[int], list[int], bool]:
     """(prompt ids, response ids, whether the prompt is raw text without markup) of a record of any shape."""
-    prompt_key = next((key for key in PROMPT_KEYS if record.get(key) is not None), None)
-    response_key = next((key for key in RESPONSE_KEYS if record.get(key) is not None), None)
+    prompt_key, response_key = _first(record, *PROMPT_KEYS), _first(record, *RESPONSE_KEYS)
     given = [record[key] for key in TEXT_KEYS if isinstance(record.get(key), str | dict)]
     if len(given) > 1 and given[0] != given[1]:
         raise ValueError(f"two answers, in {' and '.join(TEXT_KEYS)}; keep the one that was served")
@@ -204,19 +197,12 @@ def _ids(reader: _Reader, record: dict[str, Any], default_id: str, ended: bool) 
     if prompt_key or response_key:
         have, lack = (prompt_key, RESPONSE_KEYS) if prompt_key else (response_key, PROMPT_KEYS)
         raise ValueError(f'"{have}" without {" or ".join(lack)}; give the token ids of prompt and response')
-    if any(record.get(key) is not None for key in TURN_KEYS) or isinstance(record.get("prompt"), list):
-        prompt, response = _from_messages(reader, record, default_id, said, ended)
-        return prompt, response, False
+    if _first(record, *TURN_KEYS) or isinstance(record.get("prompt"), list):
+        return *_from_messages(reader, record, default_id, said, ended), False
     if isinstance(record.get("prompt"), str) and isinstance(said, str):
-        if apart := next((key for key in (*THOUGHTS, "tool_calls") if record.get(key)), None):
-            raise ValueError(
-                f'"{apart}" stands apart from a completion of raw text, so the text that the model wrote cannot be '
-                "told; give messages or token ids"
-            )
         prompt, response = _from_text(reader, record, said, ended)
-        special = set(reader.tokenizer.all_special_ids)
         # The first token may be one that the tokenizer puts in front of every text.
-        return prompt, response, not special.intersection(prompt[1:])
+        return prompt, response, not set(reader.tokenizer.all_special_ids).intersection(prompt[1:])
     raise ValueError(
         "no prompt_ids and response_ids, no messages that end with an answer, no prompt and completion among its keys: "
         + keys_of(record)
@@ -226,7 +212,9 @@ def _ids(reader: _Reader, record: dict[str, Any], default_id: str, ended: bool) 
 def _from_messages(
     reader: _Reader, record: dict[str, Any], default_id: str, said: str | dict[str, Any] | None, ended: bool
 ) -> tuple[list[int], list[int]]:
-    _refuse_parts(record)
+    for turn in next((record[key] for key in TURN_KEYS if isinstance(record.get(key), list)), []):
+        if isinstance(turn, dict) and isinstance(turn.get("content"), list) and len(turn["content"]) > 1:
+            raise ValueError("a turn's content has several text parts, which engines join differently; log token ids")
     apart = {"id": None} | (dict.fromkeys(TEXT_KEYS) if said is not None else {})
     conversation = parse_conversation(record | apart, default_id)
     messages = conversation.messages
@@ -244,37 +232,21 @@ def _from_messages(
         raise ValueError("the last answer is empty")
     _check_round_trip(reader, "answer", answer["content"])
     _check_round_trip(reader, "thoughts of the answer", thoughts)
-    with at_moment(reader.tokenizer, _served_at(reader, record, default_id, asked)):
-        counts = tuple(filter(None, [_usage(record, "completion_tokens")]))
-        how: dict[str, Any] = {"cut": not ended, "served": True, "counts": counts}
+    dated = date_matters(reader.tokenizer, default_id, asked)
+    with at_moment(reader.tokenizer, _served_at(record.get("created")) if dated else None):
+        count = _usage(record, "completion_tokens")
+        how: dict[str, Any] = {"cut": not ended, "served": True, "counts": [count] if count else []}
         prompt, response, _ = answer_ids(reader.tokenizer, default_id, asked, answer, reader.eos_ids, **how)
     return prompt, _with_named_end(reader, record, response, ended)
 
 
-def _refuse_parts(record: dict[str, Any]) -> None:
-    """Engines join the text parts of one turn in different ways, so a log of them does not tell the prompt."""
-    turns: list[Any] = next((record[key] for key in TURN_KEYS if isinstance(record.get(key), list)), [])
-    for turn in turns:
-        content = turn.get("content") if isinstance(turn, dict) else None
-        if isinstance(content, list) and len(content) > 1:
-            raise ValueError("a turn's content has several text parts, which engines join differently; log token ids")
-
-
-def _served_at(reader: _Reader, record: dict[str, Any], id: str, asked: Turns) -> datetime | None:
-    """When the record was served, where its template writes the date. Raises ``ValueError`` where nobody says."""
-    if not date_matters(reader.tokenizer, id, asked):
-        return None
-    created = record.get("created")
-    if created is not None:
-        return _time(created)
-    raise ValueError(
-        'the chat template writes the date, and this record does not say when it was served; give "created" '
-        "(Unix seconds), or log token ids"
-    )
-
-
-def _time(created: Any) -> datetime:
+def _served_at(created: Any) -> datetime:
     """Unix seconds or an ISO text as the local time. Raises ``ValueError``, also for a time before there were LLMs."""
+    if created is None:
+        raise ValueError(
+            'the chat template writes the date, and this record does not say when it was served; give "created" '
+            "(Unix seconds), or log token ids"
+        )
     try:
         if isinstance(created, str):
             found = datetime.fromisoformat(created).astimezone().replace(tzinfo=None)
@@ -303,6 +275,11 @@ def _with_named_end(reader: _Reader, record: dict[str, Any], response: list[int]
 
 def _from_text(reader: _Reader, record: dict[str, Any], completion: str, ended: bool) -> tuple[list[int], list[int]]:
     prompt = record["prompt"]
+    if apart := next((key for key in (*THOUGHTS, "tool_calls") if record.get(key)), None):
+        raise ValueError(
+            f'"{apart}" stands apart from a completion of raw text, so the text that the model wrote cannot be told; '
+            "give messages or token ids"
+        )
     if not prompt or not completion:
         raise ValueError("an empty prompt or completion")
     _check_round_trip(reader, "completion", completion)
@@ -386,8 +363,7 @@ def _sampler(record: dict[str, Any]) -> Sampler:
     found = []
     ranges = (("temperature", UNKNOWN.temperature, 0.0, math.inf), ("top_k", 0, -1, math.inf), ("top_p", 1.0, 0.0, 1))
     for name, default, least, most in ranges:
-        value = record.get(name)
-        value = default if value is None else value
+        value = default if record.get(name) is None else record[name]
         number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         if not number or not least <= value <= most or (name == "top_k" and value != int(value)):
             upto = f"{least:g} or more" if most == math.inf else f"{least:g} to {most:g}"

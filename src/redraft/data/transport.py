@@ -18,8 +18,6 @@ from redraft.data.generate import Request
 from redraft.errors import UserError
 from redraft.settings.texts import KEY_VARIABLE, check_address
 
-# The one place that a server's key comes from: a command line or a file would keep it.
-
 RETRIED_STATUS = frozenset({408, 425, 429})
 FATAL_STATUS = frozenset({401, 403, 404, 405, 501})
 STREAM_END = "[DONE]"
@@ -44,7 +42,8 @@ def _certificates() -> ssl.SSLContext:
 
 
 def server_key() -> str | None:
-    """The bearer key of the environment; none where it is not set. Raises ``UserError`` for one that cannot be sent."""
+    """The bearer key of the environment, its one place: a command line or a file would keep it. None where it is unset;
+    raises ``UserError`` for one that cannot be sent."""
     key = os.environ.get(KEY_VARIABLE, "").strip()
     if not key.isascii() or not key.isprintable() or " " in key:
         raise UserError(f"{KEY_VARIABLE} holds characters that no key has; set it to the server's key alone")
@@ -55,15 +54,13 @@ class Connection:
     """A server at ``url`` (with or without ``/v1``), used by up to ``connections`` threads at a time.
 
     A request fails after ``timeout`` seconds without a byte. The key of the environment (:func:`server_key`) is sent as
-    a bearer token and stands in no message. Raises ``UserError`` for an address that
-    is none, or that holds a secret.
+    a bearer token and stands in no message. Raises ``UserError`` for an address that is none, or that holds a secret.
     """
 
     def __init__(self, url: str, connections: int = 1, timeout: float = 300.0) -> None:
         self.url = check_address(url)
         self.connections, self.timeout = connections, timeout
         self._key = server_key()
-        self._headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         self._client: Any = None
 
     def shown(self, text: str, length: int = 120) -> str:
@@ -78,15 +75,10 @@ class Connection:
             raise UserError("talking to a server needs the package httpx: pip install redraft[vllm-client]") from error
         limits = httpx.Limits(max_connections=self.connections, max_keepalive_connections=self.connections)
         timeout = httpx.Timeout(self.timeout, connect=min(10.0, self.timeout))
+        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        how: dict[str, Any] = {"limits": limits, "timeout": timeout, "headers": headers, "follow_redirects": True}
         try:
-            self._client = httpx.Client(
-                base_url=self.url,
-                headers=self._headers,
-                limits=limits,
-                timeout=timeout,
-                follow_redirects=True,
-                verify=_certificates(),
-            )
+            self._client = httpx.Client(base_url=self.url, verify=_certificates(), **how)
         except httpx.InvalidURL as error:
             raise UserError(
                 f"server {self.url!r} is no address ({error}); write it like http://127.0.0.1:8000"
@@ -98,10 +90,7 @@ class Connection:
             self._client.close()
 
     def text(self, method: str, path: str, body: dict[str, Any] | None = None) -> str:
-        """The answer's text, read as UTF-8.
-
-        Raises ``Transient``, ``Refused``, and ``UserError`` where no request can ever succeed.
-        """
+        """The answer's text. Raises ``Transient``, ``Refused``, and ``UserError`` where no request can ever succeed."""
         with self._reaching("no connection"):
             response = self._client.request(method, path, json=body)
         response.encoding = ENCODING
@@ -113,10 +102,7 @@ class Connection:
         return self._object(self.text(method, path, body))
 
     def events(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """The JSON objects of a server-sent event stream, as they arrive, up to its end mark.
-
-        Raises as :meth:`text` does, and ``Transient`` when the stream breaks off before its end mark.
-        """
+        """The JSON objects of a stream of server-sent events, as they arrive; raises as :meth:`text` does."""
         with self._reaching("the connection broke"), self._client.stream("POST", path, json=body) as response:
             response.encoding = ENCODING
             if response.status_code >= 300:
@@ -163,8 +149,8 @@ class Connection:
             raise Transient(f"status {status}")
         said = self.shown(text)
         if status in (401, 403):
-            said += f"; {'is' if self._key else 'set'} the server's key in the environment variable {KEY_VARIABLE}"
-            said += " the right one?" if self._key else ""
+            place = f"the server's key in the environment variable {KEY_VARIABLE}"
+            said += f"; is {place} the right one?" if self._key else f"; set {place}"
         if status in FATAL_STATUS:
             raise UserError(f"the server at {self.url} answers {path} with status {status}: {said}")
         if status >= 300:
@@ -183,12 +169,9 @@ class Connection:
 
 
 def completion_body(request: Request, model: str | None, max_new_tokens: int) -> dict[str, Any]:
-    """The body for ``/v1/completions``.
-
-    What a request leaves out servers fill with defaults of their own (the checkpoint's generation config, a top-k of
-    40), so filters that are off are named too where tokens are drawn; a greedy choice has none. Top-k is off at -1,
-    which every server takes: SGLang refuses 0.
-    """
+    """The body for ``/v1/completions``. What a request leaves out servers fill with defaults of their own (the
+    checkpoint's generation config, a top-k of 40), so filters that are off are named too where tokens are drawn; a
+    greedy choice has none. Top-k is off at -1, which every server takes: SGLang refuses 0."""
     sampler = request.sampler
     seed = hashlib.sha256(f"{request.key}|{request.seed}".encode()).digest()
     filters = {"top_p": sampler.top_p, "top_k": sampler.top_k or -1, "min_p": 0.0}
@@ -207,10 +190,8 @@ def completion_body(request: Request, model: str | None, max_new_tokens: int) ->
 
 
 def counted(value: dict[str, Any], name: str, most: int | None = None) -> int | None:
-    """A count of the server's ``usage``, where the answer has one. Raises ``Transient`` for one that cannot be.
-
-    ``most`` is the highest that can be.
-    """
+    """A count of the server's ``usage``, if it has one. Raises ``Transient`` for one that cannot be, as above
+    ``most``."""
     usage = value.get("usage")
     count = usage.get(name) if isinstance(usage, dict) else None
     if count is None:

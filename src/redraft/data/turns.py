@@ -23,11 +23,9 @@ ROLE_NAMES = {
 CALLS = ("function_call", "tool_call")  # names of turns that are a call and nothing else
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 TEXT_PARTS = ("text", "input_text", "output_text")
-CALL_KEYS = ("tool_calls", "function_call")
+MEDIA = "image images image_url image_urls video videos audio audios".split()
 # Of a turn: present and not empty, they say that its text is not all there is to it.
-UNREAD = (
-    "image images image_url image_urls video videos audio audios files attachments refusal prefix partial"
-).split()
+UNREAD = [*MEDIA, "files", "attachments", "refusal", "prefix", "partial"]
 UNTRAINED = ("train", "loss")  # set to false as a weight of 0 is set elsewhere
 
 
@@ -41,9 +39,14 @@ def keys_of(item: Mapping[str, Any]) -> str:
     return ", ".join(sorted(map(str, item))[:8]) or "none"
 
 
+def asked_by_user(text: str) -> Message:
+    """A user's turn."""
+    return {"role": USER, "content": text}
+
+
 def exchange(question: str, answer: str) -> list[Message]:
     """A user's turn and the assistant's answer to it."""
-    return [{"role": USER, "content": question}, {"role": ASSISTANT, "content": answer}]
+    return [asked_by_user(question), {"role": ASSISTANT, "content": answer}]
 
 
 def decoded(value: Any, name: str) -> Any:
@@ -74,18 +77,18 @@ def parse_turn(turn: Any) -> Message:
     if isinstance(role, str) and role in CALLS:
         calls = decoded(content, role)
         given = calls if isinstance(calls, list) else [calls]
-        return {"role": ASSISTANT, "content": "", "tool_calls": [call_of(call) for call in given]}
-    found: Message = {"role": role_of(role)}
+        return {"role": ASSISTANT, "content": "", "tool_calls": [_call(call) for call in given]}
+    found: Message = {"role": _role(role)}
     extra = _assistant(turn) if found["role"] == ASSISTANT else _named(turn)
     found["content"] = "" if content is None and extra.keys() & {"tool_calls", THOUGHTS[0]} else text_of(content)
     return found | extra
 
 
-def role_of(role: Any) -> str:
-    plain = ROLE_NAMES.get(role, role) if isinstance(role, str) else role
+def _role(role: Any) -> str:
+    plain = ROLE_NAMES.get(role, role) if isinstance(role, str) else ""
     if plain not in ROLES:
         raise ValueError(f"unknown role {json.dumps(role)}; use {', '.join(ROLES)}")
-    return str(plain)
+    return plain
 
 
 def text_of(content: Any) -> str:
@@ -110,16 +113,13 @@ def _named(turn: Mapping[str, Any]) -> Message:
 
 def _assistant(turn: Mapping[str, Any]) -> Message:
     """Thoughts, calls, and the weight that training gives to an assistant's turn."""
-    found: Message = {"name": turn["name"]} if isinstance(turn.get("name"), str) else {}
-    if thoughts := thoughts_of(turn):
-        found[THOUGHTS[0]] = thoughts
-    if calls := calls_of(turn):
-        found["tool_calls"] = calls
+    name = {"name": turn["name"]} if isinstance(turn.get("name"), str) else {}
+    parts = {THOUGHTS[0]: _thoughts(turn), "tool_calls": _calls(turn)}
     untrained = turn.get("weight") == 0 or any(turn.get(key) is False for key in UNTRAINED)
-    return found | ({"weight": 0} if untrained else {})
+    return {**name, **{key: part for key, part in parts.items() if part}, **({"weight": 0} if untrained else {})}
 
 
-def thoughts_of(turn: Mapping[str, Any]) -> str:
+def _thoughts(turn: Mapping[str, Any]) -> str:
     """What a server split from the answer; empty where there is nothing. Raises ``ValueError``."""
     found = {key: turn[key] for key in THOUGHTS if turn.get(key)}
     for key, value in found.items():
@@ -132,16 +132,16 @@ def thoughts_of(turn: Mapping[str, Any]) -> str:
     return next(iter(found.values()), "")
 
 
-def calls_of(turn: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _calls(turn: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The tool calls of an assistant's turn, from ``tool_calls`` or the older ``function_call``. ``ValueError``."""
     older = [turn["function_call"]] if turn.get("function_call") else []
     given = decoded(turn.get("tool_calls") or older, "tool_calls")
     if not isinstance(given, list):
         raise ValueError(f'"tool_calls" must be a list, not {excerpt(given)}')
-    return [call_of(call) for call in given]
+    return [_call(call) for call in given]
 
 
-def call_of(call: Any) -> dict[str, Any]:
+def _call(call: Any) -> dict[str, Any]:
     """A call in OpenAI's form, its arguments as an object, which is how engines hand them to a template."""
     inner = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):

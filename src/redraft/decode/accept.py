@@ -38,9 +38,8 @@ def accept_greedy(target_ids: Tensor | Sequence[int], draft_ids: Tensor | Sequen
     """
     targets = target_ids.tolist() if isinstance(target_ids, Tensor) else list(target_ids)
     drafts = draft_ids.tolist() if isinstance(draft_ids, Tensor) else list(draft_ids)
-    accepted = 0
-    while accepted < len(drafts) and drafts[accepted] == targets[accepted]:
-        accepted += 1
+    wrong = (i for i, (draft, target) in enumerate(zip(drafts, targets, strict=False)) if draft != target)
+    accepted = next(wrong, len(drafts))
     return accepted, int(targets[accepted])
 
 
@@ -88,14 +87,6 @@ def accept_chains(
     target_BV = target_probs_BGV[rows, accepted_B]
     residual_BV = _residual(target_BV, draft_probs_BGV[rows, last_B])
     return accepted_B, draw(torch.where(subtract_B.unsqueeze(-1), residual_BV, target_BV), uniforms_BG[:, drafted])
-
-
-def accept_chain(
-    target_probs_GV: Tensor, draft_probs_GV: Tensor, draft_ids_G: Tensor, uniforms_G: Tensor
-) -> tuple[int, int]:
-    """(accepted, next_id) of one chain: :func:`accept_chains` on [G + 1, V], [G, V], [G] and [G + 1]."""
-    accepted_B, next_B = accept_chains(target_probs_GV[None], draft_probs_GV[None], draft_ids_G[None], uniforms_G[None])
-    return int(accepted_B), int(next_B)
 
 
 # -- trees of sampled proposals --------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""gamma=auto: which chain or tree decodes fastest here, from measured costs of a round and measured acceptance.
+"""The decoder of a shape, and gamma=auto: the shape that decodes fastest here, by measured costs and acceptance.
 
 A shape's speed-up is tau * plain / round: tokens a round, times the seconds of a plain decoding step, over the
 seconds of a round. Costs are timed on the decoders' own rounds, so that everything a round does is in them. tau of
@@ -13,23 +13,26 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from redraft.acceptance.simulate import walk
-from redraft.decode.engine import PlainDecoder, SpeculativeDecoder
-from redraft.decode.make import make_decoder
+from redraft.decode.engine import ChainDecoder, PlainDecoder, SpeculativeDecoder
 from redraft.decode.requests import Uniforms
+from redraft.decode.static import StaticChainDecoder, StaticTarget
+from redraft.decode.tree import TreeDecoder
 from redraft.drafts.base import Draft
 from redraft.errors import UserError
 from redraft.settings.sampler import Sampler
-from redraft.settings.shapes import ChainShape, DynamicTree, Shape, StaticTree
+from redraft.settings.shapes import ChainShape, DynamicTree, Shape
 from redraft.target import Target
 
 # Chains whose rounds are timed; costs of the lengths between them are interpolated.
 TIMED_CHAINS = (1, 2, 4, 8)
+# The trees that are tried unless others are named: a small and a full dynamic one (EAGLE-2's, arXiv 2406.16858).
+TREES = (DynamicTree(depth=4, top_k=4, nodes=12), DynamicTree(depth=5, top_k=10, nodes=60))
 
 
 @dataclass(frozen=True)
@@ -46,37 +49,18 @@ class RoundCost:
 
 @dataclass(frozen=True)
 class Costs:
-    """Measured in one prompt's context: seconds of a plain step, and of a round by chain length and by other shape."""
+    """Measured in one prompt's context: seconds of a plain step, and of a round by shape."""
 
     plain: float
-    chains: Mapping[int, RoundCost]
-    shapes: Mapping[Shape, RoundCost] = field(default_factory=dict)
+    rounds: Mapping[Shape, RoundCost]
 
-    def chain(self, gamma: int) -> RoundCost:
-        """The cost of a chain's round, on the straight line between the timed lengths on either side (or last two)."""
-        if gamma in self.chains:
-            return self.chains[gamma]
-        lengths = sorted(self.chains)
-        if len(lengths) == 1:
-            return self.chains[lengths[0]]
-        above = next((i for i, length in enumerate(lengths) if length > gamma), len(lengths) - 1)
-        low, high = lengths[max(above, 1) - 1], lengths[max(above, 1)]
-        share = (gamma - low) / (high - low)
-        one, two = self.chains[low], self.chains[high]
-        return RoundCost(one.draft + share * (two.draft - one.draft), one.verify + share * (two.verify - one.verify))
-
-    @property
-    def draft_step(self) -> float | None:
-        """Seconds of one more draft step: the slope between the shortest and the longest timed chain."""
-        low, high = min(self.chains), max(self.chains)
-        return (self.chains[high].draft - self.chains[low].draft) / (high - low) if high > low else None
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain JSON values, in seconds."""
-        every = [(f"chain of {gamma}", cost) for gamma, cost in sorted(self.chains.items())]
-        every += [(shape.describe(), cost) for shape, cost in self.shapes.items()]
-        rounds = [{"shape": name, "draft": cost.draft, "verify": cost.verify} for name, cost in every]
-        return {"plain_step": self.plain, "draft_step": self.draft_step, "rounds": rounds}
+    def of(self, shape: Shape) -> RoundCost:
+        """The cost of a shape's round; of a chain that was not timed, on the straight line between those that were."""
+        if shape in self.rounds:
+            return self.rounds[shape]
+        timed = sorted((s.gamma, c.draft, c.verify) for s, c in self.rounds.items() if isinstance(s, ChainShape))
+        gammas, draft, verify = zip(*timed, strict=True)
+        return RoundCost(float(np.interp(shape.depth, gammas, draft)), float(np.interp(shape.depth, gammas, verify)))
 
 
 @dataclass(frozen=True)
@@ -88,10 +72,8 @@ class Candidate:
     round_seconds: float
     speedup: float
 
-    def to_dict(self) -> dict[str, Any]:
-        """As plain JSON values."""
-        figures = {"tau": self.tau, "round_seconds": self.round_seconds, "speedup": self.speedup}
-        return {"shape": self.shape.describe(), **figures}
+    def __str__(self) -> str:
+        return f"{self.shape.describe()}: predicted {self.speedup:.2f}x"
 
 
 @dataclass(frozen=True)
@@ -101,13 +83,28 @@ class Pick:
     shape: Shape | None
     candidates: list[Candidate]
     sentence: str
-    costs: Costs
 
-    def to_dict(self) -> dict[str, Any]:
-        """As plain JSON values."""
-        chosen = self.shape.describe() if self.shape is not None else None
-        table = [candidate.to_dict() for candidate in self.candidates]
-        return {"picked": chosen, "why": self.sentence, "candidates": table, "costs": self.costs.to_dict()}
+
+def make_decoder(
+    target: Target,
+    draft: Draft,
+    shape: Shape,
+    sampler: Sampler | None = None,
+    greedy_drafts: bool = False,
+    measure_overlap: bool = False,
+) -> SpeculativeDecoder:
+    """The decoder of a shape: a chain's or a tree's, with static shapes where the target has them.
+
+    Raises ``UserError`` when the draft does not fit the target, for a dynamic tree of sampled drafts, for a tree of
+    a family that grows none, and for ``measure_overlap`` on a tree: alpha is defined on a chain.
+    """
+    if isinstance(shape, ChainShape) and isinstance(target, StaticTarget) and not measure_overlap:
+        return StaticChainDecoder(target, draft, shape.gamma, sampler, greedy_drafts, target.smallest)
+    if isinstance(shape, ChainShape):
+        return ChainDecoder(target, draft, shape.gamma, sampler, measure_overlap, greedy_drafts)
+    if measure_overlap:
+        raise UserError(f"alpha is measured along a chain, not on a {shape.describe()}; measure it with chain:5")
+    return TreeDecoder(target, draft, shape, sampler, greedy_drafts)
 
 
 # -- costs -----------------------------------------------------------------------------------------------------------
@@ -127,25 +124,15 @@ def measure_costs(
     Raises ``UserError`` when the draft does not fit the target or a shape does not go with the sampler.
     """
     every = [*(ChainShape(gamma) for gamma in sorted(set(gammas))), *shapes]
-    decoders = [make_decoder(target, draft, shape, sampler, greedy_drafts) for shape in every]
     plain = _plain_step(PlainDecoder(target, sampler), prompt_ids)
-    rounds = [_round(decoder, prompt_ids) for decoder in decoders]
-    plain_seconds = list[float]()
-    found = [list[RoundCost]() for _ in rounds]
-    for repeat in range(repeats + 1):
-        times = (plain(), [one() for one in rounds])
-        if repeat:  # the first pass warms up
-            plain_seconds.append(times[0])
-            for kept, cost in zip(found, times[1], strict=True):
-                kept.append(cost)
+    rounds = [_round(make_decoder(target, draft, shape, sampler, greedy_drafts), prompt_ids) for shape in every]
+    # The first pass warms up.
+    found = [(plain(), [one() for one in rounds]) for _ in range(repeats + 1)][1:]
     costs = [
-        RoundCost(statistics.median(c.draft for c in kept), statistics.median(c.verify for c in kept)) for kept in found
+        RoundCost(statistics.median(c.draft for c in kept), statistics.median(c.verify for c in kept))
+        for kept in zip(*(costs for _, costs in found), strict=True)
     ]
-    chains = {s.gamma: cost for s, cost in zip(every, costs, strict=True) if isinstance(s, ChainShape)}
-    others: dict[Shape, RoundCost] = {
-        s: cost for s, cost in zip(every, costs, strict=True) if not isinstance(s, ChainShape)
-    }
-    return Costs(statistics.median(plain_seconds), chains, others)
+    return Costs(statistics.median(seconds for seconds, _ in found), dict(zip(every, costs, strict=True)))
 
 
 def _synchronise(target: Target) -> None:
@@ -206,12 +193,9 @@ def chain_tau(run_lengths: Sequence[Sequence[int]], gamma: int) -> float:
     """tau_pooled of a greedy chain of ``gamma``, from the run length at every anchor of each response.
 
     A run length says how many proposals in a row are right when a round starts there. Only where rounds do start
-    counts, and that depends on gamma; hence the walk. Raises ``ValueError`` without any anchor.
+    counts, and that depends on gamma; hence the walk.
     """
-    rounds = sum(len(walk([min(run, gamma) for run in runs])) for runs in run_lengths)
-    if not rounds:
-        raise ValueError("no anchors to walk over")
-    return sum(map(len, run_lengths)) / rounds
+    return sum(map(len, run_lengths)) / sum(len(walk([min(run, gamma) for run in runs])) for runs in run_lengths)
 
 
 def decoded_tau(
@@ -226,18 +210,6 @@ def decoded_tau(
 
 
 # -- the choice ------------------------------------------------------------------------------------------------------
-def default_trees(sampler: Sampler | None = None, greedy_drafts: bool = False) -> list[Shape]:
-    """The trees that are tried unless others are named.
-
-    A small and a full dynamic one (EAGLE-2's, arXiv 2406.16858); where drafts are sampled, which rules those out, a
-    static one that is widest at its root.
-    """
-    if greedy_drafts or sampler is None or sampler.greedy:
-        return [DynamicTree(depth=4, top_k=4, nodes=12), DynamicTree(depth=5, top_k=10, nodes=60)]
-    paths = ((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 0, 1), (0, 0, 0, 0))
-    return [StaticTree(paths)]
-
-
 def pick_shape(
     target: Target,
     draft: Draft,
@@ -254,54 +226,38 @@ def pick_shape(
 
     ``run_lengths`` (of greedy responses, capped at ``longest`` or later) spares decoding chains of a greedy target;
     without them, and always when the target samples, the timed chains are decoded. ``prompts`` are decoded by every
-    shape whose tau is not known otherwise, the first one also carries the timings. ``trees`` are
-    :func:`default_trees` unless given; an empty list means chains only, and so does a family that grows no trees.
+    shape whose tau is not known otherwise, the first one also carries the timings. ``trees`` are ``TREES`` unless
+    given, and none for a family that grows no trees and for sampled drafts, which dynamic trees do not go with.
 
-    Raises ``UserError`` without prompts, for ``longest`` below 1, or when answers are too short to measure.
+    Raises ``UserError`` without prompts, or when answers are too short to measure.
     """
     if not prompts:
         raise UserError("gamma=auto needs prompts to measure on; give at least one")
-    if longest < 1:
-        raise UserError(f"the longest chain to try must have at least 1 token, not {longest}")
     timed = sorted({gamma for gamma in TIMED_CHAINS if gamma < longest} | {longest})
-    if trees is None:
-        trees = default_trees(sampler, greedy_drafts) if draft.grows_trees else ()
-    costs = measure_costs(target, draft, prompts[0], timed, trees, sampler, greedy_drafts)
     greedy = sampler is None or sampler.greedy
+    if trees is None:
+        trees = TREES if draft.grows_trees and (greedy or greedy_drafts) else ()
+    costs = measure_costs(target, draft, prompts[0], timed, trees, sampler, greedy_drafts)
     walked = run_lengths if greedy and run_lengths is not None and any(map(len, run_lengths)) else None
     candidates = list[Candidate]()
-    for gamma in range(1, longest + 1) if walked is not None else timed:
-        shape, seconds = ChainShape(gamma), costs.chain(gamma).seconds
-        if walked is not None:
-            tau = chain_tau(walked, gamma)
+    chains = [ChainShape(gamma) for gamma in (range(1, longest + 1) if walked is not None else timed)]
+    for shape in [*chains, *trees]:
+        if walked is not None and isinstance(shape, ChainShape):
+            tau = chain_tau(walked, shape.gamma)
         else:
             tau = decoded_tau(make_decoder(target, draft, shape, sampler, greedy_drafts), prompts, max_new_tokens, seed)
+        seconds = costs.of(shape).seconds
         candidates.append(Candidate(shape, tau, seconds, tau * costs.plain / seconds))
-    for tree in trees:
-        seconds = costs.shapes[tree].seconds
-        tau = decoded_tau(make_decoder(target, draft, tree, sampler, greedy_drafts), prompts, max_new_tokens, seed)
-        candidates.append(Candidate(tree, tau, seconds, tau * costs.plain / seconds))
     return choose(candidates, costs)
 
 
 def choose(candidates: Sequence[Candidate], costs: Costs) -> Pick:
-    """The fastest candidate, or no draft when none promises more than plain decoding.
-
-    Raises ``ValueError`` without candidates.
-    """
-    if not candidates:
-        raise ValueError("no candidates to choose from")
+    """The fastest candidate, or no draft when none promises more than plain decoding."""
     # Of equals the smaller, which stands first.
     ordered = sorted(candidates, key=lambda c: c.speedup, reverse=True)
-    best, second = ordered[0], ordered[1:2]
-    others = "".join(f"; {_promise(one)}" for one in second)
+    best, others = ordered[0], "".join(f"; {second}" for second in ordered[1:2])
     if best.speedup <= 1.0:
-        sentence = f"no draft: plain decoding is fastest; the best shape, a {_promise(best)}{others}"
-        return Pick(None, ordered, sentence, costs)
+        sentence = f"no draft: plain decoding is fastest; the best shape, a {best}{others}"
+        return Pick(None, ordered, sentence)
     reason = f"{best.tau:.2f} tokens a round that costs {best.round_seconds / costs.plain:.2f} plain steps"
-    sentence = f"{_promise(best)} ({reason}){others}; plain 1.00x"
-    return Pick(best.shape, ordered, sentence, costs)
-
-
-def _promise(candidate: Candidate) -> str:
-    return f"{candidate.shape.describe()}: predicted {candidate.speedup:.2f}x"
+    return Pick(best.shape, ordered, f"{best} ({reason}){others}; plain 1.00x")

@@ -1,4 +1,4 @@
-"""Lossless decoding at batch 1: plain, and with a draft's chain (trees: :mod:`redraft.decode.tree_engine`).
+"""Lossless decoding at batch 1: plain, and with a draft's chain (trees: :mod:`redraft.decode.tree`).
 
 A round: the draft proposes tokens, the target verifies them in one pass, the verification rule of
 :mod:`redraft.decode.accept` decides, the target's cache is rolled back to what was kept, and the draft is told what
@@ -12,20 +12,22 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from redraft.decode.accept import accept_chain, accept_greedy
-from redraft.decode.requests import Generation, OnRound, Request, Round, Uniforms, check_room, trim
+from redraft import metrics
+from redraft.arithmetic import prepack
+from redraft.decode.accept import accept_chains, accept_greedy
+from redraft.decode.requests import Generation, Request, Round, Uniforms, check_room, trim
 from redraft.drafts.base import AnyDraft, Draft
-from redraft.errors import UserError
-from redraft.prepack import prepack
 from redraft.sampling import draw, warp
 from redraft.settings.sampler import Sampler
 from redraft.target import Target
+
+OnRound = Callable[[Round], None]
 
 
 class PlainDecoder:
@@ -59,10 +61,8 @@ class PlainDecoder:
 
 
 def for_decoding(draft: AnyDraft, target: Target) -> AnyDraft:
-    """The draft where the target is, in its type, bound to it and packed; ``draft`` itself stays in the type it has.
-
-    Whoever trains or saves it afterwards must find what was handed in.
-    """
+    """The draft where the target is, in its type, bound to it and packed. ``draft`` itself stays in the type it has:
+    whoever trains or saves it afterwards must find what was handed in."""
     if any((p.dtype, p.device) != (target.dtype, target.device) for p in draft.parameters()):
         draft = copy.deepcopy(draft)
     return prepack(draft.eval().to(target.device, target.dtype).bind(target))
@@ -95,11 +95,7 @@ class SpeculativeDecoder(PlainDecoder):
 
     @torch.inference_mode()
     def generate(
-        self,
-        prompt_ids: Sequence[int],
-        max_new_tokens: int,
-        seed: int = 0,
-        on_round: OnRound | None = None,
+        self, prompt_ids: Sequence[int], max_new_tokens: int, seed: int = 0, on_round: OnRound | None = None
     ) -> Generation:
         """Decode one prompt; ``on_round`` gets the token of prefill as a round of its own, then every round.
 
@@ -162,27 +158,6 @@ class SpeculativeDecoder(PlainDecoder):
         raise NotImplementedError
 
 
-class Picker:
-    """Chooses a chain's tokens from the draft's logits, and keeps the probabilities [G, D] where they are wanted."""
-
-    def __init__(self, sampler: Sampler, fixed: bool, measure_overlap: bool, uniforms: Uniforms) -> None:
-        self.sampler, self.fixed, self.measure_overlap, self.uniforms = sampler, fixed, measure_overlap, uniforms
-        self.rows: list[Tensor] = []
-
-    @property
-    def probs(self) -> Tensor | None:
-        return torch.cat(self.rows) if self.rows else None
-
-    def __call__(self, logits_ND: Tensor) -> Tensor:
-        if not self.fixed:
-            self.rows.append(warp(logits_ND, self.sampler))
-            return draw(self.rows[-1], self.uniforms.take(len(logits_ND)))
-        if self.measure_overlap:
-            # A greedy target's alpha is that of the distributions; a sampling one's that of the point mass.
-            self.rows.append(logits_ND.float().softmax(-1) if self.sampler.greedy else warp(logits_ND, Sampler()))
-        return logits_ND.argmax(-1)
-
-
 class ChainDecoder(SpeculativeDecoder):
     """Speculative decoding with a chain of ``gamma`` drafted tokens a round."""
 
@@ -200,27 +175,34 @@ class ChainDecoder(SpeculativeDecoder):
         Raises ``UserError`` when the draft does not fit the target.
         """
         super().__init__(target, draft, sampler, greedy_drafts)
-        if gamma < 1:
-            raise UserError(f"gamma must be at least 1, not {gamma}")
         self.gamma, self.measure_overlap = gamma, measure_overlap
         self.proposals = self.guesses = gamma
 
     def propose(self, request: Request) -> tuple[list[int], Tensor | None]:
         """The proposed ids, and their warped probabilities [G, D] where they are wanted."""
-        pick, gamma = Picker(self.sampler, self.fixed, self.measure_overlap, request.uniforms), self.gamma
-        proposed_G = request.proposer.propose(request.new_ids_T, request.new_taps_T, min(gamma, request.room), pick)
-        return proposed_G.tolist(), pick.probs
+        rows: list[Tensor] = []
+
+        def pick(logits_ND: Tensor) -> Tensor:
+            if not self.fixed:
+                rows.append(warp(logits_ND, self.sampler))
+                return draw(rows[-1], request.uniforms.take(len(logits_ND)))
+            if self.measure_overlap:
+                # A greedy target's alpha is that of the distributions; a sampling one's that of the point mass.
+                rows.append(logits_ND.float().softmax(-1) if self.sampler.greedy else warp(logits_ND, Sampler()))
+            return logits_ND.argmax(-1)
+
+        gamma = min(self.gamma, request.room)
+        proposed_G = request.proposer.propose(request.new_ids_T, request.new_taps_T, gamma, pick)
+        return proposed_G.tolist(), torch.cat(rows) if rows else None
 
     def verify(self, request: Request, proposal: tuple[list[int], Tensor | None]) -> Round:
-        """See :meth:`SpeculativeDecoder.verify`."""
         target, cache, uniforms = self.target, request.cache, request.uniforms
         proposed, draft_probs = proposal
         ids_T = torch.tensor([request.ids[-1], *proposed], device=target.device)
         before = cache.length
         step = target.forward(ids_T[None], cache)
         assert step.taps_BTKH is not None
-        logits_TV = target.logits(step.hidden_BTH[0])
-        overlap: list[float] = []
+        logits_TV, overlap = target.logits(step.hidden_BTH[0]), list[float]()
         if self.sampler.greedy:
             accepted, following = accept_greedy(logits_TV.argmax(-1), proposed)
             target_probs = logits_TV.float().softmax(-1) if self.measure_overlap else None
@@ -234,15 +216,13 @@ class ChainDecoder(SpeculativeDecoder):
                 assert draft_probs is not None
                 full = target_probs.new_zeros(len(proposed), target_probs.shape[-1])
                 full[:, self.vocabulary] = draft_probs
-                accepted, following = accept_chain(target_probs, full, ids_T[1:], chances)
+                found = accept_chains(target_probs[None], full[None], ids_T[None, 1:], chances[None])
+                accepted, following = int(found[0]), int(found[1])
         if self.measure_overlap and draft_probs is not None and target_probs is not None:
-            overlap = self.overlap(target_probs[:-1], draft_probs)
+            # Outside the draft vocabulary the draft has none.
+            overlap = metrics.overlap(target_probs[:-1, self.vocabulary], draft_probs).tolist()
         kept = [*proposed[:accepted], following]
         cache.rollback(before + accepted + 1)
         request.new_ids_T = torch.tensor(kept, device=target.device)
         request.new_taps_T = step.taps_BTKH[0, : accepted + 1]
         return Round(proposed, accepted, kept, overlap=overlap)
-
-    def overlap(self, target_probs_GV: Tensor, draft_probs_GD: Tensor) -> list[float]:
-        """sum_x min(target, draft) at each drafted position; outside the draft vocabulary the draft has none."""
-        return torch.minimum(target_probs_GV[:, self.vocabulary], draft_probs_GD).sum(-1).tolist()

@@ -5,7 +5,8 @@ Shape legend: T new tokens, K*F taps side by side.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,9 @@ import torch
 from torch import Tensor
 
 from redraft.target import Target
+
+# Tokens that are decoded together to see what the last of them adds.
+WINDOW = 8
 
 
 @dataclass
@@ -51,9 +55,6 @@ class Generation:
     rounds: list[Round] = field(default_factory=list)
 
 
-OnRound = Callable[[Round], None]
-
-
 class Uniforms:
     """The uniforms in [0, 1) of one request: one stream, whatever the portions in which it is taken."""
 
@@ -61,17 +62,12 @@ class Uniforms:
 
     def __init__(self, seed: int, device: torch.device) -> None:
         self.generator = torch.Generator().manual_seed(seed)
-        self.device = device
-        self.block, self.at = self.fresh(self.BLOCK), 0
-
-    def fresh(self, count: int) -> Tensor:
-        return torch.rand(count, generator=self.generator, dtype=torch.float64).to(self.device)
+        self.block, self.at = torch.empty(0, dtype=torch.float64, device=device), 0
 
     def take(self, count: int) -> Tensor:
-        if self.at + count > len(self.block):
-            blocks = -(-count // self.BLOCK)
-            more = [self.fresh(self.BLOCK) for _ in range(blocks)]
-            self.block, self.at = torch.cat([self.block[self.at :], *more]), 0
+        while self.at + count > len(self.block):
+            fresh = torch.rand(self.BLOCK, generator=self.generator, dtype=torch.float64).to(self.block.device)
+            self.block, self.at = torch.cat([self.block[self.at :], fresh]), 0
         self.at += count
         return self.block[self.at - count : self.at]
 
@@ -118,3 +114,59 @@ def trim(ids: list[int], ends: frozenset[int], room: int) -> tuple[list[int], st
         if token in ends:
             return ids[: i + 1], "stop"
     return (ids[:room], "length") if len(ids) >= room else (ids, None)
+
+
+# -- the text of what was decoded ------------------------------------------------------------------------------------
+class TokenText:
+    """Pieces of text of one growing sequence. ``context`` are the tokens before it, as in a prompt.
+
+    A token's own text is not what the tokenizer says of it alone: some tokenizers drop the space before a first word,
+    and a character outside ASCII may be spread over several tokens. Decoding a short window with and without the token
+    gives what it adds; a token that ends inside a character adds nothing, the one that completes it adds the character.
+    """
+
+    def __init__(self, tokenizer: Any, context: Sequence[int] = ()) -> None:
+        self.tokenizer = tokenizer
+        self.ids = list(context[-WINDOW:])
+        self.start, self.read = 0, len(self.ids)
+
+    def push(self, token: int) -> str:
+        """What ``token`` adds to the text; empty while a character is incomplete."""
+        self.ids.append(token)
+        before, after = self._decode(self.start, self.read), self._decode(self.start, len(self.ids))
+        if after.endswith("\N{REPLACEMENT CHARACTER}") and len(self.ids) - self.read < WINDOW:
+            return ""
+        # What was read keeps its place, so that a tokenizer that trims the beginning trims the same both times.
+        self.start, self.read = self.read, len(self.ids)
+        return after[len(before) :]
+
+    def peek(self, tokens: Sequence[int]) -> list[str]:
+        """What ``tokens`` would add, one after the other, without adding them."""
+        ahead = copy.copy(self)
+        ahead.ids = list(self.ids)
+        return [ahead.push(token) for token in tokens]
+
+    def proposed(self, record: Round) -> list[str]:
+        """The text of a round's proposals: a chain's tokens follow each other, a tree's stand alone."""
+        if record.depth == len(record.proposed):
+            return self.peek(record.proposed)
+        return [self.peek([token])[0] for token in record.proposed]
+
+    def _decode(self, start: int, end: int) -> str:
+        as_it_is = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        return str(self.tokenizer.decode(self.ids[start:end], **as_it_is))
+
+
+def trace(tokenizer: Any, prompt_ids: Sequence[int], generation: Generation) -> dict[str, Any]:
+    """One draft's entry of a result's ``traces`` (docs/formats.md): the pieces of the response, and its rounds."""
+    text = TokenText(tokenizer, prompt_ids)
+    ids = generation.ids
+    tokens, rounds, at = [text.push(token) for token in ids[:1]], [], 1
+    for record in generation.rounds:
+        kept = len(record.kept)
+        rounds.append(
+            {"accepted": record.accepted, "kept": kept, "full": record.full, "proposed": text.proposed(record)}
+        )
+        tokens += [text.push(token) for token in ids[at : at + kept]]
+        at += kept
+    return {"tokens": tokens, "rounds": rounds}

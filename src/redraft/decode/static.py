@@ -1,16 +1,14 @@
 """Decoding with static shapes, for CUDA graphs: one recorded graph a step instead of hundreds of kernel launches.
 
-At batch 1 a step of a small or middling model is bound by launches. A graph replays all of them at once, but only if
-nothing in the step depends on a Python number that changes: keys stand in buffers of fixed capacity and are attended
-to whole, under a mask that is computed from a position tensor; new keys are written by ``index_copy_`` at a position
-tensor; widths are rounded up to a few recorded ones. Tokens that pad a width write keys behind the sequence's end,
-where they are masked until the next real token overwrites them.
+At batch 1 a step of a small or middling model is bound by launches. A graph (:mod:`redraft.graphs`) replays all of them
+at once, but only if nothing in the step depends on a Python number that changes: keys stand in buffers of fixed
+capacity and are attended to whole, under a mask that is computed from a position tensor; new keys are written by
+``index_copy_`` at a position tensor; widths are rounded up to a few recorded ones. Tokens that pad a width write keys
+behind the sequence's end, where they are masked until the next real token overwrites them.
 
 On a CPU the same static steps run without graphs, which is how they are tested: equal to the dynamic path, with the
-same operations on the same shapes at every length, and never asking the device for a number. Capture and replay
-themselves were written against the documented interface of ``torch.cuda.CUDAGraph``; neither they nor any speed has
-been measured on a GPU. Attending to the whole buffer costs the same at every length, so choose a capacity near the
-longest sequence.
+same operations on the same shapes at every length, and never asking the device for a number. Attending to the whole
+buffer costs the same at every length, so choose a capacity near the longest sequence.
 
 Shape legend: T tokens of a step, W recorded width, C capacity, H hidden size, F fused taps, K key heads, D head width.
 """
@@ -31,7 +29,7 @@ from redraft.errors import UserError
 from redraft.graphs import Recorded
 from redraft.settings.sampler import Sampler
 from redraft.target import FixedLayer, KeyValueCache, Target, TargetStep
-from redraft.target.structure import length_bound_ropes
+from redraft.target.facts import length_bound_ropes
 
 
 # -- the target ------------------------------------------------------------------------------------------------------
@@ -89,8 +87,8 @@ class StaticTarget(Target):
         """``widths``: numbers of tokens that steps will have, for example 1 and gamma + 1.
 
         ``capacity``: tokens that the cache should hold from the start; it grows, and graphs are recorded anew, when a
-        longer one is asked for. Raises ``UserError`` when there is no width, or one below 1, and for a target whose
-        rotary frequencies follow the length: it asks the device for that at every step, which no graph can hold.
+        longer one is asked for. Raises ``UserError`` for a target whose rotary frequencies follow the length: it asks
+        the device for that at every step, which no graph can hold.
         """
         for rope in length_bound_ropes(target.config):
             raise UserError(
@@ -98,8 +96,6 @@ class StaticTarget(Target):
             )
         target.require("masked")
         super().__init__(target.model, target.tokenizer, target.name, target.taps)
-        if not widths or min(widths) < 1:
-            raise UserError(f"static steps need widths of at least 1 token, not {list(widths)}")
         self.widths = tuple(sorted(set(widths)))
         self.smallest = capacity
         self.static_cache: StaticCache | None = None
@@ -134,20 +130,16 @@ class StaticTarget(Target):
         if ours is None or not ours.length or tokens > self.widths[-1] or mask_B1TC is not None:
             return super().forward(ids_BT, cache, positions_BT, mask_B1TC, taps)
         width = next(w for w in self.widths if w >= tokens)
-        inputs = self._inputs(ids_BT, ours, width)
+        start = ours.length
+        if start + width > ours.capacity:
+            raise ValueError(f"cache of {ours.capacity} tokens cannot hold {start + width}, padding included")
+        inputs = [F.pad(ids_BT, (0, width - tokens)), torch.arange(start, start + width, device=ids_BT.device)]
         if (width, taps) not in self.steps:
             self.steps[width, taps] = Recorded(self._step(ours, taps), inputs)
         hidden, *fused = self.steps[width, taps](*inputs)
         for layer in ours.layers:
             layer.length += tokens
         return TargetStep(hidden[:, :tokens], fused[0][:, :tokens] if fused else None)
-
-    def _inputs(self, ids_BT: Tensor, cache: StaticCache, width: int) -> list[Tensor]:
-        """Ids [1, W] and columns [W], padded to the width."""
-        tokens, start = ids_BT.shape[1], cache.length
-        if start + width > cache.capacity:
-            raise ValueError(f"cache of {cache.capacity} tokens cannot hold {start + width}, padding included")
-        return [F.pad(ids_BT, (0, width - tokens)), torch.arange(start, start + width, device=ids_BT.device)]
 
     def _step(self, cache: StaticCache, taps: bool) -> Callable[..., tuple[Tensor, ...]]:
         forward = super().forward
@@ -182,7 +174,7 @@ class StaticChainDecoder(ChainDecoder):
     ) -> None:
         """``capacity``: tokens of the longest prompt and response together, for which buffers are made at once.
 
-        Raises ``UserError`` when the draft does not fit the target, or for a gamma below 1.
+        Raises ``UserError`` when the draft does not fit the target.
         """
         super().__init__(target, draft, gamma, sampler, greedy_drafts=greedy_drafts)
         self.target = StaticTarget(target, (1, gamma + 1), capacity + gamma + 1)

@@ -1,42 +1,138 @@
 """What a draft is, whatever its family, and what a family is. Nothing here knows which families there are.
 
 A family is a folder of this room. Its ``family.py`` files one :class:`Family` in ``FAMILIES`` under the name that
-``redraft.json`` gives; beside it stand the config, the module (:class:`Draft`), how checkpoints of others are read
-(``reading.py``) and how drafts are written for engines (``writing.py``). Everybody else asks the draft, or its family
-by ``FAMILIES.get(draft.family)``, and never which class a draft is.
+``redraft.json`` gives, with how checkpoints of others are read and how drafts are written for engines; beside it stand
+the config and the module (:class:`Draft`). Everybody else asks the draft, or its family by
+``FAMILIES.get(draft.family)``, and never which class a draft is.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from redraft.artifact import tensors_hash
-from redraft.drafts.experts import Parted, merge_private
-from redraft.drafts.proposing import Proposes
-from redraft.drafts.routing import balance_loss
+from redraft.drafts.layers import Linear, Router, SharedPrivateMLP
+from redraft.drafts.proposing import Objective, Reduce, Walk, alone
+from redraft.errors import UserError
 from redraft.registries import FAMILIES
+from redraft.settings.training import TrainConfig
+from redraft.target import Head, Target
+
+# Matrices of a SwiGLU, and the axis along which those of a private expert are joined to the shared one's.
+MATRICES = {"gate_proj": 0, "up_proj": 0, "down_proj": 1}
 
 
-class Draft(Parted, Proposes, ABC):
+def is_private(name: str) -> bool:
+    """Whether a tensor of a draft's state belongs to its private parts: experts, routers, low-rank updates."""
+    return any(part in name for part in (".private.", ".router.", ".low_rank."))
+
+
+# -- the shape -------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, kw_only=True)
+class DraftConfig:
+    """The shape of a draft: what it reads of the target, and the private parts that it carries.
+
+    A family adds its own fields, ``hidden_size``, ``draft_vocab_size`` and ``taps`` among them. Every field is written
+    into ``redraft.json``; one that is new needs a default, so that older files load.
+    """
+
+    # Fields that are tuples here and lists in JSON.
+    LISTS: ClassVar[tuple[str, ...]] = ("low_rank_on",)
+
+    private_width: int = 0
+    low_rank: int = 0
+    low_rank_on: tuple[str, ...] = ()
+    low_rank_alpha: float | None = None
+    private_experts: int = 1
+    private_active: int = 1
+    shared_experts: int = 1
+    shared_active: int = 1
+    balance: float = 0.0
+
+    def check_fit(self, target: Any) -> None:
+        """Raise ``UserError`` when a draft of this shape cannot sit on ``target``, of which sizes alone are asked."""
+        raise NotImplementedError
+
+    def dense(self) -> Self:
+        """The shape of the equal draft without private parts; a family widens its MLPs by ``private_width``."""
+        return replace(self, private_width=0, low_rank=0, low_rank_on=(), low_rank_alpha=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), **{name: list(getattr(self, name)) for name in self.LISTS}}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Raises ``UserError`` for unknown or missing keys."""
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        if unknown:
+            raise UserError(f"draft config has unknown keys: {', '.join(unknown)}; was it written by a newer redraft?")
+        try:
+            return cls(**{**values, **{name: tuple(values[name]) for name in cls.LISTS if name in values}})
+        except TypeError as error:
+            raise UserError(f"draft config is incomplete: {error}") from None
+
+
+def rope_of(config: Any) -> dict[str, Any]:
+    """The rotary settings that a new draft takes over from a text model's config.
+
+    Of several for several kinds of layers, those of full attention. Angles that are tabulated for one head width or
+    turn a part of the head alone are the model's own affair: a new draft learns the plain ones as well. So are those
+    that follow the length of the text: within the target's context they are the plain ones, and engines read them in
+    other ways.
+    """
+    known = dict(getattr(config, "rope_parameters", None) or {})
+    if known and all(isinstance(value, dict) for value in known.values()):
+        known = dict(known.get("full_attention") or next(iter(known.values())))
+    theta = known.get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0
+    if known.get("rope_type", "default") not in ("default", "linear", "llama3", "yarn"):
+        return {"rope_theta": theta, "rope_type": "default"}
+    dropped = ("partial_rotary_factor", "mrope_section", "mrope_interleaved")
+    return {"rope_theta": theta, "rope_type": "default"} | {k: v for k, v in known.items() if k not in dropped}
+
+
+def heads_of(config: Any) -> dict[str, Any]:
+    """Query heads, key heads and head width that a new draft takes over, the first layer's where layers differ."""
+
+    def value(name: str) -> int:
+        try:
+            return int(getattr(config, name, None) or 0)
+        except RuntimeError:  # transformers' answer to who asks for one value where there are several
+            return int(getattr(config.per_layer_config[0], name))
+
+    heads = value("num_attention_heads")
+    width = value("head_dim") or config.hidden_size // heads
+    key_heads = value("num_key_value_heads") or heads
+    return {"num_attention_heads": heads, "num_key_value_heads": key_heads, "head_dim": width}
+
+
+# -- the draft -------------------------------------------------------------------------------------------------------
+
+
+class Draft(nn.Module, ABC):
     """A module that proposes tokens to a target.
 
-    ``config`` is a :class:`redraft.drafts.config.DraftConfig`. How a draft reads states and text is its family's; what
-    it proposes, and how it is trained, is asked by the methods of :class:`redraft.drafts.proposing.Proposes`.
+    ``config`` is a :class:`DraftConfig`. How a draft reads states and text is its family's.
     """
 
     family: ClassVar[str]
+    config: Any
     # Groups of parameters that a method may train: patterns of names, the first that fits counts. Low-rank updates,
     # which stand inside the layers that they update, are a group of their own.
     GROUPS: ClassVar[Mapping[str, tuple[str, ...]]]
     # Parameters whose rows are the tokens of :meth:`vocabulary`, in its order.
     TOKEN_ROWS: ClassVar[tuple[str, ...]] = ()
+
+    # Whether :meth:`proposer` grows trees too (:class:`TreeProposer`).
+    grows_trees: ClassVar[bool] = False
+    # Whether the objective takes weights of its states.
+    weighable: ClassVar[bool] = False
 
     # The data type of a base draft under which private parts are trained and tied to it; none: that of its file.
     BASE_DTYPE: ClassVar[torch.dtype | None] = None
@@ -67,6 +163,24 @@ class Draft(Parted, Proposes, ABC):
     def logits(self, states: Tensor) -> Tensor:
         """Logits [..., D] over :meth:`vocabulary` of the draft's states [..., H]."""
 
+    # -- its work: it is bound to its target before ------------------------------------------------------------
+    def proposer(self, target: Target, capacity: int) -> Any:
+        """A :class:`ChainProposer` for one request of at most ``capacity`` tokens, a round's guesses included."""
+        raise NotImplementedError
+
+    def static_proposer(self, target: Target, capacity: int, gamma: int) -> Any:
+        """A :class:`ChainProposer` of greedy chains whose steps have static shapes, for CUDA graphs; it serves one
+        request after another. A family without one gives its usual proposer."""
+        return self.proposer(target, capacity)
+
+    def walk(self, target: Head) -> Walk:
+        """The draft over stored responses of ``target``."""
+        raise NotImplementedError
+
+    def objective(self, target: Head, settings: TrainConfig, reduce: Reduce = alone) -> Objective[Any]:
+        """What a training step minimises. Raises ``UserError`` for an unknown loss."""
+        raise NotImplementedError
+
     # -- its target --------------------------------------------------------------------------------------------
     def check_fit(self, target: Any) -> None:
         """Raise ``UserError`` when this draft cannot serve ``target``: a ``Target`` or the facts about one."""
@@ -88,13 +202,53 @@ class Draft(Parted, Proposes, ABC):
         """
 
     # -- its parts ---------------------------------------------------------------------------------------------
+    def mlps(self) -> tuple[str, ...]:
+        """Names of the SwiGLUs that have private experts beside them. Raises ``UserError`` where none can be."""
+        raise NotImplementedError
+
+    def linears(self) -> list[str]:
+        """Names of the linear layers that a low-rank update can be put on: all but those of private experts."""
+        return [n for n, m in self.named_modules() if isinstance(m, nn.Linear) and not is_private(f"{n}.weight")]
+
+    def refuse_unmergeable(self) -> None:
+        """Raise ``UserError`` that names what keeps this from being one dense draft. Routed experts do."""
+        sides = [
+            f"{part.active} of {part.experts} {'private' if '.private.' in name else 'shared'} experts"
+            for name, part in self.named_modules()
+            if isinstance(part, Router)
+        ]
+        if sides:
+            raise UserError(
+                f"a router gives each token {' and '.join(sides)}, which no dense MLP equals: a draft of method "
+                "eda-moe cannot be merged or exported; decode with redraft itself, or train the method eda"
+            )
+
     def merged(self) -> Self:
-        """An equal dense draft, without private parts. Raises ``UserError`` for routed experts."""
-        return merge_private(self)
+        """An equal dense draft: a private expert becomes part of one wider SwiGLU, a low-rank update of its matrix.
+
+        Unchanged if there is neither. Raises ``UserError`` for routed experts.
+        """
+        self.refuse_unmergeable()
+        if not self.config.private_width and not self.config.low_rank:
+            return self
+        state = {name: t.detach().clone() for name, t in self.state_dict().items() if not is_private(name)}
+        for name, layer in self.named_modules():
+            if isinstance(layer, Linear) and layer.low_rank is not None:
+                matrix = state[f"{name}.weight"]
+                matrix.copy_(matrix.float() + layer.low_rank.matrix().detach())
+        for name, mlp in self.named_modules():
+            if isinstance(mlp, SharedPrivateMLP) and mlp.private is not None:
+                for matrix_name, axis in MATRICES.items():
+                    whole, part = f"{name}.{matrix_name}.weight", getattr(mlp.private, matrix_name).weight
+                    state[whole] = torch.cat([state[whole], part.detach()], axis)
+        return self.rebuilt(self.config.dense(), state)
 
     def extra_loss(self) -> Tensor:
         """What training adds to the loss: the weighted load-balancing term of routed experts since the last call."""
-        return balance_loss(self, self.config.balance)
+        terms = [term for m in self.modules() if isinstance(m, Router) and (term := m.balance()) is not None]
+        if not terms:
+            return torch.zeros((), device=next(self.parameters()).device)
+        return self.config.balance * torch.stack(terms).sum()
 
     def rebuilt(self, config: Any, state: Mapping[str, Tensor]) -> Self:
         """A draft like this one, of another shape, that holds these tensors; what it borrows is kept."""
@@ -125,10 +279,6 @@ class Draft(Parted, Proposes, ABC):
 
 
 AnyDraft = TypeVar("AnyDraft", bound=Draft)
-
-
-def _nothing(*_: Any) -> None:
-    return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,9 +314,9 @@ class Family:
     other_files: tuple[str, ...] = ()
     other_bytes: int = 0
     merges: bool = False
-    write_beside: Callable[[Path, Any], None] = _nothing
-    read_beside: Callable[[Path, Any], None] = _nothing
-    check_usable: Callable[[Any, str], None] = _nothing
+    write_beside: Callable[[Path, Any], None] = lambda *_: None
+    read_beside: Callable[[Path, Any], None] = lambda *_: None
+    check_usable: Callable[[Any, str], None] = lambda *_: None
 
     recognises: Callable[[Any], bool]
     takes_any: bool = False

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from redraft.artifact import check_tensors, read_json, read_tensors, tensors_bytes, tensors_hash, write_tensors
-from redraft.coarse import Coarse, told
 from redraft.drafts.base import Draft
+from redraft.drafts.scaling import Coarse, told
 from redraft.errors import UserError
 from redraft.files import atomic_folder, atomic_write_json, settle
 from redraft.registries import FAMILIES
@@ -138,13 +138,11 @@ def save_private(
     unknown = [name for name in names if name not in whole]
     if unknown or not names:
         raise ValueError(f"a private part needs tensors of the draft; unknown: {unknown}")
-    told_apart = dict(coarse or {})
-    state, by_rows = private_state({name: whole[name] for name in names if name not in told_apart}, base or {})
-    state |= coarse_state(told_apart)
+    state, by_rows = private_state({name: whole[name] for name in names}, base or {}, coarse or {})
     check_tensors(state, state, "the private part to be saved")
     entry = _meta("private", draft, tensors_hash(state), meta) | {"base_draft_hash": base_hash, "tensors": names}
-    if told_apart:
-        entry["coarse"] = {name: {"bits": part.bits, "columns": part.columns} for name, part in told_apart.items()}
+    if coarse:
+        entry["coarse"] = {name: {"bits": part.bits, "columns": part.columns} for name, part in coarse.items()}
     if by_rows:
         entry["by_rows"] = by_rows
     with atomic_folder(folder, tensors_bytes(state), own_files(draft.family)) as new:
@@ -187,11 +185,6 @@ def load_private(folder: str | Path, base_draft: Draft, base_hash: str) -> tuple
     return draft.inherit(base_draft), meta
 
 
-def coarse_state(parts: Mapping[str, Coarse]) -> dict[str, Tensor]:
-    """The tensors of a private part's file that tell these matrices."""
-    return {f"{name}.{key}": tensor for name, part in parts.items() for key, tensor in part.tensors().items()}
-
-
 def _told(name: str, about: Any, part: dict[str, Tensor], old: Tensor | None, path: Path) -> Tensor:
     """The matrix that the codes of ``name``, taken out of ``part``, tell. Raises ``UserError``."""
     found = {key: part.pop(f"{name}.{key}", None) for key in ("codes", "step", "source", "rows")}
@@ -203,16 +196,19 @@ def _told(name: str, about: Any, part: dict[str, Tensor], old: Tensor | None, pa
         raise UserError(f"{path} does not tell {name} ({error}); save the private part again") from error
 
 
-def private_state(trained: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+def private_state(
+    trained: Mapping[str, Tensor], base: Mapping[str, Tensor], coarse: Mapping[str, Coarse]
+) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors of a private part's file, and the names of the matrices of which it holds but the new rows."""
-    state, by_rows = dict(trained), []
-    for name, tensor in trained.items():
+    state, by_rows = {name: tensor for name, tensor in trained.items() if name not in coarse}, []
+    for name, tensor in list(state.items()):
         rows = _new_rows(tensor, base.get(name))
         if rows is not None:
             del state[name]
             state[f"{name}.source"], state[f"{name}.rows"] = rows
             by_rows.append(name)
-    return state, by_rows
+    told_apart = ((name, key, tensor) for name, part in coarse.items() for key, tensor in part.tensors().items())
+    return state | {f"{name}.{key}": tensor for name, key, tensor in told_apart}, by_rows
 
 
 def _new_rows(matrix: Tensor, old: Tensor | None) -> tuple[Tensor, Tensor] | None:

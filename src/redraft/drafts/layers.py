@@ -1,10 +1,16 @@
-"""Building blocks of a draft: rotary positions, attention over any store of keys, the gated MLP.
+"""Building blocks of a draft: rotary positions, attention over any store of keys, gated MLPs of one or many experts.
 
 A layer knows how to make queries, keys and values; *which* keys a query sees is the business of the ``attend``
 callable that the caller passes: a fixed buffer while decoding, the training-time-test pattern while training.
 
+Several experts in one SwiGLU (the general form of EDA, arXiv 2603.09527) are equal blocks of its inner width: block e
+of the rows of gate and up and of the columns of down is expert e. ``sum_e weight_e(x) * expert_e(x)`` is then one
+SwiGLU whose inner activations are scaled block by block. All blocks are computed and those of experts that were not
+chosen are scaled by zero: every shape is fixed, whatever the router says, and at the width of a draft reading the
+weights costs more than the products that a gather would save.
+
 Shape legend: N packed tokens (any leading shape), H hidden size, A query heads, K key heads, D head width,
-I inner width of an MLP, R rank of an update.
+I inner width of an MLP, R rank of an update, E experts.
 """
 
 from __future__ import annotations
@@ -149,21 +155,99 @@ class Attention(nn.Module):
         return rotate(self.q_proj(x).view(*x.shape[:-1], self.heads, self.head_dim), *rope)
 
 
-class GatedMLP(nn.Module):
-    """SwiGLU: ``down(silu(gate(x)) * up(x))``."""
+class Router(nn.Module):
+    """Weights of E experts for each token, all zero but ``active`` of them; they add up to ``total``.
 
-    def __init__(self, hidden: int, inner: int) -> None:
+    It scores experts by a matrix without bias, keeps the best, and takes the softmax among those, in float32 also under
+    autocast.
+    """
+
+    def __init__(self, hidden: int, experts: int, active: int, total: float) -> None:
         super().__init__()
+        self.experts, self.active, self.total = experts, active, total
+        self.weight = nn.Parameter(torch.zeros(experts, hidden))
+        # (times chosen [E], summed probabilities [E], tokens) of every pass since the balance was last asked for.
+        self.seen: list[tuple[Tensor, Tensor, int]] = []
+
+    def spread(self, generator: torch.Generator) -> None:
+        """Start from small random scores, so that tokens do not all choose the same experts."""
+        with torch.no_grad():
+            drawn = torch.randn(self.weight.shape, generator=generator) * (0.5 / math.sqrt(self.weight.shape[1]))
+            self.weight.copy_(drawn)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Weights [N, E] of experts for tokens [N, H]."""
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            scores_NE = F.linear(x.to(dtype), self.weight.to(dtype))
+            best = scores_NE.topk(self.active, -1).indices
+            chosen_NE = torch.zeros_like(scores_NE, dtype=torch.bool).scatter_(-1, best, True)
+            if self.training and torch.is_grad_enabled() and self.active < self.experts:
+                counts_E = chosen_NE.flatten(0, -2).sum(0)
+                probs_NE = scores_NE.softmax(-1).flatten(0, -2)
+                self.seen.append((counts_E, probs_NE.sum(0), len(probs_NE)))
+            raised_NE = (scores_NE - scores_NE.detach().amax(-1, keepdim=True)).exp()
+            raised_NE = raised_NE.masked_fill(~chosen_NE, 0.0)
+            # In this order equal scores give exactly total / active, also where 1 / active is no float.
+            return raised_NE * self.total / raised_NE.sum(-1, keepdim=True)
+
+    def balance(self) -> Tensor | None:
+        """Load-balancing term over the passes since the last call, which it forgets; ``None`` if there was none.
+
+        E * sum_e share_e * probability_e (Switch Transformers, arXiv 2101.03961, equation 4), with the share of all
+        choices that fell on expert e and its mean probability before the choice: one when both are even.
+        """
+        if not self.seen:
+            return None
+        counts, probs, tokens = zip(*self.seen, strict=True)
+        self.seen = []
+        share_E = torch.stack(counts).sum(0) / (sum(tokens) * self.active)
+        return self.experts * (share_E * torch.stack(probs).sum(0) / sum(tokens)).sum()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of a router starts with nothing seen: what it saw hangs on the graph of another pass."""
+        return {**self.__dict__, "seen": []}
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU: ``down(silu(gate(x)) * up(x))``, of ``experts`` blocks of which a router gives each token ``active``."""
+
+    def __init__(self, hidden: int, inner: int, experts: int = 1, active: int = 1, total: float = 1.0) -> None:
+        """With one expert there is no router. Raises ``ValueError`` for counts that cannot be, or that divide
+        nothing."""
+        super().__init__()
+        if experts < 1 or not 1 <= active <= experts or inner % experts:
+            raise ValueError(f"{active} active of {experts} experts of an inner width of {inner}")
         self.gate_proj = Linear(hidden, inner, bias=False)
         self.up_proj = Linear(hidden, inner, bias=False)
         self.down_proj = Linear(inner, hidden, bias=False)
-
-    def inner(self, x: Tensor) -> Tensor:
-        """Inner activations [N, I], which ``down_proj`` reads."""
-        return F.silu(self.gate_proj(x)) * self.up_proj(x)
+        self.router = Router(hidden, experts, active, total) if experts > 1 else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.inner(x))
+        inner = F.silu(self.gate_proj(x)) * self.up_proj(x)
+        if self.router is not None:
+            weights = self.router(x).to(inner.dtype)
+            inner = inner * weights.repeat_interleave(inner.shape[-1] // self.router.experts, -1)
+        return self.down_proj(inner)
+
+
+class SharedPrivateMLP(GatedMLP):
+    """A SwiGLU (the shared expert or experts, under the plain names) with optional private ones beside it."""
+
+    def __init__(self, hidden: int, inner: int, parts: Any) -> None:
+        """``parts``, a draft's config, says what private experts there are and how many shared ones the old MLP is.
+
+        Widths are divided among the experts. The shared experts are slices of one old MLP, whose sum they were: their
+        weights add up to how many are active. Private ones add up to one, as in the reference's code. Raises
+        ``ValueError`` for counts that divide nothing.
+        """
+        super().__init__(hidden, inner, parts.shared_experts, parts.shared_active, total=parts.shared_active)
+        width, counts = parts.private_width, (parts.private_experts, parts.private_active)
+        self.private = GatedMLP(hidden, width, *counts) if width else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        shared = super().forward(x)
+        return shared if self.private is None else shared + self.private(x)
 
 
 def norm_weight(norm: nn.Module, width: int) -> Tensor:

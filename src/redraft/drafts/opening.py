@@ -12,15 +12,14 @@ from typing import Any
 
 import torch
 
-from redraft.drafts.base import Draft, Family
-from redraft.drafts.experts import is_private
+from redraft.drafts.base import Draft, Family, is_private
 from redraft.drafts.files import load_draft, load_private
-from redraft.drafts.formats.base import TargetInfo
 from redraft.drafts.formats.reading import Checkpoint
 from redraft.errors import UserError
 from redraft.loading import tokenizer_hash
 from redraft.registries import FAMILIES
 from redraft.shown import Shown, lines
+from redraft.target import Facts
 
 # Keys that a mixture of experts has.
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
@@ -51,73 +50,64 @@ def family_at(source: AnyDraft) -> Family:
     Raises ``UserError`` when it cannot be read or is no draft.
     """
     if isinstance(source, OpenDraft):
-        family: Family = FAMILIES.get(source.draft.family)
-        return family
+        return _family(Checkpoint(source.source, meta={"family": source.draft.family}))
     return _family(Checkpoint.at(source))
-
-
-def read_draft(
-    source: AnyDraft, target: Any = None, base: AnyDraft | None = None, **options: Any
-) -> tuple[Any, dict[str, Any]]:
-    """The draft and its metadata, as :func:`open_checkpoint`, in the types of its file."""
-    opened = open_checkpoint(source, target, base, **options)
-    return opened.draft, opened.meta
 
 
 def open_checkpoint(
     source: AnyDraft,
-    target: Any = None,
+    target: Facts | None = None,
     base: AnyDraft | None = None,
     dtype: torch.dtype | None = None,
     **options: Any,
 ) -> OpenDraft:
     """A draft of any family from a folder or a hub id, in ``dtype`` or in the types of its file.
 
-    ``target``, whatever :meth:`TargetInfo.of` takes, must fit it; checkpoints of drafts that read its states cannot be
-    read without. A private part needs ``base``, the draft that it was trained on. ``options`` are for the family:
-    ``taps`` overrules the feature ids of an Eagle3 checkpoint. The metadata of a checkpoint of other hands holds
-    family, format, source, verifier, notes and the config as it was found. A draft that is open is taken as it is.
-    Raises ``UserError`` when the source cannot be read, is no draft, does not fit the target, or was made for another
-    tokenizer.
+    ``target`` must fit it; checkpoints of drafts that read its states cannot be read without. A private part needs
+    ``base``, the draft that it was trained on. ``options`` are for the family: ``taps`` overrules the feature ids of
+    an Eagle3 checkpoint. The metadata of a checkpoint of other hands holds family, format, source, verifier, notes and
+    the config as it was found. A draft that is open is taken as it is. Raises ``UserError`` when the source cannot be
+    read, is no draft, does not fit the target, or was made for another tokenizer.
     """
     if isinstance(source, OpenDraft):
         return source
-    checkpoint, info = Checkpoint.at(source), None if target is None else TargetInfo.of(target)
+    checkpoint = Checkpoint.at(source)
     if checkpoint.meta.get("kind") == "private":
         if base is None:
             raise UserError(f"{source} is a private part; name the draft that it belongs to with --base-draft")
-        joined = _joined(checkpoint.folder, open_checkpoint(base, target, None, dtype), info, dtype)
+        joined = _joined(checkpoint.folder, open_checkpoint(base, target, None, dtype), target, dtype)
         return replace(joined, source=str(source))
     if checkpoint.meta:
         draft, meta = load_draft(checkpoint.folder)
         FAMILIES.get(draft.family).check_usable(draft, str(source))
         meta = meta | {"format": "redraft", "source": str(source), "notes": []}
-        if info is not None:
-            draft.check_fit(info)
+        if target is not None:
+            draft.check_fit(target)
     else:
-        draft, meta = _read(checkpoint, info, options)
-    if info is not None and draft.tokenizer is None:
-        _check_origin(source, meta, info)
+        draft, meta = _read(checkpoint, target, options)
+    tokenizer = None if target is None or draft.tokenizer is not None else target.tokenizer
+    if tokenizer is not None and meta.get("tokenizer_hash") not in (None, "", tokenizer_hash(tokenizer)):
+        raise UserError(f"{source} was made for another tokenizer than the target's; give a draft of this model family")
     base_hash = draft.base_hash()
     return OpenDraft(draft if dtype is None else draft.to(dtype), meta, base_hash, str(source))
 
 
-def _read(checkpoint: Checkpoint, info: TargetInfo | None, options: dict[str, Any]) -> tuple[Draft, dict[str, Any]]:
+def _read(checkpoint: Checkpoint, target: Facts | None, options: dict[str, Any]) -> tuple[Draft, dict[str, Any]]:
     """A draft from a checkpoint of other hands."""
     family, notes = _family(checkpoint), list[str]()
-    if info is None and family.reads_states:
+    if target is None and family.reads_states:
         raise UserError(f"{checkpoint.source} is not in redraft's own format; give --target, whose sizes it must fit")
     try:
-        draft, meta = family.read(checkpoint, info, notes, **options)
+        draft, meta = family.read(checkpoint, target, notes, **options)
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{checkpoint.path} has a value of the wrong kind: {error}") from error
     about = {"family": family.name, "method": None, "source": checkpoint.source, "notes": notes}
     return draft, about | {"source_config": checkpoint.config} | meta
 
 
-def _joined(folder: Path, base: OpenDraft, info: TargetInfo | None, dtype: torch.dtype | None) -> OpenDraft:
+def _joined(folder: Path, base: OpenDraft, target: Facts | None, dtype: torch.dtype | None) -> OpenDraft:
     """The draft that a private part makes of its base."""
-    shared = base.draft if info is None else base.draft.borrowing(info)
+    shared = base.draft if target is None else base.draft.borrowing(target)
     kept = next(shared.parameters()).dtype
     wide = shared.BASE_DTYPE
     draft, meta = load_private(folder, shared if wide is None else shared.to(wide), base.base_hash)
@@ -125,8 +115,8 @@ def _joined(folder: Path, base: OpenDraft, info: TargetInfo | None, dtype: torch
         kept = torch.promote_types(kept, parameter.dtype) if is_private(name) else kept
     if dtype is not None or wide is not None:
         draft = draft.to(dtype or kept)
-    if info is not None:
-        draft.check_fit(info)
+    if target is not None:
+        draft.check_fit(target)
     return OpenDraft(draft, meta, draft.base_hash())
 
 
@@ -146,10 +136,3 @@ def _family(checkpoint: Checkpoint) -> Family:
         f"{checkpoint.path} has architectures {raw.get('architectures')}{experts}; a draft that reads the target's "
         f"states has one of {names}, any other is a causal language model"
     )
-
-
-def _check_origin(source: str | Path, meta: dict[str, Any], target: TargetInfo) -> None:
-    """Raise ``UserError`` for a draft whose record names another tokenizer than the target's."""
-    expected = meta.get("tokenizer_hash")
-    if expected and target.tokenizer is not None and expected != tokenizer_hash(target.tokenizer):
-        raise UserError(f"{source} was made for another tokenizer than the target's; give a draft of this model family")

@@ -1,8 +1,8 @@
 """How a family of drafts proposes, is walked over stored text, and is trained: what the rest asks of any draft.
 
 Decoding asks a draft for a *proposer*, simulation and selection for a *walk*, training for an *objective*. A family
-implements them in its own folder (``proposer.py``, ``walk.py``, ``objective.py``) and hands them out by the methods of
-:class:`Proposes`; what several families share stands once beside them (``drafts/eagle``, ``drafts/textwalk.py``).
+implements them in its own folder and hands them out by the methods of :class:`redraft.drafts.base.Draft`; what several
+families share stands once beside them (``drafts/eagle``, ``drafts/walks.py``).
 
 Texts and taps. A target pass over x_0 ... x_t gives the taps h_0 ... h_t, and h_t is what a draft may know of the text
 up to x_t when it guesses x_{t+2}. New tokens therefore come with the taps of the positions *before* them: ``ids_T``
@@ -16,7 +16,7 @@ positions, D draft vocabulary, A anchors of one response, J draft steps, K taps 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,8 +24,6 @@ from torch import Tensor
 from redraft.features import FeatureSource
 from redraft.rows import AnyRow, TokenRow
 from redraft.settings.sampler import Sampler
-from redraft.settings.training import TrainConfig
-from redraft.target import Head, Target
 
 Pick = Callable[[Tensor], Tensor]
 """Logits [N, D] over the draft vocabulary -> the index [N] to propose in each row. Rows are asked for in the order of
@@ -45,6 +43,12 @@ def shared(loss: Tensor, reduce: Reduce) -> Tensor:
     return loss / reduce(torch.ones_like(loss)) if loss.requires_grad else loss
 
 
+Runs = Iterator[tuple[AnyRow, list[int]]]
+Chances = Iterator[tuple[AnyRow, Tensor]]
+Weights = Mapping[str, Tensor] | None
+"""By row key, for each anchor and draft step [A, J]."""
+
+
 # -- decoding --------------------------------------------------------------------------------------------------------
 class Proposer(Protocol):
     """A draft's state of one request. What it made for guesses that were not kept, it forgets by itself."""
@@ -52,16 +56,13 @@ class Proposer(Protocol):
     @property
     def capacity(self) -> int:
         """Tokens that its buffers hold: the text and one round's guesses."""
-        ...
 
     @property
     def verified(self) -> int:
         """How much verified text it has taken in, in units of its own."""
-        ...
 
     def rollback(self, verified: int) -> None:
         """Go back to when :attr:`verified` was this; 0 makes it ready for another request."""
-        ...
 
 
 class ChainProposer(Proposer, Protocol):
@@ -73,7 +74,6 @@ class ChainProposer(Proposer, Protocol):
         See the module's text for ``ids_T`` and ``taps_T``. The draft's own guesses of the last round that were kept
         are among ``ids_T``, in their order and followed by one token of the target's choice.
         """
-        ...
 
 
 class TreeProposer(Proposer, Protocol):
@@ -81,7 +81,6 @@ class TreeProposer(Proposer, Protocol):
 
     def feed(self, ids_T: Tensor, taps_T: Tensor) -> Tensor:
         """Take in what was verified since the last call; the root's state [1, H]."""
-        ...
 
     def expand(self, tokens_F: Tensor, states_FH: Tensor, depth: int, mask_FC: Tensor) -> Tensor:
         """States [F, H] of guessed nodes at this depth below the root, given the states of their parents.
@@ -89,7 +88,6 @@ class TreeProposer(Proposer, Protocol):
         ``mask_FC`` is boolean, true where a node may look: over the verified text, the nodes expanded since
         :meth:`feed`, and these nodes themselves.
         """
-        ...
 
 
 # -- acceptance over stored rows -------------------------------------------------------------------------------------
@@ -97,25 +95,18 @@ class Walk(Protocol):
     """A draft over stored responses of its target, without decoding. Rows come out in an order of the walk's own;
     rows without an anchor are left out. ``features`` may be None for a draft without taps."""
 
-    def runs(
-        self, rows: Sequence[AnyRow], features: FeatureSource | None, gamma: int
-    ) -> Iterator[tuple[AnyRow, list[int]]]:
+    def runs(self, rows: Sequence[AnyRow], features: FeatureSource | None, gamma: int) -> Runs:
         """For each anchor of a row how many greedy proposals in a row are right when a round starts there, at most
         ``gamma``."""
-        ...
 
-    def chances(
-        self, rows: Sequence[AnyRow], features: FeatureSource | None, gamma: int, sampler: Sampler
-    ) -> Iterator[tuple[AnyRow, Tensor]]:
+    def chances(self, rows: Sequence[AnyRow], features: FeatureSource | None, gamma: int, sampler: Sampler) -> Chances:
         """The chance [A, J] that the j-th token behind each anchor came by acceptance, given that it came: w of
         :mod:`redraft.acceptance.simulate`. 0 behind the end of the response and behind a token that cannot be
         accepted; of a greedy sampler 1 up to the first wrong proposal."""
-        ...
 
     def alphas(self, rows: Sequence[AnyRow], features: FeatureSource | None) -> Iterator[tuple[AnyRow, float]]:
         """The mean over a row's anchors of sum_x min(target, draft) at the first drafted position. The target's
         probabilities are over its whole vocabulary."""
-        ...
 
 
 # -- training --------------------------------------------------------------------------------------------------------
@@ -125,40 +116,9 @@ Batch = TypeVar("Batch")
 class Objective(Protocol[Batch]):
     """From rows to one number to differentiate."""
 
-    def collate(
-        self, rows: Sequence[TokenRow], features: FeatureSource, weights: Mapping[str, Tensor] | None = None
-    ) -> Batch:
-        """The rows as a batch, which has ``.to(device)``. ``weights`` [A, J] by row key say what each state (anchor
-        and draft step) counts for, in place of the objective's own; asked of drafts that are ``weighable`` only."""
-        ...
+    def collate(self, rows: Sequence[TokenRow], features: FeatureSource, weights: Weights = None) -> Batch:
+        """The rows as a batch, which has ``.to(device)``. ``weights`` say what each state (anchor and draft step)
+        counts for, in place of the objective's own; asked of drafts that are ``weighable`` only."""
 
     def __call__(self, batch: Batch) -> Tensor:
         """The scalar loss of a batch, ready for ``backward``: a mean, whatever the batch's size."""
-        ...
-
-
-# -- what a draft offers ---------------------------------------------------------------------------------------------
-class Proposes:
-    """The methods by which a draft hands out the above. A draft is bound to its target before any of them."""
-
-    # Whether :meth:`proposer` grows trees too (:class:`TreeProposer`).
-    grows_trees: ClassVar[bool] = False
-    # Whether the objective takes weights of its states.
-    weighable: ClassVar[bool] = False
-
-    def proposer(self, target: Target, capacity: int) -> Any:
-        """A :class:`ChainProposer` for one request of at most ``capacity`` tokens, a round's guesses included."""
-        raise NotImplementedError
-
-    def static_proposer(self, target: Target, capacity: int, gamma: int) -> Any:
-        """A :class:`ChainProposer` of greedy chains whose steps have static shapes, for CUDA graphs; it serves one
-        request after another. A family without one gives its usual proposer."""
-        return self.proposer(target, capacity)
-
-    def walk(self, target: Head) -> Walk:
-        """The draft over stored responses of ``target``."""
-        raise NotImplementedError
-
-    def objective(self, target: Head, settings: TrainConfig, reduce: Reduce = alone) -> Objective[Any]:
-        """What a training step minimises. Raises ``UserError`` for an unknown loss."""
-        raise NotImplementedError

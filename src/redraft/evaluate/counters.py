@@ -9,14 +9,12 @@ every round counts in full, also the last, of which the stop rule may keep a par
 SGLang: ``sglang:spec_verify_calls_total`` (rounds, added when a request ends) is the only cumulative one. Accepted
 tokens are not counted, but the client knows what it received: tau = (output tokens - requests) / rounds, the first
 token of a request being prefill's. The stop rule's cut is in it. The gauges ``sglang:spec_accept_length`` and
-``sglang:spec_accept_rate`` are means over the server's latest batches. They cannot be differenced; they are passed on
-under their own names, as last seen, and no figure is made of them.
+``sglang:spec_accept_rate``, means over the latest batches, are passed on as last seen; no figure is made of them.
 
-Samples of one counter with different labels (engines of a data-parallel server, models) are summed. Schedulers of
-one model that share its work (``tp_rank`` and the like) each count all of it, where they count at all: of these the
-highest is taken. A sample that stands there twice with the same labels, as of two processes whose registries were put
-together without a label of their own, is refused: whether to add them nobody knows. Names may end in ``_total``; a
-server that shows both spellings shows the same counter.
+Samples of one counter with different labels (engines of a data-parallel server, models) are summed. Schedulers that
+share a model's work (``tp_rank`` and the like) each count all of it: of these the highest is taken. A sample that is
+there twice with the same labels, as of two processes whose registries were put together, is refused: whether to add
+them nobody knows. Names may end in ``_total``; both spellings are the same counter.
 """
 
 from __future__ import annotations
@@ -53,43 +51,36 @@ Labels = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
-class Reading:
-    """One reading of ``/metrics``. ``prefix`` is the engine's, empty when the text is of neither engine.
+class Counts:
+    """What counters hold, or gained between two readings; None is what a server does not count.
 
-    ``rounds`` is None where the server has no counter of them; ``per_position`` maps a position from 0 to its count.
-    ``parts`` holds every sample of a counter by name and labels, ``made`` the time when it began, where that is told.
+    ``prefix`` is the engine's, empty when there is neither; ``per_position`` holds accepted tokens by position.
     """
 
     prefix: str = ""
     rounds: float | None = None
     drafted: float | None = None
     accepted: float | None = None
-    per_position: dict[int, float] = field(default_factory=dict)
+    per_position: list[float] = field(default_factory=list)
     generated: float | None = None
     cached: float | None = None
+
+    def tau_tokens(self, tokens: int, requests: int) -> float:
+        """The numerator of tau over ``rounds``: from the counters, or from ``tokens`` received by ``requests``."""
+        return tokens - requests if self.accepted is None else self.accepted + (self.rounds or 0)
+
+
+@dataclass(frozen=True)
+class Reading(Counts):
+    """One reading of ``/metrics``.
+
+    ``parts`` holds every sample of a counter by name and labels, ``made`` the time when it began, where that is told.
+    """
+
     started: float | None = None
     gauges: dict[str, float] = field(default_factory=dict)
     parts: dict[str, float] = field(default_factory=dict)
     made: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Counts:
-    """What the counters gained between two readings; the fields of :class:`Reading` without the moments."""
-
-    prefix: str
-    rounds: int | None
-    drafted: int | None
-    accepted: int | None
-    per_position: list[int]
-    generated: int | None
-    cached: int | None
-
-    def tau_tokens(self, tokens: int, requests: int) -> int:
-        """The numerator of tau over ``rounds``: from the counters, or from ``tokens`` received by ``requests``."""
-        if self.accepted is not None:
-            return self.accepted + (self.rounds or 0)
-        return tokens - requests
 
 
 def parse_metrics(text: str) -> Reading:
@@ -112,7 +103,7 @@ def parse_metrics(text: str) -> Reading:
             found.families.add(family.name.removesuffix("_total"))
             for sample in family.samples:
                 found.take(sample.name, sample.labels, sample.value)
-        return _reading(found)
+        return found.reading()
     except (ValueError, KeyError, IndexError) as error:
         raise UserError(f"the server's /metrics are not in the Prometheus text format: {error}") from error
 
@@ -159,33 +150,28 @@ class _Samples:
             found[dict(key).get("position")] += value
         return dict(found)
 
-
-def _reading(found: _Samples) -> Reading:
-    prefix = next((p for p in ENGINES if any(name.startswith(p) for name in found.families)), "")
-    started = sum(found.sums(STARTED).values()) if STARTED in found.counters else None
-
-    def value(name: str) -> float | None:
-        """A counter that is declared and has no sample yet has not counted anything: 0."""
-        whole = prefix + name
-        there = whole in found.families or whole in found.counters
-        return sum(found.sums(whole).values()) if there else None
-
-    if not prefix:
-        return Reading(started=started)
-    names = [prefix + name for name in (ROUNDS[prefix], DRAFTED, ACCEPTED, PER_POSITION, GENERATED, CACHED[prefix])]
-    return Reading(
-        prefix=prefix,
-        rounds=value(ROUNDS[prefix]),
-        drafted=value(DRAFTED),
-        accepted=value(ACCEPTED),
-        per_position={int(str(position)): count for position, count in found.sums(VLLM + PER_POSITION).items()},
-        generated=value(GENERATED),
-        cached=value(CACHED[prefix]),
-        started=started,
-        gauges=found.gauges,
-        parts={f"{name}{key}": count for name in names for key, count in found.counters.get(name, {}).items()},
-        made={key: time for key, time in found.made.items() if key.startswith(tuple(names))},
-    )
+    def reading(self) -> Reading:
+        """All of it. A counter that is declared and has no sample yet has not counted anything: 0."""
+        prefix = next((p for p in ENGINES if any(name.startswith(p) for name in self.families)), "")
+        started = sum(self.sums(STARTED).values()) if STARTED in self.counters else None
+        if not prefix:
+            return Reading(started=started)
+        asked = zip(COUNTED, (ROUNDS[prefix], DRAFTED, ACCEPTED, GENERATED, CACHED[prefix]), strict=True)
+        whole = {field: prefix + name for field, name in asked}
+        names = (*whole.values(), prefix + PER_POSITION)
+        places = {int(str(position)): count for position, count in self.sums(VLLM + PER_POSITION).items()}
+        return Reading(
+            prefix,
+            per_position=[places.get(j, 0) for j in range(max(places, default=-1) + 1)],
+            started=started,
+            gauges=self.gauges,
+            parts={f"{name}{key}": count for name in names for key, count in self.counters.get(name, {}).items()},
+            made={key: time for key, time in self.made.items() if key.startswith(names)},
+            **{
+                field: sum(self.sums(name).values()) if name in self.families or name in self.counters else None
+                for field, name in whole.items()
+            },
+        )
 
 
 def difference(before: Reading, after: Reading, where: str) -> Counts:
@@ -197,7 +183,7 @@ def difference(before: Reading, after: Reading, where: str) -> Counts:
     pairs = [
         *((count, after.parts.get(part)) for part, count in before.parts.items()),
         *((getattr(before, name), getattr(after, name)) for name in COUNTED),
-        *((count, after.per_position.get(position)) for position, count in before.per_position.items()),
+        *zip_longest(before.per_position, after.per_position),
     ]
     another = before.started != after.started or any(after.made.get(part) != at for part, at in before.made.items())
     if another or any(old is not None and (new is None or new < old) for old, new in pairs):
@@ -205,17 +191,15 @@ def difference(before: Reading, after: Reading, where: str) -> Counts:
             f"the counters of the server {where} went backwards: it was restarted; measure again "
             "(where several processes answer in turn, each with counters of its own, measure one of them)"
         )
-    places = range(max(after.per_position, default=-1) + 1)
+    # A counter that appeared in between (its first sample makes it appear) began at 0.
+    gained = {name: (getattr(before, name), getattr(after, name)) for name in COUNTED}
     return Counts(
-        prefix=after.prefix,
-        per_position=[round(after.per_position.get(j, 0) - before.per_position.get(j, 0)) for j in places],
-        **{name: _gain(getattr(before, name), getattr(after, name)) for name in COUNTED},
+        after.prefix,
+        per_position=[
+            round(new - old) for old, new in zip_longest(before.per_position, after.per_position, fillvalue=0)
+        ],
+        **{name: None if new is None else round(new - (old or 0)) for name, (old, new) in gained.items()},
     )
-
-
-def _gain(before: float | None, after: float | None) -> int | None:
-    """A counter that appeared in between (its first sample makes it appear) began at 0."""
-    return None if after is None else round(after - (before or 0))
 
 
 def total(parts: Iterable[Counts]) -> Counts:
@@ -223,7 +207,7 @@ def total(parts: Iterable[Counts]) -> Counts:
     found = list(parts)
     values = {name: [getattr(part, name) for part in found] for name in COUNTED}
     return Counts(
-        prefix=found[0].prefix if found else "",
+        found[0].prefix if found else "",
         per_position=[sum(place) for place in zip_longest(*(part.per_position for part in found), fillvalue=0)],
         **{name: None if None in some else sum(some) for name, some in values.items()},
     )

@@ -12,7 +12,8 @@ Shape legend: R response positions, V vocabulary, H hidden size.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -47,20 +48,14 @@ class Divergence:
         """Whether rounding of the size seen on this very text can exchange the two tokens."""
         return self.plain is not None and self.other is not None and self.behind <= self.noise
 
-    def to_dict(self) -> dict[str, Any]:
-        """The fields and ``near_tie``, as plain JSON values."""
-        return asdict(self) | {"near_tie": self.near_tie}
-
 
 def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
     """The first position at which two texts differ, None if they are equal.
 
     Where the shorter one begins the longer one that is the shorter one's length.
     """
-    for position, (a, b) in enumerate(zip(one, other, strict=False)):
-        if a != b:
-            return position
-    return None if len(one) == len(other) else min(len(one), len(other))
+    pairs = enumerate(zip_longest(one, other))
+    return next((position for position, (a, b) in pairs if a != b), None)
 
 
 def top_two(logits_RV: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,11 +127,11 @@ def summary(found: Iterable[Divergence | None]) -> dict[str, Any]:
 
     ``first_divergence_gap`` lists the float32 gap between the two best logits at each first difference.
     """
-    all_of_them = list(found)
-    differing = [item for item in all_of_them if item is not None]
+    parted = list(found)
+    differing = [item for item in parted if item is not None]
     return {
-        "prompts": len(all_of_them),
-        "identical": len(all_of_them) - len(differing),
+        "prompts": len(parted),
+        "identical": len(parted) - len(differing),
         "near_ties": sum(item.near_tie for item in differing),
         "first_divergence_gap": [item.gap for item in differing],
     }

@@ -85,10 +85,8 @@ class Seen:
     def observations(self) -> dict[str, float | None]:
         """By name: the draft's own ``level``, that on its ``base`` target, what it ``lost`` between the two, and what
         a ``trial`` brought; all of them logits."""
-        level, base, tried = (
-            None if tau is None else logit(tau, self.gamma) for tau in (self.tau, self.reference_tau, self.trial_tau)
-        )
-        assert level is not None
+        level = logit(self.tau, self.gamma)
+        base, tried = (None if tau is None else logit(tau, self.gamma) for tau in (self.reference_tau, self.trial_tau))
         lost, trial = (None if other is None else other - level for other in (base, tried))
         return {"level": level, "base": base, "lost": lost, "trial": trial}
 

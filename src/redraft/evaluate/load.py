@@ -11,25 +11,16 @@ gaps between messages would be those of rounds.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from typing import Any
 
+from redraft.data import transport
 from redraft.data.generate import Request
-from redraft.data.transport import (
-    Connection,
-    Refused,
-    Transient,
-    answer_ids,
-    answer_text,
-    check_prompt,
-    completion_body,
-    counted,
-    first_choice,
-)
+from redraft.data.transport import Connection, Refused, Transient
 from redraft.errors import UserError
-from redraft.evaluate.counters import SGLANG, VLLM, Counts, Reading, difference, parse_metrics
+from redraft.evaluate.counters import ENGINES, SGLANG, VLLM, Counts, Reading, difference, parse_metrics
 from redraft.evaluate.speed import Prompt
 from redraft.settings.sampler import Sampler
 
@@ -43,8 +34,8 @@ Done = Callable[[str], None]
 class ServerConfig:
     """``concurrencies``: the levels, each with at least as many prompts. ``warmup``: requests before a level that are
     not counted, of ``warmup_tokens`` at most; never fewer than the level's workers. ``timeout``: seconds without a
-    byte. ``tolerated``: share of requests that may fail before the run does. ``models``: served name by server.
-    ``eos_ids``: the target's end tokens, where they are known.
+    byte. ``tolerated``: share of requests that may fail before the run does. ``model``: the served name where a server
+    has several. ``eos_ids``: the target's end tokens, where they are known.
 
     Raises ``UserError`` for values that make no sense.
     """
@@ -57,7 +48,7 @@ class ServerConfig:
     warmup_tokens: int = 16
     timeout: float = 300.0
     tolerated: float = 0.03
-    models: Mapping[str, str] = field(default_factory=dict)
+    model: str | None = None
     eos_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -65,8 +56,6 @@ class ServerConfig:
         if not levels or min(levels) < 1 or len(set(levels)) != len(levels):
             named = ", ".join(map(str, levels)) or "none"
             raise UserError(f"concurrencies must be different whole numbers from 1 on, not {named}")
-        if self.max_new_tokens < 2:
-            raise UserError(f"a speed needs answers of at least 2 tokens, not {self.max_new_tokens}")
 
 
 @dataclass(frozen=True)
@@ -95,24 +84,24 @@ class Answer:
         return self.text == other.text
 
 
-@dataclass(frozen=True)
+@dataclass
 class Level:
     """What one server did at one concurrency: an answer a prompt, in their order.
 
-    ``counts`` holds one difference of the counters a prompt at concurrency 1 (with ``by_prompt``), else one for the
-    whole level; it is empty where the server has no counters. ``gauges`` are as last seen.
+    ``counts`` holds one difference of the counters a prompt at concurrency 1, else one for the whole level; it is
+    empty where the server has no counters. ``gauges`` are as last seen.
     """
 
     concurrency: int
     answers: list[Answer]
     wall: float
     counts: list[Counts]
-    by_prompt: bool
     gauges: dict[str, float] = field(default_factory=dict)
 
-    def behind(self, eos_ids: Collection[int]) -> int:
-        """How many answers go on behind one of these end tokens, as far as their ids came."""
-        return sum(any(i in eos_ids for i in (answer.ids or [])[:-1]) for answer in self.good)
+    @property
+    def by_prompt(self) -> bool:
+        """Whether every prompt has counts of its own."""
+        return self.concurrency == 1
 
     @property
     def in_flight(self) -> float:
@@ -136,7 +125,8 @@ class Level:
 
 
 class Session:
-    """A server under measurement: its connection, what it serves, and whether it streams. Use :meth:`open` first."""
+    """A server under measurement: its connection, what it says of itself, its ``levels`` by concurrency and what a
+    reader of them must know (``notes``). Use :meth:`open` first."""
 
     def __init__(self, name: str, url: str, config: ServerConfig) -> None:
         self.name, self.config = name, config
@@ -145,6 +135,7 @@ class Session:
         self.streamed = True
         self.engine = ""
         self.version: str | None = None
+        self.levels: dict[int, Level] = {}
         self.notes: list[str] = []
         self._metrics = True
 
@@ -153,17 +144,16 @@ class Session:
 
         Raises ``UserError`` in one line for a server that cannot be used.
         """
-        self.connection.open()
         try:
+            self.connection.open()
             self.model = self._find_model()
             self._find_mode(prompts[0])
             self.engine = self.read().prefix
             self.version = self._version()
-        except (Transient, Refused) as error:
+        except BaseException as error:
             self.close()
-            raise UserError(f"the server {self.where} cannot be used: {error}; is it up?") from error
-        except BaseException:
-            self.close()
+            if isinstance(error, Transient | Refused):
+                raise UserError(f"the server {self.where} cannot be used: {error}; is it up?") from error
             raise
         return self
 
@@ -176,8 +166,18 @@ class Session:
         """The name and address of the server, for messages."""
         return f"{self.name} at {self.connection.url}"
 
+    @property
+    def base(self) -> Level:
+        """The level that the headline is of: concurrency 1, or the lowest."""
+        return self.levels[min(self.levels)]
+
+    @property
+    def product(self) -> str:
+        """``vLLM 0.32.0``, as far as it is known."""
+        return " ".join(filter(None, [ENGINES.get(self.engine, "unknown engine"), self.version]))
+
     def _find_model(self) -> str:
-        wanted = self.config.models.get(self.name)
+        wanted = self.config.model
         names = self.connection.served_models()
         if wanted is None:
             return self.connection.the_model(names)
@@ -245,7 +245,7 @@ class Session:
 
     def _ask(self, prompt: Prompt, index: int, max_new_tokens: int) -> Answer:
         request = Request(prompt.id, prompt.ids, self.config.sampler, self.config.seed + index)
-        body = completion_body(request, self.model, max_new_tokens)
+        body = transport.completion_body(request, self.model, max_new_tokens)
         if self.streamed:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
         began = time.perf_counter()
@@ -273,16 +273,17 @@ class Session:
         wall = time.perf_counter() - began
         after = self.read_after(before, sum(answer.tokens for answer in answers))
         counts = [difference(before, after, self.where)] if after.prefix else []
-        return Level(concurrency, answers, wall, counts, False, after.gauges)
+        return Level(concurrency, answers, wall, counts, after.gauges)
 
     def _at_once(self, prompts: Sequence[Prompt], workers: int, limit: int, done: Done | None) -> list[Answer]:
         pool = ThreadPoolExecutor(workers, thread_name_prefix="redraft-load")
-        allowed = Tolerance(self.where, len(prompts), self.config.tolerated if done else 1.0)
+        faults: list[str] = []
         try:
             futures = [pool.submit(self.answer, prompt, index, limit) for index, prompt in enumerate(prompts)]
             for future in as_completed(futures):
-                allowed.take(future.result())
+                faults += filter(None, [future.result().fault])
                 if done:
+                    self.check_faults(faults, len(prompts))
                     done(f"{self.name}, {workers} at a time")
             return [future.result() for future in futures]
         except BaseException:
@@ -291,24 +292,13 @@ class Session:
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-
-class Tolerance:
-    """Counts failures and gives up as soon as they exceed the share ``tolerated`` of ``requests``."""
-
-    def __init__(self, where: str, requests: int, tolerated: float) -> None:
-        self.where, self.requests, self.tolerated = where, requests, tolerated
-        self.failed = 0
-
-    def take(self, answer: Answer) -> Answer:
-        """Count ``answer`` and give it back. Raises ``UserError`` when it was one failure too many."""
-        if answer.fault:
-            self.failed += 1
-            if self.failed > self.tolerated * self.requests:
-                raise UserError(
-                    f"{self.failed} of {self.requests} requests to the server {self.where} failed, more than "
-                    f"{self.tolerated:.0%}; the last: {answer.fault}"
-                )
-        return answer
+    def check_faults(self, faults: Sequence[str], requests: int) -> None:
+        """Raise ``UserError`` where more than the tolerated share of ``requests`` failed."""
+        if len(faults) > self.config.tolerated * requests:
+            raise UserError(
+                f"{len(faults)} of {requests} requests to the server {self.where} failed, more than "
+                f"{self.config.tolerated:.0%}; the last: {faults[-1]}"
+            )
 
 
 def paired(sessions: Sequence[Session], prompts: Sequence[Prompt], done: Done | None = None) -> dict[str, Level]:
@@ -316,29 +306,25 @@ def paired(sessions: Sequence[Session], prompts: Sequence[Prompt], done: Done | 
 
     The counters are read before and after each request. Raises ``UserError`` when too many requests fail.
     """
-    answers: dict[str, list[Answer]] = {session.name: [] for session in sessions}
-    counts: dict[str, list[Counts]] = {session.name: [] for session in sessions}
-    gauges: dict[str, dict[str, float]] = {}
-    allowed = {s.name: Tolerance(s.where, len(prompts), s.config.tolerated) for s in sessions}
+    levels = {session.name: Level(1, [], 0.0, []) for session in sessions}
     for index, prompt in enumerate(prompts):
         turn = index % len(sessions)
         for session in [*sessions[turn:], *sessions[:turn]]:
-            before = session.read()
-            answer = allowed[session.name].take(session.answer(prompt, index))
+            level, before = levels[session.name], session.read()
+            answer = session.answer(prompt, index)
+            level.answers.append(answer)
+            level.wall += answer.seconds
+            session.check_faults([found.fault for found in level.answers if found.fault], len(prompts))
             after = session.read_after(before, answer.tokens)
-            answers[session.name].append(answer)
             if after.prefix:
-                counts[session.name].append(difference(before, after, session.where))
-                gauges[session.name] = after.gauges
+                level.counts.append(difference(before, after, session.where))
+                level.gauges = after.gauges
             if done:
                 done(f"prompt {index + 1} of {len(prompts)}, {session.name}")
     for session in sessions:
-        if counts[session.name] and len(counts[session.name]) < len(prompts):
+        if 0 < len(levels[session.name].counts) < len(prompts):
             raise UserError(f"the server {session.where} stopped giving its counters half-way; measure again")
-    return {
-        name: Level(1, found, sum(a.seconds for a in found), counts[name], True, gauges.get(name, {}))
-        for name, found in answers.items()
-    }
+    return levels
 
 
 # -- answers ---------------------------------------------------------------------------------------------------------
@@ -355,13 +341,13 @@ def _read(events: Iterable[dict[str, Any]], body: dict[str, Any], request: Reque
     finished = with_ids = False
     for event in events:
         # some servers count an end token beside the tokens that were asked for
-        found = counted(event, "completion_tokens", int(body["max_tokens"]) + 1)
+        found = transport.counted(event, "completion_tokens", int(body["max_tokens"]) + 1)
         tokens = tokens if found is None else found
-        choice = first_choice(event)
+        choice = transport.first_choice(event)
         if choice is None:
             continue
-        check_prompt(choice, event, request)
-        text, new = answer_text(choice), answer_ids(choice)
+        transport.check_prompt(choice, event, request)
+        text, new = transport.answer_text(choice), transport.answer_ids(choice)
         with_ids = with_ids or new is not None
         if new or text:
             times.append(time.perf_counter() - began)

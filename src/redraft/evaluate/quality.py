@@ -17,8 +17,7 @@ from redraft.data.suites.code import code_blocks, defined_names
 from redraft.evaluate.figures import PLAIN
 from redraft.evaluate.speed import Prompt
 from redraft.evaluate.statistics import mean, paired_difference
-from redraft.registries import SUITES
-from redraft.registry import Registry
+from redraft.registries import SUITES, Registry
 
 # (output, reference) -> whether the output is right
 RULES: Registry[Callable[[str, str], bool]] = Registry("scoring rule")
@@ -65,25 +64,16 @@ def quality_table(prompts: Sequence[Prompt], outputs: Mapping[str, Sequence[str]
         name: {t: [bool(score(kind_of(t), texts[i], prompts[i].reference)) for i in tasks[t]] for t in tasks}
         for name, texts in outputs.items()
     }
-    return {
-        name: {task: _figures(task, found[task], verdicts.get(PLAIN, found)[task], name) for task in tasks}
-        for name, found in verdicts.items()
-        if tasks
-    }
-
-
-def _figures(task: str, right: list[bool], plain: list[bool], name: str) -> dict[str, Any]:
-    figures: dict[str, Any] = {
-        "rule": kind_of(task),
-        "scored": len(right),
-        "correct": sum(right),
-        "score": mean(right).to_dict(),
-    }
-    if name != PLAIN:
-        ones = [1] * len(right)
-        figures["difference"] = paired_difference((right, ones), (plain, ones)).to_dict()
-        figures["changed"] = sum(a != b for a, b in zip(right, plain, strict=True))
-    return figures
+    table: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in outputs if tasks}
+    for name, by_task in table.items():
+        for task, right in verdicts[name].items():
+            by_task[task] = {"rule": kind_of(task), "scored": len(right), "correct": sum(right)}
+            by_task[task]["score"] = mean(right).to_dict()
+            if name != PLAIN:
+                plain, ones = verdicts.get(PLAIN, verdicts[name])[task], [1] * len(right)
+                by_task[task]["difference"] = paired_difference((right, ones), (plain, ones)).to_dict()
+                by_task[task]["changed"] = sum(a != b for a, b in zip(right, plain, strict=True))
+    return table
 
 
 # -- rules -----------------------------------------------------------------------------------------------------------

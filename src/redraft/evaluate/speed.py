@@ -8,20 +8,19 @@ intervals over prompts.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from redraft.decode.auto import make_decoder
 from redraft.decode.engine import PlainDecoder
-from redraft.decode.make import make_decoder
-from redraft.decode.pieces import trace
-from redraft.decode.requests import Generation
+from redraft.decode.requests import Generation, trace
 from redraft.drafts.base import Draft
 from redraft.errors import UserError
-from redraft.evaluate import summary
 from redraft.evaluate.divergence import plain_text
-from redraft.evaluate.figures import PLAIN, by_task, gains
+from redraft.evaluate.figures import PLAIN, by_task, costs, gains, per_prompt, seconds, summarise, tally
 from redraft.evaluate.statistics import ratio_of_sums
+from redraft.rows import TokenRow, anchors
 from redraft.settings.sampler import Sampler
 from redraft.settings.shapes import ChainShape, Shape
 from redraft.target import Target
@@ -62,12 +61,9 @@ class BenchConfig:
     alpha_prompts: int = 6
     traces: int = 4
 
-    @property
-    def depth(self) -> int:
-        return self.shape.depth
-
 
 Tick = Callable[[int, str], None]
+Count = Callable[[Generation, str], None]
 
 
 @dataclass
@@ -81,11 +77,6 @@ class Measured:
     runs: dict[str, list[Generation]]
     targets: dict[str, Target]
     expected: dict[str, list[list[int]]]
-
-    @property
-    def target(self) -> Target:
-        """The target of the fastest plain decoding."""
-        return self.targets[PLAIN]
 
 
 def bench(
@@ -104,8 +95,15 @@ def bench(
     """
     if not prompts:
         raise UserError("no prompts to measure on; give at least one")
-    counter = _Counter(tick)
-    held = contest(targets, drafts, prompts, config, counter) if len(targets) > 1 else {}
+    tokens = 0
+
+    def count(run: Generation, what: str) -> None:
+        nonlocal tokens
+        tokens += len(run.ids)
+        if tick:
+            tick(tokens, what)
+
+    held = contest(targets, drafts, prompts, config, count) if len(targets) > 1 else {}
     chosen = {
         n: max(held[n], key=lambda t: _rate(held[n][t])) if held else next(iter(targets)) for n in [PLAIN, *drafts]
     }
@@ -118,21 +116,32 @@ def bench(
     for index, prompt in enumerate(prompts):
         for name, run in _turn(decoders, prompt, index, config):
             runs[name].append(run)
-            counter.add(run, f"prompt {index + 1} of {len(prompts)}, {name}")
-    wall, decoding = time.perf_counter() - began, sum(summary.seconds(g) for part in runs.values() for g in part)
-    expected = {name: _expected(name, chosen, runs, used[name], prompts, config) for name in drafts}
+            count(run, f"prompt {index + 1} of {len(prompts)}, {name}")
+    wall, decoding = time.perf_counter() - began, sum(seconds(g) for part in runs.values() for g in part)
+    expected = {name: [run.ids for run in runs[PLAIN]] for name in drafts}
+    for name in drafts:
+        if chosen[name] != chosen[PLAIN] and config.sampler.greedy:  # a pass tells plain decoding's text in this type
+            asked = zip(prompts, runs[name], strict=True)
+            expected[name] = [plain_text(prompt.ids, run.ids, used[name]) for prompt, run in asked]
     tasks = [prompt.task for prompt in prompts]
-    tallies = {name: summary.tally(found) for name, found in runs.items()}
+    tallies = {name: tally(found) for name, found in runs.items()}
+    own, in_contest = chosen[PLAIN], held.get(PLAIN, {})
+    timed = {dtype: len(some) for dtype, some in in_contest.items()} | {own: len(prompts)}
     result: dict[str, Any] = {
         "schema": SCHEMA,
         "provenance": dict(provenance),
-        "setup": _setup(used[PLAIN], prompts, config, chosen[PLAIN], held.get(PLAIN, {chosen[PLAIN]: []}))
-        | {"overhead": wall / decoding - 1},
-        "plain": _plain(runs[PLAIN], chosen[PLAIN], held.get(PLAIN, {})),
-        "contest": {name: {dtype: _entry(found) for dtype, found in by.items()} for name, by in held.items()},
+        "setup": {"target": used[PLAIN].name, **_setup(config), "prompts": len(prompts), "dtype": own}
+        | {"contest_prompts": timed, "overhead": wall / decoding - 1},
+        "plain": _plain(runs[PLAIN], own, in_contest),
+        "contest": {
+            name: {dtype: {"prompts": len(some), "tokens_per_second": _rate(some)} for dtype, some in by_type.items()}
+            for name, by_type in held.items()
+        },
         "drafts": {},
         "gains": gains({name: tallies[name] for name in drafts}),
-        "per_prompt": summary.per_prompt(runs, [prompt.id for prompt in prompts], tasks),
+        "per_prompt": per_prompt(
+            runs, {i: (p.id, p.task) for i, p in enumerate(prompts)}, lambda name, i: _entry(name, runs[name][i])
+        ),
         "traces": _traces(used[PLAIN], runs, prompts, config),
     }
     for name, draft in drafts.items():
@@ -140,77 +149,53 @@ def bench(
             "dtype": chosen[name],
             "parameters": sum(p.numel() for p in draft.parameters()),
             "alpha": _alpha(used[name], draft, prompts[: config.alpha_prompts], config),
-            **summary.summarise(runs[name], runs[PLAIN], config.depth, expected[name]),
-            **summary.costs(used[name], draft, runs[name], runs[PLAIN]),
+            **summarise(runs[name], tallies[PLAIN], config.shape.depth, expected[name]),
+            **costs(used[name], draft, runs[name], runs[PLAIN]),
             "by_task": by_task(tallies[name], tallies[PLAIN], tasks, sorted({*tasks} - {""})),
         }
     return Measured(result, runs, used, expected)
 
 
-def _setup(
-    target: Target, prompts: Sequence[Prompt], config: BenchConfig, dtype: str, held: Mapping[str, Sequence[Generation]]
-) -> dict[str, Any]:
-    chain = isinstance(config.shape, ChainShape)
-    fixed = config.sampler.greedy or config.greedy_drafts
+def _setup(config: BenchConfig) -> dict[str, Any]:
     return {
-        "target": target.name,
         "sampler": config.sampler.describe(),
-        "draft_tokens": "greedy" if fixed else "sampled",
-        "gamma": config.depth,
-        "shape": "chain" if chain else config.shape.describe(),
-        "prompts": len(prompts),
+        "draft_tokens": "greedy" if config.sampler.greedy or config.greedy_drafts else "sampled",
+        "gamma": config.shape.depth,
+        "shape": "chain" if isinstance(config.shape, ChainShape) else config.shape.describe(),
         "max_new_tokens": config.max_new_tokens,
         "batch": 1,
         "seed": config.seed,
-        "dtype": dtype,
         "speed": "tokens a second over prefill and decoding together",
-        "contest_prompts": {name: len(prompts) if name == dtype else len(found) for name, found in held.items()},
     }
 
 
 def _plain(runs: Sequence[Generation], fastest: str, held: Mapping[str, Sequence[Generation]]) -> dict[str, Any]:
     """Plain decoding by data type: the fastest on all prompts, the others on those of the contest, and over it."""
-    found: dict[str, Any] = {fastest: {"tokens_per_second": summary.tally(runs).rate()}}
+    found: dict[str, Any] = {fastest: {"tokens_per_second": tally(runs).rate()}}
     for name in held.keys() - {fastest}:
         both = min(len(held[name]), len(held[fastest]))
-        relative = summary.tally(held[name][:both]).speedup(summary.tally(held[fastest][:both]))
-        found[name] = {"tokens_per_second": summary.tally(held[name]).rate(), "relative": relative}
+        relative = tally(held[name][:both]).speedup(tally(held[fastest][:both]))
+        found[name] = {"tokens_per_second": tally(held[name]).rate(), "relative": relative}
     return {**found, "fastest": fastest}
 
 
-def _entry(found: Sequence[Generation]) -> dict[str, Any]:
-    return {"prompts": len(found), "tokens_per_second": _rate(found)}
-
-
-def _expected(
-    name: str,
-    chosen: Mapping[str, str],
-    runs: Mapping[str, Sequence[Generation]],
-    target: Target,
-    prompts: Sequence[Prompt],
-    config: BenchConfig,
-) -> list[list[int]]:
-    """The texts that a draft's must equal: plain decoding's, which greedily in another type is told by a pass."""
-    if chosen[name] == chosen[PLAIN] or not config.sampler.greedy:
-        return [run.ids for run in runs[PLAIN]]
-    return [plain_text(prompt.ids, run.ids, target) for prompt, run in zip(prompts, runs[name], strict=True)]
+def _entry(name: str, run: Generation) -> dict[str, Any]:
+    """One answer of a contestant."""
+    entry: dict[str, Any] = {"tokens": len(run.ids), "seconds": round(seconds(run), 4)}
+    return (
+        entry
+        if name == PLAIN
+        else entry
+        | {
+            "rounds": len(run.rounds),
+            "accepted": [record.accepted for record in run.rounds],
+        }
+    )
 
 
 # -- measuring -------------------------------------------------------------------------------------------------------
-class _Counter:
-    """Tokens of everything that is decoded, for a line of progress."""
-
-    def __init__(self, tick: Tick | None) -> None:
-        self.tick, self.tokens = tick, 0
-
-    def add(self, run: Generation, what: str) -> None:
-        self.tokens += len(run.ids)
-        if self.tick:
-            self.tick(self.tokens, what)
-
-
 def _rate(found: Sequence[Generation]) -> float:
-    return sum(len(g.ids) for g in found) / sum(map(summary.seconds, found))
+    return sum(len(g.ids) for g in found) / sum(map(seconds, found))
 
 
 def _decoder(target: Target, draft: Draft | None, config: BenchConfig) -> PlainDecoder:
@@ -234,7 +219,7 @@ def contest(
     drafts: Mapping[str, Draft],
     prompts: Sequence[Prompt],
     config: BenchConfig,
-    counter: _Counter,
+    count: Count,
 ) -> dict[str, dict[str, list[Generation]]]:
     """A few prompts by every contestant in every data type, in turns: {contestant: {type: its generations}}.
 
@@ -251,13 +236,12 @@ def contest(
     for index, prompt in enumerate(prompts[: config.contest_prompts]):
         for (name, dtype), run in _turn(open_keys, prompt, index, config):
             found[name][dtype].append(run)
-            counter.add(run, f"which type is faster: {name} in {dtype}")
+            count(run, f"which type is faster: {name} in {dtype}")
         for name, by_type in found.items():
-            running = [dtype for dtype in by_type if (name, dtype) in open_keys]
-            rates = {dtype: _rate(by_type[dtype]) for dtype in running}
+            rates = {dtype: _rate(runs) for dtype, runs in by_type.items() if (name, dtype) in open_keys}
             limit = BEATEN[min(index, len(BEATEN) - 1)]
-            left = [dtype for dtype in running if rates[dtype] * limit > max(rates.values())]
-            for dtype in running:
+            left = [dtype for dtype, rate in rates.items() if rate * limit > max(rates.values())]
+            for dtype in rates:
                 if dtype not in left or len(left) == 1:
                     del open_keys[name, dtype]
         if not open_keys:
@@ -267,7 +251,7 @@ def contest(
 
 def _alpha(target: Target, draft: Draft, prompts: Sequence[Prompt], config: BenchConfig) -> dict[str, float] | None:
     """Mean of sum_x min(target, draft) along a chain of the shape's depth; at temperature 1 when decoding is greedy."""
-    decoder = make_decoder(target, draft, ChainShape(config.depth), config.sampler, measure_overlap=True)
+    decoder = make_decoder(target, draft, ChainShape(config.shape.depth), config.sampler, measure_overlap=True)
     limit = min(64, config.max_new_tokens)
     found = [
         [value for record in decoder.generate(p.ids, limit, config.seed).rounds for value in record.overlap]
@@ -293,7 +277,8 @@ def _traces(
     ]
 
 
-def tau_interval(accepted: Mapping[str, Sequence[int]], tokens: Mapping[str, int]) -> dict[str, float]:
-    """tau_pooled with its interval from a simulation: accepted tokens of every round and tokens, by row key."""
+def tau_interval(accepted: Mapping[str, Sequence[int]], rows: Iterable[TokenRow]) -> dict[str, float]:
+    """tau_pooled with its interval from a simulation: accepted tokens of every round, by row key."""
+    tokens = {row.key: anchors(row) for row in rows}
     keys = [key for key in accepted if accepted[key]]
     return ratio_of_sums([tokens[k] for k in keys], [len(accepted[k]) for k in keys]).to_dict()

@@ -9,6 +9,7 @@ Shape legend: D bootstrap draws, P prompts, F measured quantities of one prompt 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
@@ -74,50 +75,39 @@ def bootstrap(
     return _interval(statistic(values), np.asarray(drawn, dtype=np.float64))
 
 
-def bootstrap_sums(
-    values_PF: npt.ArrayLike,
-    statistic: Callable[[Array], Any],
-    draws: int = 2000,
-    seed: int = 0,
-) -> Interval:
-    """Bootstrap of a statistic that needs only the sums over prompts; one matrix product, no loop.
+def of_ratios(statistic: Callable[..., Any], *pairs_P: Pairs, draws: int = 2000, seed: int = 0) -> Interval:
+    """Bootstrap of a function of ratios of sums over prompts, from numerators and denominators on the same prompts.
 
-    ``statistic`` maps sums [..., F] to [...] and is called once for the sample and once for all draws. Uses the
-    same resamples as :func:`bootstrap` at the same seed.
+    Only sums are resampled: one matrix product, no loop, and the same resamples as :func:`bootstrap` at the same seed.
     """
-    values = np.asarray(values_PF, dtype=np.float64)
-    if values.ndim != 2:
-        raise ValueError(f"expected one row a prompt, got shape {values.shape}")
-    counts_DP = resample_counts(len(values), draws, seed)
+    values_PF = np.column_stack([column for pair in pairs_P for column in pair]).astype(np.float64)
+    counts_DP = resample_counts(len(values_PF), draws, seed)
     with np.errstate(divide="ignore", invalid="ignore"):
-        drawn = np.asarray(statistic(counts_DP @ values), dtype=np.float64)
-        value = float(np.asarray(statistic(values.sum(0))))
+        drawn, value = (
+            statistic(*(sums[..., 2 * i] / sums[..., 2 * i + 1] for i in range(len(pairs_P))))
+            for sums in (counts_DP @ values_PF, values_PF.sum(0))
+        )
     return _interval(value, drawn)
 
 
 def ratio_of_sums(numerator_P: npt.ArrayLike, denominator_P: npt.ArrayLike, **options: Any) -> Interval:
     """sum(numerator) / sum(denominator): ``tau_pooled`` from tokens and rounds, tokens/s from tokens and seconds."""
-    return bootstrap_sums(np.column_stack([numerator_P, denominator_P]), lambda s: s[..., 0] / s[..., 1], **options)
+    return of_ratios(lambda ratio: ratio, (numerator_P, denominator_P), **options)
 
 
 def mean(values_P: npt.ArrayLike, **options: Any) -> Interval:
     """Mean over prompts; ``tau_macro`` from each prompt's tokens / rounds."""
-    ones = np.ones(len(np.asarray(values_P)))
-    return ratio_of_sums(values_P, ones, **options)
+    return ratio_of_sums(values_P, np.ones(len(np.asarray(values_P))), **options)
 
 
 def paired_difference(new_P: Pairs, old_P: Pairs, **options: Any) -> Interval:
     """Ratio of sums of ``new`` minus that of ``old``; each is (numerators, denominators) on the same prompts."""
-    return bootstrap_sums(
-        np.column_stack([*new_P, *old_P]), lambda s: s[..., 0] / s[..., 1] - s[..., 2] / s[..., 3], **options
-    )
+    return of_ratios(operator.sub, new_P, old_P, **options)
 
 
 def paired_ratio(new_P: Pairs, old_P: Pairs, **options: Any) -> Interval:
     """Ratio of sums of ``new`` over that of ``old``: a speed-up, from (tokens, seconds) of each on the same prompts."""
-    return bootstrap_sums(
-        np.column_stack([*new_P, *old_P]), lambda s: s[..., 0] / s[..., 1] / (s[..., 2] / s[..., 3]), **options
-    )
+    return of_ratios(operator.truediv, new_P, old_P, **options)
 
 
 def paired_recovery(new_P: Pairs, stale_P: Pairs, full_P: Pairs, **options: Any) -> Interval:
@@ -126,9 +116,4 @@ def paired_recovery(new_P: Pairs, stale_P: Pairs, full_P: Pairs, **options: Any)
     From (tokens, rounds) of the three drafts on the same prompts; above 1 where it beats full retraining. The
     denominator may come near zero in some resamples when full retraining gains little: the interval is wide then.
     """
-
-    def statistic(sums: Array) -> Array:
-        tau, stale, full = (sums[..., 2 * i] / sums[..., 2 * i + 1] for i in range(3))
-        return (tau - stale) / (full - stale)
-
-    return bootstrap_sums(np.column_stack([*new_P, *stale_P, *full_P]), statistic, **options)
+    return of_ratios(lambda tau, stale, full: (tau - stale) / (full - stale), new_P, stale_P, full_P, **options)

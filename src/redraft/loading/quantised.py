@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import transformers
 
 from redraft.errors import UserError
 
@@ -36,27 +37,14 @@ class Plan:
     unpack: bool = False
     rounds: str | None = None
 
-    @property
-    def notes(self) -> list[str]:
-        if self.method is None:
-            return []
-        return [f"the weights were unpacked from {self.method}; they take the room of unquantised ones"]
-
-
-def settings_of(config: Any) -> dict[str, Any]:
-    """The quantisation that a config asks for, empty where it asks for none."""
-    for place in (config, config.get_text_config()):
-        found = getattr(place, "quantization_config", None)
-        if found:
-            return dict(found) if isinstance(found, dict) else found.to_dict()
-    return {}
-
 
 def plan(config: Any, spec: str) -> Plan:
     """How to open the checkpoint with this config. Raises ``UserError`` where it cannot be computed here."""
-    settings = settings_of(config)
-    if not settings:
+    asked = [getattr(place, "quantization_config", None) for place in (config, config.get_text_config())]
+    if not any(asked):
         return Plan()
+    found: Any = asked[0] or asked[1]
+    settings: dict[str, Any] = found if isinstance(found, dict) else found.to_dict()
     method = str(settings.get("quant_method") or "")
     if settings.get("load_in_4bit") or settings.get("load_in_8bit") or "bitsandbytes" in method:
         method = "bitsandbytes"
@@ -75,7 +63,23 @@ def plan(config: Any, spec: str) -> Plan:
             f"{spec} is quantised with {method} and {unknown}, which is not unpacked here; give the "
             "unquantised checkpoint"
         )
-    return _PLANS[method](settings)
+    match method:
+        case "bitsandbytes":
+            eight = bool(settings.get("load_in_8bit"))
+            return Plan({}, method, unpack=True, rounds="input activations" if eight else None)
+        case "fp8":
+            how: Any = transformers.FineGrainedFP8Config(dequantize=True)
+            return Plan({"quantization_config": how}, "fp8 blocks", rounds="input activations")
+        case "mxfp4":
+            return Plan({"quantization_config": transformers.Mxfp4Config(dequantize=True)}, method)
+    how = transformers.CompressedTensorsConfig
+    # An unknown argument would be taken without a word, so the older name is used where the newer one is not there.
+    newer = "dequantize" in inspect.signature(how).parameters
+    how = how(**{"dequantize": True} if newer else {"run_compressed": False})
+    groups = (settings.get("config_groups") or {}).values()
+    rounded = [name for name in ("input_activations", "output_activations") if any(g.get(name) for g in groups)]
+    rounded += ["the key and value cache"] if settings.get("kv_cache_scheme") else []
+    return Plan({"quantization_config": how}, method, rounds=" and ".join(rounded).replace("_", " ") or None)
 
 
 def _beside_weights(settings: dict[str, Any]) -> str | None:
@@ -89,60 +93,17 @@ def _beside_weights(settings: dict[str, Any]) -> str | None:
     return None if status == "compressed" else f"quantization_status {status}"
 
 
-def _compressed_tensors(settings: dict[str, Any]) -> Plan:
-    from transformers import CompressedTensorsConfig
-
-    # An unknown argument would be taken without a word, so the older name is used where the newer one is not there.
-    newer = "dequantize" in inspect.signature(CompressedTensorsConfig).parameters
-    groups = (settings.get("config_groups") or {}).values()
-    rounded = [name for name in ("input_activations", "output_activations") if any(g.get(name) for g in groups)]
-    rounded += ["the key and value cache"] if settings.get("kv_cache_scheme") else []
-    return Plan(
-        {
-            "quantization_config": CompressedTensorsConfig(
-                **{"dequantize": True} if newer else {"run_compressed": False}
-            )
-        },
-        "compressed-tensors",
-        rounds=" and ".join(rounded).replace("_", " ") or None,
-    )
-
-
-def _fp8(settings: dict[str, Any]) -> Plan:
-    from transformers import FineGrainedFP8Config
-
-    return Plan(
-        {"quantization_config": FineGrainedFP8Config(dequantize=True)}, "fp8 blocks", rounds="input activations"
-    )
-
-
-def _mxfp4(settings: dict[str, Any]) -> Plan:
-    from transformers import Mxfp4Config
-
-    return Plan({"quantization_config": Mxfp4Config(dequantize=True)}, "mxfp4")
-
-
-def _bitsandbytes(settings: dict[str, Any]) -> Plan:
-    eight = bool(settings.get("load_in_8bit"))
-    return Plan({}, "bitsandbytes", unpack=True, rounds="input activations" if eight else None)
-
-
-_PLANS = {"compressed-tensors": _compressed_tensors, "fp8": _fp8, "mxfp4": _mxfp4, "bitsandbytes": _bitsandbytes}
-
-
-def plain(model: Any, done: Plan, dtype: torch.dtype, spec: str) -> Any:
+def plain(model: Any, method: str, dtype: torch.dtype, spec: str) -> Any:
     """The model as an ordinary one: in ``dtype``, and with nothing in its config that a saved copy would be read by.
 
     Raises ``UserError`` where the library of the format has left something packed.
     """
-    if done.method is None:
-        return model
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and tensor.element_size() > 1 and not PACKED.search(name):
             continue
         if isinstance(model.get_submodule(name.rpartition(".")[0]), torch.nn.Linear | torch.nn.Embedding):
             raise UserError(
-                f"{spec} is quantised with {done.method}, and this release of transformers does not unpack {name}; "
+                f"{spec} is quantised with {method}, and this release of transformers does not unpack {name}; "
                 "upgrade transformers, or give the unquantised checkpoint"
             )
     for config in (model.config, model.config.get_text_config()):

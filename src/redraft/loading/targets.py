@@ -1,22 +1,40 @@
-"""Opening the frozen target and its tokenizer by name."""
+"""Opening the frozen target, its head or its facts, and its tokenizer, by name.
+
+Facts and head need no model where the checkpoint is plain: where its safetensors hold, by the very names and shapes,
+the tensors of the model that its config describes. Then the hash of its weights and the head can be read from the files
+as they lie, and nothing is built but a model without numbers, which says what is where. Whatever else there is
+(adapters, quantised and converted weights, damaged files) goes through :func:`load_target`, and is refused there where
+it is to be refused.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+import transformers
+from safetensors import safe_open
+from torch import Tensor, nn
 
+from redraft.arithmetic import MOST_BYTES, prepack
 from redraft.artifact import read_json
 from redraft.errors import UserError
+from redraft.loading import quantised
 from redraft.loading.adapters import merge
-from redraft.loading.checkpoint import load_model
-from redraft.loading.places import ADAPTER_FILE, locate, split_adapter
-from redraft.loading.quiet import first_line, quiet
-from redraft.loading.tokenizers import check_rows, read_tokenizer
-from redraft.target import Target
+from redraft.loading.checkpoint import check_code, check_folder, check_names, load_model, weight_files
+from redraft.loading.places import ADAPTER_FILE, first_line, locate, one_line, quiet, split_adapter
+from redraft.target import Facts, Head, Target
+from redraft.target.facts import empty_model, final_norm, plain_embedding, tensors_fingerprint, text_decoder
+
+# Files with the words of a tokenizer, of any kind.
+VOCABULARIES = ("tokenizer.json", "*.model", "*vocab*", "*.tiktoken", "tekken.json", "*.spm", "*.bpe")
+
+MODALITY_MARK = re.compile(r"image|img|vision|video|audio", re.IGNORECASE)
 
 
 def load_target(
@@ -51,7 +69,11 @@ def load_target(
         check_finite(model.named_parameters(), name)
         tokenizer = read_tokenizer(adapter, place, base)
         notes = [*notes, *check_rows(tokenizer, model, name)]
-    return Target(_to_device(model, device), tokenizer, name, taps, notes, rounds)
+    try:
+        model = model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"the device {device} cannot be used: {first_line(error)}") from error
+    return Target(model, tokenizer, name, taps, notes, rounds)
 
 
 def _other_base(adapter: str, base: str) -> list[str]:
@@ -80,8 +102,197 @@ def check_finite(named: Iterable[tuple[str, Tensor]], name: str) -> None:
             raise UserError(f"{name} holds NaN or infinity in {parameter}; is its training sound?")
 
 
-def _to_device(model: Any, device: str | torch.device) -> Any:
+# -- facts and head --------------------------------------------------------------------------------------------------
+def read_facts(spec: str, tokenizer: bool = True, device: str | torch.device = "cpu") -> Facts:
+    """What the config and the tokenizer of ``spec`` say; its weights may be elsewhere, and the hash is the config's.
+
+    ``tokenizer``: whether it is read too; ``device``: where drafts for it belong. Raises ``UserError``.
+    """
+    base, adapter = split_adapter(spec)
+    with quiet():
+        place = locate(base)
+        config = read_config(place, base)
+        words = read_tokenizer(adapter, place, base) if tokenizer else None
+    return Facts(spec, config, words, generation=_generation(place, config), device=device)
+
+
+def open_facts(spec: str, adapter: str | None = None, dtype: torch.dtype = torch.float32) -> Facts:
+    """The facts of a target whose weights are here, their hash among them.
+
+    ``dtype`` is that of the model, where it must be opened. Raises ``UserError``.
+    """
+    with quiet():
+        plain = _plain(spec, adapter)
+    return plain[0] if plain is not None else load_target(spec, dtype, "cpu", adapter, (), True).facts
+
+
+def open_head(
+    spec: str,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    adapter: str | None = None,
+    served: bool = False,
+) -> Head:
+    """The head of a target, with the arguments of :func:`redraft.loading.load_target`. Raises ``UserError``."""
+    with quiet():
+        plain = _plain(spec, adapter)
+    if plain is not None:
+        return _head(*plain, dtype, device)
+    return load_target(spec, dtype, device, adapter, taps=(), served=served).head_part
+
+
+def read_config(place: dict[str, Any], spec: str) -> Any:
+    """The config at ``place`` (:func:`redraft.loading.places.locate`). Raises ``UserError``."""
+    with one_line(f"the config of {spec}"):
+        return transformers.AutoConfig.from_pretrained(**place)
+
+
+def _generation(place: dict[str, Any], config: Any) -> Any:
+    """The generation config beside a config, or what the config alone makes of one."""
+    where = {key: place[key] for key in ("pretrained_model_name_or_path", "local_files_only")}
     try:
-        return model.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"the device {device} cannot be used: {first_line(error)}") from error
+        return transformers.GenerationConfig.from_pretrained(where.pop("pretrained_model_name_or_path"), **where)
+    except (OSError, ValueError):  # many checkpoints have none
+        return transformers.GenerationConfig.from_model_config(config)
+
+
+def _plain(spec: str, adapter: str | None) -> tuple[Facts, Any, dict[str, Tensor]] | None:
+    """Facts, the model without numbers, and views of the files by the names of its state; none where it is not plain.
+
+    Raises ``UserError``.
+    """
+    base, adapter = split_adapter(spec, adapter)
+    place = locate(base)
+    folder, notes = Path(place["pretrained_model_name_or_path"]), list[str]()
+    files = weight_files(folder)
+    if adapter is not None or not files:
+        return None
+    check_folder(place, spec)
+    config = read_config(place, base)
+    check_code(config, spec, notes)
+    if quantised.plan(config, spec).method is not None:
+        return None
+    check_names(folder, spec, None)
+    model = empty_model(config)
+    tensors = _tensors(files, model)
+    if tensors is None:
+        return None
+    tokenizer = read_tokenizer(None, place, base)
+    notes += check_rows(tokenizer, model, spec)
+    known, generation = tensors_fingerprint(tensors), _generation(place, config)
+    facts = Facts(spec, config, tokenizer, generation=generation, notes=tuple(notes), fingerprint=lambda: known)
+    return facts, model, tensors
+
+
+def _head(facts: Facts, model: Any, tensors: dict[str, Tensor], dtype: torch.dtype, device: str | torch.device) -> Head:
+    """The ends of a plain checkpoint in ``dtype``. Raises ``UserError`` where they hold NaN or infinity."""
+    decoder, head = text_decoder(model), model.get_output_embeddings()
+    names = {id(module): name for name, module in model.named_modules()}
+    table, norm = decoder.get_input_embeddings(), final_norm(decoder)
+
+    def fill(module: nn.Module, name: str) -> Any:
+        found = {key: tensors[f"{name}.{key}"].to(device, dtype) for key in module.state_dict()}
+        module.load_state_dict(found, assign=True)
+        check_finite(((f"{name}.{key}", tensor) for key, tensor in found.items()), facts.name)
+        return module.eval().requires_grad_(False)
+
+    embedding = fill(plain_embedding(table), names[id(table)])
+    filled = fill(head, names[id(head)])
+    if names[id(head)] + ".weight" in model.all_tied_weights_keys:
+        filled.weight = embedding.weight
+    # As the whole model's head would be: packed, or plain because the model is too large for it.
+    numbers = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear))
+    packed = prepack(filled) if numbers * dtype.itemsize <= MOST_BYTES else filled
+    return Head(facts, embedding, fill(norm, names[id(norm)]), packed)
+
+
+def _tensors(files: list[Path], model: Any) -> dict[str, Tensor] | None:
+    """Views of the files by the names of the model's state; none where names or shapes are not those of the files."""
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+    found: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                found |= {name: opened.get_tensor(name) for name in opened.keys()}
+        except Exception:  # a damaged file: whoever opens the model says what is wrong with it
+            return None
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if {name: tensor.shape for name, tensor in found.items()} != {n: s for n, s in wanted.items() if n not in tied}:
+        return None
+    exact = getattr(model, "_keep_in_fp32_modules", None) or getattr(model, "_keep_in_fp32_modules_strict", None)
+    return None if exact else found | {name: found[source] for name, source in tied.items()}
+
+
+# -- tokenizers ------------------------------------------------------------------------------------------------------
+def read_tokenizer(adapter: str | None, place: dict[str, Any], spec: str) -> Any:
+    """The adapter's own tokenizer where it ships one, else the base model's. Raises ``UserError``."""
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    if adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file():
+        place, spec = place | {"pretrained_model_name_or_path": adapter, "local_files_only": True}, adapter
+    # The tokenizer is read with the config beside it, and a config of an unknown kind is no fault of a tokenizer.
+    where = {key: place[key] for key in ("pretrained_model_name_or_path", "local_files_only")}
+    with one_line(f"the tokenizer of {spec}"):
+        settings = get_tokenizer_config(**where)
+        auto = settings.get("auto_map")
+        named = str(settings.get("tokenizer_class") or "")
+        if auto and not any(hasattr(transformers, name) for name in (named, named + "Fast") if name):
+            raise UserError(
+                f"the tokenizer of {spec} asks to run Python code of its own (auto_map, {named or 'no class named'}), "
+                "which redraft never does; save it as a tokenizer.json that transformers reads itself"
+            )
+    folder = Path(where["pretrained_model_name_or_path"])
+    if folder.is_dir() and not any(True for name in VOCABULARIES for _ in folder.glob(name)):
+        # transformers makes a tokenizer of a few special tokens then, and says nothing
+        raise UserError(f"{spec} has no tokenizer that can be loaded: there is no tokenizer.json or other vocabulary")
+    try:
+        return transformers.AutoTokenizer.from_pretrained(**place)
+    except Exception as error:  # tokenizer files of strangers raise every kind of error
+        raise UserError(f"{spec} has no tokenizer that can be loaded: {first_line(error)}") from error
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """A fingerprint of what token ids mean: every token with its id, and which of them are special (16 hex digits).
+
+    The chat template and the choice of end and padding tokens are left out: fine-tuning changes them, and a draft
+    that guesses ids does not mind.
+    """
+    added = tokenizer.added_tokens_decoder if hasattr(tokenizer, "added_tokens_decoder") else {}
+    special = sorted(int(id) for id, token in added.items() if token.special)
+    text = json.dumps([sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])), special])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def check_tokenizers(draft: Any, target: Any) -> None:
+    """Raise ``UserError`` that names the first difference between two tokenizers; what one lacks cannot be compared."""
+    if draft is None or target is None or draft is target or tokenizer_hash(draft) == tokenizer_hash(target):
+        return
+    mine, other = draft.get_vocab(), target.get_vocab()
+    wrong = sorted((i, token) for token, i in other.items() if mine.get(token) != i)
+    if wrong:
+        number, token = wrong[0]
+        where = f"{token!r} is {number} in the target's and {mine.get(token, 'absent')} in the draft's"
+    else:
+        where = f"the draft's has {len(mine)} tokens and the target's {len(other)}, or they mark others as special"
+    raise UserError(f"the draft has another tokenizer than the target: {where}; give a draft of this model family")
+
+
+def check_rows(tokenizer: Any, model: Any, name: str) -> list[str]:
+    """Raise ``UserError`` for a tokenizer with ids that the model has no row for; rows without a token are padding.
+
+    Marks of images and sound beyond the last row, as the text-only Gemma 3 has one, are noted instead: no text has
+    them, and no head of this size says them.
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    rows = min(int(part.weight.shape[0]) for part in (head, embedding) if part is not None)
+    beyond = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= rows)
+    if not beyond:
+        return []
+    template = str(tokenizer.chat_template or "")
+    if all(MODALITY_MARK.search(token) and token not in template for _, token in beyond):
+        return [f"the tokenizer of {name} has {beyond[0][1]} and the model no row for it; prompts must not hold it"]
+    last, token = beyond[-1]
+    raise UserError(
+        f"the tokenizer of {name} has ids up to {last} ({token!r}) and the model {rows} rows in its embedding and "
+        f"head; resize the model to at least {last + 1} rows and train them, or take its first tokenizer"
+    )

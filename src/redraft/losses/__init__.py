@@ -28,7 +28,7 @@ What a few losses need beside that they say by having one of these, and are held
     The weighted sum over chains, given the logits of every step, for a loss of which the steps of a chain are not
     independent terms. The plain call is a chain of one.
 
-Shape legend: N positions, D draft vocabulary, J draft steps.
+Shape legend, of all files here: N positions, D draft vocabulary, J draft steps.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from redraft.losses.rows import Acceptance, computing_dtype, weighted_sum, with_gradient
+from redraft.losses.rows import Acceptance, computing_dtype, probabilities, weighted_sum, with_gradient
 from redraft.registries import LOSSES
 
 
@@ -57,12 +57,8 @@ class ChainAcceptance:
 def acceptance_rate(draft_logits_ND: Tensor, teacher_logits_ND: Tensor) -> Tensor:
     """alpha [N] of every position, differentiable in the draft's logits; one matrix is kept for the gradient."""
     with torch.no_grad():
-        dtype = computing_dtype(draft_logits_ND, teacher_logits_ND)
-        found = Acceptance(draft_logits_ND.to(dtype).softmax(-1), teacher_logits_ND.to(dtype).softmax(-1))
-        if not draft_logits_ND.requires_grad:
-            return found.alpha_N
-        gradient_ND = found.gradient()
-    return with_gradient(draft_logits_ND, found.alpha_N, gradient_ND)
+        found = Acceptance(*probabilities(draft_logits_ND, teacher_logits_ND))
+    return with_gradient(draft_logits_ND, found.alpha_N, found.gradient)
 
 
 LOSSES.register("acceptance")(ChainAcceptance())

@@ -5,40 +5,29 @@
 Its gradient with respect to the draft's logits is draft(x) - target(x), forward KL's own; only the value differs, by
 the target's entropy, which no draft can change. So a run with ``ce`` takes the steps of a run with ``kl``, and its
 loss compares with the figures that EAGLE trainers print (EAGLE, arXiv 2401.15077; EAGLE-3, arXiv 2503.01840).
-
-Shape legend: N positions, D draft vocabulary.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from redraft.losses.rows import computing_dtype, weighted_sum, with_gradient
+from redraft.losses.rows import ClosedForm, Gradient, log_probabilities, probabilities
 from redraft.registries import LOSSES
 
 
-class CrossEntropy:
+class CrossEntropy(ClosedForm):
     """The loss, and its least value beside it."""
-
-    def __call__(
-        self, draft_logits_ND: Tensor, teacher_logits_ND: Tensor, weight_N: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """(sum, count) of the cross-entropy over positions; see ``redraft.losses`` for the contract."""
-        with torch.no_grad():
-            dtype = computing_dtype(draft_logits_ND, teacher_logits_ND)
-            log_draft_ND = draft_logits_ND.to(dtype).log_softmax(-1)
-            target_ND = teacher_logits_ND.to(dtype).softmax(-1)
-            # A token that both rule out adds nothing, where 0 * inf would be nan.
-            loss_N = -(log_draft_ND * target_ND).masked_fill_(target_ND == 0, 0.0).sum(-1)
-            if not draft_logits_ND.requires_grad:
-                return weighted_sum(loss_N, weight_N)
-            gradient_ND = log_draft_ND.exp_().sub_(target_ND)
-        return weighted_sum(with_gradient(draft_logits_ND, loss_N, gradient_ND), weight_N)
 
     def least(self, teacher_logits_ND: Tensor, weight_N: Tensor | None = None) -> Tensor:
         """The summed entropy of the teacher, which the loss is when the draft equals it."""
         return self(teacher_logits_ND.detach(), teacher_logits_ND, weight_N)[0]
 
 
-LOSSES.register("ce")(CrossEntropy())
+@LOSSES.register("ce")
+@CrossEntropy
+def cross_entropy(draft_logits_ND: Tensor, teacher_logits_ND: Tensor) -> tuple[Tensor, Gradient]:
+    """-sum_x target(x) * log draft(x) of every position."""
+    (log_draft_ND,), (target_ND,) = log_probabilities(draft_logits_ND), probabilities(teacher_logits_ND)
+    # A token that both rule out adds nothing, where 0 * inf would be nan.
+    loss_N = -(log_draft_ND * target_ND).masked_fill_(target_ND == 0, 0.0).sum(-1)
+    return loss_N, lambda: log_draft_ND.exp_().sub_(target_ND)

@@ -30,62 +30,41 @@ def sum_over_portions(
 ) -> Tensor:
     """sum of ``value(part, [s[part] for s in states])`` over ``slices``, differentiable once.
 
-    ``value`` may use any of ``parameters`` (leaves that require a gradient) and reads the states as they are given
-    to it; whatever else it reads gets no gradient. Where gradients are off, it is a plain sum.
+    ``value`` may use any of ``parameters`` (leaves, each named once) and reads the states as they are given to it;
+    whatever else it reads gets no gradient. Where gradients are off, it is a plain sum.
     """
     if not torch.is_grad_enabled():
-        return _total([value(part, [s[part] for s in states]) for part in slices])
+        return torch.stack([value(part, [s[part] for s in states]) for part in slices]).sum()
     return _Portions.apply(value, list(slices), len(states), *states, *parameters)
 
 
 class _Portions(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Value, slices: list[slice], count: int, *inputs: Tensor) -> Tensor:
-        states, parameters = inputs[:count], [p for p in inputs[count:] if p.requires_grad]
-        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[3 : 3 + count]) if needed]
-        gathered: list[Tensor | None] = [torch.zeros_like(states[i]) for i in wanted]
-        gathered += [None] * len(parameters)
+        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[3:]) if needed]
+        # States get theirs portion by portion, parameters a running sum.
+        gathered: list[Any] = [torch.zeros_like(x) if i < count and i in wanted else None for i, x in enumerate(inputs)]
         values = []
         for part in slices:
-            local = [s[part].detach() for s in states]
+            local = [*(s[part].detach() for s in inputs[:count]), *inputs[count:]]
             with torch.enable_grad():
                 for i in wanted:
                     local[i].requires_grad_()
-                result = value(part, local)
+                result = value(part, local[:count])
             values.append(result.detach())
-            if result.requires_grad:
-                sources = [*(local[i] for i in wanted), *parameters]
-                found = torch.autograd.grad(result, sources, allow_unused=True)
-                _gather(gathered, found, part, len(wanted))
-        places = {id(p): len(wanted) + i for i, p in enumerate(parameters)}
-        ctx.places = [None] * 3
-        ctx.places += [wanted.index(i) if i in wanted else None for i in range(count)]
-        ctx.places += [places.get(id(p)) for p in inputs[count:]]
+            if not result.requires_grad:
+                continue
+            found = torch.autograd.grad(result, [local[i] for i in wanted], allow_unused=True)
+            for i, gradient in zip(wanted, found, strict=True):
+                if gradient is not None and i < count:
+                    gathered[i][part] = gradient
+                elif gradient is not None:
+                    gathered[i] = gradient if gathered[i] is None else gathered[i].add_(gradient)
         ctx.gathered = gathered
-        return _total(values)
+        return torch.stack(values).sum()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
         gathered, ctx.gathered = ctx.gathered, None
-        scaled = [None if g is None else g.mul_(outer.to(g.dtype)) for g in gathered]
-        return tuple(None if place is None else scaled[place] for place in ctx.places)
-
-
-def _gather(gathered: list[Tensor | None], found: Sequence[Tensor | None], part: slice, states: int) -> None:
-    """Add a portion's gradients: states at their positions, parameters as a running sum."""
-    for i, gradient in enumerate(found):
-        if gradient is None:
-            continue
-        held = gathered[i]
-        if i < states:
-            assert held is not None
-            held[part] = gradient
-        elif held is None:
-            gathered[i] = gradient
-        else:
-            held.add_(gradient)
-
-
-def _total(values: list[Tensor]) -> Tensor:
-    return torch.stack(values).sum()
+        return None, None, None, *(None if g is None else g.mul_(outer.to(g.dtype)) for g in gathered)

@@ -4,16 +4,13 @@
 
 Its gradient with respect to the draft's logits is draft(x) * (log draft(x) - log target(x) - KL). It seeks a mode
 where forward KL covers all of them (Gu et al., MiniLLM, arXiv 2306.08543, section 2).
-
-Shape legend: N positions, D draft vocabulary.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from redraft.losses.rows import computing_dtype, weighted_sum, with_gradient
+from redraft.losses.rows import ClosedForm, Gradient, log_probabilities
 from redraft.registries import LOSSES
 
 # A token that the teacher rules out would make the divergence infinite; no float32 softmax of use goes below this.
@@ -21,21 +18,16 @@ LEAST_LOG_PROBABILITY = -100.0
 
 
 @LOSSES.register("rkl")
-def rkl(draft_logits_ND: Tensor, teacher_logits_ND: Tensor, weight_N: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(sum, count) of KL(draft || target) over positions; see ``redraft.losses`` for the contract.
+@ClosedForm
+def rkl(draft_logits_ND: Tensor, teacher_logits_ND: Tensor) -> tuple[Tensor, Gradient]:
+    """KL(draft || target) of every position.
 
     The target's log probabilities are bounded below at ``LEAST_LOG_PROBABILITY`` where the draft's are above that.
     """
-    with torch.no_grad():
-        dtype = computing_dtype(draft_logits_ND, teacher_logits_ND)
-        log_draft_ND = draft_logits_ND.to(dtype).log_softmax(-1)
-        draft_ND = log_draft_ND.exp()
-        log_target_ND = teacher_logits_ND.to(dtype).log_softmax(-1)
-        # Where the draft is as sure as the bound itself that a token is out, it does not matter; bounding the draft
-        # too keeps two equal rows at exactly zero.
-        ratio_ND = log_draft_ND.clamp_(min=LEAST_LOG_PROBABILITY).sub_(log_target_ND.clamp_(min=LEAST_LOG_PROBABILITY))
-        loss_N = (draft_ND * ratio_ND).sum(-1)
-        if not draft_logits_ND.requires_grad:
-            return weighted_sum(loss_N.clamp(min=0), weight_N)
-        gradient_ND = ratio_ND.sub_(loss_N[:, None]).mul_(draft_ND)
-    return weighted_sum(with_gradient(draft_logits_ND, loss_N.clamp(min=0), gradient_ND), weight_N)
+    log_draft_ND, log_target_ND = log_probabilities(draft_logits_ND, teacher_logits_ND)
+    draft_ND = log_draft_ND.exp()
+    # Where the draft is as sure as the bound itself that a token is out, it does not matter; bounding the draft
+    # too keeps two equal rows at exactly zero.
+    ratio_ND = log_draft_ND.clamp_(min=LEAST_LOG_PROBABILITY).sub_(log_target_ND.clamp_(min=LEAST_LOG_PROBABILITY))
+    loss_N = (draft_ND * ratio_ND).sum(-1)
+    return loss_N.clamp(min=0), lambda: ratio_ND.sub_(loss_N[:, None]).mul_(draft_ND)

@@ -12,8 +12,6 @@ nothing, so each row has its own mean for a baseline, and what remains is TV's g
 are rare, std is small, and TV's vanishing gradient is lifted.
 
 The value is TV / std with std held, the function that has this gradient.
-
-Shape legend: N positions, D draft vocabulary.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from redraft.losses.rows import Acceptance, computing_dtype, weighted_sum, with_gradient
+from redraft.losses.rows import Acceptance, probabilities, weighted_sum, with_gradient
 from redraft.registries import LOSSES
 
 # A batch whose rewards all but agree would be divided by nothing.
@@ -48,15 +46,12 @@ class NormalisedReward:
     ) -> tuple[Tensor, Tensor]:
         """(sum, count) of TV / std over positions; see ``redraft.losses`` for the contract and ``statistics``."""
         with torch.no_grad():
-            dtype = computing_dtype(draft_logits_ND, teacher_logits_ND)
-            found = Acceptance(draft_logits_ND.to(dtype).softmax(-1), teacher_logits_ND.to(dtype).softmax(-1))
+            found = Acceptance(*probabilities(draft_logits_ND, teacher_logits_ND))
             statistics = reward_sums(found, weight_N) if statistics is None else statistics
-            mean, std = mean_and_std(statistics.to(dtype))
-            loss_N = found.distance_N / std
-            if not draft_logits_ND.requires_grad:
-                return weighted_sum(loss_N, weight_N)
-            gradient_ND = self.gradient(found, mean).div_(std)
-        return weighted_sum(with_gradient(draft_logits_ND, loss_N, gradient_ND), weight_N)
+            mean, std = mean_and_std(statistics.to(found.draft_ND.dtype))
+        loss_N = found.distance_N / std
+        known_N = with_gradient(draft_logits_ND, loss_N, lambda: self.gradient(found, mean).div_(std))
+        return weighted_sum(known_N, weight_N)
 
     def gradient(self, found: Acceptance, mean: Tensor) -> Tensor:
         """[N, D], before the division by std. Each row's own mean is the baseline, so the batch's has no part."""
@@ -65,9 +60,7 @@ class NormalisedReward:
     def statistics(self, draft_logits_ND: Tensor, teacher_logits_ND: Tensor, weight_N: Tensor | None = None) -> Tensor:
         """[2]: the weighted sum of expected rewards, and of weights. They add over the parts of a batch."""
         with torch.no_grad():
-            dtype = computing_dtype(draft_logits_ND, teacher_logits_ND)
-            found = Acceptance(draft_logits_ND.to(dtype).softmax(-1), teacher_logits_ND.to(dtype).softmax(-1))
-            return reward_sums(found, weight_N)
+            return reward_sums(Acceptance(*probabilities(draft_logits_ND, teacher_logits_ND)), weight_N)
 
     def hold(self, draft_logits_ND: Tensor, teacher_logits_ND: Tensor, weight_N: Tensor | None = None) -> partial:
         """The loss with the normalisation as it is at these logits."""

@@ -7,8 +7,6 @@ estimate's own expectation is the gradient of ``tvdpp``, exactly; so is its valu
 exact form costs the same where all logits are at hand, and has no noise.
 
 The draws come from torch's global generator, which the trainer seeds from its seed and step.
-
-Shape legend: N positions, D draft vocabulary.
 """
 
 from __future__ import annotations

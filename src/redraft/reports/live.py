@@ -14,8 +14,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from redraft.decode.pieces import TokenText
-from redraft.decode.requests import Round
+from redraft.decode.requests import Round, TokenText
 from redraft.reports.tokens import Piece, fates, kinds, visible
 
 # By kind: the style where there are colours, and the brackets where there are none.

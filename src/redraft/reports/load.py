@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from redraft.artifact import read_json
 from redraft.errors import UserError
-from redraft.redacted import without_secrets
+from redraft.places import without_secrets
 
 BENCH_SCHEMA = "redraft.bench/1"
 

@@ -3,8 +3,8 @@
 One file a scorer, found by the registry. Every scorer's numbers say the same thing: higher is more worth training
 on. Rows may be answered ones or prompts alone (an empty response): a scorer then works on the prompt, before any
 generation is paid for. A scorer with settings is written ``shift:metric=l2,layer=12``, see
-:func:`redraft.settings.scorers.parse_scorer`. Budgets are in :mod:`redraft.settings.budget`, the rule is in
-:mod:`redraft.selection.rules`, and :mod:`redraft.selection.manifest` records what was chosen and why.
+:func:`redraft.settings.texts.parse_scorer`. Budgets are in :mod:`redraft.settings.texts`, the rule and
+the record of what was chosen and why in :mod:`redraft.selection.manifest`.
 """
 
 from __future__ import annotations
@@ -14,23 +14,22 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from redraft.errors import UserError
+from redraft.rows import TokenRow
 from redraft.target import Target
 
 
-class ScorableRow(Protocol):
-    """What selection reads of a row: a unique key and token ids. ``redraft.data.store.Row`` is one."""
+@dataclass(frozen=True)
+class PromptRow:
+    """A prompt that is scored: without an answer, or read as if its later tokens were one."""
 
-    @property
-    def key(self) -> str: ...
-    @property
-    def prompt_ids(self) -> Sequence[int]: ...
-    @property
-    def response_ids(self) -> Sequence[int]: ...
+    key: str
+    prompt_ids: Sequence[int]
+    response_ids: Sequence[int] = ()
 
 
 @dataclass
@@ -54,7 +53,7 @@ class ScoringContext:
     scratch: Path | None = None
 
 
-class Scorer(Protocol):
+class Scorer:
     """A registered class; its instances' constructor arguments, all with defaults, are the scorer's settings.
 
     ``score`` gives one finite number a row, in the order of the rows. A row's number may depend on which other rows
@@ -66,12 +65,15 @@ class Scorer(Protocol):
     """
 
     name: str
-    needs: frozenset[str]
-    passes: int
+    needs: frozenset[str] = frozenset()
+    passes: int = 0
 
     @property
-    def settings(self) -> dict[str, Any]: ...
-    def score(self, rows: Sequence[ScorableRow], context: ScoringContext) -> list[float]: ...
+    def settings(self) -> dict[str, Any]:
+        return {}
+
+    def score(self, rows: Sequence[TokenRow], context: ScoringContext) -> list[float]:
+        raise NotImplementedError
 
 
 # How the command line calls what a context field holds.
@@ -83,24 +85,24 @@ _FIELD_NAMES = {
 }
 
 
-def scored_ids(row: ScorableRow) -> tuple[list[int], int]:
+def scored_ids(row: TokenRow) -> tuple[list[int], int]:
     """(token ids, index of the first token that counts): the response, or the whole prompt when there is none."""
     prompt, response = list(row.prompt_ids), list(row.response_ids)
     return prompt + response, len(prompt) if response else 0
 
 
-def scored_tokens(row: ScorableRow) -> int:
+def scored_tokens(row: TokenRow) -> int:
     """Tokens of a row that count towards a budget: those of its response, or of the prompt when there is none."""
     return len(row.response_ids) or len(row.prompt_ids)
 
 
-def score_rows(scorer: Scorer, rows: Sequence[ScorableRow], context: ScoringContext) -> list[float]:
+def score_rows(scorer: Scorer, rows: Sequence[TokenRow], context: ScoringContext) -> list[float]:
     """The scorer's numbers, one a row; see :func:`explained_scores` for the checks and errors."""
     return [score for score, _ in explained_scores(scorer, rows, context)]
 
 
 def explained_scores(
-    scorer: Scorer, rows: Sequence[ScorableRow], context: ScoringContext
+    scorer: Scorer, rows: Sequence[TokenRow], context: ScoringContext
 ) -> list[tuple[float, str | None]]:
     """(number, note or ``None``) a row, after every check that does not depend on the scorer.
 

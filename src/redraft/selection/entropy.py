@@ -10,13 +10,13 @@ Shape legend: T tokens of a row, H hidden size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from redraft.registries import SCORERS
-from redraft.selection import ScorableRow, ScoringContext
+from redraft.rows import TokenRow
+from redraft.selection import Scorer, ScoringContext
 from redraft.selection.states import batched_states
 from redraft.target import Target
 
@@ -25,7 +25,7 @@ CHUNK_LOGITS = 2**24
 
 
 @SCORERS.register("entropy")
-class Entropy:
+class Entropy(Scorer):
     """Mean entropy in nats of the target's next-token distributions (temperature 1, nothing filtered).
 
     Of a response, those that its tokens were drawn from; of a prompt alone, those behind each of its tokens, the
@@ -36,11 +36,7 @@ class Entropy:
     needs = frozenset({"target"})
     passes = 1
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        return {}
-
-    def score(self, rows: Sequence[ScorableRow], context: ScoringContext) -> list[float]:
+    def score(self, rows: Sequence[TokenRow], context: ScoringContext) -> list[float]:
         """One number a row. Raises ``UserError`` when a row does not fit the target."""
         target = context.target
         assert target is not None  # in ``needs``

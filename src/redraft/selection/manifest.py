@@ -1,21 +1,26 @@
-"""The record of a selection: every row's score and rank, whether it is in, and why."""
+"""What is selected, by which rule, and the record of it: every row's score and rank, whether it is in, and why."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal
+
+from pydantic import FiniteFloat, PositiveInt, StrictBool, TypeAdapter, ValidationError
 
 from redraft.artifact import atomic_write_json, read_json
 from redraft.errors import UserError
-from redraft.selection import ScorableRow
+from redraft.rows import AnyRow, TokenRow
+from redraft.selection import Scorer, ScoringContext, explained_scores, scored_tokens
+from redraft.settings.texts import Budget, parse_budget
 from redraft.shown import Shown, lines
 
 SCHEMA = "redraft.selection/1"
-RowT = TypeVar("RowT", bound=ScorableRow)
+Order = Literal["highest", "lowest"]
 
 
 @dataclass(frozen=True)
@@ -23,10 +28,10 @@ class Entry:
     """One row's fate. ``rank`` 1 is the top; ``tokens`` is what the row counts towards a budget of tokens."""
 
     key: str
-    score: float
+    score: FiniteFloat
     rank: int
-    tokens: int
-    selected: bool
+    tokens: PositiveInt
+    selected: StrictBool
     reason: str
 
 
@@ -55,7 +60,7 @@ class Manifest(Shown):
         kept, total = len(self.selected_keys), len(self.entries)
         return lines(f"{kept} of {total} rows kept ({self.selected_tokens:,} tokens) by {self.scorer}")
 
-    def apply(self, rows: Sequence[RowT]) -> list[RowT]:
+    def apply(self, rows: Sequence[AnyRow]) -> list[AnyRow]:
         """The selected ones of ``rows``, in their own order. Raises ``UserError`` when a selected row is missing."""
         chosen = set(self.selected_keys)
         missing = sorted(chosen - {row.key for row in rows})
@@ -73,14 +78,15 @@ class Manifest(Shown):
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form, with totals for a reader's eye."""
-        head = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "entries"}
+        head = asdict(self)
+        entries = head.pop("entries")
         totals = {
-            "rows": len(self.entries),
+            "rows": len(entries),
             "tokens": sum(entry.tokens for entry in self.entries),
             "selected_rows": len(self.selected_keys),
             "selected_tokens": self.selected_tokens,
         }
-        return {"schema": SCHEMA, **head, "totals": totals, "entries": [asdict(entry) for entry in self.entries]}
+        return {"schema": SCHEMA, **head, "totals": totals, "entries": entries}
 
     def write(self, path: str | Path) -> None:
         """Write as JSON, whole or not at all. Raises ``UserError`` when the disk cannot take it."""
@@ -89,24 +95,18 @@ class Manifest(Shown):
 
 def read_manifest(path: str | Path) -> Manifest:
     """Read what :meth:`Manifest.write` wrote. Raises ``UserError`` when the file is missing, damaged or another's."""
-    found = read_json(path)
-    if found.get("schema") != SCHEMA:
-        raise UserError(f"{path} is not a selection manifest (schema {found.get('schema')!r}, expected {SCHEMA!r})")
+    stored = read_json(path)
+    if stored.get("schema") != SCHEMA:
+        raise UserError(f"{path} is not a selection manifest (schema {stored.get('schema')!r}, expected {SCHEMA!r})")
     try:
-        entries = [Entry(**{field.name: entry[field.name] for field in fields(Entry)}) for entry in found["entries"]]
-        head = {field.name: found[field.name] for field in fields(Manifest) if field.name != "entries"}
-        sound = all(_sound(entry) for entry in entries)
-        ordered = [entry.rank for entry in entries] == list(range(1, len(entries) + 1))
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); select again") from error
-    if not (sound and ordered):
+        found = TypeAdapter(Manifest).validate_python(stored)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path} is damaged ({where}: {first['msg']}); select again") from error
+    if [entry.rank for entry in found.entries] != list(range(1, len(found.entries) + 1)):
         raise UserError(f"{path} is damaged: its entries are not what redraft writes; select again")
-    return Manifest(**head, entries=entries)
-
-
-def _sound(entry: Entry) -> bool:
-    types = isinstance(entry.key, str) and isinstance(entry.reason, str) and isinstance(entry.selected, bool)
-    return types and isinstance(entry.tokens, int) and entry.tokens > 0 and math.isfinite(entry.score)
+    return found
 
 
 def file_hash(path: str | Path) -> str:
@@ -116,3 +116,95 @@ def file_hash(path: str | Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+# -- the rule ----------------------------------------------------------------------------------------------------------
+def choose(
+    scorer: Scorer,
+    rows: Sequence[TokenRow],
+    context: ScoringContext,
+    budget: str,
+    order: Order = "highest",
+    source: str | Path | None = None,
+) -> Manifest:
+    """Score the rows and select from them, with the scorer's own account of each number in the manifest.
+
+    See :func:`redraft.selection.explained_scores` and :func:`select` for what is checked and raised.
+    """
+    parse_budget(budget)
+    check_order(order)
+    scores, notes = zip(*explained_scores(scorer, rows, context), strict=True)
+    about: dict[str, Any] = {"scorer": scorer.name, "settings": scorer.settings, "source": source}
+    return select(rows, scores, budget, order, notes=notes, **about)
+
+
+def check_order(order: str) -> None:
+    """Raise ``UserError`` for an end of the scores that does not exist."""
+    if order not in ("highest", "lowest"):
+        raise UserError(f"unknown order {order!r}; choose highest or lowest")
+
+
+def select(
+    rows: Sequence[TokenRow],
+    scores: Sequence[float],
+    budget: str,
+    order: Order = "highest",
+    *,
+    scorer: str = "",
+    settings: dict[str, Any] | None = None,
+    source: str | Path | None = None,
+    notes: Sequence[str | None] | None = None,
+) -> Manifest:
+    """Rank the rows and take them from the top until the budget is used up.
+
+    ``order`` says which end of the scores is the top; equal scores are ranked by key, so the order of the rows
+    changes nothing. A budget of tokens stops before the first row that would overrun it; what counts is the
+    response, or the prompt of a row without one. ``source`` is the file of the rows, whose hash is recorded;
+    ``notes`` are what the scorer has to say about each number, recorded behind the reason.
+    Raises ``UserError`` when nothing is selected, ``ValueError`` for a score that is not finite: it has no rank.
+    """
+    if not all(map(math.isfinite, scores)):
+        raise ValueError("scores must be finite")
+    check_order(order)
+    allowed, sign = parse_budget(budget), -1 if order == "highest" else 1
+    noted = zip(rows, scores, notes or [None] * len(rows), strict=True)
+    ranked = sorted(noted, key=lambda found: (sign * found[1], found[0].key))
+    sizes = [scored_tokens(row) for row, _, _ in ranked]
+    taken = _how_many(allowed, sizes)
+    entries = []
+    for rank, (row, score, note) in enumerate(ranked, start=1):
+        reason = "; ".join(filter(None, [_reason(allowed, rank, taken, sizes), note]))
+        entries.append(Entry(row.key, float(score), rank, sizes[rank - 1], rank <= taken, reason))
+    return Manifest(
+        scorer,
+        dict(settings or {}),
+        {"text": allowed.text, "kind": allowed.kind, "amount": float(allowed.amount)},
+        order,
+        None if source is None else str(source),
+        None if source is None else file_hash(source),
+        entries,
+    )
+
+
+def _how_many(budget: Budget, sizes: Sequence[int]) -> int:
+    """Length of the ranked prefix that the budget allows; ``UserError`` when it is empty."""
+    if not sizes:
+        raise UserError("there are no rows to select from; regenerate some first")
+    allowed = budget.rows_of(len(sizes))
+    if allowed is None:
+        allowed = sum(used <= budget.amount for used in accumulate(sizes))
+        if not allowed:
+            raise UserError(f"budget {budget.text!r} selects nothing: the first row alone has {sizes[0]} tokens")
+    if not allowed:
+        raise UserError(f"budget {budget.text!r} selects nothing of {len(sizes)} rows; raise it")
+    return allowed
+
+
+def _reason(budget: Budget, rank: int, taken: int, sizes: Sequence[int]) -> str:
+    where = f"rank {rank} of {len(sizes)}"
+    if rank <= taken:
+        return f"{where}, within the budget of {budget.text} ({taken} rows)"
+    if budget.kind == "tokens" and rank == taken + 1:
+        total = sum(sizes[:rank])
+        return f"{where}, would bring the selection to {total} tokens, over the budget of {budget.text}"
+    return f"{where}, after the budget of {budget.text} was used up ({taken} rows)"

@@ -7,19 +7,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from redraft.registries import SCORERS
-from redraft.selection import ScorableRow, ScoringContext
+from redraft.rows import TokenRow
+from redraft.selection import Scorer, ScoringContext
 
 
 @SCORERS.register("random")
-class Random:
+class Random(Scorer):
     """A number in [0, 1) from the seed and the row's key, so a row's score depends on no other row.
 
     ``seed`` is that of the whole run unless it is given, which draws several samples in one run.
     """
 
     name = "random"
-    needs: frozenset[str] = frozenset()
-    passes = 0
 
     def __init__(self, seed: int | None = None) -> None:
         self.seed = seed
@@ -28,7 +27,7 @@ class Random:
     def settings(self) -> dict[str, Any]:
         return {} if self.seed is None else {"seed": self.seed}
 
-    def score(self, rows: Sequence[ScorableRow], context: ScoringContext) -> list[float]:
+    def score(self, rows: Sequence[TokenRow], context: ScoringContext) -> list[float]:
         seed = context.seed if self.seed is None else self.seed
         return [_uniform(f"{seed}|{row.key}") for row in rows]
 

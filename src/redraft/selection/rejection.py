@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 from redraft.registries import SCORERS
-from redraft.selection import ScorableRow, ScoringContext
-
-
-@dataclass(frozen=True)
-class ForcedPrompt:
-    """A prompt alone, read as if all tokens but the first were a response: the draft guesses the prompt."""
-
-    key: str
-    prompt_ids: list[int]
-    response_ids: list[int]
+from redraft.rows import TokenRow
+from redraft.selection import PromptRow, Scorer, ScoringContext
 
 
 @SCORERS.register("rejection")
-class Rejection:
+class Rejection(Scorer):
     """1 - alpha of the present draft on the row, alpha as defined in ``redraft.metrics``: the mean over positions
     of sum_x min(target, draft), one minus the total variation distance (arXiv 2211.17192).
 
@@ -32,11 +22,7 @@ class Rejection:
     needs = frozenset({"alpha_of"})
     passes = 1
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        return {}
-
-    def score(self, rows: Sequence[ScorableRow], context: ScoringContext) -> list[float]:
+    def score(self, rows: Sequence[TokenRow], context: ScoringContext) -> list[float]:
         """Raises ``ValueError`` when the caller's acceptance is not a probability: it measured something else."""
         assert context.alpha_of is not None  # in ``needs``
         forced = [row if row.response_ids else force_prompt(row) for row in rows]
@@ -50,7 +36,7 @@ class Rejection:
         return [1 - alphas[row.key] for row in rows]
 
 
-def force_prompt(row: ScorableRow) -> ForcedPrompt:
+def force_prompt(row: TokenRow) -> PromptRow:
     """The prompt of ``row``, split behind its first token."""
     ids = list(row.prompt_ids)
-    return ForcedPrompt(row.key, ids[:1], ids[1:])
+    return PromptRow(row.key, ids[:1], ids[1:])

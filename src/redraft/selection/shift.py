@@ -26,8 +26,9 @@ Shape legend: T tokens of a row, P its vectors (T of them, or 1), N vectors of a
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,18 +38,20 @@ from torch import Tensor
 from redraft.artifact import require_free_space
 from redraft.errors import UserError
 from redraft.registries import SCORERS
-from redraft.selection import ScorableRow, ScoringContext, scored_tokens
-from redraft.selection.covariance import ledoit_wolf
-from redraft.selection.states import FINAL, batched_states, check_layer
+from redraft.rows import TokenRow
+from redraft.selection import Scorer, ScoringContext, scored_tokens
+from redraft.selection.states import FINAL, batched_states, check_layer, check_same_shape
 from redraft.target import Target
 
 METRICS = ("mahalanobis", "l2", "cosine")
 POOLINGS = ("mean", "max", "last", "state")
 CHUNK_TOKENS = 8192
+# Keeps the covariance invertible when the data alone asks for no shrinkage, as when all vectors lie on one line.
+LEAST_SHRINKAGE = 1e-6
 
 
 @SCORERS.register("shift")
-class Shift:
+class Shift(Scorer):
     """Distance between the fine-tuned and the base target's states.
 
     Raises ``UserError`` for an unknown metric, pooling or layer.
@@ -76,11 +79,11 @@ class Shift:
     def settings(self) -> dict[str, Any]:
         return {"metric": self.metric, "layer": self.layer, "pooling": self.pooling}
 
-    def score(self, rows: Sequence[ScorableRow], context: ScoringContext) -> list[float]:
+    def score(self, rows: Sequence[TokenRow], context: ScoringContext) -> list[float]:
         """One number a row. Raises ``UserError`` when the two targets or a row and a target do not fit."""
         target, base = context.target, context.base_target
         assert target is not None and base is not None  # in ``needs``
-        check_pair(target, base)
+        check_same_shape(target, base, ("hidden_size", "layers"))
         if self.metric == "mahalanobis":
             return self._mahalanobis(rows, target, base, context)
         measure: Callable[[Tensor, Tensor], Tensor] = _l2 if self.metric == "l2" else _cosine
@@ -90,7 +93,7 @@ class Shift:
         return scores
 
     def _pairs(
-        self, rows: Sequence[ScorableRow], target: Target, base: Target, context: ScoringContext
+        self, rows: Sequence[TokenRow], target: Target, base: Target, context: ScoringContext
     ) -> Iterator[tuple[int, Tensor, Tensor]]:
         """(row index, fine-tuned vectors [P, H], base vectors [P, H]) in float32."""
         for row, start, states in batched_states(rows, (target, base), context, self.layer):
@@ -106,7 +109,7 @@ class Shift:
         return float(distance_P.max() if self.pooling == "max" else distance_P.double().mean())
 
     def _mahalanobis(
-        self, rows: Sequence[ScorableRow], target: Target, base: Target, context: ScoringContext
+        self, rows: Sequence[TokenRow], target: Target, base: Target, context: ScoringContext
     ) -> list[float]:
         sizes = [1 if self.pooling in ("last", "state") else scored_tokens(row) for row in rows]
         ends = torch.tensor(sizes).cumsum(0).tolist()
@@ -130,19 +133,6 @@ def _cosine(finetuned_PH: Tensor, base_PH: Tensor) -> Tensor:
     return 1 - torch.cosine_similarity(finetuned_PH.double(), base_PH.double(), dim=-1)
 
 
-def check_pair(target: Target, base: Target) -> None:
-    """Raise ``UserError`` unless the states of both models at one layer can be subtracted."""
-    for what, ours, theirs in (
-        ("hidden size", target.hidden_size, base.hidden_size),
-        ("layer count", target.layers, base.layers),
-    ):
-        if ours != theirs:
-            raise UserError(
-                f"the target has {what} {ours} and the base target {theirs}; "
-                "shift compares a fine-tuned model with the model it was fine-tuned from"
-            )
-
-
 @contextmanager
 def _buffer(tokens: int, width: int, memory_bytes: int, scratch: Path | None) -> Iterator[Tensor]:
     """A bfloat16 matrix [tokens, width], in memory or, beyond ``memory_bytes``, in a file that goes afterwards."""
@@ -156,3 +146,60 @@ def _buffer(tokens: int, width: int, memory_bytes: int, scratch: Path | None) ->
     with tempfile.TemporaryDirectory(prefix="redraft-shift-", dir=folder) as place:
         flat = torch.from_file(f"{place}/moved", shared=True, size=tokens * width, dtype=torch.bfloat16)
         yield flat.view(tokens, width)
+
+
+# -- the covariance ----------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class ShrunkCovariance:
+    """(1 - shrinkage) * sample covariance + shrinkage * scale * identity, in float64."""
+
+    mean_H: Tensor
+    covariance_HH: Tensor
+    shrinkage: float
+
+    def distances(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Mahalanobis distances [N] of each chunk's vectors [N, H] from the mean; all zero when nothing varies."""
+        if not self.covariance_HH.any():
+            for chunk_NH in chunks:
+                yield torch.zeros(len(chunk_NH), dtype=torch.float64, device=self.mean_H.device)
+            return
+        factor_HH = torch.linalg.cholesky(self.covariance_HH)
+        for chunk_NH in chunks:
+            centred_HN = (chunk_NH.to(self.mean_H) - self.mean_H).T
+            yield torch.linalg.solve_triangular(factor_HH, centred_HN, upper=False).norm(dim=0)
+
+
+def ledoit_wolf(chunks: Callable[[], Iterable[Tensor]], device: torch.device | str = "cpu") -> ShrunkCovariance:
+    """Ledoit and Wolf's covariance (J. Multivariate Analysis 88, 2004) of all vectors of the chunks [N, H].
+
+    Their lemmas 3.2 to 3.4 with n vectors x of width p, sample covariance S (divisor n), |A|^2 = trace(A A') / p:
+    scale = trace(S) / p, d2 = |S - scale I|^2, b2 = min(d2, sum_x |x x' - S|^2 / n^2), shrinkage = b2 / d2. The sum
+    needs no matrix per vector: sum_x |x x' - S|^2 = (sum_x |x|^4) / p - n |S|^2 with |x| the Euclidean norm.
+
+    ``chunks`` is called twice and must give the same vectors; memory is one chunk and one H x H matrix.
+    Raises ``ValueError`` for no vectors.
+    """
+    count, total_H = 0, None
+    for chunk_NH in chunks():
+        part_H = chunk_NH.to(device, torch.float64).sum(0)
+        total_H = part_H if total_H is None else total_H + part_H
+        count += len(chunk_NH)
+    if total_H is None or not count:
+        raise ValueError("a covariance needs at least one vector")
+    mean_H = total_H / count
+    width = len(mean_H)
+
+    sample_HH, fourth = mean_H.new_zeros(width, width), 0.0
+    for chunk_NH in chunks():
+        centred_NH = chunk_NH.to(mean_H) - mean_H
+        sample_HH.addmm_(centred_NH.T, centred_NH, alpha=1 / count)
+        fourth += float(centred_NH.square().sum(1).square().sum())
+
+    scale = float(sample_HH.trace()) / width
+    size = float(sample_HH.square().sum()) / width
+    spread = size - scale**2  # |S - scale I|^2, since trace(S I) = p * scale
+    error = (fourth / width - count * size) / count**2
+    shrinkage = 1.0 if spread <= 0 else min(max(error / spread, LEAST_SHRINKAGE), 1.0)
+    shrunk_HH = sample_HH.mul_(1 - shrinkage)
+    shrunk_HH.diagonal().add_(shrinkage * scale)
+    return ShrunkCovariance(mean_H, shrunk_HH, shrinkage)

@@ -1,21 +1,32 @@
-"""Hidden states of rows: the one batched pass that every scorer with a model shares.
+"""What scorers may ask of models: the states of rows, in the one batched pass that all share, and a draft's acceptance.
 
 Shape legend: B rows of a batch, T tokens of a row, H hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from redraft.acceptance.simulate import row_alphas
 from redraft.errors import UserError
-from redraft.selection import ScorableRow, ScoringContext, scored_ids
+from redraft.features import FeatureStore
+from redraft.progress import Progress
+from redraft.rows import TokenRow, groups, whole_length
+from redraft.selection import Scorer, ScoringContext, scored_ids
 from redraft.target import Target
 
 FINAL = "final"
+# Tokens whose features lie on the disk at once: 220 MB for three taps of width 576 in bfloat16.
+PORTION_TOKENS = 2**16
+SHAPES = {"hidden_size": "width", "layers": "layers", "vocab_size": "vocabulary"}
 
 
 def check_layer(layer: str | int) -> str | int:
@@ -25,7 +36,17 @@ def check_layer(layer: str | int) -> str | int:
     return layer
 
 
-def check_rows(rows: Sequence[ScorableRow], targets: Sequence[Target]) -> None:
+def check_same_shape(target: Target, base_target: Target, what: Sequence[str] = tuple(SHAPES)) -> None:
+    """Raise ``UserError`` unless one target can be the other, fine-tuned."""
+    sizes = {SHAPES[name]: (getattr(target, name), getattr(base_target, name)) for name in what}
+    if faults := [f"{name} {ours} and {theirs}" for name, (ours, theirs) in sizes.items() if ours != theirs]:
+        raise UserError(
+            f"the fine-tuned and the base target differ in shape: {'; '.join(faults)}; "
+            "give the model that the target was fine-tuned from as --base-target"
+        )
+
+
+def check_rows(rows: Sequence[TokenRow], targets: Sequence[Target]) -> None:
     """Raise ``UserError`` unless every target can read every row."""
     context, vocabulary = min(t.context for t in targets), min(t.vocab_size for t in targets)
     for row in rows:
@@ -37,7 +58,7 @@ def check_rows(rows: Sequence[ScorableRow], targets: Sequence[Target]) -> None:
 
 
 def batched_states(
-    rows: Sequence[ScorableRow], targets: Sequence[Target], context: ScoringContext, layer: str | int = FINAL
+    rows: Sequence[TokenRow], targets: Sequence[Target], context: ScoringContext, layer: str | int = FINAL
 ) -> Iterator[tuple[int, int, list[Tensor]]]:
     """(row index, index of the first token that counts, one [T, H] a target) for every row, each model once a row.
 
@@ -51,7 +72,7 @@ def batched_states(
     with ExitStack() as stack:
         for target in targets:
             stack.enter_context(_tapped(target, layer))
-        for batch in batches([len(row.prompt_ids) + len(row.response_ids) for row in rows], context.batch_tokens):
+        for batch in batches([whole_length(row) for row in rows], context.batch_tokens):
             sequences = [scored_ids(rows[index]) for index in batch]
             ids_BT = torch.zeros(len(batch), max(len(ids) for ids, _ in sequences), dtype=torch.long)
             for place, (ids, _) in enumerate(sequences):
@@ -97,3 +118,62 @@ def batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
         else:
             found.append([index])
     return found
+
+
+# -- the acceptance of a draft -----------------------------------------------------------------------------------------
+def scoring_context(
+    scorer: Scorer,
+    target: Target | None,
+    draft: Any,
+    base: Callable[[], Target | None],
+    seed: int,
+    scratch: Path,
+    progress: Progress | None = None,
+    store: FeatureStore | None = None,
+) -> ScoringContext:
+    """The context of ``scorer``; ``base`` opens the base target where that is asked for.
+
+    ``store`` holds the features of the rows. Without one they are computed in portions, in a folder of ``scratch``.
+    """
+
+    def tell(done: int, total: int) -> None:
+        if progress is not None:
+            progress.update(done)
+
+    def alpha_of(rows: Sequence[Any]) -> list[float]:
+        assert target is not None
+        own = copy.deepcopy(draft).to(target.device)
+        return (
+            measured_alphas(own, target, rows, scratch, tell) if store is None else row_alphas(own, target, rows, store)
+        )
+
+    return ScoringContext(
+        target=target,
+        base_target=base() if "base_target" in scorer.needs else None,
+        draft=draft,
+        alpha_of=alpha_of if "alpha_of" in scorer.needs else None,
+        device="cpu" if target is None else target.device,
+        seed=seed,
+        progress=tell,
+        scratch=scratch,
+    )
+
+
+def measured_alphas(
+    draft: Any, target: Target, rows: Sequence[Any], scratch: Path, progress: Callable[[int, int], None]
+) -> list[float]:
+    """The mean acceptance of ``draft`` at the drafted positions of each row.
+
+    Features are computed in portions in a temporary folder of ``scratch``, so the disk holds ``PORTION_TOKENS`` of
+    them however many rows there are. ``progress(done, total)`` counts rows.
+    """
+    found: dict[str, float] = {}
+    target.tap(draft.config.taps)
+    by_length = sorted(rows, key=lambda row: (whole_length(row), row.key))
+    for portion in groups(by_length, PORTION_TOKENS, whole_length):
+        with tempfile.TemporaryDirectory(prefix="redraft-select-", dir=scratch) as folder:
+            store = FeatureStore(Path(folder), {})
+            store.build(target, portion)
+            found |= dict(zip((row.key for row in portion), row_alphas(draft, target, portion, store), strict=True))
+        progress(len(found), len(rows))
+    return [found[row.key] for row in rows]

@@ -2,22 +2,25 @@
 
 A command's settings are a :class:`Settings`; a part of a file that is a model of its own is a :class:`Part`; a recipe
 (of a training, of a private part) is a frozen dataclass made by :func:`recipe`, of which a file or a flag may give
-some values: a field of the type ``block_of(kind)``.
+some values: a mapping marked with :class:`BlockOf`.
 """
 
 from __future__ import annotations
 
 import math
+import re
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar, Union, dataclass_transform, get_args, get_origin
 
+import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
 from redraft.errors import UserError
-from redraft.registry import nearest
+from redraft.registries import nearest
 
 STRICT = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 AUTO = "auto"
@@ -28,12 +31,9 @@ def setting(default: Any, help: str, *, flag: str = "", reads: str = "", argumen
     """Declare a setting: its default (``...`` for none), its help, and pydantic's bounds (``ge``, ``gt``, ``lt``, ...).
 
     ``flag`` is its flag where that is not the name with dashes. ``reads`` says what its value names that must be there
-    (:mod:`redraft.settings.places`): "file", "prompts" or "model". An ``argument`` stands without a flag.
+    (:mod:`redraft.cli.plans`): "file", "prompts" or "model". An ``argument`` stands without a flag.
     """
-    if isinstance(default, dict):
-        bounds["default_factory"] = dict
-    elif "default_factory" not in bounds:
-        bounds["default"] = default
+    bounds |= {"default_factory": default.copy} if isinstance(default, dict) else {"default": default}
     return Field(description=help, json_schema_extra={"flag": flag, "reads": reads, "argument": argument}, **bounds)
 
 
@@ -88,10 +88,15 @@ def check(test: Callable[[Any], Any]) -> AfterValidator:
         try:
             test(value)
         except UserError as error:
-            raise PydanticCustomError("said", "{text}", {"text": str(error)}) from None
+            raise said(error) from None
         return value
 
     return AfterValidator(run)
+
+
+def said(text: object) -> PydanticCustomError:
+    """What a validator raises to tell ``text`` as it is."""
+    return PydanticCustomError("said", "{text}", {"text": str(text)})
 
 
 def known_name(kind: str, name: str, known: Iterable[str]) -> None:
@@ -105,14 +110,21 @@ def one_of(kind: str, names: Callable[[], Iterable[str]]) -> AfterValidator:
     return check(lambda value: known_name(kind, value, names()))
 
 
-def check_dtype(value: str) -> str:
-    """``value`` if it names a data type or ``auto``. Raises ``UserError``."""
+def check_dtype(value: str, name: str = "dtype") -> str:
+    """``value`` if it names a data type or ``auto``; ``name`` is the setting's. Raises ``UserError``."""
     if value not in (*TYPES, AUTO):
-        raise UserError(f"dtype must be {AUTO}, {' or '.join(TYPES)}, not {value!r}")
+        raise UserError(f"{name} must be {AUTO}, {' or '.join(TYPES)}, not {value!r}")
     return value
 
 
-DtypeName = Annotated[str, check(check_dtype)]
+def _dtype(value: str, info: Any) -> str:
+    try:
+        return check_dtype(value, info.field_name)
+    except UserError as error:
+        raise PydanticCustomError("said", "{text}", {"text": str(error)}) from None
+
+
+DtypeName = Annotated[str, AfterValidator(_dtype)]
 
 
 # -- mistakes ----------------------------------------------------------------------------------------------------------
@@ -192,31 +204,24 @@ class Recipe:
         return convert(value, cls.__pydantic_fields__[info.field_name].annotation)  # type: ignore[attr-defined]
 
 
-def block_of(kind: Any, name: str) -> Any:
-    """The type of a setting ``name`` that holds some settings of the recipe ``kind``, in their types."""
-
-    def typed(given: dict[str, Any]) -> dict[str, Any]:
-        try:
-            made = kind(**given)
-        except UserError as error:
-            assert isinstance(error.__cause__, ValidationError)
-            text = "; ".join(complaints(error.__cause__, kind.__dataclass_fields__, name))
-            raise PydanticCustomError("said", "{text}", {"text": text}) from None
-        return {key: getattr(made, key) for key in given}
-
-    return Annotated[dict[str, Any], AfterValidator(typed), BlockOf(kind)]
-
-
 class BlockOf:
-    """Marks a setting as holding settings of ``kind``."""
+    """Marks a mapping as holding some settings of the recipe ``kind``; each gets its type."""
 
     def __init__(self, kind: Any) -> None:
         self.kind = kind
 
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        return AfterValidator(self._typed).__get_pydantic_core_schema__(source, handler)
 
-def block_kind(field: Any) -> Any:
-    """The recipe whose settings a field of a model holds; ``None`` for any other field."""
-    return next((mark.kind for mark in field.metadata if isinstance(mark, BlockOf)), None)
+    def _typed(self, given: dict[str, Any], info: Any) -> dict[str, Any]:
+        try:
+            made = self.kind(**given)
+        except UserError as error:
+            assert isinstance(error.__cause__, ValidationError)
+            raise said(
+                "; ".join(complaints(error.__cause__, self.kind.__dataclass_fields__, info.field_name))
+            ) from None
+        return {key: getattr(made, key) for key in given}
 
 
 # -- models ------------------------------------------------------------------------------------------------------------
@@ -232,15 +237,15 @@ class Part(BaseModel):
 
     @model_validator(mode="after")
     def _agree(self) -> Any:
-        if found := list(self._told()):
-            raise PydanticCustomError("said", "{text}", {"text": "; ".join(dict.fromkeys(found))})
-        return self
-
-    def _told(self) -> Iterator[str]:
+        found: dict[str, None] = {}
         try:
-            yield from self.conflicts()
+            for conflict in self.conflicts():
+                found[conflict] = None
         except UserError as error:
-            yield str(error)
+            found[str(error)] = None
+        if found:
+            raise said("; ".join(found))
+        return self
 
     def conflicts(self) -> Iterator[str]:
         """What does not go together, a sentence each; may raise ``UserError`` instead."""
@@ -266,10 +271,6 @@ class Settings(Part):
             mistakes += complaints(error, type(self).model_fields)
         if mistakes:
             raise UserError(f"{'; '.join(mistakes)}; see `redraft {self.COMMAND} --help`")
-
-    def given(self) -> dict[str, Any]:
-        """The settings that are not left to their defaults, as keywords."""
-        return {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
 
     def blocks(self) -> dict[str, Any]:
         """The settings that its blocks come to, defaults and settings on top counted in: block -> recipe."""
@@ -301,3 +302,96 @@ class Settings(Part):
             return bool(convert(one, hint) == convert(other, hint))
         except ValueError:
             return True
+
+
+# -- YAML files --------------------------------------------------------------------------------------------------------
+BOOLEAN = "tag:yaml.org,2002:bool"
+NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+TIMESTAMP = "tag:yaml.org,2002:timestamp"
+
+
+class Loader(yaml.SafeLoader):
+    """YAML that refuses a key that is there twice (the first would be lost), and where ``on`` is a word.
+
+    Booleans are true and false alone, and a date or a time (``12:30``) is a text, as YAML 1.2 has it.
+    """
+
+    yaml_implicit_resolvers = {
+        first: [(tag, form) for tag, form in found if tag not in (BOOLEAN, TIMESTAMP)]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+def _number(loader: Loader, node: yaml.ScalarNode) -> Any:
+    """A number, unless it is written with colons: in base 60 nobody counts."""
+    if ":" in node.value:
+        return node.value
+    return loader.construct_yaml_int(node) if node.tag == NUMBERS[0] else loader.construct_yaml_float(node)
+
+
+def _mapping(loader: Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    found: dict[Any, Any] = {}
+    for key_node, value_node in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if key in found:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is there twice", key_node.start_mark)
+        found[key] = loader.construct_object(value_node, deep=True)
+    return found
+
+
+Loader.add_implicit_resolver(BOOLEAN, re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+for kind in NUMBERS:
+    Loader.add_constructor(kind, _number)
+Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+Asked = TypeVar("Asked", bound=Settings)
+
+
+def read_yaml(path: Path, what: str) -> dict[str, Any]:
+    """The settings of a file, named ``what`` where it is missing. Raises ``UserError``."""
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader)  # a subclass of the safe loader
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; give a YAML file with {what}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise UserError(f"{path} must hold settings as `name: value` lines")
+    return values
+
+
+def underscored(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The settings with underscores in their names, also within blocks. Raises ``UserError`` for one in both forms."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name in found:
+            raise UserError(f"{where} has {name} twice, as {name} and with a dash; keep one")
+        # what an argument of a template holds is the template's own
+        inner = isinstance(value, dict) and not where.endswith(": template_arg")
+        found[name] = underscored(value, f"{where}: {name}") if inner else value
+    return found
+
+
+def merged(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a file under those of flags, which win; blocks key by key.
+
+    Raises ``UserError`` for something else than a block in the file where the flags give one.
+    """
+    found = {**values, **given}
+    for name, value in given.items():
+        old = values.get(name)
+        if isinstance(value, dict) and old is not None:
+            if not isinstance(old, dict):
+                raise UserError(f"{name} must hold settings as `name: value` lines, not {old!r}")
+            found[name] = {**old, **value}
+    return found
+
+
+def read(kind: type[Asked], path: Path | None, given: Mapping[str, Any] | None = None) -> Asked:
+    """The settings of a command from a YAML file (if any); ``given`` flags win, key by key. Raises ``UserError``."""
+    values = read_yaml(path, f"the settings of `redraft {kind.COMMAND}`") if path else {}
+    return kind(**merged(underscored(values, str(path)), given or {}))

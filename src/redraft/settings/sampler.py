@@ -51,10 +51,8 @@ def samplers_of(temperatures: Sequence[float], top_p: float = 1.0, top_k: int = 
     """
     Sampler(1.0, top_k, top_p)
     if not temperatures or len({f"{t:g}" for t in temperatures}) < len(temperatures):
-        raise UserError(
-            "give at least one temperature, and every temperature once, not "
-            + (", ".join(f"{t:g}" for t in temperatures) or "none")
-        )
+        given = ", ".join(f"{t:g}" for t in temperatures) or "none"
+        raise UserError(f"give at least one temperature, and every temperature once, not {given}")
     return [Sampler(t, top_k if t else 0, top_p if t else 1.0) for t in temperatures]
 
 

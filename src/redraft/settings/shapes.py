@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path as FilePath
+from typing import Annotated
+
+from pydantic import TypeAdapter, ValidationError
 
 from redraft.errors import UserError
+from redraft.settings.base import AUTO, check
 
 Path = tuple[int, ...]
 """A node by the sibling ranks on the way to it: (0,) is the draft's first choice, (0, 1) its second choice after it."""
@@ -104,6 +109,13 @@ class DynamicTree:
 
 
 Shape = ChainShape | StaticTree | DynamicTree
+PATHS = TypeAdapter(tuple[Path, ...])
+NUMBER = "[0-9]{1,5}"
+# How a shape of so many numbers is made and written.
+FORMS: dict[str, tuple[Callable[..., Shape], str, str]] = {
+    "chain": (ChainShape, NUMBER, "chain:5"),
+    "tree": (DynamicTree, f"{NUMBER}x{NUMBER}x{NUMBER}", "tree:5x10x60 (depth x top-k x nodes)"),
+}
 
 
 def check_drafts(shape: Shape, greedy: bool) -> None:
@@ -126,10 +138,11 @@ def parse_shape(text: str) -> Shape:
     """
     text = text.strip()
     kind, _, rest = text.partition(":")
-    if kind == "chain":
-        return ChainShape(*_numbers(text, rest, 1))
-    if kind == "tree":
-        return DynamicTree(*_numbers(text, rest, 3))
+    if kind in FORMS:
+        make, numbers, example = FORMS[kind]
+        if not re.fullmatch(numbers, rest):
+            raise UserError(f"cannot read the shape {text!r}; write it like {example}")
+        return make(*map(int, rest.split("x")))
     if text.startswith("["):
         return _static(text, "the tree")
     file = FilePath(text)
@@ -145,22 +158,14 @@ def parse_shape(text: str) -> Shape:
     )
 
 
-def _numbers(text: str, rest: str, count: int) -> list[int]:
-    parts = rest.split("x")
-    if len(parts) != count or not all(part.isascii() and part.isdigit() and len(part) < 6 for part in parts):
-        example = "chain:5" if count == 1 else "tree:5x10x60 (depth x top-k x nodes)"
-        raise UserError(f"cannot read the shape {text!r}; write it like {example}")
-    return [int(part) for part in parts]
-
-
 def _static(text: str, source: str) -> StaticTree:
     try:
-        paths = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{source} is not JSON ({error}); write paths such as [[0],[1],[0,0]]") from None
-    good = isinstance(paths, list) and all(
-        isinstance(path, list) and all(type(rank) is int for rank in path) for path in paths
-    )
-    if not good:
-        raise UserError(f"{source} is not a list of lists of whole numbers; write paths such as [[0],[1],[0,0]]")
-    return StaticTree(tuple(tuple(path) for path in paths))
+        return StaticTree(PATHS.validate_json(text, strict=True))
+    except ValidationError as error:
+        wrong = error.errors()[0]["msg"]
+        raise UserError(
+            f"{source} is not a list of lists of whole numbers ({wrong}); write paths such as [[0],[1],[0,0]]"
+        ) from None
+
+
+ShapeText = Annotated[str, check(lambda text: text == AUTO or parse_shape(text))]

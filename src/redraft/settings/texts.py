@@ -1,18 +1,27 @@
-"""Settings that are small texts of their own: a server's address, prompts, sources, starts, arguments of templates."""
+"""Settings that are small texts of their own, read and checked.
+
+A server's address; prompts and sources; budgets of selection; scorers, starts, suites and formats by their names;
+arguments of chat templates.
+"""
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
-from collections.abc import Sequence
+import typing
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from decimal import Decimal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
+from pydantic import BeforeValidator
+
 from redraft.errors import UserError
-from redraft.redacted import without_secrets
-from redraft.registries import STARTS
-from redraft.settings.base import known_name
+from redraft.places import without_secrets
+from redraft.registries import EXPORTERS, SCORERS, STARTS, SUITES, nearest
+from redraft.settings.base import KINDS, check, choices, convert, known_name, one_of
 
 KEY_VARIABLE = "REDRAFT_API_KEY"
 PORT = "{port}"  # in a command that starts a server
@@ -21,6 +30,7 @@ MATHS, DATA, SUITE = "maths", "data", "suite"
 WORDS = ("true", "false", "null", "none")
 
 
+# -- servers -----------------------------------------------------------------------------------------------------------
 def check_address(url: str) -> str:
     """The address of a server without ``/v1`` at its end.
 
@@ -107,7 +117,125 @@ def parse_source(text: str) -> Source:
     return Source(kind, rest, count)
 
 
-# -- names of registries with settings of their own -----------------------------------------------------------------
+# -- budgets of selection ----------------------------------------------------------------------------------------------
+BudgetKind = Literal["fraction", "rows", "tokens"]
+
+BUDGET = re.compile(
+    r"(?P<number>\d[\d_,]*(?:\.\d+)?|\.\d+)\s*(?P<scale>[km]?)\s*(?P<unit>%|tokens?|rows?)?", re.IGNORECASE
+)
+SCALES = {"": 1, "k": 1_000, "m": 1_000_000}
+BUDGETS = "write a share (25% or 0.25), a number of rows (400) or of tokens (60k tokens)"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What may be selected. ``amount`` is a share in (0, 1] for ``fraction``, else a whole number."""
+
+    kind: BudgetKind
+    amount: Decimal
+    text: str
+
+    @property
+    def whole(self) -> bool:
+        """Whether everything is kept, whatever its score."""
+        return self.kind == "fraction" and self.amount == 1
+
+    def rows_of(self, total: int) -> int | None:
+        """Rows that the budget allows of ``total``, rounded down; ``None`` for a budget of tokens."""
+        if self.kind == "tokens":
+            return None
+        return min(total, int(self.amount if self.kind == "rows" else self.amount * total))
+
+
+def parse_budget(text: str) -> Budget:
+    """Read a share (``25%``, ``0.25``), a number of rows (``400``, ``4k``) or of tokens (``60k tokens``).
+
+    A plain whole number is rows; ``1.0`` and ``100%`` are everything. Raises ``UserError`` when it is malformed, above
+    100% or zero, whatever the data.
+    """
+    found = BUDGET.fullmatch(text.strip())
+    if found is None:
+        raise UserError(f"budget {text!r} is not understood; {BUDGETS}")
+    written, scale, unit = found["number"], found["scale"].lower(), (found["unit"] or "").lower().rstrip("s")
+    amount = Decimal(written.replace("_", "").replace(",", "")) * SCALES[scale]
+    kind: BudgetKind = "tokens" if unit == "token" else "rows"
+    if unit == "%" or "." in written and not scale and not unit:
+        kind, amount = "fraction", amount / (100 if unit else 1)
+    if kind == "fraction" and (scale or amount > 1):
+        raise UserError(f"budget {text!r} is more than everything; {BUDGETS}")
+    if kind != "fraction" and amount != int(amount):
+        raise UserError(f"budget {text!r} is not a whole number of {kind}; {BUDGETS}")
+    if amount == 0:
+        raise UserError(f"budget {text!r} selects nothing; {BUDGETS}")
+    return Budget(kind, amount, text.strip())
+
+
+# -- scorers with their settings, as shift:metric=l2,layer=12 ----------------------------------------------------------
+def check_scorer(text: str) -> None:
+    """Raise ``UserError`` for a scorer whose name is not there. Imports no scorer: its settings wait."""
+    known_name("scorer", text.partition(":")[0].strip(), SCORERS.names())
+
+
+def parse_scorer(text: str) -> Any:
+    """The scorer that ``name`` or ``name:key=value,key=value`` means.
+
+    ``base.key=value`` sets ``key`` of the scorer that ``base`` names: ``coverage:base=shift,base.metric=l2``
+    is ``coverage`` with base ``shift:metric=l2``. Raises ``UserError`` for an unknown scorer or setting, a setting that
+    is there twice or without a value, and a value of the wrong type or out of the scorer's range.
+    """
+    name, colon, rest = text.strip().partition(":")
+    make = SCORERS.get(name.strip())
+    given: dict[str, str] = {}
+    for part in rest.split(",") if colon else []:
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        if not (key and equals and value):
+            raise UserError(f"scorer {text!r} is not understood; write NAME or NAME:KEY=VALUE,KEY=VALUE")
+        if key in given:
+            raise UserError(f"scorer {text!r} sets {key} twice; leave one out")
+        given[key] = value
+    known = inspect.signature(make).parameters
+    _join_inner(given, known)
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        choices = f"choose from: {', '.join(known)}" if known else "it has no settings"
+        raise UserError(f"scorer {name} has no setting {unknown[0]!r}{nearest(unknown[0], known)}; {choices}")
+    hints = typing.get_type_hints(make.__init__) if known else {}  # type: ignore[misc]
+    return make(**{key: _typed(f"{name}: {key}", value, hints[key]) for key, value in given.items()})
+
+
+def scorer_text(scorer: Any) -> str:
+    """The text that :func:`parse_scorer` reads as this scorer, settings at their defaults left out."""
+    known = inspect.signature(SCORERS.get(scorer.name)).parameters
+    changed = {key: value for key, value in scorer.settings.items() if value != known[key].default}
+    parts = []
+    for key, value in changed.items():
+        inner, colon, settings = str(value).partition(":")
+        parts.append(f"{key}={inner}")
+        parts += [f"{key}.{setting}" for setting in settings.split(",")] if colon else []
+    return ":".join(filter(None, [scorer.name, ",".join(parts)]))
+
+
+def _join_inner(given: dict[str, str], known: Mapping[str, inspect.Parameter]) -> None:
+    """Fold ``outer.key`` settings into the text of the scorer that ``outer`` names."""
+    for dotted in [key for key in given if "." in key]:
+        outer, _, inner = dotted.partition(".")
+        if outer in known:
+            text = given.get(outer, str(known[outer].default))
+            given[outer] = f"{text}{',' if ':' in text else ':'}{inner}={given.pop(dotted)}"
+
+
+def _typed(what: str, text: str, hint: Any) -> Any:
+    """``text`` as the first of the hint's types that can hold it: numbers and truth values before texts."""
+    kinds = [kind for kind in (*KINDS, str) if kind in choices(hint)]
+    for kind in kinds:
+        try:
+            return convert(text, kind)
+        except ValueError:
+            continue
+    raise UserError(f"scorer {what} must be {' or '.join(KINDS.get(kind, 'text') for kind in kinds)}, not {text!r}")
+
+
+# -- starts ------------------------------------------------------------------------------------------------------------
 def parse_start(text: str) -> list[str]:
     """The names in ``ridge`` or ``vocabulary+ridge``. Raises ``UserError`` for an unknown name or one given twice."""
     names = [part.strip() for part in text.split("+")]
@@ -123,7 +251,7 @@ def start_needs(text: str) -> frozenset[str]:
     return frozenset().union(*(STARTS.get(name).needs for name in parse_start(text)))
 
 
-# -- arguments of chat templates -------------------------------------------------------------------------------------
+# -- arguments of chat templates ---------------------------------------------------------------------------------------
 def parse_template_args(given: Sequence[str]) -> dict[str, Any]:
     """``NAME=VALUE`` texts as template arguments; a value is JSON, or else a text. Raises ``UserError``."""
     found: dict[str, Any] = {}
@@ -156,3 +284,21 @@ def kept_as_it_is(value: Any) -> bool:
         return bool(json.loads(json.dumps(value, allow_nan=False)) == value)
     except (TypeError, ValueError, RecursionError):
         return False
+
+
+# -- types of settings -------------------------------------------------------------------------------------------------
+def _rows(value: Any) -> Any:
+    return str(value) if type(value) is int else value  # a number of rows, as YAML reads it
+
+
+def _suite(text: str) -> None:
+    known_name("suite", text.partition("=")[0].partition(":")[0].strip(), SUITES.names())
+
+
+PromptsName = Annotated[str, check(self_prompts)]
+StartName = Annotated[str, check(parse_start)]
+ScorerName = Annotated[str, check(check_scorer)]
+BudgetText = Annotated[str, BeforeValidator(_rows), check(parse_budget)]
+Address = Annotated[str, check(check_address)]
+FormatName = Annotated[str, one_of("export format", EXPORTERS.names)]
+SuiteName = Annotated[str, check(_suite)]

@@ -6,7 +6,8 @@ the share of covered tokens is also the expected share of the target's probabili
 caps alpha; a draft that is right wherever it can be gives the cap on tau.
 
 A refresh swaps the ids that the text uses least for those that it misses. Kept rows of the head go along to their
-new places; new ones are mapped from the target's (:mod:`redraft.starts.rowmap`, fitted on the rows that both have).
+new places; new ones are mapped from the target's by what is fitted on the rows that both have
+(:func:`redraft.starts.leastsquares.fit_row_map`).
 
 Shape legend: V target vocabulary, D draft vocabulary, F target width, H draft width.
 """
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -24,12 +25,12 @@ from torch import Tensor
 from redraft.acceptance.simulate import tau_of, walk
 from redraft.data.store import Row
 from redraft.drafts.layers import norm_weight
+from redraft.drafts.walks import run_lengths
 from redraft.errors import UserError
 from redraft.registries import STARTS
 from redraft.rows import anchors
 from redraft.starts.apply import Start, StartContext, StartResult
-from redraft.starts.rowmap import RowMap, fit_row_map
-from redraft.target import Target
+from redraft.starts.leastsquares import RowMap, fit_row_map
 
 
 def token_counts(rows: Sequence[Row], size: int) -> Tensor:
@@ -75,11 +76,7 @@ class Coverage:
 
 def coverage(draft: Any, rows: Sequence[Row], gamma: int = 5) -> Coverage:
     """Coverage of the draft's vocabulary on ``rows``. Raises ``UserError`` when no row has a second token."""
-    return coverage_of(_member(draft), draft.config.draft_vocab_size, rows, gamma)
-
-
-def coverage_of(member_V: Tensor, size: int, rows: Sequence[Row], gamma: int) -> Coverage:
-    """Coverage of any vocabulary, given its membership [V] and size. Raises ``UserError``."""
+    member_V = _member(draft)
     used = [row for row in rows if anchors(row)]
     if not used:
         raise UserError("the responses hold no token that a draft is asked for; give longer ones")
@@ -97,7 +94,7 @@ def coverage_of(member_V: Tensor, size: int, rows: Sequence[Row], gamma: int) ->
         rounds[row.key], whole[row.key] = walk(runs), walk([min(many, gamma) for many in left])
     missing = [(id, int(counts_V[id])) for id in (counts_V * ~member_V).nonzero().flatten().tolist()]
     return Coverage(
-        size=size,
+        size=draft.config.draft_vocab_size,
         tokens=total,
         share=said / total,
         positions=tuple(n / of if of else None for n, of in zip(able, asked, strict=True)),
@@ -108,15 +105,6 @@ def coverage_of(member_V: Tensor, size: int, rows: Sequence[Row], gamma: int) ->
     )
 
 
-def run_lengths(covered: Sequence[bool], gamma: int) -> list[int]:
-    """How many tokens in a row can be said from each place on, at most ``gamma``."""
-    runs, run = [0] * len(covered), 0
-    for place in range(len(covered) - 1, -1, -1):
-        run = run + 1 if covered[place] else 0
-        runs[place] = min(run, gamma)
-    return runs
-
-
 def _member(draft: Any) -> Tensor:
     """Membership [V] of the target's ids in the draft's vocabulary, on the CPU."""
     member = torch.zeros(draft.config.target_vocab_size, dtype=torch.bool)
@@ -124,58 +112,51 @@ def _member(draft: Any) -> Tensor:
     return member
 
 
-@dataclass(frozen=True)
-class RefreshReport:
-    """What a refresh did. ``changed`` names tensors of the draft's state; ``notes`` are lines for the user.
+@dataclass(frozen=True, kw_only=True)
+class Refresh(StartResult):
+    """What a refresh made. ``added`` and ``evicted`` are ids, most urgent first; ``rows`` made the new rows."""
 
-    ``added`` and ``evicted`` are ids, most urgent first; ``rows`` is the map that made the new rows.
-    """
-
-    changed: tuple[str, ...]
-    notes: tuple[str, ...]
     before: Coverage
     after: Coverage
     added: tuple[int, ...] = ()
     evicted: tuple[int, ...] = ()
     rows: RowMap | None = None
 
+    @property
+    def map(self) -> dict[str, Any] | None:
+        """The map of new rows, for JSON."""
+        return {"kind": self.rows.kind, "errors": self.rows.errors} if self.rows else None
 
-def refresh_vocabulary(
-    draft: Any,
-    target: Target,
-    rows: Sequence[Row],
-    general_rows: Sequence[Row] = (),
-    gamma: int = 5,
-    seed: int = 0,
-) -> tuple[Any, RefreshReport]:
-    """A copy of ``draft`` whose vocabulary fits ``rows`` (responses of ``target``) better, at the same size.
+
+def refresh_vocabulary(draft: Any, context: StartContext) -> Refresh:
+    """A copy of ``draft`` whose vocabulary fits the context's rows (of its target) better, at the same size.
 
     An id leaves only for one that the text uses more often. Among ids that it uses equally, those leave first that
-    ``general_rows`` (text the draft must stay good at) use least, and then those with the highest numbers: byte-pair
+    general rows (text the draft must stay good at) use least, and then those with the highest numbers: byte-pair
     vocabularies number their merges from frequent to rare. Tokens that end a response always stay. The draft itself
     comes back when nothing is gained. Raises ``UserError`` for a head that carries a low-rank update.
     """
+    target, rows, gamma = context.target, context.rows, context.gamma
     before = coverage(draft, rows, gamma)
     if not draft.reduced:
-        return draft, RefreshReport((), ("vocabulary: the draft has the whole of it already",), before, before)
+        note = "vocabulary: the draft has the whole of it already"
+        return Refresh(draft, notes=(note,), before=before, after=before)
     old_D = draft.vocabulary().cpu()
-    added, evicted = choose_swaps(_member(draft), rows, general_rows, target.eos_ids)
+    added, evicted = choose_swaps(_member(draft), rows, context.general_rows, target.eos_ids)
     if not added:
         note = (
             f"vocabulary: no swap of tokens covers more than the present {before.share:.2%}; the draft stays as it is"
         )
-        return draft, RefreshReport((), (note,), before, before)
+        return Refresh(draft, notes=(note,), before=before, after=before)
     if getattr(draft.lm_head, "low_rank", None) is not None:
         raise UserError("a refresh replaces rows of lm_head, which carries a low-rank update; merge the draft first")
     head, fresh = target.head.weight, torch.tensor(sorted(added))
     norm_F = norm_weight(target.norm, target.hidden_size)
     norm_H = norm_weight(draft.norm, draft.config.hidden_size)
     weight_DH = draft.lm_head.weight.detach()
-    rows_map = fit_row_map(head[old_D.to(head.device)].double() * norm_F, weight_DH, norm_H, seed)
+    rows_map = fit_row_map(head[old_D.to(head.device)].double() * norm_F, weight_DH, norm_H, context.seed)
     mapped = rows_map(head[fresh.to(head.device)].double() * norm_F).to(weight_DH)
-    gone = torch.zeros(draft.config.target_vocab_size, dtype=torch.bool)
-    gone[torch.tensor(evicted)] = True
-    kept_D = ~gone[old_D]
+    kept_D = ~torch.isin(old_D, torch.tensor(evicted))
     ids, order = torch.cat([old_D[kept_D], fresh]).sort()
     renewed = copy.deepcopy(draft)
     with torch.no_grad():
@@ -189,8 +170,15 @@ def refresh_vocabulary(
         f"vocabulary: {len(added)} of {len(old_D)} tokens replaced; coverage {before.share:.2%} -> {after.share:.2%}; "
         f"new rows through the map {rows_map.kind!r} (held-out error {left})"
     )
-    return renewed, RefreshReport(
-        ("lm_head.weight", "d2t", "t2d"), (note,), before, after, tuple(added), tuple(evicted), rows_map
+    return Refresh(
+        renewed,
+        ("lm_head.weight", "d2t", "t2d"),
+        (note,),
+        before=before,
+        after=after,
+        added=tuple(added),
+        evicted=tuple(evicted),
+        rows=rows_map,
     )
 
 
@@ -209,16 +197,9 @@ def choose_swaps(
 
 def start(draft: Any, context: StartContext) -> StartResult:
     """The refresh as a start."""
-    renewed, report = refresh_vocabulary(
-        draft, context.target, context.rows, context.general_rows, context.gamma, context.seed
-    )
-    details = {
-        "replaced": len(report.added),
-        "before": report.before.to_dict(worst=0),
-        "after": report.after.to_dict(worst=0),
-        "map": report.rows and {"kind": report.rows.kind, "errors": report.rows.errors},
-    }
-    return StartResult(renewed, report.changed, report.notes, details=details)
+    found = refresh_vocabulary(draft, context)
+    shares = {"before": found.before.to_dict(worst=0), "after": found.after.to_dict(worst=0)}
+    return replace(found, details={"replaced": len(found.added), **shares, "map": found.map})
 
 
 STARTS.register("vocabulary")(

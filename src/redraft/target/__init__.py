@@ -5,19 +5,8 @@ the rest (:mod:`redraft.loading`).
 """
 
 from redraft.target.cache import FixedLayer, KeyValueCache, OwnCache
-from redraft.target.facts import Facts
-from redraft.target.head import Head
+from redraft.target.facts import Facts, Head
 from redraft.target.model import FINAL, Target, TargetStep, default_taps, new_taps
 
-__all__ = [
-    "FINAL",
-    "Facts",
-    "FixedLayer",
-    "Head",
-    "KeyValueCache",
-    "OwnCache",
-    "Target",
-    "TargetStep",
-    "default_taps",
-    "new_taps",
-]
+__all__ = ["FINAL", "Facts", "Head", "Target", "TargetStep", "default_taps", "new_taps"]
+__all__ += ["FixedLayer", "KeyValueCache", "OwnCache"]

@@ -1,20 +1,35 @@
-"""What is known of a target without its weights: config, tokenizer with its chat template, hash, end ids, lengths."""
+"""A target without its layers: facts that need no weights, and the head, which with stored states is all that
+training reads.
+
+Shape legend: H hidden size, V vocabulary.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from redraft.target.structure import active_parameters, context_length, text_decoder
+from redraft.errors import UserError
+from redraft.sampling import scale_logits
 
 # How the hash of a target begins whose weights nobody here has seen: it is that of the config.
 SERVED = "served"
+
+NORMS = ("norm", "final_layernorm", "final_layer_norm", "norm_f", "embedding_norm")
+# How configs name their experts, and how many of them a token is sent to.
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k")
+# Parameters of routed experts: a list of modules, or stacked in one tensor [experts, ...].
+ROUTED = re.compile(r"(?:^|\.)experts\.(?:\d+\.)?")
+# Rotary types whose angles change once a text is longer than what the model was first trained on.
+LENGTH_BOUND_ROPES = ("dynamic", "longrope")
 
 
 class Facts:
@@ -103,6 +118,120 @@ class Facts:
             return self._fingerprint()
         text = json.dumps(self.config.to_dict(), sort_keys=True, default=str)
         return f"{SERVED}-{hashlib.sha256(text.encode()).hexdigest()[:9]}"
+
+
+class Head(Facts):
+    """A frozen target without its layers: what turns states into logits, and tokens into embeddings.
+
+    ``embedding`` is the table as it lies in the file, ``norm`` the norm before the head, ``head`` the output layer.
+    """
+
+    def __init__(self, facts: Facts, embedding: Any, norm: Any, head: Any) -> None:
+        super().__init__(**_parts(facts), fingerprint=facts.content_hash)
+        self.embedding, self.norm, self.head = embedding, norm, head
+
+    @property
+    def facts(self) -> Facts:
+        """The facts alone, which hold no weights."""
+        known = self.content_hash()
+        return Facts(**_parts(self), fingerprint=lambda: known, device=self.device)
+
+    @property
+    def head_part(self) -> Head:
+        """The ends alone: whoever keeps no more than this lets go of the layers."""
+        return Head(self.facts, self.embedding, self.norm, self.head)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the head."""
+        return int(self.head.weight.shape[0])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.head.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of final-norm states [..., H], with the model's own scaling and soft cap."""
+        return self.scale_logits(self.head(hidden))
+
+    def scale_logits(self, logits: Tensor) -> Tensor:
+        """The head's output with the scaling and soft cap that the config names."""
+        return scale_logits(logits, self.config)
+
+
+def _parts(facts: Facts) -> dict[str, Any]:
+    names = ("name", "tokenizer", "generation", "notes", "rounding")
+    return {"config": facts.whole_config} | {name: getattr(facts, name) for name in names}
+
+
+# -- a model's parts -------------------------------------------------------------------------------------------------
+def text_decoder(model: Any) -> Any:
+    """The stack of decoder layers that reads text: the module itself, or the text part of a larger model.
+
+    Raises ``UserError`` where there is none.
+    """
+    places = [model.get_decoder(), model.base_model]
+    places += [getattr(place, name, None) for place in list(places) for name in ("model", "language_model")]
+    for place in places:
+        if isinstance(getattr(place, "layers", None), nn.ModuleList) and final_norm(place) is not None:
+            return place
+    raise UserError(
+        f"{type(model).__name__} is not a dense decoder with .layers and .norm; "
+        "use a Llama-, Qwen-, Mistral- or similarly shaped causal LM"
+    )
+
+
+def final_norm(decoder: Any) -> Any:
+    """The norm between the last layer and the head; none where there is none."""
+    return next((getattr(decoder, name) for name in NORMS if hasattr(decoder, name)), None)
+
+
+def plain_embedding(table: Any) -> Any:
+    """The embedding table without a factor that the model puts on what it looks up (Gemma).
+
+    Drafts read the table as it lies in the file: so do their trainers, and the engines that share it with the target.
+    """
+    if type(table) is nn.Embedding:
+        return table
+    rows, width = table.weight.shape
+    plain = nn.Embedding(rows, width, device="meta")
+    plain.weight = table.weight
+    return plain.requires_grad_(False)
+
+
+def context_length(config: Any) -> int:
+    """Tokens of the longest text whose rotary angles are those that shorter ones have."""
+    longest = int(config.max_position_embeddings)
+    for rope in length_bound_ropes(config):
+        key = "original_max_position_embeddings"
+        # Without it, the config's own length is where the angles begin to change.
+        longest = min(longest, int(rope.get(key) or getattr(config, key, None) or longest))
+    return longest
+
+
+def length_bound_ropes(config: Any) -> list[dict[str, Any]]:
+    """The rotary settings whose angles follow the length of the text, of all kinds of layers that have some."""
+    known = getattr(config, "rope_parameters", None) or {}
+    ropes = list(known.values()) if known and all(isinstance(value, dict) for value in known.values()) else [known]
+    return [rope for rope in ropes if rope.get("rope_type") in LENGTH_BOUND_ROPES]
+
+
+def active_parameters(decoder: nn.Module, config: Any) -> int:
+    """Parameters of a decoder that one token meets; of routed experts, the share that the router chooses."""
+    experts, chosen = (_first(config, names) for names in (EXPERTS, CHOSEN))
+    share = min(1.0, chosen / experts) if experts and chosen else 1.0
+    counts = {name: parameter.numel() for name, parameter in decoder.named_parameters()}
+    routed = sum(count for name, count in counts.items() if ROUTED.search(name))
+    return sum(counts.values()) - routed + round(routed * share)
+
+
+def _first(config: Any, names: tuple[str, ...]) -> int:
+    return next((int(value) for name in names if (value := getattr(config, name, None))), 0)
 
 
 def model_class(config: Any) -> Any:

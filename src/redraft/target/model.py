@@ -21,16 +21,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from redraft.arithmetic import prepack
 from redraft.artifact import let_others_read
-from redraft.compat import cache_argument
 from redraft.errors import UserError
-from redraft.prepack import prepack
-from redraft.target.cache import KeyValueCache, OwnCache
-from redraft.target.facts import Facts, parameters_per_token, tensors_fingerprint
-from redraft.target.head import Head
-from redraft.target.masks import MaskPlan
+from redraft.target.cache import KeyValueCache, MaskPlan, OwnCache, cache_argument
+from redraft.target.facts import (
+    Facts,
+    Head,
+    final_norm,
+    parameters_per_token,
+    plain_embedding,
+    tensors_fingerprint,
+    text_decoder,
+)
 from redraft.target.paths import Paths, find_paths
-from redraft.target.structure import final_norm, plain_embedding, text_decoder
 
 # The tap of the final-norm state. It counts no layers, so that it means the same in a target of any depth.
 FINAL = -1

@@ -13,15 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from redraft.errors import UserError
-from redraft.target.cache import KeyValueCache, OwnCache
-from redraft.target.slots import SlotCache, slot_attention
+from redraft.target.cache import KeyValueCache, OwnCache, SlotCache, slot_attention
 
 TOKENS, WINDOW, SLOPE = 24, 7, 4
 # Numbers that make a pass depend on the distance or the place in a text, and what they are in the trial.
@@ -88,19 +87,20 @@ def find_paths(target: Any) -> Paths:
         effect = _effect(target, ids_BT, wide_BTH)
         with _narrowed(target) as narrow:
             own_BTH = _own(target, ids_BT) if narrow else wide_BTH
-            blind = _blind(target, wide_BTH, own_BTH)
+            # The trial says nothing about windows where narrowing them changed nothing.
+            same = target.mask_plan is not None and torch.equal(wide_BTH, own_BTH)
+            same = same and target.mask_plan.kinds != ("full_attention",)
+            blind = "its window could not be narrowed for the trial" if same else ""
             trial = _Trial(target, ids_BT, own_BTH, effect)
-            found = Paths(cached=trial.holds(trial.cached))
-            if not found.cached:
-                found = replace(
-                    found, own_cache=trial.holds(trial.own_cache, CLOSE_OWN if trial.exact else CLOSE_SHORT)
-                )
-            elif not blind and target.mask_plan is not None:
-                slots = trial.holds(trial.slots)
-                stock = target.backbone.config._attn_implementation == "sdpa"
-                kernel = slots and stock and trial.holds(trial.slots_by_kernel)
-                found = replace(found, kernel=kernel, slots=slots, masked=trial.holds(trial.masked))
-    return found if found.slots and found.masked else replace(found, why=blind or _unknown_layers(target) or trial.why)
+            cached = trial.holds(trial.cached)
+            own_cache = not cached and trial.holds(trial.own_cache, CLOSE_OWN if trial.exact else CLOSE_SHORT)
+            ours = cached and not blind and target.mask_plan is not None
+            slots = ours and trial.holds(trial.slots)
+            stock = target.backbone.config._attn_implementation == "sdpa"
+            kernel = slots and stock and trial.holds(trial.slots_by_kernel)
+            masked = ours and trial.holds(trial.masked)
+    why = "" if slots and masked else blind or _unknown_layers(target) or trial.why
+    return Paths(cached, own_cache, masked, slots, kernel, why)
 
 
 class _Trial:
@@ -215,14 +215,6 @@ def _own(target: Any, ids_BT: Tensor) -> Tensor:
         )
     _check_taps(target, ids_BT, out.hidden_states)
     return step.hidden_BTH
-
-
-def _blind(target: Any, wide_BTH: Tensor, narrow_BTH: Tensor) -> str:
-    """Why the trial says nothing about windows: narrowing them changed nothing where the config names some."""
-    plan = target.mask_plan
-    if plan is None or plan.kinds == ("full_attention",) or not torch.equal(wide_BTH, narrow_BTH):
-        return ""
-    return "its window could not be narrowed for the trial"
 
 
 def _check_taps(target: Any, ids_BT: Tensor, states: Any) -> None:

@@ -5,10 +5,14 @@ divided by what the whole step counts, over all its parts and all workers. Weigh
 data and every metric of the curve so far are in the checkpoint; what a step draws at random is a function of seed and
 step. A loss or gradient that is not finite stops the run before any weight is changed, so that no checkpoint ever
 holds it.
+
+The checkpoint is tensors and JSON, replaced as one, without pickle.
 """
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import math
 import random
@@ -17,19 +21,24 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from redraft.arithmetic import choose_dtype
-from redraft.artifact import atomic_write_text
+from redraft.artifact import atomic_write_json, atomic_write_text, read_checked, read_json, write_checked
 from redraft.errors import UserError
 from redraft.progress import Progress
 from redraft.settings.training import LoopConfig
-from redraft.training.checkpoint import Checkpoint, Named
 from redraft.training.optimizer import Optimizers, learning_rate, make_optimizers, muon_type
 from redraft.training.workers import SINGLE, Workers, sum_gradients
+
+Named = list[tuple[str, nn.Parameter]]
+Entry = TypeVar("Entry")
+BEST_FILE, STATE_FILE = "best.safetensors", "state.json"
+# The entry of an identity that names what a draft was before it was trained; empty for a new draft.
+OLD_DRAFT = "old draft"
 
 
 @dataclass
@@ -42,10 +51,16 @@ class Step:
     position: dict[str, Any] = field(default_factory=dict)
 
 
-class StepSource(Protocol):
-    """Gives the steps of a run from any place on."""
+def onward(order: Callable[[int], Sequence[Entry]], begin: int) -> Iterator[Entry]:
+    """The entries of ``order(0)``, ``order(1)`` and so on in a row, from number ``begin`` on, without end."""
+    for epoch in itertools.count():
+        entries = order(epoch)
+        yield from entries[begin:]
+        begin = max(0, begin - len(entries))
 
-    def steps(self, begin: int, position: dict[str, Any]) -> Iterator[Step]: ...
+
+Steps = Callable[[int, dict[str, Any]], Iterator[Step]]
+"""The steps of a run, from a number and a position in the data on."""
 
 
 @dataclass
@@ -64,13 +79,13 @@ class LoopResult:
 
 
 class TrainingLoop:
-    """A run over ``total`` steps of ``source``. ``evaluate`` gives the metric that picks the best weights."""
+    """A run over ``total`` of ``steps``. ``evaluate`` gives the metric that picks the best weights."""
 
     def __init__(
         self,
         model: nn.Module,
         trained: Named,
-        source: StepSource,
+        steps: Steps,
         total: int,
         evaluate: Callable[[], float],
         config: LoopConfig,
@@ -92,7 +107,7 @@ class TrainingLoop:
         """
         if not trained:
             raise ValueError("no parameter requires a gradient")
-        self.model, self.trained, self.source, self.total = model, trained, source, total
+        self.model, self.trained, self.steps, self.total = model, trained, steps, total
         self.measure, self.config, self.before, self.workers = evaluate, config, before, workers
         self.metric, self.sign = metric, 1 if higher_is_better else -1
         self.device = trained[0][1].device
@@ -125,7 +140,7 @@ class TrainingLoop:
         began = saved = time.monotonic()
         spent = state["seconds"]
         # Closed at once when the loop ends early: a source may hold a thread.
-        with closing(self.source.steps(state["step"], state["position"])) as steps:  # type: ignore[type-var]
+        with closing(self.steps(state["step"], state["position"])) as steps:  # type: ignore[type-var]
             while not self.ended(state):
                 self.advance(next(steps), optimizers, state, reporter)
                 state["seconds"] = spent + time.monotonic() - began
@@ -253,3 +268,103 @@ class TrainingLoop:
         good = json.loads(path.read_text())["state"]["step"] if path.exists() else None
         kept = "" if good is None else f"the last good checkpoint is that of step {good} in {self.folder}; "
         raise UserError(f"{what} at step {step} of {self.total}; {kept}lower the learning rate")
+
+
+# -- on disk ---------------------------------------------------------------------------------------------------------
+class Checkpoint:
+    """``state.json`` names the tensor file that belongs to it, so that no half-written pair is ever read."""
+
+    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
+        """Raises ``UserError`` when the folder holds a run of another config, or a damaged one."""
+        self.folder = folder
+        self.identity = json.loads(json.dumps(identity))
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / STATE_FILE
+        self._mend = f"delete the folder {folder} and give the same command again, which trains anew"
+        if self.path.exists():
+            stored = self._stored()["identity"]
+            if OLD_DRAFT in self.identity and not stored.get(OLD_DRAFT):
+                stored[OLD_DRAFT] = self.identity[OLD_DRAFT]  # most runs did not say it once
+            if stored.keys() != self.identity.keys():
+                raise UserError(f"{folder} was begun by another version of redraft; delete it to train anew")
+            if stored != self.identity:
+                changed = sorted(k for k in stored if stored[k] != self.identity[k])
+                raise UserError(
+                    f"{folder} belongs to a run with another {', '.join(changed)}; "
+                    "give another run directory or the settings it was started with"
+                )
+
+    def _stored(self) -> dict[str, Any]:
+        """``state.json``. Raises ``UserError`` when it is damaged; older ones have no checksum."""
+        stored = read_json(self.path)
+        entries = {"identity", "file", "state"}
+        if not entries <= stored.keys() or stored.get("checksum", digest(stored)) != digest(stored):
+            raise UserError(f"{self.path} is damaged: it no longer says what was written; {self._mend}")
+        return stored
+
+    def save(self, trained: Named, optimizers: Optimizers, state: dict[str, Any]) -> None:
+        """Write weights, optimisers and ``state`` as one. Raises ``UserError`` on a full disk; the last one stays."""
+        tensors: dict[str, torch.Tensor] = {f"weight/{name}": p for name, p in trained}
+        tensors |= {f"optimizer/{key}": value for key, value in optimizers.state().items()}
+        name = f"state-{state['step']:07d}.safetensors"
+        write_checked(self.folder / name, tensors)
+        entry = json.loads(json.dumps({"identity": self.identity, "file": name, "state": state}))
+        atomic_write_json(self.path, entry | {"checksum": digest(entry)})
+        for old in self.folder.glob("state-*.safetensors"):
+            if old.name != name:
+                old.unlink()
+
+    def load(self, trained: Named, optimizers: Optimizers) -> dict[str, Any] | None:
+        """Restore weights and optimisers in place; ``None`` when there is nothing to resume.
+
+        Raises ``UserError`` that names the damaged file, also for the best weights, which are read only at the end.
+        """
+        if not self.path.exists():
+            return None
+        stored = self._stored()
+        if (self.folder / BEST_FILE).exists():  # some that train keep no best weights besides the last
+            self._best()
+        tensors = read_checked(self.folder / stored["file"], self._mend)
+        self._copy("weight/", tensors, trained, stored["file"])
+        prefix = "optimizer/"
+        optimizers.load_state({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+        return stored["state"]
+
+    def save_best(self, trained: Named) -> None:
+        write_checked(self.folder / BEST_FILE, dict(trained))
+
+    def load_best(self, trained: Named) -> None:
+        """Put the best weights in place. Raises ``UserError`` when their file is damaged."""
+        self._copy("", self._best(), trained, BEST_FILE)
+
+    def _best(self) -> dict[str, torch.Tensor]:
+        return read_checked(self.folder / BEST_FILE, self._mend)
+
+    def _copy(self, prefix: str, tensors: dict[str, torch.Tensor], trained: Named, file: str) -> None:
+        if missing := sorted({prefix + name for name, _ in trained} - set(tensors)):
+            raise UserError(f"{self.folder / file} is damaged: it lacks {missing[0]}; {self._mend}")
+        with torch.no_grad():
+            for name, parameter in trained:
+                parameter.copy_(tensors[prefix + name])
+
+
+def digest(entry: dict[str, Any]) -> str:
+    """A fingerprint of a JSON object without its ``checksum`` (16 hex digits)."""
+    text = json.dumps({k: v for k, v in entry.items() if k != "checksum"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def stored_precision(folder: Path, unrecorded: str) -> str | None:
+    """The data type that the training in ``folder`` computes in; None where none has begun. Raises ``UserError``.
+
+    ``unrecorded`` stands for that of a run of before this was recorded.
+    """
+    path = folder / STATE_FILE
+    if not path.exists():
+        return None
+    return str(read_json(path)["state"].get("arithmetic", {}).get("precision", unrecorded))
+
+
+def rows_digest(keys: list[str]) -> str:
+    """A short fingerprint of which rows a run trains on."""
+    return hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest()[:16]

@@ -79,9 +79,7 @@ def muon_type(device: torch.device) -> str:
 def make_optimizers(named: Iterable[tuple[str, nn.Parameter]], kind: str, weight_decay: float) -> Optimizers:
     """The optimisers of a kind that the training settings name."""
     names = {parameter: name for name, parameter in named}
-    matrices = [p for p, n in names.items() if p.ndim == 2 and not _is_table(n)]
-    if kind == "adamw":
-        matrices = []
+    matrices = [p for p, n in names.items() if p.ndim == 2 and not _is_table(n) and kind != "adamw"]
     others = [p for p in names if not any(p is m for m in matrices)]
     parts: list[torch.optim.Optimizer] = []
     if matrices:

@@ -1,28 +1,52 @@
-"""Training a draft that reads the target's states: its batches in a reproducible order, its loss, its held-out tau."""
+"""Training a draft that reads the target's states: its batches in a reproducible order, its loss, its held-out tau; and
+on-policy replay, which trains on the states that the present draft itself reaches in rounds that it loses.
+
+Training-time test weighs every anchor and every draft step alike. Decoding does not visit them alike: rounds start
+where the last one failed, and a late step is reached only by getting the earlier ones right. Replay walks the rounds
+of the present draft over stored responses and weighs each state (anchor, step) by how often decoding reaches it in a
+round that ends early.
+
+No decoding is needed for that. Up to its first rejected token a round of a chain conditions on accepted tokens, and
+those are the response's own; the draft's inputs are therefore the teacher-forced ones, and the walk over stored
+responses visits the very states that decoding would (see :mod:`redraft.acceptance.simulate`). With v(m) the chance that
+a round starts at anchor m, w_i the chance that its i-th token is accepted and R_j = w_1 ... w_j,
+
+    reached(m, j) = v(m) (R_j - R_L)          in a round that ends early, given the text
+    failed(m, j)  = v(m) (R_j - R_j+1)        and ends at this very step,
+
+where L is the number of steps at which the draft can be right at all: a round stopped by the end of the response, or
+by a token outside the draft's vocabulary, shows nothing that training could mend. Greedy rounds have w in {0, 1}, so
+both are indicators; sampled rounds give expectations, which are exact.
+
+Shape legend: A anchors of one response, J draft steps.
+"""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from redraft.acceptance.simulate import simulate_greedy_chain, tau_of
+from redraft.acceptance.simulate import check_own, simulate_greedy_chain, tau_of, visits
 from redraft.data.store import Row
 from redraft.drafts.base import Draft
+from redraft.drafts.walks import run_lengths
 from redraft.errors import UserError
 from redraft.features import FeatureSource
 from redraft.progress import Progress
 from redraft.rows import anchor_batches, anchors
-from redraft.settings.training import TrainConfig
+from redraft.settings.sampler import Sampler
+from redraft.settings.training import ReplayConfig, TrainConfig
 from redraft.target import Head
-from redraft.training.checkpoint import OLD_DRAFT, rows_digest
-from redraft.training.loop import Step, TrainingLoop
+from redraft.training.loop import OLD_DRAFT, Step, TrainingLoop, onward, rows_digest
 from redraft.training.workers import SINGLE, Shares, Workers
 
 
@@ -72,13 +96,15 @@ class Trainer:
     ) -> None:
         """``origin`` names what the draft was before, where its shape does not say it. ``before`` is done once, ahead
         of the first evaluation, and gives the supervised positions that it took. ``weights`` [anchors, draft steps]
-        by row key weigh the states of a draft that is ``weighable``.
+        by row key weigh the states of a draft that is ``weighable``; rows without any are left out.
 
         Raises ``UserError`` when no row can be supervised or the folder belongs to another run.
         """
         self.draft, self.target, self.store, self.config = draft.to(target.device), target, store, config
         self.workers, self.shares, self.weights = workers, Shares(workers), weights
-        self.rows = [r for r in rows if anchors(r)]
+        if weights is not None and not weights:
+            raise UserError("no round ended early, so there is nothing to replay")
+        self.rows = [r for r in rows if anchors(r) and (weights is None or r.key in weights)]
         self.heldout = [r for r in heldout if anchors(r)]
         if not self.rows or not self.heldout:
             raise UserError("no row has two or more response tokens to train or to evaluate on; give longer responses")
@@ -90,16 +116,12 @@ class Trainer:
         self.loop = TrainingLoop(
             self.draft,
             self.trained,
-            self,
+            self.steps,
             max(1, round(config.epochs * per_epoch)),
             self.evaluate,
             config,
             folder,
-            {
-                "rows": rows_digest([r.key for r in self.rows]),
-                "draft": self.draft.config.to_dict(),
-                OLD_DRAFT: origin,
-            },
+            {"rows": rows_digest([r.key for r in self.rows]), "draft": self.draft.config.to_dict(), OLD_DRAFT: origin},
             # As the target decodes, so is its draft trained.
             precision="bfloat16" if target.dtype == torch.bfloat16 else "float32",
             before=partial(before, self) if before else None,
@@ -112,22 +134,9 @@ class Trainer:
         return tau_of(accepted, self.heldout)
 
     def run(self, reporter: Progress | None = None) -> TrainResult:
-        """Train to the end of the budget or until held-out tau has not risen for ``patience`` evaluations.
-
-        On return the draft holds the weights of the best evaluation. A killed run, started again with the same
-        arguments, ends with the same bits. Raises ``UserError`` when a loss or a gradient is not finite; the
-        checkpoint before it stays.
-        """
-        done = self.loop.run(reporter)
-        return TrainResult(
-            best_tau=done.best,
-            start_tau=done.start,
-            steps=done.steps,
-            anchors=done.tokens,
-            seconds=done.seconds,
-            stopped_early=done.stopped_early,
-            history=done.history,
-        )
+        """Train to the end of the budget or until patience is out: :meth:`TrainingLoop.run`. Raises ``UserError``."""
+        r = self.loop.run(reporter)
+        return TrainResult(r.best, r.start, r.steps, r.tokens, r.seconds, r.stopped_early, r.history)
 
     # -- steps -------------------------------------------------------------------------------------------------
     def steps(self, begin: int, position: dict[str, Any]) -> Iterator[Step]:
@@ -142,13 +151,92 @@ class Trainer:
     def batches(self, begin: int) -> Iterator[tuple[Any, int]]:
         """This worker's share of the batches of step ``begin`` and all later ones, collated, each with the supervised
         positions of the whole."""
-        epoch, offset = 0, 0
-        while True:
-            order = batch_order(self.rows, self.config, epoch)
-            for rows in order[max(0, begin - offset) :]:
-                yield self.collated(self.shares.of(rows)).to(self.target.device), sum(map(anchors, rows))
-            epoch, offset = epoch + 1, offset + len(order)
+        for rows in onward(partial(batch_order, self.rows, self.config), begin):
+            batch = self.objective.collate(self.shares.of(rows), self.store, self.weights)
+            yield batch.to(self.target.device), sum(map(anchors, rows))
 
-    def collated(self, rows: Sequence[Row]) -> Any:
-        """The batch of these rows, as the objective reads it."""
-        return self.objective.collate(rows, self.store, self.weights)
+
+# -- replay ----------------------------------------------------------------------------------------------------------
+@dataclass
+class ReplayStates:
+    """Weights [A, J] of the states of each row by its key, and what the walk met. Rounds are expectations."""
+
+    weights: dict[str, Tensor]
+    rounds: float
+    lost_rounds: float
+
+    def summary(self) -> str:
+        """One line for a person."""
+        share = self.lost_rounds / self.rounds if self.rounds else 0.0
+        return f"{self.lost_rounds:,.0f} of {self.rounds:,.0f} rounds ended early ({share:.0%})"
+
+
+@torch.no_grad()
+def replay_states(
+    draft: Draft,
+    target: Head,
+    rows: Sequence[Row],
+    store: FeatureSource | None,
+    gamma: int,
+    config: ReplayConfig,
+    greedy_drafts: bool = False,
+    progress: Progress | None = None,
+) -> ReplayStates:
+    """Walk the rounds of a chain of ``gamma`` over responses of the target, each under its own sampler.
+
+    Rows whose rounds all went through are left out of ``weights``. ``greedy_drafts``: the draft proposes its
+    likeliest token also where the target samples. ``progress`` counts anchors. Raises ``UserError`` for reference
+    answers, which decoding would not produce, and for a family that is not trained by unrolling.
+    """
+    check_replayable(draft)
+    groups: dict[Sampler, list[Row]] = {}
+    for row in rows:
+        check_own(row)
+        sampler = Sampler() if greedy_drafts else Sampler(row.temperature, row.top_k, row.top_p)
+        groups.setdefault(sampler, []).append(row)
+    found, done, walk = ReplayStates({}, 0.0, 0.0), 0, draft.walk(target)
+    sayable = set(draft.vocabulary().tolist())
+    for sampler, group in groups.items():
+        for row, chances in walk.chances(group, store, gamma, sampler):
+            chances_AJ = chances.double().numpy()
+            # How far the draft can be right behind each anchor.
+            steps_A = np.array(run_lengths([token in sayable for token in row.response_ids[1:]], gamma))
+            reached_AJ, failed_AJ = lost_states(chances_AJ, steps_A)
+            found.rounds += float(visits(chances_AJ).sum())
+            found.lost_rounds += float(failed_AJ.sum())
+            if failed_AJ.sum() > 0:
+                inside_AJ = np.arange(gamma) < steps_A[:, None]
+                weight_AJ = config.accepted * (reached_AJ - failed_AJ) + config.failed * failed_AJ
+                found.weights[row.key] = torch.from_numpy(weight_AJ + config.floor * inside_AJ).float()
+            done += anchors(row)
+            if progress is not None:
+                progress.update(done)
+    return found
+
+
+def lost_states(
+    chances_AJ: npt.NDArray[np.float64], steps_A: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """(reached, failed) [A, J] of one response: how often each state is met in a round that ends early, and how often
+    the round ends there. ``steps_A`` is the number of steps at which the draft can be right behind each anchor.
+    """
+    count, gamma = chances_AJ.shape
+    through = np.concatenate([np.ones((count, 1)), np.cumprod(chances_AJ, axis=1)], axis=1)
+    passed = np.take_along_axis(through, steps_A[:, None], axis=1)
+    inside = np.arange(gamma) < steps_A[:, None]
+    starts = visits(chances_AJ)[:, None]
+    reached = np.where(inside, starts * (through[:, :gamma] - passed), 0.0)
+    failed = np.where(inside, starts * (through[:, :gamma] - through[:, 1:]), 0.0)
+    return reached, failed
+
+
+def check_replayable(draft: Draft) -> None:
+    """Raise ``UserError`` for a draft of a family whose objective knows no states to weigh."""
+    if not draft.weighable:
+        raise UserError(f"replay is for drafts that train by unrolling; {draft.family} drafts do not")
+
+
+def replay_settings(config: TrainConfig, replay: ReplayConfig) -> TrainConfig:
+    """The settings of a pass: shorter, slower, and unrolled as far as a round can go."""
+    rate = config.learning_rate * replay.rate
+    return replace(config, epochs=replay.epochs, learning_rate=rate, unroll=config.gamma)

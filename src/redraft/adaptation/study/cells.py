@@ -12,32 +12,28 @@ import torch
 
 from redraft import provenance
 from redraft.acceptance.simulate import expected_rounds_sampled, simulate_greedy_chain
-from redraft.adaptation.core import Adaptation, Plan, half
-from redraft.adaptation.models import PromptRow
-from redraft.adaptation.runs import row_tokens
+from redraft.adaptation.core import Adaptation, Plan
+from redraft.adaptation.runs import half, row_tokens
 from redraft.adaptation.study.targets import Asked, TargetWork, features_stage, slug
 from redraft.artifact import atomic_write_json, read_json, tensors_bytes
-from redraft.coarse import Coarse
-from redraft.data.mixture import mix
 from redraft.data.store import Row, read_rows
-from redraft.decode.tree_walk import simulate_tree
-from redraft.drafts.files import coarse_state, private_state
+from redraft.decode.tree import simulate_tree
+from redraft.drafts.files import private_state
 from redraft.drafts.groups import trained_parameters
 from redraft.drafts.opening import OpenDraft
+from redraft.drafts.scaling import Coarse
 from redraft.errors import UserError
 from redraft.provenance import Entry, Ledger
-from redraft.rows import anchors
-from redraft.selection import score_rows
-from redraft.selection.acceptance import scoring_context
-from redraft.selection.rules import select as select_rows
-from redraft.settings.budget import parse_budget
-from redraft.settings.methods import method
+from redraft.rows import anchors, mix
+from redraft.selection import PromptRow, score_rows
+from redraft.selection.manifest import select as select_rows
+from redraft.selection.states import scoring_context
 from redraft.settings.sampler import Sampler
-from redraft.settings.scorers import parse_scorer
-from redraft.settings.study_parts import ANY, NONE, Cell, SelectionEntry
-from redraft.settings.training import ReplayConfig, TrainConfig
+from redraft.settings.studies import ANY, NONE, Cell, SelectionEntry
+from redraft.settings.texts import parse_scorer
+from redraft.settings.training import ReplayConfig, TrainConfig, method
 from redraft.starts.apply import StartContext
-from redraft.training.replay import check_replayable
+from redraft.training.trainer import check_replayable
 
 CELL_FORMULAS = {
     "generation": f"{provenance.FORWARD_FORMULA}, of every row that had to be generated",
@@ -101,12 +97,12 @@ def cell_folder(root: Path, cell: Cell) -> Path:
 def adaptation_of(work: TargetWork, cell: Cell, opened: OpenDraft, selected: Selected | None) -> Adaptation:
     """The cell's training, its features where all of the target's are. Raises ``UserError``."""
     config, folder = work.config, cell_folder(work.root, cell)
-    replay = config.replay_of(cell.method) or ReplayConfig()
+    replay = config.entry_of(cell.method).replay_config or ReplayConfig()
     if replay.passes:
         check_replayable(opened.draft)
     plan = Plan(
         config.method_of(cell.method),
-        config.size_of(cell.method),
+        config.entry_of(cell.method).size,
         cell_config(work, cell, selected) if selected and config.trains(cell.method) else TrainConfig(seed=cell.seed),
         config.start_of(cell.start).start,
         replay,
@@ -122,7 +118,7 @@ def cell_config(work: TargetWork, cell: Cell, selected: Selected) -> TrainConfig
     of the same budget. Raises ``UserError`` when they leave nothing of it.
     """
     config = work.config.train_config(cell.loss, cell.seed, cell.method)
-    epochs, replay = config.epochs, work.config.replay_of(cell.method)
+    epochs, replay = config.epochs, work.config.entry_of(cell.method).replay_config
     if work.config.budget == "tokens":
         common = sum(map(anchors, work.rows(next(iter(work.config.data)))))
         epochs *= common / sum(map(anchors, selected.rows))
@@ -243,7 +239,7 @@ def select(work: TargetWork, data: str, selection: str) -> Selected:
     kept = generated = rows
     if entry.scorer is not None:
         scored, scores, flops, seconds = _scores(work, data, entry)
-        chosen = set(select_rows(scored, scores, parse_budget(entry.budget), entry.order).selected_keys)
+        chosen = set(select_rows(scored, scores, entry.budget, entry.order).selected_keys)
         if entry.on == "prompts":
             kept = generated = [row for row in rows if row.id in chosen]
         else:
@@ -339,5 +335,4 @@ def private_bytes(draft: Any, old: Any, trained: Sequence[str], coarse: Mapping[
         return name in before and before[name].shape == tensor.shape and torch.equal(before[name].to(tensor), tensor)
 
     found = {n: tensor for n, tensor in draft.state_dict().items() if n in trained or not same(n, tensor)}
-    whole = {n: tensor for n, tensor in found.items() if n not in coarse}
-    return tensors_bytes(private_state(whole, before)[0]) + tensors_bytes(coarse_state(coarse))
+    return tensors_bytes(private_state(found, before, coarse)[0])

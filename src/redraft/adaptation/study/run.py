@@ -24,11 +24,10 @@ from redraft.errors import UserError
 from redraft.evaluate.speed import BenchConfig, Prompt, bench
 from redraft.progress import Progress, progress_bar
 from redraft.rows import anchors
-from redraft.settings.budget import parse_budget
 from redraft.settings.sampler import Sampler
 from redraft.settings.shapes import DynamicTree, parse_shape
-from redraft.settings.studies import StudyConfig
-from redraft.settings.study_parts import ANY, NONE, Cell
+from redraft.settings.studies import ANY, NONE, Cell, StudyConfig
+from redraft.settings.texts import parse_budget
 
 CONFIG_FILE, RESULTS_FILE = "study.json", "results.json"
 # What may be changed or added to while results are kept: other cells, and what is said about them.
@@ -284,9 +283,7 @@ def speed_of(work: TargetWork, cells: list[Cell], dtype: str, say: Say) -> None:
     drafts: dict[str, Any] = {
         name: open_draft(folder, work.target).draft.to(work.target.device) for name, folder in names.items()
     }
-    targets = contestants(work.target, dtype, work.open_again)
-    for target in targets.values():
-        target.tap(next(iter(drafts.values())).config.taps)
+    targets = contestants(work.target, dtype, work.open_again, next(iter(drafts.values())).config.taps)
     prompts = _prompts(work, wanted.prompts)
     for run in left:
         shape, temperature = parse_shape(run[0]), run[1]

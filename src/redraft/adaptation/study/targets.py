@@ -20,13 +20,13 @@ from redraft.adaptation.core import build_features, feature_store
 from redraft.adaptation.models import open_draft, open_target, split_prompts
 from redraft.adaptation.runs import Log
 from redraft.adaptation.sources import answer, ask_itself
-from redraft.data.embedded import maths_conversations
-from redraft.data.overlap import find_overlap, refuse_overlap, trained_conversations
+from redraft.data.answers import reference_rows
+from redraft.data.overlap import refuse_overlap, trained_conversations, without_overlap
 from redraft.data.prompts import Conversation, read_conversations
-from redraft.data.references import reference_rows
 from redraft.data.regenerate import InProcessEngine
 from redraft.data.store import Row, read_rows
 from redraft.data.suites import DATA_VARIABLE, load_suite
+from redraft.data.suites.maths import maths_conversations
 from redraft.data.traces import read_traces
 from redraft.drafts.opening import OpenDraft
 from redraft.errors import UserError
@@ -34,8 +34,7 @@ from redraft.features import FeatureStore, RowFeatures
 from redraft.rows import anchors
 from redraft.settings.sampler import Sampler
 from redraft.settings.shapes import DynamicTree, StaticTree
-from redraft.settings.studies import StudyConfig
-from redraft.settings.study_parts import NONE, DataEntry
+from redraft.settings.studies import NONE, DataEntry, StudyConfig
 from redraft.settings.texts import DATA, MATHS, SUITE, parse_source
 from redraft.target import Target
 
@@ -137,14 +136,6 @@ def read_prompts(
     refuse_overlap(kept, everything, "the evaluation")
     train, held, _ = split_prompts(kept, heldout, 0, seed)
     return Prompts(train, held, measured, dropped)
-
-
-def without_overlap(training: Sequence[Conversation], evaluation: Sequence[Conversation]) -> list[Conversation]:
-    """The training prompts that are not, and not nearly, evaluation prompts."""
-    rest = list(training)
-    while near := {overlap.training_id for overlap in find_overlap(rest, evaluation)}:
-        rest = [conversation for conversation in rest if conversation.id not in near]
-    return rest
 
 
 def first_turn(conversation: Conversation) -> Conversation:

@@ -106,10 +106,8 @@ def load_suite(text: str, data_dir: str | Path | None = None, limit: int | None 
     """The suite that ``text`` asks for: ``NAME``, ``NAME:CATEGORY``, and either with ``=FILE`` or ``=datasets:...``.
 
     Without a file the rows come from ``data_dir``, or else from the folder that the variable REDRAFT_DATA names. The
-    order depends on ``seed`` and the ids alone; ``limit`` takes the beginning of it, in which tasks take turns.
-
-    Raises ``UserError`` for an unknown suite or category, data that are not there, and rows of a wrong format (with
-    file and line).
+    order depends on ``seed`` and the ids alone; ``limit`` takes the beginning of it, in which tasks take turns. Raises
+    ``UserError`` for an unknown suite or category, missing data, and rows of a wrong format (with file and line).
     """
     if limit is not None and limit < 1:
         raise UserError(f"the number of prompts of a suite must be at least 1, not {limit}")
@@ -118,7 +116,11 @@ def load_suite(text: str, data_dir: str | Path | None = None, limit: int | None 
     definition: SuiteDefinition = SUITES.get(name)
     if equals and not path.strip():
         raise UserError(f"--suite {text!r} names no file behind the =; write {name}=FILE")
-    conversations, source = _read(name, definition, path.strip(), data_dir)
+    if definition.make is not None and not path:
+        conversations, source = definition.make(), definition.home
+    else:
+        source = path.strip() or str(_in_folder(name, definition, data_dir))
+        conversations = read_conversations(source, _converter(name, definition))
     found = [c for c in map(definition.adopt, conversations) if c is not None]
     if not found:
         raise UserError(f"{source} holds no prompt of suite {name}; its rows come from {definition.home}")
@@ -129,43 +131,32 @@ def load_suite(text: str, data_dir: str | Path | None = None, limit: int | None 
             raise UserError(f"suite {name} has no category {category!r}; {among}")
         found = [c for c in found if category in definition.names_of(c.id)]
     items = [_item(name, definition, category, c) for c in found]
-    return Suite(place.strip(), arrange(items, definition, seed)[:limit], definition.licence, source)
+    return Suite(place.strip(), _arranged(items, definition, seed)[:limit], definition.licence, source)
 
 
-def arrange(items: Sequence[SuiteItem], definition: SuiteDefinition, seed: int) -> list[SuiteItem]:
-    """Shuffled by ``seed`` and id, whatever the order of the file was.
-
-    Tasks take turns, and within a task its categories do, so that any beginning has its share of each.
-    """
-
-    def place(item: SuiteItem) -> str:
-        return hashlib.sha256(f"{seed}|{item.id}".encode()).hexdigest()
-
-    shuffled = sorted(items, key=place)
+def _arranged(items: Sequence[SuiteItem], definition: SuiteDefinition, seed: int) -> list[SuiteItem]:
+    """Shuffled by ``seed`` and id, whatever the order of the file was. Tasks take turns, and within a task its
+    categories do, so that any beginning has its share of each."""
+    shuffled = sorted(items, key=lambda item: hashlib.sha256(f"{seed}|{item.id}".encode()).hexdigest())
     return _turns(_turns(shuffled, lambda item: definition.category(item.id)), lambda item: item.task)
 
 
 def _turns(items: Sequence[SuiteItem], kind: Callable[[SuiteItem], str]) -> list[SuiteItem]:
-    kinds: dict[str, list[SuiteItem]] = {}
-    for item in items:
-        kinds.setdefault(kind(item), []).append(item)
-    rounds = itertools.zip_longest(*(kinds[name] for name in sorted(kinds)))
-    return [item for turn in rounds for item in turn if item is not None]
+    kinds = [[item for item in items if kind(item) == name] for name in sorted(set(map(kind, items)))]
+    return [item for turn in itertools.zip_longest(*kinds) for item in turn if item is not None]
 
 
 def run_turns(conversation: Conversation, reply: Callable[[list[Message]], str | Message]) -> Iterator[list[Message]]:
     """The messages that lead to each reply, turn by turn, with the model's own replies between them.
 
-    ``reply(messages)`` answers a turn, as text or as an assistant's turn; it is asked only when the next turn is, and
-    so never for the last.
+    ``reply(messages)``, a text or an assistant's turn, is asked for only when the next turn is: never for the last.
     """
     replies: list[str | Message] = []
-    messages: list[Message] = []
-    for number in range(user_turns(conversation)):
-        if number:
-            replies.append(reply(messages))
-        messages = prompt_messages(conversation, replies)
-        yield messages
+    while True:
+        yield (messages := prompt_messages(conversation, replies))
+        if len(replies) + 1 == user_turns(conversation):
+            return
+        replies.append(reply(messages))
 
 
 def suite_of(task: str) -> str:
@@ -174,31 +165,18 @@ def suite_of(task: str) -> str:
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------
-def _read(
-    name: str, definition: SuiteDefinition, path: str, data_dir: str | Path | None
-) -> tuple[list[Conversation], str]:
-    if not path and definition.make is not None:
-        return definition.make(), definition.home
-    place = path or str(_in_folder(name, definition, data_dir))
-    convert = _converter(name, definition)
-    return read_conversations(place, convert), place
-
-
 def _in_folder(name: str, definition: SuiteDefinition, data_dir: str | Path | None) -> Path:
     """The suite's file in the data folder, packed or not."""
     folder = data_dir or os.environ.get(DATA_VARIABLE)
-    tried = []
-    if folder:
-        for ending in (".jsonl.gz", ".jsonl"):
-            tried.append(Path(folder) / (definition.file + ending))
-            if tried[-1].is_file():
-                return tried[-1]
-    ways = [f"a file of {definition.home} with --suite {name}=FILE"]
-    ways.append(f"a folder that holds {definition.file}.jsonl.gz with --data FOLDER or the variable {DATA_VARIABLE}")
-    if definition.hub:
-        ways.append(f"a data set with --suite {name}={HUB_PREFIX}{definition.hub}")
+    tried = [Path(folder) / (definition.file + ending) for ending in (".jsonl.gz", ".jsonl")] if folder else []
+    for path in filter(Path.is_file, tried):
+        return path
     why = f"{tried[0]} does not exist" if tried else "no data folder is named"
-    raise UserError(f"no data for suite {name}: {why}; give {'; or '.join(ways)}")
+    raise UserError(
+        f"no data for suite {name}: {why}; give a file of {definition.home} with --suite {name}=FILE; or a folder that "
+        f"holds {definition.file}.jsonl.gz with --data FOLDER or the variable {DATA_VARIABLE}"
+        + (f"; or a data set with --suite {name}={HUB_PREFIX}{definition.hub}" if definition.hub else "")
+    )
 
 
 def _converter(name: str, definition: SuiteDefinition) -> Callable[[Any, int], Any]:
@@ -223,6 +201,5 @@ def _item(name: str, definition: SuiteDefinition, asked: str, conversation: Conv
     turns = [m for m in conversation.messages if m["role"] != "assistant"]
     while turns[-1]["role"] != "user":
         turns.pop()
-    task = f"{name}:{group}" if group else name
-    bare = replace(conversation, messages=turns)
+    bare, task = replace(conversation, messages=turns), f"{name}:{group}" if group else name
     return SuiteItem(conversation.id, task, bare, definition.reference(conversation))

@@ -1,7 +1,4 @@
-"""General chat: MT-bench (arXiv 2306.05685), MT-Bench-101 (arXiv 2402.14762) and Spec-Bench (arXiv 2401.07851).
-
-Where a conversation has several user turns, the model's own replies go between them.
-"""
+"""General chat: MT-bench (arXiv 2306.05685), MT-Bench-101 (arXiv 2402.14762) and Spec-Bench (arXiv 2401.07851)."""
 
 from __future__ import annotations
 
@@ -10,6 +7,7 @@ from typing import Any
 
 from redraft.data.shapes import Conversation
 from redraft.data.suites import SuiteDefinition, category_of
+from redraft.data.turns import asked_by_user
 from redraft.registries import SUITES
 
 # Spec-Bench reports MT-bench as one of six tasks; its eight categories can still be asked for by name. The other two
@@ -26,8 +24,7 @@ def question_row(row: dict[str, Any], number: int) -> dict[str, Any]:
     id = row["question_id"] if "question_id" in row else row["prompt_id"]
     if not isinstance(turns, list):
         raise TypeError("turns must be a list")
-    messages = [{"role": "user", "content": turn} for turn in turns]
-    return {"id": f"spec_bench/{row['category']}/{id}", "messages": messages}
+    return {"id": f"spec_bench/{row['category']}/{id}", "messages": list(map(asked_by_user, turns))}
 
 
 def mt_bench_only(conversation: Conversation) -> Conversation | None:
@@ -40,8 +37,8 @@ def mt_bench_only(conversation: Conversation) -> Conversation | None:
 
 def ability_row(row: dict[str, Any], number: int) -> dict[str, Any]:
     """``task`` (an ability), ``id`` and ``history`` of ``user`` and ``bot``; the source's own replies are not used."""
-    messages = [{"role": "user", "content": turn["user"]} for turn in row["history"]]
-    return {"id": f"mtbench101/{row['task']}/{row['id']}", "messages": messages}
+    turns = [asked_by_user(turn["user"]) for turn in row["history"]]
+    return {"id": f"mtbench101/{row['task']}/{row['id']}", "messages": turns}
 
 
 SUITES.register("spec-bench")(

@@ -20,8 +20,7 @@ FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", r
 
 def code_blocks(text: str) -> list[str]:
     """The fenced blocks of an answer, also one that is not closed; the whole text where nothing is fenced."""
-    blocks = [match.group(2) for match in FENCE.finditer(text)]
-    return blocks or [text]
+    return [match[2] for match in FENCE.finditer(text)] or [text]
 
 
 def defined_names(code: str) -> list[str] | None:
@@ -43,34 +42,26 @@ def defined_names(code: str) -> list[str] | None:
 
 def asked_function(conversation: Conversation) -> str | None:
     """The last name that the reference solution defines and the prompt calls or declares: helpers come before it."""
-    solution = last_answer(conversation)
-    if solution is None:
-        return None
     question = conversation.messages[0]["content"]
-    names = [name for block in code_blocks(solution) for name in defined_names(block) or []]
-    asked = [name for name in names if re.search(rf"\b{re.escape(name)}\s*\(", question)]
-    return asked[-1] if asked else None
+    blocks = code_blocks(last_answer(conversation) or "")
+    names = [name for block in blocks for name in defined_names(block) or []]
+    return next((name for name in names[::-1] if re.search(rf"\b{re.escape(name)}\s*\(", question)), None)
 
 
 def humaneval_row(row: dict[str, Any], number: int) -> dict[str, Any]:
     """``task_id``, ``prompt`` (imports, signature, docstring) and ``canonical_solution`` (the body)."""
-    prompt = row["prompt"]
-    question = (
-        "Complete the following Python function. Return the whole function in one code block.\n\n"
-        f"```python\n{prompt.strip()}\n```"
-    )
-    answer = f"```python\n{prompt.strip()}\n{row['canonical_solution'].strip(chr(10))}\n```"
+    prompt = row["prompt"].strip()
+    task = "Complete the following Python function. Return the whole function in one code block."
+    question = f"{task}\n\n```python\n{prompt}\n```"
+    answer = f"```python\n{prompt}\n{row['canonical_solution'].strip(chr(10))}\n```"
     return {"id": row["task_id"].lower(), "messages": exchange(question, answer)}
 
 
 def mbpp_row(row: dict[str, Any], number: int) -> dict[str, Any]:
     """``task_id``, ``text`` (``prompt`` in the sanitised set), ``test_list`` and ``code``."""
-    task = row["text"] if "text" in row else row["prompt"]
-    tests = "\n".join(row["test_list"])
-    question = (
-        f"You are an expert Python programmer, and here is your task: {task.strip()} "
-        f"Your code should pass these tests:\n\n{tests}"
-    )
+    task = (row["text"] if "text" in row else row["prompt"]).strip()
+    question = f"You are an expert Python programmer, and here is your task: {task} Your code should pass these tests:"
+    question = "\n".join([question, "", *row["test_list"]])
     answer = "```python\n" + row["code"].replace("\r\n", "\n").strip() + "\n```"
     return {"id": f"mbpp/{row['task_id']}", "messages": exchange(question, answer)}
 

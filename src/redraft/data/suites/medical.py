@@ -12,16 +12,11 @@ from redraft.registries import SUITES
 def pubmedqa_row(row: dict[str, Any], number: int) -> dict[str, Any]:
     """``pubid``, ``question``, ``context`` (paragraphs and their labels), ``long_answer``, ``final_decision``."""
     context = row["context"]
-    labels = context.get("labels") or [""] * len(context["contexts"])
-    paragraphs = [
-        f"{label}: {text}" if label else text for label, text in zip(labels, context["contexts"], strict=False)
-    ]
-    question = (
-        "Abstract:\n" + "\n".join(paragraphs) + f"\n\nQuestion: {row['question']}\n"
-        "Explain your conclusion, then answer yes, no or maybe."
-    )
+    labelled = zip(context.get("labels") or [""] * len(context["contexts"]), context["contexts"], strict=False)
+    abstract = "\n".join(f"{label}: {text}" if label else text for label, text in labelled)
+    task = f"Question: {row['question']}\nExplain your conclusion, then answer yes, no or maybe."
     answer = f"{row['long_answer']}\n\nAnswer: {row['final_decision']}"
-    return {"id": f"pubmedqa/{row['pubid']}", "messages": exchange(question, answer)}
+    return {"id": f"pubmedqa/{row['pubid']}", "messages": exchange(f"Abstract:\n{abstract}\n\n{task}", answer)}
 
 
 def medquad_row(row: dict[str, Any], number: int) -> dict[str, Any] | None:

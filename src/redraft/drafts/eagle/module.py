@@ -14,13 +14,11 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from redraft.drafts.base import Draft
-from redraft.drafts.config import DraftConfig, heads_of, inner_width, rope_of
-from redraft.drafts.eagle.proposer import EagleProposer
-from redraft.drafts.eagle.static import StaticProposer
-from redraft.drafts.eagle.walk import EagleWalk
-from redraft.drafts.experts import SharedPrivateMLP
-from redraft.drafts.layers import Attend, Attention, Linear, RMSNorm, Rotary
+from redraft.drafts.base import Draft, DraftConfig, heads_of, rope_of
+from redraft.drafts.eagle.proposer import EagleProposer, StaticProposer
+from redraft.drafts.eagle.unroll import EagleWalk
+from redraft.drafts.layers import Attend, Attention, Linear, RMSNorm, Rotary, SharedPrivateMLP
+from redraft.errors import UserError
 from redraft.target import Head, Target
 
 
@@ -40,6 +38,20 @@ class EagleConfig(DraftConfig):
     attention_bias: bool = False
     own_embedding: bool = False
 
+    def check_fit(self: Any, target: Any) -> None:
+        """Raise ``UserError`` when a draft of this shape cannot sit on ``target`` (sizes, taps, vocabulary)."""
+        width, deepest, problems = target.hidden_size, max(self.taps), list[str]()
+        if self.target_hidden_size != width:
+            problems.append(f"draft expects features of width {self.target_hidden_size}, target has {width}")
+        if self.target_vocab_size != target.vocab_size:
+            problems.append(f"draft maps a vocabulary of {self.target_vocab_size}, target has {target.vocab_size}")
+        if deepest > target.layers:
+            problems.append(f"draft taps layer {deepest}, target has {target.layers} layers")
+        if not self.own_embedding and self.hidden_size != width:
+            problems.append(f"draft width {self.hidden_size} cannot use the target's embeddings of {width}")
+        if problems:
+            raise UserError(f"this draft does not fit the target: {'; '.join(problems)}; give the draft made for it")
+
     def dense(self) -> Self:
         return replace(super().dense(), intermediate_size=self.intermediate_size + self.private_width)
 
@@ -47,9 +59,10 @@ class EagleConfig(DraftConfig):
 def layer_of(target: Any, intermediate: int | None = None) -> dict[str, Any]:
     """The fields of :class:`EagleConfig` that a new draft takes over from its target."""
     source = target.config
+    inner = source.intermediate_size  # several where layers differ: the first is taken
     return {
         "hidden_size": target.hidden_size,
-        "intermediate_size": intermediate or inner_width(source),
+        "intermediate_size": intermediate or int(inner[0] if isinstance(inner, list | tuple) else inner),
         **heads_of(source),
         "target_vocab_size": target.vocab_size,
         "rms_norm_eps": float(getattr(source, "rms_norm_eps", 1e-5)),

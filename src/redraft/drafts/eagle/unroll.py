@@ -5,22 +5,33 @@ Its query sees the keys of step 0 up to t and its own keys of steps 1 .. j, whic
 that starts at t sees. Only anchors are run through queries, MLP and head: prompt positions give keys and values
 and nothing else. Linear layers see packed tokens without padding; only attention pads.
 
+One teacher-forced unroll holds the rounds from every anchor of a stored response, which is what the walk reads.
+
 Shape legend: N packed pairs, M packed anchors, B rows, T longest row of pairs, A most anchors a row, H draft
-width, Q query heads, G query heads a key head, E key heads, W head width, J draft steps, D draft vocabulary.
+width, Q query heads, G query heads a key head, E key heads, W head width, J draft steps, D draft vocabulary, V target
+vocabulary.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from redraft.drafts import walks
+from redraft.drafts.proposing import Chances, Runs, Weights
 from redraft.features import FeatureSource
-from redraft.rows import TokenRow, anchors
+from redraft.rows import AnyRow, TokenRow, anchor_batches, anchors
+from redraft.settings.sampler import Sampler
+from redraft.target import Head
+
+Judge = Callable[[int, Tensor, Tensor], Tensor]
+"""(step, places of the anchors that are left, their states) -> which of them go on."""
 
 
 @dataclass
@@ -46,43 +57,36 @@ class Batch:
         return Batch(**moved)
 
 
-def collate(
-    rows: Sequence[TokenRow], features: FeatureSource, steps: int, weights: Mapping[str, Tensor] | None = None
-) -> Batch:
+def collate(rows: Sequence[TokenRow], features: FeatureSource, steps: int, weights: Weights = None) -> Batch:
     """Pack rows with their features for an unroll of ``steps`` draft steps; ``weights`` [A, J] by row key."""
-    pairs = [len(r.prompt_ids) + anchors(r) - 1 for r in rows]
-    counts = [anchors(r) for r in rows]
-    starts = [sum(pairs[:i]) for i in range(len(rows))]
-    firsts = [sum(counts[:i]) for i in range(len(rows))]
-    ids, taps, hidden, future, anchor = [], [], [], [], []
-    for row, size, count, start in zip(rows, pairs, counts, starts, strict=True):
+    first_B = torch.tensor([len(r.prompt_ids) - 1 for r in rows])
+    counts_B = torch.tensor([anchors(r) for r in rows])
+    pairs_B = first_B + counts_B
+    ids, future = [], []
+    for row, first, count, pairs in zip(rows, first_B.tolist(), counts_B.tolist(), pairs_B.tolist(), strict=True):
         full = torch.tensor([*row.prompt_ids, *row.response_ids])
-        row_taps, row_hidden = features.get(row)
-        taps.append(row_taps)
-        hidden.append(row_hidden)
-        ids.append(full[1 : size + 1])
-        first = len(row.prompt_ids) - 1
-        padded = torch.cat([full, torch.full((steps,), -1)])
-        future.append(padded[first + 2 :].unfold(0, steps, 1)[:count])
-        anchor.append(torch.arange(first, first + count) + start)
-    longest, most = max(pairs), max(counts)
-    column_T, column_A = torch.arange(longest), torch.arange(most)
-    pairs_B, counts_B = torch.tensor(pairs)[:, None], torch.tensor(counts)[:, None]
-    first_B = torch.tensor([len(r.prompt_ids) - 1 for r in rows])[:, None, None]
-    visible = (column_T[None, None] <= first_B + column_A[None, :, None]) & (column_T < pairs_B)[:, None]
+        ids.append(full[1 : pairs + 1])
+        future.append(F.pad(full, (0, steps), value=-1)[first + 2 :].unfold(0, steps, 1)[:count])
+    taps, hidden = zip(*map(features.get, rows), strict=True)
+    starts_B, firsts_B = pairs_B.cumsum(0) - pairs_B, counts_B.cumsum(0) - counts_B
+    row_M = torch.repeat_interleave(torch.arange(len(rows)), counts_B)
+    column_M = torch.cat([torch.arange(count) for count in counts_B.tolist()])
+    column_T, column_A = torch.arange(int(pairs_B.max())), torch.arange(int(counts_B.max()))
+    pairs_B1, counts_B1 = pairs_B[:, None], counts_B[:, None]
+    visible = (column_T <= first_B[:, None, None] + column_A[:, None]) & (column_T < pairs_B1)[:, None]
     # Padded queries see key 0, so that no softmax is over nothing; nothing reads them.
-    visible |= ((column_A >= counts_B)[:, :, None]) & (column_T == 0)[None, None]
+    visible |= (column_A >= counts_B1)[:, :, None] & (column_T == 0)
     return Batch(
         ids_N=torch.cat(ids),
         taps_N=torch.cat(taps),
-        positions_N=torch.cat([torch.arange(size) for size in pairs]),
-        anchor_M=torch.cat(anchor),
+        positions_N=torch.cat([torch.arange(pairs) for pairs in pairs_B.tolist()]),
+        anchor_M=(starts_B + first_B)[row_M] + column_M,
         hidden_M=torch.cat(hidden),
         future_MJ=torch.cat(future),
-        key_BT=torch.tensor(starts)[:, None] + column_T.clamp(max=longest).minimum(pairs_B - 1),
-        query_BA=torch.tensor(firsts)[:, None] + column_A.minimum(counts_B - 1),
-        row_M=torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(counts)),
-        column_M=torch.cat([torch.arange(count) for count in counts]),
+        key_BT=starts_B[:, None] + column_T.minimum(pairs_B1 - 1),
+        query_BA=firsts_B[:, None] + column_A.minimum(counts_B1 - 1),
+        row_M=row_M,
+        column_M=column_M,
         visible_BAT=visible,
         weight_MJ=None if weights is None else torch.cat([weights[row.key] for row in rows]),
     )
@@ -180,3 +184,96 @@ def supervised(draft: Any, batch: Batch) -> Tensor:
     if draft.reduced:
         inside = inside & draft.t2d[batch.future_MJ.clamp(min=0)]
     return inside.long().cumprod(-1).bool()
+
+
+class EagleWalk:
+    """See :class:`redraft.drafts.proposing.Walk`."""
+
+    # Anchors that are walked at once, and where whole distributions are compared.
+    batch_anchors, alpha_anchors = 1024, 256
+
+    def __init__(self, draft: Any, target: Head) -> None:
+        self.draft, self.target = draft.bind(target), target
+
+    def runs(self, rows: Sequence[AnyRow], features: FeatureSource | None, gamma: int) -> Runs:
+        for group, batch in self.batches(rows, features, gamma, self.batch_anchors):
+            for row, part in zip(group, self.matches(batch, gamma).split([*map(anchors, group)]), strict=True):
+                yield row, part.tolist()
+
+    def chances(self, rows: Sequence[AnyRow], features: FeatureSource | None, gamma: int, sampler: Sampler) -> Chances:
+        for group, batch in self.batches(rows, features, gamma, self.batch_anchors):
+            if sampler.greedy:
+                runs_M = self.matches(batch, gamma)
+                chances_MJ = (torch.arange(gamma, device=runs_M.device) < runs_M.unsqueeze(-1)).float()
+            else:
+                chances_MJ = self.accepted(batch, gamma, sampler)
+            yield from zip(group, chances_MJ.cpu().split([*map(anchors, group)]), strict=True)
+
+    def alphas(self, rows: Sequence[AnyRow], features: FeatureSource | None) -> Iterator[tuple[AnyRow, float]]:
+        vocabulary = self.draft.vocabulary()
+        for group, batch in self.batches(rows, features, 1, self.alpha_anchors):
+            with torch.inference_mode(), walks.autocast(self.target.device, self.target.dtype):
+                logits_MD = self.draft.logits(next(unroll(self.draft, self.target.embedding, batch, 1)))
+            overlap_M = walks.overlap(logits_MD, self.target.logits(batch.hidden_M), vocabulary)
+            for row, part in zip(group, overlap_M.split([*map(anchors, group)]), strict=True):
+                yield row, float(part.mean())
+
+    def batches(
+        self, rows: Sequence[AnyRow], features: FeatureSource | None, gamma: int, batch_anchors: int
+    ) -> Iterator[tuple[list[AnyRow], Batch]]:
+        """Rows of similar length with what an unroll reads of them."""
+        assert features is not None
+        for group in anchor_batches(sorted(rows, key=lambda r: r.key), batch_anchors):
+            yield group, collate(group, features, gamma).to(self.target.device)
+
+    @torch.inference_mode()
+    def matches(self, batch: Batch, gamma: int) -> Tensor:
+        """How many proposals in a row are right when a round starts at each anchor, [M], at most ``gamma``.
+
+        An anchor whose proposal was wrong is not drafted from any further.
+        """
+        vocabulary = self.draft.vocabulary()
+        runs_M = torch.zeros(len(batch.future_MJ), dtype=torch.long, device=batch.future_MJ.device)
+
+        def right(step: int, places: Tensor, states: Tensor) -> Tensor:
+            found = vocabulary[walks.likeliest(self.draft.logits, states)] == batch.future_MJ[places, step]
+            runs_M[places[found]] += 1
+            return found
+
+        self.draft_on(batch, gamma, right)
+        return runs_M
+
+    @torch.inference_mode()
+    def accepted(self, batch: Batch, gamma: int, sampler: Sampler) -> Tensor:
+        """w [M, J]: the chance that the j-th token behind each anchor came by acceptance, given that it came."""
+        future_MJ = batch.future_MJ
+        place_V = walks.places(self.draft.vocabulary(), self.target.vocab_size)
+        # The target's probability of a token does not depend on where the round began: one row of logits an anchor.
+        target_M = walks.probability(self.target.logits, batch.hidden_M, future_MJ[:, 0], sampler)
+        chances_MJ = torch.zeros(len(target_M), gamma, device=target_M.device)
+
+        def reached(step: int, places: Tensor, states: Tensor) -> Tensor:
+            # What no round reaches is not drafted at all.
+            ids = future_MJ[places, step]
+            index = torch.where(ids >= 0, place_V[ids.clamp(min=0)], -1)
+            found = walks.sayable_probability(self.draft.logits, states, index, sampler)
+            # Anchors of a row stand side by side, so the target's row of step j is that of the anchor j places on.
+            towards = target_M[(places + step).clamp(max=len(target_M) - 1)]
+            chances_MJ[places, step] = walks.accepted_given_text(found, towards)
+            return chances_MJ[places, step] > 0
+
+        self.draft_on(batch, gamma, reached)
+        return chances_MJ
+
+    def draft_on(self, batch: Batch, gamma: int, judge: Judge) -> None:
+        """Unroll at most ``gamma`` steps, each from the anchors alone that the step before was worth it for."""
+        places = torch.arange(len(batch.future_MJ), device=batch.future_MJ.device)
+        with walks.autocast(self.target.device, self.target.dtype):
+            drafting = unroll(self.draft, self.target.embedding, batch, gamma)
+            states = next(drafting)
+            for step in range(gamma):
+                keep = judge(step, places, states)
+                places = places[keep]
+                if step + 1 == gamma or not len(places):
+                    break
+                states = drafting.send(keep)

@@ -5,20 +5,21 @@ Shared by the families whose drafts are such a layer. Facts: vLLM 0.32, SGLang 0
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from abc import ABC, abstractmethod
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from redraft.artifact import check_tensors, tensors_bytes, tensors_hash, write_tensors
+from redraft.artifact import check_tensors, dtype_name, tensors_bytes, tensors_hash, write_tensors
 from redraft.drafts.eagle.module import EagleDraft
-from redraft.drafts.formats.base import CONFIG_FILE, WEIGHTS_FILE, ExportReport, TargetInfo
+from redraft.drafts.formats.base import CONFIG_FILE, WEIGHTS_FILE, ExportReport, path_warnings, serve_command
 from redraft.drafts.formats.reading import LAYER_FIELDS
-from redraft.drafts.opening import read_draft
+from redraft.drafts.opening import open_checkpoint
 from redraft.errors import UserError
 from redraft.files import atomic_folder, atomic_write_json
+from redraft.target import Facts
 
 EXPORTED_FILES = {CONFIG_FILE, WEIGHTS_FILE, "README.md"}
 
@@ -26,65 +27,66 @@ EXPORTED_FILES = {CONFIG_FILE, WEIGHTS_FILE, "README.md"}
 FREE_ROPE_TYPES = ("default", "linear", "llama3")
 
 
-@dataclass(frozen=True)
-class LayerWriter:
-    """A format of such drafts: a :class:`redraft.drafts.formats.base.Writer`.
+class LayerWriter(ABC):
+    """A format of such drafts: a :class:`redraft.drafts.formats.base.Writer`. A family says what its files hold."""
 
-    ``check`` gives the dense draft and notes, ``config`` the whole config.json, ``serve`` the command; ``extra`` are
-    tensors that the format asks for and the draft does not have.
-    """
+    def __init__(self, name: str, method: str, warns: bool = False) -> None:
+        """``method`` is what the engine calls the way in which it drafts; ``warns`` of paths that tell it another."""
+        self.name, self.method, self.warns = name, method, warns
 
-    name: str
-    check: Callable[[Any, TargetInfo], tuple[Any, list[str]]]
-    config: Callable[[Any, TargetInfo, int], dict[str, Any]]
-    serve: Callable[[Path, TargetInfo, int], str]
-    rename: Callable[[str], str] = str
-    extra: Callable[[Any], Mapping[str, Tensor]] | None = None
-    warnings: Callable[[Path], list[str]] | None = None
+    @abstractmethod
+    def check(self, draft: Any, target: Facts) -> tuple[Any, list[str]]:
+        """The dense draft as the format's engine computes it, and notes. Raises ``UserError``."""
 
-    def write(self, dense: Any, folder: Path, target: TargetInfo, tokens: int) -> ExportReport:
+    @abstractmethod
+    def config(self, draft: Any, target: Facts, tokens: int) -> dict[str, Any]:
+        """The whole config.json."""
+
+    @abstractmethod
+    def tensors(self, draft: Any) -> dict[str, Tensor]:
+        """The tensors by the format's names, with those that it asks for and the draft does not have."""
+
+    def write(self, dense: Any, folder: Path, target: Facts, tokens: int) -> ExportReport:
         """Write config and weights, read them back as any checkpoint is read, and only then put the folder in place.
 
         Raises ``UserError`` on a full disk or a folder that holds other files, and ``RuntimeError`` when reading does
         not give the same draft (a defect of ours).
         """
-        state = dense.state_dict()
-        renamed = {self.rename(key): tensor for key, tensor in state.items()}
-        renamed |= self.extra(dense) if self.extra else {}
-        with atomic_folder(folder, tensors_bytes(renamed), EXPORTED_FILES) as new:
-            write_tensors(new / WEIGHTS_FILE, renamed)
+        written = self.tensors(dense)
+        with atomic_folder(folder, tensors_bytes(written), EXPORTED_FILES) as new:
+            write_tensors(new / WEIGHTS_FILE, written)
             atomic_write_json(new / CONFIG_FILE, self.config(dense, target, tokens))
-            back, _ = read_draft(new, target)
-            if back.config != dense.config or tensors_hash(back.state_dict()) != tensors_hash(state):
+            back = open_checkpoint(new, target).draft
+            if back.config != dense.config or tensors_hash(back.state_dict()) != tensors_hash(dense.state_dict()):
                 raise RuntimeError(f"the {self.name} export does not read back as the draft that was written")
         parameters = sum(parameter.numel() for parameter in dense.parameters())
-        warnings = self.warnings(folder.absolute()) if self.warnings else []
-        return ExportReport.of(self.name, folder, renamed, parameters, self.serve(folder, target, tokens), warnings)
+        warnings = path_warnings(folder.absolute()) if self.warns else []
+        serve = serve_command(folder, target, tokens, self.method, self.name)
+        size = tensors_bytes(written)
+        return ExportReport(self.name, folder, len(written), parameters, size, serve, tuple(warnings))
 
 
 # -- checks ----------------------------------------------------------------------------------------------------------
-def prepare(draft: EagleDraft, target: TargetInfo) -> tuple[Any, list[str]]:
-    """A dense draft that fits ``target`` and is sound in every tensor, and notes. Raises ``UserError``."""
+def prepare(draft: EagleDraft, target: Facts) -> tuple[Any, list[str]]:
+    """A dense draft that fits ``target`` and is sound in every tensor, and notes. Raises ``UserError``.
+
+    Its ``max_position_embeddings`` are raised to the target's where that changes no angle, and refused elsewhere.
+    """
     dense = draft.merged()
     dense.check_fit(target)
     state = {name: tensor.detach().cpu() for name, tensor in dense.state_dict().items()}
     check_tensors(state, type(dense)(dense.config).state_dict(), "the draft to be exported")
-    return cover_context(dense, target)
-
-
-def cover_context(draft: EagleDraft, target: TargetInfo) -> tuple[EagleDraft, list[str]]:
-    """Raise ``max_position_embeddings`` to the target's where that changes no angle; else raise ``UserError``."""
-    config = draft.config
-    if config.max_position_embeddings >= target.context:
-        return draft, []
+    config, context = dense.config, int(target.config.max_position_embeddings)
+    if config.max_position_embeddings >= context:
+        return dense, []
     kind = config.rope_parameters.get("rope_type", "default")
     if kind not in FREE_ROPE_TYPES:
         raise UserError(
-            f"the draft covers {config.max_position_embeddings} positions and the target {target.context}; raising it "
+            f"the draft covers {config.max_position_embeddings} positions and the target {context}; raising it "
             f"would change the {kind} rotary angles, so train the draft with the target's length"
         )
-    note = f"max_position_embeddings was raised from {config.max_position_embeddings} to the target's {target.context}"
-    return draft.rebuilt(replace(config, max_position_embeddings=target.context), draft.state_dict()), [note]
+    note = f"max_position_embeddings was raised from {config.max_position_embeddings} to the target's {context}"
+    return dense.rebuilt(replace(config, max_position_embeddings=context), dense.state_dict()), [note]
 
 
 # -- config.json -----------------------------------------------------------------------------------------------------
@@ -99,17 +101,24 @@ def layer_config(draft: EagleDraft) -> dict[str, Any]:
     }
 
 
-def dtype_name(draft: EagleDraft) -> str:
-    return str(draft.fc.weight.dtype).removeprefix("torch.")
+def legacy_config(draft: EagleDraft, architecture: str) -> dict[str, Any]:
+    """The keys of a config.json that is a Llama's.
 
-
-def legacy_rope(parameters: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
-    """``rope_theta`` and ``rope_scaling``, which older engines read and newer ones turn into ``rope_parameters``."""
-    rest = {key: value for key, value in parameters.items() if key != "rope_theta"}
+    Its rotary settings are ``rope_theta`` and ``rope_scaling``, which older engines read and newer ones turn into
+    ``rope_parameters``.
+    """
+    rest = dict(draft.config.rope_parameters)
+    theta = rest.pop("rope_theta", 10000.0)
     plain = rest.get("rope_type", "default") == "default" and set(rest) <= {"rope_type"}
-    return parameters.get("rope_theta", 10000.0), None if plain else rest
+    return {
+        "architectures": [architecture],
+        **layer_config(draft),
+        "rope_theta": theta,
+        "rope_scaling": None if plain else rest,
+        "torch_dtype": dtype_name(draft.fc.weight.dtype),
+    }
 
 
-def to_layers(name: str) -> str:
-    """This format numbers its layers: ``midlayer.x`` is ``layers.0.x``."""
-    return "layers.0." + name.removeprefix("midlayer.") if name.startswith("midlayer.") else name
+def in_layers(draft: EagleDraft) -> dict[str, Tensor]:
+    """The tensors by the names of formats that number their layers: ``midlayer.x`` is ``layers.0.x``."""
+    return {name.replace("midlayer.", "layers.0.", 1): tensor for name, tensor in draft.state_dict().items()}

@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from redraft.drafts.eagle.module import EagleConfig, EagleDraft, EagleLayer, layer_of
 from redraft.drafts.eagle1.objective import RegressionObjective
 from redraft.drafts.layers import Linear
 from redraft.drafts.proposing import Reduce, alone
-from redraft.errors import UserError
 from redraft.settings.training import TrainConfig
 from redraft.target import FINAL, Head
 
@@ -46,16 +45,6 @@ class Eagle1Config(EagleConfig):
         """The target's own vocabulary, since its head is the draft's."""
         return self.target_vocab_size
 
-    def check_fit(self, target: Any) -> None:
-        """Raise ``UserError`` when a draft of this shape cannot sit on ``target`` (sizes, vocabulary)."""
-        problems = []
-        if self.hidden_size != target.hidden_size:
-            problems.append(f"draft expects features of width {self.hidden_size}, target has {target.hidden_size}")
-        if self.target_vocab_size != target.vocab_size:
-            problems.append(f"draft speaks a vocabulary of {self.target_vocab_size}, target has {target.vocab_size}")
-        if problems:
-            raise UserError(f"this draft does not fit the target: {'; '.join(problems)}; give the draft made for it")
-
 
 class Eagle1Layer(EagleLayer):
     """A decoder layer over ``fc([embedding; state])``, which is its residual stream too."""
@@ -71,19 +60,6 @@ class Eagle1Layer(EagleLayer):
         return mixed, mixed
 
 
-class _Head:
-    """The target's head, borrowed: no part of the draft's state, and shared by its copies."""
-
-    def __init__(self, project: nn.Module, scale: Callable[[Tensor], Tensor]) -> None:
-        self.project, self.scale = project, scale
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Head:
-        return self
-
-    def __call__(self, states: Tensor) -> Tensor:
-        return self.scale(self.project(states))
-
-
 class Eagle1Draft(EagleDraft):
     """Weights and forward of an Eagle1 draft. Its head is the target's: :meth:`bind` it before asking for logits."""
 
@@ -94,12 +70,14 @@ class Eagle1Draft(EagleDraft):
         super().__init__(config)
         self.fc = Linear(2 * config.hidden_size, config.hidden_size, bias=config.fc_bias)
         self.midlayer = Eagle1Layer(config, self.fc)
-        self._head: _Head | None = None
+        self._head: Callable[[Tensor], Tensor] | None = None
         self.complete()
 
     def bind(self, target: Any) -> Self:
         """Borrow the head of ``target``, in the target's type and place; copies of this draft share it."""
-        self._head = _Head(target.head, target.scale_logits)
+        project, scale = target.head, target.scale_logits
+        # A function, which a copy of the draft shares; a module would be a part of the draft's state.
+        self._head = lambda states: scale(project(states))
         return self
 
     def inherit(self, other: Any) -> Self:
@@ -115,7 +93,6 @@ class Eagle1Draft(EagleDraft):
         return taps
 
     def carry(self, states: Tensor) -> Tensor:
-        """What the next draft step takes in place of the target's states: the prediction itself."""
         return states
 
     def logits(self, states: Tensor) -> Tensor:

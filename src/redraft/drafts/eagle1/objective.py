@@ -16,7 +16,7 @@ Shape legend: N packed pairs, M supervised anchors, C anchors of a portion, H wi
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from redraft.drafts.eagle.unroll import Batch, collate, unroll
-from redraft.drafts.proposing import Reduce, alone, shared
+from redraft.drafts.proposing import Reduce, Weights, alone, shared
 from redraft.features import FeatureSource
 from redraft.losses.portions import portions, sum_over_portions
 from redraft.rows import TokenRow
@@ -50,21 +50,14 @@ class RegressionObjective:
     """A batch to a scalar loss. Rows, weights of the draft and ``config.seed`` decide it to the bit."""
 
     def __init__(
-        self,
-        draft: Any,
-        target: Head,
-        config: TrainConfig,
-        recipe: Recipe = Recipe(),
-        reduce: Reduce = alone,
+        self, draft: Any, target: Head, config: TrainConfig, recipe: Recipe = Recipe(), reduce: Reduce = alone
     ) -> None:
         """``config`` gives the seed of the noise; its loss and its draft steps play no part here. ``reduce`` sums
         over workers."""
         self.draft, self.target, self.seed, self.recipe = draft.bind(target), target, config.seed, recipe
         self.reduce = reduce
 
-    def collate(
-        self, rows: Sequence[TokenRow], features: FeatureSource, weights: Mapping[str, Tensor] | None = None
-    ) -> Batch:
+    def collate(self, rows: Sequence[TokenRow], features: FeatureSource, weights: Weights = None) -> Batch:
         """See :class:`redraft.drafts.proposing.Objective`; there is one draft step, and no weights."""
         assert weights is None
         return collate(rows, features, 1)

@@ -20,7 +20,6 @@ from redraft.drafts.eagle.module import EagleConfig, EagleDraft, EagleLayer, lay
 from redraft.drafts.eagle3.objective import UnrollObjective
 from redraft.drafts.layers import Linear, RMSNorm, norm_weight
 from redraft.drafts.proposing import Reduce, alone
-from redraft.errors import UserError
 from redraft.settings.training import TrainConfig
 from redraft.target import Head
 
@@ -38,25 +37,6 @@ class Eagle3Config(EagleConfig):
     norm_before_fc: bool = False
     fc_norm: bool = False
     norm_output: bool = False
-
-    def check_fit(self, target: Any) -> None:
-        """Raise ``UserError`` when a draft of this shape cannot sit on ``target`` (sizes, taps, vocabulary)."""
-        problems: list[str] = []
-        if self.target_hidden_size != target.hidden_size:
-            problems.append(
-                f"draft expects features of width {self.target_hidden_size}, target has {target.hidden_size}"
-            )
-        if self.target_vocab_size != target.vocab_size:
-            problems.append(f"draft maps a vocabulary of {self.target_vocab_size}, target has {target.vocab_size}")
-        deepest = max(self.taps)
-        if deepest > target.layers:
-            problems.append(f"draft taps layer {deepest}, target has {target.layers} layers")
-        if not self.own_embedding and self.hidden_size != target.hidden_size:
-            problems.append(
-                f"draft width {self.hidden_size} cannot use the target's embeddings of {target.hidden_size}"
-            )
-        if problems:
-            raise UserError(f"this draft does not fit the target: {'; '.join(problems)}; give the draft made for it")
 
 
 class Eagle3Layer(EagleLayer):
@@ -114,10 +94,8 @@ class Eagle3Draft(EagleDraft):
         ids_D = ids_D.long()
         if len(ids_D) != self.config.draft_vocab_size or not bool((ids_D[1:] > ids_D[:-1]).all()):
             raise ValueError(f"the vocabulary must hold {self.config.draft_vocab_size} ascending target ids")
-        member = torch.zeros(self.config.target_vocab_size, dtype=torch.bool, device=ids_D.device)
-        member[ids_D] = True
         self.register_buffer("d2t", ids_D - torch.arange(len(ids_D), device=ids_D.device))
-        self.register_buffer("t2d", member)
+        self.register_buffer("t2d", torch.isin(torch.arange(self.config.target_vocab_size, device=ids_D.device), ids_D))
 
     def share_vocabulary(self, other: Self) -> None:
         if self.reduced:

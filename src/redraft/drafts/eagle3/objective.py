@@ -5,7 +5,7 @@ Shape legend: M supervised anchors, N those of a portion at a step, J draft step
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from redraft.drafts.eagle.unroll import Batch, collate, supervised, unroll
-from redraft.drafts.proposing import Reduce, alone, shared
+from redraft.drafts.proposing import Reduce, Weights, alone, shared
 from redraft.features import FeatureSource
 from redraft.losses.portions import portions, sum_over_portions
 from redraft.registries import LOSSES
@@ -29,7 +29,7 @@ PORTION_NUMBERS = {"cpu": 2**24, "cuda": 2**26}
 
 
 class UnrollObjective:
-    """Training-time test (EAGLE-3, arXiv 2503.01840) under a loss of the registry.
+    """Training-time test (EAGLE-3, arXiv 2503.01840).
 
     Head and loss run over portions of anchors, all draft steps of an anchor in the same portion: then the teacher's
     logits, which step j reads j anchors on, are computed once for all steps and dropped with the portion (the J - 1
@@ -37,12 +37,7 @@ class UnrollObjective:
     """
 
     def __init__(
-        self,
-        draft: Any,
-        target: Head,
-        config: TrainConfig,
-        portion_numbers: int | None = None,
-        reduce: Reduce = alone,
+        self, draft: Any, target: Head, config: TrainConfig, portion_numbers: int | None = None, reduce: Reduce = alone
     ) -> None:
         """``portion_numbers``: by default what suits the device. ``reduce`` sums counts and statistics over workers.
 
@@ -54,9 +49,7 @@ class UnrollObjective:
         vocabulary, bias = draft.vocabulary().to(target.device), target.head.bias
         self.head_DF, self.bias_D = target.head.weight[vocabulary], None if bias is None else bias[vocabulary]
 
-    def collate(
-        self, rows: Sequence[TokenRow], features: FeatureSource, weights: Mapping[str, Tensor] | None = None
-    ) -> Batch:
+    def collate(self, rows: Sequence[TokenRow], features: FeatureSource, weights: Weights = None) -> Batch:
         """See :class:`redraft.drafts.proposing.Objective`."""
         return collate(rows, features, self.config.unroll, weights)
 

@@ -1,4 +1,4 @@
-"""What every format shares: facts about the target, the entry that the registry holds, the report, serve commands.
+"""What every format shares: the entry that the registry holds, the report, serve commands.
 
 A format is what an engine loads. ``EXPORTERS`` holds one :class:`Format` for each, which any draft may be given: it
 asks the draft's family for the writer (``Family.writers``). A writer gives a complete checkpoint or raises
@@ -10,53 +10,21 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from redraft.errors import UserError
 from redraft.registries import EXPORTERS, FAMILIES
 from redraft.shown import Shown, lines
+from redraft.target import Facts
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 
 # Parts of a path that change which speculative method vLLM takes the draft for.
 TELLING_PATH_PARTS = ("eagle-", "eagle3", "dflash", "dspark")
-
-
-@dataclass(frozen=True)
-class TargetInfo:
-    """The facts about a target that fitting, importing and exporting a draft need."""
-
-    name: str
-    hidden_size: int
-    layers: int
-    vocab_size: int
-    context: int
-    architectures: tuple[str, ...] = ("LlamaForCausalLM",)
-    # Where it is at hand; language models as drafts are compared with it.
-    tokenizer: Any = field(default=None, repr=False, compare=False)
-
-    @classmethod
-    def of(cls, source: Any, name: str = "") -> TargetInfo:
-        """From ``redraft.target.Facts`` (a target is one), a Hugging Face config, also of more than text, or itself."""
-        if isinstance(source, TargetInfo):
-            return source
-        config = getattr(source, "config", source)
-        # A target's config is that of its text part; engines know the model by the whole one's name.
-        whole = getattr(source, "whole_config", config)
-        text = config.get_text_config() if hasattr(config, "get_text_config") else config
-        return cls(
-            name=name or getattr(source, "name", "") or getattr(config, "_name_or_path", "") or "",
-            hidden_size=int(text.hidden_size),
-            layers=int(text.num_hidden_layers),
-            vocab_size=int(text.vocab_size),
-            context=int(text.max_position_embeddings),
-            architectures=tuple(getattr(whole, "architectures", None) or ("LlamaForCausalLM",)),
-            tokenizer=getattr(source, "tokenizer", None),
-        )
 
 
 @dataclass(frozen=True)
@@ -72,20 +40,6 @@ class ExportReport(Shown):
     warnings: tuple[str, ...] = ()
     merged_private: bool = False
 
-    @classmethod
-    def of(
-        cls,
-        name: str,
-        folder: Path,
-        written: Mapping[str, Any],
-        parameters: int,
-        serve: str,
-        warnings: Sequence[str] = (),
-    ) -> ExportReport:
-        """The report of a file that holds the tensors ``written``."""
-        size = sum(tensor.numel() * tensor.element_size() for tensor in written.values())
-        return cls(name, folder, len(written), parameters, size, serve, tuple(warnings))
-
     def to_dict(self) -> dict[str, Any]:
         return {**self.__dict__, "folder": str(self.folder), "warnings": list(self.warnings)}
 
@@ -97,10 +51,10 @@ class ExportReport(Shown):
 class Writer(Protocol):
     """How the drafts of one family are written in one format."""
 
-    def check(self, draft: Any, target: TargetInfo) -> tuple[Any, list[str]]:
+    def check(self, draft: Any, target: Facts) -> tuple[Any, list[str]]:
         """The dense draft as the format's engine computes it, and notes. Raises ``UserError``; writes nothing."""
 
-    def write(self, dense: Any, folder: Path, target: TargetInfo, tokens: int) -> ExportReport:
+    def write(self, dense: Any, folder: Path, target: Facts, tokens: int) -> ExportReport:
         """Write what :meth:`check` gave, whole or not at all. Raises ``UserError``."""
 
 
@@ -110,26 +64,30 @@ class Format:
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def __call__(self, draft: Any, folder: str | Path, target: Any, *, speculative_tokens: int = 5) -> ExportReport:
-        """Write the draft, private parts merged, for ``target``: whatever :meth:`TargetInfo.of` takes.
+    def __call__(self, draft: Any, folder: str | Path, target: Facts, *, speculative_tokens: int = 5) -> ExportReport:
+        """Write the draft, private parts merged, for ``target``, of which the facts are read.
 
         ``speculative_tokens`` is the draft length that the engine takes by default, or that the report's command
         names. Raises ``UserError`` where the draft does not fit the target, is incomplete, or the engine would
         compute another; nothing is left behind then.
         """
-        folder, info = Path(folder), TargetInfo.of(target)
-        dense, notes = self.check(draft, info, speculative_tokens)
-        report = self.writer(draft.family).write(dense, folder, info, speculative_tokens)
+        dense, notes = self.check(draft, target, speculative_tokens)
+        report = self.writer(draft.family).write(dense, Path(folder), target, speculative_tokens)
         merged = bool(draft.config.private_width or draft.config.low_rank)
         return replace(report, merged_private=merged, warnings=(*notes, *report.warnings))
 
-    def check(self, draft: Any, target: Any, speculative_tokens: int = 5) -> tuple[Any, list[str]]:
+    def check(self, draft: Any, target: Facts, speculative_tokens: int = 5) -> tuple[Any, list[str]]:
         """The dense draft to be written, and notes. Raises ``UserError`` wherever writing would; writes nothing."""
         writer = self.writer(draft.family)
         if speculative_tokens < 1:
             raise UserError(f"speculative tokens must be 1 or more, not {speculative_tokens}")
-        dense, notes = writer.check(draft, TargetInfo.of(target))
-        return dense, merged_notes(draft.config) + notes
+        dense, notes = writer.check(draft, target)
+        merged, config = [], draft.config
+        if config.private_width:
+            merged.append(f"private experts of width {config.private_width} were merged into the MLPs")
+        if config.low_rank:
+            merged.append(f"the low-rank updates (rank {config.low_rank}) were merged into their matrices")
+        return dense, merged + notes
 
     def writer(self, family: str) -> Writer:
         """How drafts of this family are written. Raises ``UserError`` where they are not."""
@@ -146,27 +104,16 @@ EXPORTERS.register("sglang")(Format("sglang"))
 
 def check_formats(names: Sequence[str], family: str) -> None:
     """Raise ``UserError`` for a format that there is not, or that holds no draft of this family."""
-    for name in names:
-        entry = EXPORTERS.get(name)
+    for entry in map(EXPORTERS.get, names):
         if isinstance(entry, Format):
             entry.writer(family)
 
 
-def check_export(name: str, draft: Any, target: Any, speculative_tokens: int = 5) -> None:
+def check_export(name: str, draft: Any, target: Facts, speculative_tokens: int = 5) -> None:
     """Raise ``UserError`` where the exporter ``name`` would refuse this draft, before anything is spent on it."""
     entry = EXPORTERS.get(name)
     if isinstance(entry, Format):
         entry.check(draft, target, speculative_tokens)
-
-
-def merged_notes(config: Any) -> list[str]:
-    """What merging did, in words."""
-    notes = []
-    if config.private_width:
-        notes.append(f"private experts of width {config.private_width} were merged into the MLPs")
-    if config.low_rank:
-        notes.append(f"the low-rank updates (rank {config.low_rank}) were merged into their matrices")
-    return notes
 
 
 def path_warnings(folder: Path) -> list[str]:
@@ -177,15 +124,12 @@ def path_warnings(folder: Path) -> list[str]:
     return [f"vLLM reads a method out of the {', '.join(found)} in this path; give the method or rename the folder"]
 
 
-def serve_command(folder: Path, target: TargetInfo, tokens: int, method: str = "eagle3") -> str:
-    """The vLLM command that serves the target with this draft."""
+def serve_command(folder: Path, target: Facts, tokens: int, method: str, engine: str = "vllm") -> str:
+    """The command of vLLM, or of SGLang, that serves the target with this draft."""
+    if engine == "sglang":
+        words = ["python", "-m", "sglang.launch_server", "--model-path", target.name]
+        words += ["--speculative-algorithm", method, "--speculative-draft-model-path", str(folder)]
+        words += ["--speculative-num-steps", str(tokens), "--speculative-eagle-topk", "1"]
+        return shlex.join([*words, "--speculative-num-draft-tokens", str(tokens + 1)])
     draft = json.dumps({"model": str(folder), "method": method, "num_speculative_tokens": tokens})
     return shlex.join(["vllm", "serve", target.name, "--speculative-config", draft])
-
-
-def sglang_command(folder: Path, target: TargetInfo, tokens: int, algorithm: str) -> str:
-    """The SGLang command that serves the target with this draft."""
-    words = ["python", "-m", "sglang.launch_server", "--model-path", target.name, "--speculative-algorithm", algorithm]
-    words += ["--speculative-draft-model-path", str(folder), "--speculative-num-steps", str(tokens)]
-    words += ["--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", str(tokens + 1)]
-    return shlex.join(words)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +18,7 @@ from redraft.drafts.files import META_FILE
 from redraft.drafts.formats.base import CONFIG_FILE, WEIGHTS_FILE
 from redraft.errors import UserError
 from redraft.files import settle
-from redraft.loading import ADAPTER_FILE, EMBEDDED_PREFIX
+from redraft.loading.places import ADAPTER_FILE, EMBEDDED_PREFIX
 
 Built = TypeVar("Built")
 
@@ -126,7 +126,9 @@ def read_state(folder: Path, notes: list[str]) -> dict[str, Tensor]:
         if file.suffix == ".bin":
             notes.append(f"{file.name} was read through torch's reader of tensors alone")
         for name, tensor in (read_pickled(file) if file.suffix == ".bin" else read_tensors(file)).items():
-            ours = rename(name)
+            ours = name
+            for pattern, new in LEGACY:
+                ours = pattern.sub(new, ours)
             if ours.endswith("rotary_emb.inv_freq"):
                 notes.append(f"{name} was left out: the angles follow from the config")
                 continue
@@ -159,17 +161,19 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def rename(name: str) -> str:
-    """Our name of a tensor."""
-    for pattern, ours in LEGACY:
-        name = pattern.sub(ours, name)
-    return name
-
-
 # -- the layer -------------------------------------------------------------------------------------------------------
-def layer_faults(raw: dict[str, Any], layer: dict[str, Any], model_types: tuple[str, ...]) -> list[str]:
-    """What a config asks of its layer that no draft of ours computes, in words; ``raw`` is the whole file."""
-    bias = layer.get("attention_bias", False)
+def check_layer(
+    raw: dict[str, Any], layer: dict[str, Any], model_types: tuple[str, ...], path: Path, more: Sequence[str] = ()
+) -> None:
+    """Raise ``UserError`` for a config whose layer no draft of ours computes; ``raw`` is the whole file at ``path``.
+
+    ``more`` are faults that a family found itself, in words.
+    """
+    bias, theta = layer.get("attention_bias", False), layer.get("rope_theta", 1.0)
+    rope, scaling = layer.get("rope_parameters") or {}, layer.get("rope_scaling") or {}
+    told = isinstance(rope, dict) and isinstance(scaling, dict)
+    places = (layer, rope, scaling) if told else ()
+    partial = [place["partial_rotary_factor"] for place in places if place.get("partial_rotary_factor")]
     wanted = {
         "model_type": (layer.get("model_type") or "llama", model_types),
         "num_hidden_layers": (layer.get("num_hidden_layers", 1), (1,)),
@@ -179,33 +183,24 @@ def layer_faults(raw: dict[str, Any], layer: dict[str, Any], model_types: tuple[
         "sliding_attention": ("sliding_attention" in (layer.get("layer_types") or ()), (False,)),
         "logit_scale": (layer.get("logit_scale") or 1.0, (1.0,)),
         "quantization_config": (bool(raw.get("quantization_config")), (False,)),
-        "partial_rotary_factor": (_partial_rotary(layer), (1.0,)),
+        "partial_rotary_factor": ((partial or [1.0])[0], (1.0,)),
     }
     faults = [f"{key} {value!r}" for key, (value, allowed) in wanted.items() if value not in allowed]
-    return faults + _rope_faults(layer)
-
-
-def _rope_faults(layer: dict[str, Any]) -> list[str]:
-    """Rotary settings that tell no one set of angles, in words."""
-    parameters, scaling = layer.get("rope_parameters") or {}, layer.get("rope_scaling") or {}
-    if not isinstance(parameters, dict) or not isinstance(scaling, dict):
-        return [f"rotary settings {parameters!r} and {scaling!r}"]
-    faults = []
-    if any(isinstance(value, dict) for value in parameters.values()):
-        faults.append("rope_parameters by kinds of layers")
-    named = [place.get("rope_type") or place.get("type") for place in (parameters, scaling)]
-    kinds = {str(kind) for kind in named if kind}
-    faults += [f"rope_type {kind!r}" for kind in sorted(kinds - {"default", "su"} - set(ROPE_INIT_FUNCTIONS))]
-    if len(kinds) > 1:
-        faults.append(f"rope_parameters and rope_scaling of different types, {' and '.join(sorted(kinds))}")
-    if "rope_theta" in layer and layer["rope_theta"] is None and not parameters.get("rope_theta"):
-        faults.append("rope_theta None")
-    return faults
-
-
-def _partial_rotary(layer: dict[str, Any]) -> float:
-    places = (layer, layer.get("rope_parameters") or {}, layer.get("rope_scaling") or {})
-    return next((place["partial_rotary_factor"] for place in places if place.get("partial_rotary_factor")), 1.0)
+    # Rotary settings that tell no one set of angles.
+    if not told:
+        faults.append(f"rotary settings {rope!r} and {scaling!r}")
+    else:
+        if any(isinstance(value, dict) for value in rope.values()):
+            faults.append("rope_parameters by kinds of layers")
+        named = [place.get("rope_type") or place.get("type") for place in (rope, scaling)]
+        kinds = {str(kind) for kind in named if kind}
+        faults += [f"rope_type {kind!r}" for kind in sorted(kinds - {"default", "su"} - set(ROPE_INIT_FUNCTIONS))]
+        if len(kinds) > 1:
+            faults.append(f"rope_parameters and rope_scaling of different types, {' and '.join(sorted(kinds))}")
+        if theta is None and not rope.get("rope_theta"):
+            faults.append("rope_theta None")
+    if faults or more:
+        raise UserError(f"{path} asks for what redraft does not compute: {', '.join([*faults, *more])}")
 
 
 def layer_fields(layer: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -1,30 +1,35 @@
-"""A standalone draft on disk: an ordinary Hugging Face folder, which whatever loads a causal LM loads as it is."""
+"""A standalone draft on disk: an ordinary Hugging Face folder, which whatever loads a causal LM loads as it is.
+
+Read is any causal language model whose proposals here would be its own. Written it is taken by every engine with a
+draft-model method: by transformers as ``assistant_model``, by vLLM as its method ``draft_model``; llama.cpp's server
+takes the format ``gguf``. The engines compare vocabularies by size, so a padded table is refused.
+"""
 
 from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
+import torch
 from transformers import GenerationConfig
 
+from redraft.artifact import check_tensors, tensors_bytes, tensors_hash, write_tensors
+from redraft.drafts.formats.base import ExportReport, Format, path_warnings, serve_command
+from redraft.drafts.formats.reading import Checkpoint
 from redraft.drafts.standalone.module import StandaloneDraft
-from redraft.loading import load_tokenizer
+from redraft.errors import UserError
+from redraft.files import atomic_folder
+from redraft.loading import CACHE_FILES, check_tokenizers, load_target, load_tokenizer, locate, quiet
+from redraft.loading.places import split_adapter
+from redraft.loading.targets import read_config
+from redraft.registries import EXPORTERS
+from redraft.target import Facts, Target
 
 WEIGHTS_FILE = "model.safetensors"
 GENERATION_FILE = "generation_config.json"
 # What else such a folder may hold.
-OTHER_FILES = (
-    "config.json",
-    GENERATION_FILE,
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-)
+OTHER_FILES = (*CACHE_FILES, "added_tokens.json", "tokenizer.model", "vocab.json", "merges.txt")
 # How much room these may take.
 OTHER_BYTES = 16 << 20
 
@@ -45,3 +50,100 @@ def read_beside(folder: Path, draft: StandaloneDraft) -> None:
     if (folder / GENERATION_FILE).is_file():
         draft.model.generation_config = GenerationConfig.from_pretrained(folder)
     draft.tokenizer = load_tokenizer(str(folder)) if (folder / "tokenizer_config.json").is_file() else None
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+def recognises(checkpoint: Checkpoint) -> bool:
+    """Whether this is a causal LM, an adapter of one or an embedded one; other families were asked before."""
+    if not checkpoint.config:
+        return True
+    return any(name.endswith("ForCausalLM") for name in checkpoint.architectures)
+
+
+def read(checkpoint: Checkpoint, target: Any, notes: list[str]) -> tuple[StandaloneDraft, dict[str, Any]]:
+    """The model in the data type of its file. Raises ``UserError``."""
+    source = checkpoint.source
+    base = split_adapter(source)[0]
+    with quiet():
+        config = read_config(locate(base), base)
+    named = config.dtype or config.get_text_config().dtype
+    found = load_target(source, named if isinstance(named, torch.dtype) else torch.float32)
+    found.tap(())  # its hooks would stay on the model and keep states that nobody reads
+    _check_passes(found, source)
+    notes += found.notes
+    return StandaloneDraft(found.model.requires_grad_(True), found.tokenizer), {"format": "huggingface"}
+
+
+def check_usable(draft: StandaloneDraft, source: str) -> None:
+    """Raise ``UserError`` for a draft whose proposals here would not be its own."""
+    _check_passes(Target(draft.model, taps=()), source)
+    draft.model.requires_grad_(True)  # a target's weights are frozen
+
+
+def _check_passes(model: Target, source: str | Path) -> None:
+    """Raise ``UserError`` for a model whose proposals here would not be its own.
+
+    A draft's logits are its head over its states, and rounds take tokens back from buffers of keys and values.
+    """
+    try:
+        paths = model.paths
+    except UserError as error:
+        raise UserError(f"{source} cannot be a draft: {error}") from error
+    if not paths.cached:
+        raise UserError(
+            f"{source} cannot be a draft: {type(model.model).__name__} cannot take tokens back ({paths.why}); give a "
+            "language model of attention layers, as Llama and Qwen are"
+        )
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+EXPORTERS.register("hf")(Format("hf"))
+
+
+class ModelWriter:
+    """The format ``hf``: the model complete with its tokenizer."""
+
+    def check(self, draft: StandaloneDraft, target: Facts) -> tuple[StandaloneDraft, list[str]]:
+        """The dense language model. Raises ``UserError`` where engines would refuse the pair."""
+        return dense_model(draft, target), []
+
+    def write(self, dense: StandaloneDraft, folder: Path, target: Facts, tokens: int) -> ExportReport:
+        """Read back before it is in place."""
+        state = dense.stored()
+        with atomic_folder(folder, tensors_bytes(state) + OTHER_BYTES, {"README.md", *OTHER_FILES}) as new:
+            write_beside(new, dense)
+            write_tensors(new / WEIGHTS_FILE, state)
+            back = load_target(str(new), dense.dtype)
+            if tensors_hash(StandaloneDraft(back.model).stored()) != tensors_hash(state):
+                raise RuntimeError("the hf export does not read back as the draft that was written")
+            check_tokenizers(back.tokenizer, dense.tokenizer)
+        parameters, serve = sum(t.numel() for t in state.values()), serve_command(folder, target, tokens, "draft_model")
+        size, warnings = tensors_bytes(state), tuple(path_warnings(folder.absolute()))
+        return ExportReport("hf", folder, len(state), parameters, size, serve, warnings)
+
+
+def dense_model(draft: StandaloneDraft, target: Facts) -> StandaloneDraft:
+    """The draft without private parts, sound in every tensor.
+
+    Raises ``UserError`` where engines would refuse the pair, or take it for one that it is not.
+    """
+    dense = draft.merged()
+    config, state = dense.model.config, dense.stored()
+    if dense.tokenizer is None:
+        raise UserError("the draft has no tokenizer, and engines ask for one; give it the target's")
+    check_tokenizers(dense.tokenizer, target.tokenizer)
+    if dense.config.draft_vocab_size != target.vocab_size:
+        raise UserError(
+            f"the draft's table has {dense.config.draft_vocab_size} rows and the target's {target.vocab_size}; engines "
+            "take such a pair for different vocabularies"
+        )
+    context = int(target.config.max_position_embeddings)
+    if config.max_position_embeddings < context:
+        raise UserError(
+            f"the draft covers {config.max_position_embeddings} positions and the target {context}; engines cut "
+            "the target's context to the draft's: train the draft with the target's length"
+        )
+    if dense.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise UserError(f"the draft is {dense.dtype}, which engines do not load; use float32, float16 or bfloat16")
+    check_tensors(state, state, "the draft to be exported")
+    return dense

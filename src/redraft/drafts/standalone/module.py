@@ -7,7 +7,7 @@ no small sibling; a public small sibling is the same thing.
 The private part (EDA, arXiv 2603.09527) is an expert beside the MLP of *every* layer. Since a SwiGLU and one beside
 it are one wider SwiGLU, it merges into a plain checkpoint of the same architecture.
 
-Shape legend: B batch, T new tokens, H hidden size, V vocabulary.
+Shape legend: B batch, T new tokens, G proposed tokens, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,19 +20,17 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from redraft.compat import cache_argument
-from redraft.drafts.base import Draft
-from redraft.drafts.config import DraftConfig
-from redraft.drafts.experts import attach_parts
-from redraft.drafts.proposing import Reduce, alone
+from redraft.drafts.base import Draft, DraftConfig
+from redraft.drafts.groups import attach_parts
+from redraft.drafts.proposing import Pick, Reduce, alone
 from redraft.drafts.standalone.objective import StandaloneObjective
-from redraft.drafts.standalone.proposer import StandaloneProposer
-from redraft.drafts.textwalk import TextWalk
+from redraft.drafts.walks import TextWalk
 from redraft.errors import UserError
 from redraft.loading import check_tokenizers
 from redraft.sampling import scale_logits
 from redraft.settings.training import TrainConfig
-from redraft.target import Head, Target
+from redraft.target import Head, KeyValueCache, Target
+from redraft.target.cache import cache_argument
 
 # What transformers writes into a config besides the model itself.
 PASSING = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
@@ -92,6 +90,34 @@ class StandaloneConfig(DraftConfig):
             return AutoConfig.for_model(values.pop("model_type", ""), **values)
         except ValueError as error:
             raise UserError(f"transformers does not know this architecture: {str(error).splitlines()[0]}") from error
+
+
+class StandaloneProposer:
+    """Chains of one request (:class:`redraft.drafts.proposing.ChainProposer`). ``verified`` counts tokens.
+
+    It is fed tokens and nothing else, so the keys of its guesses that verification accepts are right as they are and
+    are kept.
+    """
+
+    def __init__(self, draft: Any, capacity: int) -> None:
+        self.draft, self.capacity, self.verified = draft, capacity, 0
+        self.cache = KeyValueCache(draft.layers, capacity)
+
+    def propose(self, ids_T: Tensor, taps_T: Tensor, gamma: int, pick: Pick) -> Tensor:
+        """Feed what verification kept and the cache does not hold yet, then draft ``gamma`` tokens."""
+        # Of what was kept all but the last token are guesses that were accepted; the last guess was never fed.
+        held = min(self.cache.length - self.verified, len(ids_T) - 1)
+        self.cache.rollback(self.verified + held)
+        self.verified += len(ids_T)
+        feed_T, tokens = ids_T[held:], list[Tensor]()
+        for _ in range(gamma):
+            feed_T = pick(self.draft.logits(self.draft.states(feed_T[None], self.cache)[0, -1:]))
+            tokens.append(feed_T)
+        return torch.cat(tokens)
+
+    def rollback(self, verified: int) -> None:
+        self.cache.rollback(verified)
+        self.verified = verified
 
 
 class StandaloneDraft(Draft):

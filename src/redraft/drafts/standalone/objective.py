@@ -1,30 +1,126 @@
-"""The objective of a standalone draft: its words against a teacher's, at every response token, under any loss.
+"""A causal language model as training sees it, and the objective of a standalone draft.
 
-One teacher-forced pass gives the draft's distribution at every response token (prompts are read and not supervised).
-Memory does not grow with vocabulary times sequence: head and loss run over portions of positions. A loss over chains
-sees, at every position, the ``gamma`` next ones as the steps of a chain, for that is what a round drafts.
+Rows of any lengths stand side by side in one long row: linear layers see every token once and nothing else, attention
+runs row by row. Works for every Hugging Face causal LM whose attention goes through transformers' interface.
 
-Shape legend: M supervised positions of a batch, N those of a portion, J steps of a chain, H width, V vocabulary.
+The objective is the draft's words against a teacher's, under any loss: one teacher-forced pass gives the draft's
+distribution at every response token (prompts are read and not supervised). Memory does not grow with vocabulary times
+sequence: head and loss run over portions of positions. A loss over chains sees, at every position, the ``gamma`` next
+ones as the steps of a chain, for that is what a round drafts.
+
+Shape legend: T packed tokens, B rows of equal length, M supervised positions of a batch, N those of a portion, J steps
+of a chain, H width, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from redraft.drafts.proposing import Reduce, alone
-from redraft.drafts.standalone.causal import CausalModel
 from redraft.features import FeatureSource
+from redraft.losses.portions import Value, portions, sum_over_portions
 from redraft.registries import LOSSES
 from redraft.rows import TokenRow, anchors
+from redraft.sampling import scale_logits
 from redraft.settings.training import TrainConfig
 from redraft.target import Head
 
+# Logits that stand in memory at once, counted in numbers, whatever vocabulary and sequence are. A GPU needs larger
+# matrices to be busy: every portion also adds a gradient of the head's size to the sum.
+PORTION_NUMBERS = {"cpu": 2**25, "cuda": 2**28}
+
+
+@contextmanager
+def packed(model: Any, lengths: list[int]) -> Iterator[None]:
+    """Let ``model`` take rows of these lengths side by side in one: each attends, causally, to itself alone."""
+
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        kwargs["is_causal"] = True
+        parts = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+        mixed = [sdpa_attention_forward(module, q, k, v, None, **kwargs)[0] for q, k, v in parts]
+        return torch.cat(mixed, dim=1), None
+
+    # No mask function goes by this name, so transformers makes no mask of the whole row.
+    AttentionInterface.register("redraft_packed", attention)
+    previous = model.config._attn_implementation
+    model.set_attn_implementation("redraft_packed")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(previous)
+
+
+class CausalModel:
+    """A Hugging Face causal LM behind the few calls that training needs. ``model`` is the LM or a wrapper with it
+    as ``.model`` that is no LM itself."""
+
+    def __init__(self, model: Any, portion_numbers: int | None = None) -> None:
+        self.model = model if hasattr(model, "get_output_embeddings") else model.model
+        self.backbone: Any = self.model.base_model
+        self.head: Any = self.model.get_output_embeddings()
+        self.portion_numbers = portion_numbers or PORTION_NUMBERS.get(self.device.type, 2**25)
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.head.weight.shape[0])
+
+    @property
+    def trained(self) -> list[tuple[str, nn.Parameter]]:
+        """Parameters that require a gradient by name, without the backbone's prefix; tied ones once."""
+        prefix = f"{self.model.base_model_prefix}."
+        return [(n.removeprefix(prefix), p) for n, p in self.model.named_parameters() if p.requires_grad]
+
+    def states(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """Final-norm states [T, H] of rows of token ids, one behind the other."""
+        lengths = [len(row) for row in rows]
+        ids_T = torch.tensor([i for row in rows for i in row], device=self.device)
+        positions_T = torch.cat([torch.arange(n, device=self.device) for n in lengths])
+        with packed(self.model, lengths):
+            found = self.backbone(input_ids=ids_T[None], position_ids=positions_T[None], use_cache=False)
+        return found.last_hidden_state[0]
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Logits [..., V] of final-norm states [..., H], with the model's own scaling and soft cap."""
+        return scale_logits(self.head(states), self.model.config)
+
+    def slices(self, count: int, copies: int = 1) -> list[slice]:
+        """``count`` positions in portions whose logits, ``copies`` times over, keep to ``portion_numbers``."""
+        return portions(count, max(1, self.portion_numbers // (copies * self.vocab_size)))
+
+    def portioned(self, value: Value, states: Sequence[Tensor]) -> Tensor:
+        """The sum of ``value`` over portions of positions; see :func:`redraft.losses.portions.sum_over_portions`."""
+        head = [p for p in self.head.parameters() if p.requires_grad]
+        return sum_over_portions(value, self.slices(len(states[0]), len(states)), states, head)
+
+    def block_loss(self, block_BT: Tensor) -> Tensor:
+        """Sum of the next-token cross-entropy over blocks [B, T + 1] of text, which need no filling up."""
+        block_BT = block_BT.to(self.device)
+        labels_N = block_BT[:, 1:].flatten()
+        found = self.backbone(input_ids=block_BT[:, :-1], use_cache=False)
+
+        def value(part: slice, states: list[Tensor]) -> Tensor:
+            return F.cross_entropy(self.logits(states[0]).float(), labels_N[part], reduction="sum")
+
+        return self.portioned(value, [found.last_hidden_state.flatten(0, 1)])
+
+
+# -- the objective -----------------------------------------------------------------------------------------------------
 TeacherLogits = Callable[[Tensor], Tensor]
 """Indices [N] into the supervised positions of some rows -> the teacher's logits [N, V] there."""
 
@@ -62,14 +158,7 @@ def size(row: TokenRow) -> int:
 class Distillation:
     """The loss of some rows against their teacher, for any loss of the registry."""
 
-    def __init__(
-        self,
-        causal: CausalModel,
-        teacher: Teacher,
-        loss: str,
-        gamma: int,
-        reduce: Reduce = alone,
-    ) -> None:
+    def __init__(self, causal: CausalModel, teacher: Teacher, loss: str, gamma: int, reduce: Reduce = alone) -> None:
         """``reduce`` adds batch statistics over workers. Raises ``UserError`` for an unknown loss."""
         self.causal, self.teacher, self.reduce = causal, teacher, reduce
         self.loss = LOSSES.get(loss)
@@ -82,12 +171,8 @@ class Distillation:
         """States [M, H] of the positions that predict a response token after the first; for a chain of J steps J
         tensors, of which number j holds the states j positions on (and anything behind the end of a row)."""
         states_TH = self.causal.states([[*row.prompt_ids, *row.response_ids[:-1]] for row in rows])
-        where, start = [], 0
-        for row in rows:
-            begin, end = start + len(row.prompt_ids), start + size(row) - 1
-            where.append(torch.arange(begin, end, device=states_TH.device))
-            start = end
-        index_M = torch.cat(where)
+        places = torch.arange(len(states_TH), device=states_TH.device).split([size(row) - 1 for row in rows])
+        index_M = torch.cat([place[len(row.prompt_ids) :] for place, row in zip(places, rows, strict=True)])
         return [states_TH[(index_M + j).clamp(max=len(states_TH) - 1)] for j in range(self.steps)]
 
     def inside(self, rows: Sequence[TokenRow]) -> Tensor:
@@ -103,7 +188,7 @@ class Distillation:
         """The rows' sum of the loss over ``count``, the pairs of the whole step. ``statistics`` are the step's, where
         these rows are not all of it."""
         states, loss = self.states(rows), self.loss
-        teacher, inside_MJ = self.teacher.of(rows, states[0].device), self.inside(rows)
+        teacher, inside_MJ = self.teacher.of(rows, self.causal.device), self.inside(rows)
         if hasattr(loss, "statistics"):
             if statistics is None:  # these rows are the whole step
                 statistics = self.reduce(self.sums(states, teacher, inside_MJ))
@@ -130,24 +215,20 @@ class Distillation:
 
     def sums(self, states: Sequence[Tensor], teacher: TeacherLogits, inside_MJ: Tensor) -> Tensor:
         """The loss's own statistics over these positions."""
-        found = []
         with torch.no_grad():
-            for part in self.causal.slices(len(inside_MJ)):
-                draft, theirs = self.logits(part, [s[part] for s in states], teacher, inside_MJ[part])
-                found.append(self.loss.statistics(draft[0], theirs[0]))
-            return torch.stack(found).sum(0)
+            slices = self.causal.slices(len(inside_MJ))
+            logits = (self.logits(part, [s[part] for s in states], teacher, inside_MJ[part]) for part in slices)
+            return torch.stack([self.loss.statistics(draft[0], theirs[0]) for draft, theirs in logits]).sum(0)
 
     def statistics(self, micro: Sequence[Sequence[TokenRow]]) -> Tensor | None:
         """Statistics over the micro-batches of a step and all workers, in a pass of its own; None where the loss
         needs none, and where there is one micro-batch, which then sees to it itself."""
         if not hasattr(self.loss, "statistics") or len(micro) < 2:
             return None
-        found = []
         with torch.no_grad():
-            for rows in micro:
-                states = self.states(rows)
-                found.append(self.sums(states, self.teacher.of(rows, states[0].device), self.inside(rows)))
-            return self.reduce(torch.stack(found).sum(0))
+            parts = ((rows, self.teacher.of(rows, self.causal.device)) for rows in micro)
+            sums = [self.sums(self.states(rows), teacher, self.inside(rows)) for rows, teacher in parts]
+            return self.reduce(torch.stack(sums).sum(0))
 
 
 @dataclass

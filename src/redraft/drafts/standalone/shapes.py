@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from redraft.drafts.config import heads_of, rope_of
+from redraft.drafts.base import heads_of, rope_of
 from redraft.drafts.standalone.module import StandaloneDraft, untrained
 from redraft.errors import UserError
 
@@ -29,6 +29,7 @@ PRESETS: dict[str, tuple[int, int, int, int]] = {"goel": (4, 1024, 2816, 8)}
 DEPTHS = (4, 3, 2, 1)
 WIDEST_HEAD = 128
 MOST_INNER = 4
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
 
@@ -43,21 +44,15 @@ def shape_for(target: Any, size: str | float = "1/10", layers: int | None = None
     if isinstance(size, str) and size.lower() in PRESETS:
         depth, width, inner, heads = PRESETS[size.lower()]
         return _config(target, layers or depth, width, inner, heads, tied)
-    budget = _budget(target, size)
-    head = _head_dim(target)
-    best: Any = None
+    budget, head = _budget(target, size), min(WIDEST_HEAD, heads_of(target.config)["head_dim"])
     for depth in (layers,) if layers else DEPTHS:
-        if depth < 1:
-            raise UserError(f"a draft of {depth} layers cannot be; give 1 or more")
-        best = _widest(target, depth, head, budget, tied)
-        if best is not None:
-            return best
+        if found := _widest(target, depth, head, budget, tied):
+            return found
     least = parameters_of(_config(target, layers or 1, head, 2 * head, 1, tied))
-    whole = target.parameters_per_token
     raise UserError(
         f"no shape meets a size of {size} ({budget / 1e6:.3g}M parameters a token): over the target's vocabulary of "
         f"{target.vocab_size} even {layers or 1} layer(s) of width {head} take {least / 1e6:.3g}M, "
-        f"which is 1/{max(1, whole // least)} of the target's; ask for more"
+        f"which is 1/{max(1, target.parameters_per_token // least)} of the target's; ask for more"
     )
 
 
@@ -93,29 +88,22 @@ def _widest(target: Any, depth: int, head: int, budget: float, tied: bool | None
     """The widest shape of this depth within the budget, its MLP widened by what is left; ``None`` if there is none."""
     step, found = min(32, head), None
     for heads in range(1, 1 + max(1, target.hidden_size // head)):
-        width = heads * head
-        inner = max(step, round(width * 8 / 3 / step) * step)
-        config = _config(target, depth, width, inner, heads, tied)
+        inner = max(step, round(heads * head * 8 / 3 / step) * step)
+        config = _config(target, depth, heads * head, inner, heads, tied)
         if parameters_of(config) > budget:
             break
         found = config
     if found is not None:
         room = int((budget - parameters_of(found)) // (3 * depth * found.hidden_size * step)) * step
-        found.intermediate_size = max(
-            found.intermediate_size, min(found.intermediate_size + room, MOST_INNER * found.hidden_size)
-        )
+        widened = min(found.intermediate_size + room, MOST_INNER * found.hidden_size)
+        found.intermediate_size = max(found.intermediate_size, widened)
     return found
-
-
-def _head_dim(target: Any) -> int:
-    return min(WIDEST_HEAD, heads_of(target.config)["head_dim"])
 
 
 def _config(target: Any, layers: int, width: int, inner: int, heads: int, tied: bool | None) -> Any:
     from transformers import LlamaConfig
 
     source = target.config
-    rope = rope_of(source)
     return LlamaConfig(
         vocab_size=target.vocab_size,
         hidden_size=width,
@@ -127,10 +115,8 @@ def _config(target: Any, layers: int, width: int, inner: int, heads: int, tied: 
         max_position_embeddings=target.context,
         rms_norm_eps=float(getattr(source, "rms_norm_eps", 1e-5)),
         tie_word_embeddings=bool(source.tie_word_embeddings if tied is None else tied),
-        bos_token_id=source.bos_token_id,
-        eos_token_id=source.eos_token_id,
-        pad_token_id=source.pad_token_id,
-        rope_parameters=rope,
+        rope_parameters=rope_of(source),
+        **{name: getattr(source, name) for name in SPECIAL},
     )
 
 
@@ -150,12 +136,14 @@ def fresh_standalone(
     depth-pruned start); its shape is then the target's own with fewer layers, and ``shape`` is not asked. ``tied``
     overrules the shape's. Raises ``UserError`` for a request that cannot be.
     """
-    if embeddings not in ("target", "random"):
-        raise UserError(f"the start of the embeddings is {embeddings!r}; choose target or random")
+    for k in layers:
+        if not 0 <= k < target.layers:
+            raise UserError(f"the target has layers 0 to {target.layers - 1}, not {k}")
+    config = copy.deepcopy(target.config if layers else shape if shape is not None else shape_for(target))
     if layers:
-        config = _pruned_shape(target, layers)
-    else:
-        config = copy.deepcopy(shape) if shape is not None else shape_for(target)
+        config.num_hidden_layers = len(layers)
+        if kinds := getattr(config, "layer_types", None):
+            config.layer_types = [kinds[k] for k in layers]
     if config.vocab_size != target.vocab_size:
         raise UserError(f"the shape has a vocabulary of {config.vocab_size}, the target one of {target.vocab_size}")
     config.tie_word_embeddings = config.tie_word_embeddings if tied is None else tied
@@ -167,29 +155,15 @@ def fresh_standalone(
         if layers:
             model.base_model.norm.load_state_dict(target.norm.state_dict())
         if embeddings == "target":
-            _start_tables(draft, target)
-    _speak_like(model, target)
+            table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+            std = float(getattr(config, "initializer_range", 0.02))
+            table.copy_(projected(target.embedding.weight, table.shape[1], std))
+            if head is not table:
+                head.copy_(projected(target.head.weight, head.shape[1], std))
+    # The target's special tokens, so that engines end the draft's answers where they end the target's.
+    for name in SPECIAL:
+        setattr(model.generation_config, name, getattr(target.generation, name, None))
     return draft.bind(target).to(target.device)
-
-
-def _pruned_shape(target: Any, layers: Sequence[int]) -> Any:
-    absent = [k for k in layers if not 0 <= k < target.layers]
-    if absent:
-        raise UserError(f"the target has layers 0 to {target.layers - 1}, not {absent[0]}")
-    config = copy.deepcopy(target.config)
-    config.num_hidden_layers = len(layers)
-    kinds = getattr(config, "layer_types", None)
-    if kinds:
-        config.layer_types = [kinds[k] for k in layers]
-    return config
-
-
-def _start_tables(draft: StandaloneDraft, target: Any) -> None:
-    table, head = draft.model.get_input_embeddings().weight, draft.model.get_output_embeddings().weight
-    std = float(getattr(draft.model.config, "initializer_range", 0.02))
-    table.copy_(projected(target.embedding.weight, table.shape[1], std))
-    if head is not table:
-        head.copy_(projected(target.head.weight, head.shape[1], std))
 
 
 def projected(table_VS: Tensor, width: int, std: float) -> Tensor:
@@ -208,9 +182,3 @@ def projected(table_VS: Tensor, width: int, std: float) -> Tensor:
     kept = table @ (vectors * torch.where(sums < 0, -1.0, 1.0))[:, :width]
     kept = kept * (std / kept.square().mean().sqrt())
     return torch.nn.functional.pad(kept, (0, width - kept.shape[1])).float()
-
-
-def _speak_like(model: Any, target: Any) -> None:
-    """The target's special tokens, so that engines end the draft's answers where they end the target's."""
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(model.generation_config, name, getattr(target.generation, name, None))

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from redraft.losses.rows import computing_dtype, weighted_sum
 from redraft.registries import LOSSES, SCORERS, STARTS
-from redraft.selection import ScorableRow, ScoringContext
+from redraft.rows import TokenRow
+from redraft.selection import ScoringContext
 from redraft.starts.apply import Start, StartContext, StartResult
 
 
@@ -33,7 +34,7 @@ class PromptLength:
     def settings(self) -> dict[str, Any]:
         return {}
 
-    def score(self, rows: Sequence[ScorableRow], context: ScoringContext) -> list[float]:
+    def score(self, rows: Sequence[TokenRow], context: ScoringContext) -> list[float]:
         """The number of tokens of each row's prompt."""
         return [float(len(row.prompt_ids)) for row in rows]
 
