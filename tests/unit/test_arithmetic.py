@@ -170,6 +170,7 @@ def test_what_a_drafter_trains_in_follows_the_target_and_then_the_run(machine, t
         "bfloat16",
         "bfloat16",
     )
+    (tmp_path / "new" / "responses.jsonl").touch()
     with pytest.raises(UserError, match="another align precision"):
         claim_run(distillation(tmp_path / "new", align={"precision": "float32"}))
 
