@@ -75,3 +75,8 @@ def test_a_training_that_was_cut_off_goes_on_to_the_same_curve(old, redraft):
         assert step == before and tau == pytest.approx(was, abs=0.06)
     for name, tensor in load_file(old / "run" / "merged" / "draft.safetensors").items():
         torch.testing.assert_close(tensor.float(), merged[name].float(), atol=2e-2, rtol=2e-2)
+
+
+def test_a_run_directory_is_no_draft_but_says_where_one_is(old, redraft):
+    code, _, error = redraft("bench --target target --draft run --prompts prompts.jsonl --out b.json")
+    assert code == 2 and "run is a run directory; its draft is run/merged" in error

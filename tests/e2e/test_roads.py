@@ -182,6 +182,7 @@ def test_a_run_directory_from_before_a_setting_existed_goes_on(world, tmp_path):
     claim_run(config)
     again = {"exports": ("vllm",), "train": {**config.train, "save_seconds": 60}}
     claim_run(settings(world, tmp_path / "run", **again))  # neither changes what is trained
+    (tmp_path / "run" / "responses.jsonl").touch()
     with pytest.raises(UserError, match="another train clip; give"):
         claim_run(settings(world, tmp_path / "run", train={**config.train, "clip": 2}))
     with pytest.raises(UserError, match="another start"):

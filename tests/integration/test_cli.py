@@ -245,7 +245,8 @@ def test_a_file_of_settings_is_read_as_people_mean_it(tmp_path: Path) -> None:
     for text, words in (
         ("on: 1\n1: 2\n", "`name: value` lines"),
         ("a: 1\na: 2\n", "there twice"),
-        ("[", "is not YAML"),
+        ("[", "is not YAML: while parsing a flow node expected the node content, but found '<stream end>' at line 1"),
+        ("target: \ndraft: d\nprompts: p\nout:\n", "target is missing; out is missing"),
     ):
         (tmp_path / "a.yaml").write_text(text)
         with pytest.raises(UserError, match=words):

@@ -46,7 +46,7 @@ def test_slower_than_plain_decoding_is_called_so() -> None:
     never = judge(1.2, None, TIME, ends(1.25, 1.3, 1.4))
     assert never.action == "leave" and "would still be slower than plain decoding (at most 0.93x)" in never.advice
     doubtful = judge(1.2, None, TIME, ends(1.3, 1.45, 2.1))
-    assert doubtful.action == "try" and "most likely slower than plain decoding" in doubtful.advice
+    assert doubtful.action == "try" and "most likely the draft stays slower than plain decoding" in doubtful.advice
 
 
 def test_without_evidence_nothing_is_promised() -> None:

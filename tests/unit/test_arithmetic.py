@@ -142,8 +142,11 @@ def test_a_study_is_gone_on_with_on_another_machine(machine, tmp_path):
     assert study.dtype == AUTO and claim(study, tmp_path).dtype == "float32"
     machine(400.0, 90.0)
     assert claim(study, tmp_path).dtype == "float32"
+    (tmp_path / "ledger.json").touch()
     with pytest.raises(UserError, match="another dtype"):
         claim(study.model_copy(update={"dtype": "bfloat16"}), tmp_path)
+    (tmp_path / "ledger.json").unlink()
+    assert claim(study.model_copy(update={"dtype": "bfloat16"}), tmp_path).dtype == "bfloat16", "nothing is there yet"
 
 
 def distillation(folder: Path, **more: str):
@@ -170,6 +173,7 @@ def test_what_a_drafter_trains_in_follows_the_target_and_then_the_run(machine, t
         "bfloat16",
         "bfloat16",
     )
+    (tmp_path / "new" / "responses.jsonl").touch()
     with pytest.raises(UserError, match="another align precision"):
         claim_run(distillation(tmp_path / "new", align={"precision": "float32"}))
 

@@ -159,7 +159,8 @@ def test_a_plan_agrees_with_the_ledger_of_the_run(place: Path, redraft: Any) -> 
     ledger = {stage["stage"]: stage for stage in json.loads((place / "run" / "ledger.json").read_text())["stages"]}
     before = sorted(place.rglob("*"))
     common = (
-        "--target target --draft draft --dtype float32 --out new --train epochs=24 --heldout-prompts 4 --budget 75%"
+        "--target target --draft draft --dtype float32 --out new --train epochs=24 --heldout-prompts 4 "
+        "--bench-prompts 4 --budget 75%"
     )
     code, said, err = redraft(
         f"adapt {common} --prompts prompts.jsonl --max-new-tokens 16 --rank 4 --gamma 3 --dry-run"
@@ -176,6 +177,8 @@ def test_a_plan_agrees_with_the_ledger_of_the_run(place: Path, redraft: Any) -> 
         ledger["train"]["flops"] / ledger["train"]["tokens"], rel=0.5
     )
     assert "epochs: 24.0" in said and "learning_rate: 0.004" in said and "nothing was done" in said
+    code, _, err = redraft("adapt --target target --draft draft --out new --prompts prompts.jsonl --dry-run")
+    assert code == 2 and "too few" in err, "what the run itself would refuse"
 
 
 @pytest.mark.parametrize(

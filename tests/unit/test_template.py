@@ -86,8 +86,21 @@ def test_a_run_directory_belongs_to_its_arguments(tmp_path: Path) -> None:
     assert stored.pop("template_arg") == {}
     config.write_text(json.dumps(stored))  # a directory of before there were any
     claim_run(AdaptConfig(**values))
+    other = AdaptConfig(**values | {"template_arg": {"enable_thinking": False}})
+    (tmp_path / "run" / "responses.jsonl").touch()
     with pytest.raises(UserError, match="another template_arg"):
-        claim_run(AdaptConfig(**values | {"template_arg": {"enable_thinking": False}}))
+        claim_run(other)
+
+
+def test_a_run_that_was_refused_before_it_began_leaves_its_directory_free(tmp_path: Path) -> None:
+    values = {"target": "t", "draft": "d", "prompts": "p", "out": tmp_path / "run"}
+    claim_run(AdaptConfig(**values))
+    claim_run(AdaptConfig(**values | {"heldout_prompts": 4}))
+    config = tmp_path / "run" / "config.json"
+    assert json.loads(config.read_text())["heldout_prompts"] == 4
+    config.write_text('{"target": "a file of somebody else"}')
+    with pytest.raises(UserError, match="belongs to a run with another"):
+        claim_run(AdaptConfig(**values))
 
 
 # -- the date --------------------------------------------------------------------------------------------------------

@@ -135,7 +135,8 @@ class AdaptRun(Run[AdaptConfig]):
             flops = passes * provenance.forward_flops(target.parameters_per_token, tokens)
             entry.add(tokens, flops, formula, self.selection.stat().st_size)
         kept = f"{len(manifest.selected_keys)} of {len(rows)} {'prompts' if prompts else 'rows'}"
-        self.say(f"select: {kept} by {scorer.name}, budget {c.budget}")
+        by = "" if parse_budget(c.budget).whole else f" by {scorer.name}"
+        self.say(f"select: {kept}{by}, budget {c.budget}")
         return manifest
 
     def responses(self) -> list[Row]:

@@ -100,7 +100,7 @@ def _action(time: RoundTime, forecast: Ends | None, gain: Ends | None, more: str
     between = f"between {gain['low']:.2f} and {gain['high']:.2f} times as fast"
     if gain["low"] >= WORTHWHILE_GAIN:
         return ADAPT, f"adapt: alignment would make serving {between}"
-    slower = ", most likely slower than plain decoding" if forecast["value"] <= time.cost else ""
+    slower = ", though most likely the draft stays slower than plain decoding" if forecast["value"] <= time.cost else ""
     return TRY, f"try it: alignment would make serving {between}{slower}; {more}"
 
 

@@ -39,7 +39,8 @@ def settled(config: Held, file: Path, say: Say | None) -> Held:
 def claim_run(config: Run, say: Say | None = None) -> Run:
     """Make the run directory, or check that it belongs to the same settings; the settings with the run's data types.
 
-    What a finished draft is exported to may change. Raises ``UserError``.
+    What a finished draft is exported to may change, and everything while no stage has written a thing: a run that was
+    refused before it began leaves only its settings. Raises ``UserError``.
     """
     adapts = isinstance(config, AdaptConfig)
     if isinstance(config, AdaptConfig):
@@ -72,6 +73,9 @@ def claim_run(config: Run, say: Say | None = None) -> Run:
         defaults = recipe.identity()
         before[name] = defaults | {key: value for key, value in before[name].items() if key in defaults}
     if changed := sorted(_differences(before, values, recipes)):
+        if list(config.out.iterdir()) == [path] and values.keys() >= read_json(path).keys() > {"target", "exports"}:
+            atomic_write_json(path, values)
+            return config
         raise UserError(
             f"{config.out} belongs to a run with another {', '.join(changed)}; "
             "give another run directory, or the same settings to resume it"

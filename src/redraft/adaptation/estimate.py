@@ -22,6 +22,7 @@ from safetensors import safe_open
 from transformers import AutoConfig
 
 from redraft import provenance
+from redraft.adaptation.models import split_prompts
 from redraft.adaptation.study.targets import read_source
 from redraft.arithmetic import EFFICIENCY, MOST_BYTES, choose_dtype, fastest
 from redraft.artifact import read_json
@@ -130,11 +131,12 @@ class Costs:
         parts = [(name, size / 1e9) for name, size in self.memory(contest)]
         counted = ", ".join(f"{name} {size:.2g}" for name, size in parts)
         yield f"peak memory: about {sum(size for _, size in parts):.1f} GB ({counted}), and what allocators keep"
+        after = ", and those of a benchmark" if contest else ""
         rate = dict(fastest("cpu").gflops).get(self.dtype) if self.device == "cpu" else None
         if rate:
             minutes = total / (rate * 1e9 * EFFICIENCY[self.dtype]) / 60
             speed = f"at this machine's {rate:.0f} GFLOP/s in {self.dtype}"
-            yield f"time: at most about {minutes:.1f} minutes {speed}, and those of a benchmark"
+            yield f"time: at most about {minutes:.1f} minutes {speed}{after}"
 
 
 @dataclass(frozen=True)
@@ -205,7 +207,12 @@ def adapt_costs(s: AdaptConfig) -> Iterator[str]:
         costs.answer(text, s.batch_size)
     budget = parse_budget(s.budget)
     whole = {"fraction": 1.0, "rows": text.rows, "tokens": text.answers}[budget.kind]
-    share = min(1.0, float(budget.amount) / max(1, whole)) * max(0, text.rows - s.heldout_prompts) / max(1, text.rows)
+    left = max(0, text.rows - s.heldout_prompts) / max(1, text.rows)
+    if not s.responses and not self_prompts(s.prompts):
+        asked = read_conversations(str(s.prompts))
+        train, _, _ = split_prompts(asked, s.heldout_prompts, 0 if s.eval_prompts else s.bench_prompts, s.seed)
+        left = len(train) / len(asked)
+    share = min(1.0, float(budget.amount) / max(1, whole)) * left
     costs.train(Draft.of(s.draft), s.method, s.train_config(), text.part(share), len(s.exports))
     return costs.lines(contest=True)
 

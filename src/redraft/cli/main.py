@@ -75,7 +75,8 @@ def options(
     plugin: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="MODULE", help="Python module or file that registers a loss, scorer, start ...; repeatable."
+            metavar="MODULE",
+            help="Python module or file that registers a loss, scorer, start ...; before the command; repeatable.",
         ),
     ] = None,
 ) -> None:

@@ -130,6 +130,8 @@ def _family(checkpoint: Checkpoint) -> Family:
         if family.recognises(checkpoint):
             return family
     raw = checkpoint.config
+    if (merged := checkpoint.path.parent / "merged").is_dir():
+        raise UserError(f"{checkpoint.source} is a run directory; its draft is {merged}")
     experts = next((f" with {key} {raw[key]!r}, a mixture of experts" for key in EXPERTS if raw.get(key)), "")
     names = ", ".join(name for family in known for name in family.architectures)
     raise UserError(

@@ -152,8 +152,8 @@ class Fit:
     def sentence(self) -> str:
         """Where the forecast comes from, for the terminal."""
         return (
-            f"a forecast from {self.targets} targets whose outcome is known, {self.held} of which lay in the interval "
-            "of a fit without them"
+            f"a forecast from {self.targets} targets whose outcome is known; fitted without each, "
+            f"the interval held {self.held} of them"
         )
 
 

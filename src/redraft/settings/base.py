@@ -166,7 +166,7 @@ def _sentence(one: Any, known: list[str], block: str) -> str:
         inside = f" in {' '.join(outer)}" if outer else ""
         near = nearest(name, known if outer else [other.replace("_", "-") for other in known])
         return f"unknown setting {name}{near}{inside}"
-    if kind == "missing":
+    if kind == "missing" or (one["input"] is None and kind in ("string_type", "path_type")):
         return f"{place} is missing"
     if kind == "value_error":
         return f"{place} {context['error']}".strip()
@@ -346,6 +346,7 @@ Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 
 Asked = TypeVar("Asked", bound=Settings)
+IN_TEXT = 'in "<unicode string>",'  # what yaml calls a file whose text it is given
 
 
 def read_yaml(path: Path, what: str) -> dict[str, Any]:
@@ -357,7 +358,7 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
     except (yaml.YAMLError, UnicodeDecodeError, TypeError) as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split()).replace(IN_TEXT, 'at')}") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise UserError(f"{path} must hold settings as `name: value` lines")
     return values

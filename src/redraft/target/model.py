@@ -81,6 +81,9 @@ class Target(Head):
         self._hooks: list[Any] = []
         self.tap(self.taps)
 
+    def __repr__(self) -> str:
+        return f"Target({self.name!r}, {type(self.model).__name__} in {str(self.dtype).removeprefix('torch.')})"
+
     @property
     def layers(self) -> int:
         return len(self.backbone.layers)

@@ -312,7 +312,7 @@ def _prompts(work: TargetWork, count: int) -> list[Prompt]:
 def claim(config: StudyConfig, folder: Path, say: Say | None = None) -> StudyConfig:
     """Take the folder, or check that it holds the same study; the settings with the data type of the study.
 
-    Cells and names may be added. Raises ``UserError``.
+    Cells and names may be added, and anything changed while nothing else is in the folder. Raises ``UserError``.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -329,7 +329,7 @@ def claim(config: StudyConfig, folder: Path, say: Say | None = None) -> StudyCon
             changed += [f"{kind} {name}" for name in old if name in new and old[name] != new[name]]
         if next(iter(stored.get("data", {})), None) != next(iter(values["data"])):
             changed.append("first data")
-        if changed:
+        if changed and not ("targets" in stored and list(folder.iterdir()) == [path]):
             raise UserError(
                 f"{folder} belongs to a study with another {', '.join(changed)}; give another folder, or the same "
                 "settings to go on with it"
