@@ -38,7 +38,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "train": {"target": "t", "responses": "r", "out": "o", "draft": "d"},
     "adapt": {"target": "t", "draft": "d", "out": "o", "prompts": "p"},
     "merge": {"private": "p", "base_draft": "b", "out": "o"},
-    "merge-target": {"target": "t", "adapter": "a", "out": "o"},
+    "merge-target": {"target": "t", "out": "o"},
     "export": {"target": "t", "draft": "d", "format": "vllm", "out": "o"},
     "distill": {"target": "t", "out": "o", "prompts": "p", "text": ["x"]},
     "bench": {"target": "t", "out": "o", "prompts": "p", "draft": ["d"]},
@@ -212,6 +212,10 @@ def test_the_merged_target_computes_as_the_adapter_does(place: Path, redraft: An
         torch.testing.assert_close(whole.model(ids).logits, joined.model(ids).logits)
         assert not torch.allclose(whole.model(ids).logits, load_target("target").model(ids).logits)
     assert whole.tokenizer is not None and whole.content_hash() == joined.content_hash()
+    code, said, err = redraft("merge-target --target adapter --out alone")
+    assert code == 0 and load_target("alone").content_hash() == whole.content_hash(), err
+    code, said, err = redraft("merge-target --target target --out none")
+    assert code == 2 and "no adapter" in err
     (place / "whole" / "mine.txt").touch()
     with pytest.raises(UserError, match="holds other files"):
         merge_target_folder("target", "adapter", place / "whole")

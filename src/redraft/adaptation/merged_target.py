@@ -8,22 +8,28 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
+from redraft.errors import UserError
 from redraft.files import atomic_folder
-from redraft.loading import ADAPTER_FILE, adapter_base, load_target, locate, one_line, quiet
-from redraft.loading.places import CACHE_FILES
+from redraft.loading import load_target, locate, one_line, quiet
+from redraft.loading.places import CACHE_FILES, split_adapter
 
 MERGED = "merged-target"
 
 
-def merge_target_folder(target: str, adapter: str, out: Path) -> Path:
+def merge_target_folder(target: str, adapter: str | None, out: Path) -> Path:
     """Write ``target`` with ``adapter`` merged in, its tokenizer and its generation settings: all of it or nothing.
+
+    ``target`` may be an adapter by itself.
 
     In the data type of the target's checkpoint. Raises ``UserError`` when one of them cannot be loaded, the adapter
     does not fit, or the folder holds other files.
     """
-    with quiet(), one_line(f"the config of {target}"):
-        dtype = getattr(AutoConfig.from_pretrained(**locate(target)), "dtype", None) or torch.float32
-    opened = load_target(target, dtype, "cpu", adapter=adapter)
+    base, adapter = split_adapter(target, adapter)
+    if adapter is None:
+        raise UserError(f"{target} is no adapter and has nothing to merge; name one with --adapter")
+    with quiet(), one_line(f"the config of {base}"):
+        dtype = getattr(AutoConfig.from_pretrained(**locate(base)), "dtype", None) or torch.float32
+    opened = load_target(base, dtype, "cpu", adapter=adapter)
     weights = {id(weight): weight for weight in opened.model.state_dict().values()}
     with atomic_folder(out, sum(w.numel() * w.element_size() for w in weights.values()), CACHE_FILES) as folder:
         opened.save(folder)
@@ -32,11 +38,10 @@ def merge_target_folder(target: str, adapter: str, out: Path) -> Path:
 
 def adapter_note(target: str, adapter: str | None = None) -> str | None:
     """How to serve a target that is an adapter, by itself or with ``adapter``; ``None`` for any other target."""
+    base, adapter = split_adapter(target, adapter)
     if adapter is None:
-        if not (Path(target) / ADAPTER_FILE).is_file():
-            return None
-        target, adapter = adapter_base(target), target
-    command = f"redraft merge-target --target {shlex.quote(target)} --adapter {shlex.quote(adapter)} --out {MERGED}"
+        return None
+    command = f"redraft merge-target --target {shlex.quote(base)} --adapter {shlex.quote(adapter)} --out {MERGED}"
     return f"the target is an adapter; engines serve it merged: `{command}` writes {MERGED}"
 
 

@@ -142,8 +142,8 @@ class MergeTargetSettings(Settings):
 
     COMMAND: ClassVar[str] = "merge-target"
 
-    target: str = setting(..., "base model of the adapter: folder or hub id", reads="model")
-    adapter: str = setting(..., "PEFT adapter to merge into it", reads="model")
+    target: str = setting(..., "base model of the adapter, or the adapter itself: folder or hub id", reads="model")
+    adapter: str | None = setting(None, "PEFT adapter to merge into --target, where that is a base", reads="model")
     out: Path = setting(..., "folder to write")
 
 
