@@ -52,7 +52,7 @@ def furnished(tmp_path_factory: pytest.TempPathFactory, builders: Any) -> Path:
     import torch
 
     from redraft.drafts.eagle3 import fresh_draft
-    from redraft.export import EXPORTERS
+    from redraft.registries import EXPORTERS
     from redraft.target import Target
 
     folder = tmp_path_factory.mktemp("newcomer")

@@ -1,6 +1,6 @@
 """The pages tell the truth: commands, options, settings, paths, links and imports in them exist.
 
-Nothing is run here; tests/integration/test_readme.py runs the lines of README and of the user's pages on a tiny model.
+Nothing is run here; tests/e2e/test_pages.py runs the lines of README and of the user's pages on a tiny model.
 """
 
 from __future__ import annotations

@@ -16,10 +16,10 @@ from redraft.acceptance.simulate import simulate_greedy_chain, tau_of
 from redraft.artifact import tensors_hash, write_tensors
 from redraft.cli.main import app
 from redraft.data.store import Row, RowWriter
-from redraft.drafts.walks import run_lengths
 from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
 from redraft.drafts.files import META_FILE, PRIVATE_FILE, load_draft, load_private, save_draft, save_private
 from redraft.drafts.groups import attach_low_rank
+from redraft.drafts.walks import run_lengths
 from redraft.errors import UserError
 from redraft.loading import tokenizer_hash
 from redraft.starts.apply import StartContext

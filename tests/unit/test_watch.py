@@ -194,7 +194,7 @@ def test_the_command_prints_what_the_decoder_says(tiny_target, tmp_path, monkeyp
             on_round(Round(ids[1:3], 1, ids[1:3], 0.1, 0.1))
             return Generation(ids[:3], "length", 0.1, 0.2, [])
 
-    monkeypatch.setattr("redraft.decode.make.make_decoder", lambda *args: Playback())
+    monkeypatch.setattr("redraft.decode.auto.make_decoder", lambda *args: Playback())
     places = {"target": str(tmp_path / "target"), "draft": str(tmp_path / "draft")}
     commands.watch(WatchSettings(**places, prompt="one \x1b two", dtype="float32", max_new_tokens=3))
     shown = capsys.readouterr().out
