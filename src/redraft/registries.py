@@ -58,10 +58,12 @@ class Registry(Generic[T]):
     def register(self, name: str) -> Callable[[T], T]:
         """Decorator that files its object under ``name`` and returns it as it is.
 
-        Raises ``ValueError`` when another object already has the name, or a file that is not imported yet.
+        Raises ``ValueError`` when it is no name, or another object already has it, or a file that is not imported yet.
         """
 
         def file_under(entry: T) -> T:
+            if not isinstance(name, str) or not name:
+                raise ValueError(f"an entry of the {self.kind} registry is called {name!r}, which is no name")
             home = self._modules.get(name)
             taken = home is not None and name not in self._entries and home not in sys.modules
             if taken or self._entries.setdefault(name, entry) is not entry:
@@ -135,7 +137,7 @@ def load_plugin(plugin: str, name: str = "") -> None:
             module: Any = _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
             if function:
                 getattr(module, function)()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             why = f"{type(error).__name__}: {error}; mend it or leave it out"
             _loaded[plugin] = UserError(f"plugin {name or plugin} cannot be loaded: {why}")
     if failed := _loaded[plugin]:

@@ -243,6 +243,17 @@ def test_the_greedy_walk_is_the_decoding(draft: Draft, trained: Any, target: Tar
                 assert len(tree[key]) == len(rounds) and tree[key][:-1] == rounds[:-1]
 
 
+def test_a_chain_proposes_what_the_walk_predicts(draft: Draft, target: Target, tmp_path: Path) -> None:
+    """In a text that goes on as proposed, the walk keeps the whole round, its later steps too."""
+    decoder, rows = make_decoder(target, draft, ChainShape(GAMMA)), []
+    for i, prompt in enumerate(TOYS.prompts(6)):
+        first = PlainDecoder(target).generate(prompt, 1).ids
+        proposed = decoder.propose(decoder.prefill(prompt, TOKENS))[0]
+        rows.append(Row(f"c{i}", prompt, [*first, *proposed, 5, 6], 0.0, 0, 1.0, i, "length", "hash"))
+    walked = simulate_greedy_chain(draft, target, rows, stored(target, draft, rows, tmp_path), GAMMA)
+    assert {key: rounds[0] for key, rounds in walked.items()} == {row.key: GAMMA for row in rows}
+
+
 def test_expected_rounds_are_those_of_sampled_decoding(draft: Draft, target: Target, tmp_path: Path) -> None:
     """Rounds minus their expectation given the text are zero on average over decodings."""
     decoder = make_decoder(target, draft, ChainShape(GAMMA), SAMPLED)

@@ -192,6 +192,11 @@ def test_adapt_takes_opened_objects_a_mapping_and_keywords(world: World, tmp_pat
         (lambda w, to: redraft.adapt(w.target, w.draft, to, prompts="p", epoch=3), "unknown setting epoch"),
         (lambda w, to: redraft.adapt(w.target, w.draft, to, config={"prompts": "p", "los": "kl"}), "los"),
         (lambda w, to: redraft.regenerate(w.target, w.prompts, to / "r", top_p=0.9), "leaves nothing to filter"),
+        (lambda w, to: redraft.open_draft(None, w.target), "None is no draft; name its folder"),
+        (lambda w, to: redraft.select(to, responses=w.responses, scorer=None), "give --target"),
+        (lambda w, to: redraft.adapt(config=[1]), "config must be a YAML file or a mapping of settings, not .1."),
+        (lambda w, to: redraft.report(None, to), "results 0 must be a path, not None"),
+        (lambda w, to: redraft.study({"name": "s"}, to), "config must be the YAML file of a study, not {'name': 's'}"),
     ],
 )
 def test_mistakes_are_one_line_before_anything_is_done(world: World, tmp_path: Path, call: Any, says: str) -> None:

@@ -17,7 +17,7 @@ from redraft.adaptation.merged_target import adapter_note, merge_target_folder, 
 from redraft.cli import main
 from redraft.cli.commands import COMMANDS
 from redraft.cli.generate import PANEL_OF, template
-from redraft.cli.plans import check_places
+from redraft.cli.plans import check_places, told
 from redraft.errors import UserError
 from redraft.loading import load_target
 from redraft.settings.base import Settings, convert, read, read_yaml
@@ -107,6 +107,27 @@ def test_values_are_taken_as_people_write_them() -> None:
     for value, kind in ((True, int), (0, bool), (1.5, int), ("nan", float), (3, tuple[str, ...]), (None, float)):
         with pytest.raises(ValueError, match="must be"):
             convert(value, kind)
+
+
+@pytest.mark.parametrize("text", ["seed: 0x_", "seed: 0b_", "seed: " + "9" * 5000, "train: " + "[" * 3000 + "]" * 3000])
+def test_what_yaml_cannot_read_is_one_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(UserError, match="a.yaml is not YAML"):
+        read_yaml(tmp_path / "a.yaml", "settings")
+
+
+def test_a_path_that_is_none_is_told_in_words() -> None:
+    with pytest.raises(UserError, match="^out must be a path, not 5"):
+        AdaptConfig(target="t", draft="d", prompts="p", out=5)
+
+
+def test_a_seed_that_no_generator_takes_is_refused_before_anything_is_spent() -> None:
+    with pytest.raises(UserError, match="^seed must be below"):
+        AdaptConfig(target="t", draft="d", prompts="p", out="o", seed=10**26)
+
+
+def test_the_first_line_names_flags() -> None:
+    assert list(told(StudySettings(config="s.yaml", list_cells=True))) == ["config s.yaml", "list"]
 
 
 def test_flags_win_key_by_key(tmp_path: Path, redraft: Any, monkeypatch: pytest.MonkeyPatch) -> None:

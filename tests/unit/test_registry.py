@@ -146,6 +146,12 @@ def test_an_installed_plugin_registers_by_its_entry_point(tmp_path):
         ),
         ("animals", "import nothing_of_this_name\n", "ModuleNotFoundError: No module named 'nothing_of_this_name'"),
         ("animals:load", "x = 1\n", "AttributeError: module 'animals' has no attribute 'load'"),
+        ("animals", "raise SystemExit(3)\n", "cannot be loaded: SystemExit: 3"),
+        (
+            "animals",
+            "from redraft.registries import LOSSES\nLOSSES.register('')(print)\n",
+            "an entry of the loss registry is called '', which is no name",
+        ),
     ],
 )
 def test_a_plugin_that_cannot_be_loaded_is_named_in_one_line_each_time(tmp_path, value, text, message):

@@ -17,6 +17,7 @@ from redraft.adaptation.study.run import RESULTS_FILE, StudyRun
 from redraft.adaptation.training import train_new, train_old
 from redraft.api.steps import Place, Say, checked, name_of
 from redraft.drafts.opening import AnyDraft, OpenDraft
+from redraft.errors import UserError
 from redraft.progress import Progress, progress_bar
 from redraft.reports import build_report, headline_png
 from redraft.reports.tables import Adapted, Benchmark, Page, Study, Trained
@@ -50,6 +51,8 @@ def adapt(
     given = {name: value for name, value in named.items() if value is not None} | settings
     if isinstance(config, Mapping):
         given, config = merged(underscored(config, "config"), given), None
+    elif not isinstance(config, Place | None):
+        raise UserError(f"config must be a YAML file or a mapping of settings, not {config!r}")
     parsed = read(AdaptConfig, None if config is None else Path(config), given)
     opened = draft if isinstance(draft, OpenDraft) else None
     run = AdaptRun(parsed, say, spec.opened if spec else None, opened)
@@ -114,6 +117,8 @@ def study(
 
         print(redraft.study("study.yaml", "out/study"))
     """
+    if not isinstance(config, Place | StudyConfig):
+        raise UserError(f"config must be the YAML file of a study, not {config!r}")
     parsed, out = config if isinstance(config, StudyConfig) else read_study(Path(config)), Path(out)
     if template_arg:
         parsed = parsed.model_copy(update={"template_arg": parsed.template_arg | dict(template_arg)})
@@ -238,8 +243,8 @@ def report(
 
         redraft.report("bench.json", "report.html", ledger="run/ledger.json")
     """
-    several = [results] if isinstance(results, Place | Benchmark) else list(results)
-    results = [each.path if isinstance(each, Benchmark) else Path(each) for each in several]
+    several: list[Any] = list(results) if isinstance(results, list | tuple) else [results]
+    results = [each.path if isinstance(each, Benchmark) else each for each in several]
     s = checked(ReportSettings, locals())
     page = build_report(list(s.results), s.out, s.curve, s.ledger, s.summary, s.title)
     if s.png is not None:

@@ -144,7 +144,8 @@ def select(
 
         redraft.select("selection.json", responses="responses.jsonl", target=target, draft="old-draft", budget="50%")
     """
-    s, by = checked(SelectSettings, locals()), parse_scorer(scorer)
+    s = checked(SelectSettings, locals())
+    by = parse_scorer(s.scorer)
     for path in filter(None, (s.out, s.keep)):
         check_output(path)
     spec = None if target is None else TargetSpec.of(target)

@@ -58,8 +58,8 @@ SAME = 1e-3
 class Coverage(Scorer):
     """The base scorer's rank weighed against novelty: ``diversity`` 0 is the base scorer alone, 1 novelty alone.
 
-    ``base`` is a scorer as :func:`redraft.selection.parse_scorer` reads it, ``layer`` where the states are taken from.
-    Raises ``UserError`` for settings out of range.
+    ``base`` is a scorer as :func:`redraft.settings.texts.parse_scorer` reads it, ``layer`` where the states are taken
+    from. Raises ``UserError`` for settings out of range.
     """
 
     name = "coverage"

@@ -45,7 +45,9 @@ def told(settings: Any) -> Iterator[str]:
             number = counted(str(value)) if name in ("prompts", "responses") else None
             parts = [f"{key}={one}" for key, one in value.items()] if isinstance(value, dict) else value
             text = ", ".join(map(str, parts)) if isinstance(parts, tuple | list) else str(parts)
-            yield f"{name.replace('_', '-')} {text}" + ("" if number is None else f" ({number:,})")
+            text, extra = "" if value is True else text, dict[str, Any](fields[name].json_schema_extra)
+            flag = (extra["flag"] or name).lstrip("-").replace("_", "-")
+            yield f"{flag} {text}".rstrip() + ("" if number is None else f" ({number:,})")
     longest, number = getattr(settings, "max_new_tokens", 0), counted(str(getattr(settings, "prompts", "")))
     if longest and number:
         drawn = getattr(settings, "temperatures", getattr(settings, "temperature", 0))

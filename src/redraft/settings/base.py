@@ -140,6 +140,7 @@ BOUNDS = {
     "model_type": "must hold settings as `name: value` lines",
     "model_attributes_type": "must hold settings as `name: value` lines",
     "string_type": "must be a text, written in quotes where it looks like a number",
+    "path_type": "must be a path",
     "literal_error": "must be {expected}",
     "too_short": "must have {min_length} or more",
 }
@@ -357,7 +358,7 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
         raise UserError(f"{path} does not exist; give a YAML file with {what}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:  # numbers and nesting that it cannot read
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split()).replace(IN_TEXT, 'at')}") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise UserError(f"{path} must hold settings as `name: value` lines")

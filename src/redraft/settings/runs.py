@@ -25,7 +25,7 @@ class OnTarget(Settings):
     template_arg: dict[str, Any] = setting({}, "argument of its chat template, as enable_thinking=false; repeatable")
     dtype: DtypeName = setting(AUTO, "data type of the target: bfloat16, float32, or auto, the faster one here")
     device: str = setting("cpu", "torch device: cpu, cuda, cuda:1 or another")
-    seed: int = setting(0, "seed of everything random")
+    seed: int = setting(0, "seed of everything random", lt=2**62)
 
 
 class Sampled(OnTarget):

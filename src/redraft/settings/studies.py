@@ -251,7 +251,7 @@ class StudyConfig(Part):
     batch_size: int = setting(64, "sequences decoded together", gt=0)
     dtype: DtypeName = setting(AUTO, "data type of the targets")
     device: str = setting("cpu", "torch device")
-    seed: int = setting(0, "seed of everything random that cells share")
+    seed: int = setting(0, "seed of everything random that cells share", lt=2**62)
 
     def conflicts(self) -> Iterator[str]:
         for kind in ("targets", "data", "methods", "selections", "starts"):

@@ -35,7 +35,7 @@ class LoopConfig(Recipe):
     evaluate_every: int = setting(25, "steps between two evaluations", ge=1)
     patience: int = setting(6, "evaluations without a new best before training stops; 0: never stop early", ge=0)
     save_seconds: float = setting(300.0, "seconds after which a checkpoint is written, besides at evaluations")
-    seed: int = setting(0, "seed of everything random")
+    seed: int = setting(0, "seed of everything random", lt=2**62)
 
     # What may differ between a run and its resumption.
     FREE: ClassVar[tuple[str, ...]] = ("save_seconds",)

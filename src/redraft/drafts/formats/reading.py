@@ -95,6 +95,8 @@ def fetch(source: str | Path) -> Path:
 
     Weights of torch's older kind are downloaded only where there are no safetensors.
     """
+    if not isinstance(source, str | Path):
+        raise UserError(f"{source!r} is no draft; name its folder or a model id on the hub")
     folder = Path(source).expanduser()
     settle(folder)
     if folder.is_dir():
