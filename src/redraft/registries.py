@@ -43,13 +43,18 @@ class Registry(Generic[T]):
 
     ``kind`` is the word that error messages use. ``packages`` are searched, folders in them too, for files that
     register with ``variable``. ``more`` is called before names are listed or one is not found, and may register
-    further entries (plugins).
+    further entries (plugins). ``needs`` are attributes that every entry must have.
     """
 
     def __init__(
-        self, kind: str, variable: str = "", packages: tuple[str, ...] = (), more: Callable[[], None] | None = None
+        self,
+        kind: str,
+        variable: str = "",
+        packages: tuple[str, ...] = (),
+        more: Callable[[], None] | None = None,
+        needs: tuple[str, ...] = (),
     ) -> None:
-        self.kind = kind
+        self.kind, self.needs = kind, needs
         self.packages = packages
         self._pattern = re.compile(rf'^@?{variable}\.register\(\s*"([^"]+)"', re.M)
         self._more = more
@@ -58,12 +63,16 @@ class Registry(Generic[T]):
     def register(self, name: str) -> Callable[[T], T]:
         """Decorator that files its object under ``name`` and returns it as it is.
 
-        Raises ``ValueError`` when it is no name, or another object already has it, or a file that is not imported yet.
+        Raises ``ValueError`` when it is no name, or another object already has it, or a file that is not imported yet,
+        and for an object that lacks what an entry needs.
         """
 
         def file_under(entry: T) -> T:
             if not isinstance(name, str) or not name:
                 raise ValueError(f"an entry of the {self.kind} registry is called {name!r}, which is no name")
+            if lacking := [attribute for attribute in self.needs if not hasattr(entry, attribute)]:
+                what = "cannot be called" if lacking == ["__call__"] else f"has no {' and no '.join(lacking)}"
+                raise ValueError(f"what is registered as the {self.kind} {name!r} {what}")
             home = self._modules.get(name)
             taken = home is not None and name not in self._entries and home not in sys.modules
             if taken or self._entries.setdefault(name, entry) is not entry:
@@ -166,9 +175,9 @@ def load_installed() -> None:
         load_plugin(point.value, point.name + package)
 
 
-LOSSES = Registry[Any]("loss", "LOSSES", ("redraft.losses",), load_installed)
-SCORERS = Registry[Any]("scorer", "SCORERS", ("redraft.selection", "redraft.attic"), load_installed)
-STARTS = Registry[Any]("start", "STARTS", ("redraft.starts", "redraft.attic"), load_installed)
-EXPORTERS = Registry[Any]("export format", "EXPORTERS", ("redraft.drafts",), load_installed)
-FAMILIES = Registry[Any]("draft family", "FAMILIES", ("redraft.drafts",), load_installed)
-SUITES = Registry[Any]("suite", "SUITES", ("redraft.data.suites",), load_installed)
+LOSSES = Registry[Any]("loss", "LOSSES", ("redraft.losses",), load_installed, ("__call__",))
+SCORERS = Registry[Any]("scorer", "SCORERS", ("redraft.selection", "redraft.attic"), load_installed, ("score",))
+STARTS = Registry[Any]("start", "STARTS", ("redraft.starts", "redraft.attic"), load_installed, ("run", "needs"))
+EXPORTERS = Registry[Any]("export format", "EXPORTERS", ("redraft.drafts",), load_installed, ("__call__",))
+FAMILIES = Registry[Any]("draft family", "FAMILIES", ("redraft.drafts",), load_installed, ("build", "fresh", "read"))
+SUITES = Registry[Any]("suite", "SUITES", ("redraft.data.suites",), load_installed, ("convert",))

@@ -149,6 +149,16 @@ def test_an_installed_plugin_registers_by_its_entry_point(tmp_path):
         ("animals", "raise SystemExit(3)\n", "cannot be loaded: SystemExit: 3"),
         (
             "animals",
+            'from redraft.registries import LOSSES\nLOSSES.register("three")(3)\n',
+            "what is registered as the loss 'three' cannot be called",
+        ),
+        (
+            "animals",
+            'from redraft.registries import STARTS\nSTARTS.register("none-at-all")(len)\n',
+            "what is registered as the start 'none-at-all' has no run and no needs",
+        ),
+        (
+            "animals",
             "from redraft.registries import LOSSES\nLOSSES.register('')(print)\n",
             "an entry of the loss registry is called '', which is no name",
         ),

@@ -205,7 +205,7 @@ def merge(s: steps.MergeSettings) -> None:
     """Fold a private part into the shared draft: an ordinary dense draft, with no extra work for engines."""
     merged = redraft.merge(s.private, s.base_draft, s.out, target=s.target, scale=s.scale)
     share = "the whole change" if s.scale == 1 else f"{s.scale:g} times the change"
-    say(f"{share} of the private part {s.private} (method {merged.method}) is in the shared draft {s.base_draft}")
+    say(f"{share} that {s.private} makes to the shared draft {s.base_draft} is merged")
     say(str(merged))
 
 
