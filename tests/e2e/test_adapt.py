@@ -91,7 +91,7 @@ def test_a_run_that_is_killed_in_every_stage_ends_like_one_that_is_not(world, tm
 
 def test_a_run_directory_of_other_settings_is_refused_in_one_line(world, tmp_path):
     arguments = command(world, tmp_path / "run")
-    assert kill_when(arguments, tmp_path / "run" / "config.json")
+    assert kill_when(arguments, tmp_path / "run" / "responses.jsonl")
     done = run([*arguments, "--private-width", "8"])
     assert done.returncode == 2
     assert "another private_width" in done.stderr.replace("\n", " ")

@@ -112,7 +112,7 @@ def test_a_first_line_says_what_was_given_and_what_matters_most(tmp_path, capsys
     plans.announce(BenchSettings(**given, max_new_tokens=9, greedy_drafts=True))
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("bench: target t; ")
-    for said in ("draft a=x, b=y", "p.jsonl (2)", "temperature 0.0", "shape chain:5", "limit 1", "greedy-drafts True"):
+    for said in ("draft a=x, b=y", "p.jsonl (2)", "temperature 0.0", "shape chain:5", "limit 1", "greedy-drafts"):
         assert f"{said}; " in line
     assert line.endswith("at most 9 tokens of answers where each prompt asks one question")
     plans.announce(QuickstartSettings())

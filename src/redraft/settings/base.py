@@ -167,7 +167,8 @@ def _sentence(one: Any, known: list[str], block: str) -> str:
         inside = f" in {' '.join(outer)}" if outer else ""
         near = nearest(name, known if outer else [other.replace("_", "-") for other in known])
         return f"unknown setting {name}{near}{inside}"
-    if kind == "missing" or (one["input"] is None and kind in ("string_type", "path_type")):
+    of_a_list = bool(one["loc"]) and isinstance(one["loc"][-1], int)
+    if kind == "missing" or (one["input"] is None and kind in ("string_type", "path_type") and not of_a_list):
         return f"{place} is missing"
     if kind == "value_error":
         return f"{place} {context['error']}".strip()
