@@ -86,12 +86,13 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
 @pytest.fixture
 def redraft(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """``redraft("report x.json")`` -> (exit code, standard output, standard error)."""
+    """``redraft("report x.json")``, or the words in a list -> (exit code, standard output, standard error)."""
 
     from redraft.cli.main import main
 
-    def run(command: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["redraft", *command.split()])
+    def run(command: str | list[str]) -> tuple[int, str, str]:
+        words = command.split() if isinstance(command, str) else command
+        monkeypatch.setattr(sys, "argv", ["redraft", *words])
         try:
             main()
             code = 0

@@ -11,7 +11,6 @@ import random
 import re
 import shlex
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -77,25 +76,17 @@ def furnished(tmp_path_factory: pytest.TempPathFactory, builders: Any) -> Path:
 
 
 @pytest.fixture
-def page(furnished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+def page(furnished: Path, monkeypatch: pytest.MonkeyPatch, redraft: Any) -> Run:
     """``page("README.md")`` runs the page's lines and returns them; a later page finds what an earlier one left."""
     monkeypatch.chdir(furnished)
 
     def run(name: str) -> list[str]:
-        from redraft.cli.main import main
-
         done = []
         for line in runnable(name):
             command = shlex.split(line)[0]
             more = SMALL.get(command, "") + (" --dtype float32" if command in TYPED else "")
-            monkeypatch.setattr(sys, "argv", ["redraft", *shlex.split(f"{line} {more}")])
-            try:
-                main()
-                code = 0
-            except SystemExit as ended:
-                code = int(ended.code or 0)
-            captured = capsys.readouterr()
-            assert code == 0, f"{name}: redraft {line}\n{captured.err}"
+            code, _, error = redraft(shlex.split(f"{line} {more}"))
+            assert code == 0, f"{name}: redraft {line}\n{error}"
             done.append(line)
         return done
 
