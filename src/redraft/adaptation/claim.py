@@ -48,10 +48,10 @@ def claim_run(config: Run, say: Say | None = None) -> Run:
     check_formats(config.exports, "eagle3" if adapts else "standalone")
     path = config.out / CONFIG_FILE
     config = settled(config, path, say)
+    stored = read_json(path) if path.exists() else {}
     recipes = {"train": TrainConfig()} if adapts else {"pretrain": PretrainConfig(), "align": DistilConfig()}
-    if path.is_file() and not adapts:
+    if stored and not adapts:
         # What trains kept its precision whatever the target's type was, before there was a choice.
-        stored = read_json(path)
         kept = {name: {key: v for key, v in stored.get(name, {}).items() if key == "precision"} for name in recipes}
         config = config.model_copy(update={name: kept[name] | getattr(config, name) for name in recipes})
     values = json.loads(config.model_dump_json(exclude={"out"})) | {"bench_prompts": config.bench_prompts}
@@ -68,12 +68,12 @@ def claim_run(config: Run, say: Say | None = None) -> Run:
     # Settings that are newer than the run directory had their defaults then.
     fields = type(config).model_fields
     then = {name: fields[name].get_default(call_default_factory=True) for name in values if name in fields}
-    before = json.loads(json.dumps(then, default=str)) | read_json(path)
+    before = json.loads(json.dumps(then, default=str)) | stored
     for name, recipe in recipes.items():
         defaults = recipe.identity()
         before[name] = defaults | {key: value for key, value in before[name].items() if key in defaults}
     if changed := sorted(_differences(before, values, recipes)):
-        if list(config.out.iterdir()) == [path] and values.keys() >= read_json(path).keys() > {"target", "exports"}:
+        if list(config.out.iterdir()) == [path] and values.keys() >= stored.keys() > {"target", "exports"}:
             atomic_write_json(path, values)
             return config
         raise UserError(
