@@ -45,6 +45,9 @@ class DraftConfig:
 
     # Fields that are tuples here and lists in JSON.
     LISTS: ClassVar[tuple[str, ...]] = ("low_rank_on",)
+    # Fields that came later. They are written only where they are not at their defaults, so that a draft without them
+    # is the same file, by the same name in a run directory, as it always was.
+    LATER: ClassVar[tuple[str, ...]] = ()
 
     private_width: int = 0
     low_rank: int = 0
@@ -65,7 +68,9 @@ class DraftConfig:
         return replace(self, private_width=0, low_rank=0, low_rank_on=(), low_rank_alpha=None)
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), **{name: list(getattr(self, name)) for name in self.LISTS}}
+        known = {**asdict(self), **{name: list(getattr(self, name)) for name in self.LISTS}}
+        usual = {f.name: f.default for f in fields(self) if f.name in self.LATER}
+        return {name: v for name, v in known.items() if name not in usual or getattr(self, name) != usual[name]}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:

@@ -24,7 +24,15 @@ from redraft.target import Head, Target
 
 @dataclass(frozen=True, kw_only=True)
 class EagleConfig(DraftConfig):
-    """The shape of the one decoder layer."""
+    """The shape of the decoder layers, which are alike but for the first one's input and for what each can see.
+
+    ``windows`` has a number for each of the ``num_layers`` layers, how many positions back it sees, its own included; 0
+    is all, and no number at all means that all layers see all. ``output_bias`` is that of the attention's output
+    projection, as ``attention_bias`` where it is none.
+    """
+
+    LISTS: ClassVar[tuple[str, ...]] = ("windows", *DraftConfig.LISTS)
+    LATER: ClassVar[tuple[str, ...]] = ("num_layers", "windows", "qk_norm", "output_bias")
 
     hidden_size: int
     intermediate_size: int
@@ -37,6 +45,10 @@ class EagleConfig(DraftConfig):
     max_position_embeddings: int = 2048
     attention_bias: bool = False
     own_embedding: bool = False
+    num_layers: int = 1
+    windows: tuple[int, ...] = ()
+    qk_norm: bool = False
+    output_bias: bool | None = None
 
     def check_fit(self: Any, target: Any) -> None:
         """Raise ``UserError`` when a draft of this shape cannot sit on ``target`` (sizes, taps, vocabulary)."""

@@ -26,9 +26,13 @@ from redraft.target import Head
 
 @dataclass(frozen=True, kw_only=True)
 class Eagle3Config(EagleConfig):
-    """The shape of an Eagle3 draft and the options that public checkpoints carry."""
+    """The shape of an Eagle3 draft and the options that public checkpoints carry.
+
+    ``norm_output``: the next step takes the state behind ``norm``. ``head_norm``: logits are of the state behind it.
+    """
 
     LISTS: ClassVar[tuple[str, ...]] = ("taps", *EagleConfig.LISTS)
+    LATER: ClassVar[tuple[str, ...]] = (*EagleConfig.LATER, "fc_bias", "head_norm")
 
     target_hidden_size: int
     draft_vocab_size: int
@@ -37,6 +41,8 @@ class Eagle3Config(EagleConfig):
     norm_before_fc: bool = False
     fc_norm: bool = False
     norm_output: bool = False
+    fc_bias: bool = False
+    head_norm: bool = True
 
 
 class Eagle3Layer(EagleLayer):
