@@ -146,13 +146,14 @@ def target_embedding(target: Facts) -> Tensor | None:
 
     Of facts about a folder the one tensor is read, of a target with weights it is the one in memory.
     """
-    table = getattr(getattr(target, "embedding", None), "weight", None)
+    table: Any = getattr(getattr(target, "embedding", None), "weight", None)
     if table is None and (Path(target.name).is_dir() or target.name.startswith(EMBEDDED_PREFIX)):
         with quiet():
             table = _stored_embedding(target)
     shape = (int(target.config.vocab_size), int(target.config.hidden_size))
-    known = isinstance(table, Tensor) and table.dtype in (torch.float32, torch.float16, torch.bfloat16)
-    return table.detach().cpu() if known and tuple(table.shape) == shape else None
+    if not isinstance(table, Tensor) or table.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return None
+    return table.detach().cpu() if tuple(table.shape) == shape else None
 
 
 def _stored_embedding(target: Facts) -> Tensor | None:

@@ -123,12 +123,12 @@ class LayerWriter(ABC):
     def meaning(self, config: Any) -> dict[str, Any]:
         """What a draft of this config means, in the same terms."""
 
-    def sound(self, dense: Dense, target: Facts) -> None:
-        """Raise ``UserError`` for a draft that no file tells, whoever reads it."""
-
     @abstractmethod
     def fitted(self, dense: Dense, target: Facts) -> tuple[Dense, list[str]]:
-        """An equal draft in the form that the readers know, and notes: biases of zeros added or left out."""
+        """An equal draft in the form that the readers know, and notes: biases of zeros added or left out.
+
+        Raises ``UserError`` for a draft that no file tells, whoever reads it.
+        """
 
     @abstractmethod
     def config(self, dense: Dense, target: Facts, tokens: int) -> dict[str, Any]:
@@ -150,7 +150,6 @@ class LayerWriter(ABC):
     def check(self, draft: EagleDraft, target: Facts) -> tuple[Dense, list[str]]:
         """The draft as the format's readers compute it, and notes. Raises ``UserError`` where one would not."""
         dense, notes = prepare(draft, target)
-        self.sound(dense, target)
         dense, more = self.fitted(dense, target)
         for reader in self.readers:
             name, faults = self.faults(reader, dense, target)
@@ -171,13 +170,19 @@ class LayerWriter(ABC):
 
     def elsewhere(self, draft: EagleDraft, target: Facts) -> str:
         """What would help: the formats whose readers take this draft."""
-        held = []
+        held = list[str]()
         for name, writer in FAMILIES.get(self.family).writers.items():
             if name != self.name and isinstance(writer, LayerWriter):
-                dense = writer.fitted(prepare(draft, target)[0], target)[0]
-                if not any(writer.faults(reader, dense, target)[1] for reader in writer.readers):
-                    held.append(name)
+                held += [name] if writer.holds(draft, target) else []
         return f"export it as {' or '.join(held)} instead" if held else "no format of an engine holds it"
+
+    def holds(self, draft: EagleDraft, target: Facts) -> bool:
+        """Whether the readers of this format take the draft as it is."""
+        try:
+            dense = self.fitted(prepare(draft, target)[0], target)[0]
+        except UserError:
+            return False
+        return not any(self.faults(reader, dense, target)[1] for reader in self.readers)
 
     def write(self, dense: Dense, folder: Path, target: Facts, tokens: int) -> ExportReport:
         """Write config and weights, read them back as any checkpoint is read, and only then put the folder in place.

@@ -28,7 +28,6 @@ from redraft.drafts.base import Family
 from redraft.drafts.eagle1.module import Eagle1Config, Eagle1Draft, fresh_eagle1
 from redraft.drafts.eagle1.writing import ARCHITECTURES, WRITERS
 from redraft.drafts.formats.reading import Checkpoint, build_untrained, check_layer, layer_fields, read_state
-from redraft.errors import UserError
 from redraft.registries import FAMILIES
 from redraft.target import Facts
 

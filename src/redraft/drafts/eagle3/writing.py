@@ -44,6 +44,15 @@ ROWS = 1024
 YARN = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0}
 
 
+def check_sound(dense: Dense) -> Any:
+    """The config of a draft that a file can tell, whoever reads it. Raises ``UserError``."""
+    check_taps(dense.config.taps)
+    if dense.config.norm_before_fc and dense.config.fc_norm:
+        raise UserError("norm_before_fc and fc_norm exclude each other in every engine; train a draft with one of them")
+    check_vocabulary_map(dense.state, dense.config, "the draft to be exported")
+    return dense.config
+
+
 class Eagle3Writer(LayerWriter):
     """What all formats share. This one is ``plain``."""
 
@@ -55,17 +64,9 @@ class Eagle3Writer(LayerWriter):
     def meaning(self, config: Any) -> dict[str, Any]:
         return meaning_of(config)
 
-    def sound(self, dense: Dense, target: Facts) -> None:
-        check_taps(dense.config.taps)
-        if dense.config.norm_before_fc and dense.config.fc_norm:
-            raise UserError(
-                "norm_before_fc and fc_norm exclude each other in every engine; train a draft with one of them"
-            )
-        check_vocabulary_map(dense.state, dense.config, "the draft to be exported")
-
     def fitted(self, dense: Dense, target: Facts) -> tuple[Dense, list[str]]:
-        """vLLM's llama layers have both kinds of biases or that of the output alone, its qwen3 layers the first alone."""
-        config = dense.config
+        """vLLM's llama layers have no bias, that of the output or all, its qwen3 layers none of the output."""
+        config = check_sound(dense)
         biased, output = bool(config.attention_bias), output_biased(config)
         if config.qk_norm:
             dense = with_biases(dense, attention=biased, output=False)
@@ -122,7 +123,8 @@ class SglangWriter(Eagle3Writer):
     """As SGLang alone needs it: the only biases are that of the output, by one key, and that of ``fc``, by another."""
 
     def fitted(self, dense: Dense, target: Facts) -> tuple[Dense, list[str]]:
-        dense = with_fc_bias(dense, dense.config.fc_bias and bool(dense.state["fc.bias"].any()))
+        check_sound(dense)
+        dense = with_fc_bias(dense, False)
         # The key that gives fc a bias gives the output projection one too.
         output = dense.config.fc_bias or output_biased(dense.config)
         return with_biases(dense, attention=False, output=output), []
@@ -137,13 +139,10 @@ class SglangWriter(Eagle3Writer):
 class SpeculatorsWriter(Eagle3Writer):
     """The speculators format. It has no top-level ``model_type``: vLLM tells the format by that."""
 
-    def sound(self, dense: Dense, target: Facts) -> None:
-        if not target.name:
-            raise UserError("the export names the target for the engine; give the target's path or model id")
-        super().sound(dense, target)
-
     def fitted(self, dense: Dense, target: Facts) -> tuple[Dense, list[str]]:
         """With a copy of the target's embedding: the speculators package opens a file without one with zeros."""
+        if not target.name:
+            raise UserError("the export names the target for the engine; give the target's path or model id")
         dense, notes = super().fitted(dense, target)
         if dense.config.own_embedding:
             return dense, notes
@@ -190,6 +189,7 @@ class SpecForgeWriter(Eagle3Writer):
     """To go on training in SpecForge 0.2: both maps whatever the vocabulary, its own meaning of ``norm_output``."""
 
     def fitted(self, dense: Dense, target: Facts) -> tuple[Dense, list[str]]:
+        check_sound(dense)
         dense = with_fc_bias(with_biases(dense, attention=False, output=False), False)
         config = dense.config
         if config.draft_vocab_size == config.target_vocab_size:
@@ -225,9 +225,9 @@ class TensorRtWriter(Eagle3Writer):
     """As ModelOpt exports it, with what TensorRT-LLM reads beyond that; feature ids stand in the command."""
 
     def fitted(self, dense: Dense, target: Facts) -> tuple[Dense, list[str]]:
+        check_sound(dense)
         both = bool(dense.config.attention_bias) or output_biased(dense.config)
-        dense = with_biases(dense, attention=both, output=both)
-        return with_fc_bias(dense, dense.config.fc_bias and bool(dense.state["fc.bias"].any())), []
+        return with_fc_bias(with_biases(dense, attention=both, output=both), False), []
 
     def names(self, dense: Dense) -> dict[str, str]:
         return {numbered(name): name for name in dense.facts} | later_norms(dense)
