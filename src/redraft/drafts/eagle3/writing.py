@@ -119,6 +119,14 @@ def later_norms(dense: Dense) -> dict[str, str]:
     return {numbered(name).replace("input_layernorm", "hidden_norm"): name for name in names}
 
 
+def llama_config(config: dict[str, Any]) -> dict[str, Any]:
+    """For readers that know layers of a Llama alone, and give the key ``bias`` a meaning of their own."""
+    return {k: v for k, v in config.items() if k != "bias"} | {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "model_type": "llama",
+    }
+
+
 class SglangWriter(Eagle3Writer):
     """As SGLang alone needs it: the only biases are that of the output, by one key, and that of ``fc``, by another."""
 
@@ -130,10 +138,8 @@ class SglangWriter(Eagle3Writer):
         return with_biases(dense, attention=False, output=output), []
 
     def config(self, dense: Dense, target: Facts, tokens: int) -> dict[str, Any]:
-        config = super().config(dense, target, tokens)
-        config.pop("bias", None)
-        more = {"bias": True} if dense.config.fc_bias else {}
-        return config | {"attention_bias": output_biased(dense.config)} | more
+        more = {"attention_bias": output_biased(dense.config)} | ({"bias": True} if dense.config.fc_bias else {})
+        return llama_config(super().config(dense, target, tokens)) | more
 
 
 class SpeculatorsWriter(Eagle3Writer):
@@ -156,8 +162,8 @@ class SpeculatorsWriter(Eagle3Writer):
         return dense.with_extra({EMBEDDING: table.to(dense.dtype) if lossless else table}), notes
 
     def told(self, difference: Difference, dense: Dense) -> bool:
-        """An embedding that is the target's is the target's, whoever ships it."""
-        return difference.what == "embedding" and EMBEDDING in dense.extra
+        """An embedding that is the target's is the target's, whoever ships it; one of zeros has a note of its own."""
+        return difference.what == "embedding" and (EMBEDDING in dense.extra or difference.theirs == "zeros")
 
     def names(self, dense: Dense) -> dict[str, str]:
         return {numbered(name): name for name in dense.facts}
@@ -204,8 +210,8 @@ class SpecForgeWriter(Eagle3Writer):
         return {numbered(name) if name.startswith("later.") else name: name for name in dense.facts}
 
     def config(self, dense: Dense, target: Facts, tokens: int) -> dict[str, Any]:
-        config = super().config(dense, target, tokens)
-        for key in ("head_norm", "norm_output", "bias", KEY, "norm_before_residual", "norm_before_fc"):
+        config = llama_config(super().config(dense, target, tokens))
+        for key in ("head_norm", "norm_output", KEY, "norm_before_residual", "norm_before_fc"):
             config.pop(key, None)
         if (config["rope_scaling"] or {}).get("rope_type") == "yarn":
             config["rope_scaling"] = YARN | config["rope_scaling"]
@@ -233,8 +239,7 @@ class TensorRtWriter(Eagle3Writer):
         return {numbered(name): name for name in dense.facts} | later_norms(dense)
 
     def config(self, dense: Dense, target: Facts, tokens: int) -> dict[str, Any]:
-        config = super().config(dense, target, tokens)
-        config.pop("bias", None)
+        config = llama_config(super().config(dense, target, tokens))
         eagle = config["eagle_config"] | {"norm_before_fc": dense.config.norm_before_fc, "next_layer_regular": True}
         return config | {"eagle_config": eagle} | ({"bias": True} if dense.config.fc_bias else {})
 
