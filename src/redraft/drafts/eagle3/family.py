@@ -15,6 +15,7 @@ from torch import Tensor
 from redraft.artifact import dtype_name
 from redraft.drafts.base import Family
 from redraft.drafts.eagle.writing import LayerWriter, in_layers, layer_config, legacy_config, prepare
+from redraft.drafts.eagle3.gguf import Eagle3GgufWriter
 from redraft.drafts.eagle3.module import Eagle3Config, Eagle3Draft, fresh_draft
 from redraft.drafts.eagle3.reading import ARCHITECTURES, check_taps, check_vocabulary_map, read, recognises
 from redraft.drafts.formats.base import Format
@@ -112,8 +113,9 @@ FAMILIES.register("eagle3")(
             "vllm": Eagle3Writer("vllm", "eagle3", warns=True),
             "plain": Eagle3Writer("plain", "eagle3", warns=True),
             "sglang": Eagle3Writer("sglang", "EAGLE3"),
+            "gguf": Eagle3GgufWriter(),
         },
         refusal="this draft reads the target's states and is no language model, which {format} is for; export it for "
-        "vllm or sglang",
+        "vllm, sglang or gguf",
     )
 )

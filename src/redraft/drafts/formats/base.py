@@ -100,6 +100,7 @@ class Format:
 
 EXPORTERS.register("vllm")(Format("vllm"))
 EXPORTERS.register("sglang")(Format("sglang"))
+EXPORTERS.register("gguf")(Format("gguf"))
 
 
 def check_formats(names: Sequence[str], family: str) -> None:
