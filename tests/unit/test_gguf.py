@@ -162,7 +162,7 @@ def test_rows_of_a_head_are_paired():
     rows = torch.arange(8.0)[:, None].repeat(1, 3)
     assert interleave(rows, 2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
     wide = torch.arange(12.0)[:, None]
-    assert interleave(wide, 2, 4)[:, 0].tolist() == [0, 2, 1, 3, 4, 5, 6, 8, 7, 9, 10, 11], "two rows of six do not turn"
+    assert interleave(wide, 2, 4)[:, 0].tolist() == [0, 2, 1, 3, 4, 5, 6, 8, 7, 9, 10, 11]  # two of six do not turn
 
 
 def test_rotary_factors_are_those_of_the_formula(tiny_target):
