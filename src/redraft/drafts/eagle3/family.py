@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from redraft.drafts.base import Family
+from redraft.drafts.eagle3.gguf import Eagle3GgufWriter
 from redraft.drafts.eagle3.module import Eagle3Config, Eagle3Draft, fresh_draft
 from redraft.drafts.eagle3.reading import ARCHITECTURES, read, recognises
 from redraft.drafts.eagle3.writing import WRITERS
@@ -16,8 +17,8 @@ FAMILIES.register("eagle3")(
         recognises=recognises,
         architectures=ARCHITECTURES,
         read=read,
-        writers=WRITERS,
+        writers={**WRITERS, "gguf": Eagle3GgufWriter()},
         refusal="this draft reads the target's states and is no language model, which {format} is for; export it for "
-        "vllm or sglang",
+        "vllm, sglang or gguf",
     )
 )

@@ -98,7 +98,7 @@ class Format:
         return writer
 
 
-for _name in ("vllm", "plain", "sglang", "specforge", "tensorrt-llm"):
+for _name in ("vllm", "plain", "sglang", "specforge", "tensorrt-llm", "gguf"):
     EXPORTERS.register(_name)(Format(_name))
 
 
