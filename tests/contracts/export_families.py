@@ -146,8 +146,8 @@ def answer_eagle3(draft: Eagle3Draft) -> Tensor:
     table = torch.nn.Embedding.from_pretrained(torch.randn(40, config.hidden_size, generator=generator).to(dtype))
     embeds = draft.embed(torch.arange(7), table)
     with torch.no_grad():
-        first = draft(embeds, draft.fuse(taps), torch.arange(7), attend)
-        return draft.logits(draft(embeds, draft.carry(first), torch.arange(7), attend))
+        first = draft(embeds, draft.fuse(taps), torch.arange(7), [attend] * draft.config.num_layers)
+        return draft.logits(draft(embeds, draft.carry(first), torch.arange(7), [attend] * draft.config.num_layers))
 
 
 def check_eagle3_file(name: str, draft: Eagle3Draft, meta: dict[str, Any], state: dict[str, Tensor]) -> None:

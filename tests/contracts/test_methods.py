@@ -48,8 +48,9 @@ def logits(draft: Draft, target: Target, seed: int = 0) -> Tensor:
     ids = torch.randint(0, target.vocab_size, (9,), generator=generator)
     taps = torch.randn(9, len(draft.config.taps) * target.hidden_size, generator=generator)
     embeds, positions = draft.embed(ids, target.embedding), torch.arange(9)
-    states = draft(embeds, draft.fuse(taps), positions, causal)
-    return draft.logits(draft(embeds, draft.carry(states), positions + 1, causal))
+    attends = [causal] * draft.config.num_layers
+    states = draft(embeds, draft.fuse(taps), positions, attends)
+    return draft.logits(draft(embeds, draft.carry(states), positions + 1, attends))
 
 
 def states(draft: Draft) -> dict[str, Tensor]:

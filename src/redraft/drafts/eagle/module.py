@@ -1,4 +1,4 @@
-"""What the EAGLE families share: one decoder layer over the target's states and the embedding of the next token.
+"""What the EAGLE families share: decoder layers over the target's states and the embedding of the next token.
 
 Shape legend: N packed tokens (any leading shape), H hidden size, K taps, F hidden size of the target, V target
 vocabulary, D draft vocabulary.
@@ -64,6 +64,11 @@ class EagleConfig(DraftConfig):
         if problems:
             raise UserError(f"this draft does not fit the target: {'; '.join(problems)}; give the draft made for it")
 
+    @property
+    def reach(self) -> tuple[int, ...]:
+        """The window of every layer, 0 where it sees all."""
+        return self.windows or (0,) * self.num_layers
+
     def dense(self) -> Self:
         return replace(super().dense(), intermediate_size=self.intermediate_size + self.private_width)
 
@@ -84,7 +89,7 @@ def layer_of(target: Any, intermediate: int | None = None) -> dict[str, Any]:
 
 
 class EagleLayer(nn.Module):
-    """The one decoder layer of a draft: a family says what its attention reads and what its residual stream is."""
+    """A decoder layer. Of the first one a family says what attention reads and what the residual stream is."""
 
     post_attention_layernorm: RMSNorm
 
@@ -92,8 +97,7 @@ class EagleLayer(nn.Module):
         """``read`` is the width of what attention reads; ``norms`` names norms of its own, of the draft's width."""
         super().__init__()
         hidden = config.hidden_size
-        heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
-        self.self_attn = Attention(read, hidden, *heads, config.attention_bias)
+        self.self_attn = Attention(read, config)
         self.mlp = SharedPrivateMLP(hidden, config.intermediate_size, config)
         for name in (*norms, "post_attention_layernorm"):
             setattr(self, name, RMSNorm(hidden, eps=config.rms_norm_eps))
@@ -107,22 +111,39 @@ class EagleLayer(nn.Module):
         states = residual + self.self_attn.o_proj(mixed_NAD.flatten(-2))
         return states + self.mlp(self.post_attention_layernorm(states))
 
-    def forward(self, embeds: Tensor, states: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        x, residual = self.inputs(embeds, states)
+    def forward(self, x: Tensor, residual: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        """States [N, H] behind the layer, from what :meth:`inputs` gives."""
         keys, values = self.self_attn.keys_values(x, rope)
         return self.finish(residual, attend(self.self_attn.queries(x, rope), keys, values))
+
+
+class LaterLayer(EagleLayer):
+    """A layer behind the first: that of any decoder, which sees of the embeddings what the first made of them."""
+
+    input_layernorm: RMSNorm
+
+    def __init__(self, config: EagleConfig) -> None:
+        super().__init__(config, config.hidden_size, ("input_layernorm",))
+
+    def inputs(self, embeds: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+        return self.input_layernorm(states), states
+
+
+def of_layers(*patterns: str) -> tuple[str, ...]:
+    """Patterns of parameter names within any decoder layer."""
+    return tuple(f"{layer}.{pattern}" for pattern in patterns for layer in ("midlayer", "later.*"))
 
 
 class EagleDraft(Draft):
     """Weights and forward of an EAGLE draft. Embeddings are the target's unless the checkpoint ships its own."""
 
     GROUPS: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "private": ("midlayer.mlp.private.*",),
-        "router": ("midlayer.mlp.router.*",),
+        "private": of_layers("mlp.private.*"),
+        "router": of_layers("mlp.router.*"),
         "fc": ("fc.*", "input_norm.*", "fc_norm.*"),
-        "norms": ("midlayer.*norm.*", "norm.*"),
-        "attention": ("midlayer.self_attn.*",),
-        "shared": ("midlayer.mlp.gate_proj.*", "midlayer.mlp.up_proj.*", "midlayer.mlp.down_proj.*"),
+        "norms": (*of_layers("*norm.*"), "norm.*"),
+        "attention": of_layers("self_attn.*"),
+        "shared": of_layers("mlp.gate_proj.*", "mlp.up_proj.*", "mlp.down_proj.*"),
         "head": ("lm_head.*",),
         "embed": ("embed_tokens.*",),
     }
@@ -131,6 +152,7 @@ class EagleDraft(Draft):
 
     fc: Linear
     midlayer: EagleLayer
+    later: nn.ModuleList
     embed_tokens: nn.Embedding | None
 
     def __init__(self, config: EagleConfig) -> None:
@@ -139,8 +161,10 @@ class EagleDraft(Draft):
         self.config = config
 
     def complete(self) -> None:
-        """Add what every draft ends with: an embedding, low-rank updates and rotary angles, as the config says."""
+        """Add what every draft has behind its first layer, as the config says: further layers, an embedding, low-rank
+        updates and rotary angles."""
         config = self.config
+        self.later = nn.ModuleList(LaterLayer(config) for _ in range(config.num_layers - 1))
         self.embed_tokens = nn.Embedding(config.target_vocab_size, config.hidden_size) if config.own_embedding else None
         for name in config.low_rank_on:
             layer = self.get_submodule(name)
@@ -159,7 +183,7 @@ class EagleDraft(Draft):
         return EagleWalk(self, target)
 
     def mlps(self) -> tuple[str, ...]:
-        return ("midlayer.mlp",)
+        return ("midlayer.mlp", *(f"later.{number}.mlp" for number in range(len(self.later))))
 
     # -- forward -----------------------------------------------------------------------------------------------
     @abstractmethod
@@ -173,9 +197,23 @@ class EagleDraft(Draft):
     def embed(self, ids: Tensor, target_embedding: nn.Module) -> Tensor:
         return self.embed_tokens(ids) if self.embed_tokens is not None else target_embedding(ids)
 
-    def forward(self, embeds: Tensor, states: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """States [N, H] of the next step for tokens whose embeddings [N, H] stand beside the last states [N, H]."""
-        return self.midlayer(embeds, states, self.rotary(positions), attend)
+    @property
+    def layers(self) -> list[Any]:
+        """The decoder layers in their order, each an :class:`EagleLayer`."""
+        return [self.midlayer, *self.later]
+
+    def forward(self, embeds: Tensor, states: Tensor, positions: Tensor, attends: Sequence[Attend]) -> Tensor:
+        """States [N, H] of the next step for tokens whose embeddings [N, H] stand beside the last states [N, H].
+
+        ``attends`` has one for each layer.
+        """
+        return self.through(embeds, states, self.rotary(positions), attends)
+
+    def through(self, embeds: Tensor, states: Tensor, rope: tuple[Tensor, Tensor], attends: Sequence[Attend]) -> Tensor:
+        """As :meth:`forward`, with the cosines and sines of the positions."""
+        for layer, attend in zip(self.layers, attends, strict=True):
+            states = layer(*layer.inputs(embeds, states), rope, attend)
+        return states
 
     # -- its target --------------------------------------------------------------------------------------------
     def borrowing(self, target: Any) -> Self:

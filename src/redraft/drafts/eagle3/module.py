@@ -1,4 +1,4 @@
-"""The Eagle3 draft: one decoder layer over fused target features (EAGLE-3, arXiv 2503.01840).
+"""The Eagle3 draft: decoder layers, one as a rule, over fused target features (EAGLE-3, arXiv 2503.01840).
 
 The pair (state h_t, token x_{t+1}) stands at position t and predicts x_{t+2}. At the first draft step h is the
 target's fused taps; afterwards it is the draft's own pre-norm output.
@@ -76,7 +76,7 @@ class Eagle3Draft(EagleDraft):
         """``vocabulary`` [D]: sorted target ids of the draft vocabulary; by default the first D ids."""
         super().__init__(config)
         hidden, fused = config.hidden_size, len(config.taps) * config.target_hidden_size
-        self.fc = Linear(fused, hidden, bias=False)
+        self.fc = Linear(fused, hidden, bias=config.fc_bias)
         self.input_norm = RMSNorm(fused, eps=config.rms_norm_eps) if config.norm_before_fc else None
         self.fc_norm = (
             nn.ModuleList(RMSNorm(config.target_hidden_size, eps=config.rms_norm_eps) for _ in config.taps)
@@ -130,7 +130,7 @@ class Eagle3Draft(EagleDraft):
 
     def logits(self, states: Tensor) -> Tensor:
         """Logits [N, D] over the draft vocabulary of pre-norm states [N, H]."""
-        return self.lm_head(self.norm(states))
+        return self.lm_head(self.norm(states) if self.config.head_norm else states)
 
     # -- fresh start -------------------------------------------------------------------------------------------
     def start(self, target: Any, seed: int) -> None:
