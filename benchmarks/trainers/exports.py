@@ -87,12 +87,13 @@ def main() -> None:
             folder = out / f"redraft-{format}-{option}"
             shutil.rmtree(folder, ignore_errors=True)
             try:
-                EXPORTERS.get(format)(draft, folder / "checkpoint", facts)
+                report = EXPORTERS.get(format)(draft, folder / "checkpoint", facts)
             except UserError as error:
                 print(f"refused  {folder.name}: {error}")
                 shutil.rmtree(folder, ignore_errors=True)
                 continue
             about = {"trainer": "redraft", "version": format, "options": option, "taps": list(draft.taps)}
+            about["notes"] = list(report.warnings)
             logits = unrolled(draft, embedding, ids, taps, common.STEPS)
             common.finish_case(folder, about, ids, taps, logits, draft.vocabulary(), embedding.weight)
 
