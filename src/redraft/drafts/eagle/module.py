@@ -67,10 +67,9 @@ class EagleConfig(DraftConfig):
 
     def wrong_fields(self) -> list[str]:
         """Names of the fields whose values no draft can have."""
-        whole = [f.name for f in fields(self) if f.type == "int"]
-        wrong = [
-            name for name in whole if type(getattr(self, name)) is not int or getattr(self, name) < (name in SIZES)
-        ]
+        least = {f.name: f.name not in MAY_BE_ZERO for f in fields(self) if f.type == "int"}
+        found = {name: getattr(self, name) for name in least}
+        wrong = [name for name, value in found.items() if type(value) is not int or value < least[name]]
         wrong += [f.name for f in fields(self) if f.type == "bool" and type(getattr(self, f.name)) is not bool]
         wrong += ["output_bias"] * (self.output_bias not in (None, True, False))
         eps, heads = self.rms_norm_eps, self.num_attention_heads
