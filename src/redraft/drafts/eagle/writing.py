@@ -20,7 +20,6 @@ from redraft.artifact import check_tensors, dtype_name, tensors_bytes, tensors_h
 from redraft.drafts.eagle.module import EagleDraft
 from redraft.drafts.formats.base import CONFIG_FILE, WEIGHTS_FILE, ExportReport, path_warnings
 from redraft.drafts.formats.meaning import Difference, Reading, TensorFacts, differences
-from redraft.drafts.formats.reading import LAYER_FIELDS
 from redraft.drafts.opening import open_checkpoint
 from redraft.errors import UserError
 from redraft.files import atomic_folder, atomic_write_json
@@ -28,6 +27,19 @@ from redraft.registries import FAMILIES
 from redraft.target import Facts
 
 EXPORTED_FILES = {CONFIG_FILE, WEIGHTS_FILE, "README.md"}
+
+# Fields of the layers that a Llama's config has under the same name, but for ``target_``.
+LAYER_FIELDS = (
+    "target_vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "attention_bias",
+)
 
 # Rotary types whose angles do not depend on max_position_embeddings, so that it may be raised.
 FREE_ROPE_TYPES = ("default", "linear", "llama3")
@@ -109,10 +121,20 @@ class LayerWriter(ABC):
     family: ClassVar[str]
 
     def __init__(
-        self, name: str, method: str, readers: tuple[str, ...], others: tuple[str, ...] = (), warns: bool = False
+        self,
+        name: str,
+        method: str,
+        readers: tuple[str, ...],
+        others: tuple[str, ...] = (),
+        warns: bool = False,
+        trainer: str | None = None,
     ) -> None:
-        """``method`` is what the engine calls the way in which it drafts; ``warns`` of paths that tell it another."""
+        """``method`` is what the engine calls the way in which it drafts; ``warns`` of paths that tell it another.
+
+        ``trainer`` is on whose word the file means what it says, where it does not tell itself.
+        """
         self.name, self.method, self.readers, self.others, self.warns = name, method, readers, others, warns
+        self.trainer = trainer
 
     # -- what a family says ----------------------------------------------------------------------------------------
     @abstractmethod
@@ -202,7 +224,8 @@ class LayerWriter(ABC):
 
     def read_back(self, folder: Path, dense: Dense, target: Facts) -> None:
         """The draft in ``folder`` must be this one, down to every bit. Raises ``RuntimeError``."""
-        back = open_checkpoint(folder, target).draft
+        options: dict[str, Any] = {"trainer": self.trainer} if self.trainer else {}
+        back = open_checkpoint(folder, target, **options).draft
         found = {name: tensor for name, tensor in back.state_dict().items() if name in dense.state}
         theirs = replace(back.config, own_embedding=dense.config.own_embedding)
         if self.meaning(theirs) != self.meaning(dense.config) or tensors_hash(found) != tensors_hash(dense.state):

@@ -29,11 +29,12 @@ from redraft.drafts.eagle.writing import (
     with_fc_bias,
 )
 from redraft.drafts.eagle3.engines import meaning_of, read_as
-from redraft.drafts.eagle3.reading import check_taps, check_vocabulary_map
+from redraft.drafts.eagle3.maps import check_vocabulary_map
+from redraft.drafts.eagle3.reading import check_taps
 from redraft.drafts.formats.base import serve_command
+from redraft.drafts.formats.embeddings import table_of
 from redraft.drafts.formats.meaning import Difference, Reading, TensorFacts
 from redraft.errors import UserError
-from redraft.loading import target_embedding
 from redraft.target import Facts
 
 EMBEDDING = "embed_tokens.weight"
@@ -87,18 +88,23 @@ class Eagle3Writer(LayerWriter):
         config = dense.config
         architecture = "Eagle3Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLMEagle3"
         nested = {"use_aux_hidden_state": True, KEY: [k - 1 for k in config.taps]}
-        more = {"bias": True} if output_biased(config) and not config.attention_bias else {}
+        more = output_alone(config)
         return legacy_config(dense, architecture) | more | options(config) | {"eagle_config": nested}
 
     def serve(self, dense: Dense, folder: Path, target: Facts, tokens: int) -> str:
         return serve_command(folder, target, tokens, self.method, self.name)
 
 
+def output_alone(config: Any) -> dict[str, Any]:
+    """The keys of a bias of the output projection alone, as vLLM's llama layers read them."""
+    return {"bias": True, "qkv_bias": False} if output_biased(config) and not config.attention_bias else {}
+
+
 def options(config: Any) -> dict[str, Any]:
     """The draft's own keys on top of a config.json.
 
-    Switches are written whether on or off, since their defaults differ, but for two: where ``norm_output`` is false it
-    is absent, because one trainer means another thing by it; ``head_norm`` is our own word for that thing.
+    Switches are written whether on or off, since their defaults differ, but for ``norm_output``: false, it is
+    absent, because one trainer means another thing by it.
     """
     switches = ("norm_before_residual", "norm_before_fc", "fc_norm")
     return {
@@ -109,7 +115,6 @@ def options(config: Any) -> dict[str, Any]:
         "num_aux_hidden_states": len(config.taps),
         **{name: getattr(config, name) for name in switches},
         **({"norm_output": True} if config.norm_output else {}),
-        **({} if config.head_norm else {"head_norm": False}),
     }
 
 
@@ -121,7 +126,7 @@ def later_norms(dense: Dense) -> dict[str, str]:
 
 def llama_config(config: dict[str, Any]) -> dict[str, Any]:
     """For readers that know layers of a Llama alone, and give the key ``bias`` a meaning of their own."""
-    return {k: v for k, v in config.items() if k != "bias"} | {
+    return {k: v for k, v in config.items() if k not in ("bias", "qkv_bias")} | {
         "architectures": ["LlamaForCausalLMEagle3"],
         "model_type": "llama",
     }
@@ -138,8 +143,9 @@ class SglangWriter(Eagle3Writer):
         return with_biases(dense, attention=False, output=output), []
 
     def config(self, dense: Dense, target: Facts, tokens: int) -> dict[str, Any]:
-        more = {"attention_bias": output_biased(dense.config)} | ({"bias": True} if dense.config.fc_bias else {})
-        return llama_config(super().config(dense, target, tokens)) | more
+        config = llama_config(super().config(dense, target, tokens))
+        config |= {"attention_bias": True, "qkv_bias": False} if output_biased(dense.config) else {}
+        return config | ({"bias": True} if dense.config.fc_bias else {})
 
 
 class SpeculatorsWriter(Eagle3Writer):
@@ -152,7 +158,7 @@ class SpeculatorsWriter(Eagle3Writer):
         dense, notes = super().fitted(dense, target)
         if dense.config.own_embedding:
             return dense, notes
-        table = target_embedding(target)
+        table = table_of(target)
         if table is None:
             note = (
                 "the target's weights are not at hand, so that the file ships no embedding: engines take the target's"
@@ -175,7 +181,7 @@ class SpeculatorsWriter(Eagle3Writer):
         verifier = {"name_or_path": target.name, "architectures": list(target.architectures or ("LlamaForCausalLM",))}
         own = options(config)
         layer = layer_config(config) | {"num_aux_hidden_states": own.pop("num_aux_hidden_states")}
-        layer |= {"bias": True} if output_biased(config) and not config.attention_bias else {}
+        layer |= output_alone(config)
         return {
             "architectures": ["Eagle3Speculator"],
             "speculators_model_type": "eagle3",
@@ -211,7 +217,7 @@ class SpecForgeWriter(Eagle3Writer):
 
     def config(self, dense: Dense, target: Facts, tokens: int) -> dict[str, Any]:
         config = llama_config(super().config(dense, target, tokens))
-        for key in ("head_norm", "norm_output", KEY, "norm_before_residual", "norm_before_fc"):
+        for key in ("norm_output", KEY, "norm_before_residual", "norm_before_fc"):
             config.pop(key, None)
         if (config["rope_scaling"] or {}).get("rope_type") == "yarn":
             config["rope_scaling"] = YARN | config["rope_scaling"]
@@ -240,7 +246,7 @@ class TensorRtWriter(Eagle3Writer):
 
     def config(self, dense: Dense, target: Facts, tokens: int) -> dict[str, Any]:
         config = llama_config(super().config(dense, target, tokens))
-        eagle = config["eagle_config"] | {"norm_before_fc": dense.config.norm_before_fc, "next_layer_regular": True}
+        eagle = config["eagle_config"] | {"norm_before_fc": dense.config.norm_before_fc}
         return config | {"eagle_config": eagle} | ({"bias": True} if dense.config.fc_bias else {})
 
     def told(self, difference: Difference, dense: Dense) -> bool:
@@ -264,6 +270,6 @@ WRITERS: dict[str, Eagle3Writer] = {
     "vllm": SpeculatorsWriter("vllm", "eagle3", VLLM, ("speculators",), warns=True),
     "plain": Eagle3Writer("plain", "eagle3", VLLM, ("sglang",), warns=True),
     "sglang": SglangWriter("sglang", "EAGLE3", ("sglang",)),
-    "specforge": SpecForgeWriter("specforge", "", ("specforge",)),
+    "specforge": SpecForgeWriter("specforge", "", ("specforge",), trainer="specforge-0.2"),
     "tensorrt-llm": TensorRtWriter("tensorrt-llm", "Eagle3", ("tensorrt-llm",)),
 }
