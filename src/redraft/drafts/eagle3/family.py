@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from redraft.drafts.base import Family
-from redraft.drafts.eagle3.gguf import Eagle3GgufWriter
+from redraft.drafts.eagle3.gguf import GgufWriter
 from redraft.drafts.eagle3.module import Eagle3Config, Eagle3Draft, fresh_draft
 from redraft.drafts.eagle3.reading import ARCHITECTURES, read, recognises
 from redraft.drafts.eagle3.writing import WRITERS
@@ -18,7 +18,7 @@ FAMILIES.register("eagle3")(
         architectures=ARCHITECTURES,
         read=read,
         options=("taps", "trainer"),
-        writers={**WRITERS, "gguf": Eagle3GgufWriter()},
+        writers=WRITERS | {"gguf": GgufWriter("gguf", "draft-eagle3", ("llama.cpp",))},
         refusal="this draft reads the target's states and is no language model, which {format} is for; export it for "
         "vllm, sglang or gguf",
     )
