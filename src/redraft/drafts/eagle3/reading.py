@@ -45,7 +45,7 @@ from redraft.drafts.formats.values import Values
 from redraft.errors import UserError
 from redraft.target import Facts, default_taps
 
-__all__ = ["ARCHITECTURES", "check_taps", "check_vocabulary_map", "read", "read_maps", "recognises"]
+__all__ = ["ARCHITECTURES", "check_state", "check_taps", "check_vocabulary_map", "read", "read_maps", "recognises"]
 
 EMBEDDING = "embed_tokens.weight"
 IDS = "eagle_aux_hidden_state_layer_ids"
@@ -92,6 +92,13 @@ def check_taps(taps: tuple[int, ...]) -> None:
         raise UserError(f"taps {list(taps)} do not ascend strictly; engines read each layer once and in layer order")
 
 
+def check_state(state: Mapping[str, Tensor], draft: Eagle3Draft, where: Any) -> None:
+    """Raise ``UserError`` for maps that tell no set of target ids, and for rotary settings that tell no angles."""
+    check_vocabulary_map(state, draft.config, where)
+    if not draft.rotary.usable:
+        raise UserError(f"{where}: rotary settings that tell no angles: {draft.config.rope_parameters}")
+
+
 class Eagle3Reader:
     """What one checkpoint means on the word of the trainer that wrote it."""
 
@@ -110,11 +117,11 @@ class Eagle3Reader:
             raise UserError(f"{path} is a {kind} speculator, {what}; only eagle3 can be imported: {help}")
         if (found := others.of_config(raw)) is not None:
             raise UserError(f"{path} describes {found[0]}, which is not read; {found[1]}")
-        refuse_code(checkpoint, notes)
         self.checkpoint, self.target, self.asked = checkpoint, target, taps
         self.raw = Values(raw, path)
         self.trainer: Trainer = trainer_of(checkpoint, trainer)
         self.reading = Reading(title(self.trainer, raw), notes=notes)
+        refuse_code(checkpoint, self.reading)
         layer = self.raw.part("transformer_layer_config") if is_speculators(raw) else self.raw
         if layer is None:
             raise UserError(f"{path} has no transformer_layer_config; download it again")
@@ -147,9 +154,7 @@ class Eagle3Reader:
         check_taps(config.taps)
         draft = build_untrained(lambda: Eagle3Draft.untrained(config), checkpoint.path)
         check_tensors(state, draft.state_dict(), checkpoint.folder)
-        check_vocabulary_map(state, config, checkpoint.folder)
-        if not draft.rotary.usable:
-            raise UserError(f"{checkpoint.path} has rotary settings that tell no angles: {config.rope_parameters}")
+        check_state(state, draft, checkpoint.folder)
         draft.fill(state)
         note_dropped(self.raw, READ, reading)
         verifier: Any = self.raw.values
