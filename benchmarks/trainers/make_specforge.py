@@ -2,9 +2,9 @@
 
     PYTHONPATH=<unpacked package> TORCHDYNAMO_DISABLE=1 python make_specforge.py OUT
 
-A draft is built from a config file as the trainer builds it, put into the form of a training checkpoint, and exported by
-the package's two exporters. What the exported folder computes is asked of the package's model, loaded from that folder.
-The loss kernels want a GPU; they are left out, and the draft's own forward is not touched.
+A draft is built from a config file as the trainer builds it, put into the form of a training checkpoint, and exported
+by the package's two exporters. What the exported folder computes is asked of the package's model, loaded from that
+folder. The loss kernels want a GPU; they are left out, and the draft's own forward is not touched.
 """
 
 from __future__ import annotations
