@@ -108,6 +108,7 @@ FAMILIES.register("eagle3")(
         recognises=recognises,
         architectures=ARCHITECTURES,
         read=read,
+        options=("taps", "trainer"),
         writers={
             "vllm": Eagle3Writer("vllm", "eagle3", warns=True),
             "plain": Eagle3Writer("plain", "eagle3", warns=True),
