@@ -19,7 +19,7 @@ Shape legend: T positions, K taps, F target width, H draft width, V target vocab
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -197,3 +197,24 @@ def finish_case(
     whole = {name: tensor.detach().clone().contiguous() for name, tensor in golden.items()}
     save_file(whole, folder / "golden.safetensors")
     (folder / "case.json").write_text(json.dumps({"target": "target", **about}, indent=2) + "\n")
+
+
+@torch.no_grad()
+def chained(
+    forward: Callable[[Tensor, Tensor], Tensor], head: Callable[[Tensor], Tensor], ids: Tensor, taps: Tensor
+) -> Tensor:
+    """Logits [3, T, D] of a model without a training-time test, driven as decoding drives it, anchor by anchor.
+
+    ``forward`` gives the states [1, S, H] behind next tokens [1, S] and states [1, S, F]; ``head`` their logits. The
+    model's last state takes the place of the next position's feature.
+    """
+    rows = []
+    for anchor in range(LENGTH):
+        states, logits = taps[None, : anchor + 1], []
+        for step in range(STEPS):
+            following = ids[None, 1 : anchor + 2 + step]
+            last = forward(following, states)[:, -1:]
+            logits.append(head(last)[0, 0].float())
+            states = torch.cat([states, last], 1)
+        rows.append(torch.stack(logits))
+    return torch.stack(rows, 1)
