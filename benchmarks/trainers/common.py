@@ -99,6 +99,34 @@ def randomise(model: nn.Module, seed: int, keep: Sequence[str] = ()) -> None:
             parameter.copy_(drawn * (0.7 if "embed" in name else parameter.shape[1] ** -0.5))
 
 
+def plain_draft(width: int, inner: int, head_dim: int, kept: int, counts: Mapping[int, int]) -> dict[str, Tensor]:
+    """Tensors of a draft in the plain form, over the ``kept`` most frequent ids of ``counts``; no embedding."""
+    heads, key_heads = SHAPE["num_attention_heads"] * head_dim, SHAPE["num_key_value_heads"] * head_dim
+    shapes = {
+        "fc": (width, 3 * width),
+        "norm": (width,),
+        "lm_head": (kept, width),
+        "midlayer.input_layernorm": (width,),
+        "midlayer.hidden_norm": (width,),
+        "midlayer.post_attention_layernorm": (width,),
+        "midlayer.self_attn.q_proj": (heads, 2 * width),
+        "midlayer.self_attn.k_proj": (key_heads, 2 * width),
+        "midlayer.self_attn.v_proj": (key_heads, 2 * width),
+        "midlayer.self_attn.o_proj": (width, heads),
+        "midlayer.mlp.gate_proj": (inner, width),
+        "midlayer.mlp.up_proj": (inner, width),
+        "midlayer.mlp.down_proj": (width, inner),
+    }
+    generator, state = torch.Generator().manual_seed(17), {}
+    for name, shape in shapes.items():
+        drawn = torch.randn(shape, generator=generator)
+        state[f"{name}.weight"] = 1 + 0.3 * drawn if len(shape) == 1 else drawn * shape[1] ** -0.5
+    ids = torch.tensor(sorted(sorted(counts, key=lambda i: (-counts[i], i))[:kept]))
+    state["d2t"] = ids - torch.arange(kept)
+    state["t2d"] = torch.isin(torch.arange(VOCABULARY), ids)
+    return state
+
+
 def inputs(fused: int, seed: int = 3, vocabulary: int = VOCABULARY) -> tuple[Tensor, Tensor]:
     """Token ids [T + 3] and features [T, ``fused``]."""
     generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,7 @@
-"""Copy cases into the tests, with as much of their targets as is looked at: the config and the embedding.
+"""Copy cases into the tests, without what these do not look at.
+
+Of a target the config and the embedding stay. The embedding that a case was computed with goes, since it is the draft's
+or the target's, and of a draft that is refused all numbers go.
 
 python benchmarks/trainers/keep.py CASES NAME [NAME ..]
 """
@@ -20,7 +23,13 @@ def main() -> None:
     made, names = Path(sys.argv[1]), sys.argv[2:]
     for name in names:
         shutil.copytree(made / name, KEPT / name, dirs_exist_ok=True)
-        target = json.loads((made / name / "case.json").read_text())["target"]
+        golden, case = KEPT / name / "golden.safetensors", json.loads((made / name / "case.json").read_text())
+        tensors = {key: tensor for key, tensor in load_file(golden).items() if key != "embedding"}
+        if "refused" in case:
+            golden.unlink()
+        else:
+            save_file(tensors, golden)
+        target = case["target"]
         (KEPT / target).mkdir(parents=True, exist_ok=True)
         shutil.copy(made / target / "config.json", KEPT / target)
         embedding = load_file(made / target / "model.safetensors")[EMBEDDING]

@@ -26,6 +26,7 @@ from typing import Any
 import common
 import torch
 from loguru import logger
+from safetensors.torch import save_file
 from torch import Tensor
 
 VERSION = importlib.metadata.version("speculators")
@@ -274,6 +275,30 @@ def older_cases() -> dict[str, tuple[str, dict[str, Any]]]:
     return cases
 
 
+def converted(out: Path, case: str, target: Path, rope: dict[str, Any]) -> None:
+    """A draft of other hands, in the plain form and without an embedding, through the package's converter."""
+    from speculators.convert.eagle.eagle3_converter import Eagle3Converter
+    from speculators.model import SpeculatorModel
+    from speculators.utils.loading import load_model_layers
+
+    folder, sizes = common.new_case(out, "speculators", VERSION, case), (common.WIDTH, 48, 8)
+    state = common.plain_draft(*sizes, KEPT, frequencies())
+    config = common.SHAPE | {"architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama", "num_hidden_layers": 1}
+    theta = rope["rope_theta"]
+    scaling = None if rope["rope_type"] == "default" else {key: rope[key] for key in rope if key != "rope_theta"}
+    config |= {"draft_vocab_size": KEPT, "rope_theta": theta, "rope_scaling": scaling, "hidden_act": "silu"}
+    with tempfile.TemporaryDirectory() as place:
+        save_file(state, Path(place) / "model.safetensors")
+        (Path(place) / "config.json").write_text(json.dumps(config))
+        Eagle3Converter().convert(place, folder / "checkpoint", str(target), validate=False)
+    model = SpeculatorModel.from_pretrained(folder / "checkpoint").float()
+    # Opening a file without an embedding, the package keeps what it made up; an engine takes the target's.
+    (embedding,) = load_model_layers(["embed_tokens.weight"], str(target)).values()
+    model.embed_tokens.load_state_dict({"weight": embedding})
+    finish(folder, case, target, model, {"converted with": {"rope_theta": theta, "rope_scaling": scaling}})
+    common.tidy(folder / "checkpoint", target)
+
+
 def targets(out: Path) -> None:
     common.make_target(out)
     common.make_target(out, "target-qwen3", "qwen3", head_dim=16)
@@ -302,6 +327,9 @@ def main() -> None:
             dtype = torch.bfloat16 if case == "bfloat16" else torch.float32
             write(out, case, out / target, model, shown, dtype, case == "embedding")
             print(case, flush=True)
+    for name, rope in {"plain": common.PLAIN, "llama3": common.ROPES["llama3"]}.items():
+        if not only or f"converted-{name}" in only:
+            converted(out, f"converted-{name}", out / "target", rope)
 
 
 if __name__ == "__main__":
