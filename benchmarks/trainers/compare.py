@@ -71,10 +71,19 @@ def decoded(draft: Any, embedding: nn.Module, ids: Tensor, taps: Tensor, steps: 
     return torch.stack(rows, 1)
 
 
-def embedding_of(target: Path) -> nn.Embedding:
-    """The target's own table, from its file."""
-    tensors = load_file(target / "model.safetensors")
-    return nn.Embedding.from_pretrained(tensors["model.embed_tokens.weight"].float())
+class Lender:
+    """What a draft borrows of its target: the table of embeddings, and the head, from the target's file."""
+
+    def __init__(self, target: Path) -> None:
+        tensors = load_file(target / "model.safetensors")
+        rows = tensors["model.embed_tokens.weight"].float()
+        self.embedding = nn.Embedding.from_pretrained(rows)
+        self.head = nn.Linear(*reversed(rows.shape), bias=False).requires_grad_(False)
+        if "lm_head.weight" in tensors:
+            self.head.weight.copy_(tensors["lm_head.weight"].float())
+
+    def scale_logits(self, logits: Tensor) -> Tensor:
+        return logits
 
 
 def differences(folder: Path, draft: Draft) -> dict[str, Any]:
@@ -87,7 +96,8 @@ def differences(folder: Path, draft: Draft) -> dict[str, Any]:
     if not torch.equal(draft.vocabulary(), golden["vocabulary"]):
         faults.append("another vocabulary")
         return {"largest_difference": None, "why": "; ".join(faults)}
-    model, embedding = draft.float().eval(), embedding_of(folder.parent / case["target"])
+    lender = Lender(folder.parent / case["target"])
+    model, embedding = draft.float().bind(lender).eval(), lender.embedding
     found = {}
     for way, compute in {"unrolled": unrolled, "decoded": decoded}.items():
         found[way] = compute(model, embedding, ids, taps, len(logits))
@@ -107,7 +117,8 @@ def compare(folder: Path) -> dict[str, Any]:
     row = {"case": folder.name, **{key: case[key] for key in ("trainer", "version", "options")}}
     try:
         facts = read_facts(str(folder.parent / case["target"]), tokenizer=False)
-        opened = open_checkpoint(folder / "checkpoint", facts)
+        # A person has to say what the folder does not tell.
+        opened = open_checkpoint(folder / "checkpoint", facts, **case.get("given", {}))
     except UserError as error:
         shown = str(error).replace(str(folder), folder.name)
         return row | {"verdict": "refused", "largest_difference": None, "why": shown}

@@ -1,6 +1,6 @@
 """Copy cases into the tests, without what these do not look at.
 
-Of a target the config and the embedding stay. The embedding that a case was computed with goes, since it is the draft's
+Of a target the config, the embedding and the head stay. The embedding that a case was computed with goes, since it is the draft's
 or the target's, and of a draft that is refused all numbers go.
 
 python benchmarks/trainers/keep.py CASES NAME [NAME ..]
@@ -16,7 +16,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 KEPT = Path(__file__).parents[2] / "tests" / "artifacts" / "trainers"
-EMBEDDING = "model.embed_tokens.weight"
+LENT = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 def main() -> None:
@@ -32,8 +32,8 @@ def main() -> None:
         target = case["target"]
         (KEPT / target).mkdir(parents=True, exist_ok=True)
         shutil.copy(made / target / "config.json", KEPT / target)
-        embedding = load_file(made / target / "model.safetensors")[EMBEDDING]
-        save_file({EMBEDDING: embedding}, KEPT / target / "model.safetensors")
+        tensors = load_file(made / target / "model.safetensors")
+        save_file({name: tensors[name] for name in LENT if name in tensors}, KEPT / target / "model.safetensors")
     for path in KEPT.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)
 

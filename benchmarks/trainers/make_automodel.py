@@ -53,7 +53,7 @@ CASES: dict[str, dict[str, Any]] = {
     "fc-norm": {"recipe": {"fc_norm": True}},
     "norm-output": {"recipe": {"norm_output": True}},
     "eagle31": {"recipe": {"fc_norm": True, "norm_output": True}, "vocabulary": REDUCED},
-    "given-taps": {"recipe": {"aux_layer_ids": [0, 3, 6]}, "taps_not_in_file": True},
+    "given-taps": {"recipe": {"aux_layer_ids": [0, 3, 6]}, "given": {"taps": [1, 4, 7]}},
     "attention-bias": {"target": "target-bias"},
     "qwen3": {"target": "target-qwen3", "vocabulary": REDUCED},
     "theta": {"target": "target-theta"},
@@ -229,9 +229,9 @@ def make(out: Path, name: str, case: dict[str, Any]) -> None:
         "taps": passed,
         "target": target,
         "notes": "the tapped layers are not in the folder; these are "
-        + ("given ones" if case.get("taps_not_in_file") else "the package's default"),
+        + ("given ones" if "given" in case else "the package's default"),
     }
-    about |= {key: case[key] for key in ("refused", "taps_not_in_file") if key in case}
+    about |= {key: case[key] for key in ("refused", "given") if key in case}
     embedding = draft.get_submodule("embed_tokens" if case.get("family") == 1 else "model.embed_tokens").weight
     common.finish_case(folder, about, ids, taps, logits, vocabulary, embedding)
     print(f"{folder.name}: taps {passed}")
