@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from redraft.drafts.base import Draft, DraftConfig, heads_of, rope_of
 from redraft.drafts.eagle.proposer import EagleProposer, StaticProposer
 from redraft.drafts.eagle.unroll import EagleWalk
+from redraft.drafts.formats.embeddings import equal_rows, table_of
 from redraft.drafts.layers import Attend, Attention, Linear, RMSNorm, Rotary, SharedPrivateMLP, told_angles
 from redraft.errors import UserError
 from redraft.target import Head, Target
@@ -193,6 +194,12 @@ class EagleDraft(Draft):
         super().__init__()
         self.config = config
 
+    @classmethod
+    def untrained(cls, config: Any) -> Self:
+        """A draft of this shape without numbers, for a loader to fill: no room is taken for what is thrown away."""
+        with torch.device("meta"):
+            return cls(config)
+
     def complete(self) -> None:
         """Add what every draft has behind its first layer, as the config says: further layers, an embedding, low-rank
         updates and rotary angles."""
@@ -250,8 +257,10 @@ class EagleDraft(Draft):
 
     # -- its target --------------------------------------------------------------------------------------------
     def borrowing(self, target: Any) -> Self:
-        """This draft on the target's own embeddings, where the widths allow it."""
-        if self.embed_tokens is None or self.config.hidden_size != target.hidden_size:
+        """This draft on the target's embedding where that is its own to the last bit; with another it would compute
+        other logits."""
+        table = None if self.embed_tokens is None else table_of(target)
+        if table is None or self.embed_tokens is None or not equal_rows(self.embed_tokens.weight, table):
             return self
         state = {name: t for name, t in self.state_dict().items() if name != "embed_tokens.weight"}
         return self.rebuilt(replace(self.config, own_embedding=False), state)
