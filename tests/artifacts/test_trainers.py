@@ -39,5 +39,6 @@ def test_a_trainers_draft_computes_what_its_package_computed_or_is_refused_by_na
             open_checkpoint(CASES / name / "checkpoint", facts)
         assert "\n" not in str(caught.value)
         return
-    found = compare.differences(CASES / name, open_checkpoint(CASES / name / "checkpoint", facts).draft)
+    opened = open_checkpoint(CASES / name / "checkpoint", facts, **case.get("given", {}))
+    found = compare.differences(CASES / name, opened.draft)
     assert not found["why"], found
