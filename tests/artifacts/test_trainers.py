@@ -39,6 +39,5 @@ def test_a_trainers_draft_computes_what_its_package_computed_or_is_refused_by_na
             open_checkpoint(CASES / name / "checkpoint", facts)
         assert "\n" not in str(caught.value)
         return
-    opened = open_checkpoint(CASES / name / "checkpoint", facts, **case.get("given", {}))
-    found = compare.differences(CASES / name, opened.draft)
+    found = compare.differences(CASES / name, compare.opened_as(CASES / name, facts, case).draft)
     assert not found["why"], found
