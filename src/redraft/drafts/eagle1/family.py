@@ -62,6 +62,7 @@ READ = (
 )
 ARCHITECTURES = {"EagleLlamaForCausalLM": "vllm", "LlamaForCausalLMEagle": "sglang"}
 ORIGINAL = "LlamaForCausalLM"
+FEW = (1, 2, 3, 4)  # layers of a draft, of which one is read; with more a checkpoint is a language model
 
 
 def kind_of(checkpoint: Checkpoint) -> str | None:
@@ -76,7 +77,7 @@ def kind_of(checkpoint: Checkpoint) -> str | None:
             return kind
     if (
         ORIGINAL not in checkpoint.architectures
-        or raw.get("num_hidden_layers", 1) != 1
+        or raw.get("num_hidden_layers", 1) not in FEW
         or "speculators_model_type" in raw
     ):
         return None
