@@ -60,6 +60,7 @@ READ = (
     *("vocab_size", "num_hidden_layers", "bias", "quantization_config"),
 )
 ORIGINAL = "LlamaForCausalLM"
+FEW = (1, 2, 3, 4)  # layers of a draft, of which one is read; with more a checkpoint is a language model
 
 
 def kind_of(checkpoint: Checkpoint) -> str | None:
@@ -74,7 +75,7 @@ def kind_of(checkpoint: Checkpoint) -> str | None:
             return kind
     if (
         ORIGINAL not in checkpoint.architectures
-        or raw.get("num_hidden_layers", 1) != 1
+        or raw.get("num_hidden_layers", 1) not in FEW
         or "speculators_model_type" in raw
     ):
         return None
@@ -91,11 +92,11 @@ def read(
     Raises ``UserError`` for what our draft does not compute or hold.
     """
     raw, path, folder = checkpoint.config, checkpoint.path, checkpoint.folder
-    refuse_code(checkpoint, notes)
     kind = kind_of(checkpoint) if trainer is None else trainer
     if kind not in WORDS:
         raise UserError(f"unknown trainer {trainer!r}; of this family there are: {', '.join(WORDS)}")
     reading = Reading(WORDS[kind], notes=notes)
+    refuse_code(checkpoint, reading)
     state = read_state(folder, notes)
     if (found := others.of_tensors(state)) is not None:
         raise UserError(f"{folder} has {found[0]}, which is not read; {found[1]}")
@@ -118,8 +119,7 @@ def read(
         config.check_fit(target)
     draft = build_untrained(lambda: Eagle1Draft.untrained(config), path)
     check_tensors(state, draft.state_dict(), folder)
-    if not draft.rotary.usable:
-        raise UserError(f"{path} has rotary settings that tell no angles: {config.rope_parameters}")
+    check_state(state, draft, path)
     if biased and said is False and not state["fc.bias"].any():
         del state["fc.bias"]
         config = replace(config, fc_bias=False)
@@ -129,6 +129,12 @@ def read(
     draft.fill(state)
     note_dropped(values, READ, reading)
     return draft, {"format": kind, "verifier": None, "reading": reading}
+
+
+def check_state(state: Mapping[str, Tensor], draft: Eagle1Draft, where: Any) -> None:
+    """Raise ``UserError`` where rotary settings of a draft of our own format tell no angles."""
+    if not draft.rotary.usable:
+        raise UserError(f"{where}: rotary settings that tell no angles: {draft.config.rope_parameters}")
 
 
 def _faults(kind: str, layers: int, state: Mapping[str, Tensor]) -> list[str]:
@@ -161,12 +167,13 @@ def _fitted(config: Eagle1Config, state: dict[str, Tensor], target: Facts, readi
 FAMILIES.register("eagle1")(
     Family(
         name="eagle1",
-        build=lambda config: Eagle1Draft(Eagle1Config.from_dict(config)),
+        build=lambda config: Eagle1Draft.untrained(Eagle1Config.from_dict(config)),
         fresh=lambda target, vocabulary, seed: fresh_eagle1(target, seed),
         recognises=lambda checkpoint: kind_of(checkpoint) is not None,
         architectures=tuple(ARCHITECTURES),
         read=read,
         options=("trainer",),
+        check_state=check_state,
         writers=WRITERS,
         refusal="an Eagle1 draft reads the target's states and has no file that all engines load alike, nor one of "
         "{format}; export it for vllm or for sglang",
