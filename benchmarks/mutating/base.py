@@ -57,11 +57,12 @@ def may_become(**fields: Any) -> Expect:
 
 @dataclass(frozen=True)
 class Mutation:
-    """``apply`` does to a copy of the source's folder what ``what`` says; a refusal must hold one of ``names``."""
+    """``apply`` does to a copy of the source's folder what ``what`` says, and says where it lies if that is elsewhere
+    now; a refusal must hold one of ``names``."""
 
     kind: str
     what: str
-    apply: Callable[[Path], None]
+    apply: Callable[[Path], Any]
     names: tuple[str, ...]
     expect: Expect
 

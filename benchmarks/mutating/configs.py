@@ -163,8 +163,9 @@ def _rope(source: Source, raw: dict[str, Any]) -> dict[Path_, Rule]:
         return Expect(True, (Change({"rope_parameters": new}), Change()), ("rope",))
 
     def gone(several: bool, **changes: Any) -> Expect:
+        """What is left out of one form may still stand in the other; where another value is taken, that is told."""
         if several:
-            return EITHER
+            return Expect(True, (Change(), *other(False, **changes).reads))
         return Expect(True, other(False, **changes).reads)
 
     keys: dict[Path_, Rule] = {}
@@ -286,7 +287,7 @@ def _word(path: Path_) -> tuple[str, ...]:
 # What a change of a key is told by elsewhere: the tensors that it contradicts.
 ALSO = {
     "hidden_size": ("fc.weight", "hidden", "width"),
-    "num_attention_heads": ("heads", "q_proj"),
+    "num_attention_heads": ("heads", "q_proj", "k_proj"),
     "num_key_value_heads": ("key heads", "k_proj"),
     "head_dim": ("heads", "q_proj"),
     "intermediate_size": ("mlp",),
@@ -301,7 +302,7 @@ ALSO = {
     "fc_norm": ("norm_before_fc", "fc_norm"),
     IDS: ("taps", "feature", "fc.weight"),
     "eagle_config": ("taps", "feature"),
-    "speculators_model_type": ("speculator", "architectures", "num_attention_heads"),
+    "speculators_model_type": ("speculator", "architectures", "num_attention_heads", "transformer_layer_config"),
     "transformer_layer_config": ("num_attention_heads", "hidden_size"),
     "model_type": ("q_norm",),
     "use_sliding_window": ("layer_types",),

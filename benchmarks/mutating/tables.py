@@ -64,7 +64,7 @@ def _floats(source: Source, state: State) -> list[str]:
 
 
 def _said(name: str) -> tuple[str, ...]:
-    return (ours(name), name, "layers.")
+    return (ours(name), name, "layers.", "later.")
 
 
 def numbers(source: Source, rng: random.Random) -> Mutation:

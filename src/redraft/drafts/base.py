@@ -127,6 +127,8 @@ class Draft(nn.Module, ABC):
     GROUPS: ClassVar[Mapping[str, tuple[str, ...]]]
     # Parameters whose rows are the tokens of :meth:`vocabulary`, in its order.
     TOKEN_ROWS: ClassVar[tuple[str, ...]] = ()
+    # Tensors that a draft may have of its own, or borrow of its target.
+    BORROWED: ClassVar[tuple[str, ...]] = ()
 
     # Whether :meth:`proposer` grows trees too (:class:`TreeProposer`).
     grows_trees: ClassVar[bool] = False

@@ -47,6 +47,7 @@ ROPE_NUMBERS = {
     "partial_rotary_factor": 0.0,
 }
 ROPE_LISTS = ("short_factor", "long_factor")
+ROPE_VALUES = (*ROPE_NUMBERS, *ROPE_LISTS, "original_max_position_embeddings", "truncate")
 # Kinds that are told by a factor; below 1 it would stretch what it is meant to squeeze.
 SCALED = ("linear", "dynamic", "yarn", "llama3")
 
@@ -206,12 +207,12 @@ class LayerReader:
         """
         values = self.values
         places = {key: values.get(key) or {} for key in ("rope_parameters", "rope_scaling")}
-        if not all(isinstance(place, dict) for place in places.values()):
-            shown = " and ".join(repr(place)[:60] for place in places.values())
-            self.refuse([f"rotary settings {shown}"])
+        for key, place in places.items():
+            if not isinstance(place, dict):
+                raise values.refuse(key, "an object of rotary settings")
+            if any(isinstance(value, dict) for value in place.values()):
+                self.refuse([f"{key} by kinds of layers"])
         rope, scaling = places.values()
-        if any(isinstance(value, dict) for value in (*rope.values(), *scaling.values())):
-            self.refuse(["rope_parameters by kinds of layers"])
         for key in places:
             self._check_rope(Values(places[key], values.path, f"{values.inside}{key}."))
         theta, share = values.number("rope_theta"), values.number("partial_rotary_factor", most=1.0)
@@ -272,6 +273,12 @@ class LayerReader:
                 f"rope_theta {theta} and that of rope_parameters disagree; {merged['rope_theta']} was taken, as "
                 "transformers does"
             )
+        overruled = sorted(
+            {k for place in (rope, scaling) for k, v in place.items() if k in ROPE_VALUES and v not in (None, merged.get(k))}
+        )
+        if overruled:
+            taken = ", ".join(f"{key} {merged.get(key)}" for key in overruled)
+            self.reading.notes.append(f"rope_parameters and rope_scaling disagree; {taken} was taken, as transformers does")
         told = [key for key in ("rope_parameters", "rope_scaling", "rope_theta") if self.values.get(key)]
         word = ", ".join(map(self.values.word, told)) if told else USUAL
         self.reading.take("rope_parameters", merged, "read" if told else "defaulted", word)
