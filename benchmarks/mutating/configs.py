@@ -309,6 +309,7 @@ ALSO = {
     "sliding_window": ("layer_types",),
     "norm_before_residual": ("norm_output",),
     "factor": ("rope",),
+    "rope_type": ("rope_parameters", "rope_scaling"),
 }
 
 

@@ -291,13 +291,16 @@ def code(source: Source, rng: random.Random) -> Mutation:
             names = {"AutoConfig": f"{file[:-3]}.Config", "AutoModelForCausalLM": f"{file[:-3]}.Model"}
             path.write_text(json.dumps({**json.loads(path.read_text()), "auto_map": names}))
 
-    return mutation("code", f"{file}{', asked for by auto_map' * asked}", apply, ("auto_map",), REFUSE if asked else SAME)
+    expect = REFUSE if asked else SAME
+    if asked and source.family == "standalone":
+        expect = Expect(True, SAME.reads, ("auto_map",))  # a Llama is one whatever code lies beside it, and that is said
+    return mutation("code", f"{file}{', asked for by auto_map' * asked}", apply, ("auto_map",), expect)
 
 
 NAMES = (
     *("eagle3", "my-eagle-draft", "dflash", 'a "quoted" name', "it's", "two\nlines", "[bold]x[bold]", "[red]", "%s {0} {x}"),
     *("$(echo x)", "`echo x`", "a;b&c|d", "-o", "--help", " spaces ", "tab\there", "\x1b[31mred", "ü-日本-😀", "\u202ereversed"),
-    *("x" * 250, "x" * 255, "not-utf8-\udcff", "embedded:nobody", "model.safetensors", "a\\b", "*?", "~", "..."),
+    *("x" * 250, "x" * 255, "not-utf8-\udcff", "embedded:nobody", "weights.safetensors", "a\\b", "*?", "~", "..."),
 )
 
 
@@ -314,9 +317,9 @@ def named(source: Source, rng: random.Random) -> Mutation:
             shutil.move(file, place / file.name)
         return place
 
-    expect = REFUSE if broken else SAME
+    expect = REFUSE if broken else EITHER if "\udcff" in name else SAME  # not every library takes any bytes for a name
     shown = f"{name[:40]!r}{', its weights empty' * broken}"
-    return mutation("name of the folder", shown, apply, (source.weights.name, "safetensors"), expect)
+    return mutation("name of the folder", shown, apply, (source.weights.name, "safetensors", "weight file"), expect)
 
 
 MAKERS = (damaged, damaged, special, special, several, several, pickled, pickled, pickled, sidecar, sidecar, code, named)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mutating import language
 from mutating.answers import STEPS, Answer
 from mutating.base import Change, Mutation
 from mutating.sources import Source, _fields
@@ -87,7 +88,7 @@ def _refused(mutation: Mutation, text: str) -> tuple[str, str]:
 
 def compared(source: Source, mutation: Mutation, opened: OpenDraft) -> tuple[str, str]:
     """Whether the draft is one of those that the mutation may mean: by its config, its vocabulary and its logits."""
-    draft: Any = opened.draft.float().merged().bind(source.lender).eval()
+    draft = _ready(source, opened)
     whys = []
     for change in mutation.expect.reads:
         why = _differs(source, change, draft)
@@ -101,6 +102,12 @@ def compared(source: Source, mutation: Mutation, opened: OpenDraft) -> tuple[str
     return "wrong", "; or ".join(whys)[:400]
 
 
+def _ready(source: Source, opened: OpenDraft) -> Any:
+    """The draft as one dense module in float32, on the tables of its target."""
+    draft: Any = opened.draft.float().merged().eval()
+    return draft if source.family == "standalone" else draft.bind(source.lender)
+
+
 def meant(source: Source, change: Change) -> Answer:
     """The judge's draft of this meaning."""
     tensors = {**source.state, **change.tensors}
@@ -110,6 +117,13 @@ def meant(source: Source, change: Change) -> Answer:
 
 def _differs(source: Source, change: Change, draft: Any) -> str:
     """In what the draft is not what the change means; nothing where it is."""
+    if source.family == "standalone":
+        tensors = {name: t for name, t in {**source.state, **change.tensors}.items() if t is not None}
+        wanted = language.logits({**source.fields, **change.fields}, tensors, source.given.ids)
+        with torch.inference_mode():
+            found = draft.model.eval()(source.given.ids[None]).logits[0]
+        same = found.shape == wanted.shape and torch.allclose(found, wanted, atol=1e-4, rtol=1e-4)
+        return "" if same else "the language model says something else"
     answer, found = meant(source, change), _fields(draft)
     for name, value in answer.fields.items():
         if name in LOOSE or name not in found:
@@ -133,8 +147,7 @@ def _plain(value: Any) -> Any:
 
 def checked(source: Source) -> None:
     """Raise where the judge and the package do not agree on the good checkpoint itself: then the judge is wrong."""
-    opened = source.opened()
-    draft = opened.draft.float().merged().bind(source.lender).eval()
+    draft = _ready(source, source.opened())
     if why := _differs(source, Change(), draft):
         raise AssertionError(f"the judge does not know {source.name}: {why}")
 

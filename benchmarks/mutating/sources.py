@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from mutating.answers import Input
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from trainers.compare import Lender
 from transformers import LlamaConfig
@@ -171,7 +172,16 @@ def sources(scratch: Path, wanted: tuple[str, ...] | None = None) -> list[Source
                     raise
                 one.options = {"trainer": "specforge-0.2"}
                 found.append(one.learnt())
-    return found + list(_artifacts())
+    return [*found, *_artifacts(), _language_model()]
+
+
+def _language_model() -> Source:
+    """A small Llama with its tokenizer, as a standalone draft of itself."""
+    folder = ARTIFACTS / "run" / "target"
+    facts = read_facts(str(folder))
+    source = Source("language model", folder, facts, *_borrowed(facts), family="standalone")
+    source.fields, source.state = source.raw, load_file(source.weights)
+    return source
 
 
 def copied(source: Source, place: Path) -> Path:
