@@ -43,4 +43,27 @@ speculators 0.7.0 5.10.2
 speculators 0.8.1 5.16.0 hs-connectors==0.8.1
 speculators 0.9.0 5.19.0 hs-connectors==0.9.0
 
+# alone NAME PACKAGE PACKAGES..: a trainer without what it pins, beside what its imports need
+alone() {
+    name=$1
+    package=$2
+    shift 2
+    environment "$name" "$@"
+    "$environments/$name/bin/pip" install -q --no-deps "$package"
+}
+
+alone modelopt nvidia-modelopt==0.47.0 transformers==5.14.1 accelerate peft nvidia-ml-py omegaconf "pulp<4" scipy \
+    ninja psutil pandas requests
+"$environments/modelopt/bin/python" "$here/make_modelopt.py" "$cases"
+
+alone automodel nemo-automodel==0.7.0 transformers==5.18.0 datasets pillow torchao torchdata psutil pandas requests
+"$environments/automodel/bin/python" "$here/make_automodel.py" "$cases"
+
+alone angelslim angelslim==0.5.0 transformers==5.14.1 datasets accelerate pillow shortuuid requests psutil
+"$environments/angelslim/bin/python" "$here/make_angelslim.py" "$cases"
+
+# EAGLE names a checkout of SafeAILab/EAGLE, whose trainer of EAGLE-3 is in no package.
+alone safeailab eagle-llm==1.2.1 transformers==4.57.6 accelerate psutil
+"$environments/safeailab/bin/python" "$here/make_safeailab.py" "$cases" ${EAGLE:+--repository "$EAGLE"}
+
 python "$here/compare.py" "$cases" --out "$here/../results/trainers.json"
