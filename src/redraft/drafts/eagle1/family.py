@@ -35,7 +35,7 @@ from redraft.drafts.eagle.writing import LayerWriter, in_layers, legacy_config, 
 from redraft.drafts.eagle1.module import Eagle1Config, Eagle1Draft, fresh_eagle1
 from redraft.drafts.formats import others
 from redraft.drafts.formats.embeddings import compare
-from redraft.drafts.formats.layers import LayerReader
+from redraft.drafts.formats.layers import LayerReader, by_our_names
 from redraft.drafts.formats.meaning import Reading
 from redraft.drafts.formats.reading import (
     Checkpoint,
@@ -62,7 +62,6 @@ READ = (
 )
 ARCHITECTURES = {"EagleLlamaForCausalLM": "vllm", "LlamaForCausalLMEagle": "sglang"}
 ORIGINAL = "LlamaForCausalLM"
-FEW = (1, 2, 3, 4)  # layers of a draft, of which one is read; with more a checkpoint is a language model
 
 
 def kind_of(checkpoint: Checkpoint) -> str | None:
@@ -75,11 +74,7 @@ def kind_of(checkpoint: Checkpoint) -> str | None:
     for architecture, kind in ARCHITECTURES.items():
         if architecture in checkpoint.architectures:
             return kind
-    if (
-        ORIGINAL not in checkpoint.architectures
-        or raw.get("num_hidden_layers", 1) not in FEW
-        or "speculators_model_type" in raw
-    ):
+    if ORIGINAL not in checkpoint.architectures or "speculators_model_type" in raw:
         return None
     found = set(read_state(checkpoint.folder, []))
     other = {"norm.weight", "midlayer.hidden_norm.weight", "midlayer.input_layernorm.weight"}
@@ -104,11 +99,12 @@ def read(
         raise UserError(f"{folder} has {found[0]}, which is not read; {found[1]}")
     values = Values(raw, path)
     layer = LayerReader(values, facts_of(state), reading)
-    layer.refuse(layer.faults(("llama", "eagle"), _faults(values)))
+    layer.refuse(layer.faults(("llama", "eagle")))
     said = values.flag("bias")
     biased = {"vllm": False, "sglang": True}.get(kind, said is not False)
     fields = layer.sizes() | layer.attention(False)
-    if any(layer.windows(1)):
+    fields["num_layers"] = layer.layers()
+    if any(layer.windows(fields["num_layers"])):
         layer.refuse(["sliding_attention"])
     rows = layer.size("vocab_size", EMBEDDING, 0, "target_vocab_size")
     fields["rope_parameters"] = layer.rope(fields["max_position_embeddings"], partial=False)
@@ -116,6 +112,7 @@ def read(
     if target is not None:
         config = _fitted(config, state, target, reading)
         config.check_fit(target)
+    state = by_our_names(state, config.num_layers)
     draft = build_untrained(lambda: Eagle1Draft.untrained(config), path)
     check_tensors(state, draft.state_dict(), folder)
     check_state(state, draft, path)
@@ -134,11 +131,6 @@ def check_state(state: Mapping[str, Tensor], draft: Eagle1Draft, where: Any) -> 
     """Raise ``UserError`` where rotary settings of a draft of our own format tell no angles."""
     if not draft.rotary.usable:
         raise UserError(f"{where}: rotary settings that tell no angles: {draft.config.rope_parameters}")
-
-
-def _faults(values: Values) -> list[str]:
-    layers = values.whole("num_hidden_layers", most=1 << 16)
-    return [] if layers in (None, 1) else [f"num_hidden_layers {layers}"]
 
 
 def _fitted(config: Eagle1Config, state: dict[str, Tensor], target: Facts, reading: Reading) -> Eagle1Config:

@@ -16,7 +16,7 @@ from redraft.artifact import dtype_name
 from redraft.drafts.base import Family
 from redraft.drafts.eagle.writing import LayerWriter, in_layers, layer_config, legacy_config, prepare
 from redraft.drafts.eagle3.module import Eagle3Config, Eagle3Draft, fresh_draft
-from redraft.drafts.eagle3.reading import ARCHITECTURES, check_taps, check_state, check_vocabulary_map, read, recognises
+from redraft.drafts.eagle3.reading import ARCHITECTURES, check_state, check_taps, check_vocabulary_map, read, recognises
 from redraft.drafts.formats.base import Format
 from redraft.errors import UserError
 from redraft.registries import EXPORTERS, FAMILIES
