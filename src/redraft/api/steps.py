@@ -195,7 +195,7 @@ def import_draft(
         print(redraft.import_draft("someones-draft", "draft", target="my-model"))
     """
     s, info = checked(ImportSettings, locals()), None if target is None else target_info(target)
-    options = {"taps": s.taps or None, "trainer": s.trainer}
+    options: dict[str, Any] = {"taps": s.taps or None, "trainer": s.trainer}
     found = open_checkpoint(s.source, info, needs_target=False, **options)
     draft, reading = found.draft, found.reading or Reading("redraft")
     if info is not None:
