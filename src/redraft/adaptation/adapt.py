@@ -151,10 +151,12 @@ class AdaptRun(Run[AdaptConfig]):
         rows = self.training_rows()
         job.start(lambda: self.start_context(rows))
         job.prepare()
-        result = job.train(rows, supervised_rows(self.source.heldout)) if job.trained else None
+        heldout = supervised_rows(self.source.heldout)
+        result = job.train(rows, heldout) if job.trained else None
+        new = job.judge(heldout).kept == "new"
         job.save()
-        share, total = trained_parameters(job.draft, c.method), sum(p.numel() for p in job.draft.parameters())
-        part = self.folder / "private" / PRIVATE_FILE
+        share = trained_parameters(job.draft, c.method) if new else 0
+        total, part = sum(p.numel() for p in job.draft.parameters()), self.folder / "private" / PRIVATE_FILE
         alone = f", what was trained in {part.parent} ({part.stat().st_size / 1e6:.1f} MB)" if part.exists() else ""
         self.say(f"saved: {share:,} trained of {total:,} parameters; the draft in {self.folder / 'merged'}{alone}")
         if result:

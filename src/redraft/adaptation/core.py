@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from redraft import provenance
+from redraft.acceptance.simulate import simulate_greedy_chain, tau_of
 from redraft.adaptation.models import open_draft
 from redraft.adaptation.runs import Log, add_forward, half, record_of, row_tokens
 from redraft.artifact import atomic_write_json, read_checked, read_json, write_checked
@@ -94,6 +95,27 @@ def run_training(trainer: Trainer, log: Log) -> TrainResult:
     return result
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """Held-out tau of the old draft and of the new one, each in the type that it would be stored in.
+
+    Of a greedy chain of ``gamma`` on the target's own answers to ``prompts`` held-out prompts. ``kept`` says which of
+    the two was saved: "new" where it is better, else "old".
+    """
+
+    old: float
+    new: float
+    gamma: int
+    prompts: int
+
+    @property
+    def kept(self) -> str:
+        return "new" if self.new > self.old else "old"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**vars(self), "kept": self.kept}
+
+
 # -- the recipe --------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Plan:
@@ -110,7 +132,8 @@ class Adaptation:
     """One draft on its way from what it was to what it is trained to be. A killed one, done again, goes on.
 
     The steps, in this order: ``start`` (where the plan names one), ``prepare``, ``train`` (features and replay
-    included), ``save``. ``old`` stays as it is; ``draft`` is what has become of a copy of it.
+    included), ``judge`` (where what is saved must not be worse than what was given), ``save``. ``old`` stays as it is;
+    ``draft`` is what has become of a copy of it.
     """
 
     def __init__(
@@ -137,6 +160,7 @@ class Adaptation:
         self.trained: list[str] = []
         self.results: list[TrainResult] = []
         self.flops = 0
+        self.verdict: Verdict | None = None
         if store is not None:
             self.store = store
 
@@ -223,6 +247,34 @@ class Adaptation:
         self.log.say(f"replay: {found.summary()}")
         return found.weights
 
+    # -- whether it is better ----------------------------------------------------------------------------------------
+    def judge(self, heldout: Sequence[Row]) -> Verdict:
+        """Measure the old draft and the new one on held-out answers; where the new one is no better, the old one is
+        what is saved, with nothing trained.
+
+        Both are measured as they would be stored: rounding, a change told in few bits, and a start that was itself a
+        loss are in the figure, which training's own best one does not have. Raises ``UserError``.
+        """
+        self.features("features held-out", heldout)
+        gamma, count = self.plan.train.gamma, sum(map(anchors, heldout))
+        taus = []
+        with self.log.counted("guard", 2 * count) as (entry, progress):
+            for number, draft in enumerate((half(self.old.draft), self.stored[0]), 1):
+                served = half(draft).float().to(self.target.device).eval().bind(self.target)
+                rounds = simulate_greedy_chain(served, self.target, heldout, self.store, gamma)
+                taus.append(tau_of(rounds, heldout))
+                add_forward(entry, served, count * gamma)
+                progress.update(number * count)
+        self.verdict = found = Verdict(*taus, gamma, len(heldout))
+        if found.kept == "old" and self.changed:
+            self.log.say(
+                f"the new draft's held-out tau, {found.new:.3f}, is not above the old one's, {found.old:.3f}: "
+                "the old draft is kept as it was; give more or other prompts, or another method"
+            )
+            self.started, self.draft, self.trained = StartResult(self.old.draft), copy.deepcopy(self.old.draft), []
+            self.__dict__.pop("stored")
+        return found
+
     # -- what comes of it ------------------------------------------------------------------------------------------
     @cached_property
     def stored(self) -> tuple[Draft, dict[str, Coarse]]:
@@ -238,8 +290,12 @@ class Adaptation:
         return list(dict.fromkeys([*self.trained, *self.started.changed]))
 
     def meta(self, **more: Any) -> dict[str, Any]:
-        """What the saved draft says of itself."""
-        return draft_meta(self.target, self.plan.method, self.plan.train.seed, **more)
+        """What the saved draft says of itself; of an old one that was kept, the method that it came with."""
+        method = self.plan.method
+        if self.verdict is not None:
+            more["guard"] = self.verdict.to_dict()
+            method = method if self.verdict.kept == "new" else self.old.meta.get("method")
+        return draft_meta(self.target, method, self.plan.train.seed, **more)
 
     def save(self) -> None:
         """``private`` in the folder with only what was trained, and ``merged``, the whole.
