@@ -62,7 +62,7 @@ def furnished(tmp_path_factory: pytest.TempPathFactory, builders: Any) -> Path:
     target.save(folder / "base-model")
     lora = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
     peft.get_peft_model(copy.deepcopy(target.model), lora).save_pretrained(folder / "my-adapter")
-    EXPORTERS.get("plain")(fresh_draft(target, range(4, 100), seed=1), folder / "old-draft", target)
+    EXPORTERS.get("plain")(fresh_draft(target, range(4, 60), seed=1), folder / "old-draft", target)
     generator = torch.Generator().manual_seed(1)
     for weight in target.model.parameters():
         weight.data += 0.02 * torch.randn(weight.shape, generator=generator)

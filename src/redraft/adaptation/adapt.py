@@ -11,6 +11,7 @@ from typing import Any
 
 from redraft import provenance
 from redraft.adaptation.bench import measure
+from redraft.adaptation.cards import run_card
 from redraft.adaptation.claim import claim_run
 from redraft.adaptation.core import Adaptation, Plan, open_old
 from redraft.adaptation.models import contestants, open_draft, open_target, prompt_rows, settle_template
@@ -25,6 +26,7 @@ from redraft.drafts.groups import trained_parameters
 from redraft.drafts.opening import AnyDraft, OpenDraft
 from redraft.errors import UserError
 from redraft.evaluate.speed import BenchConfig
+from redraft.reports.card import write_card
 from redraft.reports.page import build_report
 from redraft.rows import mix
 from redraft.selection.manifest import Manifest, choose, read_manifest
@@ -97,6 +99,7 @@ class AdaptRun(Run[AdaptConfig]):
         self.train()
         self.export()
         result = self.bench()
+        self.cards()
         self.report()
         return result
 
@@ -197,6 +200,13 @@ class AdaptRun(Run[AdaptConfig]):
         atomic_write_json(path, result)
         self.say(f"bench: {len(prompts)} prompts in {time.monotonic() - began:.0f} s")
         return result
+
+    def cards(self) -> None:
+        """Those of the exports, and of the drafts that the run keeps."""
+        super().cards()
+        for name in ("merged", "private"):
+            if (self.folder / name).is_dir():
+                write_card(self.folder / name, run_card(self.folder, name, self.aligned, self.target))
 
     def report(self, page: Path | None = None, summary: Path | None = None) -> Path:
         """The HTML page of this run, with the ``summary`` of a quickstart."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -100,20 +100,14 @@ class Verdict:
     """Held-out tau of the old draft and of the new one, each in the type that it would be stored in.
 
     Of a greedy chain of ``gamma`` on the target's own answers to ``prompts`` held-out prompts. ``kept`` says which of
-    the two was saved: "new" where it is better, else "old".
+    the two is saved.
     """
 
     old: float
     new: float
     gamma: int
     prompts: int
-
-    @property
-    def kept(self) -> str:
-        return "new" if self.new > self.old else "old"
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**vars(self), "kept": self.kept}
+    kept: Literal["old", "new"]
 
 
 # -- the recipe --------------------------------------------------------------------------------------------------------
@@ -248,24 +242,28 @@ class Adaptation:
         return found.weights
 
     # -- whether it is better ----------------------------------------------------------------------------------------
-    def judge(self, heldout: Sequence[Row]) -> Verdict:
+    def judge(self, heldout: Sequence[Row], tie: Literal["old", "new"] = "old") -> Verdict:
         """Measure the old draft and the new one on held-out answers; where the new one is no better, the old one is
-        what is saved, with nothing trained.
+        what is saved, with nothing trained. Of two that are equal, ``tie`` is.
 
         Both are measured as they would be stored: rounding, a change told in few bits, and a start that was itself a
         loss are in the figure, which training's own best one does not have. Raises ``UserError``.
         """
         self.features("features held-out", heldout)
         gamma, count = self.plan.train.gamma, sum(map(anchors, heldout))
-        taus = []
         with self.log.counted("guard", 2 * count) as (entry, progress):
-            for number, draft in enumerate((half(self.old.draft), self.stored[0]), 1):
+
+            def tau(draft: Draft) -> float:
                 served = half(draft).float().to(self.target.device).eval().bind(self.target)
-                rounds = simulate_greedy_chain(served, self.target, heldout, self.store, gamma)
-                taus.append(tau_of(rounds, heldout))
                 add_forward(entry, served, count * gamma)
-                progress.update(number * count)
-        self.verdict = found = Verdict(*taus, gamma, len(heldout))
+                return tau_of(simulate_greedy_chain(served, self.target, heldout, self.store, gamma), heldout)
+
+            old = tau(self.old.draft)
+            progress.update(count)
+            new = tau(self.stored[0])
+            progress.update(2 * count)
+        kept: Literal["old", "new"] = tie if new == old else "new" if new > old else "old"
+        self.verdict = found = Verdict(old, new, gamma, len(heldout), kept)
         if found.kept == "old" and self.changed:
             self.log.say(
                 f"the new draft's held-out tau, {found.new:.3f}, is not above the old one's, {found.old:.3f}: "
@@ -291,9 +289,9 @@ class Adaptation:
 
     def meta(self, **more: Any) -> dict[str, Any]:
         """What the saved draft says of itself; of an old one that was kept, the method that it came with."""
-        method = self.plan.method
+        method: str | None = self.plan.method
         if self.verdict is not None:
-            more["guard"] = self.verdict.to_dict()
+            more["guard"] = vars(self.verdict)
             method = method if self.verdict.kept == "new" else self.old.meta.get("method")
         return draft_meta(self.target, method, self.plan.train.seed, **more)
 

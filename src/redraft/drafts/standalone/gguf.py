@@ -34,7 +34,7 @@ from redraft.loading import gguf_of
 from redraft.registries import EXPORTERS
 from redraft.target import Facts
 
-FILE = "model.gguf"
+FILE, CARD = "model.gguf", "README.md"
 # Numbers of the format: data type of a tensor, and of the file as a whole.
 TYPES = {torch.float32: ("F32", 0), torch.float16: ("F16", 1), torch.bfloat16: ("BF16", 32)}
 # Numbers of the format: types of values, and of tokens.
@@ -71,7 +71,7 @@ class GgufWriter:
         state, source = dense.stored(), gguf_of(target.name)
         fields = token_fields(dense.tokenizer, dense.config.draft_vocab_size, source)
         written = dict(gguf_tensors(dense.model, state))
-        with atomic_folder(folder, tensors_bytes(written) + OTHER_BYTES, {FILE}) as new:
+        with atomic_folder(folder, tensors_bytes(written) + OTHER_BYTES, {FILE, CARD}) as new:
             _write(new / FILE, dense, target, written, fields)
             _check_file(new / FILE, written, fields)
         # llama.cpp's server with this draft at a fixed length: it proposes every token, however unsure it is.
