@@ -98,7 +98,7 @@ HOSTILE = [
     "</script><img src=x onerror=alert(1)>",
     "x\n---\nlicense: mit",
     "[click](javascript:alert(1)) | **bold** https://example.org",
-    'quote" \' \\ {{ 7*7 }} &amp; $x$ #tag @name',
+    "quote\" ' \\ {{ 7*7 }} &amp; $x$ #tag @name",
     "\u202egnp.exe \u200b\x1b[31m",
     "- [ ] yes: no",
     "```\n# heading",
