@@ -23,7 +23,8 @@ WORDS = "one two three four five six seven eight nine ten apples pears boxes cos
 # What keeps a tiny run short, behind what the page says.
 SMALL = {
     "probe": "--limit 6 --max-new-tokens 12",
-    "adapt": "--max-new-tokens 12 --heldout-prompts 8 --bench-prompts 4 --bench-tokens 8 --train epochs=1",
+    "adapt": "--max-new-tokens 12 --heldout-prompts 8 --bench-prompts 4 --bench-tokens 8 --train epochs=2 "
+    "--train learning_rate=0.02 --train evaluate_every=1",
     "regenerate": "--max-new-tokens 12",
     "bench": "--limit 4 --max-new-tokens 8",
     "watch": "--max-new-tokens 8",
