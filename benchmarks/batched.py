@@ -28,6 +28,7 @@ from redraft.decode.accept import accept_chains
 from redraft.decode.engine import for_decoding
 from redraft.decode.requests import Generation, Round, Uniforms, check_room, trim
 from redraft.drafts.base import Draft
+from redraft.drafts.layers import Attend, attend_causally
 from redraft.errors import UserError
 from redraft.sampling import draw, warp
 from redraft.settings.sampler import Sampler
@@ -39,31 +40,44 @@ Done = Callable[[int, Generation], None]
 
 
 class DraftSlots:
-    """Keys and values [B, K, C, W] of the draft's one layer, and how many verified pairs each slot holds."""
+    """Keys and values [B, K, C, W] of every layer of the draft, and how many verified pairs each slot holds."""
 
     def __init__(self, draft: Draft, size: int, capacity: int) -> None:
         config, like = draft.config, draft.fc.weight
-        self.capacity = capacity
-        self.keys = like.new_zeros(size, config.num_key_value_heads, capacity, config.head_dim)
-        self.values = torch.zeros_like(self.keys)
+        self.capacity, self.windows = capacity, config.reach
+        shape = (config.num_layers, size, config.num_key_value_heads, capacity, config.head_dim)
+        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
         self.lengths = torch.zeros(size, dtype=torch.long, device=like.device)
 
-    def attend(self, at_BT: Tensor, query_BTQW: Tensor, key_BTKW: Tensor, value_BTKW: Tensor) -> Tensor:
-        """Write the new keys at the given columns of all slots; each query sees its slot up to itself."""
-        write(self.keys, key_BTKW, at_BT)
-        write(self.values, value_BTKW, at_BT)
+    def extend(self, at_BT: Tensor) -> list[Attend]:
+        """Each layer's way to write new keys at these columns of all slots; each query sees its slot up to itself."""
+        return [functools.partial(self.attend, number, at_BT) for number in range(len(self.windows))]
+
+    def attend(self, number: int, at_BT: Tensor, query_BTQW: Tensor, key_BTKW: Tensor, value_BTKW: Tensor) -> Tensor:
+        """Mixed values [B, T, Q, W] of a layer."""
+        keys, values, window = self.keys[number], self.values[number], self.windows[number]
+        write(keys, key_BTKW, at_BT)
+        write(values, value_BTKW, at_BT)
         mask_B1TC = causal_mask(at_BT, self.capacity)
-        query_BQTW = query_BTQW.transpose(1, 2)
-        mixed = F.scaled_dot_product_attention(query_BQTW, self.keys, self.values, attn_mask=mask_B1TC, enable_gqa=True)
+        if window:
+            mask_B1TC = mask_B1TC & ~causal_mask(at_BT - window, self.capacity)
+        mixed = F.scaled_dot_product_attention(
+            query_BTQW.transpose(1, 2), keys, values, attn_mask=mask_B1TC, enable_gqa=True
+        )
         return mixed.transpose(1, 2)
 
-    def fill(self, rows_b: Tensor, query_bTQW: Tensor, key_bTKW: Tensor, value_bTKW: Tensor) -> Tensor:
-        """Write the keys of prompts into emptied slots; each query sees the new keys up to its own."""
+    def fill(self, rows_b: Tensor) -> list[Attend]:
+        """Each layer's way to write the keys of prompts into emptied slots; each query sees those up to its own."""
+        return [functools.partial(self.write_prompt, number, rows_b) for number in range(len(self.windows))]
+
+    def write_prompt(
+        self, number: int, rows_b: Tensor, query_bTQW: Tensor, key_bTKW: Tensor, value_bTKW: Tensor
+    ) -> Tensor:
+        """Mixed values [b, T, Q, W] of a layer."""
         key_bKTW, value_bKTW = key_bTKW.transpose(1, 2), value_bTKW.transpose(1, 2)
         tokens = key_bKTW.shape[2]
-        self.keys[rows_b, :, :tokens], self.values[rows_b, :, :tokens] = key_bKTW, value_bKTW
-        query_bQTW = query_bTQW.transpose(1, 2)
-        mixed = F.scaled_dot_product_attention(query_bQTW, key_bKTW, value_bKTW, is_causal=True, enable_gqa=True)
+        self.keys[number, rows_b, :, :tokens], self.values[number, rows_b, :, :tokens] = key_bKTW, value_bKTW
+        mixed = attend_causally(query_bTQW.transpose(1, 2), key_bKTW, value_bKTW, self.windows[number])
         return mixed.transpose(1, 2)
 
 
@@ -200,7 +214,7 @@ class BatchedChainDecoder:
         if pairs:
             positions_bT = torch.arange(pairs, device=device).expand(len(group), pairs)
             embeds, states = draft.embed(ids_bT[:, 1:], target.embedding), draft.fuse(step.taps_BTKH[:, :-1])
-            draft(embeds, states, positions_bT, functools.partial(flight.draft_cache.fill, rows_b))
+            draft(embeds, states, positions_bT, flight.draft_cache.fill(rows_b))
         flight.draft_cache.lengths[rows_b] = ends_b - 1
         logits_bV = target.logits(step.hidden_BTH[torch.arange(len(group), device=device), ends_b - 1])
         for i, (row, (index, (_, seed))) in enumerate(zip(free, group.items(), strict=True)):
@@ -258,9 +272,7 @@ class BatchedChainDecoder:
         width = max(counts)
         ids_BT, taps_BTF, fed_B = self._pending(flight)
         at_BT = cache.lengths[:, None] + torch.arange(ids_BT.shape[1], device=ids_BT.device)
-        states_BTH = draft(
-            draft.embed(ids_BT, embedding), draft.fuse(taps_BTF), at_BT, functools.partial(cache.attend, at_BT)
-        )
+        states_BTH = draft(draft.embed(ids_BT, embedding), draft.fuse(taps_BTF), at_BT, cache.extend(at_BT))
         rows_B = torch.arange(len(counts), device=ids_BT.device)
         states_BH = states_BTH[rows_B, fed_B - 1]
         cache.lengths += fed_B
@@ -276,9 +288,8 @@ class BatchedChainDecoder:
             tokens.append(self.vocabulary[index_B])
             if i + 1 < width:
                 at_B1 = (cache.lengths + i)[:, None]
-                attend = functools.partial(cache.attend, at_B1)
                 embeds_B1H = draft.embed(tokens[-1][:, None], embedding)
-                states_BH = draft(embeds_B1H, draft.carry(states_BH)[:, None], at_B1, attend)[:, 0]
+                states_BH = draft(embeds_B1H, draft.carry(states_BH)[:, None], at_B1, cache.extend(at_B1))[:, 0]
         return _Proposal(torch.stack(tokens, 1), counts, torch.stack(probs, 1) if probs else None)
 
     def _pending(self, flight: _Flight) -> tuple[Tensor, Tensor, Tensor]:

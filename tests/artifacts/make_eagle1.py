@@ -45,7 +45,7 @@ def answer(draft: Eagle1Draft) -> list[list[float]]:
     states = torch.linspace(-1, 1, 4 * 8).reshape(4, 8).sin()
     embeds = torch.linspace(-2, 2, 4 * 8).reshape(4, 8).cos()
     with torch.no_grad():
-        return draft.logits(draft(embeds, draft.fuse(states), torch.arange(4), attend)).tolist()
+        return draft.logits(draft(embeds, draft.fuse(states), torch.arange(4), [attend])).tolist()
 
 
 def main(folder: Path) -> None:

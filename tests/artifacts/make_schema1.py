@@ -46,7 +46,7 @@ def answer(draft: Eagle3Draft) -> list[list[float]]:
     taps = torch.linspace(-1, 1, 4 * 24).reshape(4, 24).sin()
     embeds = torch.linspace(-2, 2, 4 * 8).reshape(4, 8).cos()
     with torch.no_grad():
-        return draft.logits(draft(embeds, draft.fuse(taps), torch.arange(4), attend)).tolist()
+        return draft.logits(draft(embeds, draft.fuse(taps), torch.arange(4), [attend])).tolist()
 
 
 def main(folder: Path) -> None:

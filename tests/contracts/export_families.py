@@ -146,8 +146,8 @@ def answer_eagle3(draft: Eagle3Draft) -> Tensor:
     table = torch.nn.Embedding.from_pretrained(torch.randn(40, config.hidden_size, generator=generator).to(dtype))
     embeds = draft.embed(torch.arange(7), table)
     with torch.no_grad():
-        first = draft(embeds, draft.fuse(taps), torch.arange(7), attend)
-        return draft.logits(draft(embeds, draft.carry(first), torch.arange(7), attend))
+        first = draft(embeds, draft.fuse(taps), torch.arange(7), [attend] * draft.config.num_layers)
+        return draft.logits(draft(embeds, draft.carry(first), torch.arange(7), [attend] * draft.config.num_layers))
 
 
 def check_eagle3_file(name: str, draft: Eagle3Draft, meta: dict[str, Any], state: dict[str, Tensor]) -> None:
@@ -163,7 +163,8 @@ EAGLE3 = Family(
     build=build_eagle3,
     answer=answer_eagle3,
     tolerance=1e-5,
-    formats=tuple(registries.FAMILIES.get("eagle3").writers),
+    # A GGUF file is read by llama.cpp alone: test_eagle3_gguf.py.
+    formats=tuple(name for name in registries.FAMILIES.get("eagle3").writers if name != "gguf"),
     options={
         "bare": ({}, set()),
         "full vocabulary": ({"draft_vocab_size": 40}, set()),
@@ -203,7 +204,7 @@ def answer_eagle1(draft: Eagle1Draft) -> Tensor:
     with torch.no_grad():
         for _ in range(2):
             alone = lambda query, keys, values: values.repeat_interleave(query.shape[1] // keys.shape[1], 1)  # noqa: E731
-            found = draft(embeds, draft.carry(found), torch.arange(7), alone)
+            found = draft(embeds, draft.carry(found), torch.arange(7), [alone] * draft.config.num_layers)
         return draft.logits(found)
 
 

@@ -48,8 +48,9 @@ def logits(draft: Draft, target: Target, seed: int = 0) -> Tensor:
     ids = torch.randint(0, target.vocab_size, (9,), generator=generator)
     taps = torch.randn(9, len(draft.config.taps) * target.hidden_size, generator=generator)
     embeds, positions = draft.embed(ids, target.embedding), torch.arange(9)
-    states = draft(embeds, draft.fuse(taps), positions, causal)
-    return draft.logits(draft(embeds, draft.carry(states), positions + 1, causal))
+    attends = [causal] * draft.config.num_layers
+    states = draft(embeds, draft.fuse(taps), positions, attends)
+    return draft.logits(draft(embeds, draft.carry(states), positions + 1, attends))
 
 
 def states(draft: Draft) -> dict[str, Tensor]:
@@ -76,8 +77,9 @@ def target(tiny_target) -> Target:
 def draft(request, target) -> Draft:
     """An old draft of each family, with every optional tensor that methods can name."""
     old = fresh(request.param, target, range(0, 120, 2), seed=3)
-    options = {"norm_before_fc": True} if request.param == "eagle3" else {"fc_bias": True}
-    draft = type(old)(replace(old.config, attention_bias=True, **options)).bind(target)
+    options = {"norm_before_fc": True} if request.param == "eagle3" else {}
+    layers = {"num_layers": 2, "qk_norm": True, "attention_bias": True, "fc_bias": True}
+    draft = type(old)(replace(old.config, **layers, **options)).bind(target)
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for name, parameter in draft.named_parameters():

@@ -41,7 +41,7 @@ def run(draft: Eagle3Draft, target: Target, seed: int = 0) -> torch.Tensor:
     taps = torch.randn(9, len(draft.config.taps) * target.hidden_size, generator=generator)
     with torch.no_grad():
         embeds = draft.embed(ids, target.embedding)
-        return draft.logits(draft(embeds, draft.fuse(taps), torch.arange(9), causal))
+        return draft.logits(draft(embeds, draft.fuse(taps), torch.arange(9), [causal] * draft.config.num_layers))
 
 
 @pytest.fixture

@@ -99,7 +99,7 @@ def test_the_forward_is_a_llama_layer_without_its_first_norm_over_embedding_and_
         return F.scaled_dot_product_attention(*args, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
 
     with torch.no_grad():
-        found = draft(embeds, draft.fuse(states), torch.arange(7), attend)
+        found = draft(embeds, draft.fuse(states), torch.arange(7), [attend])
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     assert draft.carry(found) is found
     assert torch.equal(draft.logits(found), target.logits(found))

@@ -155,7 +155,7 @@ def step(draft: Eagle3Draft, seed: int = 0) -> torch.Tensor:
     def attend(query, keys, values):
         return values.repeat_interleave(query.shape[1] // values.shape[1], 1)
 
-    return draft.logits(draft(embeds, draft.fuse(taps), torch.arange(7), attend))
+    return draft.logits(draft(embeds, draft.fuse(taps), torch.arange(7), [attend] * draft.config.num_layers))
 
 
 def test_one_expert_on_each_side_is_eda_bit_for_bit(draft):

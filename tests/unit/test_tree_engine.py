@@ -172,13 +172,12 @@ class Recomputed:
     def __call__(self, path: tuple[int, ...]) -> torch.Tensor:
         draft, embedding = self.decoder.draft, self.decoder.target.embedding
         cache = DraftCache(draft, len(self.ids) + len(path))
-        states = draft(
-            draft.embed(self.ids, embedding), draft.fuse(self.taps), torch.arange(len(self.ids)), cache.attend
-        )
+        positions = torch.arange(len(self.ids))
+        states = draft(draft.embed(self.ids, embedding), draft.fuse(self.taps), positions, cache.extend(positions))
         for token in path:
             position = torch.tensor([cache.length])
             embeds = draft.embed(torch.tensor([token]), embedding)
-            states = draft(embeds, draft.carry(states[-1:]), position, cache.attend)
+            states = draft(embeds, draft.carry(states[-1:]), position, cache.extend(position))
         return draft.logits(states[-1:])[0].log_softmax(-1)
 
     def best(self, path: tuple[int, ...], count: int) -> list[tuple[int, float]]:

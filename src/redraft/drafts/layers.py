@@ -45,23 +45,33 @@ class Rotary:
     """
 
     def __init__(self, rope_parameters: dict[str, Any], head_dim: int, max_position_embeddings: int) -> None:
+        # A part of the head turns by the angles of a head that is as wide as the part.
+        rope, self.width = dict(rope_parameters), rotary_width(rope_parameters, head_dim)
+        rope.pop("partial_rotary_factor", None)
         config = LlamaConfig(
-            head_dim=head_dim,
-            hidden_size=head_dim,
+            head_dim=self.width,
+            hidden_size=self.width,
             num_attention_heads=1,
             max_position_embeddings=max_position_embeddings,
-            rope_parameters=dict(rope_parameters),
+            rope_parameters=rope,
         )
-        self.embedding = LlamaRotaryEmbedding(config=config)
+        with torch.device("cpu"):  # also where the draft around it is built without numbers
+            self.embedding = LlamaRotaryEmbedding(config=config)
         self.table: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, positions_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [N, D] in float32 for integer positions [N]."""
+        """Cosines and sines [N, W] in float32 for integer positions [N]; W numbers of a head turn."""
         needed = int(positions_N.max()) + 1 if positions_N.numel() else 1
         if self.table is None or len(self.table[0]) < needed or self.table[0].device != positions_N.device:
             self.grow(max(512, 2 * needed), positions_N.device)
         assert self.table is not None
         return self.table[0][positions_N], self.table[1][positions_N]
+
+    @property
+    def usable(self) -> bool:
+        """Whether the settings told angles that can be computed with."""
+        scale = float(self.embedding.attention_scaling)
+        return bool(self.embedding.original_inv_freq.isfinite().all()) and math.isfinite(scale) and scale > 0
 
     def grow(self, length: int, device: torch.device) -> None:
         """Tabulate positions 0 to ``length`` - 1."""
@@ -73,12 +83,48 @@ class Rotary:
         self.table = (angles.cos() * scale, angles.sin() * scale)
 
 
-def rotate(x_NHD: Tensor, cosines_ND: Tensor, sines_ND: Tensor) -> Tensor:
-    """Rotate pairs (i, i + D/2) of every head by its position's angle, in float32."""
-    half = x_NHD.shape[-1] // 2
-    x = x_NHD.float()
+def rotary_width(rope_parameters: dict[str, Any], head_dim: int) -> int:
+    """How many numbers of a head turn, the first ones: all, or the share that ``partial_rotary_factor`` names.
+
+    Raises ``ValueError`` for a share that is none, or that leaves no even number of them.
+    """
+    share = rope_parameters.get("partial_rotary_factor") or 1.0
+    width = int(head_dim * share)
+    if not 0 < share <= 1 or width < 2 or width % 2:
+        raise ValueError(f"partial_rotary_factor {share} of a head of {head_dim}")
+    return width
+
+
+def rotate(x_NHD: Tensor, cosines_NW: Tensor, sines_NW: Tensor) -> Tensor:
+    """Rotate pairs (i, i + W/2) of the first W numbers of every head by its position's angle, in float32."""
+    width = cosines_NW.shape[-1]
+    half = width // 2
+    x = x_NHD[..., :width].float()
     turned = torch.cat([-x[..., half:], x[..., :half]], -1)
-    return (x * cosines_ND[..., None, :] + turned * sines_ND[..., None, :]).to(x_NHD.dtype)
+    x = (x * cosines_NW[..., None, :] + turned * sines_NW[..., None, :]).to(x_NHD.dtype)
+    return x if width == x_NHD.shape[-1] else torch.cat([x, x_NHD[..., width:]], -1)
+
+
+# Queries that are compared with keys at once where only so many keys back are seen.
+BLOCK = 1024
+
+
+def attend_causally(query: Tensor, key: Tensor, value: Tensor, window: int = 0) -> Tensor:
+    """Mixed values [B, A, T, D] of a text of T positions over itself: queries [B, A, T, D] on keys [B, K, T, D].
+
+    Each position sees itself and those before it, with a ``window`` only so many. Those of a long text are then taken
+    in blocks, so that no mask is as large as the text squared.
+    """
+    length = query.shape[2]
+    if not window or window >= length:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    mixed, position_T = [], torch.arange(length, device=query.device)
+    for start in range(0, length, BLOCK):
+        stop, first = min(length, start + BLOCK), max(0, start + 1 - window)
+        back = position_T[start:stop, None] - position_T[first:stop]
+        part = (query[:, :, start:stop], key[:, :, first:stop], value[:, :, first:stop])
+        mixed.append(F.scaled_dot_product_attention(*part, attn_mask=(back >= 0) & (back < window), enable_gqa=True))
+    return torch.cat(mixed, 2)
 
 
 class LowRank(nn.Module):
@@ -136,23 +182,32 @@ class Linear(nn.Linear):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention whose input is an embedding and a state side by side (EAGLE-3)."""
+    """Grouped-query attention of a decoder layer whose input may be wider than its output."""
 
-    def __init__(self, inputs: int, hidden: int, heads: int, key_heads: int, head_dim: int, bias: bool) -> None:
+    def __init__(self, inputs: int, config: Any) -> None:
+        """``inputs`` is the width of what is read; ``config`` a :class:`redraft.drafts.eagle.module.EagleConfig`."""
         super().__init__()
-        self.heads, self.key_heads, self.head_dim = heads, key_heads, head_dim
-        self.q_proj = Linear(inputs, heads * head_dim, bias=bias)
-        self.k_proj = Linear(inputs, key_heads * head_dim, bias=bias)
-        self.v_proj = Linear(inputs, key_heads * head_dim, bias=bias)
-        self.o_proj = Linear(heads * head_dim, hidden, bias=bias)
+        self.heads, self.key_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim, bias = config.head_dim, config.attention_bias
+        self.q_proj = Linear(inputs, self.heads * self.head_dim, bias=bias)
+        self.k_proj = Linear(inputs, self.key_heads * self.head_dim, bias=bias)
+        self.v_proj = Linear(inputs, self.key_heads * self.head_dim, bias=bias)
+        behind = bias if config.output_bias is None else config.output_bias
+        self.o_proj = Linear(self.heads * self.head_dim, config.hidden_size, bias=behind)
+        # Over each head's numbers, before they are rotated (Qwen3, arXiv 2505.09388).
+        self.q_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
 
     def keys_values(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Rotated keys and values [N, K, D]; positions that nothing is predicted from need no more than these."""
         shape = (*x.shape[:-1], self.key_heads, self.head_dim)
-        return rotate(self.k_proj(x).view(shape), *rope), self.v_proj(x).view(shape)
+        keys = self.k_proj(x).view(shape)
+        keys = keys if self.k_norm is None else self.k_norm(keys)
+        return rotate(keys, *rope), self.v_proj(x).view(shape)
 
     def queries(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        return rotate(self.q_proj(x).view(*x.shape[:-1], self.heads, self.head_dim), *rope)
+        queries = self.q_proj(x).view(*x.shape[:-1], self.heads, self.head_dim)
+        return rotate(queries if self.q_norm is None else self.q_norm(queries), *rope)
 
 
 class Router(nn.Module):

@@ -1,4 +1,4 @@
-"""What the EAGLE families share: one decoder layer over the target's states and the embedding of the next token.
+"""What the EAGLE families share: decoder layers over the target's states and the embedding of the next token.
 
 Shape legend: N packed tokens (any leading shape), H hidden size, K taps, F hidden size of the target, V target
 vocabulary, D draft vocabulary.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -17,9 +17,13 @@ from torch import Tensor, nn
 from redraft.drafts.base import Draft, DraftConfig, heads_of, rope_of
 from redraft.drafts.eagle.proposer import EagleProposer, StaticProposer
 from redraft.drafts.eagle.unroll import EagleWalk
+from redraft.drafts.formats.embeddings import equal_rows, table_of
 from redraft.drafts.layers import Attend, Attention, Linear, RMSNorm, Rotary, SharedPrivateMLP
 from redraft.errors import UserError
 from redraft.target import Head, Target
+
+# Whole numbers of a config that may be zero; others must be one at least.
+MAY_BE_ZERO = frozenset({"private_width", "low_rank"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +32,10 @@ class EagleConfig(DraftConfig):
 
     ``windows`` has a number for each of the ``num_layers`` layers, how many positions back it sees, its own included; 0
     is all, and no number at all means that all layers see all. ``output_bias`` is that of the attention's output
-    projection, as ``attention_bias`` where it is none.
+    projection, as ``attention_bias`` where it is none. One shape has one config: zeros alone are no windows, and an
+    ``output_bias`` that is as ``attention_bias`` is none.
+
+    Raises ``UserError`` for values that are of another kind or describe no layer.
     """
 
     LISTS: ClassVar[tuple[str, ...]] = ("windows", *DraftConfig.LISTS)
@@ -50,6 +57,30 @@ class EagleConfig(DraftConfig):
     qk_norm: bool = False
     output_bias: bool | None = None
 
+    def __post_init__(self) -> None:
+        wrong = [f"{name} {getattr(self, name)!r}" for name in self.wrong_fields()]
+        if wrong:
+            raise UserError(f"a draft cannot have {', '.join(wrong)}; correct its config, or fetch the file again")
+        if not any(self.windows):
+            object.__setattr__(self, "windows", ())
+        if self.output_bias == self.attention_bias:
+            object.__setattr__(self, "output_bias", None)
+
+    def wrong_fields(self) -> list[str]:
+        """Names of the fields whose values no draft can have."""
+        least = {f.name: f.name not in MAY_BE_ZERO for f in fields(self) if f.type == "int"}
+        found = {name: getattr(self, name) for name in least}
+        wrong = [name for name, value in found.items() if type(value) is not int or value < least[name]]
+        wrong += [f.name for f in fields(self) if f.type == "bool" and type(getattr(self, f.name)) is not bool]
+        wrong += ["output_bias"] * (self.output_bias not in (None, True, False))
+        eps, heads = self.rms_norm_eps, self.num_attention_heads
+        wrong += ["rms_norm_eps"] * (type(eps) not in (int, float) or not 0 <= eps < 1)
+        if not wrong and heads % self.num_key_value_heads:
+            wrong.append("num_key_value_heads")
+        told = all(type(window) is int and window >= 0 for window in self.windows)
+        wrong += ["windows"] * (not told or len(self.windows) not in (0, self.num_layers))
+        return wrong
+
     def check_fit(self: Any, target: Any) -> None:
         """Raise ``UserError`` when a draft of this shape cannot sit on ``target`` (sizes, taps, vocabulary)."""
         width, deepest, problems = target.hidden_size, max(self.taps), list[str]()
@@ -63,6 +94,11 @@ class EagleConfig(DraftConfig):
             problems.append(f"draft width {self.hidden_size} cannot use the target's embeddings of {width}")
         if problems:
             raise UserError(f"this draft does not fit the target: {'; '.join(problems)}; give the draft made for it")
+
+    @property
+    def reach(self) -> tuple[int, ...]:
+        """The window of every layer, 0 where it sees all."""
+        return self.windows or (0,) * self.num_layers
 
     def dense(self) -> Self:
         return replace(super().dense(), intermediate_size=self.intermediate_size + self.private_width)
@@ -84,7 +120,7 @@ def layer_of(target: Any, intermediate: int | None = None) -> dict[str, Any]:
 
 
 class EagleLayer(nn.Module):
-    """The one decoder layer of a draft: a family says what its attention reads and what its residual stream is."""
+    """A decoder layer. Of the first one a family says what attention reads and what the residual stream is."""
 
     post_attention_layernorm: RMSNorm
 
@@ -92,8 +128,7 @@ class EagleLayer(nn.Module):
         """``read`` is the width of what attention reads; ``norms`` names norms of its own, of the draft's width."""
         super().__init__()
         hidden = config.hidden_size
-        heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
-        self.self_attn = Attention(read, hidden, *heads, config.attention_bias)
+        self.self_attn = Attention(read, config)
         self.mlp = SharedPrivateMLP(hidden, config.intermediate_size, config)
         for name in (*norms, "post_attention_layernorm"):
             setattr(self, name, RMSNorm(hidden, eps=config.rms_norm_eps))
@@ -107,22 +142,39 @@ class EagleLayer(nn.Module):
         states = residual + self.self_attn.o_proj(mixed_NAD.flatten(-2))
         return states + self.mlp(self.post_attention_layernorm(states))
 
-    def forward(self, embeds: Tensor, states: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        x, residual = self.inputs(embeds, states)
+    def forward(self, x: Tensor, residual: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        """States [N, H] behind the layer, from what :meth:`inputs` gives."""
         keys, values = self.self_attn.keys_values(x, rope)
         return self.finish(residual, attend(self.self_attn.queries(x, rope), keys, values))
+
+
+class LaterLayer(EagleLayer):
+    """A layer behind the first: that of any decoder, which sees of the embeddings what the first made of them."""
+
+    input_layernorm: RMSNorm
+
+    def __init__(self, config: EagleConfig) -> None:
+        super().__init__(config, config.hidden_size, ("input_layernorm",))
+
+    def inputs(self, embeds: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+        return self.input_layernorm(states), states
+
+
+def of_layers(*patterns: str) -> tuple[str, ...]:
+    """Patterns of parameter names within any decoder layer."""
+    return tuple(f"{layer}.{pattern}" for pattern in patterns for layer in ("midlayer", "later.*"))
 
 
 class EagleDraft(Draft):
     """Weights and forward of an EAGLE draft. Embeddings are the target's unless the checkpoint ships its own."""
 
     GROUPS: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "private": ("midlayer.mlp.private.*",),
-        "router": ("midlayer.mlp.router.*",),
+        "private": of_layers("mlp.private.*"),
+        "router": of_layers("mlp.router.*"),
         "fc": ("fc.*", "input_norm.*", "fc_norm.*"),
-        "norms": ("midlayer.*norm.*", "norm.*"),
-        "attention": ("midlayer.self_attn.*",),
-        "shared": ("midlayer.mlp.gate_proj.*", "midlayer.mlp.up_proj.*", "midlayer.mlp.down_proj.*"),
+        "norms": (*of_layers("*norm.*"), "norm.*"),
+        "attention": of_layers("self_attn.*"),
+        "shared": of_layers("mlp.gate_proj.*", "mlp.up_proj.*", "mlp.down_proj.*"),
         "head": ("lm_head.*",),
         "embed": ("embed_tokens.*",),
     }
@@ -131,6 +183,7 @@ class EagleDraft(Draft):
 
     fc: Linear
     midlayer: EagleLayer
+    later: nn.ModuleList
     embed_tokens: nn.Embedding | None
 
     def __init__(self, config: EagleConfig) -> None:
@@ -138,9 +191,17 @@ class EagleDraft(Draft):
         super().__init__()
         self.config = config
 
+    @classmethod
+    def untrained(cls, config: Any) -> Self:
+        """A draft of this shape without numbers, for a loader to fill: no room is taken for what is thrown away."""
+        with torch.device("meta"):
+            return cls(config)
+
     def complete(self) -> None:
-        """Add what every draft ends with: an embedding, low-rank updates and rotary angles, as the config says."""
+        """Add what every draft has behind its first layer, as the config says: further layers, an embedding, low-rank
+        updates and rotary angles."""
         config = self.config
+        self.later = nn.ModuleList(LaterLayer(config) for _ in range(config.num_layers - 1))
         self.embed_tokens = nn.Embedding(config.target_vocab_size, config.hidden_size) if config.own_embedding else None
         for name in config.low_rank_on:
             layer = self.get_submodule(name)
@@ -159,7 +220,7 @@ class EagleDraft(Draft):
         return EagleWalk(self, target)
 
     def mlps(self) -> tuple[str, ...]:
-        return ("midlayer.mlp",)
+        return ("midlayer.mlp", *(f"later.{number}.mlp" for number in range(len(self.later))))
 
     # -- forward -----------------------------------------------------------------------------------------------
     @abstractmethod
@@ -173,14 +234,30 @@ class EagleDraft(Draft):
     def embed(self, ids: Tensor, target_embedding: nn.Module) -> Tensor:
         return self.embed_tokens(ids) if self.embed_tokens is not None else target_embedding(ids)
 
-    def forward(self, embeds: Tensor, states: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """States [N, H] of the next step for tokens whose embeddings [N, H] stand beside the last states [N, H]."""
-        return self.midlayer(embeds, states, self.rotary(positions), attend)
+    @property
+    def layers(self) -> list[Any]:
+        """The decoder layers in their order, each an :class:`EagleLayer`."""
+        return [self.midlayer, *self.later]
+
+    def forward(self, embeds: Tensor, states: Tensor, positions: Tensor, attends: Sequence[Attend]) -> Tensor:
+        """States [N, H] of the next step for tokens whose embeddings [N, H] stand beside the last states [N, H].
+
+        ``attends`` has one for each layer.
+        """
+        return self.through(embeds, states, self.rotary(positions), attends)
+
+    def through(self, embeds: Tensor, states: Tensor, rope: tuple[Tensor, Tensor], attends: Sequence[Attend]) -> Tensor:
+        """As :meth:`forward`, with the cosines and sines of the positions."""
+        for layer, attend in zip(self.layers, attends, strict=True):
+            states = layer(*layer.inputs(embeds, states), rope, attend)
+        return states
 
     # -- its target --------------------------------------------------------------------------------------------
     def borrowing(self, target: Any) -> Self:
-        """This draft on the target's own embeddings, where the widths allow it."""
-        if self.embed_tokens is None or self.config.hidden_size != target.hidden_size:
+        """This draft on the target's embedding where that is its own to the last bit; with another it would compute
+        other logits."""
+        table = None if self.embed_tokens is None else table_of(target)
+        if table is None or self.embed_tokens is None or not equal_rows(self.embed_tokens.weight, table):
             return self
         state = {name: t for name, t in self.state_dict().items() if name != "embed_tokens.weight"}
         return self.rebuilt(replace(self.config, own_embedding=False), state)

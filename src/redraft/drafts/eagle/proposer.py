@@ -1,4 +1,4 @@
-"""The proposals of an EAGLE draft: its one layer over buffers of keys and values.
+"""The proposals of an EAGLE draft: its layers over buffers of keys and values.
 
 Keys of verified positions come from the target's real features; those that the draft made for its own guesses are
 overwritten when it is fed again.
@@ -20,42 +20,62 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from redraft.drafts.layers import Attend, attend_causally
 from redraft.drafts.proposing import Pick
 from redraft.graphs import Recorded
 from redraft.target import Target
 
 
 class DraftCache:
-    """Fixed buffers for the keys and values [K, C, W] of the draft's one layer."""
+    """Fixed buffers for the keys and values [K, C, W] of every layer, and the positions of the tokens in them."""
 
     def __init__(self, draft: Any, capacity: int) -> None:
         config, like = draft.config, draft.fc.weight
-        self.keys = like.new_empty(config.num_key_value_heads, capacity, config.head_dim)
-        self.values = torch.empty_like(self.keys)
+        shape = (config.num_layers, config.num_key_value_heads, capacity, config.head_dim)
+        self.keys, self.values, self.windows = like.new_empty(shape), like.new_empty(shape), config.reach
+        self.positions = torch.arange(capacity, device=like.device)
         self.length = 0
 
-    def attend(self, query_TQW: Tensor, key_TKW: Tensor, value_TKW: Tensor, mask_TC: Tensor | None = None) -> Tensor:
-        """Append the new keys and let each query see everything up to its own position, or what the mask allows.
+    def extend(self, positions_T: Tensor, mask_TC: Tensor | None = None) -> list[Attend]:
+        """Room for new tokens behind the others: how each layer appends their keys and attends to all.
 
-        ``mask_TC`` is boolean over cached and new keys, true where a query may look.
+        ``mask_TC`` is boolean over cached and new tokens, true where a new one may look; without it they stand in a row
+        and look at everything up to themselves. A layer with a window sees the positions inside it alone.
         """
-        new = len(query_TQW)
-        end = self.length + new
-        self.keys[:, self.length : end] = key_TKW.transpose(0, 1)
-        self.values[:, self.length : end] = value_TKW.transpose(0, 1)
-        # Without a mask of its own a prompt goes through the kernels that need none, [T, T] numbers less.
-        prompt = mask_TC is None and not self.length
-        if mask_TC is None and new > 1 and self.length:
-            mask_TC = torch.ones(new, end, dtype=torch.bool, device=query_TQW.device).tril(self.length)
+        start, self.length = self.length, self.length + len(positions_T)
+        self.positions[start : self.length] = positions_T
+        return [partial(self.attend, number, start, self.length, mask_TC) for number in range(len(self.windows))]
+
+    def attend(
+        self,
+        number: int,
+        start: int,
+        end: int,
+        mask_TC: Tensor | None,
+        query_TQW: Tensor,
+        key_TKW: Tensor,
+        value_TKW: Tensor,
+    ) -> Tensor:
+        """Mixed values [T, Q, W] of a layer for tokens whose keys go to the places ``start`` to ``end``."""
+        keys, values, window = self.keys[number], self.values[number], self.windows[number]
+        keys[:, start:end] = key_TKW.transpose(0, 1)
+        values[:, start:end] = value_TKW.transpose(0, 1)
+        query, first = query_TQW.transpose(0, 1)[None], 0
+        if mask_TC is None and not start:
+            # A prompt goes through the kernels that need no mask, [T, T] numbers less.
+            mixed = attend_causally(query, keys[None, :, :end], values[None, :, :end], window)
+            return mixed[0].transpose(0, 1)
+        if mask_TC is None:  # in a row: the first of them sees back to here
+            first = max(0, start + 1 - window) if window else 0
+        if mask_TC is None and (end - start > 1):
+            mask_TC = torch.ones(end - start, end, dtype=torch.bool, device=query.device).tril(start)
+        if mask_TC is not None:
+            mask_TC = mask_TC[:, first:]
+            if window:
+                mask_TC = mask_TC & (self.positions[first:end] > self.positions[start:end, None] - window)
         mixed = F.scaled_dot_product_attention(
-            query_TQW.transpose(0, 1)[None],
-            self.keys[None, :, :end],
-            self.values[None, :, :end],
-            attn_mask=mask_TC,
-            is_causal=prompt,
-            enable_gqa=True,
+            query, keys[None, :, first:end], values[None, :, first:end], attn_mask=mask_TC, enable_gqa=True
         )
-        self.length = end
         return mixed[0].transpose(0, 1)
 
 
@@ -85,15 +105,15 @@ class EagleProposer:
         self.cache.length = self.verified
         positions_T = torch.arange(self.verified, self.verified + pairs, device=ids_T.device)
         embeds_TH = draft.embed(ids_T[len(ids_T) - pairs :], self.embedding)
-        states_TH = draft(embeds_TH, draft.fuse(taps_T), positions_T, self.cache.attend)
+        states_TH = draft(embeds_TH, draft.fuse(taps_T), positions_T, self.cache.extend(positions_T))
         self.verified += pairs
         return states_TH[-1:]
 
     def expand(self, tokens_F: Tensor, states_FH: Tensor, depth: int, mask_FC: Tensor | None = None) -> Tensor:
         """States [F, H] of guesses at this depth; without a mask each sees all that was fed before it."""
-        draft, attend = self.draft, partial(self.cache.attend, mask_TC=mask_FC)
-        positions_F = torch.full_like(tokens_F, self.verified + depth - 1)
-        return draft(draft.embed(tokens_F, self.embedding), draft.carry(states_FH), positions_F, attend)
+        draft, positions_F = self.draft, torch.full_like(tokens_F, self.verified + depth - 1)
+        attends = self.cache.extend(positions_F, mask_FC)
+        return draft(draft.embed(tokens_F, self.embedding), draft.carry(states_FH), positions_F, attends)
 
     def rollback(self, verified: int) -> None:
         self.verified = verified
@@ -138,16 +158,22 @@ class StaticProposer(EagleProposer):
         steps = torch.arange(gamma + 1, device=cache.keys.device)
 
         def feed(embeds_TH: Tensor, states_TH: Tensor, at_T: Tensor) -> Tensor:
-            def attend(query_TQD: Tensor, key_TKD: Tensor, value_TKD: Tensor) -> Tensor:
-                cache.keys.index_copy_(1, at_T, key_TKD.transpose(0, 1))
-                cache.values.index_copy_(1, at_T, value_TKD.transpose(0, 1))
-                query_1QTD, mask_TC = query_TQD.transpose(0, 1)[None], columns <= at_T[:, None]
-                keys, values = cache.keys[None], cache.values[None]
-                mixed = F.scaled_dot_product_attention(query_1QTD, keys, values, attn_mask=mask_TC, enable_gqa=True)
+            seen_TC = columns <= at_T[:, None]
+
+            def attend(number: int, query_TQD: Tensor, key_TKD: Tensor, value_TKD: Tensor) -> Tensor:
+                keys, values, window = cache.keys[number], cache.values[number], cache.windows[number]
+                keys.index_copy_(1, at_T, key_TKD.transpose(0, 1))
+                values.index_copy_(1, at_T, value_TKD.transpose(0, 1))
+                query_1QTD = query_TQD.transpose(0, 1)[None]
+                mask_TC = seen_TC & (columns > at_T[:, None] - window) if window else seen_TC
+                mixed = F.scaled_dot_product_attention(
+                    query_1QTD, keys[None], values[None], attn_mask=mask_TC, enable_gqa=True
+                )
                 return mixed[0].transpose(0, 1)
 
             # Looked up by tensor: the module's own call asks how far the table must reach, which stops the device.
-            return draft.midlayer(embeds_TH, states_TH, (cosines[at_T], sines[at_T]), attend)
+            attends = [partial(attend, number) for number in range(len(cache.windows))]
+            return draft.through(embeds_TH, states_TH, (cosines[at_T], sines[at_T]), attends)
 
         def chain(ids_W: Tensor, taps_WF: Tensor, place: Tensor) -> tuple[Tensor, ...]:
             states_WH = feed(draft.embed(ids_W, embedding), draft.fuse(taps_WF), place[:1] + steps)

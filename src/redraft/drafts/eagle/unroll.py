@@ -2,8 +2,12 @@
 
 At step j the anchor t predicts x_{t+2+j} from the state of step j - 1 and the token x_{t+1+j}, at position t + j.
 Its query sees the keys of step 0 up to t and its own keys of steps 1 .. j, which is exactly what a decoding round
-that starts at t sees. Only anchors are run through queries, MLP and head: prompt positions give keys and values
-and nothing else. Linear layers see packed tokens without padding; only attention pads.
+that starts at t sees. A layer with a window of W positions sees of these the keys of positions behind t + j - W, as
+engines do while they decode; trainers differ there (speculators 0.9 keeps the window of step 0 and all own keys, at
+any step), so that its later steps are not what is served where the text is longer than the window.
+
+Only anchors are run through queries, MLP and head of the last layer: prompt positions give keys and values and nothing
+else. Linear layers see packed tokens without padding; only attention pads.
 
 One teacher-forced unroll holds the rounds from every anchor of a stored response, which is what the walk reads.
 
@@ -24,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from redraft.drafts import walks
+from redraft.drafts.layers import attend_causally
 from redraft.drafts.proposing import Chances, Runs, Weights
 from redraft.features import FeatureSource
 from redraft.rows import AnyRow, TokenRow, anchor_batches, anchors
@@ -49,7 +54,6 @@ class Batch:
     query_BA: Tensor
     row_M: Tensor
     column_M: Tensor
-    visible_BAT: Tensor
     weight_MJ: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
@@ -73,9 +77,6 @@ def collate(rows: Sequence[TokenRow], features: FeatureSource, steps: int, weigh
     column_M = torch.cat([torch.arange(count) for count in counts_B.tolist()])
     column_T, column_A = torch.arange(int(pairs_B.max())), torch.arange(int(counts_B.max()))
     pairs_B1, counts_B1 = pairs_B[:, None], counts_B[:, None]
-    visible = (column_T <= first_B[:, None, None] + column_A[:, None]) & (column_T < pairs_B1)[:, None]
-    # Padded queries see key 0, so that no softmax is over nothing; nothing reads them.
-    visible |= (column_A >= counts_B1)[:, :, None] & (column_T == 0)
     return Batch(
         ids_N=torch.cat(ids),
         taps_N=torch.cat(taps),
@@ -87,20 +88,22 @@ def collate(rows: Sequence[TokenRow], features: FeatureSource, steps: int, weigh
         query_BA=firsts_B[:, None] + column_A.minimum(counts_B1 - 1),
         row_M=row_M,
         column_M=column_M,
-        visible_BAT=visible,
         weight_MJ=None if weights is None else torch.cat([weights[row.key] for row in rows]),
     )
 
 
 class UnrollAttention:
-    """Keys of step 0, shared by all anchors of a row, and the own keys of later steps, one an anchor."""
+    """One layer's keys of step 0, shared by all anchors of a row, and the own keys of later steps, one an anchor.
 
-    def __init__(self, batch: Batch, keys_NEW: Tensor, values_NEW: Tensor) -> None:
-        self.batch = batch
+    ``window`` is how many positions back the layer sees, 0 for all.
+    """
+
+    def __init__(self, batch: Batch, keys_NEW: Tensor, values_NEW: Tensor, window: int = 0) -> None:
+        self.batch, self.window = batch, window
         self.keys_BEWT = keys_NEW[batch.key_BT].permute(0, 2, 3, 1)
         self.values_BETW = values_NEW[batch.key_BT].transpose(1, 2)
-        self.hidden_BT = ~batch.visible_BAT[:, None, None]
         self.own: list[tuple[Tensor, Tensor]] = []
+        self.shared_mask: Tensor | None = None
 
     def __call__(self, query_MQW: Tensor, key_MEW: Tensor, value_MEW: Tensor) -> Tensor:
         """Later steps: remember the own key, then attend."""
@@ -116,37 +119,83 @@ class UnrollAttention:
         query = query_MQW[batch.query_BA].view(rows, most, key_heads, groups, width).permute(0, 2, 3, 1, 4)
         query = query * (1 / math.sqrt(width))
         shared = query.reshape(rows, key_heads, groups * most, width) @ self.keys_BEWT
-        shared = shared.view(rows, key_heads, groups, most, -1).float().masked_fill(self.hidden_BT, float("-inf"))
-        own = [(query * self._padded(key)).sum(-1, keepdim=True).float() for key, _ in self.own]
+        shared = shared.view(rows, key_heads, groups, most, -1).float().masked_fill(self.hidden(), float("-inf"))
+        # At step j own key i stands j - i positions back.
+        seen = self.own[-self.window :] if self.window else self.own
+        own = [(query * self._padded(key)).sum(-1, keepdim=True).float() for key, _ in seen]
         weights = torch.cat([shared, *own], -1).softmax(-1).to(query.dtype)
         length = shared.shape[-1]
         mixed = weights[..., :length].reshape(rows, key_heads, groups * most, length) @ self.values_BETW
         mixed = mixed.view(rows, key_heads, groups, most, width)
-        for i, (_, value) in enumerate(self.own):
+        for i, (_, value) in enumerate(seen):
             mixed = mixed + weights[..., length + i, None] * self._padded(value)
         mixed = mixed.permute(0, 3, 1, 2, 4).reshape(rows, most, key_heads * groups, width)
         return mixed[batch.row_M, batch.column_M]
 
-    def narrow(self, keep_M: Tensor) -> None:
-        """Go on with the anchors of this mask [M] alone; rows without one are dropped."""
-        batch = self.batch
-        rows_M, columns_M = batch.row_M[keep_M], batch.column_M[keep_M]
-        rows, row_M, counts_B = rows_M.unique_consecutive(return_inverse=True, return_counts=True)
-        first_B = counts_B.cumsum(0) - counts_B
-        column_M = torch.arange(len(rows_M), device=rows_M.device) - first_B[row_M]
-        column_A = torch.arange(int(counts_B.max()), device=rows_M.device)
-        query_BA = first_B[:, None] + column_A.minimum(counts_B[:, None] - 1)
-        visible_BAT = batch.visible_BAT[rows[:, None], columns_M[query_BA]]
-        self.batch = replace(
-            batch, row_M=row_M, column_M=column_M, query_BA=query_BA, visible_BAT=visible_BAT, key_BT=batch.key_BT[rows]
-        )
+    def hidden(self) -> Tensor:
+        """Which keys of step 0 an anchor does not see now, [B, 1, 1, A, T]."""
+        if self.shared_mask is None or self.window:
+            # Of a place that pads the row's last anchor is taken, so that no softmax is over nothing.
+            anchor_BA1 = self.batch.positions_N[self.batch.anchor_M][self.batch.query_BA].unsqueeze(-1)
+            column_T = torch.arange(self.batch.key_BT.shape[1], device=anchor_BA1.device)
+            hidden_BAT = column_T > anchor_BA1
+            if self.window:
+                hidden_BAT |= column_T <= anchor_BA1 + len(self.own) - self.window
+            self.shared_mask = hidden_BAT[:, None, None]
+        return self.shared_mask
+
+    def narrow(self, batch: Batch, keep_M: Tensor) -> None:
+        """Go on with the anchors of this mask [M] alone, which ``batch`` is cut down to; see :func:`narrowed`."""
+        rows = self.batch.row_M[keep_M].unique_consecutive()
+        self.batch, self.shared_mask = batch, None
         self.keys_BEWT, self.values_BETW = self.keys_BEWT[rows], self.values_BETW[rows]
-        self.hidden_BT = ~visible_BAT[:, None, None]
         self.own = [(key_MEW[keep_M], value_MEW[keep_M]) for key_MEW, value_MEW in self.own]
 
     def _padded(self, x_MEW: Tensor) -> Tensor:
         """[B, E, 1, A, W]: the anchors' own keys or values, to be shared by the query heads of a group."""
         return x_MEW[self.batch.query_BA].transpose(1, 2).unsqueeze(2)
+
+
+def narrowed(batch: Batch, keep_M: Tensor) -> Batch:
+    """The batch with the anchors of this mask [M] alone; rows without one are no rows of anchors any more."""
+    rows, row_M, counts_B = batch.row_M[keep_M].unique_consecutive(return_inverse=True, return_counts=True)
+    first_B = counts_B.cumsum(0) - counts_B
+    column_M = torch.arange(len(row_M), device=row_M.device) - first_B[row_M]
+    column_A = torch.arange(int(counts_B.max()), device=row_M.device)
+    return replace(
+        batch,
+        anchor_M=batch.anchor_M[keep_M],
+        hidden_M=batch.hidden_M[keep_M],
+        future_MJ=batch.future_MJ[keep_M],
+        weight_MJ=None if batch.weight_MJ is None else batch.weight_MJ[keep_M],
+        key_BT=batch.key_BT[rows],
+        query_BA=first_B[:, None] + column_A.minimum(counts_B[:, None] - 1),
+        row_M=row_M,
+        column_M=column_M,
+    )
+
+
+def first_step(draft: Any, embedding: nn.Module, batch: Batch) -> tuple[Tensor, list[UnrollAttention]]:
+    """Pre-norm states [M, H] of step 0, and each layer's keys.
+
+    A layer that another follows runs at every position, since that one makes keys of its states; the last one, which is
+    the first as a rule, at the anchors alone.
+    """
+    rope_N, anchor_M = draft.rotary(batch.positions_N), batch.anchor_M
+    embeds_N, states_N = draft.embed(batch.ids_N, embedding), draft.fuse(batch.taps_N)
+    row_N = (batch.positions_N == 0).long().cumsum(0) - 1
+    stores: list[UnrollAttention] = []
+    for layer, window in zip(draft.layers, draft.config.reach, strict=True):
+        x_N, residual_N = layer.inputs(embeds_N, states_N)
+        keys_NEW, values_NEW = layer.self_attn.keys_values(x_N, rope_N)
+        stores.append(UnrollAttention(batch, keys_NEW, values_NEW, window))
+        if len(stores) < len(draft.layers):
+            parts = (layer.self_attn.queries(x_N, rope_N), keys_NEW, values_NEW)
+            query, key, value = (part[batch.key_BT].transpose(1, 2) for part in parts)
+            mixed_BTQW = attend_causally(query, key, value, window).transpose(1, 2)
+            states_N = layer.finish(residual_N, mixed_BTQW[row_N, batch.positions_N])
+    query_MQW = layer.self_attn.queries(x_N[anchor_M], (rope_N[0][anchor_M], rope_N[1][anchor_M]))
+    return layer.finish(residual_N[anchor_M], stores[-1].attend(query_MQW)), stores
 
 
 def unroll(draft: Any, embedding: nn.Module, batch: Batch, steps: int) -> Generator[Tensor, Tensor | None, None]:
@@ -155,22 +204,17 @@ def unroll(draft: Any, embedding: nn.Module, batch: Batch, steps: int) -> Genera
     A mask [M] that is sent back drops anchors from all later steps: the next states are those of the anchors that
     are left, in their order. At least one must be.
     """
-    layer, anchor_M, future_MJ = draft.midlayer, batch.anchor_M, batch.future_MJ
-    fused_N = draft.fuse(batch.taps_N)
-    x_N, residual_N = layer.inputs(draft.embed(batch.ids_N, embedding), fused_N)
-    cosines, sines = draft.rotary(batch.positions_N)
-    attention = UnrollAttention(batch, *layer.self_attn.keys_values(x_N, (cosines, sines)))
-    query = layer.self_attn.queries(x_N[anchor_M], (cosines[anchor_M], sines[anchor_M]))
-    states_M = layer.finish(residual_N[anchor_M], attention.attend(query))
+    states_M, stores = first_step(draft, embedding, batch)
     keep_M = yield states_M
     for step in range(1, steps):
         if keep_M is not None:
-            attention.narrow(keep_M)
-            states_M, anchor_M, future_MJ = states_M[keep_M], anchor_M[keep_M], future_MJ[keep_M]
+            batch, states_M = narrowed(batch, keep_M), states_M[keep_M]
+            for store in stores:
+                store.narrow(batch, keep_M)
         # Behind the end of a response any token will do: such anchors are not supervised at this step.
-        ids_M = future_MJ[:, step - 1].clamp(min=0)
-        positions_M = batch.positions_N[anchor_M] + step
-        states_M = draft(draft.embed(ids_M, embedding), draft.carry(states_M), positions_M, attention)
+        ids_M = batch.future_MJ[:, step - 1].clamp(min=0)
+        positions_M = batch.positions_N[batch.anchor_M] + step
+        states_M = draft(draft.embed(ids_M, embedding), draft.carry(states_M), positions_M, stores)
         keep_M = yield states_M
 
 

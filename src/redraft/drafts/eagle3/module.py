@@ -1,4 +1,4 @@
-"""The Eagle3 draft: one decoder layer over fused target features (EAGLE-3, arXiv 2503.01840).
+"""The Eagle3 draft: decoder layers, one as a rule, over fused target features (EAGLE-3, arXiv 2503.01840).
 
 The pair (state h_t, token x_{t+1}) stands at position t and predicts x_{t+2}. At the first draft step h is the
 target's fused taps; afterwards it is the draft's own pre-norm output.
@@ -44,6 +44,10 @@ class Eagle3Config(EagleConfig):
     fc_bias: bool = False
     head_norm: bool = True
 
+    def wrong_fields(self) -> list[str]:
+        whole = all(type(tap) is int and tap >= 0 for tap in self.taps)
+        return [*super().wrong_fields(), *["taps"] * (not self.taps or not whole)]
+
 
 class Eagle3Layer(EagleLayer):
     """A decoder layer whose attention reads [norm(embedding); norm(state)] and whose residual stream is the state."""
@@ -76,7 +80,7 @@ class Eagle3Draft(EagleDraft):
         """``vocabulary`` [D]: sorted target ids of the draft vocabulary; by default the first D ids."""
         super().__init__(config)
         hidden, fused = config.hidden_size, len(config.taps) * config.target_hidden_size
-        self.fc = Linear(fused, hidden, bias=False)
+        self.fc = Linear(fused, hidden, bias=config.fc_bias)
         self.input_norm = RMSNorm(fused, eps=config.rms_norm_eps) if config.norm_before_fc else None
         self.fc_norm = (
             nn.ModuleList(RMSNorm(config.target_hidden_size, eps=config.rms_norm_eps) for _ in config.taps)
@@ -87,7 +91,9 @@ class Eagle3Draft(EagleDraft):
         self.norm = RMSNorm(hidden, eps=config.rms_norm_eps)
         self.lm_head = Linear(hidden, config.draft_vocab_size, bias=False)
         if self.reduced:
-            self.set_vocabulary(torch.arange(config.draft_vocab_size) if vocabulary is None else vocabulary)
+            self.set_vocabulary(
+                torch.arange(config.draft_vocab_size, device="cpu") if vocabulary is None else vocabulary
+            )
         self.complete()
 
     # -- vocabulary --------------------------------------------------------------------------------------------
@@ -122,6 +128,11 @@ class Eagle3Draft(EagleDraft):
             taps = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], -1)
         return self.fc(taps)
 
+    @property
+    def before_head(self) -> nn.Module:
+        """The norm whose output the head reads; one that changes nothing where it reads the states as they are."""
+        return self.norm if self.config.head_norm else nn.Identity()
+
     def carry(self, states: Tensor) -> Tensor:
         return self.norm(states) if self.config.norm_output else states
 
@@ -130,7 +141,7 @@ class Eagle3Draft(EagleDraft):
 
     def logits(self, states: Tensor) -> Tensor:
         """Logits [N, D] over the draft vocabulary of pre-norm states [N, H]."""
-        return self.lm_head(self.norm(states))
+        return self.lm_head(self.before_head(states))
 
     # -- fresh start -------------------------------------------------------------------------------------------
     def start(self, target: Any, seed: int) -> None:
