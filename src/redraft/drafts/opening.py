@@ -107,9 +107,7 @@ def _read(
     family, notes = _family(checkpoint), list[str]()
     options = {name: value for name, value in options.items() if value is not None}
     if strange := sorted(set(options) - set(family.options)):
-        raise UserError(
-            f"{checkpoint.source} is a draft of family {family.name}, which has no {strange[0]}; leave it out"
-        )
+        raise UserError(f"{checkpoint.source} is a draft of family {family.name}, which has no {strange[0]}; leave it out")
     if target is None and family.reads_states and needs_target:
         raise UserError(f"{checkpoint.source} is not in redraft's own format; give --target, whose sizes it must fit")
     if family.reads_states and target is not None:

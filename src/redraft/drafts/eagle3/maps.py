@@ -28,7 +28,6 @@ ENDINGS = (".pt", ".bin", ".npy")
 # neighbours, which maps of frequent tokens never are.
 MANY = 256
 
-
 # -- files beside the weights ------------------------------------------------------------------------------------------
 def beside(folder: Path, state: dict[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
     """The state with the maps that files beside the weights hold, where the weights have none themselves.
@@ -59,9 +58,7 @@ def _one_map(file: Path) -> Tensor:
         if file.suffix == ".npy":
             return torch.from_numpy(numpy.load(file, allow_pickle=False))
     except (OSError, ValueError, EOFError, TypeError) as error:
-        raise UserError(
-            f"{file} cannot be read as one table of numbers ({error}); save it as a tensor alone"
-        ) from error
+        raise UserError(f"{file} cannot be read as one table of numbers ({error}); save it as a tensor alone") from error
     return read_pickled_table(file)
 
 

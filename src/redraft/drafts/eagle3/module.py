@@ -91,9 +91,7 @@ class Eagle3Draft(EagleDraft):
         self.norm = RMSNorm(hidden, eps=config.rms_norm_eps)
         self.lm_head = Linear(hidden, config.draft_vocab_size, bias=False)
         if self.reduced:
-            self.set_vocabulary(
-                torch.arange(config.draft_vocab_size, device="cpu") if vocabulary is None else vocabulary
-            )
+            self.set_vocabulary(torch.arange(config.draft_vocab_size, device="cpu") if vocabulary is None else vocabulary)
         self.complete()
 
     # -- vocabulary --------------------------------------------------------------------------------------------

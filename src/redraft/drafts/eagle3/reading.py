@@ -352,9 +352,7 @@ class Eagle3Reader:
             return tuple(top)
         if nested:
             if self.trainer.name != "modelopt":
-                notes.append(
-                    f"the feature ids {nested} are outputs of layers counted from zero; taken as one more each"
-                )
+                notes.append(f"the feature ids {nested} are outputs of layers counted from zero; taken as one more each")
             taken = tuple(k + 1 for k in nested)
             self.reading.take("taps", taken, "read", f"config.json: eagle_config.{IDS}, counted from zero")
             return taken

@@ -87,9 +87,7 @@ def trainer_of(checkpoint: Checkpoint, asked: str | None = None) -> Trainer:
     config, names = checkpoint.config, checkpoint.architectures
     if asked is not None:
         if asked not in TRAINERS:
-            raise UserError(
-                f"unknown trainer {asked!r}{nearest(asked, TRAINERS)}; choose one of: {', '.join(TRAINERS)}"
-            )
+            raise UserError(f"unknown trainer {asked!r}{nearest(asked, TRAINERS)}; choose one of: {', '.join(TRAINERS)}")
         if (asked == "speculators") != is_speculators(config):
             raise UserError(
                 f"{checkpoint.path} is {'' if is_speculators(config) else 'not '}of the speculators format "

@@ -94,9 +94,7 @@ class LayerReader:
             return given
         found = self.tensors.get(tensor)
         if found is None or len(found.shape) <= axis:
-            raise UserError(
-                f"{self.values.path} has no {key}, and there is no {tensor} to tell it; add it to the config"
-            )
+            raise UserError(f"{self.values.path} has no {key}, and there is no {tensor} to tell it; add it to the config")
         self.reading.take(ours or key, found.shape[axis], "derived", f"the shape of {tensor}")
         return found.shape[axis]
 
@@ -222,14 +220,10 @@ class LayerReader:
         faults = [f"rope_type {kind!r}" for kind in sorted(kinds - {"default", "su"} - set(ROPE_INIT_FUNCTIONS))]
         if len(kinds) > 1:
             faults.append(f"rope_parameters and rope_scaling of different types, {' and '.join(sorted(kinds))}")
-        if (
-            "rope_theta" in values.values
-            and theta is None
-            and not (rope.get("rope_theta") or scaling.get("rope_theta"))
-        ):
+        if "rope_theta" in values.values and theta is None and not (rope.get("rope_theta") or scaling.get("rope_theta")):
             faults.append("rope_theta None")
         shares = {place["partial_rotary_factor"] for place in (rope, scaling) if place.get("partial_rotary_factor")}
-        if not partial and (shares | ({share} if share else set())) - {1.0}:
+        if not partial and (shares | ({share} if share else set())) - {1.0, 1}:
             faults.append(f"partial_rotary_factor {next(iter(shares), share)}")
         self.refuse(faults)
         return self._merged_rope(rope, scaling, theta, share, longest)

@@ -21,11 +21,7 @@ KINDS: tuple[tuple[str, str, str], ...] = (
     (r"medusa", "a set of Medusa heads", "train an EAGLE-3 draft instead"),
     (r"mlp_?speculator", "an MLP speculator", "train an EAGLE-3 draft instead"),
     (r"hydra", "a set of Hydra heads", "train an EAGLE-3 draft instead"),
-    (
-        r"vispec|eagle.*(vl|vision|omni)|(vl|vision|omni).*eagle",
-        "a draft for pictures",
-        "give the draft of a text model",
-    ),
+    (r"vispec|eagle.*(vl|vision|omni)|(vl|vision|omni).*eagle", "a draft for pictures", "give the draft of a text model"),
     (r"eagle3?.*(deepseek|kimi|mistrallarge)", LATENT, TRAIN_DENSE),
     (r"(moe|mixtral|gptoss).*eagle|eagle.*(moe|mixtral|gptoss)", EXPERTS, TRAIN_DENSE),
     (r"eagle.*(cohere|minicpm|llama4|gemma|mistral|minimax)", "an EAGLE draft of other layers", TRAIN_DENSE),

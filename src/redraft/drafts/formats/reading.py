@@ -12,7 +12,7 @@ from torch import Tensor
 
 from redraft.artifact import dtype_name, read_json, read_pickled, read_tensors
 from redraft.drafts.files import META_FILE
-from redraft.drafts.formats.base import CONFIG_FILE
+from redraft.drafts.formats.base import CONFIG_FILE, WEIGHTS_FILE
 from redraft.drafts.formats.meaning import Reading, TensorFacts
 from redraft.drafts.formats.values import Values
 from redraft.errors import UserError
@@ -120,9 +120,7 @@ def fetch(source: str | Path) -> Path:
         patterns = [CONFIG_FILE, META_FILE, "*.safetensors", INDEX_FILE]
         found = Path(snapshot_download(str(source), allow_patterns=patterns, etag_timeout=10))
         if not any(found.glob("*.safetensors")):
-            found = Path(
-                snapshot_download(str(source), allow_patterns=[*patterns, *PICKLED, PICKLED_INDEX], etag_timeout=10)
-            )
+            found = Path(snapshot_download(str(source), allow_patterns=[*patterns, *PICKLED, PICKLED_INDEX], etag_timeout=10))
         return found
     except Exception as error:  # the hub client raises many kinds; to the user they are one
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
