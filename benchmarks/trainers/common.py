@@ -7,8 +7,9 @@ is a folder ``<trainer>-<version>-<case>``:
 - ``golden.safetensors``: ``ids`` [T + 3], ``taps`` [T, K*F] (features of positions 0 .. T - 1), ``logits`` [3, T, D],
   ``vocabulary`` [D] (target ids), ``embedding`` [V, H]; ``logits_trainer`` [3, T, D] beside them where the package's
   own forward is not what engines compute from its file (``logits`` is then the engines');
-- ``case.json``: trainer, version, options, taps (layers passed), target (a folder beside it), notes, and ``refused``
-  where the draft is one that redraft does not compute.
+- ``case.json``: trainer, version, options, taps (layers passed), target (a folder beside it), notes; ``refused``, a
+  word of the refusal, where redraft does not compute the draft (then there may be no golden file); ``ask``, the
+  trainer's name for redraft, where the file alone does not tell who wrote it and two would mean different things by it.
 
 Step j at anchor t: logits behind the pair (features_t, x_{t+1}) and j further draft steps over the tokens x_{t+2} ..
 x_{t+1+j}, on the model's own states.
@@ -19,7 +20,7 @@ Shape legend: T positions, K taps, F target width, H draft width, V target vocab
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,34 @@ def randomise(model: nn.Module, seed: int, keep: Sequence[str] = ()) -> None:
             parameter.copy_(drawn * (0.7 if "embed" in name else parameter.shape[1] ** -0.5))
 
 
+def plain_draft(width: int, inner: int, head_dim: int, kept: int, counts: Mapping[int, int]) -> dict[str, Tensor]:
+    """Tensors of a draft in the plain form, over the ``kept`` most frequent ids of ``counts``; no embedding."""
+    heads, key_heads = SHAPE["num_attention_heads"] * head_dim, SHAPE["num_key_value_heads"] * head_dim
+    shapes = {
+        "fc": (width, 3 * width),
+        "norm": (width,),
+        "lm_head": (kept, width),
+        "midlayer.input_layernorm": (width,),
+        "midlayer.hidden_norm": (width,),
+        "midlayer.post_attention_layernorm": (width,),
+        "midlayer.self_attn.q_proj": (heads, 2 * width),
+        "midlayer.self_attn.k_proj": (key_heads, 2 * width),
+        "midlayer.self_attn.v_proj": (key_heads, 2 * width),
+        "midlayer.self_attn.o_proj": (width, heads),
+        "midlayer.mlp.gate_proj": (inner, width),
+        "midlayer.mlp.up_proj": (inner, width),
+        "midlayer.mlp.down_proj": (width, inner),
+    }
+    generator, state = torch.Generator().manual_seed(17), {}
+    for name, shape in shapes.items():
+        drawn = torch.randn(shape, generator=generator)
+        state[f"{name}.weight"] = 1 + 0.3 * drawn if len(shape) == 1 else drawn * shape[1] ** -0.5
+    ids = torch.tensor(sorted(sorted(counts, key=lambda i: (-counts[i], i))[:kept]))
+    state["d2t"] = ids - torch.arange(kept)
+    state["t2d"] = torch.isin(torch.arange(VOCABULARY), ids)
+    return state
+
+
 def inputs(fused: int, seed: int = 3, vocabulary: int = VOCABULARY) -> tuple[Tensor, Tensor]:
     """Token ids [T + 3] and features [T, ``fused``]."""
     generator = torch.Generator().manual_seed(seed)
@@ -151,6 +180,14 @@ def tidy(checkpoint: Path, target: Path) -> None:
         path.write_text("# The package puts a copy of its own source here.\n")
 
 
+def refused_case(folder: Path, about: Mapping[str, Any]) -> None:
+    """Write ``case.json`` for a draft that redraft does not compute; ``about`` has a word of the refusal."""
+    assert about["refused"]
+    (folder / "case.json").write_text(
+        json.dumps({"target": "target", "taps": [], "notes": "", **about}, indent=2) + "\n"
+    )
+
+
 def finish_case(
     folder: Path,
     about: Mapping[str, Any],
@@ -169,3 +206,24 @@ def finish_case(
     whole = {name: tensor.detach().clone().contiguous() for name, tensor in golden.items()}
     save_file(whole, folder / "golden.safetensors")
     (folder / "case.json").write_text(json.dumps({"target": "target", **about}, indent=2) + "\n")
+
+
+@torch.no_grad()
+def chained(
+    forward: Callable[[Tensor, Tensor], Tensor], head: Callable[[Tensor], Tensor], ids: Tensor, taps: Tensor
+) -> Tensor:
+    """Logits [3, T, D] of a model without a training-time test, driven as decoding drives it, anchor by anchor.
+
+    ``forward`` gives the states [1, S, H] behind next tokens [1, S] and states [1, S, F]; ``head`` their logits. The
+    model's last state takes the place of the next position's feature.
+    """
+    rows = []
+    for anchor in range(LENGTH):
+        states, logits = taps[None, : anchor + 1], []
+        for step in range(STEPS):
+            following = ids[None, 1 : anchor + 2 + step]
+            last = forward(following, states)[:, -1:]
+            logits.append(head(last)[0, 0].float())
+            states = torch.cat([states, last], 1)
+        rows.append(torch.stack(logits))
+    return torch.stack(rows, 1)

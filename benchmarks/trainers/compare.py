@@ -26,10 +26,11 @@ from torch import Tensor, nn
 from redraft.artifact import read_json
 from redraft.drafts.base import Draft
 from redraft.drafts.eagle.unroll import collate, unroll
-from redraft.drafts.opening import open_checkpoint
+from redraft.drafts.opening import OpenDraft, open_checkpoint
 from redraft.errors import UserError
 from redraft.files import atomic_write_json
 from redraft.loading import read_facts
+from redraft.target import Facts
 
 WITHIN = 1e-5
 
@@ -71,10 +72,19 @@ def decoded(draft: Any, embedding: nn.Module, ids: Tensor, taps: Tensor, steps: 
     return torch.stack(rows, 1)
 
 
-def embedding_of(target: Path) -> nn.Embedding:
-    """The target's own table, from its file."""
-    tensors = load_file(target / "model.safetensors")
-    return nn.Embedding.from_pretrained(tensors["model.embed_tokens.weight"].float())
+class Lender:
+    """What a draft borrows of its target: the table of embeddings, and the head, from the target's file."""
+
+    def __init__(self, target: Path) -> None:
+        tensors = load_file(target / "model.safetensors")
+        rows = tensors["model.embed_tokens.weight"].float()
+        self.embedding = nn.Embedding.from_pretrained(rows)
+        self.head = nn.Linear(*reversed(rows.shape), bias=False).requires_grad_(False)
+        if "lm_head.weight" in tensors:
+            self.head.weight.copy_(tensors["lm_head.weight"].float())
+
+    def scale_logits(self, logits: Tensor) -> Tensor:
+        return logits
 
 
 def differences(folder: Path, draft: Draft) -> dict[str, Any]:
@@ -87,7 +97,8 @@ def differences(folder: Path, draft: Draft) -> dict[str, Any]:
     if not torch.equal(draft.vocabulary(), golden["vocabulary"]):
         faults.append("another vocabulary")
         return {"largest_difference": None, "why": "; ".join(faults)}
-    model, embedding = draft.float().eval(), embedding_of(folder.parent / case["target"])
+    lender = Lender(folder.parent / case["target"])
+    model, embedding = draft.float().bind(lender).eval(), lender.embedding
     found = {}
     for way, compute in {"unrolled": unrolled, "decoded": decoded}.items():
         found[way] = compute(model, embedding, ids, taps, len(logits))
@@ -101,16 +112,33 @@ def differences(folder: Path, draft: Draft) -> dict[str, Any]:
     return row
 
 
+def opened_as(folder: Path, facts: Facts, case: dict[str, Any]) -> OpenDraft:
+    """The case's draft. Where its file cannot tell who wrote it, that is told, after it was refused without.
+
+    What a file leaves out and nobody asks for, as the layers that its draft reads, is ``given``.
+    """
+    if "ask" not in case:
+        return open_checkpoint(folder / "checkpoint", facts, **case.get("given", {}))
+    try:
+        open_checkpoint(folder / "checkpoint", facts)
+    except UserError as error:
+        assert f"--trainer {case['ask']}" in str(error), error
+        return open_checkpoint(folder / "checkpoint", facts, trainer=case["ask"])
+    raise AssertionError(f"{folder.name} was opened without asking who trained it")
+
+
 def compare(folder: Path) -> dict[str, Any]:
     """The row of one case."""
     case = read_json(folder / "case.json")
     row = {"case": folder.name, **{key: case[key] for key in ("trainer", "version", "options")}}
     try:
         facts = read_facts(str(folder.parent / case["target"]), tokenizer=False)
-        opened = open_checkpoint(folder / "checkpoint", facts)
+        opened = opened_as(folder, facts, case)
     except UserError as error:
         shown = str(error).replace(str(folder), folder.name)
         return row | {"verdict": "refused", "largest_difference": None, "why": shown}
+    if "refused" in case:
+        return row | {"verdict": "wrong", "largest_difference": None, "why": "taken, though it is no such draft"}
     found = differences(folder, opened.draft)
     return row | {"verdict": "wrong" if found["why"] else "equal"} | found
 

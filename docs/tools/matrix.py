@@ -12,16 +12,16 @@ from functools import cache
 from typing import Any
 
 import torch
-from transformers import LlamaConfig
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from redraft.drafts.eagle1 import Eagle1Config, Eagle1Draft
 from redraft.drafts.eagle3 import Eagle3Config, Eagle3Draft
-from redraft.drafts.eagle3.gguf import llamacpp_limits
 from redraft.errors import UserError
 from redraft.registries import EXPORTERS, FAMILIES
 from redraft.target import Facts
 
-WIDTH, LAYERS, CONTEXT, VOCABULARY = 16, 12, 64, 40
+WIDTH, LAYERS, CONTEXT, VOCABULARY = 16, 12, 64, 256
 SHAPE: dict[str, Any] = {
     "hidden_size": WIDTH,
     "intermediate_size": 24,
@@ -59,9 +59,7 @@ EAGLE3: dict[str, dict[str, Any]] = {
     "linear angles": {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "linear", "factor": 2.0}},
     "dynamic angles": {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "dynamic", "factor": 2.0}},
     "yarn angles": {"rope_parameters": {"rope_theta": 10000.0, **YARN}},
-    "llama3 angles": {
-        "rope_parameters": {"rope_theta": 10000.0, **LLAMA3, "original_max_position_embeddings": 32}
-    },
+    "llama3 angles": {"rope_parameters": {"rope_theta": 10000.0, **LLAMA3, "original_max_position_embeddings": 32}},
     "a part of each head turned": {
         "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default", "partial_rotary_factor": 0.5}
     },
@@ -101,7 +99,15 @@ def target() -> Facts:
         num_key_value_heads=2,
         intermediate_size=24,
     )
-    return Facts("target", config, None)
+    return Facts("target", config, tokenizer())
+
+
+def tokenizer() -> Any:
+    """The bytes, one token each; llama.cpp's file holds the target's tokenizer."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({letter: id for id, letter in enumerate(alphabet)}, []))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
 
 
 def drafts() -> Iterator[tuple[str, str, Any]]:
@@ -124,13 +130,14 @@ def filled(draft: Any) -> Any:
 
 def reason(name: str, draft: Any) -> str:
     """Why a format does not hold a draft; empty where it does."""
-    if name == "gguf":  # its tokenizer, which the check wants besides, is the target's and no option of a draft
-        return "; ".join(llamacpp_limits(draft.config, target()))
     try:
         EXPORTERS.get(name).check(draft, target())
     except UserError as error:
         text = str(error).partition(": ")[2] or str(error)
-        return text.rpartition(";")[0] or text
+        parts = (text.rpartition(";")[0] or text).split("; ")
+        # Beside what is taken otherwise the tensors that follow from it need not be told.
+        told = [part for part in parts if not part.startswith("there is no place for") and " has shape " not in part]
+        return "; ".join(told or parts[:1])
     return ""
 
 
@@ -141,9 +148,10 @@ def options_page(written: str) -> str:
         "",
         written,
         "",
-        "A draft has the options that it was trained with. What an engine would compute otherwise is refused at export, by",
-        "the name of the option; nothing is dropped. This table is what the exporters say of a tiny draft with each option.",
-        "Where a bias is zero throughout it is left out or filled in as the engine needs it; here it is not zero.",
+        "A draft has the options that it was trained with. What an engine would compute otherwise is refused at",
+        "export, by the name of the option; nothing is dropped. This table is what the exporters say of a tiny draft",
+        "with each option. A bias that is zero throughout is left out, or filled in, as the engine needs it; here none",
+        "is zero.",
     ]
     found: dict[str, dict[str, dict[str, str]]] = {}
     for family, option, draft in drafts():
@@ -155,7 +163,8 @@ def options_page(written: str) -> str:
         missing = set(FAMILIES.get(family).writers) - set(names)
         assert not missing, f"{family} has formats that the page does not show: {missing}"
         heads = [f"`{name}` ({READERS[name]})" for name in names]
-        lines += ["", f"## {titles[family]}", "", f"| option | {' | '.join(heads)} |", "| --- |" + " --- |" * len(names)]
+        lines += ["", f"## {titles[family]}", "", f"| option | {' | '.join(heads)} |"]
+        lines.append("| --- |" + " --- |" * len(names))
         for option, reasons in options.items():
             lines.append(f"| {option} | {' | '.join(NO if reasons[name] else YES for name in names)} |")
         lines += ["", "Why not:", ""]

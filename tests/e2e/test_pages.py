@@ -99,7 +99,12 @@ def test_the_lines_of_the_pages_run(page: Run, furnished: Path) -> None:
     shutil.copy(furnished / "run" / "responses.jsonl", furnished / "responses.jsonl")
     own = page("docs/own-model.md")
     assert {"probe", "adapt", "merge", "bench", "report", "export", "regenerate"} <= {line.split()[0] for line in own}
-    assert page("docs/serve/README.md") and page("docs/serve/vllm.md") and page("docs/acceptance.md") and page("docs/starts.md")
+    assert (
+        page("docs/serve/README.md")
+        and page("docs/serve/vllm.md")
+        and page("docs/acceptance.md")
+        and page("docs/starts.md")
+    )
     written = ("run/merged", "run/export-vllm", "run/report.html", "report.html", "milder", "draft-for-sglang")
     for place in (*written, "merged-target/model.safetensors"):
         assert (furnished / place).exists(), place

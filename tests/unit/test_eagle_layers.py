@@ -8,6 +8,7 @@ Shape legend: T positions of a text, H draft width, F fused taps, M anchors.
 
 from __future__ import annotations
 
+import json
 import math
 import runpy
 from dataclasses import replace
@@ -19,12 +20,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from redraft.drafts import layers
 from redraft.drafts.eagle.proposer import EagleProposer, StaticProposer
 from redraft.drafts.eagle.unroll import collate, unroll
 from redraft.drafts.eagle1 import Eagle1Draft
 from redraft.drafts.eagle3 import Eagle3Draft
 from redraft.drafts.files import load_draft, save_draft
 from redraft.drafts.groups import attach_low_rank, attach_private, group_of, prepare
+from redraft.errors import UserError
 from redraft.settings.training import PrivateSize
 
 TINY = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "tiny_drafts.py")))
@@ -313,3 +316,124 @@ def test_a_window_that_holds_the_whole_text_changes_nothing() -> None:
     narrow = wide.rebuilt(replace(wide.config, windows=(40, 40)), wide.state_dict())
     assert torch.equal(answer(narrow), answer(wide.rebuilt(replace(wide.config, windows=()), wide.state_dict())))
     assert not torch.allclose(answer(narrow), answer(wide), atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window", [1, 2, 7, 9, 30])
+def test_blocks_of_a_long_text_see_what_the_whole_would(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(5)
+    query, key, value = (torch.randn(2, heads, 23, 6, generator=generator) for heads in (4, 2, 2))
+    back = torch.arange(23)[:, None] - torch.arange(23)
+    scores = query @ key.repeat_interleave(2, 1).mT / math.sqrt(6)
+    weights = scores.masked_fill((back < 0) | (back >= window), -torch.inf).softmax(-1)
+    monkeypatch.setattr(layers, "BLOCK", 8)
+    found = layers.attend_causally(query, key, value, window)
+    torch.testing.assert_close(found, weights @ value.repeat_interleave(2, 1))
+
+
+# -- rotary angles -----------------------------------------------------------------------------------------------------
+def plain(width: int, theta: float) -> Tensor:
+    return theta ** (-torch.arange(width // 2).double() * 2 / width)
+
+
+def ramp(width: int, theta: float, length: int) -> Tensor:
+    """YaRN's share of the stretched angle: 1 where a dimension turns less than once within the trained length, 0 from
+    32 turns on, and straight in the dimension's number between (arXiv 2309.00071, section 3.2)."""
+
+    def place(turns: float) -> float:
+        return width * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = max(math.floor(place(32)), 0), min(math.ceil(place(1)), width - 1)
+    return ((torch.arange(width // 2).double() - low) / max(high - low, 0.001)).clamp(0, 1)
+
+
+def llama3(frequency: Tensor) -> Tensor:
+    """Stretched by 8 below one turn in 32 positions, untouched above four, in between in the share of turns."""
+    share = ((32 * frequency / (2 * math.pi) - 1) / 3).clamp(0, 1)
+    return frequency * (share + (1 - share) / 8)
+
+
+KINDS: dict[str, tuple[dict[str, Any], int, Tensor, float]] = {
+    "default": ({"rope_theta": 1e4}, 8, plain(8, 1e4), 1.0),
+    "part of a head": ({"rope_theta": 1e4, "partial_rotary_factor": 0.5}, 16, plain(8, 1e4), 1.0),
+    "linear": ({"rope_theta": 1e4, "rope_type": "linear", "factor": 4.0}, 8, plain(8, 1e4) / 4, 1.0),
+    "dynamic": ({"rope_theta": 1e4, "rope_type": "dynamic", "factor": 4.0}, 8, plain(8, 1e4), 1.0),
+    "llama3": (TINY.LLAMA3, 8, llama3(plain(8, 500000.0)), 1.0),
+    "part of a llama3 head": (TINY.LLAMA3 | {"partial_rotary_factor": 0.5}, 16, llama3(plain(8, 500000.0)), 1.0),
+    "yarn": (
+        TINY.YARN,
+        8,
+        plain(8, 1e6) * (1 - ramp(8, 1e6, 32) + ramp(8, 1e6, 32) / 2),
+        0.1 * math.log(2) + 1,
+    ),
+    "longrope": (
+        {
+            "rope_theta": 1e4,
+            "rope_type": "longrope",
+            "short_factor": [1.0, 2.0, 3.0, 4.0],
+            "long_factor": [9.0] * 4,
+            "original_max_position_embeddings": 32,
+        },
+        8,
+        plain(8, 1e4) / torch.tensor([1.0, 2.0, 3.0, 4.0]),
+        math.sqrt(1 + math.log(2) / math.log(32)),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_angles_are_those_of_their_kind(kind: str) -> None:
+    """As written down here, at any length that was asked for before."""
+    rope, head, frequency, scale = KINDS[kind]
+    rotary = layers.Rotary({"rope_type": "default"} | rope, head, 64)
+    rotary(torch.tensor([900]))
+    cosines, sines = rotary(torch.arange(40))
+    angles = torch.outer(torch.arange(40).double(), frequency).repeat(1, 2)
+    torch.testing.assert_close(cosines.double(), angles.cos() * scale, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(sines.double(), angles.sin() * scale, atol=2e-5, rtol=1e-5)
+    turned = layers.rotate(torch.ones(40, 1, head), cosines, sines)
+    assert torch.equal(turned[..., 2 * len(frequency) :], torch.ones(40, 1, head - 2 * len(frequency)))
+
+
+# -- what no draft can be ----------------------------------------------------------------------------------------------
+BAD: dict[str, dict[str, Any]] = {
+    "num_layers": {"num_layers": 0},
+    "hidden_size": {"hidden_size": 16.0},
+    "head_dim": {"head_dim": True},
+    "num_key_value_heads": {"num_key_value_heads": 3},
+    "rms_norm_eps": {"rms_norm_eps": float("nan")},
+    "qk_norm": {"qk_norm": 1},
+    "output_bias": {"output_bias": "no"},
+    "windows": {"windows": (4, 4)},
+    "max_position_embeddings": {"max_position_embeddings": -1},
+    "taps": {"taps": (1.0,)},
+}
+BAD_ROPE: dict[str, Any] = {
+    "base below zero": {"rope_theta": -1.0},
+    "base not a number": {"rope_theta": float("nan")},
+    "no base": {},
+    "text for a base": {"rope_theta": "1e4"},
+    "unknown kind": {"rope_theta": 1e4, "rope_type": "proportional"},
+    "no factor": {"rope_theta": 1e4, "rope_type": "linear"},
+    "endless factor": {"rope_theta": 1e4, "rope_type": "yarn", "factor": float("inf")},
+    "more than the head": {"rope_theta": 1e4, "partial_rotary_factor": 1.5},
+    "an odd part": {"rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    "no table": [1e4],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [*BAD.items(), *((f"rope_parameters: {why}", {"rope_parameters": rope}) for why, rope in BAD_ROPE.items())],
+)
+def test_a_config_that_is_none_is_refused_by_the_value(name: str, values: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=f"a draft cannot have {name.split(':')[0]} "):
+        replace(TINY.EAGLE3, **values)
+
+
+def test_one_shape_has_one_config() -> None:
+    assert replace(TINY.EAGLE3, windows=(0,), output_bias=False) == TINY.EAGLE3
+    assert set(TINY.EAGLE3.to_dict()) & set(TINY.EAGLE3.LATER) == set()
+    for options in TINY.VARIANTS.values():
+        config = replace(TINY.EAGLE3, **options)
+        assert type(config).from_dict(json.loads(json.dumps(config.to_dict()))) == config

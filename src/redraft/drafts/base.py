@@ -295,8 +295,8 @@ class Family:
     others, ``architectures`` the names by which its own are told, for messages. ``read(checkpoint, target, notes,
     **options)`` gives the draft, in the types of its file, and what its record says of it; ``target`` holds the facts
     about one, or is none where the family does without; what our draft does not compute or hold is refused. ``options``
-    are those that it takes. ``check_state(state, config, where)`` refuses tensors of our own format that fit their
-    places and tell no draft.
+    are those that it takes. ``check_state(state, draft, where)`` refuses a
+    draft of our own format, not filled yet, whose tensors fit their places and tell no draft.
 
     Engines: ``writers`` has a :class:`redraft.drafts.formats.base.Writer` for each format; ``refusal`` is what is said
     of a ``{format}`` that is not among them.

@@ -18,7 +18,7 @@ from redraft.drafts.base import Draft, DraftConfig, heads_of, rope_of
 from redraft.drafts.eagle.proposer import EagleProposer, StaticProposer
 from redraft.drafts.eagle.unroll import EagleWalk
 from redraft.drafts.formats.embeddings import equal_rows, table_of
-from redraft.drafts.layers import Attend, Attention, Linear, RMSNorm, Rotary, SharedPrivateMLP
+from redraft.drafts.layers import Attend, Attention, Linear, RMSNorm, Rotary, SharedPrivateMLP, told_angles
 from redraft.errors import UserError
 from redraft.target import Head, Target
 
@@ -77,6 +77,9 @@ class EagleConfig(DraftConfig):
         wrong += ["rms_norm_eps"] * (type(eps) not in (int, float) or not 0 <= eps < 1)
         if not wrong and heads % self.num_key_value_heads:
             wrong.append("num_key_value_heads")
+        wrong += ["rope_parameters"] * (
+            "head_dim" not in wrong and not told_angles(self.rope_parameters, self.head_dim)
+        )
         told = all(type(window) is int and window >= 0 for window in self.windows)
         wrong += ["windows"] * (not told or len(self.windows) not in (0, self.num_layers))
         return wrong

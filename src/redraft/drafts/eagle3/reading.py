@@ -45,10 +45,11 @@ from redraft.drafts.formats.values import Values
 from redraft.errors import UserError
 from redraft.target import Facts, default_taps
 
-__all__ = ["ARCHITECTURES", "check_taps", "check_vocabulary_map", "read", "read_maps", "recognises"]
+__all__ = ["ARCHITECTURES", "check_state", "check_taps", "check_vocabulary_map", "read", "read_maps", "recognises"]
 
 EMBEDDING = "embed_tokens.weight"
 IDS = "eagle_aux_hidden_state_layer_ids"
+SLIM_IDS = "aux_hidden_states_layer_ids"  # AngelSlim's, outputs of layers counted from zero
 
 # With as many layers or more in the config and one in the file, the count is that of the target.
 MANY_LAYERS = 8
@@ -64,13 +65,12 @@ READ = (
     *("vocab_size", "draft_vocab_size", "num_hidden_layers", "target_hidden_size", "num_aux_hidden_states", IDS),
     *("norm_before_residual", "norm_before_fc", "fc_norm", "use_aux_norm", "norm_output", "eagle_config"),
     *("quantization_config", "transformer_layer_config", "speculators_config", "speculators_model_type"),
-    "speculators_version",
-    "bias",
+    *("speculators_version", "bias", SLIM_IDS),
 )
 
 
 def recognises(checkpoint: Checkpoint) -> bool:
-    return is_speculators(checkpoint.config) or is_own(checkpoint.architectures)
+    return is_speculators(checkpoint.config) or is_own(checkpoint)
 
 
 def read(
@@ -93,6 +93,13 @@ def check_taps(taps: tuple[int, ...]) -> None:
         raise UserError(f"taps {list(taps)} do not ascend strictly; engines read each layer once and in layer order")
 
 
+def check_state(state: Mapping[str, Tensor], draft: Eagle3Draft, where: Any) -> None:
+    """Raise ``UserError`` for maps that tell no set of target ids, and for rotary settings that tell no angles."""
+    check_vocabulary_map(state, draft.config, where)
+    if not draft.rotary.usable:
+        raise UserError(f"{where}: rotary settings that tell no angles: {draft.config.rope_parameters}")
+
+
 class Eagle3Reader:
     """What one checkpoint means on the word of the trainer that wrote it."""
 
@@ -111,11 +118,11 @@ class Eagle3Reader:
             raise UserError(f"{path} is a {kind} speculator, {what}; only eagle3 can be imported: {help}")
         if (found := others.of_config(raw)) is not None:
             raise UserError(f"{path} describes {found[0]}, which is not read; {found[1]}")
-        refuse_code(checkpoint, notes)
         self.checkpoint, self.target, self.asked = checkpoint, target, taps
         self.raw = Values(raw, path)
         self.trainer: Trainer = trainer_of(checkpoint, trainer)
         self.reading = Reading(title(self.trainer, raw), notes=notes)
+        refuse_code(checkpoint, self.reading)
         layer = self.raw.part("transformer_layer_config") if is_speculators(raw) else self.raw
         if layer is None:
             raise UserError(f"{path} has no transformer_layer_config; download it again")
@@ -148,9 +155,7 @@ class Eagle3Reader:
         check_taps(config.taps)
         draft = build_untrained(lambda: Eagle3Draft.untrained(config), checkpoint.path)
         check_tensors(state, draft.state_dict(), checkpoint.folder)
-        check_vocabulary_map(state, config, checkpoint.folder)
-        if not draft.rotary.usable:
-            raise UserError(f"{checkpoint.path} has rotary settings that tell no angles: {config.rope_parameters}")
+        check_state(state, draft, checkpoint.folder)
         draft.fill(state)
         note_dropped(self.raw, READ, reading)
         verifier: Any = self.raw.values
@@ -256,6 +261,12 @@ class Eagle3Reader:
 
     def _rope(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         rope = self.layer.rope(fields["max_position_embeddings"])
+        base, theta = self.trainer.base, rope.get("rope_theta", 10000.0)
+        if base and theta != base:
+            self.reading.notes.append(
+                f"{self.trainer.title} trains with rope base {base:g} whatever the config says; {theta:g} was taken, as "
+                "engines do: where acceptance is low, set rope_theta to what the draft was trained with"
+            )
         share = rope.get("partial_rotary_factor")
         if share not in (None, 1.0) and not self.trainer.reads_part:
             self.reading.notes.append(
@@ -329,7 +340,7 @@ class Eagle3Reader:
 
     @property
     def _ids_told(self) -> bool:
-        return bool(self.raw.get(IDS)) or bool(self.eagle and self.eagle.get(IDS))
+        return bool(self.raw.get(IDS) or self.raw.get(SLIM_IDS)) or bool(self.eagle and self.eagle.get(IDS))
 
     def _taps(self) -> tuple[int, ...]:
         """Feature ids, each "after k layers". Raises ``UserError`` when they are no list of integers.
@@ -355,6 +366,10 @@ class Eagle3Reader:
                 notes.append(f"the feature ids {nested} are outputs of layers counted from zero; taken as one more each")
             taken = tuple(k + 1 for k in nested)
             self.reading.take("taps", taken, "read", f"config.json: eagle_config.{IDS}, counted from zero")
+            return taken
+        if slim := self.raw.whole_list(SLIM_IDS):
+            taken = tuple(k + 1 for k in slim)
+            self.reading.take("taps", taken, "read", f"{self.raw.word(SLIM_IDS)}, counted from zero")
             return taken
         if self.eagle and self.eagle.get("layer_ids"):
             raise UserError(

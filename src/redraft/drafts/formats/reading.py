@@ -12,7 +12,7 @@ from torch import Tensor
 
 from redraft.artifact import dtype_name, read_json, read_pickled, read_tensors
 from redraft.drafts.files import META_FILE
-from redraft.drafts.formats.base import CONFIG_FILE, WEIGHTS_FILE
+from redraft.drafts.formats.base import CONFIG_FILE
 from redraft.drafts.formats.meaning import Reading, TensorFacts
 from redraft.drafts.formats.values import Values
 from redraft.errors import UserError
@@ -187,7 +187,7 @@ def facts_of(state: Mapping[str, Tensor]) -> dict[str, TensorFacts]:
     return {name: TensorFacts(dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in state.items()}
 
 
-def refuse_code(checkpoint: Checkpoint, notes: list[str]) -> None:
+def refuse_code(checkpoint: Checkpoint, reading: Reading) -> None:
     """Raise ``UserError`` for a checkpoint whose layers are Python code of its own, which is never run.
 
     The speculators package writes an entry without a name for its own config class, which says nothing of layers.
@@ -201,9 +201,8 @@ def refuse_code(checkpoint: Checkpoint, notes: list[str]) -> None:
             f"{checkpoint.path} asks to run Python code of its own (auto_map: {named[0]}), which redraft never does; "
             "where the draft is an ordinary one, delete auto_map from the config"
         )
-    beside = sorted(file.name for file in checkpoint.folder.glob("*.py"))
-    if beside:
-        notes.append(f"{beside[0]} in the folder was left aside: code of a checkpoint is never run")
+    for file in sorted(checkpoint.folder.glob("*.py")):
+        reading.take(file.name, None, "dropped", "code of a checkpoint is never run")
 
 
 def note_dropped(values: Values, read: Collection[str], reading: Reading) -> None:
