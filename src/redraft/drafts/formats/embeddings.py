@@ -14,9 +14,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from redraft.artifact import read_rows
+from redraft.artifact import read_rows, read_tensors
 from redraft.drafts.formats.meaning import Reading
 from redraft.loading.checkpoint import weight_files
+from redraft.loading.places import EMBEDDED_PREFIX, locate
 
 # Rows compared in one go.
 ROWS = 4096
@@ -50,12 +51,25 @@ def _equal(own: Tensor, others: Iterable[Tensor]) -> bool:
     return True
 
 
+def table_of(target: Any) -> Tensor | None:
+    """The embedding of a target [V, H], of its weights or in its folder; none where it is in no reach.
+
+    ``target`` is a target, its head or the facts about it.
+    """
+    weight = getattr(getattr(target, "embedding", None), "weight", None)
+    if isinstance(weight, Tensor):
+        return weight.detach()
+    found = _on_disk(target)
+    return None if found is None else read_tensors(found[0])[found[1]]
+
+
 def _on_disk(target: Any) -> tuple[Path, str, tuple[int, ...]] | None:
     """The file, the name there and the shape of a target's embedding, where the target is a folder here."""
-    name = getattr(target, "name", None)
-    if not name or not (Path(name) / "config.json").is_file():
+    name = str(getattr(target, "name", None) or "")
+    place = locate(name)["pretrained_model_name_or_path"] if name.startswith(EMBEDDED_PREFIX) else name
+    if not name or not (Path(place) / "config.json").is_file():
         return None
-    for file in weight_files(Path(name)):
+    for file in weight_files(Path(place)):
         try:
             with safe_open(str(file), framework="pt") as opened:
                 found = [key for key in opened.keys() if key == TABLE or key.endswith(f".{TABLE}")]
