@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
@@ -58,6 +58,28 @@ def _whole_file(path: str | Path, fault: str, mend: str) -> tuple[dict[str, Tens
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} is {fault} ({error}); {mend}") from error
+
+
+def read_rows(path: str | Path, name: str, rows: int) -> Iterator[Tensor]:
+    """A table [V, H] of a safetensors file, ``rows`` at a time, through plain reads.
+
+    A mapped file counts as memory page by page, until it is closed. Raises ``UserError`` for a file that does not hold
+    the whole table.
+    """
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            entry = json.loads(file.read(length))[name]
+            kind = next(kind for kind, word in KIND_OF.items() if word == entry["dtype"])
+            (height, width), (start, end) = entry["shape"], entry["data_offsets"]
+            if end - start != height * width * kind.itemsize:
+                raise ValueError(f"{name} is not whole")
+            file.seek(8 + length + start)
+            for first in range(0, height, rows):
+                count = min(rows, height - first) * width
+                yield torch.frombuffer(bytearray(file.read(count * kind.itemsize)), dtype=kind).view(-1, width)
+    except (OSError, ValueError, LookupError, TypeError, StopIteration, RuntimeError) as error:
+        raise UserError(f"{path} does not hold the table {name} whole; copy or download it again") from error
 
 
 def read_pickled(path: str | Path) -> dict[str, Tensor]:

@@ -1,5 +1,5 @@
-"""The settings of the single steps: quickstart, regenerate, select, train, import, merge, export, merge-target, vocabulary;
-and of what measures and shows: probe, bench, report, watch.
+"""The settings of the single steps: quickstart, regenerate, select, train, import, merge, export, merge-target,
+vocabulary; and of what measures and shows: probe, bench, report, watch.
 """
 
 from __future__ import annotations

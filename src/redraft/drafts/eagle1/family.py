@@ -15,8 +15,7 @@ All are Llama configs of one layer; tensors are ``fc.*``, ``layers.0.*`` without
 written as true: in files of ours ``bias: false`` says that the draft has no bias in ``fc`` and the zeros that SGLang
 needs are none of its tensors.
 
-Drafts are written for vLLM (method ``eagle``) and for SGLang (algorithm EAGLE). Neither file holds a head or, unless
-the draft has its own, an embedding: both engines lend the target's. Facts: vLLM 0.32, SGLang 0.5.23; docs/formats.md.
+Facts: vLLM 0.32, SGLang 0.5.23; docs/formats.md.
 """
 
 from __future__ import annotations
@@ -26,13 +25,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from redraft.artifact import check_tensors
 from redraft.drafts.base import Family
-from redraft.drafts.eagle.writing import LayerWriter, in_layers, legacy_config, prepare
 from redraft.drafts.eagle1.module import Eagle1Config, Eagle1Draft, fresh_eagle1
+from redraft.drafts.eagle1.writing import ARCHITECTURES, WRITERS
 from redraft.drafts.formats import others
 from redraft.drafts.formats.embeddings import compare
 from redraft.drafts.formats.layers import LayerReader, by_our_names
@@ -60,8 +58,8 @@ READ = (
     *("sliding_window", "use_sliding_window", "rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"),
     *("vocab_size", "num_hidden_layers", "bias", "quantization_config"),
 )
-ARCHITECTURES = {"EagleLlamaForCausalLM": "vllm", "LlamaForCausalLMEagle": "sglang"}
 ORIGINAL = "LlamaForCausalLM"
+FEW = (1, 2, 3, 4)  # layers of a draft, of which one is read; with more a checkpoint is a language model
 
 
 def kind_of(checkpoint: Checkpoint) -> str | None:
@@ -74,7 +72,11 @@ def kind_of(checkpoint: Checkpoint) -> str | None:
     for architecture, kind in ARCHITECTURES.items():
         if architecture in checkpoint.architectures:
             return kind
-    if ORIGINAL not in checkpoint.architectures or "speculators_model_type" in raw:
+    if (
+        ORIGINAL not in checkpoint.architectures
+        or raw.get("num_hidden_layers", 1) not in FEW
+        or "speculators_model_type" in raw
+    ):
         return None
     found = set(read_state(checkpoint.folder, []))
     other = {"norm.weight", "midlayer.hidden_norm.weight", "midlayer.input_layernorm.weight"}
@@ -103,11 +105,14 @@ def read(
     said = values.flag("bias")
     biased = {"vllm": False, "sglang": True}.get(kind, said is not False)
     fields = layer.sizes() | layer.attention(False)
+    # EAGLE's own code has one layer; engines compute as many as there are.
     fields["num_layers"] = layer.layers()
+    if kind == "original" and fields["num_layers"] > 1:
+        layer.refuse([f"num_hidden_layers {fields['num_layers']}"])
     if any(layer.windows(fields["num_layers"])):
         layer.refuse(["sliding_attention"])
     rows = layer.size("vocab_size", EMBEDDING, 0, "target_vocab_size")
-    fields["rope_parameters"] = layer.rope(fields["max_position_embeddings"], partial=False)
+    fields["rope_parameters"] = layer.rope(fields["max_position_embeddings"], partial=kind != "original")
     config = Eagle1Config(**fields, target_vocab_size=rows, fc_bias=biased, own_embedding=EMBEDDING in state)
     if target is not None:
         config = _fitted(config, state, target, reading)
@@ -146,38 +151,6 @@ def _fitted(config: Eagle1Config, state: dict[str, Tensor], target: Facts, readi
     return config
 
 
-class Eagle1Writer(LayerWriter):
-    """The files of one engine."""
-
-    def check(self, draft: Eagle1Draft, target: Facts) -> tuple[Eagle1Draft, list[str]]:
-        """As of every writer. A bias in ``fc`` that is all zero is left out for vLLM, whose ``fc`` has none."""
-        dense, notes = prepare(draft, target)
-        config = dense.config
-        if self.name == "sglang" and config.own_embedding:
-            raise UserError(
-                "SGLang cannot run this draft: it replaces the draft's own embeddings with the target's; "
-                "export it for vLLM instead"
-            )
-        if self.name == "sglang" or not config.fc_bias:
-            return dense, notes
-        state = dense.state_dict()
-        if state.pop("fc.bias").any():
-            raise UserError(
-                "vLLM cannot run this draft: it has a bias in fc, which vLLM's eagle method does not load; "
-                "export it for SGLang, or train a draft without it"
-            )
-        return dense.rebuilt(replace(config, fc_bias=False), state), [*notes, "the bias of fc, all zero, was left out"]
-
-    def config(self, draft: Eagle1Draft, target: Facts, tokens: int) -> dict[str, Any]:
-        architecture = next(architecture for architecture, kind in ARCHITECTURES.items() if kind == self.name)
-        return legacy_config(draft, architecture) | ({} if draft.config.fc_bias else {"bias": False})
-
-    def tensors(self, draft: Eagle1Draft) -> dict[str, Tensor]:
-        """As of every writer; SGLang asks for a bias where the draft has none."""
-        bias = self.name == "sglang" and not draft.config.fc_bias
-        return in_layers(draft) | ({"fc.bias": torch.zeros_like(draft.fc.weight[:, 0])} if bias else {})
-
-
 FAMILIES.register("eagle1")(
     Family(
         name="eagle1",
@@ -188,7 +161,7 @@ FAMILIES.register("eagle1")(
         read=read,
         options=("trainer",),
         check_state=check_state,
-        writers={"vllm": Eagle1Writer("vllm", "eagle"), "sglang": Eagle1Writer("sglang", "EAGLE")},
+        writers=WRITERS,
         refusal="an Eagle1 draft reads the target's states and has no file that all engines load alike, nor one of "
         "{format}; export it for vllm or for sglang",
     )

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from redraft.artifact import check_tensors
@@ -20,6 +21,7 @@ from redraft.drafts.eagle3.module import Eagle3Config, Eagle3Draft
 from redraft.drafts.eagle3.trainers import (
     ANGELSLIM_IDS,
     ARCHITECTURES,
+    FEW,
     TARGETS_NAME,
     TOLD_BY,
     Trainer,
@@ -63,7 +65,7 @@ READ = (
     ANGELSLIM_IDS,
     *("norm_before_residual", "norm_before_fc", "fc_norm", "use_aux_norm", "norm_output", "eagle_config"),
     *("quantization_config", "transformer_layer_config", "speculators_config", "speculators_model_type"),
-    "speculators_version",
+    *("speculators_version", "bias"),
 )
 
 
@@ -71,10 +73,11 @@ def recognises(checkpoint: Checkpoint) -> bool:
     """By the names of the architecture, or by the tensors where these are the target's or there are none."""
     if is_speculators(checkpoint.config) or is_own(checkpoint.architectures):
         return True
-    named = checkpoint.architectures
-    if not checkpoint.config or (named and TARGETS_NAME not in named):
+    config, named = checkpoint.config, checkpoint.architectures
+    if not config or (named and TARGETS_NAME not in named):
         return False
-    return set(TOLD_BY) <= set(read_state(checkpoint.folder, []))
+    small = config.get("draft_vocab_size") is not None or config.get("num_hidden_layers", 1) in FEW
+    return small and set(TOLD_BY) <= set(read_state(checkpoint.folder, []))
 
 
 def read(
@@ -153,6 +156,8 @@ class Eagle3Reader:
         config = self.config()
         config = self._vocabulary(config)
         state = by_our_names(self.state, config.num_layers)
+        for number in range(config.num_layers - 1):
+            self._one_norm(state, f"later.{number}.")
         config = self._embedding(config, state)
         if self.target is not None:
             config.check_fit(self.target)
@@ -167,6 +172,21 @@ class Eagle3Reader:
             verifier = verifier.get(key) if isinstance(verifier, Mapping) else None
         kind = "speculators" if is_speculators(self.raw.values) else "plain"
         return draft, {"format": kind, "trainer": self.trainer.name, "verifier": verifier, "reading": reading}
+
+    def _one_norm(self, state: dict[str, Tensor], layer: str) -> None:
+        """The norm before a further layer under its one name: vLLM calls it input_layernorm, SGLang hidden_norm."""
+        usual, other = f"{layer}input_layernorm.weight", f"{layer}hidden_norm.weight"
+        if other not in state:
+            return
+        found = state.pop(other)
+        if usual not in state:
+            state[usual] = found
+            self.reading.notes.append(f"{other} is the norm before that layer, which vLLM looks for as input_layernorm")
+        elif not torch.equal(state[usual], found):
+            raise UserError(
+                f"{self.checkpoint.folder} has two norms before layer {layer}, of which vLLM takes input_layernorm and "
+                "SGLang hidden_norm; keep the one that it was trained with"
+            )
 
     # -- the config ----------------------------------------------------------------------------------------------
     def config(self) -> Eagle3Config:
@@ -203,7 +223,9 @@ class Eagle3Reader:
 
     def _faults(self) -> list[str]:
         """What the file asks for and nobody computes here."""
-        faults = [f"bias {self.values.get('bias')!r}"] if self.values.get("bias") else []
+        # Engines give the key to the output projection, to fc, or to both: the tensors tell.
+        biased = {"fc.bias", "midlayer.self_attn.o_proj.bias"} & self.tensors.keys()
+        faults = [f"bias {self.values.get('bias')!r}"] if self.values.get("bias") and not biased else []
         faults += refuse_switches(self.eagle.values if self.eagle else {})
         kinds = None if self.trainer.target_layer else ("llama", "eagle3", "qwen3")
         if self.raw is not self.values and self.raw.get("quantization_config"):
@@ -216,17 +238,17 @@ class Eagle3Reader:
 
     def _rope(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         rope = self.layer.rope(fields["max_position_embeddings"])
+        base, theta = self.trainer.base, rope.get("rope_theta", 10000.0)
+        if base and theta != base:
+            self.reading.notes.append(
+                f"{self.trainer.title} trains with rope base {base:g} whatever the config says; {theta:g} was taken, "
+                "as engines do: where acceptance is low, set rope_theta to what the draft was trained with"
+            )
         share = rope.get("partial_rotary_factor")
         if share not in (None, 1.0) and not self.trainer.reads_part:
             self.reading.notes.append(
                 f"partial_rotary_factor {share}: {self.trainer.title}'s own layer turns the whole head, engines this "
                 "share of it, which is taken"
-            )
-        base, theta = self.trainer.base, rope.get("rope_theta", 10000.0)
-        if base is not None and theta != base:
-            self.reading.notes.append(
-                f"rope_theta {theta:g}: {self.trainer.title} trains with {base:g} whatever the config says, engines "
-                "take the config's, which is taken; where acceptance is low, set it to what was trained with"
             )
         return rope
 

@@ -25,9 +25,9 @@ class Trainer:
     is so where the key is absent. ``residual`` is taken where ``norm_before_residual`` is absent. ``target_layer`` says
     that the config is the target's with a few keys changed: layer count, kind of layer, windows and experts in it are
     the target's own and mean nothing for the draft. ``reads_part`` is whether its own layer turns a part of a head
-    where the config says so. ``one_layer``: its drafts are one layer without biases, whatever the config says.
-    ``differs`` says in words what its own forward does otherwise than engines, and ``base`` is the rotary base that it
-    trains with whatever the config's.
+    where the config says so. ``one_layer``: its drafts are one layer without biases, whatever the config says. ``base``
+    is the rotary base that it trains with where it does not read the config's. ``differs`` says in words what its own
+    forward does otherwise than engines.
     """
 
     name: str
@@ -71,6 +71,7 @@ ENGINE_KEYS = ("norm_before_residual", "norm_before_fc", "use_aux_norm")
 # SafeAILab's own trainer leaves the target's name in the config; its drafts are told by their tensors.
 TARGETS_NAME = "LlamaForCausalLM"
 TOLD_BY = ("fc.weight", "midlayer.hidden_norm.weight")
+FEW = (1, 2, 3, 4)  # layers of a draft; with more a checkpoint of that name is a language model
 ANGELSLIM_IDS = "aux_hidden_states_layer_ids"
 
 ARCHITECTURES = (

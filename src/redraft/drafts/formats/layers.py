@@ -129,6 +129,8 @@ class LayerReader:
         fields["max_position_embeddings"] = 2048 if longest is None else longest
         for key, given in (("rms_norm_eps", epsilon), ("max_position_embeddings", longest)):
             how = "defaulted" if given is None else "read"
+            if given is None:
+                self.reading.notes.append(f"{key} is not in the config; taken as {fields[key]}, as transformers' Llama")
             self.reading.take(key, fields[key], how, USUAL if given is None else self.values.word(key))  # type: ignore[arg-type]
         return fields
 
@@ -224,6 +226,8 @@ class LayerReader:
         values = self.values
         kinds, wide = values.get("layer_types"), values.whole("sliding_window", most=LONGEST)
         if kinds is None:
+            if wide is not None and values.flag("use_sliding_window"):
+                self.reading.notes.append(f"sliding_window {wide} was left out: no layer_types says which layer has it")
             if wide is not None:
                 self.reading.take("sliding_window", wide, "dropped", "no layer_types says which layer has it")
             return ()
@@ -293,6 +297,8 @@ class LayerReader:
         kind, factor = place.get("rope_type") or place.get("type"), place.get("factor")
         if kind in SCALED and factor is not None and factor < 1:
             raise place.refuse("factor", "a number from 1")
+        if kind is None and factor is not None:
+            raise place.refuse("rope_type", "the kind of angles that the factor is for")
         low, high = place.get("low_freq_factor"), place.get("high_freq_factor")
         if low is not None and high is not None and low >= high:
             raise place.refuse("low_freq_factor", "a number below high_freq_factor")
@@ -322,6 +328,10 @@ class LayerReader:
                 "transformers does"
             )
         told = [key for key in ("rope_parameters", "rope_scaling", "rope_theta") if self.values.get(key)]
+        if not told or "rope_theta" not in {*rope, *scaling, *([] if theta is None else ["rope_theta"])}:
+            self.reading.notes.append(
+                f"no rope_theta is in the config; taken as {merged.get('rope_theta')}, as transformers' Llama"
+            )
         word = ", ".join(map(self.values.word, told)) if told else USUAL
         self.reading.take("rope_parameters", merged, "read" if told else "defaulted", word)
         return merged

@@ -81,7 +81,7 @@ class Checkpoint:
         if str(source).startswith(EMBEDDED_PREFIX):
             return cls(str(source))
         folder = fetch(source)
-        if (folder / ADAPTER_FILE).is_file() and not (folder / CONFIG_FILE).is_file():
+        if (folder / ADAPTER_FILE).is_file() and not _whole_weights(folder):
             return cls(str(source), folder)
         if (folder / META_FILE).is_file():
             return cls(str(source), folder, meta=read_json(folder / META_FILE))
@@ -174,6 +174,11 @@ def weight_files(folder: Path) -> list[Path]:
         )
     what = f"only {', '.join(pickles[:3])}, and pickle is never run" if pickles else "no weights"
     raise UserError(f"{folder} holds {what}; convert the weights to safetensors first")
+
+
+def _whole_weights(folder: Path) -> bool:
+    """Whether there are weights beside those of an adapter: ModelOpt puts one for the target beside its drafts."""
+    return any(not file.name.startswith(ADAPTER_WEIGHTS) for file in folder.glob("*.safetensors"))
 
 
 def _listed(folder: Path, index: str) -> list[Path]:
