@@ -1,4 +1,4 @@
-"""One configuration served by llama.cpp, one prompt at a time; run by ``standalone_engines.py``.
+"""One configuration served by llama.cpp, one prompt at a time; run by ``engines_check.py``.
 
 The package xllamacpp carries llama.cpp's server; it listens on a free local port and is asked over HTTP as any such
 server is (``/completion``, ``/metrics``). This file imports xllamacpp, its neighbour and the standard library only.
@@ -17,6 +17,8 @@ from typing import Any
 from worker import Answer, work, worker_parser
 
 PREFIX = "llamacpp:spec_decode_num_"
+# How the server uses a draft: as a language model of its own, or on the target's states.
+TYPES = ("simple", "eagle3")
 NAMES = {"drafts": "rounds", "draft_tokens": "drafted", "accepted_tokens": "accepted"}
 COUNTER = re.compile(rf"^{PREFIX}(\w+)_total(?:\{{position=\"(\d+)\"\}})? (\S+)$", re.M)
 
@@ -46,13 +48,17 @@ def start_server(options: argparse.Namespace) -> Any:
     params = xllamacpp.CommonParams()
     params.model.path = options.target
     params.n_ctx, params.n_parallel, params.endpoint_metrics = options.context, 1, True
+    cache = xllamacpp.ggml_type.GGML_TYPE_F32 if options.full_cache else params.cache_type_k
+    params.cache_type_k = params.cache_type_v = cache
     places = [params.cpuparams, params.cpuparams_batch]
     if options.draft:
         draft = params.speculative.draft
         draft.mparams.path = options.draft
         draft.n_max, draft.n_min, draft.p_min = options.speculative_tokens, 0, 0.0
-        params.speculative.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_SIMPLE]
+        kind = f"COMMON_SPECULATIVE_TYPE_DRAFT_{options.type.upper()}"
+        params.speculative.types = [getattr(xllamacpp.common_speculative_type, kind)]
         places += [draft.cpuparams, draft.cpuparams_batch]
+        draft.cache_type_k = draft.cache_type_v = cache
     for place in places:
         place.n_threads = options.threads
     return xllamacpp.Server(params)
@@ -90,6 +96,8 @@ def start(options: argparse.Namespace) -> tuple[dict[str, Any], Answer]:
 
 def main() -> None:
     parser = worker_parser(__doc__)
+    parser.add_argument("--type", default="simple", choices=TYPES, help="how the draft is used")
+    parser.add_argument("--full-cache", action="store_true", help="keys and values in float32, not float16")
     parser.add_argument("--context", type=int, required=True)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     work(start, parser.parse_args())

@@ -15,24 +15,23 @@ All are Llama configs of one layer; tensors are ``fc.*``, ``layers.0.*`` without
 written as true: in files of ours ``bias: false`` says that the draft has no bias in ``fc`` and the zeros that SGLang
 needs are none of its tensors.
 
-Drafts are written for vLLM (method ``eagle``) and for SGLang (algorithm EAGLE). Neither file holds a head or, unless
-the draft has its own, an embedding: both engines lend the target's. Facts: vLLM 0.32, SGLang 0.5.23; docs/formats.md.
+Facts: vLLM 0.32, SGLang 0.5.23; docs/formats.md.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from redraft.artifact import check_tensors
 from redraft.drafts.base import Family
-from redraft.drafts.eagle.writing import LayerWriter, in_layers, legacy_config, prepare
 from redraft.drafts.eagle1.module import Eagle1Config, Eagle1Draft, fresh_eagle1
+from redraft.drafts.eagle1.writing import ARCHITECTURES, WRITERS
 from redraft.drafts.formats import others
 from redraft.drafts.formats.embeddings import compare
 from redraft.drafts.formats.layers import LayerReader
@@ -60,7 +59,6 @@ READ = (
     *("sliding_window", "use_sliding_window", "rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"),
     *("vocab_size", "num_hidden_layers", "bias", "quantization_config"),
 )
-ARCHITECTURES = {"EagleLlamaForCausalLM": "vllm", "LlamaForCausalLMEagle": "sglang"}
 ORIGINAL = "LlamaForCausalLM"
 FEW = (1, 2, 3, 4)  # layers of a draft, of which one is read; with more a checkpoint is a language model
 
@@ -104,14 +102,17 @@ def read(
         raise UserError(f"{folder} has {found[0]}, which is not read; {found[1]}")
     values = Values(raw, path)
     layer = LayerReader(values, facts_of(state), reading)
-    layer.refuse(layer.faults(("llama", "eagle"), _faults(values)))
+    layers = values.whole("num_hidden_layers", most=1 << 16) or 1
+    layer.refuse(layer.faults(("llama", "eagle"), _faults(kind, layers, state)))
     said = values.flag("bias")
     biased = {"vllm": False, "sglang": True}.get(kind, said is not False)
     fields = layer.sizes() | layer.attention(False)
-    if any(layer.windows(1)):
+    if any(layer.windows(layers)):
         layer.refuse(["sliding_attention"])
     rows = layer.size("vocab_size", EMBEDDING, 0, "target_vocab_size")
-    fields["rope_parameters"] = layer.rope(fields["max_position_embeddings"], partial=False)
+    fields["rope_parameters"] = layer.rope(fields["max_position_embeddings"], partial=kind != "original")
+    state = _named(state, layers)
+    fields["num_layers"] = layers
     config = Eagle1Config(**fields, target_vocab_size=rows, fc_bias=biased, own_embedding=EMBEDDING in state)
     if target is not None:
         config = _fitted(config, state, target, reading)
@@ -136,9 +137,18 @@ def check_state(state: Mapping[str, Tensor], draft: Eagle1Draft, where: Any) -> 
         raise UserError(f"{where}: rotary settings that tell no angles: {draft.config.rope_parameters}")
 
 
-def _faults(values: Values) -> list[str]:
-    layers = values.whole("num_hidden_layers", most=1 << 16)
-    return [] if layers in (None, 1) else [f"num_hidden_layers {layers}"]
+def _faults(kind: str, layers: int, state: Mapping[str, Tensor]) -> list[str]:
+    """EAGLE's own code has one layer; engines compute as many as there are."""
+    held = 1 + max((int(found[1]) for name in state if (found := re.match(r"layers\.(\d{1,4})\.", name))), default=0)
+    most = 1 if kind == "original" else held
+    return [f"num_hidden_layers {layers}, of {held} in the file"] if layers > most else []
+
+
+def _named(state: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
+    """The state with the layers behind the first by our names; those that the config has none of keep the file's."""
+    ours = {f"layers.{number}.": f"later.{number - 1}." for number in range(1, layers)}
+    start = {name: next((old for old in ours if name.startswith(old)), "") for name in state}
+    return {ours[start[n]] + n[len(start[n]) :] if start[n] else n: tensor for n, tensor in state.items()}
 
 
 def _fitted(config: Eagle1Config, state: dict[str, Tensor], target: Facts, reading: Reading) -> Eagle1Config:
@@ -154,38 +164,6 @@ def _fitted(config: Eagle1Config, state: dict[str, Tensor], target: Facts, readi
     return config
 
 
-class Eagle1Writer(LayerWriter):
-    """The files of one engine."""
-
-    def check(self, draft: Eagle1Draft, target: Facts) -> tuple[Eagle1Draft, list[str]]:
-        """As of every writer. A bias in ``fc`` that is all zero is left out for vLLM, whose ``fc`` has none."""
-        dense, notes = prepare(draft, target)
-        config = dense.config
-        if self.name == "sglang" and config.own_embedding:
-            raise UserError(
-                "SGLang cannot run this draft: it replaces the draft's own embeddings with the target's; "
-                "export it for vLLM instead"
-            )
-        if self.name == "sglang" or not config.fc_bias:
-            return dense, notes
-        state = dense.state_dict()
-        if state.pop("fc.bias").any():
-            raise UserError(
-                "vLLM cannot run this draft: it has a bias in fc, which vLLM's eagle method does not load; "
-                "export it for SGLang, or train a draft without it"
-            )
-        return dense.rebuilt(replace(config, fc_bias=False), state), [*notes, "the bias of fc, all zero, was left out"]
-
-    def config(self, draft: Eagle1Draft, target: Facts, tokens: int) -> dict[str, Any]:
-        architecture = next(architecture for architecture, kind in ARCHITECTURES.items() if kind == self.name)
-        return legacy_config(draft, architecture) | ({} if draft.config.fc_bias else {"bias": False})
-
-    def tensors(self, draft: Eagle1Draft) -> dict[str, Tensor]:
-        """As of every writer; SGLang asks for a bias where the draft has none."""
-        bias = self.name == "sglang" and not draft.config.fc_bias
-        return in_layers(draft) | ({"fc.bias": torch.zeros_like(draft.fc.weight[:, 0])} if bias else {})
-
-
 FAMILIES.register("eagle1")(
     Family(
         name="eagle1",
@@ -196,7 +174,7 @@ FAMILIES.register("eagle1")(
         read=read,
         options=("trainer",),
         check_state=check_state,
-        writers={"vllm": Eagle1Writer("vllm", "eagle"), "sglang": Eagle1Writer("sglang", "EAGLE")},
+        writers=WRITERS,
         refusal="an Eagle1 draft reads the target's states and has no file that all engines load alike, nor one of "
         "{format}; export it for vllm or for sglang",
     )

@@ -223,7 +223,7 @@ class LayerReader:
         if "rope_theta" in values.values and theta is None and not (rope.get("rope_theta") or scaling.get("rope_theta")):
             faults.append("rope_theta None")
         shares = {place["partial_rotary_factor"] for place in (rope, scaling) if place.get("partial_rotary_factor")}
-        if not partial and (shares | ({share} if share else set())) - {1.0, 1}:
+        if not partial and (shares | ({share} if share else set())) - {1.0}:
             faults.append(f"partial_rotary_factor {next(iter(shares), share)}")
         self.refuse(faults)
         return self._merged_rope(rope, scaling, theta, share, longest)

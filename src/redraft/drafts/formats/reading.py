@@ -12,7 +12,7 @@ from torch import Tensor
 
 from redraft.artifact import dtype_name, read_json, read_pickled, read_tensors
 from redraft.drafts.files import META_FILE
-from redraft.drafts.formats.base import CONFIG_FILE, WEIGHTS_FILE
+from redraft.drafts.formats.base import CONFIG_FILE
 from redraft.drafts.formats.meaning import Reading, TensorFacts
 from redraft.drafts.formats.values import Values
 from redraft.errors import UserError
