@@ -179,7 +179,7 @@ def auto_shape(
     walked: list[list[int]] | None = None
     if longest >= 1 and (sampler is None or sampler.greedy):
         draft = draft.eval().to(target.device)
-        with torch.inference_mode(), greedy_answers(target, draft, prompts, max_new_tokens) as (rows, store):
+        with torch.inference_mode(), greedy_answers(target, draft.taps, prompts, max_new_tokens) as (rows, store):
             walked = [runs for _, runs in draft.walk(target).runs(rows, store, longest)]
     ids = [prompt.ids for prompt in prompts[:DECODED_PROMPTS]]
     return pick_shape(target, draft, ids, walked, longest, trees, sampler, greedy_drafts, max_new_tokens, seed)

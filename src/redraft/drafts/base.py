@@ -308,6 +308,8 @@ class Family:
 
     Engines: ``writers`` has a :class:`redraft.drafts.formats.base.Writer` for each format; ``refusal`` is what is said
     of a ``{format}`` that is not among them.
+
+    Causes: ``suspects`` is a :data:`redraft.drafts.suspects.Suspecting`, what may be read wrongly of a draft.
     """
 
     name: str
@@ -330,6 +332,8 @@ class Family:
 
     writers: Mapping[str, Any] = field(default_factory=dict)
     refusal: str = "drafts of this family are not written as {format}"
+
+    suspects: Callable[..., Any] = lambda *_: iter(())
 
 
 def fresh(family: str, target: Any, vocabulary: Sequence[int], seed: int = 0) -> Draft:

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from redraft.artifact import check_tensors
 from redraft.drafts.base import Family
+from redraft.drafts.eagle.suspects import suspects
 from redraft.drafts.eagle.writing import LayerWriter, in_layers, legacy_config, prepare
 from redraft.drafts.eagle1.module import Eagle1Config, Eagle1Draft, fresh_eagle1
 from redraft.drafts.formats.reading import Checkpoint, build_untrained, check_layer, layer_fields, read_state
@@ -119,6 +120,7 @@ FAMILIES.register("eagle1")(
         recognises=lambda checkpoint: kind_of(checkpoint) is not None,
         architectures=tuple(ARCHITECTURES),
         read=read,
+        suspects=suspects,
         writers={"vllm": Eagle1Writer("vllm", "eagle"), "sglang": Eagle1Writer("sglang", "EAGLE")},
         refusal="an Eagle1 draft reads the target's states and has no file that all engines load alike, nor one of "
         "{format}; export it for vllm or for sglang",

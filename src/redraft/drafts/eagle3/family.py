@@ -17,6 +17,7 @@ from redraft.drafts.base import Family
 from redraft.drafts.eagle.writing import LayerWriter, in_layers, layer_config, legacy_config, prepare
 from redraft.drafts.eagle3.module import Eagle3Config, Eagle3Draft, fresh_draft
 from redraft.drafts.eagle3.reading import ARCHITECTURES, check_taps, check_vocabulary_map, read, recognises
+from redraft.drafts.eagle3.suspects import suspects
 from redraft.drafts.formats.base import Format
 from redraft.errors import UserError
 from redraft.registries import EXPORTERS, FAMILIES
@@ -108,6 +109,7 @@ FAMILIES.register("eagle3")(
         recognises=recognises,
         architectures=ARCHITECTURES,
         read=read,
+        suspects=suspects,
         writers={
             "vllm": Eagle3Writer("vllm", "eagle3", warns=True),
             "plain": Eagle3Writer("plain", "eagle3", warns=True),
