@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -66,21 +67,60 @@ def read_pickled(path: str | Path) -> dict[str, Tensor]:
     """
     path = Path(path)
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        # Files of the newest kind alone can be mapped; of others the reader makes a copy.
+        found = torch.load(str(path), map_location="cpu", weights_only=True, mmap=is_zipfile(path))
     except Exception as error:  # the reader raises many kinds over a damaged or a foreign file
         raise UserError(
             f"{path} cannot be read as tensors alone, and pickle is never run; convert the weights to safetensors"
         ) from error
     if not isinstance(found, dict) or not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in found.items()):
         raise UserError(f"{path} holds more than named tensors; convert the weights to safetensors")
+    for name, tensor in found.items():
+        # A view that repeats its numbers would be written out to any size.
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.nbytes > path.stat().st_size:
+            raise UserError(f"{path} holds {name} in a form that is no plain table; convert the weights to safetensors")
     return {name: tensor.detach().contiguous() for name, tensor in found.items()}
 
 
+# How safetensors names the types of tensors that are written here, and the order in which its own writer lays them out.
+KIND_OF = {
+    torch.bfloat16: "BF16",
+    torch.bool: "BOOL",
+    torch.float16: "F16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.int16: "I16",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+}
+ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "I8", "U8", "BOOL")
+
+
 def write_tensors(path: str | Path, state: Mapping[str, Tensor]) -> None:
-    """Write the tensors to one safetensors file, byte for byte the same for the same tensors."""
-    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-    # One entry only: the writer shuffles the order of several. Hugging Face's loaders ask for this one.
-    save_file(plain, str(path), metadata={"format": "pt"})
+    """Write the tensors to one safetensors file, byte for byte the same for the same tensors.
+
+    One after the other: the library's own writer holds a copy of all of them, which are gigabytes.
+    """
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # Hugging Face's loaders ask for this
+    names = sorted(state, key=lambda name: (ORDER.index(KIND_OF[state[name].dtype]), name))
+    end = 0
+    for name in names:
+        tensor, start = state[name], end
+        end += tensor.numel() * tensor.element_size()
+        entries[name] = {
+            "dtype": KIND_OF[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)
+    with open(path, "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for name in names:
+            flat = state[name].detach().cpu().contiguous().reshape(-1)
+            file.write(flat.view(torch.uint8).numpy().data)
     let_others_read(path)
 
 
@@ -124,6 +164,10 @@ def read_checked(path: str | Path, mend: str) -> dict[str, Tensor]:
     return found
 
 
+# Numbers looked at in one go.
+PIECE = 1 << 22
+
+
 def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str | Path) -> None:
     """Raise ``UserError`` that names every missing, extra, misshaped, wrongly typed or non-finite tensor.
 
@@ -141,10 +185,15 @@ def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], w
             faults += [f"{name} is {kind} instead of {right}"] if kind != right else []
         elif tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             faults.append(f"{name} is {kind} instead of float32, float16 or bfloat16")
-        elif not torch.isfinite(tensor).all():
+        elif not all_finite(tensor):
             faults.append(f"{name} holds NaN or infinity")
     if faults:
         raise UserError(f"{where} does not hold the tensors that its config asks for: {'; '.join(faults)}")
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether every number is one, looked through piece by piece: the check takes no room beside the tensor."""
+    return all(bool(torch.isfinite(piece).all()) for piece in tensor.detach().reshape(-1).split(PIECE))
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -164,6 +213,8 @@ def read_json(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path} is not JSON: line {error.lineno}: {error.msg}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
+    except (RecursionError, ValueError) as error:  # nesting and numbers beyond what Python reads
+        raise UserError(f"{path} is no JSON that can be read: {' '.join(str(error).split())[:100]}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} must hold a JSON object, not a {type(value).__name__}")
     return value

@@ -176,7 +176,7 @@ def test_an_error_while_writing_leaves_the_old_folder(saved, draft, monkeypatch)
     def tear(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(artifact, "save_file", tear)
+    monkeypatch.setattr(artifact, "let_others_read", tear)
     with pytest.raises(UserError, match="no room on the disk"):
         files.save_draft(saved, draft, META)
     assert same(files.load_draft(saved)[0], draft)
@@ -214,3 +214,27 @@ def test_an_engine_of_another_user_can_read_the_tensors(tmp_path):
     plain.write_text("")
     artifact.write_tensors(path, {"a": torch.zeros(2)})
     assert path.stat().st_mode == plain.stat().st_mode
+
+
+def test_tensors_are_written_one_by_one_as_the_library_writes_them_at_once(tmp_path):
+    kinds = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.bool]
+    kinds += [torch.int16, torch.int8, torch.uint8]
+    state = {f'{k} é"': torch.ones(3, k).to(kind) for k, kind in enumerate(kinds)}
+    state |= {"scalar": torch.tensor(2.0), "turned": torch.arange(12.0).reshape(3, 4).T, "none": torch.zeros(0, 4)}
+    artifact.write_tensors(tmp_path / "ours", state)
+    whole = {name: tensor.contiguous() for name, tensor in state.items()}
+    save_file(whole, tmp_path / "theirs", metadata={"format": "pt"})
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+def test_a_table_that_repeats_its_numbers_is_no_weight_file(tmp_path):
+    torch.save({"fc.weight": torch.zeros(1).expand(1 << 20)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="fc.weight in a form that is no plain table"):
+        artifact.read_pickled(tmp_path / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a": ' + "9" * 5000 + "}"])
+def test_json_beyond_what_can_be_read_is_one_line(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match="no JSON that can be read"):
+        artifact.read_json(tmp_path / "config.json")
