@@ -37,7 +37,7 @@ MODELS = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "tiny_
 LETTERS, FIRST, BACK = 12, 38, 3  # the ids of A to L, which no merge of the tokenizer touches
 ASKED, ANSWERED, NOISE = 8, 48, 0.08
 TAPS = (2, 3, 5)
-EPOCHS, SPREAD = 25.0, 0.8
+EPOCHS, SPREAD = 16.0, 0.8
 VOCABULARY = [2, 4, *range(34, 64)]
 # The beginning of every text is a letter of its own: it shows where a template or an engine writes it twice.
 TEMPLATE = "{{ bos_token }}" + MODELS.CHATML
@@ -139,7 +139,8 @@ def draft_for(target: Target, unroll: int) -> tuple[Eagle3Draft, float]:
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     shape = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 6, "initializer_range": 0.05}
-    model = MODELS.build_model("llama", 0, **shape, bos_token_id=0, rope_parameters={"rope_theta": 500.0, "rope_type": "default"})
+    shape |= {"bos_token_id": 0, "rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}}
+    model = MODELS.build_model("llama", 0, **shape)
     old = table(1)
     learn(model, old, 500, 4e-3, 1)
     base = save(model, folder / "base")

@@ -38,7 +38,7 @@ from redraft.progress import progress_bar
 from redraft.settings.base import AUTO
 from redraft.settings.sampler import Sampler
 from redraft.settings.shapes import ChainShape, Shape, parse_shape
-from redraft.settings.steps import BenchSettings, ProbeSettings
+from redraft.settings.steps import BenchSettings, CheckSettings, ProbeSettings
 from redraft.target import Target
 
 # Prompts that every tree decodes (and, when the target samples, every chain).
@@ -92,7 +92,7 @@ class Questions:
     and when nothing is asked.
     """
 
-    def __init__(self, s: BenchSettings | ProbeSettings) -> None:
+    def __init__(self, s: BenchSettings | CheckSettings | ProbeSettings) -> None:
         if s.prompts is None and not s.suite:
             raise UserError("nothing to measure on; give --prompts FILE or --suite NAME")
         self.settings = s

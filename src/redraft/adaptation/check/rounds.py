@@ -28,7 +28,7 @@ DRAWS = 4000
 
 @dataclass(frozen=True)
 class Round:
-    """``at`` is the position in the whole text that the round starts behind, ``accepted`` of its drafted tokens were."""
+    """It starts behind the position ``at`` of the whole text; ``accepted`` of its drafted tokens were kept."""
 
     at: int
     accepted: int

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -42,6 +42,8 @@ class Fault:
 
     cause: str
     evidence: str
+    # Whether token ids do not arrive as they are sent, so that nothing can be measured.
+    blocks: bool = False
 
 
 # -- prompts ---------------------------------------------------------------------------------------------------------
@@ -56,7 +58,7 @@ def read_prompts(
     bos = getattr(tokenizer, "bos_token_id", None)
     for prompt in prompts[:ASKED]:
         found = _asked(connection, "/v1/completions", model, {"prompt": list(prompt.ids)}, prompt)
-        faults += _changed("token ids", found, prompt.ids, bos)
+        faults += [replace(one, blocks=True) for one in _changed("token ids", found, prompt.ids, bos)]
     for prompt, said in zip(prompts[:ASKED], messages, strict=False):
         found = _asked(connection, "/v1/chat/completions", model, {"messages": said}, prompt)
         if found is None:
@@ -79,7 +81,7 @@ def read_prompts(
         if found.number == len(expected):
             evidence = f"a text of {len(expected)} tokens has other ids at the server"
         faults.append(Fault("other_tokenizer", evidence))
-    kept = {(fault.cause): fault for fault in reversed(faults)}
+    kept = {fault.cause: fault for fault in reversed(faults)}
     return list(reversed(kept.values())), list(dict.fromkeys(notes))
 
 
@@ -169,9 +171,7 @@ class Served:
         return len(self.counted.whole.per_position) or None
 
 
-def ask(
-    session: Session, prompts: Sequence[Prompt], done: Callable[[str], None] | None = None
-) -> Served:
+def ask(session: Session, prompts: Sequence[Prompt], done: Callable[[str], None] | None = None) -> Served:
     """Every prompt asked once, one at a time, with the counters read around each. Raises ``UserError``."""
     session.warm(prompts, 1)
     check_counters(session)

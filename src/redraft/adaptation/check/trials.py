@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from redraft.adaptation.check.rounds import Rounds, Tapped, gain, rounds_of
 from redraft.adaptation.probe import greedy_answers

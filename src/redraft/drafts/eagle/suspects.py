@@ -34,7 +34,7 @@ def suspects(
         yield Suspect("embedding_replaced", what, changed, "embedding_replaced")
     if draft.embed_tokens is None:
         table = target.embedding.weight
-        nothing = nn.Embedding(*table.shape, _weight=torch.zeros_like(table))
+        nothing = nn.Embedding.from_pretrained(torch.zeros_like(table))
         what = "an embedding of zeros"
         yield Suspect("embedding_replaced", what, twin(draft, embed_tokens=nothing), "embedding_replaced")
 

@@ -8,6 +8,7 @@ SGLang would compute something else; ``sglang`` refuses there. Facts: vLLM 0.32,
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from redraft.artifact import dtype_name
 from redraft.drafts.base import Family
 from redraft.drafts.eagle.writing import LayerWriter, in_layers, layer_config, legacy_config, prepare
+from redraft.drafts.eagle3.engines import READERS, meaning_of, read_as
 from redraft.drafts.eagle3.module import Eagle3Config, Eagle3Draft, fresh_draft
 from redraft.drafts.eagle3.reading import ARCHITECTURES, check_taps, check_vocabulary_map, read, recognises
 from redraft.drafts.eagle3.suspects import suspects
@@ -110,6 +112,8 @@ FAMILIES.register("eagle3")(
         architectures=ARCHITECTURES,
         read=read,
         suspects=suspects,
+        meaning=meaning_of,
+        readers={engine: partial(read_as, engine) for engine in READERS},
         writers={
             "vllm": Eagle3Writer("vllm", "eagle3", warns=True),
             "plain": Eagle3Writer("plain", "eagle3", warns=True),

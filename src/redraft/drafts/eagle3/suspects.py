@@ -84,13 +84,17 @@ def other_norms(draft: Any) -> Iterator[Suspect]:
         changed = twin(draft, config=replace(config, norm_before_fc=False), input_norm=None)
         yield without("the norm before fc", changed)
     if draft.fc_norm is not None:
-        yield without("the norms of the layers' states", twin(draft, config=replace(config, fc_norm=False), fc_norm=None))
+        yield without(
+            "the norms of the layers' states", twin(draft, config=replace(config, fc_norm=False), fc_norm=None)
+        )
     if draft.input_norm is None and draft.fc_norm is None:
         whole = RMSNorm(draft.fc.in_features, eps=config.rms_norm_eps).to(draft.fc.weight)
         yield Suspect("norm_missing", "with a norm before fc", twin(draft, input_norm=whole), "norm_extra")
     doubled = nn.Sequential(layer.input_layernorm, layer.hidden_norm)
     changed = twin(draft, midlayer=twin(layer, hidden_norm=doubled))
-    yield Suspect("norm_doubled", "with the norm of the embedding on the state too, before its own", changed, "norm_doubled")
+    yield Suspect(
+        "norm_doubled", "with the norm of the embedding on the state too, before its own", changed, "norm_doubled"
+    )
     yield without("the norm of the state", twin(draft, midlayer=twin(layer, hidden_norm=nn.Identity())))
     yield without("the norm of the embedding", twin(draft, midlayer=twin(layer, input_layernorm=nn.Identity())))
     residual, output = not config.norm_before_residual, not config.norm_output
