@@ -7,11 +7,13 @@ on a table of which a part of the entries is another. Minutes on one core.
     python tests/artifacts/make_check.py tests/artifacts/check
 
 ``target`` and ``base`` are checkpoints in float16. Of the drafts ``aligned`` and ``short`` read the target, ``short``
-with one draft step in training where the others have four; ``stale`` reads the base.
+with one draft step in training where the others have four; ``stale`` reads the base. ``prompts.jsonl`` are questions
+that none of them has seen.
 """
 
 from __future__ import annotations
 
+import json
 import runpy
 import sys
 import tempfile
@@ -102,6 +104,14 @@ def prompts(count: int, seed: int) -> list[list[int]]:
     return framed(asked)[0].tolist()
 
 
+def write_prompts(path: Path, count: int, seed: int) -> None:
+    """Questions as the drafts were trained on, for tests."""
+    asked = (letters(table(1), count, ASKED, torch.Generator().manual_seed(seed)) - FIRST).tolist()
+    texts = ["".join(chr(ord("A") + letter) for letter in line) for line in asked]
+    lines = [{"id": f"p{i:02}", "messages": [{"role": "user", "content": text}]} for i, text in enumerate(texts)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
 def answers(target: Target, count: int, seed: int) -> list[Row]:
     asked = [Request(f"{seed}/{i}", ids, Sampler()) for i, ids in enumerate(prompts(count, seed))]
     done = generate(target, asked, ANSWERED)
@@ -138,6 +148,8 @@ def draft_for(target: Target, unroll: int) -> tuple[Eagle3Draft, float]:
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_prompts(folder / "prompts.jsonl", 16, 11)
     shape = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 6, "initializer_range": 0.05}
     shape |= {"bos_token_id": 0, "rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}}
     model = MODELS.build_model("llama", 0, **shape)

@@ -152,6 +152,13 @@ TABLE = (
         "send messages to the chat endpoint and rendered text to the other one, never rendered text as a message",
     ),
     Cause(
+        "other_template",
+        "the server's chat template makes other prompts than the target's",
+        "the server counts other prompt tokens for the same messages",
+        "serve with the target's own chat template and arguments (--chat-template, chat_template_kwargs), or name the "
+        "server's with --template-arg; where the template is meant, " + ADAPT,
+    ),
+    Cause(
         "prompt_changed",
         "the server changes the prompts: it adds tokens or cuts them",
         "the server counts other prompt tokens than it was sent",

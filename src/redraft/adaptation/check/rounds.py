@@ -22,7 +22,7 @@ from redraft.rows import TokenRow, anchors
 
 # A change is a cause where it wins back this much: of the accepted tokens, and in tau; and where no more than this
 # share of resamples says that it wins nothing. Dozens of changes are tried, so the share is far below a twentieth.
-LEAST_SHARE, LEAST_TAU, CHANCE = 0.2, 0.1, 0.002
+LEAST_SHARE, LEAST_TAU, CHANCE = 0.12, 0.1, 0.002
 DRAWS = 4000
 
 
@@ -93,8 +93,9 @@ def rounds_of(
     return Rounds(gamma, dict(sorted(found.items())))
 
 
-def gain(new: Rounds, old: Rounds, keys: Sequence[str]) -> tuple[float, bool]:
-    """What tau rises by from ``old`` to ``new`` on these prompts, and whether that is sure and much."""
+def gain(new: Any, old: Any, keys: Sequence[str], share: float = LEAST_SHARE) -> tuple[float, bool]:
+    """What tau rises by from ``old`` to ``new`` on these prompts, and whether that is sure and much: at least this
+    ``share`` of the accepted tokens. Both tell the tokens and rounds of prompts, as :meth:`Rounds.counts` does."""
     columns = np.array([*new.counts(keys), *old.counts(keys)], dtype=np.float64).T
     if not len(keys) or not columns[:, 1].sum() or not columns[:, 3].sum():
         return 0.0, False
@@ -102,7 +103,7 @@ def gain(new: Rounds, old: Rounds, keys: Sequence[str]) -> tuple[float, bool]:
         drawn_D = _difference(resample_counts(len(keys), DRAWS, 0) @ columns)
     value, base = float(_difference(columns.sum(0))), float(columns[:, 2].sum() / columns[:, 3].sum())
     sure = bool(np.nanmean(drawn_D <= 0) <= CHANCE)
-    return value, sure and value >= LEAST_TAU and value >= LEAST_SHARE * (base - 1)
+    return value, sure and value >= LEAST_TAU and value >= share * (base - 1)
 
 
 def _difference(sums: Any) -> Any:

@@ -166,7 +166,11 @@ class Check:
         own = verdict.changes(levels)
         for evidence in own:
             self.found(evidence)
-        if not own:
+        if own:
+            return
+        if place.source is not None:
+            self.found(verdict.unsayable(coverage(draft, place.rows, place.gamma)))
+        if not self.result.findings:
             claimed = static.claims(self.opened, place.target)
             reference = self.reference(place, draft, prompts, base)
             self.found(verdict.against(here, reference, claimed))
@@ -174,8 +178,6 @@ class Check:
                 result.notes.append(
                     "whether the draft is stale nobody can say: give the model it was made for (--base-target)"
                 )
-            if place.source is not None:
-                self.found(verdict.unsayable(coverage(draft, place.rows, place.gamma)))
         self.found(verdict.too_long(here))
         longest = max(positions(row) for row in place.rows)
         told = getattr(draft.config, "max_position_embeddings", 0)
@@ -210,18 +212,17 @@ class Check:
             result.notes += [f"{one.evidence}; yet the server accepts what is accepted here" for one in harmless]
             result.findings = [one for one in result.findings if one.cause not in file]
             return
-        if (explained := verdict.misreading(served, here, trials, told)) is not None:
-            # First: what the file alone made suspect has been tried by now.
-            before = result.findings
-            result.findings = []
+        # What fits exactly; else a position of the text behind which it falls off; else what fits best.
+        explained = verdict.misreading(served, here, trials, told, verdict.EXACTLY)
+        if explained is None and "engine_limit" not in told:
+            explained = verdict.falling(self.pieces(place, draft)) or verdict.misreading(served, here, trials, told)
+            rates = f"tau is {served.counted.tau().value:.2f} at the server, {here.tau().value:.2f} here"
+            explained = explained or Evidence("engine_lower", rates)
+        if explained is not None:
+            # In front of what the file alone made suspect: that has been tried by now.
+            before, result.findings = result.findings, []
             self.found(explained)
             result.findings += [one for one in before if one.cause != explained.cause]
-            return
-        if any(one.cause == "engine_limit" for one in result.findings):
-            return
-        fallen = verdict.falling(self.pieces(place, draft))
-        rates = f"tau is {served.counted.tau().value:.2f} at the server, {here.tau().value:.2f} here"
-        self.found(fallen or Evidence("engine_lower", rates))
 
     def pieces(self, place: Ground, draft: Any) -> list[Piece]:
         """What is accepted behind several positions of the longest texts, here and at the server."""

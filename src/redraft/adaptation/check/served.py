@@ -10,7 +10,7 @@ import torch
 
 from redraft.adaptation.check.rounds import Rounds
 from redraft.data.generate import Request
-from redraft.data.store import Row
+from redraft.data.store import Row, row_key
 from redraft.data.template import template_ids
 from redraft.data.transport import Connection, Refused, Transient, completion_body, counted, first_choice
 from redraft.data.turns import Message
@@ -178,7 +178,10 @@ def ask(session: Session, prompts: Sequence[Prompt], done: Callable[[str], None]
     level: Level = paired([session], prompts, done)[session.name]
     session.levels[1] = level
     check_level(session, level)
-    kept = [(prompt.id, answer, c) for prompt, answer, c in zip(prompts, level.answers, level.counts, strict=True)]
+    kept = [
+        (row_key(prompt.id, 0.0), answer, c)
+        for prompt, answer, c in zip(prompts, level.answers, level.counts, strict=True)
+    ]
     good = [(key, answer, c) for key, answer, c in kept if not answer.fault]
     counted_ = Counted({key: c for key, _, c in good}, {key: answer.tokens for key, answer, _ in good})
     return Served(session.product, session.engine, {key: answer for key, answer, _ in good}, counted_, session.notes)
@@ -254,7 +257,7 @@ def compare_texts(target: Target, prompts: Sequence[Prompt], answers: dict[str, 
     total = others = started = count = 0
     behind: list[float] = []
     for prompt in prompts:
-        answer = answers.get(prompt.id)
+        answer = answers.get(row_key(prompt.id, 0.0))
         if answer is None or not answer.ids:
             continue
         count += 1

@@ -15,8 +15,10 @@ from redraft.starts.vocabulary import Coverage
 # Shares of the server's choices that are not the target's best: above, it is another model; of clear ones above, its
 # target is rounded otherwise.
 ANOTHER, ROUNDED, FEW = 0.3, 0.003, 2
+# A server accepts less where it loses this share of the accepted tokens; rounding loses less.
+LOWER = 0.04
 # A change explains a server where it brings our rates this much nearer to the server's.
-EXPLAINED = 0.35
+EXPLAINED, EXACTLY = 0.35, 0.1
 # Shares of drafted positions and of tokens below and above which an engine is held to draft less than asked.
 FULL, OUTSIDE = 0.9, 0.1
 # Late positions have fallen off where they are accepted this much less often than the early ones.
@@ -79,15 +81,18 @@ def other_texts(texts: Texts | None) -> list[Evidence]:
 def lower(served: Served, here: Rounds) -> bool:
     """Whether the server accepts surely and much less than the same draft does here, on the same prompts."""
     keys = [key for key in served.counted.keys if here.by_key.get(key)]
-    return bool(keys) and gain(here, served.counted, keys)[1]  # type: ignore[arg-type]
+    return bool(keys) and gain(here, served.counted, keys, LOWER)[1]
 
 
-def misreading(served: Served, here: Rounds, trials: Sequence[Trial], told: Sequence[str]) -> Evidence | None:
-    """The change under which our rates become the server's; those that the file itself speaks for (``told``) first."""
+def misreading(
+    served: Served, here: Rounds, trials: Sequence[Trial], told: Sequence[str], most: float = EXPLAINED
+) -> Evidence | None:
+    """The change under which our rates become the server's, but for this share (``most``) of what they are apart;
+    those that the file itself speaks for (``told``) come first."""
     before = same_rounds(served.counted, here)
     near = [(same_rounds(served.counted, trial.rounds), trial) for trial in trials if not trial.suspect.seen]
     near = sorted(near, key=lambda pair: pair[0] - (0.1 * before if pair[1].suspect.served in told else 0.0))
-    if not near or near[0][0] > EXPLAINED * before:
+    if not near or near[0][0] > most * before:
         return None
     distance, trial = near[0]
     words = f"{trial.suspect.what}: our rates are then {distance:.2f} from the server's, as read here {before:.2f}"
@@ -126,7 +131,8 @@ def changes(levels: Sequence[Sequence[Trial]]) -> list[Evidence]:
         if trials and trials[0].sure:
             best = trials[0]
             tau = best.rounds.tau([key for key in best.rounds.keys if key not in best.suspect.seen])
-            words = f"{best.suspect.what}: tau rises by {best.gain:.2f}, to {tau.value:.2f} ({tau.low:.2f} to {tau.high:.2f})"
+            words = f"{best.suspect.what}: tau rises by {best.gain:.2f}, to {tau.value:.2f} "
+            words += f"({tau.low:.2f} to {tau.high:.2f})"
             found.append(Evidence(best.suspect.cause, words, best.suspect.option))
     return found
 
@@ -136,7 +142,7 @@ def lost_thread(here: Rounds, positions: Sequence[int]) -> Evidence | None:
     for cut in positions:
         early, late = here.only(0, cut), here.only(cut)
         mean = [_mean(part) for part in (early, late)]
-        if min(n for _, n in mean) >= SEEN and mean[1][0] < HALF * mean[0][0]:
+        if min(n for _, n in mean) >= SEEN and mean[0][0] > HALF and mean[1][0] < HALF * mean[0][0]:
             words = f"{mean[0][0]:.2f} tokens are accepted a round up to position {cut} of the text, "
             return Evidence("short_context", words + f"{mean[1][0]:.2f} behind it")
     return None
@@ -160,7 +166,8 @@ def too_long(here: Rounds) -> Evidence | None:
         rate = reached[place + 1] / reached[place]
         spread = 2 * (rate * (1 - rate) / reached[place]) ** 0.5
         if rate + spread < FALLEN * first:
-            words = f"position {place + 1} is accepted {rate:.0%} of the times that it is reached, the first ones {first:.0%}"
+            words = f"position {place + 1} is accepted {rate:.0%} of the times that it is reached, "
+            words += f"the first ones {first:.0%}"
             return Evidence("too_long_drafts", words, gamma=place)
     return None
 
