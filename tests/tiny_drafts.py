@@ -34,3 +34,38 @@ SHAPE: dict[str, Any] = {
 }
 EAGLE1 = Eagle1Config(**SHAPE)
 EAGLE3 = Eagle3Config(**SHAPE, target_hidden_size=16, draft_vocab_size=10, taps=(2, 4, 5))
+
+# What drafts of other hands have beside the plain layer. Windows are shorter than the prompts of tests.
+PARTIAL = {"rope_theta": 100000.0, "rope_type": "default", "partial_rotary_factor": 0.67}
+LAYERS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "deep": {"num_layers": 2, "windows": (0, 3)},
+    "window": {"windows": (4,)},
+    "narrow": {"num_layers": 3, "windows": (1, 2, 5)},
+    "qk norms": {"qk_norm": True, "num_layers": 2},
+    "biases": {"attention_bias": True, "fc_bias": True, "num_layers": 2, "own_embedding": True},
+    "biases before": {"attention_bias": True, "output_bias": False},
+    "bias behind": {"output_bias": True},
+    "partial": {"rope_parameters": PARTIAL, "windows": (3,)},
+}
+EAGLE1_VARIANTS = LAYERS
+OTHER_LAYERS = {"num_layers": 2, "windows": (3, 0), "qk_norm": True, "attention_bias": True, "output_bias": False}
+VARIANTS = LAYERS | {
+    "norms": {"norm_before_residual": True, "norm_before_fc": True, "norm_output": True, "num_layers": 2},
+    "feature norms": {"fc_norm": True, "norm_before_residual": True, "num_layers": 3, "windows": (2, 0, 4)},
+    "no head norm": {"head_norm": False},
+    "all": {
+        "num_layers": 3,
+        "windows": (3, 0, 4),
+        "qk_norm": True,
+        "attention_bias": True,
+        "output_bias": False,
+        "fc_bias": True,
+        "norm_before_residual": True,
+        "norm_before_fc": True,
+        "norm_output": True,
+        "head_norm": False,
+        "own_embedding": True,
+        "rope_parameters": PARTIAL,
+    },
+}

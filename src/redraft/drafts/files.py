@@ -26,6 +26,18 @@ SCHEMA = 1
 META_FILE = "redraft.json"
 PRIVATE_FILE = "private.safetensors"
 
+# What redraft.json holds besides the schema: key, type, the type in words.
+META_KINDS: tuple[tuple[str, type, str], ...] = (
+    ("family", str, "text"),
+    ("config", dict, "JSON object"),
+    ("content_hash", str, "text"),
+    ("base_draft_hash", str, "text"),
+    ("tensors", list, "list of names"),
+    ("by_rows", list, "list of names"),
+    ("coarse", dict, "JSON object"),
+    ("provenance", dict, "JSON object"),
+)
+
 
 # -- redraft.json ----------------------------------------------------------------------------------------------------
 def read_meta(folder: str | Path, kind: str) -> dict[str, Any]:
@@ -39,7 +51,7 @@ def read_meta(folder: str | Path, kind: str) -> dict[str, Any]:
     path = folder / META_FILE
     meta = read_json(path)
     schema = meta.get("schema")
-    if not isinstance(schema, int) or schema < 1:
+    if type(schema) is not int or schema < 1:
         raise UserError(f"{path} has no schema number; it was not written by redraft")
     if schema > SCHEMA:
         raise UserError(f"{path} has schema {schema} and this redraft reads up to {SCHEMA}; upgrade redraft")
@@ -50,18 +62,22 @@ def read_meta(folder: str | Path, kind: str) -> dict[str, Any]:
     absent = [key for key in wanted if key not in meta]
     if absent:
         raise UserError(f"{path} lacks {', '.join(absent)}; copy the artifact again")
+    for key, kind, what in META_KINDS:
+        if not isinstance(meta.get(key, kind()), kind):
+            raise UserError(f"{path} has a {key} that is no {what}; copy the artifact again")
+    for key in ("tensors", "by_rows"):
+        if not all(isinstance(name, str) for name in meta.get(key, [])):
+            raise UserError(f"{path} has {key} that are no names of tensors; copy the artifact again")
     return meta
 
 
 def _build(meta: Mapping[str, Any], where: Path) -> Draft:
     """An untrained draft of the family and config in ``meta``."""
-    if not isinstance(meta["config"], dict):
-        raise UserError(f"{where / META_FILE} has a config that is no JSON object; copy the artifact again")
     try:
         return FAMILIES.get(str(meta["family"])).build(dict(meta["config"]))
     except UserError as error:
         raise UserError(f"{where / META_FILE}: {error}") from error
-    except (TypeError, KeyError, ValueError, AttributeError, RuntimeError) as error:
+    except (TypeError, LookupError, ValueError, AttributeError, RuntimeError, ArithmeticError, MemoryError) as error:
         raise UserError(f"{where / META_FILE} has a config that builds no draft: {error}") from error
 
 
@@ -112,6 +128,7 @@ def load_draft(folder: str | Path) -> tuple[Any, dict[str, Any]]:
     state = read_tensors(path)
     check_tensors(state, draft.stored(), path)
     _verify_hash(state, meta, path)
+    family.check_state(state, draft, path)
     draft.fill(state)
     family.read_beside(folder, draft)
     return draft, meta
@@ -172,7 +189,8 @@ def load_private(folder: str | Path, base_draft: Draft, base_hash: str) -> tuple
     listed = {name: whole[name] for name in meta["tensors"] if name in whole}
     part = read_tensors(path)
     _verify_hash(part, meta, path)
-    base = {name: tensor.detach().clone() for name, tensor in base_draft.state_dict().items()}
+    # A table that the part's draft borrows of the target is the base's own affair.
+    base = {name: tensor.detach().clone() for name, tensor in base_draft.state_dict().items() if name in whole}
     for name, about in meta.get("coarse", {}).items():
         part[name] = _told(name, about, part, base.get(name), path)
     for name in meta.get("by_rows", []):
@@ -181,6 +199,7 @@ def load_private(folder: str | Path, base_draft: Draft, base_hash: str) -> tuple
     device = next(iter(base.values())).device
     joined = base | {name: tensor.to(device) for name, tensor in part.items()}
     check_tensors(joined, whole, f"{folder} over its base draft")
+    FAMILIES.get(draft.family).check_state(joined, draft, f"{folder} over its base draft")
     draft.load_state_dict(joined, strict=True, assign=True)
     return draft.inherit(base_draft), meta
 

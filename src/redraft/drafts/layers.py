@@ -36,12 +36,34 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
+# What the settings of each kind of angles must hold beside the base.
+ROPE_KINDS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
+}
+
+
 class Rotary:
     """Cosines and sines of rotary positions, from transformers' own initialisers, tabulated once.
 
     The table is not part of the module's state: it follows from the configuration. Kinds whose angles follow the length
     of the text (``dynamic``, ``longrope``) have those of texts within their original length, whatever was asked before:
-    no longer text is ever given to a target of such a kind.
+    no longer text is ever given to a target of such a kind. That is what drafts are trained with. Engines tabulate once
+    as well, and not all the same (vLLM 0.32 and 0.33, SGLang 0.5.23; ``linear``, ``llama3`` and ``default`` are alike):
+
+    =============  ==================================================================================================
+    ``dynamic``    vLLM as here, unless ``max_trained_positions`` is below the length; SGLang stretches the base by
+                   (factor^2 - factor + 1)^(W / (W - 2)) at any length
+    ``longrope``   vLLM takes the long factors as soon as it serves more than the original length; SGLang those of the
+                   longest text in the batch; neither reads ``attention_factor`` or ``factor``
+    ``yarn``       vLLM as here; SGLang reads ``attn_factor`` in place of ``attention_factor``
+    partial        vLLM as here; SGLang looks for ``partial_rotary_factor`` where transformers no longer keeps it, and
+                   turns the whole head
+    =============  ==================================================================================================
     """
 
     def __init__(self, rope_parameters: dict[str, Any], head_dim: int, max_position_embeddings: int) -> None:
@@ -55,7 +77,8 @@ class Rotary:
             max_position_embeddings=max_position_embeddings,
             rope_parameters=rope,
         )
-        self.embedding = LlamaRotaryEmbedding(config=config)
+        with torch.device("cpu"):  # also where the draft around it is built without numbers
+            self.embedding = LlamaRotaryEmbedding(config=config)
         self.table: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, positions_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,6 +89,12 @@ class Rotary:
         assert self.table is not None
         return self.table[0][positions_N], self.table[1][positions_N]
 
+    @property
+    def usable(self) -> bool:
+        """Whether the settings told angles that can be computed with."""
+        scale = float(self.embedding.attention_scaling)
+        return bool(self.embedding.original_inv_freq.isfinite().all()) and math.isfinite(scale) and scale > 0
+
     def grow(self, length: int, device: torch.device) -> None:
         """Tabulate positions 0 to ``length`` - 1."""
         # Not by the embedding's own forward: it takes the table's length for the text's, and that bends the angles of
@@ -74,6 +103,26 @@ class Rotary:
         angles = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequencies)
         angles, scale = torch.cat([angles, angles], -1), self.embedding.attention_scaling
         self.table = (angles.cos() * scale, angles.sin() * scale)
+
+
+def told_angles(rope_parameters: Any, head_dim: int) -> bool:
+    """Whether these settings tell the angles of heads of this width."""
+    if not isinstance(rope_parameters, dict) or rope_parameters.get("rope_type", "default") not in ROPE_KINDS:
+        return False
+    numbers: dict[str, list[Any]] = {
+        key: value if isinstance(value, list) else [value]
+        for key, value in rope_parameters.items()
+        if value is not None and not isinstance(value, str | bool)
+    }
+    if not all(type(x) in (int, float) and math.isfinite(x) for values in numbers.values() for x in values):
+        return False
+    needed = ("rope_theta", *ROPE_KINDS[rope_parameters.get("rope_type", "default")])
+    if not all(min(numbers.get(key) or [0]) > 0 for key in needed):
+        return False
+    try:
+        return rotary_width(rope_parameters, head_dim) > 0
+    except (ValueError, TypeError):
+        return False
 
 
 def rotary_width(rope_parameters: dict[str, Any], head_dim: int) -> int:

@@ -33,7 +33,7 @@ class DraftCache:
         config, like = draft.config, draft.fc.weight
         shape = (config.num_layers, config.num_key_value_heads, capacity, config.head_dim)
         self.keys, self.values, self.windows = like.new_empty(shape), like.new_empty(shape), config.reach
-        self.positions = torch.empty(capacity, dtype=torch.long, device=like.device)
+        self.positions = torch.arange(capacity, device=like.device)
         self.length = 0
 
     def extend(self, positions_T: Tensor, mask_TC: Tensor | None = None) -> list[Attend]:

@@ -18,7 +18,7 @@ from redraft.drafts.base import Family
 from redraft.drafts.eagle.writing import LayerWriter, in_layers, layer_config, legacy_config, prepare
 from redraft.drafts.eagle3.engines import READERS, meaning_of, read_as
 from redraft.drafts.eagle3.module import Eagle3Config, Eagle3Draft, fresh_draft
-from redraft.drafts.eagle3.reading import ARCHITECTURES, check_taps, check_vocabulary_map, read, recognises
+from redraft.drafts.eagle3.reading import ARCHITECTURES, check_state, check_taps, check_vocabulary_map, read, recognises
 from redraft.drafts.eagle3.suspects import suspects
 from redraft.drafts.formats.base import Format
 from redraft.errors import UserError
@@ -106,7 +106,7 @@ def sglang_limits(config: Eagle3Config, target: Facts) -> list[str]:
 FAMILIES.register("eagle3")(
     Family(
         name="eagle3",
-        build=lambda config: Eagle3Draft(Eagle3Config.from_dict(config)),
+        build=lambda config: Eagle3Draft.untrained(Eagle3Config.from_dict(config)),
         fresh=fresh_draft,
         recognises=recognises,
         architectures=ARCHITECTURES,
@@ -114,6 +114,8 @@ FAMILIES.register("eagle3")(
         suspects=suspects,
         meaning=meaning_of,
         readers={engine: partial(read_as, engine) for engine in READERS},
+        options=("taps", "trainer"),
+        check_state=check_state,
         writers={
             "vllm": Eagle3Writer("vllm", "eagle3", warns=True),
             "plain": Eagle3Writer("plain", "eagle3", warns=True),
