@@ -17,6 +17,8 @@ from typing import Any
 from worker import Answer, work, worker_parser
 
 PREFIX = "llamacpp:spec_decode_num_"
+# How the server uses a draft: as a language model of its own, or on the target's states.
+TYPES = ("simple", "eagle3")
 NAMES = {"drafts": "rounds", "draft_tokens": "drafted", "accepted_tokens": "accepted"}
 COUNTER = re.compile(rf"^{PREFIX}(\w+)_total(?:\{{position=\"(\d+)\"\}})? (\S+)$", re.M)
 
@@ -51,7 +53,8 @@ def start_server(options: argparse.Namespace) -> Any:
         draft = params.speculative.draft
         draft.mparams.path = options.draft
         draft.n_max, draft.n_min, draft.p_min = options.speculative_tokens, 0, 0.0
-        params.speculative.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_SIMPLE]
+        kind = f"COMMON_SPECULATIVE_TYPE_DRAFT_{options.type.upper()}"
+        params.speculative.types = [getattr(xllamacpp.common_speculative_type, kind)]
         places += [draft.cpuparams, draft.cpuparams_batch]
     for place in places:
         place.n_threads = options.threads
@@ -90,6 +93,7 @@ def start(options: argparse.Namespace) -> tuple[dict[str, Any], Answer]:
 
 def main() -> None:
     parser = worker_parser(__doc__)
+    parser.add_argument("--type", default="simple", choices=TYPES, help="how the draft is used")
     parser.add_argument("--context", type=int, required=True)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     work(start, parser.parse_args())

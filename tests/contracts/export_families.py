@@ -163,7 +163,8 @@ EAGLE3 = Family(
     build=build_eagle3,
     answer=answer_eagle3,
     tolerance=1e-5,
-    formats=tuple(registries.FAMILIES.get("eagle3").writers),
+    # A GGUF file is read by llama.cpp alone: test_eagle3_gguf.py.
+    formats=tuple(name for name in registries.FAMILIES.get("eagle3").writers if name != "gguf"),
     options={
         "bare": ({}, set()),
         "full vocabulary": ({"draft_vocab_size": 40}, set()),
@@ -203,7 +204,7 @@ def answer_eagle1(draft: Eagle1Draft) -> Tensor:
     with torch.no_grad():
         for _ in range(2):
             alone = lambda query, keys, values: values.repeat_interleave(query.shape[1] // keys.shape[1], 1)  # noqa: E731
-            found = draft(embeds, draft.carry(found), torch.arange(7), [alone])
+            found = draft(embeds, draft.carry(found), torch.arange(7), [alone] * draft.config.num_layers)
         return draft.logits(found)
 
 

@@ -21,7 +21,7 @@ import torch
 from redraft.decode.engine import ChainDecoder
 from redraft.drafts.files import save_draft
 from redraft.drafts.opening import open_checkpoint
-from redraft.loading import load_target, tokenizer_hash
+from redraft.loading import load_target
 from redraft.target import Target
 
 HERE = Path(__file__).resolve().parent

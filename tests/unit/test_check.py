@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import runpy
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,10 +12,6 @@ import pytest
 
 import redraft as api
 from redraft.adaptation.check.causes import CAUSES
-from redraft.drafts.formats.base import Format
-from redraft.errors import UserError
-from redraft.registries import FAMILIES
-from redraft.settings.texts import ENGINES
 
 pytest.importorskip("httpx")
 pytest.importorskip("prometheus_client")

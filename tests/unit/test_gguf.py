@@ -15,16 +15,16 @@ gguf = pytest.importorskip("gguf")
 
 from transformers import AutoTokenizer, LlamaConfig, Qwen3Config  # noqa: E402
 
-from redraft.drafts.standalone import StandaloneDraft  # noqa: E402
-from redraft.drafts.standalone.gguf import (  # noqa: E402  # noqa: E402
+from redraft.drafts.formats.gguf import (  # noqa: E402
     SPLITS,
     UNUSED,
-    check_shape,
     interleave,
     rope_factors,
     split_name,
     token_fields,
 )
+from redraft.drafts.standalone import StandaloneDraft  # noqa: E402
+from redraft.drafts.standalone.gguf import check_shape  # noqa: E402
 from redraft.drafts.standalone.shapes import fresh_standalone  # noqa: E402
 from redraft.errors import UserError  # noqa: E402
 from redraft.loading import gguf_of  # noqa: E402
@@ -161,20 +161,21 @@ def test_rows_of_a_head_are_paired():
     """By hand: two heads of four rows; row i of the first half stands beside row i of the second."""
     rows = torch.arange(8.0)[:, None].repeat(1, 3)
     assert interleave(rows, 2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    wide = torch.arange(12.0)[:, None]
+    assert interleave(wide, 2, 4)[:, 0].tolist() == [0, 2, 1, 3, 4, 5, 6, 8, 7, 9, 10, 11]  # two of six do not turn
 
 
 def test_rotary_factors_are_those_of_the_formula(tiny_target):
     """llama3 (Meta): long waves are divided by the factor, short ones kept, those between mixed."""
     rope = CONTRACT_TESTS.LLAMA3
     model = tiny_target("llama", num_hidden_layers=1, head_dim=16, rope_parameters=rope).model
-    found = rope_factors(model)
+    found = rope_factors(rope, model.model.rotary_emb.inv_freq)
     for i, factor in enumerate(found.tolist()):
         wave = 2 * torch.pi * rope["rope_theta"] ** (2 * i / 16)
         share = (rope["original_max_position_embeddings"] / wave - 1) / 3
         mixed = min(max(share, 0.0), 1.0)
         assert factor == pytest.approx(1 / ((1 - mixed) / rope["factor"] + mixed), rel=1e-5)
     assert found[0] == 1 and found[-1] == 8
-    assert rope_factors(tiny_target("llama", num_hidden_layers=1).model) is None
 
 
 def test_without_the_package_there_is_one_line(target, tmp_path, monkeypatch):

@@ -18,20 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from redraft.artifact import tensors_hash
-from redraft.drafts.layers import Linear, Router, SharedPrivateMLP
+from redraft.drafts.layers import Router
+from redraft.drafts.merging import MergedState
+from redraft.drafts.merging import is_private as is_private
 from redraft.drafts.proposing import Objective, Reduce, Walk, alone
 from redraft.errors import UserError
 from redraft.registries import FAMILIES
 from redraft.settings.training import TrainConfig
 from redraft.target import Head, Target
-
-# Matrices of a SwiGLU, and the axis along which those of a private expert are joined to the shared one's.
-MATRICES = {"gate_proj": 0, "up_proj": 0, "down_proj": 1}
-
-
-def is_private(name: str) -> bool:
-    """Whether a tensor of a draft's state belongs to its private parts: experts, routers, low-rank updates."""
-    return any(part in name for part in (".private.", ".router.", ".low_rank."))
 
 
 # -- the shape -------------------------------------------------------------------------------------------------------
@@ -236,17 +230,13 @@ class Draft(nn.Module, ABC):
         self.refuse_unmergeable()
         if not self.config.private_width and not self.config.low_rank:
             return self
-        state = {name: t.detach().clone() for name, t in self.state_dict().items() if not is_private(name)}
-        for name, layer in self.named_modules():
-            if isinstance(layer, Linear) and layer.low_rank is not None:
-                matrix = state[f"{name}.weight"]
-                matrix.copy_(matrix.float() + layer.low_rank.matrix().detach())
-        for name, mlp in self.named_modules():
-            if isinstance(mlp, SharedPrivateMLP) and mlp.private is not None:
-                for matrix_name, axis in MATRICES.items():
-                    whole, part = f"{name}.{matrix_name}.weight", getattr(mlp.private, matrix_name).weight
-                    state[whole] = torch.cat([state[whole], part.detach()], axis)
+        state = {name: tensor.clone() for name, tensor in self.dense_state().items()}
         return self.rebuilt(self.config.dense(), state)
+
+    def dense_state(self) -> Mapping[str, Tensor]:
+        """The tensors of :meth:`merged`, each made when it is asked for. Raises ``UserError`` for routed experts."""
+        self.refuse_unmergeable()
+        return MergedState(self)
 
     def extra_loss(self) -> Tensor:
         """What training adds to the loss: the weighted load-balancing term of routed experts since the last call."""

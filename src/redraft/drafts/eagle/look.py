@@ -195,11 +195,10 @@ class Look:
     def embedding(self, own: str, shared: str) -> None:
         """``own``: what becomes of a shipped embedding; ``shared``: what is taken where none is shipped."""
         shipped = "embed_tokens.weight" in self.tensors
-        how = "read" if own == "own" else "dropped"
         if shipped and own == "own":
             self.reading.take("embedding", "own", "read", "embed_tokens.weight")
         elif shipped:
-            self.reading.take("embed_tokens.weight", own, how, "embed_tokens.weight")
+            self.reading.take("embed_tokens.weight", own, "dropped", "embed_tokens.weight")
             self.reading.take("embedding", own, "target", "the target's embedding, whatever the file has")
         else:
             self.reading.take("embedding", shared, "target" if shared == "target" else "defaulted", "no embed_tokens")

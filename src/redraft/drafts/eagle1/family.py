@@ -15,25 +15,25 @@ All are Llama configs of one layer; tensors are ``fc.*``, ``layers.0.*`` without
 written as true: in files of ours ``bias: false`` says that the draft has no bias in ``fc`` and the zeros that SGLang
 needs are none of its tensors.
 
-Drafts are written for vLLM (method ``eagle``) and for SGLang (algorithm EAGLE). Neither file holds a head or, unless
-the draft has its own, an embedding: both engines lend the target's. Facts: vLLM 0.32, SGLang 0.5.23; docs/formats.md.
+Facts: vLLM 0.32, SGLang 0.5.23; docs/formats.md.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from redraft.artifact import check_tensors
 from redraft.drafts.base import Family
 from redraft.drafts.eagle.suspects import suspects
-from redraft.drafts.eagle.writing import LayerWriter, in_layers, legacy_config, prepare
+from redraft.drafts.eagle1.engines import READERS, meaning_of, read_as
 from redraft.drafts.eagle1.module import Eagle1Config, Eagle1Draft, fresh_eagle1
+from redraft.drafts.eagle1.writing import ARCHITECTURES, WRITERS
 from redraft.drafts.formats import others
 from redraft.drafts.formats.embeddings import compare
 from redraft.drafts.formats.layers import LayerReader
@@ -61,7 +61,6 @@ READ = (
     *("sliding_window", "use_sliding_window", "rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"),
     *("vocab_size", "num_hidden_layers", "bias", "quantization_config"),
 )
-ARCHITECTURES = {"EagleLlamaForCausalLM": "vllm", "LlamaForCausalLMEagle": "sglang"}
 ORIGINAL = "LlamaForCausalLM"
 
 
@@ -154,38 +153,6 @@ def _fitted(config: Eagle1Config, state: dict[str, Tensor], target: Facts, readi
     return config
 
 
-class Eagle1Writer(LayerWriter):
-    """The files of one engine."""
-
-    def check(self, draft: Eagle1Draft, target: Facts) -> tuple[Eagle1Draft, list[str]]:
-        """As of every writer. A bias in ``fc`` that is all zero is left out for vLLM, whose ``fc`` has none."""
-        dense, notes = prepare(draft, target)
-        config = dense.config
-        if self.name == "sglang" and config.own_embedding:
-            raise UserError(
-                "SGLang cannot run this draft: it replaces the draft's own embeddings with the target's; "
-                "export it for vLLM instead"
-            )
-        if self.name == "sglang" or not config.fc_bias:
-            return dense, notes
-        state = dense.state_dict()
-        if state.pop("fc.bias").any():
-            raise UserError(
-                "vLLM cannot run this draft: it has a bias in fc, which vLLM's eagle method does not load; "
-                "export it for SGLang, or train a draft without it"
-            )
-        return dense.rebuilt(replace(config, fc_bias=False), state), [*notes, "the bias of fc, all zero, was left out"]
-
-    def config(self, draft: Eagle1Draft, target: Facts, tokens: int) -> dict[str, Any]:
-        architecture = next(architecture for architecture, kind in ARCHITECTURES.items() if kind == self.name)
-        return legacy_config(draft, architecture) | ({} if draft.config.fc_bias else {"bias": False})
-
-    def tensors(self, draft: Eagle1Draft) -> dict[str, Tensor]:
-        """As of every writer; SGLang asks for a bias where the draft has none."""
-        bias = self.name == "sglang" and not draft.config.fc_bias
-        return in_layers(draft) | ({"fc.bias": torch.zeros_like(draft.fc.weight[:, 0])} if bias else {})
-
-
 FAMILIES.register("eagle1")(
     Family(
         name="eagle1",
@@ -195,9 +162,11 @@ FAMILIES.register("eagle1")(
         architectures=tuple(ARCHITECTURES),
         read=read,
         suspects=suspects,
+        meaning=meaning_of,
+        readers={engine: partial(read_as, engine) for engine in READERS},
         options=("trainer",),
         check_state=check_state,
-        writers={"vllm": Eagle1Writer("vllm", "eagle"), "sglang": Eagle1Writer("sglang", "EAGLE")},
+        writers=WRITERS,
         refusal="an Eagle1 draft reads the target's states and has no file that all engines load alike, nor one of "
         "{format}; export it for vllm or for sglang",
     )

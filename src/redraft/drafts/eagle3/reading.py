@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from redraft.artifact import check_tensors
@@ -64,6 +65,7 @@ READ = (
     *("norm_before_residual", "norm_before_fc", "fc_norm", "use_aux_norm", "norm_output", "eagle_config"),
     *("quantization_config", "transformer_layer_config", "speculators_config", "speculators_model_type"),
     "speculators_version",
+    "bias",
 )
 
 
@@ -169,7 +171,24 @@ class Eagle3Reader:
             found = re.fullmatch(r"layers\.([1-9]\d{0,3})\.(.+)", name)
             number = int(found[1]) if found else layers
             named[f"later.{number - 1}.{found[2]}" if found and number < layers else name] = tensor
+        for number in range(layers - 1):
+            self._one_norm(named, f"later.{number}.")
         return named
+
+    def _one_norm(self, state: dict[str, Tensor], layer: str) -> None:
+        """The norm before a further layer under its one name: vLLM calls it input_layernorm, SGLang hidden_norm."""
+        usual, other = f"{layer}input_layernorm.weight", f"{layer}hidden_norm.weight"
+        if other not in state:
+            return
+        found = state.pop(other)
+        if usual not in state:
+            state[usual] = found
+            self.reading.notes.append(f"{other} is the norm before that layer, which vLLM looks for as input_layernorm")
+        elif not torch.equal(state[usual], found):
+            raise UserError(
+                f"{self.checkpoint.folder} has two norms before layer {layer}, of which vLLM takes input_layernorm and "
+                "SGLang hidden_norm; keep the one that it was trained with"
+            )
 
     # -- the config ----------------------------------------------------------------------------------------------
     def config(self) -> Eagle3Config:
@@ -204,7 +223,9 @@ class Eagle3Reader:
 
     def _faults(self) -> list[str]:
         """What the file asks for and nobody computes here."""
-        faults = [f"bias {self.values.get('bias')!r}"] if self.values.get("bias") else []
+        # Engines give the key to the output projection, to fc, or to both: the tensors tell.
+        biased = {"fc.bias", "midlayer.self_attn.o_proj.bias"} & self.tensors.keys()
+        faults = [f"bias {self.values.get('bias')!r}"] if self.values.get("bias") and not biased else []
         faults += refuse_switches(self.eagle.values if self.eagle else {})
         kinds = None if self.trainer.target_layer else ("llama", "eagle3", "qwen3")
         if self.raw is not self.values and self.raw.get("quantization_config"):

@@ -98,8 +98,8 @@ class Format:
         return writer
 
 
-EXPORTERS.register("vllm")(Format("vllm"))
-EXPORTERS.register("sglang")(Format("sglang"))
+for _name in ("vllm", "plain", "sglang", "specforge", "tensorrt-llm", "gguf"):
+    EXPORTERS.register(_name)(Format(_name))
 
 
 def check_formats(names: Sequence[str], family: str) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from redraft.drafts.formats.meaning import Reading
 from redraft.loading.checkpoint import weight_files
+from redraft.loading.places import EMBEDDED_PREFIX, locate
 
 # Rows compared in one go.
 ROWS = 4096
@@ -40,10 +41,11 @@ def table_of(target: Any) -> Tensor | None:
     weight = getattr(getattr(target, "embedding", None), "weight", None)
     if isinstance(weight, Tensor):
         return weight.detach()
-    name = getattr(target, "name", None)
-    if not name or not (Path(name) / "config.json").is_file():
+    name = str(getattr(target, "name", None) or "")
+    place = locate(name)["pretrained_model_name_or_path"] if name.startswith(EMBEDDED_PREFIX) else name
+    if not name or not (Path(place) / "config.json").is_file():
         return None
-    for file in weight_files(Path(name)):
+    for file in weight_files(Path(place)):
         try:
             with safe_open(str(file), framework="pt") as opened:
                 found = [key for key in opened.keys() if key == TABLE or key.endswith(f".{TABLE}")]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from redraft.drafts.eagle3.engines import packages, sglang, tensorrt, vllm
+from redraft.drafts.eagle3.engines import llamacpp, packages, sglang, tensorrt, vllm
 from redraft.drafts.eagle3.engines.common import meaning_of as meaning_of
 from redraft.drafts.formats.meaning import Reading, TensorFacts
 from redraft.errors import UserError
@@ -26,6 +26,7 @@ READERS: dict[str, Reader] = {
     "specforge": packages.specforge,
     "modelopt": packages.modelopt,
     "tensorrt-llm": tensorrt.read,
+    "llama.cpp": llamacpp.read,
 }
 
 

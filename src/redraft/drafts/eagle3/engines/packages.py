@@ -1,7 +1,7 @@
-"""How packages that train drafts read an Eagle3 checkpoint to go on with it: speculators 0.9, SpecForge 0.2, ModelOpt.
+"""How packages that train drafts read an Eagle3 checkpoint: speculators 0.9, SpecForge 0.2, ModelOpt 0.47.
 
-Facts from speculators' ``model.py``, ``models/eagle3`` and ``models/utils.py``; SpecForge's ``training/model_loading.py``,
-``modeling/draft`` and ``algorithms/model_providers.py``; ModelOpt's ``export/plugins/hf_spec_export.py``.
+Facts from speculators' ``model.py``, ``models/eagle3`` and ``models/utils.py``, SpecForge's ``modeling/draft``,
+``training/model_loading.py`` and ``algorithms/model_providers.py``, and ModelOpt's ``export/plugins``.
 """
 
 from __future__ import annotations
@@ -53,10 +53,11 @@ def speculators(config: Mapping[str, Any], tensors: Mapping[str, TensorFacts], t
         "target_hidden_size", look.meaning["hidden_size"], "derived", "hidden_size, whatever the file has"
     )
     bias = look.switch("attention_bias", False, "speculators' default", look.beside("attention_bias"))
-    look.reading.take("output_bias", bias, "derived", "attention_bias")
+    stands = any(name.endswith("o_proj.bias") for name in look.tensors)
+    look.reading.take("output_bias", bias and stands, "derived", "attention_bias; one that is not there is zero")
     look.fixed("qk_norm", kind == "qwen3", f"speculators' {kind} layers")
     _windows(look, kind)
-    look.rope(Rules(partial=look.layer.get("rope_type") is not None), 10000.0)
+    look.rope(Rules(partial=False), 10000.0)
     if not look.ids("config.json", config, KEY):
         look.usual_taps("speculators' default")
     look.reach(0, target.layers, "features")
@@ -127,7 +128,7 @@ def specforge(config: Mapping[str, Any], tensors: Mapping[str, TensorFacts], tar
 
 # -- ModelOpt --------------------------------------------------------------------------------------------------------
 def modelopt(config: Mapping[str, Any], tensors: Mapping[str, TensorFacts], target: Facts) -> Reading:
-    """nvidia-modelopt 0.47 writes drafts for engines and reads none: it goes on from checkpoints of its own training."""
+    """nvidia-modelopt 0.47 writes drafts for engines and reads none."""
     look = Look("ModelOpt 0.47", config, tensors, target)
     look.stop("it loads no draft that was exported; it goes on from the whole checkpoint of its own training run")
     return look.reading

@@ -1,5 +1,7 @@
-"""How SGLang 0.5.23 reads an Eagle3 checkpoint. Facts from its ``models/llama_eagle3.py``, ``models/llama.py``,
-``layers/rotary_embedding``, ``speculative/eagle_worker_v2.py`` and ``model_runner_components/spec_aux_hidden_state.py``.
+"""How SGLang 0.5.23 reads an Eagle3 checkpoint.
+
+Facts from its ``models/llama_eagle3.py``, ``models/llama.py``, ``layers/rotary_embedding``,
+``speculative/eagle_worker_v2.py`` and ``model_executor/model_runner_components/spec_aux_hidden_state.py``.
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, TensorFacts], target: 
     look.renamed(("aux_norm_high", "fc_norm.2"), ("model.", ""))
     look.embedding("target", "target")
     needed = common.wanted(look.meaning, "hidden_norm")
-    if "d2t" not in look.tensors and needed.pop("d2t", None):
+    if "d2t" not in look.tensors and "d2t" in needed:
+        del needed["d2t"]
         look.silent("d2t is not in the file: the draft's tokens count as the first ids of the vocabulary")
     if config.get("draft_vocab_size") is None:
         needed.pop("lm_head.weight", None)
