@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from redraft.data.template import template_ids
 from redraft.decode.engine import ChainDecoder
 from redraft.drafts.files import save_draft
 from redraft.drafts.opening import open_checkpoint
@@ -41,6 +42,10 @@ def model(name: str) -> Target:
 
 def draft_of(name: str, target: Target) -> Any:
     return open_checkpoint(PAIR / name, target, None, torch.float32).draft.bind(target).eval()
+
+
+def letters_prompt(target: Target, text: str) -> list[int]:
+    return template_ids(target.tokenizer, text, [{"role": "user", "content": text}])
 
 
 def other_prompts(path: Path, count: int = PROMPTS, seed: int = 11) -> Path:
@@ -188,19 +193,19 @@ FILES: dict[str, File] = {
 class Engine:
     """An engine that decodes with redraft's own chain and counts as vLLM does. What it gets wrong is given to it:
 
-    ``draft`` and ``target`` change what it computes with; ``gamma`` is what it drafts; behind position ``thread`` its
-    draft proposes nonsense; ``reads(ids)`` is what it makes of the token ids of a prompt; ``chat(tokenizer, messages)``
-    and ``encode(tokenizer, text)`` give ids of messages and of texts.
+    ``name`` is the draft that it was given, ``pair`` its target; ``draft`` and ``target`` change what it computes
+    with; ``gamma`` is what it drafts; behind position ``thread`` its draft proposes nonsense. ``reads(ids)`` is what
+    it makes of the token ids of a prompt; ``chat(tokenizer, messages)`` and ``encode(tokenizer, text)`` give the ids of
+    messages and of texts.
     """
 
     def __init__(self, **fault: Any) -> None:
-        self.fault = SimpleNamespace(
-            **{"draft": None, "target": None, "gamma": GAMMA, "thread": None, "pair": "target"} | fault
-        )
+        right = {"name": "aligned", "pair": "target", "draft": None, "target": None, "gamma": GAMMA, "thread": None}
+        self.fault = SimpleNamespace(**right | fault)
         self.model = model(self.fault.pair)
         if self.fault.target is not None:
             self.fault.target(self.model)
-        draft = draft_of("aligned", self.model)
+        draft = draft_of(self.fault.name, self.model)
         self.decoder = _Decoder(self.model, self.fault.draft(draft) if self.fault.draft else draft, self.fault.gamma)
         self.decoder.thread = self.fault.thread
         self.counts = {"rounds": 0, "accepted": 0, "tokens": 0, "drafted": 0}

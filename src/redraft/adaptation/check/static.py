@@ -143,7 +143,9 @@ def look(opened: OpenDraft, target: Facts, engine: str | None) -> Static:
         how = f"{entry.how}: {entry.word}" if entry else words.get(what, "")
         found.lines.append(Line(what, _shown(value), told, how, what in apart))
     found.lines += [
-        Line(entry.what, "read", "dropped", entry.word, True) for entry in theirs.entries if entry.how == "dropped"
+        Line(entry.what, "read", "dropped", entry.word, True)
+        for entry in theirs.entries
+        if entry.how == "dropped" and entry.what not in ours
     ]
     found.stops = list(theirs.stops)
     found.notes += [f"{theirs.reader}: {text}" for text in theirs.silent]
