@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from redraft.adaptation.check.causes import CAUSES
 from redraft.adaptation.check.rounds import Round, Rounds, gain
 from redraft.adaptation.check.static import cause_of
 from redraft.adaptation.check.trials import ground
+from redraft.cli.commands import COMMANDS as KINDS
 from redraft.data.store import row_key
 from redraft.decode.engine import ChainDecoder
 from redraft.errors import UserError
@@ -29,6 +31,7 @@ pytest.importorskip("prometheus_client")
 
 RIG = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("check_rig.py"))))
 TARGET = str(RIG.PAIR / "target")
+COMMANDS = {kind.COMMAND for kind in KINDS}
 
 
 @pytest.fixture
@@ -134,6 +137,12 @@ def test_what_an_engine_reads_otherwise_does_no_harm_where_its_server_accepts_as
     assert found.cause is None and any("accepts what is accepted here" in note for note in found.notes)
 
 
+def test_how_the_servers_engine_reads_the_file_is_looked_up(check: Any, engine: Any, plain: Any) -> None:
+    found = check(plain(norm_before_residual=True), server=engine().url)
+    assert found.static.reader == "vLLM 0.33" and not any(line.differs for line in found.static.lines)
+    assert found.cause == "norm_side"  # the file says so, and the draft was trained without: both are low, or one is
+
+
 def test_the_commands_choices_are_those_of_the_families() -> None:
     assert {engine for _, family in FAMILIES.items() for engine in family.readers} == set(ENGINES)
 
@@ -197,6 +206,20 @@ def test_a_gain_must_be_sure_and_much() -> None:
 )
 def test_how_lists_of_layers_differ(ours: Any, theirs: Any, cause: str) -> None:
     assert cause_of("taps", ours, theirs) == cause
+
+
+def test_the_page_has_every_cause_in_its_own_words() -> None:
+    page = (RIG.HERE.parents[1] / "docs" / "acceptance.md").read_text()
+    for cause in CAUSES.values():
+        assert f"| `{cause.id}` | {cause.words} | {cause.shows} |" in page, cause.id
+
+
+@pytest.mark.parametrize("cause", CAUSES.values(), ids=lambda cause: cause.id)
+def test_what_mends_a_cause_is_a_command_or_plain_words(cause: Any) -> None:
+    known = {"draft": "d", "target": "t", "prompts": "p", "server": "s", "gamma": "3", "option": "--taps 2,3,5"}
+    assert "{" not in cause.mended(**known) and cause.words[0].islower()
+    for command in re.findall(r"redraft [a-z-]+", cause.mended(**known)):
+        assert command.split()[1] in COMMANDS, command
 
 
 # -- the command -----------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from redraft.evaluate.forecast import same_chain
 from redraft.evaluate.load import ServerConfig, Session
 from redraft.evaluate.speed import Prompt
 from redraft.progress import progress_bar
+from redraft.registries import FAMILIES
 from redraft.settings.steps import CheckSettings
 from redraft.starts.vocabulary import coverage
 from redraft.target import Facts, Target
@@ -89,10 +90,10 @@ class Check:
             return False
         return True
 
-    def look(self) -> None:
-        """Lay the readings of the file side by side."""
+    def look(self, engine: str | None = None) -> None:
+        """Lay the readings of the file side by side: ours, and that of the engine that was named or found out."""
         result = self.result
-        result.static = static.look(self.opened, self.facts, self.s.engine)
+        result.static = static.look(self.opened, self.facts, engine or self.s.engine)
         for one in result.static.suspicions:
             self.found(Evidence(one.cause, one.evidence))
 
@@ -136,6 +137,10 @@ class Check:
             done = count(1)
             served = serving.ask(self.session, prompts, lambda what: bar.update(next(done)))
         result.notes += served.notes
+        engine = serving.engine_of(self.session)
+        known = FAMILIES.get(self.opened.draft.family).readers
+        if s.engine is None and engine in known and self.opened.meta.get("format") != "redraft":
+            self.look(engine)
         result.there = verdict.served_rates(served)
         texts = serving.compare_texts(target, prompts, served.answers)
         if texts is None:
@@ -163,7 +168,8 @@ class Check:
         levels = self.trials(place, draft, here)
         if served is not None and not hindered:
             self.compare(place, draft, here, served, levels[0])
-        own = verdict.changes(levels)
+        reference = self.reference(place, draft, prompts, base)
+        own = verdict.changes(levels, reference)
         for evidence in own:
             self.found(evidence)
         if own:
@@ -172,7 +178,6 @@ class Check:
             self.found(verdict.unsayable(coverage(draft, place.rows, place.gamma)))
         if not self.result.findings:
             claimed = static.claims(self.opened, place.target)
-            reference = self.reference(place, draft, prompts, base)
             self.found(verdict.against(here, reference, claimed))
             if reference is None:
                 result.notes.append(

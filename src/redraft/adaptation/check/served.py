@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -209,6 +210,13 @@ def open_session(url: str, config: ServerConfig, prompts: Sequence[Prompt]) -> S
     return Session("server", url, config).open(prompts)
 
 
+def engine_of(session: Session) -> str:
+    """The name under which a family may say how this server's engine reads files; empty where nobody knows it."""
+    if session.engine == counters.VLLM and session.version:
+        return "vllm-" + ".".join(session.version.split(".")[:2])
+    return "sglang" if session.engine == counters.SGLANG else ""
+
+
 def connected(url: str, model: str | None) -> tuple[Connection, str]:
     """A connection, and the name of the model that it serves. Raises ``UserError``."""
     connection = Connection(url, 1)
@@ -276,15 +284,15 @@ def compare_texts(target: Target, prompts: Sequence[Prompt], answers: dict[str, 
 
 
 def same_rounds(served: Counted, here: Rounds) -> float:
-    """How far apart the two are: the sum over positions of the differences of unconditional acceptance, and where the
-    server counts no positions, the difference of tau."""
+    """How far apart the two are: the differences of tau, prompt by prompt, on average, and those of unconditional
+    acceptance, summed over positions, where the server counts positions."""
     keys = [key for key in served.keys if here.by_key.get(key)]
-    mine, rounds = here.counts(keys), sum(len(here.by_key[key]) for key in keys)
-    tau_mine = sum(mine[0]) / max(1, rounds)
-    theirs, _ = counters.acceptance(counters.total(served.by_key[key] for key in keys))
-    if not theirs:
-        tokens, number = served.counts(keys)
-        return abs(sum(tokens) / max(1, sum(number)) - tau_mine)
+    if not keys:
+        return math.inf
+    theirs, mine = ([n / m for n, m in zip(*side.counts(keys), strict=True)] for side in (served, here))
+    apart = sum(abs(a - b) for a, b in zip(theirs, mine, strict=True)) / len(keys)
+    positions, _ = counters.acceptance(counters.total(served.by_key[key] for key in keys))
     only = Rounds(here.gamma, {key: here.by_key[key] for key in keys})
-    ours = [taken / max(1, rounds) for taken in only.accepted()]
-    return sum(abs(a - b) for a, b in zip(theirs, ours, strict=False))
+    rounds = sum(map(len, only.by_key.values()))
+    ours = [taken / rounds for taken in only.accepted()]
+    return apart + sum(abs(a - b) for a, b in zip(positions, ours, strict=False))

@@ -83,8 +83,12 @@ def ground(
 
 @dataclass(frozen=True)
 class Trial:
-    """A change with its rounds: what tau rose by over the draft as it is read, and whether that is sure and much."""
+    """A change with its rounds: what tau rose by over the draft as it is read, and whether that is sure and much.
 
+    ``number`` is its place in the family's own order.
+    """
+
+    number: int
     suspect: Suspect
     rounds: Rounds = field(repr=False)
     gain: float
@@ -94,10 +98,10 @@ class Trial:
 def run_trials(place: Ground, draft: Draft, before: Rounds, tick: Callable[[str], None] | None = None) -> list[Trial]:
     """Every suspect walked, the best first. A change that was learnt from rows is measured on the others."""
     found = []
-    for suspect in place.suspects(draft):
+    for number, suspect in enumerate(place.suspects(draft)):
         rounds = place.rounds(suspect.draft)
         keys = [key for key in before.keys if key not in suspect.seen and rounds.by_key.get(key)]
-        found.append(Trial(suspect, rounds, *gain(rounds, before, keys)))
+        found.append(Trial(number, suspect, rounds, *gain(rounds, before, keys)))
         if tick:
             tick(suspect.what)
     return sorted(found, key=lambda trial: (not trial.sure, -trial.gain))

@@ -19,12 +19,16 @@ ANOTHER, ROUNDED, FEW = 0.3, 0.003, 2
 LOWER = 0.04
 # A change explains a server where it brings our rates this much nearer to the server's.
 EXPLAINED, EXACTLY = 0.35, 0.1
+# Changes whose rates are this near to each other's cannot be told apart.
+TIED = 0.02
 # Shares of drafted positions and of tokens below and above which an engine is held to draft less than asked.
 FULL, OUTSIDE = 0.9, 0.1
 # Late positions have fallen off where they are accepted this much less often than the early ones.
 FALLEN, SEEN = 0.6, 30
 # A draft loses the thread where rounds behind a position accept less than half of those before it.
 HALF = 0.5
+# Tokens accepted a round that a draft must reach for a change to be believed.
+USEFUL = 0.5
 # The vocabulary is a cause where it leaves out this share of tokens.
 UNSAYABLE = 0.05
 
@@ -91,11 +95,14 @@ def misreading(
     those that the file itself speaks for (``told``) come first."""
     before = same_rounds(served.counted, here)
     near = [(same_rounds(served.counted, trial.rounds), trial) for trial in trials if not trial.suspect.seen]
-    near = sorted(near, key=lambda pair: pair[0] - (0.1 * before if pair[1].suspect.served in told else 0.0))
+    favour = 0.1 * before
+    near.sort(key=lambda one: (round(one[0] - favour * (one[1].suspect.served in told), 2), one[1].number))
     if not near or near[0][0] > most * before:
         return None
     distance, trial = near[0]
     words = f"{trial.suspect.what}: our rates are then {distance:.2f} from the server's, as read here {before:.2f}"
+    same = [other.suspect.what for apart, other in near[1:] if apart <= distance + TIED]
+    words += f" (so would be: {'; '.join(same)})" if same else ""
     return Evidence(trial.suspect.served, words)
 
 
@@ -124,16 +131,24 @@ def _share(pieces: Sequence[Piece]) -> float:
 
 
 # -- the draft itself ------------------------------------------------------------------------------------------------
-def changes(levels: Sequence[Sequence[Trial]]) -> list[Evidence]:
-    """The changes that win back acceptance, the best of each level."""
+def changes(levels: Sequence[Sequence[Trial]], reference: Reference | None) -> list[Evidence]:
+    """The changes that win back acceptance, the best of each level.
+
+    A draft that is read as it was trained is of some use, and where it is known what it reached elsewhere, a change must
+    win back half of that: a stale draft gains a little by many changes, all of them wrong.
+    """
     found = []
     for trials in levels:
-        if trials and trials[0].sure:
-            best = trials[0]
-            tau = best.rounds.tau([key for key in best.rounds.keys if key not in best.suspect.seen])
-            words = f"{best.suspect.what}: tau rises by {best.gain:.2f}, to {tau.value:.2f} "
-            words += f"({tau.low:.2f} to {tau.high:.2f})"
-            found.append(Evidence(best.suspect.cause, words, best.suspect.option))
+        best = trials[0] if trials else None
+        if best is None or not best.sure:
+            break
+        tau = best.rounds.tau([key for key in best.rounds.keys if key not in best.suspect.seen])
+        missed = 0.0 if reference is None else reference.tau - (tau.value - best.gain)
+        if tau.value - 1 < USEFUL or best.gain < HALF * missed:
+            break
+        words = f"{best.suspect.what}: tau rises by {best.gain:.2f}, to {tau.value:.2f} "
+        words += f"({tau.low:.2f} to {tau.high:.2f})"
+        found.append(Evidence(best.suspect.cause, words, best.suspect.option))
     return found
 
 

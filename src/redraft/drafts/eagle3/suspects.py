@@ -25,18 +25,21 @@ from redraft.target import Head, default_taps
 
 # Orders of the layers that are tried: all of three layers, of more only the reverse.
 ORDERED = 3
+# A row of the head stands for a token that came this often where the row was likeliest, and in this share of the times.
+MET, PURE = 3, 0.6
 
 
 def suspects(
     draft: Any, target: Head, rows: Sequence[TokenRow] = (), features: FeatureSource | None = None
 ) -> Iterator[Suspect]:
-    """See :data:`redraft.drafts.suspects.Suspecting`."""
+    """See :data:`redraft.drafts.suspects.Suspecting`. What happens more often comes first: it is named where two changes
+    do the same."""
     yield from other_layers(draft, target)
-    yield from other_norms(draft)
     yield from other_maps(draft, target)
     if draft.reduced and features is not None and len(rows) > 1:
         yield learnt_map(draft, target, rows, features)
     yield from shared.suspects(draft, target, rows, features)
+    yield from other_norms(draft)
 
 
 # -- layers ----------------------------------------------------------------------------------------------------------
@@ -149,12 +152,15 @@ def learnt_map(draft: Any, target: Head, rows: Sequence[TokenRow], features: Fea
         for index, came in zip(best, batch.future_MJ[:, 0].tolist(), strict=True):
             met[index][came] += 1
     ids_D = draft.vocabulary().clone()
-    for index, found in met.items():
-        (came, times), *rest = found.most_common(2)
-        own = found[int(ids_D[index])]
-        # Only what the text says clearly: most of the times, and more than the file's own id.
-        if 2 * times > sum(found.values()) and times > own and came >= 0:
-            ids_D[index] = came
+    # Each row at most one token, and each token one row, those that were met together most often first.
+    pairs = sorted(((n, row, came) for row, found in met.items() for came, n in found.items()), reverse=True)
+    rows_left, ids_left = set(met), {came for found in met.values() for came in found} - {-1}
+    for times, row, came in pairs:
+        if row in rows_left and came in ids_left:
+            rows_left.remove(row)
+            ids_left.remove(came)
+            if times >= MET and times >= PURE * sum(met[row].values()):
+                ids_D[row] = came
     what = "row by row the token that came where the draft was surest of it"
     seen = frozenset(row.key for row in learnt)
     return Suspect("map_scrambled", what, with_map(draft, ids_D, target.vocab_size), "map_scrambled", seen=seen)
