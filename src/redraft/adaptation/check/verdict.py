@@ -134,8 +134,8 @@ def _share(pieces: Sequence[Piece]) -> float:
 def changes(levels: Sequence[Sequence[Trial]], reference: Reference | None) -> list[Evidence]:
     """The changes that win back acceptance, the best of each level.
 
-    A draft that is read as it was trained is of some use, and where it is known what it reached elsewhere, a change must
-    win back half of that: a stale draft gains a little by many changes, all of them wrong.
+    A draft that is read as it was trained is of some use, and where it is known what it reached elsewhere, a change
+    must win back half of that: a stale draft gains a little by many changes, all of them wrong.
     """
     found = []
     for trials in levels:

@@ -32,8 +32,8 @@ MET, PURE = 3, 0.6
 def suspects(
     draft: Any, target: Head, rows: Sequence[TokenRow] = (), features: FeatureSource | None = None
 ) -> Iterator[Suspect]:
-    """See :data:`redraft.drafts.suspects.Suspecting`. What happens more often comes first: it is named where two changes
-    do the same."""
+    """See :data:`redraft.drafts.suspects.Suspecting`. What happens more often comes first: that is named where two
+    changes do the same."""
     yield from other_layers(draft, target)
     yield from other_maps(draft, target)
     if draft.reduced and features is not None and len(rows) > 1:
