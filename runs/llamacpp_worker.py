@@ -1,4 +1,4 @@
-"""One configuration served by llama.cpp, one prompt at a time; run by ``standalone_engines.py``.
+"""One configuration served by llama.cpp, one prompt at a time; run by ``engines_check.py``.
 
 The package xllamacpp carries llama.cpp's server; it listens on a free local port and is asked over HTTP as any such
 server is (``/completion``, ``/metrics``). This file imports xllamacpp, its neighbour and the standard library only.
@@ -48,6 +48,8 @@ def start_server(options: argparse.Namespace) -> Any:
     params = xllamacpp.CommonParams()
     params.model.path = options.target
     params.n_ctx, params.n_parallel, params.endpoint_metrics = options.context, 1, True
+    cache = xllamacpp.ggml_type.GGML_TYPE_F32 if options.full_cache else params.cache_type_k
+    params.cache_type_k = params.cache_type_v = cache
     places = [params.cpuparams, params.cpuparams_batch]
     if options.draft:
         draft = params.speculative.draft
@@ -56,6 +58,7 @@ def start_server(options: argparse.Namespace) -> Any:
         kind = f"COMMON_SPECULATIVE_TYPE_DRAFT_{options.type.upper()}"
         params.speculative.types = [getattr(xllamacpp.common_speculative_type, kind)]
         places += [draft.cpuparams, draft.cpuparams_batch]
+        draft.cache_type_k = draft.cache_type_v = cache
     for place in places:
         place.n_threads = options.threads
     return xllamacpp.Server(params)
@@ -94,6 +97,7 @@ def start(options: argparse.Namespace) -> tuple[dict[str, Any], Answer]:
 def main() -> None:
     parser = worker_parser(__doc__)
     parser.add_argument("--type", default="simple", choices=TYPES, help="how the draft is used")
+    parser.add_argument("--full-cache", action="store_true", help="keys and values in float32, not float16")
     parser.add_argument("--context", type=int, required=True)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     work(start, parser.parse_args())

@@ -3,12 +3,12 @@
 # HTTP at batch 1 and under load; ends with out/server-bench.json and out/server-bench.html. Servers run one at a time
 # (two on the same cores would time each other); redraft starts each one, waits for it and stops it, on any exit.
 #
-#   PYTHON       interpreter with redraft              VLLM_PYTHON  interpreter with vLLM (`make vllm-check` makes it)
+#   PYTHON       interpreter with redraft              VLLM_PYTHON  interpreter with vLLM (`make engines-check` makes it)
 #   OUT          output folder                         TOKENS       drafted tokens a round (3)
 #   COUNT        prompts (24)                          NEW_TOKENS   longest answer (128)
 #   CONCURRENCY  levels (1,4,8)                        THREADS      cores for vLLM (all)
-#   TARGET, ADAPTER, STALE, ALIGNED, PROMPTS           as for runs/vllm-check.sh, whose exports in $OUT/vllm are used
-#                                                      where they are there; remove that folder to make them anew
+#   TARGET, ADAPTER, STALE, ALIGNED, PROMPTS           what to serve; by default as in runs/embedded.env. Exports in $OUT/vllm
+#                                                      are used where they are there; remove it to make them anew
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -7,9 +7,9 @@ prepare_vllm() {
   for name in TARGET STALE ALIGNED PROMPTS; do
     [ -n "${!name:-}" ] || { echo "set $name (see the head of $0)" >&2; exit 2; }
   done
-  [ -f "$OUT/vllm/ours.json" ] || "$PYTHON" runs/vllm_prepare.py --target "$TARGET" ${ADAPTER:+--adapter "$ADAPTER"} \
-    --stale "$STALE" --aligned "$ALIGNED" --prompts "$PROMPTS" --count "$COUNT" --out "$OUT/vllm" \
-    --speculative-tokens "$TOKENS" --max-new-tokens "$NEW_TOKENS"
+  [ -f "$OUT/vllm/aligned/config.json" ] || "$PYTHON" runs/vllm_prepare.py --target "$TARGET" \
+    ${ADAPTER:+--adapter "$ADAPTER"} --stale "$STALE" --aligned "$ALIGNED" --out "$OUT/vllm" \
+    --speculative-tokens "$TOKENS"
 }
 
 # The command line of a server, plain or with the draft $1, quoted for `redraft bench --server NAME=COMMAND`.

@@ -1,6 +1,6 @@
 """One configuration served by vLLM, offline, one prompt at a time, in vLLM's environment.
 
-Run by ``vllm_check.py`` and ``standalone_engines.py``. A process of its own per configuration frees the engine's
+Run by ``engines_check.py``. A process of its own per configuration frees the engine's
 memory in between and keeps redraft out of vLLM's environment: this file imports vLLM, its neighbour and the
 standard library only.
 """

@@ -19,6 +19,9 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 YARN = {"rope_theta": 1e6, "rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32}
+LINEAR = {"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0}
+DYNAMIC = {"rope_theta": 1e4, "rope_type": "dynamic", "factor": 2.0}
+PLAIN = {"rope_theta": 1e4, "rope_type": "default"}
 
 # Heads of another width than a fourth of the state, and a rotary base that is nobody's default.
 SHAPE: dict[str, Any] = {

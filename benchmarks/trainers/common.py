@@ -7,8 +7,9 @@ is a folder ``<trainer>-<version>-<case>``:
 - ``golden.safetensors``: ``ids`` [T + 3], ``taps`` [T, K*F] (features of positions 0 .. T - 1), ``logits`` [3, T, D],
   ``vocabulary`` [D] (target ids), ``embedding`` [V, H]; ``logits_trainer`` [3, T, D] beside them where the package's
   own forward is not what engines compute from its file (``logits`` is then the engines');
-- ``case.json``: trainer, version, options, taps (layers passed), target (a folder beside it), notes, and ``refused``
-  where the draft is one that redraft does not compute.
+- ``case.json``: trainer, version, options, taps (layers passed), target (a folder beside it), notes; ``refused``, a
+  word of the refusal, where redraft does not compute the draft (then there may be no golden file); ``ask``, the
+  trainer's name for redraft, where the file alone does not tell who wrote it and two would mean different things by it.
 
 Step j at anchor t: logits behind the pair (features_t, x_{t+1}) and j further draft steps over the tokens x_{t+2} ..
 x_{t+1+j}, on the model's own states.
@@ -177,6 +178,14 @@ def tidy(checkpoint: Path, target: Path) -> None:
         path.write_text(path.read_text().replace(str(target), target.name))
     for path in checkpoint.glob("*.py"):
         path.write_text("# The package puts a copy of its own source here.\n")
+
+
+def refused_case(folder: Path, about: Mapping[str, Any]) -> None:
+    """Write ``case.json`` for a draft that redraft does not compute; ``about`` has a word of the refusal."""
+    assert about["refused"]
+    (folder / "case.json").write_text(
+        json.dumps({"target": "target", "taps": [], "notes": "", **about}, indent=2) + "\n"
+    )
 
 
 def finish_case(

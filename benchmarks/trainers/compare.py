@@ -26,10 +26,11 @@ from torch import Tensor, nn
 from redraft.artifact import read_json
 from redraft.drafts.base import Draft
 from redraft.drafts.eagle.unroll import collate, unroll
-from redraft.drafts.opening import open_checkpoint
+from redraft.drafts.opening import OpenDraft, open_checkpoint
 from redraft.errors import UserError
 from redraft.files import atomic_write_json
 from redraft.loading import read_facts
+from redraft.target import Facts
 
 WITHIN = 1e-5
 
@@ -111,17 +112,33 @@ def differences(folder: Path, draft: Draft) -> dict[str, Any]:
     return row
 
 
+def opened_as(folder: Path, facts: Facts, case: dict[str, Any]) -> OpenDraft:
+    """The case's draft. Where its file cannot tell who wrote it, that is told, after it was refused without.
+
+    What a file leaves out and nobody asks for, as the layers that its draft reads, is ``given``.
+    """
+    if "ask" not in case:
+        return open_checkpoint(folder / "checkpoint", facts, **case.get("given", {}))
+    try:
+        open_checkpoint(folder / "checkpoint", facts)
+    except UserError as error:
+        assert f"--trainer {case['ask']}" in str(error), error
+        return open_checkpoint(folder / "checkpoint", facts, trainer=case["ask"])
+    raise AssertionError(f"{folder.name} was opened without asking who trained it")
+
+
 def compare(folder: Path) -> dict[str, Any]:
     """The row of one case."""
     case = read_json(folder / "case.json")
     row = {"case": folder.name, **{key: case[key] for key in ("trainer", "version", "options")}}
     try:
         facts = read_facts(str(folder.parent / case["target"]), tokenizer=False)
-        # A person has to say what the folder does not tell.
-        opened = open_checkpoint(folder / "checkpoint", facts, **case.get("given", {}))
+        opened = opened_as(folder, facts, case)
     except UserError as error:
         shown = str(error).replace(str(folder), folder.name)
         return row | {"verdict": "refused", "largest_difference": None, "why": shown}
+    if "refused" in case:
+        return row | {"verdict": "wrong", "largest_difference": None, "why": "taken, though it is no such draft"}
     found = differences(folder, opened.draft)
     return row | {"verdict": "wrong" if found["why"] else "equal"} | found
 

@@ -24,11 +24,10 @@ def main() -> None:
     for name in names:
         shutil.copytree(made / name, KEPT / name, dirs_exist_ok=True)
         golden, case = KEPT / name / "golden.safetensors", json.loads((made / name / "case.json").read_text())
-        tensors = {key: tensor for key, tensor in load_file(golden).items() if key != "embedding"}
         if "refused" in case:
-            golden.unlink()
+            golden.unlink(missing_ok=True)
         else:
-            save_file(tensors, golden)
+            save_file({key: tensor for key, tensor in load_file(golden).items() if key != "embedding"}, golden)
         target = case["target"]
         (KEPT / target).mkdir(parents=True, exist_ok=True)
         shutil.copy(made / target / "config.json", KEPT / target)

@@ -65,15 +65,15 @@ CASES: dict[str, dict[str, Any]] = {
     "qwen3-moe": {"target": "target-qwen3-moe"},
     # Its target has windows on every second layer, in the config that the draft takes over; the draft itself has none.
     "gpt-oss": {"target": "target-gpt-oss"},
-    "deepseek": {"target": "target-deepseek", "refused": "self_attn.kv_a_proj_with_mqa.weight"},
+    "deepseek": {"target": "target-deepseek", "refused": "latent attention"},
     # What no engine's chain of a Llama draft computes.
     "mlp-bias": {"target": "target-mlp-bias", "refused": "mlp_bias"},
     "parallel": {
         "recipe": {"parallel_drafting": True, "mask_token_id": 95, "num_depths": 3, "num_draft_layers": 2},
-        "refused": "parallel_drafting",
+        "refused": "P-EAGLE",
     },
-    "eagle1": {"family": 1, "refused": "norm.weight"},
-    "eagle1-two-layers": {"family": 1, "recipe": {"draft_num_hidden_layers": 2}, "refused": "norm.weight"},
+    "eagle1": {"family": 1, "refused": "LlamaEagleDraftModel"},
+    "eagle1-two-layers": {"family": 1, "recipe": {"draft_num_hidden_layers": 2}, "refused": "LlamaEagleDraftModel"},
 }
 
 # Targets of other makes, whose configs the draft's takes over.
@@ -197,7 +197,7 @@ def make_eagle3(
 def make_eagle1(
     model: nn.Module, case: dict[str, Any], ids: Tensor
 ) -> tuple[nn.Module, Tensor, Tensor, Tensor, list[int]]:
-    """The same for the recipe of EAGLE-1: the draft predicts the target's final state, and the target's head reads it."""
+    """The same for the recipe of EAGLE-1, whose draft predicts the final state that the target's head reads."""
     spec = resolve_eagle1_draft_spec(model.config.architectures)
     draft = spec.draft_cls(config_of_eagle1(model.config, case.get("recipe", {}))).to(torch.float32)
     common.randomise(draft, 11)

@@ -81,9 +81,8 @@ CASES: dict[str, dict[str, Any]] = {
     "base-lora": {
         "config": {"eagle_base_lora": True, "eagle_base_lora_rank": 2, "eagle_base_lora_target_modules": ["q_proj"]},
         "export_rope": {},
-        "refused": "adapter_model.safetensors",
     },
-    "fp8": {"quantised": "FP8_DEFAULT_CFG", "export_rope": {}, "refused": "quantization_config"},
+    "fp8": {"quantised": "FP8_DEFAULT_CFG", "export_rope": {}, "refused": "quantised"},
     # What no engine's Llama draft computes.
     "mlp-bias": {"architecture": {"mlp_bias": True}, "export_rope": {}, "refused": "mlp_bias"},
     "gelu": {"architecture": {"hidden_act": "gelu"}, "export_rope": {}, "refused": "hidden_act"},
@@ -141,7 +140,7 @@ def set_vocabulary(model: nn.Module) -> Tensor:
 def steps(model: nn.Module, ids: Tensor) -> Tensor:
     """Logits [3, T, D] of the package's training-time test.
 
-    It hands the states on one position to the right instead of the tokens to the left: step j at anchor t stands at t + j.
+    It hands the states on to the right instead of the tokens to the left: step j at anchor t stands at t + j.
     """
     head = getattr(model.eagle_module, "lm_head", None) or model._base_model_lm_head
     model.train()

@@ -142,8 +142,8 @@ def eagle3(case: dict[str, Any], config: EConfig, target: Path, folder: Path, id
     draft.length = common.STEPS
     common.randomise(draft, 11, ["target_model."])
     draft.embed_tokens.weight.data = draft.target_model.get_input_embeddings().weight.data.clone()
-    vocabulary = torch.randperm(config.vocab_size, generator=torch.Generator().manual_seed(5))[: config.draft_vocab_size]
-    vocabulary = vocabulary.sort().values
+    order = torch.randperm(config.vocab_size, generator=torch.Generator().manual_seed(5))
+    vocabulary = order[: config.draft_vocab_size].sort().values
     draft.register_buffer("d2t", vocabulary - torch.arange(len(vocabulary)))
     draft.register_buffer("t2d", torch.isin(torch.arange(config.vocab_size), vocabulary))
     dtype = case.get("dtype", torch.float32)

@@ -44,6 +44,10 @@ CONFIG: dict[str, Any] = {
     "draft_vocab_size": KEPT,
 }
 
+# What redraft says of a draft that it does not take, and the drafts of which it asks who trained them.
+REFUSED = {"state": "training_state.pt", "attention-bias": "bias", "layers-2": "num_hidden_layers"}
+ASKED = ("norm-output-true", "norm-output-false", "fc-norm")
+
 # The package reads all of these keys of a yarn config without defaults.
 YARN = common.ROPES["yarn"] | {"mscale": 1.0, "mscale_all_dim": 0.0}
 
@@ -159,6 +163,28 @@ def forward(model: Any, ids: Tensor, taps: Tensor) -> Tensor:
     return heard.steps()
 
 
+def as_served(model: Any, ids: Tensor, taps: Tensor) -> Tensor | None:
+    """The same with the angles that engines take from the config, where the package takes others."""
+    from specforge.modeling.draft import llama3_eagle
+
+    attention, rope = model.midlayer.self_attn, model.config.rope_parameters
+    share, original = rope.get("partial_rotary_factor", 1.0), llama3_eagle.apply_rotary_pos_emb
+    if share == 1.0 and rope["rope_type"] != "dynamic":
+        return None
+
+    def rotate(query: Tensor, key: Tensor, cosines: Tensor, *rest: Any, **more: Any) -> tuple[Tensor, ...]:
+        turned = original(query[..., :width], key[..., :width], cosines, *rest, **more)
+        return tuple(torch.cat([new, old[..., width:]], -1) for new, old in zip(turned, (query, key), strict=True))
+
+    width, own = int(attention.head_dim * share), attention.rotary_emb
+    attention.rotary_emb = llama3_eagle.LlamaRotaryEmbedding(width, own.max_position_embeddings, rope["rope_theta"])
+    llama3_eagle.apply_rotary_pos_emb = rotate
+    try:
+        return forward(model, ids, taps)
+    finally:
+        attention.rotary_emb, llama3_eagle.apply_rotary_pos_emb = own, original
+
+
 def write(out: Path, case: str, target: Path, config: dict[str, Any], how: str, note: str, map_file: Path) -> None:
     """One case: a draft by this config, exported in this way."""
 
@@ -184,13 +210,15 @@ def write(out: Path, case: str, target: Path, config: dict[str, Any], how: str, 
         "target": target.name,
         "notes": note,
     }
-    if how == "state":
-        about["refused"] = "training_state.pt"
+    if case in REFUSED:
+        about["refused"] = REFUSED[case]
+    if case in ASKED:
+        about["ask"] = "specforge-0.2"
     common.tidy(folder / "checkpoint", target)
     vocabulary = torch.arange(model.lm_head.out_features) + model.d2t
-    common.finish_case(
-        folder, about, ids, taps, forward(model.eval(), ids, taps), vocabulary, model.embed_tokens.weight
-    )
+    logits, served = forward(model.eval(), ids, taps), as_served(model, ids, taps)
+    both = (logits, None) if served is None else (served, logits)
+    common.finish_case(folder, about, ids, taps, both[0], vocabulary, model.embed_tokens.weight, both[1])
     print(case, flush=True)
 
 
@@ -217,14 +245,33 @@ def cases(out: Path) -> dict[str, tuple[str, dict[str, Any], str, str]]:
     }
     ropes = common.ROPES | {"yarn": YARN}
     told = {
-        "dynamic": "the package stretches the base by 20 positions beyond the longest text, whatever the text",
-        "partial": "the package rotates the whole head",
+        "dynamic": "logits_trainer: the package stretches the base as for 20 positions more than the longest text has",
+        "partial": "logits_trainer: the package turns the whole head",
     }
     for name, rope in ropes.items():
         made[f"rope-{name}"] = ("target", {"rope_parameters": rope}, "sglang", told.get(name, ""))
     scaling = {key: value for key, value in ropes["llama3"].items() if key != "rope_theta"}
     made["rope-scaling"] = ("target", {"rope_theta": 100.0, "rope_scaling": scaling}, "hf", "")
     return made
+
+
+def others(out: Path) -> None:
+    """Drafts of the package's other kinds, untrained."""
+    from specforge.modeling.auto import AutoDraftModel, AutoDraftModelConfig
+
+    dflash = {"dflash_config": {"target_layer_ids": [1, 4], "mask_token_id": 0}, "block_size": 4}
+    for name in ("PEagleDraftModel", "DFlashDraftModel"):
+        config = CONFIG | {"architectures": [name], "num_hidden_layers": 2, "num_target_layers": common.LAYERS}
+        config |= {} if name == "PEagleDraftModel" else dflash | {"model_type": "qwen3", "attention_bias": False}
+        folder = common.new_case(out, "specforge", VERSION, name)
+        with tempfile.TemporaryDirectory() as place:
+            path = Path(place) / "config.json"
+            path.write_text(json.dumps(config))
+            AutoDraftModel.from_config(AutoDraftModelConfig.from_file(str(path))).save_pretrained(folder / "checkpoint")
+        common.tidy(folder / "checkpoint", out / "target")
+        about = {"trainer": "specforge", "version": VERSION, "options": {"architecture": name}}
+        common.refused_case(folder, about | {"refused": name})
+        print(name, flush=True)
 
 
 def main() -> None:
@@ -244,6 +291,8 @@ def main() -> None:
             if "rope_parameters" in changes and not case.startswith("generated"):
                 config = {key: value for key, value in config.items() if key not in ("rope_theta", "rope_scaling")}
             write(out, case, out / target, config, how, note, map_file)
+    if not only or "others" in only:
+        others(out)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import shutil
 import sys
 import tempfile
 import warnings
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ NEWER = tuple(map(int, VERSION.split(".")[:2])) >= (0, 7)
 BLOCK = 128
 KEPT = 40
 # What redraft says of a draft that it does not compute.
-REFUSED = {"mlp-bias": "mlp_bias", "gelu": "hidden_act", "gelu-flag": "hidden_act"}
+REFUSED = {"mlp-bias": "mlp_bias", "gelu": "hidden_act", "gelu-flag": "hidden_act", "taps-order": "ascend"}
 
 
 def command(target: Path, data: Path, flags: list[str]) -> Any:
@@ -137,6 +138,14 @@ def eager(model: Any) -> Any:
     return model
 
 
+def turning_a_part(model: Any, rope: dict[str, Any]) -> Any:
+    """The same model with the angles that engines take from the config: those of a part of a head."""
+    layer = deepcopy(model.config.transformer_layer_config)
+    layer.rope_parameters = rope | {"rope_type": "linear", "factor": 1.0}
+    model.rotary_emb = type(model.rotary_emb)(layer)
+    return model
+
+
 def save(model: Any, folder: Path, dtype: torch.dtype) -> None:
     """Through the trainer's own checkpoint writer, without its optimiser's file."""
     from speculators.train.checkpointer import SingleGPUCheckpointer
@@ -180,6 +189,9 @@ def finish(folder: Path, case: str, target: Path, model: Any, options: Any, note
         assert torch.allclose(same, logits, atol=1e-5), "dense masks and flex attention differ"
         of_trainer, logits = logits, with_masks(model, ids, taps, window.sliding_window)
         notes += " logits_trainer: in the package's unroll a later step sees its anchor's whole window and its own keys"
+    if (rope := window.rope_parameters)["rope_type"] == "default" and "partial_rotary_factor" in rope:
+        of_trainer, logits = logits, forward(turning_a_part(model, rope), ids, taps)
+        notes += " logits_trainer: the package turns the whole head, since its layer's plain angles know no part"
     about = {
         "trainer": "speculators",
         "version": VERSION,
@@ -202,6 +214,7 @@ def command_cases(out: Path, data: Path) -> dict[str, tuple[str, list[str]]]:
         "mlp-bias": layer | {"mlp_bias": True},
         "gelu": layer | {"hidden_act": "gelu"},
         "partial": layer | {"rope_parameters": common.ROPES["partial"]},
+        "partial-linear": layer | {"rope_parameters": common.ROPES["linear"] | {"partial_rotary_factor": 0.5}},
         "qwen3-bias": layer | {"model_type": "qwen3", "attention_bias": True, "num_hidden_layers": 2},
     }
     configs |= {f"rope-{name}": layer | {"rope_parameters": rope} for name, rope in common.ROPES.items()}
@@ -238,10 +251,14 @@ def command_cases(out: Path, data: Path) -> dict[str, tuple[str, list[str]]]:
             "target",
             ["--draft-config", str(data / "partial.json"), "--no-draft-mrope-full-head-hack"],
         ),
+        "partial-linear": (
+            "target",
+            [*reduced, "--draft-config", str(data / "partial-linear.json"), "--no-draft-mrope-full-head-hack"],
+        ),
         "partial-target": ("target-partial", reduced),
     }
     for name in configs:
-        if name != "partial" and name != "rope-partial":
+        if "partial" not in name:
             cases[name] = ("target", [*reduced, "--draft-config", str(data / f"{name}.json")])
     return cases | {f"target-{n}": (f"target-{n}", reduced) for n in common.ROPES if n not in ("partial", "theta")}
 
@@ -299,6 +316,20 @@ def converted(out: Path, case: str, target: Path, rope: dict[str, Any]) -> None:
     common.tidy(folder / "checkpoint", target)
 
 
+def others(out: Path, data: Path) -> None:
+    """Drafts of the package's other kinds, as its training command starts them."""
+    from speculators.model import SpeculatorModel
+
+    for kind in sorted(set(SpeculatorModel.registry) - {"eagle3", "mtp"}):
+        model = command(out / "target", data, ["--speculator-type", kind])
+        folder = common.new_case(out, "speculators", VERSION, kind)
+        model.save_pretrained(folder / "checkpoint")
+        common.tidy(folder / "checkpoint", out / "target")
+        about = {"trainer": "speculators", "version": VERSION, "options": ["--speculator-type", kind]}
+        common.refused_case(folder, about | {"refused": kind})
+        print(kind, flush=True)
+
+
 def targets(out: Path) -> None:
     common.make_target(out)
     common.make_target(out, "target-qwen3", "qwen3", head_dim=16)
@@ -327,6 +358,8 @@ def main() -> None:
             dtype = torch.bfloat16 if case == "bfloat16" else torch.float32
             write(out, case, out / target, model, shown, dtype, case == "embedding")
             print(case, flush=True)
+        if HAS_COMMAND and (not only or "others" in only):
+            others(out, data)
     for name, rope in {"plain": common.PLAIN, "llama3": common.ROPES["llama3"]}.items():
         if not only or f"converted-{name}" in only:
             converted(out, f"converted-{name}", out / "target", rope)

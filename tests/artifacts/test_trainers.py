@@ -39,5 +39,5 @@ def test_a_trainers_draft_computes_what_its_package_computed_or_is_refused_by_na
             open_checkpoint(CASES / name / "checkpoint", facts)
         assert "\n" not in str(caught.value)
         return
-    found = compare.differences(CASES / name, open_checkpoint(CASES / name / "checkpoint", facts).draft)
+    found = compare.differences(CASES / name, compare.opened_as(CASES / name, facts, case).draft)
     assert not found["why"], found

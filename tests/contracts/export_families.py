@@ -25,6 +25,7 @@ from redraft import artifact, registries
 from redraft.drafts.base import Draft
 from redraft.drafts.eagle1 import Eagle1Config, Eagle1Draft
 from redraft.drafts.eagle3 import Eagle3Config, Eagle3Draft
+from redraft.drafts.opening import open_checkpoint
 from redraft.errors import UserError
 from redraft.registries import EXPORTERS
 from redraft.target import Facts
@@ -93,6 +94,21 @@ class Family:
         EXPORTERS.get(name)(self.make(**options), folder, TARGET)
         return folder
 
+    def opened(self, name: str, folder: Path) -> Any:
+        """The checkpoint in this folder, read on the word of whoever it was written for."""
+        trainer = getattr(registries.FAMILIES.get(self.name).writers[name], "trainer", None)
+        return open_checkpoint(folder, TARGET, **({"trainer": trainer} if trainer else {}))
+
+    def assert_equal(self, written: Draft, back: Draft) -> None:
+        """The same answers of the same tensors; biases of zeros may be there or not."""
+        a, b = written.state_dict(), back.state_dict()
+        for name in a.keys() | b.keys():
+            if name in a and name in b:
+                assert a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]), name
+            else:
+                assert name.endswith(".bias") and not (a | b)[name].any(), name
+        assert torch.equal(self.answer(written), self.answer(back))
+
     def assert_same(self, left: Draft, right: Draft) -> None:
         a, b = left.state_dict(), right.state_dict()
         assert set(a) == set(b)
@@ -152,34 +168,45 @@ def answer_eagle3(draft: Eagle3Draft) -> Tensor:
 
 def check_eagle3_file(name: str, draft: Eagle3Draft, meta: dict[str, Any], state: dict[str, Tensor]) -> None:
     assert meta["format"] == ("speculators" if name == "vllm" else "plain")
-    assert len(state) == len(draft.state_dict())
-    assert ({"d2t", "t2d"} <= set(state)) == (draft.config.draft_vocab_size < 40)
+    assert ({"d2t", "t2d"} <= set(state)) == (draft.config.draft_vocab_size < 40 or name == "specforge")
+    assert ("embed_tokens.weight" in state) == draft.config.own_embedding
 
 
 EVERY_SWITCH = {"norm_before_residual": True, "norm_before_fc": True, "norm_output": True, "attention_bias": True}
+# Readers of layers of a plain Llama, one that trains on, and all but vLLM.
+PLAIN_LAYERS = {"sglang", "specforge", "tensorrt-llm"}
+NARROW, PARTIAL = {"hidden_size": 12, "own_embedding": True}, {"partial_rotary_factor": 2 / 3}
 EAGLE3 = Family(
     name="eagle3",
     config=TINY.EAGLE3,
     build=build_eagle3,
     answer=answer_eagle3,
     tolerance=1e-5,
-    # A GGUF file is read by llama.cpp alone: test_eagle3_gguf.py.
     formats=tuple(name for name in registries.FAMILIES.get("eagle3").writers if name != "gguf"),
     options={
         "bare": ({}, set()),
         "full vocabulary": ({"draft_vocab_size": 40}, set()),
-        "norm before residual": ({"norm_before_residual": True}, {"sglang"}),
-        "norm before fc, norm output": ({"norm_before_fc": True, "norm_output": True}, set()),
-        "fc norm": (
-            {"fc_norm": True, "rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0}},
-            set(),
-        ),
-        "biases": ({"attention_bias": True}, {"sglang"}),
-        "own embedding": ({"own_embedding": True}, {"sglang"}),
-        "narrow draft": ({"hidden_size": 12, "own_embedding": True}, {"sglang"}),
-        "four taps, llama3 rope": ({"taps": (1, 3, 5, 7), "rope_parameters": LLAMA3, "fc_norm": True}, set()),
+        "norm before residual": ({"norm_before_residual": True}, PLAIN_LAYERS),
+        "norm before fc, norm output": ({"norm_before_fc": True, "norm_output": True}, {"specforge"}),
+        "fc norm": ({"fc_norm": True, "rope_parameters": TINY.LINEAR}, set()),
+        "biases": ({"attention_bias": True}, {"sglang", "specforge"}),
+        "a bias of the output": ({"output_bias": True}, {"specforge"}),
+        "a bias of fc": ({"fc_bias": True}, {"vllm", "plain", "specforge"}),
+        "own embedding": ({"own_embedding": True}, {"sglang", "tensorrt-llm"}),
+        "narrow draft": (NARROW, {"sglang"}),
+        "four taps, llama3 rope": ({"taps": (1, 3, 5, 7), "rope_parameters": LLAMA3, "fc_norm": True}, {"specforge"}),
         "yarn rope, wide heads": ({"rope_parameters": YARN, "head_dim": 8, "num_key_value_heads": 4}, set()),
-        "everything": (EVERY_SWITCH, {"sglang"}),
+        "a yarn scale of its own": ({"rope_parameters": YARN | {"attention_factor": 0.8}}, PLAIN_LAYERS),
+        "dynamic rope": ({"rope_parameters": TINY.DYNAMIC}, PLAIN_LAYERS),
+        "a part of each head turns": ({"rope_parameters": TINY.PLAIN | PARTIAL}, {"specforge"}),
+        "two layers": ({"num_layers": 2}, {"specforge"}),
+        "windows": ({"num_layers": 2, "windows": (16, 16)}, PLAIN_LAYERS),
+        "windows of two kinds": ({"num_layers": 2, "windows": (16, 0)}, PLAIN_LAYERS | {"vllm", "plain"}),
+        "norms of queries and keys": ({"qk_norm": True}, PLAIN_LAYERS),
+        "norms and a window": ({"qk_norm": True, "windows": (16,), "num_layers": 1}, PLAIN_LAYERS),
+        "norms and biases": ({"qk_norm": True, "attention_bias": True, "output_bias": False}, PLAIN_LAYERS),
+        "no norm before the head": ({"head_norm": False}, {"vllm", "plain", "sglang", "tensorrt-llm"}),
+        "everything": (EVERY_SWITCH, PLAIN_LAYERS),
     },
     check_file=check_eagle3_file,
     extra_tensors=("fc.bias", "layers.1.mlp.up_proj.weight", "mask_hidden", "midlayer.self_attn.q_norm.weight"),
@@ -210,11 +237,12 @@ def answer_eagle1(draft: Eagle1Draft) -> Tensor:
 
 def check_eagle1_file(name: str, draft: Eagle1Draft, meta: dict[str, Any], state: dict[str, Tensor]) -> None:
     assert meta["format"] == name
-    assert not any("lm_head" in tensor or "input_layernorm" in tensor or tensor == "norm.weight" for tensor in state)
+    none = ("lm_head", "layers.0.input_layernorm", "hidden_norm")
+    assert not any(part in tensor for tensor in state for part in none) and "norm.weight" not in state
     assert ("fc.bias" in state) == (name == "sglang")
     if "fc.bias" in state and not draft.config.fc_bias:
         assert state["fc.bias"].shape == (16,) and not state["fc.bias"].any()
-    assert all(tensor.startswith(("fc.", "layers.0.", "embed_tokens.")) for tensor in state)
+    assert all(tensor.startswith(("fc.", "layers.", "embed_tokens.")) for tensor in state)
 
 
 EAGLE1 = Family(
@@ -228,8 +256,13 @@ EAGLE1 = Family(
         "bare": ({}, set()),
         "attention bias": ({"attention_bias": True}, set()),
         "yarn rope": ({"rope_parameters": YARN, "num_key_value_heads": 4}, set()),
+        "dynamic rope": ({"rope_parameters": TINY.DYNAMIC}, {"sglang"}),
+        "a part of each head turns": ({"rope_parameters": TINY.PLAIN | PARTIAL}, set()),
         "fc bias": ({"fc_bias": True}, {"vllm"}),
         "own embedding": ({"own_embedding": True}, {"sglang"}),
+        "two layers": ({"num_layers": 2}, set()),
+        "a window": ({"windows": (16,)}, {"vllm", "sglang"}),
+        "norms of queries and keys": ({"qk_norm": True}, {"vllm", "sglang"}),
     },
     check_file=check_eagle1_file,
     extra_tensors=(

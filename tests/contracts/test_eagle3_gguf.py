@@ -52,17 +52,17 @@ TAKEN = {
     "first and last features": {"taps": (0, 4, 8)},
 }
 REFUSED = {
-    "four features": ({"taps": (1, 3, 5, 7)}, "three features, not 4"),
-    "two features": ({"taps": (1, 3)}, "three features, not 2"),
-    "two layers": ({"num_layers": 2}, "one layer, not 2"),
-    "norms of queries": ({"qk_norm": True}, "not normed"),
-    "a window": ({"windows": (16,)}, "not the last 16 alone"),
-    "biases": ({"attention_bias": True}, "no place for biases"),
-    "an output bias": ({"output_bias": True}, "no place for biases"),
-    "a bias of fc": ({"fc_bias": True}, "fc has no place for a bias"),
-    "fc norm": ({"fc_norm": True}, "fc_norm"),
-    "norm output": ({"norm_output": True}, "norm_output"),
-    "no norm before the head": ({"head_norm": False}, "head_norm"),
+    "four features": ({"taps": (1, 3, 5, 7)}, "three features are needed, not 4"),
+    "two features": ({"taps": (1, 3)}, "three features are needed, not 2"),
+    "two layers": ({"num_layers": 2}, "one layer is computed, not 2"),
+    "norms of queries": ({"qk_norm": True}, "qk_norm true is taken as false"),
+    "a window": ({"windows": (16,)}, r"windows \[16\] is taken as \[0\]"),
+    "biases": ({"attention_bias": True}, "attention_bias true is taken as false"),
+    "an output bias": ({"output_bias": True}, "output_bias true is taken as false"),
+    "a bias of fc": ({"fc_bias": True}, "no place for fc.bias"),
+    "fc norm": ({"fc_norm": True}, "fc_norm true is taken as false"),
+    "norm output": ({"norm_output": True}, "norm_output true is taken as false"),
+    "no norm before the head": ({"head_norm": False}, "head_norm false is taken as true"),
 }
 
 
@@ -146,7 +146,7 @@ def ours(draft, taps, embedding):
     embeds, state, found = draft.embed(tokens, table), draft.fuse(taps.to(draft.fc.weight.dtype)), []
     with torch.no_grad():
         for step in range(STEPS):
-            state = draft(embeds, draft.carry(state) if step else state, tokens, SHARED.attend)
+            state = draft(embeds, draft.carry(state) if step else state, tokens, [SHARED.attend])
             whole = torch.full((len(taps), ROWS), -math.inf, dtype=torch.float64)
             whole[:, draft.vocabulary()] = draft.logits(state).double()
             found.append(whole)

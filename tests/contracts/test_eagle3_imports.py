@@ -32,7 +32,7 @@ def exported(request, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"norm_before_fc": True, "fc_norm": True}, "norm_before_fc and fc_norm at once"),
+        ({"norm_before_fc": True, "fc_norm": True, "eagle_config": None}, "norm_before_fc and fc_norm at once"),
         ({"draft_vocab_size": "many"}, "wrong kind"),
         ({"eagle_aux_hidden_state_layer_ids": [1, "2"]}, "a list of integers"),
         ({"eagle_aux_hidden_state_layer_ids": [5, 4, 2]}, "do not ascend strictly"),

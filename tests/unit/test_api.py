@@ -109,7 +109,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_target: Callable[..., T
     folder = tmp_path_factory.mktemp("api")
     target = tiny_target(seed=0, taps=(1, 3, 5))
     target.save(folder / "target")
-    draft = fresh_draft(target, list(range(4, 100)), seed=0, intermediate=32)
+    draft = fresh_draft(target, list(range(4, 60)), seed=0, intermediate=32)
     save_draft(folder / "draft", draft, {"tokenizer_hash": tokenizer_hash(target.tokenizer), "method": "scratch"})
     talks = [{"id": f"p{i}", "messages": [{"role": "user", "content": f"the rain is {i}"}]} for i in range(16)]
     prompts = folder / "prompts.jsonl"

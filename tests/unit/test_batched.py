@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from batched import BatchedChainDecoder
@@ -44,6 +46,16 @@ def test_greedy_batches_equal_single_sequences(architecture, tiny_target):
         assert rounds(got) == rounds(expected)
     accepted = {r.accepted for g in together for r in g.rounds}
     assert len(accepted) > 2, "rows must accept differently, or roll-back is not tested"
+
+
+def test_layers_with_windows_draft_in_batches_what_they_draft_alone(tiny_target):
+    target, options = tiny_target("llama", initializer_range=0.05, **SMALL), {"num_layers": 2, "windows": (3, 0)}
+    draft = Eagle3Draft(replace(make(target).config, **options))
+    draft.start(target, seed=1)
+    many, single = prompts(11), ChainDecoder(target, draft, 4)
+    together = BatchedChainDecoder(target, draft, 4, slots=8).generate(many, 14)
+    assert [rounds(got) for got in together] == [rounds(single.generate(prompt, 14)) for prompt in many]
+    assert len({r.accepted for g in together for r in g.rounds}) > 1
 
 
 @pytest.mark.parametrize("greedy_drafts", [False, True], ids=["sampled drafts", "greedy drafts"])

@@ -222,7 +222,7 @@ class Look:
             elif facts.shape != shape:
                 self.stop(f"{name} has shape {list(facts.shape)}, {list(shape)} is needed")
             else:
-                self.reading.take(name, list(shape), "read", name)
+                self.reading.take(name if "." in name else f"{name}.map", list(shape), "read", name)
         for name in self.tensors.keys() - wanted.keys():
             if name in free:
                 continue

@@ -20,6 +20,7 @@ Facts: vLLM 0.32, SGLang 0.5.23; docs/formats.md.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -62,6 +63,7 @@ READ = (
     *("vocab_size", "num_hidden_layers", "bias", "quantization_config"),
 )
 ORIGINAL = "LlamaForCausalLM"
+FEW = (1, 2, 3, 4)  # layers of a draft, of which one is read; with more a checkpoint is a language model
 
 
 def kind_of(checkpoint: Checkpoint) -> str | None:
@@ -76,7 +78,7 @@ def kind_of(checkpoint: Checkpoint) -> str | None:
             return kind
     if (
         ORIGINAL not in checkpoint.architectures
-        or raw.get("num_hidden_layers", 1) != 1
+        or raw.get("num_hidden_layers", 1) not in FEW
         or "speculators_model_type" in raw
     ):
         return None
@@ -103,14 +105,17 @@ def read(
         raise UserError(f"{folder} has {found[0]}, which is not read; {found[1]}")
     values = Values(raw, path)
     layer = LayerReader(values, facts_of(state), reading)
-    layer.refuse(layer.faults(("llama", "eagle"), _faults(values)))
+    layers = values.whole("num_hidden_layers", most=1 << 16) or 1
+    layer.refuse(layer.faults(("llama", "eagle"), _faults(kind, layers, state)))
     said = values.flag("bias")
     biased = {"vllm": False, "sglang": True}.get(kind, said is not False)
     fields = layer.sizes() | layer.attention(False)
-    if any(layer.windows(1)):
+    if any(layer.windows(layers)):
         layer.refuse(["sliding_attention"])
     rows = layer.size("vocab_size", EMBEDDING, 0, "target_vocab_size")
-    fields["rope_parameters"] = layer.rope(fields["max_position_embeddings"], partial=False)
+    fields["rope_parameters"] = layer.rope(fields["max_position_embeddings"], partial=kind != "original")
+    state = _named(state, layers)
+    fields["num_layers"] = layers
     config = Eagle1Config(**fields, target_vocab_size=rows, fc_bias=biased, own_embedding=EMBEDDING in state)
     if target is not None:
         config = _fitted(config, state, target, reading)
@@ -135,9 +140,18 @@ def check_state(state: Mapping[str, Tensor], draft: Eagle1Draft, where: Any) -> 
         raise UserError(f"{where}: rotary settings that tell no angles: {draft.config.rope_parameters}")
 
 
-def _faults(values: Values) -> list[str]:
-    layers = values.whole("num_hidden_layers", most=1 << 16)
-    return [] if layers in (None, 1) else [f"num_hidden_layers {layers}"]
+def _faults(kind: str, layers: int, state: Mapping[str, Tensor]) -> list[str]:
+    """EAGLE's own code has one layer; engines compute as many as there are."""
+    held = 1 + max((int(found[1]) for name in state if (found := re.match(r"layers\.(\d{1,4})\.", name))), default=0)
+    most = 1 if kind == "original" else held
+    return [f"num_hidden_layers {layers}, of {held} in the file"] if layers > most else []
+
+
+def _named(state: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
+    """The state with the layers behind the first by our names; those that the config has none of keep the file's."""
+    ours = {f"layers.{number}.": f"later.{number - 1}." for number in range(1, layers)}
+    start = {name: next((old for old in ours if name.startswith(old)), "") for name in state}
+    return {ours[start[n]] + n[len(start[n]) :] if start[n] else n: tensor for n, tensor in state.items()}
 
 
 def _fitted(config: Eagle1Config, state: dict[str, Tensor], target: Facts, reading: Reading) -> Eagle1Config:

@@ -6,7 +6,7 @@ from functools import partial
 
 from redraft.drafts.base import Family
 from redraft.drafts.eagle3.engines import READERS, meaning_of, read_as
-from redraft.drafts.eagle3.gguf import Eagle3GgufWriter
+from redraft.drafts.eagle3.gguf import GgufWriter
 from redraft.drafts.eagle3.module import Eagle3Config, Eagle3Draft, fresh_draft
 from redraft.drafts.eagle3.reading import ARCHITECTURES, check_state, read, recognises
 from redraft.drafts.eagle3.suspects import suspects
@@ -16,7 +16,7 @@ from redraft.registries import FAMILIES
 FAMILIES.register("eagle3")(
     Family(
         name="eagle3",
-        build=lambda config: Eagle3Draft(Eagle3Config.from_dict(config)),
+        build=lambda config: Eagle3Draft.untrained(Eagle3Config.from_dict(config)),
         fresh=fresh_draft,
         recognises=recognises,
         architectures=ARCHITECTURES,
@@ -26,7 +26,7 @@ FAMILIES.register("eagle3")(
         suspects=suspects,
         meaning=meaning_of,
         readers={engine: partial(read_as, engine) for engine in READERS},
-        writers={**WRITERS, "gguf": Eagle3GgufWriter()},
+        writers=WRITERS | {"gguf": GgufWriter("gguf", "draft-eagle3", ("llama.cpp",))},
         refusal="this draft reads the target's states and is no language model, which {format} is for; export it for "
         "vllm, sglang or gguf",
     )

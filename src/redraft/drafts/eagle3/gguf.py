@@ -18,7 +18,7 @@ Older builds read the feature ids as ``extract_layers``, so they stand twice.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,14 @@ import torch
 from torch import Tensor
 
 from redraft.artifact import tensors_bytes
-from redraft.drafts.eagle.writing import Dense, prepare, with_biases, with_fc_bias
-from redraft.drafts.eagle3.module import Eagle3Config, Eagle3Draft
-from redraft.drafts.eagle3.writing import check_sound
+from redraft.drafts.eagle.module import EagleDraft
+from redraft.drafts.eagle.writing import Dense, with_biases, with_fc_bias
+from redraft.drafts.eagle3.module import Eagle3Config
+from redraft.drafts.eagle3.writing import Eagle3Writer, check_sound
 from redraft.drafts.formats.base import ExportReport
 from redraft.drafts.formats.gguf import (
     FILE,
+    FILES,
     Fields,
     general_fields,
     interleave,
@@ -43,6 +45,7 @@ from redraft.drafts.formats.gguf import (
     typed,
     write_file,
 )
+from redraft.drafts.formats.meaning import Difference
 from redraft.drafts.layers import Rotary
 from redraft.errors import UserError
 from redraft.files import atomic_folder
@@ -72,84 +75,99 @@ PLACES = {
 }
 
 
-class Eagle3GgufWriter:
+class GgufWriter(Eagle3Writer):
     """The format ``gguf``: one file, its tokenizer copied from the target's own GGUF file where there is one."""
 
-    def check(self, draft: Eagle3Draft, target: Facts) -> tuple[Dense, list[str]]:
-        """The dense draft as llama.cpp computes it, and notes. Raises ``UserError`` where it would compute another."""
+    def check(self, draft: EagleDraft, target: Facts) -> tuple[Dense, list[str]]:
+        """As of every writer."""
         need_gguf()
-        dense, notes = prepare(draft, target)
-        check_sound(dense)
-        dense = with_fc_bias(with_biases(dense, attention=False, output=False), False)
-        if limits := llamacpp_limits(dense.config, target):
-            raise UserError(f"llama.cpp cannot run this draft: {'; '.join(limits)}; export it for vLLM instead")
         if target.tokenizer is None:
             raise UserError("the target has no tokenizer, and a GGUF file holds one; add its tokenizer.json")
-        token_fields(target.tokenizer, target.vocab_size, gguf_of(target.name))
-        return dense, notes
+        return super().check(draft, target)
+
+    def fitted(self, dense: Dense, target: Facts) -> tuple[Dense, list[str]]:
+        """Without biases, where they are zeros."""
+        check_sound(dense)
+        return with_fc_bias(with_biases(dense, attention=False, output=False), False), []
+
+    def names(self, dense: Dense) -> dict[str, str]:
+        """A tensor without a place keeps its name, and is told of by the name."""
+        found = {}
+        for name in dense.facts:
+            stem = name.removesuffix(".weight")
+            if name != "t2d":
+                found[f"{PLACES[stem]}.weight" if stem in PLACES else name] = name
+        return found
+
+    def config(self, dense: Dense, target: Facts, tokens: int) -> dict[str, Any]:
+        """The file's metadata."""
+        found = {"general.architecture": ARCHITECTURE} | metadata(dense, target)
+        return {name: value[0] if isinstance(value, tuple) else value for name, value in found.items()}
+
+    def told(self, difference: Difference, dense: Dense) -> bool:
+        """A window that is as long as any text is none."""
+        longest = dense.config.max_position_embeddings
+        return difference.what == "windows" and all(not 0 < w < longest for w in difference.ours)
 
     def write(self, dense: Dense, folder: Path, target: Facts, tokens: int) -> ExportReport:
         """Read back before it is in place."""
-        source = gguf_of(target.name)
-        tokenizer = token_fields(target.tokenizer, target.vocab_size, source)
-        written = dict(gguf_tensors(dense))
-        fields = general_fields(target.name, dense.dtype) | draft_fields(dense) | tokenizer
-        with atomic_folder(folder, tensors_bytes(written) + OTHER_BYTES, {FILE}) as new:
+        fields, written = metadata(dense, target), Placed(dense, self.names(dense))
+        with atomic_folder(folder, tensors_bytes(written) + OTHER_BYTES, FILES) as new:
             write_file(new / FILE, ARCHITECTURE, fields, written)
-        # At a fixed length: it proposes every token, however unsure it is.
-        words = ["llama-server", "--model", str(source or "TARGET.gguf"), "--spec-draft-model", str(folder / FILE)]
-        words += ["--spec-type", "draft-eagle3", "--spec-draft-n-max", str(tokens), "--spec-draft-p-min", "0"]
         parameters = sum(tensor.numel() for tensor in dense.state.values() if tensor.is_floating_point())
-        size, serve, note = tensors_bytes(written), shlex.join(words), tokenizer_note(tokenizer, source)
-        return ExportReport("gguf", folder, len(written), parameters, size, serve, (note,))
+        note, size = tokenizer_note(fields, gguf_of(target.name)), tensors_bytes(written)
+        serve = self.serve(dense, folder, target, tokens)
+        return ExportReport(self.name, folder, len(written), parameters, size, serve, (note,))
+
+    def serve(self, dense: Dense, folder: Path, target: Facts, tokens: int) -> str:
+        """At a fixed length: it proposes every token, however unsure it is."""
+        source = gguf_of(target.name) or "TARGET.gguf"
+        words = ["llama-server", "--model", str(source), "--spec-draft-model", str(folder / FILE)]
+        words += ["--spec-type", self.method, "--spec-draft-n-max", str(tokens), "--spec-draft-p-min", "0"]
+        return shlex.join(words)
 
 
-def llamacpp_limits(config: Eagle3Config, target: Facts) -> list[str]:
-    """What llama.cpp would not compute as the draft does."""
-    narrow = [window for window in config.windows if 0 < window < target.context]
-    limits = {
-        f"it fuses three features, not {len(config.taps)}": len(config.taps) != 3,
-        f"it computes one layer, not {config.num_layers}": config.num_layers != 1,
-        "attention has no place for biases": config.attention_bias or bool(config.output_bias),
-        "fc has no place for a bias": config.fc_bias,
-        "queries and keys are not normed (qk_norm)": config.qk_norm,
-        f"every position is seen, not the last {min(narrow, default=0)} alone": bool(narrow),
-        "features are not normed one by one (fc_norm)": config.fc_norm,
-        "the state is handed on as it was before the norm (norm_output)": config.norm_output,
-        "logits are always of the normed state (head_norm)": not config.head_norm,
-    }
-    return [limit for limit, met in limits.items() if met]
+class Placed(Mapping[str, Tensor]):
+    """The tensors of the file by its names, made when they are asked for; ``names`` has ours."""
+
+    def __init__(self, dense: Dense, names: Mapping[str, str]) -> None:
+        self.dense, self.names, self.rotary = dense, dict(names), angles(dense.config)
+        config = dense.config
+        self.heads = {"blk.0.attn_q.weight": config.num_attention_heads}
+        self.heads["blk.0.attn_k.weight"] = config.num_key_value_heads
+        # Plain angles need no word.
+        plain = config.rope_parameters.get("rope_type", "default") == "default"
+        self.more = () if plain else ("rope_freqs.weight",)
+
+    def __getitem__(self, name: str) -> Tensor:
+        frequencies = self.rotary.original_inv_freq
+        if name in self.more:
+            return rope_factors(self.dense.config.rope_parameters, frequencies)
+        found = self.dense.tensor(self.names[name]).detach().cpu()
+        if name == "d2t":
+            return found + torch.arange(len(found))
+        if name in self.heads:
+            found = interleave(found, self.heads[name], 2 * len(frequencies))
+        return found.float() if found.ndim == 1 else found.contiguous()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((*self.names, *self.more))
+
+    def __len__(self) -> int:
+        return len(self.names) + len(self.more)
 
 
-def angles_of(config: Eagle3Config) -> Any:
-    """The rotary embedding of a draft of this config: its frequencies and what sines and cosines are multiplied by."""
+def angles(config: Eagle3Config) -> Any:
+    """What turns the heads of a draft of this shape: frequencies and a scale."""
     return Rotary(config.rope_parameters, config.head_dim, config.max_position_embeddings).embedding
 
 
-def gguf_tensors(dense: Dense) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor as the file has it."""
-    config, frequencies = dense.config, angles_of(dense.config).original_inv_freq
-    heads = {"blk.0.attn_q": config.num_attention_heads, "blk.0.attn_k": config.num_key_value_heads}
-    for name, tensor in dense.state.items():
-        if name in ("d2t", "t2d"):
-            continue
-        place, kept = PLACES[name.removesuffix(".weight")], tensor.detach().cpu()
-        if place in heads:
-            kept = interleave(kept, heads[place], 2 * len(frequencies))
-        yield f"{place}.weight", kept.float() if kept.ndim == 1 else kept.contiguous()
-    if "d2t" in dense.state:
-        offsets_D = dense.state["d2t"].cpu()
-        yield "d2t", offsets_D + torch.arange(len(offsets_D))
-    if config.rope_parameters.get("rope_type", "default") != "default":
-        yield "rope_freqs.weight", rope_factors(config.rope_parameters, frequencies)
-
-
-def draft_fields(dense: Dense) -> Fields:
-    """The metadata of the draft, none of it left to defaults."""
-    config, rotary = dense.config, angles_of(dense.config)
+def metadata(dense: Dense, target: Facts) -> Fields:
+    """All that stands before the tensors, none of it left to defaults. Raises ``UserError``."""
+    config, rotary = dense.config, angles(dense.config)
     turned, context = 2 * len(rotary.original_inv_freq), config.max_position_embeddings
     values = {
-        "block_count": 1,
+        "block_count": config.num_layers,
         "target_layers": list(config.taps),
         "extract_layers": list(config.taps),
         "target_hidden_size": config.target_hidden_size,
@@ -158,4 +176,6 @@ def draft_fields(dense: Dense) -> Fields:
         "rope.scaling.attn_factor": float(rotary.attention_scaling),
     }
     shape = shape_fields(ARCHITECTURE, config, config.target_vocab_size, config.rope_parameters, turned, context)
-    return shape | {f"{ARCHITECTURE}.{key}": typed(value) for key, value in values.items()}
+    own = shape | {f"{ARCHITECTURE}.{key}": typed(value) for key, value in values.items()}
+    tokenizer = token_fields(target.tokenizer, target.vocab_size, gguf_of(target.name))
+    return general_fields(target.name, dense.dtype) | own | tokenizer

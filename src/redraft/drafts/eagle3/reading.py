@@ -49,6 +49,7 @@ __all__ = ["ARCHITECTURES", "check_state", "check_taps", "check_vocabulary_map",
 
 EMBEDDING = "embed_tokens.weight"
 IDS = "eagle_aux_hidden_state_layer_ids"
+SLIM_IDS = "aux_hidden_states_layer_ids"  # AngelSlim's, outputs of layers counted from zero
 
 # With as many layers or more in the config and one in the file, the count is that of the target.
 MANY_LAYERS = 8
@@ -64,13 +65,12 @@ READ = (
     *("vocab_size", "draft_vocab_size", "num_hidden_layers", "target_hidden_size", "num_aux_hidden_states", IDS),
     *("norm_before_residual", "norm_before_fc", "fc_norm", "use_aux_norm", "norm_output", "eagle_config"),
     *("quantization_config", "transformer_layer_config", "speculators_config", "speculators_model_type"),
-    "speculators_version",
-    "bias",
+    *("speculators_version", "bias", SLIM_IDS),
 )
 
 
 def recognises(checkpoint: Checkpoint) -> bool:
-    return is_speculators(checkpoint.config) or is_own(checkpoint.architectures)
+    return is_speculators(checkpoint.config) or is_own(checkpoint)
 
 
 def read(
@@ -261,6 +261,12 @@ class Eagle3Reader:
 
     def _rope(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         rope = self.layer.rope(fields["max_position_embeddings"])
+        base, theta = self.trainer.base, rope.get("rope_theta", 10000.0)
+        if base and theta != base:
+            self.reading.notes.append(
+                f"{self.trainer.title} trains with rope base {base:g} whatever the config says; {theta:g} was taken, as "
+                "engines do: where acceptance is low, set rope_theta to what the draft was trained with"
+            )
         share = rope.get("partial_rotary_factor")
         if share not in (None, 1.0) and not self.trainer.reads_part:
             self.reading.notes.append(
@@ -334,7 +340,7 @@ class Eagle3Reader:
 
     @property
     def _ids_told(self) -> bool:
-        return bool(self.raw.get(IDS)) or bool(self.eagle and self.eagle.get(IDS))
+        return bool(self.raw.get(IDS) or self.raw.get(SLIM_IDS)) or bool(self.eagle and self.eagle.get(IDS))
 
     def _taps(self) -> tuple[int, ...]:
         """Feature ids, each "after k layers". Raises ``UserError`` when they are no list of integers.
@@ -360,6 +366,10 @@ class Eagle3Reader:
                 notes.append(f"the feature ids {nested} are outputs of layers counted from zero; taken as one more each")
             taken = tuple(k + 1 for k in nested)
             self.reading.take("taps", taken, "read", f"config.json: eagle_config.{IDS}, counted from zero")
+            return taken
+        if slim := self.raw.whole_list(SLIM_IDS):
+            taken = tuple(k + 1 for k in slim)
+            self.reading.take("taps", taken, "read", f"{self.raw.word(SLIM_IDS)}, counted from zero")
             return taken
         if self.eagle and self.eagle.get("layer_ids"):
             raise UserError(

@@ -7,7 +7,7 @@ nemo-automodel 0.7, AngelSlim 0.5.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ class Trainer:
     that the config is the target's with a few keys changed: layer count, kind of layer, windows and experts in it are
     the target's own and mean nothing for the draft. ``reads_part`` is whether its own layer turns a part of a head
     where the config says so. ``differs`` says in words what its own forward does otherwise than engines.
+    ``base`` is the rotary base that it trains with where it does not read the config's.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Trainer:
     target_layer: bool = False
     reads_part: bool = True
     differs: str = ""
+    base: float | None = None
 
 
 TRAINERS: dict[str, Trainer] = {
@@ -50,8 +52,8 @@ TRAINERS: dict[str, Trainer] = {
             "norm it once, by hidden_norm, which is taken",
         ),
         Trainer("automodel", "NeMo Automodel", target_layer=True),
-        Trainer("angelslim", "AngelSlim", reads_part=False),
-        Trainer("safeailab", "SafeAILab's EAGLE", reads_part=False),
+        Trainer("angelslim", "AngelSlim", reads_part=False, base=10000.0),
+        Trainer("safeailab", "SafeAILab's EAGLE", reads_part=False, base=10000.0),
         Trainer("plain", "whoever writes for vLLM and SGLang"),
     )
 }
@@ -108,6 +110,8 @@ def trainer_of(checkpoint: Checkpoint, asked: str | None = None) -> Trainer:
             "the head and SpecForge 0.3, vLLM and SGLang for the state that the next step takes, and nothing tells who "
             "wrote it; name the one that trained it with --trainer specforge-0.2, specforge-0.3 or plain"
         )
+    if is_safeailab(checkpoint):
+        return TRAINERS["safeailab"]
     return TRAINERS["angelslim" if ANGELSLIM in names else "plain"]
 
 
@@ -132,6 +136,11 @@ SWITCHES: dict[str, Any] = {
 }
 
 
-def is_own(names: Collection[str]) -> bool:
-    """Whether an architecture is one of those whose drafts are read here."""
-    return bool(set(names) & set(ARCHITECTURES))
+def is_safeailab(checkpoint: Checkpoint) -> bool:
+    """Whether a config is one as SafeAILab's trainer takes it: a small language model's with a draft vocabulary."""
+    return "LlamaForCausalLM" in checkpoint.architectures and checkpoint.config.get("draft_vocab_size") is not None
+
+
+def is_own(checkpoint: Checkpoint) -> bool:
+    """Whether a config is of those whose drafts are read here."""
+    return bool(checkpoint.architectures & set(ARCHITECTURES)) or is_safeailab(checkpoint)

@@ -88,16 +88,19 @@ class Eagle3Writer(LayerWriter):
         config = dense.config
         architecture = "Eagle3Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLMEagle3"
         nested = {"use_aux_hidden_state": True, KEY: [k - 1 for k in config.taps]}
-        more = output_alone(config)
+        more = one_bias(config)
         return legacy_config(dense, architecture) | more | options(config) | {"eagle_config": nested}
 
     def serve(self, dense: Dense, folder: Path, target: Facts, tokens: int) -> str:
         return serve_command(folder, target, tokens, self.method, self.name)
 
 
-def output_alone(config: Any) -> dict[str, Any]:
-    """The keys of a bias of the output projection alone, as vLLM's llama layers read them."""
-    return {"bias": True, "qkv_bias": False} if output_biased(config) and not config.attention_bias else {}
+def one_bias(config: Any) -> dict[str, Any]:
+    """The keys of biases of the output projection alone, or of all but it, as vLLM's two kinds of layers read them."""
+    output = output_biased(config)
+    if output == bool(config.attention_bias):
+        return {}
+    return {"bias": True, "qkv_bias": False} if output else {"qkv_bias": True}
 
 
 def options(config: Any) -> dict[str, Any]:
@@ -181,7 +184,7 @@ class SpeculatorsWriter(Eagle3Writer):
         verifier = {"name_or_path": target.name, "architectures": list(target.architectures or ("LlamaForCausalLM",))}
         own = options(config)
         layer = layer_config(config) | {"num_aux_hidden_states": own.pop("num_aux_hidden_states")}
-        layer |= output_alone(config)
+        layer |= one_bias(config)
         return {
             "architectures": ["Eagle3Speculator"],
             "speculators_model_type": "eagle3",
@@ -217,7 +220,7 @@ class SpecForgeWriter(Eagle3Writer):
 
     def config(self, dense: Dense, target: Facts, tokens: int) -> dict[str, Any]:
         config = llama_config(super().config(dense, target, tokens))
-        for key in ("norm_output", KEY, "norm_before_residual", "norm_before_fc"):
+        for key in ("norm_output", "norm_before_residual", "norm_before_fc"):
             config.pop(key, None)
         if (config["rope_scaling"] or {}).get("rope_type") == "yarn":
             config["rope_scaling"] = YARN | config["rope_scaling"]

@@ -20,12 +20,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
 from redraft.errors import UserError
 
 FILE = "model.gguf"
+# What a folder of this format may hold, a model card besides.
+FILES = {FILE, "README.md"}
 # Numbers of the format: data type of a tensor, and of the file as a whole.
 TYPES = {torch.float32: ("F32", 0), torch.float16: ("F16", 1), torch.bfloat16: ("BF16", 32), torch.int64: ("I64", 0)}
 # Numbers of the format: types of values, and of tokens.
@@ -208,7 +211,10 @@ def _unknown(why: str) -> str:
 
 # -- the file --------------------------------------------------------------------------------------------------------
 def write_file(path: Path, architecture: str, fields: Fields, tensors: Mapping[str, Tensor]) -> None:
-    """Write the file and read it back. Raises ``RuntimeError`` where that differs (a defect of ours)."""
+    """Write the file and read it back. Raises ``RuntimeError`` where that differs (a defect of ours).
+
+    ``tensors`` may make each when it is asked for it: there is never more than one of them at a time.
+    """
     import gguf
 
     writer = gguf.GGUFWriter(path, architecture)
@@ -216,13 +222,14 @@ def write_file(path: Path, architecture: str, fields: Fields, tensors: Mapping[s
         for name, (value, kind, part) in fields.items():
             writer.add_key_value(name, value, gguf.GGUFValueType(kind), gguf.GGUFValueType(part) if part else None)
         for name, tensor in tensors.items():
-            kind = gguf.GGMLQuantizationType[TYPES[tensor.dtype][0]]
-            # Numpy has no bfloat16; the writer takes bytes and counts the columns by the type.
-            raw = tensor.view(torch.uint8) if tensor.dtype == torch.bfloat16 else tensor
-            writer.add_tensor(name, raw.numpy(), raw_dtype=kind if raw is not tensor else None)
+            number = gguf.GGMLQuantizationType[TYPES[tensor.dtype][0]]
+            # The type of numpy's numbers counts for nothing beside the number of the type.
+            writer.add_tensor_info(name, tensor.shape, numpy.dtype("float32"), tensor.nbytes, number)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in tensors.values():
+            writer.write_tensor_data(tensor.reshape(-1).view(torch.uint8).numpy())
     finally:
         writer.close()
     reader = gguf.GGUFReader(path)

@@ -24,6 +24,11 @@ KINDS: tuple[tuple[str, str, str], ...] = (
     (r"vispec|eagle.*(vl|vision|omni)|(vl|vision|omni).*eagle", "a draft for pictures", "give the draft of a text model"),
     (r"eagle3?.*(deepseek|kimi|mistrallarge)", LATENT, TRAIN_DENSE),
     (r"(moe|mixtral|gptoss).*eagle|eagle.*(moe|mixtral|gptoss)", EXPERTS, TRAIN_DENSE),
+    (
+        r"^LlamaEagleDraftModel$",
+        "NeMo Automodel's EAGLE-1 draft, whose norms before and behind the layer no engine's EAGLE-1 has",
+        "train one with its recipe for EAGLE-3",
+    ),
     (r"eagle.*(cohere|minicpm|llama4|gemma|mistral|minimax)", "an EAGLE draft of other layers", TRAIN_DENSE),
 )
 

@@ -43,8 +43,8 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, TensorFacts], target: 
     reading = Reading("llama.cpp 2026.10")
     if config.get("general.architecture") != ARCHITECTURE:
         reading.stops.append(
-            "llama.cpp reads GGUF files alone: write one with redraft export --format gguf; its own converter takes "
-            "the features after layers 2, n // 2 and n - 3 whatever the config says"
+            "llama.cpp reads GGUF files alone, which redraft export --format gguf writes; its own converter takes the "
+            "features after layers 2, n // 2 and n - 3 whatever the config says"
         )
         return reading
     for what, key in SIZES.items():
