@@ -49,6 +49,7 @@ LAYERS: dict[str, dict[str, Any]] = {
     "partial": {"rope_parameters": PARTIAL, "windows": (3,)},
 }
 EAGLE1_VARIANTS = LAYERS
+OTHER_LAYERS = {"num_layers": 2, "windows": (3, 0), "qk_norm": True, "attention_bias": True, "output_bias": False}
 VARIANTS = LAYERS | {
     "norms": {"norm_before_residual": True, "norm_before_fc": True, "norm_output": True, "num_layers": 2},
     "feature norms": {"fc_norm": True, "norm_before_residual": True, "num_layers": 3, "windows": (2, 0, 4)},

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils.serialization import config as load_settings
 
 from redraft.errors import UserError
 
@@ -66,20 +67,40 @@ def read_pickled(path: str | Path) -> dict[str, Tensor]:
     holds anything but named tensors.
     """
     path = Path(path)
+    found = _unpickled(path)
+    if not isinstance(found, dict) or not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in found.items()):
+        raise UserError(f"{path} holds more than named tensors; convert the weights to safetensors")
+    for name, tensor in found.items():
+        _plain_table(tensor, name, path)
+    return {name: tensor.detach().contiguous() for name, tensor in found.items()}
+
+
+def read_pickled_table(path: str | Path) -> Tensor:
+    """The one tensor that a file of torch's older kind holds, as trainers keep vocabulary maps. As above."""
+    path = Path(path)
+    found = _unpickled(path)
+    if not isinstance(found, Tensor):
+        raise UserError(f"{path} holds more than one table of numbers; save it as a tensor alone")
+    _plain_table(found, "a table", path)
+    return found.detach().contiguous()
+
+
+def _unpickled(path: Path) -> Any:
+    """What a file of torch's older kind holds, by torch's reader of tensors alone. Raises ``UserError``."""
     try:
-        # Files of the newest kind alone can be mapped; of others the reader makes a copy.
-        found = torch.load(str(path), map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+        # Files of the newer layout are mapped; of others the reader makes a copy.
+        with load_settings.patch({"load.mmap": is_zipfile(path)}):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the reader raises many kinds over a damaged or a foreign file
         raise UserError(
             f"{path} cannot be read as tensors alone, and pickle is never run; convert the weights to safetensors"
         ) from error
-    if not isinstance(found, dict) or not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in found.items()):
-        raise UserError(f"{path} holds more than named tensors; convert the weights to safetensors")
-    for name, tensor in found.items():
-        # A view that repeats its numbers would be written out to any size.
-        if tensor.layout != torch.strided or tensor.is_quantized or tensor.nbytes > path.stat().st_size:
-            raise UserError(f"{path} holds {name} in a form that is no plain table; convert the weights to safetensors")
-    return {name: tensor.detach().contiguous() for name, tensor in found.items()}
+
+
+def _plain_table(tensor: Tensor, name: str, path: Path) -> None:
+    """Raise ``UserError`` for a tensor that is no table of numbers, or repeats them and would be written at any size."""
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.nbytes > path.stat().st_size:
+        raise UserError(f"{path} holds {name} in a form that is no plain table; convert the weights to safetensors")
 
 
 # How safetensors names the types of tensors that are written here, and the order in which its own writer lays them out.

@@ -204,7 +204,7 @@ def answer_eagle1(draft: Eagle1Draft) -> Tensor:
     with torch.no_grad():
         for _ in range(2):
             alone = lambda query, keys, values: values.repeat_interleave(query.shape[1] // keys.shape[1], 1)  # noqa: E731
-            found = draft(embeds, draft.carry(found), torch.arange(7), alone)
+            found = draft(embeds, draft.carry(found), torch.arange(7), [alone] * draft.config.num_layers)
         return draft.logits(found)
 
 

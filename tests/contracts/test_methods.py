@@ -77,8 +77,9 @@ def target(tiny_target) -> Target:
 def draft(request, target) -> Draft:
     """An old draft of each family, with every optional tensor that methods can name."""
     old = fresh(request.param, target, range(0, 120, 2), seed=3)
-    options = {"norm_before_fc": True} if request.param == "eagle3" else {"fc_bias": True}
-    draft = type(old)(replace(old.config, attention_bias=True, **options)).bind(target)
+    options = {"norm_before_fc": True} if request.param == "eagle3" else {}
+    layers = {"num_layers": 2, "qk_norm": True, "attention_bias": True, "fc_bias": True}
+    draft = type(old)(replace(old.config, **layers, **options)).bind(target)
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for name, parameter in draft.named_parameters():

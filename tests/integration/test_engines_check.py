@@ -1,4 +1,4 @@
-"""The engines check: its own engine and transformers on tiny drafts, counters, what is kept, engines that are absent."""
+"""The engines check: our engine and transformers on tiny drafts, counters, what is kept, engines that are absent."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_row_counts_what_rounds_accepted():
 
 
 def test_a_round_at_the_limit_is_counted_as_the_engine_counts_it():
-    """Ten new tokens: one of prefill, three rounds of three each, and a fourth round with no room for a drafted token."""
+    """Ten new tokens: one of prefill, three rounds of three each, and a fourth without room for a drafted token."""
     each = figures.row("a", list(range(10)), 1.0, [2, 2, 2, 3], [3, 3, 3, 3], 3)
     cut = figures.within_limit([each], 10, 3)[0]
     # After two rounds seven tokens are there: the third may draft two.

@@ -19,7 +19,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from redraft.drafts.base import Draft
 from redraft.drafts.eagle.proposer import EagleProposer, StaticProposer
 from redraft.drafts.eagle.unroll import collate, unroll
 from redraft.drafts.eagle1 import Eagle1Draft

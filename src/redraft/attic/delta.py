@@ -52,7 +52,7 @@ def delta(draft: Any, context: StartContext) -> StartResult:
         old, new = part(base_target, draft), part(target, draft)
         if torch.equal(old, new):
             continue
-        norm_H = norm_weight(draft.norm, draft.config.hidden_size) if name == "lm_head" else None
+        norm_H = norm_weight(draft.before_head, draft.config.hidden_size) if name == "lm_head" else None
         found = fit_row_map(old, layer.weight, norm_H, context.seed)
         with torch.no_grad():
             shift = found.step * found(new - old)

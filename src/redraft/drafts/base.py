@@ -294,7 +294,9 @@ class Family:
     :class:`redraft.drafts.formats.reading.Checkpoint` is of this family, ``takes_any`` that it is asked after all
     others, ``architectures`` the names by which its own are told, for messages. ``read(checkpoint, target, notes,
     **options)`` gives the draft, in the types of its file, and what its record says of it; ``target`` holds the facts
-    about one, or is none where the family does without; what our draft does not compute or hold is refused.
+    about one, or is none where the family does without; what our draft does not compute or hold is refused. ``options``
+    are those that it takes. ``check_state(state, config, where)`` refuses tensors of our own format that fit their
+    places and tell no draft.
 
     Engines: ``writers`` has a :class:`redraft.drafts.formats.base.Writer` for each format; ``refusal`` is what is said
     of a ``{format}`` that is not among them.
@@ -317,6 +319,8 @@ class Family:
     takes_any: bool = False
     architectures: tuple[str, ...] = ()
     read: Callable[..., tuple[Draft, dict[str, Any]]]
+    options: tuple[str, ...] = ()
+    check_state: Callable[[Mapping[str, Tensor], Any, Any], None] = lambda *_: None
 
     writers: Mapping[str, Any] = field(default_factory=dict)
     refusal: str = "drafts of this family are not written as {format}"

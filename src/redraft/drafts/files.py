@@ -172,7 +172,8 @@ def load_private(folder: str | Path, base_draft: Draft, base_hash: str) -> tuple
     listed = {name: whole[name] for name in meta["tensors"] if name in whole}
     part = read_tensors(path)
     _verify_hash(part, meta, path)
-    base = {name: tensor.detach().clone() for name, tensor in base_draft.state_dict().items()}
+    # A table that the part's draft borrows of the target is the base's own affair.
+    base = {name: tensor.detach().clone() for name, tensor in base_draft.state_dict().items() if name in whole}
     for name, about in meta.get("coarse", {}).items():
         part[name] = _told(name, about, part, base.get(name), path)
     for name in meta.get("by_rows", []):

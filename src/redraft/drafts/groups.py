@@ -25,6 +25,7 @@ import torch
 
 from redraft.drafts.base import AnyDraft, Draft, DraftConfig
 from redraft.drafts.layers import Linear, SharedPrivateMLP
+from redraft.drafts.merging import MATRICES
 from redraft.errors import UserError
 from redraft.settings.training import (
     LOW_RANK,

@@ -55,7 +55,8 @@ class Rotary:
             max_position_embeddings=max_position_embeddings,
             rope_parameters=rope,
         )
-        self.embedding = LlamaRotaryEmbedding(config=config)
+        with torch.device("cpu"):  # also where the draft around it is built without numbers
+            self.embedding = LlamaRotaryEmbedding(config=config)
         self.table: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, positions_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,6 +66,12 @@ class Rotary:
             self.grow(max(512, 2 * needed), positions_N.device)
         assert self.table is not None
         return self.table[0][positions_N], self.table[1][positions_N]
+
+    @property
+    def usable(self) -> bool:
+        """Whether the settings told angles that can be computed with."""
+        scale = float(self.embedding.attention_scaling)
+        return bool(self.embedding.original_inv_freq.isfinite().all()) and math.isfinite(scale) and scale > 0
 
     def grow(self, length: int, device: torch.device) -> None:
         """Tabulate positions 0 to ``length`` - 1."""

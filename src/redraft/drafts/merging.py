@@ -23,7 +23,7 @@ def is_private(name: str) -> bool:
 
 
 class MergedState(Mapping[str, Tensor]):
-    """The state of the equal dense draft: a private expert is part of one wider SwiGLU, a low-rank update of its matrix.
+    """The state of the equal dense draft: a private expert widens its SwiGLU, a low-rank update is in its matrix.
 
     Tensors that the private parts leave alone are the module's own, all others are new whenever they are asked for.
     """

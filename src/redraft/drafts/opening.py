@@ -14,9 +14,11 @@ import torch
 
 from redraft.drafts.base import Draft, Family, is_private
 from redraft.drafts.files import load_draft, load_private
+from redraft.drafts.formats import others
+from redraft.drafts.formats.meaning import Reading
 from redraft.drafts.formats.reading import Checkpoint
 from redraft.errors import UserError
-from redraft.loading import tokenizer_hash
+from redraft.loading import load_tokenizer, tokenizer_hash
 from redraft.registries import FAMILIES
 from redraft.shown import Shown, lines
 from redraft.target import Facts
@@ -27,12 +29,16 @@ EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 @dataclass
 class OpenDraft(Shown):
-    """A draft with what is known of it. ``base_hash`` identifies the tensors as they were on disk, in ``source``."""
+    """A draft with what is known of it. ``base_hash`` identifies the tensors as they were on disk, in ``source``.
+
+    ``reading`` says of a checkpoint of other hands what each value is taken from; none of a draft of our own format.
+    """
 
     draft: Draft = field(repr=False)
     meta: dict[str, Any] = field(repr=False)
     base_hash: str
     source: str = ""
+    reading: Reading | None = field(default=None, repr=False)
 
     def __rich__(self) -> Any:
         size = sum(parameter.numel() for parameter in self.draft.parameters())
@@ -59,13 +65,14 @@ def open_checkpoint(
     target: Facts | None = None,
     base: AnyDraft | None = None,
     dtype: torch.dtype | None = None,
+    needs_target: bool = True,
     **options: Any,
 ) -> OpenDraft:
     """A draft of any family from a folder or a hub id, in ``dtype`` or in the types of its file.
 
-    ``target`` must fit it; checkpoints of drafts that read its states cannot be read without. A private part needs
-    ``base``, the draft that it was trained on. ``options`` are for the family: ``taps`` overrules the feature ids of
-    an Eagle3 checkpoint. The metadata of a checkpoint of other hands holds family, format, source, verifier, notes and
+    ``target`` must fit it; checkpoints of drafts that read its states are not read without, unless ``needs_target`` is
+    false and the file tells all. A private part needs ``base``, the draft that it was trained on. ``options`` are for
+    the family: ``taps`` overrules the feature ids of an Eagle3 checkpoint, ``trainer`` who wrote it. The metadata of a checkpoint of other hands holds family, format, source, verifier, notes and
     the config as it was found. A draft that is open is taken as it is. Raises ``UserError`` when the source cannot be
     read, is no draft, does not fit the target, or was made for another tokenizer.
     """
@@ -84,30 +91,53 @@ def open_checkpoint(
         if target is not None:
             draft.check_fit(target)
     else:
-        draft, meta = _read(checkpoint, target, options)
+        draft, meta = _read(checkpoint, target, options, needs_target)
+    reading = meta.pop("reading", None)
     tokenizer = None if target is None or draft.tokenizer is not None else target.tokenizer
     if tokenizer is not None and meta.get("tokenizer_hash") not in (None, "", tokenizer_hash(tokenizer)):
         raise UserError(f"{source} was made for another tokenizer than the target's; give a draft of this model family")
     base_hash = draft.base_hash()
-    return OpenDraft(draft if dtype is None else draft.to(dtype), meta, base_hash, str(source))
+    return OpenDraft(draft if dtype is None else draft.to(dtype), meta, base_hash, str(source), reading)
 
 
-def _read(checkpoint: Checkpoint, target: Facts | None, options: dict[str, Any]) -> tuple[Draft, dict[str, Any]]:
+def _read(
+    checkpoint: Checkpoint, target: Facts | None, options: dict[str, Any], needs_target: bool
+) -> tuple[Draft, dict[str, Any]]:
     """A draft from a checkpoint of other hands."""
     family, notes = _family(checkpoint), list[str]()
-    if target is None and family.reads_states:
+    options = {name: value for name, value in options.items() if value is not None}
+    if strange := sorted(set(options) - set(family.options)):
+        raise UserError(f"{checkpoint.source} is a draft of family {family.name}, which has no {strange[0]}; leave it out")
+    if target is None and family.reads_states and needs_target:
         raise UserError(f"{checkpoint.source} is not in redraft's own format; give --target, whose sizes it must fit")
+    if family.reads_states and target is not None:
+        _check_tokenizer(checkpoint, target)
     try:
         draft, meta = family.read(checkpoint, target, notes, **options)
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
         raise UserError(f"{checkpoint.path} has a value of the wrong kind: {error}") from error
     about = {"family": family.name, "method": None, "source": checkpoint.source, "notes": notes}
     return draft, about | {"source_config": checkpoint.config} | meta
 
 
+def _check_tokenizer(checkpoint: Checkpoint, target: Facts) -> None:
+    """Raise ``UserError`` where a tokenizer lies beside the draft and gives a token another id than the target's."""
+    if target.tokenizer is None or not (checkpoint.folder / "tokenizer.json").is_file():
+        return
+    own, other = load_tokenizer(str(checkpoint.folder)).get_vocab(), target.tokenizer.get_vocab()
+    for token, number in sorted(own.items(), key=lambda item: item[1]):
+        if other.get(token, number) != number:
+            raise UserError(
+                f"{checkpoint.source} was made for another tokenizer than the target's: {token!r} is {number} in it "
+                f"and {other[token]} in the target's; give a draft of this model family"
+            )
+    if not set(own) & set(other):
+        raise UserError(f"{checkpoint.source} was made for another tokenizer than the target's: no token is in both")
+
+
 def _joined(folder: Path, base: OpenDraft, target: Facts | None, dtype: torch.dtype | None) -> OpenDraft:
     """The draft that a private part makes of its base."""
-    shared = base.draft if target is None else base.draft.borrowing(target)
+    shared = base.draft
     kept = next(shared.parameters()).dtype
     wide = shared.BASE_DTYPE
     draft, meta = load_private(folder, shared if wide is None else shared.to(wide), base.base_hash)
@@ -127,14 +157,19 @@ def _family(checkpoint: Checkpoint) -> Family:
         return family
     known = sorted((family for _, family in FAMILIES.items()), key=lambda family: family.takes_any)
     for family in known:
+        # What takes any language model is not asked for a draft of a kind that is known by its name.
+        if family.takes_any and others.of_name(checkpoint.architectures) is not None:
+            continue
         if family.recognises(checkpoint):
             return family
     raw = checkpoint.config
+    other = others.of_name(checkpoint.architectures)
     if (merged := checkpoint.path.parent / "merged").is_dir():
         raise UserError(f"{checkpoint.source} is a run directory; its draft is {merged}")
     experts = next((f" with {key} {raw[key]!r}, a mixture of experts" for key in EXPERTS if raw.get(key)), "")
+    kind = "" if other is None else f"it is {other[0]}, which is not read: {other[1]}; "
     names = ", ".join(name for family in known for name in family.architectures)
     raise UserError(
-        f"{checkpoint.path} has architectures {raw.get('architectures')}{experts}; a draft that reads the target's "
-        f"states has one of {names}, any other is a causal language model"
+        f"{checkpoint.path} has architectures {raw.get('architectures')}{experts}; {kind}a draft that reads the "
+        f"target's states has one of {names}, any other is a causal language model"
     )

@@ -27,7 +27,7 @@ from redraft.errors import UserError
 from redraft.loading import quantised
 from redraft.loading.adapters import merge
 from redraft.loading.checkpoint import check_code, check_folder, check_names, load_model, weight_files
-from redraft.loading.places import ADAPTER_FILE, EMBEDDED_PREFIX, first_line, locate, one_line, quiet, split_adapter
+from redraft.loading.places import ADAPTER_FILE, first_line, locate, one_line, quiet, split_adapter
 from redraft.target import Facts, Head, Target
 from redraft.target.facts import empty_model, final_norm, plain_embedding, tensors_fingerprint, text_decoder
 
@@ -139,35 +139,6 @@ def open_head(
     if plain is not None:
         return _head(*plain, dtype, device)
     return load_target(spec, dtype, device, adapter, taps=(), served=served).head_part
-
-
-def target_embedding(target: Facts) -> Tensor | None:
-    """The target's table of embeddings [V, H] on the CPU; none where no weights are at hand or they are not plain ones.
-
-    Of facts about a folder the one tensor is read, of a target with weights it is the one in memory.
-    """
-    table = getattr(getattr(target, "embedding", None), "weight", None)
-    if table is None and (Path(target.name).is_dir() or target.name.startswith(EMBEDDED_PREFIX)):
-        with quiet():
-            table = _stored_embedding(target)
-    shape = (int(target.config.vocab_size), int(target.config.hidden_size))
-    known = isinstance(table, Tensor) and table.dtype in (torch.float32, torch.float16, torch.bfloat16)
-    return table.detach().cpu() if known and tuple(table.shape) == shape else None
-
-
-def _stored_embedding(target: Facts) -> Tensor | None:
-    """The table in the target's folder, by the name that its architecture gives it."""
-    folder = Path(locate(target.name)["pretrained_model_name_or_path"])
-    if not folder.is_dir() or quantised.plan(target.whole_config, target.name).method is not None:
-        return None
-    model = empty_model(target.whole_config)
-    table = text_decoder(model).get_input_embeddings()
-    key = next((f"{name}.weight" for name, module in model.named_modules() if module is table), "")
-    for file in weight_files(folder):
-        with safe_open(file, framework="pt") as opened:
-            if key in opened.keys():
-                return opened.get_tensor(key)
-    return None
 
 
 def read_config(place: dict[str, Any], spec: str) -> Any:

@@ -152,7 +152,7 @@ def refresh_vocabulary(draft: Any, context: StartContext) -> Refresh:
         raise UserError("a refresh replaces rows of lm_head, which carries a low-rank update; merge the draft first")
     head, fresh = target.head.weight, torch.tensor(sorted(added))
     norm_F = norm_weight(target.norm, target.hidden_size)
-    norm_H = norm_weight(draft.norm, draft.config.hidden_size)
+    norm_H = norm_weight(draft.before_head, draft.config.hidden_size)
     weight_DH = draft.lm_head.weight.detach()
     rows_map = fit_row_map(head[old_D.to(head.device)].double() * norm_F, weight_DH, norm_H, context.seed)
     mapped = rows_map(head[fresh.to(head.device)].double() * norm_F).to(weight_DH)

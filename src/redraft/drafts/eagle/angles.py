@@ -19,9 +19,9 @@ class Rules:
     ``partial``: it turns the first part of a head alone where ``partial_rotary_factor`` says so. ``dynamic``: angles
     within the trained length are the plain ones, or they are those of a text as long as the ``table``, or of one
     ``factor`` times as long. ``attention`` is the key of the factor that overrules yarn's own scale; ``zero_scales``: a
-    zero among yarn's ``mscale`` and ``mscale_all_dim`` is a number, where others take it for absent. ``truncate``: yarn's
-    bounds may be fractions. ``kinds`` are the types that it knows; ``bare_yarn``: yarn without its bounds and scales in
-    the file is a fault.
+    zero among yarn's ``mscale`` and ``mscale_all_dim`` is a number, where others take it for absent; ``truncate``: its
+    bounds may be fractions; not ``bare_yarn``: it must have all of these. ``factors_by``: longrope's long factors are
+    for long texts, or for a long ``table``. ``kinds`` are the types that it knows.
     """
 
     partial: bool = True
@@ -36,7 +36,7 @@ class Rules:
 
 OURS = Rules()
 
-# What this room's drafts were given beyond the trained length, where a reader's table is that much longer.
+# By so many positions is the table of a reader longer that goes by it.
 SLACK = 20
 
 
@@ -119,7 +119,7 @@ def _magnitude(factor: float, weight: float) -> float:
 
 
 def _longrope(rope: Mapping[str, Any], length: int, rules: Rules) -> dict[str, Any]:
-    """Angles of a text within the original length; a reader that goes by its table takes the others where it is longer."""
+    """Angles of a text within the original length, or, by the table, of a long one."""
     original = int(rope["original_max_position_embeddings"])
     factor, over = rope.get("factor"), rope.get(rules.attention or "")
     factor = float(factor) if factor is not None and rules.attention else length / original

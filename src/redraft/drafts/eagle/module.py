@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -17,9 +17,13 @@ from torch import Tensor, nn
 from redraft.drafts.base import Draft, DraftConfig, heads_of, rope_of
 from redraft.drafts.eagle.proposer import EagleProposer, StaticProposer
 from redraft.drafts.eagle.unroll import EagleWalk
+from redraft.drafts.formats.embeddings import equal_rows, table_of
 from redraft.drafts.layers import Attend, Attention, Linear, RMSNorm, Rotary, SharedPrivateMLP
 from redraft.errors import UserError
 from redraft.target import Head, Target
+
+# Whole numbers of a config that may be zero; others must be one at least.
+MAY_BE_ZERO = frozenset({"private_width", "low_rank"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +32,10 @@ class EagleConfig(DraftConfig):
 
     ``windows`` has a number for each of the ``num_layers`` layers, how many positions back it sees, its own included; 0
     is all, and no number at all means that all layers see all. ``output_bias`` is that of the attention's output
-    projection, as ``attention_bias`` where it is none.
+    projection, as ``attention_bias`` where it is none. One shape has one config: zeros alone are no windows, and an
+    ``output_bias`` that is as ``attention_bias`` is none.
+
+    Raises ``UserError`` for values that are of another kind or describe no layer.
     """
 
     LISTS: ClassVar[tuple[str, ...]] = ("windows", *DraftConfig.LISTS)
@@ -49,6 +56,30 @@ class EagleConfig(DraftConfig):
     windows: tuple[int, ...] = ()
     qk_norm: bool = False
     output_bias: bool | None = None
+
+    def __post_init__(self) -> None:
+        wrong = [f"{name} {getattr(self, name)!r}" for name in self.wrong_fields()]
+        if wrong:
+            raise UserError(f"a draft cannot have {', '.join(wrong)}; correct its config, or fetch the file again")
+        if not any(self.windows):
+            object.__setattr__(self, "windows", ())
+        if self.output_bias == self.attention_bias:
+            object.__setattr__(self, "output_bias", None)
+
+    def wrong_fields(self) -> list[str]:
+        """Names of the fields whose values no draft can have."""
+        least = {f.name: f.name not in MAY_BE_ZERO for f in fields(self) if f.type == "int"}
+        found = {name: getattr(self, name) for name in least}
+        wrong = [name for name, value in found.items() if type(value) is not int or value < least[name]]
+        wrong += [f.name for f in fields(self) if f.type == "bool" and type(getattr(self, f.name)) is not bool]
+        wrong += ["output_bias"] * (self.output_bias not in (None, True, False))
+        eps, heads = self.rms_norm_eps, self.num_attention_heads
+        wrong += ["rms_norm_eps"] * (type(eps) not in (int, float) or not 0 <= eps < 1)
+        if not wrong and heads % self.num_key_value_heads:
+            wrong.append("num_key_value_heads")
+        told = all(type(window) is int and window >= 0 for window in self.windows)
+        wrong += ["windows"] * (not told or len(self.windows) not in (0, self.num_layers))
+        return wrong
 
     def check_fit(self: Any, target: Any) -> None:
         """Raise ``UserError`` when a draft of this shape cannot sit on ``target`` (sizes, taps, vocabulary)."""
@@ -160,6 +191,12 @@ class EagleDraft(Draft):
         super().__init__()
         self.config = config
 
+    @classmethod
+    def untrained(cls, config: Any) -> Self:
+        """A draft of this shape without numbers, for a loader to fill: no room is taken for what is thrown away."""
+        with torch.device("meta"):
+            return cls(config)
+
     def complete(self) -> None:
         """Add what every draft has behind its first layer, as the config says: further layers, an embedding, low-rank
         updates and rotary angles."""
@@ -217,8 +254,10 @@ class EagleDraft(Draft):
 
     # -- its target --------------------------------------------------------------------------------------------
     def borrowing(self, target: Any) -> Self:
-        """This draft on the target's own embeddings, where the widths allow it."""
-        if self.embed_tokens is None or self.config.hidden_size != target.hidden_size:
+        """This draft on the target's embedding where that is its own to the last bit; with another it would compute
+        other logits."""
+        table = None if self.embed_tokens is None else table_of(target)
+        if table is None or self.embed_tokens is None or not equal_rows(self.embed_tokens.weight, table):
             return self
         state = {name: t for name, t in self.state_dict().items() if name != "embed_tokens.weight"}
         return self.rebuilt(replace(self.config, own_embedding=False), state)

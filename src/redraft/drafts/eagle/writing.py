@@ -20,7 +20,6 @@ from redraft.artifact import check_tensors, dtype_name, tensors_bytes, tensors_h
 from redraft.drafts.eagle.module import EagleDraft
 from redraft.drafts.formats.base import CONFIG_FILE, WEIGHTS_FILE, ExportReport, path_warnings
 from redraft.drafts.formats.meaning import Difference, Reading, TensorFacts, differences
-from redraft.drafts.formats.reading import LAYER_FIELDS
 from redraft.drafts.opening import open_checkpoint
 from redraft.errors import UserError
 from redraft.files import atomic_folder, atomic_write_json
@@ -28,6 +27,19 @@ from redraft.registries import FAMILIES
 from redraft.target import Facts
 
 EXPORTED_FILES = {CONFIG_FILE, WEIGHTS_FILE, "README.md"}
+
+# Fields of the layers that a Llama's config has under the same name, but for ``target_``.
+LAYER_FIELDS = (
+    "target_vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "attention_bias",
+)
 
 # Rotary types whose angles do not depend on max_position_embeddings, so that it may be raised.
 FREE_ROPE_TYPES = ("default", "linear", "llama3")
@@ -109,10 +121,20 @@ class LayerWriter(ABC):
     family: ClassVar[str]
 
     def __init__(
-        self, name: str, method: str, readers: tuple[str, ...], others: tuple[str, ...] = (), warns: bool = False
+        self,
+        name: str,
+        method: str,
+        readers: tuple[str, ...],
+        others: tuple[str, ...] = (),
+        warns: bool = False,
+        trainer: str | None = None,
     ) -> None:
-        """``method`` is what the engine calls the way in which it drafts; ``warns`` of paths that tell it another."""
+        """``method`` is what the engine calls the way in which it drafts; ``warns`` of paths that tell it another.
+
+        ``trainer`` is on whose word the file means what it says, where it does not tell itself.
+        """
         self.name, self.method, self.readers, self.others, self.warns = name, method, readers, others, warns
+        self.trainer = trainer
 
     # -- what a family says ----------------------------------------------------------------------------------------
     @abstractmethod
@@ -123,12 +145,12 @@ class LayerWriter(ABC):
     def meaning(self, config: Any) -> dict[str, Any]:
         """What a draft of this config means, in the same terms."""
 
-    def sound(self, dense: Dense, target: Facts) -> None:
-        """Raise ``UserError`` for a draft that no file tells, whoever reads it."""
-
     @abstractmethod
     def fitted(self, dense: Dense, target: Facts) -> tuple[Dense, list[str]]:
-        """An equal draft in the form that the readers know, and notes: biases of zeros added or left out."""
+        """An equal draft in the form that the readers know, and notes: biases of zeros added or left out.
+
+        Raises ``UserError`` for a draft that no file tells, whoever reads it.
+        """
 
     @abstractmethod
     def config(self, dense: Dense, target: Facts, tokens: int) -> dict[str, Any]:
@@ -150,7 +172,6 @@ class LayerWriter(ABC):
     def check(self, draft: EagleDraft, target: Facts) -> tuple[Dense, list[str]]:
         """The draft as the format's readers compute it, and notes. Raises ``UserError`` where one would not."""
         dense, notes = prepare(draft, target)
-        self.sound(dense, target)
         dense, more = self.fitted(dense, target)
         for reader in self.readers:
             name, faults = self.faults(reader, dense, target)
@@ -171,13 +192,19 @@ class LayerWriter(ABC):
 
     def elsewhere(self, draft: EagleDraft, target: Facts) -> str:
         """What would help: the formats whose readers take this draft."""
-        held = []
+        held = list[str]()
         for name, writer in FAMILIES.get(self.family).writers.items():
             if name != self.name and isinstance(writer, LayerWriter):
-                dense = writer.fitted(prepare(draft, target)[0], target)[0]
-                if not any(writer.faults(reader, dense, target)[1] for reader in writer.readers):
-                    held.append(name)
+                held += [name] if writer.holds(draft, target) else []
         return f"export it as {' or '.join(held)} instead" if held else "no format of an engine holds it"
+
+    def holds(self, draft: EagleDraft, target: Facts) -> bool:
+        """Whether the readers of this format take the draft as it is."""
+        try:
+            dense = self.fitted(prepare(draft, target)[0], target)[0]
+        except UserError:
+            return False
+        return not any(self.faults(reader, dense, target)[1] for reader in self.readers)
 
     def write(self, dense: Dense, folder: Path, target: Facts, tokens: int) -> ExportReport:
         """Write config and weights, read them back as any checkpoint is read, and only then put the folder in place.
@@ -197,7 +224,8 @@ class LayerWriter(ABC):
 
     def read_back(self, folder: Path, dense: Dense, target: Facts) -> None:
         """The draft in ``folder`` must be this one, down to every bit. Raises ``RuntimeError``."""
-        back = open_checkpoint(folder, target).draft
+        options: dict[str, Any] = {"trainer": self.trainer} if self.trainer else {}
+        back = open_checkpoint(folder, target, **options).draft
         found = {name: tensor for name, tensor in back.state_dict().items() if name in dense.state}
         theirs = replace(back.config, own_embedding=dense.config.own_embedding)
         if self.meaning(theirs) != self.meaning(dense.config) or tensors_hash(found) != tensors_hash(dense.state):

@@ -21,17 +21,42 @@ Facts: vLLM 0.32, SGLang 0.5.23; docs/formats.md.
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from redraft.artifact import check_tensors
 from redraft.drafts.base import Family
 from redraft.drafts.eagle1.module import Eagle1Config, Eagle1Draft, fresh_eagle1
 from redraft.drafts.eagle1.writing import ARCHITECTURES, WRITERS
-from redraft.drafts.formats.reading import Checkpoint, build_untrained, check_layer, layer_fields, read_state
+from redraft.drafts.formats import others
+from redraft.drafts.formats.embeddings import compare
+from redraft.drafts.formats.layers import LayerReader
+from redraft.drafts.formats.meaning import Reading
+from redraft.drafts.formats.reading import (
+    Checkpoint,
+    build_untrained,
+    facts_of,
+    note_dropped,
+    read_state,
+    refuse_code,
+)
+from redraft.drafts.formats.rows import fit_rows, padded
+from redraft.drafts.formats.values import Values
 from redraft.errors import UserError
 from redraft.registries import FAMILIES
 from redraft.target import Facts
 
+EMBEDDING = "embed_tokens.weight"
+WORDS = {"vllm": "vLLM's EAGLE", "sglang": "SGLang's EAGLE", "original": "SafeAILab's EAGLE"}
+# Keys of a config.json that are read here.
+READ = (
+    *("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps"),
+    *("max_position_embeddings", "attention_bias", "qkv_bias", "model_type", "hidden_act", "mlp_bias", "layer_types"),
+    *("sliding_window", "use_sliding_window", "rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"),
+    *("vocab_size", "num_hidden_layers", "bias", "quantization_config"),
+)
 ORIGINAL = "LlamaForCausalLM"
 
 
@@ -56,22 +81,67 @@ def kind_of(checkpoint: Checkpoint) -> str | None:
     return "original" if "fc.weight" in found and not found & other else None
 
 
-def read(checkpoint: Checkpoint, target: Facts, notes: list[str]) -> tuple[Eagle1Draft, dict[str, Any]]:
-    """The draft and its metadata. Raises ``UserError`` for what our draft does not compute or hold."""
-    raw, path, kind = checkpoint.config, checkpoint.path, kind_of(checkpoint)
-    check_layer(raw, raw, ("llama", "eagle"), path)
-    state = read_state(checkpoint.folder, notes)
-    biased = {"vllm": False, "sglang": True}.get(str(kind), bool(raw.get("bias", True)))
-    fields = layer_fields({key: value for key, value in raw.items() if key != "bias"}, path)
-    config = Eagle1Config(**fields, fc_bias=biased, own_embedding="embed_tokens.weight" in state)
-    config.check_fit(target)
-    draft = build_untrained(lambda: Eagle1Draft(config), path)
-    check_tensors(state, draft.state_dict(), checkpoint.folder)
-    if biased and raw.get("bias") is False and not state["fc.bias"].any():
+def read(
+    checkpoint: Checkpoint, target: Facts | None, notes: list[str], trainer: str | None = None
+) -> tuple[Eagle1Draft, dict[str, Any]]:
+    """The draft and its metadata; ``trainer`` is the kind, for a file that does not tell it.
+
+    Raises ``UserError`` for what our draft does not compute or hold.
+    """
+    raw, path, folder = checkpoint.config, checkpoint.path, checkpoint.folder
+    refuse_code(checkpoint, notes)
+    kind = kind_of(checkpoint) if trainer is None else trainer
+    if kind not in WORDS:
+        raise UserError(f"unknown trainer {trainer!r}; of this family there are: {', '.join(WORDS)}")
+    reading = Reading(WORDS[kind], notes=notes)
+    state = read_state(folder, notes)
+    if (found := others.of_tensors(state)) is not None:
+        raise UserError(f"{folder} has {found[0]}, which is not read; {found[1]}")
+    values = Values(raw, path)
+    layer = LayerReader(values, facts_of(state), reading)
+    layer.refuse(layer.faults(("llama", "eagle"), _faults(values)))
+    said = values.flag("bias")
+    biased = {"vllm": False, "sglang": True}.get(kind, said is not False)
+    fields = layer.sizes() | layer.attention(False)
+    if any(layer.windows(1)):
+        layer.refuse(["sliding_attention"])
+    rows = layer.size("vocab_size", EMBEDDING, 0, "target_vocab_size")
+    fields["rope_parameters"] = layer.rope(fields["max_position_embeddings"], partial=False)
+    config = Eagle1Config(**fields, target_vocab_size=rows, fc_bias=biased, own_embedding=EMBEDDING in state)
+    if target is not None:
+        config = _fitted(config, state, target, reading)
+        config.check_fit(target)
+    draft = build_untrained(lambda: Eagle1Draft.untrained(config), path)
+    check_tensors(state, draft.state_dict(), folder)
+    if not draft.rotary.usable:
+        raise UserError(f"{path} has rotary settings that tell no angles: {config.rope_parameters}")
+    if biased and said is False and not state["fc.bias"].any():
         del state["fc.bias"]
-        draft = Eagle1Draft(replace(config, fc_bias=False))
+        config = replace(config, fc_bias=False)
+        draft = Eagle1Draft.untrained(config)
+    how = "derived" if said is None or kind != "original" else "read"
+    reading.take("fc_bias", config.fc_bias, how, "the kind of checkpoint" if how == "derived" else values.word("bias"))  # type: ignore[arg-type]
     draft.fill(state)
-    return draft, {"format": kind, "verifier": None}
+    note_dropped(values, READ, reading)
+    return draft, {"format": kind, "verifier": None, "reading": reading}
+
+
+def _faults(values: Values) -> list[str]:
+    layers = values.whole("num_hidden_layers", most=1 << 16)
+    return [] if layers in (None, 1) else [f"num_hidden_layers {layers}"]
+
+
+def _fitted(config: Eagle1Config, state: dict[str, Tensor], target: Facts, reading: Reading) -> Eagle1Config:
+    """The config on the target's number of rows, and a note on whose embedding it is."""
+    rows, wanted = config.target_vocab_size, target.vocab_size
+    if rows != wanted and padded(rows, wanted):
+        fit_rows(state, 0, rows, wanted, Path("the draft"), reading.notes)
+        config = replace(config, target_vocab_size=wanted)
+    if not config.own_embedding:
+        reading.take("embedding", "target", "target", "the file has none")
+        return config
+    compare(state[EMBEDDING], target, reading)
+    return config
 
 
 FAMILIES.register("eagle1")(
@@ -82,6 +152,7 @@ FAMILIES.register("eagle1")(
         recognises=lambda checkpoint: kind_of(checkpoint) is not None,
         architectures=tuple(ARCHITECTURES),
         read=read,
+        options=("trainer",),
         writers=WRITERS,
         refusal="an Eagle1 draft reads the target's states and has no file that all engines load alike, nor one of "
         "{format}; export it for vllm or for sglang",

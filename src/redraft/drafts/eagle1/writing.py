@@ -58,7 +58,8 @@ class Eagle1Writer(LayerWriter):
 
     def config(self, dense: Dense, target: Facts, tokens: int) -> dict[str, Any]:
         architecture = next(architecture for architecture, kind in ARCHITECTURES.items() if kind == self.name)
-        return legacy_config(dense, architecture) | ({} if dense.config.fc_bias else {"bias": False})
+        config = legacy_config(dense, architecture) | ({} if dense.config.fc_bias else {"bias": False})
+        return config | {"model_type": "llama"}
 
     def serve(self, dense: Dense, folder: Path, target: Facts, tokens: int) -> str:
         return serve_command(folder, target, tokens, self.method, self.name)

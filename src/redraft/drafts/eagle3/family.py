@@ -17,6 +17,7 @@ FAMILIES.register("eagle3")(
         recognises=recognises,
         architectures=ARCHITECTURES,
         read=read,
+        options=("taps", "trainer"),
         writers=WRITERS | {"gguf": GgufWriter("gguf", "draft-eagle3", ("llama.cpp",))},
         refusal="this draft reads the target's states and is no language model, which {format} is for; export it for "
         "vllm, sglang or gguf",

@@ -29,7 +29,7 @@ from redraft.artifact import tensors_bytes
 from redraft.drafts.eagle.module import EagleDraft
 from redraft.drafts.eagle.writing import Dense, with_biases, with_fc_bias
 from redraft.drafts.eagle3.module import Eagle3Config
-from redraft.drafts.eagle3.writing import Eagle3Writer
+from redraft.drafts.eagle3.writing import Eagle3Writer, check_sound
 from redraft.drafts.formats.base import ExportReport
 from redraft.drafts.formats.gguf import (
     FILE,
@@ -86,6 +86,7 @@ class GgufWriter(Eagle3Writer):
 
     def fitted(self, dense: Dense, target: Facts) -> tuple[Dense, list[str]]:
         """Without biases, where they are zeros."""
+        check_sound(dense)
         return with_fc_bias(with_biases(dense, attention=False, output=False), False), []
 
     def names(self, dense: Dense) -> dict[str, str]:

@@ -44,6 +44,10 @@ class Eagle3Config(EagleConfig):
     fc_bias: bool = False
     head_norm: bool = True
 
+    def wrong_fields(self) -> list[str]:
+        whole = all(type(tap) is int and tap >= 0 for tap in self.taps)
+        return [*super().wrong_fields(), *["taps"] * (not self.taps or not whole)]
+
 
 class Eagle3Layer(EagleLayer):
     """A decoder layer whose attention reads [norm(embedding); norm(state)] and whose residual stream is the state."""
@@ -87,7 +91,7 @@ class Eagle3Draft(EagleDraft):
         self.norm = RMSNorm(hidden, eps=config.rms_norm_eps)
         self.lm_head = Linear(hidden, config.draft_vocab_size, bias=False)
         if self.reduced:
-            self.set_vocabulary(torch.arange(config.draft_vocab_size) if vocabulary is None else vocabulary)
+            self.set_vocabulary(torch.arange(config.draft_vocab_size, device="cpu") if vocabulary is None else vocabulary)
         self.complete()
 
     # -- vocabulary --------------------------------------------------------------------------------------------
@@ -122,6 +126,11 @@ class Eagle3Draft(EagleDraft):
             taps = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], -1)
         return self.fc(taps)
 
+    @property
+    def before_head(self) -> nn.Module:
+        """The norm whose output the head reads; one that changes nothing where it reads the states as they are."""
+        return self.norm if self.config.head_norm else nn.Identity()
+
     def carry(self, states: Tensor) -> Tensor:
         return self.norm(states) if self.config.norm_output else states
 
@@ -130,7 +139,7 @@ class Eagle3Draft(EagleDraft):
 
     def logits(self, states: Tensor) -> Tensor:
         """Logits [N, D] over the draft vocabulary of pre-norm states [N, H]."""
-        return self.lm_head(self.norm(states) if self.config.head_norm else states)
+        return self.lm_head(self.before_head(states))
 
     # -- fresh start -------------------------------------------------------------------------------------------
     def start(self, target: Any, seed: int) -> None:

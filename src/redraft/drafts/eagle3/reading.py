@@ -1,68 +1,90 @@
-"""Reading Eagle3 checkpoints of other hands: the speculators format and the plain one.
+"""Reading Eagle3 checkpoints of other hands: the speculators format and the plain one, as each trainer writes them.
 
 Strict: every missing, extra, misshaped or non-finite tensor is named, and an option that our draft does not compute
-is refused by its name rather than dropped. Vocabulary maps come as several hands write them, and are brought into the
-one form of this project.
+is refused by its name rather than dropped. Each value is entered in a :class:`Reading` with where it comes from.
 
-Shape legend: D draft vocabulary, V target vocabulary.
+Shape legend: H hidden size, K taps, F hidden size of the target, D draft vocabulary, V target vocabulary.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from redraft.artifact import check_tensors, dtype_name
+from redraft.artifact import check_tensors
+from redraft.drafts.eagle3.maps import beside, check_vocabulary_map, read_maps
 from redraft.drafts.eagle3.module import Eagle3Config, Eagle3Draft
-from redraft.drafts.formats.reading import Checkpoint, build_untrained, check_layer, layer_fields, read_state
+from redraft.drafts.eagle3.trainers import (
+    ARCHITECTURES,
+    Trainer,
+    is_own,
+    is_speculators,
+    refuse_switches,
+    title,
+    trainer_of,
+)
+from redraft.drafts.formats import others
+from redraft.drafts.formats.embeddings import compare
+from redraft.drafts.formats.layers import QUANTISED, LayerReader
+from redraft.drafts.formats.meaning import Reading, TensorFacts
+from redraft.drafts.formats.reading import (
+    Checkpoint,
+    build_untrained,
+    facts_of,
+    note_dropped,
+    read_state,
+    refuse_code,
+)
+from redraft.drafts.formats.rows import MAPS, fit_rows, padded
+from redraft.drafts.formats.values import Values
 from redraft.errors import UserError
 from redraft.target import Facts, default_taps
 
-ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "Eagle3Speculator", "Eagle3DraftModel")
+__all__ = ["ARCHITECTURES", "check_taps", "check_vocabulary_map", "read", "read_maps", "recognises"]
 
-# What our layer, and that of engines, does whatever ``eagle_config`` says.
-EAGLE_SWITCHES = {
-    "use_aux_hidden_state": True,
-    "use_input_layernorm_in_first_layer": True,
-    "use_last_layernorm": True,
-    "use_mtp_layernorm": False,
-    "parallel_draft_step": 1,
-}
+EMBEDDING = "embed_tokens.weight"
+IDS = "eagle_aux_hidden_state_layer_ids"
 
-# With this many entries or more, offsets that grow at every step would mean that no two ids of the map are
-# neighbours, which maps of frequent tokens never are.
-MANY = 256
+# With as many layers or more in the config and one in the file, the count is that of the target.
+MANY_LAYERS = 8
 
-SWITCHES = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", "use_aux_norm")
+# What the speculators package keeps beside the draft while it trains.
+LEFT_OVER = ("verifier_norm.weight", "verifier_lm_head.weight")
+
+# Keys of a config.json that are read here, at any depth.
+READ = (
+    *("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps"),
+    *("max_position_embeddings", "attention_bias", "qkv_bias", "model_type", "hidden_act", "mlp_bias", "layer_types"),
+    *("sliding_window", "use_sliding_window", "rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"),
+    *("vocab_size", "draft_vocab_size", "num_hidden_layers", "target_hidden_size", "num_aux_hidden_states", IDS),
+    *("norm_before_residual", "norm_before_fc", "fc_norm", "use_aux_norm", "norm_output", "eagle_config"),
+    *("quantization_config", "transformer_layer_config", "speculators_config", "speculators_model_type"),
+    "speculators_version",
+    "bias",
+)
 
 
 def recognises(checkpoint: Checkpoint) -> bool:
-    return _speculators(checkpoint.config) or bool(checkpoint.architectures & set(ARCHITECTURES))
+    return is_speculators(checkpoint.config) or is_own(checkpoint.architectures)
 
 
 def read(
-    checkpoint: Checkpoint, target: Facts, notes: list[str], taps: tuple[int, ...] | None = None
+    checkpoint: Checkpoint,
+    target: Facts | None,
+    notes: list[str],
+    taps: tuple[int, ...] | None = None,
+    trainer: str | None = None,
 ) -> tuple[Eagle3Draft, dict[str, Any]]:
-    """The draft and its metadata; ``taps`` overrules the feature ids. Raises ``UserError``."""
-    raw, folder = checkpoint.config, checkpoint.folder
-    config = read_config(checkpoint, target, notes, taps)
-    state = read_maps(read_state(folder, notes), config, folder, notes)
-    config = replace(config, own_embedding="embed_tokens.weight" in state)
-    config.check_fit(target)
-    check_taps(config.taps)
-    draft = build_untrained(lambda: Eagle3Draft(config), checkpoint.path)
-    check_tensors(state, draft.state_dict(), folder)
-    check_vocabulary_map(state, config, folder)
-    draft.fill(state)
-    verifier: Any = raw
-    for key in ("speculators_config", "verifier", "name_or_path"):
-        verifier = verifier.get(key) if isinstance(verifier, dict) else None
-    return draft, {"format": "speculators" if _speculators(raw) else "plain", "verifier": verifier}
+    """The draft and its metadata; ``taps`` overrules the feature ids and ``trainer`` who wrote the file.
+
+    Without a ``target`` the file must tell what else is the target's. Raises ``UserError``.
+    """
+    return Eagle3Reader(checkpoint, target, notes, taps, trainer).draft()
 
 
 def check_taps(taps: tuple[int, ...]) -> None:
@@ -71,174 +93,339 @@ def check_taps(taps: tuple[int, ...]) -> None:
         raise UserError(f"taps {list(taps)} do not ascend strictly; engines read each layer once and in layer order")
 
 
-# -- reading the config ----------------------------------------------------------------------------------------------
-def _speculators(raw: Mapping[str, Any]) -> bool:
-    return "speculators_model_type" in raw
+class Eagle3Reader:
+    """What one checkpoint means on the word of the trainer that wrote it."""
 
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        target: Facts | None,
+        notes: list[str],
+        taps: tuple[int, ...] | None,
+        trainer: str | None,
+    ) -> None:
+        raw, path = checkpoint.config, checkpoint.path
+        kind = raw.get("speculators_model_type")
+        if is_speculators(raw) and kind != "eagle3":
+            what, help = others.of_name([str(kind)]) or ("another kind of draft", others.AS_IT_IS)
+            raise UserError(f"{path} is a {kind} speculator, {what}; only eagle3 can be imported: {help}")
+        if (found := others.of_config(raw)) is not None:
+            raise UserError(f"{path} describes {found[0]}, which is not read; {found[1]}")
+        refuse_code(checkpoint, notes)
+        self.checkpoint, self.target, self.asked = checkpoint, target, taps
+        self.raw = Values(raw, path)
+        self.trainer: Trainer = trainer_of(checkpoint, trainer)
+        self.reading = Reading(title(self.trainer, raw), notes=notes)
+        layer = self.raw.part("transformer_layer_config") if is_speculators(raw) else self.raw
+        if layer is None:
+            raise UserError(f"{path} has no transformer_layer_config; download it again")
+        self.values = layer
+        self.eagle = Values({}, path) if raw.get("eagle_config") is None else self.raw.part("eagle_config")
+        self.state = self._state()
+        self.tensors: dict[str, TensorFacts] = facts_of(self.state)
+        self.layer = LayerReader(layer, self.tensors, self.reading)
 
-def read_config(checkpoint: Checkpoint, target: Facts, notes: list[str], taps: tuple[int, ...] | None) -> Eagle3Config:
-    """Our config from either format's config.json. Raises ``UserError`` for what our draft does not compute."""
-    raw, path = checkpoint.config, checkpoint.path
-    if _speculators(raw) and raw["speculators_model_type"] != "eagle3":
-        raise UserError(f"{path} is a {raw['speculators_model_type']} speculator; only eagle3 can be imported")
-    layer = raw.get("transformer_layer_config") if _speculators(raw) else raw
-    if not isinstance(layer, dict):
-        raise UserError(f"{path} has no transformer_layer_config; download it again")
-    eagle = raw.get("eagle_config")
-    eagle = eagle if isinstance(eagle, dict) else {}
-    faults = [f"bias {layer['bias']!r}"] if layer.get("bias") else []
-    faults += [f"{key} {eagle[key]!r}" for key, usual in EAGLE_SWITCHES.items() if eagle.get(key) not in (None, usual)]
-    check_layer(raw, layer, ("llama", "eagle3"), path, faults)
-    llama = layer_fields(layer, path)
-    for key, value in ((key, (raw | eagle).get(key)) for key in SWITCHES):
-        if value not in (None, True, False):  # the text "false" would count as on
-            raise UserError(f"{path} has {key} {value!r}; true or false is needed")
-    norm_before_fc = bool(eagle.get("norm_before_fc", raw.get("norm_before_fc")))
-    fc_norm = bool(raw.get("fc_norm") or raw.get("use_aux_norm"))
-    if norm_before_fc and fc_norm:
-        raise UserError(f"{path} asks for norm_before_fc and fc_norm at once; no trainer makes such a draft")
-    # Absent, the switch is on in vLLM's reading of the speculators format and off in that of the plain one.
-    residual = raw.get("norm_before_residual")
-    if residual is None and _speculators(raw):
-        notes.append("norm_before_residual is not in the config; taken as true, as vLLM does")
-    theta, taken = layer.get("rope_theta"), llama["rope_parameters"].get("rope_theta")
-    if theta is not None and theta != taken:
-        notes.append(
-            f"rope_theta {theta} and that of rope_parameters disagree; {taken} was taken, as transformers does"
-        )
-    vocabulary = raw.get("draft_vocab_size")
-    return Eagle3Config(
-        **llama,
-        target_hidden_size=int(raw.get("target_hidden_size") or llama["hidden_size"]),
-        draft_vocab_size=int(llama["target_vocab_size"] if vocabulary is None else vocabulary),
-        taps=tuple(taps) if taps is not None else read_taps(checkpoint, eagle, target, notes),
-        norm_before_residual=_speculators(raw) if residual is None else bool(residual),
-        norm_before_fc=norm_before_fc,
-        fc_norm=fc_norm,
-        norm_output=bool(raw.get("norm_output")),
-    )
-
-
-def read_taps(checkpoint: Checkpoint, eagle: dict[str, Any], target: Facts, notes: list[str]) -> tuple[int, ...]:
-    """Feature ids, each "after k layers". Raises ``UserError`` when they are no list of integers.
-
-    The ids on top are those of vLLM and mean that. The ids in ``eagle_config`` are those of SGLang and of the
-    trainers that write them, and mean the output of layer k, counted from zero: one less.
-    """
-    path, key = checkpoint.path, "eagle_aux_hidden_state_layer_ids"
-    top, nested = checkpoint.config.get(key), eagle.get(key)
-    for ids in (top, nested):
-        if ids is not None and not (isinstance(ids, list) and all(type(k) is int for k in ids)):
-            raise UserError(f"{path} has eagle_aux_hidden_state_layer_ids {ids!r}; a list of integers is needed")
-    if min(top or [0]) < 0 or min(nested or [0]) < -1:
-        raise UserError(f"{path} has feature ids below the first layer, {top or nested}; engines never give these")
-    if top:
-        if nested and [k + 1 for k in nested] != top:
-            notes.append(f"the feature ids {top} (vLLM) and {nested} (SGLang, one less) disagree; {top} was taken")
-        return tuple(top)
-    if nested:
-        notes.append(f"the feature ids {nested} are outputs of layers counted from zero; taken as one more each")
-        return tuple(k + 1 for k in nested)
-    if eagle.get("layer_ids"):
-        raise UserError(
-            f"{path} has its feature ids in eagle_config.layer_ids alone, which hands count differently; write "
-            "them as eagle_aux_hidden_state_layer_ids, each the number of layers passed"
-        )
-    usual = default_taps(target.layers)
-    if top is not None or nested is not None:
-        notes.append(f"the list of feature ids is empty; taken as the default {list(usual)}")
-    return usual
-
-
-# -- vocabulary maps -------------------------------------------------------------------------------------------------
-def read_maps(state: dict[str, Tensor], config: Eagle3Config, where: Path, notes: list[str]) -> dict[str, Tensor]:
-    """The state with ``d2t`` [D] as int64 offsets and ``t2d`` [V] as booleans, each derived from the other if absent.
-
-    With the full vocabulary, maps that change nothing are left out: engines refuse them. What was done is noted.
-    Raises ``UserError`` for maps that tell no set of target ids; what they tell is checked elsewhere.
-    """
-    state = dict(state)
-    for name in ("d2t", "t2d"):
-        if name in state:
-            state[name] = _integers(name, state[name], where, notes)
-    if config.draft_vocab_size == config.target_vocab_size:
-        for name in [n for n in ("d2t", "t2d") if n in state and bool((state[n] == (n == "t2d")).all())]:
-            notes.append(f"{name} was left out: it maps the full vocabulary onto itself")
+    # -- the tensors ---------------------------------------------------------------------------------------------
+    def _state(self) -> dict[str, Tensor]:
+        folder = self.checkpoint.folder
+        state = read_state(folder, self.reading.notes)
+        for name in [name for name in LEFT_OVER if name in state and is_speculators(self.raw.values)]:
             del state[name]
-        return state
-    if "d2t" not in state and "t2d" not in state:
-        return state
-    if "d2t" not in state:
-        ids_D = state["t2d"].nonzero().flatten()
-        state["d2t"] = ids_D - torch.arange(len(ids_D))
-        notes.append("d2t is not in the file; derived from t2d")
-    elif state["d2t"].ndim == 1:
-        _settle_offsets(state, config.target_vocab_size, where, notes)
-    if not state["d2t"].any():
-        notes.append(f"d2t is zero throughout: the draft can say the ids 0 to {len(state['d2t']) - 1} alone")
-    if "t2d" not in state and state["d2t"].ndim == 1:
-        ids_D = state["d2t"] + torch.arange(len(state["d2t"]))
-        if not _inside(ids_D, config.target_vocab_size):
-            raise UserError(f"{where}: d2t points outside the target's vocabulary of {config.target_vocab_size}")
-        state["t2d"] = torch.isin(torch.arange(config.target_vocab_size), ids_D)
-        notes.append("t2d is not in the file; derived from d2t")
-    return state
+            self.reading.take(name, None, "dropped", "the teacher's, which speculators trains with")
+        if (found := others.of_tensors(state)) is not None:
+            raise UserError(f"{folder} has {found[0]}, which is not read; {found[1]}")
+        return beside(folder, state, self.reading.notes)
 
+    def draft(self) -> tuple[Eagle3Draft, dict[str, Any]]:
+        """The draft with its tensors, and what its record says. Raises ``UserError``."""
+        checkpoint, reading = self.checkpoint, self.reading
+        config = self.config()
+        config = self._vocabulary(config)
+        state = self._named(self.state, config.num_layers)
+        config = self._embedding(config, state)
+        if self.target is not None:
+            config.check_fit(self.target)
+        check_taps(config.taps)
+        draft = build_untrained(lambda: Eagle3Draft.untrained(config), checkpoint.path)
+        check_tensors(state, draft.state_dict(), checkpoint.folder)
+        check_vocabulary_map(state, config, checkpoint.folder)
+        if not draft.rotary.usable:
+            raise UserError(f"{checkpoint.path} has rotary settings that tell no angles: {config.rope_parameters}")
+        draft.fill(state)
+        note_dropped(self.raw, READ, reading)
+        verifier: Any = self.raw.values
+        for key in ("speculators_config", "verifier", "name_or_path"):
+            verifier = verifier.get(key) if isinstance(verifier, Mapping) else None
+        kind = "speculators" if is_speculators(self.raw.values) else "plain"
+        return draft, {"format": kind, "trainer": self.trainer.name, "verifier": verifier, "reading": reading}
 
-def _integers(name: str, tensor: Tensor, where: Path, notes: list[str]) -> Tensor:
-    """The map in the type that engines read; whole numbers of any other integer type are taken, and noted."""
-    wanted = torch.int64 if name == "d2t" else torch.bool
-    if tensor.dtype == wanted:
-        return tensor
-    kind = dtype_name(tensor.dtype)
-    if tensor.is_floating_point() or tensor.is_complex():
-        raise UserError(f"{where}: {name} is {kind}, which does not hold every id; save it with integers")
-    if name == "t2d" and not bool(((tensor == 0) | (tensor == 1)).all()):
-        raise UserError(f"{where}: t2d is {kind} with other values than 0 and 1; it must mark target ids")
-    notes.append(f"{name} was {kind}; taken as {dtype_name(wanted)}")
-    return tensor.to(wanted)
+    def _named(self, state: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
+        """The state with further layers by our names; those that the config has none of keep the file's."""
+        named: dict[str, Tensor] = {}
+        for name, tensor in state.items():
+            found = re.fullmatch(r"layers\.([1-9]\d{0,3})\.(.+)", name)
+            number = int(found[1]) if found else layers
+            named[f"later.{number - 1}.{found[2]}" if found and number < layers else name] = tensor
+        for number in range(layers - 1):
+            self._one_norm(named, f"later.{number}.")
+        return named
 
-
-def _settle_offsets(state: dict[str, Tensor], rows: int, where: Path, notes: list[str]) -> None:
-    """Turn a ``d2t`` of target ids into offsets where it certainly holds ids; refuse it where it may."""
-    found_D = state["d2t"]
-    numbers_D = torch.arange(len(found_D))
-    growing = len(found_D) > 1 and bool((found_D[1:] > found_D[:-1]).all())
-    if not growing or not _inside(found_D, rows):
-        return  # offsets, or nothing at all
-    told = state.get("t2d")
-    if told is not None and told.shape == (rows,):
-        sure = bool(told[found_D].all()) and int(told.sum()) == len(found_D)
-    else:
-        sure = not _inside(found_D + numbers_D, rows)
-        if not sure and len(found_D) >= MANY:
+    def _one_norm(self, state: dict[str, Tensor], layer: str) -> None:
+        """The norm before a further layer under its one name: vLLM calls it input_layernorm, SGLang hidden_norm."""
+        usual, other = f"{layer}input_layernorm.weight", f"{layer}hidden_norm.weight"
+        if other not in state:
+            return
+        found = state.pop(other)
+        if usual not in state:
+            state[usual] = found
+            self.reading.notes.append(f"{other} is the norm before that layer, which vLLM looks for as input_layernorm")
+        elif not torch.equal(state[usual], found):
             raise UserError(
-                f"{where}: d2t grows at every step, as target ids do and offsets hardly ever; it must hold offsets "
-                "(target id = i + d2t[i]), with t2d beside it where it does"
+                f"{self.checkpoint.folder} has two norms before layer {layer}, of which vLLM takes input_layernorm and "
+                "SGLang hidden_norm; keep the one that it was trained with"
             )
-    ids_D = found_D + numbers_D
-    if sure and not (told is not None and _inside(ids_D, len(told)) and bool(told[ids_D].all())):
-        state["d2t"] = found_D - numbers_D
-        notes.append("d2t held target ids; taken as such and turned into offsets")
 
+    # -- the config ----------------------------------------------------------------------------------------------
+    def config(self) -> Eagle3Config:
+        """The draft's config as the file means it; own embedding and maps follow later. Raises ``UserError``."""
+        self.layer.refuse(self._faults())
+        fields = self.layer.sizes()
+        layers = self._layers()
+        norms = True if self.speculated == "qwen3" else None
+        fields |= self.layer.attention(norms)
+        fields |= {"num_layers": layers, "windows": () if self.trainer.target_layer else self.layer.windows(layers)}
+        fields["rope_parameters"] = self._rope(fields)
+        taps = self._taps()
+        wide = self._states(fields["hidden_size"], taps)
+        rows = self._rows()
+        return Eagle3Config(
+            **fields,
+            **self._switches(),
+            fc_bias=self._fc_bias(fields["hidden_size"]),
+            target_hidden_size=wide,
+            target_vocab_size=rows,
+            draft_vocab_size=self._said(rows),
+            taps=taps,
+        )
 
-def check_vocabulary_map(state: Mapping[str, Tensor], config: Eagle3Config, where: str | Path) -> None:
-    """The maps must describe one ascending set of target ids. Raises ``UserError``.
+    @property
+    def speculated(self) -> str | None:
+        """The kind of layer where the speculators format names it; Qwen3's is its default from version 0.8 on."""
+        if not is_speculators(self.raw.values):
+            return None
+        held = "midlayer.self_attn.q_norm.weight" in self.tensors
+        return self.values.text("model_type") or ("qwen3" if held else "llama")
 
-    ``d2t`` [D] holds offsets (target id = i + d2t[i]); ``t2d`` [V] marks the ids that the draft can say.
-    """
-    if config.draft_vocab_size > config.target_vocab_size:
-        raise UserError(f"{where}: a draft vocabulary of {config.draft_vocab_size} exceeds the target's")
-    if config.draft_vocab_size == config.target_vocab_size:
-        return
-    ids_D = state["d2t"] + torch.arange(config.draft_vocab_size)
-    if not _inside(ids_D, config.target_vocab_size):
-        raise UserError(f"{where}: d2t points outside the target's vocabulary of {config.target_vocab_size}")
-    if not bool((ids_D[1:] > ids_D[:-1]).all()):
-        raise UserError(f"{where}: d2t must hold offsets that give ascending target ids (id = i + d2t[i])")
-    if not torch.equal(state["t2d"].nonzero().flatten(), ids_D):
-        raise UserError(f"{where}: t2d does not mark the same target ids as d2t")
+    def _faults(self) -> list[str]:
+        """What the file asks for and nobody computes here."""
+        # Engines give the key to the output projection, to fc, or to both: the tensors tell.
+        biased = {"fc.bias", "midlayer.self_attn.o_proj.bias"} & self.tensors.keys()
+        faults = [f"bias {self.values.get('bias')!r}"] if self.values.get("bias") and not biased else []
+        faults += refuse_switches(self.eagle.values if self.eagle else {})
+        kinds = None if self.trainer.target_layer else ("llama", "eagle3", "qwen3")
+        if self.raw is not self.values and self.raw.get("quantization_config"):
+            faults.append(QUANTISED)
+        faults = self.layer.faults(kinds, faults)
+        held = "midlayer.self_attn.q_norm.weight" in self.tensors
+        if not self.trainer.target_layer and self.values.get("model_type") == "qwen3" and not held:
+            faults.append("model_type 'qwen3' without norms of queries and keys (midlayer.self_attn.q_norm.weight)")
+        return faults
 
+    def _layers(self) -> int:
+        """How many decoder layers. The tensors decide where the config's count is the target's."""
+        found = {int(m[1]) for name in self.tensors if (m := re.match(r"layers\.([1-9]\d{0,3})\.", name))}
+        held = 1 + max(found, default=0)
+        told = self.values.whole("num_hidden_layers", most=1 << 16)
+        key, take = self.values.word("num_hidden_layers"), self.reading.take
+        if told is None or told == held:
+            take("num_layers", held, "read" if told else "derived", key if told else "the names of the tensors")
+            return held
+        targets = self.target.layers if self.target is not None else None
+        if self.trainer.target_layer or told > held and (told == targets or told >= MANY_LAYERS):
+            take("num_layers", held, "derived", "the names of the tensors")
+            take("num_hidden_layers", told, "dropped", "it is the target's count of layers")
+            if not self.trainer.target_layer:
+                self.reading.notes.append(f"num_hidden_layers {told} is not the draft's: the file holds {held} layer")
+            return held
+        if told < held:
+            return told  # the layers beyond are named as extra
+        raise UserError(
+            f"{self.checkpoint.path} asks for num_hidden_layers {told} and the file holds {held}; mend the config, or "
+            "download the weights again"
+        )
 
-def _inside(ids_D: Tensor, rows: int) -> bool:
-    return bool(((ids_D >= 0) & (ids_D < rows)).all())
+    def _rope(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        rope = self.layer.rope(fields["max_position_embeddings"])
+        share = rope.get("partial_rotary_factor")
+        if share not in (None, 1.0) and not self.trainer.reads_part:
+            self.reading.notes.append(
+                f"partial_rotary_factor {share}: {self.trainer.title}'s own layer turns the whole head, engines this "
+                "share of it, which is taken"
+            )
+        return rope
+
+    def _switches(self) -> dict[str, bool]:
+        """The norms' switches on the trainer's word. Raises ``UserError``."""
+        eagle = self.eagle or Values({}, self.checkpoint.path)
+        found: dict[str, bool] = {}
+        given = {key: self.raw.flag(key) for key in ("norm_before_residual", "fc_norm", "use_aux_norm", "norm_output")}
+        before = self._either("norm_before_fc", eagle)
+        found["norm_before_fc"] = bool(before)
+        found["fc_norm"] = bool(given["fc_norm"] or given["use_aux_norm"])
+        if found["norm_before_fc"] and found["fc_norm"]:
+            raise UserError(
+                f"{self.checkpoint.path} asks for norm_before_fc and fc_norm at once; no trainer makes such a draft"
+            )
+        residual = given["norm_before_residual"]
+        found["norm_before_residual"] = self.trainer.residual if residual is None else residual
+        if residual is None and self.trainer.residual:
+            self.reading.notes.append("norm_before_residual is not in the config; taken as true, as vLLM does")
+        output = given["norm_output"]
+        if self.trainer.norm_output == "head":
+            found["norm_output"], found["head_norm"] = False, output is not False
+            if output is False:
+                self.reading.notes.append("norm_output false: SpecForge 0.2 trains without the norm before the head")
+        else:
+            found["norm_output"] = bool(output)
+        keys = {"head_norm": "norm_output", "fc_norm": "use_aux_norm" if given["use_aux_norm"] else "fc_norm"}
+        for name, value in found.items():
+            key = keys.get(name, name)
+            present = self.raw.get(key) is not None or (key == "norm_before_fc" and eagle.get(key) is not None)
+            word = self.raw.word(key) if present else f"{self.reading.reader}'s default"
+            self.reading.take(name, value, "read" if present else "defaulted", word)
+        if self.trainer.differs:
+            self.reading.notes.append(self.trainer.differs)
+        return found
+
+    def _either(self, key: str, eagle: Values) -> bool | None:
+        nested = eagle.flag(key)
+        return self.raw.flag(key) if nested is None else nested
+
+    def _fc_bias(self, hidden: int) -> bool:
+        """A bias in ``fc`` is told by the tensor alone; no config has a key for it."""
+        found = self.tensors.get("fc.bias")
+        if found is None or found.shape != (hidden,):
+            return False
+        self.reading.take("fc_bias", True, "derived", "the tensor fc.bias")
+        self.reading.notes.append("fc has a bias, which engines have no place for")
+        return True
+
+    # -- what is read of the target ------------------------------------------------------------------------------
+    def _states(self, hidden: int, taps: tuple[int, ...]) -> int:
+        """The width of the target's states."""
+        told = self.raw.whole("target_hidden_size")
+        if told is not None:
+            self.reading.take("target_hidden_size", told, "read", self.raw.word("target_hidden_size"))
+            return told
+        fused = self.tensors.get("fc.weight")
+        wide = fused.shape[1] if fused is not None and len(fused.shape) == 2 else 0
+        if self.asked is None and not self._ids_told and wide % hidden == 0 and wide // hidden not in (0, len(taps)):
+            raise UserError(
+                f"{self.checkpoint.path} names no feature ids, and fc.weight reads {wide // hidden} features of "
+                f"{hidden}; say which layers they are of with --taps"
+            )
+        self.reading.take("target_hidden_size", hidden, "defaulted", "hidden_size, as all trainers do")
+        return hidden
+
+    @property
+    def _ids_told(self) -> bool:
+        return bool(self.raw.get(IDS)) or bool(self.eagle and self.eagle.get(IDS))
+
+    def _taps(self) -> tuple[int, ...]:
+        """Feature ids, each "after k layers". Raises ``UserError`` when they are no list of integers.
+
+        The ids on top are those of vLLM and mean that. The ids in ``eagle_config`` are those of SGLang and of the
+        trainers that write them, and mean the output of layer k, counted from zero: one less.
+        """
+        path, notes = self.checkpoint.path, self.reading.notes
+        top, nested = self.raw.whole_list(IDS, -1 << 31), (self.eagle or self.raw).whole_list(IDS, -1 << 31)
+        nested = nested if self.eagle else None
+        if self.asked is not None:
+            self.reading.take("taps", tuple(self.asked), "read", "--taps")
+            return tuple(self.asked)
+        if min(top or [0]) < 0 or min(nested or [0]) < -1:
+            raise UserError(f"{path} has feature ids below the first layer, {top or nested}; engines never give these")
+        if top:
+            if nested and [k + 1 for k in nested] != top:
+                notes.append(f"the feature ids {top} (vLLM) and {nested} (SGLang, one less) disagree; {top} was taken")
+            self.reading.take("taps", tuple(top), "read", self.raw.word(IDS))
+            return tuple(top)
+        if nested:
+            if self.trainer.name != "modelopt":
+                notes.append(f"the feature ids {nested} are outputs of layers counted from zero; taken as one more each")
+            taken = tuple(k + 1 for k in nested)
+            self.reading.take("taps", taken, "read", f"config.json: eagle_config.{IDS}, counted from zero")
+            return taken
+        if self.eagle and self.eagle.get("layer_ids"):
+            raise UserError(
+                f"{path} has its feature ids in eagle_config.layer_ids alone, which hands count differently; write "
+                "them as eagle_aux_hidden_state_layer_ids, each the number of layers passed, or give --taps"
+            )
+        if self.target is None:
+            raise UserError(f"{path} names no feature ids; give --target, whose default they are, or --taps")
+        usual = default_taps(self.target.layers)
+        if top is not None or nested is not None:
+            notes.append(f"the list of feature ids is empty; taken as the default {list(usual)}")
+        elif self.trainer.name == "automodel":
+            notes.append(
+                f"NeMo Automodel does not write which layers a draft reads; taken as its default {list(usual)}: give "
+                "--taps where it was trained with others (aux_layer_ids, one more each)"
+            )
+        self.reading.take("taps", usual, "defaulted", f"the default for a target of {self.target.layers} layers")
+        return usual
+
+    # -- vocabularies --------------------------------------------------------------------------------------------
+    def _rows(self) -> int:
+        """Rows of the draft's table of tokens."""
+        told = self.values.whole("vocab_size")
+        if told is not None:
+            self.reading.take("target_vocab_size", told, "read", self.values.word("vocab_size"))
+            return told
+        for name in ("t2d", EMBEDDING):
+            if name in self.tensors and self.tensors[name].shape:
+                self.reading.take("target_vocab_size", self.tensors[name].shape[0], "derived", f"the length of {name}")
+                return self.tensors[name].shape[0]
+        if self.target is None:
+            raise UserError(f"{self.checkpoint.path} has no vocab_size; add it, or give --target")
+        self.reading.take("target_vocab_size", self.target.vocab_size, "target", "the target's head")
+        return self.target.vocab_size
+
+    def _said(self, rows: int) -> int:
+        """The draft vocabulary: the rows of its head."""
+        told = self.raw.whole("draft_vocab_size")
+        if told is not None:
+            self.reading.take("draft_vocab_size", told, "read", self.raw.word("draft_vocab_size"))
+            return told
+        head = self.tensors.get("lm_head.weight")
+        found = head.shape[0] if head is not None and head.shape else rows
+        self.reading.take("draft_vocab_size", found, "derived", "the shape of lm_head.weight")
+        return found
+
+    def _vocabulary(self, config: Eagle3Config) -> Eagle3Config:
+        """The config on the target's number of rows, with the maps of the state in their form. ``UserError``."""
+        where, notes = self.checkpoint.folder, self.reading.notes
+        rows, wanted = config.target_vocab_size, self.target.vocab_size if self.target else config.target_vocab_size
+        if rows != wanted and padded(rows, wanted):
+            for name in (EMBEDDING, "t2d"):
+                length = self.state[name].shape[:1] if name in self.state else (rows,)
+                if length not in ((rows,), (wanted,)):
+                    raise UserError(f"{where}: {name} has {length} rows and vocab_size is {rows}; mend the config")
+            said = fit_rows(self.state, config.draft_vocab_size, rows, wanted, where, notes)
+            config = replace(config, target_vocab_size=wanted, draft_vocab_size=said)
+            self.reading.take("target_vocab_size", wanted, "target", "the target's head")
+            self.reading.take("draft_vocab_size", said, "derived", "lm_head.weight and the target's head")
+        self.state = read_maps(self.state, config, where, notes)
+        for name in MAPS:
+            if name in self.state:
+                how = "read" if name in self.tensors else "derived"
+                told = "the file" if how == "read" else next(other for other in MAPS if other != name)
+                self.reading.take(f"{name}.map", list(self.state[name].shape), how, told)  # type: ignore[arg-type]
+        return config
+
+    def _embedding(self, config: Eagle3Config, state: dict[str, Tensor]) -> Eagle3Config:
+        """The config with an embedding of its own where the file has one, and a note on whose it is."""
+        if EMBEDDING not in state:
+            self.reading.take("embedding", "target", "target", "the file has none")
+            return config
+        compare(state[EMBEDDING], self.target, self.reading)
+        return replace(config, own_embedding=True)

@@ -29,11 +29,12 @@ from redraft.drafts.eagle.writing import (
     with_fc_bias,
 )
 from redraft.drafts.eagle3.engines import meaning_of, read_as
-from redraft.drafts.eagle3.reading import check_taps, check_vocabulary_map
+from redraft.drafts.eagle3.maps import check_vocabulary_map
+from redraft.drafts.eagle3.reading import check_taps
 from redraft.drafts.formats.base import serve_command
+from redraft.drafts.formats.embeddings import table_of
 from redraft.drafts.formats.meaning import Difference, Reading, TensorFacts
 from redraft.errors import UserError
-from redraft.loading import target_embedding
 from redraft.target import Facts
 
 EMBEDDING = "embed_tokens.weight"
@@ -42,6 +43,15 @@ KEY = "eagle_aux_hidden_state_layer_ids"
 ROWS = 1024
 # Yarn's numbers where a draft's settings leave them to their defaults, for a reader that has none.
 YARN = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0}
+
+
+def check_sound(dense: Dense) -> Any:
+    """The config of a draft that a file can tell, whoever reads it. Raises ``UserError``."""
+    check_taps(dense.config.taps)
+    if dense.config.norm_before_fc and dense.config.fc_norm:
+        raise UserError("norm_before_fc and fc_norm exclude each other in every engine; train a draft with one of them")
+    check_vocabulary_map(dense.state, dense.config, "the draft to be exported")
+    return dense.config
 
 
 class Eagle3Writer(LayerWriter):
@@ -55,17 +65,9 @@ class Eagle3Writer(LayerWriter):
     def meaning(self, config: Any) -> dict[str, Any]:
         return meaning_of(config)
 
-    def sound(self, dense: Dense, target: Facts) -> None:
-        check_taps(dense.config.taps)
-        if dense.config.norm_before_fc and dense.config.fc_norm:
-            raise UserError(
-                "norm_before_fc and fc_norm exclude each other in every engine; train a draft with one of them"
-            )
-        check_vocabulary_map(dense.state, dense.config, "the draft to be exported")
-
     def fitted(self, dense: Dense, target: Facts) -> tuple[Dense, list[str]]:
-        """vLLM's llama layers have both kinds of biases or that of the output alone, its qwen3 layers the first alone."""
-        config = dense.config
+        """vLLM's llama layers have no bias, that of the output or all, its qwen3 layers none of the output."""
+        config = check_sound(dense)
         biased, output = bool(config.attention_bias), output_biased(config)
         if config.qk_norm:
             dense = with_biases(dense, attention=biased, output=False)
@@ -86,18 +88,23 @@ class Eagle3Writer(LayerWriter):
         config = dense.config
         architecture = "Eagle3Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLMEagle3"
         nested = {"use_aux_hidden_state": True, KEY: [k - 1 for k in config.taps]}
-        more = {"bias": True} if output_biased(config) and not config.attention_bias else {}
+        more = output_alone(config)
         return legacy_config(dense, architecture) | more | options(config) | {"eagle_config": nested}
 
     def serve(self, dense: Dense, folder: Path, target: Facts, tokens: int) -> str:
         return serve_command(folder, target, tokens, self.method, self.name)
 
 
+def output_alone(config: Any) -> dict[str, Any]:
+    """The keys of a bias of the output projection alone, as vLLM's llama layers read them."""
+    return {"bias": True, "qkv_bias": False} if output_biased(config) and not config.attention_bias else {}
+
+
 def options(config: Any) -> dict[str, Any]:
     """The draft's own keys on top of a config.json.
 
-    Switches are written whether on or off, since their defaults differ, but for two: where ``norm_output`` is false it
-    is absent, because one trainer means another thing by it; ``head_norm`` is our own word for that thing.
+    Switches are written whether on or off, since their defaults differ, but for ``norm_output``: false, it is
+    absent, because one trainer means another thing by it.
     """
     switches = ("norm_before_residual", "norm_before_fc", "fc_norm")
     return {
@@ -108,7 +115,6 @@ def options(config: Any) -> dict[str, Any]:
         "num_aux_hidden_states": len(config.taps),
         **{name: getattr(config, name) for name in switches},
         **({"norm_output": True} if config.norm_output else {}),
-        **({} if config.head_norm else {"head_norm": False}),
     }
 
 
@@ -118,36 +124,41 @@ def later_norms(dense: Dense) -> dict[str, str]:
     return {numbered(name).replace("input_layernorm", "hidden_norm"): name for name in names}
 
 
+def llama_config(config: dict[str, Any]) -> dict[str, Any]:
+    """For readers that know layers of a Llama alone, and give the key ``bias`` a meaning of their own."""
+    return {k: v for k, v in config.items() if k not in ("bias", "qkv_bias")} | {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "model_type": "llama",
+    }
+
+
 class SglangWriter(Eagle3Writer):
     """As SGLang alone needs it: the only biases are that of the output, by one key, and that of ``fc``, by another."""
 
     def fitted(self, dense: Dense, target: Facts) -> tuple[Dense, list[str]]:
-        dense = with_fc_bias(dense, dense.config.fc_bias and bool(dense.state["fc.bias"].any()))
+        check_sound(dense)
+        dense = with_fc_bias(dense, False)
         # The key that gives fc a bias gives the output projection one too.
         output = dense.config.fc_bias or output_biased(dense.config)
         return with_biases(dense, attention=False, output=output), []
 
     def config(self, dense: Dense, target: Facts, tokens: int) -> dict[str, Any]:
-        config = super().config(dense, target, tokens)
-        config.pop("bias", None)
-        more = {"bias": True} if dense.config.fc_bias else {}
-        return config | {"attention_bias": output_biased(dense.config)} | more
+        config = llama_config(super().config(dense, target, tokens))
+        config |= {"attention_bias": True, "qkv_bias": False} if output_biased(dense.config) else {}
+        return config | ({"bias": True} if dense.config.fc_bias else {})
 
 
 class SpeculatorsWriter(Eagle3Writer):
     """The speculators format. It has no top-level ``model_type``: vLLM tells the format by that."""
 
-    def sound(self, dense: Dense, target: Facts) -> None:
-        if not target.name:
-            raise UserError("the export names the target for the engine; give the target's path or model id")
-        super().sound(dense, target)
-
     def fitted(self, dense: Dense, target: Facts) -> tuple[Dense, list[str]]:
         """With a copy of the target's embedding: the speculators package opens a file without one with zeros."""
+        if not target.name:
+            raise UserError("the export names the target for the engine; give the target's path or model id")
         dense, notes = super().fitted(dense, target)
         if dense.config.own_embedding:
             return dense, notes
-        table = target_embedding(target)
+        table = table_of(target)
         if table is None:
             note = (
                 "the target's weights are not at hand, so that the file ships no embedding: engines take the target's"
@@ -157,8 +168,8 @@ class SpeculatorsWriter(Eagle3Writer):
         return dense.with_extra({EMBEDDING: table.to(dense.dtype) if lossless else table}), notes
 
     def told(self, difference: Difference, dense: Dense) -> bool:
-        """An embedding that is the target's is the target's, whoever ships it."""
-        return difference.what == "embedding" and EMBEDDING in dense.extra
+        """An embedding that is the target's is the target's, whoever ships it; one of zeros has a note of its own."""
+        return difference.what == "embedding" and (EMBEDDING in dense.extra or difference.theirs == "zeros")
 
     def names(self, dense: Dense) -> dict[str, str]:
         return {numbered(name): name for name in dense.facts}
@@ -170,7 +181,7 @@ class SpeculatorsWriter(Eagle3Writer):
         verifier = {"name_or_path": target.name, "architectures": list(target.architectures or ("LlamaForCausalLM",))}
         own = options(config)
         layer = layer_config(config) | {"num_aux_hidden_states": own.pop("num_aux_hidden_states")}
-        layer |= {"bias": True} if output_biased(config) and not config.attention_bias else {}
+        layer |= output_alone(config)
         return {
             "architectures": ["Eagle3Speculator"],
             "speculators_model_type": "eagle3",
@@ -190,6 +201,7 @@ class SpecForgeWriter(Eagle3Writer):
     """To go on training in SpecForge 0.2: both maps whatever the vocabulary, its own meaning of ``norm_output``."""
 
     def fitted(self, dense: Dense, target: Facts) -> tuple[Dense, list[str]]:
+        check_sound(dense)
         dense = with_fc_bias(with_biases(dense, attention=False, output=False), False)
         config = dense.config
         if config.draft_vocab_size == config.target_vocab_size:
@@ -204,8 +216,8 @@ class SpecForgeWriter(Eagle3Writer):
         return {numbered(name) if name.startswith("later.") else name: name for name in dense.facts}
 
     def config(self, dense: Dense, target: Facts, tokens: int) -> dict[str, Any]:
-        config = super().config(dense, target, tokens)
-        for key in ("head_norm", "norm_output", "bias", KEY, "norm_before_residual", "norm_before_fc"):
+        config = llama_config(super().config(dense, target, tokens))
+        for key in ("norm_output", KEY, "norm_before_residual", "norm_before_fc"):
             config.pop(key, None)
         if (config["rope_scaling"] or {}).get("rope_type") == "yarn":
             config["rope_scaling"] = YARN | config["rope_scaling"]
@@ -225,17 +237,16 @@ class TensorRtWriter(Eagle3Writer):
     """As ModelOpt exports it, with what TensorRT-LLM reads beyond that; feature ids stand in the command."""
 
     def fitted(self, dense: Dense, target: Facts) -> tuple[Dense, list[str]]:
+        check_sound(dense)
         both = bool(dense.config.attention_bias) or output_biased(dense.config)
-        dense = with_biases(dense, attention=both, output=both)
-        return with_fc_bias(dense, dense.config.fc_bias and bool(dense.state["fc.bias"].any())), []
+        return with_fc_bias(with_biases(dense, attention=both, output=both), False), []
 
     def names(self, dense: Dense) -> dict[str, str]:
         return {numbered(name): name for name in dense.facts} | later_norms(dense)
 
     def config(self, dense: Dense, target: Facts, tokens: int) -> dict[str, Any]:
-        config = super().config(dense, target, tokens)
-        config.pop("bias", None)
-        eagle = config["eagle_config"] | {"norm_before_fc": dense.config.norm_before_fc, "next_layer_regular": True}
+        config = llama_config(super().config(dense, target, tokens))
+        eagle = config["eagle_config"] | {"norm_before_fc": dense.config.norm_before_fc}
         return config | {"eagle_config": eagle} | ({"bias": True} if dense.config.fc_bias else {})
 
     def told(self, difference: Difference, dense: Dense) -> bool:
@@ -259,6 +270,6 @@ WRITERS: dict[str, Eagle3Writer] = {
     "vllm": SpeculatorsWriter("vllm", "eagle3", VLLM, ("speculators",), warns=True),
     "plain": Eagle3Writer("plain", "eagle3", VLLM, ("sglang",), warns=True),
     "sglang": SglangWriter("sglang", "EAGLE3", ("sglang",)),
-    "specforge": SpecForgeWriter("specforge", "", ("specforge",)),
+    "specforge": SpecForgeWriter("specforge", "", ("specforge",), trainer="specforge-0.2"),
     "tensorrt-llm": TensorRtWriter("tensorrt-llm", "Eagle3", ("tensorrt-llm",)),
 }

@@ -1,21 +1,20 @@
-"""Reading checkpoints of other hands: finding their files, their tensors, and their one Llama layer."""
+"""Reading checkpoints of other hands: finding their files and their tensors."""
 
 from __future__ import annotations
 
-import copy
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor
-from transformers import LlamaConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from redraft.artifact import read_json, read_pickled, read_tensors
+from redraft.artifact import dtype_name, read_json, read_pickled, read_tensors
 from redraft.drafts.files import META_FILE
 from redraft.drafts.formats.base import CONFIG_FILE, WEIGHTS_FILE
+from redraft.drafts.formats.meaning import Reading, TensorFacts
+from redraft.drafts.formats.values import Values
 from redraft.errors import UserError
 from redraft.files import settle
 from redraft.loading.places import ADAPTER_FILE, EMBEDDED_PREFIX
@@ -24,7 +23,9 @@ Built = TypeVar("Built")
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
 INDEX_FILE = "model.safetensors.index.json"
-PICKLED = "pytorch_model*.bin"
+PICKLED = ("pytorch_model*.bin", "model*.bin")
+PICKLED_INDEX = "pytorch_model.bin.index.json"
+ADAPTER_WEIGHTS = "adapter_model"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 # Fields of the layer that a Llama config has under the same name, but for ``target_``.
@@ -38,6 +39,14 @@ LAYER_FIELDS = (
     "max_position_embeddings",
     "rms_norm_eps",
     "attention_bias",
+)
+
+# Keys that a config.json carries along and nothing is computed with.
+BOOKKEEPING = (
+    *("architectures", "transformers_version", "torch_dtype", "dtype", "use_cache", "initializer_range", "auto_map"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "attention_dropout", "pretraining_tp"),
+    *("_name_or_path", "has_no_defaults_at_init", "is_decoder", "is_encoder_decoder", "output_attentions"),
+    *("output_hidden_states", "return_dict", "chunk_size_feed_forward", "problem_type", "id2label", "label2id"),
 )
 
 # Older names of the same tensors.
@@ -69,7 +78,7 @@ class Checkpoint:
         if str(source).startswith(EMBEDDED_PREFIX):
             return cls(str(source))
         folder = fetch(source)
-        if (folder / ADAPTER_FILE).is_file():
+        if (folder / ADAPTER_FILE).is_file() and not (folder / CONFIG_FILE).is_file():
             return cls(str(source), folder)
         if (folder / META_FILE).is_file():
             return cls(str(source), folder, meta=read_json(folder / META_FILE))
@@ -111,7 +120,7 @@ def fetch(source: str | Path) -> Path:
         patterns = [CONFIG_FILE, META_FILE, "*.safetensors", INDEX_FILE]
         found = Path(snapshot_download(str(source), allow_patterns=patterns, etag_timeout=10))
         if not any(found.glob("*.safetensors")):
-            found = Path(snapshot_download(str(source), allow_patterns=[*patterns, PICKLED], etag_timeout=10))
+            found = Path(snapshot_download(str(source), allow_patterns=[*patterns, *PICKLED, PICKLED_INDEX], etag_timeout=10))
         return found
     except Exception as error:  # the hub client raises many kinds; to the user they are one
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -145,84 +154,64 @@ def weight_files(folder: Path) -> list[Path]:
 
     Raises ``UserError`` where there are none, or where an index and a whole file tell two sets of weights.
     """
-    if (folder / INDEX_FILE).is_file():
-        listed = read_json(folder / INDEX_FILE).get("weight_map")
-        if not isinstance(listed, dict) or not all(isinstance(v, str) for v in listed.values()):
-            raise UserError(f"{folder / INDEX_FILE} has no weight_map; download it again")
-        files = sorted({folder / Path(name).name for name in listed.values()})
-        if (folder / WEIGHTS_FILE).is_file() and folder / WEIGHTS_FILE not in files:
-            raise UserError(
-                f"{folder} holds {WEIGHTS_FILE} and {INDEX_FILE} with other files; delete the older weights"
-            )
-    else:
-        files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob(PICKLED))
-    if not files:
-        pickles = [entry.name for entry in sorted(folder.iterdir()) if entry.suffix in PICKLES]
-        found = f"only {', '.join(pickles[:3])}, and pickle is never run" if pickles else "no weights"
-        raise UserError(f"{folder} holds {found}; convert the weights to safetensors first")
+    safe = sorted(file for file in folder.glob("*.safetensors") if not file.name.startswith(ADAPTER_WEIGHTS))
+    old = sorted({file for pattern in PICKLED for file in folder.glob(pattern)})
+    for index, found in ((INDEX_FILE, safe), (PICKLED_INDEX, old)):
+        if (folder / index).is_file() and (found or index == INDEX_FILE):
+            return _listed(folder, index)
+        if found:
+            return found
+    pickles = [entry.name for entry in sorted(folder.iterdir()) if entry.suffix in PICKLES]
+    what = f"only {', '.join(pickles[:3])}, and pickle is never run" if pickles else "no weights"
+    raise UserError(f"{folder} holds {what}; convert the weights to safetensors first")
+
+
+def _listed(folder: Path, index: str) -> list[Path]:
+    """The files of an index. Raises ``UserError``."""
+    listed = read_json(folder / index).get("weight_map")
+    if not isinstance(listed, dict) or not listed or not all(isinstance(v, str) for v in listed.values()):
+        raise UserError(f"{folder / index} has no weight_map; download it again")
+    files = sorted({folder / Path(name).name for name in listed.values()})
+    whole = folder / index.removesuffix(".index.json")
+    if whole.is_file() and whole not in files:
+        raise UserError(f"{folder} holds {whole.name} and {index} with other files; delete the older weights")
+    absent = [file.name for file in files if not file.is_file()]
+    if absent:
+        raise UserError(f"{folder} lacks the weight file {absent[0]} that {index} lists; download it again")
     return files
 
 
-# -- the layer -------------------------------------------------------------------------------------------------------
-def check_layer(
-    raw: dict[str, Any], layer: dict[str, Any], model_types: tuple[str, ...], path: Path, more: Sequence[str] = ()
-) -> None:
-    """Raise ``UserError`` for a config whose layer no draft of ours computes; ``raw`` is the whole file at ``path``.
+# -- what all families ask of a file ---------------------------------------------------------------------------------
+def facts_of(state: Mapping[str, Tensor]) -> dict[str, TensorFacts]:
+    """Type and shape of every tensor."""
+    return {name: TensorFacts(dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in state.items()}
 
-    ``more`` are faults that a family found itself, in words.
+
+def refuse_code(checkpoint: Checkpoint, notes: list[str]) -> None:
+    """Raise ``UserError`` for a checkpoint whose layers are Python code of its own, which is never run.
+
+    The speculators package writes an entry without a name for its own config class, which says nothing of layers.
     """
-    bias, theta = layer.get("attention_bias", False), layer.get("rope_theta", 1.0)
-    rope, scaling = layer.get("rope_parameters") or {}, layer.get("rope_scaling") or {}
-    told = isinstance(rope, dict) and isinstance(scaling, dict)
-    places = (layer, rope, scaling) if told else ()
-    partial = [place["partial_rotary_factor"] for place in places if place.get("partial_rotary_factor")]
-    wanted = {
-        "model_type": (layer.get("model_type") or "llama", model_types),
-        "num_hidden_layers": (layer.get("num_hidden_layers", 1), (1,)),
-        "hidden_act": (layer.get("hidden_act") or "silu", ("silu",)),
-        "mlp_bias": (bool(layer.get("mlp_bias")), (False,)),
-        "qkv_bias": (bool(layer.get("qkv_bias", bias)), (bool(bias),)),
-        "sliding_attention": ("sliding_attention" in (layer.get("layer_types") or ()), (False,)),
-        "logit_scale": (layer.get("logit_scale") or 1.0, (1.0,)),
-        "quantization_config": (bool(raw.get("quantization_config")), (False,)),
-        "partial_rotary_factor": ((partial or [1.0])[0], (1.0,)),
-    }
-    faults = [f"{key} {value!r}" for key, (value, allowed) in wanted.items() if value not in allowed]
-    # Rotary settings that tell no one set of angles.
-    if not told:
-        faults.append(f"rotary settings {rope!r} and {scaling!r}")
-    else:
-        if any(isinstance(value, dict) for value in rope.values()):
-            faults.append("rope_parameters by kinds of layers")
-        named = [place.get("rope_type") or place.get("type") for place in (rope, scaling)]
-        kinds = {str(kind) for kind in named if kind}
-        faults += [f"rope_type {kind!r}" for kind in sorted(kinds - {"default", "su"} - set(ROPE_INIT_FUNCTIONS))]
-        if len(kinds) > 1:
-            faults.append(f"rope_parameters and rope_scaling of different types, {' and '.join(sorted(kinds))}")
-        if theta is None and not rope.get("rope_theta"):
-            faults.append("rope_theta None")
-    if faults or more:
-        raise UserError(f"{path} asks for what redraft does not compute: {', '.join([*faults, *more])}")
+    auto = checkpoint.config.get("auto_map")
+    if auto is not None and not isinstance(auto, dict):
+        raise UserError(f"{checkpoint.path} has auto_map {str(auto)[:60]!r}; an object is needed")
+    named = sorted(str(key) for key in auto or {} if key)
+    if named:
+        raise UserError(
+            f"{checkpoint.path} asks to run Python code of its own (auto_map: {named[0]}), which redraft never does; "
+            "where the draft is an ordinary one, delete auto_map from the config"
+        )
+    beside = sorted(file.name for file in checkpoint.folder.glob("*.py"))
+    if beside:
+        notes.append(f"{beside[0]} in the folder was left aside: code of a checkpoint is never run")
 
 
-def layer_fields(layer: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The fields of :class:`redraft.drafts.eagle.module.EagleConfig` that a Llama config tells. Raises ``UserError``.
-
-    Through transformers' own Llama config: engines fill absent keys with the same defaults. Rotary settings are without
-    the older key ``type`` and the older name ``su``; transformers has merged all else.
-    """
-    values = copy.deepcopy(layer)
-    values["model_type"] = "llama"
-    values["architectures"] = None
-    try:
-        llama = LlamaConfig.from_dict(values)
-    except Exception as error:  # validation raises several kinds; all mean a bad value in the file
-        raise UserError(f"{path} is not a usable config: {' '.join(str(error).split())[:200]}") from error
-    rope = {key: value for key, value in llama.rope_parameters.items() if key != "type"}
-    kind = rope.get("rope_type", "default")
-    fields = {ours: getattr(llama, ours.removeprefix("target_")) for ours in LAYER_FIELDS}
-    exact = {"rms_norm_eps": float(llama.rms_norm_eps), "attention_bias": bool(llama.attention_bias)}
-    return fields | exact | {"rope_parameters": rope | {"rope_type": "longrope" if kind == "su" else kind}}
+def note_dropped(values: Values, read: Collection[str], reading: Reading) -> None:
+    """Enter what stands in the config and is not used, but for what every checkpoint carries along."""
+    for key, value in values.values.items():
+        if key not in read and key not in BOOKKEEPING and value is not None:
+            shown = value if isinstance(value, (bool, int, float, str)) else str(value)[:60]
+            reading.take(key, shown, "dropped", values.word(key))
 
 
 def build_untrained(build: Callable[[], Built], path: Path) -> Built:

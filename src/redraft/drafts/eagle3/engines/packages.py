@@ -53,7 +53,8 @@ def speculators(config: Mapping[str, Any], tensors: Mapping[str, TensorFacts], t
         "target_hidden_size", look.meaning["hidden_size"], "derived", "hidden_size, whatever the file has"
     )
     bias = look.switch("attention_bias", False, "speculators' default", look.beside("attention_bias"))
-    look.reading.take("output_bias", bias, "derived", "attention_bias")
+    stands = any(name.endswith("o_proj.bias") for name in look.tensors)
+    look.reading.take("output_bias", bias and stands, "derived", "attention_bias; one that is not there is zero")
     look.fixed("qk_norm", kind == "qwen3", f"speculators' {kind} layers")
     _windows(look, kind)
     look.rope(Rules(partial=False), 10000.0)

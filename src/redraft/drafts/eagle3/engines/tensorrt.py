@@ -52,13 +52,13 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, TensorFacts], target: 
         look.silent("sliding windows of the file are ignored")
     look.take("target_hidden_size", look.meaning["hidden_size"], "hidden_size", top("target_hidden_size"))
     look.rope(RULES, lost="partial_rotary_factor")
-    _features(look)
+    told = _features(look)
     common.vocabulary(look, "its default: the whole vocabulary")
     common.same_vocabulary(look, target)
     look.renamed(("midlayer.", "layers.0."))
     wide = look.meaning["hidden_size"] == look.meaning["target_hidden_size"]
     look.embedding("target" if wide else "own", "target")
-    needed = common.wanted(look.meaning, "hidden_norm")
+    needed = common.wanted(look.meaning | {"taps": told}, "hidden_norm")
     if "lm_head.weight" not in look.tensors:
         look.silent("lm_head.weight is not in the file: the target's head is taken")
         needed.pop("lm_head.weight")
@@ -69,11 +69,15 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, TensorFacts], target: 
     return look.reading
 
 
-def _features(look: Look) -> None:
-    """The ids that it collects where the speculative config names none."""
+def _features(look: Look) -> tuple[int, ...]:
+    """The ids that it collects where the speculative config names none, and those that the file asks for [K]."""
     look.usual_taps("its default; eagle3_layers_to_capture of the speculative config sets others")
-    told = look.eagle.get(KEY) or [k - 1 for k in look.raw.get(KEY) or ()]
-    if told and tuple(k + 1 for k in told) != look.meaning["taps"]:
-        look.silent(f"feature ids of the file are ignored; serve with eagle3_layers_to_capture {list(told)}")
-    if len(look.meaning["taps"]) > 1:
-        common.fused_width(look, "TensorRT-LLM")
+    listed = look.eagle.get(KEY) or [k - 1 for k in look.raw.get(KEY) or ()]
+    told = tuple(int(k) + 1 for k in listed) or look.meaning["taps"]
+    if told != look.meaning["taps"]:
+        look.silent(f"feature ids of the file are ignored; serve with eagle3_layers_to_capture {[k - 1 for k in told]}")
+    if not all(1 <= k <= look.target.layers for k in told):
+        look.stop(f"features are those behind layers 1 to {look.target.layers}, and {list(told)} are asked for")
+    if len(told) > 1 and len(told) * look.meaning["target_hidden_size"] == look.meaning["hidden_size"]:
+        look.stop("TensorRT-LLM skips fc where its input is as wide as its output")
+    return told

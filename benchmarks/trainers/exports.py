@@ -1,0 +1,102 @@
+"""redraft's exports of tiny drafts with every option, for the packages that train on: do they compute the same?
+
+    python benchmarks/trainers/exports.py CASES
+
+CASES gets a target and a case for each option and each of the formats ``vllm`` (for speculators) and ``specforge``, in
+the form of ``common.py``, with our own logits; what the exporter refuses is told. ``open_exports.py``, run in an
+environment of either package, opens the cases with the package's own loader and holds its logits against ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+from typing import Any
+
+import common
+import torch
+from compare import embedding_of, unrolled
+
+from redraft.drafts.eagle3 import Eagle3Config, Eagle3Draft
+from redraft.errors import UserError
+from redraft.loading import read_facts
+from redraft.registries import EXPORTERS
+
+SHAPE: dict[str, Any] = {
+    "hidden_size": common.WIDTH,
+    "intermediate_size": 40,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "target_vocab_size": common.VOCABULARY,
+    "target_hidden_size": common.WIDTH,
+    "draft_vocab_size": 48,
+    "taps": (2, 4, 5),
+    "max_position_embeddings": 4096,
+    "rope_parameters": common.PLAIN,
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "bare": {},
+    "whole": {"draft_vocab_size": common.VOCABULARY},
+    "norm-before-residual": {"norm_before_residual": True},
+    "norm-before-fc": {"norm_before_fc": True},
+    "fc-norm": {"fc_norm": True},
+    "norm-output": {"norm_output": True},
+    "no-head-norm": {"head_norm": False},
+    "bias": {"attention_bias": True},
+    "output-bias": {"output_bias": True},
+    "fc-bias": {"fc_bias": True},
+    "qk-norm": {"qk_norm": True},
+    "qk-norm-bias": {"qk_norm": True, "attention_bias": True, "output_bias": False},
+    "layers-2": {"num_layers": 2},
+    "window": {"windows": (64,)},
+    "qk-norm-window": {"qk_norm": True, "windows": (64,)},
+    "own-embedding": {"own_embedding": True},
+    "narrow": {"own_embedding": True, "hidden_size": 24},
+    "taps-4": {"taps": (1, 3, 5, 7)},
+    "wide-heads": {"head_dim": 12},
+    "eps": {"rms_norm_eps": 1e-3},
+    **{f"rope-{name}": {"rope_parameters": rope} for name, rope in common.ROPES.items()},
+    "rope-yarn-scales": {"rope_parameters": common.ROPES["yarn"] | {"mscale": 0.7, "mscale_all_dim": 0.4}},
+    "rope-yarn-factor": {"rope_parameters": common.ROPES["yarn"] | {"attention_factor": 0.8}},
+    "rope-yarn-bounds": {"rope_parameters": common.ROPES["yarn"] | {"truncate": False}},
+}
+
+
+def make(changes: dict[str, Any]) -> Eagle3Draft:
+    """A seeded draft with these options."""
+    config = Eagle3Config(**(SHAPE | changes))
+    spread = torch.arange(common.VOCABULARY)[:: common.VOCABULARY // config.draft_vocab_size]
+    draft = Eagle3Draft(config, spread[: config.draft_vocab_size])
+    common.randomise(draft, 11)
+    return draft.eval()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", type=Path)
+    out = parser.parse_args().cases
+    out.mkdir(parents=True, exist_ok=True)
+    target = common.make_target(out)
+    facts, embedding = read_facts(str(target), tokenizer=False), embedding_of(target)
+    for option, changes in OPTIONS.items():
+        draft = make(changes)
+        ids, taps = common.inputs(draft.fc.in_features)
+        for format in ("vllm", "specforge"):
+            folder = out / f"redraft-{format}-{option}"
+            shutil.rmtree(folder, ignore_errors=True)
+            try:
+                report = EXPORTERS.get(format)(draft, folder / "checkpoint", facts)
+            except UserError as error:
+                print(f"refused  {folder.name}: {error}")
+                shutil.rmtree(folder, ignore_errors=True)
+                continue
+            about = {"trainer": "redraft", "version": format, "options": option, "taps": list(draft.taps)}
+            about["notes"] = list(report.warnings)
+            logits = unrolled(draft, embedding, ids, taps, common.STEPS)
+            common.finish_case(folder, about, ids, taps, logits, draft.vocabulary(), embedding.weight)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+#!/bin/sh
+# Makes drafts with every trainer, each in an environment of its own, and compares them.
+#
+#     sh benchmarks/trainers/run.sh ENVIRONMENTS CASES
+#
+# ENVIRONMENTS is where virtual environments are made and kept, a folder for each; CASES is where the drafts go. PYTHON
+# names the interpreter, 3.11 or newer; redraft must be installed for the python on the path. Packages that are pinned to
+# other releases of torch than the one here run on it all the same, so they are installed without what they require.
+set -eu
+
+environments=$(mkdir -p "$1" && cd "$1" && pwd)
+mkdir -p "$2"
+cases=$(cd "$2" && pwd)
+here=$(cd "$(dirname "$0")" && pwd)
+python=${PYTHON:-python3}
+
+# environment NAME PACKAGES..: makes it once
+environment() {
+    name=$1
+    shift
+    if [ ! -f "$environments/$name/made" ]; then
+        "$python" -m venv "$environments/$name"
+        "$environments/$name/bin/pip" install -q torch==2.13.0 safetensors numpy "$@"
+        touch "$environments/$name/made"
+    fi
+}
+
+# speculators RELEASE TRANSFORMERS PACKAGES..
+speculators() {
+    release=$1
+    transformers=$2
+    shift 2
+    name=speculators-$release
+    environment "$name" "transformers==$transformers" "datasets<5" pydantic pydantic-settings loguru click typer rich \
+        psutil tqdm protobuf aiohttp httpx openai
+    "$environments/$name/bin/pip" install -q --no-deps "speculators==$release" "$@"
+    "$environments/$name/bin/python" "$here/make_speculators.py" "$cases"
+}
+
+speculators 0.5.0 5.6.2
+speculators 0.6.0 5.10.2
+speculators 0.7.0 5.10.2
+speculators 0.8.1 5.16.0 hs-connectors==0.8.1
+speculators 0.9.0 5.19.0 hs-connectors==0.9.0
+
+python "$here/compare.py" "$cases" --out "$here/../results/trainers.json"

@@ -1,0 +1,137 @@
+"""Who wrote an Eagle3 checkpoint, and what its keys mean on that trainer's word.
+
+All trainers write nearly the same tensors, and several read one key of the config in ways of their own. What is known
+here was read in their code: SafeAILab's EAGLE, SpecForge 0.2 and main, speculators 0.5 to 0.9, nvidia-modelopt 0.47,
+nemo-automodel 0.7, AngelSlim 0.5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from redraft.drafts.formats.reading import Checkpoint
+from redraft.errors import UserError
+from redraft.registries import nearest
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """One trainer's word.
+
+    ``name`` is what ``--trainer`` takes and ``title`` what tables call it. ``norm_output`` says what that key means:
+    "carried", the next step takes the state behind the norm, or "head", logits are of the state behind the norm, which
+    is so where the key is absent. ``residual`` is taken where ``norm_before_residual`` is absent. ``target_layer`` says
+    that the config is the target's with a few keys changed: layer count, kind of layer, windows and experts in it are
+    the target's own and mean nothing for the draft. ``reads_part`` is whether its own layer turns a part of a head
+    where the config says so. ``differs`` says in words what its own forward does otherwise than engines.
+    """
+
+    name: str
+    title: str
+    norm_output: str = "carried"
+    residual: bool = False
+    target_layer: bool = False
+    reads_part: bool = True
+    differs: str = ""
+
+
+TRAINERS: dict[str, Trainer] = {
+    trainer.name: trainer
+    for trainer in (
+        Trainer("speculators", "speculators", residual=True),
+        Trainer("specforge-0.2", "SpecForge 0.2", norm_output="head", reads_part=False),
+        Trainer("specforge-0.3", "SpecForge 0.3", reads_part=False),
+        Trainer(
+            "modelopt",
+            "nvidia-modelopt",
+            differs="nvidia-modelopt's own layer norms the state twice, by input_layernorm and hidden_norm; engines "
+            "norm it once, by hidden_norm, which is taken",
+        ),
+        Trainer("automodel", "NeMo Automodel", target_layer=True),
+        Trainer("angelslim", "AngelSlim", reads_part=False),
+        Trainer("safeailab", "SafeAILab's EAGLE", reads_part=False),
+        Trainer("plain", "whoever writes for vLLM and SGLang"),
+    )
+}
+
+# By what the files of each are told.
+AUTOMODEL = "LlamaEagle3DraftModel"
+ANGELSLIM = "Eagle3LlamaForCausalLM"
+MODELOPT_KEYS = ("next_layer_regular", "use_input_layernorm_in_first_layer", "use_mtp_layernorm")
+# Keys that vLLM reads, and that no trainer writes whose ``norm_output`` means anything else.
+ENGINE_KEYS = ("norm_before_residual", "norm_before_fc", "use_aux_norm")
+
+ARCHITECTURES = (
+    "LlamaForCausalLMEagle3",
+    ANGELSLIM,
+    "Eagle3Speculator",
+    "Eagle3DraftModel",
+    AUTOMODEL,
+    "Eagle3Qwen3ForCausalLM",
+)
+
+
+def is_speculators(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is of the speculators format."""
+    return "speculators_model_type" in config
+
+
+def trainer_of(checkpoint: Checkpoint, asked: str | None = None) -> Trainer:
+    """Who wrote the checkpoint; ``asked`` overrules what the files tell. Raises ``UserError``.
+
+    That is raised where a key stands in the config that two trainers read in different ways, and nothing tells which
+    of them wrote it.
+    """
+    config, names = checkpoint.config, checkpoint.architectures
+    if asked is not None:
+        if asked not in TRAINERS:
+            raise UserError(f"unknown trainer {asked!r}{nearest(asked, TRAINERS)}; choose one of: {', '.join(TRAINERS)}")
+        if (asked == "speculators") != is_speculators(config):
+            raise UserError(
+                f"{checkpoint.path} is {'' if is_speculators(config) else 'not '}of the speculators format "
+                f"(speculators_model_type), which trainer {asked} does not write; leave out --trainer"
+            )
+        return TRAINERS[asked]
+    if is_speculators(config):
+        return TRAINERS["speculators"]
+    if AUTOMODEL in names:
+        return TRAINERS["automodel"]
+    eagle = config.get("eagle_config")
+    if isinstance(eagle, Mapping) and any(key in eagle for key in MODELOPT_KEYS):
+        return TRAINERS["modelopt"]
+    engines = any(config.get(key) is not None for key in ENGINE_KEYS)
+    if config.get("norm_output") is not None and not engines:
+        raise UserError(
+            f"{checkpoint.path} has norm_output {config['norm_output']!r}, which SpecForge 0.2 takes for a norm before "
+            "the head and SpecForge 0.3, vLLM and SGLang for the state that the next step takes, and nothing tells who "
+            "wrote it; name the one that trained it with --trainer specforge-0.2, specforge-0.3 or plain"
+        )
+    return TRAINERS["angelslim" if ANGELSLIM in names else "plain"]
+
+
+def title(trainer: Trainer, config: Mapping[str, Any]) -> str:
+    """What a table calls the trainer, with the version where the file tells it."""
+    version = config.get("speculators_version") if trainer.name == "speculators" else None
+    return f"{trainer.title} {version}" if isinstance(version, str) and version else trainer.title
+
+
+def refuse_switches(eagle: Mapping[str, Any]) -> list[str]:
+    """The switches of ``eagle_config`` under which neither our layer nor that of engines computes the draft."""
+    return [f"{key} {eagle[key]!r}" for key, usual in SWITCHES.items() if eagle.get(key) not in (None, usual)]
+
+
+# What our layer, and that of engines, does whatever ``eagle_config`` says.
+SWITCHES: dict[str, Any] = {
+    "use_aux_hidden_state": True,
+    "use_input_layernorm_in_first_layer": True,
+    "use_last_layernorm": True,
+    "use_mtp_layernorm": False,
+    "parallel_draft_step": 1,
+}
+
+
+def is_own(names: Collection[str]) -> bool:
+    """Whether an architecture is one of those whose drafts are read here."""
+    return bool(set(names) & set(ARCHITECTURES))

@@ -1,0 +1,1 @@
+# The package puts a copy of its own source here.
