@@ -32,7 +32,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from engine_figures import Row, beside, speeds, within_limit
+from engine_figures import Row, beside, counted, speeds
 from engine_runs import ENGINES, AbsentError, Case, Engine, Job, our_rows, version_of
 from redraft.adaptation.models import open_any, open_target, template_prompts
 from redraft.artifact import atomic_write_json, atomic_write_text, tensors_hash
@@ -164,7 +164,7 @@ def figures(
     if not any(each["rounds"] for each in served):
         raise UserError("it drafted nothing: it served the target without the draft")
     options = job.options
-    mine = within_limit(ours, options.max_new_tokens, options.gamma) if engine.within_limit else ours
+    mine = counted(ours, options.max_new_tokens, options.gamma, engine.beyond)
     found = beside(served, mine, plain)
     return found | ({"speeds": speeds(served, rows["plain"])} if options.speeds else {})
 

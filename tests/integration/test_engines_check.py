@@ -74,15 +74,20 @@ def test_a_row_counts_what_rounds_accepted():
 
 
 def test_a_round_at_the_limit_is_counted_as_the_engine_counts_it():
-    """Ten new tokens: one of prefill, three rounds of three each, and a fourth without room for a drafted token."""
-    each = figures.row("a", list(range(10)), 1.0, [2, 2, 2, 3], [3, 3, 3, 3], 3)
-    cut = figures.within_limit([each], 10, 3)[0]
-    # After two rounds seven tokens are there: the third may draft two.
-    assert cut["accepted_by_round"] == [2, 2, 2] and (cut["rounds"], cut["drafted"]) == (3, 3 + 3 + 2)
-    # With room for one more token the fourth round drafts none, with room for two it drafts one.
-    assert figures.within_limit([each], 11, 3)[0]["accepted_by_round"] == [2, 2, 2]
-    assert figures.within_limit([each], 12, 3)[0]["accepted_by_round"] == [2, 2, 2, 1]
-    assert figures.within_limit([each], 99, 3)[0] == each
+    """One token of prefill, then rounds that leave 4, 7, 10 and 14 tokens."""
+    each = figures.row("a", list(range(14)), 1.0, [2, 2, 2, 3], [3, 3, 3, 3], 3)
+
+    def rounds(limit: int, beyond: bool) -> list[int]:
+        found = figures.counted([each], limit, 3, beyond)[0]
+        assert found["ids"] == list(range(limit)) and found["rounds"] == len(found["accepted_by_round"])
+        return found["accepted_by_round"]
+
+    # With room for k tokens one kind of engine drafts k - 1, and the other three all the same.
+    assert rounds(9, False) == [2, 2, 1] and rounds(9, True) == [2, 2, 2]
+    assert rounds(10, False) == [2, 2, 2] == rounds(10, True), "a round begins where a token is wanted alone"
+    assert rounds(11, False) == [2, 2, 2] and rounds(11, True) == [2, 2, 2, 3]
+    assert rounds(12, False) == [2, 2, 2, 1] and rounds(14, False) == [2, 2, 2, 3]
+    assert figures.counted([each], 9, 3, False)[0]["drafted"] == 3 + 3 + 1
 
 
 def record(rounds: tuple[int, int], accepted: tuple[int, int], last: int = 4) -> list[dict[str, Any]]:
