@@ -57,11 +57,8 @@ def positions(rows: Sequence[Row]) -> list[Interval]:
     ]
 
 
-def beside(rows: Sequence[Row], ours: Sequence[Row], plain: Sequence[list[int]]) -> dict[str, Any]:
-    """An engine's counters beside our own, which must be counted as the engine counts.
-
-    ``plain`` are the ids of plain greedy decoding in this process.
-    """
+def beside(rows: Sequence[Row], ours: Sequence[Row]) -> dict[str, Any]:
+    """An engine's counters beside our own, which must be counted as the engine counts."""
     theirs, mine = tau(rows), tau(ours)
     told = all(each["per_position"] for each in rows if each["rounds"])
     by_position = {"ours": [each.to_dict() for each in positions(ours)]}
@@ -77,7 +74,7 @@ def beside(rows: Sequence[Row], ours: Sequence[Row], plain: Sequence[list[int]])
         "accepted": {"engine": sum(each["accepted"] for each in rows), "ours": sum(each["accepted"] for each in ours)},
         "proposed": {"engine": sum(each["drafted"] for each in rows), "ours": sum(each["drafted"] for each in ours)},
         "per_position": by_position,
-        "text_as_our_plain": sum(each["ids"] == ids for each, ids in zip(rows, plain, strict=True)),
+        "same_text": sum(each["ids"] == mine["ids"] for each, mine in zip(rows, ours, strict=True)),
         "same_counts": sum(same_counts(*pair) for pair in zip(rows, ours, strict=True)),
     }
     if all("accepted_by_round" in each for each in rows):

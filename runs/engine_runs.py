@@ -83,12 +83,10 @@ class Case:
 
 
 # -- in this process -------------------------------------------------------------------------------------------------
-def our_rows(job: Job, draft: Any | None) -> list[Row]:
-    """Plain decoding's answers, or our chain's, which go on for the length of a draft beyond the limit."""
+def our_rows(job: Job, draft: Any) -> list[Row]:
+    """Our chain's answers, which go on for the length of a draft beyond the limit. Their text is plain decoding's."""
     gamma, found = job.options.gamma, []
-    decoder = PlainDecoder(job.target) if draft is None else ChainDecoder(job.target, draft, gamma)
-    limit = job.tokens if draft is None else job.tokens + gamma
-    decoder.generate(job.prompts[0]["prompt_ids"], min(WARM_UP, job.tokens))
+    decoder, limit = ChainDecoder(job.target, draft, gamma), job.tokens + gamma
     for prompt in job.prompts:
         began = time.perf_counter()
         run = decoder.generate(prompt["prompt_ids"], limit)

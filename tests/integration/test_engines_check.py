@@ -107,14 +107,14 @@ def record(rounds: tuple[int, int], accepted: tuple[int, int], last: int = 4) ->
 
 
 def test_figures_follow_the_definitions():
-    found = figures.beside(record((4, 2), (5, 2)), record((4, 2), (5, 2)), [[*range(8), 4], [0]])
+    found = figures.beside(record((4, 2), (5, 2)), record((4, 2), (5, 2)))
     assert found["tau_engine"] == found["tau_ours"]["value"] == pytest.approx(1 + 7 / 6)
     assert found["within_interval"] and found["difference"] == 0 and found["same_counts"] == found["prompts"] == 2
-    assert found["text_as_our_plain"] == 1 and "same_rounds" not in found
+    assert found["same_text"] == 2 and "same_rounds" not in found
     assert found["per_position"]["engine"][0] == pytest.approx(7 / 6)
-    apart = figures.beside(record((4, 2), (0, 0)), record((4, 2), (5, 2)), [[0], [0]])
+    apart = figures.beside(record((4, 2), (0, 0)), record((4, 2), (5, 2), last=9))
     assert apart["tau_engine"] == 1 and not apart["within_interval"] and apart["same_counts"] == 0
-    assert apart["accepted"] == {"engine": 0, "ours": 7}
+    assert apart["accepted"] == {"engine": 0, "ours": 7} and apart["same_text"] == 0
 
 
 def test_speeds_are_paired_over_prompts():
@@ -180,7 +180,7 @@ def test_our_rounds_and_transformers_rounds_are_the_same(world):
     result = check.measure(check.prepare(options(world, "half")), console())
     found = result["engines"]["transformers"]["standalone"]
     assert found["format"] == "hf" and found["within_interval"] and found["difference"] == 0
-    assert found["text_as_our_plain"] == found["same_counts"] == found["same_rounds"] == found["prompts"] == 3
+    assert found["same_text"] == found["same_counts"] == found["same_rounds"] == found["prompts"] == 3
     assert found["accepted"]["engine"] == found["accepted"]["ours"] > 0
     assert not result["left_out"] and not result["failed"]
     shares = [each["value"] for each in found["per_position"]["ours"]]
