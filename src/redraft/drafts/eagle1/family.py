@@ -108,10 +108,7 @@ def read(
     said = values.flag("bias")
     biased = {"vllm": False, "sglang": True}.get(kind, said is not False)
     fields = layer.sizes() | layer.attention(False)
-    # EAGLE's own code has one layer; engines compute as many as there are.
     fields["num_layers"] = layer.layers()
-    if kind == "original" and fields["num_layers"] > 1:
-        layer.refuse([f"num_hidden_layers {fields['num_layers']}"])
     if any(layer.windows(fields["num_layers"])):
         layer.refuse(["sliding_attention"])
     rows = layer.size("vocab_size", EMBEDDING, 0, "target_vocab_size")
