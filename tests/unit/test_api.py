@@ -33,7 +33,9 @@ from redraft.shown import Shown, lines
 from redraft.target import Target
 
 SOURCE = Path(redraft.__file__).parents[1]
-FUNCTIONS = "adapt bench export merge open_draft open_target probe regenerate report select study train".split()
+FUNCTIONS = (
+    "adapt bench export import_draft merge open_draft open_target probe regenerate report select study train".split()
+)
 
 
 # -- the front door ----------------------------------------------------------------------------------------------------

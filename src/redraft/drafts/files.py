@@ -62,8 +62,8 @@ def read_meta(folder: str | Path, kind: str) -> dict[str, Any]:
     absent = [key for key in wanted if key not in meta]
     if absent:
         raise UserError(f"{path} lacks {', '.join(absent)}; copy the artifact again")
-    for key, kind, what in META_KINDS:
-        if not isinstance(meta.get(key, kind()), kind):
+    for key, form, what in META_KINDS:
+        if not isinstance(meta.get(key, form()), form):
             raise UserError(f"{path} has a {key} that is no {what}; copy the artifact again")
     for key in ("tensors", "by_rows"):
         if not all(isinstance(name, str) for name in meta.get(key, [])):
