@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from torch import Tensor
 
 from redraft.artifact import check_tensors
 from redraft.drafts.base import Family
+from redraft.drafts.eagle.suspects import suspects
+from redraft.drafts.eagle1.engines import READERS, meaning_of, read_as
 from redraft.drafts.eagle1.module import Eagle1Config, Eagle1Draft, fresh_eagle1
 from redraft.drafts.eagle1.writing import ARCHITECTURES, WRITERS
 from redraft.drafts.formats import others
@@ -159,6 +162,9 @@ FAMILIES.register("eagle1")(
         recognises=lambda checkpoint: kind_of(checkpoint) is not None,
         architectures=tuple(ARCHITECTURES),
         read=read,
+        suspects=suspects,
+        meaning=meaning_of,
+        readers={engine: partial(read_as, engine) for engine in READERS},
         options=("trainer",),
         check_state=check_state,
         writers=WRITERS,
