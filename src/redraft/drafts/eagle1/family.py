@@ -59,7 +59,7 @@ READ = (
     *("vocab_size", "num_hidden_layers", "bias", "quantization_config"),
 )
 ORIGINAL = "LlamaForCausalLM"
-FEW = (1, 2, 3, 4)  # layers of a draft, of which one is read; with more a checkpoint is a language model
+FEW = (1, 2, 3, 4)  # layers of a draft; with more a checkpoint is a language model
 
 
 def kind_of(checkpoint: Checkpoint) -> str | None:
@@ -107,8 +107,6 @@ def read(
     fields = layer.sizes() | layer.attention(False)
     # EAGLE's own code has one layer; engines compute as many as there are.
     fields["num_layers"] = layer.layers()
-    if kind == "original" and fields["num_layers"] > 1:
-        layer.refuse([f"num_hidden_layers {fields['num_layers']}"])
     if any(layer.windows(fields["num_layers"])):
         layer.refuse(["sliding_attention"])
     rows = layer.size("vocab_size", EMBEDDING, 0, "target_vocab_size")
