@@ -6,7 +6,7 @@
 #   PYTHON           interpreter with redraft
 #   VLLM_PYTHON      interpreter with vLLM         LLAMACPP_PYTHON   interpreter with xllamacpp
 #   OUT              output folder                 TOKENS            drafted tokens a round (3)
-#   COUNT            prompts (50)                  NEW_TOKENS        longest answer (64)
+#   COUNT            prompts (50)                  NEW_TOKENS        longest answer (48)
 #   DTYPE            float32, or bfloat16          ENGINES           transformers,vllm,llamacpp
 #   TARGET, BASE     the target, and the draft that a private part belongs to
 #   DRAFTS           "NAME=FOLDER ..."; by default the draft that the quickstart aligned, an EAGLE-1 draft and a
@@ -18,7 +18,7 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
 OUT=${OUT:-out}
 COUNT=${COUNT:-50}
-NEW_TOKENS=${NEW_TOKENS:-64}
+NEW_TOKENS=${NEW_TOKENS:-48}
 TARGET=${TARGET:-src/redraft/assets/maths-lora}
 BASE=${BASE:-src/redraft/assets/general-draft}
 WORK=$OUT/engines-check

@@ -1,7 +1,9 @@
 from redraft.adaptation.advice import ProbeResult as ProbeResult
+from redraft.adaptation.check.result import CheckResult as CheckResult
 from redraft.adaptation.models import TargetSpec as TargetSpec
 from redraft.api.runs import adapt as adapt
 from redraft.api.runs import bench as bench
+from redraft.api.runs import check as check
 from redraft.api.runs import probe as probe
 from redraft.api.runs import report as report
 from redraft.api.runs import study as study

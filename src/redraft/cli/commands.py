@@ -117,6 +117,30 @@ def probe(s: steps.ProbeSettings) -> None:
 
 
 @command(
+    "redraft check old-draft --target my-model --for vllm-0.33",
+    "redraft check old-draft --target my-model --prompts prompts.jsonl --base-target base-model",
+    "redraft check served-draft --target my-model --prompts prompts.jsonl --server http://127.0.0.1:8000 --gamma 5",
+)
+def check(s: steps.CheckSettings) -> None:
+    """Say why acceptance is low, in words, with the command that mends it.
+
+    From the file alone, what an engine will read otherwise than it was trained; with prompts, what one thing changed
+    at a time would win back; with a server, what it does otherwise than the same draft here.
+    """
+    from redraft.adaptation.models import check_output
+    from redraft.artifact import atomic_write_json
+
+    if s.json_out is not None:
+        check_output(s.json_out, ".json")
+    base = spec(s, s.base_target) if s.base_target else None
+    asked = rest(s, "draft", "base_target", "json_out")
+    found = redraft.check(s.draft, spec(s), base_target=base, **asked)
+    if s.json_out is not None:
+        atomic_write_json(s.json_out, found.to_dict())
+    found.show(console())
+
+
+@command(
     "redraft regenerate --target my-model --prompts prompts.jsonl --out responses.jsonl",
     "redraft regenerate --target my-model --prompts datasets:gsm8k@train --temperature 0 --temperature 1 --out r.jsonl",
     "redraft regenerate --target my-model --server http://127.0.0.1:8000 --prompts prompts.jsonl --out r.jsonl",

@@ -217,6 +217,33 @@ class ProbeSettings(Questioned):
     json_out: Path | None = setting(None, "also write the figures to this file", flag="--json")
 
 
+class CheckSettings(Questioned):
+    """Why acceptance is low."""
+
+    COMMAND: ClassVar[str] = "check"
+
+    draft: str = setting(..., "draft: folder in any format, or hub id", argument=True, reads="model")
+    engine: texts.EngineName | None = setting(None, "engine that is to load it: {engines}", flag="--for")
+    server: texts.Address | None = setting(None, "server of the target with this draft; its key: REDRAFT_API_KEY")
+    server_model: str | None = setting(None, "the target's name on that server")
+    base_target: str | None = setting(None, "target that the draft was made for", reads="model")
+    base_draft: str | None = setting(None, SHARED_DRAFT, reads="model")
+    limit: int = setting(16, "how many of the prompts are asked", ge=2)
+    gamma: int | None = setting(None, "drafted tokens a round: 5, or what the server was asked for", gt=0)
+    max_new_tokens: int = setting(64, "longest answer, in tokens", gt=1)
+    json_out: Path | None = setting(None, "also write everything to this file", flag="--json")
+
+    def conflicts(self) -> Iterator[str]:
+        yield from super().conflicts()
+        asked = self.prompts or self.suite
+        if self.server and not asked:
+            yield "nothing to ask the server; give --prompts FILE or --suite NAME"
+        if self.server_model and not self.server:
+            yield "--server-model names the target on a server; give --server too, or leave it out"
+        if self.base_target and not asked:
+            yield "--base-target is measured on prompts; give --prompts FILE or --suite NAME"
+
+
 class BenchSettings(Sampled, Questioned):
     """Drafts, or servers, against the fastest plain decoding."""
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from torch import Tensor
 
 from redraft.artifact import check_tensors
 from redraft.drafts.base import Family
+from redraft.drafts.eagle.suspects import suspects
+from redraft.drafts.eagle1.engines import READERS, meaning_of, read_as
 from redraft.drafts.eagle1.module import Eagle1Config, Eagle1Draft, fresh_eagle1
 from redraft.drafts.eagle1.writing import ARCHITECTURES, WRITERS
 from redraft.drafts.formats import others
@@ -105,7 +108,6 @@ def read(
     said = values.flag("bias")
     biased = {"vllm": False, "sglang": True}.get(kind, said is not False)
     fields = layer.sizes() | layer.attention(False)
-    # EAGLE's own code has one layer; engines compute as many as there are.
     fields["num_layers"] = layer.layers()
     if any(layer.windows(fields["num_layers"])):
         layer.refuse(["sliding_attention"])
@@ -157,6 +159,9 @@ FAMILIES.register("eagle1")(
         recognises=lambda checkpoint: kind_of(checkpoint) is not None,
         architectures=tuple(ARCHITECTURES),
         read=read,
+        suspects=suspects,
+        meaning=meaning_of,
+        readers={engine: partial(read_as, engine) for engine in READERS},
         options=("trainer",),
         check_state=check_state,
         writers=WRITERS,

@@ -77,7 +77,7 @@ def recognises(checkpoint: Checkpoint) -> bool:
     if not config or (named and TARGETS_NAME not in named):
         return False
     small = config.get("draft_vocab_size") is not None or config.get("num_hidden_layers", 1) in FEW
-    return small and set(TOLD_BY) <= set(read_state(checkpoint.folder, []))
+    return small and "hidden_size" in config and set(TOLD_BY) <= set(read_state(checkpoint.folder, []))
 
 
 def read(
