@@ -41,7 +41,7 @@ from redraft.adaptation.models import open_target
 from redraft.drafts.files import save_draft
 from redraft.drafts.standalone.shapes import fresh_standalone
 target = open_target(sys.argv[1], "float32", "cpu")
-kept = [layer for layer in range(target.layers) if not 8 < target.layers - layer < 13]
+kept = [layer for layer in range(target.layers) if not 4 < target.layers - layer < 9]
 save_draft(sys.argv[2], fresh_standalone(target, layers=kept), {})' "$TARGET" "$WORK/layers"
   DRAFTS="src/redraft/assets/maths-private $WORK/eagle1-run/draft $WORK/layers"
 fi
