@@ -158,15 +158,14 @@ def write_tensors(path: str | Path, state: Mapping[str, Tensor]) -> None:
         end += size
     header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     header += b" " * (-len(header) % 8)
-    new = Path(f"{path}.{os.getpid()}.new")
-    with open(new, "wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        for name in names:
-            flat = state[name].detach().cpu().contiguous().reshape(-1)
-            file.write(flat.view(torch.uint8).numpy().data)
-            del flat
-    let_others_read(new)
-    os.replace(new, path)
+    with replacing(path) as new:
+        with open(new, "wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            for name in names:
+                flat = state[name].detach().cpu().contiguous().reshape(-1)
+                file.write(flat.view(torch.uint8).numpy().data)
+                del flat
+        let_others_read(new)
 
 
 def _about(tensor: Tensor) -> tuple[str, list[int], int]:

@@ -109,7 +109,8 @@ def own_files(family: str) -> set[str]:
 def save_draft(folder: str | Path, draft: Draft, meta: Mapping[str, Any], merge: bool = False) -> None:
     """Write a whole draft. ``meta`` holds what the caller knows: method, target, tokenizer_hash, provenance.
 
-    With ``merge`` private parts are merged, one matrix at a time, as they are written. Raises ``UserError`` on NaN, a full disk, or a folder that holds other files.
+    With ``merge`` private parts are merged, one matrix at a time, as they are written. Raises ``UserError`` on NaN, a
+    full disk, or a folder that holds other files.
     """
     family = FAMILIES.get(draft.family)
     draft = draft.merged() if family.merges else draft

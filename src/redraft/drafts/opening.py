@@ -139,9 +139,7 @@ def _check_tokenizer(checkpoint: Checkpoint, target: Facts) -> None:
         raise UserError(f"{checkpoint.source} was made for another tokenizer than the target's: no token is in both")
 
 
-def _joined(
-    folder: Path, base: OpenDraft, target: Facts | None, dtype: torch.dtype | None, copy: bool
-) -> OpenDraft:
+def _joined(folder: Path, base: OpenDraft, target: Facts | None, dtype: torch.dtype | None, copy: bool) -> OpenDraft:
     """The draft that a private part makes of its base; ``copy`` of one that somebody else has."""
     shared = base.draft
     kept = next(shared.parameters()).dtype
