@@ -109,7 +109,13 @@ def run(found: list[Source], seed: int, count: int, scratch: Path, tally: Tally,
         folder = moved if isinstance(moved, Path) else folder
         verdict, why = judged(source, mutation, folder)
         tally.count(mutation.kind, verdict)
-        fault = {"seed": seed, "number": number, "source": source.name, "kind": mutation.kind, "mutation": mutation.what}
+        fault = {
+            "seed": seed,
+            "number": number,
+            "source": source.name,
+            "kind": mutation.kind,
+            "mutation": mutation.what,
+        }
         if verdict in FAULTS:
             tally.faults.append(fault | {"verdict": verdict, "why": why.replace(str(place), "PLACE")})
         if every and number % every == every - 1:

@@ -14,6 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
+# What code in a file says when it is run.
+RAN = "ran!"
+
 Path_ = tuple[str, ...]
 """Keys from the top of a JSON object to a value."""
 

@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from mutating.base import Mutation
+import torch
+
+from mutating.base import RAN, Change, Mutation
 from mutating.judging import Late, judged, within
 from mutating.sources import Source
-
+from mutating.tables import EMBEDDING
 from redraft.cli.commands import COMMANDS
 from redraft.cli.main import main
 
@@ -32,7 +34,8 @@ def arguments(source: Source, folder: Path, out: Path) -> Iterator[list[str]]:
     target = ["--target", source.facts.name]
     base = ["--base-draft", str(source.base)] if source.base else []
     if "import" in known():
-        given = [f"--trainer={source.options['trainer']}"] if "trainer" in source.options else []
+        options = {"trainer": source.options.get("trainer"), "taps": ",".join(map(str, source.options.get("taps", ())))}
+        given = [f"--{name}={value}" for name, value in options.items() if value]
         yield ["import", f"{folder}", *target, *base, *given, "--out", str(out / "import" / "draft")]
     for name in FORMATS[source.family]:
         yield ["export", f"--draft={folder}", *target, *base, "--format", name, "--out", str(out / name / "draft")]
@@ -78,6 +81,8 @@ def _verdict(
 ) -> tuple[str, str]:
     """What the end of a command tells; a refusal for another reason, as an engine's limit, is one too."""
     words = error.strip()
+    if RAN in words + said:
+        return "wrong", "code of the file was run"
     if "Traceback" in words + said or "defect" in words or code not in (0, 2):
         return "traceback", f"exit code {code}: {words[:300]}"
     left = [] if place is None or not place.parent.exists() else [p.name for p in place.parent.iterdir()]
@@ -96,6 +101,17 @@ def _verdict(
     if not (place / "redraft.json").is_file():
         return "same", ""
     # What was imported is opened again: it must still be what it was read as.
-    again = replace(mutation, expect=replace(mutation.expect, refuse=False, noted=()))
+    again = replace(
+        mutation, expect=replace(mutation.expect, refuse=False, noted=(), reads=_borrowing(source, mutation))
+    )
     verdict, why = judged(replace(source, options={}, base=None), again, place)
     return verdict, why and f"imported: {why}"
+
+
+def _borrowing(source: Source, mutation: Mutation) -> tuple[Change, ...]:
+    """What a draft may mean once it is written: one whose table is the target's, rounded, may take the target's."""
+    reads, own = mutation.expect.reads, source.state.get(EMBEDDING)
+    table = source.given.embedding.bfloat16()
+    if own is None or own.shape != table.shape or not torch.equal(own.bfloat16(), table):
+        return reads
+    return reads + tuple(replace(one, tensors={**one.tensors, EMBEDDING: source.given.embedding}) for one in reads)

@@ -47,6 +47,7 @@ BAD: dict[str, tuple[Any, ...]] = {
     "ids": (2, "2, 4, 5", [1, "2", 3], [1.0, 2.0, 3.0], [True, 2, 3], {"a": 1}, [[1]], [1, None, 3], DEEP, NAN),
     "kinds": ("full_attention", 1, True, {"a": 1}, [1], [["full_attention"]], ["chunked_attention"], DEEP, NAN),
     "object": ("x", 1, True, [1], DEEP, NAN),
+    "rope": ("x", 1, True, [1], DEEP, NAN, 0, "", [], False),
     "names": ("LlamaForCausalLM", 1, {"a": 1}, [["x"]], ["NoSuchModel"], DEEP, NAN),
 }
 ANYTHING = (None, True, "x", 7, [1], {"a": 1}, NAN, BEYOND, -1, GONE)
@@ -91,7 +92,7 @@ def _sizes(source: Source) -> dict[str, Rule]:
 
 
 def _layer(source: Source) -> dict[str, Rule]:
-    """What else describes a layer. The config of Automodel is its target's: kinds of layers there are not the draft's."""
+    """What else describes a layer. Automodel's config is its target's: kinds of layers there are not the draft's."""
     targets = source.trainer == "automodel"
     other = EITHER if targets else REFUSE
     kinds = (("gemma3", other), ("qwen3", EITHER if source.fields["qk_norm"] else other))
@@ -114,7 +115,10 @@ def _windows(source: Source) -> dict[str, Rule]:
     slides, full = ["sliding_attention"] * layers, ["full_attention"] * layers
     if source.trainer == "automodel":
         kinds: tuple[tuple[Any, Expect], ...] = ((slides, SAME), (full, SAME))
-        return {"layer_types": Rule("kinds", SAME, kinds, bad=EITHER), "sliding_window": Rule("whole", EITHER, (), EITHER)}
+        return {
+            "layer_types": Rule("kinds", SAME, kinds, bad=EITHER),
+            "sliding_window": Rule("whole", EITHER, (), EITHER),
+        }
     if not any(windows):
         return {
             "layer_types": Rule("kinds", SAME, ((full, SAME), (slides + full, REFUSE))),
@@ -171,9 +175,14 @@ def _rope(source: Source, raw: dict[str, Any]) -> dict[Path_, Rule]:
     keys: dict[Path_, Rule] = {}
     for form in forms:
         several = len(forms) > 1
-        keys[form,] = Rule("object", EITHER, (({"full_attention": dict(rope)}, REFUSE),))
+        theta = raw.get("rope_theta") or 10000.0
+        told = () if raw.get("rope_theta") else ("rope",)
+        nothing = Expect(True, (Change({"rope_parameters": {"rope_theta": theta}}),), told)
+        keys[form,] = Rule("rope", EITHER if several else nothing, (({"full_attention": dict(rope)}, REFUSE),))
         for name, value in NEW.items():
-            matters = name in (*NEEDED.get(kind, []), "rope_theta") or kind == "yarn" and not name.endswith("freq_factor")
+            matters = (
+                name in (*NEEDED.get(kind, []), "rope_theta") or kind == "yarn" and not name.endswith("freq_factor")
+            )
             if not matters or (name == "rope_theta" and form == "rope_scaling"):
                 continue
             twice = several or (name == "rope_theta" and bool(tops))
@@ -190,12 +199,16 @@ def _rope(source: Source, raw: dict[str, Any]) -> dict[Path_, Rule]:
         keys[form, "partial_rotary_factor"] = Rule("number", gone(several, partial_rotary_factor=None), ((0.5, half),))
     if tops:
         several = bool(found(raw, ("rope_parameters", "rope_theta")))
-        keys["rope_theta",] = Rule("number", gone(several, rope_theta=10000.0), ((777.0, other(several, rope_theta=777.0)),))
+        keys["rope_theta",] = Rule(
+            "number", gone(several, rope_theta=10000.0), ((777.0, other(several, rope_theta=777.0)),)
+        )
     elif not forms:
         keys["rope_theta",] = Rule("number", EITHER, ((777.0, other(False, rope_theta=777.0)),))
     if kind == "default":
         scaled = {"rope_type": "linear", "factor": 4.0}
-        keys["rope_scaling",] = Rule("object", EITHER, ((scaled, Expect(True, other(False, **scaled).reads)), ({}, EITHER)))
+        keys["rope_scaling",] = Rule(
+            "rope", EITHER, ((scaled, Expect(True, other(False, **scaled).reads)), ({}, EITHER))
+        )
     return keys
 
 
@@ -207,7 +220,9 @@ def _eagle3(source: Source) -> dict[Path_, Rule]:
     usual = source.trainer == "speculators"
     residual = fields["norm_before_residual"]
     if source.options.get("trainer") == "specforge-0.2":
-        carried = Rule("flag", may_become(head_norm=True), ((True, becomes(head_norm=True)), (False, becomes(head_norm=False))))
+        carried = Rule(
+            "flag", may_become(head_norm=True), ((True, becomes(head_norm=True)), (False, becomes(head_norm=False)))
+        )
     elif told:
         outputs = tuple((value, becomes(norm_output=value)) for value in (True, False))
         carried = Rule("flag", may_become(norm_output=False), outputs)
@@ -215,7 +230,9 @@ def _eagle3(source: Source) -> dict[Path_, Rule]:
         carried = Rule("flag", SAME, ((True, REFUSE), (False, REFUSE)))
     keys = {
         ("norm_before_residual",): Rule(
-            "flag", may_become(norm_before_residual=usual), ((not residual, becomes(norm_before_residual=not residual)),)
+            "flag",
+            may_become(norm_before_residual=usual),
+            ((not residual, becomes(norm_before_residual=not residual)),),
         ),
         ("norm_output",): carried,
         ("draft_vocab_size",): Rule("whole", EITHER, ((fields["draft_vocab_size"] - 1, REFUSE),)),
@@ -264,9 +281,11 @@ def _format(source: Source) -> dict[Path_, Rule]:
     """What tells the format, and whose code would be run."""
     speculators = "speculators_model_type" in source.raw
     named = EITHER if speculators else REFUSE
+    # Without a name the tensors may tell what it is.
+    unnamed = EITHER if speculators or source.family == "eagle3" else REFUSE
     code = {"AutoModelForCausalLM": "modeling_draft.Draft"}
     keys = {
-        ("architectures",): Rule("names", named, ((["LlamaForCausalLMMedusa"], named), ([], named)), bad=named),
+        ("architectures",): Rule("names", unnamed, ((["LlamaForCausalLMMedusa"], named), ([], unnamed)), bad=named),
         ("auto_map",): Rule("object", SAME, ((code, REFUSE), ({}, SAME))),
     }
     if speculators:
@@ -309,6 +328,7 @@ ALSO = {
     "sliding_window": ("layer_types",),
     "norm_before_residual": ("norm_output",),
     "factor": ("rope",),
+    "parallel_drafting": ("P-EAGLE",),
     "rope_type": ("rope_parameters", "rope_scaling"),
 }
 
@@ -369,12 +389,16 @@ def free_key(source: Source, rng: random.Random) -> Mutation:
 
 def twice(source: Source, rng: random.Random) -> Mutation:
     """A key that stands twice on the top level, with two values; readers take the last, who wrote it the first."""
-    flat = [key for key, value in source.raw.items() if isinstance(value, int | float | str) and (key,) in rules(source)]
+    flat = [
+        key for key, value in source.raw.items() if isinstance(value, int | float | str) and (key,) in rules(source)
+    ]
     key = rng.choice(flat or ["architectures"])
     value = source.raw[key]
     other = rng.choice([7, True, "x", None]) if rng.random() < 0.7 else value
     expect = EITHER if other == value and type(other) is type(value) else REFUSE
-    return Mutation("config: key twice", f"{key} twice, {shown(other)} first", doubled("config.json", key, other), (key,), expect)
+    return Mutation(
+        "config: key twice", f"{key} twice, {shown(other)} first", doubled("config.json", key, other), (key,), expect
+    )
 
 
 def whole_file(source: Source, rng: random.Random) -> Mutation:

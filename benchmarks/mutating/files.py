@@ -16,15 +16,15 @@ from typing import Any
 
 import numpy
 import torch
-from mutating.base import EITHER, REFUSE, SAME, Expect, Mutation
-from mutating.sources import Source
-from mutating.tables import held, saved
 from safetensors.torch import save_file
 from torch import nn
 
+from mutating.base import EITHER, RAN, REFUSE, SAME, Expect, Mutation
+from mutating.sources import Source
+from mutating.tables import held, saved
+
 INDEX = "model.safetensors.index.json"
 BIN = "pytorch_model.bin"
-RAN = "ran!"
 
 
 class Says:
@@ -81,10 +81,10 @@ def damaged(source: Source, rng: random.Random) -> Mutation:
         }
     way = rng.choice(list(ways))
     apply = lambda folder: (folder / path.name).write_bytes(ways[way])  # noqa: E731
-    return mutation("damaged", f"{path.name} {way}", apply, (path.name, *_wide(source)), REFUSE)
+    return mutation("damaged", f"{path.name} {way}", apply, (path.name, *about_files(source)), REFUSE)
 
 
-def _wide(source: Source) -> tuple[str, ...]:
+def about_files(source: Source) -> tuple[str, ...]:
     """What a refusal may name where the weights as a whole are meant: the folder stands in every message."""
     return ("weights", "safetensors", "does not exist", "file")
 
@@ -108,7 +108,7 @@ def special(source: Source, rng: random.Random) -> Mutation:
     same = SAME if way == "not there" or name in ("d2t.pt", "vocab_mapping.pt", BIN) else EITHER
     if (source.folder / name).exists() and not needed:
         same = EITHER
-    return mutation("no file", f"{name} is {way}", apply, (name, *_wide(source)), REFUSE if needed else same)
+    return mutation("no file", f"{name} is {way}", apply, (name, *about_files(source)), REFUSE if needed else same)
 
 
 def several(source: Source, rng: random.Random) -> Mutation:
@@ -139,7 +139,10 @@ def several(source: Source, rng: random.Random) -> Mutation:
         "two files, no index": (split(None), SAME),
         "two files and their index": (split({"weight_map": wrong}), SAME),
         "an index that lists one of two files": (split({"weight_map": dict.fromkeys(names, "a.safetensors")}), REFUSE),
-        "an index that lists a file that is not there": (split({"weight_map": {**listed, first: "c.safetensors"}}), REFUSE),
+        "an index that lists a file that is not there": (
+            split({"weight_map": {**listed, first: "c.safetensors"}}),
+            REFUSE,
+        ),
         "an index that lists a file elsewhere": (split({"weight_map": outside}), REFUSE),
         "an index that lists an absolute path": (split({"weight_map": {**listed, first: "/a.safetensors"}}), REFUSE),
         "an index of numbers": (split({"weight_map": dict.fromkeys(names, 1)}), REFUSE),
@@ -160,7 +163,7 @@ def several(source: Source, rng: random.Random) -> Mutation:
         expect = EITHER  # the index lists what counts
     if source.weights.suffix == ".bin" and way.startswith(("a second file", "an adapter")):
         expect = Expect(True, SAME.reads)
-    names_ = ("index.json", "missing", "more.safetensors", "a second time", "strange", *names, *_wide(source))
+    names_ = ("index", "missing", "more.safetensors", "a second time", "strange", *names, *about_files(source))
     return mutation("several", way, apply, names_, expect)
 
 
@@ -216,11 +219,14 @@ def pickled(source: Source, rng: random.Random) -> Mutation:
         "of no bytes": (then(file(state), lambda data: b""), REFUSE),
         "of words": (then(file(state), lambda data: b"not a pickle at all"), REFUSE),
         "an empty zip": (then(file(state), lambda data: b"PK\x05\x06" + bytes(18)), REFUSE),
-        "an old archive of tar": (then(file(state), lambda data: b"tensors".ljust(257, b"\x00") + b"ustar" + bytes(762)), REFUSE),
+        "an old archive of tar": (
+            then(file(state), lambda data: b"tensors".ljust(257, b"\x00") + b"ustar" + bytes(762)),
+            REFUSE,
+        ),
     }
     way = rng.choice(list(ways))
     apply, expect = ways[way]
-    return mutation("torch's older kind", way, apply, (BIN, first, "tensors", *_wide(source)), expect)
+    return mutation("torch's older kind", way, apply, (BIN, first, "tensors", *about_files(source)), expect)
 
 
 # -- maps beside the weights -------------------------------------------------------------------------------------------
@@ -293,13 +299,36 @@ def code(source: Source, rng: random.Random) -> Mutation:
 
     expect = REFUSE if asked else SAME
     if asked and source.family == "standalone":
-        expect = Expect(True, SAME.reads, ("auto_map",))  # a Llama is one whatever code lies beside it, and that is said
+        expect = Expect(
+            True, SAME.reads, ("auto_map",)
+        )  # a Llama is one whatever code lies beside it, and that is said
     return mutation("code", f"{file}{', asked for by auto_map' * asked}", apply, ("auto_map",), expect)
 
 
 NAMES = (
-    *("eagle3", "my-eagle-draft", "dflash", 'a "quoted" name', "it's", "two\nlines", "[bold]x[bold]", "[red]", "%s {0} {x}"),
-    *("$(echo x)", "`echo x`", "a;b&c|d", "-o", "--help", " spaces ", "tab\there", "\x1b[31mred", "ü-日本-😀", "\u202ereversed"),
+    *(
+        "eagle3",
+        "my-eagle-draft",
+        "dflash",
+        'a "quoted" name',
+        "it's",
+        "two\nlines",
+        "[bold]x[bold]",
+        "[red]",
+        "%s {0} {x}",
+    ),
+    *(
+        "$(echo x)",
+        "`echo x`",
+        "a;b&c|d",
+        "-o",
+        "--help",
+        " spaces ",
+        "tab\there",
+        "\x1b[31mred",
+        "ü-日本-😀",
+        "\u202ereversed",
+    ),
     *("x" * 250, "x" * 255, "not-utf8-\udcff", "embedded:nobody", "weights.safetensors", "a\\b", "*?", "~", "..."),
 )
 
@@ -322,7 +351,21 @@ def named(source: Source, rng: random.Random) -> Mutation:
     return mutation("name of the folder", shown, apply, (source.weights.name, "safetensors", "weight file"), expect)
 
 
-MAKERS = (damaged, damaged, special, special, several, several, pickled, pickled, pickled, sidecar, sidecar, code, named)
+MAKERS = (
+    damaged,
+    damaged,
+    special,
+    special,
+    several,
+    several,
+    pickled,
+    pickled,
+    pickled,
+    sidecar,
+    sidecar,
+    code,
+    named,
+)
 
 
 def drawn(source: Source, rng: random.Random) -> Iterator[Mutation]:

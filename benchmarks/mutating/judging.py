@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mutating import language
-from mutating.answers import STEPS, Answer
-from mutating.base import Change, Mutation
-from mutating.sources import Source, _fields
 from trainers.compare import decoded
 
+from mutating import language
+from mutating.answers import STEPS, Answer
+from mutating.base import RAN, Change, Mutation
+from mutating.sources import Source, fields_of
 from redraft.drafts.opening import OpenDraft
 from redraft.errors import UserError
 
@@ -33,7 +33,16 @@ FAULTS = ("wrong", "traceback", "late", "unnamed", "needless")
 
 # Fields that are not computed with on short texts, or are compared by what is computed of them.
 LOOSE = frozenset(
-    {"max_position_embeddings", "rope_parameters", "balance", "low_rank", "low_rank_alpha", "private_experts", "private_active"}
+    {
+        "max_position_embeddings",
+        "rope_parameters",
+        "own_embedding",
+        "balance",
+        "low_rank",
+        "low_rank_alpha",
+        "private_experts",
+        "private_active",
+    }
 )
 
 
@@ -60,11 +69,19 @@ def within(seconds: float) -> Iterator[None]:
 def judged(source: Source, mutation: Mutation, folder: Path) -> tuple[str, str]:
     """The verdict on what ``folder``, changed by the mutation, is opened as, and why it is a fault."""
     said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        verdict = _opened(source, mutation, folder)
+    # Whatever came of it then: files here that could be run say so.
+    return ("wrong", "code of the file was run") if RAN in said.getvalue() else verdict
+
+
+def _opened(source: Source, mutation: Mutation, folder: Path) -> tuple[str, str]:
     try:
-        with within(SECONDS), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        with within(SECONDS):
             opened = source.opened(folder)
-            fault = "" if mutation.expect.reads else "it was read"
-            verdict, why = ("wrong", fault) if fault else compared(source, mutation, opened)
+            if not mutation.expect.reads:
+                return "wrong", "it was read"
+            return compared(source, mutation, opened)
     except UserError as error:
         return _refused(mutation, str(error))
     except Late:
@@ -72,14 +89,13 @@ def judged(source: Source, mutation: Mutation, folder: Path) -> tuple[str, str]:
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         return "traceback", f"{type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno})"[:300]
-    return (verdict, why) if "ran!" not in said.getvalue() else ("wrong", "code of the file was run")
 
 
 def _refused(mutation: Mutation, text: str) -> tuple[str, str]:
     """A refusal is right where it may be, in one line that names the thing."""
     if not mutation.expect.refuse:
         return "needless", text[:300]
-    if "\n" in text or not text.strip() or len(text) > 2000:
+    if "\n" in text or not text.strip() or len(text) > 8000:
         return "unnamed", f"not one line of words: {text[:300]!r}"
     if not any(name in text for name in mutation.names):
         return "unnamed", f"none of {', '.join(mutation.names)} in: {text[:300]}"
@@ -124,7 +140,7 @@ def _differs(source: Source, change: Change, draft: Any) -> str:
             found = draft.model.eval()(source.given.ids[None]).logits[0]
         same = found.shape == wanted.shape and torch.allclose(found, wanted, atol=1e-4, rtol=1e-4)
         return "" if same else "the language model says something else"
-    answer, found = meant(source, change), _fields(draft)
+    answer, found = meant(source, change), fields_of(draft)
     for name, value in answer.fields.items():
         if name in LOOSE or name not in found:
             continue

@@ -10,6 +10,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from mutating import files, tables
 from mutating.base import (
     EITHER,
@@ -27,8 +30,6 @@ from mutating.base import (
 )
 from mutating.configs import BAD, Rule, whole_file
 from mutating.sources import Source
-from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 
 def logits(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], ids: Tensor) -> Tensor:
@@ -54,12 +55,25 @@ def rules(source: Source) -> dict[tuple[str, ...], Rule]:
         ("max_position_embeddings",): Rule("whole", EITHER, ((64, SAME), (4096, SAME))),
         ("attention_bias",): Rule("flag", EITHER, ((True, REFUSE),)),
         ("mlp_bias",): Rule("flag", EITHER, ((True, REFUSE),)),
-        ("hidden_act",): Rule("text", may_become(hidden_act="silu"), (("gelu", Expect(True, becomes(hidden_act="gelu").reads)), ("no_such_act", REFUSE))),
-        ("rope_parameters",): Rule("object", EITHER, ((new, becomes(rope_parameters=new)), ({"rope_type": "banana"}, REFUSE))),
+        ("hidden_act",): Rule(
+            "text",
+            may_become(hidden_act="silu"),
+            (("gelu", Expect(True, becomes(hidden_act="gelu").reads)), ("no_such_act", REFUSE)),
+        ),
+        ("rope_parameters",): Rule(
+            "object", EITHER, ((new, becomes(rope_parameters=new)), ({"rope_type": "banana"}, REFUSE))
+        ),
         ("rope_parameters", "rope_theta"): Rule("number", EITHER, ((777.0, becomes(rope_parameters=new)),)),
-        ("architectures",): Rule("names", REFUSE, ((["LlamaForCausalLMMedusa"], REFUSE), (["NoSuchForCausalLM"], EITHER))),
+        ("architectures",): Rule(
+            "names", REFUSE, ((["LlamaForCausalLMMedusa"], REFUSE), (["NoSuchForCausalLM"], EITHER))
+        ),
         ("model_type",): Rule("text", REFUSE, (("no_such_type", REFUSE), ("mamba", REFUSE))),
-        ("auto_map",): Rule("object", SAME, (({"AutoModelForCausalLM": "modeling_x.Model"}, Expect(True, SAME.reads, ("auto_map",))),), bad=EITHER),
+        ("auto_map",): Rule(
+            "object",
+            SAME,
+            (({"AutoModelForCausalLM": "modeling_x.Model"}, Expect(True, SAME.reads, ("auto_map",))),),
+            bad=EITHER,
+        ),
         ("quantization_config",): Rule("object", SAME, (({"quant_method": "no_such_method"}, REFUSE),)),
         ("tie_word_embeddings",): Rule("flag", SAME, ((True, REFUSE),)),
         ("a_key_of_tomorrow",): Rule("free", SAME, ((1, SAME), (None, SAME), ({"a": [1]}, SAME))),
@@ -82,7 +96,17 @@ def config(source: Source, rng: random.Random) -> Mutation:
     elif way == "good" and rule.good:
         (value, expect), kind = rng.choice(rule.good), "another value"
     what = f"{'.'.join(path)}: {shown(found(source.raw, path))} -> {shown(value)}"
-    names = (path[-1], *path[:1], "quantised", "layers.", "config", "tensors", "weights", "bias" if "bias" in path[-1] else "config", *files._wide(source))
+    names = (
+        path[-1],
+        *path[:1],
+        "quantised",
+        "layers.",
+        "config",
+        "tensors",
+        "weights",
+        "bias" if "bias" in path[-1] else "config",
+        *files.about_files(source),
+    )
     return Mutation(f"language model: {kind}", what, rewritten("config.json", path, value), names, expect)
 
 
@@ -91,7 +115,9 @@ def tensors(source: Source, rng: random.Random) -> Mutation:
     state = tables.held(source)
     name = rng.choice(list(state))
     tensor = state[name]
-    way = rng.choice(["NaN", "infinity", "shape", "transposed", "missing", "extra", "renamed", "half", "int8", "double"])
+    way = rng.choice(
+        ["NaN", "infinity", "shape", "transposed", "missing", "extra", "renamed", "half", "int8", "double"]
+    )
     expect = REFUSE
     if way in ("NaN", "infinity"):
         flat = tensor.clone().reshape(-1)
@@ -115,7 +141,6 @@ def tensors(source: Source, rng: random.Random) -> Mutation:
     what = f"{name}: {way}"
     names = (name, "strange", name.replace(".weight", ""), "tensors", "finite", "NaN")
     return Mutation("language model: tensors", what, tables.saved(state, source.weights.name), names, expect)
-
 
 
 def drawn(source: Source, rng: random.Random) -> Iterator[Mutation]:

@@ -28,7 +28,6 @@ from mutating.base import (
 )
 from mutating.configs import BAD, NEW, Rule
 from mutating.sources import Source
-
 from redraft.drafts.eagle1 import Eagle1Config
 from redraft.drafts.eagle3 import Eagle3Config
 
@@ -53,10 +52,19 @@ def rules(source: Source) -> dict[Path_, Rule]:
         default = field.default if field.default is not dataclasses.MISSING else GONE
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
-        same = default == value or (isinstance(value, list) and list(default or ()) == value if default is not GONE else False)
+        same = default == value or (
+            isinstance(value, list) and list(default or ()) == value if default is not GONE else False
+        )
         needed = name in (*SIZES, *SWITCHES, "taps", "low_rank", "low_rank_on", "output_bias", "windows")
         absent = SAME if same else REFUSE if default is GONE or needed else may_become(**{name: default})
-        if name in ("private_experts", "private_active", "shared_experts", "shared_active", "low_rank_alpha", "balance"):
+        if name in (
+            "private_experts",
+            "private_active",
+            "shared_experts",
+            "shared_active",
+            "low_rank_alpha",
+            "balance",
+        ):
             absent = SAME if same else EITHER
         if name in SIZES:
             keys[name] = Rule("whole", absent, ((value * 2 + 1, REFUSE), (1 << 40, REFUSE)))
@@ -79,7 +87,9 @@ def rules(source: Source) -> dict[Path_, Rule]:
     if source.family == "eagle3":
         taps = list(raw["taps"])
         others = [taps[0] + 1, *(k + 2 for k in taps[1:])]
-        keys["taps"] = Rule("ids", REFUSE, ((others, becomes(taps=others)), (taps[::-1], REFUSE), ([99, *taps[1:]], REFUSE)))
+        keys["taps"] = Rule(
+            "ids", REFUSE, ((others, becomes(taps=others)), (taps[::-1], REFUSE), ([99, *taps[1:]], REFUSE))
+        )
     paths: dict[Path_, Rule] = {("config", name): rule for name, rule in keys.items()}
     rope = {**fields["rope_parameters"]}
     for name in [name for name in NEW if name in rope]:
@@ -115,7 +125,9 @@ def _top(source: Source) -> dict[Path_, Rule]:
     if private:
         listed = list(source.raw["tensors"])
         keys["base_draft_hash",] = text
-        keys["tensors",] = Rule("texts", REFUSE, ((listed[1:], REFUSE), ([*listed, "norm.weight"], REFUSE), ([], REFUSE)))
+        keys["tensors",] = Rule(
+            "texts", REFUSE, ((listed[1:], REFUSE), ([*listed, "norm.weight"], REFUSE), ([], REFUSE))
+        )
         keys["by_rows",] = Rule("texts", EITHER, ((["fc.weight"], REFUSE), (["no.such"], REFUSE)))
         bent = {name: {**about, "bits": 77} for name, about in source.raw.get("coarse", {}).items()}
         keys["coarse",] = Rule("object", SAME if not bent else REFUSE, ((bent or {"fc.weight": 1}, REFUSE),))
@@ -146,7 +158,14 @@ def changed(source: Source, rng: random.Random) -> Mutation:
         (value, expect), kind = rng.choice(rule.good), "another value"
     if path == ("config", "rope_parameters") and value is None:
         expect = REFUSE
-    names = (path[-1], FILE, "rotary", *(("features", "taps") if path[-1] == "taps" else ()), source.weights.name, "vocabulary")
+    names = (
+        path[-1],
+        FILE,
+        "rotary",
+        *(("features", "taps") if path[-1] == "taps" else ()),
+        source.weights.name,
+        "vocabulary",
+    )
     names += {"kind": ("artifact", "private part"), "tensors": ("has no", "lacks")}.get(path[-1], ())
     what = f"{'.'.join(path)}: {shown(found(source.raw, path))} -> {shown(value)}"
     return Mutation(f"own format: {kind}", what, rewritten(FILE, path, value), (*names, "base draft"), expect)
@@ -161,7 +180,13 @@ def twice(source: Source, rng: random.Random) -> Mutation:
 def whole_file(source: Source, rng: random.Random) -> Mutation:
     """redraft.json that is no JSON object, or none that can be read."""
     text = (source.folder / FILE).read_bytes()
-    ways = {"empty": b"", "cut in half": text[: len(text) // 2], "a list": b"[]", "null": b"null", "no UTF-8": b"\xff" + text}
+    ways = {
+        "empty": b"",
+        "cut in half": text[: len(text) // 2],
+        "a list": b"[]",
+        "null": b"null",
+        "no UTF-8": b"\xff" + text,
+    }
     ways |= {"nested deep": b"[" * 100_000, "of 5,000 digits": DIGITS.text.encode(), "an empty object": b"{}"}
     way = rng.choice(list(ways))
 
@@ -169,5 +194,3 @@ def whole_file(source: Source, rng: random.Random) -> Mutation:
         (folder / FILE).write_bytes(ways[way])
 
     return Mutation("own format: whole file", f"{FILE} is {way}", apply, (FILE,), REFUSE)
-
-

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mutating.answers import Input
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from trainers.compare import Lender
 from transformers import LlamaConfig
 
+from mutating.answers import Input
 from redraft.drafts.files import save_draft
 from redraft.drafts.opening import OpenDraft, open_checkpoint
 from redraft.errors import UserError
@@ -85,13 +85,13 @@ class Source:
         """With what it means, as it is opened now."""
         opened = self.opened()
         draft = opened.draft.float().merged()
-        self.family, self.fields = draft.family, _fields(draft)
+        self.family, self.fields = draft.family, fields_of(draft)
         self.state = {name: tensor.clone() for name, tensor in draft.state_dict().items()}
         self.trainer = str(opened.meta.get("trainer") or "")
         return self
 
 
-def _fields(draft: Any) -> dict[str, Any]:
+def fields_of(draft: Any) -> dict[str, Any]:
     """The fields of a draft's config, also those that its file would leave out."""
     found = {name: getattr(draft.config, name) for name in type(draft.config).__dataclass_fields__}
     return found | {"taps": list(draft.taps)}
@@ -139,7 +139,11 @@ def _artifacts() -> Iterator[Source]:
     """Drafts of the own format as earlier versions wrote them, and their private parts."""
     for name in ("schema1", "eagle1", "coarse"):
         config = json.loads((ARTIFACTS / name / "draft" / "redraft.json").read_text())["config"]
-        sizes = {"hidden_size": config["hidden_size"], "num_hidden_layers": 12, "vocab_size": config["target_vocab_size"]}
+        sizes = {
+            "hidden_size": config["hidden_size"],
+            "num_hidden_layers": 12,
+            "vocab_size": config["target_vocab_size"],
+        }
         facts = Facts("", LlamaConfig(**sizes, num_attention_heads=1, max_position_embeddings=512))
         made = (facts, *_borrowed(facts))
         yield Source(f"{name} draft", ARTIFACTS / name / "draft", *made).learnt()

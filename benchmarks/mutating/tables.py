@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from mutating.base import EITHER, REFUSE, SAME, Change, Expect, Mutation
-from mutating.sources import Source
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from mutating.base import EITHER, REFUSE, SAME, Change, Expect, Mutation
+from mutating.sources import Source
 
 State = dict[str, Tensor]
 EMBEDDING = "embed_tokens.weight"
@@ -38,7 +39,9 @@ def saved(state: State, file: str) -> Callable[[Path], None]:
 
     def apply(folder: Path) -> None:
         if file.endswith(".safetensors"):
-            save_file({name: tensor.clone().contiguous() for name, tensor in state.items()}, folder / file, {"format": "pt"})
+            save_file(
+                {name: tensor.clone().contiguous() for name, tensor in state.items()}, folder / file, {"format": "pt"}
+            )
         else:
             torch.save(state, folder / file)
 
@@ -60,7 +63,11 @@ def _equal(left: Tensor, right: Tensor) -> bool:
 
 def _floats(source: Source, state: State) -> list[str]:
     """The tensors that the draft computes with."""
-    return [name for name, tensor in state.items() if tensor.is_floating_point() and (source.own or ours(name) in source.state)]
+    return [
+        name
+        for name, tensor in state.items()
+        if tensor.is_floating_point() and (source.own or ours(name) in source.state)
+    ]
 
 
 def _said(name: str) -> tuple[str, ...]:
@@ -166,7 +173,15 @@ def extra(source: Source, rng: random.Random) -> Mutation:
         more["midlayer.self_attn.q_proj.bias"] = (torch.ones(rows), REFUSE)
     name = rng.choice(list(more))
     state[name], expect = more[name]
-    names = (name.split("\n")[0] or "extra", ours(name) or "extra", ours(some), "extra", "bias", "layers", "fingerprint")
+    names = (
+        name.split("\n")[0] or "extra",
+        ours(name) or "extra",
+        ours(some),
+        "extra",
+        "bias",
+        "layers",
+        "fingerprint",
+    )
     return _put("tensors: extra", f"{name!r} added", source, state, names, expect)
 
 
@@ -176,7 +191,9 @@ def renamed(source: Source, rng: random.Random) -> Mutation:
     way = rng.choice(["one", "prefix", "layers", "swapped"])
     if way == "one":
         name = rng.choice(_floats(source, state))
-        new = rng.choice([name.upper(), f"draft.{name}", name.replace("weight", "wieght"), f"{name} ", f"module.{name}"])
+        new = rng.choice(
+            [name.upper(), f"draft.{name}", name.replace("weight", "wieght"), f"{name} ", f"module.{name}"]
+        )
         state[new] = state.pop(name)
         return _put("tensors: renamed", f"{name} -> {new}", source, state, (*_said(name), new), REFUSE)
     if way == "swapped":

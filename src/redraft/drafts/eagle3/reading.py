@@ -76,8 +76,12 @@ def recognises(checkpoint: Checkpoint) -> bool:
     config, named = checkpoint.config, checkpoint.architectures
     if not config or (named and TARGETS_NAME not in named):
         return False
-    small = config.get("draft_vocab_size") is not None or config.get("num_hidden_layers", 1) in FEW
-    return small and "hidden_size" in config and set(TOLD_BY) <= set(read_state(checkpoint.folder, []))
+    reduced = config.get("draft_vocab_size") is not None
+    if "hidden_size" not in config or not (reduced or config.get("num_hidden_layers", 1) in FEW):
+        return False
+    held = set(TOLD_BY) & set(read_state(checkpoint.folder, []))
+    # A language model has no draft vocabulary: with one, a tensor that is missing is to be told as a draft's.
+    return held == set(TOLD_BY) or (reduced and bool(held))
 
 
 def read(

@@ -204,7 +204,8 @@ class LayerReader:
         ``decide`` names who writes a count that means nothing. Raises ``UserError`` where both disagree.
         """
         found = {int(m[1]) for name in self.tensors if (m := LATER.match(name))}
-        held = next(number for number in range(1, len(found) + 2) if number not in found)  # what is behind a gap is extra
+        # What is behind a gap is extra.
+        held = next(number for number in range(1, len(found) + 2) if number not in found)
         told = self.values.whole("num_hidden_layers", most=1 << 16)
         key, take = self.values.word("num_hidden_layers"), self.reading.take
         if told is None or told == held:
@@ -329,12 +330,13 @@ class LayerReader:
                 f"rope_theta {theta} and that of rope_parameters disagree; {merged['rope_theta']} was taken, as "
                 "transformers does"
             )
-        overruled = sorted(
-            {k for place in (rope, scaling) for k, v in place.items() if k in ROPE_VALUES and v not in (None, merged.get(k))}
-        )
+        given = [(k, v) for place in (rope, scaling) for k, v in place.items() if k in ROPE_VALUES]
+        overruled = sorted({k for k, v in given if v not in (None, merged.get(k))})
         if overruled:
             taken = ", ".join(f"{key} {merged.get(key)}" for key in overruled)
-            self.reading.notes.append(f"rope_parameters and rope_scaling disagree; {taken} was taken, as transformers does")
+            self.reading.notes.append(
+                f"rope_parameters and rope_scaling disagree; {taken} was taken, as transformers does"
+            )
         told = [key for key in ("rope_parameters", "rope_scaling", "rope_theta") if self.values.get(key)]
         if not told or "rope_theta" not in {*rope, *scaling, *([] if theta is None else ["rope_theta"])}:
             self.reading.notes.append(

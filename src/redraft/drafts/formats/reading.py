@@ -91,8 +91,8 @@ class Checkpoint:
             return cls(str(source), folder, meta=meta)
         config = read_json(folder / CONFIG_FILE)
         named = config.get("architectures") or []
-        if not isinstance(named, list):
-            raise UserError(f"{folder / CONFIG_FILE} has architectures {named!r}; a list of names is needed")
+        if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+            raise UserError(f"{folder / CONFIG_FILE} has architectures {repr(named)[:60]}; a list of names is needed")
         return cls(str(source), folder, config=config)
 
     @property
