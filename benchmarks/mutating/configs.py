@@ -270,6 +270,7 @@ def _taps(source: Source, raw: dict[str, Any], taps: list[int]) -> dict[Path_, R
     if top:
         keys[inner] = Rule("ids", SAME, (([k - 1 for k in taps], SAME), ([k + 1 for k in taps], EITHER)))
     elif nested:
+        keys["eagle_config",] = Rule("object", may_become(taps=usual))
         below = tuple(([k - 1 for k in value], expect) for value, expect in wrong[:4])
         lower = [k - 1 for k in others]
         keys[inner] = Rule("ids", may_become(taps=usual), ((lower, becomes(taps=others)), *below))

@@ -6,7 +6,6 @@ import dataclasses
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from mutating.base import (
     DEEP,
@@ -66,6 +65,8 @@ def rules(source: Source) -> dict[Path_, Rule]:
             "balance",
         ):
             absent = SAME if same else EITHER
+        if name in CONFIGS[source.family].ALWAYS:
+            absent = REFUSE
         if name in SIZES:
             keys[name] = Rule("whole", absent, ((value * 2 + 1, REFUSE), (1 << 40, REFUSE)))
         elif name in SWITCHES:
@@ -77,12 +78,12 @@ def rules(source: Source) -> dict[Path_, Rule]:
         elif name == "low_rank":
             keys[name] = Rule("whole", absent, ((3, EITHER),))
     keys |= {
-        "rms_norm_eps": Rule("number", _given(raw, "rms_norm_eps", 1e-5), ((3e-2, becomes(rms_norm_eps=3e-2)),)),
-        "max_position_embeddings": Rule("whole", EITHER, ((512, EITHER), (1 << 40, EITHER))),
+        "rms_norm_eps": Rule("number", REFUSE, ((3e-2, becomes(rms_norm_eps=3e-2)),)),
+        "max_position_embeddings": Rule("whole", REFUSE, ((512, SAME), (1 << 40, REFUSE))),
         "low_rank_on": Rule("texts", SAME if not fields["low_rank_on"] else REFUSE, ((["no.such.layer"], REFUSE),)),
         "low_rank_alpha": Rule("number", EITHER),
         "balance": Rule("number", SAME),
-        "rope_parameters": Rule("object", EITHER, (({"rope_type": "banana", "rope_theta": 5.0}, REFUSE), ({}, REFUSE))),
+        "rope_parameters": Rule("object", REFUSE, (({"rope_type": "banana", "rope_theta": 5.0}, REFUSE), ({}, REFUSE))),
     }
     if source.family == "eagle3":
         taps = list(raw["taps"])
@@ -98,10 +99,6 @@ def rules(source: Source) -> dict[Path_, Rule]:
         whole = name.startswith("original")
         paths["config", "rope_parameters", name] = Rule("whole" if whole else "number", absent, ((NEW[name], changed),))
     return paths | _top(source)
-
-
-def _given(raw: dict[str, Any], name: str, default: Any) -> Expect:
-    return SAME if raw.get(name, default) == default else may_become(**{name: default})
 
 
 BAD_OWN = BAD | {"texts": ("fc", 1, [1], [["fc"]], {"fc": 1}, DEEP, NAN), "free": ()}
@@ -156,8 +153,6 @@ def changed(source: Source, rng: random.Random) -> Mutation:
         expect = EITHER if value == 0 and type(value) is int and not found(source.raw, path) else rule.bad
     elif way == "good" and rule.good:
         (value, expect), kind = rng.choice(rule.good), "another value"
-    if path == ("config", "rope_parameters") and value is None:
-        expect = REFUSE
     names = (
         path[-1],
         FILE,

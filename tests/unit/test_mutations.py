@@ -12,7 +12,7 @@ import warnings
 import pytest
 import torch
 from mutating import judging
-from mutating.base import DEEP, RAN, REFUSE, SAME, Mutation, becomes, dumped, rewritten
+from mutating.base import DEEP, GONE, RAN, REFUSE, SAME, Mutation, becomes, dumped, rewritten
 from mutating.judging import checked, judged
 from mutating.sources import ARTIFACTS, TRAINERS, sources
 from mutations import EVERY, Tally, run
@@ -229,6 +229,14 @@ def test_sizes_and_numbers_beyond_all_drafts_are_refused_before_anything_is_buil
     shutil.copytree(ARTIFACTS / "schema1" / "draft", tmp_path / "draft")
     rewritten("redraft.json", ("config", field), value)(tmp_path / "draft")
     with pytest.raises(UserError, match=field):
+        load_draft(tmp_path / "draft")
+
+
+@pytest.mark.parametrize("field", ["rope_parameters", "rms_norm_eps", "max_position_embeddings", "norm_output"])
+def test_a_record_without_what_every_file_has_is_damaged(tmp_path, field):
+    shutil.copytree(ARTIFACTS / "schema1" / "draft", tmp_path / "draft")
+    rewritten("redraft.json", ("config", field), GONE)(tmp_path / "draft")
+    with pytest.raises(UserError, match=f"lacks {field}"):
         load_draft(tmp_path / "draft")
 
 

@@ -44,6 +44,7 @@ class EagleConfig(DraftConfig):
 
     LISTS: ClassVar[tuple[str, ...]] = ("windows", *DraftConfig.LISTS)
     LATER: ClassVar[tuple[str, ...]] = ("num_layers", "windows", "qk_norm", "output_bias")
+    ALWAYS: ClassVar[tuple[str, ...]] = ("rms_norm_eps", "rope_parameters", "max_position_embeddings")
 
     hidden_size: int
     intermediate_size: int

@@ -95,7 +95,7 @@ class LayerReader:
         if values.flag("mlp_bias"):
             found.append("mlp_bias True")
         for key, neutral in NEUTRAL.items():
-            if values.get(key) not in (None, neutral):
+            if values.get(key) not in (None, neutral) or values.get(key) is True:  # true counts as 1
                 found.append(f"{key} {values.get(key)!r}")
         if values.get("quantization_config"):
             found.append(QUANTISED)
@@ -330,8 +330,8 @@ class LayerReader:
                 f"rope_theta {theta} and that of rope_parameters disagree; {merged['rope_theta']} was taken, as "
                 "transformers does"
             )
-        given = [(k, v) for place in (rope, scaling) for k, v in place.items() if k in ROPE_VALUES]
-        overruled = sorted({k for k, v in given if v not in (None, merged.get(k))})
+        told_values = [(k, v) for place in (rope, scaling) for k, v in place.items() if k in ROPE_VALUES]
+        overruled = sorted({k for k, v in told_values if v not in (None, merged.get(k))})
         if overruled:
             taken = ", ".join(f"{key} {merged.get(key)}" for key in overruled)
             self.reading.notes.append(
