@@ -16,7 +16,8 @@ from typing import Any
 
 import common
 import torch
-from compare import embedding_of, unrolled
+from compare import unrolled
+from safetensors.torch import load_file
 
 from redraft.drafts.eagle3 import Eagle3Config, Eagle3Draft
 from redraft.errors import UserError
@@ -79,7 +80,8 @@ def main() -> None:
     out = parser.parse_args().cases
     out.mkdir(parents=True, exist_ok=True)
     target = common.make_target(out)
-    facts, embedding = read_facts(str(target), tokenizer=False), embedding_of(target)
+    facts = read_facts(str(target), tokenizer=False)
+    embedding = torch.nn.Embedding.from_pretrained(load_file(target / "model.safetensors")["model.embed_tokens.weight"])
     for option, changes in OPTIONS.items():
         draft = make(changes)
         ids, taps = common.inputs(draft.fc.in_features)

@@ -72,8 +72,10 @@ def main() -> None:
     parser.add_argument("package", choices=sorted(PACKAGES))
     options = parser.parse_args()
     format, compute = PACKAGES[options.package]
-    wrong = 0
-    for folder in sorted(options.cases.glob(f"redraft-{format}-*")):
+    wrong, folders = 0, sorted(options.cases.glob(f"redraft-{format}-*"))
+    if not folders:
+        sys.exit(f"{options.cases} holds no exports for {options.package}; write them with exports.py")
+    for folder in folders:
         golden = SimpleNamespace(**load_file(folder / "golden.safetensors"))
         row: dict[str, Any] = {"case": folder.name, "package": options.package}
         try:

@@ -20,7 +20,7 @@ FAMILIES.register("eagle3")(
         options=("taps", "trainer"),
         check_state=check_state,
         writers=WRITERS | {"gguf": GgufWriter("gguf", "draft-eagle3", ("llama.cpp",))},
-        refusal="this draft reads the target's states and is no language model, which {format} is for; export it for "
-        "vllm, sglang or gguf",
+        refusal="this draft reads the target's states and is no language model, which {format} is for: transformers "
+        "takes language models alone as assistants; export it for vllm, sglang or gguf",
     )
 )
