@@ -141,7 +141,7 @@ def reference(asked: Sequence[Conversation], tokens: int, options: argparse.Name
     """tau of the old draft on the base target's answers."""
     base = open_target(BASE, options.dtype, options.device)
     draft = open_draft(DRAFT, base).draft
-    with greedy_answers(base, draft, template_prompts(asked, base, tokens), tokens) as (rows, store):
+    with greedy_answers(base, draft.taps, template_prompts(asked, base, tokens), tokens) as (rows, store):
         return walked(base, draft, rows, store, GAMMA)
 
 

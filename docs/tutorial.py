@@ -127,7 +127,7 @@ print(measured)
 # %% [markdown]
 # ## Hand it over
 #
-# The better draft in the format that the engine loads ([which file goes where](serving.md)), and a milder one that
+# The better draft in the format that the engine loads ([which file goes where](formats.md)), and a milder one that
 # takes only 70% of what was learned and keeps more of the old speed on other text.
 
 # %%

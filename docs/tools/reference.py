@@ -1,5 +1,5 @@
 """Writes the pages that follow from the code: docs/commands.md from the help of every command, docs/settings.md from
-the settings models, docs/tutorial.md from docs/tutorial.py.
+the settings models, docs/tutorial.md from docs/tutorial.py, docs/serve/options.md from the exporters (matrix.py).
 
     python docs/tools/reference.py             write them
     python docs/tools/reference.py --check     say which of them are not what the code says; exit code 1 where one is
@@ -13,6 +13,7 @@ import contextlib
 import io
 import os
 import re
+import runpy
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -230,7 +231,20 @@ def tutorial_page() -> str:
     return "\n\n".join([title, WRITTEN.format("docs/tutorial.py"), rest.strip(), *parts[1:]]) + "\n"
 
 
-PAGES = {"commands.md": commands_page, "settings.md": settings_page, "tutorial.md": tutorial_page}
+# -- what each format holds ----------------------------------------------------------------------------------------
+def options_page() -> str:
+    """Which option of a draft each format holds, as the exporters say."""
+    made = runpy.run_path(str(DOCS / "tools" / "matrix.py"))
+    page: str = made["options_page"](WRITTEN.format("what the exporters say, asked by docs/tools/matrix.py"))
+    return page
+
+
+PAGES = {
+    "commands.md": commands_page,
+    "settings.md": settings_page,
+    "tutorial.md": tutorial_page,
+    "serve/options.md": options_page,
+}
 
 
 def outdated() -> Iterator[str]:

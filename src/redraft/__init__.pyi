@@ -1,12 +1,15 @@
 from redraft.adaptation.advice import ProbeResult as ProbeResult
+from redraft.adaptation.check.result import CheckResult as CheckResult
 from redraft.adaptation.models import TargetSpec as TargetSpec
 from redraft.api.runs import adapt as adapt
 from redraft.api.runs import bench as bench
+from redraft.api.runs import check as check
 from redraft.api.runs import probe as probe
 from redraft.api.runs import report as report
 from redraft.api.runs import study as study
 from redraft.api.runs import train as train
 from redraft.api.steps import export as export
+from redraft.api.steps import import_draft as import_draft
 from redraft.api.steps import merge as merge
 from redraft.api.steps import open_draft as open_draft
 from redraft.api.steps import open_target as open_target
@@ -25,6 +28,7 @@ from redraft.registries import SUITES as SUITES
 from redraft.registries import load_plugin as load_plugin
 from redraft.reports.tables import Adapted as Adapted
 from redraft.reports.tables import Benchmark as Benchmark
+from redraft.reports.tables import Imported as Imported
 from redraft.reports.tables import Merged as Merged
 from redraft.reports.tables import Page as Page
 from redraft.reports.tables import Study as Study

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
@@ -61,6 +61,28 @@ def _whole_file(path: str | Path, fault: str, mend: str) -> tuple[dict[str, Tens
         raise UserError(f"{path} is {fault} ({error}); {mend}") from error
 
 
+def read_rows(path: str | Path, name: str, rows: int) -> Iterator[Tensor]:
+    """A table [V, H] of a safetensors file, ``rows`` at a time, through plain reads.
+
+    A mapped file counts as memory page by page, until it is closed. Raises ``UserError`` for a file that does not hold
+    the whole table.
+    """
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            entry = json.loads(file.read(length))[name]
+            kind = next(kind for kind, word in KIND_OF.items() if word == entry["dtype"])
+            (height, width), (start, end) = entry["shape"], entry["data_offsets"]
+            if end - start != height * width * kind.itemsize:
+                raise ValueError(f"{name} is not whole")
+            file.seek(8 + length + start)
+            for first in range(0, height, rows):
+                count = min(rows, height - first) * width
+                yield torch.frombuffer(bytearray(file.read(count * kind.itemsize)), dtype=kind).view(-1, width)
+    except (OSError, ValueError, LookupError, TypeError, StopIteration, RuntimeError) as error:
+        raise UserError(f"{path} does not hold the table {name} whole; copy or download it again") from error
+
+
 def read_pickled(path: str | Path) -> dict[str, Tensor]:
     """Every tensor of a file of torch's older kind (``pytorch_model.bin``), on the CPU.
 
@@ -90,7 +112,7 @@ def _unpickled(path: Path) -> Any:
     """What a file of torch's older kind holds, by torch's reader of tensors alone. Raises ``UserError``."""
     try:
         # Files of the newer layout are mapped; of others the reader makes a copy.
-        with load_settings.patch({"load.mmap": is_zipfile(path)}):
+        with load_settings.patch({"load.mmap": is_zipfile(path)}):  # type: ignore[attr-defined]
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the reader raises many kinds over a damaged or a foreign file
         raise UserError(
@@ -99,7 +121,7 @@ def _unpickled(path: Path) -> Any:
 
 
 def _plain_table(tensor: Tensor, name: str, path: Path) -> None:
-    """Raise ``UserError`` for a tensor that is no table of numbers, or repeats them and would be written at any size."""
+    """Raise ``UserError`` for a tensor that is no table of numbers, or that repeats them to any size."""
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.nbytes > path.stat().st_size:
         raise UserError(f"{path} holds {name} in a form that is no plain table; convert the weights to safetensors")
 
@@ -123,7 +145,8 @@ ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "I8", "U8", "BOOL")
 def write_tensors(path: str | Path, state: Mapping[str, Tensor]) -> None:
     """Write the tensors to one safetensors file, byte for byte the same for the same tensors.
 
-    One after the other: the library's own writer holds a copy of all of them, which are gigabytes.
+    One after the other: the library's own writer holds a copy of all of them, which are gigabytes. The file takes the
+    place of an older one only when it is whole: tensors that were read from that one may still be mapped.
     """
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # Hugging Face's loaders ask for this
     known = {name: _about(state[name]) for name in state}
@@ -135,13 +158,14 @@ def write_tensors(path: str | Path, state: Mapping[str, Tensor]) -> None:
         end += size
     header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     header += b" " * (-len(header) % 8)
-    with open(path, "wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        for name in names:
-            flat = state[name].detach().cpu().contiguous().reshape(-1)
-            file.write(flat.view(torch.uint8).numpy().data)
-            del flat
-    let_others_read(path)
+    with replacing(path) as new:
+        with open(new, "wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            for name in names:
+                flat = state[name].detach().cpu().contiguous().reshape(-1)
+                file.write(flat.view(torch.uint8).numpy().data)
+                del flat
+        let_others_read(new)
 
 
 def _about(tensor: Tensor) -> tuple[str, list[int], int]:

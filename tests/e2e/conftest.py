@@ -26,7 +26,7 @@ def world(tiny_target, tmp_path) -> Path:
         "target": {"name": "tiny", "hash": target.content_hash()},
         "tokenizer_hash": tokenizer_hash(target.tokenizer),
     }
-    save_draft(folder / "draft", fresh_draft(target, range(0, 120), seed=1), meta)
+    save_draft(folder / "draft", fresh_draft(target, range(0, 60), seed=1), meta)
     order = random.Random(0)
     prompts = [{"role": "user", "content": f"{' '.join(order.choices(WORDS, k=5))} {i}"} for i in range(40)]
     lines = [json.dumps({"id": f"p{i}", "messages": [prompt]}) for i, prompt in enumerate(prompts)]

@@ -121,7 +121,7 @@ def test_the_benchmark_says_of_it_what_it_says_of_other_drafts(target, half):
 
 
 def test_the_probe_counts_what_decoding_counts(target, half):
-    with greedy_answers(target, half, PROMPTS, 24) as (rows, store):
+    with greedy_answers(target, half.taps, PROMPTS, 24) as (rows, store):
         found = walked(target, half, rows, store, 3)
     runs = [make_decoder(target, half, ChainShape(3)).generate(prompt.ids, 24) for prompt in PROMPTS]
     decoded = sum(len(run.ids) - 1 for run in runs) / sum(len(run.rounds) for run in runs)
@@ -132,7 +132,7 @@ def test_the_probe_counts_what_decoding_counts(target, half):
 
 # -- gamma=auto --------------------------------------------------------------------------------------------------------
 def test_one_pass_gives_the_acceptance_of_every_chain(target, half):
-    with torch.inference_mode(), greedy_answers(target, half, PROMPTS, 24) as (rows, store):
+    with torch.inference_mode(), greedy_answers(target, half.taps, PROMPTS, 24) as (rows, store):
         runs = [found for _, found in half.eval().walk(target).runs(rows, store, 4)]
     taus = []
     for gamma in (1, 2, 4):

@@ -47,7 +47,7 @@ def test_tau_walks_rounds_and_does_not_average_positions():
 def test_walked_tau_is_that_of_decoding(pair):
     """Every chain length from one pass of the longest; the rounds of each are those of a real decoder."""
     target, draft, prompts = pair
-    with torch.inference_mode(), greedy_answers(target, draft, prompts, 24) as (rows, store):
+    with torch.inference_mode(), greedy_answers(target, draft.taps, prompts, 24) as (rows, store):
         runs = [found for _, found in draft.eval().walk(target).runs(rows, store, 6)]
     taus = []
     for gamma in (1, 2, 4, 6):

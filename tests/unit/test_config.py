@@ -32,6 +32,7 @@ KINDS = {kind.COMMAND: kind for kind in COMMANDS}
 NEEDED: dict[str, dict[str, Any]] = {
     "quickstart": {},
     "probe": {"target": "t", "draft": "d"},
+    "check": {"target": "t", "draft": "d"},
     "regenerate": {"target": "t", "prompts": "p", "out": "o"},
     "select": {"out": "o", "responses": "r"},
     "vocabulary": {"target": "t", "draft": "d", "responses": "r"},

@@ -40,6 +40,8 @@ HEADING = re.compile(r"^#{1,6} +(.+?) *$", re.M)
 # Options of other programs that the pages name, by program.
 OTHERS = {
     "llama.cpp": ("--spec-type", "--spec-draft-p-min"),
+    "vLLM": ("--per-request-spec-decode-metrics",),
+    "speculators": ("--from-pretrained", "--verifier-name-or-path", "--draft-vocab-size"),
     "pip": ("--no-deps",),
     "some server": ("--api-key", "--port"),
     "scripts of ours": ("--counts-only", "--drafters", "--domain", "--general", "--strength"),
@@ -128,7 +130,7 @@ def test_commands_in_blocks_parse(block: Block) -> None:
         elif words[0] in ("bash", "python") and not words[1].startswith("-"):
             assert (ROOT / words[1]).is_file(), line
         else:
-            assert words[0] in ("pip", "vllm", "llama-server", "python"), f"{block}: who runs `{line}`?"
+            assert words[0] in ("pip", "vllm", "llama-server", "trtllm-serve", "python"), f"{block}: who runs `{line}`?"
 
 
 @pytest.mark.parametrize("name", CURRENT)

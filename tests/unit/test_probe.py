@@ -69,7 +69,7 @@ def test_a_trial_measures_every_answer_once_by_a_draft_that_did_not_see_it(
 
     monkeypatch.setattr(probing, "Trainer", trainer)
     monkeypatch.setattr(probing, "simulate_greedy_chain", simulate)
-    with greedy_answers(target, draft, PROMPTS, 16) as (rows, store):
+    with greedy_answers(target, draft.taps, PROMPTS, 16) as (rows, store):
         found = trial(target, draft, rows, store, 3)
         positions = sum(map(anchors, rows))
     assert len(seen) == len(walked) == 2 and not seen[0] & walked[0] and not seen[1] & walked[1]
@@ -84,7 +84,7 @@ def test_a_trial_that_cannot_be_is_refused(target: Any) -> None:
     with pytest.raises(UserError, match="standalone.*leave --trial out"):
         check_trial(fresh_standalone(target, layers=[0]))
     draft = TOYS.make_draft("fresh", target)
-    with greedy_answers(target, draft, PROMPTS[:3], 12) as (rows, store):
+    with greedy_answers(target, draft.taps, PROMPTS[:3], 12) as (rows, store):
         with pytest.raises(UserError, match="needs 4 answers .* there are 3"):
             trial(target, draft, rows, store, 3)
         assert [len(part) for part in halves(rows)] == [2, 1]

@@ -11,6 +11,7 @@ from typing import Any
 
 from redraft import provenance
 from redraft.adaptation.bench import measure
+from redraft.adaptation.cards import run_card
 from redraft.adaptation.claim import claim_run
 from redraft.adaptation.core import Adaptation, Plan, open_old
 from redraft.adaptation.models import contestants, open_draft, open_target, prompt_rows, settle_template
@@ -25,6 +26,7 @@ from redraft.drafts.groups import trained_parameters
 from redraft.drafts.opening import AnyDraft, OpenDraft
 from redraft.errors import UserError
 from redraft.evaluate.speed import BenchConfig
+from redraft.reports.card import write_card
 from redraft.reports.page import build_report
 from redraft.rows import mix
 from redraft.selection.manifest import Manifest, choose, read_manifest
@@ -97,6 +99,7 @@ class AdaptRun(Run[AdaptConfig]):
         self.train()
         self.export()
         result = self.bench()
+        self.cards()
         self.report()
         return result
 
@@ -151,10 +154,12 @@ class AdaptRun(Run[AdaptConfig]):
         rows = self.training_rows()
         job.start(lambda: self.start_context(rows))
         job.prepare()
-        result = job.train(rows, supervised_rows(self.source.heldout)) if job.trained else None
+        heldout = supervised_rows(self.source.heldout)
+        result = job.train(rows, heldout) if job.trained else None
+        new = job.judge(heldout).kept == "new"
         job.save()
-        share, total = trained_parameters(job.draft, c.method), sum(p.numel() for p in job.draft.parameters())
-        part = self.folder / "private" / PRIVATE_FILE
+        share = trained_parameters(job.draft, c.method) if new else 0
+        total, part = sum(p.numel() for p in job.draft.parameters()), self.folder / "private" / PRIVATE_FILE
         alone = f", what was trained in {part.parent} ({part.stat().st_size / 1e6:.1f} MB)" if part.exists() else ""
         self.say(f"saved: {share:,} trained of {total:,} parameters; the draft in {self.folder / 'merged'}{alone}")
         if result:
@@ -195,6 +200,13 @@ class AdaptRun(Run[AdaptConfig]):
         atomic_write_json(path, result)
         self.say(f"bench: {len(prompts)} prompts in {time.monotonic() - began:.0f} s")
         return result
+
+    def cards(self) -> None:
+        """Those of the exports, and of the drafts that the run keeps."""
+        super().cards()
+        for name in ("merged", "private"):
+            if (self.folder / name).is_dir():
+                write_card(self.folder / name, run_card(self.folder, name, self.aligned, self.target))
 
     def report(self, page: Path | None = None, summary: Path | None = None) -> Path:
         """The HTML page of this run, with the ``summary`` of a quickstart."""

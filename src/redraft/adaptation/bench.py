@@ -38,7 +38,7 @@ from redraft.progress import progress_bar
 from redraft.settings.base import AUTO
 from redraft.settings.sampler import Sampler
 from redraft.settings.shapes import ChainShape, Shape, parse_shape
-from redraft.settings.steps import BenchSettings, ProbeSettings
+from redraft.settings.steps import BenchSettings, CheckSettings, ProbeSettings
 from redraft.target import Target
 
 # Prompts that every tree decodes (and, when the target samples, every chain).
@@ -92,7 +92,7 @@ class Questions:
     and when nothing is asked.
     """
 
-    def __init__(self, s: BenchSettings | ProbeSettings) -> None:
+    def __init__(self, s: BenchSettings | CheckSettings | ProbeSettings) -> None:
         if s.prompts is None and not s.suite:
             raise UserError("nothing to measure on; give --prompts FILE or --suite NAME")
         self.settings = s
@@ -179,7 +179,7 @@ def auto_shape(
     walked: list[list[int]] | None = None
     if longest >= 1 and (sampler is None or sampler.greedy):
         draft = draft.eval().to(target.device)
-        with torch.inference_mode(), greedy_answers(target, draft, prompts, max_new_tokens) as (rows, store):
+        with torch.inference_mode(), greedy_answers(target, draft.taps, prompts, max_new_tokens) as (rows, store):
             walked = [runs for _, runs in draft.walk(target).runs(rows, store, longest)]
     ids = [prompt.ids for prompt in prompts[:DECODED_PROMPTS]]
     return pick_shape(target, draft, ids, walked, longest, trees, sampler, greedy_drafts, max_new_tokens, seed)

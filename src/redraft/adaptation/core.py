@@ -12,11 +12,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 from redraft import provenance
+from redraft.acceptance.simulate import simulate_greedy_chain, tau_of
 from redraft.adaptation.models import open_draft
 from redraft.adaptation.runs import Log, add_forward, half, record_of, row_tokens
 from redraft.artifact import atomic_write_json, read_checked, read_json, write_checked
@@ -94,6 +95,21 @@ def run_training(trainer: Trainer, log: Log) -> TrainResult:
     return result
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """Held-out tau of the old draft and of the new one, each in the type that it would be stored in.
+
+    Of a greedy chain of ``gamma`` on the target's own answers to ``prompts`` held-out prompts. ``kept`` says which of
+    the two is saved.
+    """
+
+    old: float
+    new: float
+    gamma: int
+    prompts: int
+    kept: Literal["old", "new"]
+
+
 # -- the recipe --------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Plan:
@@ -110,7 +126,8 @@ class Adaptation:
     """One draft on its way from what it was to what it is trained to be. A killed one, done again, goes on.
 
     The steps, in this order: ``start`` (where the plan names one), ``prepare``, ``train`` (features and replay
-    included), ``save``. ``old`` stays as it is; ``draft`` is what has become of a copy of it.
+    included), ``judge`` (where what is saved must not be worse than what was given), ``save``. ``old`` stays as it is;
+    ``draft`` is what has become of a copy of it.
     """
 
     def __init__(
@@ -137,6 +154,7 @@ class Adaptation:
         self.trained: list[str] = []
         self.results: list[TrainResult] = []
         self.flops = 0
+        self.verdict: Verdict | None = None
         if store is not None:
             self.store = store
 
@@ -223,6 +241,38 @@ class Adaptation:
         self.log.say(f"replay: {found.summary()}")
         return found.weights
 
+    # -- whether it is better ----------------------------------------------------------------------------------------
+    def judge(self, heldout: Sequence[Row], tie: Literal["old", "new"] = "old") -> Verdict:
+        """Measure the old draft and the new one on held-out answers; where the new one is no better, the old one is
+        what is saved, with nothing trained. Of two that are equal, ``tie`` is.
+
+        Both are measured as they would be stored: rounding, a change told in few bits, and a start that was itself a
+        loss are in the figure, which training's own best one does not have. Raises ``UserError``.
+        """
+        self.features("features held-out", heldout)
+        gamma, count = self.plan.train.gamma, sum(map(anchors, heldout))
+        with self.log.counted("guard", 2 * count) as (entry, progress):
+
+            def tau(draft: Draft) -> float:
+                served = half(draft).float().to(self.target.device).eval().bind(self.target)
+                add_forward(entry, served, count * gamma)
+                return tau_of(simulate_greedy_chain(served, self.target, heldout, self.store, gamma), heldout)
+
+            old = tau(self.old.draft)
+            progress.update(count)
+            new = tau(self.stored[0])
+            progress.update(2 * count)
+        kept: Literal["old", "new"] = tie if new == old else "new" if new > old else "old"
+        self.verdict = found = Verdict(old, new, gamma, len(heldout), kept)
+        if found.kept == "old" and self.changed:
+            self.log.say(
+                f"the new draft's held-out tau, {found.new:.3f}, is not above the old one's, {found.old:.3f}: "
+                "the old draft is kept as it was; give more or other prompts, or another method"
+            )
+            self.started, self.draft, self.trained = StartResult(self.old.draft), copy.deepcopy(self.old.draft), []
+            self.__dict__.pop("stored")
+        return found
+
     # -- what comes of it ------------------------------------------------------------------------------------------
     @cached_property
     def stored(self) -> tuple[Draft, dict[str, Coarse]]:
@@ -238,8 +288,12 @@ class Adaptation:
         return list(dict.fromkeys([*self.trained, *self.started.changed]))
 
     def meta(self, **more: Any) -> dict[str, Any]:
-        """What the saved draft says of itself."""
-        return draft_meta(self.target, self.plan.method, self.plan.train.seed, **more)
+        """What the saved draft says of itself; of an old one that was kept, the method that it came with."""
+        method: str | None = self.plan.method
+        if self.verdict is not None:
+            more["guard"] = vars(self.verdict)
+            method = method if self.verdict.kept == "new" else self.old.meta.get("method")
+        return draft_meta(self.target, method, self.plan.train.seed, **more)
 
     def save(self) -> None:
         """``private`` in the folder with only what was trained, and ``merged``, the whole.

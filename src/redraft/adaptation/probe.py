@@ -79,16 +79,16 @@ def greedy_rows(
 @contextmanager
 def greedy_answers(
     target: Target,
-    draft: Draft,
+    taps: Sequence[int],
     prompts: Sequence[Prompt],
     max_new_tokens: int,
     progress: Callable[..., None] | None = None,
 ) -> Iterator[tuple[list[Row], FeatureStore | None]]:
-    """The target's greedy answers and their features; none of those for a draft that reads text alone."""
-    if not draft.taps:
+    """The target's greedy answers and their features at ``taps``; none of those where there are no taps."""
+    if not taps:
         yield greedy_rows(target, prompts, max_new_tokens, progress), None
         return
-    target.tap(draft.taps)
+    target.tap(taps)
     with tempfile.TemporaryDirectory(prefix="redraft-probe-", ignore_cleanup_errors=True) as folder:
         store = FeatureStore(Path(folder), {})
         rows = greedy_rows(target, prompts, max_new_tokens, progress, store)
@@ -205,7 +205,7 @@ def probe(
         say(f"this takes about {duration(max(1.0, seconds))} here, less where answers end early{shorter}")
     share: float | None = None
     tried: Trial | None = None
-    with greedy_answers(target, draft, prompts, max_new_tokens, progress) as (rows, store):
+    with greedy_answers(target, draft.taps, prompts, max_new_tokens, progress) as (rows, store):
         tau = walked(target, draft, rows, store, gamma)
         length = sum(len(row.response_ids) for row in rows) / len(rows)
         if store is not None:  # a draft that reads text alone says every token, and no trial adapts it
@@ -213,7 +213,7 @@ def probe(
             share = coverage(draft, rows, gamma).share
     timed = advice.round_cost(targets, draft, prompts[:TIMED_PROMPTS], gamma)
     if base is not None:
-        with greedy_answers(base, draft, prompts, max_new_tokens, progress) as (rows, store):
+        with greedy_answers(base, draft.taps, prompts, max_new_tokens, progress) as (rows, store):
             reference = walked(base, draft, rows, store, gamma)
         where = "on the base target's own answers to the same prompts"
     measured = reference["value"] if reference is not None and base is not None else None

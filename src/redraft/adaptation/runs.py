@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from redraft import provenance
+from redraft.adaptation.cards import run_card
 from redraft.adaptation.merged_target import adapter_note, served
 from redraft.adaptation.models import open_target, tell_about
 from redraft.data.store import Row, read_rows
@@ -23,6 +24,7 @@ from redraft.drafts.formats.base import check_export
 from redraft.progress import Progress, progress_bar
 from redraft.provenance import Entry, Ledger
 from redraft.registries import EXPORTERS
+from redraft.reports.card import write_card
 from redraft.rows import anchors, whole_length
 from redraft.settings.runs import AdaptConfig, DistillConfig
 from redraft.target import Head, Target
@@ -100,6 +102,7 @@ class Run(Generic[Settings]):
         self.config: Settings = config
         self.say, self.folder = say, config.out
         self.log = Log(Ledger.load(self.folder / "ledger.json"), say)
+        self.serve: dict[str, str] = {}  # by format, the command that serves what was exported
 
     @property
     def ledger(self) -> Ledger:
@@ -147,7 +150,20 @@ class Run(Generic[Settings]):
                 self.say(f"note on {folder}: {warning}")
             line = served(report.serve, self.config.target, self.config.adapter)
             self.say(f"export {name}: {folder}; serve with: {line}")
+            self.serve[name] = line
             found.append(folder)
+        self.cards()
         if found and (note := adapter_note(self.config.target, self.config.adapter)):
             self.say(f"note: {note}")
         return found
+
+    def cards(self) -> None:
+        """Write what is known so far onto the model card of every export. Raises ``UserError``."""
+        for name, line in self.serve.items():
+            card = run_card(self.folder, name, self.aligned, self.target, [*self.merging(), line])
+            write_card(self.folder / f"export-{name}", card)
+
+    def merging(self) -> list[str]:
+        """The command that must come before serving, where the target is an adapter."""
+        note = adapter_note(self.config.target, self.config.adapter)
+        return [note.split("`")[1]] if note else []

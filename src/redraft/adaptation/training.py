@@ -102,6 +102,7 @@ def train_old(spec: TargetSpec, draft: AnyDraft, s: TrainSettings, say: Say = pr
     job.prepare()
     job.features("features", [*rows, *heldout])
     result = job.train(rows, heldout)
+    job.judge(heldout, tie="new")  # then nothing was lost, and the part that was asked for is there
     job.save()
     atomic_write_json(s.out / "train.json", asdict(result))
     return result

@@ -10,6 +10,8 @@ from redraft.adaptation import probe as probing
 from redraft.adaptation.adapt import AdaptRun
 from redraft.adaptation.advice import ProbeResult
 from redraft.adaptation.bench import Questions, bench_files
+from redraft.adaptation.check.result import CheckResult
+from redraft.adaptation.check.run import check_draft
 from redraft.adaptation.models import AnyTarget, TargetSpec, contestants, open_any
 from redraft.adaptation.server_bench import bench_servers_on
 from redraft.adaptation.study.figures import write_full, write_tables
@@ -23,7 +25,7 @@ from redraft.reports import build_report, headline_png
 from redraft.reports.tables import Adapted, Benchmark, Page, Study, Trained
 from redraft.settings.base import merged, read, underscored
 from redraft.settings.runs import AdaptConfig
-from redraft.settings.steps import BenchSettings, ProbeSettings, ReportSettings, TrainSettings
+from redraft.settings.steps import BenchSettings, CheckSettings, ProbeSettings, ReportSettings, TrainSettings
 from redraft.settings.studies import StudyConfig, read_study
 
 
@@ -185,6 +187,37 @@ def _counting(progress: Progress) -> Callable[..., None]:
         progress.update(before + done, **fields)
 
     return update
+
+
+def check(
+    draft: AnyDraft,
+    target: AnyTarget,
+    *,
+    engine: str | None = None,
+    prompts: Place | None = None,
+    suite: Sequence[str] = (),
+    data: Place | None = None,
+    server: str | None = None,
+    server_model: str | None = None,
+    base_target: AnyTarget | None = None,
+    base_draft: AnyDraft | None = None,
+    limit: int = 16,
+    gamma: int | None = None,
+    max_new_tokens: int = 64,
+    seed: int = 0,
+) -> CheckResult:
+    """Why acceptance is low: the likeliest cause in words, with the command that mends it.
+
+    ``engine`` is whose reading of the file is laid beside its trainer's (``vllm-0.33``, ``sglang``, ...). With
+    ``prompts``, ``limit`` of them are answered by the target, and the draft is walked over the answers as the file says
+    and with one thing changed at a time. ``server`` is the address of a server of the same pair, whose counters are
+    laid beside that; ``base_target`` is the model that the draft was made for.
+
+        found = redraft.check("old-draft", target, prompts="prompts.jsonl")
+        found.cause, found.findings[0].mend
+    """
+    s, spec = checked(CheckSettings, locals()), TargetSpec.of(target)
+    return check_draft(s, spec, draft, TargetSpec.of(base_target) if base_target is not None else None)
 
 
 def bench(

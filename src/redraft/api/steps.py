@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from redraft.adaptation import models
+from redraft.adaptation.cards import export_card
 from redraft.adaptation.models import AnyTarget, TargetSpec, check_output, open_any, prompt_rows, target_info
 from redraft.adaptation.runs import half, supervised_rows
 from redraft.artifact import atomic_write_text
@@ -17,20 +19,21 @@ from redraft.data.regenerate import InProcessEngine, RegenerationReport, ServerE
 from redraft.data.regenerate import regenerate as answer
 from redraft.data.shapes import row_of
 from redraft.data.store import encode_row
-from redraft.drafts.base import Draft
 from redraft.drafts.files import save_draft
 from redraft.drafts.formats.base import ExportReport
+from redraft.drafts.formats.meaning import Reading
 from redraft.drafts.opening import AnyDraft, OpenDraft, open_checkpoint
 from redraft.drafts.scaling import scale_change
 from redraft.errors import UserError
 from redraft.loading import load_tokenizer, quiet
 from redraft.progress import progress_bar
 from redraft.registries import EXPORTERS, FAMILIES
-from redraft.reports.tables import Merged
+from redraft.reports.card import write_card
+from redraft.reports.tables import Imported, Merged
 from redraft.selection.manifest import Manifest, choose
 from redraft.selection.states import scoring_context
 from redraft.settings.base import Settings
-from redraft.settings.steps import ExportSettings, MergeSettings, RegenerateSettings, SelectSettings
+from redraft.settings.steps import ExportSettings, ImportSettings, MergeSettings, RegenerateSettings, SelectSettings
 from redraft.settings.texts import parse_scorer
 from redraft.target import Facts, Target
 
@@ -178,6 +181,44 @@ def _write_kept(manifest: Manifest, rows: Sequence[Any], asked: Sequence[Convers
     atomic_write_text(keep, prompts if asked else b"".join(map(encode_row, manifest.apply(rows))).decode())
 
 
+def import_draft(
+    source: Place,
+    out: Place,
+    *,
+    target: AnyTarget | None = None,
+    taps: Sequence[int] = (),
+    trainer: str | None = None,
+) -> Imported:
+    """Read a draft as the trainer that wrote it means it, and write it in redraft's own format.
+
+    The result says of every value where it comes from; what redraft does not compute is refused by its name.
+    ``target`` tells what the file leaves to it, and must fit; ``taps`` and ``trainer`` overrule what the file tells.
+
+        print(redraft.import_draft("someones-draft", "draft", target="my-model"))
+    """
+    s, info = checked(ImportSettings, locals()), None if target is None else target_info(target)
+    options: dict[str, Any] = {"taps": s.taps or None, "trainer": s.trainer}
+    found = open_checkpoint(s.source, info, needs_target=False, **options)
+    draft, reading = found.draft, found.reading or Reading("redraft")
+    if info is not None:
+        draft = draft.borrowing(info)
+    named = (
+        {"name": info.name, "hash": None} if info is not None else {"name": found.meta.get("verifier"), "hash": None}
+    )
+    entries = [{**entry.__dict__, "value": plain(entry.value)} for entry in reading.entries]
+    origin = {"source": s.source, "trainer": reading.reader, "entries": entries, "notes": list(reading.notes)}
+    save_draft(s.out, draft, {"method": found.meta.get("method"), "target": named, "imported": origin})
+    size = sum(parameter.numel() for parameter in draft.parameters())
+    stored = sum(tensor.numel() * tensor.element_size() for tensor in draft.stored().values())
+    notes = tuple(found.meta.get("notes", []))
+    return Imported(s.out, s.source, draft.family, reading.reader, size, stored, tuple(entries), notes)
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON holds it."""
+    return list(value) if isinstance(value, tuple) else value
+
+
 def merge(
     private: AnyDraft, base_draft: AnyDraft, out: Place, *, target: AnyTarget | None = None, scale: float = 1.0
 ) -> Merged:
@@ -188,22 +229,23 @@ def merge(
         redraft.merge("run/private", "old-draft", "merged", scale=0.7)
     """
     s, info = checked(MergeSettings, locals()), None if target is None else target_info(target)
-    draft, meta = _read(private, info, base_draft)
+    found = _read(private, info, base_draft)
+    draft, meta = found.draft, found.meta
     kept = {key: meta[key] for key in ("method", "target", "tokenizer_hash", "provenance") if key in meta}
     origin = {"merged_from": {"base": s.base_draft, "private": s.private, "scale": s.scale}}
     if s.scale != 1:
-        draft = scale_change(draft, _read(base_draft, info)[0], s.scale)
+        draft = scale_change(draft, _read(base_draft, info).draft, s.scale)
     save_draft(s.out, draft, kept | origin, merge=True)
     # Experts become a part of the matrices beside them, low-rank updates are added to theirs.
     parameters = sum(p.numel() for name, p in draft.named_parameters() if ".low_rank." not in name)
     return Merged(s.out, parameters, kept.get("method"))
 
 
-def _read(draft: AnyDraft, info: Facts | None, base_draft: AnyDraft | None = None) -> tuple[Draft, dict[str, Any]]:
+def _read(draft: AnyDraft, info: Facts | None, base_draft: AnyDraft | None = None) -> OpenDraft:
     """A draft in the types of its file; an opened one, which is in float32, in those that drafts are stored in."""
     found = open_checkpoint(draft, info, base_draft)
     opened = isinstance(draft, OpenDraft) or isinstance(base_draft, OpenDraft)
-    return (half(found.draft) if opened else found.draft), found.meta
+    return replace(found, draft=half(found.draft)) if opened else found
 
 
 def export(
@@ -211,16 +253,19 @@ def export(
 ) -> ExportReport:
     """Write a draft in the ``format`` of an engine, complete or not at all; refused where it would compute otherwise.
 
-    The report says the command that serves it, with ``gamma`` drafted tokens a round.
+    A model card with what is known of the draft lies beside it. The report says the command that serves it, with
+    ``gamma`` drafted tokens a round.
 
         print(redraft.export("run/merged", "my-model", "vllm", "draft-for-vllm").serve)
     """
     s = checked(ExportSettings, locals())
     exporter, info = EXPORTERS.get(s.format), target_info(target)
-    found, _ = _read(draft, info, base_draft)
-    if not FAMILIES.get(found.family).reads_states and info.tokenizer is None:
+    found = _read(draft, info, base_draft)
+    if not FAMILIES.get(found.draft.family).reads_states and info.tokenizer is None:
         # A model by itself must speak as the target does, down to its special tokens.
         with quiet():
             info = copy.copy(info)
             info.tokenizer = load_tokenizer(info.name)
-    return exporter(found, s.out, info, speculative_tokens=s.gamma)
+    written = exporter(found.draft, s.out, info, speculative_tokens=s.gamma)
+    write_card(written.folder, export_card(found, written, info))
+    return written

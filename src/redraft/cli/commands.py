@@ -117,6 +117,30 @@ def probe(s: steps.ProbeSettings) -> None:
 
 
 @command(
+    "redraft check old-draft --target my-model --for vllm-0.33",
+    "redraft check old-draft --target my-model --prompts prompts.jsonl --base-target base-model",
+    "redraft check served-draft --target my-model --prompts prompts.jsonl --server http://127.0.0.1:8000 --gamma 5",
+)
+def check(s: steps.CheckSettings) -> None:
+    """Say why acceptance is low, in words, with the command that mends it.
+
+    From the file alone, what an engine will read otherwise than it was trained; with prompts, what one thing changed
+    at a time would win back; with a server, what it does otherwise than the same draft here.
+    """
+    from redraft.adaptation.models import check_output
+    from redraft.artifact import atomic_write_json
+
+    if s.json_out is not None:
+        check_output(s.json_out, ".json")
+    base = spec(s, s.base_target) if s.base_target else None
+    asked = rest(s, "draft", "base_target", "json_out")
+    found = redraft.check(s.draft, spec(s), base_target=base, **asked)
+    if s.json_out is not None:
+        atomic_write_json(s.json_out, found.to_dict())
+    found.show(console())
+
+
+@command(
     "redraft regenerate --target my-model --prompts prompts.jsonl --out responses.jsonl",
     "redraft regenerate --target my-model --prompts datasets:gsm8k@train --temperature 0 --temperature 1 --out r.jsonl",
     "redraft regenerate --target my-model --server http://127.0.0.1:8000 --prompts prompts.jsonl --out r.jsonl",
@@ -194,6 +218,26 @@ def train(s: steps.TrainSettings) -> None:
 def adapt(s: AdaptConfig) -> None:
     """Everything in one go: regenerate, select, train, export, bench and report. Stop it and resume it at will."""
     redraft.adapt(say=say, **{name: getattr(s, name) for name in s.model_fields_set}).show(console())
+
+
+@command(
+    "redraft import someones-draft --target my-model --out draft",
+    "redraft import some-org/public-draft --target my-model --trainer specforge-0.2 --out draft --json read.json",
+)
+def import_(s: steps.ImportSettings) -> None:
+    """Read a draft as the trainer that wrote it means it, and say of every value where it comes from.
+
+    What redraft does not compute is refused by its name, and nothing is written.
+    """
+    from redraft.adaptation.models import check_output
+    from redraft.artifact import atomic_write_json
+
+    if s.json_out is not None:
+        check_output(s.json_out, ".json")
+    found = redraft.import_draft(s.source, s.out, target=s.target, taps=s.taps, trainer=s.trainer)
+    if s.json_out is not None:
+        atomic_write_json(s.json_out, found.to_dict())
+    found.show(console())
 
 
 @command(

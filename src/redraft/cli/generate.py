@@ -22,7 +22,7 @@ from redraft.cli.plans import announce, check_places, refuse_overwriting
 from redraft.errors import UserError
 from redraft.registries import EXPORTERS, LOSSES, SCORERS, STARTS, SUITES
 from redraft.settings.base import BlockOf, Settings, choices, read
-from redraft.settings.texts import parse_template_args
+from redraft.settings.texts import ENGINES, parse_template_args
 from redraft.settings.training import METHODS
 
 CHOICES: dict[str, Callable[[], list[str]]] = {
@@ -32,11 +32,12 @@ CHOICES: dict[str, Callable[[], list[str]]] = {
     "{methods}": lambda: list(METHODS),
     "{starts}": STARTS.names,
     "{suites}": SUITES.names,
+    "{engines}": lambda: list(ENGINES),
 }
 PANELS = {
     "Target": "target adapter base_target template_arg server server_model server_only",
-    "Draft": "draft base_draft private method private_width rank family vocabulary from_nothing start size layers "
-    "embeddings tied from_layers scale",
+    "Draft": "source draft engine base_draft trainer taps private method private_width rank family vocabulary "
+    "from_nothing start size layers embeddings tied from_layers scale",
     "Text": "results config prompts prompt responses eval_prompts suite data limit trained_on text text_field heldout "
     "heldout_responses heldout_prompts heldout_text heldout_share text_share general general_share selection scorer "
     "budget select_on order temperature temperatures top_p top_k max_new_tokens",

@@ -300,6 +300,10 @@ class Family:
 
     Engines: ``writers`` has a :class:`redraft.drafts.formats.base.Writer` for each format; ``refusal`` is what is said
     of a ``{format}`` that is not among them.
+
+    Causes: ``suspects`` is a :data:`redraft.drafts.suspects.Suspecting`, what may be read wrongly of a draft;
+    ``meaning(config)`` says in fields what a draft means, and ``readers`` has for each engine how it reads a file:
+    ``reader(config, tensors, target)`` gives a :class:`redraft.drafts.formats.meaning.Reading`.
     """
 
     name: str
@@ -324,6 +328,10 @@ class Family:
 
     writers: Mapping[str, Any] = field(default_factory=dict)
     refusal: str = "drafts of this family are not written as {format}"
+
+    suspects: Callable[..., Any] = lambda *_: iter(())
+    meaning: Callable[[Any], dict[str, Any]] = lambda config: dict(config.to_dict())
+    readers: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
 
 
 def fresh(family: str, target: Any, vocabulary: Sequence[int], seed: int = 0) -> Draft:

@@ -62,8 +62,8 @@ def read_meta(folder: str | Path, kind: str) -> dict[str, Any]:
     absent = [key for key in wanted if key not in meta]
     if absent:
         raise UserError(f"{path} lacks {', '.join(absent)}; copy the artifact again")
-    for key, kind, what in META_KINDS:
-        if not isinstance(meta.get(key, kind()), kind):
+    for key, form, what in META_KINDS:
+        if not isinstance(meta.get(key, form()), form):
             raise UserError(f"{path} has a {key} that is no {what}; copy the artifact again")
     for key in ("tensors", "by_rows"):
         if not all(isinstance(name, str) for name in meta.get(key, [])):
@@ -109,7 +109,8 @@ def own_files(family: str) -> set[str]:
 def save_draft(folder: str | Path, draft: Draft, meta: Mapping[str, Any], merge: bool = False) -> None:
     """Write a whole draft. ``meta`` holds what the caller knows: method, target, tokenizer_hash, provenance.
 
-    With ``merge`` private parts are merged, one matrix at a time, as they are written. Raises ``UserError`` on NaN, a full disk, or a folder that holds other files.
+    With ``merge`` private parts are merged, one matrix at a time, as they are written. Raises ``UserError`` on NaN, a
+    full disk, or a folder that holds other files.
     """
     family = FAMILIES.get(draft.family)
     draft = draft.merged() if family.merges else draft

@@ -87,14 +87,14 @@ def _measure(
     for concurrency in sorted(config.concurrencies):
         for session in sessions:
             session.warm(prompts, concurrency)
-            _check_counters(session)
+            check_counters(session)
         if concurrency == 1:
             found = paired(sessions, prompts, done)
         else:
             found = {session.name: session.level(prompts, concurrency, done) for session in sessions}
         for session in sessions:
             session.levels[concurrency] = found[session.name]
-            _check_level(session, found[session.name])
+            check_level(session, found[session.name])
     for session in sessions:
         for concurrency, level in session.levels.items():
             if not level.counts:
@@ -103,7 +103,7 @@ def _measure(
             session.notes += [f"{session.name} at concurrency {concurrency}: {note}" for note in _notes(session, level)]
 
 
-def _check_counters(session: Session) -> None:
+def check_counters(session: Session) -> None:
     """Raise ``UserError`` before any measuring when acceptance could not be told afterwards."""
     reading = session.read()
     if session.name == PLAIN or reading.rounds is not None:
@@ -122,7 +122,7 @@ def _check_counters(session: Session) -> None:
     )
 
 
-def _check_level(session: Session, level: Level) -> None:
+def check_level(session: Session, level: Level) -> None:
     """Raise ``UserError`` for a level of which the figures would be wrong without showing it."""
     whole = counters.total(level.counts)
     if session.name == PLAIN:

@@ -269,6 +269,16 @@ class Summary(_Open):
     provenance: dict[str, Any] = {}
 
 
+class Guard(_Open):
+    """Held-out tau of the old draft and of the new one, and which of the two was kept."""
+
+    old: float
+    new: float
+    gamma: int
+    prompts: int
+    kept: str
+
+
 class CurvePoint(_Open):
     """One logged step of training; step 0, before any, has no loss."""
 

@@ -1,20 +1,27 @@
-"""The settings of the single steps: quickstart, regenerate, select, train, merge, export, merge-target, vocabulary;
-and of what measures and shows: probe, bench, report, watch.
+"""The settings of the single steps: quickstart, regenerate, select, train, import, merge, export, merge-target,
+vocabulary; and of what measures and shows: probe, bench, report, watch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from redraft.errors import UserError
 from redraft.settings import texts
-from redraft.settings.base import Settings, setting
+from redraft.settings.base import Settings, known_name, setting
 from redraft.settings.runs import PROMPT_FORMS, SHARED_DRAFT, Adapting, Answered, OnTarget, Sampled, adaptation
 from redraft.settings.sampler import Sampler, asked_samplers
 from redraft.settings.shapes import ShapeText, check_drafts, parse_shape
 from redraft.settings.training import TrainBlock, TrainConfig
+
+# Trainers whose files are read on their own word (redraft.drafts.eagle3.trainers, and the kinds of EAGLE-1).
+TRAINER_NAMES = (
+    *("speculators", "specforge-0.2", "specforge-0.3", "modelopt", "automodel", "angelslim", "safeailab", "plain"),
+    *("original", "vllm", "sglang"),
+)
 
 
 class QuickstartSettings(Settings):
@@ -112,6 +119,29 @@ class TrainSettings(Adapting):
         assert self.private_size
 
 
+class ImportSettings(Settings):
+    """A draft of another trainer, read and explained, in redraft's own format."""
+
+    COMMAND: ClassVar[str] = "import"
+
+    source: str = setting(..., "draft as its trainer wrote it: folder or hub id", argument=True, reads="model")
+    out: Path = setting(..., "folder to write")
+    target: str | None = setting(
+        None, "target that it is for: what the file leaves to it, and what must fit", reads="model"
+    )
+    taps: tuple[int, ...] = setting(
+        (), "layers that it reads, as layers passed, where the file tells it wrong: 2,16,29"
+    )
+    trainer: str | None = setting(None, f"who wrote it, where the file cannot tell: {', '.join(TRAINER_NAMES)}")
+    json_out: Path | None = setting(None, "also write the table to this file", flag="--json")
+
+    def conflicts(self) -> Iterator[str]:
+        if self.trainer is not None:
+            known_name("trainer", self.trainer, TRAINER_NAMES)
+        if any(after <= before for before, after in pairwise(self.taps)) or min(self.taps, default=0) < 0:
+            yield f"taps {list(self.taps)} must ascend from 0; engines read each layer once and in layer order"
+
+
 class MergeSettings(Settings):
     """A private part folded into the shared draft."""
 
@@ -185,6 +215,33 @@ class ProbeSettings(Questioned):
     max_new_tokens: int = setting(128, "longest answer, in tokens", gt=1)
     trial: bool = setting(False, "also adapt the draft to half of the answers and measure it on the others")
     json_out: Path | None = setting(None, "also write the figures to this file", flag="--json")
+
+
+class CheckSettings(Questioned):
+    """Why acceptance is low."""
+
+    COMMAND: ClassVar[str] = "check"
+
+    draft: str = setting(..., "draft: folder in any format, or hub id", argument=True, reads="model")
+    engine: texts.EngineName | None = setting(None, "engine that is to load it: {engines}", flag="--for")
+    server: texts.Address | None = setting(None, "server of the target with this draft; its key: REDRAFT_API_KEY")
+    server_model: str | None = setting(None, "the target's name on that server")
+    base_target: str | None = setting(None, "target that the draft was made for", reads="model")
+    base_draft: str | None = setting(None, SHARED_DRAFT, reads="model")
+    limit: int = setting(16, "how many of the prompts are asked", ge=2)
+    gamma: int | None = setting(None, "drafted tokens a round: 5, or what the server was asked for", gt=0)
+    max_new_tokens: int = setting(64, "longest answer, in tokens", gt=1)
+    json_out: Path | None = setting(None, "also write everything to this file", flag="--json")
+
+    def conflicts(self) -> Iterator[str]:
+        yield from super().conflicts()
+        asked = self.prompts or self.suite
+        if self.server and not asked:
+            yield "nothing to ask the server; give --prompts FILE or --suite NAME"
+        if self.server_model and not self.server:
+            yield "--server-model names the target on a server; give --server too, or leave it out"
+        if self.base_target and not asked:
+            yield "--base-target is measured on prompts; give --prompts FILE or --suite NAME"
 
 
 class BenchSettings(Sampled, Questioned):

@@ -301,4 +301,7 @@ ScorerName = Annotated[str, check(check_scorer)]
 BudgetText = Annotated[str, BeforeValidator(_rows), check(parse_budget)]
 Address = Annotated[str, check(check_address)]
 FormatName = Annotated[str, one_of("export format", EXPORTERS.names)]
+# Who reads checkpoints of drafts in ways that are known here; a family says for which of them (Family.readers).
+ENGINES = ("vllm-0.32", "vllm-0.33", "sglang", "speculators", "specforge", "modelopt", "tensorrt-llm", "llama.cpp")
+EngineName = Annotated[str, one_of("engine", lambda: ENGINES)]
 SuiteName = Annotated[str, check(_suite)]

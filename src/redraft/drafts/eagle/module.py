@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from redraft.drafts.base import Draft, DraftConfig, heads_of, rope_of
 from redraft.drafts.eagle.proposer import EagleProposer, StaticProposer
 from redraft.drafts.eagle.unroll import EagleWalk
-from redraft.drafts.formats.embeddings import equal_rows, table_of
+from redraft.drafts.formats.embeddings import is_targets
 from redraft.drafts.layers import Attend, Attention, Linear, RMSNorm, Rotary, SharedPrivateMLP, told_angles
 from redraft.errors import UserError
 from redraft.target import Head, Target
@@ -265,8 +265,7 @@ class EagleDraft(Draft):
     def borrowing(self, target: Any) -> Self:
         """This draft on the target's embedding where that is its own to the last bit; with another it would compute
         other logits."""
-        table = None if self.embed_tokens is None else table_of(target)
-        if table is None or self.embed_tokens is None or not equal_rows(self.embed_tokens.weight, table):
+        if self.embed_tokens is None or not is_targets(self.embed_tokens.weight, target):
             return self
         state = {name: t for name, t in self.state_dict().items() if name != "embed_tokens.weight"}
         return self.rebuilt(replace(self.config, own_embedding=False), state)

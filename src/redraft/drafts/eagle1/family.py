@@ -20,9 +20,9 @@ Facts: vLLM 0.32, SGLang 0.5.23; docs/formats.md.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,13 @@ from torch import Tensor
 
 from redraft.artifact import check_tensors
 from redraft.drafts.base import Family
+from redraft.drafts.eagle.suspects import suspects
+from redraft.drafts.eagle1.engines import READERS, meaning_of, read_as
 from redraft.drafts.eagle1.module import Eagle1Config, Eagle1Draft, fresh_eagle1
 from redraft.drafts.eagle1.writing import ARCHITECTURES, WRITERS
 from redraft.drafts.formats import others
 from redraft.drafts.formats.embeddings import compare
-from redraft.drafts.formats.layers import LayerReader
+from redraft.drafts.formats.layers import LayerReader, by_our_names
 from redraft.drafts.formats.meaning import Reading
 from redraft.drafts.formats.reading import (
     Checkpoint,
@@ -60,7 +62,7 @@ READ = (
     *("vocab_size", "num_hidden_layers", "bias", "quantization_config"),
 )
 ORIGINAL = "LlamaForCausalLM"
-FEW = (1, 2, 3, 4)  # layers of a draft, of which one is read; with more a checkpoint is a language model
+FEW = (1, 2, 3, 4)  # layers of a draft; with more a checkpoint is a language model
 
 
 def kind_of(checkpoint: Checkpoint) -> str | None:
@@ -104,21 +106,20 @@ def read(
         raise UserError(f"{folder} has {found[0]}, which is not read; {found[1]}")
     keys = Values(raw, path)
     layer = LayerReader(keys, facts_of(state), reading)
-    layers = keys.whole("num_hidden_layers", most=1 << 16) or 1
-    layer.refuse(layer.faults(("llama", "eagle"), _faults(kind, layers, state)))
+    layer.refuse(layer.faults(("llama", "eagle")))
     said = keys.flag("bias")
     biased = {"vllm": False, "sglang": True}.get(kind, said is not False)
     fields = layer.sizes() | layer.attention(False)
-    if any(layer.windows(layers)):
+    fields["num_layers"] = layer.layers()
+    if any(layer.windows(fields["num_layers"])):
         layer.refuse(["sliding_attention"])
     rows = layer.size("vocab_size", EMBEDDING, 0, "target_vocab_size")
     fields["rope_parameters"] = layer.rope(fields["max_position_embeddings"], partial=kind != "original")
-    state = _named(state, layers)
-    fields["num_layers"] = layers
     config = Eagle1Config(**fields, target_vocab_size=rows, fc_bias=biased, own_embedding=EMBEDDING in state)
     if target is not None:
         config = _fitted(config, state, target, reading)
         config.check_fit(target)
+    state = by_our_names(state, config.num_layers)
     draft = build_untrained(lambda: Eagle1Draft.untrained(config), path)
     check_tensors(state, draft.state_dict(), folder, values)
     check_state(state, draft, path)
@@ -137,20 +138,6 @@ def check_state(state: Mapping[str, Tensor], draft: Eagle1Draft, where: Any) -> 
     """Raise ``UserError`` where rotary settings of a draft of our own format tell no angles."""
     if not draft.rotary.usable:
         raise UserError(f"{where}: rotary settings that tell no angles: {draft.config.rope_parameters}")
-
-
-def _faults(kind: str, layers: int, state: Mapping[str, Tensor]) -> list[str]:
-    """EAGLE's own code has one layer; engines compute as many as there are."""
-    held = 1 + max((int(found[1]) for name in state if (found := re.match(r"layers\.(\d{1,4})\.", name))), default=0)
-    most = 1 if kind == "original" else held
-    return [f"num_hidden_layers {layers}, of {held} in the file"] if layers > most else []
-
-
-def _named(state: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
-    """The state with the layers behind the first by our names; those that the config has none of keep the file's."""
-    ours = {f"layers.{number}.": f"later.{number - 1}." for number in range(1, layers)}
-    start = {name: next((old for old in ours if name.startswith(old)), "") for name in state}
-    return {ours[start[n]] + n[len(start[n]) :] if start[n] else n: tensor for n, tensor in state.items()}
 
 
 def _fitted(config: Eagle1Config, state: dict[str, Tensor], target: Facts, reading: Reading) -> Eagle1Config:
@@ -174,6 +161,9 @@ FAMILIES.register("eagle1")(
         recognises=lambda checkpoint: kind_of(checkpoint) is not None,
         architectures=tuple(ARCHITECTURES),
         read=read,
+        suspects=suspects,
+        meaning=meaning_of,
+        readers={engine: partial(read_as, engine) for engine in READERS},
         options=("trainer",),
         check_state=check_state,
         writers=WRITERS,

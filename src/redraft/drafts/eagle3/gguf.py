@@ -33,6 +33,7 @@ from redraft.drafts.eagle3.writing import Eagle3Writer, check_sound
 from redraft.drafts.formats.base import ExportReport
 from redraft.drafts.formats.gguf import (
     FILE,
+    FILES,
     Fields,
     general_fields,
     interleave,
@@ -111,7 +112,7 @@ class GgufWriter(Eagle3Writer):
     def write(self, dense: Dense, folder: Path, target: Facts, tokens: int) -> ExportReport:
         """Read back before it is in place."""
         fields, written = metadata(dense, target), Placed(dense, self.names(dense))
-        with atomic_folder(folder, tensors_bytes(written) + OTHER_BYTES, {FILE}) as new:
+        with atomic_folder(folder, tensors_bytes(written) + OTHER_BYTES, FILES) as new:
             write_file(new / FILE, ARCHITECTURE, fields, written)
         parameters = sum(tensor.numel() for tensor in dense.state.values() if tensor.is_floating_point())
         note, size = tokenizer_note(fields, gguf_of(target.name)), tensors_bytes(written)

@@ -98,8 +98,13 @@ class Format:
         return writer
 
 
-for _name in ("vllm", "plain", "sglang", "specforge", "tensorrt-llm", "gguf"):
-    EXPORTERS.register(_name)(Format(_name))
+# Written out: names are read from this file's text.
+EXPORTERS.register("vllm")(Format("vllm"))
+EXPORTERS.register("plain")(Format("plain"))
+EXPORTERS.register("sglang")(Format("sglang"))
+EXPORTERS.register("specforge")(Format("specforge"))
+EXPORTERS.register("tensorrt-llm")(Format("tensorrt-llm"))
+EXPORTERS.register("gguf")(Format("gguf"))
 
 
 def check_formats(names: Sequence[str], family: str) -> None:

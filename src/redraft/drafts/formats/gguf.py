@@ -27,6 +27,8 @@ from torch import Tensor
 from redraft.errors import UserError
 
 FILE = "model.gguf"
+# What a folder of this format may hold, a model card besides.
+FILES = {FILE, "README.md"}
 # Numbers of the format: data type of a tensor, and of the file as a whole.
 TYPES = {torch.float32: ("F32", 0), torch.float16: ("F16", 1), torch.bfloat16: ("BF16", 32), torch.int64: ("I64", 0)}
 # Numbers of the format: types of values, and of tokens.

@@ -13,6 +13,7 @@ from redraft.artifact import tensors_bytes
 from redraft.drafts.formats.base import ExportReport
 from redraft.drafts.formats.gguf import (
     FILE,
+    FILES,
     Fields,
     general_fields,
     interleave,
@@ -50,7 +51,7 @@ class GgufWriter:
         tokenizer = token_fields(dense.tokenizer, dense.config.draft_vocab_size, source)
         written = dict(gguf_tensors(dense.model, state))
         fields = general_fields(target.name, dense.dtype) | model_fields(dense) | tokenizer
-        with atomic_folder(folder, tensors_bytes(written) + OTHER_BYTES, {FILE}) as new:
+        with atomic_folder(folder, tensors_bytes(written) + OTHER_BYTES, FILES) as new:
             write_file(new / FILE, "llama", fields, written)
         # llama.cpp's server with this draft at a fixed length: it proposes every token, however unsure it is.
         words = ["llama-server", "--model", str(source or "TARGET.gguf"), "--spec-draft-model", str(folder / FILE)]
