@@ -33,15 +33,16 @@ def tensors_hash(state: Mapping[str, Tensor]) -> str:
     """A fingerprint of named tensors: names, dtypes, shapes and every byte, in name order (16 hex digits)."""
     digest = hashlib.sha256()
     for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous().reshape(-1)
-        digest.update(f"{name}|{tensor.dtype}|{tuple(state[name].shape)}|".encode())
-        digest.update(tensor.view(torch.uint8).numpy().data)
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        del tensor  # of a mapping that makes its tensors there is one at a time
     return digest.hexdigest()[:16]
 
 
 def tensors_bytes(state: Mapping[str, Tensor]) -> int:
     """How many bytes the tensors take on disk, headers not counted."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    return sum(state[name].nbytes for name in state)
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -147,16 +148,13 @@ def write_tensors(path: str | Path, state: Mapping[str, Tensor]) -> None:
     One after the other: the library's own writer holds a copy of all of them, which are gigabytes.
     """
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # Hugging Face's loaders ask for this
-    names = sorted(state, key=lambda name: (ORDER.index(KIND_OF[state[name].dtype]), name))
+    known = {name: _about(state[name]) for name in state}
+    names = sorted(state, key=lambda name: (ORDER.index(known[name][0]), name))
     end = 0
     for name in names:
-        tensor, start = state[name], end
-        end += tensor.numel() * tensor.element_size()
-        entries[name] = {
-            "dtype": KIND_OF[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
+        kind, shape, size = known[name]
+        entries[name] = {"dtype": kind, "shape": shape, "data_offsets": [end, end + size]}
+        end += size
     header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     header += b" " * (-len(header) % 8)
     with open(path, "wb") as file:
@@ -164,7 +162,34 @@ def write_tensors(path: str | Path, state: Mapping[str, Tensor]) -> None:
         for name in names:
             flat = state[name].detach().cpu().contiguous().reshape(-1)
             file.write(flat.view(torch.uint8).numpy().data)
+            del flat
     let_others_read(path)
+
+
+def _about(tensor: Tensor) -> tuple[str, list[int], int]:
+    """Type, shape and bytes of a tensor in a file."""
+    return KIND_OF[tensor.dtype], list(tensor.shape), tensor.nbytes
+
+
+def holds_tensors(path: str | Path, state: Mapping[str, Tensor]) -> bool:
+    """Whether a safetensors file holds exactly these tensors, bit for bit; it is read piece by piece and not mapped."""
+    with open(path, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        start = file.tell()
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        if entries.keys() != state.keys():
+            return False
+        for name, entry in entries.items():
+            flat, (begin, end) = state[name].detach().cpu().contiguous(), entry["data_offsets"]
+            same = entry["dtype"] == KIND_OF[flat.dtype] and entry["shape"] == list(flat.shape)
+            if not same or end - begin != flat.nbytes:
+                return False
+            file.seek(start + begin)
+            pieces = flat.reshape(-1).view(torch.uint8).split(PIECE) if flat.numel() else ()
+            if not all(file.read(len(piece)) == piece.numpy().tobytes() for piece in pieces):
+                return False
+            del flat, pieces
+    return True
 
 
 def let_others_read(*paths: str | Path) -> None:
@@ -211,16 +236,20 @@ def read_checked(path: str | Path, mend: str) -> dict[str, Tensor]:
 PIECE = 1 << 22
 
 
-def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str | Path) -> None:
+def check_tensors(
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str | Path, values: bool = True
+) -> None:
     """Raise ``UserError`` that names every missing, extra, misshaped, wrongly typed or non-finite tensor.
 
     ``expected`` gives names, shapes and kinds; a floating-point tensor may have any of float32, float16, bfloat16.
+    Without ``values`` the numbers are not looked at.
     """
     missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     faults = [f"missing {', '.join(missing)}"] if missing else []
     faults += [f"extra {', '.join(extra)}"] if extra else []
     for name in sorted(set(found) & set(expected)):
-        tensor, wanted = found[name], expected[name]
+        tensor = found[name]
+        wanted = tensor if expected is found else expected[name]
         kind, right = dtype_name(tensor.dtype), dtype_name(wanted.dtype)
         if tensor.shape != wanted.shape:
             faults.append(f"{name} has shape {list(tensor.shape)} instead of {list(wanted.shape)}")
@@ -228,8 +257,9 @@ def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], w
             faults += [f"{name} is {kind} instead of {right}"] if kind != right else []
         elif tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             faults.append(f"{name} is {kind} instead of float32, float16 or bfloat16")
-        elif not all_finite(tensor):
+        elif values and not all_finite(tensor):
             faults.append(f"{name} holds NaN or infinity")
+        del tensor, wanted
     if faults:
         raise UserError(f"{where} does not hold the tensors that its config asks for: {'; '.join(faults)}")
 

@@ -235,9 +235,10 @@ def merge(
     origin = {"merged_from": {"base": s.base_draft, "private": s.private, "scale": s.scale}}
     if s.scale != 1:
         draft = scale_change(draft, _read(base_draft, info).draft, s.scale)
-    merged = draft.merged()
-    save_draft(s.out, merged, kept | origin)
-    return Merged(s.out, sum(parameter.numel() for parameter in merged.parameters()), kept.get("method"))
+    save_draft(s.out, draft, kept | origin, merge=True)
+    # Experts become a part of the matrices beside them, low-rank updates are added to theirs.
+    parameters = sum(p.numel() for name, p in draft.named_parameters() if ".low_rank." not in name)
+    return Merged(s.out, parameters, kept.get("method"))
 
 
 def _read(draft: AnyDraft, info: Facts | None, base_draft: AnyDraft | None = None) -> OpenDraft:

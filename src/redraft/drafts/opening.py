@@ -83,7 +83,8 @@ def open_checkpoint(
     if checkpoint.meta.get("kind") == "private":
         if base is None:
             raise UserError(f"{source} is a private part; name the draft that it belongs to with --base-draft")
-        joined = _joined(checkpoint.folder, open_checkpoint(base, target, None, dtype), target, dtype)
+        opened = open_checkpoint(base, target, None, dtype)
+        joined = _joined(checkpoint.folder, opened, target, dtype, copy=opened is base)
         return replace(joined, source=str(source))
     if checkpoint.meta:
         draft, meta = load_draft(checkpoint.folder)
@@ -138,12 +139,12 @@ def _check_tokenizer(checkpoint: Checkpoint, target: Facts) -> None:
         raise UserError(f"{checkpoint.source} was made for another tokenizer than the target's: no token is in both")
 
 
-def _joined(folder: Path, base: OpenDraft, target: Facts | None, dtype: torch.dtype | None) -> OpenDraft:
-    """The draft that a private part makes of its base."""
+def _joined(folder: Path, base: OpenDraft, target: Facts | None, dtype: torch.dtype | None, copy: bool) -> OpenDraft:
+    """The draft that a private part makes of its base; ``copy`` of one that somebody else has."""
     shared = base.draft
     kept = next(shared.parameters()).dtype
     wide = shared.BASE_DTYPE
-    draft, meta = load_private(folder, shared if wide is None else shared.to(wide), base.base_hash)
+    draft, meta = load_private(folder, shared if wide is None else shared.to(wide), base.base_hash, copy)
     for name, parameter in draft.named_parameters():
         kept = torch.promote_types(kept, parameter.dtype) if is_private(name) else kept
     if dtype is not None or wide is not None:

@@ -212,6 +212,12 @@ class EagleDraft(Draft):
             layer.attach_low_rank(config.low_rank, config.low_rank_alpha)
         self.rotary = Rotary(config.rope_parameters, config.head_dim, config.max_position_embeddings)
 
+    def rebuilt(self, config: Any, state: Mapping[str, Tensor]) -> Self:
+        """As of every draft; no room is taken for numbers that are thrown away."""
+        new = type(self).untrained(config)
+        new.load_state_dict(dict(state), strict=True, assign=True)
+        return new.inherit(self).train(self.training)
+
     # -- proposals ---------------------------------------------------------------------------------------------
     def proposer(self, target: Target, capacity: int) -> EagleProposer:
         return EagleProposer(self, target, capacity)

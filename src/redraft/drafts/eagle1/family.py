@@ -87,9 +87,11 @@ def kind_of(checkpoint: Checkpoint) -> str | None:
 
 
 def read(
-    checkpoint: Checkpoint, target: Facts | None, notes: list[str], trainer: str | None = None
+    checkpoint: Checkpoint, target: Facts | None, notes: list[str], trainer: str | None = None, values: bool = True
 ) -> tuple[Eagle1Draft, dict[str, Any]]:
     """The draft and its metadata; ``trainer`` is the kind, for a file that does not tell it.
+
+    Without ``values`` the numbers are not looked at.
 
     Raises ``UserError`` for what our draft does not compute or hold.
     """
@@ -102,10 +104,10 @@ def read(
     state = read_state(folder, notes)
     if (found := others.of_tensors(state)) is not None:
         raise UserError(f"{folder} has {found[0]}, which is not read; {found[1]}")
-    values = Values(raw, path)
-    layer = LayerReader(values, facts_of(state), reading)
+    keys = Values(raw, path)
+    layer = LayerReader(keys, facts_of(state), reading)
     layer.refuse(layer.faults(("llama", "eagle")))
-    said = values.flag("bias")
+    said = keys.flag("bias")
     biased = {"vllm": False, "sglang": True}.get(kind, said is not False)
     fields = layer.sizes() | layer.attention(False)
     fields["num_layers"] = layer.layers()
@@ -119,16 +121,16 @@ def read(
         config.check_fit(target)
     state = by_our_names(state, config.num_layers)
     draft = build_untrained(lambda: Eagle1Draft.untrained(config), path)
-    check_tensors(state, draft.state_dict(), folder)
+    check_tensors(state, draft.state_dict(), folder, values)
     check_state(state, draft, path)
     if biased and said is False and not state["fc.bias"].any():
         del state["fc.bias"]
         config = replace(config, fc_bias=False)
         draft = Eagle1Draft.untrained(config)
     how = "derived" if said is None or kind != "original" else "read"
-    reading.take("fc_bias", config.fc_bias, how, "the kind of checkpoint" if how == "derived" else values.word("bias"))  # type: ignore[arg-type]
+    reading.take("fc_bias", config.fc_bias, how, "the kind of checkpoint" if how == "derived" else keys.word("bias"))  # type: ignore[arg-type]
     draft.fill(state)
-    note_dropped(values, READ, reading)
+    note_dropped(keys, READ, reading)
     return draft, {"format": kind, "verifier": None, "reading": reading}
 
 

@@ -86,12 +86,15 @@ def read(
     notes: list[str],
     taps: tuple[int, ...] | None = None,
     trainer: str | None = None,
+    values: bool = True,
 ) -> tuple[Eagle3Draft, dict[str, Any]]:
     """The draft and its metadata; ``taps`` overrules the feature ids and ``trainer`` who wrote the file.
 
+    Without ``values`` the numbers are not looked at.
+
     Without a ``target`` the file must tell what else is the target's. Raises ``UserError``.
     """
-    return Eagle3Reader(checkpoint, target, notes, taps, trainer).draft()
+    return Eagle3Reader(checkpoint, target, notes, taps, trainer).draft(values)
 
 
 def check_taps(taps: tuple[int, ...]) -> None:
@@ -150,8 +153,11 @@ class Eagle3Reader:
             raise UserError(f"{folder} has {found[0]}, which is not read; {found[1]}")
         return beside(folder, state, self.reading.notes)
 
-    def draft(self) -> tuple[Eagle3Draft, dict[str, Any]]:
-        """The draft with its tensors, and what its record says. Raises ``UserError``."""
+    def draft(self, values: bool = True) -> tuple[Eagle3Draft, dict[str, Any]]:
+        """The draft with its tensors, and what its record says; without ``values`` no numbers are looked at.
+
+        Raises ``UserError``.
+        """
         checkpoint, reading = self.checkpoint, self.reading
         config = self.config()
         config = self._vocabulary(config)
@@ -163,7 +169,7 @@ class Eagle3Reader:
             config.check_fit(self.target)
         check_taps(config.taps)
         draft = build_untrained(lambda: Eagle3Draft.untrained(config), checkpoint.path)
-        check_tensors(state, draft.state_dict(), checkpoint.folder)
+        check_tensors(state, draft.state_dict(), checkpoint.folder, values)
         check_state(state, draft, checkpoint.folder)
         draft.fill(state)
         note_dropped(self.raw, READ, reading)
