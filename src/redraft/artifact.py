@@ -145,7 +145,8 @@ ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "I8", "U8", "BOOL")
 def write_tensors(path: str | Path, state: Mapping[str, Tensor]) -> None:
     """Write the tensors to one safetensors file, byte for byte the same for the same tensors.
 
-    One after the other: the library's own writer holds a copy of all of them, which are gigabytes.
+    One after the other: the library's own writer holds a copy of all of them, which are gigabytes. The file takes the
+    place of an older one only when it is whole: tensors that were read from that one may still be mapped.
     """
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # Hugging Face's loaders ask for this
     known = {name: _about(state[name]) for name in state}
@@ -157,13 +158,14 @@ def write_tensors(path: str | Path, state: Mapping[str, Tensor]) -> None:
         end += size
     header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     header += b" " * (-len(header) % 8)
-    with open(path, "wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        for name in names:
-            flat = state[name].detach().cpu().contiguous().reshape(-1)
-            file.write(flat.view(torch.uint8).numpy().data)
-            del flat
-    let_others_read(path)
+    with replacing(path) as new:
+        with open(new, "wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            for name in names:
+                flat = state[name].detach().cpu().contiguous().reshape(-1)
+                file.write(flat.view(torch.uint8).numpy().data)
+                del flat
+        let_others_read(new)
 
 
 def _about(tensor: Tensor) -> tuple[str, list[int], int]:

@@ -261,12 +261,6 @@ class EagleDraft(Draft):
             states = layer(*layer.inputs(embeds, states), rope, attend)
         return states
 
-    def rebuilt(self, config: Any, state: Mapping[str, Tensor]) -> Self:
-        """As of every draft, without the room of numbers that would be thrown away."""
-        new = self.untrained(config)
-        new.load_state_dict(dict(state), strict=True, assign=True)
-        return new.inherit(self).train(self.training)
-
     # -- its target --------------------------------------------------------------------------------------------
     def borrowing(self, target: Any) -> Self:
         """This draft on the target's embedding where that is its own to the last bit; with another it would compute

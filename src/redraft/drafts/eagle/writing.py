@@ -208,9 +208,9 @@ class LayerWriter(ABC):
         """Whether the readers of this format take the draft as it is."""
         try:
             dense = self.fitted(prepare(draft, target)[0], target)[0]
+            return not any(self.faults(reader, dense, target)[1] for reader in self.readers)
         except UserError:
             return False
-        return not any(self.faults(reader, dense, target)[1] for reader in self.readers)
 
     def write(self, dense: Dense, folder: Path, target: Facts, tokens: int) -> ExportReport:
         """Write config and weights, read them back as any checkpoint is read, and only then put the folder in place.

@@ -62,7 +62,7 @@ READ = (
     *("vocab_size", "num_hidden_layers", "bias", "quantization_config"),
 )
 ORIGINAL = "LlamaForCausalLM"
-FEW = (1, 2, 3, 4)  # layers of a draft, of which one is read; with more a checkpoint is a language model
+FEW = (1, 2, 3, 4)  # layers of a draft; with more a checkpoint is a language model
 
 
 def kind_of(checkpoint: Checkpoint) -> str | None:
