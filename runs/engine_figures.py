@@ -4,8 +4,9 @@ A row is one answer: ``id``, ``ids``, ``seconds``, ``rounds``, ``drafted``, ``ac
 rounds accepted the token at each position) and, where the engine tells, ``accepted_by_round``.
 
 Engines end an answer in two ways. Where the limit leaves room for k tokens, one kind drafts its full length all the
-same and counts what was accepted beyond the limit (vLLM, and our own chain); the other drafts k - 1, and no round at
-all for the last token (llama.cpp, transformers). Our own rows are counted both ways, so that like stands beside like.
+same and counts what was accepted beyond the limit (vLLM); the other drafts k - 1, and no round at all for the last
+token (llama.cpp, transformers). Our own chain goes on a little beyond the limit, so that its rounds can be counted
+either way, and like stands beside like.
 """
 
 from __future__ import annotations
@@ -25,18 +26,21 @@ def row(id: str, ids: list[int], seconds: float, accepted: Sequence[int], drafte
     return found | {"drafted": sum(drafted), "accepted": sum(accepted), "accepted_by_round": list(accepted)}
 
 
-def within_limit(rows: Sequence[Row], limit: int, gamma: int) -> list[Row]:
-    """The same answers as an engine counts them that never drafts beyond ``limit`` new tokens."""
+def counted(rows: Sequence[Row], limit: int, gamma: int, beyond: bool) -> list[Row]:
+    """Answers that go on for ``gamma`` tokens beyond ``limit``, as an engine counts them that ends there.
+
+    ``beyond``: it drafts its full length in the last round too.
+    """
     found = []
     for each in rows:
         produced, accepted, drafted = 1, [], []
         for count in each["accepted_by_round"]:
-            room = min(gamma, limit - produced - 1)
-            produced += count + 1
-            if room > 0:
+            room = gamma if beyond else min(gamma, limit - produced - 1)
+            if produced < limit and room > 0:
                 accepted.append(min(count, room))
                 drafted.append(room)
-        found.append(row(each["id"], each["ids"], each["seconds"], accepted, drafted, gamma))
+            produced += count + 1
+        found.append(row(each["id"], each["ids"][:limit], each["seconds"], accepted, drafted, gamma))
     return found
 
 
@@ -53,11 +57,8 @@ def positions(rows: Sequence[Row]) -> list[Interval]:
     ]
 
 
-def beside(rows: Sequence[Row], ours: Sequence[Row], plain: Sequence[list[int]]) -> dict[str, Any]:
-    """An engine's counters beside our own, which must be counted as the engine counts.
-
-    ``plain`` are the ids of plain greedy decoding in this process.
-    """
+def beside(rows: Sequence[Row], ours: Sequence[Row]) -> dict[str, Any]:
+    """An engine's counters beside our own, which must be counted as the engine counts."""
     theirs, mine = tau(rows), tau(ours)
     told = all(each["per_position"] for each in rows if each["rounds"])
     by_position = {"ours": [each.to_dict() for each in positions(ours)]}
@@ -73,7 +74,7 @@ def beside(rows: Sequence[Row], ours: Sequence[Row], plain: Sequence[list[int]])
         "accepted": {"engine": sum(each["accepted"] for each in rows), "ours": sum(each["accepted"] for each in ours)},
         "proposed": {"engine": sum(each["drafted"] for each in rows), "ours": sum(each["drafted"] for each in ours)},
         "per_position": by_position,
-        "text_as_our_plain": sum(each["ids"] == ids for each, ids in zip(rows, plain, strict=True)),
+        "same_text": sum(each["ids"] == mine["ids"] for each, mine in zip(rows, ours, strict=True)),
         "same_counts": sum(same_counts(*pair) for pair in zip(rows, ours, strict=True)),
     }
     if all("accepted_by_round" in each for each in rows):

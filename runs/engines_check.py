@@ -32,7 +32,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from engine_figures import Row, beside, speeds, within_limit
+from engine_figures import Row, beside, counted, speeds
 from engine_runs import ENGINES, AbsentError, Case, Engine, Job, our_rows, version_of
 from redraft.adaptation.models import open_any, open_target, template_prompts
 from redraft.artifact import atomic_write_json, atomic_write_text, tensors_hash
@@ -124,7 +124,6 @@ def measure(job: Job, console: Console) -> dict[str, Any]:
     """Every draft in every engine in turn."""
     say = lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True)  # noqa: E731
     drafts, options = open_drafts(job), job.options
-    plain = [each["ids"] for each in kept(job, "ours-plain", ["plain"], lambda: our_rows(job, None))[0]]
     ours: dict[str, list[Row]] = {}
     for name, draft in drafts.items():
         state = tensors_hash({key: tensor.cpu() for key, tensor in draft.state_dict().items()})
@@ -146,7 +145,7 @@ def measure(job: Job, console: Console) -> dict[str, Any]:
             try:
                 with quiet():
                     rows, again = kept(job, place, parts, lambda e=engine, c=case: e.answer(job, c))
-                found = figures(job, engine, rows, ours[next(k for k, d in drafts.items() if d is case.draft)], plain)
+                found = figures(job, engine, rows, ours[next(k for k, d in drafts.items() if d is case.draft)])
             except UserError as error:
                 say(f"{name}: {case.name} failed: {error}")
                 failed.append(place)
@@ -156,16 +155,14 @@ def measure(job: Job, console: Console) -> dict[str, Any]:
     return {"engines": engines, "versions": versions, "left_out": left_out, "failed": failed}
 
 
-def figures(
-    job: Job, engine: Engine, rows: dict[str, list[Row]], ours: list[Row], plain: list[list[int]]
-) -> dict[str, Any]:
+def figures(job: Job, engine: Engine, rows: dict[str, list[Row]], ours: list[Row]) -> dict[str, Any]:
     """One case's entry of the result. Raises ``UserError`` where the engine drafted nothing."""
     served = rows["draft"]
     if not any(each["rounds"] for each in served):
         raise UserError("it drafted nothing: it served the target without the draft")
     options = job.options
-    mine = within_limit(ours, options.max_new_tokens, options.gamma) if engine.within_limit else ours
-    found = beside(served, mine, plain)
+    mine = counted(ours, options.max_new_tokens, options.gamma, engine.beyond)
+    found = beside(served, mine)
     return found | ({"speeds": speeds(served, rows["plain"])} if options.speeds else {})
 
 
@@ -203,7 +200,7 @@ def show(result: dict[str, Any], console: Console) -> None:
                 f"{each['tau_engine']:.3f}",
                 f"{ours['value']:.3f} [{ours['low']:.3f}, {ours['high']:.3f}]",
                 "yes" if each["within_interval"] else "NO",
-                f"{each['text_as_our_plain']} of {each['prompts']}",
+                f"{each['same_text']} of {each['prompts']}",
                 f"{each['same_counts']} of {each['prompts']}",
             )
     console.print(table)
@@ -224,7 +221,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompts", help="prompt file, as for `redraft bench`; maths word problems without one")
     parser.add_argument("--count", type=int, default=50)
     parser.add_argument("--gamma", type=int, default=3)
-    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--max-new-tokens", type=int, default=48)
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--dtype", default="float32", choices=("bfloat16", "float32"))
     parser.add_argument("--engines", default=",".join(ENGINES), help="which of them, with commas between")

@@ -160,9 +160,9 @@ class Heard:
     def __exit__(self, *_: object) -> None:
         self.hook.remove()
 
-    def steps(self) -> Tensor:
-        """Logits [3, T, D] of the first three calls."""
-        return torch.stack([output.reshape(-1, output.shape[-1])[:LENGTH].float() for output in self.outputs[:STEPS]])
+    def steps(self, length: int = LENGTH) -> Tensor:
+        """Logits [3, T, D] of the first three calls, at the first ``length`` positions."""
+        return torch.stack([output.reshape(-1, output.shape[-1])[:length].float() for output in self.outputs[:STEPS]])
 
 
 def new_case(out: Path, trainer: str, version: str, case: str) -> Path:

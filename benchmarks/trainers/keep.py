@@ -1,7 +1,7 @@
 """Copy cases into the tests, without what these do not look at.
 
-Of a target the config, the embedding and the head stay. The embedding that a case was computed with goes, since it is the draft's
-or the target's, and of a draft that is refused all numbers go.
+Of a target the config, the embedding and the head stay. The embedding that a case was computed with goes, since it is
+the draft's or the target's, and of a draft that is refused all numbers go.
 
 python benchmarks/trainers/keep.py CASES NAME [NAME ..]
 """

@@ -84,8 +84,8 @@ CASES: dict[str, dict[str, Any]] = {
     "given-taps": {"config": {"aux_hidden_states_layer_ids": [0, 3, 6]}},
     "without-embedding": {"drop": "embed"},
     # Written in the config, and not built by the package: its layers have no bias and no window, and there is one.
-    "bias-in-config-alone": {"config": {"attention_bias": True}, "refused": "self_attn.q_proj.bias"},
-    "layers-in-config-alone": {"config": {"num_hidden_layers": 4}, "refused": "num_hidden_layers 4"},
+    "bias-in-config-alone": {"config": {"attention_bias": True}},
+    "layers-in-config-alone": {"config": {"num_hidden_layers": 4}},
     # For models of pictures: three position numbers a token.
     "mrope": {
         "config": {
@@ -119,11 +119,11 @@ class FromConfig(nn.Module):
         return both.cos(), both.sin()
 
 
-def steps(trainer: OnlineEagle3Trainer, ids: Tensor) -> Tensor:
+def steps(trainer: OnlineEagle3Trainer, ids: Tensor, length: int = common.LENGTH) -> Tensor:
     ones = torch.ones_like(ids[None])
     with common.Heard(trainer.draft_model.lm_head) as heard:
         trainer.compute_loss(trainer.draft_model, {"input_ids": ids[None], "attention_mask": ones, "loss_mask": ones})
-    return heard.steps()
+    return heard.steps(length)
 
 
 def set_vocabulary(draft: nn.Module) -> Tensor:
@@ -136,26 +136,32 @@ def set_vocabulary(draft: nn.Module) -> Tensor:
     return d2t + torch.arange(len(d2t))
 
 
+def prepared(target: Path, written: dict[str, Any], scratch: Path) -> tuple[OnlineEagle3Trainer, Tensor]:
+    """The package's trainer with a draft of its own making, and the target ids [D] of the draft's vocabulary."""
+    path = scratch / "config.json"
+    path.write_text(json.dumps(written))
+    config = factory.DraftModelConfig.from_file(path)
+    draft = factory.create_draft_model(config).float()
+    draft.midlayer.self_attn._init_rope()  # it came in bfloat16, its table of angles too
+    draft.load_embed_weights(str(target), "model.embed_tokens.weight")
+    wrapper = TransformersBackend.__new__(TransformersBackend)
+    wrapper.model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
+    trainer = OnlineEagle3Trainer(
+        draft_model=draft,
+        target_model=wrapper,
+        length=common.STEPS,
+        draft_model_config=config,
+        args=TrainingArguments(output_dir=str(scratch), use_cpu=True, report_to=[]),
+    )
+    return trainer, set_vocabulary(draft)
+
+
 def make(out: Path, name: str, case: dict[str, Any]) -> None:
     folder = common.new_case(out, TRAINER, VERSION, name)
     with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "config.json"
-        path.write_text(json.dumps(CONFIG | case.get("config", {})))
-        config = factory.DraftModelConfig.from_file(path)
-        draft = factory.create_draft_model(config).float()
-        draft.midlayer.self_attn._init_rope()  # it came in bfloat16, its table of angles too
-        common.randomise(draft, 11)
-        draft.load_embed_weights(str(out / "target"), "model.embed_tokens.weight")
-        vocabulary = set_vocabulary(draft)
-        wrapper = TransformersBackend.__new__(TransformersBackend)
-        wrapper.model = AutoModelForCausalLM.from_pretrained(out / "target", dtype=torch.float32)
-        trainer = OnlineEagle3Trainer(
-            draft_model=draft,
-            target_model=wrapper,
-            length=common.STEPS,
-            draft_model_config=config,
-            args=TrainingArguments(output_dir=scratch, use_cpu=True, report_to=[]),
-        )
+        trainer, vocabulary = prepared(out / "target", CONFIG | case.get("config", {}), Path(scratch))
+        draft, wrapper = trainer.draft_model, trainer.target_model
+        common.randomise(draft, 11, ["embed_tokens."])
         ids, _ = common.inputs(1)
         trained = steps(trainer, ids)
         if "drop" in case:  # what the package's DeepSpeed path saves
@@ -170,7 +176,9 @@ def make(out: Path, name: str, case: dict[str, Any]) -> None:
     if name != "mrope":  # its three numbers a token have no place in a chain of text
         draft.midlayer.self_attn.rotary_emb = FromConfig(LlamaConfig.from_pretrained(folder / "checkpoint"))
         logits = steps(trainer, ids)
-    layers = getattr(config, "aux_hidden_states_layer_ids", None) or wrapper._get_default_aux_layer_ids(common.LAYERS)
+    layers = getattr(draft.config, "aux_hidden_states_layer_ids", None) or wrapper._get_default_aux_layer_ids(
+        common.LAYERS
+    )
     taps, _ = wrapper.get_hidden_states_and_logits(ids[None], aux_hidden_states_layer_ids=layers)
     apart = float((trained - logits).abs().max())
     about = {

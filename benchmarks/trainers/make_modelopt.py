@@ -116,7 +116,8 @@ def converted(target: Path, case: dict[str, Any]) -> nn.Module:
     if "export_rope" in case:
         config["eagle_export_rope_scaling"] = case["export_rope"]
     mtsp.convert(model, [("eagle", config)])
-    common.randomise(model.eagle_module, 11)
+    if case.get("seeded", True):
+        common.randomise(model.eagle_module, 11)
     if "config" in case:
         common.randomise(model, 13, [n for n, _ in model.named_parameters() if "lora_" not in n])
     if "quantised" in case:
@@ -137,17 +138,18 @@ def set_vocabulary(model: nn.Module) -> Tensor:
     return ids_D
 
 
-def steps(model: nn.Module, ids: Tensor) -> Tensor:
-    """Logits [3, T, D] of the package's training-time test.
+def steps(model: nn.Module, ids: Tensor, length: int = common.LENGTH) -> Tensor:
+    """Logits [3, T, D] at the first ``length`` positions of the package's training-time test.
 
     It hands the states on to the right instead of the tokens to the left: step j at anchor t stands at t + j.
     """
     head = getattr(model.eagle_module, "lm_head", None) or model._base_model_lm_head
     model.train()
+    model._cached_attn_blk_masks.clear()  # kept by step alone, whatever the length
     with common.Heard(head) as heard, torch.no_grad():
         model(input_ids=ids[None])
     found = heard.outputs[-common.STEPS :]  # the target's own head may be the same module, and is called first
-    return torch.stack([found[j][0, j : j + common.LENGTH] for j in range(common.STEPS)])
+    return torch.stack([found[j][0, j : j + length] for j in range(common.STEPS)])
 
 
 def taps_of(model: nn.Module, ids: Tensor) -> tuple[Tensor, list[int]]:

@@ -62,8 +62,8 @@ CASES: dict[str, dict[str, Any]] = {
     "eagle1-theta": {"config": {"rope_theta": 500000.0, "bias": False}},
     "eagle1-linear": {"config": {"rope_scaling": {"type": "linear", "factor": 4.0}}},
     "eagle1-safetensors": {"config": {"bias": False}, "safetensors": True},
-    # Only its first layer is without a norm before its attention; engines know one layer.
-    "eagle1-two-layers": {"config": {"num_hidden_layers": 2}, "refused": "num_hidden_layers 2"},
+    # Only its first layer is without a norm before its attention.
+    "eagle1-two-layers": {"config": {"num_hidden_layers": 2}},
     "eagle3": {"family": 3, "config": {"draft_vocab_size": REDUCED}},
     "eagle3-float16": {"family": 3, "config": {"draft_vocab_size": REDUCED}, "dtype": torch.float16},
     "eagle3-theta": {"family": 3, "config": {"draft_vocab_size": REDUCED, "rope_theta": 500000.0}},

@@ -245,7 +245,7 @@ def command_cases(out: Path, data: Path) -> dict[str, tuple[str, list[str]]]:
         "embedding": ("target", [*reduced, "--embed-requires-grad"]),
         "defaults-unwritten": ("target-defaults", reduced),
         "tied-target": ("target-tied", reduced),
-        "bfloat16": ("target", reduced),
+        "float32": ("target", reduced),
         "gelu-flag": ("target", [*reduced, "--draft-hidden-act", "gelu"]),
         "partial-patched": (
             "target",
@@ -278,7 +278,7 @@ def older_cases() -> dict[str, tuple[str, dict[str, Any]]]:
         "embedding": ("target", reduced | {"embed_requires_grad": True}),
         "bias": ("target", reduced | {"layer": {"attention_bias": True}}),
         "defaults-unwritten": ("target-defaults", reduced),
-        "bfloat16": ("target", reduced),
+        "float32": ("target", reduced),
     }
     cases |= {f"target-{n}": (f"target-{n}", reduced) for n in ("llama3", "yarn")}
     if NEWER:
@@ -355,7 +355,7 @@ def main() -> None:
                 continue
             model = command(out / target, data, options) if HAS_COMMAND else older(out / target, options)
             shown = [flag.replace(place, "") for flag in options] if HAS_COMMAND else options
-            dtype = torch.bfloat16 if case == "bfloat16" else torch.float32
+            dtype = torch.float32 if case == "float32" else torch.bfloat16  # what checkpoints are saved in
             write(out, case, out / target, model, shown, dtype, case == "embedding")
             print(case, flush=True)
         if HAS_COMMAND and (not only or "others" in only):

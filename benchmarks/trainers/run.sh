@@ -43,4 +43,25 @@ speculators 0.7.0 5.10.2
 speculators 0.8.1 5.16.0 hs-connectors==0.8.1
 speculators 0.9.0 5.19.0 hs-connectors==0.9.0
 
+environment specforge-0.2.0 transformers==5.8.1 "datasets<5" accelerate pydantic pyyaml tqdm psutil requests
+"$environments/specforge-0.2.0/bin/pip" install -q --no-deps specforge==0.2.0
+# Compiling the small functions of its layers costs minutes and changes nothing that is compared.
+TORCHDYNAMO_DISABLE=1 "$environments/specforge-0.2.0/bin/python" "$here/make_specforge.py" "$cases"
+
+environment modelopt transformers==5.14.1 nvidia-modelopt==0.47.0 accelerate peft omegaconf
+"$environments/modelopt/bin/python" "$here/make_modelopt.py" "$cases"
+
+environment automodel transformers==5.18.0 accelerate peft omegaconf datasets torchao==0.18.0 torchdata==0.11.0 pillow
+"$environments/automodel/bin/pip" install -q --no-deps nemo-automodel==0.7.0
+"$environments/automodel/bin/python" "$here/make_automodel.py" "$cases"
+
+environment angelslim transformers==5.14.1 accelerate peft datasets pillow shortuuid
+"$environments/angelslim/bin/pip" install -q --no-deps angelslim==0.5.0
+"$environments/angelslim/bin/python" "$here/make_angelslim.py" "$cases"
+
+# EAGLE-3 is not in its package: EAGLE names a checkout of its repository.
+environment safeailab transformers==4.57.6 accelerate
+"$environments/safeailab/bin/pip" install -q --no-deps eagle-llm==1.2.1
+"$environments/safeailab/bin/python" "$here/make_safeailab.py" "$cases" ${EAGLE:+--repository "$EAGLE"}
+
 python "$here/compare.py" "$cases" --out "$here/../results/trainers.json"

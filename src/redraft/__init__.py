@@ -20,14 +20,14 @@ __version__ = "0.1.0"
 # Where each name is at home. Their types stand in __init__.pyi.
 _HOMES = {
     "redraft.api.runs": ("adapt", "bench", "check", "probe", "report", "study", "train"),
-    "redraft.api.steps": ("export", "merge", "open_draft", "open_target", "regenerate", "select"),
+    "redraft.api.steps": ("export", "import_draft", "merge", "open_draft", "open_target", "regenerate", "select"),
     "redraft.drafts.opening": ("OpenDraft",),
     "redraft.adaptation.advice": ("ProbeResult",),
     "redraft.adaptation.check.result": ("CheckResult",),
     "redraft.adaptation.models": ("TargetSpec",),
     "redraft.data.regenerate": ("RegenerationReport",),
     "redraft.drafts.formats.base": ("ExportReport",),
-    "redraft.reports.tables": ("Adapted", "Benchmark", "Merged", "Page", "Study", "Trained"),
+    "redraft.reports.tables": ("Adapted", "Benchmark", "Imported", "Merged", "Page", "Study", "Trained"),
     "redraft.selection.manifest": ("Manifest",),
     "redraft.target": ("Target",),
     "redraft.errors": ("UserError",),

@@ -9,6 +9,7 @@ from redraft.api.runs import report as report
 from redraft.api.runs import study as study
 from redraft.api.runs import train as train
 from redraft.api.steps import export as export
+from redraft.api.steps import import_draft as import_draft
 from redraft.api.steps import merge as merge
 from redraft.api.steps import open_draft as open_draft
 from redraft.api.steps import open_target as open_target
@@ -27,6 +28,7 @@ from redraft.registries import SUITES as SUITES
 from redraft.registries import load_plugin as load_plugin
 from redraft.reports.tables import Adapted as Adapted
 from redraft.reports.tables import Benchmark as Benchmark
+from redraft.reports.tables import Imported as Imported
 from redraft.reports.tables import Merged as Merged
 from redraft.reports.tables import Page as Page
 from redraft.reports.tables import Study as Study

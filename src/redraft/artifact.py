@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
@@ -33,15 +33,16 @@ def tensors_hash(state: Mapping[str, Tensor]) -> str:
     """A fingerprint of named tensors: names, dtypes, shapes and every byte, in name order (16 hex digits)."""
     digest = hashlib.sha256()
     for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous().reshape(-1)
-        digest.update(f"{name}|{tensor.dtype}|{tuple(state[name].shape)}|".encode())
-        digest.update(tensor.view(torch.uint8).numpy().data)
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        del tensor  # of a mapping that makes its tensors there is one at a time
     return digest.hexdigest()[:16]
 
 
 def tensors_bytes(state: Mapping[str, Tensor]) -> int:
     """How many bytes the tensors take on disk, headers not counted."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    return sum(state[name].nbytes for name in state)
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -58,6 +59,28 @@ def _whole_file(path: str | Path, fault: str, mend: str) -> tuple[dict[str, Tens
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} is {fault} ({error}); {mend}") from error
+
+
+def read_rows(path: str | Path, name: str, rows: int) -> Iterator[Tensor]:
+    """A table [V, H] of a safetensors file, ``rows`` at a time, through plain reads.
+
+    A mapped file counts as memory page by page, until it is closed. Raises ``UserError`` for a file that does not hold
+    the whole table.
+    """
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            entry = json.loads(file.read(length))[name]
+            kind = next(kind for kind, word in KIND_OF.items() if word == entry["dtype"])
+            (height, width), (start, end) = entry["shape"], entry["data_offsets"]
+            if end - start != height * width * kind.itemsize:
+                raise ValueError(f"{name} is not whole")
+            file.seek(8 + length + start)
+            for first in range(0, height, rows):
+                count = min(rows, height - first) * width
+                yield torch.frombuffer(bytearray(file.read(count * kind.itemsize)), dtype=kind).view(-1, width)
+    except (OSError, ValueError, LookupError, TypeError, StopIteration, RuntimeError) as error:
+        raise UserError(f"{path} does not hold the table {name} whole; copy or download it again") from error
 
 
 def read_pickled(path: str | Path) -> dict[str, Tensor]:
@@ -89,7 +112,7 @@ def _unpickled(path: Path) -> Any:
     """What a file of torch's older kind holds, by torch's reader of tensors alone. Raises ``UserError``."""
     try:
         # Files of the newer layout are mapped; of others the reader makes a copy.
-        with load_settings.patch({"load.mmap": is_zipfile(path)}):
+        with load_settings.patch({"load.mmap": is_zipfile(path)}):  # type: ignore[attr-defined]
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the reader raises many kinds over a damaged or a foreign file
         raise UserError(
@@ -98,7 +121,7 @@ def _unpickled(path: Path) -> Any:
 
 
 def _plain_table(tensor: Tensor, name: str, path: Path) -> None:
-    """Raise ``UserError`` for a tensor that is no table of numbers, or repeats them and would be written at any size."""
+    """Raise ``UserError`` for a tensor that is no table of numbers, or that repeats them to any size."""
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.nbytes > path.stat().st_size:
         raise UserError(f"{path} holds {name} in a form that is no plain table; convert the weights to safetensors")
 
@@ -122,27 +145,53 @@ ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "I8", "U8", "BOOL")
 def write_tensors(path: str | Path, state: Mapping[str, Tensor]) -> None:
     """Write the tensors to one safetensors file, byte for byte the same for the same tensors.
 
-    One after the other: the library's own writer holds a copy of all of them, which are gigabytes.
+    One after the other: the library's own writer holds a copy of all of them, which are gigabytes. The file takes the
+    place of an older one only when it is whole: tensors that were read from that one may still be mapped.
     """
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # Hugging Face's loaders ask for this
-    names = sorted(state, key=lambda name: (ORDER.index(KIND_OF[state[name].dtype]), name))
+    known = {name: _about(state[name]) for name in state}
+    names = sorted(state, key=lambda name: (ORDER.index(known[name][0]), name))
     end = 0
     for name in names:
-        tensor, start = state[name], end
-        end += tensor.numel() * tensor.element_size()
-        entries[name] = {
-            "dtype": KIND_OF[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
+        kind, shape, size = known[name]
+        entries[name] = {"dtype": kind, "shape": shape, "data_offsets": [end, end + size]}
+        end += size
     header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     header += b" " * (-len(header) % 8)
-    with open(path, "wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        for name in names:
-            flat = state[name].detach().cpu().contiguous().reshape(-1)
-            file.write(flat.view(torch.uint8).numpy().data)
-    let_others_read(path)
+    with replacing(path) as new:
+        with open(new, "wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            for name in names:
+                flat = state[name].detach().cpu().contiguous().reshape(-1)
+                file.write(flat.view(torch.uint8).numpy().data)
+                del flat
+        let_others_read(new)
+
+
+def _about(tensor: Tensor) -> tuple[str, list[int], int]:
+    """Type, shape and bytes of a tensor in a file."""
+    return KIND_OF[tensor.dtype], list(tensor.shape), tensor.nbytes
+
+
+def holds_tensors(path: str | Path, state: Mapping[str, Tensor]) -> bool:
+    """Whether a safetensors file holds exactly these tensors, bit for bit; it is read piece by piece and not mapped."""
+    with open(path, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        start = file.tell()
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        if entries.keys() != state.keys():
+            return False
+        for name, entry in entries.items():
+            flat, (begin, end) = state[name].detach().cpu().contiguous(), entry["data_offsets"]
+            same = entry["dtype"] == KIND_OF[flat.dtype] and entry["shape"] == list(flat.shape)
+            if not same or end - begin != flat.nbytes:
+                return False
+            file.seek(start + begin)
+            pieces = flat.reshape(-1).view(torch.uint8).split(PIECE) if flat.numel() else ()
+            if not all(file.read(len(piece)) == piece.numpy().tobytes() for piece in pieces):
+                return False
+            del flat, pieces
+    return True
 
 
 def let_others_read(*paths: str | Path) -> None:
@@ -189,16 +238,20 @@ def read_checked(path: str | Path, mend: str) -> dict[str, Tensor]:
 PIECE = 1 << 22
 
 
-def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str | Path) -> None:
+def check_tensors(
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str | Path, values: bool = True
+) -> None:
     """Raise ``UserError`` that names every missing, extra, misshaped, wrongly typed or non-finite tensor.
 
     ``expected`` gives names, shapes and kinds; a floating-point tensor may have any of float32, float16, bfloat16.
+    Without ``values`` the numbers are not looked at.
     """
     missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     faults = [f"missing {', '.join(missing)}"] if missing else []
     faults += [f"extra {', '.join(extra)}"] if extra else []
     for name in sorted(set(found) & set(expected)):
-        tensor, wanted = found[name], expected[name]
+        tensor = found[name]
+        wanted = tensor if expected is found else expected[name]
         kind, right = dtype_name(tensor.dtype), dtype_name(wanted.dtype)
         if tensor.shape != wanted.shape:
             faults.append(f"{name} has shape {list(tensor.shape)} instead of {list(wanted.shape)}")
@@ -206,8 +259,9 @@ def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], w
             faults += [f"{name} is {kind} instead of {right}"] if kind != right else []
         elif tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             faults.append(f"{name} is {kind} instead of float32, float16 or bfloat16")
-        elif not all_finite(tensor):
+        elif values and not all_finite(tensor):
             faults.append(f"{name} holds NaN or infinity")
+        del tensor, wanted
     if faults:
         raise UserError(f"{where} does not hold the tensors that its config asks for: {'; '.join(faults)}")
 

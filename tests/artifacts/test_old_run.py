@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from redraft.adaptation.core import Adaptation, Verdict
+
 HERE = Path(__file__).parent
 
 
@@ -21,6 +23,13 @@ def old(tmp_path, monkeypatch) -> Path:
     shutil.copytree(HERE / "run", folder)
     monkeypatch.chdir(folder)
     return folder
+
+
+@pytest.fixture
+def unjudged(monkeypatch):
+    """The new draft is taken as it is, as it was when the artifact was written, for what training made is looked at."""
+    taken = Verdict(old=1.0, new=2.0, gamma=3, prompts=1, kept="new")
+    monkeypatch.setattr(Adaptation, "judge", lambda self, heldout, tie="old": taken)
 
 
 def again(redraft) -> tuple[int, str, str]:
@@ -36,7 +45,7 @@ def test_a_finished_run_is_read_and_its_page_written_anew(old, redraft):
     assert (old / "run" / "report.html").stat().st_size > 10_000
 
 
-def test_a_run_whose_drafts_are_gone_gives_the_same_ones_from_its_checkpoint(old, redraft):
+def test_a_run_whose_drafts_are_gone_gives_the_same_ones_from_its_checkpoint(old, redraft, unjudged):
     kept = {name: load_file(old / "run" / name) for name in ("merged/draft.safetensors", "private/private.safetensors")}
     bench, curve = (json.loads((old / "run" / name).read_text()) for name in ("bench.json", "train.json"))
     for name in ("merged", "private", "export-vllm"):
@@ -54,13 +63,25 @@ def test_a_run_whose_drafts_are_gone_gives_the_same_ones_from_its_checkpoint(old
         assert now["drafts"][name]["tau_pooled"] == draft["tau_pooled"]
 
 
+def test_an_older_runs_draft_is_judged_too(old, redraft):
+    """It is no better than the old draft on its held-out answers, so that the old draft is what comes out now."""
+    for name in ("merged", "private", "export-vllm"):
+        shutil.rmtree(old / "run" / name)
+    for name in ("bench.json", "train.json"):
+        (old / "run" / name).unlink()
+    code, said, error = again(redraft)
+    assert code == 0 and "the old draft is kept" in said, error
+    guard = json.loads((old / "run" / "merged" / "redraft.json").read_text())["guard"]
+    assert guard["new"] <= guard["old"] and guard["kept"] == "old" and not (old / "run" / "private").exists()
+
+
 def test_other_settings_are_refused_by_name(old, redraft):
     words = runpy.run_path(str(HERE / "make_run.py"))["command"]()
     code, _, error = redraft(" ".join(words[3:]) + " --max-new-tokens 17")
     assert code == 2 and "max_new_tokens" in error
 
 
-def test_a_training_that_was_cut_off_goes_on_to_the_same_curve(old, redraft):
+def test_a_training_that_was_cut_off_goes_on_to_the_same_curve(old, redraft, unjudged):
     """With the checkpoint of no step at all: everything but the training is found, and training ends as it did."""
     curve = json.loads((old / "run" / "train.json").read_text())
     merged = load_file(old / "run" / "merged" / "draft.safetensors")

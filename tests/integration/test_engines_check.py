@@ -1,4 +1,4 @@
-"""The engines check: its own engine and transformers on tiny drafts, counters, what is kept, engines that are absent."""
+"""The engines check: our engine and transformers on tiny drafts, counters, what is kept, engines that are absent."""
 
 from __future__ import annotations
 
@@ -74,15 +74,20 @@ def test_a_row_counts_what_rounds_accepted():
 
 
 def test_a_round_at_the_limit_is_counted_as_the_engine_counts_it():
-    """Ten new tokens: one of prefill, three rounds of three each, and a fourth round with no room for a drafted token."""
-    each = figures.row("a", list(range(10)), 1.0, [2, 2, 2, 3], [3, 3, 3, 3], 3)
-    cut = figures.within_limit([each], 10, 3)[0]
-    # After two rounds seven tokens are there: the third may draft two.
-    assert cut["accepted_by_round"] == [2, 2, 2] and (cut["rounds"], cut["drafted"]) == (3, 3 + 3 + 2)
-    # With room for one more token the fourth round drafts none, with room for two it drafts one.
-    assert figures.within_limit([each], 11, 3)[0]["accepted_by_round"] == [2, 2, 2]
-    assert figures.within_limit([each], 12, 3)[0]["accepted_by_round"] == [2, 2, 2, 1]
-    assert figures.within_limit([each], 99, 3)[0] == each
+    """One token of prefill, then rounds that leave 4, 7, 10 and 14 tokens."""
+    each = figures.row("a", list(range(14)), 1.0, [2, 2, 2, 3], [3, 3, 3, 3], 3)
+
+    def rounds(limit: int, beyond: bool) -> list[int]:
+        found = figures.counted([each], limit, 3, beyond)[0]
+        assert found["ids"] == list(range(limit)) and found["rounds"] == len(found["accepted_by_round"])
+        return found["accepted_by_round"]
+
+    # With room for k tokens one kind of engine drafts k - 1, and the other three all the same.
+    assert rounds(9, False) == [2, 2, 1] and rounds(9, True) == [2, 2, 2]
+    assert rounds(10, False) == [2, 2, 2] == rounds(10, True), "a round begins where a token is wanted alone"
+    assert rounds(11, False) == [2, 2, 2] and rounds(11, True) == [2, 2, 2, 3]
+    assert rounds(12, False) == [2, 2, 2, 1] and rounds(14, False) == [2, 2, 2, 3]
+    assert figures.counted([each], 9, 3, False)[0]["drafted"] == 3 + 3 + 1
 
 
 def record(rounds: tuple[int, int], accepted: tuple[int, int], last: int = 4) -> list[dict[str, Any]]:
@@ -102,14 +107,14 @@ def record(rounds: tuple[int, int], accepted: tuple[int, int], last: int = 4) ->
 
 
 def test_figures_follow_the_definitions():
-    found = figures.beside(record((4, 2), (5, 2)), record((4, 2), (5, 2)), [[*range(8), 4], [0]])
+    found = figures.beside(record((4, 2), (5, 2)), record((4, 2), (5, 2)))
     assert found["tau_engine"] == found["tau_ours"]["value"] == pytest.approx(1 + 7 / 6)
     assert found["within_interval"] and found["difference"] == 0 and found["same_counts"] == found["prompts"] == 2
-    assert found["text_as_our_plain"] == 1 and "same_rounds" not in found
+    assert found["same_text"] == 2 and "same_rounds" not in found
     assert found["per_position"]["engine"][0] == pytest.approx(7 / 6)
-    apart = figures.beside(record((4, 2), (0, 0)), record((4, 2), (5, 2)), [[0], [0]])
+    apart = figures.beside(record((4, 2), (0, 0)), record((4, 2), (5, 2), last=9))
     assert apart["tau_engine"] == 1 and not apart["within_interval"] and apart["same_counts"] == 0
-    assert apart["accepted"] == {"engine": 0, "ours": 7}
+    assert apart["accepted"] == {"engine": 0, "ours": 7} and apart["same_text"] == 0
 
 
 def test_speeds_are_paired_over_prompts():
@@ -175,7 +180,7 @@ def test_our_rounds_and_transformers_rounds_are_the_same(world):
     result = check.measure(check.prepare(options(world, "half")), console())
     found = result["engines"]["transformers"]["standalone"]
     assert found["format"] == "hf" and found["within_interval"] and found["difference"] == 0
-    assert found["text_as_our_plain"] == found["same_counts"] == found["same_rounds"] == found["prompts"] == 3
+    assert found["same_text"] == found["same_counts"] == found["same_rounds"] == found["prompts"] == 3
     assert found["accepted"]["engine"] == found["accepted"]["ours"] > 0
     assert not result["left_out"] and not result["failed"]
     shares = [each["value"] for each in found["per_position"]["ours"]]

@@ -158,7 +158,10 @@ def test_train_merge_export_and_back(place: Path, redraft: Any) -> None:
         assert code == 0, err
         assert "serve with: vllm serve target" in out
         back = open_checkpoint(place / name, target_info("target")).draft
-        for key, tensor in back.state_dict().items():
+        state = back.state_dict()
+        table = state.pop("embed_tokens.weight", None)  # a copy of the target's, which the speculators package asks for
+        assert (table is not None) == (name == "vllm")
+        for key, tensor in state.items():
             assert torch.equal(tensor, merged.state_dict()[key]), key
 
 

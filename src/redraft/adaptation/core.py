@@ -312,4 +312,4 @@ class Adaptation:
         """The whole draft in ``folder``: dense, but for routed experts, which stay as they are."""
         stored, _ = self.stored
         dense = max(stored.config.private_experts, stored.config.shared_experts) <= 1
-        save_draft(folder, stored.merged() if dense else stored, self.meta(**more))
+        save_draft(folder, stored, self.meta(**more), merge=dense)

@@ -21,6 +21,7 @@ from redraft.data.shapes import row_of
 from redraft.data.store import encode_row
 from redraft.drafts.files import save_draft
 from redraft.drafts.formats.base import ExportReport
+from redraft.drafts.formats.meaning import Reading
 from redraft.drafts.opening import AnyDraft, OpenDraft, open_checkpoint
 from redraft.drafts.scaling import scale_change
 from redraft.errors import UserError
@@ -28,11 +29,11 @@ from redraft.loading import load_tokenizer, quiet
 from redraft.progress import progress_bar
 from redraft.registries import EXPORTERS, FAMILIES
 from redraft.reports.card import write_card
-from redraft.reports.tables import Merged
+from redraft.reports.tables import Imported, Merged
 from redraft.selection.manifest import Manifest, choose
 from redraft.selection.states import scoring_context
 from redraft.settings.base import Settings
-from redraft.settings.steps import ExportSettings, MergeSettings, RegenerateSettings, SelectSettings
+from redraft.settings.steps import ExportSettings, ImportSettings, MergeSettings, RegenerateSettings, SelectSettings
 from redraft.settings.texts import parse_scorer
 from redraft.target import Facts, Target
 
@@ -180,6 +181,44 @@ def _write_kept(manifest: Manifest, rows: Sequence[Any], asked: Sequence[Convers
     atomic_write_text(keep, prompts if asked else b"".join(map(encode_row, manifest.apply(rows))).decode())
 
 
+def import_draft(
+    source: Place,
+    out: Place,
+    *,
+    target: AnyTarget | None = None,
+    taps: Sequence[int] = (),
+    trainer: str | None = None,
+) -> Imported:
+    """Read a draft as the trainer that wrote it means it, and write it in redraft's own format.
+
+    The result says of every value where it comes from; what redraft does not compute is refused by its name.
+    ``target`` tells what the file leaves to it, and must fit; ``taps`` and ``trainer`` overrule what the file tells.
+
+        print(redraft.import_draft("someones-draft", "draft", target="my-model"))
+    """
+    s, info = checked(ImportSettings, locals()), None if target is None else target_info(target)
+    options: dict[str, Any] = {"taps": s.taps or None, "trainer": s.trainer}
+    found = open_checkpoint(s.source, info, needs_target=False, **options)
+    draft, reading = found.draft, found.reading or Reading("redraft")
+    if info is not None:
+        draft = draft.borrowing(info)
+    named = (
+        {"name": info.name, "hash": None} if info is not None else {"name": found.meta.get("verifier"), "hash": None}
+    )
+    entries = [{**entry.__dict__, "value": plain(entry.value)} for entry in reading.entries]
+    origin = {"source": s.source, "trainer": reading.reader, "entries": entries, "notes": list(reading.notes)}
+    save_draft(s.out, draft, {"method": found.meta.get("method"), "target": named, "imported": origin})
+    size = sum(parameter.numel() for parameter in draft.parameters())
+    stored = sum(tensor.numel() * tensor.element_size() for tensor in draft.stored().values())
+    notes = tuple(found.meta.get("notes", []))
+    return Imported(s.out, s.source, draft.family, reading.reader, size, stored, tuple(entries), notes)
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON holds it."""
+    return list(value) if isinstance(value, tuple) else value
+
+
 def merge(
     private: AnyDraft, base_draft: AnyDraft, out: Place, *, target: AnyTarget | None = None, scale: float = 1.0
 ) -> Merged:
@@ -196,9 +235,10 @@ def merge(
     origin = {"merged_from": {"base": s.base_draft, "private": s.private, "scale": s.scale}}
     if s.scale != 1:
         draft = scale_change(draft, _read(base_draft, info).draft, s.scale)
-    merged = draft.merged()
-    save_draft(s.out, merged, kept | origin)
-    return Merged(s.out, sum(parameter.numel() for parameter in merged.parameters()), kept.get("method"))
+    save_draft(s.out, draft, kept | origin, merge=True)
+    # Experts become a part of the matrices beside them, low-rank updates are added to theirs.
+    parameters = sum(p.numel() for name, p in draft.named_parameters() if ".low_rank." not in name)
+    return Merged(s.out, parameters, kept.get("method"))
 
 
 def _read(draft: AnyDraft, info: Facts | None, base_draft: AnyDraft | None = None) -> OpenDraft:

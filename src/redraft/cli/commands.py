@@ -221,6 +221,26 @@ def adapt(s: AdaptConfig) -> None:
 
 
 @command(
+    "redraft import someones-draft --target my-model --out draft",
+    "redraft import some-org/public-draft --target my-model --trainer specforge-0.2 --out draft --json read.json",
+)
+def import_(s: steps.ImportSettings) -> None:
+    """Read a draft as the trainer that wrote it means it, and say of every value where it comes from.
+
+    What redraft does not compute is refused by its name, and nothing is written.
+    """
+    from redraft.adaptation.models import check_output
+    from redraft.artifact import atomic_write_json
+
+    if s.json_out is not None:
+        check_output(s.json_out, ".json")
+    found = redraft.import_draft(s.source, s.out, target=s.target, taps=s.taps, trainer=s.trainer)
+    if s.json_out is not None:
+        atomic_write_json(s.json_out, found.to_dict())
+    found.show(console())
+
+
+@command(
     "redraft merge --private run/private --base-draft old-draft --out merged",
     "redraft merge --private run/private --base-draft old-draft --scale 0.7 --out milder",
     "redraft merge --private run/private --base-draft some-org/public-draft --target my-model --out merged",

@@ -36,8 +36,8 @@ CHOICES: dict[str, Callable[[], list[str]]] = {
 }
 PANELS = {
     "Target": "target adapter base_target template_arg server server_model server_only",
-    "Draft": "draft engine base_draft private method private_width rank family vocabulary from_nothing start size "
-    "layers embeddings tied from_layers scale",
+    "Draft": "source draft engine base_draft trainer taps private method private_width rank family vocabulary "
+    "from_nothing start size layers embeddings tied from_layers scale",
     "Text": "results config prompts prompt responses eval_prompts suite data limit trained_on text text_field heldout "
     "heldout_responses heldout_prompts heldout_text heldout_share text_share general general_share selection scorer "
     "budget select_on order temperature temperatures top_p top_k max_new_tokens",

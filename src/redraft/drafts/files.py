@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from redraft.artifact import check_tensors, read_json, read_tensors, tensors_bytes, tensors_hash, write_tensors
-from redraft.drafts.base import Draft
+from redraft.drafts.base import Draft, DraftConfig
 from redraft.drafts.scaling import Coarse, told
 from redraft.errors import UserError
 from redraft.files import atomic_folder, atomic_write_json, settle
@@ -62,8 +62,8 @@ def read_meta(folder: str | Path, kind: str) -> dict[str, Any]:
     absent = [key for key in wanted if key not in meta]
     if absent:
         raise UserError(f"{path} lacks {', '.join(absent)}; copy the artifact again")
-    for key, kind, what in META_KINDS:
-        if not isinstance(meta.get(key, kind()), kind):
+    for key, form, what in META_KINDS:
+        if not isinstance(meta.get(key, form()), form):
             raise UserError(f"{path} has a {key} that is no {what}; copy the artifact again")
     for key in ("tensors", "by_rows"):
         if not all(isinstance(name, str) for name in meta.get(key, [])):
@@ -81,9 +81,12 @@ def _build(meta: Mapping[str, Any], where: Path) -> Draft:
         raise UserError(f"{where / META_FILE} has a config that builds no draft: {error}") from error
 
 
-def _meta(kind: str, draft: Draft, content_hash: str, given: Mapping[str, Any]) -> dict[str, Any]:
+def _meta(
+    kind: str, draft: Draft, content_hash: str, given: Mapping[str, Any], config: DraftConfig | None = None
+) -> dict[str, Any]:
     """``given`` (method, target, tokenizer_hash, provenance, ...) under the keys that the format fixes."""
-    fixed = {"schema": SCHEMA, "kind": kind, "family": draft.family, "config": draft.config.to_dict()}
+    config = draft.config if config is None else config
+    fixed = {"schema": SCHEMA, "kind": kind, "family": draft.family, "config": config.to_dict()}
     fixed["content_hash"] = content_hash
     defaults = {"method": None, "target": {"name": None, "hash": None}, "tokenizer_hash": None, "provenance": {}}
     # Metadata that was loaded with one artifact may be handed on to another: what ties it to the first is dropped.
@@ -103,19 +106,22 @@ def own_files(family: str) -> set[str]:
 
 
 # -- drafts ----------------------------------------------------------------------------------------------------------
-def save_draft(folder: str | Path, draft: Draft, meta: Mapping[str, Any]) -> None:
+def save_draft(folder: str | Path, draft: Draft, meta: Mapping[str, Any], merge: bool = False) -> None:
     """Write a whole draft. ``meta`` holds what the caller knows: method, target, tokenizer_hash, provenance.
 
-    Raises ``UserError`` on NaN, a full disk, or a folder that holds other files.
+    With ``merge`` private parts are merged, one matrix at a time, as they are written. Raises ``UserError`` on NaN, a
+    full disk, or a folder that holds other files.
     """
     family = FAMILIES.get(draft.family)
     draft = draft.merged() if family.merges else draft
-    state = draft.stored()
+    merge = merge and not family.merges
+    state = draft.dense_state() if merge else draft.stored()
+    config = draft.config.dense() if merge else draft.config
     check_tensors(state, state, "the draft to be saved")
     with atomic_folder(folder, tensors_bytes(state) + family.other_bytes, own_files(draft.family)) as new:
         family.write_beside(new, draft)
         write_tensors(new / family.weights_file, state)
-        atomic_write_json(new / META_FILE, _meta("draft", draft, tensors_hash(state), meta))
+        atomic_write_json(new / META_FILE, _meta("draft", draft, tensors_hash(state), meta, config))
 
 
 def load_draft(folder: str | Path) -> tuple[Any, dict[str, Any]]:
@@ -167,8 +173,12 @@ def save_private(
         atomic_write_json(new / META_FILE, entry)
 
 
-def load_private(folder: str | Path, base_draft: Draft, base_hash: str) -> tuple[Any, dict[str, Any]]:
+def load_private(
+    folder: str | Path, base_draft: Draft, base_hash: str, copy: bool = True
+) -> tuple[Any, dict[str, Any]]:
     """A new draft: the base draft's tensors with the private part's put over them. The base is left as it is.
+
+    Without ``copy`` the new draft has the base's own tensors, for who keeps no base.
 
     Raises ``UserError`` when the part belongs to another base draft, or its tensors are not exactly those listed.
     """
@@ -190,7 +200,8 @@ def load_private(folder: str | Path, base_draft: Draft, base_hash: str) -> tuple
     part = read_tensors(path)
     _verify_hash(part, meta, path)
     # A table that the part's draft borrows of the target is the base's own affair.
-    base = {name: tensor.detach().clone() for name, tensor in base_draft.state_dict().items() if name in whole}
+    base = {name: tensor.detach() for name, tensor in base_draft.state_dict().items() if name in whole}
+    base = {name: tensor.clone() for name, tensor in base.items()} if copy else base
     for name, about in meta.get("coarse", {}).items():
         part[name] = _told(name, about, part, base.get(name), path)
     for name in meta.get("by_rows", []):

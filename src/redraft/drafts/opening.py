@@ -72,9 +72,10 @@ def open_checkpoint(
 
     ``target`` must fit it; checkpoints of drafts that read its states are not read without, unless ``needs_target`` is
     false and the file tells all. A private part needs ``base``, the draft that it was trained on. ``options`` are for
-    the family: ``taps`` overrules the feature ids of an Eagle3 checkpoint, ``trainer`` who wrote it. The metadata of a checkpoint of other hands holds family, format, source, verifier, notes and
-    the config as it was found. A draft that is open is taken as it is. Raises ``UserError`` when the source cannot be
-    read, is no draft, does not fit the target, or was made for another tokenizer.
+    the family: ``taps`` overrules the feature ids of an Eagle3 checkpoint, ``trainer`` who wrote it. The metadata of a
+    checkpoint of other hands holds family, format, source, verifier, notes and the config as it was found. A draft that
+    is open is taken as it is. Raises ``UserError`` when the source cannot be read, is no draft, does not fit the
+    target, or was made for another tokenizer.
     """
     if isinstance(source, OpenDraft):
         return source
@@ -82,7 +83,8 @@ def open_checkpoint(
     if checkpoint.meta.get("kind") == "private":
         if base is None:
             raise UserError(f"{source} is a private part; name the draft that it belongs to with --base-draft")
-        joined = _joined(checkpoint.folder, open_checkpoint(base, target, None, dtype), target, dtype)
+        opened = open_checkpoint(base, target, None, dtype)
+        joined = _joined(checkpoint.folder, opened, target, dtype, copy=opened is base)
         return replace(joined, source=str(source))
     if checkpoint.meta:
         draft, meta = load_draft(checkpoint.folder)
@@ -107,7 +109,9 @@ def _read(
     family, notes = _family(checkpoint), list[str]()
     options = {name: value for name, value in options.items() if value is not None}
     if strange := sorted(set(options) - set(family.options)):
-        raise UserError(f"{checkpoint.source} is a draft of family {family.name}, which has no {strange[0]}; leave it out")
+        raise UserError(
+            f"{checkpoint.source} is a draft of family {family.name}, which has no {strange[0]}; leave it out"
+        )
     if target is None and family.reads_states and needs_target:
         raise UserError(f"{checkpoint.source} is not in redraft's own format; give --target, whose sizes it must fit")
     if family.reads_states and target is not None:
@@ -135,12 +139,12 @@ def _check_tokenizer(checkpoint: Checkpoint, target: Facts) -> None:
         raise UserError(f"{checkpoint.source} was made for another tokenizer than the target's: no token is in both")
 
 
-def _joined(folder: Path, base: OpenDraft, target: Facts | None, dtype: torch.dtype | None) -> OpenDraft:
-    """The draft that a private part makes of its base."""
+def _joined(folder: Path, base: OpenDraft, target: Facts | None, dtype: torch.dtype | None, copy: bool) -> OpenDraft:
+    """The draft that a private part makes of its base; ``copy`` of one that somebody else has."""
     shared = base.draft
     kept = next(shared.parameters()).dtype
     wide = shared.BASE_DTYPE
-    draft, meta = load_private(folder, shared if wide is None else shared.to(wide), base.base_hash)
+    draft, meta = load_private(folder, shared if wide is None else shared.to(wide), base.base_hash, copy)
     for name, parameter in draft.named_parameters():
         kept = torch.promote_types(kept, parameter.dtype) if is_private(name) else kept
     if dtype is not None or wide is not None:

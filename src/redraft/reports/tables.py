@@ -212,6 +212,39 @@ class Merged(Shown):
         return lines(f"{self.folder}: {self.parameters:,} parameters, method {self.method}")
 
 
+# How a value came about: in colours, the surprising ones the louder.
+HOW_COLOURS = {"read": "green", "derived": "cyan", "defaulted": "yellow", "target": "cyan", "dropped": "red"}
+
+
+@dataclass(frozen=True)
+class Imported(Shown):
+    """A draft in ``folder`` that another trainer wrote, in redraft's own format.
+
+    ``entries`` say of each value what it is, how it came about and on whose word; ``notes`` what to know of it.
+    """
+
+    folder: Path
+    source: str
+    family: str
+    trainer: str
+    parameters: int
+    bytes: int
+    entries: tuple[Mapping[str, Any], ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**self.__dict__, "folder": str(self.folder), "entries": list(self.entries), "notes": list(self.notes)}
+
+    def __rich__(self) -> Any:
+        table = _table(f"{self.source}, as {self.trainer} means it", ["what", "value", "how", "on whose word"], [])
+        for entry in self.entries:
+            how = entry["how"]
+            shown = form.DASH if entry["value"] is None else escape(str(entry["value"]))
+            table.add_row(escape(entry["what"]), shown, f"[{HOW_COLOURS[how]}]{how}[/]", escape(entry["word"]))
+        size = f"{self.folder}: {self.family} draft of {self.parameters:,} parameters, {self.bytes / 1e6:.1f} MB"
+        return Group(table, lines(*(f"note: {note}" for note in self.notes), size))
+
+
 @dataclass(frozen=True)
 class Page(Shown):
     """A page that needs nothing else, in the file ``path``; a notebook shows it as it is."""

@@ -55,6 +55,8 @@ def convert(value: Any, hint: Any) -> Any:
         parts = value.split(",") if isinstance(value, str) else value
         if not isinstance(parts, list | tuple):
             raise ValueError(f"must be a list, written [a, b], not {value!r}")
+        if get_args(kind)[0] in KINDS:  # numbers of one flag may stand together
+            parts = [one for part in parts for one in (part.split(",") if isinstance(part, str) else [part])]
         parts = [part.strip() if isinstance(part, str) else part for part in parts]
         return tuple(convert(part, get_args(kind)[0]) for part in parts if part != "")
     return _plain(value, kind) if kind in KINDS else value

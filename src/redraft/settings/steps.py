@@ -1,20 +1,27 @@
-"""The settings of the single steps: quickstart, regenerate, select, train, merge, export, merge-target, vocabulary;
-and of what measures and shows: probe, bench, report, watch.
+"""The settings of the single steps: quickstart, regenerate, select, train, import, merge, export, merge-target,
+vocabulary; and of what measures and shows: probe, bench, report, watch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from redraft.errors import UserError
 from redraft.settings import texts
-from redraft.settings.base import Settings, setting
+from redraft.settings.base import Settings, known_name, setting
 from redraft.settings.runs import PROMPT_FORMS, SHARED_DRAFT, Adapting, Answered, OnTarget, Sampled, adaptation
 from redraft.settings.sampler import Sampler, asked_samplers
 from redraft.settings.shapes import ShapeText, check_drafts, parse_shape
 from redraft.settings.training import TrainBlock, TrainConfig
+
+# Trainers whose files are read on their own word (redraft.drafts.eagle3.trainers, and the kinds of EAGLE-1).
+TRAINER_NAMES = (
+    *("speculators", "specforge-0.2", "specforge-0.3", "modelopt", "automodel", "angelslim", "safeailab", "plain"),
+    *("original", "vllm", "sglang"),
+)
 
 
 class QuickstartSettings(Settings):
@@ -110,6 +117,29 @@ class TrainSettings(Adapting):
         if self.from_nothing and self.heldout_responses is not None:
             yield "--from-nothing holds responses out by number: give --heldout, not --heldout-responses"
         assert self.private_size
+
+
+class ImportSettings(Settings):
+    """A draft of another trainer, read and explained, in redraft's own format."""
+
+    COMMAND: ClassVar[str] = "import"
+
+    source: str = setting(..., "draft as its trainer wrote it: folder or hub id", argument=True, reads="model")
+    out: Path = setting(..., "folder to write")
+    target: str | None = setting(
+        None, "target that it is for: what the file leaves to it, and what must fit", reads="model"
+    )
+    taps: tuple[int, ...] = setting(
+        (), "layers that it reads, as layers passed, where the file tells it wrong: 2,16,29"
+    )
+    trainer: str | None = setting(None, f"who wrote it, where the file cannot tell: {', '.join(TRAINER_NAMES)}")
+    json_out: Path | None = setting(None, "also write the table to this file", flag="--json")
+
+    def conflicts(self) -> Iterator[str]:
+        if self.trainer is not None:
+            known_name("trainer", self.trainer, TRAINER_NAMES)
+        if any(after <= before for before, after in pairwise(self.taps)) or min(self.taps, default=0) < 0:
+            yield f"taps {list(self.taps)} must ascend from 0; engines read each layer once and in layer order"
 
 
 class MergeSettings(Settings):

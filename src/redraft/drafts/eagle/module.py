@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from redraft.drafts.base import Draft, DraftConfig, heads_of, rope_of
 from redraft.drafts.eagle.proposer import EagleProposer, StaticProposer
 from redraft.drafts.eagle.unroll import EagleWalk
-from redraft.drafts.formats.embeddings import equal_rows, table_of
+from redraft.drafts.formats.embeddings import is_targets
 from redraft.drafts.layers import Attend, Attention, Linear, RMSNorm, Rotary, SharedPrivateMLP, told_angles
 from redraft.errors import UserError
 from redraft.target import Head, Target
@@ -212,6 +212,12 @@ class EagleDraft(Draft):
             layer.attach_low_rank(config.low_rank, config.low_rank_alpha)
         self.rotary = Rotary(config.rope_parameters, config.head_dim, config.max_position_embeddings)
 
+    def rebuilt(self, config: Any, state: Mapping[str, Tensor]) -> Self:
+        """As of every draft; no room is taken for numbers that are thrown away."""
+        new = type(self).untrained(config)
+        new.load_state_dict(dict(state), strict=True, assign=True)
+        return new.inherit(self).train(self.training)
+
     # -- proposals ---------------------------------------------------------------------------------------------
     def proposer(self, target: Target, capacity: int) -> EagleProposer:
         return EagleProposer(self, target, capacity)
@@ -259,8 +265,7 @@ class EagleDraft(Draft):
     def borrowing(self, target: Any) -> Self:
         """This draft on the target's embedding where that is its own to the last bit; with another it would compute
         other logits."""
-        table = None if self.embed_tokens is None else table_of(target)
-        if table is None or self.embed_tokens is None or not equal_rows(self.embed_tokens.weight, table):
+        if self.embed_tokens is None or not is_targets(self.embed_tokens.weight, target):
             return self
         state = {name: t for name, t in self.state_dict().items() if name != "embed_tokens.weight"}
         return self.rebuilt(replace(self.config, own_embedding=False), state)

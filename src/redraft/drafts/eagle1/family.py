@@ -20,7 +20,6 @@ Facts: vLLM 0.32, SGLang 0.5.23; docs/formats.md.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -37,7 +36,7 @@ from redraft.drafts.eagle1.module import Eagle1Config, Eagle1Draft, fresh_eagle1
 from redraft.drafts.eagle1.writing import ARCHITECTURES, WRITERS
 from redraft.drafts.formats import others
 from redraft.drafts.formats.embeddings import compare
-from redraft.drafts.formats.layers import LayerReader
+from redraft.drafts.formats.layers import LayerReader, by_our_names
 from redraft.drafts.formats.meaning import Reading
 from redraft.drafts.formats.reading import (
     Checkpoint,
@@ -63,7 +62,7 @@ READ = (
     *("vocab_size", "num_hidden_layers", "bias", "quantization_config"),
 )
 ORIGINAL = "LlamaForCausalLM"
-FEW = (1, 2, 3, 4)  # layers of a draft, of which one is read; with more a checkpoint is a language model
+FEW = (1, 2, 3, 4)  # layers of a draft; with more a checkpoint is a language model
 
 
 def kind_of(checkpoint: Checkpoint) -> str | None:
@@ -88,9 +87,11 @@ def kind_of(checkpoint: Checkpoint) -> str | None:
 
 
 def read(
-    checkpoint: Checkpoint, target: Facts | None, notes: list[str], trainer: str | None = None
+    checkpoint: Checkpoint, target: Facts | None, notes: list[str], trainer: str | None = None, values: bool = True
 ) -> tuple[Eagle1Draft, dict[str, Any]]:
     """The draft and its metadata; ``trainer`` is the kind, for a file that does not tell it.
+
+    Without ``values`` the numbers are not looked at.
 
     Raises ``UserError`` for what our draft does not compute or hold.
     """
@@ -103,34 +104,33 @@ def read(
     state = read_state(folder, notes)
     if (found := others.of_tensors(state)) is not None:
         raise UserError(f"{folder} has {found[0]}, which is not read; {found[1]}")
-    values = Values(raw, path)
-    layer = LayerReader(values, facts_of(state), reading)
-    layers = values.whole("num_hidden_layers", most=1 << 16) or 1
-    layer.refuse(layer.faults(("llama", "eagle"), _faults(kind, layers, state)))
-    said = values.flag("bias")
+    keys = Values(raw, path)
+    layer = LayerReader(keys, facts_of(state), reading)
+    layer.refuse(layer.faults(("llama", "eagle")))
+    said = keys.flag("bias")
     biased = {"vllm": False, "sglang": True}.get(kind, said is not False)
     fields = layer.sizes() | layer.attention(False)
-    if any(layer.windows(layers)):
+    fields["num_layers"] = layer.layers()
+    if any(layer.windows(fields["num_layers"])):
         layer.refuse(["sliding_attention"])
     rows = layer.size("vocab_size", EMBEDDING, 0, "target_vocab_size")
     fields["rope_parameters"] = layer.rope(fields["max_position_embeddings"], partial=kind != "original")
-    state = _named(state, layers)
-    fields["num_layers"] = layers
     config = Eagle1Config(**fields, target_vocab_size=rows, fc_bias=biased, own_embedding=EMBEDDING in state)
     if target is not None:
         config = _fitted(config, state, target, reading)
         config.check_fit(target)
+    state = by_our_names(state, config.num_layers)
     draft = build_untrained(lambda: Eagle1Draft.untrained(config), path)
-    check_tensors(state, draft.state_dict(), folder)
+    check_tensors(state, draft.state_dict(), folder, values)
     check_state(state, draft, path)
     if biased and said is False and not state["fc.bias"].any():
         del state["fc.bias"]
         config = replace(config, fc_bias=False)
         draft = Eagle1Draft.untrained(config)
     how = "derived" if said is None or kind != "original" else "read"
-    reading.take("fc_bias", config.fc_bias, how, "the kind of checkpoint" if how == "derived" else values.word("bias"))  # type: ignore[arg-type]
+    reading.take("fc_bias", config.fc_bias, how, "the kind of checkpoint" if how == "derived" else keys.word("bias"))  # type: ignore[arg-type]
     draft.fill(state)
-    note_dropped(values, READ, reading)
+    note_dropped(keys, READ, reading)
     return draft, {"format": kind, "verifier": None, "reading": reading}
 
 
@@ -138,20 +138,6 @@ def check_state(state: Mapping[str, Tensor], draft: Eagle1Draft, where: Any) -> 
     """Raise ``UserError`` where rotary settings of a draft of our own format tell no angles."""
     if not draft.rotary.usable:
         raise UserError(f"{where}: rotary settings that tell no angles: {draft.config.rope_parameters}")
-
-
-def _faults(kind: str, layers: int, state: Mapping[str, Tensor]) -> list[str]:
-    """EAGLE's own code has one layer; engines compute as many as there are."""
-    held = 1 + max((int(found[1]) for name in state if (found := re.match(r"layers\.(\d{1,4})\.", name))), default=0)
-    most = 1 if kind == "original" else held
-    return [f"num_hidden_layers {layers}, of {held} in the file"] if layers > most else []
-
-
-def _named(state: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
-    """The state with the layers behind the first by our names; those that the config has none of keep the file's."""
-    ours = {f"layers.{number}.": f"later.{number - 1}." for number in range(1, layers)}
-    start = {name: next((old for old in ours if name.startswith(old)), "") for name in state}
-    return {ours[start[n]] + n[len(start[n]) :] if start[n] else n: tensor for n, tensor in state.items()}
 
 
 def _fitted(config: Eagle1Config, state: dict[str, Tensor], target: Facts, reading: Reading) -> Eagle1Config:

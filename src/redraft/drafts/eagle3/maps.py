@@ -28,6 +28,7 @@ ENDINGS = (".pt", ".bin", ".npy")
 # neighbours, which maps of frequent tokens never are.
 MANY = 256
 
+
 # -- files beside the weights ------------------------------------------------------------------------------------------
 def beside(folder: Path, state: dict[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
     """The state with the maps that files beside the weights hold, where the weights have none themselves.
@@ -58,7 +59,9 @@ def _one_map(file: Path) -> Tensor:
         if file.suffix == ".npy":
             return torch.from_numpy(numpy.load(file, allow_pickle=False))
     except (OSError, ValueError, EOFError, TypeError) as error:
-        raise UserError(f"{file} cannot be read as one table of numbers ({error}); save it as a tensor alone") from error
+        raise UserError(
+            f"{file} cannot be read as one table of numbers ({error}); save it as a tensor alone"
+        ) from error
     return read_pickled_table(file)
 
 
@@ -151,8 +154,8 @@ def check_vocabulary_map(state: Mapping[str, Tensor], config: Any, where: str | 
         raise UserError(f"{where}: d2t must hold offsets that give ascending target ids (id = i + d2t[i])")
     if not torch.equal(state["t2d"].nonzero().flatten(), ids_D):
         raise UserError(
-            f"{where}: t2d does not mark the same target ids as d2t; put the map that the draft was trained with beside "
-            "the weights (vocab_mapping.pt), or take the checkpoint anew"
+            f"{where}: t2d does not mark the same target ids as d2t; put the map that the draft was trained with "
+            "beside the weights (vocab_mapping.pt), or take the checkpoint anew"
         )
 
 

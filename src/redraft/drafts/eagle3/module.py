@@ -21,7 +21,7 @@ from redraft.drafts.eagle3.objective import UnrollObjective
 from redraft.drafts.layers import Linear, RMSNorm, norm_weight
 from redraft.drafts.proposing import Reduce, alone
 from redraft.settings.training import TrainConfig
-from redraft.target import Head
+from redraft.target import FINAL, Head
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class Eagle3Config(EagleConfig):
     head_norm: bool = True
 
     def wrong_fields(self) -> list[str]:
-        whole = all(type(tap) is int and tap >= 0 for tap in self.taps)
+        whole = all(type(tap) is int and tap >= FINAL for tap in self.taps)
         return [*super().wrong_fields(), *["taps"] * (not self.taps or not whole)]
 
 
@@ -91,7 +91,9 @@ class Eagle3Draft(EagleDraft):
         self.norm = RMSNorm(hidden, eps=config.rms_norm_eps)
         self.lm_head = Linear(hidden, config.draft_vocab_size, bias=False)
         if self.reduced:
-            self.set_vocabulary(torch.arange(config.draft_vocab_size, device="cpu") if vocabulary is None else vocabulary)
+            self.set_vocabulary(
+                torch.arange(config.draft_vocab_size, device="cpu") if vocabulary is None else vocabulary
+            )
         self.complete()
 
     # -- vocabulary --------------------------------------------------------------------------------------------

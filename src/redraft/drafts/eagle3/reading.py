@@ -8,7 +8,6 @@ Shape legend: H hidden size, K taps, F hidden size of the target, D draft vocabu
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -20,7 +19,11 @@ from redraft.artifact import check_tensors
 from redraft.drafts.eagle3.maps import beside, check_vocabulary_map, read_maps
 from redraft.drafts.eagle3.module import Eagle3Config, Eagle3Draft
 from redraft.drafts.eagle3.trainers import (
+    ANGELSLIM_IDS,
     ARCHITECTURES,
+    FEW,
+    TARGETS_NAME,
+    TOLD_BY,
     Trainer,
     is_own,
     is_speculators,
@@ -30,7 +33,7 @@ from redraft.drafts.eagle3.trainers import (
 )
 from redraft.drafts.formats import others
 from redraft.drafts.formats.embeddings import compare
-from redraft.drafts.formats.layers import QUANTISED, LayerReader
+from redraft.drafts.formats.layers import QUANTISED, LayerReader, by_our_names
 from redraft.drafts.formats.meaning import Reading, TensorFacts
 from redraft.drafts.formats.reading import (
     Checkpoint,
@@ -49,10 +52,6 @@ __all__ = ["ARCHITECTURES", "check_state", "check_taps", "check_vocabulary_map",
 
 EMBEDDING = "embed_tokens.weight"
 IDS = "eagle_aux_hidden_state_layer_ids"
-SLIM_IDS = "aux_hidden_states_layer_ids"  # AngelSlim's, outputs of layers counted from zero
-
-# With as many layers or more in the config and one in the file, the count is that of the target.
-MANY_LAYERS = 8
 
 # What the speculators package keeps beside the draft while it trains.
 LEFT_OVER = ("verifier_norm.weight", "verifier_lm_head.weight")
@@ -63,14 +62,22 @@ READ = (
     *("max_position_embeddings", "attention_bias", "qkv_bias", "model_type", "hidden_act", "mlp_bias", "layer_types"),
     *("sliding_window", "use_sliding_window", "rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"),
     *("vocab_size", "draft_vocab_size", "num_hidden_layers", "target_hidden_size", "num_aux_hidden_states", IDS),
+    ANGELSLIM_IDS,
     *("norm_before_residual", "norm_before_fc", "fc_norm", "use_aux_norm", "norm_output", "eagle_config"),
     *("quantization_config", "transformer_layer_config", "speculators_config", "speculators_model_type"),
-    *("speculators_version", "bias", SLIM_IDS),
+    *("speculators_version", "bias"),
 )
 
 
 def recognises(checkpoint: Checkpoint) -> bool:
-    return is_speculators(checkpoint.config) or is_own(checkpoint)
+    """By the names of the architecture, or by the tensors where these are the target's or there are none."""
+    if is_speculators(checkpoint.config) or is_own(checkpoint.architectures):
+        return True
+    config, named = checkpoint.config, checkpoint.architectures
+    if not config or (named and TARGETS_NAME not in named):
+        return False
+    small = config.get("draft_vocab_size") is not None or config.get("num_hidden_layers", 1) in FEW
+    return small and "hidden_size" in config and set(TOLD_BY) <= set(read_state(checkpoint.folder, []))
 
 
 def read(
@@ -79,12 +86,15 @@ def read(
     notes: list[str],
     taps: tuple[int, ...] | None = None,
     trainer: str | None = None,
+    values: bool = True,
 ) -> tuple[Eagle3Draft, dict[str, Any]]:
     """The draft and its metadata; ``taps`` overrules the feature ids and ``trainer`` who wrote the file.
 
+    Without ``values`` the numbers are not looked at.
+
     Without a ``target`` the file must tell what else is the target's. Raises ``UserError``.
     """
-    return Eagle3Reader(checkpoint, target, notes, taps, trainer).draft()
+    return Eagle3Reader(checkpoint, target, notes, taps, trainer).draft(values)
 
 
 def check_taps(taps: tuple[int, ...]) -> None:
@@ -143,18 +153,23 @@ class Eagle3Reader:
             raise UserError(f"{folder} has {found[0]}, which is not read; {found[1]}")
         return beside(folder, state, self.reading.notes)
 
-    def draft(self) -> tuple[Eagle3Draft, dict[str, Any]]:
-        """The draft with its tensors, and what its record says. Raises ``UserError``."""
+    def draft(self, values: bool = True) -> tuple[Eagle3Draft, dict[str, Any]]:
+        """The draft with its tensors, and what its record says; without ``values`` no numbers are looked at.
+
+        Raises ``UserError``.
+        """
         checkpoint, reading = self.checkpoint, self.reading
         config = self.config()
         config = self._vocabulary(config)
-        state = self._named(self.state, config.num_layers)
+        state = by_our_names(self.state, config.num_layers)
+        for number in range(config.num_layers - 1):
+            self._one_norm(state, f"later.{number}.")
         config = self._embedding(config, state)
         if self.target is not None:
             config.check_fit(self.target)
         check_taps(config.taps)
         draft = build_untrained(lambda: Eagle3Draft.untrained(config), checkpoint.path)
-        check_tensors(state, draft.state_dict(), checkpoint.folder)
+        check_tensors(state, draft.state_dict(), checkpoint.folder, values)
         check_state(state, draft, checkpoint.folder)
         draft.fill(state)
         note_dropped(self.raw, READ, reading)
@@ -163,17 +178,6 @@ class Eagle3Reader:
             verifier = verifier.get(key) if isinstance(verifier, Mapping) else None
         kind = "speculators" if is_speculators(self.raw.values) else "plain"
         return draft, {"format": kind, "trainer": self.trainer.name, "verifier": verifier, "reading": reading}
-
-    def _named(self, state: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
-        """The state with further layers by our names; those that the config has none of keep the file's."""
-        named: dict[str, Tensor] = {}
-        for name, tensor in state.items():
-            found = re.fullmatch(r"layers\.([1-9]\d{0,3})\.(.+)", name)
-            number = int(found[1]) if found else layers
-            named[f"later.{number - 1}.{found[2]}" if found and number < layers else name] = tensor
-        for number in range(layers - 1):
-            self._one_norm(named, f"later.{number}.")
-        return named
 
     def _one_norm(self, state: dict[str, Tensor], layer: str) -> None:
         """The norm before a further layer under its one name: vLLM calls it input_layernorm, SGLang hidden_norm."""
@@ -195,9 +199,11 @@ class Eagle3Reader:
         """The draft's config as the file means it; own embedding and maps follow later. Raises ``UserError``."""
         self.layer.refuse(self._faults())
         fields = self.layer.sizes()
-        layers = self._layers()
+        targets = self.target.layers if self.target is not None else None
+        fixed = self.trainer.one_layer or self.trainer.target_layer
+        layers = self.layer.layers(targets, self.trainer.title if fixed else "")
         norms = True if self.speculated == "qwen3" else None
-        fields |= self.layer.attention(norms)
+        fields |= self.layer.attention(norms, self.trainer.one_layer or self.trainer.name == "plain")
         fields |= {"num_layers": layers, "windows": () if self.trainer.target_layer else self.layer.windows(layers)}
         fields["rope_parameters"] = self._rope(fields)
         taps = self._taps()
@@ -236,36 +242,13 @@ class Eagle3Reader:
             faults.append("model_type 'qwen3' without norms of queries and keys (midlayer.self_attn.q_norm.weight)")
         return faults
 
-    def _layers(self) -> int:
-        """How many decoder layers. The tensors decide where the config's count is the target's."""
-        found = {int(m[1]) for name in self.tensors if (m := re.match(r"layers\.([1-9]\d{0,3})\.", name))}
-        held = 1 + max(found, default=0)
-        told = self.values.whole("num_hidden_layers", most=1 << 16)
-        key, take = self.values.word("num_hidden_layers"), self.reading.take
-        if told is None or told == held:
-            take("num_layers", held, "read" if told else "derived", key if told else "the names of the tensors")
-            return held
-        targets = self.target.layers if self.target is not None else None
-        if self.trainer.target_layer or told > held and (told == targets or told >= MANY_LAYERS):
-            take("num_layers", held, "derived", "the names of the tensors")
-            take("num_hidden_layers", told, "dropped", "it is the target's count of layers")
-            if not self.trainer.target_layer:
-                self.reading.notes.append(f"num_hidden_layers {told} is not the draft's: the file holds {held} layer")
-            return held
-        if told < held:
-            return told  # the layers beyond are named as extra
-        raise UserError(
-            f"{self.checkpoint.path} asks for num_hidden_layers {told} and the file holds {held}; mend the config, or "
-            "download the weights again"
-        )
-
     def _rope(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         rope = self.layer.rope(fields["max_position_embeddings"])
         base, theta = self.trainer.base, rope.get("rope_theta", 10000.0)
         if base and theta != base:
             self.reading.notes.append(
-                f"{self.trainer.title} trains with rope base {base:g} whatever the config says; {theta:g} was taken, as "
-                "engines do: where acceptance is low, set rope_theta to what the draft was trained with"
+                f"{self.trainer.title} trains with rope base {base:g} whatever the config says; {theta:g} was taken, "
+                "as engines do: where acceptance is low, set rope_theta to what the draft was trained with"
             )
         share = rope.get("partial_rotary_factor")
         if share not in (None, 1.0) and not self.trainer.reads_part:
@@ -275,7 +258,7 @@ class Eagle3Reader:
             )
         return rope
 
-    def _switches(self) -> dict[str, bool]:
+    def _switches(self) -> dict[str, Any]:
         """The norms' switches on the trainer's word. Raises ``UserError``."""
         eagle = self.eagle or Values({}, self.checkpoint.path)
         found: dict[str, bool] = {}
@@ -340,7 +323,7 @@ class Eagle3Reader:
 
     @property
     def _ids_told(self) -> bool:
-        return bool(self.raw.get(IDS) or self.raw.get(SLIM_IDS)) or bool(self.eagle and self.eagle.get(IDS))
+        return bool(self.raw.get(IDS) or self.raw.get(ANGELSLIM_IDS) or (self.eagle and self.eagle.get(IDS)))
 
     def _taps(self) -> tuple[int, ...]:
         """Feature ids, each "after k layers". Raises ``UserError`` when they are no list of integers.
@@ -363,13 +346,16 @@ class Eagle3Reader:
             return tuple(top)
         if nested:
             if self.trainer.name != "modelopt":
-                notes.append(f"the feature ids {nested} are outputs of layers counted from zero; taken as one more each")
+                notes.append(
+                    f"the feature ids {nested} are outputs of layers counted from zero; taken as one more each"
+                )
             taken = tuple(k + 1 for k in nested)
             self.reading.take("taps", taken, "read", f"config.json: eagle_config.{IDS}, counted from zero")
             return taken
-        if slim := self.raw.whole_list(SLIM_IDS):
+        slim = self.raw.whole_list(ANGELSLIM_IDS)
+        if slim:
             taken = tuple(k + 1 for k in slim)
-            self.reading.take("taps", taken, "read", f"{self.raw.word(SLIM_IDS)}, counted from zero")
+            self.reading.take("taps", taken, "read", f"{self.raw.word(ANGELSLIM_IDS)}, counted from zero")
             return taken
         if self.eagle and self.eagle.get("layer_ids"):
             raise UserError(

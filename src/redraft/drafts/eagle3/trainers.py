@@ -7,13 +7,13 @@ nemo-automodel 0.7, AngelSlim 0.5.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from redraft.drafts.formats.reading import Checkpoint
 from redraft.errors import UserError
-from redraft.registries import nearest
+from redraft.settings.base import known_name
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,9 @@ class Trainer:
     is so where the key is absent. ``residual`` is taken where ``norm_before_residual`` is absent. ``target_layer`` says
     that the config is the target's with a few keys changed: layer count, kind of layer, windows and experts in it are
     the target's own and mean nothing for the draft. ``reads_part`` is whether its own layer turns a part of a head
-    where the config says so. ``differs`` says in words what its own forward does otherwise than engines.
-    ``base`` is the rotary base that it trains with where it does not read the config's.
+    where the config says so. ``one_layer``: its drafts are one layer without biases, whatever the config says. ``base``
+    is the rotary base that it trains with where it does not read the config's. ``differs`` says in words what its own
+    forward does otherwise than engines.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Trainer:
     residual: bool = False
     target_layer: bool = False
     reads_part: bool = True
+    one_layer: bool = False
     differs: str = ""
     base: float | None = None
 
@@ -42,18 +44,19 @@ class Trainer:
 TRAINERS: dict[str, Trainer] = {
     trainer.name: trainer
     for trainer in (
-        Trainer("speculators", "speculators", residual=True),
-        Trainer("specforge-0.2", "SpecForge 0.2", norm_output="head", reads_part=False),
-        Trainer("specforge-0.3", "SpecForge 0.3", reads_part=False),
+        Trainer("speculators", "speculators", residual=True, reads_part=False),
+        Trainer("specforge-0.2", "SpecForge 0.2", norm_output="head", reads_part=False, one_layer=True),
+        Trainer("specforge-0.3", "SpecForge 0.3", reads_part=False, one_layer=True),
         Trainer(
             "modelopt",
             "nvidia-modelopt",
+            reads_part=False,
             differs="nvidia-modelopt's own layer norms the state twice, by input_layernorm and hidden_norm; engines "
             "norm it once, by hidden_norm, which is taken",
         ),
         Trainer("automodel", "NeMo Automodel", target_layer=True),
-        Trainer("angelslim", "AngelSlim", reads_part=False, base=10000.0),
-        Trainer("safeailab", "SafeAILab's EAGLE", reads_part=False, base=10000.0),
+        Trainer("angelslim", "AngelSlim", reads_part=False, one_layer=True, base=10000.0),
+        Trainer("safeailab", "SafeAILab's EAGLE", reads_part=False, one_layer=True, base=10000.0),
         Trainer("plain", "whoever writes for vLLM and SGLang"),
     )
 }
@@ -64,6 +67,12 @@ ANGELSLIM = "Eagle3LlamaForCausalLM"
 MODELOPT_KEYS = ("next_layer_regular", "use_input_layernorm_in_first_layer", "use_mtp_layernorm")
 # Keys that vLLM reads, and that no trainer writes whose ``norm_output`` means anything else.
 ENGINE_KEYS = ("norm_before_residual", "norm_before_fc", "use_aux_norm")
+
+# SafeAILab's own trainer leaves the target's name in the config; its drafts are told by their tensors.
+TARGETS_NAME = "LlamaForCausalLM"
+TOLD_BY = ("fc.weight", "midlayer.hidden_norm.weight")
+FEW = (1, 2, 3, 4)  # layers of a draft; with more a checkpoint of that name is a language model
+ANGELSLIM_IDS = "aux_hidden_states_layer_ids"
 
 ARCHITECTURES = (
     "LlamaForCausalLMEagle3",
@@ -88,8 +97,7 @@ def trainer_of(checkpoint: Checkpoint, asked: str | None = None) -> Trainer:
     """
     config, names = checkpoint.config, checkpoint.architectures
     if asked is not None:
-        if asked not in TRAINERS:
-            raise UserError(f"unknown trainer {asked!r}{nearest(asked, TRAINERS)}; choose one of: {', '.join(TRAINERS)}")
+        known_name("trainer", asked, TRAINERS)
         if (asked == "speculators") != is_speculators(config):
             raise UserError(
                 f"{checkpoint.path} is {'' if is_speculators(config) else 'not '}of the speculators format "
@@ -98,7 +106,7 @@ def trainer_of(checkpoint: Checkpoint, asked: str | None = None) -> Trainer:
         return TRAINERS[asked]
     if is_speculators(config):
         return TRAINERS["speculators"]
-    if AUTOMODEL in names:
+    if AUTOMODEL in names or "parallel_drafting" in config:
         return TRAINERS["automodel"]
     eagle = config.get("eagle_config")
     if isinstance(eagle, Mapping) and any(key in eagle for key in MODELOPT_KEYS):
@@ -110,9 +118,9 @@ def trainer_of(checkpoint: Checkpoint, asked: str | None = None) -> Trainer:
             "the head and SpecForge 0.3, vLLM and SGLang for the state that the next step takes, and nothing tells who "
             "wrote it; name the one that trained it with --trainer specforge-0.2, specforge-0.3 or plain"
         )
-    if is_safeailab(checkpoint):
-        return TRAINERS["safeailab"]
-    return TRAINERS["angelslim" if ANGELSLIM in names else "plain"]
+    if ANGELSLIM in names:
+        return TRAINERS["angelslim"]
+    return TRAINERS["plain" if is_own(names) else "safeailab"]
 
 
 def title(trainer: Trainer, config: Mapping[str, Any]) -> str:
@@ -136,11 +144,6 @@ SWITCHES: dict[str, Any] = {
 }
 
 
-def is_safeailab(checkpoint: Checkpoint) -> bool:
-    """Whether a config is one as SafeAILab's trainer takes it: a small language model's with a draft vocabulary."""
-    return "LlamaForCausalLM" in checkpoint.architectures and checkpoint.config.get("draft_vocab_size") is not None
-
-
-def is_own(checkpoint: Checkpoint) -> bool:
-    """Whether a config is of those whose drafts are read here."""
-    return bool(checkpoint.architectures & set(ARCHITECTURES)) or is_safeailab(checkpoint)
+def is_own(names: Collection[str]) -> bool:
+    """Whether an architecture is one of those whose drafts are read here."""
+    return bool(set(names) & set(ARCHITECTURES))

@@ -6,6 +6,7 @@ that was trained with its own table computes other logits with another.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from redraft.artifact import read_rows, read_tensors
 from redraft.drafts.formats.meaning import Reading
 from redraft.loading.checkpoint import weight_files
 from redraft.loading.places import EMBEDDED_PREFIX, locate
@@ -22,15 +24,31 @@ ROWS = 4096
 TABLE = "embed_tokens.weight"
 
 
-def equal_rows(own: Tensor, other: Tensor) -> bool:
-    """Whether two tables [V, H] hold the same numbers in the narrower of their types."""
-    if own.shape != other.shape:
+def is_targets(own: Tensor, target: Any) -> bool | None:
+    """Whether ``own`` [V, H] holds the numbers of a target's embedding, in the narrower of their types.
+
+    ``target`` is a target, its head or the facts about it; none where its embedding is in no reach.
+    """
+    weight = getattr(getattr(target, "embedding", None), "weight", None)
+    if isinstance(weight, Tensor):
+        return own.shape == weight.shape and _equal(own, weight.detach().split(ROWS))
+    found = _on_disk(target)
+    if found is None:
+        return None
+    file, name, shape = found
+    return tuple(own.shape) == shape and _equal(own, read_rows(file, name, ROWS))
+
+
+def _equal(own: Tensor, others: Iterable[Tensor]) -> bool:
+    if not own.is_floating_point():
         return False
-    narrow = min((own.dtype, other.dtype), key=lambda kind: kind.itemsize)
-    if own.dtype != other.dtype and own.dtype.itemsize == other.dtype.itemsize:
-        narrow = torch.float32
-    pairs = zip(own.split(ROWS), other.split(ROWS), strict=True)
-    return all(torch.equal(a.to(narrow), b.to(a.device, narrow)) for a, b in pairs)
+    for mine, other in zip(own.split(ROWS), others, strict=True):
+        narrow = min((own.dtype, other.dtype), key=lambda kind: kind.itemsize)
+        if own.dtype != other.dtype and own.dtype.itemsize == other.dtype.itemsize:
+            narrow = torch.float32
+        if not torch.equal(mine.to(narrow), other.to(mine.device, narrow)):
+            return False
+    return True
 
 
 def table_of(target: Any) -> Tensor | None:
@@ -41,6 +59,12 @@ def table_of(target: Any) -> Tensor | None:
     weight = getattr(getattr(target, "embedding", None), "weight", None)
     if isinstance(weight, Tensor):
         return weight.detach()
+    found = _on_disk(target)
+    return None if found is None else read_tensors(found[0])[found[1]]
+
+
+def _on_disk(target: Any) -> tuple[Path, str, tuple[int, ...]] | None:
+    """The file, the name there and the shape of a target's embedding, where the target is a folder here."""
     name = str(getattr(target, "name", None) or "")
     place = locate(name)["pretrained_model_name_or_path"] if name.startswith(EMBEDDED_PREFIX) else name
     if not name or not (Path(place) / "config.json").is_file():
@@ -50,8 +74,7 @@ def table_of(target: Any) -> Tensor | None:
             with safe_open(str(file), framework="pt") as opened:
                 found = [key for key in opened.keys() if key == TABLE or key.endswith(f".{TABLE}")]
                 if len(found) == 1:
-                    table: Tensor = opened.get_tensor(found[0])
-                    return table
+                    return file, found[0], tuple(opened.get_slice(found[0]).get_shape())
         except (SafetensorError, OSError, ValueError):
             return None  # whoever opens the target says what is wrong with it
     return None
@@ -59,16 +82,11 @@ def table_of(target: Any) -> Tensor | None:
 
 def compare(own: Tensor, target: Any, reading: Reading) -> None:
     """Enter in ``reading`` whether ``own`` [V, H], which a draft ships, is the target's table."""
-    table = table_of(target)
-    if table is not None and equal_rows(own, table):
+    same = is_targets(own, target)
+    if same:
         reading.take("embedding", "target", "read", f"{TABLE}, which is the target's")
         return
-    seen = "" if table is not None else "; the target's is not at hand to compare it with"
+    seen = "" if same is not None else "; the target's is not at hand to compare it with"
     reading.take("embedding", "own", "read", TABLE + seen)
-    if table is None:
-        return
-    if table.shape != own.shape:
-        why = f"it is {list(own.shape)} and the target's {list(table.shape)}"
-    else:
-        why = "it is not the target's"
-    reading.notes.append(f"the draft keeps the embedding that it ships: {why}")
+    if same is not None:
+        reading.notes.append("the draft keeps the embedding that it ships: it is not the target's")

@@ -7,9 +7,11 @@ off the tensors. Nothing is left to defaults but what engines and trainers all d
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -18,6 +20,9 @@ from redraft.drafts.formats.values import LONGEST, Values
 from redraft.errors import UserError
 
 FIRST = "midlayer."
+LATER = re.compile(r"layers\.([1-9]\d{0,3})\.")
+# With as many layers or more in the config and fewer in the file, the count is that of the target.
+MANY_LAYERS = 8
 BIASED = ("q_proj", "k_proj", "v_proj")
 QUANTISED = "quantization_config (give the checkpoint that was quantised)"
 USUAL = "the default of transformers' Llama"
@@ -49,6 +54,16 @@ ROPE_NUMBERS = {
 ROPE_LISTS = ("short_factor", "long_factor")
 # Kinds that are told by a factor; below 1 it would stretch what it is meant to squeeze.
 SCALED = ("linear", "dynamic", "yarn", "llama3")
+
+
+def by_our_names(state: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
+    """The state with the layers behind the first by our names; those beyond ``layers`` keep the file's."""
+    named: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        found = LATER.match(name)
+        number = int(found[1]) if found else layers
+        named[f"later.{number - 1}.{name[found.end() :]}" if found and number < layers else name] = tensor
+    return named
 
 
 class LayerReader:
@@ -94,7 +109,9 @@ class LayerReader:
             return given
         found = self.tensors.get(tensor)
         if found is None or len(found.shape) <= axis:
-            raise UserError(f"{self.values.path} has no {key}, and there is no {tensor} to tell it; add it to the config")
+            raise UserError(
+                f"{self.values.path} has no {key}, and there is no {tensor} to tell it; add it to the config"
+            )
         self.reading.take(ours or key, found.shape[axis], "derived", f"the shape of {tensor}")
         return found.shape[axis]
 
@@ -112,6 +129,8 @@ class LayerReader:
         fields["max_position_embeddings"] = 2048 if longest is None else longest
         for key, given in (("rms_norm_eps", epsilon), ("max_position_embeddings", longest)):
             how = "defaulted" if given is None else "read"
+            if given is None:
+                self.reading.notes.append(f"{key} is not in the config; taken as {fields[key]}, as transformers' Llama")
             self.reading.take(key, fields[key], how, USUAL if given is None else self.values.word(key))  # type: ignore[arg-type]
         return fields
 
@@ -143,21 +162,25 @@ class LayerReader:
             take("num_key_value_heads", key_heads, "read", values.word("num_key_value_heads"))
         if heads % key_heads or width % 2:
             raise UserError(
-                f"{values.path} is not a usable config: {heads} query heads, {key_heads} key heads and heads of {width}; "
+                f"{values.path} is not a usable config: {heads} query heads, {key_heads} key heads, each {width} wide; "
                 "key heads must divide query heads, and a head's width must be even"
             )
         return {"num_attention_heads": heads, "num_key_value_heads": key_heads, "head_dim": width}
 
     # -- attention -----------------------------------------------------------------------------------------------
-    def attention(self, norms: bool | None) -> dict[str, Any]:
+    def attention(self, norms: bool | None, tensors_decide: bool = False) -> dict[str, Any]:
         """Biases, and norms of queries and keys; ``norms`` says whether there are any where that is known.
 
-        A bias follows the config where that says something, else the tensors.
+        A bias follows the config where that says something, else the tensors; where ``tensors_decide``, a file that
+        holds none at all is without, whatever its config says.
         """
         values, take = self.values, self.reading.take
         held = {name: f"{FIRST}self_attn.{name}.bias" in self.tensors for name in (*BIASED, "o_proj")}
         both, inputs = values.flag("attention_bias"), values.flag("qkv_bias")
         told = both if inputs is None else inputs
+        if tensors_decide and (both or inputs) and not any(held.values()):
+            self.reading.notes.append("the config asks for biases of attention, and the file holds none: taken as none")
+            both = inputs = told = None
         bias = any(held[name] for name in BIASED) if told is None else told
         key = "attention_bias" if inputs is None else "qkv_bias"
         how = "derived" if told is None else "read"
@@ -174,11 +197,37 @@ class LayerReader:
         take("qk_norm", fields["qk_norm"], "derived", word)
         return fields
 
+    def layers(self, targets: int | None = None, decide: str = "") -> int:
+        """How many layers there are. The tensors decide where the config's count is the target's, of ``targets``.
+
+        ``decide`` names who writes a count that means nothing. Raises ``UserError`` where both disagree.
+        """
+        found = {int(m[1]) for name in self.tensors if (m := LATER.match(name))}
+        held = 1 + max(found, default=0)
+        told = self.values.whole("num_hidden_layers", most=1 << 16)
+        key, take = self.values.word("num_hidden_layers"), self.reading.take
+        if told is None or told == held:
+            take("num_layers", held, "read" if told else "derived", key if told else "the names of the tensors")
+            return held
+        if decide or told > held and (told == targets or told >= MANY_LAYERS):
+            take("num_layers", held, "derived", "the names of the tensors")
+            take("num_hidden_layers", told, "dropped", f"it is not the draft's{f', says {decide}' * bool(decide)}")
+            self.reading.notes.append(f"num_hidden_layers {told} is not the draft's: the file holds {held}")
+            return held
+        if told < held:
+            return told  # the layers beyond are named as extra
+        raise UserError(
+            f"{self.values.path} asks for num_hidden_layers {told} and the file holds {held}; mend the config, or "
+            "download the weights again"
+        )
+
     def windows(self, layers: int) -> tuple[int, ...]:
         """How far back each layer sees, 0 for all; empty where all see all. Raises ``UserError``."""
         values = self.values
         kinds, wide = values.get("layer_types"), values.whole("sliding_window", most=LONGEST)
         if kinds is None:
+            if wide is not None and values.flag("use_sliding_window"):
+                self.reading.notes.append(f"sliding_window {wide} was left out: no layer_types says which layer has it")
             if wide is not None:
                 self.reading.take("sliding_window", wide, "dropped", "no layer_types says which layer has it")
             return ()
@@ -220,7 +269,11 @@ class LayerReader:
         faults = [f"rope_type {kind!r}" for kind in sorted(kinds - {"default", "su"} - set(ROPE_INIT_FUNCTIONS))]
         if len(kinds) > 1:
             faults.append(f"rope_parameters and rope_scaling of different types, {' and '.join(sorted(kinds))}")
-        if "rope_theta" in values.values and theta is None and not (rope.get("rope_theta") or scaling.get("rope_theta")):
+        if (
+            "rope_theta" in values.values
+            and theta is None
+            and not (rope.get("rope_theta") or scaling.get("rope_theta"))
+        ):
             faults.append("rope_theta None")
         shares = {place["partial_rotary_factor"] for place in (rope, scaling) if place.get("partial_rotary_factor")}
         if not partial and (shares | ({share} if share else set())) - {1.0}:
@@ -244,6 +297,8 @@ class LayerReader:
         kind, factor = place.get("rope_type") or place.get("type"), place.get("factor")
         if kind in SCALED and factor is not None and factor < 1:
             raise place.refuse("factor", "a number from 1")
+        if kind is None and factor is not None:
+            raise place.refuse("rope_type", "the kind of angles that the factor is for")
         low, high = place.get("low_freq_factor"), place.get("high_freq_factor")
         if low is not None and high is not None and low >= high:
             raise place.refuse("low_freq_factor", "a number below high_freq_factor")
@@ -273,6 +328,10 @@ class LayerReader:
                 "transformers does"
             )
         told = [key for key in ("rope_parameters", "rope_scaling", "rope_theta") if self.values.get(key)]
+        if not told or "rope_theta" not in {*rope, *scaling, *([] if theta is None else ["rope_theta"])}:
+            self.reading.notes.append(
+                f"no rope_theta is in the config; taken as {merged.get('rope_theta')}, as transformers' Llama"
+            )
         word = ", ".join(map(self.values.word, told)) if told else USUAL
         self.reading.take("rope_parameters", merged, "read" if told else "defaulted", word)
         return merged

@@ -132,13 +132,15 @@ def facts(tokenizer: Any = None) -> Facts:
 def made(family: str, changes: Mapping[str, Any]) -> Draft:
     """A draft of a family with these options, none of whose numbers is zero."""
     config: dict[str, Any] = SHAPE | MORE[family] | dict(changes)
-    draft = FAMILIES.get(family).build(config)
+    draft: Draft = FAMILIES.get(family).build(config)
     generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in draft.parameters():
-            parameter.copy_(torch.rand(parameter.shape, generator=generator) + 0.1)
-    built: Draft = draft
-    return built
+    maps = {"d2t": torch.zeros(config.get("draft_vocab_size", 0), dtype=torch.int64), "t2d": torch.arange(ROWS) < 10}
+    state = {
+        name: torch.rand(tensor.shape, generator=generator) + 0.1 if tensor.is_floating_point() else maps[name]
+        for name, tensor in draft.state_dict().items()
+    }
+    draft.fill(state)
+    return draft
 
 
 def rows(families: tuple[str, ...] = tuple(OPTIONS)) -> Iterator[Row]:

@@ -18,17 +18,21 @@ KINDS: tuple[tuple[str, str, str], ...] = (
     (r"p-?eagle|parallel_?eagle", PARALLEL, "train an ordinary EAGLE-3 draft, or " + AS_IT_IS),
     (r"d-?flash|d-?spark|domino|d-?spine|jetspec|x-?press", "a block-parallel draft (DFlash and its kin)", AS_IT_IS),
     (r"eagle.*mtp|mtp|nextn|multi_?token", "a head of further tokens (MTP)", AS_IT_IS),
+    (
+        r"^LlamaEagleDraftModel",
+        "an EAGLE-1 draft of NeMo Automodel, with norms that no engine has in such a draft",
+        "train an EAGLE-3 draft with it",
+    ),
     (r"medusa", "a set of Medusa heads", "train an EAGLE-3 draft instead"),
     (r"mlp_?speculator", "an MLP speculator", "train an EAGLE-3 draft instead"),
     (r"hydra", "a set of Hydra heads", "train an EAGLE-3 draft instead"),
-    (r"vispec|eagle.*(vl|vision|omni)|(vl|vision|omni).*eagle", "a draft for pictures", "give the draft of a text model"),
+    (
+        r"vispec|eagle.*(vl|vision|omni)|(vl|vision|omni).*eagle",
+        "a draft for pictures",
+        "give the draft of a text model",
+    ),
     (r"eagle3?.*(deepseek|kimi|mistrallarge)", LATENT, TRAIN_DENSE),
     (r"(moe|mixtral|gptoss).*eagle|eagle.*(moe|mixtral|gptoss)", EXPERTS, TRAIN_DENSE),
-    (
-        r"^LlamaEagleDraftModel$",
-        "NeMo Automodel's EAGLE-1 draft, whose norms before and behind the layer no engine's EAGLE-1 has",
-        "train one with its recipe for EAGLE-3",
-    ),
     (r"eagle.*(cohere|minicpm|llama4|gemma|mistral|minimax)", "an EAGLE draft of other layers", TRAIN_DENSE),
 )
 

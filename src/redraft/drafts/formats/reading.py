@@ -25,6 +25,9 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
 INDEX_FILE = "model.safetensors.index.json"
 PICKLED = ("pytorch_model*.bin", "model*.bin")
 PICKLED_INDEX = "pytorch_model.bin.index.json"
+# Vocabulary maps in files of their own.
+SIDECARS = ("d2t.pt", "t2d.pt", "d2t.npy", "t2d.npy", "vocab_mapping.pt")
+TRAINING_STATE = "training_state.pt"
 ADAPTER_WEIGHTS = "adapter_model"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -78,7 +81,7 @@ class Checkpoint:
         if str(source).startswith(EMBEDDED_PREFIX):
             return cls(str(source))
         folder = fetch(source)
-        if (folder / ADAPTER_FILE).is_file() and not (folder / CONFIG_FILE).is_file():
+        if (folder / ADAPTER_FILE).is_file() and not _whole_weights(folder):
             return cls(str(source), folder)
         if (folder / META_FILE).is_file():
             return cls(str(source), folder, meta=read_json(folder / META_FILE))
@@ -117,10 +120,12 @@ def fetch(source: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = [CONFIG_FILE, META_FILE, "*.safetensors", INDEX_FILE]
+        patterns = [CONFIG_FILE, META_FILE, "*.safetensors", INDEX_FILE, *SIDECARS]
         found = Path(snapshot_download(str(source), allow_patterns=patterns, etag_timeout=10))
         if not any(found.glob("*.safetensors")):
-            found = Path(snapshot_download(str(source), allow_patterns=[*patterns, *PICKLED, PICKLED_INDEX], etag_timeout=10))
+            found = Path(
+                snapshot_download(str(source), allow_patterns=[*patterns, *PICKLED, PICKLED_INDEX], etag_timeout=10)
+            )
         return found
     except Exception as error:  # the hub client raises many kinds; to the user they are one
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -162,8 +167,18 @@ def weight_files(folder: Path) -> list[Path]:
         if found:
             return found
     pickles = [entry.name for entry in sorted(folder.iterdir()) if entry.suffix in PICKLES]
+    if TRAINING_STATE in pickles:
+        raise UserError(
+            f"{folder} holds {TRAINING_STATE}, a state of SpecForge's training, which is more than tensors; write the "
+            "draft with its own export (to_hf) and give that folder"
+        )
     what = f"only {', '.join(pickles[:3])}, and pickle is never run" if pickles else "no weights"
     raise UserError(f"{folder} holds {what}; convert the weights to safetensors first")
+
+
+def _whole_weights(folder: Path) -> bool:
+    """Whether there are weights beside those of an adapter: ModelOpt puts one for the target beside its drafts."""
+    return any(not file.name.startswith(ADAPTER_WEIGHTS) for file in folder.glob("*.safetensors"))
 
 
 def _listed(folder: Path, index: str) -> list[Path]:

@@ -39,7 +39,9 @@ def fit_rows(
             continue
         if more and name == "t2d" and bool(table[target_rows:].any()):
             raise UserError(f"{where}: t2d marks ids beyond the target's vocabulary of {target_rows}")
-        state[name] = table[:target_rows] if more else torch.cat([table, table.new_zeros(target_rows - rows, *table.shape[1:])])
+        state[name] = (
+            table[:target_rows] if more else torch.cat([table, table.new_zeros(target_rows - rows, *table.shape[1:])])
+        )
     change = "rows of padding were left out" if more else "rows were added, for ids that the draft does not know"
     notes.append(
         f"the draft's vocabulary has {rows} rows and the target's {target_rows}; {abs(rows - target_rows)} {change}"

@@ -2,7 +2,8 @@
 read as they are named there.
 
 A Hugging Face folder is not read but converted first, by llama.cpp's own script or by ``redraft export --format gguf``.
-The script takes the feature ids (2, n // 2, n - 3) of a target of n layers whatever the folder's config says.
+The script, as it was when it first took such drafts, writes the feature ids (2, n // 2, n - 3) of a target of n layers
+whatever the folder's config says.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, TensorFacts], target: 
     reading = Reading("llama.cpp 2026.10")
     if config.get("general.architecture") != ARCHITECTURE:
         reading.stops.append(
-            "llama.cpp reads GGUF files alone, which redraft export --format gguf writes; its own converter takes the "
-            "features after layers 2, n // 2 and n - 3 whatever the config says"
+            "llama.cpp reads GGUF files alone, which redraft export --format gguf writes; its own converter may take "
+            "the features after layers 2, n // 2 and n - 3 whatever the config says"
         )
         return reading
     for what, key in SIZES.items():
