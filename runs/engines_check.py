@@ -267,7 +267,7 @@ def main() -> int:
     show(result, console)
     console.print(f"written: {options.out}")
     outside = [each for found in result["engines"].values() for each in found.values() if not each["within_interval"]]
-    return 1 if result["failed"] or outside else 0
+    return 1 if result["failed"] or outside or not result["engines"] else 0
 
 
 if __name__ == "__main__":

@@ -222,7 +222,7 @@ def adapt(s: AdaptConfig) -> None:
 
 @command(
     "redraft import someones-draft --target my-model --out draft",
-    "redraft import some-org/public-draft --target my-model --trainer specforge-0.2 --out draft --json read.json",
+    "redraft import some-org/public-draft --target my-model --trainer specforge --out draft --json read.json",
 )
 def import_(s: steps.ImportSettings) -> None:
     """Read a draft as the trainer that wrote it means it, and say of every value where it comes from.

@@ -282,7 +282,9 @@ class Eagle3Reader:
         if self.trainer.norm_output == "head":
             found["norm_output"], found["head_norm"] = False, output is not False
             if output is False:
-                self.reading.notes.append("norm_output false: SpecForge 0.2 trains without the norm before the head")
+                self.reading.notes.append(
+                    "norm_output false: SpecForge up to 0.3 trains without the norm before the head"
+                )
         else:
             found["norm_output"] = bool(output)
         keys = {"head_norm": "norm_output", "fc_norm": "use_aux_norm" if given["use_aux_norm"] else "fc_norm"}

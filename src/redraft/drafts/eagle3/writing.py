@@ -273,6 +273,6 @@ WRITERS: dict[str, Eagle3Writer] = {
     "vllm": SpeculatorsWriter("vllm", "eagle3", VLLM, ("speculators",), warns=True),
     "plain": Eagle3Writer("plain", "eagle3", VLLM, ("sglang",), warns=True),
     "sglang": SglangWriter("sglang", "EAGLE3", ("sglang",)),
-    "specforge": SpecForgeWriter("specforge", "", ("specforge",), trainer="specforge-0.2"),
+    "specforge": SpecForgeWriter("specforge", "", ("specforge",), trainer="specforge"),
     "tensorrt-llm": TensorRtWriter("tensorrt-llm", "Eagle3", ("tensorrt-llm",)),
 }
