@@ -245,7 +245,10 @@ def _eagle3(source: Source) -> dict[Path_, Rule]:
     }
     for key in ("norm_before_fc", "fc_norm", "use_aux_norm"):
         name = "fc_norm" if key == "use_aux_norm" else key
-        keys[key,] = Rule("flag", EITHER, ((not fields[name], REFUSE),))
+        # Two keys say the same; false under one of them takes nothing from what the other says.
+        twin = {"fc_norm": "use_aux_norm", "use_aux_norm": "fc_norm"}.get(key, "")
+        other = EITHER if fields[name] and raw.get(twin) else REFUSE
+        keys[key,] = Rule("flag", EITHER, ((not fields[name], other),))
     return keys | _taps(source, raw, list(fields["taps"]))
 
 
@@ -343,7 +346,12 @@ def _key(source: Source, rng: random.Random, kinds: tuple[str, ...]) -> tuple[Pa
 
 
 def _put(kind: str, source: Source, path: Path_, value: Any, expect: Expect) -> Mutation:
-    names = (*_word(path), *ALSO.get(path[-1], ()), *(("config.json",) if value in (DEEP, DEEP_OBJECT, DIGITS) else ()))
+    names = (
+        *_word(path),
+        *(("rope",) if any("rope" in key for key in path) else ()),
+        *ALSO.get(path[-1], ()),
+        *(("config.json",) if value in (DEEP, DEEP_OBJECT, DIGITS) else ()),
+    )
     what = f"{'.'.join(path)}: {shown(found(source.raw, path))} -> {shown(value)}"
     return Mutation(kind, what, rewritten("config.json", path, value), names, expect)
 

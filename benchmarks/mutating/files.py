@@ -163,8 +163,18 @@ def several(source: Source, rng: random.Random) -> Mutation:
         expect = EITHER  # the index lists what counts
     if source.weights.suffix == ".bin" and way.startswith(("a second file", "an adapter")):
         expect = Expect(True, SAME.reads)
-    told = ("index", "missing", "more.safetensors", "a second time", "strange", "lacks", "width")
-    return mutation("several", way, apply, (*told, *names, *about_files(source)), expect)
+    names_ = (
+        "index",
+        "missing",
+        "more.safetensors",
+        "a second time",
+        "strange",
+        "lacks",
+        "width",
+        *names,
+        *about_files(source),
+    )
+    return mutation("several", way, apply, names_, expect)
 
 
 # -- torch's older kind ------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from mutating.base import (
     NAN,
     REFUSE,
     SAME,
+    Change,
     Expect,
     Mutation,
     Path_,
@@ -89,13 +90,17 @@ def rules(source: Source) -> dict[Path_, Rule]:
         taps = list(raw["taps"])
         others = [taps[0] + 1, *(k + 2 for k in taps[1:])]
         keys["taps"] = Rule(
-            "ids", REFUSE, ((others, becomes(taps=others)), (taps[::-1], REFUSE), ([99, *taps[1:]], REFUSE))
+            "ids",
+            REFUSE,
+            ((others, becomes(taps=others)), (taps[::-1], may_become(taps=taps[::-1])), ([99, *taps[1:]], REFUSE)),
         )
     paths: dict[Path_, Rule] = {("config", name): rule for name, rule in keys.items()}
     rope = {**fields["rope_parameters"]}
     for name in [name for name in NEW if name in rope]:
         changed = becomes(rope_parameters={**rope, name: NEW[name]})
-        absent = REFUSE if name == "rope_theta" else EITHER
+        without = {key: value for key, value in rope.items() if key != name}
+        absent = REFUSE if name == "rope_theta" else may_become(rope_parameters=without)
+        absent = Expect(True, (*absent.reads, Change()))
         whole = name.startswith("original")
         paths["config", "rope_parameters", name] = Rule("whole" if whole else "number", absent, ((NEW[name], changed),))
     return paths | _top(source)
@@ -161,7 +166,9 @@ def changed(source: Source, rng: random.Random) -> Mutation:
         source.weights.name,
         "vocabulary",
     )
-    names += {"kind": ("artifact", "private part"), "tensors": ("has no", "lacks")}.get(path[-1], ())
+    names += {"kind": ("artifact", "private part", "draft.safetensors"), "tensors": ("has no", "lacks")}.get(
+        path[-1], ()
+    )
     what = f"{'.'.join(path)}: {shown(found(source.raw, path))} -> {shown(value)}"
     return Mutation(f"own format: {kind}", what, rewritten(FILE, path, value), (*names, "base draft"), expect)
 

@@ -32,6 +32,7 @@ CASES = (
     "speculators-0.9.0-layers-3-windows",
 )
 COUNT = 60
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64}
 
 
 @pytest.fixture(scope="module")
@@ -223,6 +224,10 @@ def test_a_short_map_of_the_full_vocabulary(tmp_path):
         ("balance", -1.0),
         ("low_rank_alpha", -1.0),
         ("low_rank_alpha", []),
+        ("rope_parameters", {"rope_type": "default", "rope_theta": [10000.0]}),
+        ("rope_parameters", {**YARN, "original_max_position_embeddings": None}),
+        ("rope_parameters", {**YARN, "original_max_position_embeddings": [64]}),
+        ("rope_parameters", {**YARN, "original_max_position_embeddings": True}),
     ],
 )
 def test_sizes_and_numbers_beyond_all_drafts_are_refused_before_anything_is_built(tmp_path, field, value):

@@ -77,7 +77,8 @@ def recognises(checkpoint: Checkpoint) -> bool:
     if not config or (named and TARGETS_NAME not in named):
         return False
     reduced = config.get("draft_vocab_size") is not None
-    if "hidden_size" not in config or not (reduced or config.get("num_hidden_layers", 1) in FEW):
+    small = "hidden_size" in config and config.get("num_hidden_layers", 1) in FEW
+    if not (reduced or small):
         return False
     held = set(TOLD_BY) & set(read_state(checkpoint.folder, []))
     # A language model has no draft vocabulary: with one, a tensor that is missing is to be told as a draft's.

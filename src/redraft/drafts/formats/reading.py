@@ -90,6 +90,8 @@ class Checkpoint:
                 raise UserError(f"{folder / META_FILE} is an empty object; copy the artifact again")
             return cls(str(source), folder, meta=meta)
         config = read_json(folder / CONFIG_FILE)
+        if not config:
+            raise UserError(f"{folder / CONFIG_FILE} is an empty object; download the checkpoint again")
         named = config.get("architectures") or []
         if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
             raise UserError(f"{folder / CONFIG_FILE} has architectures {repr(named)[:60]}; a list of names is needed")
