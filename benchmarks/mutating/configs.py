@@ -219,7 +219,7 @@ def _eagle3(source: Source) -> dict[Path_, Rule]:
     told = source.trainer in ("speculators", "automodel", "modelopt") or known or "trainer" in source.options
     usual = source.trainer == "speculators"
     residual = fields["norm_before_residual"]
-    if source.options.get("trainer") == "specforge-0.2":
+    if source.trainer == "specforge":
         carried = Rule(
             "flag", may_become(head_norm=True), ((True, becomes(head_norm=True)), (False, becomes(head_norm=False)))
         )
@@ -247,7 +247,9 @@ def _eagle3(source: Source) -> dict[Path_, Rule]:
         name = "fc_norm" if key == "use_aux_norm" else key
         # Two keys say the same; false under one of them takes nothing from what the other says.
         twin = {"fc_norm": "use_aux_norm", "use_aux_norm": "fc_norm"}.get(key, "")
-        other = EITHER if fields[name] and raw.get(twin) else REFUSE
+        # So does one within eagle_config, which overrules the one on top.
+        inner = found(raw, ("eagle_config", key)) is not None
+        other = EITHER if (fields[name] and raw.get(twin)) or inner else REFUSE
         keys[key,] = Rule("flag", EITHER, ((not fields[name], other),))
     return keys | _taps(source, raw, list(fields["taps"]))
 

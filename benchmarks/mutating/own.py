@@ -86,13 +86,24 @@ def rules(source: Source) -> dict[Path_, Rule]:
         "balance": Rule("number", SAME),
         "rope_parameters": Rule("object", REFUSE, (({"rope_type": "banana", "rope_theta": 5.0}, REFUSE), ({}, REFUSE))),
     }
+    bias, layers = (
+        fields["attention_bias"] if fields["output_bias"] is None else fields["output_bias"],
+        fields["num_layers"],
+    )
+    keys["output_bias"] = Rule(
+        "flag", SAME if fields["output_bias"] is None else REFUSE, ((not bias, REFUSE), (bias, SAME))
+    )
+    windows = [2, *[0] * (layers - 1)]
+    none = SAME if not any(fields["windows"]) else may_become(windows=())
+    keys["windows"] = Rule(
+        "ids", none, ((windows, becomes(windows=windows)), ([*windows, 3], REFUSE), ([-1] * layers, REFUSE))
+    )
     if source.family == "eagle3":
         taps = list(raw["taps"])
         others = [taps[0] + 1, *(k + 2 for k in taps[1:])]
+        backwards = may_become(taps=taps[::-1])
         keys["taps"] = Rule(
-            "ids",
-            REFUSE,
-            ((others, becomes(taps=others)), (taps[::-1], may_become(taps=taps[::-1])), ([99, *taps[1:]], REFUSE)),
+            "ids", REFUSE, ((others, becomes(taps=others)), (taps[::-1], backwards), ([99, *taps[1:]], REFUSE))
         )
     paths: dict[Path_, Rule] = {("config", name): rule for name, rule in keys.items()}
     rope = {**fields["rope_parameters"]}

@@ -174,7 +174,7 @@ def sources(scratch: Path, wanted: tuple[str, ...] | None = None) -> list[Source
                 # SpecForge's own key has two readings; its name settles it.
                 if "--trainer" not in str(error):
                     raise
-                one.options = {"trainer": "specforge-0.2"}
+                one.options = {"trainer": "specforge"}
                 found.append(one.learnt())
     return [*found, *_artifacts(), _language_model()]
 

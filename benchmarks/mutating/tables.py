@@ -142,6 +142,9 @@ def missing(source: Source, rng: random.Random) -> Mutation:
         expect = Expect(True, (Change({"fc_bias": False}, {"fc.bias": None}),))
     elif ours(name) not in source.state and not source.own:
         expect = SAME  # what no reader needs, as the teacher's head
+    twin = {"input_layernorm": "hidden_norm", "hidden_norm": "input_layernorm"}
+    if ours(name).startswith("later.") and any(name.replace(a, b) in state for a, b in twin.items() if a in name):
+        expect = EITHER  # the norm before a further layer, which stands there under both of its names
     names = (*_said(name), "bias", "q_norm", "d2t", "width", "architectures", "proj")
     return _put("tensors: missing", f"{name} left out", source, state, names, expect)
 

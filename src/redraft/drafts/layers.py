@@ -127,18 +127,13 @@ def told_angles(rope_parameters: Any, head_dim: int) -> bool:
         return False
     if not all(_is_number(given[key]) for key in ROPE_NUMBERS if key in given):
         return False
-    if not all(
-        min(given[key] if key in ROPE_LISTS else [given[key]], default=0) > 0 for key in _needed(kind) & set(given)
-    ):
+    needed = [given.get(key, 0) for key in ("rope_theta", *ROPE_KINDS[kind])]
+    if not all(min(value if isinstance(value, list) else [value], default=0) > 0 for value in needed):
         return False
     try:
-        return _needed(kind) <= set(given) and rotary_width(rope_parameters, head_dim) > 0
+        return rotary_width(rope_parameters, head_dim) > 0
     except (ValueError, TypeError):
         return False
-
-
-def _needed(kind: str) -> set[str]:
-    return {"rope_theta", *ROPE_KINDS[kind]}
 
 
 def _is_number(value: Any) -> bool:

@@ -6,7 +6,6 @@ vocabulary, D draft vocabulary.
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -78,10 +77,10 @@ class EagleConfig(DraftConfig):
         most = {name: MOST.get(name, LARGEST) for name in least}
         wrong = [n for n, value in found.items() if type(value) is not int or not least[n] <= value <= most[n]]
         wrong += [f.name for f in fields(self) if f.type == "bool" and type(getattr(self, f.name)) is not bool]
-        wrong += ["output_bias"] * (self.output_bias not in (None, True, False))
+        wrong += ["output_bias"] * (type(self.output_bias) not in (type(None), bool))
         alpha = self.low_rank_alpha
         for name, value in (("balance", self.balance), ("low_rank_alpha", 0 if alpha is None else alpha)):
-            wrong += [name] * (type(value) not in (int, float) or not 0 <= value < math.inf)
+            wrong += [name] * (type(value) not in (int, float) or not 0 <= value <= 1e12)
         eps, heads = self.rms_norm_eps, self.num_attention_heads
         wrong += ["rms_norm_eps"] * (type(eps) not in (int, float) or not 0 <= eps < 1)
         if not wrong and heads % self.num_key_value_heads:
