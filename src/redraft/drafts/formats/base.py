@@ -49,7 +49,10 @@ class ExportReport(Shown):
 
 
 class Writer(Protocol):
-    """How the drafts of one family are written in one format."""
+    """How the drafts of one family are written in one format.
+
+    One whose files need the target's tokenizer has a true ``speaks``; others may be without the name.
+    """
 
     def check(self, draft: Any, target: Facts) -> tuple[Any, list[str]]:
         """The dense draft as the format's engine computes it, and notes. Raises ``UserError``; writes nothing."""
@@ -96,6 +99,10 @@ class Format:
             raise UserError(known.refusal.format(format=self.name))
         writer: Writer = known.writers[self.name]
         return writer
+
+    def speaks(self, family: str) -> bool:
+        """Whether the target's tokenizer is needed to write drafts of this family. Raises as :meth:`writer`."""
+        return getattr(self.writer(family), "speaks", False)
 
 
 # Written out: names are read from this file's text.

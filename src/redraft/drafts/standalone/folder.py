@@ -128,6 +128,8 @@ EXPORTERS.register("hf")(Format("hf"))
 class ModelWriter:
     """The format ``hf``: the model complete with its tokenizer."""
 
+    speaks = True
+
     def check(self, draft: StandaloneDraft, target: Facts) -> tuple[StandaloneDraft, list[str]]:
         """The dense language model. Raises ``UserError`` where engines would refuse the pair."""
         return dense_model(draft, target), []

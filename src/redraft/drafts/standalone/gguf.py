@@ -36,6 +36,8 @@ from redraft.target import Facts
 class GgufWriter:
     """The format ``gguf``: one file, its tokenizer copied from the target's own GGUF file where there is one."""
 
+    speaks = True
+
     def check(self, draft: StandaloneDraft, target: Facts) -> tuple[StandaloneDraft, list[str]]:
         """The dense language model as llama.cpp computes it. Raises ``UserError`` where it would compute another."""
         need_gguf()
