@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from redraft.adaptation import models
 from redraft.adaptation.cards import export_card
+from redraft.adaptation.merged_target import adapter_note, merging, served
 from redraft.adaptation.models import AnyTarget, TargetSpec, check_output, open_any, prompt_rows, target_info
 from redraft.adaptation.runs import half, supervised_rows
 from redraft.artifact import atomic_write_text
@@ -266,5 +267,7 @@ def export(
             info = copy.copy(info)
             info.tokenizer = load_tokenizer(info.name)
     written = exporter(found.draft, s.out, info, speculative_tokens=s.gamma)
-    write_card(written.folder, export_card(found, written, info))
-    return written
+    spec = TargetSpec.of(target)
+    note, line = adapter_note(spec.name, spec.adapter), served(written.serve, spec.name, spec.adapter)
+    write_card(written.folder, export_card(found, written, info, [*merging(spec.name, spec.adapter), line]))
+    return replace(written, serve=line, warnings=(*written.warnings, *filter(None, [note])))
