@@ -292,7 +292,7 @@ class Eagle3Reader:
         for name, value in found.items():
             key = keys.get(name, name)
             present = self.raw.get(key) is not None or (key == "norm_before_fc" and eagle.get(key) is not None)
-            word = self.raw.word(key) if present else f"{self.reading.reader}'s default"
+            word = self.raw.word(key) if present else f"the default of {self.reading.reader}"
             self.reading.take(name, value, "read" if present else "defaulted", word)
         if self.trainer.differs:
             self.reading.notes.append(self.trainer.differs)
@@ -427,7 +427,7 @@ class Eagle3Reader:
             if name in self.state:
                 how = "read" if name in self.tensors else "derived"
                 told = "the file" if how == "read" else next(other for other in MAPS if other != name)
-                self.reading.take(f"{name}.map", list(self.state[name].shape), how, told)  # type: ignore[arg-type]
+                self.reading.take(name, f"{len(self.state[name])} rows", how, told)  # type: ignore[arg-type]
         return config
 
     def _embedding(self, config: Eagle3Config, state: dict[str, Tensor]) -> Eagle3Config:

@@ -57,7 +57,7 @@ TRAINERS: dict[str, Trainer] = {
         Trainer("automodel", "NeMo Automodel", target_layer=True),
         Trainer("angelslim", "AngelSlim", reads_part=False, one_layer=True, base=10000.0),
         Trainer("safeailab", "SafeAILab's EAGLE", reads_part=False, one_layer=True, base=10000.0),
-        Trainer("plain", "whoever writes for vLLM and SGLang"),
+        Trainer("plain", "the plain format"),
     )
 }
 

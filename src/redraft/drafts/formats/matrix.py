@@ -57,7 +57,11 @@ SHAPE: dict[str, Any] = {
     "target_vocab_size": ROWS,
     "rope_parameters": THETA,
     "max_position_embeddings": CONTEXT,
+    "rms_norm_eps": 1e-5,
+    "attention_bias": False,
+    "own_embedding": False,
 }
+SWITCHES = dict.fromkeys(("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output"), False)
 OF_LAYERS: dict[str, dict[str, Any]] = {
     "none": {},
     "num_layers 2": {"num_layers": 2},
@@ -97,7 +101,10 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "another width than the target's": {"hidden_size": 12, "own_embedding": True},
     },
 }
-MORE = {"eagle1": {}, "eagle3": {"target_hidden_size": WIDTH, "draft_vocab_size": 10, "taps": (2, 4, 5)}}
+MORE: dict[str, dict[str, Any]] = {
+    "eagle1": {"fc_bias": False},
+    "eagle3": {"target_hidden_size": WIDTH, "draft_vocab_size": 10, "taps": (2, 4, 5), **SWITCHES},
+}
 
 
 @dataclass(frozen=True)

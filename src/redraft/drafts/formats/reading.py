@@ -89,6 +89,10 @@ class Checkpoint:
             if not meta:
                 raise UserError(f"{folder / META_FILE} is an empty object; copy the artifact again")
             return cls(str(source), folder, meta=meta)
+        if not (folder / CONFIG_FILE).is_file():
+            gguf = any(folder.glob("*.gguf"))
+            mend = "name the checkpoint that its GGUF file was made from" if gguf else "name the folder of a draft"
+            raise UserError(f"{folder} holds no draft: no {CONFIG_FILE} and no {META_FILE}; {mend}")
         config = read_json(folder / CONFIG_FILE)
         if not config:
             raise UserError(f"{folder / CONFIG_FILE} is an empty object; download the checkpoint again")
