@@ -299,7 +299,7 @@ def _format(source: Source) -> dict[Path_, Rule]:
         keys["transformer_layer_config",] = Rule("object", REFUSE, (({}, REFUSE),))
         keys["speculators_config",] = Rule("object", EITHER, (({}, EITHER),), bad=EITHER)
     else:
-        keys["speculators_model_type",] = Rule("text", SAME, (("eagle3", REFUSE), ("dflash", REFUSE)))
+        keys["speculators_model_type",] = Rule("text", EITHER, (("eagle3", REFUSE), ("dflash", REFUSE)))
     return keys
 
 

@@ -24,6 +24,7 @@ from redraft.drafts.formats.layers import LayerReader
 from redraft.drafts.opening import family_at, open_checkpoint
 from redraft.errors import UserError
 from redraft.loading import read_facts
+from redraft.registries import EXPORTERS
 
 CASES = (
     "modelopt-0.47.0-all",
@@ -194,6 +195,22 @@ def test_rotary_settings_that_disagree_are_told(good, tmp_path):
 def test_rotary_settings_that_are_no_object(case, value):
     rewritten("config.json", ("transformer_layer_config", "rope_scaling"), value)(case[1])
     refused(case, "rope_scaling", "an object")
+
+
+@pytest.mark.parametrize("value", [None, False])
+def test_a_key_of_one_trainer_takes_no_windows_from_anothers_layers(case, tmp_path, value):
+    source, _ = case
+    windowed = TRAINERS / "speculators-0.9.0-qwen3-layers-2-window" / "checkpoint"
+    draft = open_checkpoint(windowed, source.facts).draft
+    EXPORTERS.get("plain")(draft, tmp_path / "plain", source.facts)
+    rewritten("config.json", ("parallel_drafting",), value)(tmp_path / "plain")
+    assert open_checkpoint(tmp_path / "plain", source.facts).draft.config.windows == draft.config.windows != ()
+
+
+def test_a_switch_is_checked_where_another_overrules_it(case):
+    rewritten("config.json", ("eagle_config",), {"norm_before_fc": True})(case[1])
+    rewritten("config.json", ("norm_before_fc",), 1)(case[1])
+    refused(case, "norm_before_fc 1")
 
 
 def test_a_layer_behind_a_gap_is_extra_whoever_wrote_it(case):

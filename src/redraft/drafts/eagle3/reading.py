@@ -299,8 +299,8 @@ class Eagle3Reader:
         return found
 
     def _either(self, key: str, eagle: Values) -> bool | None:
-        nested = eagle.flag(key)
-        return self.raw.flag(key) if nested is None else nested
+        nested, top = eagle.flag(key), self.raw.flag(key)
+        return top if nested is None else nested
 
     def _fc_bias(self, hidden: int) -> bool:
         """A bias in ``fc`` is told by the tensor alone; no config has a key for it."""

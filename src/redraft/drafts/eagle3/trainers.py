@@ -106,7 +106,10 @@ def trainer_of(checkpoint: Checkpoint, asked: str | None = None) -> Trainer:
         return TRAINERS[asked]
     if is_speculators(config):
         return TRAINERS["speculators"]
-    if AUTOMODEL in names or "parallel_drafting" in config:
+    # The key alone tells it where the draft was given an engine's name, unless layers are described, which are then its
+    # own: Automodel's would be dropped.
+    keyed = isinstance(config.get("parallel_drafting"), bool) and not config.get("layer_types")
+    if AUTOMODEL in names or keyed:
         return TRAINERS["automodel"]
     eagle = config.get("eagle_config")
     if isinstance(eagle, Mapping) and any(key in eagle for key in MODELOPT_KEYS):
