@@ -336,6 +336,7 @@ ALSO = {
     "factor": ("rope",),
     "parallel_drafting": ("P-EAGLE",),
     "rope_type": ("rope_parameters", "rope_scaling"),
+    "architectures": ("nothing tells who wrote it",),
 }
 
 
