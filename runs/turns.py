@@ -85,8 +85,8 @@ class Worker:
         return json.loads(self.record.read_text())
 
     def failed(self) -> UserError:
-        tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-LOG_LINES:])
-        return UserError(f"{self.failure} (exit {self.process.returncode}); the end of {self.log}:\n{tail}")
+        tail = " | ".join(self.log.read_text(errors="replace").splitlines()[-LOG_LINES:])
+        return UserError(f"{self.failure} (exit {self.process.returncode}); the end of {self.log}: {tail}")
 
     def close(self) -> None:
         """End the process if it has not ended by itself."""

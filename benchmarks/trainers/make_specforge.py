@@ -213,7 +213,7 @@ def write(out: Path, case: str, target: Path, config: dict[str, Any], how: str, 
     if case in REFUSED:
         about["refused"] = REFUSED[case]
     if case in ASKED:
-        about["ask"] = "specforge-0.2"
+        about["ask"] = "specforge"
     common.tidy(folder / "checkpoint", target)
     vocabulary = torch.arange(model.lm_head.out_features) + model.d2t
     logits, served = forward(model.eval(), ids, taps), as_served(model, ids, taps)

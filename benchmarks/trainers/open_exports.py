@@ -1,17 +1,20 @@
 """Exports of redraft, opened by the package that they are for: does it compute what redraft computes?
 
-    PYTHONPATH=<unpacked package> python open_exports.py CASES speculators|specforge
+    PYTHONPATH=<unpacked package> python open_exports.py CASES speculators|specforge|vllm
 
-CASES is what ``exports.py`` wrote. Each folder is opened by the package's own loader, speculators' ``from_pretrained``
-or the warm start of SpecForge's training, and its logits over three draft steps are held against ours. "equal": within
-1e-5; "told": otherwise, as the export's own notes said; "wrong": otherwise, and nothing was said. Exit status 1 where
-one is wrong, or where one is equal of which it was said that it is not.
+CASES is what ``exports.py`` wrote. Each folder is opened by the package's own loader (speculators' ``from_pretrained``,
+the warm start of SpecForge's training, a vLLM engine with the target), and its logits over three draft steps are held
+against ours; vLLM's are those of the last position, where it drafts. "equal": within 1e-5; "told": otherwise, as the
+export's own notes said; "wrong": otherwise, and nothing was said. Exit status 1 where one is wrong, or where one is
+equal of which it was said that it is not.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -63,22 +66,89 @@ def specforge(folder: Path, ids: Tensor, taps: Tensor) -> Tensor:
     return torch.stack(logits)
 
 
-PACKAGES = {"speculators": ("vllm", speculators), "specforge": ("specforge", specforge)}
+def vllm(folder: Path, ids: Tensor, taps: Tensor) -> Tensor:
+    """By an engine in a process of its own, [3, 1, D]: it leaves no room for a second one."""
+    out = folder / "vllm.safetensors"
+    out.unlink(missing_ok=True)
+    run = [sys.executable, __file__, str(folder), "in-vllm"]
+    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    told = subprocess.run(run, capture_output=True, text=True, env=environment)
+    if not out.is_file():
+        lines = [line for line in told.stderr.splitlines() if "Error" in line] or told.stderr.splitlines()
+        raise RuntimeError(lines[-1] if lines else "no word")
+    return load_file(out)["logits"]
+
+
+def in_vllm(folder: Path) -> None:
+    """The first proposal of an engine, with the case's features and tokens in the place of the engine's own."""
+    from safetensors.torch import save_file
+    from vllm import LLM, SamplingParams
+    from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
+
+    golden, logits = load_file(folder / "golden.safetensors"), list[Tensor]()
+    ids, taps, length = golden["ids"], golden["taps"], len(golden["taps"])
+    propose = SpecDecodeBaseProposer.propose
+
+    def forced(self: Any, **given: Any) -> Tensor:
+        tokens, following = given["target_token_ids"], given["next_token_ids"]
+        # The engine's own trial runs have other tokens, and further rounds are not looked at.
+        if logits or len(tokens) != length or not torch.equal(tokens.long(), ids[:length]):
+            return propose(self, **given)
+        compute = self.model.compute_logits
+
+        def sample(states: Tensor, _sampling: Any) -> tuple[Tensor, None]:
+            logits.append(compute(states)[:, golden["vocabulary"]].float())
+            # What follows the last step is not looked at.
+            return ids[min(length + len(logits), len(ids) - 1)].to(following.dtype)[None], None
+
+        self._sample_draft_tokens = sample
+        given["target_hidden_states"] = taps.to(given["target_hidden_states"])
+        given["next_token_ids"] = ids[length : length + 1].to(following.dtype)
+        try:
+            return propose(self, **given)
+        finally:
+            del self._sample_draft_tokens
+
+    SpecDecodeBaseProposer.propose = forced
+    draft = {"model": str(folder / "checkpoint"), "method": "eagle3", "num_speculative_tokens": common.STEPS}
+    engine = LLM(
+        str(folder.parent / "target"),
+        speculative_config=draft,
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=64,
+        skip_tokenizer_init=True,
+        enable_prefix_caching=False,
+    )
+    sampling = SamplingParams(temperature=0, max_tokens=6, detokenize=False, ignore_eos=True)
+    engine.generate([{"prompt_token_ids": ids[:length].tolist()}], sampling)
+    save_file({"logits": torch.stack(logits)}, folder / "vllm.safetensors")
+
+
+PACKAGES = {
+    "speculators": (("vllm",), speculators),
+    "specforge": (("specforge",), specforge),
+    "vllm": (("vllm", "plain"), vllm),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", type=Path)
-    parser.add_argument("package", choices=sorted(PACKAGES))
+    parser.add_argument("package", choices=[*sorted(PACKAGES), "in-vllm"])
     options = parser.parse_args()
-    format, compute = PACKAGES[options.package]
-    wrong = 0
-    for folder in sorted(options.cases.glob(f"redraft-{format}-*")):
+    if options.package == "in-vllm":
+        return in_vllm(options.cases)
+    formats, compute = PACKAGES[options.package]
+    wrong, folders = 0, sorted(path for format in formats for path in options.cases.glob(f"redraft-{format}-*"))
+    if not folders:
+        sys.exit(f"{options.cases} holds no exports for {options.package}; write them with exports.py")
+    for folder in folders:
         golden = SimpleNamespace(**load_file(folder / "golden.safetensors"))
         row: dict[str, Any] = {"case": folder.name, "package": options.package}
         try:
             found = compute(folder, golden.ids, golden.taps)
-            row["largest_difference"] = float((found - golden.logits).abs().max())
+            row["largest_difference"] = float((found - golden.logits[:, -found.shape[1] :]).abs().max())
         except Exception as error:  # what the package makes of the file is the question here
             row |= {"largest_difference": None, "why": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
         notes = json.loads((folder / "case.json").read_text())["notes"]

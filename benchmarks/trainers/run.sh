@@ -65,3 +65,10 @@ environment safeailab transformers==4.57.6 accelerate
 "$environments/safeailab/bin/python" "$here/make_safeailab.py" "$cases" ${EAGLE:+--repository "$EAGLE"}
 
 python "$here/compare.py" "$cases" --out "$here/../results/trainers.json"
+
+# The other way round: redraft's exports in the packages that they are for.
+python "$here/exports.py" "$cases/exports"
+"$environments/speculators-0.9.0/bin/python" "$here/open_exports.py" "$cases/exports" speculators
+TORCHDYNAMO_DISABLE=1 "$environments/specforge-0.2.0/bin/python" "$here/open_exports.py" "$cases/exports" specforge
+# An engine for each case; VLLM names the python of an environment that has vLLM for this machine.
+${VLLM:+"$VLLM" "$here/open_exports.py" "$cases/exports" vllm}

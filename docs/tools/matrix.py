@@ -1,7 +1,7 @@
 """The page docs/serve/options.md: which option of a draft each format holds, found by asking the exporters.
 
-Options and tiny drafts are those of :mod:`redraft.drafts.formats.matrix`, which a test holds against every reader. A
-GGUF file holds the target's tokenizer, so the target has one here. Nothing is written, and no model is run.
+Options, tiny drafts and their target are those of :mod:`redraft.drafts.formats.matrix`, which a test holds against
+every reader. Nothing is written, and no model is run.
 """
 
 from __future__ import annotations
@@ -9,10 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
-
-from redraft.drafts.formats.matrix import OPTIONS, ROWS, facts, made
+from redraft.drafts.formats.matrix import OPTIONS, facts, made
 from redraft.errors import UserError
 from redraft.registries import FAMILIES
 
@@ -32,17 +29,9 @@ TITLES = {"eagle3": "EAGLE-3", "eagle1": "EAGLE-1"}
 YES, NO = "yes", "–"
 
 
-def tokenizer() -> Any:
-    """As many tokens as the tiny target has, each a byte."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[:ROWS]
-    backend = Tokenizer(models.BPE({letter: id for id, letter in enumerate(alphabet)}, []))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=backend)
-
-
 def answers(family: str) -> dict[str, dict[str, str]]:
     """Of each option and format why the format does not hold a draft with the option; empty where it does."""
-    target, writers = facts(tokenizer()), FAMILIES.get(family).writers
+    target, writers = facts(), FAMILIES.get(family).writers
     missing = set(writers) - set(COLUMNS[family])
     assert not missing, f"{family} has formats that the page does not show: {missing}"
     return {

@@ -110,6 +110,8 @@ def read_pickled_table(path: str | Path) -> Tensor:
 
 def _unpickled(path: Path) -> Any:
     """What a file of torch's older kind holds, by torch's reader of tensors alone. Raises ``UserError``."""
+    if not path.is_file():
+        raise UserError(f"{path} is no ordinary file; put the weights in its place")
     try:
         # Files of the newer layout are mapped; of others the reader makes a copy.
         with load_settings.patch({"load.mmap": is_zipfile(path)}):  # type: ignore[attr-defined]
@@ -122,7 +124,8 @@ def _unpickled(path: Path) -> Any:
 
 def _plain_table(tensor: Tensor, name: str, path: Path) -> None:
     """Raise ``UserError`` for a tensor that is no table of numbers, or that repeats them to any size."""
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.nbytes > path.stat().st_size:
+    absent = tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu"
+    if absent or tensor.nbytes > path.stat().st_size:
         raise UserError(f"{path} holds {name} in a form that is no plain table; convert the weights to safetensors")
 
 
@@ -280,8 +283,10 @@ def dtype_name(dtype: torch.dtype) -> str:
 def read_json(path: str | Path) -> dict[str, Any]:
     """One JSON object from a file. Raises ``UserError`` with the file and line when there is none."""
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is no ordinary file; put the JSON file in its place")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=lambda pairs: _once(pairs, path))
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist") from error
     except json.JSONDecodeError as error:
@@ -293,3 +298,16 @@ def read_json(path: str | Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path} must hold a JSON object, not a {type(value).__name__}")
     return value
+
+
+def _once(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
+    """An object of these pairs. Of a key that stands twice in it readers take the last, whatever the first said.
+
+    Raises ``UserError`` where both say different things.
+    """
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found and repr(found[key]) != repr(value):
+            raise UserError(f"{path} has {key[:60]!r} twice, with different values; keep the right one")
+        found[key] = value
+    return found

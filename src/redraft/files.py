@@ -155,7 +155,7 @@ def atomic_folder(folder: str | Path, needed: int, replaceable: Iterable[str]) -
 def settle(folder: str | Path) -> None:
     """Finish a replacement that was killed between its two renames: bring the old folder back."""
     folder = Path(folder).absolute()
-    if _old(folder).exists():
+    if os.path.exists(_old(folder)):  # false for a name that is too long for one, where the Path's own method raises
         if folder.exists():
             shutil.rmtree(_old(folder), ignore_errors=True)
         else:

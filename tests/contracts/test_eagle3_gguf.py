@@ -22,6 +22,7 @@ import torch
 gguf = pytest.importorskip("gguf")
 
 from redraft.drafts.eagle3.engines import meaning_of, read_as  # noqa: E402
+from redraft.drafts.files import save_draft  # noqa: E402
 from redraft.drafts.formats.meaning import TensorFacts, differences  # noqa: E402
 from redraft.drafts.standalone import StandaloneDraft  # noqa: E402
 from redraft.errors import UserError  # noqa: E402
@@ -240,6 +241,20 @@ def test_the_targets_own_file_gives_the_tokenizer(tiny_target, tmp_path):
     report = EXPORTERS.get("gguf")(make(max_position_embeddings=whole.context), tmp_path / "out", whole)
     assert "copied from model.gguf" in report.warnings[-1]
     assert f"--model {tmp_path / 'target' / 'model.gguf'}" in report.serve
+
+
+def test_the_command_reads_the_targets_tokenizer(tiny_target, tmp_path, redraft):
+    model = tiny_target("llama", num_hidden_layers=8, vocab_size=ROWS, hidden_size=16, num_attention_heads=1).model
+    whole = Target(model, TOKENIZERS.byte_level_tokenizer(), name="tuned/target")
+    whole.save(tmp_path / "target")
+    save_draft(tmp_path / "draft", make(max_position_embeddings=whole.context), {})
+    words = f"export --draft {tmp_path}/draft --target {tmp_path}/target --format gguf --out {tmp_path}/out"
+    code, _, error = redraft(words)
+    assert code == 0, error
+    assert (tmp_path / "out" / "model.gguf").exists()
+    (tmp_path / "target" / "tokenizer.json").unlink()
+    code, _, error = redraft(words + "2")
+    assert code == 2 and "tokenizer" in error and not (tmp_path / "out2").exists()
 
 
 def test_writing_makes_no_second_copy_of_the_weights(tmp_path):

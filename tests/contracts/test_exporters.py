@@ -57,7 +57,7 @@ NOT_HELD = [case(family, name, option) for family, name, option, held in EVERY i
 # An engine cannot run the draft, or a format is none of its family.
 REFUSED = r"cannot run this draft: |export it for "
 # What an import says of files that hold more or less than others.
-KNOWN_NOTES = "maps the full vocabulary onto itself|fc has a bias|trains without the norm before the head"
+KNOWN_NOTES = "the full vocabulary onto itself|fc has a bias|without the norm before the head|turns the whole head"
 MISFITS = [({"hidden_size": 32}, "features of width 16"), ({"vocab_size": 48}, "vocabulary of 40")]
 LAYERS = [
     ({"model_type": "qwen3"}, "model_type 'qwen3'"),

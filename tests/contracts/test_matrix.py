@@ -6,9 +6,7 @@ What a reader makes of a file is asked of the file on disk; what the draft means
 from __future__ import annotations
 
 import json
-import runpy
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,15 +24,15 @@ from redraft.drafts.opening import open_checkpoint
 from redraft.errors import UserError
 from redraft.registries import EXPORTERS
 
-TINY = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "tiny_drafts.py")))
+pytest.importorskip("gguf")
+
 ENGINES = {"eagle1": eagle1_engines, "eagle3": eagle3_engines}
 TARGET = matrix.facts()
 CASES = [
     (family, option, name)
     for family, options in matrix.OPTIONS.items()
     for option in options
-    for name, writer in registries.FAMILIES.get(family).writers.items()
-    if getattr(writer, "readers", ())
+    for name in registries.FAMILIES.get(family).writers
 ]
 # What refuses a draft, by the option that it has: a word of which the refusal must say.
 NAMES = {
@@ -67,6 +65,8 @@ def test_equal_or_refused_by_name(tmp_path, family, option, name):
         assert "cannot run this draft" in str(error) and "\n" not in str(error) and list(tmp_path.iterdir()) == []
         return
     folder = tmp_path / "out"
+    if name == "gguf":  # one file of another kind, which tests of its own read back
+        return
     config, tensors = json.loads((folder / "config.json").read_text()), tensors_of(folder)
     ours = ENGINES[family].meaning_of(draft.config)
     for reader in writer.readers:

@@ -145,7 +145,7 @@ def test_prompts_are_chosen_before_any_is_answered(world, tmp_path, scorer):
         ({"private": {"bits": 2}}, "not for lora"),
         ({"method": "full", "private": {"bits": 0}}, "private bits must be 1 or more, not 0"),
         ({"exports": ("vlm",)}, "did you mean vllm"),
-        ({"exports": ("gguf",)}, "no language model, which gguf is for"),
+        ({"exports": ("hf",)}, "no language model, which hf is for"),
         ({"train": {"optimizer": "sgd"}}, "unknown optimizer"),
         ({"train": {"clip": -1}}, "clip must be above 0"),
         ({"private": {"alpha": -1}}, "private alpha must be above 0, not -1"),

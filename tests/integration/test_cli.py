@@ -201,7 +201,7 @@ def test_a_line_break_in_a_message_stays_one_line(redraft: Any, monkeypatch: pyt
 
     monkeypatch.setattr("redraft.api.runs.build_report", fail)
     code, _, err = redraft("report", __file__)
-    assert (code, err) == (2, "redraft: error: first second\n")
+    assert (code, err) == (2, "redraft: error: first\\nsecond\n")
 
 
 def test_an_interrupt_is_exit_code_130(redraft: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,7 @@ def test_without_a_target_the_file_must_tell_all(place, redraft):
     [
         ({"rope_theta": -1.0}, "", "rope_theta is -1.0"),
         ({"hidden_act": "gelu"}, "", "hidden_act 'gelu'"),
-        ({}, "--trainer specforge", "did you mean specforge-0.3?"),
+        ({}, "--trainer specforge-0.3", "did you mean specforge"),
         ({}, "--taps 4,2,6", "must ascend"),
     ],
 )

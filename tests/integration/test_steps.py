@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from redraft.adaptation import merged_target
 from redraft.adaptation.models import TargetSpec, target_info
 from redraft.api.steps import regenerate
 from redraft.data.generate import Completion
@@ -265,6 +266,13 @@ def test_mistakes(place: Path, redraft: Any, command: str, says: str) -> None:
     assert code == 2
     last = err.splitlines()[-1]
     assert last.startswith("redraft: error: ") and says in last
+
+
+def test_an_export_names_the_merged_target_where_that_is_an_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merged_target, "split_adapter", lambda target, adapter: ("base", target))
+    line = 'vllm serve maths --speculative-config \'{"model": "maths-draft"}\''
+    assert merged_target.served(line, "maths") == line.replace("serve maths", "serve merged-target")
+    assert merged_target.merging("maths")[0].startswith("redraft merge-target --target base --adapter maths")
 
 
 def test_a_private_part_needs_its_base_and_a_public_draft_a_target(place: Path, redraft: Any) -> None:

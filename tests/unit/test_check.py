@@ -34,13 +34,19 @@ TARGET = str(RIG.PAIR / "target")
 COMMANDS = {kind.COMMAND for kind in KINDS}
 
 
+@pytest.fixture(scope="module")
+def target() -> Any:
+    """Opened once: to find out which passes are its own takes longer than a check."""
+    return api.open_target(TARGET, dtype="float32")
+
+
 @pytest.fixture
-def check() -> Callable[..., Any]:
+def check(target: Any) -> Callable[..., Any]:
     """``check(draft, ...)`` -> the result, on the twelve prompts."""
 
     def run(draft: Any, **more: Any) -> Any:
         given = {"prompts": RIG.ASKS, "limit": RIG.PROMPTS, "max_new_tokens": RIG.TOKENS, "gamma": RIG.GAMMA}
-        return api.check(draft, api.TargetSpec(TARGET, "float32"), **(given | more))
+        return api.check(draft, target, **(given | more))
 
     return run
 

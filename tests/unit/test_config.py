@@ -38,6 +38,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "vocabulary": {"target": "t", "draft": "d", "responses": "r"},
     "train": {"target": "t", "responses": "r", "out": "o", "draft": "d"},
     "adapt": {"target": "t", "draft": "d", "out": "o", "prompts": "p"},
+    "import": {"source": "s", "out": "o"},
     "merge": {"private": "p", "base_draft": "b", "out": "o"},
     "merge-target": {"target": "t", "out": "o"},
     "export": {"target": "t", "draft": "d", "format": "vllm", "out": "o"},

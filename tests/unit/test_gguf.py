@@ -15,6 +15,9 @@ gguf = pytest.importorskip("gguf")
 
 from transformers import AutoTokenizer, LlamaConfig, Qwen3Config  # noqa: E402
 
+import redraft  # noqa: E402
+from redraft.drafts.eagle3 import fresh_draft  # noqa: E402
+from redraft.drafts.files import save_draft  # noqa: E402
 from redraft.drafts.formats.gguf import (  # noqa: E402
     SPLITS,
     UNUSED,
@@ -45,6 +48,14 @@ def target(tiny_target):
 
 def export(target, folder):
     return EXPORTERS.get("gguf")(fresh_standalone(target, layers=[0]), folder, target, speculative_tokens=3)
+
+
+def test_the_command_reads_the_targets_tokenizer_where_the_file_holds_one(target, tmp_path):
+    target.save(tmp_path / "target")
+    save_draft(tmp_path / "draft", fresh_draft(target, list(range(40)), seed=0, intermediate=32), {})
+    report = redraft.export(tmp_path / "draft", str(tmp_path / "target"), "gguf", tmp_path / "out")
+    tokens = gguf.GGUFReader(report.folder / "model.gguf").fields["tokenizer.ggml.tokens"].contents()
+    assert tokens[:8] == target.tokenizer.convert_ids_to_tokens(list(range(8)))
 
 
 # -- tokenizers --------------------------------------------------------------------------------------------------------

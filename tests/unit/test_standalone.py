@@ -398,7 +398,7 @@ def test_the_export_is_a_causal_lm_that_any_engine_loads(target, tmp_path):
 
 
 def test_each_format_takes_its_own_families(target, tmp_path):
-    with pytest.raises(UserError, match="vllm or sglang"):
+    with pytest.raises(UserError, match="vllm, sglang or gguf"):
         EXPORTERS.get("hf")(TOYS.make_draft("fresh", target), tmp_path / "a", target)
     for name in ("plain", "sglang", "vllm"):
         with pytest.raises(UserError, match="hf"):

@@ -44,14 +44,14 @@ def run_card(run: Path, format: str, draft: Draft, target: Facts, serve: Sequenc
     )
 
 
-def export_card(found: OpenDraft, report: ExportReport, target: Facts) -> CardFacts:
+def export_card(found: OpenDraft, report: ExportReport, target: Facts, serve: Sequence[str]) -> CardFacts:
     """The card of a draft that was exported by itself: with all of the run that it lies in, else with its own record.
 
     Raises ``UserError`` for a damaged file of the run.
     """
     run = Path(found.source).absolute().parent
     if found.meta.get("format", "redraft") == "redraft" and (run / LEDGER).is_file() and (run / CONFIG).is_file():
-        return run_card(run, report.format, found.draft, target, [report.serve])
+        return run_card(run, report.format, found.draft, target, serve)
     meta = found.meta
     ours = meta.get("format", "redraft") == "redraft"
     merged = meta.get("merged_from")
@@ -63,7 +63,7 @@ def export_card(found: OpenDraft, report: ExportReport, target: Facts) -> CardFa
         **_parents(target.name, base),
         method=meta.get("method"),
         parameters=report.parameters,
-        serve=[report.serve],
+        serve=serve,
         guard=meta.get("guard"),
         notes=[*map(str, meta.get("notes") or ()), *report.warnings],
     )

@@ -8,6 +8,7 @@ draft afterwards.
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -299,13 +300,15 @@ class Adaptation:
         """``private`` in the folder with only what was trained, and ``merged``, the whole.
 
         Where everything was trained there is a private part only with ``bits``, the change told in so many a weight;
-        the merged draft is then what these tell.
+        the merged draft is then what these tell. Where the old draft is kept there is none, nor one of before.
         """
         stored, parts = self.stored
-        names, method = self.changed, METHODS[self.plan.method]
+        names, method, folder = self.changed, METHODS[self.plan.method], self.folder / "private"
         if names and (parts or method.groups != METHODS["full"].groups):
             old = half(self.old.draft).state_dict()
-            save_private(self.folder / "private", stored, names, self.old.base_hash, self.meta(), old, parts)
+            save_private(folder, stored, names, self.old.base_hash, self.meta(), old, parts)
+        elif self.verdict is not None and self.verdict.kept == "old":
+            shutil.rmtree(folder, ignore_errors=True)  # a run that was begun before drafts were judged
         self.save_whole(self.folder / "merged")
 
     def save_whole(self, folder: Path, **more: Any) -> None:

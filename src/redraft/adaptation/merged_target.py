@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import Path
 
@@ -49,4 +50,11 @@ def served(line: str, target: str, adapter: str | None = None) -> str:
     """The ``line`` that starts an engine, with the merged target in the place of an adapter."""
     if adapter_note(target, adapter) is None:
         return line
-    return line.replace(shlex.quote(target), MERGED)
+    alone = rf"(?<![\w./:-]){re.escape(shlex.quote(target))}(?![\w./:-])"  # no part of a longer name
+    return re.sub(alone, MERGED, line)
+
+
+def merging(target: str, adapter: str | None = None) -> list[str]:
+    """The command that must come before serving, where the target is an adapter."""
+    note = adapter_note(target, adapter)
+    return [note.split("`")[1]] if note else []

@@ -15,7 +15,7 @@ from torch import nn
 
 from redraft import provenance
 from redraft.adaptation.cards import run_card
-from redraft.adaptation.merged_target import adapter_note, served
+from redraft.adaptation.merged_target import adapter_note, merging, served
 from redraft.adaptation.models import open_target, tell_about
 from redraft.data.store import Row, read_rows
 from redraft.data.template import template_record
@@ -159,11 +159,7 @@ class Run(Generic[Settings]):
 
     def cards(self) -> None:
         """Write what is known so far onto the model card of every export. Raises ``UserError``."""
+        first: list[str] = merging(self.config.target, self.config.adapter)
         for name, line in self.serve.items():
-            card = run_card(self.folder, name, self.aligned, self.target, [*self.merging(), line])
+            card = run_card(self.folder, name, self.aligned, self.target, [*first, line])
             write_card(self.folder / f"export-{name}", card)
-
-    def merging(self) -> list[str]:
-        """The command that must come before serving, where the target is an adapter."""
-        note = adapter_note(self.config.target, self.config.adapter)
-        return [note.split("`")[1]] if note else []

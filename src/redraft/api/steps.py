@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from redraft.adaptation import models
 from redraft.adaptation.cards import export_card
+from redraft.adaptation.merged_target import adapter_note, merging, served
 from redraft.adaptation.models import AnyTarget, TargetSpec, check_output, open_any, prompt_rows, target_info
 from redraft.adaptation.runs import half, supervised_rows
 from redraft.artifact import atomic_write_text
@@ -20,14 +21,14 @@ from redraft.data.regenerate import regenerate as answer
 from redraft.data.shapes import row_of
 from redraft.data.store import encode_row
 from redraft.drafts.files import save_draft
-from redraft.drafts.formats.base import ExportReport
+from redraft.drafts.formats.base import ExportReport, needs_tokenizer
 from redraft.drafts.formats.meaning import Reading
 from redraft.drafts.opening import AnyDraft, OpenDraft, open_checkpoint
 from redraft.drafts.scaling import scale_change
 from redraft.errors import UserError
 from redraft.loading import load_tokenizer, quiet
 from redraft.progress import progress_bar
-from redraft.registries import EXPORTERS, FAMILIES
+from redraft.registries import EXPORTERS
 from redraft.reports.card import write_card
 from redraft.reports.tables import Imported, Merged
 from redraft.selection.manifest import Manifest, choose
@@ -261,11 +262,12 @@ def export(
     s = checked(ExportSettings, locals())
     exporter, info = EXPORTERS.get(s.format), target_info(target)
     found = _read(draft, info, base_draft)
-    if not FAMILIES.get(found.draft.family).reads_states and info.tokenizer is None:
-        # A model by itself must speak as the target does, down to its special tokens.
+    if info.tokenizer is None and needs_tokenizer(s.format, found.draft.family):
         with quiet():
             info = copy.copy(info)
             info.tokenizer = load_tokenizer(info.name)
     written = exporter(found.draft, s.out, info, speculative_tokens=s.gamma)
-    write_card(written.folder, export_card(found, written, info))
-    return written
+    spec = TargetSpec.of(target)
+    note, line = adapter_note(spec.name, spec.adapter), served(written.serve, spec.name, spec.adapter)
+    write_card(written.folder, export_card(found, written, info, [*merging(spec.name, spec.adapter), line]))
+    return replace(written, serve=line, warnings=(*written.warnings, *filter(None, [note])))

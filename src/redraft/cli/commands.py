@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Annotated, Any, get_type_hints
 
 import typer
@@ -222,7 +221,7 @@ def adapt(s: AdaptConfig) -> None:
 
 @command(
     "redraft import someones-draft --target my-model --out draft",
-    "redraft import some-org/public-draft --target my-model --trainer specforge-0.2 --out draft --json read.json",
+    "redraft import some-org/public-draft --target my-model --trainer specforge --out draft --json read.json",
 )
 def import_(s: steps.ImportSettings) -> None:
     """Read a draft as the trainer that wrote it means it, and say of every value where it comes from.
@@ -270,11 +269,7 @@ def merge_target(s: steps.MergeTargetSettings) -> None:
 )
 def export(s: steps.ExportSettings) -> None:
     """Write a draft in the format that a serving engine loads: complete, or not at all."""
-    from redraft.adaptation.merged_target import adapter_note, served
-
-    found = redraft.export(s.draft, s.target, s.format, s.out, base_draft=s.base_draft, gamma=s.gamma)
-    notes = (*found.warnings, *filter(None, [adapter_note(s.target)]))
-    say(str(replace(found, warnings=notes, serve=served(found.serve, s.target))))
+    say(str(redraft.export(s.draft, s.target, s.format, s.out, base_draft=s.base_draft, gamma=s.gamma)))
 
 
 @command(

@@ -42,6 +42,8 @@ class DraftConfig:
     # Fields that came later. They are written only where they are not at their defaults, so that a draft without them
     # is the same file, by the same name in a run directory, as it always was.
     LATER: ClassVar[tuple[str, ...]] = ()
+    # Fields with a default that every file has nevertheless: one without them is damaged, and would be another draft.
+    ALWAYS: ClassVar[tuple[str, ...]] = ()
 
     private_width: int = 0
     low_rank: int = 0
@@ -72,6 +74,9 @@ class DraftConfig:
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
             raise UserError(f"draft config has unknown keys: {', '.join(unknown)}; was it written by a newer redraft?")
+        absent = [name for name in cls.ALWAYS if name not in values]
+        if absent:
+            raise UserError(f"draft config is incomplete: it lacks {', '.join(absent)}; copy it again")
         try:
             return cls(**{**values, **{name: tuple(values[name]) for name in cls.LISTS if name in values}})
         except TypeError as error:
@@ -127,6 +132,8 @@ class Draft(nn.Module, ABC):
     GROUPS: ClassVar[Mapping[str, tuple[str, ...]]]
     # Parameters whose rows are the tokens of :meth:`vocabulary`, in its order.
     TOKEN_ROWS: ClassVar[tuple[str, ...]] = ()
+    # Tensors that a draft may have of its own, or borrow of its target.
+    BORROWED: ClassVar[tuple[str, ...]] = ()
 
     # Whether :meth:`proposer` grows trees too (:class:`TreeProposer`).
     grows_trees: ClassVar[bool] = False

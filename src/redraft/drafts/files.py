@@ -78,7 +78,8 @@ def _build(meta: Mapping[str, Any], where: Path) -> Draft:
     except UserError as error:
         raise UserError(f"{where / META_FILE}: {error}") from error
     except (TypeError, LookupError, ValueError, AttributeError, RuntimeError, ArithmeticError, MemoryError) as error:
-        raise UserError(f"{where / META_FILE} has a config that builds no draft: {error}") from error
+        first = str(error).strip().partition("\n")[0]  # torch's go on with a trace of its own
+        raise UserError(f"{where / META_FILE} has a config that builds no draft: {first}") from error
 
 
 def _meta(
@@ -196,11 +197,15 @@ def load_private(
         )
     draft = _build(meta, folder)
     whole, path = draft.state_dict(), folder / PRIVATE_FILE
-    listed = {name: whole[name] for name in meta["tensors"] if name in whole}
+    shared = base_draft.state_dict()
+    # A table that the part's draft borrows of the target is the base's own affair.
+    unknown = sorted({*meta["tensors"]} - set(whole)) or sorted(set(shared) - set(whole) - set(draft.BORROWED))
+    if unknown:
+        raise UserError(f"{folder / META_FILE} describes a draft that has no {', '.join(unknown)}; copy the part again")
+    listed = {name: whole[name] for name in meta["tensors"]}
     part = read_tensors(path)
     _verify_hash(part, meta, path)
-    # A table that the part's draft borrows of the target is the base's own affair.
-    base = {name: tensor.detach() for name, tensor in base_draft.state_dict().items() if name in whole}
+    base = {name: tensor.detach() for name, tensor in shared.items() if name in whole}
     base = {name: tensor.clone() for name, tensor in base.items()} if copy else base
     for name, about in meta.get("coarse", {}).items():
         part[name] = _told(name, about, part, base.get(name), path)

@@ -47,6 +47,15 @@ ROPE_KINDS: dict[str, tuple[str, ...]] = {
 }
 
 
+ORIGINAL = "original_max_position_embeddings"
+# Keys of rotary settings that are lists of numbers, and those that are numbers.
+ROPE_LISTS = ("short_factor", "long_factor")
+ROPE_NUMBERS = (
+    *("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor"),
+    *("mscale", "mscale_all_dim", "partial_rotary_factor", ORIGINAL),
+)
+
+
 class Rotary:
     """Cosines and sines of rotary positions, from transformers' own initialisers, tabulated once.
 
@@ -107,22 +116,29 @@ class Rotary:
 
 def told_angles(rope_parameters: Any, head_dim: int) -> bool:
     """Whether these settings tell the angles of heads of this width."""
-    if not isinstance(rope_parameters, dict) or rope_parameters.get("rope_type", "default") not in ROPE_KINDS:
+    if not isinstance(rope_parameters, dict):
         return False
-    numbers: dict[str, list[Any]] = {
-        key: value if isinstance(value, list) else [value]
-        for key, value in rope_parameters.items()
-        if value is not None and not isinstance(value, str | bool)
-    }
-    if not all(type(x) in (int, float) and math.isfinite(x) for values in numbers.values() for x in values):
+    kind = rope_parameters.get("rope_type", "default")
+    if not isinstance(kind, str) or kind not in ROPE_KINDS or rope_parameters.get(ORIGINAL, 1) is None:
         return False
-    needed = ("rope_theta", *ROPE_KINDS[rope_parameters.get("rope_type", "default")])
-    if not all(min(numbers.get(key) or [0]) > 0 for key in needed):
+    given = {key: value for key, value in rope_parameters.items() if value is not None}
+    lists = [given[key] for key in ROPE_LISTS if key in given]
+    if not all(isinstance(listed, list) and all(map(_is_number, listed)) for listed in lists):
+        return False
+    if not all(_is_number(given[key]) for key in ROPE_NUMBERS if key in given):
+        return False
+    needed = [given.get(key, 0) for key in ("rope_theta", *ROPE_KINDS[kind])]
+    if not all(min(value if isinstance(value, list) else [value], default=0) > 0 for value in needed):
         return False
     try:
         return rotary_width(rope_parameters, head_dim) > 0
     except (ValueError, TypeError):
         return False
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a finite number within what floats hold; true is none."""
+    return type(value) in (int, float) and abs(value) < 1e300
 
 
 def rotary_width(rope_parameters: dict[str, Any], head_dim: int) -> int:

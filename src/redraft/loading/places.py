@@ -259,4 +259,6 @@ def reason_of(error: BaseException) -> str:
         return f"a weight file is damaged ({first_line(error)}); copy or download it again"
     if "weights_only" in text or "Weights only load failed" in text:
         return "its pickle file holds more than tensors and is not read; convert the weights to safetensors"
+    if isinstance(error, KeyError):
+        return f"its JSON files or its index have no entry {first_line(error)}; download it again"
     return first_line(error)

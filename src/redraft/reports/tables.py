@@ -242,6 +242,8 @@ class Imported(Shown):
             shown = form.DASH if entry["value"] is None else escape(str(entry["value"]))
             table.add_row(escape(entry["what"]), shown, f"[{HOW_COLOURS[how]}]{how}[/]", escape(entry["word"]))
         size = f"{self.folder}: {self.family} draft of {self.parameters:,} parameters, {self.bytes / 1e6:.1f} MB"
+        if not self.entries:
+            return lines(*(f"note: {note}" for note in self.notes), f"{self.source} was taken as it is", size)
         return Group(table, lines(*(f"note: {note}" for note in self.notes), size))
 
 

@@ -19,7 +19,7 @@ from redraft.settings.training import TrainBlock, TrainConfig
 
 # Trainers whose files are read on their own word (redraft.drafts.eagle3.trainers, and the kinds of EAGLE-1).
 TRAINER_NAMES = (
-    *("speculators", "specforge-0.2", "specforge-0.3", "modelopt", "automodel", "angelslim", "safeailab", "plain"),
+    *("speculators", "specforge", "specforge-main", "modelopt", "automodel", "angelslim", "safeailab", "plain"),
     *("original", "vllm", "sglang"),
 )
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Cause:
     """``words`` say what is wrong, ``shows`` how that was told, ``mend`` what to do: text with fields in braces, which
-    :meth:`mended` fills (``draft``, ``target``, ``base``, ``prompts``, ``option``, ``gamma``, ``server``)."""
+    :meth:`mended` fills (``draft``, ``target``, ``base``, ``prompts``, ``option``, ``gamma``, ``server``,
+    ``format``)."""
 
     id: str
     words: str
@@ -17,13 +18,13 @@ class Cause:
 
     def mended(self, **known: str) -> str:
         """The command that mends it. Fields that nobody knows stand as words in capitals."""
-        names = ("draft", "target", "base", "prompts", "option", "gamma", "server")
+        names = ("draft", "target", "base", "prompts", "option", "gamma", "server", "format")
         return " ".join(self.mend.format(**{name: known.get(name) or name.upper() for name in names}).split())
 
 
 IMPORT = "redraft import {draft} --target {target} {option} --out mended, then export and serve that folder"
 ADAPT = "redraft adapt --draft {draft} --target {target} --prompts {prompts} --out run"
-EXPORT = "redraft export --draft {draft} --target {target} --format vllm --out exported (or the format of your engine)"
+EXPORT = "redraft export --draft {draft} --target {target} --format {format} --out exported"
 SERVED = "give the server the folder that this writes: " + EXPORT
 
 TABLE = (

@@ -50,6 +50,8 @@ def check_draft(s: CheckSettings, spec: TargetSpec, draft: AnyDraft, base: Targe
     check.look()
     if questions is not None and not any(one.cause == "other_tokenizer" for one in result.findings):
         check.measure(spec.open(), questions, base)
+    if questions is None and not s.engine:
+        result.notes.append("only the file was looked at: --prompts measures it, --for says what an engine reads")
     result.notes = list(dict.fromkeys([*result.static.notes, *result.notes]))
     return result
 
@@ -61,6 +63,7 @@ class Check:
         self.s, self.result, self.facts = s, result, facts
         self.opened: Any = None
         self.session: Session | None = None
+        self.engine = s.engine
 
     def found(self, evidence: Evidence | None) -> None:
         """Add a cause, unless it is there already."""
@@ -69,6 +72,7 @@ class Check:
         s = self.s
         known = {"draft": self.result.draft, "target": self.result.target, "base": s.base_target, "prompts": s.prompts}
         known |= {"server": s.server, "gamma": str(evidence.gamma) if evidence.gamma else None}
+        known["format"] = static.format_for(self.opened, self.engine)
         known["option"] = evidence.option or " "
         mend = CAUSES[evidence.cause].mended(**{name: str(value) for name, value in known.items() if value})
         self.result.findings.append(Finding(evidence.cause, evidence.words, mend))
@@ -92,8 +96,8 @@ class Check:
 
     def look(self, engine: str | None = None) -> None:
         """Lay the readings of the file side by side: ours, and that of the engine that was named or found out."""
-        result = self.result
-        result.static = static.look(self.opened, self.facts, engine or self.s.engine)
+        result, self.engine = self.result, engine or self.s.engine
+        result.static = static.look(self.opened, self.facts, self.engine)
         for one in result.static.suspicions:
             self.found(Evidence(one.cause, one.evidence))
 

@@ -65,6 +65,13 @@ class Static:
     notes: list[str] = field(default_factory=list)
 
 
+def format_for(opened: OpenDraft | None, engine: str | None) -> str | None:
+    """The format whose files ``engine`` is given; none where that is not known."""
+    writers = FAMILIES.get(opened.draft.family).writers if opened is not None else {}
+    found = (name for name, writer in writers.items() if engine in getattr(writer, "readers", ()))
+    return next(found, None)
+
+
 # -- the pair --------------------------------------------------------------------------------------------------------
 def fits(source: str | Path, target: Facts) -> Suspicion | None:
     """Whether draft and target share a tokenizer, as far as the draft's folder tells; none where they do.

@@ -18,12 +18,15 @@ from redraft.drafts.base import Draft, DraftConfig, heads_of, rope_of
 from redraft.drafts.eagle.proposer import EagleProposer, StaticProposer
 from redraft.drafts.eagle.unroll import EagleWalk
 from redraft.drafts.formats.embeddings import is_targets
+from redraft.drafts.formats.values import LARGEST, LONGEST
 from redraft.drafts.layers import Attend, Attention, Linear, RMSNorm, Rotary, SharedPrivateMLP, told_angles
 from redraft.errors import UserError
 from redraft.target import Head, Target
 
 # Whole numbers of a config that may be zero; others must be one at least.
 MAY_BE_ZERO = frozenset({"private_width", "low_rank"})
+# Numbers of a config that may be larger, or must be smaller, than widths are: what is beyond would be built first.
+MOST = {"max_position_embeddings": LONGEST, "num_layers": 1024}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,7 @@ class EagleConfig(DraftConfig):
 
     LISTS: ClassVar[tuple[str, ...]] = ("windows", *DraftConfig.LISTS)
     LATER: ClassVar[tuple[str, ...]] = ("num_layers", "windows", "qk_norm", "output_bias")
+    ALWAYS: ClassVar[tuple[str, ...]] = ("rms_norm_eps", "rope_parameters", "max_position_embeddings")
 
     hidden_size: int
     intermediate_size: int
@@ -70,9 +74,13 @@ class EagleConfig(DraftConfig):
         """Names of the fields whose values no draft can have."""
         least = {f.name: f.name not in MAY_BE_ZERO for f in fields(self) if f.type == "int"}
         found = {name: getattr(self, name) for name in least}
-        wrong = [name for name, value in found.items() if type(value) is not int or value < least[name]]
+        most = {name: MOST.get(name, LARGEST) for name in least}
+        wrong = [n for n, value in found.items() if type(value) is not int or not least[n] <= value <= most[n]]
         wrong += [f.name for f in fields(self) if f.type == "bool" and type(getattr(self, f.name)) is not bool]
-        wrong += ["output_bias"] * (self.output_bias not in (None, True, False))
+        wrong += ["output_bias"] * (type(self.output_bias) not in (type(None), bool))
+        alpha = self.low_rank_alpha
+        for name, value in (("balance", self.balance), ("low_rank_alpha", 0 if alpha is None else alpha)):
+            wrong += [name] * (type(value) not in (int, float) or not 0 <= value <= 1e12)
         eps, heads = self.rms_norm_eps, self.num_attention_heads
         wrong += ["rms_norm_eps"] * (type(eps) not in (int, float) or not 0 <= eps < 1)
         if not wrong and heads % self.num_key_value_heads:
@@ -188,6 +196,7 @@ class EagleDraft(Draft):
     midlayer: EagleLayer
     later: nn.ModuleList
     embed_tokens: nn.Embedding | None
+    BORROWED: ClassVar[tuple[str, ...]] = ("embed_tokens.weight",)
 
     def __init__(self, config: EagleConfig) -> None:
         """A family's own ``__init__`` makes its layers after this and ends with :meth:`complete`."""

@@ -27,7 +27,7 @@ FAMILIES.register("eagle3")(
         meaning=meaning_of,
         readers={engine: partial(read_as, engine) for engine in READERS},
         writers=WRITERS | {"gguf": GgufWriter("gguf", "draft-eagle3", ("llama.cpp",))},
-        refusal="this draft reads the target's states and is no language model, which {format} is for; export it for "
-        "vllm, sglang or gguf",
+        refusal="this draft reads the target's states and is no language model, which {format} is for: transformers "
+        "takes language models alone as assistants; export it for vllm, sglang or gguf",
     )
 )

@@ -79,6 +79,8 @@ PLACES = {
 class GgufWriter(Eagle3Writer):
     """The format ``gguf``: one file, its tokenizer copied from the target's own GGUF file where there is one."""
 
+    holds_tokenizer = True
+
     def check(self, draft: EagleDraft, target: Facts) -> tuple[Dense, list[str]]:
         """As of every writer."""
         need_gguf()

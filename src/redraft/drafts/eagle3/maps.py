@@ -78,7 +78,8 @@ def read_maps(state: dict[str, Tensor], config: Any, where: Path, notes: list[st
         if name in state:
             state[name] = _integers(name, state[name], where, notes)
     if config.draft_vocab_size == config.target_vocab_size:
-        for name in [n for n in MAPS if n in state and bool((state[n] == (n == "t2d")).all())]:
+        whole = [n for n in MAPS if n in state and state[n].shape == (config.target_vocab_size,)]
+        for name in [n for n in whole if bool((state[n] == (n == "t2d")).all())]:
             notes.append(f"{name} was left out: it maps the full vocabulary onto itself")
             del state[name]
         return state

@@ -33,6 +33,8 @@ class Eagle3Config(EagleConfig):
 
     LISTS: ClassVar[tuple[str, ...]] = ("taps", *EagleConfig.LISTS)
     LATER: ClassVar[tuple[str, ...]] = (*EagleConfig.LATER, "fc_bias", "head_norm")
+    SWITCHES: ClassVar[tuple[str, ...]] = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+    ALWAYS: ClassVar[tuple[str, ...]] = (*EagleConfig.ALWAYS, *SWITCHES)
 
     target_hidden_size: int
     draft_vocab_size: int

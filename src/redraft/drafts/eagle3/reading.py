@@ -76,8 +76,13 @@ def recognises(checkpoint: Checkpoint) -> bool:
     config, named = checkpoint.config, checkpoint.architectures
     if not config or (named and TARGETS_NAME not in named):
         return False
-    small = config.get("draft_vocab_size") is not None or config.get("num_hidden_layers", 1) in FEW
-    return small and "hidden_size" in config and set(TOLD_BY) <= set(read_state(checkpoint.folder, []))
+    reduced = config.get("draft_vocab_size") is not None
+    small = "hidden_size" in config and config.get("num_hidden_layers", 1) in FEW
+    if not (reduced or small):
+        return False
+    held = set(TOLD_BY) & set(read_state(checkpoint.folder, []))
+    # A language model has no draft vocabulary: with one, a tensor that is missing is to be told as a draft's.
+    return held == set(TOLD_BY) or (reduced and bool(held))
 
 
 def read(
@@ -278,14 +283,16 @@ class Eagle3Reader:
         if self.trainer.norm_output == "head":
             found["norm_output"], found["head_norm"] = False, output is not False
             if output is False:
-                self.reading.notes.append("norm_output false: SpecForge 0.2 trains without the norm before the head")
+                self.reading.notes.append(
+                    "norm_output false: SpecForge up to 0.3 trains without the norm before the head"
+                )
         else:
             found["norm_output"] = bool(output)
         keys = {"head_norm": "norm_output", "fc_norm": "use_aux_norm" if given["use_aux_norm"] else "fc_norm"}
         for name, value in found.items():
             key = keys.get(name, name)
             present = self.raw.get(key) is not None or (key == "norm_before_fc" and eagle.get(key) is not None)
-            word = self.raw.word(key) if present else f"{self.reading.reader}'s default"
+            word = self.raw.word(key) if present else f"the default of {self.reading.reader}"
             self.reading.take(name, value, "read" if present else "defaulted", word)
         if self.trainer.differs:
             self.reading.notes.append(self.trainer.differs)
@@ -420,7 +427,7 @@ class Eagle3Reader:
             if name in self.state:
                 how = "read" if name in self.tensors else "derived"
                 told = "the file" if how == "read" else next(other for other in MAPS if other != name)
-                self.reading.take(f"{name}.map", list(self.state[name].shape), how, told)  # type: ignore[arg-type]
+                self.reading.take(name, f"{len(self.state[name])} rows", how, told)  # type: ignore[arg-type]
         return config
 
     def _embedding(self, config: Eagle3Config, state: dict[str, Tensor]) -> Eagle3Config:

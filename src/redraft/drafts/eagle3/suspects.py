@@ -148,7 +148,7 @@ def learnt_map(draft: Any, target: Head, rows: Sequence[TokenRow], features: Fea
     for _, batch in walk.batches(learnt, features, 1, walk.batch_anchors):
         with walks.autocast(target.device, target.dtype):
             states_A = next(unroll(draft, target.embedding, batch, 1))
-        best = walks.likeliest(draft.logits, states_A).tolist()
+            best = walks.likeliest(draft.logits, states_A).tolist()
         for index, came in zip(best, batch.future_MJ[:, 0].tolist(), strict=True):
             met[index][came] += 1
     ids_D = draft.vocabulary().clone()

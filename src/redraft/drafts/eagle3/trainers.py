@@ -45,8 +45,8 @@ TRAINERS: dict[str, Trainer] = {
     trainer.name: trainer
     for trainer in (
         Trainer("speculators", "speculators", residual=True, reads_part=False),
-        Trainer("specforge-0.2", "SpecForge 0.2", norm_output="head", reads_part=False, one_layer=True),
-        Trainer("specforge-0.3", "SpecForge 0.3", reads_part=False, one_layer=True),
+        Trainer("specforge", "SpecForge up to 0.3", norm_output="head", reads_part=False, one_layer=True),
+        Trainer("specforge-main", "SpecForge since September 2026", reads_part=False, one_layer=True),
         Trainer(
             "modelopt",
             "nvidia-modelopt",
@@ -57,7 +57,7 @@ TRAINERS: dict[str, Trainer] = {
         Trainer("automodel", "NeMo Automodel", target_layer=True),
         Trainer("angelslim", "AngelSlim", reads_part=False, one_layer=True, base=10000.0),
         Trainer("safeailab", "SafeAILab's EAGLE", reads_part=False, one_layer=True, base=10000.0),
-        Trainer("plain", "whoever writes for vLLM and SGLang"),
+        Trainer("plain", "the plain format"),
     )
 }
 
@@ -114,9 +114,10 @@ def trainer_of(checkpoint: Checkpoint, asked: str | None = None) -> Trainer:
     engines = any(config.get(key) is not None for key in ENGINE_KEYS)
     if config.get("norm_output") is not None and not engines:
         raise UserError(
-            f"{checkpoint.path} has norm_output {config['norm_output']!r}, which SpecForge 0.2 takes for a norm before "
-            "the head and SpecForge 0.3, vLLM and SGLang for the state that the next step takes, and nothing tells who "
-            "wrote it; name the one that trained it with --trainer specforge-0.2, specforge-0.3 or plain"
+            f"{checkpoint.path} has norm_output {config['norm_output']!r}, which SpecForge up to 0.3 takes for a norm "
+            "before the head, and its code since September 2026, vLLM and SGLang for the state that the next step "
+            "takes, and nothing tells who wrote it; name the one that trained it with --trainer specforge, "
+            "specforge-main or plain"
         )
     if ANGELSLIM in names:
         return TRAINERS["angelslim"]

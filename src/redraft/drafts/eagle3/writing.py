@@ -164,9 +164,10 @@ class SpeculatorsWriter(Eagle3Writer):
         table = table_of(target)
         if table is None:
             note = (
-                "the target's weights are not at hand, so that the file ships no embedding: engines take the target's"
+                "the target's weights are not in its folder, so that the file ships no embedding: engines take the "
+                "target's, the speculators package one of zeros; export for the folder of the whole target to ship one"
             )
-            return dense, [*notes, f"{note}, the speculators package one of zeros"]
+            return dense, [*notes, note]
         lossless = all(torch.equal(rows.to(dense.dtype).to(rows.dtype), rows) for rows in table.split(ROWS))
         return dense.with_extra({EMBEDDING: table.to(dense.dtype) if lossless else table}), notes
 
@@ -211,7 +212,7 @@ class SpecForgeWriter(Eagle3Writer):
             return dense.with_extra(whole_maps(config.target_vocab_size)), []
         note = (
             "SpecForge counts a new vocabulary map from its data and lays it over the old rows of the head, unless "
-            "model.vocab_mapping_path names a file with this one; the page on SpecForge says how it is made"
+            "model.vocab_mapping_path names a file with this one; docs/warm-start.md says how it is made"
         )
         return dense, [note]
 
@@ -273,6 +274,6 @@ WRITERS: dict[str, Eagle3Writer] = {
     "vllm": SpeculatorsWriter("vllm", "eagle3", VLLM, ("speculators",), warns=True),
     "plain": Eagle3Writer("plain", "eagle3", VLLM, ("sglang",), warns=True),
     "sglang": SglangWriter("sglang", "EAGLE3", ("sglang",)),
-    "specforge": SpecForgeWriter("specforge", "", ("specforge",), trainer="specforge-0.2"),
+    "specforge": SpecForgeWriter("specforge", "", ("specforge",), trainer="specforge"),
     "tensorrt-llm": TensorRtWriter("tensorrt-llm", "Eagle3", ("tensorrt-llm",)),
 }

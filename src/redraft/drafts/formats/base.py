@@ -49,13 +49,26 @@ class ExportReport(Shown):
 
 
 class Writer(Protocol):
-    """How the drafts of one family are written in one format."""
+    """How the drafts of one family are written in one format.
+
+    One whose file holds the target's tokenizer says so by ``holds_tokenizer``.
+    """
 
     def check(self, draft: Any, target: Facts) -> tuple[Any, list[str]]:
         """The dense draft as the format's engine computes it, and notes. Raises ``UserError``; writes nothing."""
 
     def write(self, dense: Any, folder: Path, target: Facts, tokens: int) -> ExportReport:
         """Write what :meth:`check` gave, whole or not at all. Raises ``UserError``."""
+
+
+def needs_tokenizer(name: str, family: str) -> bool:
+    """Whether the target's tokenizer goes into what the exporter ``name`` writes of a draft of this family.
+
+    A draft that is a language model of its own must speak as the target does in every format.
+    """
+    entry, known = EXPORTERS.get(name), FAMILIES.get(family)
+    writer = known.writers.get(name) if isinstance(entry, Format) else None
+    return not known.reads_states or getattr(writer, "holds_tokenizer", False)
 
 
 class Format:

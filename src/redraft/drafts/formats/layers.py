@@ -52,6 +52,7 @@ ROPE_NUMBERS = {
     "partial_rotary_factor": 0.0,
 }
 ROPE_LISTS = ("short_factor", "long_factor")
+ROPE_VALUES = (*ROPE_NUMBERS, *ROPE_LISTS, "original_max_position_embeddings", "truncate")
 # Kinds that are told by a factor; below 1 it would stretch what it is meant to squeeze.
 SCALED = ("linear", "dynamic", "yarn", "llama3")
 
@@ -94,7 +95,7 @@ class LayerReader:
         if values.flag("mlp_bias"):
             found.append("mlp_bias True")
         for key, neutral in NEUTRAL.items():
-            if values.get(key) not in (None, neutral):
+            if values.get(key) not in (None, neutral) or values.get(key) is True:  # true counts as 1
                 found.append(f"{key} {values.get(key)!r}")
         if values.get("quantization_config"):
             found.append(QUANTISED)
@@ -203,7 +204,8 @@ class LayerReader:
         ``decide`` names who writes a count that means nothing. Raises ``UserError`` where both disagree.
         """
         found = {int(m[1]) for name in self.tensors if (m := LATER.match(name))}
-        held = 1 + max(found, default=0)
+        # What is behind a gap is extra.
+        held = next(number for number in range(1, len(found) + 2) if number not in found)
         told = self.values.whole("num_hidden_layers", most=1 << 16)
         key, take = self.values.word("num_hidden_layers"), self.reading.take
         if told is None or told == held:
@@ -254,13 +256,14 @@ class LayerReader:
         ``partial`` says that a part of a head may turn alone.
         """
         values = self.values
-        places = {key: values.get(key) or {} for key in ("rope_parameters", "rope_scaling")}
-        if not all(isinstance(place, dict) for place in places.values()):
-            shown = " and ".join(repr(place)[:60] for place in places.values())
-            self.refuse([f"rotary settings {shown}"])
+        found = {key: values.get(key) for key in ("rope_parameters", "rope_scaling")}
+        places = {key: {} if place is None else place for key, place in found.items()}
+        for key, place in places.items():
+            if not isinstance(place, dict):
+                raise values.refuse(key, "an object of rotary settings")
+            if any(isinstance(value, dict) for value in place.values()):
+                self.refuse([f"{key} by kinds of layers"])
         rope, scaling = places.values()
-        if any(isinstance(value, dict) for value in (*rope.values(), *scaling.values())):
-            self.refuse(["rope_parameters by kinds of layers"])
         for key in places:
             self._check_rope(Values(places[key], values.path, f"{values.inside}{key}."))
         theta, share = values.number("rope_theta"), values.number("partial_rotary_factor", most=1.0)
@@ -326,6 +329,13 @@ class LayerReader:
             self.reading.notes.append(
                 f"rope_theta {theta} and that of rope_parameters disagree; {merged['rope_theta']} was taken, as "
                 "transformers does"
+            )
+        told_values = [(k, v) for place in (rope, scaling) for k, v in place.items() if k in ROPE_VALUES]
+        overruled = sorted({k for k, v in told_values if v not in (None, merged.get(k))})
+        if overruled:
+            taken = ", ".join(f"{key} {merged.get(key)}" for key in overruled)
+            self.reading.notes.append(
+                f"rope_parameters and rope_scaling disagree; {taken} was taken, as transformers does"
             )
         told = [key for key in ("rope_parameters", "rope_scaling", "rope_theta") if self.values.get(key)]
         if not told or "rope_theta" not in {*rope, *scaling, *([] if theta is None else ["rope_theta"])}:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -84,11 +85,20 @@ class Checkpoint:
         if (folder / ADAPTER_FILE).is_file() and not _whole_weights(folder):
             return cls(str(source), folder)
         if (folder / META_FILE).is_file():
-            return cls(str(source), folder, meta=read_json(folder / META_FILE))
+            meta = read_json(folder / META_FILE)
+            if not meta:
+                raise UserError(f"{folder / META_FILE} is an empty object; copy the artifact again")
+            return cls(str(source), folder, meta=meta)
+        if not (folder / CONFIG_FILE).is_file():
+            gguf = any(folder.glob("*.gguf"))
+            mend = "name the checkpoint that its GGUF file was made from" if gguf else "name the folder of a draft"
+            raise UserError(f"{folder} holds no draft: no {CONFIG_FILE} and no {META_FILE}; {mend}")
         config = read_json(folder / CONFIG_FILE)
+        if not config:
+            raise UserError(f"{folder / CONFIG_FILE} is an empty object; download the checkpoint again")
         named = config.get("architectures") or []
-        if not isinstance(named, list):
-            raise UserError(f"{folder / CONFIG_FILE} has architectures {named!r}; a list of names is needed")
+        if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+            raise UserError(f"{folder / CONFIG_FILE} has architectures {repr(named)[:60]}; a list of names is needed")
         return cls(str(source), folder, config=config)
 
     @property
@@ -109,11 +119,11 @@ def fetch(source: str | Path) -> Path:
     """
     if not isinstance(source, str | Path):
         raise UserError(f"{source!r} is no draft; name its folder or a model id on the hub")
-    folder = Path(source).expanduser()
+    folder = Path(os.path.expanduser(source))
     settle(folder)
-    if folder.is_dir():
+    if os.path.isdir(folder):  # false for a name that no system takes, where the Path's own method raises
         return folder
-    if folder.exists():
+    if os.path.exists(folder):
         raise UserError(f"{source} is a file; name the folder of the checkpoint")
     if not HUB_ID.fullmatch(str(source)):
         raise UserError(f"{source} does not exist; name the folder of a draft checkpoint or a model id on the hub")
@@ -186,7 +196,10 @@ def _listed(folder: Path, index: str) -> list[Path]:
     listed = read_json(folder / index).get("weight_map")
     if not isinstance(listed, dict) or not listed or not all(isinstance(v, str) for v in listed.values()):
         raise UserError(f"{folder / index} has no weight_map; download it again")
-    files = sorted({folder / Path(name).name for name in listed.values()})
+    outside = next((name for name in listed.values() if name in ("", ".", "..") or Path(name).name != name), None)
+    if outside is not None:
+        raise UserError(f"{folder / index} lists {outside!r}, which is no file of this folder; download it again")
+    files = sorted({folder / name for name in listed.values()})
     whole = folder / index.removesuffix(".index.json")
     if whole.is_file() and whole not in files:
         raise UserError(f"{folder} holds {whole.name} and {index} with other files; delete the older weights")
@@ -233,4 +246,5 @@ def build_untrained(build: Callable[[], Built], path: Path) -> Built:
     try:
         return build()
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise UserError(f"{path} describes no draft that can be built: {type(error).__name__} {error}") from error
+        first = str(error).strip().partition("\n")[0]
+        raise UserError(f"{path} describes no draft that can be built: {type(error).__name__} {first}") from error

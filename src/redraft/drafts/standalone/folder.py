@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from redraft.artifact import check_tensors, tensors_bytes, tensors_hash, write_tensors
 from redraft.drafts.formats.base import ExportReport, Format, path_warnings, serve_command
 from redraft.drafts.formats.reading import Checkpoint
+from redraft.drafts.formats.values import LONGEST, Values
 from redraft.drafts.standalone.module import StandaloneDraft
 from redraft.errors import UserError
 from redraft.files import atomic_folder
@@ -27,6 +29,11 @@ from redraft.registries import EXPORTERS
 from redraft.target import Facts, Target
 
 WEIGHTS_FILE = "model.safetensors"
+# Sizes in a config.json.
+WHOLE = (
+    *("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size"),
+    *("num_hidden_layers", "max_position_embeddings"),
+)
 GENERATION_FILE = "generation_config.json"
 # What else such a folder may hold.
 OTHER_FILES = (*CACHE_FILES, "added_tokens.json", "tokenizer.model", "vocab.json", "merges.txt")
@@ -63,6 +70,7 @@ def recognises(checkpoint: Checkpoint) -> bool:
 def read(checkpoint: Checkpoint, target: Any, notes: list[str]) -> tuple[StandaloneDraft, dict[str, Any]]:
     """The model in the data type of its file. Raises ``UserError``."""
     source = checkpoint.source
+    _check_values(Values(checkpoint.config, checkpoint.path))
     base = split_adapter(source)[0]
     with quiet():
         config = read_config(locate(base), base)
@@ -72,6 +80,23 @@ def read(checkpoint: Checkpoint, target: Any, notes: list[str]) -> tuple[Standal
     _check_passes(found, source)
     notes += found.notes
     return StandaloneDraft(found.model.requires_grad_(True), found.tokenizer), {"format": "huggingface"}
+
+
+def _check_values(values: Values) -> None:
+    """Raise ``UserError`` for values of a config that no model has, by their names: a loader would stop at what
+    follows from them, or not at all. What differs from layer to layer is a list, and left to it."""
+    for key in WHOLE:
+        if not isinstance(values.get(key), list):
+            values.whole(key, most=LONGEST)
+    values.number("rms_norm_eps", most=1.0)
+    for key in ("rope_parameters", "rope_scaling"):
+        place = values.part(key)
+        if place is not None and not any(isinstance(value, dict) for value in place.values.values()):
+            for name in ("rope_theta", "factor"):
+                place.number(name)
+            kind = place.text("rope_type") or place.text("type") or "default"
+            if kind not in {"default", "su", "mrope", "proportional", *ROPE_INIT_FUNCTIONS}:
+                raise place.refuse("rope_type", f"one of {', '.join(sorted(ROPE_INIT_FUNCTIONS))}")
 
 
 def check_usable(draft: StandaloneDraft, source: str) -> None:
