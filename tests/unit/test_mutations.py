@@ -275,6 +275,7 @@ def test_an_empty_record_and_one_too_deep(tmp_path):
         (("num_key_value_heads",), 1 << 62),
         (("rms_norm_eps",), float("nan")),
         (("rope_parameters", "rope_theta"), -1),
+        (("rope_parameters", "rope_theta"), {"a": 1}),
         (("rope_parameters", "rope_type"), "banana"),
         (("rope_parameters",), "yarn"),
     ],

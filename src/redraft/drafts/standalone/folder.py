@@ -91,7 +91,7 @@ def _check_values(values: Values) -> None:
     values.number("rms_norm_eps", most=1.0)
     for key in ("rope_parameters", "rope_scaling"):
         place = values.part(key)
-        if place is not None and not any(isinstance(value, dict) for value in place.values.values()):
+        if place is not None:
             for name in ("rope_theta", "factor"):
                 place.number(name)
             kind = place.text("rope_type") or place.text("type") or "default"
