@@ -51,7 +51,9 @@ def export(target, folder):
     return EXPORTERS.get("gguf")(fresh_standalone(target, layers=[0]), folder, target, speculative_tokens=3)
 
 
-def test_the_command_reads_the_targets_tokenizer_where_the_file_holds_one(target, tmp_path):
+def test_the_command_reads_the_targets_tokenizer_where_the_file_holds_one(tiny_target, tmp_path):
+    model = tiny_target("llama", num_hidden_layers=8, vocab_size=300).model
+    target = Target(model, CONTRACT_TESTS.byte_level_tokenizer(), name="tuned/target")
     target.save(tmp_path / "target")
     save_draft(tmp_path / "draft", fresh_draft(target, list(range(40)), seed=0, intermediate=32), {})
     report = redraft.export(tmp_path / "draft", str(tmp_path / "target"), "gguf", tmp_path / "out")
