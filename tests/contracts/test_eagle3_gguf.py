@@ -50,11 +50,12 @@ TAKEN = {
     "half of a head turns": {"rope_parameters": PARTIAL, "head_dim": 8},
     "half of a head turns slowly": {"rope_parameters": LLAMA3 | {"partial_rotary_factor": 0.5}, "head_dim": 8},
     "a window that nothing exceeds": {"windows": (64,)},
-    "first and last features": {"taps": (0, 4, 8)},
+    "the first and the last features": {"taps": (0, 4, 7)},
 }
 REFUSED = {
     "four features": ({"taps": (1, 3, 5, 7)}, "three features are needed, not 4"),
     "two features": ({"taps": (1, 3)}, "three features are needed, not 2"),
+    "features of the last layer": ({"taps": (0, 4, 8)}, "after layers 0 to 7 only, not after 8"),
     "two layers": ({"num_layers": 2}, "one layer is computed, not 2"),
     "norms of queries": ({"qk_norm": True}, "qk_norm true is taken as false"),
     "a window": ({"windows": (16,)}, r"windows \[16\] is taken as \[0\]"),
@@ -201,7 +202,7 @@ def test_llamacpp_reads_the_file_as_the_draft_means_it(case, target, tmp_path):
     [
         (lambda told, facts: told.pop("eagle3.target_layers"), "target_layers is not in the metadata"),
         (lambda told, facts: told.update({"eagle3.target_layers": [1, 2]}), "three features are needed, not 2"),
-        (lambda told, facts: told.update({"eagle3.target_layers": [1, 2, 9]}), "no layer 9"),
+        (lambda told, facts: told.update({"eagle3.target_layers": [1, 2, 9]}), "after layers 0 to 7 only, not after 9"),
         (lambda told, facts: told.update({"eagle3.block_count": 2}), "one layer is computed, not 2"),
         (lambda told, facts: facts.pop("fc.weight"), "fc.weight is not in the file"),
         (lambda told, facts: facts.update({"fc.bias": TensorFacts("float32", (16,))}), "no place for fc.bias"),

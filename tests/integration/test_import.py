@@ -33,7 +33,8 @@ def test_a_draft_is_written_in_our_own_format_and_every_value_is_told(place, red
         entry for entry in told["entries"] if entry["what"] == "taps"
     ).items()
     kept = json.loads((place / "ours" / "redraft.json").read_text())
-    assert kept["imported"]["entries"] == told["entries"] and kept["target"]["name"] == "target"
+    assert kept["imported"]["entries"] == told["entries"]
+    assert kept["target"] == {"name": None, "hash": None}  # the file names none, and the one at hand may be a tuned one
 
 
 def test_without_a_target_the_file_must_tell_all(place, redraft):

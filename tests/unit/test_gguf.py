@@ -13,7 +13,8 @@ import torch
 
 gguf = pytest.importorskip("gguf")
 
-from transformers import AutoTokenizer, LlamaConfig, Qwen3Config  # noqa: E402
+from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
+from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config  # noqa: E402
 
 import redraft  # noqa: E402
 from redraft.drafts.eagle3 import fresh_draft  # noqa: E402
@@ -50,7 +51,9 @@ def export(target, folder):
     return EXPORTERS.get("gguf")(fresh_standalone(target, layers=[0]), folder, target, speculative_tokens=3)
 
 
-def test_the_command_reads_the_targets_tokenizer_where_the_file_holds_one(target, tmp_path):
+def test_the_command_reads_the_targets_tokenizer_where_the_file_holds_one(tiny_target, tmp_path):
+    model = tiny_target("llama", num_hidden_layers=8, vocab_size=300).model
+    target = Target(model, CONTRACT_TESTS.byte_level_tokenizer(), name="tuned/target")
     target.save(tmp_path / "target")
     save_draft(tmp_path / "draft", fresh_draft(target, list(range(40)), seed=0, intermediate=32), {})
     report = redraft.export(tmp_path / "draft", str(tmp_path / "target"), "gguf", tmp_path / "out")
@@ -143,6 +146,16 @@ def test_a_tokenizer_without_a_name_is_refused(change):
     spec = {"model": {"type": "BPE"}, "pre_tokenizer": BYTES, "normalizer": None} | change
     with pytest.raises(UserError, match="cannot be written into a GGUF file.*own GGUF"):
         split_name(spec)
+
+
+def test_a_tokenizer_that_merges_nothing_is_refused(tiny_target, tmp_path):
+    bytes_alone = Tokenizer(models.BPE({word: i for i, word in enumerate(pre_tokenizers.ByteLevel.alphabet())}, []))
+    bytes_alone.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    target = tiny_target("llama", num_hidden_layers=1, vocab_size=256)
+    target.tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytes_alone)
+    with pytest.raises(UserError, match="cannot be written into a GGUF file.*merges nothing"):
+        export(target, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_vocabulary_of_whole_characters_is_refused(tiny_target, tmp_path):

@@ -11,10 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from redraft.artifact import holds_tensors, write_tensors
-from redraft.drafts import files
+from redraft.drafts import files, merging
 from redraft.drafts.base import is_private
 from redraft.drafts.eagle3 import Eagle3Draft
 from redraft.drafts.groups import attach_low_rank, attach_private
+from redraft.drafts.layers import LowRank
+from redraft.drafts.merging import added
 from redraft.errors import UserError
 
 TINY = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "tiny_drafts.py")))
@@ -88,3 +90,16 @@ def test_a_file_holds_what_was_written_and_nothing_else(tmp_path):
         file.seek(-1, 2)
         file.write(bytes([last[0] ^ 1]))
     assert not holds_tensors(path, state)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_an_update_is_added_by_rows_as_at_once(monkeypatch, dtype):
+    monkeypatch.setattr(merging, "PIECE", 40)
+    torch.manual_seed(0)
+    update = LowRank(torch.nn.Linear(16, 25, bias=False), 3, 4.0)
+    torch.nn.init.normal_(update.outer)
+    whole = torch.randn(25, 16).to(dtype)
+    wanted = whole.double() + update.scale * update.outer.detach().double() @ update.inner.detach().double()
+    found = added(whole, update)
+    assert found.dtype == dtype and found is not whole
+    torch.testing.assert_close(found, wanted.to(dtype))

@@ -203,9 +203,8 @@ def import_draft(
     draft, reading = found.draft, found.reading or Reading("redraft")
     if info is not None:
         draft = draft.borrowing(info)
-    named = (
-        {"name": info.name, "hash": None} if info is not None else {"name": found.meta.get("verifier"), "hash": None}
-    )
+    # What the file itself names: --target is whom it is to be used with, not whom it was made for.
+    named = {"name": found.meta.get("verifier"), "hash": None}
     entries = [{**entry.__dict__, "value": plain(entry.value)} for entry in reading.entries]
     origin = {"source": s.source, "trainer": reading.reader, "entries": entries, "notes": list(reading.notes)}
     save_draft(s.out, draft, {"method": found.meta.get("method"), "target": named, "imported": origin})

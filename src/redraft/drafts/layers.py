@@ -211,10 +211,6 @@ class LowRank(nn.Module):
         update = F.linear(F.linear(x, self.inner), self.outer)
         return update if self.scale == 1.0 else update * self.scale
 
-    def matrix(self) -> Tensor:
-        """The update itself [out, in], in float32."""
-        return (self.outer.float() @ self.inner.float()) * self.scale
-
 
 class Linear(nn.Linear):
     """torch's, with room for a private low-rank update beside the shared matrix."""

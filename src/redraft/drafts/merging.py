@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from redraft.drafts.layers import Linear, SharedPrivateMLP
+from redraft.drafts.layers import Linear, LowRank, SharedPrivateMLP
 
 # Matrices of a SwiGLU, and the axis along which those of a private expert are joined to the shared one's.
 MATRICES = {"gate_proj": 0, "up_proj": 0, "down_proj": 1}
@@ -20,6 +20,23 @@ MATRICES = {"gate_proj": 0, "up_proj": 0, "down_proj": 1}
 def is_private(name: str) -> bool:
     """Whether a tensor of a draft's state belongs to its private parts: experts, routers, low-rank updates."""
     return any(part in name for part in (".private.", ".router.", ".low_rank."))
+
+
+# Numbers of a matrix that an update is added to in one go, in float32.
+PIECE = 1 << 22
+
+
+def added(whole: Tensor, update: LowRank) -> Tensor:
+    """A matrix [out, in] with a low-rank update in it: computed in float32 by rows, so that it takes its own room.
+
+    In equal parts: a product of few rows may be summed in another order than one of many.
+    """
+    parts, found = -(-whole.numel() // PIECE), torch.empty_like(whole)
+    inner = update.inner.detach().float()
+    sides = (tensor.detach().tensor_split(parts) for tensor in (found, whole, update.outer))
+    for part, old, outer in zip(*sides, strict=True):
+        part.copy_(old.float() + (outer.float() @ inner) * update.scale)
+    return found
 
 
 class MergedState(Mapping[str, Tensor]):
@@ -40,7 +57,7 @@ class MergedState(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         whole = self.state[name].detach()
         if (layer := self.updates.get(name)) is not None and layer.low_rank is not None:
-            whole = (whole.float() + layer.low_rank.matrix().detach()).to(whole.dtype)
+            whole = added(whole, layer.low_rank)
         if name in self.wider:
             part, axis = self.wider[name]
             whole = torch.cat([whole, part], axis)

@@ -93,7 +93,8 @@ class CheckResult(Shown):
     # -- parts -----------------------------------------------------------------------------------------------------
     def _reading(self) -> Table:
         apart = sum(line.differs for line in self.static.lines)
-        table = Table(title=f"what {self.static.reader} reads: {apart} things otherwise", title_justify="left")
+        said = f"{apart} thing{'' if apart == 1 else 's'} otherwise"
+        table = Table(title=f"what {self.static.reader} reads: {said}", title_justify="left")
         for name in ("what", "as it was trained", self.static.reader, "on whose word"):
             table.add_column(name)
         for line in sorted(self.static.lines, key=lambda line: not line.differs):

@@ -2,8 +2,9 @@
 
 Facts, from llama.cpp's own loader and graph as PyPI's xllamacpp 2026.10.11549 carries them:
 
-* it fuses exactly three features, each the stream before a layer (``target_layers``: after k layers) or, after all of
-  them, before the final norm; one matrix ``fc``, behind one norm where ``norm_before_fc`` says so;
+* it fuses exactly three features, each the stream before a layer (``target_layers``: after k layers, of which there are
+  fewer than all: what it takes after all of them is another state than ours, as acceptance shows); one matrix ``fc``,
+  behind one norm where ``norm_before_fc`` says so;
 * it computes one decoder layer without biases, norms of q and k or windows, hands on the state as it was before the
   last norm, and takes logits of the state behind it;
 * ``d2t`` holds target ids, not offsets, and decides the size of the head; without it the head has the target's rows;

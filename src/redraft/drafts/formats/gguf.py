@@ -154,6 +154,9 @@ def _written(tokenizer: Any, rows: int) -> Fields:
     if backend is None:
         raise UserError(_unknown("it has no tokenizer.json"))
     spec = json.loads(backend.to_str())
+    splits = split_name(spec)
+    if not spec["model"]["merges"]:
+        raise UserError(_unknown("it merges nothing, and llama.cpp asks for merges"))
     begin = tokenizer.bos_token_id
     added = {token["id"]: bool(token["special"]) for token in spec["added_tokens"]}
     tokens = _tokens(tokenizer, rows)
@@ -165,7 +168,7 @@ def _written(tokenizer: Any, rows: int) -> Fields:
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in spec["model"]["merges"]]
     values: Fields = {
         "tokenizer.ggml.model": ("gpt2", STRING, 0),
-        "tokenizer.ggml.pre": (split_name(spec), STRING, 0),
+        "tokenizer.ggml.pre": (splits, STRING, 0),
         "tokenizer.ggml.tokens": (texts, ARRAY, STRING),
         "tokenizer.ggml.token_type": (kinds, ARRAY, INT32),
         "tokenizer.ggml.merges": (merges, ARRAY, STRING),

@@ -67,8 +67,11 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, TensorFacts], target: 
     reading.take("windows", (0,) * int(meaning["num_layers"]), "defaulted", "llama.cpp's model")
     if len(meaning["taps"]) != 3:
         reading.stops.append(f"three features are needed, not {len(meaning['taps'])}")
-    if max(meaning["taps"]) > target.layers:
-        reading.stops.append(f"the target has no layer {max(meaning['taps'])}")
+    if max(meaning["taps"]) >= target.layers:
+        # After all layers it takes another state than the one before the final norm: such a draft is accepted less.
+        reading.stops.append(
+            f"features can be read after layers 0 to {target.layers - 1} only, not after {max(meaning['taps'])}"
+        )
     if meaning["num_layers"] != 1:
         reading.stops.append(f"one layer is computed, not {meaning['num_layers']}")
     if meaning["target_hidden_size"] != target.hidden_size:
