@@ -44,6 +44,7 @@ RESULT = ROOT / "benchmarks" / "results" / "memory.json"
 MOST = 1.3
 LAYERS, HEADS, VOCABULARY, REDUCED = 8, 24, 128256, 32064
 WIDTH, INNER = 3072, 8192
+END = "<end>"
 
 # What each process does; between the two marks nothing is counted but what the step takes.
 STEP = """
@@ -68,20 +69,24 @@ print(next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if 
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer that also a GGUF file can hold."""
-    words = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "th", "an"]
-    words += [f"<w{i}>" for i in range(VOCABULARY - len(words))]
-    backend = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [("t", "h"), ("a", "n")]))
+    """A byte-level tokenizer that also a GGUF file can hold, with a merge for every token but the bytes and the end."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pairs = [(a, b) for a in letters for b in letters]
+    merges = pairs + [(a + b, c) for a, b in pairs for c in letters][: VOCABULARY - len(letters) - len(pairs) - 1]
+    words = [*letters, *(a + b for a, b in merges), END]
+    backend = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, merges))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<w0>")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END)
 
 
 def make_target(folder: Path) -> None:
     """A target of the draft's width with layers that are hardly there."""
     shape: dict[str, Any] = {"hidden_size": WIDTH, "intermediate_size": 8, "num_hidden_layers": LAYERS}
     heads = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 8}
-    config = LlamaConfig(**shape, **heads, vocab_size=VOCABULARY, eos_token_id=258, max_position_embeddings=2048)
+    config = LlamaConfig(
+        **shape, **heads, vocab_size=VOCABULARY, eos_token_id=VOCABULARY - 1, max_position_embeddings=2048
+    )
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
 

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from zipfile import is_zipfile
 
 import torch
@@ -26,6 +26,7 @@ from redraft.files import atomic_write_text as atomic_write_text
 from redraft.files import replacing
 from redraft.files import require_free_space as require_free_space
 from redraft.files import settle as settle
+from redraft.pieces import PIECE, Table, pieces, table
 
 
 # -- tensors ---------------------------------------------------------------------------------------------------------
@@ -33,16 +34,16 @@ def tensors_hash(state: Mapping[str, Tensor]) -> str:
     """A fingerprint of named tensors: names, dtypes, shapes and every byte, in name order (16 hex digits)."""
     digest = hashlib.sha256()
     for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
+        tensor = table(state, name)
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-        del tensor  # of a mapping that makes its tensors there is one at a time
+        for piece in pieces(tensor):
+            digest.update(piece.view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 
 def tensors_bytes(state: Mapping[str, Tensor]) -> int:
     """How many bytes the tensors take on disk, headers not counted."""
-    return sum(state[name].nbytes for name in state)
+    return sum(table(state, name).nbytes for name in state)
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -148,11 +149,11 @@ ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "I8", "U8", "BOOL")
 def write_tensors(path: str | Path, state: Mapping[str, Tensor]) -> None:
     """Write the tensors to one safetensors file, byte for byte the same for the same tensors.
 
-    One after the other: the library's own writer holds a copy of all of them, which are gigabytes. The file takes the
+    Piece by piece: the library's own writer holds a copy of all of them, which are gigabytes. The file takes the
     place of an older one only when it is whole: tensors that were read from that one may still be mapped.
     """
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # Hugging Face's loaders ask for this
-    known = {name: _about(state[name]) for name in state}
+    known = {name: _about(table(state, name)) for name in state}
     names = sorted(state, key=lambda name: (ORDER.index(known[name][0]), name))
     end = 0
     for name in names:
@@ -165,13 +166,12 @@ def write_tensors(path: str | Path, state: Mapping[str, Tensor]) -> None:
         with open(new, "wb") as file:
             file.write(len(header).to_bytes(8, "little") + header)
             for name in names:
-                flat = state[name].detach().cpu().contiguous().reshape(-1)
-                file.write(flat.view(torch.uint8).numpy().data)
-                del flat
+                for piece in pieces(table(state, name)):
+                    file.write(piece.view(torch.uint8).numpy().data)
         let_others_read(new)
 
 
-def _about(tensor: Tensor) -> tuple[str, list[int], int]:
+def _about(tensor: Tensor | Table) -> tuple[str, list[int], int]:
     """Type, shape and bytes of a tensor in a file."""
     return KIND_OF[tensor.dtype], list(tensor.shape), tensor.nbytes
 
@@ -185,16 +185,20 @@ def holds_tensors(path: str | Path, state: Mapping[str, Tensor]) -> bool:
         if entries.keys() != state.keys():
             return False
         for name, entry in entries.items():
-            flat, (begin, end) = state[name].detach().cpu().contiguous(), entry["data_offsets"]
-            same = entry["dtype"] == KIND_OF[flat.dtype] and entry["shape"] == list(flat.shape)
-            if not same or end - begin != flat.nbytes:
+            tensor, (begin, end) = table(state, name), entry["data_offsets"]
+            same = entry["dtype"] == KIND_OF[tensor.dtype] and entry["shape"] == list(tensor.shape)
+            if not same or end - begin != tensor.nbytes:
                 return False
             file.seek(start + begin)
-            pieces = flat.reshape(-1).view(torch.uint8).split(PIECE) if flat.numel() else ()
-            if not all(file.read(len(piece)) == piece.numpy().tobytes() for piece in pieces):
+            if not goes_on(file, tensor):
                 return False
-            del flat, pieces
     return True
+
+
+def goes_on(file: BinaryIO, tensor: Tensor | Table) -> bool:
+    """Whether the file has exactly these numbers where it stands; they are compared piece by piece."""
+    parts = (part for piece in pieces(tensor) for part in piece.view(torch.uint8).split(PIECE) if len(part))
+    return all(file.read(len(part)) == part.numpy().tobytes() for part in parts)
 
 
 def let_others_read(*paths: str | Path) -> None:
@@ -237,10 +241,6 @@ def read_checked(path: str | Path, mend: str) -> dict[str, Tensor]:
     return found
 
 
-# Numbers looked at in one go.
-PIECE = 1 << 22
-
-
 def check_tensors(
     found: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str | Path, values: bool = True
 ) -> None:
@@ -253,18 +253,17 @@ def check_tensors(
     faults = [f"missing {', '.join(missing)}"] if missing else []
     faults += [f"extra {', '.join(extra)}"] if extra else []
     for name in sorted(set(found) & set(expected)):
-        tensor = found[name]
-        wanted = tensor if expected is found else expected[name]
+        tensor = table(found, name)
+        wanted = tensor if expected is found else table(expected, name)
         kind, right = dtype_name(tensor.dtype), dtype_name(wanted.dtype)
         if tensor.shape != wanted.shape:
             faults.append(f"{name} has shape {list(tensor.shape)} instead of {list(wanted.shape)}")
-        elif not wanted.is_floating_point():
+        elif not wanted.dtype.is_floating_point:
             faults += [f"{name} is {kind} instead of {right}"] if kind != right else []
         elif tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             faults.append(f"{name} is {kind} instead of float32, float16 or bfloat16")
-        elif values and not all_finite(tensor):
+        elif values and not all(map(all_finite, pieces(tensor))):
             faults.append(f"{name} holds NaN or infinity")
-        del tensor, wanted
     if faults:
         raise UserError(f"{where} does not hold the tensors that its config asks for: {'; '.join(faults)}")
 

@@ -20,12 +20,20 @@ import redraft  # noqa: E402
 from redraft.drafts.eagle3 import fresh_draft  # noqa: E402
 from redraft.drafts.files import save_draft  # noqa: E402
 from redraft.drafts.formats.gguf import (  # noqa: E402
+    ARRAY,
+    BOOL,
+    FLOAT32,
+    INT32,
     SPLITS,
+    STRING,
+    UINT32,
     UNUSED,
     interleave,
+    reads_back,
     rope_factors,
     split_name,
     token_fields,
+    write_file,
 )
 from redraft.drafts.standalone import StandaloneDraft  # noqa: E402
 from redraft.drafts.standalone.gguf import check_shape  # noqa: E402
@@ -59,6 +67,42 @@ def test_the_command_reads_the_targets_tokenizer_where_the_file_holds_one(tiny_t
     report = redraft.export(tmp_path / "draft", str(tmp_path / "target"), "gguf", tmp_path / "out")
     tokens = gguf.GGUFReader(report.folder / "model.gguf").fields["tokenizer.ggml.tokens"].contents()
     assert tokens[:8] == target.tokenizer.convert_ids_to_tokens(list(range(8)))
+
+
+# -- reading back ------------------------------------------------------------------------------------------------------
+FIELDS = {
+    "general.name": ("draft", STRING, 0),
+    "a.count": (3, UINT32, 0),
+    "a.base": (1e-6, FLOAT32, 0),
+    "a.flag": (True, BOOL, 0),
+    "a.places": ([2, -1, 5], ARRAY, INT32),
+    "a.words": (["th", "an", "\u0120a"], ARRAY, STRING),
+}
+TENSORS = {"a.weight": torch.arange(15.0).view(5, 3).bfloat16(), "a.norm": torch.ones(7), "map": torch.arange(4)}
+
+
+def test_a_file_reads_back_as_what_was_written_and_as_nothing_else(tmp_path):
+    path = tmp_path / "model.gguf"
+    write_file(path, "eagle3", FIELDS, TENSORS)
+    whole = {"general.architecture": ("eagle3", STRING, 0)} | FIELDS
+    assert reads_back(path, whole, TENSORS)
+    others = {
+        "general.name": ("drafs", STRING, 0),
+        "a.count": (3, INT32, 0),
+        "a.base": (2e-6, FLOAT32, 0),
+        "a.flag": (False, BOOL, 0),
+        "a.places": ([2, -1, 6], ARRAY, INT32),
+        "a.words": (["th", "an"], ARRAY, STRING),
+    }
+    for name, other in others.items():
+        assert not reads_back(path, whole | {name: other}, TENSORS), name
+    assert not reads_back(path, FIELDS, TENSORS) and not reads_back(path, whole | {"b": FIELDS["a.flag"]}, TENSORS)
+    for name, tensor in TENSORS.items():
+        moved = tensor.clone()
+        moved.view(-1)[-1] += 1
+        assert not reads_back(path, whole, TENSORS | {name: moved}), name
+        assert not reads_back(path, whole, {k: v for k, v in TENSORS.items() if k != name})
+    assert not reads_back(path, whole, TENSORS | {"a.weight": TENSORS["a.weight"].view(3, 5)})
 
 
 # -- tokenizers --------------------------------------------------------------------------------------------------------

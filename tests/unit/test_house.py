@@ -31,7 +31,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("loading",),
     ("target", "losses"),
     ("metrics", "sampling", "artifact", "provenance", "graphs"),
-    ("progress", "files", "arithmetic", "rows", "shown"),
+    ("progress", "files", "arithmetic", "pieces", "rows", "shown"),
     ("settings",),
     ("registries", "places"),
     ("errors",),

@@ -1,17 +1,19 @@
-"""The tensors of a dense draft, made one by one of those of a draft with private parts.
+"""The tensors of a dense draft, made of those of a draft with private parts.
 
-Of a matrix that the private part changed there is one at a time, so that a draft is merged or exported in hardly more
-memory than its own.
+Of a matrix that the private part changed there are some rows at a time, so that a draft is merged or exported in hardly
+more memory than its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from redraft.drafts.layers import Linear, LowRank, SharedPrivateMLP
+from redraft.pieces import PIECE, Pieced, Table, in_rows
 
 # Matrices of a SwiGLU, and the axis along which those of a private expert are joined to the shared one's.
 MATRICES = {"gate_proj": 0, "up_proj": 0, "down_proj": 1}
@@ -22,24 +24,33 @@ def is_private(name: str) -> bool:
     return any(part in name for part in (".private.", ".router.", ".low_rank."))
 
 
-# Numbers of a matrix that an update is added to in one go, in float32.
-PIECE = 1 << 22
-
-
-def added(whole: Tensor, update: LowRank) -> Tensor:
-    """A matrix [out, in] with a low-rank update in it: computed in float32 by rows, so that it takes its own room.
+def updated(whole: Tensor, update: LowRank) -> Iterator[Tensor]:
+    """A matrix [out, in] with a low-rank update in it, some rows at a time, computed in float32.
 
     In equal parts: a product of few rows may be summed in another order than one of many.
     """
-    parts, found = -(-whole.numel() // PIECE), torch.empty_like(whole)
-    inner = update.inner.detach().float()
-    sides = (tensor.detach().tensor_split(parts) for tensor in (found, whole, update.outer))
-    for part, old, outer in zip(*sides, strict=True):
-        part.copy_(old.float() + (outer.float() @ inner) * update.scale)
-    return found
+    inner, parts = update.inner.detach().float(), -(-whole.numel() // PIECE)
+    sides = (tensor.detach().tensor_split(parts) for tensor in (whole, update.outer))
+    for old, outer in zip(*sides, strict=True):
+        yield (outer.float() @ inner).mul_(update.scale).add_(old).to(whole.dtype)
 
 
-class MergedState(Mapping[str, Tensor]):
+def joined(left: Table | Tensor, right: Tensor, axis: int) -> Table:
+    """A matrix beside another: below it (``axis`` 0) or at its right."""
+    shape = torch.Size(a + b * (i == axis) for i, (a, b) in enumerate(zip(left.shape, right.shape, strict=True)))
+
+    def make() -> Iterator[Tensor]:
+        done = 0
+        for rows in in_rows(left):
+            yield torch.cat([rows, right[done : done + len(rows)]], 1) if axis else rows
+            done += len(rows)
+        if not axis:
+            yield right
+
+    return Table(left.dtype, shape, make)
+
+
+class MergedState(Pieced):
     """The state of the equal dense draft: a private expert widens its SwiGLU, a low-rank update is in its matrix.
 
     Tensors that the private parts leave alone are the module's own, all others are new whenever they are asked for.
@@ -54,14 +65,13 @@ class MergedState(Mapping[str, Tensor]):
                 for matrix, axis in MATRICES.items():
                     self.wider[f"{name}.{matrix}.weight"] = (getattr(mlp.private, matrix).weight.detach(), axis)
 
-    def __getitem__(self, name: str) -> Tensor:
-        whole = self.state[name].detach()
+    def table(self, name: str) -> Table | Tensor:
+        """See :class:`~redraft.pieces.Pieced`."""
+        own = self.state[name].detach()
+        found: Table | Tensor = own
         if (layer := self.updates.get(name)) is not None and layer.low_rank is not None:
-            whole = added(whole, layer.low_rank)
-        if name in self.wider:
-            part, axis = self.wider[name]
-            whole = torch.cat([whole, part], axis)
-        return whole
+            found = Table(own.dtype, own.shape, partial(updated, own, layer.low_rank))
+        return joined(found, *self.wider[name]) if name in self.wider else found
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.state)

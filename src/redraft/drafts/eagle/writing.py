@@ -24,6 +24,7 @@ from redraft.drafts.formats.meaning import Difference, Reading, TensorFacts, dif
 from redraft.drafts.formats.reading import Checkpoint
 from redraft.errors import UserError
 from redraft.files import atomic_folder, atomic_write_json
+from redraft.pieces import Pieced, Table, pieces, table
 from redraft.registries import FAMILIES
 from redraft.target import Facts
 
@@ -58,7 +59,7 @@ class Dense:
 
     config: Any
     state: Mapping[str, Tensor]
-    extra: Mapping[str, Tensor] = field(default_factory=dict)
+    extra: Mapping[str, Tensor | Table] = field(default_factory=dict)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -67,32 +68,34 @@ class Dense:
     @cached_property
     def facts(self) -> dict[str, TensorFacts]:
         """Types and shapes of all tensors, looked up once."""
-        return {name: _facts(part[name]) for part in (self.state, self.extra) for name in part}
+        return {name: _facts(self.table(name)) for name in (*self.state, *self.extra)}
 
-    def tensor(self, name: str) -> Tensor:
-        return self.extra[name] if name in self.extra else self.state[name]
+    def table(self, name: str) -> Table | Tensor:
+        """A tensor of the file, unmade where it must be made."""
+        return self.extra[name] if name in self.extra else table(self.state, name)
 
     def changed(self, config: Any, tensors: Mapping[str, Tensor | None]) -> Dense:
         """With these tensors in place of its own; none takes one away."""
         return Dense(config, Changed(self.state, tensors), self.extra)
 
-    def with_extra(self, tensors: Mapping[str, Tensor]) -> Dense:
+    def with_extra(self, tensors: Mapping[str, Tensor | Table]) -> Dense:
         return Dense(self.config, self.state, {**self.extra, **tensors})
 
 
-def _facts(tensor: Tensor) -> TensorFacts:
+def _facts(tensor: Tensor | Table) -> TensorFacts:
     return TensorFacts(dtype_name(tensor.dtype), tuple(tensor.shape))
 
 
-class Changed(Mapping[str, Tensor]):
+class Changed(Pieced):
     """A mapping with some entries replaced, added or, where they are none, taken away."""
 
     def __init__(self, old: Mapping[str, Tensor], new: Mapping[str, Tensor | None]) -> None:
         self.old, self.new = old, {name: tensor for name, tensor in new.items() if tensor is not None}
         self.names = [n for n in old if n not in new] + list(self.new)
 
-    def __getitem__(self, name: str) -> Tensor:
-        return self.new[name] if name in self.new else self.old[name]
+    def table(self, name: str) -> Table | Tensor:
+        """See :class:`~redraft.pieces.Pieced`."""
+        return self.new[name] if name in self.new else table(self.old, name)
 
     def __iter__(self) -> Any:
         return iter(self.names)
@@ -101,14 +104,15 @@ class Changed(Mapping[str, Tensor]):
         return len(self.names)
 
 
-class Renamed(Mapping[str, Tensor]):
+class Renamed(Pieced):
     """The tensors of a file: each of ``names`` with the name that it has in ``dense``."""
 
     def __init__(self, dense: Dense, names: Mapping[str, str]) -> None:
         self.dense, self.names = dense, dict(names)
 
-    def __getitem__(self, name: str) -> Tensor:
-        return self.dense.tensor(self.names[name])
+    def table(self, name: str) -> Table | Tensor:
+        """See :class:`~redraft.pieces.Pieced`."""
+        return self.dense.table(self.names[name])
 
     def __iter__(self) -> Any:
         return iter(self.names)
@@ -240,15 +244,18 @@ class LayerWriter(ABC):
         theirs = replace(back.config, own_embedding=dense.config.own_embedding)
         found = {name: tensor for name, tensor in back.state_dict().items() if name in dense.state}
         same = self.meaning(theirs) == self.meaning(dense.config) and found.keys() == dense.state.keys()
-        same = same and family.recognises(checkpoint) and all(_begin(found[n], dense.state[n]) for n in found)
+        same = same and family.recognises(checkpoint) and all(_begin(found[n], dense.table(n)) for n in found)
         if not same or not holds_tensors(folder / WEIGHTS_FILE, Renamed(dense, self.names(dense))):
             raise RuntimeError(f"the {self.name} export does not read back as the draft that was written")
 
 
-def _begin(one: Tensor, other: Tensor) -> bool:
+def _begin(one: Tensor, other: Tensor | Table) -> bool:
     """Whether two tensors are alike in type and shape and begin with the same numbers."""
-    alike = one.dtype == other.dtype and one.shape == other.shape
-    return alike and torch.equal(one.reshape(-1)[:FIRST].cpu(), other.detach().reshape(-1)[:FIRST].cpu())
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    few = min(FIRST, one.numel())
+    first = next((piece for piece in pieces(other) if len(piece)), torch.empty(0))[:few]
+    return torch.equal(one.reshape(-1)[: len(first)].cpu(), first)
 
 
 def in_words(difference: Difference) -> str:

@@ -117,7 +117,7 @@ def read(
     fields["rope_parameters"] = layer.rope(fields["max_position_embeddings"], partial=kind != "original")
     config = Eagle1Config(**fields, target_vocab_size=rows, fc_bias=biased, own_embedding=EMBEDDING in state)
     if target is not None:
-        config = _fitted(config, state, target, reading)
+        config = _fitted(config, state, target, reading, values)
         config.check_fit(target)
     state = by_our_names(state, config.num_layers)
     draft = build_untrained(lambda: Eagle1Draft.untrained(config), path)
@@ -140,7 +140,9 @@ def check_state(state: Mapping[str, Tensor], draft: Eagle1Draft, where: Any) -> 
         raise UserError(f"{where}: rotary settings that tell no angles: {draft.config.rope_parameters}")
 
 
-def _fitted(config: Eagle1Config, state: dict[str, Tensor], target: Facts, reading: Reading) -> Eagle1Config:
+def _fitted(
+    config: Eagle1Config, state: dict[str, Tensor], target: Facts, reading: Reading, values: bool
+) -> Eagle1Config:
     """The config on the target's number of rows, and a note on whose embedding it is."""
     rows, wanted = config.target_vocab_size, target.vocab_size
     if rows != wanted and padded(rows, wanted):
@@ -149,7 +151,7 @@ def _fitted(config: Eagle1Config, state: dict[str, Tensor], target: Facts, readi
     if not config.own_embedding:
         reading.take("embedding", "target", "target", "the file has none")
         return config
-    compare(state[EMBEDDING], target, reading)
+    compare(state[EMBEDDING], target, reading, values)
     return config
 
 

@@ -18,6 +18,7 @@ Older builds read the feature ids as ``extract_layers``, so they stand twice.
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -37,7 +38,7 @@ from redraft.drafts.formats.gguf import (
     FILES,
     Fields,
     general_fields,
-    interleave,
+    interleaved,
     need_gguf,
     rope_factors,
     shape_fields,
@@ -51,6 +52,7 @@ from redraft.drafts.layers import Rotary
 from redraft.errors import UserError
 from redraft.files import atomic_folder
 from redraft.loading import gguf_of
+from redraft.pieces import Pieced, Table, whole
 from redraft.target import Facts
 
 ARCHITECTURE = "eagle3"
@@ -117,7 +119,7 @@ class GgufWriter(Eagle3Writer):
         fields, written = metadata(dense, target), Placed(dense, self.names(dense))
         with atomic_folder(folder, tensors_bytes(written) + OTHER_BYTES, FILES) as new:
             write_file(new / FILE, ARCHITECTURE, fields, written)
-        parameters = sum(tensor.numel() for tensor in dense.state.values() if tensor.is_floating_point())
+        parameters = sum(math.prod(dense.facts[n].shape) for n in dense.state if n not in ("d2t", "t2d"))
         note, size = tokenizer_note(fields, gguf_of(target.name)), tensors_bytes(written)
         serve = self.serve(dense, folder, target, tokens)
         return ExportReport(self.name, folder, len(written), parameters, size, serve, (note,))
@@ -130,7 +132,7 @@ class GgufWriter(Eagle3Writer):
         return shlex.join(words)
 
 
-class Placed(Mapping[str, Tensor]):
+class Placed(Pieced):
     """The tensors of the file by its names, made when they are asked for; ``names`` has ours."""
 
     def __init__(self, dense: Dense, names: Mapping[str, str]) -> None:
@@ -142,16 +144,17 @@ class Placed(Mapping[str, Tensor]):
         plain = config.rope_parameters.get("rope_type", "default") == "default"
         self.more = () if plain else ("rope_freqs.weight",)
 
-    def __getitem__(self, name: str) -> Tensor:
+    def table(self, name: str) -> Table | Tensor:
+        """See :class:`~redraft.pieces.Pieced`."""
         frequencies = self.rotary.original_inv_freq
         if name in self.more:
             return rope_factors(self.dense.config.rope_parameters, frequencies)
-        found = self.dense.tensor(self.names[name]).detach().cpu()
+        found = self.dense.table(self.names[name])
         if name == "d2t":
-            return found + torch.arange(len(found))
+            return whole(found) + torch.arange(len(whole(found)))
         if name in self.heads:
-            found = interleave(found, self.heads[name], 2 * len(frequencies))
-        return found.float() if found.ndim == 1 else found.contiguous()
+            return interleaved(found, self.heads[name], 2 * len(frequencies))
+        return whole(found).float() if len(found.shape) == 1 else found
 
     def __iter__(self) -> Iterator[str]:
         return iter((*self.names, *self.more))

@@ -169,7 +169,7 @@ class Eagle3Reader:
         state = by_our_names(self.state, config.num_layers)
         for number in range(config.num_layers - 1):
             self._one_norm(state, f"later.{number}.")
-        config = self._embedding(config, state)
+        config = self._embedding(config, state, values)
         if self.target is not None:
             config.check_fit(self.target)
         check_taps(config.taps)
@@ -430,10 +430,10 @@ class Eagle3Reader:
                 self.reading.take(name, f"{len(self.state[name])} rows", how, told)  # type: ignore[arg-type]
         return config
 
-    def _embedding(self, config: Eagle3Config, state: dict[str, Tensor]) -> Eagle3Config:
+    def _embedding(self, config: Eagle3Config, state: dict[str, Tensor], values: bool) -> Eagle3Config:
         """The config with an embedding of its own where the file has one, and a note on whose it is."""
         if EMBEDDING not in state:
             self.reading.take("embedding", "target", "target", "the file has none")
             return config
-        compare(state[EMBEDDING], self.target, self.reading)
+        compare(state[EMBEDDING], self.target, self.reading, values)
         return replace(config, own_embedding=True)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,11 @@ from redraft.drafts.formats.base import serve_command
 from redraft.drafts.formats.embeddings import table_of
 from redraft.drafts.formats.meaning import Difference, Reading, TensorFacts
 from redraft.errors import UserError
+from redraft.pieces import Table, in_rows
 from redraft.target import Facts
 
 EMBEDDING = "embed_tokens.weight"
 KEY = "eagle_aux_hidden_state_layer_ids"
-# Rows of a table looked at in one go.
-ROWS = 1024
 # Yarn's numbers where a draft's settings leave them to their defaults, for a reader that has none.
 YARN = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0}
 
@@ -168,8 +168,10 @@ class SpeculatorsWriter(Eagle3Writer):
                 "target's, the speculators package one of zeros; export for the folder of the whole target to ship one"
             )
             return dense, [*notes, note]
-        lossless = all(torch.equal(rows.to(dense.dtype).to(rows.dtype), rows) for rows in table.split(ROWS))
-        return dense.with_extra({EMBEDDING: table.to(dense.dtype) if lossless else table}), notes
+        kind = dense.dtype
+        if all(torch.equal(rows.to(kind).to(rows.dtype), rows) for rows in in_rows(table)):
+            table = Table(kind, table.shape, partial(_as_type, table, kind))
+        return dense.with_extra({EMBEDDING: table}), notes
 
     def told(self, difference: Difference, dense: Dense) -> bool:
         """An embedding that is the target's is the target's, whoever ships it; one of zeros has a note of its own."""
@@ -262,6 +264,11 @@ class TensorRtWriter(Eagle3Writer):
         text = json.dumps({"speculative_config": config})
         start = shlex.join(["trtllm-serve", target.name, "--extra_llm_api_options", "draft.yaml"])
         return f"echo {shlex.quote(text)} > draft.yaml && {start}"
+
+
+def _as_type(table: Table | Tensor, kind: torch.dtype) -> Iterator[Tensor]:
+    """Some rows of a table at a time, in another type."""
+    return (rows.to(kind) for rows in in_rows(table))
 
 
 def whole_maps(rows: int) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ that was trained with its own table computes other logits with another.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,35 +15,36 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from redraft.artifact import read_rows, read_tensors
+from redraft.artifact import KIND_OF, read_rows
 from redraft.drafts.formats.meaning import Reading
 from redraft.loading.checkpoint import weight_files
 from redraft.loading.places import EMBEDDED_PREFIX, locate
+from redraft.pieces import Table, in_rows
 
-# Rows compared in one go.
-ROWS = 4096
+# Rows read in one go, and those by which a table is told where no numbers are looked at.
+ROWS, FEW = 1024, 16
 TABLE = "embed_tokens.weight"
 
 
-def is_targets(own: Tensor, target: Any) -> bool | None:
+def is_targets(own: Tensor, target: Any, rows: int | None = None) -> bool | None:
     """Whether ``own`` [V, H] holds the numbers of a target's embedding, in the narrower of their types.
 
-    ``target`` is a target, its head or the facts about it; none where its embedding is in no reach.
+    ``target`` is a target, its head or the facts about it; none where its embedding is in no reach. With ``rows`` the
+    first of them stand for all.
     """
-    weight = getattr(getattr(target, "embedding", None), "weight", None)
-    if isinstance(weight, Tensor):
-        return own.shape == weight.shape and _equal(own, weight.detach().split(ROWS))
-    found = _on_disk(target)
-    if found is None:
-        return None
-    file, name, shape = found
-    return tuple(own.shape) == shape and _equal(own, read_rows(file, name, ROWS))
+    other = table_of(target)
+    if other is None or own.shape != other.shape:
+        return None if other is None else False
+    return own.is_floating_point() and _equal(own[:rows], in_rows(other))
 
 
 def _equal(own: Tensor, others: Iterable[Tensor]) -> bool:
-    if not own.is_floating_point():
-        return False
-    for mine, other in zip(own.split(ROWS), others, strict=True):
+    done = 0
+    for other in others:
+        mine = own[done : done + len(other)]
+        if not len(mine):
+            break
+        other, done = other[: len(mine)], done + len(mine)
         narrow = min((own.dtype, other.dtype), key=lambda kind: kind.itemsize)
         if own.dtype != other.dtype and own.dtype.itemsize == other.dtype.itemsize:
             narrow = torch.float32
@@ -51,7 +53,7 @@ def _equal(own: Tensor, others: Iterable[Tensor]) -> bool:
     return True
 
 
-def table_of(target: Any) -> Tensor | None:
+def table_of(target: Any) -> Table | Tensor | None:
     """The embedding of a target [V, H], of its weights or in its folder; none where it is in no reach.
 
     ``target`` is a target, its head or the facts about it.
@@ -59,12 +61,11 @@ def table_of(target: Any) -> Tensor | None:
     weight = getattr(getattr(target, "embedding", None), "weight", None)
     if isinstance(weight, Tensor):
         return weight.detach()
-    found = _on_disk(target)
-    return None if found is None else read_tensors(found[0])[found[1]]
+    return _on_disk(target)
 
 
-def _on_disk(target: Any) -> tuple[Path, str, tuple[int, ...]] | None:
-    """The file, the name there and the shape of a target's embedding, where the target is a folder here."""
+def _on_disk(target: Any) -> Table | None:
+    """A target's embedding, where the target is a folder here."""
     name = str(getattr(target, "name", None) or "")
     place = locate(name)["pretrained_model_name_or_path"] if name.startswith(EMBEDDED_PREFIX) else name
     if not name or not (Path(place) / "config.json").is_file():
@@ -74,15 +75,18 @@ def _on_disk(target: Any) -> tuple[Path, str, tuple[int, ...]] | None:
             with safe_open(str(file), framework="pt") as opened:
                 found = [key for key in opened.keys() if key == TABLE or key.endswith(f".{TABLE}")]
                 if len(found) == 1:
-                    return file, found[0], tuple(opened.get_slice(found[0]).get_shape())
-        except (SafetensorError, OSError, ValueError):
+                    part = opened.get_slice(found[0])
+                    kind = next(kind for kind, word in KIND_OF.items() if word == part.get_dtype())
+                    return Table(kind, torch.Size(part.get_shape()), partial(read_rows, file, found[0], ROWS))
+        except (SafetensorError, OSError, ValueError, StopIteration):
             return None  # whoever opens the target says what is wrong with it
     return None
 
 
-def compare(own: Tensor, target: Any, reading: Reading) -> None:
-    """Enter in ``reading`` whether ``own`` [V, H], which a draft ships, is the target's table."""
-    same = is_targets(own, target)
+def compare(own: Tensor, target: Any, reading: Reading, values: bool = True) -> None:
+    """Enter in ``reading`` whether ``own`` [V, H], which a draft ships, is the target's table; without ``values`` by
+    its first rows."""
+    same = is_targets(own, target, None if values else FEW)
     if same:
         reading.take("embedding", "target", "read", f"{TABLE}, which is the target's")
         return

@@ -16,15 +16,18 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Mapping
+import struct
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy
 import torch
 from torch import Tensor
 
+from redraft.artifact import goes_on
 from redraft.errors import UserError
+from redraft.pieces import Table, pieces, table, whole
 
 FILE = "model.gguf"
 # What a folder of this format may hold, a model card besides.
@@ -34,8 +37,9 @@ TYPES = {torch.float32: ("F32", 0), torch.float16: ("F16", 1), torch.bfloat16: (
 # Numbers of the format: types of values, and of tokens.
 UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
-# Bytes of a tensor that are compared at a time.
-PIECE = 1 << 24
+# How the numbers of the format stand in a file, by the number of their type, and on what tensors begin.
+FORMS = dict(enumerate(("<B", "<b", "<H", "<h", "<I", "<i", "<f", "<?"))) | {10: "<Q", 11: "<q", 12: "<d"}
+ALIGNMENT = 32
 
 # How a well-known family of tokenizers splits text; they differ in how many digits make a piece.
 WORDS = (
@@ -61,6 +65,15 @@ def interleave(weight_OI: Tensor, heads: int, turned: int = 0) -> Tensor:
     parts = weight_OI.view(heads, rows // heads, columns)
     pairs = parts[:, :turned].reshape(heads, 2, turned // 2, columns).transpose(1, 2).reshape(heads, turned, columns)
     return torch.cat([pairs, parts[:, turned:]], 1).reshape(rows, columns)
+
+
+def interleaved(weight_OI: Table | Tensor, heads: int, turned: int = 0) -> Table:
+    """:func:`interleave`, head by head."""
+
+    def make() -> Iterator[Tensor]:
+        return (interleave(head, 1, turned) for head in whole(weight_OI).detach().cpu().chunk(heads))
+
+    return Table(weight_OI.dtype, weight_OI.shape, make)
 
 
 def rope_factors(rope: Mapping[str, Any], frequencies: Tensor) -> Tensor:
@@ -216,48 +229,100 @@ def _unknown(why: str) -> str:
 def write_file(path: Path, architecture: str, fields: Fields, tensors: Mapping[str, Tensor]) -> None:
     """Write the file and read it back. Raises ``RuntimeError`` where that differs (a defect of ours).
 
-    ``tensors`` may make each when it is asked for it: there is never more than one of them at a time.
+    ``tensors`` may make each when it is asked for it, whole or piece by piece: no more than one piece is in memory.
     """
     import gguf
 
     writer = gguf.GGUFWriter(path, architecture)
+    listed = {name: table(tensors, name) for name in tensors}
     try:
         for name, (value, kind, part) in fields.items():
             writer.add_key_value(name, value, gguf.GGUFValueType(kind), gguf.GGUFValueType(part) if part else None)
-        for name, tensor in tensors.items():
+        for name, tensor in listed.items():
             number = gguf.GGMLQuantizationType[TYPES[tensor.dtype][0]]
             # The type of numpy's numbers counts for nothing beside the number of the type.
             writer.add_tensor_info(name, tensor.shape, numpy.dtype("float32"), tensor.nbytes, number)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for tensor in tensors.values():
-            writer.write_tensor_data(tensor.reshape(-1).view(torch.uint8).numpy())
+        for tensor in listed.values():
+            writer.write_tensor_data(_Numbers(tensor))
     finally:
         writer.close()
-    reader = gguf.GGUFReader(path)
-    found = {tensor.name: tensor for tensor in reader.tensors}
-    same = found.keys() == tensors.keys() and all(_same(path, found[name], each) for name, each in tensors.items())
-    told = all(name in reader.fields and _told(reader.fields[name], fields[name]) for name in fields)
-    if not same or not told:
+    if not reads_back(path, {"general.architecture": typed(architecture)} | fields, listed):
         raise RuntimeError("the gguf export does not read back as the draft that was written")
 
 
-def _same(path: Path, found: Any, tensor: Tensor) -> bool:
-    """Whether a tensor of the file is this one, compared piece by piece: no second copy of it is made."""
-    if found.tensor_type.name != TYPES[tensor.dtype][0] or [*reversed(found.shape.tolist())] != list(tensor.shape):
-        return False
-    mine = tensor.reshape(-1).view(torch.uint8)
+class _Numbers:
+    """A tensor as the library's writer takes one: its size, and its bytes into a file."""
+
+    def __init__(self, tensor: Table | Tensor) -> None:
+        self.tensor, self.nbytes = tensor, tensor.nbytes
+
+    def tofile(self, file: BinaryIO) -> None:
+        for piece in pieces(self.tensor):
+            file.write(piece.view(torch.uint8).numpy().data)
+
+
+# -- reading back ----------------------------------------------------------------------------------------------------
+def reads_back(path: Path, fields: Fields, tensors: Mapping[str, Table | Tensor]) -> bool:
+    """Whether a file holds these metadata and tensors and nothing else, as far as its types can hold them.
+
+    It is gone through once and compared on the way. The library's reader makes two arrays of every string, which for a
+    large vocabulary is more than the draft.
+    """
     with path.open("rb") as file:
-        file.seek(int(found.data_offset))
-        return all(file.read(len(piece)) == piece.numpy().tobytes() for piece in mine.split(PIECE))
+        magic, _, count, keys = _unpacked(file, "<4sIQQ")
+        if (magic, count, keys) != (b"GGUF", len(tensors), len(fields)):
+            return False
+        for _ in range(keys):
+            name, (kind,) = _text(file), _unpacked(file, "<I")
+            if name not in fields or not _same_value(file, kind, *fields[name]):
+                return False
+        starts: dict[str, int] = {}
+        for _ in range(count):
+            name, (axes,) = _text(file), _unpacked(file, "<I")
+            *shape, kind, start = _unpacked(file, f"<{axes}QIQ")
+            if name not in tensors or not _same_kind(tensors[name], shape[::-1], kind):
+                return False
+            starts[name] = start
+        data = -(-file.tell() // ALIGNMENT) * ALIGNMENT
+        for name, start in starts.items():
+            file.seek(data + start)
+            if not goes_on(file, tensors[name]):
+                return False
+    return starts.keys() == tensors.keys()
 
 
-def _told(found: Any, field: tuple[Any, int, int]) -> bool:
-    """Whether a value of the file is this one, as far as its type can hold it."""
-    value, kind, _ = field
-    wanted = torch.tensor(value, dtype=torch.float32).item() if kind == FLOAT32 else value
-    return bool(found.contents() == wanted)
+def _unpacked(file: BinaryIO, form: str) -> tuple[Any, ...]:
+    return struct.unpack(form, file.read(struct.calcsize(form)))
+
+
+def _text(file: BinaryIO) -> str:
+    return file.read(_unpacked(file, "<Q")[0]).decode()
+
+
+def _same_kind(tensor: Table | Tensor, shape: Sequence[int], kind: int) -> bool:
+    import gguf
+
+    return list(tensor.shape) == list(shape) and gguf.GGMLQuantizationType(kind).name == TYPES[tensor.dtype][0]
+
+
+def _same_value(file: BinaryIO, found: int, value: Any, kind: int, part: int) -> bool:
+    """Whether the value that stands next in the file is this one of this type."""
+    if found != kind:
+        return False
+    if kind == STRING:
+        return _text(file) == value
+    if kind != ARRAY:
+        return bool(_unpacked(file, FORMS[kind])[0] == _held(value, kind))
+    of, length = _unpacked(file, "<IQ")
+    return (of, length) == (part, len(value)) and all(_same_value(file, of, each, part, 0) for each in value)
+
+
+def _held(value: Any, kind: int) -> Any:
+    """A number as its type can hold it."""
+    return torch.tensor(value, dtype=torch.float32).item() if kind == FLOAT32 else value
 
 
 def general_fields(target_name: str, dtype: torch.dtype) -> Fields:
