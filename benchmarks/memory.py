@@ -5,9 +5,9 @@
 makes an EAGLE-3 draft for a target of 3 billion parameters as SpecForge writes it, half a gigabyte, and a private part
 of low-rank updates on it. Then it is imported, merged, and written in every format that takes it, each in a process of
 its own. Of each process the highest resident memory is read, less that of a process that imports the same modules and
-opens the same target, and divided by the size of the file that was read or, where that is larger, of the one that was
-written (``vllm`` ships the target's embedding). Memory of mapped files counts. The result is
-benchmarks/results/memory.json; the command fails where a figure is above 1.3.
+opens the same target (with its tokenizer for ``gguf``, whose files hold one), and divided by the size of the file that
+was read or, where that is larger, of the one that was written (``vllm`` ships the target's embedding). Memory of mapped
+files counts. The result is benchmarks/results/memory.json; the command fails where a figure is above 1.3.
 """
 
 from __future__ import annotations
@@ -50,18 +50,19 @@ END = "<end>"
 STEP = """
 import sys
 import redraft
-from redraft.adaptation.models import target_info
+from redraft.loading import read_facts
 import safetensors.torch, transformers.models.llama.modeling_llama
 import redraft.adaptation.cards, redraft.drafts.eagle3, redraft.drafts.eagle1, redraft.drafts.standalone
 from redraft.registries import EXPORTERS, FAMILIES
 EXPORTERS.items(), FAMILIES.items()
 step, target, draft, base, out = sys.argv[1:]
-info = target_info(target)
+if step != "gguf":
+    facts = read_facts(target, tokenizer=step == "nothing with words")
 if step == "import":
     redraft.import_draft(draft, out, target=target)
 elif step == "merge":
     redraft.merge(draft, base, out)
-elif step != "nothing":
+elif not step.startswith("nothing"):
     redraft.export(draft, target, step, out, base_draft=base or None)
 # Not by getrusage, which counts what the process was forked from.
 print(next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM")))
@@ -171,7 +172,9 @@ def measure(place: Path) -> list[dict[str, Any]]:
     make_draft(place / "theirs")
     redraft.import_draft(place / "theirs", place / "own", target=str(place / "target"))
     make_part(place / "part", place / "own")
-    empty = peak("nothing", place, place / "theirs", None, place / "none")
+    nothing = {
+        held: peak(f"nothing{held}", place, place / "theirs", None, place / "none") for held in ("", " with words")
+    }
     todo, rows = list(steps(place)), []
     with progress_bar("memory", len(todo), "steps") as progress:
         for step, draft, base in todo:
@@ -180,7 +183,7 @@ def measure(place: Path) -> list[dict[str, Any]]:
             size = next(whole.glob("*.safetensors")).stat().st_size
             row: dict[str, Any] = {"step": step, "reads": draft.name, "file_bytes": size}
             try:
-                more = peak(step, place, draft, base, out) - empty
+                more = peak(step, place, draft, base, out) - nothing[" with words" if step == "gguf" else ""]
                 written = sum(file.stat().st_size for file in out.iterdir())
                 row |= {"written_bytes": written, "peak_bytes": more, "files": round(more / max(size, written), 3)}
             except UserError as error:
