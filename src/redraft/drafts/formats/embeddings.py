@@ -8,20 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from redraft.artifact import read_rows, read_tensors
+from redraft.artifact import dtype_name, read_rows, read_tensors
 from redraft.drafts.formats.meaning import Reading
 from redraft.loading.checkpoint import weight_files
-from redraft.loading.places import EMBEDDED_PREFIX, locate
+from redraft.loading.places import folder_of, split_name
 
 # Rows compared in one go.
 ROWS = 4096
 TABLE = "embed_tokens.weight"
+# The file of a PEFT adapter, and what names of its tensors hold that change the embedding or the head.
+ADAPTER_WEIGHTS, ENDS = "adapter_model.safetensors", ("embed_tokens", "lm_head", "lora_embedding")
+
+Likeness = Literal["same", "rounded", "other"]
 
 
 def is_targets(own: Tensor, target: Any) -> bool | None:
@@ -29,26 +33,39 @@ def is_targets(own: Tensor, target: Any) -> bool | None:
 
     ``target`` is a target, its head or the facts about it; none where its embedding is in no reach.
     """
+    found = likeness(own, target)
+    return None if found is None else found != "other"
+
+
+def likeness(own: Tensor, target: Any) -> Likeness | None:
+    """How like ``own`` [V, H] is to a target's embedding; none where that is in no reach.
+
+    "rounded": the same in the narrower of their types, and not in the wider one. ``target`` as of :func:`is_targets`.
+    """
     weight = getattr(getattr(target, "embedding", None), "weight", None)
     if isinstance(weight, Tensor):
-        return own.shape == weight.shape and _equal(own, weight.detach().split(ROWS))
+        return _compared(own, weight.detach().split(ROWS)) if own.shape == weight.shape else "other"
     found = _on_disk(target)
     if found is None:
         return None
     file, name, shape = found
-    return tuple(own.shape) == shape and _equal(own, read_rows(file, name, ROWS))
+    return _compared(own, read_rows(file, name, ROWS)) if tuple(own.shape) == shape else "other"
 
 
-def _equal(own: Tensor, others: Iterable[Tensor]) -> bool:
+def _compared(own: Tensor, others: Iterable[Tensor]) -> Likeness:
     if not own.is_floating_point():
-        return False
+        return "other"
+    same: Likeness = "same"
     for mine, other in zip(own.split(ROWS), others, strict=True):
         narrow = min((own.dtype, other.dtype), key=lambda kind: kind.itemsize)
         if own.dtype != other.dtype and own.dtype.itemsize == other.dtype.itemsize:
             narrow = torch.float32
-        if not torch.equal(mine.to(narrow), other.to(mine.device, narrow)):
-            return False
-    return True
+        other = other.to(mine.device)
+        if not torch.equal(mine.to(narrow), other.to(narrow)):
+            return "other"
+        if own.dtype != other.dtype and not torch.equal(mine.float(), other.float()):
+            same = "rounded"
+    return same
 
 
 def table_of(target: Any) -> Tensor | None:
@@ -64,12 +81,18 @@ def table_of(target: Any) -> Tensor | None:
 
 
 def _on_disk(target: Any) -> tuple[Path, str, tuple[int, ...]] | None:
-    """The file, the name there and the shape of a target's embedding, where the target is a folder here."""
+    """The file, the name there and the shape of a target's embedding, where its weights are on this machine.
+
+    Of a target that is an adapter it is the base model's, unless the adapter changes it.
+    """
     name = str(getattr(target, "name", None) or "")
-    place = locate(name)["pretrained_model_name_or_path"] if name.startswith(EMBEDDED_PREFIX) else name
-    if not name or not (Path(place) / "config.json").is_file():
+    base, adapter = split_name(name) if name else ("", None)
+    if adapter is not None and not _spares_embedding(Path(adapter)):
         return None
-    for file in weight_files(Path(place)):
+    folder = folder_of(base) if base else None
+    if folder is None or not (folder / "config.json").is_file():
+        return None
+    for file in weight_files(folder):
         try:
             with safe_open(str(file), framework="pt") as opened:
                 found = [key for key in opened.keys() if key == TABLE or key.endswith(f".{TABLE}")]
@@ -80,13 +103,31 @@ def _on_disk(target: Any) -> tuple[Path, str, tuple[int, ...]] | None:
     return None
 
 
+def _spares_embedding(adapter: Path) -> bool:
+    """Whether an adapter in a folder leaves the embedding of its base model as it is; false where that is not seen.
+
+    A change of the head counts too: where both share one table, PEFT may change both.
+    """
+    try:
+        with safe_open(str(adapter / ADAPTER_WEIGHTS), framework="pt") as opened:
+            return not any(part in key for key in opened.keys() for part in ENDS)
+    except (SafetensorError, OSError):
+        return False
+
+
 def compare(own: Tensor, target: Any, reading: Reading) -> None:
     """Enter in ``reading`` whether ``own`` [V, H], which a draft ships, is the target's table."""
-    same = is_targets(own, target)
-    if same:
-        reading.take("embedding", "target", "read", f"{TABLE}, which is the target's")
+    like = likeness(own, target)
+    if like in ("same", "rounded"):
+        rounded = "" if like == "same" else ", but for rounding"
+        reading.take("embedding", "target", "read", f"{TABLE}, which is the target's{rounded}")
+        if rounded:
+            reading.notes.append(
+                f"the embedding that the draft ships ({dtype_name(own.dtype)}) is the target's but for rounding; "
+                "the target's own numbers are taken in its place"
+            )
         return
-    seen = "" if same is not None else "; the target's is not at hand to compare it with"
+    seen = "" if like is not None else "; the target's is not at hand to compare it with"
     reading.take("embedding", "own", "read", TABLE + seen)
-    if same is not None:
+    if like is not None:
         reading.notes.append("the draft keeps the embedding that it ships: it is not the target's")
