@@ -111,19 +111,20 @@ def _attention(look: Look, kind: str) -> None:
         windows = (0,) * len(windows)
         look.silent("sliding_window is dropped where use_sliding_window is not true")
     look.reading.take("windows", windows, "read" if any(windows) else "defaulted", f"{look.place}: layer_types")
-    if len(served := lent_window(look, windows)) > 1:
-        look.stop(f"all layers of a draft must keep their keys alike, and these see {sorted(served)} positions")
+    served = lent_window(look, windows)
+    if len(set(served)) > 1:
+        look.stop(f"all layers of a draft must keep their keys alike, and these see {served} positions")
 
 
-def lent_window(look: Look, windows: Sequence[int]) -> set[int]:
-    """The windows that layers are served with; a note where those that see all positions get the target's."""
+def lent_window(look: Look, windows: Sequence[int]) -> list[int]:
+    """The window that each layer is served with; a note where those that see all positions get the target's."""
     wide = _targets_window(look.target)
     if wide and 0 in windows:
         look.reading.notes.append(
             f"vLLM gives layers that see all positions the target's own window of {wide}: of longer texts the draft "
             "sees the last positions alone, and less may be accepted"
         )
-    return {window or wide for window in windows}
+    return [window or wide for window in windows]
 
 
 def _targets_window(target: Facts) -> int:
