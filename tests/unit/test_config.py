@@ -252,6 +252,7 @@ def test_serve_lines_name_the_merged_target(place: Path) -> None:
     assert "--adapter adapter --out" in str(adapter_note("adapter")) and adapter_note("target") is None
     assert served("vllm serve adapter --x", "adapter") == "vllm serve merged-target --x"
     assert served("vllm serve target", "target") == "vllm serve target"
+    assert served("vllm serve 'target + adapter' --x", "target", "adapter") == "vllm serve merged-target --x"
 
 
 def test_resolved_blocks_are_those_of_the_run() -> None:

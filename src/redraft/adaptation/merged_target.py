@@ -50,8 +50,11 @@ def served(line: str, target: str, adapter: str | None = None) -> str:
     """The ``line`` that starts an engine, with the merged target in the place of an adapter."""
     if adapter_note(target, adapter) is None:
         return line
-    alone = rf"(?<![\w./:-]){re.escape(shlex.quote(target))}(?![\w./:-])"  # no part of a longer name
-    return re.sub(alone, MERGED, line)
+    # An opened target with an adapter is called by both.
+    for name in (f"{target} + {adapter}", target):
+        alone = rf"(?<![\w./:-]){re.escape(shlex.quote(name))}(?![\w./:-])"  # no part of a longer name
+        line = re.sub(alone, MERGED, line)
+    return line
 
 
 def merging(target: str, adapter: str | None = None) -> list[str]:

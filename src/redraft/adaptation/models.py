@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from redraft.data.template import kept_moment, settings_of, template_ids, use_te
 from redraft.drafts.opening import AnyDraft, OpenDraft, family_at, open_checkpoint
 from redraft.errors import UserError
 from redraft.evaluate.speed import Prompt
-from redraft.loading.targets import load_target, open_facts, open_head, read_facts
+from redraft.loading.targets import load_target, load_tokenizer, open_facts, open_head, read_facts
 from redraft.selection import PromptRow
 from redraft.settings.base import AUTO, TYPES
 from redraft.target import Facts, Head, Target
@@ -117,9 +118,17 @@ AnyTarget = str | Path | TargetSpec | Target
 
 
 def target_info(target: AnyTarget) -> Facts:
-    """The facts about a target that a draft must fit, without loading its weights. Raises ``UserError``."""
+    """The facts about a target that a draft must fit, without loading its weights. Raises ``UserError``.
+
+    Its tokenizer is among them where it has one.
+    """
     spec = TargetSpec.of(target)
-    return read_facts(spec.name, tokenizer=False) if spec.opened is None else spec.opened.facts
+    if spec.opened is not None:
+        return spec.opened.facts
+    found = read_facts(spec.name, tokenizer=False, adapter=spec.adapter)
+    with suppress(UserError):  # who needs one says what is wrong with it
+        found.tokenizer = load_tokenizer(spec.name, spec.adapter)
+    return found
 
 
 # -- drafts and prompts ------------------------------------------------------------------------------------------------

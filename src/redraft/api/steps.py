@@ -26,7 +26,7 @@ from redraft.drafts.formats.meaning import Reading
 from redraft.drafts.opening import AnyDraft, OpenDraft, open_checkpoint
 from redraft.drafts.scaling import scale_change
 from redraft.errors import UserError
-from redraft.loading import load_tokenizer, quiet
+from redraft.loading import load_tokenizer
 from redraft.progress import progress_bar
 from redraft.registries import EXPORTERS
 from redraft.reports.card import write_card
@@ -258,15 +258,13 @@ def export(
 
         print(redraft.export("run/merged", "my-model", "vllm", "draft-for-vllm").serve)
     """
-    s = checked(ExportSettings, locals())
-    exporter, info = EXPORTERS.get(s.format), target_info(target)
+    s, spec = checked(ExportSettings, locals()), TargetSpec.of(target)
+    exporter, info = EXPORTERS.get(s.format), target_info(spec)
     found = _read(draft, info, base_draft)
     if info.tokenizer is None and needs_tokenizer(s.format, found.draft.family):
-        with quiet():
-            info = copy.copy(info)
-            info.tokenizer = load_tokenizer(info.name)
+        info = copy.copy(info)
+        info.tokenizer = load_tokenizer(spec.name, spec.adapter)
     written = exporter(found.draft, s.out, info, speculative_tokens=s.gamma)
-    spec = TargetSpec.of(target)
     note, line = adapter_note(spec.name, spec.adapter), served(written.serve, spec.name, spec.adapter)
     write_card(written.folder, export_card(found, written, info, [*merging(spec.name, spec.adapter), line]))
     return replace(written, serve=line, warnings=(*written.warnings, *filter(None, [note])))

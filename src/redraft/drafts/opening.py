@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 
 from redraft.drafts.base import Draft, Family, is_private
 from redraft.drafts.files import load_draft, load_private
 from redraft.drafts.formats import others
 from redraft.drafts.formats.meaning import Reading
-from redraft.drafts.formats.reading import Checkpoint
+from redraft.drafts.formats.reading import TOKENIZER, Checkpoint
 from redraft.errors import UserError
-from redraft.loading import load_tokenizer, tokenizer_hash
+from redraft.loading import one_line, tokenizer_hash
 from redraft.registries import FAMILIES
 from redraft.shown import Shown, lines
 from redraft.target import Facts
@@ -115,28 +116,48 @@ def _read(
     if target is None and family.reads_states and needs_target:
         raise UserError(f"{checkpoint.source} is not in redraft's own format; give --target, whose sizes it must fit")
     if family.reads_states and target is not None:
-        _check_tokenizer(checkpoint, target)
+        _check_tokenizer(checkpoint, target, notes)
     try:
         draft, meta = family.read(checkpoint, target, notes, **options)
-    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
-        raise UserError(f"{checkpoint.path} has a value of the wrong kind: {error}") from error
+    except RecursionError as error:  # values are checked where they are taken: any other error is a defect of ours
+        raise UserError(f"{checkpoint.path} nests values too deeply; download it again") from error
     about = {"family": family.name, "method": None, "source": checkpoint.source, "notes": notes}
     return draft, about | {"source_config": checkpoint.config} | meta
 
 
-def _check_tokenizer(checkpoint: Checkpoint, target: Facts) -> None:
-    """Raise ``UserError`` where a tokenizer lies beside the draft and gives a token another id than the target's."""
-    if target.tokenizer is None or not (checkpoint.folder / "tokenizer.json").is_file():
+def _check_tokenizer(checkpoint: Checkpoint, target: Facts, notes: list[str]) -> None:
+    """Raise ``UserError`` where the tokenizer beside a draft is another than the target's; renamed tokens are noted.
+
+    Another: a token has another id in it, or most ids are other tokens.
+    """
+    file = checkpoint.folder / TOKENIZER
+    if not file.is_file():
         return
-    own, other = load_tokenizer(str(checkpoint.folder)).get_vocab(), target.tokenizer.get_vocab()
+    if target.tokenizer is None:
+        notes.append(f"{TOKENIZER} beside the draft was not compared: the target has no tokenizer at hand")
+        return
+    with one_line(str(file)):
+        own = Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True)
+    other, wrong = target.tokenizer.get_vocab(), f"{checkpoint.source} was made for another tokenizer than the target's"
     for token, number in sorted(own.items(), key=lambda item: item[1]):
         if other.get(token, number) != number:
             raise UserError(
-                f"{checkpoint.source} was made for another tokenizer than the target's: {token!r} is {number} in it "
-                f"and {other[token]} in the target's; give a draft of this model family"
+                f"{wrong}: {token!r} is {number} in it and {other[token]} in the target's; give a draft of this model "
+                "family"
             )
-    if not set(own) & set(other):
-        raise UserError(f"{checkpoint.source} was made for another tokenizer than the target's: no token is in both")
+    named, told = ({number: token for token, number in words.items()} for words in (own, other))
+    both = sorted(named.keys() & told.keys())
+    renamed = [number for number in both if named[number] != told[number]]
+    if 2 * len(renamed) >= len(both):
+        raise UserError(
+            f"{wrong}: {len(renamed)} of {len(both)} ids are other tokens; give a draft of this model family"
+        )
+    if renamed:
+        first = renamed[0]
+        notes.append(
+            f"{TOKENIZER} beside the draft has other tokens than the target's at {len(renamed)} of {len(both)} ids, "
+            f"first {first}: {named[first]!r}, which the target calls {told[first]!r}"
+        )
 
 
 def _joined(folder: Path, base: OpenDraft, target: Facts | None, dtype: torch.dtype | None, copy: bool) -> OpenDraft:

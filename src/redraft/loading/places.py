@@ -60,7 +60,27 @@ def split_adapter(spec: str, adapter: str | None = None) -> tuple[str, str | Non
     return spec, adapter
 
 
+def split_name(name: str) -> tuple[str, str | None]:
+    """(base model, adapter or none) of an opened target's name, which is "BASE + ADAPTER" where one was merged in."""
+    base, _, adapter = name.partition(" + ")
+    return split_adapter(base, adapter or None)
+
+
 # -- where the files are ---------------------------------------------------------------------------------------------
+def folder_of(spec: str) -> Path | None:
+    """The folder of a checkpoint that is on this machine, the hub's cache included; no network is asked.
+
+    None where there is none.
+    """
+    try:
+        if spec.startswith(EMBEDDED_PREFIX):
+            return Path(locate(spec)["pretrained_model_name_or_path"])
+        folder = Path(spec).expanduser()
+        return folder if folder.is_dir() else Path(hub_cached(spec)) if like_hub_id(spec) else None
+    except UserError:
+        return None
+
+
 def locate(spec: str) -> dict[str, Any]:
     """Arguments for ``from_pretrained``: the path or hub id, whether to stay off the network, and no foreign code.
 

@@ -85,10 +85,10 @@ def _other_base(adapter: str, base: str) -> list[str]:
     return [f"the adapter {adapter} names {named} as its base model and was put on {base}"]
 
 
-def load_tokenizer(spec: str) -> Any:
-    """The tokenizer that belongs to ``spec``. Raises ``UserError`` when there is none."""
+def load_tokenizer(spec: str, adapter: str | None = None) -> Any:
+    """The tokenizer that belongs to ``spec``, or to it with ``adapter``. Raises ``UserError`` when there is none."""
     with quiet():
-        base, adapter = split_adapter(spec)
+        base, adapter = split_adapter(spec, adapter)
         return read_tokenizer(adapter, locate(base), base)
 
 
@@ -103,17 +103,21 @@ def check_finite(named: Iterable[tuple[str, Tensor]], name: str) -> None:
 
 
 # -- facts and head --------------------------------------------------------------------------------------------------
-def read_facts(spec: str, tokenizer: bool = True, device: str | torch.device = "cpu") -> Facts:
+def read_facts(
+    spec: str, tokenizer: bool = True, device: str | torch.device = "cpu", adapter: str | None = None
+) -> Facts:
     """What the config and the tokenizer of ``spec`` say; its weights may be elsewhere, and the hash is the config's.
 
-    ``tokenizer``: whether it is read too; ``device``: where drafts for it belong. Raises ``UserError``.
+    ``tokenizer``: whether it is read too; ``device``: where drafts for it belong; ``adapter`` as of
+    :func:`load_target`. Raises ``UserError``.
     """
-    base, adapter = split_adapter(spec)
+    name = spec if adapter is None else f"{spec} + {adapter}"
+    base, adapter = split_adapter(spec, adapter)
     with quiet():
         place = locate(base)
         config = read_config(place, base)
         words = read_tokenizer(adapter, place, base) if tokenizer else None
-    return Facts(spec, config, words, generation=_generation(place, config), device=device)
+    return Facts(name, config, words, generation=_generation(place, config), device=device)
 
 
 def open_facts(spec: str, adapter: str | None = None, dtype: torch.dtype = torch.float32) -> Facts:

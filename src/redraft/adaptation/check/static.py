@@ -155,7 +155,7 @@ def look(opened: OpenDraft, target: Facts, engine: str | None) -> Static:
         if entry.how == "dropped" and entry.what not in ours
     ]
     found.stops = list(theirs.stops)
-    found.notes += [f"{theirs.reader}: {text}" for text in theirs.silent]
+    found.notes += [f"{theirs.reader}: {text}" for text in (*theirs.silent, *theirs.notes)]
     if theirs.stops:
         found.suspicions.append(Suspicion("refused", "; ".join(theirs.stops), True))
     for one in differences(ours, theirs):

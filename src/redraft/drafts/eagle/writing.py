@@ -184,21 +184,22 @@ class LayerWriter(ABC):
         dense, notes = prepare(draft, target)
         dense, more = self.fitted(dense, target)
         for reader in self.readers:
-            name, faults = self.faults(reader, dense, target)
+            name, faults, said = self.faults(reader, dense, target)
             if faults:
                 raise UserError(f"{name} cannot run this draft: {'; '.join(faults)}; {self.elsewhere(draft, target)}")
+            more += [note for note in said if note not in more]
         for reader in self.others:
-            name, faults = self.faults(reader, dense, target)
-            more += [f"not for {name}: {'; '.join(faults)}"] if faults else []
+            name, faults, said = self.faults(reader, dense, target)
+            more += [f"not for {name}: {'; '.join(faults)}"] if faults else said
         return dense, notes + more
 
-    def faults(self, reader: str, dense: Dense, target: Facts) -> tuple[str, list[str]]:
-        """The reader's name and what it would compute otherwise, or why it would not start, in words."""
+    def faults(self, reader: str, dense: Dense, target: Facts) -> tuple[str, list[str], list[str]]:
+        """The reader's name; what it would compute otherwise, or why it would not start, in words; and its notes."""
         facts = {name: dense.facts[ours] for name, ours in self.names(dense).items()}
         reading = self.read_as(reader, self.config(dense, target, 1), facts, target)
         found = [d for d in differences(self.meaning(dense.config), reading) if not self.told(d, dense)]
-        named = [in_words(d) for d in found]
-        return reading.reader.split(" ")[0], list(reading.stops) + named
+        named = [in_words(d) + (f" ({reading.mends[d.what]})" if d.what in reading.mends else "") for d in found]
+        return reading.reader.split(" ")[0], list(reading.stops) + named, list(reading.notes)
 
     def elsewhere(self, draft: EagleDraft, target: Facts) -> str:
         """What would help: the formats whose readers take this draft."""

@@ -11,6 +11,7 @@ from typing import Any
 from redraft.drafts.eagle.look import Look, layer_meaning, layer_tensors
 from redraft.drafts.eagle3.engines.sglang import RULES as SGLANG_RULES
 from redraft.drafts.eagle3.engines.vllm import RULES as VLLM_RULES
+from redraft.drafts.eagle3.engines.vllm import lent_window
 from redraft.drafts.formats.meaning import Reading, TensorFacts
 from redraft.errors import UserError
 from redraft.target import Facts
@@ -49,7 +50,9 @@ def _vllm(engine: str, config: Mapping[str, Any], tensors: Mapping[str, TensorFa
     look.fixed("fc_bias", False, "vLLM's model")
     if config.get("layer_types"):
         look.stop("layer_types: it counts the draft's layers behind the target's and finds none of theirs there")
-    look.reading.take("windows", (0,) * int(look.meaning["num_layers"]), "defaulted", "vLLM's model")
+    windows = (0,) * int(look.meaning["num_layers"])
+    look.reading.take("windows", windows, "defaulted", "vLLM's model")
+    lent_window(look, windows)
     look.rope(VLLM_RULES)
     look.embedding("own", "target")
     look.check(_wanted(look), "keeps whatever its memory holds", "stop", ("lm_head.weight",))

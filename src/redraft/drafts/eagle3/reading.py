@@ -22,11 +22,14 @@ from redraft.drafts.eagle3.trainers import (
     ANGELSLIM_IDS,
     ARCHITECTURES,
     FEW,
+    MODELOPT_KEYS,
+    SWITCHES,
     TARGETS_NAME,
     TOLD_BY,
     Trainer,
     is_own,
     is_speculators,
+    note_angles,
     refuse_switches,
     title,
     trainer_of,
@@ -39,6 +42,7 @@ from redraft.drafts.formats.reading import (
     Checkpoint,
     build_untrained,
     facts_of,
+    note_adapter,
     note_dropped,
     read_state,
     refuse_code,
@@ -56,17 +60,19 @@ IDS = "eagle_aux_hidden_state_layer_ids"
 # What the speculators package keeps beside the draft while it trains.
 LEFT_OVER = ("verifier_norm.weight", "verifier_lm_head.weight")
 
-# Keys of a config.json that are read here, at any depth.
-READ = (
+# Keys that are read here: of the part of a config.json that describes the layers, of the whole, and of eagle_config.
+LAYER = (
     *("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps"),
     *("max_position_embeddings", "attention_bias", "qkv_bias", "model_type", "hidden_act", "mlp_bias", "layer_types"),
     *("sliding_window", "use_sliding_window", "rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"),
-    *("vocab_size", "draft_vocab_size", "num_hidden_layers", "target_hidden_size", "num_aux_hidden_states", IDS),
-    ANGELSLIM_IDS,
-    *("norm_before_residual", "norm_before_fc", "fc_norm", "use_aux_norm", "norm_output", "eagle_config"),
-    *("quantization_config", "transformer_layer_config", "speculators_config", "speculators_model_type"),
-    *("speculators_version", "bias"),
+    *("vocab_size", "num_hidden_layers", "num_aux_hidden_states", "bias", "quantization_config"),
 )
+WHOLE = (
+    *("draft_vocab_size", "target_hidden_size", "num_aux_hidden_states", IDS, ANGELSLIM_IDS, "eagle_config"),
+    *("norm_before_residual", "norm_before_fc", "fc_norm", "use_aux_norm", "norm_output", "quantization_config"),
+    *("transformer_layer_config", "speculators_config", "speculators_model_type", "speculators_version"),
+)
+EAGLE = (IDS, "layer_ids", "norm_before_fc", "parallel_draft_heads_num_layers", *SWITCHES, *MODELOPT_KEYS)
 
 
 def recognises(checkpoint: Checkpoint) -> bool:
@@ -146,6 +152,7 @@ class Eagle3Reader:
         self.state = self._state()
         self.tensors: dict[str, TensorFacts] = facts_of(self.state)
         self.layer = LayerReader(layer, self.tensors, self.reading)
+        note_adapter(checkpoint.folder, self.reading)
 
     # -- the tensors ---------------------------------------------------------------------------------------------
     def _state(self) -> dict[str, Tensor]:
@@ -177,12 +184,21 @@ class Eagle3Reader:
         check_tensors(state, draft.state_dict(), checkpoint.folder, values)
         check_state(state, draft, checkpoint.folder)
         draft.fill(state)
-        note_dropped(self.raw, READ, reading)
+        self._dropped()
         verifier: Any = self.raw.values
         for key in ("speculators_config", "verifier", "name_or_path"):
             verifier = verifier.get(key) if isinstance(verifier, Mapping) else None
         kind = "speculators" if is_speculators(self.raw.values) else "plain"
         return draft, {"format": kind, "trainer": self.trainer.name, "verifier": verifier, "reading": reading}
+
+    def _dropped(self) -> None:
+        """Enter what stands in the config, in whichever part, and is not used."""
+        whole = self.raw is self.values
+        note_dropped(self.raw, (*WHOLE, *LAYER) if whole else WHOLE, self.reading)
+        if not whole:
+            note_dropped(self.values, LAYER, self.reading)
+        if self.eagle is not None:
+            note_dropped(self.eagle, EAGLE, self.reading)
 
     def _one_norm(self, state: dict[str, Tensor], layer: str) -> None:
         """The norm before a further layer under its one name: vLLM calls it input_layernorm, SGLang hidden_norm."""
@@ -249,18 +265,7 @@ class Eagle3Reader:
 
     def _rope(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         rope = self.layer.rope(fields["max_position_embeddings"])
-        base, theta = self.trainer.base, rope.get("rope_theta", 10000.0)
-        if base and theta != base:
-            self.reading.notes.append(
-                f"{self.trainer.title} trains with rope base {base:g} whatever the config says; {theta:g} was taken, "
-                "as engines do: where acceptance is low, set rope_theta to what the draft was trained with"
-            )
-        share = rope.get("partial_rotary_factor")
-        if share not in (None, 1.0) and not self.trainer.reads_part:
-            self.reading.notes.append(
-                f"partial_rotary_factor {share}: {self.trainer.title}'s own layer turns the whole head, engines this "
-                "share of it, which is taken"
-            )
+        note_angles(self.trainer, self.values, rope, self.reading)
         return rope
 
     def _switches(self) -> dict[str, Any]:

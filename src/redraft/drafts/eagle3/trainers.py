@@ -8,10 +8,12 @@ nemo-automodel 0.7, AngelSlim 0.5.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from redraft.drafts.formats.meaning import Reading
 from redraft.drafts.formats.reading import Checkpoint
+from redraft.drafts.formats.values import Values
 from redraft.errors import UserError
 from redraft.settings.base import known_name
 
@@ -125,6 +127,36 @@ def trainer_of(checkpoint: Checkpoint, asked: str | None = None) -> Trainer:
     if ANGELSLIM in names:
         return TRAINERS["angelslim"]
     return TRAINERS["plain" if is_own(names) else "safeailab"]
+
+
+def note_angles(trainer: Trainer, values: Values, rope: Mapping[str, Any], reading: Reading) -> None:
+    """Note where a trainer turns by other angles than ``rope``, those of its config, which engines take."""
+    base, theta, share = trainer.base, rope.get("rope_theta", 10000.0), rope.get("partial_rotary_factor")
+    if base and theta != base:
+        reading.notes.append(
+            f"{trainer.title} trains with rope base {base:g} whatever the config says; {theta:g} was taken, as engines "
+            "do: where acceptance is low, set rope_theta to what the draft was trained with"
+        )
+    if trainer.name == "modelopt" and _put_in_at_export(values):
+        word = "config.json: rope_scaling, which nvidia-modelopt puts in at export"
+        reading.entries.append(replace(reading.entries.pop(), word=word))
+        reading.notes.append(
+            f"nvidia-modelopt's exporter put in the {rope.get('rope_type')} angles (eagle_export_rope_scaling), the "
+            "draft was trained with plain ones; they are taken, as engines do: where acceptance is low, delete "
+            "rope_scaling from the config"
+        )
+    if share not in (None, 1.0) and not trainer.reads_part:
+        reading.notes.append(
+            f"partial_rotary_factor {share}: {trainer.title}'s own layer turns the whole head, engines this share of "
+            "it, which is taken"
+        )
+
+
+def _put_in_at_export(values: Values) -> bool:
+    """Whether nvidia-modelopt's exporter put in the rotary settings: those of a training name their base too."""
+    found = values.get("rope_scaling")
+    kind = isinstance(found, Mapping) and (found.get("rope_type") or found.get("type"))
+    return kind not in (None, False, "default") and "rope_theta" not in found
 
 
 def title(trainer: Trainer, config: Mapping[str, Any]) -> str:

@@ -164,8 +164,9 @@ class SpeculatorsWriter(Eagle3Writer):
         table = table_of(target)
         if table is None:
             note = (
-                "the target's weights are not in its folder, so that the file ships no embedding: engines take the "
-                "target's, the speculators package one of zeros; export for the folder of the whole target to ship one"
+                "the target's embedding is not at hand (its weights are elsewhere, or its adapter may change them), so "
+                "that the file ships none: engines take the target's, the speculators package one of zeros; export for "
+                "the folder of the whole target (redraft merge-target writes that of an adapter) to ship one"
             )
             return dense, [*notes, note]
         kind = dense.dtype

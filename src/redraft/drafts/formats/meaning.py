@@ -44,7 +44,8 @@ class Reading:
 
     ``meaning`` holds the fields of the draft's config, as that reader computes them, and ``embedding`` ("own",
     "target", "zeros"). ``stops`` are the reader's own reasons to refuse the file, in words; ``silent`` what it computes
-    otherwise than the file's author without a word; ``notes`` what whoever uses the draft should know of it.
+    otherwise than the file's author without a word; ``notes`` what whoever uses the draft should know of it. ``mends``
+    says by field what sets a value there that the reader does not take from the file.
     """
 
     reader: str
@@ -53,6 +54,7 @@ class Reading:
     stops: list[str] = field(default_factory=list)
     silent: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    mends: dict[str, str] = field(default_factory=dict)
 
     def take(self, what: str, value: Any, how: How, word: str) -> None:
         """Note what was made of one thing; all but tensors and what was dropped is part of the meaning."""

@@ -29,6 +29,8 @@ PICKLED_INDEX = "pytorch_model.bin.index.json"
 # Vocabulary maps in files of their own.
 SIDECARS = ("d2t.pt", "t2d.pt", "d2t.npy", "t2d.npy", "vocab_mapping.pt")
 TRAINING_STATE = "training_state.pt"
+# Compared with the target's where a checkpoint ships one.
+TOKENIZER = "tokenizer.json"
 ADAPTER_WEIGHTS = "adapter_model"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -130,7 +132,7 @@ def fetch(source: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = [CONFIG_FILE, META_FILE, "*.safetensors", INDEX_FILE, *SIDECARS]
+        patterns = [CONFIG_FILE, META_FILE, "*.safetensors", INDEX_FILE, TOKENIZER, *SIDECARS]
         found = Path(snapshot_download(str(source), allow_patterns=patterns, etag_timeout=10))
         if not any(found.glob("*.safetensors")):
             found = Path(
@@ -234,11 +236,27 @@ def refuse_code(checkpoint: Checkpoint, reading: Reading) -> None:
 
 
 def note_dropped(values: Values, read: Collection[str], reading: Reading) -> None:
-    """Enter what stands in the config and is not used, but for what every checkpoint carries along."""
+    """Enter what stands in the config, or in a part of it, and is not used, but for what all checkpoints carry."""
     for key, value in values.values.items():
         if key not in read and key not in BOOKKEEPING and value is not None:
             shown = value if isinstance(value, (bool, int, float, str)) else str(value)[:60]
-            reading.take(key, shown, "dropped", values.word(key))
+            reading.take(f"{values.inside}{key}", shown, "dropped", values.word(key))
+
+
+def note_adapter(folder: Path, reading: Reading) -> None:
+    """Enter an adapter that lies beside a draft: it is the target's, and was trained along with the draft."""
+    file = folder / ADAPTER_FILE
+    if not file.is_file():
+        return
+    about = read_json(file)
+    told = {key: about.get(key) for key in ("peft_type", "r", "lora_alpha", "target_modules")}
+    shown = ", ".join(f"{key} {value}" for key, value in told.items() if value is not None)[:120]
+    reading.take(ADAPTER_FILE, shown, "dropped", "an adapter for the target, trained along with the draft")
+    reading.notes.append(
+        f"{ADAPTER_FILE} beside the draft is an adapter for the target, trained along with it (nvidia-modelopt's "
+        "eagle_base_lora): the draft reads the states of the target with it, which `redraft merge-target --target BASE "
+        f"--adapter {folder}` writes"
+    )
 
 
 def build_untrained(build: Callable[[], Built], path: Path) -> Built:

@@ -16,6 +16,7 @@ from redraft.drafts.formats.meaning import Reading, TensorFacts
 from redraft.target import Facts
 
 RULES = Rules(dynamic="stretched", attention="attn_factor", zero_scales=True, truncate=False)
+WINDOW = "SGLang's flag --speculative-draft-window-size sets one for all layers"
 KEY = "eagle_aux_hidden_state_layer_ids"
 
 
@@ -65,7 +66,8 @@ def _attention(look: Look) -> None:
     windows = look.windows()
     look.reading.take("windows", (0,) * len(windows), "defaulted", "SGLang's model")
     if any(windows):
-        look.silent("sliding windows of the file are ignored; the flag --speculative-draft-window-size sets one")
+        look.silent(f"sliding windows of the file are ignored; {WINDOW}")
+        look.reading.mends["windows"] = WINDOW
 
 
 def _features(look: Look) -> None:

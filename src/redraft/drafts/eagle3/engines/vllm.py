@@ -8,7 +8,7 @@ another key, and 0.33 raises a short ``max_position_embeddings`` for more kinds 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from redraft.drafts.eagle.angles import Rules
@@ -111,12 +111,30 @@ def _attention(look: Look, kind: str) -> None:
         windows = (0,) * len(windows)
         look.silent("sliding_window is dropped where use_sliding_window is not true")
     look.reading.take("windows", windows, "read" if any(windows) else "defaulted", f"{look.place}: layer_types")
-    if len(set(windows)) > 1:
-        look.stop(f"all layers of a draft must keep their keys alike, and these see {list(windows)} positions")
-    text = look.target.config
-    model_wide = getattr(text, "sliding_window", None) if not getattr(text, "layer_types", None) else None
-    if 0 in windows and model_wide and model_wide < look.target.context:
-        look.silent(f"layers that see all positions get the target's own window of {model_wide}")
+    served = lent_window(look, windows)
+    if len(set(served)) > 1:
+        look.stop(f"all layers of a draft must keep their keys alike, and these see {served} positions")
+
+
+def lent_window(look: Look, windows: Sequence[int]) -> list[int]:
+    """The window that each layer is served with; a note where those that see all positions get the target's."""
+    wide = _targets_window(look.target)
+    if wide and 0 in windows:
+        look.reading.notes.append(
+            f"vLLM gives layers that see all positions the target's own window of {wide}: of longer texts the draft "
+            "sees the last positions alone, and less may be accepted"
+        )
+    return [window or wide for window in windows]
+
+
+def _targets_window(target: Facts) -> int:
+    """The window that vLLM puts on layers without one of their own: that of a target all of whose layers have it.
+
+    0 where there is none, or none that a text could outgrow.
+    """
+    kinds, window = (getattr(target.config, key, None) for key in ("layer_types", "sliding_window"))
+    uniform = kinds is None or all(kind == "sliding_attention" for kind in kinds)
+    return int(window) if uniform and window and window < target.context else 0
 
 
 def _features(look: Look, kind: str, version: str) -> None:
