@@ -13,7 +13,7 @@ from redraft.adaptation.check import served as serving
 from redraft.adaptation.check import static, verdict
 from redraft.adaptation.check.causes import CAUSES
 from redraft.adaptation.check.result import CheckResult, Finding
-from redraft.adaptation.check.rounds import Rounds, rounds_of
+from redraft.adaptation.check.rounds import Rounds
 from redraft.adaptation.check.trials import Ground, Trial, ground, mended, positions, suspects_of
 from redraft.adaptation.check.verdict import Evidence, Piece, Reference
 from redraft.adaptation.models import TargetSpec
@@ -178,15 +178,13 @@ class Check:
             self.found(evidence)
         if own:
             return
-        if place.source is not None:
-            self.found(verdict.unsayable(coverage(draft, place.rows, place.gamma)))
-        if not self.result.findings:
-            claimed = static.claims(self.opened, place.target)
-            self.found(verdict.against(here, reference, claimed))
-            if reference is None:
-                result.notes.append(
-                    "whether the draft is stale nobody can say: give the model it was made for (--base-target)"
-                )
+        covered = coverage(draft, place.rows, place.gamma) if place.source is not None else None
+        for evidence in verdict.poorer(here, reference, static.claims(self.opened, place.target), covered):
+            self.found(evidence)
+        if reference is None:
+            result.notes.append(
+                "whether the draft is stale nobody can say: give the model it was made for (--base-target)"
+            )
         self.found(verdict.too_long(here))
         longest = max(positions(row) for row in place.rows)
         told = getattr(draft.config, "max_position_embeddings", 0)
@@ -263,9 +261,10 @@ class Check:
             other = base.open()
             with progress_bar("check: base", len(prompts), "prompts") as bar:
                 with ground(other, draft, prompts, place.gamma, self.s.max_new_tokens, bar.update) as there:
-                    rounds = rounds_of(draft, other, there.rows, there.features(draft.taps), place.gamma, there.limits)
+                    rounds = there.rounds(draft)
+                    covered = coverage(draft, there.rows, place.gamma) if there.source is not None else None
             draft.bind(place.target)
-            return Reference(rounds.tau().value, "on the base model's own answers", base=rounds)
+            return Reference(rounds.tau().value, "on the base model's own answers", base=rounds, covered=covered)
         stated = self.opened.meta.get("heldout") or {}
         tau = (stated.get("tau") or {}).get("value") if isinstance(stated, dict) else None
         if not isinstance(tau, int | float):

@@ -105,7 +105,13 @@ def vocabulary_of(source: str | Path) -> int | None:
 
 
 def claims(opened: OpenDraft, target: Facts) -> bool:
-    """Whether the draft's own record says that it was made for this target: by its hash, else by its name."""
+    """Whether the draft's own record says that it was made for this target: by its hash, else by its name.
+
+    An old draft that a run kept was not, whatever the run's record names.
+    """
+    guard = opened.meta.get("guard")
+    if isinstance(guard, Mapping) and guard.get("kept") == "old":
+        return False
     stated = opened.meta.get("target")
     if isinstance(stated, Mapping) and stated.get("hash"):
         return bool(stated["hash"] == target.content_hash())
