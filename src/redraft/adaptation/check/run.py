@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from redraft.adaptation.bench import Questions
 from redraft.adaptation.check import served as serving
 from redraft.adaptation.check import static, verdict
-from redraft.adaptation.check.causes import CAUSES
+from redraft.adaptation.check.causes import CAUSES, READS_NONE
 from redraft.adaptation.check.result import CheckResult, Finding
 from redraft.adaptation.check.rounds import Rounds
 from redraft.adaptation.check.trials import Ground, Trial, ground, mended, positions, suspects_of
@@ -74,7 +75,10 @@ class Check:
         known |= {"server": s.server, "gamma": str(evidence.gamma) if evidence.gamma else None}
         known["format"] = static.format_for(self.opened, self.engine)
         known["option"] = evidence.option or " "
-        mend = CAUSES[evidence.cause].mended(**{name: str(value) for name, value in known.items() if value})
+        cause = CAUSES[evidence.cause]
+        if cause.id == "refused" and self.engine in static.WRITES_ALONE:
+            cause = replace(cause, mend=READS_NONE)
+        mend = cause.mended(**{name: str(value) for name, value in known.items() if value})
         self.result.findings.append(Finding(evidence.cause, evidence.words, mend))
 
     # -- the file ----------------------------------------------------------------------------------------------------
@@ -142,6 +146,7 @@ class Check:
             served = serving.ask(self.session, prompts, lambda what: bar.update(next(done)))
         result.notes += served.notes
         engine = serving.engine_of(self.session)
+        self.engine = s.engine or engine
         known = FAMILIES.get(self.opened.draft.family).readers
         if s.engine is None and engine in known and self.opened.meta.get("format") != "redraft":
             self.look(engine)

@@ -16,7 +16,15 @@ from transformers import GenerationConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from redraft.artifact import check_tensors, tensors_bytes, tensors_hash, write_tensors
-from redraft.drafts.formats.base import ExportReport, Format, path_warnings, serve_command
+from redraft.drafts.formats.base import (
+    CARD_FILE,
+    MARK,
+    ExportReport,
+    Format,
+    only_over,
+    path_warnings,
+    serve_command,
+)
 from redraft.drafts.formats.reading import Checkpoint
 from redraft.drafts.formats.values import LONGEST, Values
 from redraft.drafts.standalone.module import StandaloneDraft
@@ -135,15 +143,17 @@ class ModelWriter:
     def write(self, dense: StandaloneDraft, folder: Path, target: Facts, tokens: int) -> ExportReport:
         """Read back before it is in place."""
         state = dense.stored()
-        with atomic_folder(folder, tensors_bytes(state) + OTHER_BYTES, {"README.md", *OTHER_FILES}) as new:
+        size, names = tensors_bytes(state), {CARD_FILE, *OTHER_FILES}
+        config = dense.model.config.to_dict() | {"architectures": [type(dense.model).__name__]}
+        with atomic_folder(folder, size + OTHER_BYTES, names, only_over("hf", config)) as new:
             write_beside(new, dense)
-            write_tensors(new / WEIGHTS_FILE, state)
+            write_tensors(new / WEIGHTS_FILE, state, {MARK: "hf"})
             back = load_target(str(new), dense.dtype)
             if tensors_hash(StandaloneDraft(back.model).stored()) != tensors_hash(state):
                 raise RuntimeError("the hf export does not read back as the draft that was written")
             check_tokenizers(back.tokenizer, dense.tokenizer)
         parameters, serve = sum(t.numel() for t in state.values()), serve_command(folder, target, tokens, "draft_model")
-        size, warnings = tensors_bytes(state), tuple(path_warnings(folder.absolute()))
+        warnings = tuple(path_warnings(folder.absolute()))
         return ExportReport("hf", folder, len(state), parameters, size, serve, warnings)
 
 
