@@ -95,6 +95,8 @@ def open_checkpoint(
     else:
         draft, meta = _read(checkpoint, target, options, needs_target)
     reading = meta.pop("reading", None)
+    if target is not None:
+        meta["notes"] = [*meta["notes"], *FAMILIES.get(draft.family).remarks(draft, str(source), target)]
     tokenizer = None if target is None or draft.tokenizer is not None else target.tokenizer
     if tokenizer is not None and meta.get("tokenizer_hash") not in (None, "", tokenizer_hash(tokenizer)):
         raise UserError(f"{source} was made for another tokenizer than the target's; give a draft of this model family")

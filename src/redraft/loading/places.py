@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import importlib.util
 import io
+import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -58,6 +59,14 @@ def split_adapter(spec: str, adapter: str | None = None) -> tuple[str, str | Non
     if adapter is None and (Path(spec) / ADAPTER_FILE).is_file():
         return adapter_base(spec), spec
     return spec, adapter
+
+
+def same_place(one: str | Path, other: str | Path) -> bool:
+    """Whether two names are of one model: alike, or of the same folder."""
+    if str(one) == str(other):
+        return True
+    paths = [Path(str(name)).expanduser() for name in (one, other)]
+    return all(os.path.isdir(path) for path in paths) and os.path.samefile(*paths)
 
 
 # -- where the files are ---------------------------------------------------------------------------------------------

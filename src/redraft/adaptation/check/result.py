@@ -94,7 +94,7 @@ class CheckResult(Shown):
     def _reading(self) -> Table:
         apart = sum(line.differs for line in self.static.lines)
         title = f"what {self.static.reader} reads: {apart} thing{'' if apart == 1 else 's'} otherwise"
-        title = f"{self.static.reader} does not load this file; as far as it reads it" if self.static.stops else title
+        title = f"{self.static.reader} does not load this file" if self.static.stops else title
         table = Table(title=title, title_justify="left")
         for name in ("what", "as it was trained", self.static.reader, "on whose word"):
             table.add_column(name)
