@@ -196,10 +196,10 @@ FILES: dict[str, File] = {
 class Engine:
     """An engine that decodes with redraft's own chain and counts as vLLM does. What it gets wrong is given to it:
 
-    ``name`` is the draft that it was given (of the pair, or a folder), ``pair`` its target; ``draft`` and ``target`` change what it computes
-    with; ``gamma`` is what it drafts; behind position ``thread`` its draft proposes nonsense. ``reads(ids)`` is what
-    it makes of the token ids of a prompt; ``chat(tokenizer, messages)`` and ``encode(tokenizer, text)`` give the ids of
-    messages and of texts.
+    ``name`` is the draft that it was given (of the pair, or a folder), ``pair`` its target; ``draft`` and ``target``
+    change what it computes with; ``gamma`` is what it drafts; behind position ``thread`` its draft proposes nonsense.
+    ``reads(ids)`` is what it makes of the token ids of a prompt; ``chat(tokenizer, messages)`` and ``encode(tokenizer,
+    text)`` give the ids of messages and of texts.
     """
 
     def __init__(self, **fault: Any) -> None:

@@ -1,4 +1,4 @@
-"""What the check says beside the likeliest cause, and what of a draft is told or refused before anything is measured."""
+"""What the check says beside the likeliest cause, and what is told of a draft or refused before it is measured."""
 
 from __future__ import annotations
 
