@@ -146,13 +146,15 @@ KIND_OF = {
 ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "I8", "U8", "BOOL")
 
 
-def write_tensors(path: str | Path, state: Mapping[str, Tensor]) -> None:
-    """Write the tensors to one safetensors file, byte for byte the same for the same tensors.
+def write_tensors(path: str | Path, state: Mapping[str, Tensor], mark: Mapping[str, str] | None = None) -> None:
+    """Write the tensors to one safetensors file, byte for byte the same for the same tensors and ``mark``.
+
+    ``mark`` goes into the metadata of its header, which loaders pass over.
 
     Piece by piece: the library's own writer holds a copy of all of them, which are gigabytes. The file takes the
     place of an older one only when it is whole: tensors that were read from that one may still be mapped.
     """
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # Hugging Face's loaders ask for this
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **(mark or {})}}  # "pt": loaders ask for it
     known = {name: _about(table(state, name)) for name in state}
     names = sorted(state, key=lambda name: (ORDER.index(known[name][0]), name))
     end = 0

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -121,19 +121,25 @@ def require_free_space(folder: str | Path, needed: int) -> None:
 
 
 @contextmanager
-def atomic_folder(folder: str | Path, needed: int, replaceable: Iterable[str]) -> Iterator[Path]:
+def atomic_folder(
+    folder: str | Path, needed: int, replaceable: Iterable[str], check: Callable[[Path], None] | None = None
+) -> Iterator[Path]:
     """Yield an empty sibling folder to fill; it takes the place of ``folder`` when the block ends without an error.
 
     ``needed`` is the number of bytes that will be written. An existing ``folder`` is replaced only when it holds
-    nothing but the ``replaceable`` file names, so that no slip in a path deletes other work. Raises ``UserError``.
+    nothing but the ``replaceable`` file names, so that no slip in a path deletes other work. Where it holds some,
+    ``check`` looks at them, and raises ``UserError`` for what those names alone do not tell from other work. Raises
+    ``UserError``.
     """
     folder = Path(folder).absolute()
     settle(folder)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; name a folder")
-    strangers = sorted({entry.name for entry in folder.iterdir()} - set(replaceable)) if folder.exists() else []
-    if strangers:
+    there = {entry.name for entry in folder.iterdir()} if folder.exists() else set[str]()
+    if strangers := sorted(there - set(replaceable)):
         raise UserError(f"{folder} holds other files ({', '.join(strangers[:3])}); name a new or empty folder")
+    if there and check is not None:
+        check(folder)
     require_free_space(folder, needed)
     new, old = folder.with_name(f".{folder.name}.{os.getpid()}.new"), _old(folder)
     try:

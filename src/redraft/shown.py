@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console, Group
@@ -41,3 +42,14 @@ class Shown:
 def lines(*texts: str) -> Text:
     """Plain lines, which are not wrapped."""
     return Text("\n".join(texts))
+
+
+def value_words(value: Any) -> str:
+    """A value of a config as tables show it: ``true``, ``none``, ``2, 3, 5``, ``rope_theta 10000, factor 2``."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {value_words(one)}" for key, one in value.items()) or "none"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(value_words, value)) or "none"
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -12,6 +12,7 @@ import runpy
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,7 +37,9 @@ Change = Callable[[Any], Any]
 
 
 # -- the pair --------------------------------------------------------------------------------------------------------
-def model(name: str) -> Target:
+@cache
+def model(name: str, whose: str = "check") -> Target:
+    """Opened once for checks and once for engines: to find out which passes are its own takes longer than a check."""
     return load_target(str(PAIR / name), torch.float32, "cpu")
 
 
@@ -193,17 +196,18 @@ FILES: dict[str, File] = {
 class Engine:
     """An engine that decodes with redraft's own chain and counts as vLLM does. What it gets wrong is given to it:
 
-    ``name`` is the draft that it was given, ``pair`` its target; ``draft`` and ``target`` change what it computes
-    with; ``gamma`` is what it drafts; behind position ``thread`` its draft proposes nonsense. ``reads(ids)`` is what
-    it makes of the token ids of a prompt; ``chat(tokenizer, messages)`` and ``encode(tokenizer, text)`` give the ids of
-    messages and of texts.
+    ``name`` is the draft that it was given (of the pair, or a folder), ``pair`` its target; ``draft`` and ``target``
+    change what it computes with; ``gamma`` is what it drafts; behind position ``thread`` its draft proposes nonsense.
+    ``reads(ids)`` is what it makes of the token ids of a prompt; ``chat(tokenizer, messages)`` and ``encode(tokenizer,
+    text)`` give the ids of messages and of texts.
     """
 
     def __init__(self, **fault: Any) -> None:
         right = {"name": "aligned", "pair": "target", "draft": None, "target": None, "gamma": GAMMA, "thread": None}
         self.fault = SimpleNamespace(**right | fault)
-        self.model = model(self.fault.pair)
+        self.model = model(self.fault.pair, "engine")
         if self.fault.target is not None:
+            self.model = model.__wrapped__(self.fault.pair)
             self.fault.target(self.model)
         draft = draft_of(self.fault.name, self.model)
         self.decoder = _Decoder(self.model, self.fault.draft(draft) if self.fault.draft else draft, self.fault.gamma)
@@ -341,6 +345,11 @@ def no_state_norm(draft: Any) -> Any:
     return draft
 
 
+def flat_in_a_window(state: dict[str, torch.Tensor], config: Any) -> dict[str, torch.Tensor]:
+    """Attention that looks at all places nearly alike: of use where a window leaves it few."""
+    return state | {"midlayer.self_attn.q_proj.weight": state["midlayer.self_attn.q_proj.weight"] * 0.1}
+
+
 def lost_angles(draft: Any) -> Any:
     new = type(draft)(replace(draft.config, **plain_rope(10000.0)))
     new.set_vocabulary(draft.vocabulary())
@@ -405,6 +414,13 @@ ENGINES: dict[str, tuple[str | None, dict[str, Any]]] = {
     "base of the angles lost": ("rope_lost", {"draft": lost_angles}),
     "map of zeros": ("map_scrambled", {"draft": no_map}),
     "embedding of zeros": ("embedding_replaced", {"draft": no_embedding}),
+    "window read as none": (
+        "window_lost",
+        {
+            "write": changed(config={"windows": (5,)}, tensors=flat_in_a_window, record=without_record),
+            "draft": with_config(windows=()),
+        },
+    ),
     "first token twice in ids": ("bos_doubled", {"reads": lambda ids: [0, *ids]}),
     "first token twice in messages": ("bos_doubled", {"chat": bos_again}),
     "template twice": ("template_doubled", {"chat": template_again}),
@@ -417,3 +433,15 @@ ENGINES: dict[str, tuple[str | None, dict[str, Any]]] = {
     "fewer drafted than asked": ("engine_limit", {"gamma": 2}),
     "nothing": (None, {}),
 }
+
+
+def served(name: str, folder: Path) -> tuple[str | None, Path, dict[str, Any]]:
+    """Of ``ENGINES``: the cause, the draft that is given to check and server alike, and the arguments of the engine.
+
+    A draft of its own is written into ``folder``.
+    """
+    cause, fault = ENGINES[name]
+    if "write" not in fault:
+        return cause, PAIR / "aligned", fault
+    path = fault["write"](folder)
+    return cause, path, {key: value for key, value in fault.items() if key != "write"} | {"name": path}

@@ -36,8 +36,7 @@ COMMANDS = {kind.COMMAND for kind in KINDS}
 
 @pytest.fixture(scope="module")
 def target() -> Any:
-    """Opened once: to find out which passes are its own takes longer than a check."""
-    return api.open_target(TARGET, dtype="float32")
+    return RIG.model("target")
 
 
 @pytest.fixture
@@ -46,7 +45,10 @@ def check(target: Any) -> Callable[..., Any]:
 
     def run(draft: Any, **more: Any) -> Any:
         given = {"prompts": RIG.ASKS, "limit": RIG.PROMPTS, "max_new_tokens": RIG.TOKENS, "gamma": RIG.GAMMA}
-        return api.check(draft, target, **(given | more))
+        given |= more
+        if given.get("base_target") == str(RIG.PAIR / "base"):
+            given["base_target"] = RIG.model("base")
+        return api.check(draft, target, **given)
 
     return run
 
@@ -74,9 +76,9 @@ def test_what_is_wrong_with_a_file_is_named(name: str, check: Any, tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", RIG.ENGINES)
-def test_what_is_wrong_at_a_server_is_named(name: str, check: Any, engine: Any) -> None:
-    cause, fault = RIG.ENGINES[name]
-    found = check(RIG.PAIR / "aligned", server=engine(**fault).url)
+def test_what_is_wrong_at_a_server_is_named(name: str, check: Any, engine: Any, tmp_path: Path) -> None:
+    cause, draft, fault = RIG.served(name, tmp_path / "draft")
+    found = check(draft, server=engine(**fault).url)
     assert found.cause == cause, found
 
 

@@ -12,6 +12,7 @@ from redraft.drafts.base import Draft
 from redraft.drafts.formats.base import ExportReport
 from redraft.drafts.formats.reading import HUB_ID
 from redraft.drafts.opening import OpenDraft
+from redraft.registries import FAMILIES
 from redraft.reports.card import CARD_FILE, CardFacts, licence_of
 from redraft.settings.texts import parse_budget
 from redraft.target import Facts
@@ -36,6 +37,7 @@ def run_card(run: Path, format: str, draft: Draft, target: Facts, serve: Sequenc
         method=record.get("method"),
         parameters=sum(parameter.numel() for parameter in draft.parameters()),
         serve=serve,
+        trains=_trains(draft.family, format),
         data=_data(run, config),
         settings=_settings(config),
         bench=_stored(run / BENCH) or None,
@@ -64,15 +66,26 @@ def export_card(found: OpenDraft, report: ExportReport, target: Facts, serve: Se
         method=meta.get("method"),
         parameters=report.parameters,
         serve=serve,
+        trains=_trains(found.draft.family, report.format),
         guard=meta.get("guard"),
         notes=[*map(str, meta.get("notes") or ()), *report.warnings],
     )
 
 
 def _target(target: Facts, record: Mapping[str, Any]) -> dict[str, Any]:
-    """Its name, and the hash of its weights as the draft's own record has it."""
-    known = record.get("target")
-    return {"target": target.name or None, "target_hash": known.get("hash") if isinstance(known, dict) else None}
+    """Its name, with the hash of its weights where the draft's own record is of it; else the model that the record
+    is of."""
+    told = record.get("target")
+    known = told if isinstance(told, dict) else {"name": record.get("verifier")}
+    made, hashed = known.get("name"), known.get("hash")
+    if isinstance(made, str) and made and target.name and Path(made).name != Path(target.name).name:
+        return {"target": target.name, "made_for": made, "made_for_hash": hashed}
+    return {"target": target.name or None, "target_hash": hashed}
+
+
+def _trains(family: str, format: str) -> bool:
+    """Whether a draft is written in this format to go on training it."""
+    return bool(getattr(FAMILIES.get(family).writers.get(format), "trains", False))
 
 
 def _parents(target: str | None, base_draft: str | None) -> dict[str, Any]:

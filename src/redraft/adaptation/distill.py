@@ -168,7 +168,10 @@ class DistillRun(Run[DistillConfig]):
         """What alignment starts from, in float32, with what it trains requiring a gradient; and the hash of the
         drafter that private experts are added to."""
         c = self.config
-        draft: Any = open_any(c.draft or self.folder / "pretrained", self.target).draft
+        opened = open_any(c.draft or self.folder / "pretrained", self.target)
+        draft: Any = opened.draft
+        for note in opened.meta.get("notes", []):
+            self.say(f"note on {opened.source}: {note}")
         check_tokenizers(draft.tokenizer, self.target.tokenizer)
         draft.requires_grad_(True)
         base_hash = draft.base_hash()

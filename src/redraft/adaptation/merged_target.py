@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
+from redraft.drafts.formats.base import exported_as
 from redraft.errors import UserError
 from redraft.files import atomic_folder
 from redraft.loading import load_target, locate, one_line, quiet
@@ -32,9 +33,16 @@ def merge_target_folder(target: str, adapter: str | None, out: Path) -> Path:
         dtype = getattr(AutoConfig.from_pretrained(**locate(base)), "dtype", None) or torch.float32
     opened = load_target(base, dtype, "cpu", adapter=adapter)
     weights = {id(weight): weight for weight in opened.model.state_dict().values()}
-    with atomic_folder(out, sum(w.numel() * w.element_size() for w in weights.values()), CACHE_FILES) as folder:
+    size = sum(w.numel() * w.element_size() for w in weights.values())
+    with atomic_folder(out, size, CACHE_FILES, no_draft) as folder:
         opened.save(folder)
     return out
+
+
+def no_draft(folder: Path) -> None:
+    """Raise ``UserError`` for a folder that holds an exported draft, which has the files of a model."""
+    if (found := exported_as(folder)) is not None:
+        raise UserError(f"{folder} holds a draft that was exported as {found}; name a new or empty folder")
 
 
 def adapter_note(target: str, adapter: str | None = None) -> str | None:

@@ -149,7 +149,7 @@ class Run(Generic[Settings]):
             for warning in report.warnings:
                 self.say(f"note on {folder}: {warning}")
             line = served(report.serve, self.config.target, self.config.adapter)
-            self.say(f"export {name}: {folder}; serve with: {line}")
+            self.say(f"export {name}: {folder}; {report.use} with: {line}")
             self.serve[name] = line
             found.append(folder)
         self.cards()

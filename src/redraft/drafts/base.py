@@ -304,6 +304,7 @@ class Family:
     about one, or is none where the family does without; what our draft does not compute or hold is refused. ``options``
     are those that it takes. ``check_state(state, draft, where)`` refuses a
     draft of our own format, not filled yet, whose tensors fit their places and tell no draft.
+    ``remarks(draft, source, target)`` are notes on a draft of any format that opens and fits, for whoever uses it.
 
     Engines: ``writers`` has a :class:`redraft.drafts.formats.base.Writer` for each format; ``refusal`` is what is said
     of a ``{format}`` that is not among them.
@@ -332,6 +333,7 @@ class Family:
     read: Callable[..., tuple[Draft, dict[str, Any]]]
     options: tuple[str, ...] = ()
     check_state: Callable[[Mapping[str, Tensor], Any, Any], None] = lambda *_: None
+    remarks: Callable[[Any, str, Any], list[str]] = lambda *_: []
 
     writers: Mapping[str, Any] = field(default_factory=dict)
     refusal: str = "drafts of this family are not written as {format}"

@@ -8,7 +8,7 @@ that others load it as it is. See docs/formats.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,25 @@ def own_files(family: str) -> set[str]:
     return {META_FILE, PRIVATE_FILE, known.weights_file, "README.md", *known.other_files}
 
 
+def _only_over(kind: str) -> Callable[[Path], None]:
+    """The check of a folder that an artifact of this kind would replace: only an earlier one of that kind.
+
+    The check raises ``UserError``.
+    """
+
+    def check(folder: Path) -> None:
+        if not (folder / META_FILE).is_file():
+            raise UserError(
+                f"{folder} holds files that are no artifact of redraft's own format; name a new or empty folder"
+            )
+        found = read_json(folder / META_FILE).get("kind")
+        if found != kind:
+            what = "a private part" if found == "private" else f"a {found} artifact"
+            raise UserError(f"{folder} holds {what}, and a {kind} would replace it; name a new or empty folder")
+
+    return check
+
+
 # -- drafts ----------------------------------------------------------------------------------------------------------
 def save_draft(folder: str | Path, draft: Draft, meta: Mapping[str, Any], merge: bool = False) -> None:
     """Write a whole draft. ``meta`` holds what the caller knows: method, target, tokenizer_hash, provenance.
@@ -119,7 +138,8 @@ def save_draft(folder: str | Path, draft: Draft, meta: Mapping[str, Any], merge:
     state = draft.dense_state() if merge else draft.stored()
     config = draft.config.dense() if merge else draft.config
     check_tensors(state, state, "the draft to be saved")
-    with atomic_folder(folder, tensors_bytes(state) + family.other_bytes, own_files(draft.family)) as new:
+    size = tensors_bytes(state) + family.other_bytes
+    with atomic_folder(folder, size, own_files(draft.family), _only_over("draft")) as new:
         family.write_beside(new, draft)
         write_tensors(new / family.weights_file, state)
         atomic_write_json(new / META_FILE, _meta("draft", draft, tensors_hash(state), meta, config))
@@ -169,7 +189,7 @@ def save_private(
         entry["coarse"] = {name: {"bits": part.bits, "columns": part.columns} for name, part in coarse.items()}
     if by_rows:
         entry["by_rows"] = by_rows
-    with atomic_folder(folder, tensors_bytes(state), own_files(draft.family)) as new:
+    with atomic_folder(folder, tensors_bytes(state), own_files(draft.family), _only_over("private")) as new:
         write_tensors(new / PRIVATE_FILE, state)
         atomic_write_json(new / META_FILE, entry)
 

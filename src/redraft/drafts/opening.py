@@ -74,9 +74,9 @@ def open_checkpoint(
     ``target`` must fit it; checkpoints of drafts that read its states are not read without, unless ``needs_target`` is
     false and the file tells all. A private part needs ``base``, the draft that it was trained on. ``options`` are for
     the family: ``taps`` overrules the feature ids of an Eagle3 checkpoint, ``trainer`` who wrote it. The metadata of a
-    checkpoint of other hands holds family, format, source, verifier, notes and the config as it was found. A draft that
-    is open is taken as it is. Raises ``UserError`` when the source cannot be read, is no draft, does not fit the
-    target, or was made for another tokenizer.
+    checkpoint of other hands holds family, format, source, verifier (the teacher that its trainer wrote down), notes
+    and the config as it was found. A draft that is open is taken as it is. Raises ``UserError`` when the source cannot
+    be read, is no draft, does not fit the target, or was made for another tokenizer.
     """
     if isinstance(source, OpenDraft):
         return source
@@ -96,6 +96,8 @@ def open_checkpoint(
     else:
         draft, meta = _read(checkpoint, target, options, needs_target)
     reading = meta.pop("reading", None)
+    if target is not None:
+        meta["notes"] = [*meta["notes"], *FAMILIES.get(draft.family).remarks(draft, str(source), target)]
     tokenizer = None if target is None or draft.tokenizer is not None else target.tokenizer
     if tokenizer is not None and meta.get("tokenizer_hash") not in (None, "", tokenizer_hash(tokenizer)):
         raise UserError(f"{source} was made for another tokenizer than the target's; give a draft of this model family")

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import importlib.util
 import io
+import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -64,6 +65,14 @@ def split_name(name: str) -> tuple[str, str | None]:
     """(base model, adapter or none) of an opened target's name, which is "BASE + ADAPTER" where one was merged in."""
     base, _, adapter = name.partition(" + ")
     return split_adapter(base, adapter or None)
+
+
+def same_place(one: str | Path, other: str | Path) -> bool:
+    """Whether two names are of one model: alike, or of the same folder."""
+    if str(one) == str(other):
+        return True
+    paths = [Path(str(name)).expanduser() for name in (one, other)]
+    return all(os.path.isdir(path) for path in paths) and os.path.samefile(*paths)
 
 
 # -- where the files are ---------------------------------------------------------------------------------------------

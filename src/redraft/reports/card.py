@@ -32,20 +32,25 @@ REPLACED = "\N{REPLACEMENT CHARACTER}"
 class CardFacts:
     """What is known of a draft. Anything may be missing; the card then says that it is unknown.
 
-    ``format`` is what the folder holds: the name of an exporter, or ``merged`` or ``private``. ``hub_ids`` are those of
-    the names that a hub knows. ``licences`` holds, for "target" and "base draft", the licence fields of its own card.
-    ``bench`` is a benchmark's result, ``ledger`` a run's costs, ``guard`` the held-out tau of old and new draft.
+    ``format`` is what the folder holds: the name of an exporter, or ``merged`` or ``private``. ``made_for`` is the
+    model that the draft was trained for, where that is another. ``serve`` are the commands that load it or, of a format
+    that ``trains``, go on training it. ``hub_ids`` are those of the names that a hub knows. ``licences`` holds, for
+    "target" and "base draft", the licence fields of its own card. ``bench`` is a benchmark's result, ``ledger`` a run's
+    costs, ``guard`` the held-out tau of old and new draft.
     """
 
     family: str
     format: str
     target: str | None = None
     target_hash: str | None = None
+    made_for: str | None = None
+    made_for_hash: str | None = None
     base_draft: str | None = None
     hub_ids: frozenset[str] = frozenset()
     method: str | None = None
     parameters: int | None = None
     serve: Sequence[str] = ()
+    trains: bool = False
     data: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     licences: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
@@ -70,7 +75,7 @@ def model_card(facts: CardFacts) -> str:
         "This model proposes tokens to a larger one, its target, which checks them; it is of no use by itself. "
         "It was written by redraft.",
         _identity(facts),
-        _section("How to serve it", _serving(facts)),
+        _section("How to go on training it" if facts.trains else "How to serve it", _serving(facts)),
         _section("Acceptance", _acceptance(facts)),
         _section("Data", _listed(facts.data) or "Unknown: fill in."),
         _section("Training", _listed(facts.settings) or "No training is on record."),
@@ -144,10 +149,12 @@ def _section(title: str, text: str) -> str:
 
 def _identity(facts: CardFacts) -> str:
     target = UNKNOWN if facts.target is None else code(facts.target)
-    hashed = f" (content hash {code(facts.target_hash)})" if facts.target_hash else ""
+    hashed = _hashed(facts.target_hash)
+    made = code(facts.made_for) + _hashed(facts.made_for_hash) if facts.made_for else ""
     kept = (facts.guard or {}).get("kept") == "old"
     lines = [
         f"- Target: {target}{hashed}. With any other target, its base model included, acceptance is lower.",
+        *([f"- Made for another model: {made}; acceptance on the target is lower than on that."] if made else []),
         f"- Base draft: {code(facts.base_draft) if facts.base_draft else UNKNOWN}",
         f"- Method: {code(facts.method) if facts.method else 'none on record'}",
         *([f"- Parameters: {facts.parameters:,}"] if facts.parameters else []),
@@ -158,6 +165,10 @@ def _identity(facts: CardFacts) -> str:
     if kept:
         lines.append("- Training did not improve it on held-out prompts, so this is the base draft, unchanged.")
     return "\n".join([*lines, *(f"- Note: {code(note)}" for note in facts.notes)])
+
+
+def _hashed(hash: str | None) -> str:
+    return f" (content hash {code(hash)})" if hash else ""
 
 
 def _serving(facts: CardFacts) -> str:

@@ -17,7 +17,7 @@ from rich.table import Table
 from redraft.reports import format as form
 from redraft.reports import sections
 from redraft.reports.load import BenchResult, Costs, Interval, Summary, parse
-from redraft.shown import Shown, lines
+from redraft.shown import Shown, lines, value_words
 
 
 def _cell(interval: Interval | None, digits: int, unit: str = "") -> str:
@@ -239,7 +239,7 @@ class Imported(Shown):
         table = _table(f"{self.source}, as {self.trainer} means it", ["what", "value", "how", "on whose word"], [])
         for entry in self.entries:
             how = entry["how"]
-            shown = form.DASH if entry["value"] is None else escape(str(entry["value"]))
+            shown = form.DASH if entry["value"] is None else escape(value_words(entry["value"]))
             table.add_row(escape(entry["what"]), shown, f"[{HOW_COLOURS[how]}]{how}[/]", escape(entry["word"]))
         size = f"{self.folder}: {self.family} draft of {self.parameters:,} parameters, {self.bytes / 1e6:.1f} MB"
         if not self.entries:

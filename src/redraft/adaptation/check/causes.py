@@ -25,7 +25,8 @@ class Cause:
 IMPORT = "redraft import {draft} --target {target} {option} --out mended, then export and serve that folder"
 ADAPT = "redraft adapt --draft {draft} --target {target} --prompts {prompts} --out run"
 EXPORT = "redraft export --draft {draft} --target {target} --format {format} --out exported"
-SERVED = "give the server the folder that this writes: " + EXPORT
+SERVED = "give the engine the folder that this writes: " + EXPORT
+READS_NONE = "go on training there from its own checkpoint; what it exports itself for engines is written by: " + EXPORT
 
 TABLE = (
     # -- the file, or the engine's reading of it

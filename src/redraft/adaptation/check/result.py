@@ -93,8 +93,9 @@ class CheckResult(Shown):
     # -- parts -----------------------------------------------------------------------------------------------------
     def _reading(self) -> Table:
         apart = sum(line.differs for line in self.static.lines)
-        said = f"{apart} thing{'' if apart == 1 else 's'} otherwise"
-        table = Table(title=f"what {self.static.reader} reads: {said}", title_justify="left")
+        title = f"what {self.static.reader} reads: {apart} thing{'' if apart == 1 else 's'} otherwise"
+        title = f"{self.static.reader} does not load this file" if self.static.stops else title
+        table = Table(title=title, title_justify="left")
         for name in ("what", "as it was trained", self.static.reader, "on whose word"):
             table.add_column(name)
         for line in sorted(self.static.lines, key=lambda line: not line.differs):

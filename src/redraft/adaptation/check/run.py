@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -11,9 +12,9 @@ import torch
 from redraft.adaptation.bench import Questions
 from redraft.adaptation.check import served as serving
 from redraft.adaptation.check import static, verdict
-from redraft.adaptation.check.causes import CAUSES
+from redraft.adaptation.check.causes import CAUSES, READS_NONE
 from redraft.adaptation.check.result import CheckResult, Finding
-from redraft.adaptation.check.rounds import Rounds, rounds_of
+from redraft.adaptation.check.rounds import Rounds
 from redraft.adaptation.check.trials import Ground, Trial, ground, mended, positions, suspects_of
 from redraft.adaptation.check.verdict import Evidence, Piece, Reference
 from redraft.adaptation.models import TargetSpec
@@ -74,7 +75,10 @@ class Check:
         known |= {"server": s.server, "gamma": str(evidence.gamma) if evidence.gamma else None}
         known["format"] = static.format_for(self.opened, self.engine)
         known["option"] = evidence.option or " "
-        mend = CAUSES[evidence.cause].mended(**{name: str(value) for name, value in known.items() if value})
+        cause = CAUSES[evidence.cause]
+        if cause.id == "refused" and self.engine in static.WRITES_ALONE:
+            cause = replace(cause, mend=READS_NONE)
+        mend = cause.mended(**{name: str(value) for name, value in known.items() if value})
         self.result.findings.append(Finding(evidence.cause, evidence.words, mend))
 
     # -- the file ----------------------------------------------------------------------------------------------------
@@ -142,6 +146,7 @@ class Check:
             served = serving.ask(self.session, prompts, lambda what: bar.update(next(done)))
         result.notes += served.notes
         engine = serving.engine_of(self.session)
+        self.engine = s.engine or engine
         known = FAMILIES.get(self.opened.draft.family).readers
         if s.engine is None and engine in known and self.opened.meta.get("format") != "redraft":
             self.look(engine)
@@ -178,15 +183,13 @@ class Check:
             self.found(evidence)
         if own:
             return
-        if place.source is not None:
-            self.found(verdict.unsayable(coverage(draft, place.rows, place.gamma)))
-        if not self.result.findings:
-            claimed = static.claims(self.opened, place.target)
-            self.found(verdict.against(here, reference, claimed))
-            if reference is None:
-                result.notes.append(
-                    "whether the draft is stale nobody can say: give the model it was made for (--base-target)"
-                )
+        covered = coverage(draft, place.rows, place.gamma) if place.source is not None else None
+        for evidence in verdict.poorer(here, reference, static.claims(self.opened, place.target), covered):
+            self.found(evidence)
+        if reference is None:
+            result.notes.append(
+                "whether the draft is stale nobody can say: give the model it was made for (--base-target)"
+            )
         self.found(verdict.too_long(here))
         longest = max(positions(row) for row in place.rows)
         told = getattr(draft.config, "max_position_embeddings", 0)
@@ -263,9 +266,10 @@ class Check:
             other = base.open()
             with progress_bar("check: base", len(prompts), "prompts") as bar:
                 with ground(other, draft, prompts, place.gamma, self.s.max_new_tokens, bar.update) as there:
-                    rounds = rounds_of(draft, other, there.rows, there.features(draft.taps), place.gamma, there.limits)
+                    rounds = there.rounds(draft)
+                    covered = coverage(draft, there.rows, place.gamma) if there.source is not None else None
             draft.bind(place.target)
-            return Reference(rounds.tau().value, "on the base model's own answers", base=rounds)
+            return Reference(rounds.tau().value, "on the base model's own answers", base=rounds, covered=covered)
         stated = self.opened.meta.get("heldout") or {}
         tau = (stated.get("tau") or {}).get("value") if isinstance(stated, dict) else None
         if not isinstance(tau, int | float):

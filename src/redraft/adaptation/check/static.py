@@ -18,6 +18,7 @@ from redraft.drafts.opening import OpenDraft
 from redraft.errors import UserError
 from redraft.loading import load_tokenizer, tokenizer_hash
 from redraft.registries import FAMILIES
+from redraft.shown import value_words
 from redraft.target import Facts
 
 # Names that safetensors gives its types.
@@ -31,6 +32,8 @@ CAUSE_OF = {
     "embedding": "embedding_replaced",
     "draft_vocab_size": "map_scrambled",
 }
+# Trainers that load no exported draft, with the engine that they write theirs for.
+WRITES_ALONE = {"modelopt": "tensorrt-llm"}
 ADDED_NORMS = ("head_norm", "norm_before_fc", "fc_norm", "qk_norm")
 
 
@@ -66,10 +69,21 @@ class Static:
 
 
 def format_for(opened: OpenDraft | None, engine: str | None) -> str | None:
-    """The format whose files ``engine`` is given; none where that is not known."""
-    writers = FAMILIES.get(opened.draft.family).writers if opened is not None else {}
-    found = (name for name, writer in writers.items() if engine in getattr(writer, "readers", ()))
-    return next(found, None)
+    """The format whose files ``engine`` is given, of one that reads none that of its own; none where nobody knows.
+
+    A version that is not known here takes the format of those that are.
+    """
+    if opened is None or not engine:
+        return None
+    writers = FAMILIES.get(opened.draft.family).writers
+    wanted, product = WRITES_ALONE.get(engine, engine), engine.partition("-")[0]
+    known = [(name, [*getattr(one, "readers", ())], [*getattr(one, "others", ())]) for name, one in writers.items()]
+    steps = (
+        lambda readers, others: wanted in readers,
+        lambda readers, others: wanted in others,
+        lambda readers, others: any(one.partition("-")[0] == product for one in readers),
+    )
+    return next((name for step in steps for name, readers, others in known if step(readers, others)), None)
 
 
 # -- the pair --------------------------------------------------------------------------------------------------------
@@ -105,7 +119,13 @@ def vocabulary_of(source: str | Path) -> int | None:
 
 
 def claims(opened: OpenDraft, target: Facts) -> bool:
-    """Whether the draft's own record says that it was made for this target: by its hash, else by its name."""
+    """Whether the draft's own record says that it was made for this target: by its hash, else by its name.
+
+    An old draft that a run kept was not, whatever the run's record names.
+    """
+    guard = opened.meta.get("guard")
+    if isinstance(guard, Mapping) and guard.get("kept") == "old":
+        return False
     stated = opened.meta.get("target")
     if isinstance(stated, Mapping) and stated.get("hash"):
         return bool(stated["hash"] == target.content_hash())
@@ -129,7 +149,7 @@ def look(opened: OpenDraft, target: Facts, engine: str | None) -> Static:
     ours = family.meaning(draft.config)
     words = _words(opened.meta.get("reading"))
     if engine is None:
-        found.lines = [Line(what, _shown(value), "", words.get(what, "")) for what, value in ours.items()]
+        found.lines = [Line(what, value_words(value), "", words.get(what, "")) for what, value in ours.items()]
         return found
     if engine not in family.readers:
         known = ", ".join(family.readers) or "none"
@@ -138,7 +158,7 @@ def look(opened: OpenDraft, target: Facts, engine: str | None) -> Static:
     if checkpoint.meta:
         found.stops.append(f"the folder holds {META_FILE}, redraft's own format, which no engine loads")
         found.suspicions.append(Suspicion("refused", found.stops[0], True))
-        found.lines = [Line(what, _shown(value), "", words.get(what, "")) for what, value in ours.items()]
+        found.lines = [Line(what, value_words(value), "", words.get(what, "")) for what, value in ours.items()]
         return found
     theirs: Reading = family.readers[engine](checkpoint.config, tensor_facts(checkpoint.folder), target)
     found.reader = theirs.reader
@@ -146,9 +166,9 @@ def look(opened: OpenDraft, target: Facts, engine: str | None) -> Static:
     apart = {one.what for one in differences(ours, theirs)}
     for what, value in ours.items():
         entry = there.get(what)
-        told = _shown(theirs.meaning.get(what, "-"))
+        told = value_words(theirs.meaning.get(what, "-"))
         how = f"{entry.how}: {entry.word}" if entry else words.get(what, "")
-        found.lines.append(Line(what, _shown(value), told, how, what in apart))
+        found.lines.append(Line(what, value_words(value), told, how, what in apart))
     found.lines += [
         Line(entry.what, "read", "dropped", entry.word, True)
         for entry in theirs.entries
@@ -159,7 +179,8 @@ def look(opened: OpenDraft, target: Facts, engine: str | None) -> Static:
     if theirs.stops:
         found.suspicions.append(Suspicion("refused", "; ".join(theirs.stops), True))
     for one in differences(ours, theirs):
-        said = f"{theirs.reader} takes {one.what} as {_shown(one.theirs)}, it was trained with {_shown(one.ours)}"
+        said = f"{theirs.reader} takes {one.what} as {value_words(one.theirs)}, "
+        said += f"it was trained with {value_words(one.ours)}"
         found.suspicions.append(Suspicion(cause_of(one.what, one.ours, one.theirs), said))
     return found
 
@@ -184,16 +205,6 @@ def layers_cause(ours: Any, theirs: Any) -> str:
 
 def _words(reading: Any) -> dict[str, str]:
     return {e.what: f"{e.how}: {e.word}" for e in reading.entries} if isinstance(reading, Reading) else {}
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_shown(one)}" for key, one in value.items())
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_shown, value)) if value else "none"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def tensor_facts(folder: Path) -> dict[str, TensorFacts]:

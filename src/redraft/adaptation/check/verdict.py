@@ -189,12 +189,14 @@ def too_long(here: Rounds) -> Evidence | None:
 
 @dataclass(frozen=True)
 class Reference:
-    """What the draft reached elsewhere. ``where`` in words; ``base``: rounds on the base model's own answers."""
+    """What the draft reached elsewhere. ``where`` in words; ``base``: rounds on the base model's own answers, of which
+    its vocabulary covers ``covered``."""
 
     tau: float
     where: str
     same_target: bool = False
     base: Rounds | None = field(default=None, repr=False)
+    covered: Coverage | None = field(default=None, repr=False)
 
 
 def against(here: Rounds, reference: Reference | None, claimed: bool) -> Evidence | None:
@@ -213,9 +215,32 @@ def against(here: Rounds, reference: Reference | None, claimed: bool) -> Evidenc
     return Evidence("other_text" if reference.same_target else "stale", words)
 
 
-def unsayable(found: Coverage) -> Evidence | None:
+def poorer(here: Rounds, reference: Reference | None, claimed: bool, covered: Coverage | None) -> list[Evidence]:
+    """Why a draft that is read as it was trained reaches little here: its vocabulary, the model or the text that it
+    was made for, the likelier first.
+
+    The vocabulary comes first only where its cap takes most of what was reached elsewhere; other text is no cause of
+    its own where that is all that was lost.
+    """
+    words, other = unsayable(covered), against(here, reference, claimed)
+    if words is None or other is None or covered is None or reference is None:
+        return [one for one in (words, other) if one is not None]
+    left = allowed(covered) / (1.0 if reference.covered is None else allowed(reference.covered))
+    capped = 1 + (reference.tau - 1) * min(1.0, left)
+    if other.cause == "other_text" and capped <= here.tau().high:
+        return [words]
+    most = reference.tau - capped >= HALF * (reference.tau - here.tau().value)
+    return [words, other] if most else [other, words]
+
+
+def allowed(covered: Coverage) -> float:
+    """The share of accepted tokens that a vocabulary leaves to a draft that is right wherever it can be."""
+    return (covered.tau_cap - 1) / max(1e-9, covered.tau_whole - 1)
+
+
+def unsayable(found: Coverage | None) -> Evidence | None:
     """A vocabulary that leaves out many of the target's tokens."""
-    if found.share >= 1 - UNSAYABLE:
+    if found is None or found.share >= 1 - UNSAYABLE:
         return None
     words = f"{1 - found.share:.1%} of the target's tokens are not among the draft's {found.size:,}; "
     return Evidence("vocabulary", words + f"no draft of this vocabulary has a tau above {found.tau_cap:.2f}")

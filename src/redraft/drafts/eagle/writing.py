@@ -19,7 +19,15 @@ from torch import Tensor
 
 from redraft.artifact import check_tensors, dtype_name, holds_tensors, tensors_bytes, write_tensors
 from redraft.drafts.eagle.module import EagleDraft
-from redraft.drafts.formats.base import CONFIG_FILE, WEIGHTS_FILE, ExportReport, path_warnings
+from redraft.drafts.formats.base import (
+    CARD_FILE,
+    CONFIG_FILE,
+    MARK,
+    WEIGHTS_FILE,
+    ExportReport,
+    only_over,
+    path_warnings,
+)
 from redraft.drafts.formats.meaning import Difference, Reading, TensorFacts, differences
 from redraft.drafts.formats.reading import Checkpoint
 from redraft.errors import UserError
@@ -30,7 +38,7 @@ from redraft.target import Facts
 
 # Numbers by which a tensor is told.
 FIRST = 4096
-EXPORTED_FILES = {CONFIG_FILE, WEIGHTS_FILE, "README.md"}
+EXPORTED_FILES = {CONFIG_FILE, WEIGHTS_FILE, CARD_FILE}
 
 # Fields of the layers that a Llama's config has under the same name, but for ``target_``.
 LAYER_FIELDS = (
@@ -129,6 +137,8 @@ class LayerWriter(ABC):
     """
 
     family: ClassVar[str]
+    trains: ClassVar[bool] = False
+    """Whether the format is for training on, rather than for an engine."""
 
     def __init__(
         self,
@@ -223,15 +233,17 @@ class LayerWriter(ABC):
         Raises ``UserError`` on a full disk or a folder that holds other files, and ``RuntimeError`` when reading does
         not give the same draft (a defect of ours).
         """
-        written = Renamed(dense, self.names(dense))
-        with atomic_folder(folder, tensors_bytes(written), EXPORTED_FILES) as new:
-            write_tensors(new / WEIGHTS_FILE, written)
-            atomic_write_json(new / CONFIG_FILE, self.config(dense, target, tokens))
+        written, config = Renamed(dense, self.names(dense)), self.config(dense, target, tokens)
+        with atomic_folder(folder, tensors_bytes(written), EXPORTED_FILES, only_over(self.name, config)) as new:
+            write_tensors(new / WEIGHTS_FILE, written, {MARK: self.name})
+            atomic_write_json(new / CONFIG_FILE, config)
             self.read_back(new, dense, target)
         parameters = sum(math.prod(dense.facts[n].shape) for n in dense.state if n not in ("d2t", "t2d"))
         warnings = path_warnings(folder.absolute()) if self.warns else []
         serve, size = self.serve(dense, folder, target, tokens), tensors_bytes(written)
-        return ExportReport(self.name, folder, len(written), parameters, size, serve, tuple(warnings))
+        return ExportReport(
+            self.name, folder, len(written), parameters, size, serve, tuple(warnings), trains=self.trains
+        )
 
     def read_back(self, folder: Path, dense: Dense, target: Facts) -> None:
         """The draft in ``folder`` must be this one, down to every bit. Raises ``RuntimeError``.

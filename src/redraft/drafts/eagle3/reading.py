@@ -185,11 +185,15 @@ class Eagle3Reader:
         check_state(state, draft, checkpoint.folder)
         draft.fill(state)
         self._dropped()
-        verifier: Any = self.raw.values
-        for key in ("speculators_config", "verifier", "name_or_path"):
-            verifier = verifier.get(key) if isinstance(verifier, Mapping) else None
         kind = "speculators" if is_speculators(self.raw.values) else "plain"
-        return draft, {"format": kind, "trainer": self.trainer.name, "verifier": verifier, "reading": reading}
+        return draft, {"format": kind, "trainer": self.trainer.name, "verifier": self._taught_by(), "reading": reading}
+
+    def _taught_by(self) -> Any:
+        """The teacher that the file names, where its trainer wrote it: an export names whom it is to be served with."""
+        named: Any = self.raw.values if self.raw.get("speculators_version") else None
+        for key in ("speculators_config", "verifier", "name_or_path"):
+            named = named.get(key) if isinstance(named, Mapping) else None
+        return named
 
     def _dropped(self) -> None:
         """Enter what stands in the config, in whichever part, and is not used."""

@@ -207,6 +207,8 @@ class SpeculatorsWriter(Eagle3Writer):
 class SpecForgeWriter(Eagle3Writer):
     """To go on training in SpecForge 0.2: both maps whatever the vocabulary, its own meaning of ``norm_output``."""
 
+    trains = True
+
     def fitted(self, dense: Dense, target: Facts) -> tuple[Dense, list[str]]:
         check_sound(dense)
         dense = with_fc_bias(with_biases(dense, attention=False, output=False), False)

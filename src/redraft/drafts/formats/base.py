@@ -9,12 +9,16 @@ completeness is checked here. A format of one family is filed beside its writer,
 from __future__ import annotations
 
 import json
+import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from safetensors import SafetensorError, safe_open
+
+from redraft.artifact import read_json
 from redraft.errors import UserError
 from redraft.registries import EXPORTERS, FAMILIES
 from redraft.shown import Shown, lines
@@ -23,13 +27,22 @@ from redraft.target import Facts
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 
+# The key in a weight file's header under which an export says its format, and the line of a model card that says it.
+MARK = "redraft"
+CARD_FILE, CARD_LINE = "README.md", re.compile(r"^- Files: format `([\w-]+)`$", re.M)
+# The keys of a config.json by which an export that does not say its format is told from the checkpoint of others.
+TELLING = ("architectures", "speculators_model_type", "hidden_size", "num_hidden_layers", "draft_vocab_size")
+
 # Parts of a path that change which speculative method vLLM takes the draft for.
 TELLING_PATH_PARTS = ("eagle-", "eagle3", "dflash", "dspark")
 
 
 @dataclass(frozen=True)
 class ExportReport(Shown):
-    """What was written, and what the reader should know. ``serve`` is the command that loads it."""
+    """What was written, and what the reader should know.
+
+    ``serve`` is the command that loads it, of a format to go on training in (``trains``) that which trains on.
+    """
 
     format: str
     folder: Path
@@ -39,13 +52,19 @@ class ExportReport(Shown):
     serve: str
     warnings: tuple[str, ...] = ()
     merged_private: bool = False
+    trains: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         return {**self.__dict__, "folder": str(self.folder), "warnings": list(self.warnings)}
 
     def __rich__(self) -> Any:
         size = f"{self.folder}: {self.parameters:,} parameters, {self.bytes / 1e6:.1f} MB"
-        return lines(*(f"note: {warning}" for warning in self.warnings), size, f"serve with: {self.serve}")
+        return lines(*(f"note: {warning}" for warning in self.warnings), size, f"{self.use} with: {self.serve}")
+
+    @property
+    def use(self) -> str:
+        """What ``serve`` does, in words."""
+        return "go on training" if self.trains else "serve"
 
 
 class Writer(Protocol):
@@ -59,6 +78,38 @@ class Writer(Protocol):
 
     def write(self, dense: Any, folder: Path, target: Facts, tokens: int) -> ExportReport:
         """Write what :meth:`check` gave, whole or not at all. Raises ``UserError``."""
+
+
+def exported_as(folder: Path) -> str | None:
+    """The format in which ``folder`` was exported, by the header of its weights or by its card; none if nobody says."""
+    try:
+        with safe_open(folder / WEIGHTS_FILE, "pt") as file:
+            marked: str | None = (file.metadata() or {}).get(MARK)
+        card = (folder / CARD_FILE).read_text(encoding="utf-8") if marked is None else ""
+    except (SafetensorError, OSError, UnicodeDecodeError):
+        return None
+    told = CARD_LINE.search(card)
+    return marked or (told[1] if told else None)
+
+
+def only_over(name: str, config: Mapping[str, Any]) -> Callable[[Path], None]:
+    """The check of a folder that an export in the format ``name`` would replace: only an earlier one in that format.
+
+    Exports of older versions do not say what they are: they are told by the ``config`` that is now written. The check
+    raises ``UserError``.
+    """
+
+    def check(folder: Path) -> None:
+        found, path = exported_as(folder), folder / CONFIG_FILE
+        if found is None and path.is_file():
+            there = read_json(path)
+            alike = all(there.get(key) == config.get(key) for key in TELLING) and "speculators_version" not in there
+            found = name if alike else None
+        if found != name:
+            what = f"a draft that was exported as {found}" if found else f"files that are no {name} export of redraft"
+            raise UserError(f"{folder} holds {what}; name a new or empty folder")
+
+    return check
 
 
 def needs_tokenizer(name: str, family: str) -> bool:

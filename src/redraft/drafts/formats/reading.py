@@ -127,6 +127,7 @@ def fetch(source: str | Path) -> Path:
         return folder
     if os.path.exists(folder):
         raise UserError(f"{source} is a file; name the folder of the checkpoint")
+    _private_of_run(folder)
     if not HUB_ID.fullmatch(str(source)):
         raise UserError(f"{source} does not exist; name the folder of a draft checkpoint or a model id on the hub")
     from huggingface_hub import snapshot_download
@@ -145,6 +146,19 @@ def fetch(source: str | Path) -> Path:
             f"{source} is no folder here and could not be fetched as a model id ({reason}); "
             "check the name and the connection, or download the checkpoint and name its folder"
         ) from error
+
+
+def _private_of_run(folder: Path) -> None:
+    """Raise ``UserError`` where ``folder`` is the private part that a run did not write, and say why."""
+    merged = folder.parent / "merged"
+    if folder.name != "private" or not (merged / META_FILE).is_file():
+        return
+    guard = read_json(merged / META_FILE).get("guard")
+    if isinstance(guard, dict) and guard.get("kept") == "old":
+        why = "the run kept the old draft, since the trained one was no better on held-out answers"
+    else:
+        why = "the run trained the draft as a whole"
+    raise UserError(f"{folder} was not written: {why}; give the run's draft, {merged}, which needs no base draft")
 
 
 def read_state(folder: Path, notes: list[str]) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ FAMILIES.register("standalone")(
         write_beside=folder.write_beside,
         read_beside=folder.read_beside,
         check_usable=folder.check_usable,
+        remarks=folder.remarks,
         recognises=folder.recognises,
         takes_any=True,
         read=folder.read,

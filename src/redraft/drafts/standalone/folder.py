@@ -16,17 +16,26 @@ from transformers import GenerationConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from redraft.artifact import check_tensors, tensors_bytes, tensors_hash, write_tensors
-from redraft.drafts.formats.base import ExportReport, Format, path_warnings, serve_command
+from redraft.drafts.formats.base import (
+    CARD_FILE,
+    MARK,
+    ExportReport,
+    Format,
+    only_over,
+    path_warnings,
+    serve_command,
+)
 from redraft.drafts.formats.reading import Checkpoint
 from redraft.drafts.formats.values import LONGEST, Values
 from redraft.drafts.standalone.module import StandaloneDraft
 from redraft.errors import UserError
 from redraft.files import atomic_folder
 from redraft.loading import CACHE_FILES, check_tokenizers, load_target, load_tokenizer, locate, quiet
-from redraft.loading.places import split_adapter
+from redraft.loading.places import same_place, split_adapter
 from redraft.loading.targets import read_config
 from redraft.registries import EXPORTERS
 from redraft.target import Facts, Target
+from redraft.target.facts import SERVED, tensors_fingerprint
 
 WEIGHTS_FILE = "model.safetensors"
 # Sizes in a config.json.
@@ -71,15 +80,49 @@ def read(checkpoint: Checkpoint, target: Any, notes: list[str]) -> tuple[Standal
     """The model in the data type of its file. Raises ``UserError``."""
     source = checkpoint.source
     _check_values(Values(checkpoint.config, checkpoint.path))
-    base = split_adapter(source)[0]
+    base, adapter = split_adapter(source)
     with quiet():
         config = read_config(locate(base), base)
+    if adapter is not None:
+        notes.append(f"the draft is an adapter, read as a language model of its own: {base} with the adapter merged in")
+        _check_adapter(source, base, config, target)
     named = config.dtype or config.get_text_config().dtype
     found = load_target(source, named if isinstance(named, torch.dtype) else torch.float32)
     found.tap(())  # its hooks would stay on the model and keep states that nobody reads
     _check_passes(found, source)
     notes += found.notes
     return StandaloneDraft(found.model.requires_grad_(True), found.tokenizer), {"format": "huggingface"}
+
+
+def _check_adapter(source: str, base: str, config: Any, target: Any) -> None:
+    """Raise ``UserError`` for an adapter of the target, or of a model that is as large: no draft comes of it."""
+    if target is None:
+        return
+    own = same_place(base, split_adapter(target.name.partition(" + ")[0])[0])
+    if own or _shape(config.get_text_config(decoder=True)) == _shape(target.config):
+        whose = "of the target itself" if own else f"of {base}, a model of the target's own size"
+        raise UserError(
+            f"{source} is an adapter {whose}, which is no draft: it would be as slow as the target; give the draft "
+            "here, and an adapter that belongs to the target with --adapter"
+        )
+
+
+def _shape(config: Any) -> tuple[int, ...]:
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    return tuple(int(getattr(config, name, 0) or 0) for name in names)
+
+
+def remarks(draft: StandaloneDraft, source: str, target: Any) -> list[str]:
+    """A note where the draft is the target itself: by its weights, or by its place where those are not at hand."""
+    if _shape(draft.model.config) != _shape(target.config):
+        return []
+    known = target.content_hash()
+    if known.startswith(SERVED):
+        same = same_place(source, target.name)
+    else:
+        same = known == tensors_fingerprint(draft.model.state_dict())
+    note = "the draft is the target itself: all that it proposes is accepted, and nothing is ever faster for it"
+    return [note] if same else []
 
 
 def _check_values(values: Values) -> None:
@@ -135,15 +178,17 @@ class ModelWriter:
     def write(self, dense: StandaloneDraft, folder: Path, target: Facts, tokens: int) -> ExportReport:
         """Read back before it is in place."""
         state = dense.stored()
-        with atomic_folder(folder, tensors_bytes(state) + OTHER_BYTES, {"README.md", *OTHER_FILES}) as new:
+        size, names = tensors_bytes(state), {CARD_FILE, *OTHER_FILES}
+        config = dense.model.config.to_dict() | {"architectures": [type(dense.model).__name__]}
+        with atomic_folder(folder, size + OTHER_BYTES, names, only_over("hf", config)) as new:
             write_beside(new, dense)
-            write_tensors(new / WEIGHTS_FILE, state)
+            write_tensors(new / WEIGHTS_FILE, state, {MARK: "hf"})
             back = load_target(str(new), dense.dtype)
             if tensors_hash(StandaloneDraft(back.model).stored()) != tensors_hash(state):
                 raise RuntimeError("the hf export does not read back as the draft that was written")
             check_tokenizers(back.tokenizer, dense.tokenizer)
         parameters, serve = sum(t.numel() for t in state.values()), serve_command(folder, target, tokens, "draft_model")
-        size, warnings = tensors_bytes(state), tuple(path_warnings(folder.absolute()))
+        warnings = tuple(path_warnings(folder.absolute()))
         return ExportReport("hf", folder, len(state), parameters, size, serve, warnings)
 
 
