@@ -167,9 +167,12 @@ def write_tensors(path: str | Path, state: Mapping[str, Tensor], mark: Mapping[s
     with replacing(path) as new:
         with open(new, "wb") as file:
             file.write(len(header).to_bytes(8, "little") + header)
+            begin = file.tell()
             for name in names:
                 for piece in pieces(table(state, name)):
                     file.write(piece.view(torch.uint8).numpy().data)
+                if file.tell() != begin + entries[name]["data_offsets"][1]:
+                    raise RuntimeError(f"{name} has another number of bytes than it says")
         let_others_read(new)
 
 

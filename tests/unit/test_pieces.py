@@ -73,6 +73,17 @@ def test_a_number_that_differs_in_the_last_piece_is_seen(state, tmp_path: Path) 
         check_tensors(Rows(broken, 4), Rows(broken, 4), "here")
 
 
+def test_a_tensor_of_fewer_numbers_than_it_says_is_not_written(state, tmp_path: Path) -> None:
+    class Short(Rows):
+        def table(self, name: str) -> Table | Tensor:
+            tensor = self.state[name]
+            return Table(tensor.dtype, tensor.shape, lambda: iter([tensor[:-1]])) if tensor.ndim else tensor
+
+    with pytest.raises(RuntimeError, match="map"):
+        write_tensors(tmp_path / "file", Short({"map": state["map"]}, 4))
+    assert not list(tmp_path.iterdir())
+
+
 def test_pieces_of_whole_tensors_keep_the_order(state) -> None:
     for name, tensor in state.items():
         assert torch.equal(torch.cat(list(pieces(tensor))), tensor.reshape(-1))
@@ -94,9 +105,11 @@ def test_a_low_rank_update_by_rows_is_the_whole_sum(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-def test_a_joined_matrix_is_their_concatenation(axis: int) -> None:
-    left, right = torch.randn(14, 6), torch.randn(*((3, 6), (14, 3))[axis])
+@pytest.mark.parametrize("kinds", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)])
+def test_a_joined_matrix_is_their_concatenation(axis: int, kinds: tuple[torch.dtype, torch.dtype]) -> None:
+    left, right = torch.randn(14, 6).to(kinds[0]), torch.randn(*((3, 6), (14, 3))[axis]).to(kinds[1])
     for side in (left, Table(left.dtype, left.shape, lambda: iter(left.split(4)))):
         found = joined(side, right, axis)
         wanted = torch.cat([left, right], axis)
+        assert found.dtype == wanted.dtype and all(piece.dtype == wanted.dtype for piece in found.make())
         assert found.shape == wanted.shape and found.nbytes == wanted.nbytes and torch.equal(found.whole(), wanted)

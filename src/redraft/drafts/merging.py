@@ -36,18 +36,19 @@ def updated(whole: Tensor, update: LowRank) -> Iterator[Tensor]:
 
 
 def joined(left: Table | Tensor, right: Tensor, axis: int) -> Table:
-    """A matrix beside another: below it (``axis`` 0) or at its right."""
+    """A matrix beside another, in the wider of their types: below it (``axis`` 0) or at its right."""
+    kind = torch.promote_types(left.dtype, right.dtype)
     shape = torch.Size(a + b * (i == axis) for i, (a, b) in enumerate(zip(left.shape, right.shape, strict=True)))
 
     def make() -> Iterator[Tensor]:
         done = 0
         for rows in in_rows(left):
-            yield torch.cat([rows, right[done : done + len(rows)]], 1) if axis else rows
+            yield torch.cat([rows, right[done : done + len(rows)]], 1) if axis else rows.to(kind)
             done += len(rows)
         if not axis:
-            yield right
+            yield right.to(kind)
 
-    return Table(left.dtype, shape, make)
+    return Table(kind, shape, make)
 
 
 class MergedState(Pieced):
