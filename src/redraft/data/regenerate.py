@@ -139,7 +139,7 @@ def regenerate(
 
     ``target`` is what ``engine`` runs. Rows that are there already are kept, and the run goes on behind them; they must
     come from the same target, prompts, sampling settings and token limit. ``progress(rows done, tokens=new tokens)`` is
-    called as rows come in. ``features`` takes the features that completions bring, as long as its disk has room.
+    called as rows come in. ``features`` takes the features that completions bring, where its disk has room for all.
     Whatever could not be answered is in the report and in ``<name>.failures.jsonl``; the next run tries it again.
 
     Raises ``UserError`` for prompts that do not fit, stored rows that do not belong here, a server that stops
@@ -237,6 +237,8 @@ class _Run:
                 waiting[key] = chain
                 requests.append(request)
         self._tell()
+        if self.features is not None and not self.features.wants(self._most_bytes(everyone, chains)):
+            self.features = None
         try:
             wanted = self.features is not None
             limits = (self.max_new_tokens, self.tokenizer, self.target.eos_ids)
@@ -248,6 +250,14 @@ class _Run:
         except UserError as error:
             self.report.failures += [Failure(key, f"not asked: {error}", permanent=False) for key in waiting]
             raise
+
+    def _most_bytes(self, requests: Sequence[Request], chains: Sequence[_Chain]) -> int:
+        """What the features of all turns take where every answer is as long as it may be."""
+        if not isinstance(self.target, Target):
+            return 0
+        turns = max((user_turns(chain.conversation) for chain in chains), default=1)
+        tokens = sum(len(request.prompt_ids) + self.max_new_tokens for request in requests) * turns
+        return tokens * self.target.hidden_size * self.target.dtype.itemsize * (len(self.target.taps) + 1)
 
     def _keep(self, chain: _Chain, row: Row, prompt_ids: Sequence[int]) -> None:
         length, limit = len(row.response_ids), self.max_new_tokens
@@ -310,8 +320,8 @@ class _Run:
 
     def _flush(self) -> None:
         """Features first: a row on the disk has its features there, or they would be made again, a little otherwise."""
-        if self.features is not None and not self.features.put(self.kept):
-            self.features = None
+        if self.features is not None:
+            self.features.put(self.kept)
         rows, self.buffer, self.kept = self.buffer, [], []
         self.kept_bytes, self.flushed = 0, time.monotonic()
         self.writer.append(rows)
