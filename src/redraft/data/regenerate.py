@@ -115,6 +115,12 @@ class _Chain:
         return row_key(self.conversation.id, self.sampler.temperature, len(self.replies))
 
     @property
+    def keys(self) -> list[str]:
+        """Those of all its turns."""
+        turns = range(user_turns(self.conversation))
+        return [row_key(self.conversation.id, self.sampler.temperature, turn) for turn in turns]
+
+    @property
     def open(self) -> bool:
         return not self.broken and len(self.replies) < user_turns(self.conversation)
 
@@ -134,12 +140,14 @@ def regenerate(
     seed: int = 0,
     progress: Callable[..., None] | None = None,
     features: FeatureKeeper | None = None,
+    alone: bool = False,
 ) -> RegenerationReport:
     """Answer every user turn under every sampler and append the rows to ``out_path``.
 
     ``target`` is what ``engine`` runs. Rows that are there already are kept, and the run goes on behind them; they must
     come from the same target, prompts, sampling settings and token limit. ``progress(rows done, tokens=new tokens)`` is
     called as rows come in. ``features`` takes the features that completions bring, where its disk has room for all.
+    With ``alone`` the file is of these prompts alone, as in a run directory, where all of it is trained on.
     Whatever could not be answered is in the report and in ``<name>.failures.jsonl``; the next run tries it again.
 
     Raises ``UserError`` for prompts that do not fit, stored rows that do not belong here, a server that stops
@@ -160,7 +168,7 @@ def regenerate(
         if writes_date(target.tokenizer) and not known.fixed:  # the run has none of its own
             moment = kept_moment(writer.path, moment, fresh=not writer.rows)
         with at_moment(target.tokenizer, moment):
-            return _Run(engine, target, max_new_tokens, seed, writer, progress, features).finish(chains)
+            return _Run(engine, target, max_new_tokens, seed, writer, progress, features, alone).finish(chains)
 
 
 @dataclass
@@ -174,6 +182,7 @@ class _Run:
     writer: RowWriter
     progress: Callable[..., None] | None
     features: FeatureKeeper | None
+    alone: bool = False
 
     def __post_init__(self) -> None:
         self.tokenizer, self.target_hash = self.target.tokenizer, self.target.content_hash()
@@ -190,6 +199,13 @@ class _Run:
                     f"{self.writer.path} holds responses of another target ({row.target_hash}, this one is "
                     f"{self.target_hash}); name another file, or delete this one"
                 )
+        own = {key for chain in chains for key in chain.keys}
+        if self.alone and (strangers := sorted(self.stored.keys() - own)):
+            raise UserError(
+                f"{self.writer.path} holds {len(strangers)} responses that this run has no prompt for, first "
+                f"{strangers[0]}: another run's, or of a prompt file that has changed; delete the file and give the same "
+                "command again"
+            )
         began, size = time.monotonic(), self.writer.path.stat().st_size
         try:
             while any(chain.open for chain in chains):
