@@ -179,7 +179,7 @@ class Ledger:
         try:
             yield work
         except BaseException:
-            with suppress(UserError):
+            with suppress(UserError, OSError):
                 self._end(work, began)
             raise
         self._end(work, began)

@@ -203,8 +203,8 @@ class _Run:
         if self.alone and (strangers := sorted(self.stored.keys() - own)):
             raise UserError(
                 f"{self.writer.path} holds {len(strangers)} responses that this run has no prompt for, first "
-                f"{strangers[0]}: another run's, or of a prompt file that has changed; delete the file and give the same "
-                "command again"
+                f"{strangers[0]}: another run's, or of a prompt file that has changed; delete the file and give the "
+                "same command again"
             )
         began, size = time.monotonic(), self.writer.path.stat().st_size
         try:
