@@ -230,9 +230,7 @@ def test_another_runs_shard_and_a_lost_index_are_told(answered, tmp_path):
     with pytest.raises(UserError, match="shard-00000.safetensors is another than index.json beside it knows"):
         FeatureStore(tmp_path / "own", {}).get(rows[0])
     (tmp_path / "own" / "index.json").unlink()
-    with pytest.raises(
-        UserError, match=r"index.json does not exist, and there are 1 shards beside it; delete the folder"
-    ):
+    with pytest.raises(UserError, match="index.json does not exist, and there are 1 shards .*delete the folder"):
         FeatureStore(tmp_path / "own", {})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import threading
@@ -124,8 +125,6 @@ def test_a_second_signal_ends_the_process_at_once() -> None:
 
 
 def test_a_place_that_the_system_refuses_is_no_defect(redraft: Any, monkeypatch: Any) -> None:
-    import errno
-
     def refuse() -> None:
         raise OSError(errno.EROFS, "Read-only file system", "run/train")
 
