@@ -102,7 +102,7 @@ def flags(values: dict[str, Any]) -> list[str]:
 # -- a command in a forked process -------------------------------------------------------------------------------------
 @dataclass
 class Ended:
-    """How a command ended: its exit code (negative for a signal, none where it took too long), what it said, seconds."""
+    """How a command ended: exit code (negative for a signal, none where it took too long), what it said, seconds."""
 
     code: int | None
     said: str
