@@ -90,7 +90,7 @@ def trained(work: Path, target: Target, draft: Any, rows: list[Any], checked: bo
     shutil.rmtree(work / "train", ignore_errors=True)
     unseen = {"_is_sound": lambda self, *_: True}
     ready, _ = prepare(copy.deepcopy(draft), "fc", PrivateSize())
-    config = TrainConfig(epochs=2, batch_anchors=768, evaluate_every=8, precision="float32", save_seconds=1e9)
+    config = TrainConfig(epochs=2, batch_anchors=768, evaluate_every=8, save_seconds=1e9)
     with mock.patch.multiple(features.FeatureStore, **({} if checked else unseen)):
         began, clock = time.process_time(), time.monotonic()
         store = FeatureStore(work / "features", {})

@@ -66,7 +66,7 @@ def make_world(folder: Path, seed: int = 0) -> Path:
         "max_new_tokens": 12,
         "evaluation_tokens": 8,
         "gamma": 3,
-        "train": {"epochs": 4, "batch_anchors": 64, "evaluate_every": 2, "precision": "float32"},
+        "train": {"epochs": 4, "batch_anchors": 64, "evaluate_every": 2},
         "dtype": "float32",
     }
     (folder / "study.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
@@ -84,7 +84,7 @@ def command(kind: str, world: Path, out: Path) -> list[str]:
     if kind == "adapt":
         values = {"draft": world / "draft", "out": out, "max-new-tokens": 20, "bench-tokens": 10, "bench-prompts": 3}
         values |= {"heldout-prompts": 5, "batch-size": 4, "private-width": 16, "method": "eda", "gamma": 3}
-        how = ["epochs=4", "batch_anchors=48", "evaluate_every=2", "save_seconds=0.05", "precision=float32"]
+        how = ["epochs=4", "batch_anchors=48", "evaluate_every=2", "save_seconds=0.05"]
         steps = [word for setting in how for word in ("--train", setting)]
         return ["adapt", *flags(common | values), "--budget", "75%", "--exports", "vllm", *steps]
     values = {"text": world / "text.txt", "out": out, "size": 0.9, "heldout-share": 0.4, "layers": 1}

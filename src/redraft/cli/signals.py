@@ -14,6 +14,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
+# What the threads are called that wait for a server's answers.
+WAITING = "redraft-server"
+
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM, for whom a key press is known to."""
@@ -48,8 +51,7 @@ def stopped(error: KeyboardInterrupt) -> SystemExit:
 
 def leave(code: int) -> NoReturn:
     """End this process with the exit code. Threads that still wait for a server are not waited for."""
-    others = [thread for thread in threading.enumerate() if not thread.daemon and thread is not threading.main_thread()]
-    if others:
+    if any(thread.name.startswith(WAITING) for thread in threading.enumerate()):
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         # Here alone: nothing else may load what a command does not need.

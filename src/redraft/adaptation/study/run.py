@@ -19,7 +19,7 @@ from redraft.adaptation.runs import Log, Say, record_of, row_tokens
 from redraft.adaptation.study.cells import CELL_FORMULAS, cell_folder, run_cell
 from redraft.adaptation.study.figures import MAIN, SCHEMA, derive
 from redraft.adaptation.study.targets import Model, TargetWork, slug
-from redraft.artifact import read_sealed, write_sealed
+from redraft.artifact import read_json, read_sealed, write_sealed
 from redraft.errors import UserError
 from redraft.evaluate.speed import SCHEMA as BENCH_SCHEMA
 from redraft.evaluate.speed import BenchConfig, Prompt, bench
@@ -99,10 +99,9 @@ class StudyRun:
         """Raises ``UserError`` when the folder belongs to a study of other settings."""
         self.config, self.folder, self.say = claim(config, out, say), out, say
         self.asked_dtype = config.dtype  # auto lets the types compete where speed is measured
-        values = json.loads(self.config.model_dump_json())
-        settings = {key: value for key, value in values.items() if key not in (*FREE, *NAMED)}
-        self.marks = {name: digest([settings, name, target]) for name, target in values["targets"].items()}
-        self.ledger = provenance.Ledger.load(out / "ledger.json", digest(settings))
+        mark = read_json(out / CONFIG_FILE)["mark"]
+        self.marks = {name: digest([mark, name]) for name in self.config.targets}
+        self.ledger = provenance.Ledger.load(out / "ledger.json", mark)
         self.cells = list(config.all_cells())
         self.board = Board()
         specs = {entry.base_target for entry in config.targets.values() if entry.base_target is not None}
@@ -352,11 +351,12 @@ def _claimed(config: StudyConfig, folder: Path, say: Say | None) -> StudyConfig:
     path = folder / CONFIG_FILE
     config = settled(config, path, say)
     values = json.loads(config.model_dump_json())
+    mark = digest(values)  # by which the study's files are told from another's, for good
     if path.exists():
         mend = "give another folder, or delete this one and begin anew"
-        stored = {"template_arg": {}} | read_sealed(
-            path, SETTINGS, None, mend
-        )  # a setting that is newer than some studies
+        # A setting that is newer than some studies.
+        stored = {"template_arg": {}} | read_sealed(path, SETTINGS, None, mend)
+        mark = stored.pop("mark", mark)
         changed = sorted(key for key in {*stored, *values} - {*FREE, *NAMED} if stored.get(key) != values.get(key))
         for kind in NAMED:
             old, new = stored.get(kind, {}), values[kind]
@@ -370,5 +370,5 @@ def _claimed(config: StudyConfig, folder: Path, say: Say | None) -> StudyConfig:
             )
     elif contents(folder):
         raise UserError(f"{folder} holds other files; give a new or empty folder")
-    write_sealed(path, values, SETTINGS)
+    write_sealed(path, values | {"mark": mark}, SETTINGS)
     return config
