@@ -79,7 +79,7 @@ def command(kind: str, world: Path, out: Path) -> list[str]:
     if kind == "study":
         return ["study", str(world / "study.yaml"), "--out", str(out)]
     if kind == "regenerate":
-        values = common | {"out": out / "r.jsonl", "max-new-tokens": 48, "batch-size": 4}
+        values = common | {"out": out / "r.jsonl", "max-new-tokens": 16, "batch-size": 8}
         return ["regenerate", *flags(values), "--temperature", "0", "--temperature", "0.8"]
     if kind == "adapt":
         values = {"draft": world / "draft", "out": out, "max-new-tokens": 20, "bench-tokens": 10, "bench-prompts": 3}
