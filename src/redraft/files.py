@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import gzip
+import itertools
 import json
 import os
 import re
@@ -237,6 +238,23 @@ def settle(folder: str | Path) -> None:
 
 def _old(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.old")
+
+
+@contextmanager
+def scratch_folder(folder: str | Path, name: str) -> Iterator[Path]:
+    """An empty folder inside ``folder`` for the block; a process that is killed in it leaves it as all else that is
+    half-written. Raises ``UserError`` where it cannot be made."""
+    use_folder(folder)
+    place = _unfinished(Path(folder, f"{name}-{next(_NUMBERS)}"))
+    _remove(place)
+    use_folder(place)
+    try:
+        yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+_NUMBERS = itertools.count()
 
 
 # -- what a process that has died leaves -----------------------------------------------------------------------------
