@@ -147,6 +147,7 @@ def run(
 
 def _child(words: list[str], log: Path, before: Callable[[], None] | None) -> None:
     code: Any = 1
+    os.setsid()  # a job of its own for the system, as a command of a shell is
     try:
         handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         for stream in (1, 2):

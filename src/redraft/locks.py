@@ -147,9 +147,7 @@ def _take(path: Path, what: str, say: Say | None) -> Lock | None:
                 raise write_error(path, error) from error
             with suppress(OSError):
                 path.unlink()
-            (say or print)(
-                f"note: {what} is where no locks are, so nobody else is kept out; use it by one process at a time"
-            )
+            (say or print)(f"note: no locks work where {what} is: let no second process use it")
             return Lock(path, None)
         except BaseException:
             os.close(handle)
