@@ -162,9 +162,9 @@ def sync(place: str | Path) -> None:
     try:
         handle = os.open(place, flags)
     except PermissionError:
-        if flags == os.O_RDONLY:
+        if not Path(place).is_dir():
             raise
-        return  # a folder that cannot be listed, or one on a system that opens none
+        return  # a folder that may not be listed, or one on a system that opens none
     try:
         os.fsync(handle)
     except OSError as error:

@@ -105,7 +105,7 @@ class DistillRun(Run[DistillConfig]):
         names = [*self.config.text, *filter(None, [self.config.heldout_text])]
         with self.log.stage("survey"):
             size = TextSource(names, self.config.text_field).survey()
-        self.finish("text.json", TEXT, {"names": names, "bytes": size})
+        self.finish("text.json", TEXT, {"files": names, "bytes": size})
         self.say(f"text: {size:,} bytes in local files")
 
     def start(self) -> StandaloneDraft:

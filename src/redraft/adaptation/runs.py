@@ -126,7 +126,9 @@ class Run(Generic[Settings]):
             return None
         mend = f"delete {path} and give the same command again, which does that stage anew from where it was"
         stored = read_sealed(path, kind, self.mark, mend)
-        check_files(self.folder, stored.pop("files", {}), mend)
+        files = stored.pop("files", {})
+        if isinstance(files, dict):  # the survey of a text has a list of that name
+            check_files(self.folder, files, mend)
         return stored
 
     def finish(self, name: str, kind: str, result: dict[str, Any], *folders: str) -> None:
