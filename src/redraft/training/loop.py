@@ -288,6 +288,7 @@ class Checkpoint:
         self._mend = f"delete the folder {folder} and give the same command again, which trains anew"
         if self.path.exists():
             stored = self._stored()["identity"]
+            self.mark = digest(stored)
             if OLD_DRAFT in self.identity and not stored.get(OLD_DRAFT):
                 stored[OLD_DRAFT] = self.identity[OLD_DRAFT]  # most runs did not say it once
             if stored.keys() != self.identity.keys():
