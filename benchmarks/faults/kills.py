@@ -102,14 +102,14 @@ class Chains:
     def chain(self, kind: str, number: int, most: int) -> dict[str, Any]:
         """One chain of at most ``most`` kills; what came of it."""
         order = random.Random(f"{self.seed}/{kind}/{number}")
-        small = number % 4 == 3  # every fourth one on the disk that is filled up
+        small = number % 2 == 1  # every second one on the disk that is filled up
         self.disk = Disk(self.work / "disk") if small else None
         try:
             small = small and self.disk.mounted
             whole, seconds, writes = self.whole(kind, small)
             out = self.place(f"{kind}-{number}", small)
             shutil.rmtree(out, ignore_errors=True)
-            found = self._kills(kind, out, order, most, seconds, writes, number % 4 == 3)
+            found = self._kills(kind, out, order, most, seconds, writes, number % 2 == 1)
             ended = rig.run(rig.command(kind, self.world, out), self.work / "chain.log")
             found["ended"] = ended.code
             if ended.code == 0:
