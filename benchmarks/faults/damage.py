@@ -177,9 +177,14 @@ def verdict(runs: Runs, ended: rig.Ended, name: str) -> str:
         line = ended.errors[-1] if ended.errors else ""
         named = Path(name).name in line or str((runs.out / name).parent) in line
         return "clear" if len(ended.errors) == 1 and named else "unnamed"
-    if not runs.whole.differences(rig.outcome(runs.out)):
+    if not changed(runs):
         return "same"
     return "told" if any(name.split("/")[0] in note for note in notes(ended)) else "silent"
+
+
+def changed(runs: Runs) -> list[str]:
+    """Rows, weights and figures that are not an undamaged run's. A finished run needs no features any more."""
+    return [name for name in runs.whole.differences(rig.outcome(runs.out)) if not name.endswith(rig.INDEX_FILE)]
 
 
 def notes(ended: rig.Ended) -> list[str]:
@@ -206,7 +211,7 @@ def mended(runs: Runs, ended: rig.Ended) -> str:
             place.unlink()
         ended = runs.again()
         if ended.code == 0:
-            return "other" if runs.whole.differences(rig.outcome(runs.out)) else "same"
+            return "other" if changed(runs) else "same"
         if ended.code != 2 or not ended.errors:
             return f"ended with {ended.code}"
     return "stuck"
