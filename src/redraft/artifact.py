@@ -12,7 +12,6 @@ from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.serialization import config as load_settings
 
@@ -27,6 +26,7 @@ from redraft.files import replacing
 from redraft.files import require_free_space as require_free_space
 from redraft.files import settle as settle
 from redraft.pieces import PIECE, Table, pieces, table
+from redraft.seals import digest, sealed, unsealed
 
 
 # -- tensors ---------------------------------------------------------------------------------------------------------
@@ -162,11 +162,11 @@ def write_tensors(path: str | Path, state: Mapping[str, Tensor], mark: Mapping[s
         kind, shape, size = known[name]
         entries[name] = {"dtype": kind, "shape": shape, "data_offsets": [end, end + size]}
         end += size
-    header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    header += b" " * (-len(header) % 8)
+    head = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    head += b" " * (-len(head) % 8)
     with replacing(path) as new:
         with open(new, "wb") as file:
-            file.write(len(header).to_bytes(8, "little") + header)
+            file.write(len(head).to_bytes(8, "little") + head)
             begin = file.tell()
             for name in names:
                 for piece in pieces(table(state, name)):
@@ -218,32 +218,48 @@ def let_others_read(*paths: str | Path) -> None:
 
 
 # -- files of a run, each with the fingerprint of what it holds ------------------------------------------------------
-CHECKSUM = "checksum"
+CHECKSUM, TENSORS = "checksum", "redraft.tensors/1"
 
 
-def write_shard(path: str | Path, state: Mapping[str, Tensor], header: dict[str, str]) -> None:
-    """Write the tensors and the texts of ``header`` in one move. Raises ``UserError`` for want of room."""
-    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-    # One name for all tries: what a killed one left is written over, not added to.
-    with replacing(path, f".{Path(path).name}.partial") as new:
-        save_file(plain, str(new), metadata=header)
+def write_checked(path: str | Path, state: Mapping[str, Tensor], **header: str) -> None:
+    """:func:`write_tensors` with schema and :func:`tensors_hash` in the header, and further texts, which are in the
+    fingerprint too. Raises ``UserError`` for want of room."""
+    known = header | {"schema": TENSORS}
+    write_tensors(path, state, known | {CHECKSUM: tensors_hash(state), "about": digest(known)})
 
 
-def write_checked(path: str | Path, state: Mapping[str, Tensor]) -> None:
-    """:func:`write_shard` with :func:`tensors_hash` in the header."""
-    write_shard(path, state, {CHECKSUM: tensors_hash(state)})
-
-
-def read_checked(path: str | Path, mend: str) -> dict[str, Tensor]:
+def read_checked(path: str | Path, mend: str, **header: str) -> dict[str, Tensor]:
     """The tensors of a file that :func:`write_checked` wrote; older files have no fingerprint and are read as they are.
 
-    Raises ``UserError`` that names the file, and says with ``mend`` what to do, when it is missing or damaged.
+    Raises ``UserError`` that names the file, and says with ``mend`` what to do, when it is missing or damaged, or when
+    a text of ``header`` is there and is another.
     """
-    found, header = _whole_file(path, "missing or damaged", mend)
-    stored = header.get(CHECKSUM)
-    if stored is not None and stored != tensors_hash(found):
+    found, texts = _whole_file(path, "missing or damaged", mend)
+    stored, about = texts.pop(CHECKSUM, None), texts.pop("about", None)
+    texts.pop("format", None)
+    if stored not in (None, tensors_hash(found)) or about not in (None, digest(texts)) or (about and not stored):
         raise UserError(f"{path} is damaged: it no longer holds what was written; {mend}")
+    for name, text in header.items():
+        if texts.get(name, text) != text:
+            raise UserError(f"{path} belongs to another {name}; {mend}")
     return found
+
+
+def write_sealed(path: str | Path, value: Mapping[str, Any], kind: str, of: str = "") -> None:
+    """:func:`atomic_write_json` with a seal (:mod:`redraft.seals`): ``kind`` is the schema, ``of`` the run's mark."""
+    atomic_write_json(path, sealed(value, kind, of))
+
+
+def read_sealed(path: str | Path, kind: str, of: str | None, mend: str) -> dict[str, Any]:
+    """What :func:`write_sealed` wrote; files of older versions have no seal and are read as they are.
+
+    Raises ``UserError`` that names the file and says ``mend``: it is missing, damaged, another kind's or run's.
+    """
+    try:
+        value = _json_object(path)
+    except UserError as error:
+        raise UserError(f"{error}; {mend}") from error
+    return unsealed(value, path, mend, kind, of)
 
 
 def check_tensors(
@@ -285,7 +301,12 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 # -- JSON ------------------------------------------------------------------------------------------------------------
 def read_json(path: str | Path) -> dict[str, Any]:
-    """One JSON object from a file. Raises ``UserError`` with the file and line when there is none."""
+    """One JSON object from a file, without its seal (:mod:`redraft.seals`). Raises ``UserError`` with the file and line
+    when there is none, or it no longer holds what was sealed."""
+    return unsealed(_json_object(path), path)
+
+
+def _json_object(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if path.exists() and not path.is_file():
         raise UserError(f"{path} is no ordinary file; put the JSON file in its place")

@@ -14,11 +14,13 @@ Shape legend: A anchors, B rows, T tokens, K taps, F target width.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
+import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol
 
@@ -26,8 +28,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from redraft.artifact import atomic_write_json, read_json, tensors_hash, write_shard
+from redraft.artifact import read_sealed, tensors_hash, write_sealed, write_tensors
 from redraft.errors import UserError
+from redraft.files import clean, use_folder
+from redraft.locks import LOCK_FILE, is_helper, lock
 from redraft.rows import AnyRow, TokenRow, anchors, length_batches
 from redraft.target import KeyValueCache, Target
 
@@ -40,6 +44,7 @@ SPARE_BYTES = 2**30
 # Systems let a process open about a thousand files.
 OPEN_SHARDS = 256
 INDEX_FILE, CHECKSUMS = "index.json", "checksums"
+SCHEMA = "redraft.features/1"
 MEND = "delete that file and give the same command again, which computes its rows anew"
 
 
@@ -75,9 +80,14 @@ class FeatureProducer(Protocol):
 
 
 class FeatureKeeper(Protocol):
-    """Takes features as they come; false when it has no room for them and wants no more."""
+    """Takes features as they come."""
 
-    def put(self, found: Sequence[RowFeatures]) -> bool: ...
+    def wants(self, needed: int) -> bool:
+        """Whether it has room for features of ``needed`` bytes at most. The first answer holds for good: features that
+        are made at another time, in other batches, are other bits."""
+        ...
+
+    def put(self, found: Sequence[RowFeatures]) -> None: ...
 
 
 # -- computed in this process ----------------------------------------------------------------------------------------
@@ -158,8 +168,9 @@ class ComputedFeatures:
 class FeatureStore:
     """Features on disk in safetensors shards; a killed build goes on with the rows that are missing.
 
-    A shard's header has the fingerprint of every row in it, compared when the row is first read (shards of older
-    versions have none). A shard that is gone is computed anew.
+    The index has the fingerprint of every row's features, and so has the header of its shard; the index that of the
+    row's tokens too. All are compared when the row is first read (older versions have none in the index, or none at
+    all). A shard that is gone is computed anew. One process at a time writes here, from its first shard on.
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
@@ -170,10 +181,27 @@ class FeatureStore:
         self.folder, self.identity = folder, identity
         self._open: dict[str, tuple[Any, dict[str, str]]] = {}
         self._sound: set[str] = set()
-        folder.mkdir(parents=True, exist_ok=True)
-        found, self.index = read_index(folder)
-        if found not in (None, identity):
-            raise UserError(f"{folder} holds features of another target or other taps; remove it or choose another")
+        self._lock: Any = None
+        # Rows that were made anew and are other bits than those that the index knew.
+        self.altered: list[str] = []
+        use_folder(folder, "folder of features")
+        self._read()
+
+    def _read(self) -> None:
+        self.known = read_index(self.folder)
+        if self.known.identity not in (None, self.identity):
+            raise UserError(
+                f"{self.folder} holds features of another target or other taps; remove it or choose another"
+            )
+
+    @property
+    def index(self) -> dict[str, str]:
+        """The shard of every row that is there."""
+        return self.known.index
+
+    def missing(self, rows: Sequence[TokenRow]) -> list[TokenRow]:
+        """Those of the rows that have features and whose features are not here, or are here of other tokens."""
+        return [row for row in rows if anchors(row) and not self.known.holds(row)]
 
     def build(
         self,
@@ -188,7 +216,7 @@ class FeatureStore:
         Raises ``UserError`` before the start when the disk cannot hold the result.
         """
         source = ComputedFeatures(source) if isinstance(source, Target) else source
-        missing = [r for r in rows if anchors(r) and r.key not in self.index]
+        missing = self.missing(rows)
         needed, free = sum(map(source.row_bytes, missing)), shutil.disk_usage(self.folder).free
         if needed * 1.05 > free:
             raise UserError(
@@ -196,8 +224,8 @@ class FeatureStore:
                 f"{free / 2**30:.1f} GiB are free; use fewer rows or another disk"
             )
         shard: list[RowFeatures] = []
-        done = 0
-        for batch in source.batches(rows, self.index, batch_tokens):
+        done, self.altered = 0, []
+        for batch in source.batches(rows, self.index.keys() - {row.key for row in missing}, batch_tokens):
             shard += batch
             done += sum(len(found.row.prompt_ids) + len(found.row.response_ids) for found in batch)
             if sum(map(_size, shard)) >= SHARD_BYTES:
@@ -208,20 +236,39 @@ class FeatureStore:
         self._write(shard)
         return done
 
-    def put(self, found: Sequence[RowFeatures]) -> bool:
+    def wants(self, needed: int) -> bool:
+        """See :class:`FeatureKeeper`. The disk keeps ``SPARE_BYTES`` for others. Raises ``UserError``."""
+        if self.known.kept is None:
+            self._take()
+        if self.known.kept is None:
+            # Stores of older versions did not say so; one that holds features had room for them.
+            self.known.kept = bool(self.index) or shutil.disk_usage(self.folder).free >= needed + SPARE_BYTES
+            self._write_index()
+        return self.known.kept
+
+    def put(self, found: Sequence[RowFeatures]) -> None:
         """Store features that were kept while the responses were written, in the place of older ones of these rows.
 
-        False, and nothing stored, when the disk would be left with less than ``SPARE_BYTES``.
+        Raises ``UserError`` for want of room.
         """
-        if shutil.disk_usage(self.folder).free < sum(map(_size, found)) + SPARE_BYTES:
-            return False
         self._write(found)
-        return True
+
+    def _take(self) -> None:
+        """From now on nobody else writes here; what others have written since the index was read is there too."""
+        if self._lock is None and not is_helper():
+            self._lock = lock(self.folder / LOCK_FILE, f"folder of features {self.folder}")
+            weakref.finalize(self, self._lock.release)
+            if self._lock.count == 1:
+                clean(self.folder)
+            self._read()
+            if self.known.identity is None:
+                self._write_index()  # shards without an index are then never of this process
 
     def _write(self, found: Sequence[RowFeatures]) -> None:
         """A shard of these rows; none of no row."""
         if not found:
             return
+        self._take()
         shard: dict[str, Tensor] = {}
         for row, taps_TKF, hidden_AF in found:
             shard |= {f"{row.key}/taps": taps_TKF, f"{row.key}/hidden": hidden_AF}
@@ -229,10 +276,21 @@ class FeatureStore:
         name = f"shard-{last + 1:05d}.safetensors"
         keys = [each.row.key for each in found]
         sums = {key: tensors_hash(_of_row(key, shard.__getitem__)) for key in keys}
-        write_shard(self.folder / name, shard, {CHECKSUMS: json.dumps(sums, sort_keys=True)})
-        self.index.update(dict.fromkeys(keys, name))
+        tokens = {each.row.key: tokens_hash(each.row) for each in found}
+        write_tensors(self.folder / name, shard, {CHECKSUMS: json.dumps(sums, sort_keys=True), "schema": SCHEMA})
+        known = self.known
+        same = (key for key in keys if known.tokens.get(key) == tokens[key])
+        self.altered += [key for key in same if known.sums.get(key) != sums[key]]
+        self._open.pop(name, None)
+        known.index.update(dict.fromkeys(keys, name))
+        known.sums.update(sums)
+        known.tokens.update(tokens)
         self._sound.difference_update(keys)
-        atomic_write_json(self.folder / INDEX_FILE, {"identity": self.identity, "index": self.index})
+        self._write_index()
+
+    def _write_index(self) -> None:
+        self.known.identity = self.identity
+        write_sealed(self.folder / INDEX_FILE, vars(self.known), SCHEMA)
 
     def get(self, row: TokenRow) -> tuple[Tensor, Tensor]:
         """Taps [P + R - 2, K*F] and final-norm states [R - 1, F] of a row.
@@ -244,13 +302,25 @@ class FeatureStore:
         try:
             shard, sums = self._opened(name)
             found = _of_row(row.key, shard.get_tensor)
-            sound = row.key in self._sound or sums.get(row.key, "") in ("", tensors_hash(found))
+            sound = row.key in self._sound or self._is_sound(row, found, sums.get(row.key, ""), path)
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(f"{path} is damaged ({error}); {MEND}") from error
         if not sound:
             raise UserError(f"{path} is damaged: row {row.key} no longer holds what was written; {MEND}")
         self._sound.add(row.key)
         return found["taps"], found["hidden"]
+
+    def _is_sound(self, row: TokenRow, found: dict[str, Tensor], said: str, path: Path) -> bool:
+        """Whether the tensors are those that shard and index know. Raises ``UserError`` where the two disagree."""
+        known = self.known.sums.get(row.key, "")
+        if not self.known.holds(row):
+            raise UserError(f"{path} holds {row.key} of another text; {MEND}")
+        if not known and not said:
+            return True
+        actual = tensors_hash(found)
+        if known and said == actual != known:
+            raise UserError(f"{path} is another than {INDEX_FILE} beside it knows: another run's; {MEND}")
+        return actual == (known or said) and said in ("", actual)
 
     def _opened(self, name: str) -> tuple[Any, dict[str, str]]:
         """A shard and the fingerprints of its rows."""
@@ -262,19 +332,42 @@ class FeatureStore:
         return self._open[name]
 
 
-def read_index(folder: Path) -> tuple[Any, dict[str, str]]:
-    """What the features in a folder are of (none where there are none), and the shard of every row that is there.
+@dataclass
+class Index:
+    """What a folder of features says of itself: whose they are (none where there are none), the shard of every row that
+    is there, the fingerprints of rows and of their tokens, and whether features are kept while responses are written
+    (none where nobody has asked)."""
 
-    Raises ``UserError`` for a damaged index.
-    """
+    identity: Any = None
+    index: dict[str, str] = field(default_factory=dict)
+    sums: dict[str, str] = field(default_factory=dict)
+    tokens: dict[str, str] = field(default_factory=dict)
+    kept: bool | None = None
+
+    def holds(self, row: TokenRow) -> bool:
+        """Whether the features of this row are there."""
+        return row.key in self.index and self.tokens.get(row.key, "") in ("", tokens_hash(row))
+
+
+def read_index(folder: Path) -> Index:
+    """The index of a folder of features. Raises ``UserError`` for a damaged one, and for shards without one."""
     path = folder / INDEX_FILE
-    if not path.exists():
-        return None, {}
-    stored = read_json(path)
-    if not {"identity", "index"} <= stored.keys():
-        raise UserError(f"{path} is damaged; delete the folder and give the same command again")
     there = {shard.name for shard in folder.glob("shard-*.safetensors")}
-    return stored["identity"], {key: name for key, name in stored["index"].items() if name in there}
+    mend = f"delete the folder {folder} and give the same command again, which computes all rows anew"
+    if not path.exists():
+        if there:
+            raise UserError(f"{path} does not exist, and there are {len(there)} shards beside it; {mend}")
+        return Index()
+    stored = read_sealed(path, SCHEMA, None, mend)
+    if not {"identity", "index"} <= stored.keys():
+        raise UserError(f"{path} is damaged; {mend}")
+    index = {key: name for key, name in stored["index"].items() if name in there}
+    return Index(stored["identity"], index, stored.get("sums", {}), stored.get("tokens", {}), stored.get("kept"))
+
+
+def tokens_hash(row: TokenRow) -> str:
+    """A fingerprint of the tokens that a row's features come from (16 hex digits)."""
+    return hashlib.sha256(repr((list(row.prompt_ids), list(row.response_ids))).encode()).hexdigest()[:16]
 
 
 def _of_row(key: str, take: Callable[[str], Tensor]) -> dict[str, Tensor]:

@@ -7,19 +7,25 @@ from __future__ import annotations
 
 import errno
 import gzip
+import itertools
 import json
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from redraft.errors import UserError
 
 # Room for file headers, the metadata file and what the file system itself needs.
 SLACK_BYTES = 1 << 20
+# What a place for files may be without any fault of ours: read-only, another's, at a limit, broken.
+REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EIO, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
+# Of what is being written: ``.NAME.PID.new``; ``.NAME.partial`` is that of older versions.
+UNFINISHED = re.compile(r"\.(?P<name>.+)\.(?:(?P<pid>\d+)\.new|partial)")
 
 
 def disk_is_full(error: BaseException) -> bool:
@@ -27,6 +33,11 @@ def disk_is_full(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     return type(error).__name__ == "SafetensorError" and "no space left" in str(error).lower()
+
+
+def is_refused(error: BaseException) -> bool:
+    """Whether the system refuses a file or a folder for a reason that the user can mend: rights, limits, its disk."""
+    return isinstance(error, OSError) and error.errno in REFUSALS
 
 
 def free_bytes(folder: str | Path) -> int:
@@ -46,6 +57,16 @@ def write_error(path: str | Path, error: BaseException) -> UserError:
             "whatever was finished is kept"
         )
     return UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}")
+
+
+def use_folder(folder: str | Path, what: str = "folder") -> None:
+    """Make the folder where there is none. Raises ``UserError`` that says what it is to be used as."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if disk_is_full(error):
+            raise write_error(folder, error) from error
+        raise UserError(f"cannot use {folder} as {what}: {error.strerror or error}") from error
 
 
 def unpacked(path: Path, mend: str) -> bytes:
@@ -70,19 +91,23 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def replacing(path: str | Path, temporary: str | None = None) -> Iterator[Path]:
+def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a place beside ``path`` to write to; it takes the place of ``path`` when the block ends without an error.
 
-    Nothing is left of it otherwise. ``temporary`` is its name, by default one of this process alone. Raises
-    ``UserError`` when the disk cannot hold it or the folder cannot be written.
+    The file and its new name are on the disk then, so that whatever names it may be written next. Nothing is left of
+    it otherwise; what a process that has died left of the same file is removed. Raises ``UserError`` when the disk
+    cannot hold it or the folder cannot be written.
     """
     path = Path(path)
-    new = path.with_name(temporary or f".{path.name}.{os.getpid()}.new")
+    new = _unfinished(path)
     try:
         with _writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
+            _clean_once(path)
             yield new
+            sync(new)
             os.replace(new, path)
+            sync(path.parent)
     finally:
         with suppress(OSError):
             new.unlink(missing_ok=True)
@@ -96,8 +121,6 @@ def atomic_write_bytes(path: str | Path, data: bytes) -> None:
     require_free_space(Path(path).parent, len(data))
     with replacing(path) as new, open(new, "wb") as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def atomic_write_text(path: str | Path, text: str) -> None:
@@ -105,9 +128,59 @@ def atomic_write_text(path: str | Path, text: str) -> None:
     atomic_write_bytes(path, text.encode())
 
 
+def append_text(path: str | Path, text: str) -> None:
+    """Put ``text`` at the end of a file, on the disk when this returns: all of it or, after an error, nothing.
+
+    Raises ``UserError`` when the disk cannot hold it or the file cannot be written.
+    """
+    with _writing(Path(path)), open(path, "ab", buffering=0) as file:
+        append(file, text.encode())
+
+
+def append(file: BinaryIO, data: bytes) -> None:
+    """Put ``data`` at the end of an unbuffered file that is open for appending; all or nothing. Raises ``OSError``."""
+    size = file.seek(0, os.SEEK_END)
+    try:
+        written = 0
+        while written < len(data):
+            written += file.write(data[written:])
+        os.fsync(file.fileno())
+    except BaseException:
+        with suppress(OSError):
+            file.truncate(size)
+        raise
+
+
 def atomic_write_json(path: str | Path, value: Any) -> None:
     """:func:`atomic_write_bytes` for a JSON value, indented, with a line break at the end."""
     atomic_write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def sync(place: str | Path) -> None:
+    """Hand a file, or the names in a folder, to the disk. Where a system knows no such thing of folders, nothing."""
+    flags = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) if Path(place).is_dir() else os.O_RDONLY
+    try:
+        handle = os.open(place, flags)
+    except PermissionError:
+        if not Path(place).is_dir():
+            raise
+        return  # a folder that may not be listed, or one on a system that opens none
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EROFS):
+            raise
+    finally:
+        os.close(handle)
+
+
+def allocate(path: str | Path, size: int) -> None:
+    """Make a file of ``size`` bytes whose room is taken on the disk. Raises ``UserError`` when there is none."""
+    with _writing(Path(path)), open(path, "wb") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+        else:
+            file.truncate(size)
 
 
 def require_free_space(folder: str | Path, needed: int) -> None:
@@ -141,18 +214,19 @@ def atomic_folder(
     if there and check is not None:
         check(folder)
     require_free_space(folder, needed)
-    new, old = folder.with_name(f".{folder.name}.{os.getpid()}.new"), _old(folder)
+    new, old = _unfinished(folder), _old(folder)
     try:
         with _writing(folder):
             shutil.rmtree(new, ignore_errors=True)
+            _clean_once(folder)
             new.mkdir(parents=True)
             yield new
-            for file in new.iterdir():
-                with open(file, "rb") as handle:
-                    os.fsync(handle.fileno())
+            for file in (*new.iterdir(), new):
+                sync(file)
             if folder.exists():
                 os.replace(folder, old)
             os.replace(new, folder)
+            sync(folder.parent)
             shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(new, ignore_errors=True)
@@ -170,3 +244,81 @@ def settle(folder: str | Path) -> None:
 
 def _old(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.old")
+
+
+@contextmanager
+def scratch_folder(folder: str | Path, name: str) -> Iterator[Path]:
+    """An empty folder inside ``folder`` for the block; a process that is killed in it leaves it as all else that is
+    half-written. Raises ``UserError`` where it cannot be made."""
+    use_folder(folder)
+    place = _unfinished(Path(folder, f"{name}-{next(_NUMBERS)}"))
+    _remove(place)
+    use_folder(place)
+    try:
+        yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+_NUMBERS = itertools.count()
+
+
+# -- what a process that has died leaves -----------------------------------------------------------------------------
+def clean(folder: str | Path) -> None:
+    """Remove what processes that have died left half-written anywhere below ``folder``, and finish their replacements.
+
+    What belongs to a living process is left alone, but for this one's own: to be called before it writes there.
+    """
+    for place, folders, names in os.walk(folder):
+        for name in (*folders, *names):
+            old = re.fullmatch(r"\.(.+)\.old", name)
+            if old and name in folders:
+                settle(Path(place, old[1]))
+            elif _is_left(name):
+                _remove(Path(place, name))
+        folders[:] = [name for name in folders if not name.startswith(".")]
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.new")
+
+
+def _is_left(name: str, of: str | None = None) -> bool:
+    """Whether a file of this name is what a process left that has died; ``of`` names what it was to become."""
+    found = UNFINISHED.fullmatch(name)
+    if found is None or (of is not None and found["name"] != of):
+        return False
+    return found["pid"] is None or int(found["pid"]) == os.getpid() or not alive(int(found["pid"]))
+
+
+def alive(pid: int) -> bool:
+    """Whether this machine has a process of this number."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return isinstance(pid, int) and pid < 1 << 31
+    return True
+
+
+_CLEANED: set[Path] = set()
+
+
+def _clean_once(path: Path) -> None:
+    """Remove what dead processes left of this very file or folder; looked for once in the life of this process."""
+    key = Path(os.path.abspath(path))
+    if key not in _CLEANED:
+        _CLEANED.add(key)
+        with suppress(OSError):
+            for entry in list(os.scandir(path.parent)):
+                if _is_left(entry.name, path.name):
+                    _remove(Path(entry.path))
+
+
+def _remove(place: Path) -> None:
+    if place.is_dir() and not place.is_symlink():
+        shutil.rmtree(place, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            place.unlink()

@@ -26,7 +26,9 @@ from redraft import arithmetic
 from redraft.errors import UserError
 from redraft.files import atomic_write_json
 from redraft.places import installed, without_secrets
+from redraft.seals import sealed, unsealed
 
+LEDGER, NEW_LEDGER = "redraft.ledger/1", "remove it to start a new one"
 FORWARD_FORMULA = "2 * parameters * tokens"
 TRAIN_FORMULA = "6 * trained * tokens + 4 * frozen_on_the_way * tokens"
 
@@ -164,6 +166,7 @@ class Ledger:
 
     path: Path | None = None
     stages: list[Entry] = field(default_factory=list)
+    run: str = ""  # the mark of the run that it belongs to
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Entry]:
@@ -176,7 +179,7 @@ class Ledger:
         try:
             yield work
         except BaseException:
-            with suppress(UserError):
+            with suppress(UserError, OSError):
                 self._end(work, began)
             raise
         self._end(work, began)
@@ -186,7 +189,7 @@ class Ledger:
         work.peak_memory_bytes = max(work.peak_memory_bytes, peak_memory_bytes())
         self.append(work)
         if self.path is not None:
-            atomic_write_json(self.path, self.to_dict())
+            atomic_write_json(self.path, sealed(self.to_dict(), LEDGER, self.run))
 
     def append(self, work: Entry) -> None:
         """Add a stage's work, to its own line where the ledger has one."""
@@ -207,15 +210,18 @@ class Ledger:
         }
 
     @classmethod
-    def load(cls, path: str | Path) -> Ledger:
-        """The ledger at ``path``, or an empty one that will be written there. Raises ``UserError`` on damage."""
+    def load(cls, path: str | Path, run: str = "") -> Ledger:
+        """The ledger at ``path``, or an empty one that will be written there; ``run`` marks whose it is.
+
+        Raises ``UserError`` on damage, and for another run's.
+        """
         path = Path(path)
         if not path.exists():
-            return cls(path)
+            return cls(path, run=run)
         known = {f.name for f in fields(Entry)}
         try:
-            stages = json.loads(path.read_text(encoding="utf-8"))["stages"]
+            stages = unsealed(json.loads(path.read_text(encoding="utf-8")), path, NEW_LEDGER, LEDGER, run)["stages"]
             entries = [Entry(**{k: v for k, v in entry.items() if k in known}) for entry in stages]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is not a cost ledger ({error}); remove it to start a new one") from error
-        return cls(path, entries)
+            raise UserError(f"{path} is not a cost ledger ({error}); {NEW_LEDGER}") from error
+        return cls(path, entries, run)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -167,7 +170,7 @@ def test_stored_features_leave_a_build_nothing_to_do(answered, tmp_path):
     kept, folder = kept_rows(found), tmp_path / "features"
     older = [each._replace(taps=each.taps + 1) for each in kept]
     for part in (older[:2], older[2:], kept[:2], kept[2:]):
-        assert FeatureStore(folder, {}).put(part)
+        FeatureStore(folder, {}).put(part)
     store = FeatureStore(folder, {})
     assert store.build(target, [row for row, *_ in kept]) == 0
     for row, taps, hidden in kept:
@@ -184,7 +187,62 @@ def test_few_shards_are_open_at_once(answered, tmp_path, monkeypatch):
         assert torch.equal(store.get(row)[0], taps) and len(store._open) <= 2
 
 
-def test_a_full_disk_takes_no_features(answered, tmp_path, monkeypatch):
-    store = FeatureStore(tmp_path / "features", {})
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**40, 2**40, SPARE_BYTES))
-    assert not store.put(kept_rows(answered[1])) and not store.index
+def test_whether_features_are_kept_on_the_way_is_settled_once(answered, tmp_path, monkeypatch):
+    """On a disk with more or less room next time a run does what it did, for other features are other bits."""
+
+    def free(space):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**40, 2**40, space))
+
+    free(SPARE_BYTES + 99)
+    assert not FeatureStore(tmp_path / "without", {}).wants(100) and FeatureStore(tmp_path / "with", {}).wants(99)
+    free(2**35)
+    assert not FeatureStore(tmp_path / "without", {}).wants(100)
+    free(0)
+    store = FeatureStore(tmp_path / "with", {})
+    assert store.wants(100)
+    monkeypatch.setattr("redraft.files.os.replace", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(UserError, match="no room on the disk for .*shard-00000.safetensors"):
+        store.put(kept_rows(answered[1]))
+    assert not FeatureStore(tmp_path / "with", {}).index
+
+
+def test_features_of_another_text_are_not_taken_for_a_rows_own(answered, tmp_path):
+    target, found = answered
+    rows = [row_of(done) for done in found]
+    store = FeatureStore(tmp_path, {})
+    store.build(target, rows)
+    row = next(row for row in rows if anchors(row))
+    other = replace(row, response_ids=[*row.response_ids[:-1], row.response_ids[-1] ^ 1])
+    with pytest.raises(UserError, match=r"shard-00000.safetensors holds .* of another text; delete that file"):
+        FeatureStore(tmp_path, {}).get(other)
+    assert store.missing(rows) == [] and store.missing([other, *rows]) == [other]
+    assert store.build(target, [other, *(each for each in rows if each.key != row.key)])
+    store.get(other)
+
+
+def test_another_runs_shard_and_a_lost_index_are_told(answered, tmp_path):
+    target, found = answered
+    rows = [row_of(done) for done in found if done.features is not None]
+    FeatureStore(tmp_path / "own", {}).build(target, rows)
+    other = FeatureStore(tmp_path / "other", {})
+    other.put([each._replace(hidden=each.hidden + 1) for each in kept_rows(found)])
+    shutil.copy(tmp_path / "other" / "shard-00000.safetensors", tmp_path / "own")
+    with pytest.raises(UserError, match="shard-00000.safetensors is another than index.json beside it knows"):
+        FeatureStore(tmp_path / "own", {}).get(rows[0])
+    (tmp_path / "own" / "index.json").unlink()
+    with pytest.raises(UserError, match="index.json does not exist, and there are 1 shards .*delete the folder"):
+        FeatureStore(tmp_path / "own", {})
+
+
+def test_features_that_are_made_anew_otherwise_are_told(answered, tmp_path):
+    target, found = answered
+    rows = [row_of(done) for done in found if done.features is not None]
+    FeatureStore(tmp_path, {}).put([each._replace(hidden=each.hidden + 1) for each in kept_rows(found)])
+    (tmp_path / "shard-00000.safetensors").unlink()
+    store = FeatureStore(tmp_path, {})
+    store.build(target, rows)
+    assert sorted(store.altered) == sorted(row.key for row in rows)
+    (tmp_path / "shard-00000.safetensors").unlink()
+    again = FeatureStore(tmp_path, {})
+    again.build(target, rows)
+    assert not again.altered

@@ -30,10 +30,10 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("features",),
     ("loading",),
     ("target", "losses"),
-    ("metrics", "sampling", "artifact", "provenance", "graphs"),
+    ("metrics", "sampling", "artifact", "provenance", "graphs", "locks"),
     ("progress", "files", "arithmetic", "pieces", "rows", "shown"),
     ("settings",),
-    ("registries", "places"),
+    ("registries", "places", "seals"),
     ("errors",),
 )
 HEIGHT = {room: len(ROWS) - i for i, row in enumerate(ROWS) for room in row}

@@ -245,6 +245,16 @@ def test_features_reach_the_disk_before_their_rows(
     assert store.index and not (tmp_path / "r.jsonl").read_bytes()
 
 
+def test_rows_of_other_prompts_have_no_place_in_a_file_of_a_run(run: Callable, tmp_path: Path) -> None:
+    run(ScriptedEngine())
+    report = run(ScriptedEngine(), TALKS[1:], samplers=[Sampler()])
+    assert report.kept == 6, "a file of its own may hold more"
+    with pytest.raises(UserError, match="holds 8 responses that this run has no prompt for, first a@T0: .*delete"):
+        run(ScriptedEngine(), TALKS[1:], samplers=[Sampler()], alone=True)
+    assert len(read_rows(tmp_path / "r.jsonl")) == 14
+    assert run(ScriptedEngine(), alone=True).kept == 14
+
+
 @pytest.mark.parametrize("stop_after", [0, 1, 5, 8, 13])
 def test_an_interrupted_run_keeps_what_was_answered(run: Callable, tmp_path: Path, stop_after: int) -> None:
     with pytest.raises(KeyboardInterrupt):

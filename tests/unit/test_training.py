@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
+import os
 import runpy
 from dataclasses import replace
 from itertools import islice
@@ -12,10 +14,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from redraft import provenance
+from redraft import files, provenance
 from redraft.adaptation.core import run_training
 from redraft.adaptation.runs import Log
 from redraft.arithmetic import Choice
@@ -151,7 +152,7 @@ def test_a_checkpoint_of_before_muon_had_a_choice_goes_on_in_bfloat16(moved):
     path = later.loop.checkpoint.path
     stored = json.loads(path.read_text())
     assert stored["state"].pop("arithmetic") == {"precision": "float32", "muon": "bfloat16"}
-    del stored["checksum"]  # nor was there one then
+    del stored["seal"]  # nor was there one then
     path.write_text(json.dumps(stored))
     later.run()
     assert losses(whole) == losses(later)
@@ -208,9 +209,11 @@ def test_a_run_that_did_not_name_its_old_draft_goes_on(named, target, draft, sto
     result = work("").run()
     path = tmp_path / "run" / "state.json"
     stored = json.loads(path.read_text())
-    del stored["identity"]["old draft"], stored["checksum"]  # what was written before there were checksums
+    del stored["identity"]["old draft"], stored["seal"]  # what was written before there were checksums
     stored["identity"] |= {} if named is None else {"old draft": named}
     path.write_text(json.dumps(stored))
+    for place in path.parent.glob("*.safetensors"):
+        save_file(load_file(place), place)
     assert work("some draft").run() == result
     stored["identity"]["old draft"] = "another"
     path.write_text(json.dumps(stored))
@@ -268,7 +271,7 @@ def test_a_checkpoint_of_the_days_before_checksums_goes_on(target, draft, store,
     first = trainer(target, draft, store, rows, tmp_path / "run").run()
     path = tmp_path / "run" / "state.json"
     value = json.loads(path.read_text())
-    del value["checksum"]
+    del value["seal"]
     path.write_text(json.dumps(value, indent=2))
     for place in (tmp_path / "run").glob("*.safetensors"):
         save_file(load_file(place), place)  # no fingerprint in the header
@@ -278,14 +281,15 @@ def test_a_checkpoint_of_the_days_before_checksums_goes_on(target, draft, store,
 def test_a_disk_that_fills_up_keeps_the_last_checkpoint(target, draft, store, rows, tmp_path, monkeypatch):
     folder, saved = tmp_path / "run", []
 
-    def fills_up(state, path, metadata):
-        if len(saved) == 2:
-            Path(path).write_bytes(b"half")
-            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-        saved.append(path)
-        save_file(state, path, metadata)
+    def fills_up(path):
+        if str(path).endswith(f".safetensors.{os.getpid()}.new"):
+            saved.append(path)
+            if len(saved) == 3:
+                raise OSError(errno.ENOSPC, "No space left on device")
+        known(path)
 
-    monkeypatch.setattr("redraft.artifact.save_file", fills_up)
+    known = files.sync
+    monkeypatch.setattr(files, "sync", fills_up)
     with pytest.raises(UserError, match=r"no room on the disk for .*safetensors: [\d.]+ MB are free"):
         trainer(target, draft, store, rows, folder).run()
     assert not list(folder.glob(".*")), "nothing half-written is left"

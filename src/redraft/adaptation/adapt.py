@@ -17,7 +17,6 @@ from redraft.adaptation.core import Adaptation, Plan, open_old
 from redraft.adaptation.models import contestants, open_draft, open_target, prompt_rows, settle_template
 from redraft.adaptation.runs import Run, Say, row_tokens, supervised_rows
 from redraft.adaptation.sources import Source
-from redraft.artifact import atomic_write_json, read_json
 from redraft.data.store import Row
 from redraft.drafts.base import Draft
 from redraft.drafts.files import PRIVATE_FILE
@@ -27,6 +26,7 @@ from redraft.drafts.opening import AnyDraft, OpenDraft
 from redraft.errors import UserError
 from redraft.evaluate.speed import BenchConfig
 from redraft.reports.card import write_card
+from redraft.reports.load import BENCH_SCHEMA
 from redraft.reports.page import build_report
 from redraft.rows import mix
 from redraft.selection.manifest import Manifest, choose, read_manifest
@@ -38,6 +38,8 @@ from redraft.settings.training import ReplayConfig, mergeable
 from redraft.starts.apply import StartContext
 from redraft.target import Target
 from redraft.training.trainer import TrainResult, check_replayable
+
+TRAINED = "redraft.train/1"
 
 
 class AdaptRun(Run[AdaptConfig]):
@@ -88,7 +90,7 @@ class AdaptRun(Run[AdaptConfig]):
         return Source(self.config, lambda: self.target, self.log, store_of=lambda: self.job.store)
 
     # -- stages ------------------------------------------------------------------------------------------------
-    def run(self) -> dict[str, Any]:
+    def _run(self) -> dict[str, Any]:
         """All stages; returns the benchmark's result."""
         self.check()
         if self.config.select_on == "prompts":
@@ -119,7 +121,10 @@ class AdaptRun(Run[AdaptConfig]):
     def select(self) -> Manifest:
         """Score every response, or every prompt before any is answered, and keep the budget's worth."""
         if self.selection.exists():
-            return read_manifest(self.selection)
+            found = read_manifest(self.selection, self.mark)
+            if self.config.select_on == "responses":
+                found.check_source(self.source.responses)
+            return found
         c, target, prompts = self.config, self.target, self.config.select_on == "prompts"
         # Where everything is kept, whatever its score, the scorer is one that costs nothing.
         scorer = parse_scorer("length" if parse_budget(c.budget).whole else c.scorer)
@@ -133,7 +138,7 @@ class AdaptRun(Run[AdaptConfig]):
             draft, folder = self.stale.draft, self.folder
             context = scoring_context(scorer, target, draft, self.open_base, c.seed, folder, progress, store)
             manifest = choose(scorer, rows, context, c.budget, source=None if prompts else self.source.responses)
-            manifest.write(self.selection)
+            manifest.write(self.selection, self.mark)
             tokens, formula = row_tokens(rows), f"passes of the target * {provenance.FORWARD_FORMULA}"
             flops = passes * provenance.forward_flops(target.parameters_per_token, tokens)
             entry.add(tokens, flops, formula, self.selection.stat().st_size)
@@ -148,9 +153,10 @@ class AdaptRun(Run[AdaptConfig]):
 
     def train(self) -> TrainResult | None:
         """Train what the method names; save the private part (if it is one) and the merged draft."""
-        c, done, job = self.config, self.folder / "train.json", self.job
-        if done.exists():
-            return TrainResult(**read_json(done))
+        done = self.finished("train.json", TRAINED)
+        if done is not None:
+            return TrainResult(**done)
+        c, job = self.config, self.job
         rows = self.training_rows()
         job.start(lambda: self.start_context(rows))
         job.prepare()
@@ -163,7 +169,7 @@ class AdaptRun(Run[AdaptConfig]):
         alone = f", what was trained in {part.parent} ({part.stat().st_size / 1e6:.1f} MB)" if part.exists() else ""
         self.say(f"saved: {share:,} trained of {total:,} parameters; the draft in {self.folder / 'merged'}{alone}")
         if result:
-            atomic_write_json(done, asdict(result))
+            self.finish("train.json", TRAINED, asdict(result), "merged", "private")
         return result
 
     def training_rows(self) -> list[Row]:
@@ -183,9 +189,9 @@ class AdaptRun(Run[AdaptConfig]):
 
     def bench(self) -> dict[str, Any]:
         """Plain decoding, the stale and the aligned draft on the evaluation prompts."""
-        c, path = self.config, self.folder / "bench.json"
-        if path.exists():
-            return read_json(path)
+        c, done = self.config, self.finished("bench.json", BENCH_SCHEMA)
+        if done is not None:
+            return done
         prompts, began = self.source.evaluation(c.bench_tokens), time.monotonic()
         with self.log.stage("bench") as entry:
             result = measure(
@@ -197,7 +203,7 @@ class AdaptRun(Run[AdaptConfig]):
                 lambda: self.open_target("float32"),
             )
             entry.add(tokens=sum(d["tokens"] for d in result["drafts"].values()))
-        atomic_write_json(path, result)
+        self.finish("bench.json", BENCH_SCHEMA, result)
         self.say(f"bench: {len(prompts)} prompts in {time.monotonic() - began:.0f} s")
         return result
 

@@ -10,14 +10,17 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from redraft.arithmetic import go_on_with
-from redraft.artifact import atomic_write_json, read_json
+from redraft.artifact import read_json, read_sealed, write_sealed
 from redraft.drafts.formats.base import check_formats
 from redraft.errors import UserError
+from redraft.locks import contents, held
+from redraft.seals import digest, file_digest
 from redraft.settings.base import AUTO
 from redraft.settings.runs import AdaptConfig, DistillConfig
 from redraft.settings.training import DistilConfig, PretrainConfig, TrainConfig
 
-CONFIG_FILE = "config.json"
+CONFIG_FILE, SETTINGS = "config.json", "redraft.settings/1"
+NEW_RUN = "give another run directory, or delete this one and begin anew"
 REVISABLE = ("exports",)  # settings that a run may be gone on with otherwise
 Held = TypeVar("Held", bound=BaseModel)
 Run = TypeVar("Run", AdaptConfig, DistillConfig)
@@ -42,13 +45,18 @@ def claim_run(config: Run, say: Say | None = None) -> Run:
     What a finished draft is exported to may change, and everything while no stage has written a thing: a run that was
     refused before it began leaves only its settings. Raises ``UserError``.
     """
+    with held(config.out, say=say):
+        return _claimed(config, say)
+
+
+def _claimed(config: Run, say: Say | None) -> Run:
     adapts = isinstance(config, AdaptConfig)
     if isinstance(config, AdaptConfig):
         config.check_needs()
     check_formats(config.exports, "eagle3" if adapts else "standalone")
     path = config.out / CONFIG_FILE
     config = settled(config, path, say)
-    stored = read_json(path) if path.exists() else {}
+    stored = read_sealed(path, SETTINGS, None, NEW_RUN) if path.exists() else {}
     recipes = {"train": TrainConfig()} if adapts else {"pretrain": PretrainConfig(), "align": DistilConfig()}
     if stored and not adapts:
         # What trains kept its precision whatever the target's type was, before there was a choice.
@@ -56,14 +64,10 @@ def claim_run(config: Run, say: Say | None = None) -> Run:
         config = config.model_copy(update={name: kept[name] | getattr(config, name) for name in recipes})
     values = json.loads(config.model_dump_json(exclude={"out"})) | {"bench_prompts": config.bench_prompts}
     values |= {name: config.blocks()[name].identity() for name in recipes}
-    try:
-        config.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot use {config.out} as run directory: {error.strerror or error}") from None
     if not path.exists():
-        if any(config.out.iterdir()):
+        if contents(config.out):
             raise UserError(f"{config.out} holds other files; give a new or empty run directory")
-        atomic_write_json(path, values)
+        write_sealed(path, values, SETTINGS)
         return config
     # Settings that are newer than the run directory had their defaults then.
     fields = type(config).model_fields
@@ -73,8 +77,8 @@ def claim_run(config: Run, say: Say | None = None) -> Run:
         defaults = recipe.identity()
         before[name] = defaults | {key: value for key, value in before[name].items() if key in defaults}
     if changed := sorted(_differences(before, values, recipes)):
-        if list(config.out.iterdir()) == [path] and values.keys() >= stored.keys() > {"target", "exports"}:
-            atomic_write_json(path, values)
+        if contents(config.out) == [path] and values.keys() >= stored.keys() > {"target", "exports"}:
+            write_sealed(path, values, SETTINGS)
             return config
         raise UserError(
             f"{config.out} belongs to a run with another {', '.join(changed)}; "
@@ -90,3 +94,31 @@ def _differences(stored: dict[str, Any], values: dict[str, Any], recipes: Iterab
             yield key
     for key in recipes:
         yield from (f"{key} {name}" for name, value in values[key].items() if stored[key].get(name) != value)
+
+
+# -- what a finished stage has left ------------------------------------------------------------------------------------
+def mark_of(folder: Path) -> str:
+    """The mark of the run in a folder, by which its files are told from another run's: that of its settings.
+
+    Raises ``UserError`` for damaged settings.
+    """
+    return digest(read_sealed(folder / CONFIG_FILE, SETTINGS, None, NEW_RUN))
+
+
+def fingerprints(root: Path, *folders: str) -> dict[str, str]:
+    """By their paths from ``root``, fingerprints of the files in those of the ``folders`` that are there: drafts, whose
+    cards may be written again."""
+    there = (path for name in folders for path in sorted((root / name).glob("*")) if path.suffix != ".md")
+    return {str(path.relative_to(root)): file_digest(path) for path in there if path.is_file()}
+
+
+def check_files(root: Path, known: dict[str, str], mend: str) -> None:
+    """Raise ``UserError`` that names the first file which is gone or no longer as :func:`fingerprints` found it."""
+    for name, fingerprint in known.items():
+        path = root / name
+        try:
+            fault = "no longer holds what was written" if file_digest(path) != fingerprint else ""
+        except OSError as error:
+            fault = f"cannot be read ({error.strerror or error})"
+        if fault:
+            raise UserError(f"{path} is damaged or another run's: it {fault}; {mend}")

@@ -21,7 +21,7 @@ from redraft import provenance
 from redraft.acceptance.simulate import simulate_greedy_chain, tau_of
 from redraft.adaptation.models import open_draft
 from redraft.adaptation.runs import Log, add_forward, half, record_of, row_tokens
-from redraft.artifact import atomic_write_json, read_checked, read_json, write_checked
+from redraft.artifact import read_checked, read_sealed, tensors_hash, write_checked, write_sealed
 from redraft.attic.aim import aim
 from redraft.data.store import Row
 from redraft.drafts.base import Draft
@@ -30,6 +30,7 @@ from redraft.drafts.groups import prepare
 from redraft.drafts.opening import AnyDraft, OpenDraft
 from redraft.drafts.scaling import Coarse, coarse_change
 from redraft.features import FeatureStore
+from redraft.files import use_folder
 from redraft.loading import tokenizer_hash
 from redraft.rows import anchors
 from redraft.settings.training import METHODS, PrivateSize, ReplayConfig, TrainConfig
@@ -38,7 +39,7 @@ from redraft.target import Head, Target
 from redraft.training.trainer import Trainer, TrainResult, replay_settings, replay_states
 from redraft.training.workers import Workers
 
-NO_START = "none"
+NO_START, REPLAY = "none", "redraft.replay/1"
 STATES_FILE, SUMMARY_FILE, FEATURES = "states.safetensors", "states.json", "features"
 
 
@@ -69,10 +70,16 @@ def feature_store(folder: Path, target: Head, taps: Sequence[int]) -> FeatureSto
 
 def build_features(name: str, store: FeatureStore, target: Target, rows: Sequence[Row], log: Log) -> None:
     """Compute the features of ``rows`` that are missing, as the stage ``name``. Raises ``UserError``."""
-    if all(row.key in store.index for row in rows if anchors(row)):
+    if not store.missing(rows):
         return
     with log.counted(name, row_tokens(rows)) as (entry, progress):
         add_forward(entry, target, store.build(target, rows, progress=progress.update))
+    if altered := store.altered:
+        log.say(
+            f"note on {store.folder}: the features of {len(altered)} rows (first {altered[0]}) were lost and are "
+            "computed anew; they differ in rounding from those that were kept while the answers were written, so "
+            "training does not end with the very same bits"
+        )
 
 
 def training_flops(trainer: Trainer, result: TrainResult) -> int:
@@ -224,21 +231,24 @@ class Adaptation:
 
     def _lost_states(self, rows: Sequence[Row], folder: Path) -> dict[str, Tensor]:
         """The weights of a pass, walked once and kept: a resumed pass must train on the states it began with."""
-        path = folder / STATES_FILE
-        if (folder / SUMMARY_FILE).exists():
-            mend = f"delete the folder {folder} and give the same command again, which walks anew"
-            return read_checked(path, mend) if read_json(folder / SUMMARY_FILE)["rows"] else {}
-        folder.mkdir(parents=True, exist_ok=True)
+        path, summary = folder / STATES_FILE, folder / SUMMARY_FILE
+        mend = f"delete the folder {folder} and give the same command again, which walks anew"
+        if summary.exists():
+            stored = read_sealed(summary, REPLAY, None, mend)
+            known = {"pass": stored["pass"]} if "pass" in stored else {}
+            return read_checked(path, mend, **known) if stored["rows"] else {}
+        use_folder(folder)
         self.draft.eval()
         gamma, count = self.plan.train.gamma, sum(map(anchors, rows))
         with self.log.counted("replay walk", count) as (entry, progress):
             found = replay_states(self.draft, self.target, rows, self.store, gamma, self.plan.replay, progress=progress)
             add_forward(entry, self.draft, count * gamma)
         self.draft.train()
+        mark = tensors_hash(found.weights)
         if found.weights:
-            write_checked(path, found.weights)
-        record = {"rounds": found.rounds, "lost_rounds": found.lost_rounds, "rows": len(found.weights)}
-        atomic_write_json(folder / SUMMARY_FILE, record)
+            write_checked(path, found.weights, **{"pass": mark})
+        record = {"rounds": found.rounds, "lost_rounds": found.lost_rounds, "rows": len(found.weights), "pass": mark}
+        write_sealed(summary, record, REPLAY)
         self.log.say(f"replay: {found.summary()}")
         return found.weights
 

@@ -16,7 +16,6 @@ from redraft.adaptation.core import build_features, draft_meta, feature_store
 from redraft.adaptation.models import open_any, settle_template
 from redraft.adaptation.runs import Run, Say, half, row_tokens, supervised_rows
 from redraft.adaptation.sources import Source
-from redraft.artifact import atomic_write_json, read_json
 from redraft.data.packed import PackedText, TextSource
 from redraft.data.server import ServerEngine, ask_tops
 from redraft.data.store import Row
@@ -38,6 +37,7 @@ from redraft.training.workers import Workers
 
 # What is trained of a drafter where private experts are asked for.
 METHOD = "eda"
+DISTILL, TEXT, TRAINED = "redraft.distill/1", "redraft.text/1", "redraft.train/1"
 LOOP_RESULT = TypeAdapter(LoopResult)
 
 
@@ -79,7 +79,7 @@ class DistillRun(Run[DistillConfig]):
         return PackedText(TextSource(c.text, c.text_field), self.target.tokenizer, length, c.seed, share)
 
     # -- stages ------------------------------------------------------------------------------------------------
-    def run(self) -> dict[str, Any]:
+    def _run(self) -> dict[str, Any]:
         """All stages; returns the record of the run, ``distill.json``."""
         if self.config.exports and not (self.folder / "align.json").exists():
             given = self.config.draft
@@ -88,25 +88,24 @@ class DistillRun(Run[DistillConfig]):
         done = {"pretrain": self.pretrain(), "align": self.align()}
         self.export()
         record = {
-            "schema": "redraft.distill/1",
+            "schema": DISTILL,
             **{name: asdict(result) if result else None for name, result in done.items()},
             "parameters": sum(p.numel() for p in self.aligned.parameters()),
             "parameters_per_token": self.aligned.parameters_per_token,
             "target_parameters_per_token": self.target.parameters_per_token,
             "provenance": self.record(),
         }
-        atomic_write_json(self.folder / "distill.json", record)
+        self.finish("distill.json", DISTILL, record)
         return record
 
     def survey(self) -> None:
         """Read all local text once: a bad byte must not be met after hours. Raises ``UserError``."""
-        path = self.folder / "text.json"
-        if not self.config.text or path.exists():
+        if not self.config.text or self.finished("text.json", TEXT) is not None:
             return
         names = [*self.config.text, *filter(None, [self.config.heldout_text])]
         with self.log.stage("survey"):
             size = TextSource(names, self.config.text_field).survey()
-        atomic_write_json(path, {"files": names, "bytes": size})
+        self.finish("text.json", TEXT, {"files": names, "bytes": size})
         self.say(f"text: {size:,} bytes in local files")
 
     def start(self) -> StandaloneDraft:
@@ -117,11 +116,12 @@ class DistillRun(Run[DistillConfig]):
 
     def pretrain(self) -> LoopResult | None:
         """A new drafter, trained on the text, in ``pretrained``; nothing where a drafter is given."""
-        c, done = self.config, self.folder / "pretrain.json"
+        c = self.config
         if c.draft is not None:
             return None
-        if done.exists():
-            return LOOP_RESULT.validate_python(read_json(done))
+        done = self.finished("pretrain.json", TRAINED)
+        if done is not None:
+            return LOOP_RESULT.validate_python(done)
         config, draft = c.pretrain_config(), self.start()
         share = draft.parameters_per_token / self.target.parameters_per_token
         self.say(f"drafter: {draft.parameters_per_token:,} parameters a token, {share:.3f} of the target's")
@@ -135,7 +135,7 @@ class DistillRun(Run[DistillConfig]):
             flops = provenance.train_flops(draft.parameters_per_token, result.tokens)
             entry.add(result.tokens, flops, provenance.TRAIN_FORMULA)
         save_draft(self.folder / "pretrained", draft, self.meta("pretrain"))
-        atomic_write_json(done, asdict(result))
+        self.finish("pretrain.json", TRAINED, asdict(result), "pretrained")
         self.say(f"pretrain: held-out perplexity {result.start:,.1f} -> {result.best:,.2f} in {result.steps} steps")
         return result
 
@@ -182,9 +182,9 @@ class DistillRun(Run[DistillConfig]):
 
     def align(self) -> LoopResult:
         """The drafter, taught by the target, in ``draft``; its private part also in ``private``."""
-        c, done = self.config, self.folder / "align.json"
-        if done.exists():
-            return LOOP_RESULT.validate_python(read_json(done))
+        c, done = self.config, self.finished("align.json", TRAINED)
+        if done is not None:
+            return LOOP_RESULT.validate_python(done)
         rows, heldout = self.responses()
         config, (draft, base_hash) = c.align_config(), self.drafter()
         teacher = self.teacher(rows)
@@ -202,7 +202,7 @@ class DistillRun(Run[DistillConfig]):
             names = filter(is_private, stored.state_dict())
             save_private(self.folder / "private", stored, names, base_hash, meta)
         save_draft(self.folder / "draft", stored, meta)
-        atomic_write_json(done, asdict(result))
+        self.finish("align.json", TRAINED, asdict(result), "draft", "private")
         why = "stopped early" if result.stopped_early else "whole budget"
         self.say(
             f"align: held-out block efficiency {result.start:.3f} -> {result.best:.3f} at gamma {config.gamma}, "

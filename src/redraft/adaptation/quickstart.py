@@ -20,6 +20,8 @@ from redraft.artifact import atomic_write_json, atomic_write_text
 from redraft.data.prompts import read_conversations
 from redraft.data.suites.maths import maths_conversations
 from redraft.drafts.groups import prepare, trained_parameters
+from redraft.files import use_folder
+from redraft.locks import held
 from redraft.settings.runs import AdaptConfig
 
 EMBEDDED = "embedded:smollm2-135m-instruct"
@@ -40,7 +42,7 @@ def embedded_prompts(out: Path, train: int, evaluation: int) -> tuple[Path, Path
     measured = maths_conversations(evaluation, EVALUATION_SEED)
     trained = maths_conversations(train, TRAIN_SEED, exclude={c.messages[0]["content"] for c in measured})
     paths = out / "prompts.jsonl", out / "evaluation.jsonl"
-    out.mkdir(parents=True, exist_ok=True)
+    use_folder(out, "folder of the quickstart")
     for path, found in zip(paths, (trained, measured), strict=True):
         asked = [{"id": c.id, "messages": [m for m in c.messages if m["role"] == "user"]} for c in found]
         atomic_write_text(path, "".join(json.dumps(each) + "\n" for each in asked))
@@ -83,16 +85,17 @@ def quickstart_config(out: Path, train: int = QUESTIONS, evaluation: int = 16) -
 
 def quickstart(out: Path, say: Callable[[str], None] = print) -> tuple[dict[str, Any], dict[str, Any], ProbeResult]:
     """Probe, regenerate, select, adapt, merge, export, bench; returns summary, benchmark result and probe."""
-    began = time.monotonic()
-    config = quickstart_config(out, affordable(out, say))
-    run = AdaptRun(config, say)
-    found = run_probe(run)
-    say(f"probe: {found.verdict}; {found.advice}")
-    result = run.run()
-    summary = summarise(run, result, (time.monotonic() - began) / 60)
-    atomic_write_json(out / "summary.json", summary)
-    atomic_write_json(out / "probe.json", found.to_dict())
-    run.report(out / "report.html", out / "summary.json")
+    with held(out, "folder of the quickstart", say):
+        began = time.monotonic()
+        run = AdaptRun(quickstart_config(out, affordable(out, say)), say)
+        with held(run.folder, say=say):
+            found = run_probe(run)
+            say(f"probe: {found.verdict}; {found.advice}")
+            result = run.run()
+            summary = summarise(run, result, (time.monotonic() - began) / 60)
+            atomic_write_json(out / "summary.json", summary)
+            atomic_write_json(out / "probe.json", found.to_dict())
+            run.report(out / "report.html", out / "summary.json")
     return summary, result, found
 
 

@@ -15,12 +15,15 @@ from torch import nn
 
 from redraft import provenance
 from redraft.adaptation.cards import run_card
+from redraft.adaptation.claim import check_files, fingerprints, mark_of
 from redraft.adaptation.merged_target import adapter_note, merging, served
 from redraft.adaptation.models import open_target, tell_about
+from redraft.artifact import read_sealed, write_sealed
 from redraft.data.store import Row, read_rows
 from redraft.data.template import template_record
 from redraft.drafts.base import Draft
 from redraft.drafts.formats.base import check_export
+from redraft.locks import held
 from redraft.progress import Progress, progress_bar
 from redraft.provenance import Entry, Ledger
 from redraft.registries import EXPORTERS
@@ -101,8 +104,37 @@ class Run(Generic[Settings]):
         """``config`` are the settings that the directory is known to belong to."""
         self.config: Settings = config
         self.say, self.folder = say, config.out
-        self.log = Log(Ledger.load(self.folder / "ledger.json"), say)
+        self.mark = mark_of(self.folder)
+        self.log = Log(Ledger.load(self.folder / "ledger.json", self.mark), say)
         self.serve: dict[str, str] = {}  # by format, the command that serves what was exported
+
+    def run(self) -> dict[str, Any]:
+        """All stages, with the run directory for this process alone; what the run ends with. Raises ``UserError``."""
+        with held(self.folder, say=self.say):
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def finished(self, name: str, kind: str) -> dict[str, Any] | None:
+        """What a stage has left in the file ``name``, its drafts being as it left them; none where it has not ended.
+
+        Raises ``UserError`` for damage.
+        """
+        path = self.folder / name
+        if not path.exists():
+            return None
+        mend = f"delete {path} and give the same command again, which does that stage anew from where it was"
+        stored = read_sealed(path, kind, self.mark, mend)
+        files = stored.pop("files", {})
+        if isinstance(files, dict):  # the survey of a text has a list of that name
+            check_files(self.folder, files, mend)
+        return stored
+
+    def finish(self, name: str, kind: str, result: dict[str, Any], *folders: str) -> None:
+        """Write what a stage ends with, and fingerprints of the drafts that it has put into ``folders``."""
+        files = fingerprints(self.folder, *folders)
+        write_sealed(self.folder / name, result | ({"files": files} if files else {}), kind, self.mark)
 
     @property
     def ledger(self) -> Ledger:

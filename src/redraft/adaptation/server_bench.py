@@ -138,7 +138,8 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 @contextmanager
 def _terminable() -> Iterator[None]:
     """SIGTERM unwinds the stack, as Ctrl-C does, instead of leaving the server behind."""
-    if threading.current_thread() is not threading.main_thread():
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:  # as the command line already sees to
         yield
         return
 

@@ -179,7 +179,7 @@ def answer(
     """The target's answers to these prompts in the file ``path``, as the stage ``name``. Raises ``UserError``."""
     with log.counted(name, expected_rows(prompts, samplers), "rows") as (entry, progress):
         told = progress.update
-        report = regenerate(engine, prompts, target, samplers, path, max_new_tokens, seed, told, features)
+        report = regenerate(engine, prompts, target, samplers, path, max_new_tokens, seed, told, features, alone=True)
         tokens = report.prompt_tokens + report.response_tokens
         add_forward(entry, target, tokens, bytes_written=report.bytes_written)
     return report

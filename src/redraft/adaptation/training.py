@@ -15,13 +15,14 @@ from redraft.adaptation.core import FEATURES, Adaptation, Plan, open_old
 from redraft.adaptation.models import TargetSpec
 from redraft.adaptation.runs import Log, Say, half, supervised_rows
 from redraft.arithmetic import go_on_with
-from redraft.artifact import atomic_write_json
+from redraft.artifact import write_sealed
 from redraft.data.store import TRAFFIC, Row
 from redraft.drafts.base import Draft, fresh
 from redraft.drafts.opening import AnyDraft, OpenDraft
 from redraft.errors import UserError
 from redraft.evaluate.speed import tau_interval
 from redraft.features import FeatureStore, read_index
+from redraft.locks import held
 from redraft.provenance import Ledger
 from redraft.rows import anchors
 from redraft.selection.manifest import read_manifest
@@ -84,8 +85,7 @@ def open_spec(spec: TargetSpec, out: Path, rows: Sequence[Row], say: Say) -> Hea
     Raises ``UserError``.
     """
     dtype = training_dtype(spec, out, say)
-    _, index = read_index(out / FEATURES)
-    return spec.head(dtype) if all(row.key in index for row in rows) else spec.open(dtype)
+    return spec.head(dtype) if all(map(read_index(out / FEATURES).holds, rows)) else spec.open(dtype)
 
 
 def train_old(spec: TargetSpec, draft: AnyDraft, s: TrainSettings, say: Say = print) -> TrainResult:
@@ -95,6 +95,11 @@ def train_old(spec: TargetSpec, draft: AnyDraft, s: TrainSettings, say: Say = pr
     """
     if not method(s.method).groups:
         raise UserError(f"method {s.method} trains nothing; choose another")
+    with held(s.out, say=say):
+        return _train_old(spec, draft, s, say)
+
+
+def _train_old(spec: TargetSpec, draft: AnyDraft, s: TrainSettings, say: Say) -> TrainResult:
     rows, heldout = read_data(s)
     target, log = open_spec(spec, s.out, [*rows, *heldout], say), Log(Ledger.load(s.out / "ledger.json"), say)
     plan = Plan(s.method, s.private_size, s.train_config())
@@ -104,7 +109,7 @@ def train_old(spec: TargetSpec, draft: AnyDraft, s: TrainSettings, say: Say = pr
     result = job.train(rows, heldout)
     job.judge(heldout, tie="new")  # then nothing was lost, and the part that was asked for is there
     job.save()
-    atomic_write_json(s.out / "train.json", asdict(result))
+    write_sealed(s.out / "train.json", asdict(result), "redraft.train/1")
     return result
 
 
@@ -115,6 +120,11 @@ def train_new(spec: TargetSpec, s: TrainSettings, say: Say = print) -> dict[str,
     Returns what the draft's record says of its held-out acceptance. Raises ``UserError``, also for rows of another
     target; a killed run goes on.
     """
+    with held(s.out, say=say):
+        return _train_new(spec, s, say)
+
+
+def _train_new(spec: TargetSpec, s: TrainSettings, say: Say) -> dict[str, Any]:
     (train, heldout), config = read_data(s), s.train_config()
     target = spec.open(training_dtype(spec, s.out, say))
     log = Log(Ledger.load(s.out / "ledger.json"), say)

@@ -20,6 +20,7 @@ from redraft.adaptation.training import train_new, train_old
 from redraft.api.steps import Place, Say, checked, name_of
 from redraft.drafts.opening import AnyDraft, OpenDraft
 from redraft.errors import UserError
+from redraft.locks import held
 from redraft.progress import Progress, progress_bar
 from redraft.reports import build_report, headline_png
 from redraft.reports.tables import Adapted, Benchmark, Page, Study, Trained
@@ -57,8 +58,9 @@ def adapt(
         raise UserError(f"config must be a YAML file or a mapping of settings, not {config!r}")
     parsed = read(AdaptConfig, None if config is None else Path(config), given)
     opened = draft if isinstance(draft, OpenDraft) else None
-    run = AdaptRun(parsed, say, spec.opened if spec else None, opened)
-    figures, folder = run.run(), run.folder
+    with held(parsed.out, say=say):
+        run = AdaptRun(parsed, say, spec.opened if spec else None, opened)
+        figures, folder = run.run(), run.folder
     return Adapted(
         folder,
         folder / "merged",
@@ -124,10 +126,11 @@ def study(
     parsed, out = config if isinstance(config, StudyConfig) else read_study(Path(config)), Path(out)
     if template_arg:
         parsed = parsed.model_copy(update={"template_arg": parsed.template_arg | dict(template_arg)})
-    results = StudyRun(parsed, out, say).run()
-    if full is not None:
-        write_full(results, Path(full), f"study {parsed.name}")
-    return Study(out / RESULTS_FILE, write_tables(out / RESULTS_FILE), results["figures"])
+    with held(out, "folder of the study", say):
+        results = StudyRun(parsed, out, say).run()
+        if full is not None:
+            write_full(results, Path(full), f"study {parsed.name}")
+        return Study(out / RESULTS_FILE, write_tables(out / RESULTS_FILE), results["figures"])
 
 
 def probe(

@@ -280,9 +280,11 @@ def export(s: steps.ExportSettings) -> None:
 def distill(s: DistillConfig) -> None:
     """Make a drafter of one's own: pretrain, let the target answer, align. Stop it and resume it at will."""
     from redraft.adaptation.distill import DistillRun
+    from redraft.locks import held
 
-    run = DistillRun(s, say)
-    run.run()
+    with held(s.out, say=say):
+        run = DistillRun(s, say)
+        run.run()
     say(f"drafter: {run.folder / 'draft'}; record: {run.folder / 'distill.json'}")
 
 

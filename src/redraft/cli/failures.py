@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from redraft.errors import UserError
-from redraft.files import atomic_write_text, disk_is_full, write_error
+from redraft.files import atomic_write_text, disk_is_full, is_refused, write_error
 from redraft.places import cache_folder, installed, without_keys
 
 # Files that only a run directory of ours has; other folders are not written to.
@@ -27,9 +27,13 @@ SECRET_NAME = re.compile(r"TOKEN|KEY|SECRET|PASSWORD|CREDENTIAL", re.I)
 
 
 def as_user_error(error: BaseException, out: object = None) -> UserError | None:
-    """A full disk or full memory, met wherever it was: no defect of ours. ``out`` is where the command writes."""
+    """A full disk or memory, or a place that the system refuses: no defect of ours. ``out`` is where the command
+    writes."""
     if disk_is_full(error):
         return write_error(getattr(error, "filename", None) or str(out or "."), error)
+    if is_refused(error):
+        path, reason = getattr(error, "filename", None) or str(out or "."), getattr(error, "strerror", None) or error
+        return UserError(f"cannot use {path}: {reason}; whatever was finished is kept")
     first = str(error).strip().partition("\n")[0]
     if type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "can't allocate memory" in first:
         return UserError(

@@ -19,6 +19,7 @@ from typer.core import TyperCommand
 
 from redraft.cli.failures import as_user_error, unexpected
 from redraft.cli.plans import announce, check_places, refuse_overwriting
+from redraft.cli.signals import stopped
 from redraft.errors import UserError
 from redraft.registries import EXPORTERS, LOSSES, SCORERS, STARTS, SUITES
 from redraft.settings.base import BlockOf, Settings, choices, read
@@ -62,16 +63,15 @@ class Command(TyperCommand):
         super().format_help(ctx, formatter)
 
     def invoke(self, ctx: Any) -> Any:
-        """Run it. A key press is no defect: one line and the shell's own exit code for it.
+        """Run it. A key press or SIGTERM is no defect: one line and the shell's own exit code for it.
 
         Raises ``UserError`` when a disk is full; any other surprise is one line, with its trace in a file.
         """
         name = str(self.name)
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:
-            print("redraft: interrupted; the same command goes on where it can", file=sys.stderr)
-            raise SystemExit(130) from None
+        except KeyboardInterrupt as error:
+            raise stopped(error) from None
         except (UserError, typer.Exit, typer.Abort, BrokenPipeError):
             raise
         except Exception as error:

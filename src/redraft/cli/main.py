@@ -13,6 +13,7 @@ import typer
 
 from redraft import __version__
 from redraft.cli import commands
+from redraft.cli.signals import leave, stopped, terminable
 from redraft.errors import UserError
 from redraft.registries import load_plugin
 
@@ -93,14 +94,19 @@ commands.register(app)
 def main() -> None:
     """Run the application. A user's mistake is one line on standard error and exit code 2, a defect of ours 1."""
     try:
-        app()
+        with terminable():
+            app()
     except UserError as error:
         if "--debug" in sys.argv[1:2]:
             traceback.print_exception(error)
         print(f"redraft: error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+        leave(2)
+    except KeyboardInterrupt as error:
+        leave(int(stopped(error).code or 0))
+    except SystemExit as ended:
+        if isinstance(ended.code, int) and ended.code:
+            leave(ended.code)
+        raise
 
 
 if __name__ == "__main__":

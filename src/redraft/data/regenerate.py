@@ -115,6 +115,12 @@ class _Chain:
         return row_key(self.conversation.id, self.sampler.temperature, len(self.replies))
 
     @property
+    def keys(self) -> list[str]:
+        """Those of all its turns."""
+        turns = range(user_turns(self.conversation))
+        return [row_key(self.conversation.id, self.sampler.temperature, turn) for turn in turns]
+
+    @property
     def open(self) -> bool:
         return not self.broken and len(self.replies) < user_turns(self.conversation)
 
@@ -134,12 +140,14 @@ def regenerate(
     seed: int = 0,
     progress: Callable[..., None] | None = None,
     features: FeatureKeeper | None = None,
+    alone: bool = False,
 ) -> RegenerationReport:
     """Answer every user turn under every sampler and append the rows to ``out_path``.
 
     ``target`` is what ``engine`` runs. Rows that are there already are kept, and the run goes on behind them; they must
     come from the same target, prompts, sampling settings and token limit. ``progress(rows done, tokens=new tokens)`` is
-    called as rows come in. ``features`` takes the features that completions bring, as long as its disk has room.
+    called as rows come in. ``features`` takes the features that completions bring, where its disk has room for all.
+    With ``alone`` the file is of these prompts alone, as in a run directory, where all of it is trained on.
     Whatever could not be answered is in the report and in ``<name>.failures.jsonl``; the next run tries it again.
 
     Raises ``UserError`` for prompts that do not fit, stored rows that do not belong here, a server that stops
@@ -160,7 +168,7 @@ def regenerate(
         if writes_date(target.tokenizer) and not known.fixed:  # the run has none of its own
             moment = kept_moment(writer.path, moment, fresh=not writer.rows)
         with at_moment(target.tokenizer, moment):
-            return _Run(engine, target, max_new_tokens, seed, writer, progress, features).finish(chains)
+            return _Run(engine, target, max_new_tokens, seed, writer, progress, features, alone).finish(chains)
 
 
 @dataclass
@@ -174,6 +182,7 @@ class _Run:
     writer: RowWriter
     progress: Callable[..., None] | None
     features: FeatureKeeper | None
+    alone: bool = False
 
     def __post_init__(self) -> None:
         self.tokenizer, self.target_hash = self.target.tokenizer, self.target.content_hash()
@@ -190,6 +199,13 @@ class _Run:
                     f"{self.writer.path} holds responses of another target ({row.target_hash}, this one is "
                     f"{self.target_hash}); name another file, or delete this one"
                 )
+        own = {key for chain in chains for key in chain.keys}
+        if self.alone and (strangers := sorted(self.stored.keys() - own)):
+            raise UserError(
+                f"{self.writer.path} holds {len(strangers)} responses that this run has no prompt for, first "
+                f"{strangers[0]}: another run's, or of a prompt file that has changed; delete the file and give the "
+                "same command again"
+            )
         began, size = time.monotonic(), self.writer.path.stat().st_size
         try:
             while any(chain.open for chain in chains):
@@ -237,6 +253,8 @@ class _Run:
                 waiting[key] = chain
                 requests.append(request)
         self._tell()
+        if self.features is not None and not self.features.wants(self._most_bytes(everyone, chains)):
+            self.features = None
         try:
             wanted = self.features is not None
             limits = (self.max_new_tokens, self.tokenizer, self.target.eos_ids)
@@ -248,6 +266,14 @@ class _Run:
         except UserError as error:
             self.report.failures += [Failure(key, f"not asked: {error}", permanent=False) for key in waiting]
             raise
+
+    def _most_bytes(self, requests: Sequence[Request], chains: Sequence[_Chain]) -> int:
+        """What the features of all turns take where every answer is as long as it may be."""
+        if not isinstance(self.target, Target):
+            return 0
+        turns = max((user_turns(chain.conversation) for chain in chains), default=1)
+        tokens = sum(len(request.prompt_ids) + self.max_new_tokens for request in requests) * turns
+        return tokens * self.target.hidden_size * self.target.dtype.itemsize * (len(self.target.taps) + 1)
 
     def _keep(self, chain: _Chain, row: Row, prompt_ids: Sequence[int]) -> None:
         length, limit = len(row.response_ids), self.max_new_tokens
@@ -310,8 +336,8 @@ class _Run:
 
     def _flush(self) -> None:
         """Features first: a row on the disk has its features there, or they would be made again, a little otherwise."""
-        if self.features is not None and not self.features.put(self.kept):
-            self.features = None
+        if self.features is not None:
+            self.features.put(self.kept)
         rows, self.buffer, self.kept = self.buffer, [], []
         self.kept_bytes, self.flushed = 0, time.monotonic()
         self.writer.append(rows)

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -34,6 +35,9 @@ from redraft.data.generate import Completion, Request
 from redraft.data.store import FINISH_REASONS, Failure, Row
 from redraft.data.transport import Connection, Refused, Transient, excerpt
 from redraft.errors import UserError
+from redraft.files import append_text, atomic_write_text, use_folder
+from redraft.locks import is_helper, lock
+from redraft.seals import digest, sealed, unsealed
 
 Item = TypeVar("Item")
 Outcome = TypeVar("Outcome")
@@ -43,6 +47,7 @@ LONGEST_PAUSE = 30.0
 COMPARED, TELLING, ALIKE = 200, 12, 0.5
 # Rounding may lift the logarithm of a certain token a little above zero.
 MOST_LOGPROB = 1e-2
+TOPS = "redraft.tops/1"
 
 Top = tuple[list[list[int]], list[list[float]]]
 """Token ids and log-probabilities for every response token after the first."""
@@ -117,7 +122,8 @@ class ServerEngine:
                         raise UserError(f"the server at {self.url} stopped answering ({outcome.reason})")
         finally:
             self._stop.set()
-            pool.shutdown(wait=True, cancel_futures=True)
+            # Who is told to end does not wait for answers that are under way.
+            pool.shutdown(wait=sys.exc_info()[0] is None, cancel_futures=True)
             self._connection.close()
 
     # -- one request -------------------------------------------------------------------------------------------------
@@ -291,11 +297,19 @@ def read_tops(value: dict[str, Any], row: Row, url: str) -> Top:
 def read_top_file(path: Path, rows: Sequence[Row]) -> dict[str, Top]:
     """The figures stored for ``rows``; a torn last line is left out. Raises ``UserError`` for any other damage."""
     counts = {row.key: len(row.response_ids) - 1 for row in rows}
+    marks = {row.key: row_mark(row) for row in rows}
     found: dict[str, Top] = {}
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}; delete the file and run the same command again") from error
     for number, line in enumerate(lines, 1):
         try:
             value = json.loads(line)
+            if not isinstance(value, dict):
+                raise ValueError("no JSON object")
+            mend = "delete the file and run the same command again"
+            value = unsealed(value, f"{path}:{number}", mend, TOPS, marks.get(value.get("key", "")))
             if value["key"] in counts:
                 found[value["key"]] = parse_top(value["top"], counts[value["key"]])
         except (ValueError, KeyError, TypeError) as error:
@@ -324,27 +338,43 @@ def ask_tops(
         return row.key, found
 
     wanted = {row.key: row for row in rows if len(row.response_ids) > 1}
-    stored = read_top_file(path, list(wanted.values()))
-    # figures of ids that the target does not have are asked for again
-    found = {key: top for key, top in stored.items() if max(map(max, top[0])) < size}
-    failures: list[Failure] = []
-    with open(path, "w") as file:
-        file.writelines(json.dumps({"key": key, "top": top}) + "\n" for key, top in found.items())
+    use_folder(path.parent)
+    taken = None if is_helper() else lock(path.with_name(f".{path.name}.lock"), f"file of log-probabilities {path}")
+    try:
+        stored = read_top_file(path, list(wanted.values()))
+        # figures of ids that the target does not have are asked for again
+        found = {key: top for key, top in stored.items() if max(map(max, top[0])) < size}
+        whole = "".join(top_line(wanted[key], top) for key, top in found.items())
+        if not path.exists() or path.read_text() != whole:
+            atomic_write_text(path, whole)
+        failures: list[Failure] = []
         for outcome in engine.ask([item for item in wanted.items() if item[0] not in found], attempt):
             if isinstance(outcome, Failure):
                 failures.append(outcome)
                 continue
             key, found[outcome[0]] = outcome
-            file.write(json.dumps({"key": key, "top": found[key]}) + "\n")
-            file.flush()
+            append_text(path, top_line(wanted[key], found[key]))
             if progress:
                 progress(len(found))
+    finally:
+        if taken is not None:
+            taken.release()
     if failures:
         raise UserError(
             f"{len(failures)} of {len(wanted)} responses got no log-probabilities, first {failures[0].key}: "
             f"{failures[0].reason}; the same command asks again"
         )
     return found
+
+
+def top_line(row: Row, top: Top) -> str:
+    """The line of a row's figures, sealed for the tokens that they belong to."""
+    return json.dumps(sealed({"key": row.key, "top": top}, TOPS, row_mark(row))) + "\n"
+
+
+def row_mark(row: Row) -> str:
+    """What a row's figures belong to: its tokens."""
+    return digest([row.prompt_ids, row.response_ids])
 
 
 def parse_top(value: Any, count: int) -> Top:

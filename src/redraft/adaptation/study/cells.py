@@ -15,7 +15,7 @@ from redraft.acceptance.simulate import expected_rounds_sampled, simulate_greedy
 from redraft.adaptation.core import Adaptation, Plan
 from redraft.adaptation.runs import half, row_tokens
 from redraft.adaptation.study.targets import Asked, TargetWork, features_stage, slug
-from redraft.artifact import atomic_write_json, read_json, tensors_bytes
+from redraft.artifact import read_sealed, tensors_bytes, write_sealed
 from redraft.data.store import Row, read_rows
 from redraft.decode.tree import simulate_tree
 from redraft.drafts.files import private_state
@@ -25,6 +25,7 @@ from redraft.drafts.scaling import Coarse
 from redraft.errors import UserError
 from redraft.provenance import Entry, Ledger
 from redraft.rows import anchors, mix
+from redraft.seals import digest
 from redraft.selection import PromptRow, score_rows
 from redraft.selection.manifest import select as select_rows
 from redraft.selection.states import scoring_context
@@ -35,6 +36,7 @@ from redraft.settings.training import ReplayConfig, TrainConfig, method
 from redraft.starts.apply import StartContext
 from redraft.training.trainer import check_replayable
 
+SCORES = "redraft.study-scores/1"
 CELL_FORMULAS = {
     "generation": f"{provenance.FORWARD_FORMULA}, of every row that had to be generated",
     "selection": f"{provenance.FORWARD_FORMULA}, of every model pass over every row that was scored",
@@ -275,7 +277,8 @@ def _scores(work: TargetWork, data: str, entry: SelectionEntry) -> tuple[list[An
     rows: list[Any] = list(work.rows(data))
     if entry.on == "prompts":
         rows = list({row.id: PromptRow(row.id, row.prompt_ids) for row in reversed(rows) if row.turn == 0}.values())
-    path = work.folder / "scores" / f"{slug(f'{data} {entry.on} {entry.scorer}')}.json"
+    what = f"{data} {entry.on} {entry.scorer}"
+    path, of = work.folder / "scores" / f"{slug(what)}.json", digest([what, sorted(row.key for row in rows)])
     if not path.exists():
         store = work.features(data, rows, work.taps) if entry.reads_features else None
         scorer, target, old = parse_scorer(entry.scorer), work.target, work.opened(NONE).draft
@@ -291,8 +294,9 @@ def _scores(work: TargetWork, data: str, entry: SelectionEntry) -> tuple[list[An
             flops += passes * provenance.forward_flops(target.parameters_per_token, tokens)
             spent.add(tokens, flops, provenance.FORWARD_FORMULA)
         found = {row.key: score for row, score in zip(rows, scores, strict=True)}
-        atomic_write_json(path, {"flops": flops, "seconds": work.log.entry(stage).seconds, "scores": found})
-    stored = read_json(path)
+        seconds = work.log.entry(stage).seconds
+        write_sealed(path, {"flops": flops, "seconds": seconds, "scores": found}, SCORES, of)
+    stored = read_sealed(path, SCORES, of, "delete it and give the same command again, which scores anew")
     return rows, [stored["scores"][row.key] for row in rows], stored["flops"], stored["seconds"]
 
 

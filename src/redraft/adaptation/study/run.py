@@ -13,23 +13,27 @@ from pathlib import Path
 from typing import Any
 
 from redraft import provenance
-from redraft.adaptation.claim import settled
+from redraft.adaptation.claim import check_files, fingerprints, settled
 from redraft.adaptation.models import contestants, open_draft, open_target, template_prompts
 from redraft.adaptation.runs import Log, Say, record_of, row_tokens
 from redraft.adaptation.study.cells import CELL_FORMULAS, cell_folder, run_cell
 from redraft.adaptation.study.figures import MAIN, SCHEMA, derive
 from redraft.adaptation.study.targets import Model, TargetWork, slug
-from redraft.artifact import atomic_write_json, read_json
+from redraft.artifact import read_json, read_sealed, write_sealed
 from redraft.errors import UserError
+from redraft.evaluate.speed import SCHEMA as BENCH_SCHEMA
 from redraft.evaluate.speed import BenchConfig, Prompt, bench
+from redraft.locks import contents, held
 from redraft.progress import Progress, progress_bar
 from redraft.rows import anchors
+from redraft.seals import digest
 from redraft.settings.sampler import Sampler
 from redraft.settings.shapes import DynamicTree, parse_shape
 from redraft.settings.studies import ANY, NONE, Cell, StudyConfig
 from redraft.settings.texts import parse_budget
 
 CONFIG_FILE, RESULTS_FILE = "study.json", "results.json"
+SETTINGS, FACTS, RECORD = "redraft.study-settings/1", "redraft.study-facts/1", "redraft.study-record/1"
 # What may be changed or added to while results are kept: other cells, and what is said about them.
 FREE = ("about", "grid", "cells", "speed", "keep_drafts")
 NAMED = ("targets", "data", "methods", "selections", "starts")
@@ -95,7 +99,9 @@ class StudyRun:
         """Raises ``UserError`` when the folder belongs to a study of other settings."""
         self.config, self.folder, self.say = claim(config, out, say), out, say
         self.asked_dtype = config.dtype  # auto lets the types compete where speed is measured
-        self.ledger = provenance.Ledger.load(out / "ledger.json")
+        mark = read_json(out / CONFIG_FILE)["mark"]
+        self.marks = {name: digest([mark, name]) for name in self.config.targets}
+        self.ledger = provenance.Ledger.load(out / "ledger.json", mark)
         self.cells = list(config.all_cells())
         self.board = Board()
         specs = {entry.base_target for entry in config.targets.values() if entry.base_target is not None}
@@ -113,6 +119,10 @@ class StudyRun:
     # -- running -----------------------------------------------------------------------------------------------
     def run(self) -> dict[str, Any]:
         """All cells that have no record yet, target by target; returns the results. Raises ``UserError``."""
+        with held(self.folder, "folder of the study", self.say):
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
         counted = [cell for cell in self.cells if self.config.trains(cell.method)] or self.cells
         units = {cell: self._units(cell) if cell in counted else 0 for cell in self.cells}
         with progress_bar("study", sum(units.values()), "") as bar:
@@ -150,8 +160,11 @@ class StudyRun:
             with self.board.over(cell, units[cell]):
                 record = run_cell(work, cell, keep)
             # The record says that a cell is done with: whatever the results read beside it must be there by then.
-            atomic_write_json(facts_path, facts(work, facts_path))
-            atomic_write_json(self.record_path(cell), record)
+            known = self.facts_of(work.name) or {}
+            write_sealed(facts_path, facts(work, known.get("data", {})), FACTS, self.marks[work.name])
+            place = self.record_path(cell).parent
+            files = {"files": fingerprints(place, "draft")} if keep else {}
+            write_sealed(self.record_path(cell), record | files, RECORD, self.marks[work.name])
             shutil.rmtree(self.record_path(cell).parent / "train", ignore_errors=True)
             self.write(finished=False)
             tokens, rounds = work.sets[MAIN].tokens, record["rounds"][MAIN]
@@ -159,7 +172,7 @@ class StudyRun:
             done = f"{len(self.records())} of {len(self.cells)} cells"
             self.say(f"{done}: {record['key']}: tau {tau:.3f} ({seconds:.0f} s)")
         if wanted:
-            speed_of(work, wanted, self.asked_dtype, self.say)
+            speed_of(work, wanted, self.asked_dtype, self.say, self.marks[work.name])
 
     def finished(self, cell: Cell, wanted: list[Cell]) -> bool:
         """Whether a cell has its record, and its draft where speed is to be measured."""
@@ -170,19 +183,36 @@ class StudyRun:
     def record_path(self, cell: Cell) -> Path:
         return cell_folder(self.folder, cell) / "record.json"
 
+    def record_of(self, cell: Cell) -> dict[str, Any]:
+        """The record of a finished cell. Raises ``UserError`` for damage, also of its draft."""
+        path = self.record_path(cell)
+        mend = f"delete {path} and give the same command again, which makes that cell anew"
+        record = read_sealed(path, RECORD, self.marks[cell.target], mend)
+        if record.get("key") != cell.key:
+            raise UserError(f"{path} is the record of {record.get('key')} and not of {cell.key}; {mend}")
+        check_files(path.parent, record.pop("files", {}), mend)
+        return record
+
     def records(self) -> list[dict[str, Any]]:
         """Records of the finished cells, in the config's order."""
-        return [read_json(self.record_path(cell)) for cell in self.cells if self.record_path(cell).exists()]
+        return [self.record_of(cell) for cell in self.cells if self.record_path(cell).exists()]
+
+    def facts_of(self, name: str) -> dict[str, Any] | None:
+        """What is known of a target; none where no cell of it is done. Raises ``UserError`` for damage."""
+        path = self.folder / "targets" / name / "facts.json"
+        mend = "delete it with the records of its cells and give the same command again"
+        return read_sealed(path, FACTS, self.marks[name], mend) if path.exists() else None
 
     def write(self, finished: bool) -> dict[str, Any]:
         """Write the results of what is finished, and return them; figures are worked out at the end alone."""
         config = self.config
         targets = {}
         for name in config.targets:
-            path = self.folder / "targets" / name / "facts.json"
-            if path.exists():
-                speeds = [read_json(p) for p in sorted(path.parent.glob("speed-*.json"))]
-                targets[name] = read_json(path) | ({"speed": speeds} if speeds else {})
+            if known := self.facts_of(name):
+                places = sorted((self.folder / "targets" / name).glob("speed-*.json"))
+                mend = "delete it and give the same command again, which measures it anew"
+                speeds = [read_sealed(path, BENCH_SCHEMA, self.marks[name], mend) for path in places]
+                targets[name] = known | ({"speed": speeds} if speeds else {})
         results: dict[str, Any] = {
             "schema": SCHEMA,
             "name": config.name,
@@ -197,7 +227,7 @@ class StudyRun:
         }
         if finished:
             results["figures"] = derive(results)
-        atomic_write_json(self.folder / RESULTS_FILE, results)
+        write_sealed(self.folder / RESULTS_FILE, results, SCHEMA)
         return results
 
 
@@ -221,10 +251,9 @@ def setup(config: StudyConfig) -> dict[str, Any]:
     }
 
 
-def facts(work: TargetWork, path: Path) -> dict[str, Any]:
-    """What is known of a target, and the prompts that its rounds belong to; data of an earlier run stay."""
+def facts(work: TargetWork, data: dict[str, Any]) -> dict[str, Any]:
+    """What is known of a target, and the prompts that its rounds belong to; ``data`` of an earlier run stay."""
     prompts: Any = work.prompts
-    data = read_json(path)["data"] if path.exists() else {}
     for name, rows in work.known_rows.items():
         generated = work.config.data[name].kind in ("regenerated", "self")
         data[name] = {
@@ -265,8 +294,8 @@ def speed_cells(config: StudyConfig, cells: list[Cell]) -> list[Cell]:
     return list(found.values())
 
 
-def speed_of(work: TargetWork, cells: list[Cell], dtype: str, say: Say) -> None:
-    """Measure what has no result yet and write each run beside the target's facts. Raises ``UserError``.
+def speed_of(work: TargetWork, cells: list[Cell], dtype: str, say: Say, mark: str) -> None:
+    """Measure what has no result yet and write each run beside the target's facts, with ``mark``. Raises ``UserError``.
 
     With ``dtype`` auto the data types compete.
     """
@@ -293,7 +322,7 @@ def speed_of(work: TargetWork, cells: list[Cell], dtype: str, say: Say) -> None:
         how = BenchConfig(shape, Sampler(temperature), greedy, config.evaluation_tokens, config.seed, traces=0)
         with work.log.counted("speed", None) as (_, progress):
             result = bench(targets, drafts, prompts, how, record, lambda done, what: progress.update(0))
-        atomic_write_json(paths[run], result.result)
+        write_sealed(paths[run], result.result, BENCH_SCHEMA, mark)
         say(f"{work.name}: speed as {how.shape.describe()}, {how.sampler.describe()}")
 
 
@@ -314,27 +343,32 @@ def claim(config: StudyConfig, folder: Path, say: Say | None = None) -> StudyCon
 
     Cells and names may be added, and anything changed while nothing else is in the folder. Raises ``UserError``.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot use {folder} for the study: {error.strerror or error}") from None
+    with held(folder, "folder of the study", say):
+        return _claimed(config, folder, say)
+
+
+def _claimed(config: StudyConfig, folder: Path, say: Say | None) -> StudyConfig:
     path = folder / CONFIG_FILE
     config = settled(config, path, say)
     values = json.loads(config.model_dump_json())
+    mark = digest(values)  # by which the study's files are told from another's, for good
     if path.exists():
-        stored = {"template_arg": {}} | read_json(path)  # a setting that is newer than some studies
+        mend = "give another folder, or delete this one and begin anew"
+        # A setting that is newer than some studies.
+        stored = {"template_arg": {}} | read_sealed(path, SETTINGS, None, mend)
+        mark = stored.pop("mark", mark)
         changed = sorted(key for key in {*stored, *values} - {*FREE, *NAMED} if stored.get(key) != values.get(key))
         for kind in NAMED:
             old, new = stored.get(kind, {}), values[kind]
             changed += [f"{kind} {name}" for name in old if name in new and old[name] != new[name]]
         if next(iter(stored.get("data", {})), None) != next(iter(values["data"])):
             changed.append("first data")
-        if changed and not ("targets" in stored and list(folder.iterdir()) == [path]):
+        if changed and not ("targets" in stored and contents(folder) == [path]):
             raise UserError(
                 f"{folder} belongs to a study with another {', '.join(changed)}; give another folder, or the same "
                 "settings to go on with it"
             )
-    elif any(folder.iterdir()):
+    elif contents(folder):
         raise UserError(f"{folder} holds other files; give a new or empty folder")
-    atomic_write_json(path, values)
+    write_sealed(path, values | {"mark": mark}, SETTINGS)
     return config

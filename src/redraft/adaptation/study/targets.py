@@ -31,6 +31,7 @@ from redraft.data.traces import read_traces
 from redraft.drafts.opening import OpenDraft
 from redraft.errors import UserError
 from redraft.features import FeatureStore, RowFeatures
+from redraft.files import use_folder
 from redraft.rows import anchors
 from redraft.settings.sampler import Sampler
 from redraft.settings.shapes import DynamicTree, StaticTree
@@ -169,8 +170,11 @@ class NamedKeeper:
     name: str
     store: FeatureStore
 
-    def put(self, found: Sequence[RowFeatures]) -> bool:
-        return self.store.put([f._replace(row=replace(f.row, id=f"{self.name}:{f.row.id}")) for f in found])
+    def wants(self, needed: int) -> bool:
+        return self.store.wants(needed)
+
+    def put(self, found: Sequence[RowFeatures]) -> None:
+        self.store.put([f._replace(row=replace(f.row, id=f"{self.name}:{f.row.id}")) for f in found])
 
 
 class Model:
@@ -179,7 +183,7 @@ class Model:
     def __init__(self, name: str, opener: Callable[[], Target], folder: Path, config: StudyConfig, log: Log) -> None:
         self.name, self._opener, self.folder, self.config, self.log = name, opener, folder, config, log
         self.stores: dict[tuple[int, ...], FeatureStore] = {}
-        folder.mkdir(parents=True, exist_ok=True)
+        use_folder(folder)
 
     @cached_property
     def target(self) -> Target:
