@@ -127,11 +127,53 @@ def counts(draws: Draws, place: int, which_N: Tensor) -> Tensor:
     return torch.bincount(cells, minlength=len(PROMPTS) * V ** (place + 1)).view(-1, V)
 
 
-def over_places(name: str, draws: Draws, probs: Sequence[Tensor], which_NL: Tensor, **how: bool) -> Iterator[Tested]:
-    """One test of all tokens that ``which`` [N, L] marks, each in its context."""
-    seen = [counts(draws, place, which_NL[:, place]) for place in range(draws.tokens.shape[1])]
-    exact = [probs[place].flatten(0, 1) for place in range(draws.tokens.shape[1])]
-    yield from compared(name, torch.cat(seen), torch.cat(exact), **how)
+def over_places(name: str, draws: Draws, probs: Sequence[Tensor], which_NL: Tensor) -> Iterator[Tested]:
+    """One test of all tokens that ``which`` [N, L] marks, each against the probabilities of its context.
+
+    Most contexts come up a few times only, so counts are added up over all contexts that end in the same token. Their
+    covariance is known exactly, so that the quadratic form of what is seen beyond the expected has a chi-square
+    distribution, though the contexts' probabilities differ.
+    """
+    limit = draws.tokens.shape[1]
+    seen_SV = torch.cat([counts(draws, place, which_NL[:, place]) for place in range(limit)]).double()
+    exact_SV = torch.cat([probs[place].flatten(0, 1) for place in range(limit)])
+    if bool((seen_SV[exact_SV == 0] > 0).any()):
+        yield Tested(name, 0.0, float("inf"), 0, int(seen_SV.sum()))
+        return
+    # The context of no token is a group of its own.
+    last_S = torch.cat(
+        [
+            torch.arange(len(PROMPTS) * V**place) % V if place else torch.tensor([V] * len(PROMPTS))
+            for place in range(limit)
+        ]
+    )
+    statistic, freedom = 0.0, 0
+    for last in range(V + 1):
+        group_S = (last_S == last) & (seen_SV.sum(1) > 0)
+        found, free = quadratic(seen_SV[group_S], exact_SV[group_S])
+        statistic, freedom = statistic + found, freedom + free
+    if freedom:
+        yield Tested(name, chi_square_tail(statistic, freedom), statistic, freedom, int(seen_SV.sum()))
+
+
+def quadratic(seen_SV: Tensor, exact_SV: Tensor) -> tuple[float, int]:
+    """The quadratic form of the counts of all strata together, and its degrees of freedom; small cells are pooled."""
+    each_S1 = seen_SV.sum(1, keepdim=True)
+    expected_V = (each_S1 * exact_SV).sum(0)
+    large_V = expected_V >= LEAST
+    # Rows of the map are cells: every large token, and the others as one where they are large together.
+    cells = [row for row, large in zip(torch.eye(V, dtype=torch.float64), large_V.tolist(), strict=True) if large]
+    if float(expected_V[~large_V].sum()) >= LEAST:
+        cells.append((~large_V).double())
+    if len(cells) < 2:
+        return 0.0, 0
+    map_CV = torch.stack(cells)
+    beyond_C = map_CV @ (seen_SV.sum(0) - expected_V)
+    covariance_CC = map_CV @ (expected_V.diag() - (each_S1 * exact_SV).T @ exact_SV) @ map_CV.T
+    values, vectors = torch.linalg.eigh(covariance_CC)
+    whole_C = values > values.max() * 1e-9
+    along_C = (vectors.T @ beyond_C)[whole_C]
+    return float((along_C**2 / values[whole_C]).sum()), int(whole_C.sum())
 
 
 def joint(probs: Sequence[Tensor], limit: int) -> Tensor:

@@ -101,11 +101,11 @@ def last_end(ids: list[int], ends: frozenset[int], room: int) -> tuple[list[int]
 
 
 class Reused(requests.Uniforms):
-    """What decides about a proposal is what it was drawn with."""
+    """Every portion begins with the same numbers: what decides about a proposal is what it was drawn with."""
 
     def take(self, count: int) -> Tensor:
         found = super().take(count)
-        self.put_back(count - 1)
+        self.put_back(count)
         return found
 
 
