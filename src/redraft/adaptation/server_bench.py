@@ -25,7 +25,7 @@ from redraft.adaptation.bench import Questions
 from redraft.adaptation.models import TargetSpec, check_output, settle_template
 from redraft.artifact import atomic_write_json
 from redraft.data.template import template_record
-from redraft.data.transport import Connection, Refused, Transient
+from redraft.data.transport import Connection, Refused, Transient, Unusable
 from redraft.errors import UserError
 from redraft.evaluate.load import ServerConfig
 from redraft.evaluate.server import Server, bench_servers
@@ -66,7 +66,7 @@ def bench_servers_on(s: BenchSettings, spec: TargetSpec) -> dict[str, Any]:
     record = provenance.collect(s.seed, "as the servers run", template_record(known.tokenizer))
     requests = len(asked) * len(s.servers) * len(config.concurrencies)
     with progress_bar("bench", requests, "requests") as progress:
-        config = replace(config, eos_ids=known.eos_ids)
+        config = replace(config, eos_ids=known.eos_ids, vocab_size=known.vocab_size)
         result = bench_servers(
             contestants, asked, config, spec.name, record, lambda done, what: progress.update(done, now=what)
         )
@@ -109,6 +109,8 @@ def _wait(process: subprocess.Popen[bytes], url: str, log: Path, seconds: float)
             try:
                 connection.served_models()
                 return
+            except Unusable as error:
+                raise UserError(str(error)) from None
             except (Transient, Refused):
                 if process.poll() is not None:
                     raise UserError(f"the server ended with exit code {process.returncode}; {_tail(log)}") from None
