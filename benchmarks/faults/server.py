@@ -5,8 +5,8 @@
 A server of our own on the loopback (``answering/honest.py``) spoils a share of what it says, in one way a run
 (``answering/kinds.py``): "once" is the first answer alone, then a tenth, a half, and all of them. Whether an answer is
 spoiled is drawn from the seed, the prompt and how often it was asked. The doors: "regenerate" and "adapt" (with
-``--server``), "bench" (one request at a time, and three), "check" (how the server reads prompts, and its counters), and "scores" (the
-log-probabilities that ``distill`` asks for). Requests have a second and three attempts.
+``--server``), "bench" (one request at a time, and three), "check" (how the server reads prompts, and its counters), and
+"scores" (the log-probabilities that ``distill`` asks for). Requests have a second and three attempts.
 
 Counted are: ``ended``, runs that one odd answer ended; ``bad_rows``, kept rows, figures and findings that are not those
 of the honest server; ``tracebacks``; ``hangs``, runs of more than 20 s. What may end a run are many odd answers: a

@@ -6,8 +6,8 @@ code 1, whose traceback goes to a file (``cli/failures.py``).
 
 
 def printable(text: str) -> str:
-    """The text as one line that acts on nothing: line breaks, controls and marks that turn the writing round are spelled
-    out, for a name may hold anything, and a terminal does what it is sent."""
+    """The text as one line that acts on nothing: line breaks, controls and marks that turn the writing round are
+    spelled out, for a name may hold anything, and a terminal does what it is sent."""
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 

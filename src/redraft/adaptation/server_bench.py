@@ -32,7 +32,7 @@ from redraft.evaluate.load import ServerConfig
 from redraft.evaluate.server import Server, bench_servers
 from redraft.files import replacing
 from redraft.loading import read_facts
-from redraft.places import OPTION, without_secrets
+from redraft.places import LEAST_SECRET, OPTION, without_secrets
 from redraft.progress import progress_bar
 from redraft.settings.steps import BenchSettings
 from redraft.settings.texts import PORT
@@ -41,8 +41,6 @@ from redraft.target import Facts
 START_SECONDS = 900.0
 STOP_SECONDS = 30.0
 LOG_LINES = 12
-# Shorter values of options for keys are words such as "none" or "token-abc", and would be hidden in any text.
-LEAST_SECRET = 8
 
 
 def bench_servers_on(s: BenchSettings, spec: TargetSpec) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import typer
 
 from redraft import __version__
 from redraft.cli import commands
+from redraft.cli.failures import without_secrets
 from redraft.errors import UserError
 from redraft.registries import load_plugin
 
@@ -97,7 +98,7 @@ def main() -> None:
     except UserError as error:
         if "--debug" in sys.argv[1:2]:
             traceback.print_exception(error)
-        print(f"redraft: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"redraft: error: {without_secrets(' '.join(str(error).split()))}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
