@@ -5,7 +5,7 @@
 A server of our own on the loopback (``answering/honest.py``) spoils a share of what it says, in one way a run
 (``answering/kinds.py``): "once" is the first answer alone, then a tenth, a half, and all of them. Whether an answer is
 spoiled is drawn from the seed, the prompt and how often it was asked. The doors: "regenerate" and "adapt" (with
-``--server``), "bench" (one request at a time, and three), "check" (how the server reads prompts, and its counters), and
+``--server``), "bench" (one request at a time, and two), "check" (how the server reads prompts, and its counters), and
 "scores" (the log-probabilities that ``distill`` asks for). Requests have a second and three attempts.
 
 Counted are: ``ended``, runs that one odd answer ended; ``bad_rows``, kept rows, figures and findings that are not those
@@ -18,6 +18,8 @@ is done is kept in the state file, and the same command goes on from there.
 from __future__ import annotations
 
 import argparse
+import gc
+import importlib
 import json
 import os
 import shutil
@@ -42,6 +44,7 @@ from redraft import provenance  # noqa: E402
 from redraft.adaptation import sources  # noqa: E402
 from redraft.adaptation.adapt import AdaptRun  # noqa: E402
 from redraft.adaptation.check import served  # noqa: E402
+from redraft.data import transport  # noqa: E402
 from redraft.data.prompts import prompt_messages  # noqa: E402
 from redraft.data.regenerate import regenerate  # noqa: E402
 from redraft.data.server import ServerEngine, ask_tops  # noqa: E402
@@ -60,7 +63,7 @@ from redraft.settings.runs import AdaptConfig  # noqa: E402
 from redraft.settings.sampler import Sampler  # noqa: E402
 from redraft.target import Target  # noqa: E402
 
-SECONDS, TIMEOUT, LIMIT, COUNT = 20.0, 1.0, 12, 12
+SECONDS, TIMEOUT, LIMIT, COUNT = 20.0, 1.0, 12, 8
 ONCE, RATES = "once", (0.1, 0.5, 1.0)
 SHORT: dict[str, Any] = {"concurrency": 4, "timeout": TIMEOUT, "attempts": 3, "backoff": 0.01}
 TALKS = [Conversation(f"t{i}", [{"role": "user", "content": f"question {i} of {i * i}"}]) for i in range(COUNT)]
@@ -80,6 +83,9 @@ class World:
         save_draft(folder / "draft", fresh_draft(self.target, range(0, 60), seed=1), meta)
         lines = [json.dumps({"id": talk.id, "messages": talk.messages}) for talk in TALKS]
         (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+        # what a process does once is done here, and not in every child
+        transport._certificates()
+        assert all(map(importlib.import_module, ("redraft.data.wire", "prometheus_client.parser")))
         tokenizer = self.target.tokenizer
         self.prompts = [Prompt(t.id, template_ids(tokenizer, t.id, prompt_messages(t, ()))) for t in TALKS]
 
@@ -87,7 +93,7 @@ class World:
 # -- doors: each gives the number of things kept that are wrong ------------------------------------------------------
 def wrong_rows(path: Path, limit: int) -> int:
     wrong = 0
-    for row in read_rows(path) if path.exists() else []:
+    for row in read_rows(path) if path.exists() and path.stat().st_size else []:
         ids, reason, _ = answer(row.prompt_ids, limit)
         wrong += (row.response_ids, row.finish_reason) != (ids, reason)
     return wrong
@@ -136,7 +142,7 @@ def adapted(world: World, front: Front, folder: Path) -> Callable[[], int]:
 
 def benched(world: World, front: Front, folder: Path) -> Callable[[], int]:
     plain = Front(None, 0.0, 0, drafting=False)
-    config = ServerConfig(max_new_tokens=LIMIT, timeout=TIMEOUT, concurrencies=(1, 3), eos_ids=(2,), vocab_size=128)
+    config = ServerConfig(max_new_tokens=LIMIT, timeout=TIMEOUT, concurrencies=(1, 2), eos_ids=(2,), vocab_size=128)
     result = bench_servers({"plain": plain.url, "new": front.url}, world.prompts, config, "tiny", {})
 
     def wrong() -> int:
@@ -190,7 +196,7 @@ def scored(world: World, front: Front, folder: Path) -> Callable[[], int]:
     return wrong
 
 
-DOORS = {"regenerate": regenerated, "bench": benched, "scores": scored, "check": checked, "adapt": adapted}
+DOORS = {"regenerate": regenerated, "scores": scored, "bench": benched, "check": checked, "adapt": adapted}
 
 
 def applies(door: str, kind: Kind) -> bool:
@@ -203,16 +209,9 @@ def applies(door: str, kind: Kind) -> bool:
 
 
 # -- one run, in a process of its own ----------------------------------------------------------------------------------
-class Once(Front):
-    """Spoils the first answer alone."""
-
-    def draw(self, door: str, what: str) -> Any:
-        return super().draw(door, what) if self.odd == 0 else None
-
-
 def outcome(world: World, door: str, kind: Kind, rate: float | str, seed: int, folder: Path) -> dict[str, Any]:
     """How a run ends, in the process that is there for it."""
-    front = Once(kind, 1.0, seed) if rate == ONCE else Front(kind, float(rate), seed)
+    front = Front(kind, 1.0, seed, most=1) if rate == ONCE else Front(kind, float(rate), seed)
     found: dict[str, Any] = {"end": "done", "said": "", "bad": 0}
     try:
         found["bad"] = DOORS[door](world, front, folder)()
@@ -232,11 +231,13 @@ def run(world: World, door: str, kind: Kind, rate: float | str, seed: int) -> di
     began, place = time.monotonic(), folder / "outcome.json"
     child = os.fork()
     if child == 0:
+        began = time.process_time()
         quiet = os.open(os.devnull, os.O_WRONLY)
         os.dup2(quiet, 1)
         os.dup2(quiet, 2)
         try:
-            place.write_text(json.dumps(outcome(world, door, kind, rate, seed, folder)))
+            found = outcome(world, door, kind, rate, seed, folder)
+            place.write_text(json.dumps(found | {"cpu_seconds": round(time.process_time() - began, 2)}))
         finally:
             os._exit(0)
     ended = 0
@@ -307,6 +308,7 @@ def main() -> None:
     done = {(o["door"], o["kind"], o["rate"], o["seed"]): o for o in map(json.loads, lines)}
     with tempfile.TemporaryDirectory() as folder:
         world = World(Path(folder))
+        gc.freeze()
         for door, kind, rate, seed in plan(options.door or [*DOORS], seeds, rates):
             key = (door, kind.name, rate, seed)
             if key in done or (options.kind and kind.name not in options.kind):

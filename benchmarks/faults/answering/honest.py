@@ -20,6 +20,7 @@ FAKE = SimpleNamespace(**runpy.run_path(str(TESTS / "unit" / "fake_server.py")))
 MODELS = SimpleNamespace(**runpy.run_path(str(TESTS / "tiny_models.py")))
 LOOPBACK = FAKE.LOOPBACK
 END, MODEL = 2, "tiny"
+TOKENIZER = MODELS.build_tokenizer()
 
 
 def answer(prompt: list[int], limit: int) -> tuple[list[int], str, list[int]]:
@@ -42,11 +43,11 @@ def scores(ids: list[int], count: int) -> list[dict[str, Any] | None]:
 
 class Front:
     """The server: ``kind`` spoils the share ``rate`` of what it says, drawn for every prompt and how often that was
-    asked, so that threads play no part. ``odd`` counts what was spoiled; ``honest`` turns it off."""
+    asked, so that threads play no part, and ``most`` of it at most. ``odd`` counts what was spoiled."""
 
-    def __init__(self, kind: Any, rate: float, seed: int, drafting: bool = True) -> None:
-        self.kind, self.rate, self.seed = kind, rate, seed
-        self.tokenizer = MODELS.build_tokenizer()
+    def __init__(self, kind: Any, rate: float, seed: int, drafting: bool = True, most: int | None = None) -> None:
+        self.kind, self.rate, self.seed, self.most = kind, rate, seed, most
+        self.tokenizer = TOKENIZER
         self.book = FAKE.FakeServer("vllm", drafting)
         self.odd, self.times, self.lock = 0, dict[str, int](), threading.Lock()
         self.gone = threading.Event()
@@ -65,7 +66,7 @@ class Front:
         with self.lock:
             self.times[what] = self.times.get(what, 0) + 1
             numbers = random.Random(f"{self.seed}|{self.kind.name}|{what}|{self.times[what]}")
-            if numbers.random() >= self.rate:
+            if numbers.random() >= self.rate or self.odd == self.most:
                 return None
             self.odd += 1
         return numbers

@@ -176,6 +176,8 @@ class Connection:
             names = [entry["id"] for entry in value["data"]]
         except (KeyError, TypeError):
             names = [None]
+        if not names:
+            raise Unusable(f"the server at {self.url} serves no model")
         if not all(isinstance(name, str) and 0 < len(name) <= 4096 for name in names):
             raise Unusable(f"the server at {self.url} does not list its models; name the model")
         self._names = names
@@ -242,19 +244,18 @@ def _whole(chunks: Iterator[bytes], room: int, cut: bool = False) -> bytes:
 def _lines(chunks: Iterator[bytes], room: int) -> Iterator[bytes]:
     """The lines of a stream without their ends, one that nothing ended left out. Raises ``Transient`` for more than
     ``room`` bytes."""
-    rest, read = b"", 0
+    rest, read = bytearray(), 0
     for chunk in chunks:
         read += len(chunk)
         if read > room:
             raise Transient(f"a stream of more than {room:,} bytes, far more than was asked for")
         # a text may hold any other mark that ends lines
         *whole, last = chunk.split(b"\n")
-        if whole:
-            yield (rest + whole[0]).rstrip(b"\r")
-            yield from (line.rstrip(b"\r") for line in whole[1:])
-            rest = last
-        else:
-            rest += last
+        for line in whole:
+            rest += line
+            yield bytes(rest).rstrip(b"\r")
+            rest.clear()
+        rest += last
 
 
 def _decoded(data: bytes) -> str:
