@@ -221,7 +221,7 @@ def outcome(world: World, door: str, kind: Kind, rate: float | str, seed: int, f
             found["end"] = "traceback"
     except BaseException:
         found |= {"end": "traceback", "said": traceback.format_exc()[-2000:]}
-    front.gone.set()
+    front.stop()
     return found | {"odd": front.odd}
 
 

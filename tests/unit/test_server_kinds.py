@@ -50,7 +50,7 @@ def test_there_are_kinds_enough() -> None:
 def test_one_odd_answer_costs_no_row(name: str) -> None:
     front = honest.Front(BY_NAME[name], 1.0, 1, most=1)
     found = asked(front, timeout=2.0)
-    front.gone.set()
+    front.stop()
     assert front.odd == 1 and len(found) == len(PROMPTS) and wrong(found) == []
     lost = [one for one in found.values() if isinstance(one, Failure)]
     assert len(lost) <= 1, lost
@@ -63,7 +63,7 @@ def test_nothing_but_odd_answers_leave_no_wrong_row(name: str) -> None:
         assert wrong(asked(front, timeout=0.5)) == []
     except UserError as error:
         assert len(str(error).splitlines()) == 1
-    front.gone.set()
+    front.stop()
 
 
 @pytest.mark.parametrize("name", ["a byte now and then", "a byte of the header now and then", "comments and no answer"])
@@ -79,8 +79,8 @@ def test_an_answer_has_its_time_as_a_whole(name: str, stream: bool) -> None:
             list(connection.events("/v1/completions", body))
         else:
             connection.json("POST", "/v1/completions", body)
-    assert time.monotonic() - began < 3
-    front.gone.set()
+    assert time.monotonic() - began < 5
+    front.stop()
     connection.close()
     with pytest.raises(Transient, match="closed"):
         connection.json("GET", "/v1/models")
@@ -98,6 +98,7 @@ def test_one_odd_page_of_counters_changes_no_figure(name: str) -> None:
     prompts = [Prompt(f"p{i}", prompt) for i, prompt in enumerate(PROMPTS)]
     config = ServerConfig(max_new_tokens=LIMIT, timeout=5.0, warmup=1)
     result = bench_servers({"new": front.url}, prompts, config, "tiny", {})
+    front.stop()
     assert front.odd == 1
     for line, prompt in zip(result["per_prompt"], PROMPTS, strict=True):
         ids, _, accepted = honest.answer(prompt, LIMIT)
@@ -112,4 +113,4 @@ def test_models_are_asked_again() -> None:
             assert wrong(asked(front, timeout=2.0)) == []
         except UserError as error:
             assert front.odd > 1, (name, str(error))
-        front.gone.set()
+        front.stop()

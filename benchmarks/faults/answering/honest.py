@@ -59,6 +59,12 @@ class Front:
         self.server = LOOPBACK.Server(Handler)
         self.url = self.server.url
 
+    def stop(self) -> None:
+        """Let go of whoever waits, and end."""
+        self.gone.set()
+        self.server.stop()
+        self.book.stop()
+
     def draw(self, door: str, what: str) -> random.Random | None:
         """The numbers that spoil this answer; None where it stays honest."""
         if self.kind is None or self.kind.door != door:
