@@ -257,9 +257,8 @@ def run(world: World, door: str, kind: Kind, rate: float | str, seed: int) -> di
 # -- all of them -------------------------------------------------------------------------------------------------------
 def plan(doors: list[str], seeds: list[int], rates: list[float | str]) -> Iterator[tuple[str, Kind, float | str, int]]:
     for door in doors:
-        for seed in seeds:
-            for kind in every_kind():
-                yield from ((door, kind, rate, seed) for rate in rates if applies(door, kind))
+        kinds = [kind for kind in every_kind() if applies(door, kind)]
+        yield from ((door, kind, rate, seed) for seed in seeds for rate in rates for kind in kinds)
 
 
 def summary(runs: list[dict[str, Any]], seeds: list[int]) -> dict[str, Any]:
