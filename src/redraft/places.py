@@ -36,6 +36,11 @@ SECRETS = (
     (re.compile(r"(://)\S*@"), r"\1***@"),
     (re.compile(r"(://[^\s?#]+)[?#]\S*"), r"\1?***"),
 )
+# What is a key wherever it stands: behind "Bearer", or of the look that well-known services give their keys.
+BEARER = re.compile(r"(\bbearer\s+)[^\s'\"]+", re.IGNORECASE)
+LOOKS = re.compile(r"\b(?:sk-|hf_|ghp_|github_pat_|glpat-)[\w-]{16,}")
+SECRET_NAME = re.compile(r"TOKEN|KEY|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
+LEAST_SECRET = 8  # characters; a shorter value is a word such as "none", which any text may hold
 OPTION = re.compile(rf"(--?{NAMES_OF_SECRETS}(?:=|\s+)|\b{NAMES_OF_SECRETS}=)(?:'[^']*'|\"[^\"]*\"|\S+)", re.IGNORECASE)
 
 
@@ -47,5 +52,10 @@ def without_secrets(text: str) -> str:
 
 
 def without_keys(text: str) -> str:
-    """The text with ``***`` for the values of options and variables that hold keys."""
-    return OPTION.sub(r"\1***", text)
+    """The text with ``***`` for the values of options and variables that hold keys, for the keys of this environment,
+    and for what looks like a key."""
+    text = LOOKS.sub("***", BEARER.sub(r"\1***", OPTION.sub(r"\1***", text)))
+    values = {v for name, v in os.environ.items() if SECRET_NAME.search(name) and len(v.strip()) >= LEAST_SECRET}
+    for value in sorted(values, key=len, reverse=True):
+        text = text.replace(value.strip(), "***")
+    return text

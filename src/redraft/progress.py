@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import IO, Any, Protocol
 
+from redraft.errors import printable
+
 LINE_SECONDS = 10.0
 # Work that takes longer than this says so at once, and not only after LINE_SECONDS.
 FIRST_SECONDS = 2.0
@@ -30,7 +32,7 @@ def fields_text(fields: dict[str, Any]) -> str:
         if value is not None:
             shown = f"{value:.3f}" if isinstance(value, float) else str(value)
             words.append(f"{name.replace('_', ' ').replace('heldout', 'held-out')} {shown}")
-    return "  ".join(words)
+    return printable("  ".join(words))
 
 
 def clock(seconds: float) -> str:
@@ -155,7 +157,7 @@ def progress_bar(
     from rich.progress import Progress as RichProgress
 
     columns = [SpinnerColumn(), TextColumn("[bold]{task.description}"), BarColumn(bar_width=30), TaskProgressColumn()]
-    columns += [TextColumn("{task.fields[rate]}"), TextColumn("[cyan]{task.fields[fields]}")]
+    columns += [TextColumn("{task.fields[rate]}"), TextColumn("{task.fields[fields]}", style="cyan", markup=False)]
     with RichProgress(*columns, console=Console(file=stream)) as bar:
         shown = _BarProgress(description, total, unit, stream)
         shown.bar, shown.task = bar, bar.add_task(description, total=total, rate="", fields="")

@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console, Group
+from rich.markup import escape
 from rich.text import Text
+
+from redraft.errors import printable
 
 WIDTH = 140
 # What a notebook puts the text into: tables keep their shape, whatever the page's own style is.
@@ -41,7 +44,12 @@ class Shown:
 
 def lines(*texts: str) -> Text:
     """Plain lines, which are not wrapped."""
-    return Text("\n".join(texts))
+    return Text("\n".join(map(printable, texts)))
+
+
+def told(text: str) -> str:
+    """A name or a sentence for a table: one line in which no character is markup or acts on the terminal."""
+    return escape(printable(text))
 
 
 def value_words(value: Any) -> str:

@@ -37,6 +37,7 @@ class Server(ThreadingHTTPServer):
     """Serves from its making on; on a free port, unless one is given."""
 
     daemon_threads = True
+    request_queue_size = 128
 
     def __init__(self, handler: type[Handler], port: int = 0) -> None:
         super().__init__(("127.0.0.1", port), handler)

@@ -156,9 +156,6 @@ RAW: dict[str, bytes] = {
     "compressed nonsense": b"200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 3\r\n\r\nabc",
     "a body that breaks off": b'200 OK\r\nContent-Length: 999\r\n\r\n{"choices": [',
     "a chunk that is none": b"200 OK\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\n",
-    "sent on to a host that is none": b"307 X\r\nLocation: http://a..b/\r\nContent-Length: 0\r\n\r\n",
-    "sent on to a file": b"307 X\r\nLocation: file:///x\r\nContent-Length: 0\r\n\r\n",
-    "sent on in a circle": b"307 X\r\nLocation: /v1/completions\r\nContent-Length: 0\r\n\r\n",
 }
 
 
@@ -169,6 +166,14 @@ def test_answers_that_are_hardly_http(loopback: Loopback, tiny_tokenizer: Any, r
     assert isinstance(found, Failure) and not found.permanent and "2 attempts" in found.reason
 
 
+@pytest.mark.parametrize("place", ["http://a..b/", "file:///x", "/v1/completions", "https://other.example/v1", ""])
+def test_nobody_is_sent_on(loopback: Loopback, tiny_tokenizer: Any, place: str) -> None:
+    loopback.raw = f"HTTP/1.1 307 X\r\nLocation: {place}\r\nContent-Length: 0\r\n\r\n".encode()
+    with pytest.raises(UserError, match="sends /v1/completions on to .* not given"):
+        answers(loopback.engine(model="tiny", attempts=2, concurrency=2), requests(1), tiny_tokenizer)
+    assert len(loopback.bodies) == 2
+
+
 # -- faults that stay ------------------------------------------------------------------------------------------------
 def test_nobody_listens(loopback: Loopback, tiny_tokenizer: Any) -> None:
     loopback.stop()
@@ -177,11 +182,26 @@ def test_nobody_listens(loopback: Loopback, tiny_tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize("status", [401, 404])
-def test_a_server_that_will_never_do_is_asked_once(loopback: Loopback, tiny_tokenizer: Any, status: int) -> None:
+def test_a_server_that_will_never_do_is_left_soon(loopback: Loopback, tiny_tokenizer: Any, status: int) -> None:
     loopback.rule = lambda body: (status, {"error": "no such thing"})
     with pytest.raises(UserError, match=f"status {status}: .*no such thing"):
-        answers(loopback.engine(concurrency=1), requests(5), tiny_tokenizer)
-    assert len(loopback.bodies) == 1
+        answers(loopback.engine(concurrency=1), requests(50), tiny_tokenizer)
+    assert len(loopback.bodies) <= 4 * 3, "three requests, and none that was begun meanwhile"
+
+
+OTHER: Reply = 200, choices()[1] | {"model": "other"}
+
+
+@pytest.mark.parametrize("concurrency", [1, 4])
+@pytest.mark.parametrize("fault", [(401, b"who"), (404, b"no"), choices(prompt_token_ids=[1]), OTHER])
+def test_what_would_end_a_run_is_one_failure_where_it_is_said_once(
+    loopback: Loopback, tiny_tokenizer: Any, fault: Reply, concurrency: int
+) -> None:
+    loopback.rule = lambda body: fault if body["prompt"][1] == 10 else good(body)
+    found = answers(loopback.engine(concurrency=concurrency), requests(6), tiny_tokenizer)
+    lost = found.pop("r0@T0")
+    assert isinstance(lost, Failure) and not lost.permanent and lost.reason.endswith("3 attempts")
+    assert all(isinstance(outcome, Completion) for outcome in found.values())
 
 
 def test_a_prompt_that_is_refused_fails_alone(loopback: Loopback, tiny_tokenizer: Any) -> None:
@@ -279,7 +299,8 @@ def test_ids_beyond_the_vocabulary_are_failures_and_no_rows(
     loopback.rule = rule
     report = run(loopback, tiny_tokenizer, path, attempts=2, vocab_size=100, concurrency=20)
     assert report.new + len(report.failures) == len(TALKS) and report.failures and report.new
-    assert all("token id 100, and the target's vocabulary has 100" in failure.reason for failure in report.failures)
+    reasons = {failure.reason for failure in report.failures}
+    assert reasons == {"an answer with token id 100, and the target's vocabulary has 100, 2 attempts"}
     assert listed_failures(path) == report.failures
     assert max(i for row in read_rows(path) for i in row.response_ids) < 100
 

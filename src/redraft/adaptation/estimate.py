@@ -19,7 +19,6 @@ from typing import Any
 
 import yaml
 from safetensors import safe_open
-from transformers import AutoConfig
 
 from redraft import provenance
 from redraft.adaptation.models import split_prompts
@@ -31,6 +30,7 @@ from redraft.data.store import read_rows
 from redraft.drafts.standalone.shapes import parameters_of, shape_for
 from redraft.errors import UserError
 from redraft.loading import ADAPTER_FILE, adapter_base, locate, one_line, quiet
+from redraft.loading.places import open_config
 from redraft.settings.base import AUTO, Settings
 from redraft.settings.runs import AdaptConfig, DistillConfig
 from redraft.settings.steps import RegenerateSettings, TrainSettings
@@ -67,7 +67,7 @@ class Costs:
     def __init__(self, target: str, dtype: str, device: str) -> None:
         base = adapter_base(target) if (Path(target) / ADAPTER_FILE).is_file() else target
         with quiet(), one_line(f"the config of {base}"):
-            facts = Facts(base, AutoConfig.from_pretrained(**locate(base)))
+            facts = Facts(base, open_config(locate(base), base))
         self.facts, self.active = facts, facts.parameters_per_token
         self.dtype, self.device = choose_dtype(dtype, device), device
         self.item = 2 if self.dtype == "bfloat16" else 4

@@ -7,13 +7,12 @@ import shlex
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
 
 from redraft.drafts.formats.base import exported_as
 from redraft.errors import UserError
 from redraft.files import atomic_folder
 from redraft.loading import load_target, locate, one_line, quiet
-from redraft.loading.places import CACHE_FILES, split_adapter
+from redraft.loading.places import CACHE_FILES, open_config, split_adapter
 
 MERGED = "merged-target"
 
@@ -30,7 +29,8 @@ def merge_target_folder(target: str, adapter: str | None, out: Path) -> Path:
     if adapter is None:
         raise UserError(f"{target} is no adapter and has nothing to merge; name one with --adapter")
     with quiet(), one_line(f"the config of {base}"):
-        dtype = getattr(AutoConfig.from_pretrained(**locate(base)), "dtype", None) or torch.float32
+        config = open_config(locate(base), base)
+        dtype = getattr(config, "dtype", None) or torch.float32
     opened = load_target(base, dtype, "cpu", adapter=adapter)
     weights = {id(weight): weight for weight in opened.model.state_dict().values()}
     size = sum(w.numel() * w.element_size() for w in weights.values())

@@ -7,13 +7,14 @@ given by command run one at a time, each on the whole machine, and are stopped a
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -25,11 +26,13 @@ from redraft.adaptation.bench import Questions
 from redraft.adaptation.models import TargetSpec, check_output, settle_template
 from redraft.artifact import atomic_write_json
 from redraft.data.template import template_record
-from redraft.data.transport import Connection, Refused, Transient
+from redraft.data.transport import Connection, Refused, Transient, Unusable, excerpt, server_key
 from redraft.errors import UserError
 from redraft.evaluate.load import ServerConfig
 from redraft.evaluate.server import Server, bench_servers
+from redraft.files import replacing
 from redraft.loading import read_facts
+from redraft.places import LEAST_SECRET, OPTION, without_secrets
 from redraft.progress import progress_bar
 from redraft.settings.steps import BenchSettings
 from redraft.settings.texts import PORT
@@ -60,18 +63,26 @@ def bench_servers_on(s: BenchSettings, spec: TargetSpec) -> dict[str, Any]:
     settle_template(known.tokenizer, spec.template_args)
     asked = questions.read(known)
     contestants: dict[str, Server] = {
-        name: partial(launched, place, s.out.with_name(f"{s.out.stem}-{name}.log")) if PORT in place else place
+        name: partial(launched, place, log_of(s.out, name, list(s.servers))) if PORT in place else place
         for name, place in s.servers.items()
     }
     record = provenance.collect(s.seed, "as the servers run", template_record(known.tokenizer))
     requests = len(asked) * len(s.servers) * len(config.concurrencies)
     with progress_bar("bench", requests, "requests") as progress:
-        config = replace(config, eos_ids=known.eos_ids)
+        config = replace(config, eos_ids=known.eos_ids, vocab_size=known.vocab_size)
         result = bench_servers(
             contestants, asked, config, spec.name, record, lambda done, what: progress.update(done, now=what)
         )
     atomic_write_json(s.out, result)
     return result
+
+
+def log_of(out: Path, name: str, names: Sequence[str]) -> Path:
+    """``STEM-NAME.log`` beside the result ``out``, whatever the server of ``names`` is called."""
+    plain = [re.sub(r"[^\w.-]+", "_", one)[:64] for one in names]
+    place = list(names).index(name)
+    number = f"-{place}" if plain.count(plain[place]) > 1 else ""
+    return out.with_name(f"{out.stem}-{plain[place]}{number}.log")
 
 
 # -- servers that are started here -----------------------------------------------------------------------------------
@@ -98,6 +109,8 @@ def launched(command: str, log: Path, start_seconds: float = START_SECONDS) -> I
             yield url
         finally:
             _stop(process)
+            stream.flush()
+            _hide(log, [*_secrets(command)])
 
 
 def _wait(process: subprocess.Popen[bytes], url: str, log: Path, seconds: float) -> None:
@@ -109,6 +122,8 @@ def _wait(process: subprocess.Popen[bytes], url: str, log: Path, seconds: float)
             try:
                 connection.served_models()
                 return
+            except Unusable as error:
+                raise UserError(str(error)) from None
             except (Transient, Refused):
                 if process.poll() is not None:
                     raise UserError(f"the server ended with exit code {process.returncode}; {_tail(log)}") from None
@@ -118,8 +133,30 @@ def _wait(process: subprocess.Popen[bytes], url: str, log: Path, seconds: float)
 
 
 def _tail(log: Path) -> str:
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return f"the end of {log}: " + " | ".join(lines[-LOG_LINES:]) if lines else f"{log} is empty"
+    lines = [excerpt(line, 300) for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    shown = without_secrets(" | ".join(lines[-LOG_LINES:]))
+    return f"the end of {log}: {shown}" if lines else f"{log} is empty"
+
+
+def _secrets(command: str) -> Iterator[str]:
+    """The keys of a server: those of its command line, which engines write into their logs, and the environment's."""
+    for match in OPTION.finditer(command):
+        yield match[0].removeprefix(match[1]).strip("'\"")
+    yield from filter(None, [server_key()])
+
+
+def _hide(log: Path, secrets: Sequence[str]) -> None:
+    """Put ``***`` in the place of keys in a log that nobody writes to any more."""
+    found = [secret for secret in secrets if len(secret) >= LEAST_SECRET]
+    with suppress(OSError):
+        if not any(any(secret in line for secret in found) for line in log.open(errors="surrogateescape")):
+            return
+        with replacing(log) as new, log.open(errors="surrogateescape") as old:
+            with new.open("w", errors="surrogateescape") as clean:
+                for line in old:
+                    for secret in found:
+                        line = line.replace(secret, "***")
+                    clean.write(line)
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

@@ -23,7 +23,6 @@ from redraft.places import cache_folder, installed, without_keys
 MARKS = ("ledger.json", "study.json", "distill.json")
 TRACE_FILE = "error.txt"
 IN_ADDRESS = re.compile(r"(?<=://)[^/\s@'\"]+@")
-SECRET_NAME = re.compile(r"TOKEN|KEY|SECRET|PASSWORD|CREDENTIAL", re.I)
 
 
 def as_user_error(error: BaseException, out: object = None) -> UserError | None:
@@ -45,11 +44,7 @@ def as_user_error(error: BaseException, out: object = None) -> UserError | None:
 
 def without_secrets(text: str) -> str:
     """``text`` without user names and passwords of addresses, and without keys: of options, and the environment's."""
-    text = without_keys(IN_ADDRESS.sub("***@", text))
-    values = {value for name, value in os.environ.items() if SECRET_NAME.search(name) and len(value) >= 8}
-    for value in sorted(values, key=len, reverse=True):
-        text = text.replace(value, "***")
-    return text
+    return without_keys(IN_ADDRESS.sub("***@", text))
 
 
 def trace(error: BaseException) -> str:

@@ -13,6 +13,7 @@ import typer
 
 from redraft import __version__
 from redraft.cli import commands
+from redraft.cli.failures import without_secrets
 from redraft.cli.signals import leave, stopped, terminable
 from redraft.errors import UserError
 from redraft.registries import load_plugin
@@ -99,7 +100,7 @@ def main() -> None:
     except UserError as error:
         if "--debug" in sys.argv[1:2]:
             traceback.print_exception(error)
-        print(f"redraft: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"redraft: error: {without_secrets(' '.join(str(error).split()))}", file=sys.stderr)
         leave(2)
     except KeyboardInterrupt as error:
         leave(int(stopped(error).code or 0))

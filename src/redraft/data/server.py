@@ -8,7 +8,8 @@ An end token is never guessed. It is the last id, or the one that the server nam
 keeps its finish reason: all it says is the target's, and the draft learns nothing of its end.
 
 Transient faults (refused connections, time-outs, status 429 and 5xx, answers that make no sense) are tried again with
-exponential backoff. Once a whole row of requests has used up its attempts, the server counts as gone: the run stops.
+exponential backoff. A request that has used up its attempts is listed as failed and the others go on; once a whole row
+of them has, and never one answer alone, the server counts as gone: the run stops.
 
 Top log-probabilities of stored responses: the server scores prompt and response as one prompt (``prompt_logprobs``), so
 the figures are those of the stored tokens, whoever wrote them. They are kept beside the response file as JSON lines,
@@ -33,7 +34,7 @@ from typing import Any, TypeVar
 from redraft.data import transport
 from redraft.data.generate import Completion, Request
 from redraft.data.store import FINISH_REASONS, Failure, Row
-from redraft.data.transport import Connection, Refused, Transient, excerpt
+from redraft.data.transport import Connection, Refused, Transient, Unusable, excerpt, persist, shown
 from redraft.errors import UserError
 from redraft.files import append_text, atomic_write_text, use_folder
 from redraft.locks import is_helper, lock
@@ -43,6 +44,10 @@ Item = TypeVar("Item")
 Outcome = TypeVar("Outcome")
 
 LONGEST_PAUSE = 30.0
+# Requests given up in a row by which a server is gone, where fewer are under way.
+GIVEN_UP = 3
+# A prompt of so many tokens is not what an answer begins with, unless a server put it there.
+ECHOED = 8
 # A server's text against its ids: characters that are compared, those that a comparison needs, and the share alike.
 COMPARED, TELLING, ALIKE = 200, 12, 0.5
 # Rounding may lift the logarithm of a certain token a little above zero.
@@ -74,6 +79,7 @@ class ServerEngine:
     def __post_init__(self) -> None:
         self._connection = Connection(self.url, self.concurrency, self.timeout)
         self.url, self._stop = self._connection.url, threading.Event()
+        self._answered, self._unusable = False, ""
 
     def answer(
         self, requests: Sequence[Request], max_new_tokens: int, tokenizer: Any, eos_ids: Sequence[int], **_: Any
@@ -95,8 +101,8 @@ class ServerEngine:
     def ask(self, items: Sequence[tuple[str, Item]], attempt: Callable[[Item], Outcome]) -> Iterator[Outcome | Failure]:
         """What ``attempt`` makes of every (key, item), or a failure, ``concurrency`` at a time, as they finish.
 
-        Raises ``UserError`` as :meth:`answer` does: as many given up in a row as are under way mean that the server is
-        gone.
+        Raises ``UserError`` as :meth:`answer` does: as many given up in a row as are under way, and ``GIVEN_UP`` at
+        least, mean that the server is gone. Where it has said nothing yet but that it cannot be used, fewer do.
         """
         if not items:
             return
@@ -104,7 +110,7 @@ class ServerEngine:
         self._connection.open()
         pool = ThreadPoolExecutor(self.concurrency, thread_name_prefix="redraft-server")
         waiting, running = iter(items), set[Future[Outcome | Failure]]()
-        given_up = 0
+        given_up, few = 0, min(GIVEN_UP, len(items))
         try:
             self.model = self.model or self._served_model()
             while True:
@@ -118,7 +124,11 @@ class ServerEngine:
                     gone = isinstance(outcome, Failure) and not outcome.permanent
                     given_up = given_up + 1 if gone else 0
                     yield outcome
-                    if given_up >= self.concurrency and isinstance(outcome, Failure):
+                    if not isinstance(outcome, Failure):
+                        continue
+                    if self._unusable and not self._answered and given_up >= few:
+                        raise UserError(self._unusable)
+                    if given_up >= max(self.concurrency, GIVEN_UP):
                         raise UserError(f"the server at {self.url} stopped answering ({outcome.reason})")
         finally:
             self._stop.set()
@@ -129,30 +139,29 @@ class ServerEngine:
     # -- one request -------------------------------------------------------------------------------------------------
     def complete(self, body: dict[str, Any]) -> dict[str, Any]:
         """What the server makes of a body for ``/v1/completions``. Raises as :meth:`Connection.json`."""
-        return self._connection.json("POST", "/v1/completions", {"model": self.model, **body})
+        value = self._connection.json("POST", "/v1/completions", {"model": self.model, **body})
+        self._connection.check_model(value, self.model)
+        return value
 
     def _try(self, key: str, item: Item, attempt: Callable[[Item], Outcome]) -> Outcome | Failure:
         try:
-            return self._persist(lambda: attempt(item))
+            found = self._persist(lambda: attempt(item))
         except Refused as error:
             return Failure(key, str(error))
         except Transient as error:
+            self._unusable = str(error) if isinstance(error, Unusable) else ""
             return Failure(key, f"{error}, {self.attempts} attempts", permanent=False)
+        self._answered = True
+        return found
 
     def _persist(self, attempt: Callable[[], Outcome]) -> Outcome:
-        """The attempt's result; it is repeated with growing pauses while it raises ``Transient``."""
-        for number in range(self.attempts):
-            try:
-                return attempt()
-            except Transient:
-                pause = min(LONGEST_PAUSE, self.backoff * 2**number)
-                if number + 1 == self.attempts or self._stop.wait(pause):
-                    raise
-        raise AssertionError("a server engine needs at least one attempt")
+        return persist(attempt, self.attempts, self.backoff, LONGEST_PAUSE, self._stop.wait)
 
     def _served_model(self) -> str:
         try:
             names = self._persist(self._connection.served_models)
+        except Unusable as error:
+            raise UserError(str(error)) from error
         except (Transient, Refused) as error:
             raise UserError(f"the server at {self.url} cannot be used: {error}; is it up?") from error
         return self._connection.the_model(names)
@@ -176,28 +185,31 @@ def read_completion(
     """
     choice = transport.first_choice(value)
     if choice is None:
-        raise Transient(f"an answer without choices: {excerpt(str(value))!r}")
+        raise Transient(f"an answer without choices: {shown(value)!r}")
     reason = choice.get("finish_reason")
     if reason not in FINISH_REASONS:
-        raise Transient(f"an answer with the finish reason {excerpt(repr(reason))}")
+        raise Transient(f"an answer with the finish reason {shown(reason)}")
     transport.check_prompt(choice, value, request)
-    ids = transport.answer_ids(choice)
-    if ids is None:
+    ids, text = transport.answer_ids(choice), transport.answer_text(choice)
+    count = transport.counted(value, "completion_tokens", max_new_tokens + 1)
+    if ids is not None:
+        transport.check_count(count, ids, reason == "stop", eos_ids)
+    else:
         if isinstance(_stopped_at(choice), str):
             raise Refused("the server cut the text at a stop string, so its last tokens are lost; start it without any")
-        ids = exact_ids(
-            choice.get("text"), transport.counted(value, "completion_tokens", max_new_tokens + 1), reason, tokenizer
-        )
+        ids = exact_ids(choice.get("text"), count, reason, tokenizer)
     if len(ids) > max_new_tokens + 1:
         raise Transient(f"an answer of {len(ids)} tokens where at most {max_new_tokens} were asked for")
+    if len(request.prompt_ids) >= ECHOED and ids[: len(request.prompt_ids)] == list(request.prompt_ids):
+        raise Transient("an answer that begins with its prompt")
     ids, reason = _ended(ids, reason, choice, eos_ids)
     if reason == "stop" and ids[-1] not in (*eos_ids, _stopped_at(choice)) and not open_end:
         raise Refused(f"the server does not say at which of the end tokens {', '.join(map(str, eos_ids))} it stopped")
     size = len(tokenizer) if vocab_size is None else vocab_size
     wrong = next((i for i in ids if not 0 <= i < size), None)
     if wrong is not None:
-        raise Transient(f"an answer with token id {excerpt(str(wrong))}, and the target's vocabulary has {size}")
-    _check_vocabulary(choice.get("text"), ids, tokenizer)
+        raise Transient(f"an answer with token id {shown(wrong)}, and the target's vocabulary has {size}")
+    _check_vocabulary(text, ids, tokenizer)
     # A response that ends exactly at the limit may come without its end token; the limit is what ended it then.
     return Completion(request, ids[:max_new_tokens], reason if len(ids) <= max_new_tokens else "length")
 
@@ -242,10 +254,10 @@ def exact_ids(text: Any, completion_tokens: int | None, reason: str, tokenizer: 
     return ids
 
 
-def _check_vocabulary(text: Any, ids: list[int], tokenizer: Any) -> None:
+def _check_vocabulary(text: str, ids: list[int], tokenizer: Any) -> None:
     """Raise ``Refused`` where a server's text is not what its ids say: they are of another model's vocabulary. Servers
     differ in blanks, special tokens and the text of the end, so letters are compared, and loosely."""
-    said = _letters(text)[:COMPARED] if isinstance(text, str) else ""
+    said = _letters(text)[:COMPARED]
     if len(said) < TELLING:
         return
     for skipped in (True, False):
@@ -253,7 +265,7 @@ def _check_vocabulary(text: Any, ids: list[int], tokenizer: Any) -> None:
         if read == said or SequenceMatcher(None, said, read, autojunk=False).ratio() >= ALIKE:
             return
     raise Refused(
-        f"the server's text {excerpt(str(text), 40)!r} is not what its token ids say with the target's tokenizer "
+        f"the server's text {excerpt(text, 40)!r} is not what its token ids say with the target's tokenizer "
         f"({excerpt(tokenizer.decode(ids), 40)!r}): its model has another vocabulary; serve the target"
     )
 
@@ -270,19 +282,19 @@ def _stopped_at(choice: dict[str, Any]) -> int | str | None:
 
 # -- log-probabilities -----------------------------------------------------------------------------------------------
 def read_tops(value: dict[str, Any], row: Row, url: str) -> Top:
-    """The figures in a server's answer. Raises ``UserError`` where it has none, ``Transient`` where they do not fit."""
+    """The figures in a server's answer. Raises ``Unusable`` where it has none, ``Transient`` where they do not fit."""
     choice = transport.first_choice(value)
     if choice is None:
         raise Transient("an answer without choices")
     found = choice.get("prompt_logprobs")
     if found is None:
-        raise UserError(
+        raise Unusable(
             f"the server at {url} gives no log-probabilities of a prompt; use one that does (vLLM), or train on its "
             "answers alone with --teacher tokens"
         )
     begin, end = len(row.prompt_ids) + 1, len(row.prompt_ids) + len(row.response_ids)
     try:
-        entries = [{int(i): float(entry["logprob"]) for i, entry in place.items()} for place in found[begin:end]]
+        entries = [{int(i): _number(entry["logprob"]) for i, entry in place.items()} for place in found[begin:end]]
         if any(i < 0 or x > MOST_LOGPROB for entry in entries for i, x in entry.items()):
             raise ValueError
     except (TypeError, ValueError, OverflowError, AttributeError, KeyError):
@@ -291,7 +303,20 @@ def read_tops(value: dict[str, Any], row: Row, url: str) -> Top:
     likely = [{i: x for i, x in entry.items() if math.isfinite(x)} for entry in entries]
     if len(likely) != len(row.response_ids) - 1 or not all(likely):
         raise Transient(f"log-probabilities of {len(likely)} tokens where {len(row.response_ids) - 1} were asked for")
+    if any(token not in entry for token, entry in zip(row.response_ids[1:], likely, strict=True)):
+        raise Transient("log-probabilities without those of the tokens that were sent: they are of another text")
+    if any(sum(map(math.exp, entry.values())) > 1 + MOST_LOGPROB for entry in likely):
+        raise Transient("log-probabilities of more than one in all")
     return [list(entry) for entry in likely], [list(entry.values()) for entry in likely]
+
+
+def _number(value: Any) -> float:
+    """A log-probability; JSON's null stands for one that is minus infinity. Raises ``TypeError`` for no number."""
+    if value is None:
+        return -math.inf
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError
+    return float(value)
 
 
 def read_top_file(path: Path, rows: Sequence[Row]) -> dict[str, Top]:

@@ -47,6 +47,9 @@ SOURCES = {
     SGLANG: "SGLang's counter of rounds: (output tokens received - requests) / rounds, after the stop rule's cut",
 }
 
+# What a float holds exactly; no counter gets there. Positions: no engine drafts a chain so long.
+MOST_COUNTED, MOST_POSITIONS = 2**53, 4096
+
 Labels = tuple[tuple[str, str], ...]
 
 
@@ -105,7 +108,7 @@ def parse_metrics(text: str) -> Reading:
                 found.take(sample.name, sample.labels, sample.value)
         return found.reading()
     except (ValueError, KeyError, IndexError) as error:
-        raise UserError(f"the server's /metrics are not in the Prometheus text format: {error}") from error
+        raise UserError(f"the server's /metrics are not in the Prometheus text format: {str(error)[:200]}") from error
 
 
 @dataclass
@@ -122,7 +125,8 @@ class _Samples:
         """Raises ``UserError`` for a sample that is there twice, ``ValueError`` for a value that cannot be."""
         name, key = spelled.removesuffix("_total"), tuple(sorted(labels.items()))
         if name.removeprefix(SGLANG) in GAUGES:
-            self.gauges[name] = value
+            if math.isfinite(value):  # a mean over no batch yet is none
+                self.gauges[name] = value
             return
         if name.endswith("_created"):
             self.made[f"{name.removesuffix('_created')}{key}"] = value
@@ -134,7 +138,7 @@ class _Samples:
                 "label that tells them apart; measure one process, or let the server put them together"
             )
         self.seen.add((spelled, key))
-        if not math.isfinite(value) or value < 0:
+        if not 0 <= value <= MOST_COUNTED:
             raise ValueError(f"{spelled} is {value}")
         counter = self.counters[name]
         counter[key] = max(value, counter.get(key, 0.0))  # both spellings of one sample agree
@@ -160,6 +164,8 @@ class _Samples:
         whole = {field: prefix + name for field, name in asked}
         names = (*whole.values(), prefix + PER_POSITION)
         places = {int(str(position)): count for position, count in self.sums(VLLM + PER_POSITION).items()}
+        if places and not 0 <= min(places) <= max(places) < MOST_POSITIONS:
+            raise ValueError(f"a position {max(places, key=abs)} of {PER_POSITION}")
         return Reading(
             prefix,
             per_position=[places.get(j, 0) for j in range(max(places, default=-1) + 1)],
@@ -174,19 +180,32 @@ class _Samples:
         )
 
 
-def difference(before: Reading, after: Reading, where: str) -> Counts:
-    """What was counted between two readings of the server ``where``.
-
-    Raises ``UserError`` when a counter, or one engine's part of it, went backwards, vanished or began anew, or the
-    server's process is another: it was restarted, and what it had counted until then is lost.
-    """
+def backwards(before: Reading, after: Reading) -> bool:
+    """Whether a counter, or one engine's part of it, went backwards, vanished or began anew, or the server's process is
+    another."""
     pairs = [
         *((count, after.parts.get(part)) for part, count in before.parts.items()),
         *((getattr(before, name), getattr(after, name)) for name in COUNTED),
         *zip_longest(before.per_position, after.per_position),
     ]
     another = before.started != after.started or any(after.made.get(part) != at for part, at in before.made.items())
-    if another or any(old is not None and (new is None or new < old) for old, new in pairs):
+    return another or any(old is not None and (new is None or new < old) for old, new in pairs)
+
+
+def overdone(before: Reading, after: Reading, tokens: int) -> bool:
+    """Whether more was counted than answers of ``tokens`` tokens in all can have made: the server does other work, or
+    one of the readings is odd. A round gives a token at least."""
+    gains = [(after.generated or 0) - (before.generated or 0), (after.rounds or 0) - (before.rounds or 0)]
+    return max(gains) > 1.01 * tokens + 16
+
+
+def difference(before: Reading, after: Reading, where: str) -> Counts:
+    """What was counted between two readings of the server ``where``.
+
+    Raises ``UserError`` when they go backwards (:func:`backwards`): it was restarted, and what it had counted until
+    then is lost.
+    """
+    if backwards(before, after):
         raise UserError(
             f"the counters of the server {where} went backwards: it was restarted; measure again "
             "(where several processes answer in turn, each with counters of its own, measure one of them)"

@@ -1,7 +1,8 @@
 """Load on one OpenAI-compatible server, as a client sees it: answers with their times, levels of concurrency.
 
 Prompts go to ``/v1/completions`` as token ids, always in the same order, in a closed loop: each of n workers asks its
-next prompt when its last one is answered. Nothing is tried again; a request that fails is counted as failed.
+next prompt when its last one is answered. Nothing that is measured is tried again; a request that fails is counted as
+failed. What is asked around it is: the model, how the server streams, its counters, the requests that warm it up.
 
 Times of a request, in seconds from sending it: ``first`` token, ``last`` token, ``seconds`` until the stream has
 ended. Inter-token latency is (last - first) / (tokens - 1): a speculative server sends several tokens at once, so the
@@ -11,31 +12,47 @@ gaps between messages would be those of rounds.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from redraft.data import transport
 from redraft.data.generate import Request
-from redraft.data.transport import Connection, Refused, Transient
+from redraft.data.transport import Connection, Refused, Transient, Unusable, excerpt, listed, persist
 from redraft.errors import UserError
-from redraft.evaluate.counters import ENGINES, SGLANG, VLLM, Counts, Reading, difference, parse_metrics
+from redraft.evaluate.counters import (
+    ENGINES,
+    SGLANG,
+    VLLM,
+    Counts,
+    Reading,
+    backwards,
+    difference,
+    overdone,
+    parse_metrics,
+)
 from redraft.evaluate.speed import Prompt
+from redraft.evaluate.streams import Answer, read_answer
 from redraft.settings.sampler import Sampler
 
 SETTLE_SECONDS = 1.0
 VERSION_PATHS = {VLLM: "/version", SGLANG: "/server_info"}
+# What is asked around a measurement: attempts at it, seconds between them, and readings of counters that are compared.
+ATTEMPTS, PAUSE, READINGS = 4, 0.1, 5
 
 Done = Callable[[str], None]
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
 class ServerConfig:
     """``concurrencies``: the levels, each with at least as many prompts. ``warmup``: requests before a level that are
-    not counted, of ``warmup_tokens`` at most; never fewer than the level's workers. ``timeout``: seconds without a
-    byte. ``tolerated``: share of requests that may fail before the run does. ``model``: the served name where a server
-    has several. ``eos_ids``: the target's end tokens, where they are known.
+    not counted, of ``warmup_tokens`` at most; never fewer than the level's workers. ``timeout``: seconds for an
+    answer (:class:`~redraft.data.transport.Connection`). ``tolerated``: share of requests that may fail before the run
+    does; one may in any case. ``model``: the served name where a server has several. ``eos_ids`` and ``vocab_size``:
+    the target's end tokens and the number of its token ids, where they are known.
 
     Raises ``UserError`` for values that make no sense.
     """
@@ -50,38 +67,13 @@ class ServerConfig:
     tolerated: float = 0.03
     model: str | None = None
     eos_ids: tuple[int, ...] = ()
+    vocab_size: int | None = None
 
     def __post_init__(self) -> None:
         levels = self.concurrencies
         if not levels or min(levels) < 1 or len(set(levels)) != len(levels):
             named = ", ".join(map(str, levels)) or "none"
             raise UserError(f"concurrencies must be different whole numbers from 1 on, not {named}")
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One request as the client saw it; ``fault`` says why it failed. ``first`` and ``last`` need a stream."""
-
-    tokens: int = 0
-    seconds: float = 0.0
-    first: float | None = None
-    last: float | None = None
-    text: str = ""
-    ids: list[int] | None = None
-    fault: str = ""
-
-    @property
-    def inter_token(self) -> float | None:
-        """Seconds a token after the first, None without a stream or a second token."""
-        if self.first is None or self.last is None or self.tokens < 2:
-            return None
-        return (self.last - self.first) / (self.tokens - 1)
-
-    def same_output(self, other: Answer) -> bool:
-        """Whether two answers say the same: in token ids where both came with them, else in text."""
-        if self.ids is not None and other.ids is not None:
-            return self.ids == other.ids
-        return self.text == other.text
 
 
 @dataclass
@@ -138,6 +130,7 @@ class Session:
         self.levels: dict[int, Level] = {}
         self.notes: list[str] = []
         self._metrics = True
+        self._last: Reading | None = None
 
     def open(self, prompts: Sequence[Prompt]) -> Session:
         """Connect, find the model, find out how the server counts tokens, look for its counters.
@@ -148,10 +141,12 @@ class Session:
             self.connection.open()
             self.model = self._find_model()
             self._find_mode(prompts[0])
-            self.engine = self.read().prefix
+            self.engine = self.steady().prefix
             self.version = self._version()
         except BaseException as error:
             self.close()
+            if isinstance(error, Unusable):
+                raise UserError(str(error)) from error
             if isinstance(error, Transient | Refused):
                 raise UserError(f"the server {self.where} cannot be used: {error}; is it up?") from error
             raise
@@ -178,19 +173,19 @@ class Session:
 
     def _find_model(self) -> str:
         wanted = self.config.model
-        names = self.connection.served_models()
+        names = patiently(self.connection.served_models)
         if wanted is None:
             return self.connection.the_model(names)
         if wanted not in names:
-            raise UserError(f"the server {self.where} serves {', '.join(names) or 'no model'}, not {wanted}")
+            raise UserError(f"the server {self.where} serves {listed(names)}, not {wanted}")
         return wanted
 
     def _find_mode(self, prompt: Prompt) -> None:
         """One short request decides: a stream where it comes with token counts, else whole answers."""
-        fault = ""
-        for self.streamed in (True, False):
+        fault, limit = "", min(4, self.config.max_new_tokens)
+        for self.streamed in (True, True, False):  # one odd answer does not say that it cannot
             try:
-                self._ask(prompt, 0, min(4, self.config.max_new_tokens))
+                patiently(lambda: self._ask(prompt, 0, limit))
             except Refused as error:
                 fault = fault or str(error)
                 continue
@@ -202,10 +197,11 @@ class Session:
     def _version(self) -> str | None:
         """The engine's version where it tells; None is no fault."""
         try:
-            found = self.connection.json("GET", VERSION_PATHS[self.engine]).get("version")
-        except (KeyError, Transient, Refused, UserError):
+            path = VERSION_PATHS[self.engine]
+            found = patiently(lambda: self.connection.json("GET", path)).get("version")
+        except (KeyError, Transient, Refused):
             return None
-        return str(found) if found else None
+        return excerpt(found, 40) or None if isinstance(found, str) else None
 
     # -- counters ----------------------------------------------------------------------------------------------------
     def read(self) -> Reading:
@@ -213,24 +209,50 @@ class Session:
         if not self._metrics:
             return Reading()
         try:
-            text = self.connection.text("GET", "/metrics")
-        except (UserError, Refused):  # a status such as 404 or 401: it has none, or none for us
+            return patiently(self._page)
+        except (Unusable, Refused) as error:  # a status such as 404 or 401: it has none, or none for us
+            if self._last is not None and self._last.prefix:
+                raise UserError(f"the server {self.where} stopped giving its counters: {error}") from error
             self._metrics = False
             return Reading()
         except Transient as error:
             raise UserError(f"the server {self.where} does not give its counters: {error}") from error
-        return parse_metrics(text)
+
+    def _page(self) -> Reading:
+        text = self.connection.text("GET", "/metrics")
+        try:
+            return parse_metrics(text)
+        except UserError as error:
+            if isinstance(error.__cause__, ImportError):
+                raise
+            raise Transient(str(error)) from error  # the next page may be whole
+
+    def steady(self) -> Reading:
+        """The counters as two readings agree on them, or as they were read last: a single odd page would spoil what is
+        counted from it on. On a server that does other work they never agree; the last one counts then."""
+        found, before = self.read(), self._last
+        for _ in range(READINGS):
+            if found == before:
+                break
+            before, found = found, self.read()
+        self._last = found
+        return found
 
     def read_after(self, before: Reading, tokens: int) -> Reading:
         """The counters once they hold the ``tokens`` that came since ``before``.
 
-        An engine may book its last step a moment after the client has it. Time that this takes is in no figure.
+        An engine may book its last step a moment after the client has it. A page that cannot be is read again. Time
+        that this takes is in no figure.
         """
         deadline = time.perf_counter() + SETTLE_SECONDS
+        odd = 0
         while True:
             reading = self.read()
             booked = reading.generated is None or reading.generated - (before.generated or 0) >= tokens
-            if booked or time.perf_counter() > deadline or reading.started != before.started:
+            plain = not (backwards(before, reading) or overdone(before, reading, tokens))
+            odd += not plain
+            if (plain and booked) or odd >= READINGS or time.perf_counter() > deadline:
+                self._last = reading
                 return reading
             time.sleep(0.02)
 
@@ -249,25 +271,33 @@ class Session:
         if self.streamed:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
         began = time.perf_counter()
-        asked = "/v1/completions", body
-        events = self.connection.events(*asked) if self.streamed else [self.connection.json("POST", *asked)]
-        return _read(events, body, request, began)
+        with closing(self._events("/v1/completions", body)) as events:
+            return read_answer(events, body, request, began, self.config.eos_ids, self.config.vocab_size)
+
+    def _events(self, path: str, body: dict[str, Any]) -> Generator[dict[str, Any], None, None]:
+        whole = () if self.streamed else (self.connection.json("POST", path, body),)
+        for event in whole or self.connection.events(path, body):
+            self.connection.check_model(event, self.model)
+            yield event
 
     def warm(self, prompts: Sequence[Prompt], concurrency: int) -> None:
         """Short requests, as many at a time as the level has workers. Raises ``UserError`` where one fails."""
         count = max(self.config.warmup, concurrency)
         asked = [prompts[i % len(prompts)] for i in range(count)]
         limit = min(self.config.warmup_tokens, self.config.max_new_tokens)
-        before = self.read()
+        before = self.steady()
         answers = self._at_once(asked, concurrency, limit, None)
-        for answer in answers:
-            if answer.fault:
-                raise UserError(f"the server {self.where} cannot be used: {answer.fault}")
+        for prompt, answer in zip(asked, answers, strict=True):
+            again = answer
+            for _ in range(ATTEMPTS - 1):
+                again = self.answer(prompt, 0, limit) if again.fault else again
+            if again.fault:
+                raise UserError(f"the server {self.where} cannot be used: {again.fault}")
         self.read_after(before, sum(answer.tokens for answer in answers))  # nothing of it is booked later
 
     def level(self, prompts: Sequence[Prompt], concurrency: int, done: Done | None = None) -> Level:
         """All prompts, ``concurrency`` at a time. Raises ``UserError`` when too many requests fail."""
-        before = self.read()
+        before = self.steady()
         began = time.perf_counter()
         answers = self._at_once(prompts, concurrency, self.config.max_new_tokens, done)
         wall = time.perf_counter() - began
@@ -293,8 +323,9 @@ class Session:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def check_faults(self, faults: Sequence[str], requests: int) -> None:
-        """Raise ``UserError`` where more than the tolerated share of ``requests`` failed."""
-        if len(faults) > self.config.tolerated * requests:
+        """Raise ``UserError`` where more than the tolerated share of ``requests`` failed, and more than one of several:
+        one odd answer says nothing of a server."""
+        if len(faults) > max(self.config.tolerated * requests, requests > 1):
             raise UserError(
                 f"{len(faults)} of {requests} requests to the server {self.where} failed, more than "
                 f"{self.config.tolerated:.0%}; the last: {faults[-1]}"
@@ -310,7 +341,7 @@ def paired(sessions: Sequence[Session], prompts: Sequence[Prompt], done: Done | 
     for index, prompt in enumerate(prompts):
         turn = index % len(sessions)
         for session in [*sessions[turn:], *sessions[:turn]]:
-            level, before = levels[session.name], session.read()
+            level, before = levels[session.name], session.steady()
             answer = session.answer(prompt, index)
             level.answers.append(answer)
             level.wall += answer.seconds
@@ -327,40 +358,7 @@ def paired(sessions: Sequence[Session], prompts: Sequence[Prompt], done: Done | 
     return levels
 
 
-# -- answers ---------------------------------------------------------------------------------------------------------
-def _read(events: Iterable[dict[str, Any]], body: dict[str, Any], request: Request, began: float) -> Answer:
-    """The answer in the events of a stream, or in the one object of a server that does not stream.
-
-    Raises ``Transient`` for half an answer, ``Refused`` for one without token counts.
-    """
-    what = "stream" if body["stream"] else "answer"
-    texts: list[str] = []
-    ids: list[int] = []
-    times: list[float] = []
-    tokens: int | None = None
-    finished = with_ids = False
-    for event in events:
-        # some servers count an end token beside the tokens that were asked for
-        found = transport.counted(event, "completion_tokens", int(body["max_tokens"]) + 1)
-        tokens = tokens if found is None else found
-        choice = transport.first_choice(event)
-        if choice is None:
-            continue
-        transport.check_prompt(choice, event, request)
-        text, new = transport.answer_text(choice), transport.answer_ids(choice)
-        with_ids = with_ids or new is not None
-        if new or text:
-            times.append(time.perf_counter() - began)
-            texts.append(text)
-            ids += new or []
-        finished = finished or choice.get("finish_reason") is not None
-    seconds = time.perf_counter() - began
-    if not finished:
-        raise Transient(f"half an answer: the {what} ended without a finish reason")
-    tokens = len(ids) if tokens is None and with_ids else tokens
-    if tokens is None:
-        raise Refused(f"the {what} has neither usage nor token ids; the speed of this server cannot be told")
-    if tokens < 1 or (body["stream"] and not times):
-        raise Transient("an answer without tokens")
-    first, last = (times[0], times[-1]) if body["stream"] else (None, None)
-    return Answer(tokens, seconds, first, last, "".join(texts), ids if with_ids else None)
+def patiently(attempt: Callable[[], Found]) -> Found:
+    """What a server says to something that is not measured, asked again where the answer makes no sense. Raises as
+    ``attempt`` does."""
+    return persist(attempt, ATTEMPTS, PAUSE, PAUSE, time.sleep)

@@ -23,9 +23,10 @@ import numpy as np
 from redraft.errors import UserError
 from redraft.evaluate import counters
 from redraft.evaluate.figures import PLAIN, Tally, by_task, gains, per_prompt
-from redraft.evaluate.load import Answer, Level, ServerConfig, Session, paired
+from redraft.evaluate.load import Level, ServerConfig, Session, paired
 from redraft.evaluate.speed import SCHEMA, Prompt, Tick
 from redraft.evaluate.statistics import bootstrap
+from redraft.evaluate.streams import Answer
 
 # Starts a server and gives its address; leaving the context stops it.
 Starter = Callable[[], AbstractContextManager[str]]
@@ -105,7 +106,7 @@ def _measure(
 
 def check_counters(session: Session) -> None:
     """Raise ``UserError`` before any measuring when acceptance could not be told afterwards."""
-    reading = session.read()
+    reading = session.steady()
     if session.name == PLAIN or reading.rounds is not None:
         return
     prefix, names = reading.prefix, counters.ROUNDS
@@ -191,6 +192,9 @@ def _result(
     drafts = {name: found for name, found in measured.items() if name != PLAIN}
     # The prompts that every server answered at its base level can be paired.
     kept = [i for i in range(len(prompts)) if not any(found.base.answers[i].fault for found in measured.values())]
+    if not kept:
+        faults = [answer.fault for found in measured.values() for answer in found.base.answers if answer.fault]
+        raise UserError(f"no prompt was answered by every server; the last fault: {faults[-1]}; measure again")
     tallies = {name: _tally(found.base, kept) for name, found in measured.items()}
     for name, found in drafts.items():
         if found.base.by_prompt and not tallies[name].with_rounds():

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from redraft.artifact import read_json
 from redraft.errors import UserError
 from redraft.loading import quantised
-from redraft.loading.places import ADAPTER_FILE, hub_cached, one_line
+from redraft.loading.places import ADAPTER_FILE, hub_cached, one_line, open_config
 from redraft.target.facts import model_class
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -60,13 +60,14 @@ def load_model(place: dict[str, Any], spec: str, dtype: torch.dtype) -> tuple[An
     check_folder(place, spec)
     notes: list[str] = []
     with one_line(spec):
-        config = transformers.AutoConfig.from_pretrained(**place)
+        config = open_config(place, spec)
     check_code(config, spec, notes)
     plan = quantised.plan(config, spec)
     with one_line(spec):
         model, report = model_class(config).from_pretrained(
             **place,
             **plan.arguments,
+            trust_remote_code=False,
             dtype=dtype,
             weights_only=True,
             # a wrong shape is told by the report, and with both shapes

@@ -99,7 +99,7 @@ def folder_of(spec: str) -> Path | None:
 
 
 def locate(spec: str) -> dict[str, Any]:
-    """Arguments for ``from_pretrained``: the path or hub id, whether to stay off the network, and no foreign code.
+    """Arguments for ``from_pretrained``: the path or hub id, and whether to stay off the network.
 
     Raises ``UserError`` when there is no such checkpoint.
     """
@@ -129,8 +129,27 @@ def locate(spec: str) -> dict[str, Any]:
 
 
 def _arguments(place: str | Path) -> dict[str, Any]:
-    # Left unsaid, transformers asks on the terminal whether it may run the checkpoint's code.
-    return {"pretrained_model_name_or_path": str(place), "local_files_only": True, "trust_remote_code": False}
+    return {"pretrained_model_name_or_path": str(place), "local_files_only": True}
+
+
+def open_config(place: dict[str, Any], spec: str) -> Any:
+    """The config at a place of :func:`locate`. Raises ``UserError`` for one that names compiled code of another place
+    for its attention or experts, and whatever transformers raises.
+
+    transformers would fetch such kernels from the hub and run them, without a question.
+    """
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(**place, trust_remote_code=False)
+    for part in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", None) or ())):
+        for key in ("_attn_implementation", "_experts_implementation"):
+            named = getattr(part, key, None)
+            if isinstance(named, str) and "/" in named:
+                raise UserError(
+                    f"{spec} asks for code of {named} ({key[1:]} in its config.json), which redraft never runs; take "
+                    "the entry out"
+                )
+    return config
 
 
 def like_hub_id(spec: str) -> bool:
@@ -255,11 +274,12 @@ def _unpack(gguf: Path, folder: Path) -> None:
     if importlib.util.find_spec("gguf") is None:
         raise UserError("unpacking a GGUF file needs the package gguf: pip install redraft[quickstart]")
     place = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    tokenizer = transformers.AutoTokenizer.from_pretrained(**place)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(**place, trust_remote_code=False)
     # transformers 5.16 always gives plain weights; later releases may keep them packed, and have a config against that.
-    how = getattr(transformers, "GgufConfig", None)
-    plain = {"quantization_config": how(dequantize=True)} if how is not None else {}
-    model = transformers.AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32, **plain)
+    packed = getattr(transformers, "GgufConfig", None)
+    plain = {"quantization_config": packed(dequantize=True)} if packed is not None else {}
+    how = {"dtype": torch.float32, **plain}
+    model = transformers.AutoModelForCausalLM.from_pretrained(**place, **how, trust_remote_code=False)
     needed = 4 * sum(p.numel() for p in model.parameters()) + (16 << 20)
     with atomic_folder(folder, needed, CACHE_FILES) as new:
         model.save_pretrained(new, max_shard_size="100GB")

@@ -27,7 +27,7 @@ from redraft.errors import UserError
 from redraft.loading import quantised
 from redraft.loading.adapters import merge
 from redraft.loading.checkpoint import check_code, check_folder, check_names, load_model, weight_files
-from redraft.loading.places import ADAPTER_FILE, first_line, locate, one_line, quiet, split_adapter
+from redraft.loading.places import ADAPTER_FILE, first_line, locate, one_line, open_config, quiet, split_adapter
 from redraft.target import Facts, Head, Target
 from redraft.target.facts import empty_model, final_norm, plain_embedding, tensors_fingerprint, text_decoder
 
@@ -148,14 +148,15 @@ def open_head(
 def read_config(place: dict[str, Any], spec: str) -> Any:
     """The config at ``place`` (:func:`redraft.loading.places.locate`). Raises ``UserError``."""
     with one_line(f"the config of {spec}"):
-        return transformers.AutoConfig.from_pretrained(**place)
+        return open_config(place, spec)
 
 
 def _generation(place: dict[str, Any], config: Any) -> Any:
     """The generation config beside a config, or what the config alone makes of one."""
-    where = {key: place[key] for key in ("pretrained_model_name_or_path", "local_files_only")}
+    where = dict(place)
     try:
-        return transformers.GenerationConfig.from_pretrained(where.pop("pretrained_model_name_or_path"), **where)
+        folder = where.pop("pretrained_model_name_or_path")
+        return transformers.GenerationConfig.from_pretrained(folder, **where, trust_remote_code=False)
     except (OSError, ValueError):  # many checkpoints have none
         return transformers.GenerationConfig.from_model_config(config)
 
@@ -250,7 +251,7 @@ def read_tokenizer(adapter: str | None, place: dict[str, Any], spec: str) -> Any
         # transformers makes a tokenizer of a few special tokens then, and says nothing
         raise UserError(f"{spec} has no tokenizer that can be loaded: there is no tokenizer.json or other vocabulary")
     try:
-        return transformers.AutoTokenizer.from_pretrained(**place)
+        return transformers.AutoTokenizer.from_pretrained(**place, trust_remote_code=False)
     except Exception as error:  # tokenizer files of strangers raise every kind of error
         raise UserError(f"{spec} has no tokenizer that can be loaded: {first_line(error)}") from error
 

@@ -66,6 +66,11 @@ def _static(name: str) -> str:
     return (resources.files("redraft.reports") / "templates" / name).read_text(encoding="utf-8").strip() + "\n"
 
 
+def _told(value: Any) -> Any:
+    """What a page shows of a text that is no markup of ours: characters that act are spelled out."""
+    return tokens.visible_text(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
+
+
 def _environment() -> Any:
     try:
         import jinja2
@@ -74,6 +79,7 @@ def _environment() -> Any:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("redraft.reports"),
         autoescape=True,
+        finalize=_told,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from redraft.errors import UserError
+from redraft.errors import UserError, printable
 from redraft.reports import sections
 from redraft.reports.format import missing, number
 from redraft.reports.load import BenchResult, CurvePoint, Interval
@@ -25,6 +25,7 @@ OTHERS = ("#a65fb0", "#8a8420", "#c25069", "#4f8a94")
 PHASES = {"draft": "#8067c0", "verify": "#3a8f8f", "other": "#85888f", "prefill": "#b08a3c"}
 MARKERS = "osD^vP"
 WIDTH = 4.6
+LABEL = 32  # characters of a name in a legend
 Colours = Mapping[str, str]
 Groups = Mapping[str, Mapping[str, Interval]]
 
@@ -56,7 +57,7 @@ def figure(width: float, height: float, columns: int = 1, white: bool = False) -
     with pyplot.rc_context():
         pyplot.rc("svg", fonttype="none", hashsalt="redraft")
         pyplot.rc("font", size=10, family="sans-serif")
-        pyplot.rc("text", color=ink)
+        pyplot.rc("text", color=ink, parse_math=False)  # a name may hold dollars
         pyplot.rc("axes", labelcolor=ink, edgecolor=grid, grid=True, axisbelow=True)
         pyplot.rc("axes", titlesize=10.5, titlelocation="left", titleweight="bold")
         pyplot.rc("axes.spines", top=False, right=False)
@@ -87,8 +88,9 @@ def svg(figure: Any, name: str, about: str) -> str:
     text = text.replace(INK, "currentColor").replace(GRID, "var(--grid)")
     text = re.sub(r"font: ([^;\"]*?)'[^;\"]*", r"font: \1inherit", text)
     text = re.sub(r"font-family: [^;\"]*", "font-family: inherit", text)
-    about = about.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
-    return re.sub(r"<svg [^>]*?(viewBox=\"[^\"]*\")[^>]*>", rf'<svg \1 role="img" aria-label="{about}">', text, count=1)
+    about = printable(about).replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+    head = r"<svg [^>]*?(viewBox=\"[^\"]*\")[^>]*>"
+    return re.sub(head, lambda m: f'<svg {m[1]} role="img" aria-label="{about}">', text, count=1)
 
 
 def png(figure: Any, dpi: int) -> bytes:
@@ -128,7 +130,7 @@ def _dots(axes: Any, result: BenchResult, title: str, unit: str, digits: int, fi
         dot(axes, row, found, colours[name], MARKERS[row % len(MARKERS)], 8)
         words, place = f"{found.value:.{digits}f}{unit}", (found.value, row)
         axes.annotate(words, place, (0, 9), textcoords="offset points", ha="center", fontweight="bold")
-    rows_named(axes, list(figures), 0.5, 0.75)
+    rows_named(axes, [short(name, LABEL) for name in figures], 0.5, 0.75)
     axes.margins(x=0.12)
     axes.set_title(title)
 
@@ -181,10 +183,10 @@ def grouped_svg(groups: Groups, colours: Colours, title: str, name: str, line: f
                 row = band + (series.index(key) - (len(series) - 1) / 2) * pitch
                 dot(axes, row, interval, colours[key], MARKERS[series.index(key) % len(MARKERS)], 6)
         for key in series:
-            axes.plot([], [], MARKERS[series.index(key) % len(MARKERS)], color=colours[key], label=key)
+            axes.plot([], [], MARKERS[series.index(key) % len(MARKERS)], color=colours[key], label=short(key, LABEL))
         if line is not None:
             reference(axes, line)
-        rows_named(axes, [_short(group) for group in groups], 0.5, 0.5)
+        rows_named(axes, [short(group) for group in groups], 0.5, 0.5)
         for band in range(1, len(groups)):
             axes.axhline(band - 0.5, color=GRID, linewidth=0.8)
         axes.margins(x=0.08)
@@ -216,7 +218,10 @@ def quality_svg(scores: Mapping[str, Mapping[str, Any]], name: str, colours: Col
     return grouped_svg(groups, colours, "score by task", f"{name}-quality") if groups else None
 
 
-def _short(text: str, limit: int = 18) -> str:
+def short(text: str, limit: int = 18) -> str:
+    """A name as a picture can show it: one line of ``limit`` characters at most, in legends whatever it begins with."""
+    text = printable(text)
+    text = f" {text}" if text.startswith("_") else text
     return text if len(text) <= limit else text[: limit - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 
@@ -232,7 +237,7 @@ def level_svgs(result: BenchResult, name: str, colours: Colours) -> list[str]:
         with figure(WIDTH, 2.9) as (made, axes):
             for marker, (key, points) in zip(MARKERS * len(curves), curves.items(), strict=False):
                 at = [x for x, _ in points]
-                axes.plot(at, [y.value for _, y in points], f"{marker}-", color=colours[key], label=key)
+                axes.plot(at, [y.value for _, y in points], f"{marker}-", color=colours[key], label=short(key, LABEL))
                 if all(not missing(y.low) for _, y in points):
                     low, high = [[getattr(y, end) for _, y in points] for end in ("low", "high")]
                     axes.fill_between(at, low, high, color=colours[key], alpha=0.18, linewidth=0)
@@ -263,7 +268,7 @@ def acceptance_svgs(result: BenchResult, name: str) -> list[str]:
         with figure(WIDTH, 2.9) as (made, axes):
             for marker, (key, curve) in zip(MARKERS * len(curves), curves.items(), strict=False):
                 values = [float("nan") if v is None else v for v in curve]
-                axes.plot(range(1, len(curve) + 1), values, f"{marker}-", color=colours[key], label=key)
+                axes.plot(range(1, len(curve) + 1), values, f"{marker}-", color=colours[key], label=short(key, LABEL))
             axes.set_ylim(0, 1)
             axes.set_xticks(range(1, max(map(len, curves.values())) + 1))
             axes.set_xlabel("drafted position")
@@ -289,7 +294,7 @@ def time_svg(result: BenchResult, name: str) -> str | None:
             if relative:
                 label = "yield, \N{GREEK SMALL LETTER TAU}" if row == 0 else None
                 axes.plot([cost["tau"]] * 2, [row - 0.38, row + 0.38], color=INK, linewidth=2, label=label)
-        rows_named(axes, [_short(key) for key in costs], 0.55, 0.55)
+        rows_named(axes, [short(key) for key in costs], 0.55, 0.55)
         axes.set_xlim(0, 1.06 * max(max(cost["total"], cost["tau"] if relative else 0) for cost in costs.values()))
         unit = "tokens of plain decoding" if relative else "milliseconds"
         axes.set_xlabel(f"cost of a round, in {unit}")
@@ -321,7 +326,7 @@ def training_svgs(points: Sequence[CurvePoint], stale: tuple[str, float] | None)
         with figure(WIDTH, 2.7) as (made, axes):
             axes.plot(*zip(*held, strict=True), "o-", color=COLOURS["aligned"], label="in training")
             if stale is not None:
-                axes.axhline(stale[1], color=COLOURS["stale"], linestyle="--", label=stale[0])
+                axes.axhline(stale[1], color=COLOURS["stale"], linestyle="--", label=short(stale[0], LABEL))
             axes.legend()
             axes.set_title("held-out acceptance length \N{GREEK SMALL LETTER TAU}")
             axes.set_xlabel(label)

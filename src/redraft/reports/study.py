@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from redraft.errors import printable
 from redraft.reports.format import DASH, count, duration, number, percent, scaled
-from redraft.reports.plots import COLOURS, MARKERS, OTHERS, WIDTH, figure, png
+from redraft.reports.plots import COLOURS, LABEL, MARKERS, OTHERS, WIDTH, figure, png, short
 
 TAU = "acceptance length \N{GREEK SMALL LETTER TAU}"
 MORE = ("#5b6bb5", "#b0604a", "#6d8f3c", "#7a7a7a")
@@ -61,7 +62,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         return ""
     rule = ["---", *["---:"] * (len(head) - 1)]
     lines = [list(head), rule, *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join(
+        "| " + " | ".join(printable(str(cell)).replace("|", "\\|") for cell in line) + " |" for line in lines
+    )
 
 
 def ranged(found: Mapping[str, float | None] | None, form: Callable[[float | None], str] = number) -> str:
@@ -285,7 +288,7 @@ def draw(curves: Mapping[str, Curve], title: str, axis: str, level: float | None
             colour = COLOURS.get(name) or shades[index % len(shades)]
             x, y = [point[0] for point in points], [point[1] for point in points]
             style = f"{MARKERS[index % len(MARKERS)]}{'-' if len(points) > 1 else ''}"
-            axes.plot(x, y, style, color=colour, label=name, markersize=4)
+            axes.plot(x, y, style, color=colour, label=short(name, LABEL), markersize=4)
             for x_at, value, low, high in points:
                 if low is not None and high is not None and high > low:
                     axes.plot([x_at, x_at], [low, high], color=colour, linewidth=1, alpha=0.5)

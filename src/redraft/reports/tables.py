@@ -10,14 +10,13 @@ from typing import Any
 
 from rich.console import Group
 from rich.markdown import Markdown
-from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
 from redraft.reports import format as form
 from redraft.reports import sections
 from redraft.reports.load import BenchResult, Costs, Interval, Summary, parse
-from redraft.shown import Shown, lines, value_words
+from redraft.shown import Shown, lines, told, value_words
 
 
 def _cell(interval: Interval | None, digits: int, unit: str = "") -> str:
@@ -47,18 +46,20 @@ def bench_table(result: Mapping[str, Any]) -> Table:
     said = ["95% intervals over prompts; speed-up over the fastest plain decoding"]
     if sections.types_differ(bench):
         said.append("each in its fastest data type; texts are compared with plain decoding in the draft's own")
-    said += [*filter(None, [sections.others_apart(bench)]), *map(escape, sections.slower(bench))]
-    title = f"{bench.setup.target}: {sections.sampler_line(bench)}"
+    said += [*filter(None, [sections.others_apart(bench)]), *map(told, sections.slower(bench))]
+    title = told(f"{bench.setup.target}: {sections.sampler_line(bench)}")
     table = _table(title, ["draft"], figures, caption="\n".join(said))
     for kind, rate in bench.plain.rates.items() if bench.plain else ():
         assert bench.plain is not None
         relative = form.times(bench.plain.over_fastest(kind))
-        table.add_row(f"plain {kind}", "1.00", "1.00", form.DASH, _cell(rate, 1), relative, form.DASH, style="dim")
+        table.add_row(
+            told(f"plain {kind}"), "1.00", "1.00", form.DASH, _cell(rate, 1), relative, form.DASH, style="dim"
+        )
     for name, draft in bench.drafts.items():
         compared = bench.setup.prompts if draft.compared is None else draft.compared
         same = form.DASH if draft.identical_to_plain is None else f"{draft.identical_to_plain} of {compared}"
         table.add_row(
-            escape(name) + (f" [dim]{draft.dtype}[/dim]" if draft.dtype else ""),
+            told(name) + (f" [dim]{told(draft.dtype)}[/dim]" if draft.dtype else ""),
             _cell(draft.tau_pooled, 2),
             _cell(draft.tau_macro, 2),
             _cell(draft.alpha, 3),
@@ -75,7 +76,7 @@ def acceptance_table(result: Mapping[str, Any]) -> Table:
     positions = max((len(draft.acceptance_unconditional) for draft in bench.drafts.values()), default=0)
     table = _table("acceptance by position", ["draft", "of"], [str(j) for j in range(1, positions + 1)])
     for name, draft in bench.drafts.items():
-        table.add_row(name, "rounds that reach it", *(form.number(v) for v in draft.acceptance_conditional))
+        table.add_row(told(name), "rounds that reach it", *(form.number(v) for v in draft.acceptance_conditional))
         table.add_row("", "all rounds", *(form.number(v) for v in draft.acceptance_unconditional))
     return table
 
@@ -89,8 +90,8 @@ def task_table(result: Mapping[str, Any]) -> Table | None:
     for task, drafts in found.items():
         for index, (name, figures) in enumerate(drafts.items()):
             table.add_row(
-                escape(task) if index == 0 else "",
-                escape(name),
+                told(task) if index == 0 else "",
+                told(name),
                 str(figures.prompts),
                 _cell(figures.tau_pooled, 2),
                 _cell(figures.speedup, 2, "\N{MULTIPLICATION SIGN}"),
@@ -109,7 +110,7 @@ def probe_panel(verdict: str, figures: Mapping[str, str], action: str) -> Panel:
     grid.add_column(style="dim")
     grid.add_column()
     for key, value in figures.items():
-        grid.add_row(key, escape(value))
+        grid.add_row(key, told(value))
     title, colour = f"[bold]{verdict}[/bold]", PROBE_COLOURS[action]
     return Panel(grid, title=title, title_align="left", expand=False, border_style=colour)
 
@@ -123,7 +124,7 @@ def ledger_table(ledger: Mapping[str, Any]) -> Table:
     for key, column in zip(keys, table.columns, strict=True):
         column.footer = total[key]
     for cells in map(sections.ledger_cells, costs.stages):
-        table.add_row(*(cells[key] for key in keys))
+        table.add_row(*(told(cells[key]) for key in keys))
     return table
 
 
@@ -137,10 +138,10 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
         parts.append(f"with {form.percent(facts.trained_fraction_of_full, 1)} of the parameters")
     if facts.minutes is not None:
         parts.append(f"in {form.number(facts.minutes, 1)} minutes")
-    caption = ", ".join(parts) + (f"\nfull: {facts.tau_full_from}" if facts.tau_full_from else "")
+    caption = ", ".join(parts) + (f"\nfull: {told(facts.tau_full_from)}" if facts.tau_full_from else "")
     table = _table(title, ["draft"], ["tau", "speed-up"], min_width=72, caption=caption)
     for name in dict.fromkeys([*facts.tau, *facts.speedup]):
-        table.add_row(name, form.number(facts.tau.get(name)), form.times(facts.speedup.get(name)))
+        table.add_row(told(name), form.number(facts.tau.get(name)), form.times(facts.speedup.get(name)))
     return table
 
 
@@ -239,8 +240,8 @@ class Imported(Shown):
         table = _table(f"{self.source}, as {self.trainer} means it", ["what", "value", "how", "on whose word"], [])
         for entry in self.entries:
             how = entry["how"]
-            shown = form.DASH if entry["value"] is None else escape(value_words(entry["value"]))
-            table.add_row(escape(entry["what"]), shown, f"[{HOW_COLOURS[how]}]{how}[/]", escape(entry["word"]))
+            shown = form.DASH if entry["value"] is None else told(value_words(entry["value"]))
+            table.add_row(told(entry["what"]), shown, f"[{HOW_COLOURS[how]}]{how}[/]", told(entry["word"]))
         size = f"{self.folder}: {self.family} draft of {self.parameters:,} parameters, {self.bytes / 1e6:.1f} MB"
         if not self.entries:
             return lines(*(f"note: {note}" for note in self.notes), f"{self.source} was taken as it is", size)

@@ -7,13 +7,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.console import Group
-from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
 from redraft.adaptation.check.causes import CAUSES, NOTHING
 from redraft.adaptation.check.static import Static
-from redraft.shown import Shown, lines
+from redraft.shown import Shown, lines, told
 
 SCHEMA = "redraft.check/1"
 # Trials that a table shows.
@@ -100,7 +99,7 @@ class CheckResult(Shown):
             table.add_column(name)
         for line in sorted(self.static.lines, key=lambda line: not line.differs):
             cells = (line.what, line.ours, line.theirs, line.word)
-            table.add_row(*map(escape, cells), style="yellow" if line.differs else None)
+            table.add_row(*map(told, cells), style="yellow" if line.differs else None)
         return table
 
     def _rates(self) -> Table:
@@ -122,9 +121,7 @@ class CheckResult(Shown):
             table.add_column(name, justify="right")
         for trial in self.trials[:SHOWN_TRIALS]:
             gain = f"{trial['gain']:+.2f}"
-            table.add_row(
-                escape(trial["what"]), f"{trial['tau']:.2f}", f"[bold]{gain}[/bold]" if trial["sure"] else gain
-            )
+            table.add_row(told(trial["what"]), f"{trial['tau']:.2f}", f"[bold]{gain}[/bold]" if trial["sure"] else gain)
         return table
 
     def _panel(self) -> Panel:
@@ -134,11 +131,11 @@ class CheckResult(Shown):
         for number, one in enumerate(self.findings):
             rows = {"cause" if not number else "and": one.words, "shown by": one.evidence, "mend": one.mend}
             for key, value in rows.items():
-                grid.add_row(key, escape(value))
+                grid.add_row(key, told(value))
         if not self.findings:
             grid.add_row("", NOTHING)
         colour = "yellow" if self.findings else "green"
-        title = f"[bold]{escape(self.draft)}[/bold]"
+        title = f"[bold]{told(self.draft)}[/bold]"
         return Panel(grid, title=title, title_align="left", expand=False, border_style=colour)
 
 

@@ -139,7 +139,13 @@ class Check:
             self.found(Evidence(fault.cause, fault.evidence))
         if any(fault.blocks for fault in faults):
             return None, True
-        config = ServerConfig(max_new_tokens=s.max_new_tokens, seed=s.seed, model=model, eos_ids=target.eos_ids)
+        config = ServerConfig(
+            max_new_tokens=s.max_new_tokens,
+            seed=s.seed,
+            model=model,
+            eos_ids=tuple(target.eos_ids),
+            vocab_size=target.vocab_size,
+        )
         with progress_bar("check: server", len(prompts), "prompts") as bar:
             self.session = serving.open_session(s.server, config, prompts)
             done = count(1)

@@ -13,15 +13,26 @@ from redraft.adaptation.check.rounds import Rounds
 from redraft.data.generate import Request
 from redraft.data.store import Row, row_key
 from redraft.data.template import template_ids
-from redraft.data.transport import Connection, Refused, Transient, completion_body, counted, first_choice
+from redraft.data.transport import (
+    Connection,
+    Refused,
+    Transient,
+    Unusable,
+    completion_body,
+    counted,
+    first_choice,
+    listed,
+    shown,
+)
 from redraft.data.turns import Message
 from redraft.errors import UserError
 from redraft.evaluate import counters
 from redraft.evaluate.divergence import first_difference
-from redraft.evaluate.load import Answer, Level, ServerConfig, Session, paired
+from redraft.evaluate.load import Level, ServerConfig, Session, paired, patiently
 from redraft.evaluate.server import check_counters, check_level
 from redraft.evaluate.speed import Prompt
 from redraft.evaluate.statistics import Interval, ratio_of_sums
+from redraft.evaluate.streams import Answer
 from redraft.settings.sampler import Sampler
 from redraft.target import Target
 
@@ -53,7 +64,7 @@ def read_prompts(
 ) -> tuple[list[Fault], list[str]]:
     """What is wrong with how the server takes token ids, messages and text, and notes on what it does not take.
 
-    ``messages`` are those of the first prompts. Raises ``UserError`` and ``Transient`` as the connection does.
+    ``messages`` are those of the first prompts. Raises ``UserError`` where it gives no answer.
     """
     faults, notes = list[Fault](), list[str]()
     bos = getattr(tokenizer, "bos_token_id", None)
@@ -87,18 +98,29 @@ def read_prompts(
 
 
 def _asked(connection: Connection, path: str, model: str, what: dict[str, Any], prompt: Prompt) -> Reading | None:
-    """How the server reads a request of one new token; None where it does not take such requests."""
+    """How the server reads a request of one new token; None where it does not take such requests, said twice."""
     body = completion_body(Request(prompt.id, prompt.ids, Sampler()), model, 1)
     body.pop("prompt")
-    try:
+
+    def once() -> Reading:
         value = connection.json("POST", path, body | what)
-    except (Refused, UserError):
-        return None
-    choice = first_choice(value) or {}
-    ids = choice.get("prompt_token_ids", value.get("prompt_token_ids"))
-    if not (isinstance(ids, list) and all(type(i) is int for i in ids)):
-        ids = None
-    return Reading(counted(value, "prompt_tokens") if ids is None else len(ids), ids)
+        connection.check_model(value, model)
+        choice = first_choice(value)
+        if choice is None:
+            raise Transient(f"an answer without choices: {shown(value)!r}")
+        ids = choice.get("prompt_token_ids", value.get("prompt_token_ids"))
+        if not (isinstance(ids, list) and all(type(i) is int for i in ids)):
+            ids = None
+        return Reading(counted(value, "prompt_tokens") if ids is None else len(ids), ids)
+
+    for _ in range(2):
+        try:
+            return patiently(once)
+        except (Refused, Unusable):
+            continue
+        except Transient as error:
+            raise UserError(f"the server at {connection.url} cannot be used: {error}") from error
+    return None
 
 
 def _changed(what: str, found: Reading | None, ids: list[int], bos: int | None) -> list[Fault]:
@@ -198,7 +220,7 @@ def by_pieces(
     found: list[counters.Counts | None] = []
     for start in starts:
         prompt = Prompt(f"{row.key}+{start}", [*row.prompt_ids, *row.response_ids[:start]])
-        before = session.read()
+        before = session.steady()
         answer = session.answer(prompt, index, tokens)
         after = session.read_after(before, answer.tokens)
         found.append(None if answer.fault else counters.difference(before, after, session.where))
@@ -222,10 +244,13 @@ def connected(url: str, model: str | None) -> tuple[Connection, str]:
     connection = Connection(url, 1)
     connection.open()
     try:
-        names = connection.served_models()
+        names = patiently(connection.served_models)
         if model is not None and model not in names:
-            raise UserError(f"the server at {url} serves {', '.join(names) or 'no model'}, not {model}")
+            raise UserError(f"the server at {url} serves {listed(names)}, not {model}")
         return connection, model or connection.the_model(names)
+    except Unusable as error:
+        connection.close()
+        raise UserError(str(error)) from error
     except (Transient, Refused) as error:
         connection.close()
         raise UserError(f"the server at {url} cannot be used: {error}; is it up?") from error

@@ -64,7 +64,7 @@ def write_beside(folder: Path, draft: StandaloneDraft) -> None:
 def read_beside(folder: Path, draft: StandaloneDraft) -> None:
     """Give the draft the special tokens and the tokenizer of its folder. Raises ``UserError``."""
     if (folder / GENERATION_FILE).is_file():
-        draft.model.generation_config = GenerationConfig.from_pretrained(folder)
+        draft.model.generation_config = GenerationConfig.from_pretrained(folder, trust_remote_code=False)
     draft.tokenizer = load_tokenizer(str(folder)) if (folder / "tokenizer_config.json").is_file() else None
 
 

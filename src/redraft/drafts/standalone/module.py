@@ -288,4 +288,4 @@ def untrained(config: Any, seed: int = 0) -> Any:
     # The weights are drawn on the CPU; a GPU, where there is one, is neither started nor reseeded.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()

@@ -1,0 +1,171 @@
+"""HTTP/1.1 to one server within bounds: seconds for a request as a whole, and bytes that are read and not kept.
+
+A server that sends a byte now and then would outlive any limit on single reads, in its headers too, so every read,
+write and connection of a request is given what is left of the request's own time. Bodies come as they were sent:
+packed ones are refused, for a few bytes may unpack to any size. Nobody is sent on elsewhere: prompts and keys go to the
+address that was given.
+"""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote, urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+import httpcore
+
+CONNECT_SECONDS = 10.0
+# What httpcore raises of its own, and what comes through from below: a socket that was closed under its reader, a
+# header that is no text, an answer whose parts contradict each other.
+FAULTS = (
+    httpcore.NetworkError,
+    httpcore.ProtocolError,
+    httpcore.ProxyError,
+    httpcore.UnsupportedProtocol,
+    httpcore.ConnectionNotAvailable,
+    OSError,
+    ValueError,
+    RuntimeError,
+)
+TIMEOUTS = (httpcore.TimeoutException, TimeoutError)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer whose body is still to be read: ``chunks`` come as they arrive."""
+
+    status: int
+    headers: dict[str, str]
+    chunks: Iterator[bytes]
+
+
+class Clock(threading.local):
+    """The moment by which this thread's request must have ended; none between requests."""
+
+    ends: float | None = None
+    request: object = None
+
+    def left(self, seconds: float | None) -> float | None:
+        """``seconds``, or what is left of the request's time if that is less. Raises ``TimeoutException``."""
+        if self.ends is None:
+            return seconds
+        left = self.ends - time.monotonic()
+        if left <= 0:
+            raise httpcore.ReadTimeout("out of time")
+        return left if seconds is None else min(seconds, left)
+
+
+class _Timed(httpcore.NetworkStream):
+    """A connection that keeps to the clock of the thread which uses it."""
+
+    def __init__(self, inner: httpcore.NetworkStream, clock: Clock) -> None:
+        self._inner, self._clock = inner, clock
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        return self._inner.read(max_bytes, self._clock.left(timeout))
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        self._inner.write(buffer, self._clock.left(timeout))
+
+    def close(self) -> None:
+        # closing alone does not wake a thread that waits for bytes
+        with suppress(Exception):
+            self._inner.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
+        self._inner.close()
+
+    def start_tls(
+        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
+    ) -> httpcore.NetworkStream:
+        return _Timed(self._inner.start_tls(ssl_context, server_hostname, self._clock.left(timeout)), self._clock)
+
+    def get_extra_info(self, info: str) -> Any:
+        return self._inner.get_extra_info(info)
+
+
+class _Backend(httpcore.NetworkBackend):
+    def __init__(self, clock: Clock) -> None:
+        self._inner, self._clock = httpcore.SyncBackend(), clock
+
+    def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
+    ) -> httpcore.NetworkStream:
+        left = self._clock.left(timeout)
+        return _Timed(self._inner.connect_tcp(host, port, left, local_address, socket_options), self._clock)
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+
+class Wire:
+    """Up to ``connections`` requests at a time to the server at ``url``, through the proxy of the environment where
+    that names one. ``certificates`` says whom to trust over https. Raises ``ValueError`` for an address that is none.
+    """
+
+    def __init__(self, url: str, connections: int, certificates: ssl.SSLContext) -> None:
+        parts = urlsplit(url)
+        self._scheme, self._host = parts.scheme.encode(), (parts.hostname or "").encode("idna")
+        self._port, self._root = parts.port, quote(parts.path, safe="/%:@!$&'()*+,;=~-._")
+        self.clock = Clock()
+        self._closed = False
+        how: dict[str, Any] = {
+            "ssl_context": certificates,
+            "max_connections": connections,
+            "max_keepalive_connections": connections,
+            "network_backend": _Backend(self.clock),
+        }
+        proxy = None if proxy_bypass(parts.netloc) else getproxies().get(parts.scheme, getproxies().get("all"))
+        self._pool: httpcore.ConnectionPool = _through(proxy, how) if proxy else httpcore.ConnectionPool(**how)
+
+    @contextmanager
+    def ask(
+        self, method: str, path: str, headers: dict[str, str], body: bytes | None, seconds: float
+    ) -> Iterator[Reply]:
+        """Send a request and give its answer, all of it within ``seconds`` (:meth:`hurry` sets them anew). Raises what
+        ``TIMEOUTS`` and ``FAULTS`` list."""
+        if self._closed:
+            raise RuntimeError("the connection was closed")
+        url = httpcore.URL(scheme=self._scheme, host=self._host, port=self._port, target=self._root + path)
+        self.hurry(seconds)
+        mine = self.clock.request = object()
+        timeouts = {"connect": min(CONNECT_SECONDS, seconds), "pool": seconds}
+        try:
+            sent = list(headers.items())
+            with self._pool.stream(method, url, headers=sent, content=body, extensions={"timeout": timeouts}) as found:
+                said = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in found.headers}
+                if said.get("content-encoding", "identity").strip().lower() not in ("identity", ""):
+                    raise ValueError(f"an answer packed as {said['content-encoding']!r}, which was not asked for")
+                yield Reply(found.status, said, found.iter_stream())
+        finally:
+            if self.clock.request is mine:  # else an earlier answer was thrown away behind the next one's begin
+                self.clock.ends = None
+
+    def hurry(self, seconds: float) -> None:
+        """The request of this thread has these seconds from now on."""
+        self.clock.ends = time.monotonic() + seconds
+
+    def close(self) -> None:
+        """End the requests under way in all threads, and take no more."""
+        self._closed = True
+        self._pool.close()
+
+
+def _through(proxy: str, how: dict[str, Any]) -> httpcore.ConnectionPool:
+    """A pool behind a proxy, with the name and password that its address may hold."""
+    parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    if parts.scheme not in ("http", "https"):
+        raise ValueError(f"the proxy that the environment names is one of {parts.scheme}, and none of HTTP")
+    auth = (parts.username or "", parts.password or "") if parts.username or parts.password else None
+    at = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}/"
+    return httpcore.HTTPProxy(at, proxy_auth=auth, **how)
