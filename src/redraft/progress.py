@@ -17,6 +17,8 @@ from redraft.errors import printable
 LINE_SECONDS = 10.0
 # Work that takes longer than this says so at once, and not only after LINE_SECONDS.
 FIRST_SECONDS = 2.0
+# Characters of a name beside the figures.
+LONGEST = 40
 
 
 class Progress(Protocol):
@@ -31,6 +33,7 @@ def fields_text(fields: dict[str, Any]) -> str:
     for name, value in fields.items():
         if value is not None:
             shown = f"{value:.3f}" if isinstance(value, float) else str(value)
+            shown = shown if len(shown) <= LONGEST else shown[: LONGEST - 1] + "\u2026"
             words.append(f"{name.replace('_', ' ').replace('heldout', 'held-out')} {shown}")
     return printable("  ".join(words))
 
