@@ -20,14 +20,16 @@ import shutil
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, Protocol
+from typing import Annotated, Any, Generic, NamedTuple, Protocol
 
 import torch
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from redraft.artifact import atomic_write_json, read_json, tensors_hash, write_shard
 from redraft.errors import UserError
+from redraft.inputs import typed
 from redraft.rows import AnyRow, TokenRow, anchors, length_batches
 from redraft.target import KeyValueCache, Target
 
@@ -40,6 +42,8 @@ SPARE_BYTES = 2**30
 # Systems let a process open about a thousand files.
 OPEN_SHARDS = 256
 INDEX_FILE, CHECKSUMS = "index.json", "checksums"
+# The shard of every row.
+Index = dict[str, Annotated[str, Field(pattern=r"^shard-\d+\.safetensors$")]]
 MEND = "delete that file and give the same command again, which computes its rows anew"
 
 
@@ -273,6 +277,7 @@ def read_index(folder: Path) -> tuple[Any, dict[str, str]]:
     stored = read_json(path)
     if not {"identity", "index"} <= stored.keys():
         raise UserError(f"{path} is damaged; delete the folder and give the same command again")
+    typed(Index, stored["index"], f"{path} is damaged", MEND)
     there = {shard.name for shard in folder.glob("shard-*.safetensors")}
     return stored["identity"], {key: name for key, name in stored["index"].items() if name in there}
 

@@ -6,11 +6,9 @@ Nothing here knows what the files are. See docs/formats.md.
 from __future__ import annotations
 
 import errno
-import gzip
 import json
 import os
 import shutil
-import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -46,17 +44,6 @@ def write_error(path: str | Path, error: BaseException) -> UserError:
             "whatever was finished is kept"
         )
     return UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}")
-
-
-def unpacked(path: Path, mend: str) -> bytes:
-    """What a file holds, unpacked where it ends in ``.gz``. Raises ``UserError``, with ``mend`` where there is none."""
-    try:
-        data = path.read_bytes()
-        return gzip.decompress(data) if path.suffix == ".gz" else data
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist; {mend}") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
 
 
 @contextmanager

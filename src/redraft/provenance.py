@@ -6,7 +6,6 @@ used. Both are plain dictionaries on disk, so that a result file explains itself
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import resource
@@ -25,6 +24,7 @@ import torch
 from redraft import arithmetic
 from redraft.errors import UserError
 from redraft.files import atomic_write_json
+from redraft.inputs import read_json, typed
 from redraft.places import installed, without_secrets
 
 FORWARD_FORMULA = "2 * parameters * tokens"
@@ -214,8 +214,9 @@ class Ledger:
             return cls(path)
         known = {f.name for f in fields(Entry)}
         try:
-            stages = json.loads(path.read_text(encoding="utf-8"))["stages"]
-            entries = [Entry(**{k: v for k, v in entry.items() if k in known}) for entry in stages]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            stages = read_json(path)["stages"]
+            plain = [{k: v for k, v in entry.items() if k in known} for entry in stages]
+        except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is not a cost ledger ({error}); remove it to start a new one") from error
+        entries = typed(list[Entry], plain, f"{path} is not a cost ledger", "remove it to start a new one")
         return cls(path, entries)

@@ -26,7 +26,9 @@ from redraft.drafts.groups import trained_parameters
 from redraft.drafts.opening import AnyDraft, OpenDraft
 from redraft.errors import UserError
 from redraft.evaluate.speed import BenchConfig
+from redraft.inputs import read_typed
 from redraft.reports.card import write_card
+from redraft.reports.load import read_bench
 from redraft.reports.page import build_report
 from redraft.rows import mix
 from redraft.selection.manifest import Manifest, choose, read_manifest
@@ -150,7 +152,7 @@ class AdaptRun(Run[AdaptConfig]):
         """Train what the method names; save the private part (if it is one) and the merged draft."""
         c, done, job = self.config, self.folder / "train.json", self.job
         if done.exists():
-            return TrainResult(**read_json(done))
+            return read_typed(TrainResult, done, mend="delete it and give the same command again")
         rows = self.training_rows()
         job.start(lambda: self.start_context(rows))
         job.prepare()
@@ -185,6 +187,7 @@ class AdaptRun(Run[AdaptConfig]):
         """Plain decoding, the stale and the aligned draft on the evaluation prompts."""
         c, path = self.config, self.folder / "bench.json"
         if path.exists():
+            read_bench(path)
             return read_json(path)
         prompts, began = self.source.evaluation(c.bench_tokens), time.monotonic()
         with self.log.stage("bench") as entry:

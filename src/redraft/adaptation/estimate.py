@@ -18,16 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from safetensors import safe_open
 from transformers import AutoConfig
 
 from redraft import provenance
 from redraft.adaptation.models import split_prompts
 from redraft.adaptation.study.targets import read_source
 from redraft.arithmetic import EFFICIENCY, MOST_BYTES, choose_dtype, fastest
-from redraft.artifact import read_json
+from redraft.artifact import read_json, read_shapes
 from redraft.data.prompts import read_conversations
 from redraft.data.store import read_rows
+from redraft.drafts.formats.values import Values
 from redraft.drafts.standalone.shapes import parameters_of, shape_for
 from redraft.errors import UserError
 from redraft.loading import ADAPTER_FILE, adapter_base, locate, one_line, quiet
@@ -150,12 +150,11 @@ class Draft:
     def of(cls, place: str | None) -> Draft:
         folder, total, vocabulary = Path(place or "?"), 0, 0
         for path in sorted(folder.glob("*.safetensors")):
-            with safe_open(path, "pt") as weights:
-                names = [name for name in weights.keys() if "embed_tokens" not in name]  # noqa: SIM118
-                total += sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
+            total += sum(math.prod(shape) for name, shape in read_shapes(path).items() if "embed_tokens" not in name)
         for file in filter(Path.is_file, (folder / "redraft.json", folder / "config.json")):
-            config = read_json(file).get("config") or read_json(file)
-            vocabulary = vocabulary or int(config.get("draft_vocab_size") or config.get("vocab_size") or 0)
+            values = Values(read_json(file, finite=False), file)
+            values = values.part("config") or values
+            vocabulary = vocabulary or values.whole("draft_vocab_size", 0) or values.whole("vocab_size", 0) or 0
         return cls(total, vocabulary)
 
 

@@ -34,6 +34,7 @@ from redraft.data.generate import Completion, Request
 from redraft.data.store import FINISH_REASONS, Failure, Row
 from redraft.data.transport import Connection, Refused, Transient, excerpt
 from redraft.errors import UserError
+from redraft.inputs import json_lines
 
 Item = TypeVar("Item")
 Outcome = TypeVar("Outcome")
@@ -292,15 +293,11 @@ def read_top_file(path: Path, rows: Sequence[Row]) -> dict[str, Top]:
     """The figures stored for ``rows``; a torn last line is left out. Raises ``UserError`` for any other damage."""
     counts = {row.key: len(row.response_ids) - 1 for row in rows}
     found: dict[str, Top] = {}
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    for number, line in enumerate(lines, 1):
+    for number, value in json_lines(path, torn=True) if path.exists() else ():
         try:
-            value = json.loads(line)
             if value["key"] in counts:
                 found[value["key"]] = parse_top(value["top"], counts[value["key"]])
         except (ValueError, KeyError, TypeError) as error:
-            if not line.endswith("\n"):
-                break
             raise UserError(f"{path}:{number}: {error}; delete the file and run the same command again") from None
     return found
 

@@ -102,10 +102,7 @@ def check_folder(place: dict[str, Any], spec: str) -> None:
             f"{spec} holds {name} and {name + INDEX}, and engines do not agree which one counts; delete the older"
         )
     for name in indexed[:1] if not whole else ():
-        listed = read_json(folder / (name + INDEX)).get("weight_map")
-        if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
-            raise UserError(f"{folder / (name + INDEX)} has no weight_map; copy or download it again")
-        absent = sorted({file for file in listed.values() if not (folder / file).is_file()})
+        absent = sorted({file for file in _listed(folder / (name + INDEX)) if not (folder / file).is_file()})
         if absent:
             raise UserError(f"{spec} lacks the weight file {absent[0]} ({len(absent)} absent); download it again")
 
@@ -215,8 +212,18 @@ def _check_tie(model: Any, spec: str) -> None:
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files with the weights of the checkpoint in this folder, as far as they are there."""
     index = folder / "model.safetensors.index.json"
-    listed = read_json(index).get("weight_map", {}).values() if index.is_file() else ["model.safetensors"]
-    return [folder / name for name in sorted({str(name) for name in listed}) if (folder / str(name)).is_file()]
+    listed = _listed(index) if index.is_file() else {"model.safetensors"}
+    return [folder / name for name in sorted(listed) if (folder / name).is_file()]
+
+
+def _listed(index: Path) -> set[str]:
+    """The weight files of an index. Raises ``UserError`` for one that lists none, or files of another folder."""
+    listed = read_json(index, finite=False).get("weight_map")
+    if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
+        raise UserError(f"{index} has no weight_map; copy or download it again")
+    if outside := next((file for file in listed.values() if Path(file).name != file), None):
+        raise UserError(f"{index} lists {outside!r}, which is no file of this folder; copy or download it again")
+    return set(listed.values())
 
 
 def check_names(folder: Path, spec: str, method: str | None) -> None:

@@ -79,7 +79,7 @@ def load_target(
 def _other_base(adapter: str, base: str) -> list[str]:
     """A note where an adapter in a folder names another base model than the one it was put on."""
     file = Path(adapter) / ADAPTER_FILE
-    named = read_json(file).get("base_model_name_or_path") if file.is_file() else None
+    named = read_json(file, finite=False).get("base_model_name_or_path") if file.is_file() else None
     if not isinstance(named, str) or Path(named).name.lower() in ("", Path(base).name.lower()):
         return []
     return [f"the adapter {adapter} names {named} as its base model and was put on {base}"]

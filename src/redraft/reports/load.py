@@ -6,14 +6,13 @@ breaking the page.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, model_validator
 
-from redraft.artifact import read_json
 from redraft.errors import UserError
+from redraft.inputs import json_lines, read_json, typed
 from redraft.places import without_secrets
 
 BENCH_SCHEMA = "redraft.bench/1"
@@ -309,12 +308,7 @@ class Costs(_Open):
 
 def parse(model: type[Model], data: Any, where: str) -> Model:
     """``data`` as ``model``. Raises ``UserError`` with ``where`` and the first field that does not fit."""
-    try:
-        return model.model_validate(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "top level"
-        raise UserError(f"{where}: {field}: {first['msg']}") from error
+    return typed(model, data, where, "measure again, or copy the file again")
 
 
 def read_bench(path: Path) -> BenchResult:
@@ -357,19 +351,8 @@ def read_curve(path: Path) -> list[CurvePoint]:
     that is there twice (a run that was killed between writing its line and its checkpoint, and resumed) counts once,
     as written last. Raises ``UserError`` with file and line for damage anywhere else.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as text") from error
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
     points: dict[int, CurvePoint] = {}
-    for number, line in lines:
-        try:
-            data = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == lines[-1][0] and not text.endswith("\n"):
-                break
-            raise UserError(f"{path}:{number}: broken JSON: {error.msg}") from error
+    for number, data in json_lines(path, torn=True):
         point = parse(CurvePoint, data, f"{path}:{number}")
         if point.step and point.loss is None:
             raise UserError(f"{path}:{number}: loss: missing, which only step 0 may do without")
@@ -382,8 +365,11 @@ def read_curve(path: Path) -> list[CurvePoint]:
 
 def _before(curve: Path) -> float | None:
     """The held-out tau before any training, from the run's state beside the curve; None where there is none."""
-    try:
-        (step, tau), *_ = json.loads(curve.with_name("state.json").read_text(encoding="utf-8"))["state"]["history"]
-        return float(tau) if step == 0 else None
-    except (OSError, ValueError, KeyError, TypeError):
+    state = curve.with_name("state.json")
+    if not state.exists():
         return None
+    try:
+        (step, tau), *_ = read_json(state, finite=False)["state"]["history"]
+        return float(tau) if step == 0 else None
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        raise UserError(f"{state} has no history of the training in it; copy it again, or move it away") from error

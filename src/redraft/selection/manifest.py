@@ -10,10 +10,11 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import FiniteFloat, PositiveInt, StrictBool, TypeAdapter, ValidationError
+from pydantic import FiniteFloat, PositiveInt, StrictBool
 
 from redraft.artifact import atomic_write_json, read_json
 from redraft.errors import UserError
+from redraft.inputs import typed
 from redraft.rows import AnyRow, TokenRow
 from redraft.selection import Scorer, ScoringContext, explained_scores, scored_tokens
 from redraft.settings.texts import Budget, parse_budget
@@ -98,12 +99,7 @@ def read_manifest(path: str | Path) -> Manifest:
     stored = read_json(path)
     if stored.get("schema") != SCHEMA:
         raise UserError(f"{path} is not a selection manifest (schema {stored.get('schema')!r}, expected {SCHEMA!r})")
-    try:
-        found = TypeAdapter(Manifest).validate_python(stored)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise UserError(f"{path} is damaged ({where}: {first['msg']}); select again") from error
+    found = typed(Manifest, stored, f"{path} is damaged", "select again")
     if [entry.rank for entry in found.entries] != list(range(1, len(found.entries) + 1)):
         raise UserError(f"{path} is damaged: its entries are not what redraft writes; select again")
     return found

@@ -20,6 +20,7 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
 from redraft.errors import UserError
+from redraft.inputs import read_text
 from redraft.registries import nearest
 
 STRICT = ConfigDict(extra="forbid", frozen=True, defer_build=True)
@@ -349,18 +350,49 @@ for kind in NUMBERS:
 Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 
+# Settings are read in moments; a larger file is another kind of file.
+MOST_YAML = 1 << 18
+# What a file comes to once every alias stands for what it names.
+MOST_NODES = 100_000
+
+
+def _refuse_bombs(top: yaml.Node | None) -> None:
+    """Raise ``ValueError`` where aliases make more of a file than it holds, or hold themselves."""
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node) -> int:
+        if id(node) in sizes:
+            if not sizes[id(node)]:
+                raise ValueError("an alias stands within what it names")
+            return sizes[id(node)]
+        sizes[id(node)], total = 0, 1
+        if isinstance(node, yaml.SequenceNode | yaml.MappingNode):
+            for part in node.value:
+                total += sum(map(size, part)) if isinstance(part, tuple) else size(part)
+        if total > MOST_NODES:
+            raise ValueError(f"its aliases come to more than {MOST_NODES:,} values; write out what is meant")
+        sizes[id(node)] = total
+        return total
+
+    if top is not None:
+        size(top)
+
+
 Asked = TypeVar("Asked", bound=Settings)
 IN_TEXT = 'in "<unicode string>",'  # what yaml calls a file whose text it is given
 
 
 def read_yaml(path: Path, what: str) -> dict[str, Any]:
     """The settings of a file, named ``what`` where it is missing. Raises ``UserError``."""
+    text = read_text(path, f"give a YAML file with {what}", MOST_YAML)
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader)  # a subclass of the safe loader
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; give a YAML file with {what}") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+        loader = Loader(text)
+        try:
+            node = loader.get_single_node()
+            _refuse_bombs(node)
+            values = None if node is None else loader.construct_document(node)
+        finally:
+            loader.dispose()
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:  # numbers and nesting that it cannot read
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split()).replace(IN_TEXT, 'at')}") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):

@@ -21,14 +21,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
+from pydantic import Field, NonNegativeFloat, NonNegativeInt
 from torch import Tensor, nn
 
 from redraft.arithmetic import choose_dtype
 from redraft.artifact import atomic_write_json, atomic_write_text, read_checked, read_json, write_checked
 from redraft.errors import UserError
+from redraft.inputs import json_lines, typed
 from redraft.progress import Progress
 from redraft.settings.training import LoopConfig
 from redraft.training.optimizer import Optimizers, learning_rate, make_optimizers, muon_type
@@ -227,10 +229,13 @@ class TrainingLoop:
 
     def mend_curve(self, step: int) -> None:
         """Drop lines behind the checkpoint: a kill between the two would leave them there twice."""
-        lines = self.curve.read_text().splitlines(keepends=True) if self.curve.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        if kept != lines:
-            atomic_write_text(self.curve, "".join(kept))
+        if not self.curve.exists():
+            return
+        found = [entry for _, entry in json_lines(self.curve, finite=False, torn=True)]
+        steps = [typed(Line, entry, str(self.curve), "delete it; the training goes on without").step for entry in found]
+        kept = "".join(json.dumps(entry) + "\n" for entry, at in zip(found, steps, strict=True) if at <= step)
+        if kept.encode() != self.curve.read_bytes():
+            atomic_write_text(self.curve, kept)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
@@ -265,9 +270,41 @@ class TrainingLoop:
     def stop(self, what: str, step: int) -> None:
         """Raise the ``UserError`` of a run that cannot go on."""
         path = self.checkpoint.path
-        good = json.loads(path.read_text())["state"]["step"] if path.exists() else None
+        good = read_json(path, finite=False)["state"]["step"] if path.exists() else None
         kept = "" if good is None else f"the last good checkpoint is that of step {good} in {self.folder}; "
         raise UserError(f"{what} at step {step} of {self.total}; {kept}lower the learning rate")
+
+
+# -- on disk, as it must be to be gone on with -------------------------------------------------------------------------
+@dataclass
+class Line:
+    """A line of the training curve, as far as resuming asks."""
+
+    step: NonNegativeInt
+
+
+@dataclass
+class State:
+    """What a checkpoint says of the training; ``history`` lists (step, metric)."""
+
+    step: NonNegativeInt
+    history: list[tuple[NonNegativeInt, float]]
+    tokens: NonNegativeInt = 0
+    seconds: NonNegativeFloat = 0.0
+    best: float = 0.0
+    start: float = 0.0
+    best_step: NonNegativeInt = 0
+    segment: tuple[float, float] = (0.0, 0)
+    position: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Stored:
+    """``state.json``."""
+
+    identity: dict[str, Any]
+    file: Annotated[str, Field(pattern=r"^state-\d+\.safetensors$")]
+    state: State
 
 
 # -- on disk ---------------------------------------------------------------------------------------------------------
@@ -296,8 +333,9 @@ class Checkpoint:
 
     def _stored(self) -> dict[str, Any]:
         """``state.json``. Raises ``UserError`` when it is damaged; older ones have no checksum."""
-        stored = read_json(self.path)
+        stored = read_json(self.path, finite=False)
         entries = {"identity", "file", "state"}
+        typed(Stored, stored, f"{self.path} is damaged", self._mend)
         if not entries <= stored.keys() or stored.get("checksum", digest(stored)) != digest(stored):
             raise UserError(f"{self.path} is damaged: it no longer says what was written; {self._mend}")
         return stored
@@ -362,7 +400,7 @@ def stored_precision(folder: Path, unrecorded: str) -> str | None:
     path = folder / STATE_FILE
     if not path.exists():
         return None
-    return str(read_json(path)["state"].get("arithmetic", {}).get("precision", unrecorded))
+    return str(read_json(path, finite=False)["state"].get("arithmetic", {}).get("precision", unrecorded))
 
 
 def rows_digest(keys: list[str]) -> str:

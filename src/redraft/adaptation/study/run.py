@@ -17,7 +17,8 @@ from redraft.adaptation.claim import settled
 from redraft.adaptation.models import contestants, open_draft, open_target, template_prompts
 from redraft.adaptation.runs import Log, Say, record_of, row_tokens
 from redraft.adaptation.study.cells import CELL_FORMULAS, cell_folder, run_cell
-from redraft.adaptation.study.figures import MAIN, SCHEMA, derive
+from redraft.adaptation.study.figures import MAIN, derive
+from redraft.adaptation.study.records import SCHEMA, read_facts, read_record, read_speed
 from redraft.adaptation.study.targets import Model, TargetWork, slug
 from redraft.artifact import atomic_write_json, read_json
 from redraft.errors import UserError
@@ -172,7 +173,7 @@ class StudyRun:
 
     def records(self) -> list[dict[str, Any]]:
         """Records of the finished cells, in the config's order."""
-        return [read_json(self.record_path(cell)) for cell in self.cells if self.record_path(cell).exists()]
+        return [read_record(self.record_path(cell)) for cell in self.cells if self.record_path(cell).exists()]
 
     def write(self, finished: bool) -> dict[str, Any]:
         """Write the results of what is finished, and return them; figures are worked out at the end alone."""
@@ -181,8 +182,8 @@ class StudyRun:
         for name in config.targets:
             path = self.folder / "targets" / name / "facts.json"
             if path.exists():
-                speeds = [read_json(p) for p in sorted(path.parent.glob("speed-*.json"))]
-                targets[name] = read_json(path) | ({"speed": speeds} if speeds else {})
+                speeds = [read_speed(p) for p in sorted(path.parent.glob("speed-*.json"))]
+                targets[name] = read_facts(path) | ({"speed": speeds} if speeds else {})
         results: dict[str, Any] = {
             "schema": SCHEMA,
             "name": config.name,
@@ -224,7 +225,7 @@ def setup(config: StudyConfig) -> dict[str, Any]:
 def facts(work: TargetWork, path: Path) -> dict[str, Any]:
     """What is known of a target, and the prompts that its rounds belong to; data of an earlier run stay."""
     prompts: Any = work.prompts
-    data = read_json(path)["data"] if path.exists() else {}
+    data = read_facts(path)["data"] if path.exists() else {}
     for name, rows in work.known_rows.items():
         generated = work.config.data[name].kind in ("regenerated", "self")
         data[name] = {
