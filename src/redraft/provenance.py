@@ -17,9 +17,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, NonNegativeInt
 
 from redraft import arithmetic
 from redraft.errors import UserError
@@ -133,12 +134,12 @@ class Entry:
     """What one stage used. ``peak_memory_bytes`` is the process's highest until the stage's end."""
 
     stage: str
-    tokens: int = 0
-    flops: int = 0
+    tokens: NonNegativeInt = 0
+    flops: NonNegativeInt = 0
     formula: str = ""
-    seconds: float = 0.0
-    peak_memory_bytes: int = 0
-    bytes_written: int = 0
+    seconds: Annotated[float, Field(ge=0)] = 0.0
+    peak_memory_bytes: NonNegativeInt = 0
+    bytes_written: NonNegativeInt = 0
 
     def add(self, tokens: int = 0, flops: int = 0, formula: str = "", bytes_written: int = 0) -> None:
         """Add to the counts; a stage that uses several formulas lists each once."""

@@ -204,12 +204,13 @@ def test_the_curve_begins_with_the_draft_as_it_was(made_up: dict[str, Path], tmp
     page = build_report([made_up["bench.json"]], tmp_path / "r.html", path).read_text()
     assert re.search(r"<td>0</td><td>0</td><td>0.0 s</td><td>\u2013</td><td>1.25</td>", page)
     assert "before training" in page
-    # A figure of another kind, and a file that is no state, say nothing of tau.
+    # A figure of another kind says nothing of tau; a file that is no state is told of.
     path.write_text('{"step": 4, "loss": 2.0, "heldout_loss": 1.8}\n')
     assert [p.step for p in read_curve(path)] == [4]
     path.write_text('{"step": 4, "loss": 2.0, "heldout_tau": 1.8}\n')
     state.write_text("[]")
-    assert [p.step for p in read_curve(path)] == [4]
+    with pytest.raises(UserError, match=r"state\.json must hold a JSON object"):
+        read_curve(path)
 
 
 def test_headline_png(made_up: dict[str, Path], tmp_path: Path) -> None:

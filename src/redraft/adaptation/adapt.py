@@ -188,7 +188,7 @@ class AdaptRun(Run[AdaptConfig]):
         c, path = self.config, self.folder / "bench.json"
         if path.exists():
             read_bench(path)
-            return read_json(path)
+            return read_json(path, finite=False)
         prompts, began = self.source.evaluation(c.bench_tokens), time.monotonic()
         with self.log.stage("bench") as entry:
             result = measure(

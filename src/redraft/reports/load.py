@@ -6,10 +6,11 @@ breaking the page.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from redraft.errors import UserError
 from redraft.inputs import json_lines, read_json, typed
@@ -20,16 +21,24 @@ BENCH_SCHEMA = "redraft.bench/1"
 Model = TypeVar("Model", bound=BaseModel)
 
 
-class _Open(BaseModel, extra="allow"):
-    """Base of every record: unknown fields are kept."""
+class _Open(BaseModel, extra="allow", allow_inf_nan=False):
+    """Base of every record: unknown fields are kept, and a figure is a finite number."""
+
+
+def _there(value: Any) -> Any:
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+# A figure that may not exist: null, and in files of older versions NaN.
+Figure = Annotated[float | None, BeforeValidator(_there)]
 
 
 class Interval(_Open):
     """A figure with the two ends of its 95% interval; the ends are null where none could be had."""
 
     value: float
-    low: float | None
-    high: float | None
+    low: Figure
+    high: Figure
 
 
 class PhaseSeconds(_Open):
@@ -93,8 +102,8 @@ class DraftResult(_Open):
     tau_pooled: Interval
     tau_macro: Interval | None = None
     alpha: Interval | None = None
-    acceptance_conditional: list[float | None] = []
-    acceptance_unconditional: list[float | None] = []
+    acceptance_conditional: list[Figure] = []
+    acceptance_unconditional: list[Figure] = []
     tokens_per_second: Interval | None = None
     speedup: Interval | None = None
     ideal_speedup: float | None = None
@@ -281,10 +290,10 @@ class Guard(_Open):
 class CurvePoint(_Open):
     """One logged step of training; step 0, before any, has no loss."""
 
-    step: int
+    step: int = Field(ge=0)
     loss: float | None = None
-    tokens: int = 0
-    seconds: float = 0.0
+    tokens: int = Field(default=0, ge=0)
+    seconds: float = Field(default=0.0, ge=0)
     heldout_tau: float | None = None
 
 
@@ -292,12 +301,12 @@ class Stage(_Open):
     """One stage of the cost ledger."""
 
     stage: str
-    tokens: int | None = None
-    flops: float | None = None
+    tokens: int | None = Field(default=None, ge=0)
+    flops: float | None = Field(default=None, ge=0)
     formula: str | None = None
-    seconds: float | None = None
-    peak_memory_bytes: int | None = None
-    bytes_written: int | None = None
+    seconds: float | None = Field(default=None, ge=0)
+    peak_memory_bytes: int | None = Field(default=None, ge=0)
+    bytes_written: int | None = Field(default=None, ge=0)
 
 
 class Costs(_Open):
@@ -313,7 +322,7 @@ def parse(model: type[Model], data: Any, where: str) -> Model:
 
 def read_bench(path: Path) -> BenchResult:
     """A benchmark result. Raises ``UserError`` for an unreadable file, another schema or a missing field."""
-    data = read_json(path)
+    data = read_json(path, finite=False)
     schema = data.get("schema")
     if schema != BENCH_SCHEMA:
         raise UserError(

@@ -229,7 +229,9 @@ def mean_of_taus(parts: Sequence[Sums]) -> dict[str, float | None]:
 
 def interval(found: Any) -> dict[str, float | None]:
     """An interval for JSON, which knows no NaN: what does not exist is null."""
-    return {name: value if math.isfinite(value) else None for name, value in found.to_dict().items()}
+    return {
+        name: None if value is None or not math.isfinite(value) else value for name, value in found.to_dict().items()
+    }
 
 
 def _ratio(sums: Sums) -> float:

@@ -28,7 +28,7 @@ SCHEMA = "redraft.study/1"
 MEND = "copy the file again, or delete it and give the command of the study again"
 
 
-class _Open(BaseModel, extra="allow"):
+class _Open(BaseModel, extra="allow", allow_inf_nan=False):
     """Base of every part: other keys are kept."""
 
 
@@ -172,7 +172,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 def read_speed(path: Path) -> dict[str, Any]:
     """A benchmark of a target's drafts. Raises ``UserError`` as above."""
-    found = read_json(path)
+    found = read_json(path, finite=False)
     typed(BenchResult, found, str(path), MEND)
     return found
 
@@ -186,7 +186,7 @@ def read_facts(path: Path) -> dict[str, Any]:
 
 def read_results(path: Path) -> dict[str, Any]:
     """The results of a study. Raises ``UserError`` as above, and for another schema."""
-    found = read_json(path)
+    found = read_json(path, finite=False)
     if found.get("schema") != SCHEMA:
         raise UserError(f"{path}: no results of a study (schema {found.get('schema')!r}, expected {SCHEMA!r})")
     typed(Results, found, str(path), "copy the file again")
