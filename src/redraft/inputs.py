@@ -1,4 +1,4 @@
-"""Reading files that anybody may have written: the one reader of bytes, of text and of JSON.
+"""Reading files that anybody may have written: the one reader of bytes, text, JSON and YAML.
 
 Whatever is wrong with a file is one line that names it, in bounded time and memory: a pipe is not waited for, what is
 packed does not unpack to any size, and JSON is read as its standard has it. Nothing here knows what the files mean;
@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from redraft.errors import UserError
@@ -237,3 +238,104 @@ def typed(kind: type[Read], value: Any, where: str, mend: str = "copy it again")
 def read_typed(kind: type[Read], path: str | Path, finite: bool = True, mend: str = "copy it again") -> Read:
     """:func:`read_json` as :func:`typed` has it. Raises ``UserError``."""
     return typed(kind, read_json(path, finite), str(path), mend)
+
+
+# -- YAML --------------------------------------------------------------------------------------------------------------
+BOOLEAN = "tag:yaml.org,2002:bool"
+NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+TIMESTAMP = "tag:yaml.org,2002:timestamp"
+
+
+class Loader(yaml.SafeLoader):
+    """YAML that refuses a key that is there twice (the first would be lost), and where ``on`` is a word.
+
+    Booleans are true and false alone, and a date or a time (``12:30``) is a text, as YAML 1.2 has it.
+    """
+
+    yaml_implicit_resolvers = {
+        first: [(tag, form) for tag, form in found if tag not in (BOOLEAN, TIMESTAMP)]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+def _number(loader: Loader, node: yaml.ScalarNode) -> Any:
+    """A number, unless it is written with colons: in base 60 nobody counts."""
+    if ":" in node.value:
+        return node.value
+    return loader.construct_yaml_int(node) if node.tag == NUMBERS[0] else loader.construct_yaml_float(node)
+
+
+def _mapping(loader: Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    found: dict[Any, Any] = {}
+    for key_node, value_node in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if key in found:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is there twice", key_node.start_mark)
+        found[key] = loader.construct_object(value_node, deep=True)
+    return found
+
+
+Loader.add_implicit_resolver(BOOLEAN, re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+for kind in NUMBERS:
+    Loader.add_constructor(kind, _number)
+Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+# Settings are read in moments; a larger file is another kind of file.
+MOST_YAML = 1 << 18
+# What a file comes to once every alias stands for what it names.
+MOST_NODES = 100_000
+
+
+def _refuse_bombs(top: yaml.Node | None) -> None:
+    """Raise ``ValueError`` where aliases make more of a file than it holds, or hold themselves."""
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node) -> int:
+        if id(node) in sizes:
+            if not sizes[id(node)]:
+                raise ValueError("an alias stands within what it names")
+            return sizes[id(node)]
+        sizes[id(node)], total = 0, 1
+        if isinstance(node, yaml.SequenceNode | yaml.MappingNode):
+            for part in node.value:
+                total += sum(map(size, part)) if isinstance(part, tuple) else size(part)
+        if total > MOST_NODES:
+            raise ValueError(f"its aliases come to more than {MOST_NODES:,} values; write out what is meant")
+        sizes[id(node)] = total
+        return total
+
+    if top is not None:
+        size(top)
+
+
+IN_TEXT = 'in "<unicode string>",'  # what yaml calls a file whose text it is given
+
+
+def load_yaml(text: str) -> Any:
+    """The value of a YAML text; none of an empty one. Raises ``ValueError`` that says in a line what is wrong with it.
+
+    A key that stands twice, tags of other programs, and aliases that come to more than ``MOST_NODES`` are errors.
+    """
+    try:
+        loader = Loader(text)
+        try:
+            node = loader.get_single_node()
+            _refuse_bombs(node)
+            return None if node is None else loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:  # numbers and nesting that it cannot read
+        raise _Broken(" ".join(str(error).split()).replace(IN_TEXT, "at")) from error
+
+
+def read_yaml(path: Path, what: str) -> dict[str, Any]:
+    """The settings of a file, named ``what`` where it is missing. Raises ``UserError``."""
+    text = read_text(path, f"give a YAML file with {what}", MOST_YAML)
+    try:
+        values = load_yaml(text)
+    except ValueError as error:
+        raise UserError(f"{path} is not YAML: {error}") from None
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise UserError(f"{path} must hold settings as `name: value` lines")
+    return values

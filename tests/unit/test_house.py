@@ -33,7 +33,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("metrics", "sampling", "artifact", "provenance", "graphs"),
     ("progress", "files", "arithmetic", "rows", "shown"),
     ("settings",),
-    ("registries", "places", "inputs"),
+    ("registries", "places", "inputs", "values"),
     ("errors",),
 )
 HEIGHT = {room: len(ROWS) - i for i, row in enumerate(ROWS) for room in row}

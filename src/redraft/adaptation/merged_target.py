@@ -7,11 +7,10 @@ import shlex
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
 
 from redraft.errors import UserError
 from redraft.files import atomic_folder
-from redraft.loading import load_target, locate, one_line, quiet
+from redraft.loading import config_at, load_target, locate, quiet
 from redraft.loading.places import CACHE_FILES, split_adapter
 
 MERGED = "merged-target"
@@ -28,8 +27,8 @@ def merge_target_folder(target: str, adapter: str | None, out: Path) -> Path:
     base, adapter = split_adapter(target, adapter)
     if adapter is None:
         raise UserError(f"{target} is no adapter and has nothing to merge; name one with --adapter")
-    with quiet(), one_line(f"the config of {base}"):
-        dtype = getattr(AutoConfig.from_pretrained(**locate(base)), "dtype", None) or torch.float32
+    with quiet():
+        dtype = getattr(config_at(locate(base), base), "dtype", None) or torch.float32
     opened = load_target(base, dtype, "cpu", adapter=adapter)
     weights = {id(weight): weight for weight in opened.model.state_dict().values()}
     with atomic_folder(out, sum(w.numel() * w.element_size() for w in weights.values()), CACHE_FILES) as folder:

@@ -10,6 +10,7 @@ of their numbers, whatever these are. Engines map and count otherwise, so such f
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,6 +25,7 @@ from redraft.errors import UserError
 from redraft.loading import quantised
 from redraft.loading.places import ADAPTER_FILE, hub_cached, one_line
 from redraft.target.facts import model_class
+from redraft.values import Values
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 INDEX = ".index.json"
@@ -48,6 +50,8 @@ EXPERT = re.compile(r"^(.*\.experts)\.(\d+)\.(.+)$")
 FUSED = re.compile(r"^(.*\.experts)\.(gate_up_proj|down_proj)$")
 # Types of numbers as safetensors names them.
 WHOLE_NUMBERS = ("BOOL", "I", "U")
+# No setting of a model is as large.
+BEYOND = 1e15
 PACKED = (*WHOLE_NUMBERS, "F8", "F4")
 
 
@@ -59,8 +63,7 @@ def load_model(place: dict[str, Any], spec: str, dtype: torch.dtype) -> tuple[An
     """
     check_folder(place, spec)
     notes: list[str] = []
-    with one_line(spec):
-        config = transformers.AutoConfig.from_pretrained(**place)
+    config = config_at(place, spec)
     check_code(config, spec, notes)
     plan = quantised.plan(config, spec)
     with one_line(spec):
@@ -86,6 +89,48 @@ def load_model(place: dict[str, Any], spec: str, dtype: torch.dtype) -> tuple[An
         model = quantised.plain(model, plan.method, dtype, spec)
         notes.append(f"the weights were unpacked from {plan.method}; they take the room of unquantised ones")
     return model, notes, plan.rounds
+
+
+# Numbers of the rotary settings, whatever the model.
+ROPE = ("rope_parameters", "rope_scaling")
+ROPE_NUMBERS = re.compile(r"rope_theta|factor|partial_rotary_factor|.*_(factor|fast|slow|embeddings)")
+
+
+def config_at(place: dict[str, Any], spec: str) -> Any:
+    """The config at ``place``, each value of the kind that its class has there. Raises ``UserError``.
+
+    transformers takes true for 1 and a text for true, and computes something else than was meant.
+    """
+    with one_line(f"the config of {spec}"):
+        config = transformers.AutoConfig.from_pretrained(**place)
+    file = Path(place["pretrained_model_name_or_path"]) / "config.json"
+    if file.is_file():
+        _check_kinds(read_json(file, finite=False), config, file)
+    return config
+
+
+def _check_kinds(raw: dict[str, Any], config: Any, file: Path, inside: str = "") -> None:
+    try:
+        plain = type(config)()
+    except Exception:  # a class that has no default
+        return
+    for key, value in raw.items():
+        known, part = getattr(plain, key, None), getattr(config, key, None)
+        values = Values(raw, file, inside)
+        if isinstance(value, dict) and isinstance(part, transformers.PretrainedConfig):
+            _check_kinds(value, part, file, f"{inside}{key}.")
+        elif isinstance(value, dict) and key in ROPE:
+            for name in filter(ROPE_NUMBERS.fullmatch, value):
+                Values(value, file, f"{inside}{key}.").number(name, 0)
+        elif value is None or isinstance(value, list | dict):
+            continue
+        elif isinstance(known, bool):
+            values.flag(key)
+        elif type(known) in (int, float) and math.isfinite(known):
+            if type(value) not in (int, float) or not abs(value) < BEYOND:
+                raise values.refuse(key, "a number")
+            if type(known) is int and value != int(value):
+                raise values.refuse(key, "a whole number")
 
 
 def check_folder(place: dict[str, Any], spec: str) -> None:

@@ -26,7 +26,7 @@ from redraft.artifact import read_json
 from redraft.errors import UserError
 from redraft.loading import quantised
 from redraft.loading.adapters import merge
-from redraft.loading.checkpoint import check_code, check_folder, check_names, load_model, weight_files
+from redraft.loading.checkpoint import check_code, check_folder, check_names, config_at, load_model, weight_files
 from redraft.loading.places import ADAPTER_FILE, first_line, locate, one_line, quiet, split_adapter
 from redraft.target import Facts, Head, Target
 from redraft.target.facts import empty_model, final_norm, plain_embedding, tensors_fingerprint, text_decoder
@@ -143,8 +143,7 @@ def open_head(
 
 def read_config(place: dict[str, Any], spec: str) -> Any:
     """The config at ``place`` (:func:`redraft.loading.places.locate`). Raises ``UserError``."""
-    with one_line(f"the config of {spec}"):
-        return transformers.AutoConfig.from_pretrained(**place)
+    return config_at(place, spec)
 
 
 def _generation(place: dict[str, Any], config: Any) -> Any:

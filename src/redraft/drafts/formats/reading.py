@@ -15,10 +15,10 @@ from redraft.artifact import dtype_name, read_json, read_pickled, read_tensors
 from redraft.drafts.files import META_FILE
 from redraft.drafts.formats.base import CONFIG_FILE
 from redraft.drafts.formats.meaning import Reading, TensorFacts
-from redraft.drafts.formats.values import Values
 from redraft.errors import UserError
 from redraft.files import settle
 from redraft.loading.places import ADAPTER_FILE, EMBEDDED_PREFIX
+from redraft.values import Values
 
 Built = TypeVar("Built")
 

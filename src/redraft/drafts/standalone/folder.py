@@ -18,7 +18,6 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from redraft.artifact import check_tensors, tensors_bytes, tensors_hash, write_tensors
 from redraft.drafts.formats.base import ExportReport, Format, path_warnings, serve_command
 from redraft.drafts.formats.reading import Checkpoint
-from redraft.drafts.formats.values import LONGEST, Values
 from redraft.drafts.standalone.module import StandaloneDraft
 from redraft.errors import UserError
 from redraft.files import atomic_folder
@@ -27,6 +26,7 @@ from redraft.loading.places import split_adapter
 from redraft.loading.targets import read_config
 from redraft.registries import EXPORTERS
 from redraft.target import Facts, Target
+from redraft.values import LONGEST, Values
 
 WEIGHTS_FILE = "model.safetensors"
 # Sizes in a config.json.
