@@ -29,7 +29,7 @@ from torch import Tensor
 
 from redraft.artifact import atomic_write_json, read_json, tensors_hash, write_shard
 from redraft.errors import UserError
-from redraft.inputs import typed
+from redraft.inputs import loads, typed
 from redraft.rows import AnyRow, TokenRow, anchors, length_batches
 from redraft.target import KeyValueCache, Target
 
@@ -44,6 +44,7 @@ OPEN_SHARDS = 256
 INDEX_FILE, CHECKSUMS = "index.json", "checksums"
 # The shard of every row.
 Index = dict[str, Annotated[str, Field(pattern=r"^shard-\d+\.safetensors$")]]
+Sums = dict[str, str]  # the fingerprint of every row
 MEND = "delete that file and give the same command again, which computes its rows anew"
 
 
@@ -262,7 +263,10 @@ class FeatureStore:
             while len(self._open) >= OPEN_SHARDS:
                 self._open.pop(next(iter(self._open)))
             shard = safe_open(self.folder / name, "pt")
-            self._open[name] = shard, json.loads((shard.metadata() or {}).get(CHECKSUMS, "{}"))
+            self._open[name] = (
+                shard,
+                typed(Sums, loads((shard.metadata() or {}).get(CHECKSUMS, "{}")), str(self.folder / name), MEND),
+            )
         return self._open[name]
 
 

@@ -105,11 +105,12 @@ def config_at(place: dict[str, Any], spec: str) -> Any:
         config = transformers.AutoConfig.from_pretrained(**place)
     file = Path(place["pretrained_model_name_or_path"]) / "config.json"
     if file.is_file():
-        _check_kinds(read_json(file, finite=False), config, file)
+        check_kinds(read_json(file, finite=False), config, file)
     return config
 
 
-def _check_kinds(raw: dict[str, Any], config: Any, file: Path, inside: str = "") -> None:
+def check_kinds(raw: dict[str, Any], config: Any, file: Path, inside: str = "") -> None:
+    """Raise ``UserError`` for a value of the JSON of a ``config`` that is of another kind than its class has there."""
     try:
         plain = type(config)()
     except Exception:  # a class that has no default
@@ -118,7 +119,7 @@ def _check_kinds(raw: dict[str, Any], config: Any, file: Path, inside: str = "")
         known, part = getattr(plain, key, None), getattr(config, key, None)
         values = Values(raw, file, inside)
         if isinstance(value, dict) and isinstance(part, transformers.PretrainedConfig):
-            _check_kinds(value, part, file, f"{inside}{key}.")
+            check_kinds(value, part, file, f"{inside}{key}.")
         elif isinstance(value, dict) and key in ROPE:
             for name in filter(ROPE_NUMBERS.fullmatch, value):
                 Values(value, file, f"{inside}{key}.").number(name, 0)

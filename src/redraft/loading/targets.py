@@ -26,7 +26,15 @@ from redraft.artifact import read_json
 from redraft.errors import UserError
 from redraft.loading import quantised
 from redraft.loading.adapters import merge
-from redraft.loading.checkpoint import check_code, check_folder, check_names, config_at, load_model, weight_files
+from redraft.loading.checkpoint import (
+    check_code,
+    check_folder,
+    check_kinds,
+    check_names,
+    config_at,
+    load_model,
+    weight_files,
+)
 from redraft.loading.places import ADAPTER_FILE, first_line, locate, one_line, quiet, split_adapter
 from redraft.target import Facts, Head, Target
 from redraft.target.facts import empty_model, final_norm, plain_embedding, tensors_fingerprint, text_decoder
@@ -149,10 +157,20 @@ def read_config(place: dict[str, Any], spec: str) -> Any:
 def _generation(place: dict[str, Any], config: Any) -> Any:
     """The generation config beside a config, or what the config alone makes of one."""
     where = {key: place[key] for key in ("pretrained_model_name_or_path", "local_files_only")}
-    try:
-        return transformers.GenerationConfig.from_pretrained(where.pop("pretrained_model_name_or_path"), **where)
-    except (OSError, ValueError):  # many checkpoints have none
+    name = where.pop("pretrained_model_name_or_path")
+    file = Path(name) / "generation_config.json"
+    if Path(name).is_dir() and not file.is_file():  # many checkpoints have none
         return transformers.GenerationConfig.from_model_config(config)
+    if not file.is_file():
+        try:
+            return transformers.GenerationConfig.from_pretrained(name, **where)
+        except (OSError, ValueError):
+            return transformers.GenerationConfig.from_model_config(config)
+    raw = read_json(file, finite=False)
+    with one_line(str(file)):
+        found = transformers.GenerationConfig.from_pretrained(name, **where)
+    check_kinds(raw, found, file)
+    return found
 
 
 def _plain(spec: str, adapter: str | None) -> tuple[Facts, Any, dict[str, Tensor]] | None:
