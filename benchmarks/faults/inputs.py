@@ -175,6 +175,10 @@ def drawn(reader: Reader, rng: random.Random, good: Path) -> tuple[str, changes.
     return file, changes.in_lines(rng, path, judge.seal if form == "rows" else None)
 
 
+class Unsound(Exception):
+    """A reader and its judge disagree about good files: nothing can be told of changed ones."""
+
+
 class Bench:
     """The good places, made once, and what each reader says of its own."""
 
@@ -191,7 +195,10 @@ class Bench:
 
     def base(self, reader: Reader) -> Any:
         """The outcome of the good files; twice, since it must be one."""
+        if isinstance(known := self.bases.get(reader.name), Unsound):
+            raise known
         if reader.name not in self.bases:
+            self.bases[reader.name] = Unsound(f"{reader.name}: it could not be tried")
             found = []
             for number in range(2):
                 place = self.scratch / f"base{number}"
@@ -200,11 +207,11 @@ class Bench:
                 self._settle(reader, place)
                 found.append(apart(reader, place))
                 if found[-1].get("code") != 0:
-                    raise SystemExit(f"{reader.name}: the good files are refused: {found[-1]}")
+                    raise Unsound(f"{reader.name}: the good files are refused: {found[-1]}")
                 if reader.confirms is not None and not reader.confirms(place, found[-1]["outcome"]):
-                    raise SystemExit(f"{reader.name}: the judge reads the good files otherwise: {found[-1]}")
+                    raise Unsound(f"{reader.name}: the judge reads the good files otherwise: {found[-1]}")
             if found[0] != found[1]:
-                raise SystemExit(f"{reader.name}: two readings of the good files differ")
+                raise Unsound(f"{reader.name}: two readings of the good files differ")
             self.bases[reader.name] = found[0]["outcome"]
         return self.bases[reader.name]
 
@@ -277,13 +284,18 @@ def main() -> None:
     if options.again:
         found = {key: one for key, one in found.items() if one["verdict"] in RIGHT}
     wanted = [(seed, number) for seed in options.seed or [1] for number in range(options.count)]
+    unsound = set[str]()
     with tempfile.TemporaryDirectory(prefix="in") as name:
         os.environ |= {"REDRAFT_CACHE": f"{name}/cache", "HF_HUB_OFFLINE": "1"}
         bench = Bench(Path(name), options.only)
         for key in wanted:
             if key in found or time.monotonic() > stop:
                 continue
-            found[key] = one = bench.once(*key)
+            try:
+                found[key] = one = bench.once(*key)
+            except Unsound as error:
+                unsound.add(str(error)[:1500])
+                continue
             if options.state:
                 with options.state.open("a") as file:
                     file.write(json.dumps(one) + "\n")
@@ -293,7 +305,9 @@ def main() -> None:
     print(json.dumps({key: value for key, value in result.items() if key not in ("by", "seeds", "faults")}))
     if options.out:
         atomic_write_json(options.out, result)
-    sys.exit(bool(result["faults"]))
+    for line in sorted(unsound):
+        print(f"not tried: {line}")
+    sys.exit(bool(result["faults"] or unsound))
 
 
 if __name__ == "__main__":

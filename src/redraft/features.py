@@ -29,7 +29,7 @@ from torch import Tensor
 
 from redraft.artifact import atomic_write_json, read_json, tensors_hash, write_shard
 from redraft.errors import UserError
-from redraft.inputs import loads, typed
+from redraft.inputs import loads, require_file, typed
 from redraft.rows import AnyRow, TokenRow, anchors, length_batches
 from redraft.target import KeyValueCache, Target
 
@@ -262,6 +262,7 @@ class FeatureStore:
         if name not in self._open:
             while len(self._open) >= OPEN_SHARDS:
                 self._open.pop(next(iter(self._open)))
+            require_file(self.folder / name, MEND)
             shard = safe_open(self.folder / name, "pt")
             self._open[name] = (
                 shard,

@@ -33,7 +33,8 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("metrics", "sampling", "artifact", "provenance", "graphs"),
     ("progress", "files", "arithmetic", "rows", "shown"),
     ("settings",),
-    ("registries", "places", "inputs", "values"),
+    ("registries", "places"),
+    ("inputs", "values"),
     ("errors",),
 )
 HEIGHT = {room: len(ROWS) - i for i, row in enumerate(ROWS) for room in row}

@@ -74,7 +74,6 @@ def _settings(place: Path) -> AdaptConfig:
         batch_size=4,
         gamma=3,
         budget="75%",
-        private={"rank": 4},
         train={"epochs": 24, "batch_anchors": 64, "evaluate_every": 8},
     )
 
@@ -255,6 +254,7 @@ def stored() -> list[Reader]:
             {"run/config.json": "json"},
             _claimed,
             lambda place: str(claim_run(_settings(place), lambda text: None).dtype),
+            names=("run",),
             weight=6,
         ),
         Reader(

@@ -166,8 +166,8 @@ def _yaml(name: str, text: str) -> Callable[[Path], None]:
 
 
 def _dry(place: Path, said: str) -> Outcome:
-    said = said.replace(str(place), "PLACE")
-    return [line for line in said.splitlines() if not line.startswith(("adapt:", "study:"))]
+    settings = said.replace(str(place), "PLACE").partition("costs:")[0]
+    return [line for line in settings.splitlines() if not line.startswith(("adapt:", "study:"))]
 
 
 def _told(place: Path, found: Outcome) -> bool:
