@@ -148,7 +148,8 @@ def load_plugin(plugin: str, name: str = "") -> None:
             if function:
                 getattr(module, function)()
         except (Exception, SystemExit) as error:
-            why = f"{type(error).__name__}: {error}; mend it or leave it out"
+            named = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+            why = f"{named}{error}; mend it or leave it out"
             _loaded[plugin] = UserError(f"plugin {name or plugin} cannot be loaded: {why}")
     if failed := _loaded[plugin]:
         raise failed

@@ -16,7 +16,7 @@ from typing import Any
 
 from faults.reading import judge as readings
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 RUN = ROOT / "tests" / "artifacts" / "run"
 STUDY = ROOT / "benchmarks" / "results" / "selection.json"
 Outcome = Any

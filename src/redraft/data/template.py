@@ -133,7 +133,7 @@ def kept_moment(path: str | Path, began: datetime, fresh: bool = False) -> datet
         return began
     try:
         return datetime.fromisoformat(read_json(place)["date"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (UserError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{place} holds no date ({error}); delete it together with the rows that it belongs to"
         ) from error

@@ -14,7 +14,7 @@ from pydantic import FiniteFloat, PositiveInt, StrictBool
 
 from redraft.artifact import atomic_write_json, read_json
 from redraft.errors import UserError
-from redraft.inputs import typed
+from redraft.inputs import require_file, typed
 from redraft.rows import AnyRow, TokenRow
 from redraft.selection import Scorer, ScoringContext, explained_scores, scored_tokens
 from redraft.settings.texts import Budget, parse_budget
@@ -107,6 +107,7 @@ def read_manifest(path: str | Path) -> Manifest:
 
 def file_hash(path: str | Path) -> str:
     """SHA-256 of a file's bytes in hex. Raises ``UserError`` when it cannot be read."""
+    require_file(path)
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
