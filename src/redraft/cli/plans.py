@@ -63,7 +63,10 @@ def items(path: Path) -> int | None:
     """How many lines a file has that are not blank, or members its JSON array; ``None`` where nobody knows cheaply."""
     if not path.is_file() or path.stat().st_size > MOST_BYTES:
         return None
-    data = read_bytes(path, most=MOST_BYTES)
+    try:
+        data = read_bytes(path, most=MOST_BYTES)
+    except UserError:
+        return None
     if data.lstrip()[:1] == b"[":
         return len(loads(data.decode("utf-8-sig")))
     return sum(1 for line in data.splitlines() if line.strip())

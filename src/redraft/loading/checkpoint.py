@@ -126,7 +126,9 @@ def check_kinds(raw: dict[str, Any], config: Any, file: Path, inside: str = "") 
         elif value is None or isinstance(value, list | dict):
             continue
         elif isinstance(known, bool):
-            values.flag(key)
+            named = "Literal" in str(getattr(type(config), "__annotations__", {}).get(key))
+            if not (named and isinstance(value, str)):  # some switches have further ways, each with a name
+                values.flag(key)
         elif type(known) in (int, float) and math.isfinite(known):
             if type(value) not in (int, float) or not abs(value) < BEYOND:
                 raise values.refuse(key, "a number")
