@@ -20,9 +20,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import importlib
 import io
 import json
 import os
+import pkgutil
 import random
 import resource
 import shutil
@@ -39,6 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from mutating.commands import called  # noqa: E402
 from mutations import quiet  # noqa: E402
 
+import redraft  # noqa: E402
 from faults.reading import changes, judge  # noqa: E402
 from faults.reading.base import Reader  # noqa: E402
 from faults.reading.models import models  # noqa: E402
@@ -245,6 +248,13 @@ class Bench:
         return {"seed": seed, "number": number, **about, **told}
 
 
+def warm() -> None:
+    """Import the package whole, so that the processes of the tries need not."""
+    for found in pkgutil.walk_packages(redraft.__path__, "redraft."):
+        with contextlib.suppress(ImportError):  # what is optional and not installed
+            importlib.import_module(found.name)
+
+
 def summary(found: list[dict[str, Any]], mended: set[int]) -> dict[str, Any]:
     """The result file."""
 
@@ -278,6 +288,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="the result file")
     options = parser.parse_args()
     quiet()
+    warm()
     stop = time.monotonic() + 60 * options.minutes
     lines = options.state.read_text().splitlines() if options.state and options.state.exists() else []
     found = {(one["seed"], one["number"]): one for one in map(json.loads, lines)}
