@@ -178,6 +178,15 @@ def _result(found: TrainResult) -> Outcome:
     return [*floats, found.steps, found.anchors, found.history]
 
 
+def _date(path: Path) -> Outcome:
+    """The date that is kept, or the day's where none is kept yet."""
+    if not path.exists():
+        return str(_DAY)
+    found = json.loads(readings.text_of(path))["date"]
+    readings.demand(readings.text(found))
+    return str(datetime.fromisoformat(found))
+
+
 def _paged(place: Path) -> None:
     files("run/bench.json", "run/ledger.json", "run/train")(place)
 
@@ -271,7 +280,7 @@ def stored() -> list[Reader]:
             written("r.date.json", '{"date": "2026-11-02T10:00:00"}\n'),
             lambda place: str(kept_moment(place / "r.jsonl", _DAY)),
             None,
-            lambda place, found: not (place / "r.date.json").is_symlink() and found == str(_DAY),
+            by(_date, "r.date.json"),
             weight=2,
         ),
         Reader("results of a study", {"results.json": "json"}, _small_study, _study, None, _tau_of, weight=8),

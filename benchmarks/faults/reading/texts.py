@@ -135,6 +135,8 @@ method: eda
 gamma: 4
 max-new-tokens: 32
 batch-size: 4
+heldout-prompts: 4
+bench-prompts: 3
 budget: 50%
 dtype: float32
 train:
@@ -151,10 +153,11 @@ targets:
     evaluation:
       domain: {run}/prompts.jsonl
 methods:
-  eda:
-    private_width: 8
+  fast:
+    method: fc
+    learning_rate: 0.002
 grid:
-  - methods: [none, eda]
+  - methods: [none, fast]
     seeds: [0, 1]
 gamma: 3
 evaluation_tokens: 16
