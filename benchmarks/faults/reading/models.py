@@ -101,7 +101,7 @@ def models() -> list[Reader]:
             _like_transformers,
             ("r.jsonl",),
             ("target",),
-            weight=8,
+            weight=4,
         ),
         Reader(
             "target: tokenizer",
@@ -116,7 +116,7 @@ def models() -> list[Reader]:
             _like_transformers,
             ("r.jsonl",),
             ("target", "conversation"),
-            weight=6,
+            weight=2,
         ),
         Reader(
             "target: generation",
@@ -127,7 +127,7 @@ def models() -> list[Reader]:
             _like_transformers,
             ("r.jsonl",),
             ("target",),
-            weight=4,
+            weight=2,
         ),
         Reader(
             "target: index of shards",
@@ -138,7 +138,7 @@ def models() -> list[Reader]:
             _like_transformers,
             ("r.jsonl",),
             ("target",),
-            weight=3,
+            weight=1,
         ),
         Reader(
             "target: weights",
@@ -149,7 +149,7 @@ def models() -> list[Reader]:
             _like_transformers,
             ("r.jsonl",),
             ("target",),
-            weight=2,
+            weight=1,
         ),
         Reader(
             "adapter",
@@ -174,7 +174,7 @@ def models() -> list[Reader]:
             None,
             ("out",),
             ("draft",),
-            weight=5,
+            weight=3,
         ),
         Reader(
             "private part",
@@ -188,6 +188,6 @@ def models() -> list[Reader]:
             None,
             ("out",),
             ("private",),
-            weight=5,
+            weight=3,
         ),
     ]

@@ -284,9 +284,9 @@ def stored() -> list[Reader]:
             weight=2,
         ),
         Reader("results of a study", {"results.json": "json"}, _small_study, _study, None, _tau_of, weight=8),
-        Reader("page: benchmark", {"bench.json": "json"}, _paged, _report, _page, _sane, ("page.html",), weight=8),
-        Reader("page: ledger", {"ledger.json": "json"}, _paged, _report, _page, _sane, ("page.html",), weight=3),
-        Reader("page: curve", {"train/curve.jsonl": "lines"}, _paged, _report, _page, _sane, ("page.html",), weight=3),
+        Reader("page: benchmark", {"bench.json": "json"}, _paged, _report, _page, _sane, ("page.html",), weight=4),
+        Reader("page: ledger", {"ledger.json": "json"}, _paged, _report, _page, _sane, ("page.html",), weight=1),
+        Reader("page: curve", {"train/curve.jsonl": "lines"}, _paged, _report, _page, _sane, ("page.html",), weight=1),
         Reader(
             "page: state beside the curve",
             {"train/state.json": "json"},
@@ -295,7 +295,7 @@ def stored() -> list[Reader]:
             _page,
             _sane,
             ("page.html",),
-            weight=2,
+            weight=1,
         ),
         Reader("best weights", {"best.safetensors": "bytes"}, _best, _tensors, weight=3),
     ]

@@ -296,7 +296,7 @@ def texts() -> list[Reader]:
             _dry,
             _told,
             ("out",),
-            weight=10,
+            weight=5,
         ),
         Reader(
             "settings of a study",
