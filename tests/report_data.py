@@ -31,7 +31,7 @@ TEXTS = {
         "    return letters == letters[::-1]\n",
     ),
 }
-HOSTILE = ["</script>", "<img src=x onerror=alert(1)>", "\x1b[31mred\x1b[0m", "\u202eflipped", "\ud83d", "&amp;"]
+HOSTILE = ["</script>", "<img src=x onerror=alert(1)>", "\x1b[31mred\x1b[0m", "\u202eflipped", "\ufffd", "&amp;"]
 HOSTILE += ["\x9b", ""]
 
 

@@ -25,6 +25,8 @@ from redraft.files import atomic_write_text as atomic_write_text
 from redraft.files import replacing
 from redraft.files import require_free_space as require_free_space
 from redraft.files import settle as settle
+from redraft.inputs import loads, read_object, require_file
+from redraft.inputs import read_json as read_json
 from redraft.pieces import PIECE, Table, pieces, table
 from redraft.seals import digest, sealed, unsealed
 
@@ -48,9 +50,18 @@ def tensors_bytes(state: Mapping[str, Tensor]) -> int:
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """Every tensor of one safetensors file, on the CPU. Raises ``UserError`` when it is missing or damaged."""
-    if not Path(path).is_file():
-        raise UserError(f"{path} does not exist")
+    require_file(path)
     return _whole_file(path, "not a whole safetensors file", "copy or download it again")[0]
+
+
+def read_shapes(path: str | Path) -> dict[str, list[int]]:
+    """The shape of every tensor of a safetensors file, by its header alone. Raises ``UserError`` as above."""
+    require_file(path)
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return {name: file.get_slice(name).get_shape() for name in file.keys()}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is not a whole safetensors file ({error}); copy or download it again") from error
 
 
 def _whole_file(path: str | Path, fault: str, mend: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -70,8 +81,8 @@ def read_rows(path: str | Path, name: str, rows: int) -> Iterator[Tensor]:
     """
     try:
         with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            entry = json.loads(file.read(length))[name]
+            length = min(int.from_bytes(file.read(8), "little"), MOST_HEADER)
+            entry = loads(file.read(length).decode())[name]
             kind = next(kind for kind, word in KIND_OF.items() if word == entry["dtype"])
             (height, width), (start, end) = entry["shape"], entry["data_offsets"]
             if end - start != height * width * kind.itemsize:
@@ -129,6 +140,9 @@ def _plain_table(tensor: Tensor, name: str, path: Path) -> None:
     if absent or tensor.nbytes > path.stat().st_size:
         raise UserError(f"{path} holds {name} in a form that is no plain table; convert the weights to safetensors")
 
+
+# What the library takes for the length of a header.
+MOST_HEADER = 100_000_000
 
 # How safetensors names the types of tensors that are written here, and the order in which its own writer lays them out.
 KIND_OF = {
@@ -256,7 +270,7 @@ def read_sealed(path: str | Path, kind: str, of: str | None, mend: str) -> dict[
     Raises ``UserError`` that names the file and says ``mend``: it is missing, damaged, another kind's or run's.
     """
     try:
-        value = _json_object(path)
+        value = read_object(path, finite=False)
     except UserError as error:
         raise UserError(f"{error}; {mend}") from error
     return unsealed(value, path, mend, kind, of)
@@ -297,42 +311,3 @@ def all_finite(tensor: Tensor) -> bool:
 def dtype_name(dtype: torch.dtype) -> str:
     """As files and messages have it: without the library's name."""
     return str(dtype).removeprefix("torch.")
-
-
-# -- JSON ------------------------------------------------------------------------------------------------------------
-def read_json(path: str | Path) -> dict[str, Any]:
-    """One JSON object from a file, without its seal (:mod:`redraft.seals`). Raises ``UserError`` with the file and line
-    when there is none, or it no longer holds what was sealed."""
-    return unsealed(_json_object(path), path)
-
-
-def _json_object(path: str | Path) -> dict[str, Any]:
-    path = Path(path)
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path} is no ordinary file; put the JSON file in its place")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=lambda pairs: _once(pairs, path))
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON: line {error.lineno}: {error.msg}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
-    except (RecursionError, ValueError) as error:  # nesting and numbers beyond what Python reads
-        raise UserError(f"{path} is no JSON that can be read: {' '.join(str(error).split())[:100]}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} must hold a JSON object, not a {type(value).__name__}")
-    return value
-
-
-def _once(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
-    """An object of these pairs. Of a key that stands twice in it readers take the last, whatever the first said.
-
-    Raises ``UserError`` where both say different things.
-    """
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found and repr(found[key]) != repr(value):
-            raise UserError(f"{path} has {key[:60]!r} twice, with different values; keep the right one")
-        found[key] = value
-    return found

@@ -22,15 +22,17 @@ import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, Protocol
+from typing import Annotated, Any, Generic, NamedTuple, Protocol
 
 import torch
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from redraft.artifact import read_sealed, tensors_hash, write_sealed, write_tensors
 from redraft.errors import UserError
 from redraft.files import clean, use_folder
+from redraft.inputs import loads, require_file, typed
 from redraft.locks import LOCK_FILE, is_helper, lock
 from redraft.rows import AnyRow, TokenRow, anchors, length_batches
 from redraft.target import KeyValueCache, Target
@@ -45,6 +47,9 @@ SPARE_BYTES = 2**30
 OPEN_SHARDS = 256
 INDEX_FILE, CHECKSUMS = "index.json", "checksums"
 SCHEMA = "redraft.features/1"
+# The shard of every row.
+Shards = dict[str, Annotated[str, Field(pattern=r"^shard-\d+\.safetensors$")]]
+Sums = dict[str, str]  # the fingerprint of every row
 MEND = "delete that file and give the same command again, which computes its rows anew"
 
 
@@ -327,8 +332,12 @@ class FeatureStore:
         if name not in self._open:
             while len(self._open) >= OPEN_SHARDS:
                 self._open.pop(next(iter(self._open)))
+            require_file(self.folder / name, MEND)
             shard = safe_open(self.folder / name, "pt")
-            self._open[name] = shard, json.loads((shard.metadata() or {}).get(CHECKSUMS, "{}"))
+            self._open[name] = (
+                shard,
+                typed(Sums, loads((shard.metadata() or {}).get(CHECKSUMS, "{}")), str(self.folder / name), MEND),
+            )
         return self._open[name]
 
 
@@ -361,6 +370,7 @@ def read_index(folder: Path) -> Index:
     stored = read_sealed(path, SCHEMA, None, mend)
     if not {"identity", "index"} <= stored.keys():
         raise UserError(f"{path} is damaged; {mend}")
+    typed(Shards, stored["index"], f"{path} is damaged", mend)
     index = {key: name for key, name in stored["index"].items() if name in there}
     return Index(stored["identity"], index, stored.get("sums", {}), stored.get("tokens", {}), stored.get("kept"))
 

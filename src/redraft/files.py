@@ -6,13 +6,11 @@ Nothing here knows what the files are. See docs/formats.md.
 from __future__ import annotations
 
 import errno
-import gzip
 import itertools
 import json
 import os
 import re
 import shutil
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -67,17 +65,6 @@ def use_folder(folder: str | Path, what: str = "folder") -> None:
         if disk_is_full(error):
             raise write_error(folder, error) from error
         raise UserError(f"cannot use {folder} as {what}: {error.strerror or error}") from error
-
-
-def unpacked(path: Path, mend: str) -> bytes:
-    """What a file holds, unpacked where it ends in ``.gz``. Raises ``UserError``, with ``mend`` where there is none."""
-    try:
-        data = path.read_bytes()
-        return gzip.decompress(data) if path.suffix == ".gz" else data
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist; {mend}") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
 
 
 @contextmanager

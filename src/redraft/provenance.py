@@ -6,7 +6,6 @@ used. Both are plain dictionaries on disk, so that a result file explains itself
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import resource
@@ -18,13 +17,15 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, NonNegativeInt
 
 from redraft import arithmetic
 from redraft.errors import UserError
 from redraft.files import atomic_write_json
+from redraft.inputs import read_object, typed
 from redraft.places import installed, without_secrets
 from redraft.seals import sealed, unsealed
 
@@ -135,12 +136,12 @@ class Entry:
     """What one stage used. ``peak_memory_bytes`` is the process's highest until the stage's end."""
 
     stage: str
-    tokens: int = 0
-    flops: int = 0
+    tokens: NonNegativeInt = 0
+    flops: NonNegativeInt = 0
     formula: str = ""
-    seconds: float = 0.0
-    peak_memory_bytes: int = 0
-    bytes_written: int = 0
+    seconds: Annotated[float, Field(ge=0)] = 0.0
+    peak_memory_bytes: NonNegativeInt = 0
+    bytes_written: NonNegativeInt = 0
 
     def add(self, tokens: int = 0, flops: int = 0, formula: str = "", bytes_written: int = 0) -> None:
         """Add to the counts; a stage that uses several formulas lists each once."""
@@ -220,8 +221,8 @@ class Ledger:
             return cls(path, run=run)
         known = {f.name for f in fields(Entry)}
         try:
-            stages = unsealed(json.loads(path.read_text(encoding="utf-8")), path, NEW_LEDGER, LEDGER, run)["stages"]
-            entries = [Entry(**{k: v for k, v in entry.items() if k in known}) for entry in stages]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            stages = unsealed(read_object(path), path, NEW_LEDGER, LEDGER, run)["stages"]
+            plain = [{k: v for k, v in entry.items() if k in known} for entry in stages]
+        except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is not a cost ledger ({error}); {NEW_LEDGER}") from error
-        return cls(path, entries, run)
+        return cls(path, typed(list[Entry], plain, f"{path} is not a cost ledger", NEW_LEDGER), run)

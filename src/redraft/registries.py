@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from redraft.errors import UserError
+from redraft.inputs import require_file
 
 T = TypeVar("T", bound=Any)
 
@@ -147,7 +148,8 @@ def load_plugin(plugin: str, name: str = "") -> None:
             if function:
                 getattr(module, function)()
         except (Exception, SystemExit) as error:
-            why = f"{type(error).__name__}: {error}; mend it or leave it out"
+            named = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+            why = f"{named}{error}; mend it or leave it out"
             _loaded[plugin] = UserError(f"plugin {name or plugin} cannot be loaded: {why}")
     if failed := _loaded[plugin]:
         raise failed
@@ -155,6 +157,7 @@ def load_plugin(plugin: str, name: str = "") -> None:
 
 def _from_file(path: Path) -> Any:
     """The module in the file ``path``. Raises ``OSError`` when there is none, and what the file raises."""
+    require_file(path, "name a Python file")
     name = f"redraft_plugin_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path.resolve(strict=True))
     assert spec is not None and spec.loader is not None

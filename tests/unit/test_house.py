@@ -33,7 +33,9 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("metrics", "sampling", "artifact", "provenance", "graphs", "locks"),
     ("progress", "files", "arithmetic", "pieces", "rows", "shown"),
     ("settings",),
-    ("registries", "places", "seals"),
+    ("registries", "places"),
+    ("inputs", "values"),
+    ("seals",),
     ("errors",),
 )
 HEIGHT = {room: len(ROWS) - i for i, row in enumerate(ROWS) for room in row}

@@ -118,7 +118,7 @@ def test_files_that_cannot_be_read(tmp_path: Path, name: str, data: bytes, messa
 def test_missing_file_and_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         read_conversations(tmp_path / "none.jsonl")
-    with pytest.raises(UserError, match="cannot read"):
+    with pytest.raises(UserError, match="is a folder"):
         read_conversations(tmp_path)
 
 

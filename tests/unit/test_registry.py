@@ -180,4 +180,4 @@ def test_a_plugin_may_be_a_module_or_a_file_and_is_loaded_once(tmp_path):
     found = run(code, tmp_path)
     assert found.stdout.count("once") == 1 and "'mine'" in found.stdout and "'other'" in found.stdout, found.stderr
     missing = run(PRINT + "r.load_plugin('nowhere.py')")
-    assert re.search(r"UserError: plugin nowhere.py cannot be loaded: FileNotFoundError.*nowhere.py", missing.stderr)
+    assert re.search(r"UserError: plugin nowhere.py cannot be loaded: nowhere.py does not exist", missing.stderr)

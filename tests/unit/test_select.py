@@ -172,7 +172,7 @@ def test_manifest_applies_to_its_own_data_only(tmp_path: Path) -> None:
     source.write_text("other\n")
     with pytest.raises(UserError, match="not the file"):
         made.check_source(source)
-    with pytest.raises(UserError, match="cannot read"):
+    with pytest.raises(UserError, match="gone does not exist"):
         made.check_source(tmp_path / "gone")
 
 

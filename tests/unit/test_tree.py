@@ -66,7 +66,7 @@ def test_paths_may_stand_in_a_file(tmp_path: Path) -> None:
         ("chain:²", "chain:5"),
         ("bush:3", "unknown shape"),
         ("", "unknown shape"),
-        ("nowhere/tree.json", "cannot read the tree nowhere/tree.json: No such file"),
+        ("nowhere/tree.json", "nowhere/tree.json does not exist; give a .json file"),
     ],
 )
 def test_a_tree_that_is_no_tree_is_refused_in_one_line(text: str, complaint: str) -> None:

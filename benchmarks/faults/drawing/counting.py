@@ -13,9 +13,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from faults.drawing.drawn import ACCEPTED, BONUS, CORRECTION, Draws
 from faults.drawing.world import END, PROMPTS, V
-from torch import Tensor
 
 # Cells with fewer expected draws are pooled.
 LEAST = 5.0

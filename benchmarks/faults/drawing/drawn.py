@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import torch
 from batched import BatchedChainDecoder
-from faults.drawing.world import CONTEXT, END, PROMPTS, SAMPLERS, V, World, make_draft
 from torch import Tensor
 
+from faults.drawing.world import CONTEXT, END, PROMPTS, SAMPLERS, V, World, make_draft
 from redraft.data.generate import Request, generate
 from redraft.decode.auto import make_decoder
 from redraft.decode.requests import Generation

@@ -25,8 +25,9 @@ from redraft.drafts.groups import trained_parameters
 from redraft.drafts.opening import AnyDraft, OpenDraft
 from redraft.errors import UserError
 from redraft.evaluate.speed import BenchConfig
+from redraft.inputs import typed
 from redraft.reports.card import write_card
-from redraft.reports.load import BENCH_SCHEMA
+from redraft.reports.load import BENCH_SCHEMA, read_bench
 from redraft.reports.page import build_report
 from redraft.rows import mix
 from redraft.selection.manifest import Manifest, choose, read_manifest
@@ -155,7 +156,9 @@ class AdaptRun(Run[AdaptConfig]):
         """Train what the method names; save the private part (if it is one) and the merged draft."""
         done = self.finished("train.json", TRAINED)
         if done is not None:
-            return TrainResult(**done)
+            return typed(
+                TrainResult, done, str(self.folder / "train.json"), "delete it and give the same command again"
+            )
         c, job = self.config, self.job
         rows = self.training_rows()
         job.start(lambda: self.start_context(rows))
@@ -191,6 +194,7 @@ class AdaptRun(Run[AdaptConfig]):
         """Plain decoding, the stale and the aligned draft on the evaluation prompts."""
         c, done = self.config, self.finished("bench.json", BENCH_SCHEMA)
         if done is not None:
+            read_bench(self.folder / "bench.json")
             return done
         prompts, began = self.source.evaluation(c.bench_tokens), time.monotonic()
         with self.log.stage("bench") as entry:

@@ -12,6 +12,8 @@ from redraft.drafts.base import Draft
 from redraft.drafts.formats.base import ExportReport
 from redraft.drafts.formats.reading import HUB_ID
 from redraft.drafts.opening import OpenDraft
+from redraft.errors import UserError
+from redraft.inputs import read_text
 from redraft.registries import FAMILIES
 from redraft.reports.card import CARD_FILE, CardFacts, licence_of
 from redraft.settings.texts import parse_budget
@@ -111,8 +113,8 @@ def _card_of(name: str) -> str:
 
         path = try_to_load_from_cache(name, CARD_FILE)
     try:
-        return Path(path).read_text(encoding="utf-8") if isinstance(path, str | Path) else ""
-    except (OSError, UnicodeDecodeError):
+        return read_text(path) if isinstance(path, str | Path) else ""
+    except UserError:
         return ""
 
 

@@ -7,14 +7,12 @@ from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
-from pydantic import TypeAdapter
-
 from redraft import provenance
 from redraft.acceptance.simulate import simulate_greedy_chain, tau_of
 from redraft.adaptation.claim import claim_run
 from redraft.adaptation.core import build_features, draft_meta, feature_store
 from redraft.adaptation.models import open_any, settle_template
-from redraft.adaptation.runs import Run, Say, half, row_tokens, supervised_rows
+from redraft.adaptation.runs import AGAIN, Run, Say, half, row_tokens, supervised_rows
 from redraft.adaptation.sources import Source
 from redraft.data.packed import PackedText, TextSource
 from redraft.data.server import ServerEngine, ask_tops
@@ -27,6 +25,7 @@ from redraft.drafts.standalone.objective import StateTeacher, Teacher
 from redraft.drafts.standalone.shapes import fresh_standalone, shape_for
 from redraft.errors import UserError
 from redraft.features import ComputedFeatures, FeatureStore
+from redraft.inputs import typed
 from redraft.loading import check_tokenizers, read_facts
 from redraft.rows import anchors
 from redraft.settings.runs import DistillConfig
@@ -38,7 +37,6 @@ from redraft.training.workers import Workers
 # What is trained of a drafter where private experts are asked for.
 METHOD = "eda"
 DISTILL, TEXT, TRAINED = "redraft.distill/1", "redraft.text/1", "redraft.train/1"
-LOOP_RESULT = TypeAdapter(LoopResult)
 
 
 class DistillRun(Run[DistillConfig]):
@@ -121,7 +119,7 @@ class DistillRun(Run[DistillConfig]):
             return None
         done = self.finished("pretrain.json", TRAINED)
         if done is not None:
-            return LOOP_RESULT.validate_python(done)
+            return typed(LoopResult, done, str(self.folder / "pretrain.json"), AGAIN)
         config, draft = c.pretrain_config(), self.start()
         share = draft.parameters_per_token / self.target.parameters_per_token
         self.say(f"drafter: {draft.parameters_per_token:,} parameters a token, {share:.3f} of the target's")
@@ -184,7 +182,7 @@ class DistillRun(Run[DistillConfig]):
         """The drafter, taught by the target, in ``draft``; its private part also in ``private``."""
         c, done = self.config, self.finished("align.json", TRAINED)
         if done is not None:
-            return LOOP_RESULT.validate_python(done)
+            return typed(LoopResult, done, str(self.folder / "align.json"), AGAIN)
         rows, heldout = self.responses()
         config, (draft, base_hash) = c.align_config(), self.drafter()
         teacher = self.teacher(rows)

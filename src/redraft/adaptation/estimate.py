@@ -18,19 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from safetensors import safe_open
 
 from redraft import provenance
 from redraft.adaptation.models import split_prompts
 from redraft.adaptation.study.targets import read_source
 from redraft.arithmetic import EFFICIENCY, MOST_BYTES, choose_dtype, fastest
-from redraft.artifact import read_json
+from redraft.artifact import read_json, read_shapes
 from redraft.data.prompts import read_conversations
 from redraft.data.store import read_rows
 from redraft.drafts.standalone.shapes import parameters_of, shape_for
 from redraft.errors import UserError
-from redraft.loading import ADAPTER_FILE, adapter_base, locate, one_line, quiet
-from redraft.loading.places import open_config
+from redraft.loading import ADAPTER_FILE, adapter_base, config_at, locate, quiet
 from redraft.settings.base import AUTO, Settings
 from redraft.settings.runs import AdaptConfig, DistillConfig
 from redraft.settings.steps import RegenerateSettings, TrainSettings
@@ -38,6 +36,7 @@ from redraft.settings.studies import StudySettings, read_study
 from redraft.settings.texts import parse_budget, parse_source, self_prompts
 from redraft.settings.training import METHODS, SHARE
 from redraft.target.facts import Facts, empty_model
+from redraft.values import Values
 
 CHARACTERS = 4  # of a token of ordinary English text, where there is no tokenizer to ask
 OWN_PROMPT = 60  # tokens of a prompt that is still to be written
@@ -66,8 +65,8 @@ class Costs:
 
     def __init__(self, target: str, dtype: str, device: str) -> None:
         base = adapter_base(target) if (Path(target) / ADAPTER_FILE).is_file() else target
-        with quiet(), one_line(f"the config of {base}"):
-            facts = Facts(base, open_config(locate(base), base))
+        with quiet():
+            facts = Facts(base, config_at(locate(base), base))
         self.facts, self.active = facts, facts.parameters_per_token
         self.dtype, self.device = choose_dtype(dtype, device), device
         self.item = 2 if self.dtype == "bfloat16" else 4
@@ -150,12 +149,11 @@ class Draft:
     def of(cls, place: str | None) -> Draft:
         folder, total, vocabulary = Path(place or "?"), 0, 0
         for path in sorted(folder.glob("*.safetensors")):
-            with safe_open(path, "pt") as weights:
-                names = [name for name in weights.keys() if "embed_tokens" not in name]  # noqa: SIM118
-                total += sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
+            total += sum(math.prod(shape) for name, shape in read_shapes(path).items() if "embed_tokens" not in name)
         for file in filter(Path.is_file, (folder / "redraft.json", folder / "config.json")):
-            config = read_json(file).get("config") or read_json(file)
-            vocabulary = vocabulary or int(config.get("draft_vocab_size") or config.get("vocab_size") or 0)
+            values = Values(read_json(file, finite=False), file)
+            values = values.part("config") or values
+            vocabulary = vocabulary or values.whole("draft_vocab_size", 0) or values.whole("vocab_size", 0) or 0
         return cls(total, vocabulary)
 
 

@@ -11,8 +11,8 @@ import torch
 from redraft.drafts.formats.base import exported_as
 from redraft.errors import UserError
 from redraft.files import atomic_folder
-from redraft.loading import load_target, locate, one_line, quiet
-from redraft.loading.places import CACHE_FILES, open_config, split_adapter
+from redraft.loading import config_at, load_target, locate, quiet
+from redraft.loading.places import CACHE_FILES, split_adapter
 
 MERGED = "merged-target"
 
@@ -28,9 +28,8 @@ def merge_target_folder(target: str, adapter: str | None, out: Path) -> Path:
     base, adapter = split_adapter(target, adapter)
     if adapter is None:
         raise UserError(f"{target} is no adapter and has nothing to merge; name one with --adapter")
-    with quiet(), one_line(f"the config of {base}"):
-        config = open_config(locate(base), base)
-        dtype = getattr(config, "dtype", None) or torch.float32
+    with quiet():
+        dtype = getattr(config_at(locate(base), base), "dtype", None) or torch.float32
     opened = load_target(base, dtype, "cpu", adapter=adapter)
     weights = {id(weight): weight for weight in opened.model.state_dict().values()}
     size = sum(w.numel() * w.element_size() for w in weights.values())

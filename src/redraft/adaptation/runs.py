@@ -32,6 +32,7 @@ from redraft.rows import anchors, whole_length
 from redraft.settings.runs import AdaptConfig, DistillConfig
 from redraft.target import Head, Target
 
+AGAIN = "delete it and give the same command again"
 Say = Callable[[str], None]
 Bar = Callable[[str, int | None, str], AbstractContextManager[Progress]]
 Settings = TypeVar("Settings", AdaptConfig, DistillConfig)

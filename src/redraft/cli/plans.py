@@ -7,14 +7,13 @@ directory that holds something already gets a second line, which says what.
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from redraft.errors import UserError
+from redraft.inputs import loads, read_bytes, read_json
 from redraft.places import without_secrets
 from redraft.settings.base import Settings
 from redraft.settings.texts import self_prompts
@@ -64,9 +63,12 @@ def items(path: Path) -> int | None:
     """How many lines a file has that are not blank, or members its JSON array; ``None`` where nobody knows cheaply."""
     if not path.is_file() or path.stat().st_size > MOST_BYTES:
         return None
-    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    try:
+        data = read_bytes(path, most=MOST_BYTES)
+    except UserError:
+        return None
     if data.lstrip()[:1] == b"[":
-        return len(json.loads(data))
+        return len(loads(data.decode("utf-8-sig")))
     return sum(1 for line in data.splitlines() if line.strip())
 
 
@@ -96,12 +98,12 @@ def found(out: Path) -> str:
     for folder, what in CHECKPOINTS.items():
         state = place / folder / "state.json"
         if state.is_file() and f"{what} done" not in there and f"the {what} done" not in there:
-            value = json.loads(state.read_text())
+            value = read_json(state, finite=False)
             there.append(f"{what} at step {value['state']['step']:,} of {value['identity']['steps']:,}")
     if cells := sum(1 for _ in place.glob("cells/*/record.json")):
         there.append(f"{cells:,} finished cells")
     if there and (ledger := place / "ledger.json").is_file():
-        there.append(f"{json.loads(ledger.read_text())['total']['seconds'] / 60:.1f} minutes of work")
+        there.append(f"{read_json(ledger)['total']['seconds'] / 60:.1f} minutes of work")
     return f"{place} holds from before: {', '.join(there)}; it goes on from there" if there else ""
 
 

@@ -27,15 +27,17 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from redraft.data.prompts import HUB_PREFIX, hub_rows, parse_json
+from redraft.data.prompts import HUB_PREFIX, hub_rows
 from redraft.data.turns import keys_of
 from redraft.errors import UserError
+from redraft.inputs import parse_json, require_file
 
 PIECE_BYTES = 1 << 14
 WINDOW = 1024
 BATCH = 64  # pieces that are tokenised together
 PLAIN, JSON = (".txt", ".text", ".md"), (".jsonl", ".json")
 HASH_PARTS = 1_000_000
+MOST_LINE = 1 << 28  # bytes; a packed file may unpack to one of any length
 
 T = TypeVar("T")
 
@@ -72,10 +74,13 @@ def text_files(names: Sequence[str]) -> list[str]:
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Number and text of every line. Raises ``UserError`` that names file and byte where it is not UTF-8 text."""
+    require_file(path)
     at, number = 0, 1
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(iter(lambda: file.readline(MOST_LINE), b""), 1):
+                if len(line) == MOST_LINE:
+                    raise UserError(f"{path}:{number}: a line of {MOST_LINE:,} bytes or more; break it up")
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 if "\0" in text:
                     place = at + line.index(b"\0")

@@ -7,8 +7,6 @@ one prompt a line (``.txt``); any of these with ``.gz``; and ``datasets:NAME``, 
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -17,11 +15,9 @@ from typing import Any
 from redraft.data.shapes import Conversation, Turns, parse_conversation
 from redraft.data.turns import ASSISTANT, USER, Message
 from redraft.errors import UserError
-from redraft.files import unpacked
+from redraft.inputs import loads, parse_json, read_text
 
 HUB_PREFIX = "datasets:"
-# JSON can write one half of a pair that makes a character; files that were cut in the middle of one do.
-HALF_A_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def read_conversations(
@@ -64,17 +60,14 @@ def stem_of(path: Path) -> str:
 
 def file_items(path: Path) -> Iterator[tuple[int, str, Any]]:
     """Number, place (for messages) and value of every item of a prompt file. Raises ``UserError``."""
-    try:
-        text = unpacked(path, "name a prompt file or datasets:NAME").decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    text = read_text(path, "name a prompt file or datasets:NAME")
     # split("\n"), not splitlines(): JSON text may hold U+2028 and its like unescaped
     lines = ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
     if path.name.removesuffix(".gz").endswith(".txt"):
         for number, line in lines:
             place = f"{path}:{number}"
-            with suppress(ValueError, RecursionError):
-                if line.lstrip().startswith("{") and json.loads(line):
+            with suppress(ValueError):
+                if line.lstrip().startswith("{") and loads(line):
                     raise UserError(
                         f"{place}: a JSON row in a file of plain text; call the file .jsonl to have rows read"
                     )
@@ -85,27 +78,6 @@ def file_items(path: Path) -> Iterator[tuple[int, str, Any]]:
     else:
         for number, line in lines:
             yield number, f"{path}:{number}", parse_json(line, path, number)
-
-
-def parse_json(text: str, path: Path, first_line: int) -> Any:
-    """The JSON value of a text that begins on this line of a file. Raises ``UserError`` with file and line."""
-    try:
-        value = json.loads(text)
-        if HALF_A_CHARACTER.search(text):
-            json.dumps(value, ensure_ascii=False).encode()
-        return value
-    except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        raise UserError(f"{path}:{line}: not JSON: {error.msg} (column {error.colno})") from error
-    except UnicodeEncodeError as error:
-        found = f"\\u{ord(error.object[error.start]):04x}"
-        near = error.object[max(0, error.start - 20) : error.start]
-        raise UserError(
-            f"{path}:{first_line}: {found} behind {near!r} is half a character, which no text can hold; take it out"
-        ) from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits
-        why = "nested too deeply" if isinstance(error, RecursionError) else error
-        raise UserError(f"{path}:{first_line}: not JSON that can be read: {why}") from error
 
 
 def hub_rows(name: str, skip: int | None = None) -> Iterator[tuple[int, Any]]:

@@ -37,6 +37,7 @@ from redraft.data.store import FINISH_REASONS, Failure, Row
 from redraft.data.transport import Connection, Refused, Transient, Unusable, excerpt, persist, shown
 from redraft.errors import UserError
 from redraft.files import append_text, atomic_write_text, use_folder
+from redraft.inputs import json_lines
 from redraft.locks import is_helper, lock
 from redraft.seals import digest, sealed, unsealed
 
@@ -324,22 +325,15 @@ def read_top_file(path: Path, rows: Sequence[Row]) -> dict[str, Top]:
     counts = {row.key: len(row.response_ids) - 1 for row in rows}
     marks = {row.key: row_mark(row) for row in rows}
     found: dict[str, Top] = {}
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}; delete the file and run the same command again") from error
-    for number, line in enumerate(lines, 1):
+    mend = "delete the file and run the same command again"
+    for number, value in json_lines(path, torn=True) if path.exists() else ():
         try:
-            value = json.loads(line)
             if not isinstance(value, dict):
                 raise ValueError("no JSON object")
-            mend = "delete the file and run the same command again"
             value = unsealed(value, f"{path}:{number}", mend, TOPS, marks.get(value.get("key", "")))
             if value["key"] in counts:
                 found[value["key"]] = parse_top(value["top"], counts[value["key"]])
         except (ValueError, KeyError, TypeError) as error:
-            if not line.endswith("\n"):
-                break
             raise UserError(f"{path}:{number}: {error}; delete the file and run the same command again") from None
     return found
 

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from redraft.errors import UserError
-from redraft.files import append, atomic_write_text, require_free_space, sync, unpacked, use_folder, write_error
+from redraft.files import append, atomic_write_text, require_free_space, sync, use_folder, write_error
+from redraft.inputs import loads, read_bytes
 from redraft.locks import is_helper, lock
 from redraft.settings.sampler import Sampler
 
@@ -92,11 +94,45 @@ def encode_row(row: Row) -> bytes:
     return (json.dumps(value | {"checksum": checksum(value)}, separators=(",", ":")) + "\n").encode()
 
 
+class WrongRow(ValueError):
+    """A line that is whole, by its checksum, and says what no response can be: no tear of a killed writer."""
+
+
+def _ids(value: Any) -> bool:
+    whole = isinstance(value, list) and set(map(type, value)) <= {int}
+    return whole and (not value or min(value) >= 0 and max(value) < MOST_IDS)
+
+
+def _number(least: float, most: float = math.inf, kinds: tuple[type, ...] = (int, float)) -> Callable[[Any], bool]:
+    return lambda value: type(value) in kinds and math.isfinite(value) and least <= value <= most
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+# What each field of a row may hold; a truth value is no number.
+MOST_IDS = 1 << 31
+KINDS: dict[str, Callable[[Any], bool]] = {
+    "id": _text,
+    "prompt_ids": _ids,
+    "response_ids": _ids,
+    "temperature": _number(0),
+    "top_k": _number(0, kinds=(int,)),
+    "top_p": _number(0, 1),
+    "seed": _number(-math.inf, kinds=(int,)),
+    "finish_reason": _text,
+    "target_hash": _text,
+    "turn": _number(0, kinds=(int,)),
+    "source": _text,
+}
+
+
 def decode_row(line: bytes) -> Row:
     """The row of a line. Raises ``ValueError`` that says what is wrong with it."""
     try:
-        value = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        value = loads(line.decode())
+    except ValueError as error:
         raise ValueError(f"not JSON ({error})") from error
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")
@@ -106,11 +142,13 @@ def decode_row(line: bytes) -> Row:
         raise ValueError(f"no {', '.join(missing)}; this is no line of a response file")
     if checksum(value) != value["checksum"]:
         raise ValueError("the checksum does not fit")
+    if wrong := next((name for name in names if not KINDS[name](value[name])), None):
+        raise WrongRow(f"{wrong} is {repr(value[wrong])[:60]}, which no response has")
     row = Row(**{name: value[name] for name in names})
     if row.finish_reason not in (*FINISH_REASONS, CONTEXT_FULL) or not row.prompt_ids or not row.response_ids:
-        raise ValueError(f"an empty prompt or response, or the unknown finish reason {row.finish_reason!r}")
+        raise WrongRow(f"an empty prompt or response, or the unknown finish reason {row.finish_reason!r}")
     if row.source not in SOURCES:
-        raise ValueError(f"the unknown source {row.source!r}; an upgrade of redraft may know it")
+        raise WrongRow(f"the unknown source {row.source!r}; an upgrade of redraft may know it")
     return row
 
 
@@ -122,7 +160,7 @@ def _scan(data: bytes, where: str | Path) -> tuple[list[Row], int]:
             try:
                 row = decode_row(line)
             except ValueError as error:
-                if not line.endswith(b"\n"):
+                if not line.endswith(b"\n") and not isinstance(error, WrongRow):
                     return rows, start
                 raise UserError(f"{where}:{number}: {error}; delete it and run the same command again") from error
             if row.key in lines:
@@ -134,11 +172,19 @@ def _scan(data: bytes, where: str | Path) -> tuple[list[Row], int]:
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """Every row of a response file (``.jsonl`` or ``.jsonl.gz``), in file order. A torn last line is left out.
+    """Every row of a response file (``.jsonl`` or ``.jsonl.gz``), in file order.
 
-    Raises ``UserError`` when the file is missing or empty, and by its number for a line that is damaged or there twice.
+    Raises ``UserError`` when the file is missing or empty, and by its number for a line that is damaged or there twice,
+    also for a last one that is torn: the writer of the file cuts it off and writes it anew (:class:`RowWriter`).
     """
-    rows, _ = _scan(unpacked(Path(path), "name a response file that `redraft regenerate` wrote"), path)
+    data = read_bytes(path, "name a response file that `redraft regenerate` wrote")
+    rows, whole = _scan(data, path)
+    if whole < len(data):
+        line = data.count(b"\n", 0, whole) + 1
+        raise UserError(
+            f"{path}:{line}: the last line is torn, as a killed run leaves it; give the command that wrote the file "
+            "again, or delete the line"
+        )
     if not rows:
         raise UserError(f"{path} holds no responses; run `redraft regenerate` again")
     return rows

@@ -21,6 +21,7 @@ from redraft.data.shapes import RESERVED, Turns, with_turns
 from redraft.data.turns import ASSISTANT, USER, Message
 from redraft.errors import UserError
 from redraft.files import atomic_write_text
+from redraft.inputs import read_json
 from redraft.settings.texts import kept_as_it_is
 
 SENTINEL = "redraftturn"
@@ -131,8 +132,8 @@ def kept_moment(path: str | Path, began: datetime, fresh: bool = False) -> datet
         atomic_write_text(place, json.dumps({"date": began.isoformat()}) + "\n")
         return began
     try:
-        return datetime.fromisoformat(json.loads(place.read_text())["date"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return datetime.fromisoformat(read_json(place)["date"])
+    except (UserError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{place} holds no date ({error}); delete it together with the rows that it belongs to"
         ) from error

@@ -10,6 +10,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from redraft.inputs import loads
+
 Message = dict[str, Any]
 
 SYSTEM, DEVELOPER, USER, ASSISTANT, TOOL, FUNCTION = "system", "developer", "user", "assistant", "tool", "function"
@@ -54,8 +56,8 @@ def decoded(value: Any, name: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
+        return loads(value)
+    except ValueError as error:
         raise ValueError(f'"{name}" is neither an object nor its JSON text: {excerpt(value)}') from error
 
 

@@ -49,7 +49,7 @@ def read_meta(folder: str | Path, kind: str) -> dict[str, Any]:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; name one that holds {META_FILE}")
     path = folder / META_FILE
-    meta = read_json(path)
+    meta = read_json(path, finite=False)
     schema = meta.get("schema")
     if type(schema) is not int or schema < 1:
         raise UserError(f"{path} has no schema number; it was not written by redraft")

@@ -9,9 +9,10 @@ Shape legend: D bootstrap draws, P prompts, F measured quantities of one prompt 
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -32,9 +33,10 @@ class Interval:
     low: float
     high: float
 
-    def to_dict(self) -> dict[str, float]:
-        """{"value", "low", "high"} as plain floats, the form of every result file."""
-        return asdict(self)
+    def to_dict(self) -> dict[str, Any]:
+        """{"value", "low", "high"} as plain floats, the form of result files; null for an end that is not there."""
+        ends = {"low": self.low, "high": self.high}
+        return {"value": self.value, **{name: end if math.isfinite(end) else None for name, end in ends.items()}}
 
 
 def resample_counts(prompts: int, draws: int, seed: int) -> Array:

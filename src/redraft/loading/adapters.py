@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from redraft.errors import UserError
-from redraft.loading.places import ADAPTER_FILE, first_line, hub_cached, like_hub_id, on_hub, reason_of
+from redraft.inputs import read_json
+from redraft.loading.checkpoint import check_kinds
+from redraft.loading.places import ADAPTER_FILE, check_files, first_line, hub_cached, like_hub_id, on_hub, reason_of
 
 # Starting values that leave the base as it is. The others (pissa, olora, corda, loftq, ...) change it.
 PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -36,7 +38,11 @@ def merge(model: Any, adapter: str) -> tuple[Any, list[str]]:
         raise UserError(f"the adapter {adapter} needs the package peft: pip install redraft[peft]") from error
     place = _place(adapter)
     try:
+        if Path(place).is_dir():
+            check_files(Path(place))
         config = peft.PeftConfig.from_pretrained(place)
+        if (file := Path(place) / ADAPTER_FILE).is_file():
+            check_kinds(read_json(file, finite=False), config, file)
         _check_kind(config, adapter)
         state = peft.load_peft_weights(place, device="cpu")
         own = int(model.get_input_embeddings().weight.shape[0])

@@ -10,6 +10,7 @@ of their numbers, whatever these are. Engines map and count otherwise, so such f
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,6 +25,7 @@ from redraft.errors import UserError
 from redraft.loading import quantised
 from redraft.loading.places import ADAPTER_FILE, hub_cached, one_line, open_config
 from redraft.target.facts import model_class
+from redraft.values import Values
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 INDEX = ".index.json"
@@ -48,6 +50,8 @@ EXPERT = re.compile(r"^(.*\.experts)\.(\d+)\.(.+)$")
 FUSED = re.compile(r"^(.*\.experts)\.(gate_up_proj|down_proj)$")
 # Types of numbers as safetensors names them.
 WHOLE_NUMBERS = ("BOOL", "I", "U")
+# No setting of a model is as large.
+BEYOND = 1e15
 PACKED = (*WHOLE_NUMBERS, "F8", "F4")
 
 
@@ -59,8 +63,7 @@ def load_model(place: dict[str, Any], spec: str, dtype: torch.dtype) -> tuple[An
     """
     check_folder(place, spec)
     notes: list[str] = []
-    with one_line(spec):
-        config = open_config(place, spec)
+    config = config_at(place, spec)
     check_code(config, spec, notes)
     plan = quantised.plan(config, spec)
     with one_line(spec):
@@ -89,6 +92,51 @@ def load_model(place: dict[str, Any], spec: str, dtype: torch.dtype) -> tuple[An
     return model, notes, plan.rounds
 
 
+# Numbers of the rotary settings, whatever the model.
+ROPE = ("rope_parameters", "rope_scaling")
+ROPE_NUMBERS = re.compile(r"rope_theta|factor|partial_rotary_factor|.*_(factor|fast|slow|embeddings)")
+
+
+def config_at(place: dict[str, Any], spec: str) -> Any:
+    """The config at ``place``, each value of the kind that its class has there. Raises ``UserError``.
+
+    transformers takes true for 1 and a text for true, and computes something else than was meant.
+    """
+    with one_line(f"the config of {spec}"):
+        config = open_config(place, spec)
+    file = Path(place["pretrained_model_name_or_path"]) / "config.json"
+    if file.is_file():
+        check_kinds(read_json(file, finite=False), config, file)
+    return config
+
+
+def check_kinds(raw: dict[str, Any], config: Any, file: Path, inside: str = "") -> None:
+    """Raise ``UserError`` for a value of the JSON of a ``config`` that is of another kind than its class has there."""
+    try:
+        plain = type(config)()
+    except Exception:  # a class that has no default
+        return
+    for key, value in raw.items():
+        known, part = getattr(plain, key, None), getattr(config, key, None)
+        values = Values(raw, file, inside)
+        if isinstance(value, dict) and isinstance(part, transformers.PretrainedConfig):
+            check_kinds(value, part, file, f"{inside}{key}.")
+        elif isinstance(value, dict) and key in ROPE:
+            for name in filter(ROPE_NUMBERS.fullmatch, value):
+                Values(value, file, f"{inside}{key}.").number(name, 0)
+        elif value is None or isinstance(value, list | dict):
+            continue
+        elif isinstance(known, bool):
+            named = "Literal" in str(getattr(type(config), "__annotations__", {}).get(key))
+            if not (named and isinstance(value, str)):  # some switches have further ways, each with a name
+                values.flag(key)
+        elif isinstance(known, int | float) and math.isfinite(known):
+            if type(value) not in (int, float) or not abs(value) < BEYOND:
+                raise values.refuse(key, "a number")
+            if type(known) is int and value != int(value):
+                raise values.refuse(key, "a whole number")
+
+
 def check_folder(place: dict[str, Any], spec: str) -> None:
     """Raise ``UserError`` for a folder whose weights are told in two ways, or not all there."""
     folder = Path(place["pretrained_model_name_or_path"])
@@ -103,10 +151,7 @@ def check_folder(place: dict[str, Any], spec: str) -> None:
             f"{spec} holds {name} and {name + INDEX}, and engines do not agree which one counts; delete the older"
         )
     for name in indexed[:1] if not whole else ():
-        listed = read_json(folder / (name + INDEX)).get("weight_map")
-        if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
-            raise UserError(f"{folder / (name + INDEX)} has no weight_map; copy or download it again")
-        absent = sorted({file for file in listed.values() if not (folder / file).is_file()})
+        absent = sorted({file for file in _listed(folder / (name + INDEX)) if not (folder / file).is_file()})
         if absent:
             raise UserError(f"{spec} lacks the weight file {absent[0]} ({len(absent)} absent); download it again")
 
@@ -216,8 +261,18 @@ def _check_tie(model: Any, spec: str) -> None:
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files with the weights of the checkpoint in this folder, as far as they are there."""
     index = folder / "model.safetensors.index.json"
-    listed = read_json(index).get("weight_map", {}).values() if index.is_file() else ["model.safetensors"]
-    return [folder / name for name in sorted({str(name) for name in listed}) if (folder / str(name)).is_file()]
+    listed = _listed(index) if index.is_file() else {"model.safetensors"}
+    return [folder / name for name in sorted(listed) if (folder / name).is_file()]
+
+
+def _listed(index: Path) -> set[str]:
+    """The weight files of an index. Raises ``UserError`` for one that lists none, or files of another folder."""
+    listed = read_json(index, finite=False).get("weight_map")
+    if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
+        raise UserError(f"{index} has no weight_map; copy or download it again")
+    if outside := next((file for file in listed.values() if Path(file).name != file), None):
+        raise UserError(f"{index} lists {outside!r}, which is no file of this folder; copy or download it again")
+    return set(listed.values())
 
 
 def check_names(folder: Path, spec: str, method: str | None) -> None:

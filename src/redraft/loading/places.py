@@ -25,6 +25,7 @@ import torch
 from redraft.artifact import atomic_folder, read_json, read_sealed, write_sealed
 from redraft.errors import UserError
 from redraft.files import use_folder
+from redraft.inputs import require_file
 from redraft.locks import lock
 from redraft.places import cache_folder
 from redraft.seals import file_digest
@@ -54,7 +55,7 @@ def adapter_base(folder: str | Path) -> str:
 
     A relative path counts from the adapter first, then from the working folder. Raises ``UserError``.
     """
-    settings = read_json(Path(folder) / ADAPTER_FILE)
+    settings = read_json(Path(folder) / ADAPTER_FILE, finite=False)
     base = settings.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise UserError(f"{Path(folder) / ADAPTER_FILE} names no base model; set base_model_name_or_path")
@@ -111,6 +112,7 @@ def locate(spec: str) -> dict[str, Any]:
             only = ", which is not read; name the checkpoint it was made from" if any(path.glob("*.gguf")) else ""
             only = f" but a GGUF file{only}" if only else "; name the folder of a Hugging Face checkpoint"
             raise UserError(f"{spec} holds no config.json{only}")
+        check_files(path)
         return _arguments(path)
     if path.suffix == ".gguf" and path.exists():
         raise UserError(
@@ -126,6 +128,28 @@ def locate(spec: str) -> dict[str, Any]:
     if on_hub(spec):
         return _arguments(spec) | {"local_files_only": False}
     return _arguments(hub_cached(spec))
+
+
+# What transformers reads of a folder: settings as JSON, and the rest, of which some are large.
+SETTINGS_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+READ_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors", "*.bin", "additional_chat_templates/*")
+
+
+def check_files(folder: Path) -> None:
+    """Raise ``UserError`` for a file of a model's folder that cannot be read: a pipe is waited for for ever, and a
+    library takes its own defaults for settings that are no JSON."""
+    for pattern in READ_FILES:
+        for file in sorted(folder.glob(pattern)):
+            require_file(file, "mend the link or copy the file again")
+    for name in SETTINGS_FILES:
+        if os.path.lexists(folder / name):
+            read_json(folder / name, finite=False)
 
 
 def _arguments(place: str | Path) -> dict[str, Any]:

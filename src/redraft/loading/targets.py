@@ -26,8 +26,16 @@ from redraft.artifact import read_json
 from redraft.errors import UserError
 from redraft.loading import quantised
 from redraft.loading.adapters import merge
-from redraft.loading.checkpoint import check_code, check_folder, check_names, load_model, weight_files
-from redraft.loading.places import ADAPTER_FILE, first_line, locate, one_line, open_config, quiet, split_adapter
+from redraft.loading.checkpoint import (
+    check_code,
+    check_folder,
+    check_kinds,
+    check_names,
+    config_at,
+    load_model,
+    weight_files,
+)
+from redraft.loading.places import ADAPTER_FILE, first_line, locate, one_line, quiet, split_adapter
 from redraft.target import Facts, Head, Target
 from redraft.target.facts import empty_model, final_norm, plain_embedding, tensors_fingerprint, text_decoder
 
@@ -79,7 +87,7 @@ def load_target(
 def _other_base(adapter: str, base: str) -> list[str]:
     """A note where an adapter in a folder names another base model than the one it was put on."""
     file = Path(adapter) / ADAPTER_FILE
-    named = read_json(file).get("base_model_name_or_path") if file.is_file() else None
+    named = read_json(file, finite=False).get("base_model_name_or_path") if file.is_file() else None
     if not isinstance(named, str) or Path(named).name.lower() in ("", Path(base).name.lower()):
         return []
     return [f"the adapter {adapter} names {named} as its base model and was put on {base}"]
@@ -147,18 +155,26 @@ def open_head(
 
 def read_config(place: dict[str, Any], spec: str) -> Any:
     """The config at ``place`` (:func:`redraft.loading.places.locate`). Raises ``UserError``."""
-    with one_line(f"the config of {spec}"):
-        return open_config(place, spec)
+    return config_at(place, spec)
 
 
 def _generation(place: dict[str, Any], config: Any) -> Any:
     """The generation config beside a config, or what the config alone makes of one."""
-    where = dict(place)
-    try:
-        folder = where.pop("pretrained_model_name_or_path")
-        return transformers.GenerationConfig.from_pretrained(folder, **where, trust_remote_code=False)
-    except (OSError, ValueError):  # many checkpoints have none
+    where = {key: place[key] for key in ("pretrained_model_name_or_path", "local_files_only")}
+    name = where.pop("pretrained_model_name_or_path")
+    file = Path(name) / "generation_config.json"
+    if Path(name).is_dir() and not file.is_file():  # many checkpoints have none
         return transformers.GenerationConfig.from_model_config(config)
+    if not file.is_file():
+        try:
+            return transformers.GenerationConfig.from_pretrained(name, **where, trust_remote_code=False)
+        except (OSError, ValueError):
+            return transformers.GenerationConfig.from_model_config(config)
+    raw = read_json(file, finite=False)
+    with one_line(str(file)):
+        found = transformers.GenerationConfig.from_pretrained(name, **where, trust_remote_code=False)
+    check_kinds(raw, found, file)
+    return found
 
 
 def _plain(spec: str, adapter: str | None) -> tuple[Facts, Any, dict[str, Tensor]] | None:

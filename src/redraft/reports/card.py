@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from redraft.files import atomic_write_text
+from redraft.inputs import MOST_YAML, load_yaml
 from redraft.reports import format as form
 from redraft.reports import sections
 from redraft.reports.load import BenchResult, Costs, Guard, parse
@@ -135,8 +136,8 @@ def licence_of(card: str) -> dict[str, str]:
     """The licence fields in the front matter of a model card's text; none where there is no such thing."""
     match = re.match(r"\A\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", card, re.S | re.M)
     try:
-        values = yaml.safe_load(match[1]) if match else None
-    except yaml.YAMLError:
+        values = load_yaml(match[1]) if match and len(match[1]) <= MOST_YAML else None
+    except ValueError:
         return {}
     found = values if isinstance(values, dict) else {}
     return {name: found[name] for name in LICENCE_FIELDS if isinstance(found.get(name), str) and found[name].strip()}

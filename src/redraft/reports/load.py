@@ -6,14 +6,14 @@ breaking the page.
 
 from __future__ import annotations
 
-import json
+import math
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
-from redraft.artifact import read_json
 from redraft.errors import UserError
+from redraft.inputs import json_lines, read_json, typed
 from redraft.places import without_secrets
 from redraft.seals import unsealed
 
@@ -22,16 +22,24 @@ BENCH_SCHEMA = "redraft.bench/1"
 Model = TypeVar("Model", bound=BaseModel)
 
 
-class _Open(BaseModel, extra="allow"):
-    """Base of every record: unknown fields are kept."""
+class _Open(BaseModel, extra="allow", allow_inf_nan=False):
+    """Base of every record: unknown fields are kept, and a figure is a finite number."""
+
+
+def _there(value: Any) -> Any:
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+# A figure that may not exist: null, and in files of older versions NaN.
+Figure = Annotated[float | None, BeforeValidator(_there)]
 
 
 class Interval(_Open):
     """A figure with the two ends of its 95% interval; the ends are null where none could be had."""
 
     value: float
-    low: float | None
-    high: float | None
+    low: Figure
+    high: Figure
 
 
 class PhaseSeconds(_Open):
@@ -95,8 +103,8 @@ class DraftResult(_Open):
     tau_pooled: Interval
     tau_macro: Interval | None = None
     alpha: Interval | None = None
-    acceptance_conditional: list[float | None] = []
-    acceptance_unconditional: list[float | None] = []
+    acceptance_conditional: list[Figure] = []
+    acceptance_unconditional: list[Figure] = []
     tokens_per_second: Interval | None = None
     speedup: Interval | None = None
     ideal_speedup: float | None = None
@@ -283,10 +291,10 @@ class Guard(_Open):
 class CurvePoint(_Open):
     """One logged step of training; step 0, before any, has no loss."""
 
-    step: int
+    step: int = Field(ge=0)
     loss: float | None = None
-    tokens: int = 0
-    seconds: float = 0.0
+    tokens: int = Field(default=0, ge=0)
+    seconds: float = Field(default=0.0, ge=0)
     heldout_tau: float | None = None
 
 
@@ -294,12 +302,12 @@ class Stage(_Open):
     """One stage of the cost ledger."""
 
     stage: str
-    tokens: int | None = None
-    flops: float | None = None
+    tokens: int | None = Field(default=None, ge=0)
+    flops: float | None = Field(default=None, ge=0)
     formula: str | None = None
-    seconds: float | None = None
-    peak_memory_bytes: int | None = None
-    bytes_written: int | None = None
+    seconds: float | None = Field(default=None, ge=0)
+    peak_memory_bytes: int | None = Field(default=None, ge=0)
+    bytes_written: int | None = Field(default=None, ge=0)
 
 
 class Costs(_Open):
@@ -310,17 +318,12 @@ class Costs(_Open):
 
 def parse(model: type[Model], data: Any, where: str) -> Model:
     """``data`` as ``model``. Raises ``UserError`` with ``where`` and the first field that does not fit."""
-    try:
-        return model.model_validate(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "top level"
-        raise UserError(f"{where}: {field}: {first['msg']}") from error
+    return typed(model, data, where, "measure again, or copy the file again")
 
 
 def read_bench(path: Path) -> BenchResult:
     """A benchmark result. Raises ``UserError`` for an unreadable file, another schema or a missing field."""
-    data = read_json(path)
+    data = read_json(path, finite=False)
     schema = data.get("schema")
     if schema != BENCH_SCHEMA:
         raise UserError(
@@ -358,19 +361,8 @@ def read_curve(path: Path) -> list[CurvePoint]:
     that is there twice (a run that was killed between writing its line and its checkpoint, and resumed) counts once,
     as written last. Raises ``UserError`` with file and line for damage anywhere else.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as text") from error
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
     points: dict[int, CurvePoint] = {}
-    for number, line in lines:
-        try:
-            data = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == lines[-1][0] and not text.endswith("\n"):
-                break
-            raise UserError(f"{path}:{number}: broken JSON: {error.msg}") from error
+    for number, data in json_lines(path, torn=True):
         plain = unsealed(data, f"{path}:{number}", "delete that line") if isinstance(data, dict) else data
         point = parse(CurvePoint, plain, f"{path}:{number}")
         if point.step and point.loss is None:
@@ -385,12 +377,11 @@ def read_curve(path: Path) -> list[CurvePoint]:
 def _before(curve: Path) -> float | None:
     """The held-out tau before any training, from the run's state beside the curve; None where there is none. Raises
     ``UserError`` for a state that is damaged."""
-    path = curve.with_name("state.json")
-    if not path.is_file():
+    state = curve.with_name("state.json")
+    if not state.is_file():
         return None
-    stored = read_json(path)
     try:
-        (step, tau), *_ = stored["state"]["history"]
+        (step, tau), *_ = read_json(state, finite=False)["state"]["history"]
         return float(tau) if step == 0 else None
-    except (ValueError, KeyError, TypeError):
-        return None
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        raise UserError(f"{state} has no history of the training in it; copy it again, or move it away") from error

@@ -10,10 +10,11 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import FiniteFloat, PositiveInt, StrictBool, TypeAdapter, ValidationError
+from pydantic import FiniteFloat, PositiveInt, StrictBool
 
 from redraft.artifact import read_json, read_sealed, write_sealed
 from redraft.errors import UserError
+from redraft.inputs import require_file, typed
 from redraft.rows import AnyRow, TokenRow
 from redraft.selection import Scorer, ScoringContext, explained_scores, scored_tokens
 from redraft.settings.texts import Budget, parse_budget
@@ -102,12 +103,7 @@ def read_manifest(path: str | Path, run: str | None = None) -> Manifest:
     stored = read_json(path) if run is None else read_sealed(path, SCHEMA, run, "delete it to select again")
     if stored.get("schema") != SCHEMA:
         raise UserError(f"{path} is not a selection manifest (schema {stored.get('schema')!r}, expected {SCHEMA!r})")
-    try:
-        found = TypeAdapter(Manifest).validate_python(stored)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise UserError(f"{path} is damaged ({where}: {first['msg']}); select again") from error
+    found = typed(Manifest, stored, f"{path} is damaged", "select again")
     if [entry.rank for entry in found.entries] != list(range(1, len(found.entries) + 1)):
         raise UserError(f"{path} is damaged: its entries are not what redraft writes; select again")
     return found
@@ -115,6 +111,7 @@ def read_manifest(path: str | Path, run: str | None = None) -> Manifest:
 
 def file_hash(path: str | Path) -> str:
     """SHA-256 of a file's bytes in hex. Raises ``UserError`` when it cannot be read."""
+    require_file(path)
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

@@ -8,18 +8,17 @@ some values: a mapping marked with :class:`BlockOf`.
 from __future__ import annotations
 
 import math
-import re
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar, Union, dataclass_transform, get_args, get_origin
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
 from redraft.errors import UserError
+from redraft.inputs import read_yaml as read_yaml
 from redraft.registries import nearest
 
 STRICT = ConfigDict(extra="forbid", frozen=True, defer_build=True)
@@ -309,63 +308,7 @@ class Settings(Part):
 
 
 # -- YAML files --------------------------------------------------------------------------------------------------------
-BOOLEAN = "tag:yaml.org,2002:bool"
-NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
-TIMESTAMP = "tag:yaml.org,2002:timestamp"
-
-
-class Loader(yaml.SafeLoader):
-    """YAML that refuses a key that is there twice (the first would be lost), and where ``on`` is a word.
-
-    Booleans are true and false alone, and a date or a time (``12:30``) is a text, as YAML 1.2 has it.
-    """
-
-    yaml_implicit_resolvers = {
-        first: [(tag, form) for tag, form in found if tag not in (BOOLEAN, TIMESTAMP)]
-        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-
-def _number(loader: Loader, node: yaml.ScalarNode) -> Any:
-    """A number, unless it is written with colons: in base 60 nobody counts."""
-    if ":" in node.value:
-        return node.value
-    return loader.construct_yaml_int(node) if node.tag == NUMBERS[0] else loader.construct_yaml_float(node)
-
-
-def _mapping(loader: Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    found: dict[Any, Any] = {}
-    for key_node, value_node in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if key in found:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is there twice", key_node.start_mark)
-        found[key] = loader.construct_object(value_node, deep=True)
-    return found
-
-
-Loader.add_implicit_resolver(BOOLEAN, re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
-for kind in NUMBERS:
-    Loader.add_constructor(kind, _number)
-Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
-
-
 Asked = TypeVar("Asked", bound=Settings)
-IN_TEXT = 'in "<unicode string>",'  # what yaml calls a file whose text it is given
-
-
-def read_yaml(path: Path, what: str) -> dict[str, Any]:
-    """The settings of a file, named ``what`` where it is missing. Raises ``UserError``."""
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader)  # a subclass of the safe loader
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; give a YAML file with {what}") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:  # numbers and nesting that it cannot read
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split()).replace(IN_TEXT, 'at')}") from None
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise UserError(f"{path} must hold settings as `name: value` lines")
-    return values
 
 
 def underscored(values: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -399,4 +342,9 @@ def merged(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any
 def read(kind: type[Asked], path: Path | None, given: Mapping[str, Any] | None = None) -> Asked:
     """The settings of a command from a YAML file (if any); ``given`` flags win, key by key. Raises ``UserError``."""
     values = read_yaml(path, f"the settings of `redraft {kind.COMMAND}`") if path else {}
-    return kind(**merged(underscored(values, str(path)), given or {}))
+    try:
+        return kind(**merged(underscored(values, str(path)), given or {}))
+    except UserError as error:
+        if path is None or str(path) in str(error):
+            raise
+        raise UserError(f"{path}{' and flags' if given else ''}: {error}") from error

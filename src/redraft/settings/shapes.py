@@ -11,6 +11,7 @@ from typing import Annotated
 from pydantic import TypeAdapter, ValidationError
 
 from redraft.errors import UserError
+from redraft.inputs import read_text
 from redraft.settings.base import AUTO, check
 
 Path = tuple[int, ...]
@@ -110,6 +111,7 @@ class DynamicTree:
 
 Shape = ChainShape | StaticTree | DynamicTree
 PATHS = TypeAdapter(tuple[Path, ...])
+MOST_TREE = 1 << 24  # bytes of a file of paths
 NUMBER = "[0-9]{1,5}"
 # How a shape of so many numbers is made and written.
 FORMS: dict[str, tuple[Callable[..., Shape], str, str]] = {
@@ -147,11 +149,7 @@ def parse_shape(text: str) -> Shape:
         return _static(text, "the tree")
     file = FilePath(text)
     if text.endswith(".json"):
-        try:
-            return _static(file.read_text(encoding="utf-8"), text)
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-            raise UserError(f"cannot read the tree {text}: {reason}") from None
+        return _static(read_text(file, "give a .json file of paths", MOST_TREE), text)
     raise UserError(
         f"unknown shape {text!r}; give chain:5, tree:5x10x60 (depth x top-k x nodes), paths such as "
         "[[0],[1],[0,0]], or a .json file of paths"

@@ -414,4 +414,8 @@ def parse_study(values: Mapping[str, Any]) -> StudyConfig:
 
 def read_study(path: Path) -> StudyConfig:
     """The study of a YAML file. Raises ``UserError``."""
-    return parse_study(read_yaml(path, "the settings of a study"))
+    values = read_yaml(path, "the settings of a study")
+    try:
+        return parse_study(values)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error

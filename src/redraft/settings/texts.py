@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 from pydantic import BeforeValidator
 
 from redraft.errors import UserError
+from redraft.inputs import loads
 from redraft.places import without_secrets
 from redraft.registries import EXPORTERS, SCORERS, STARTS, SUITES, nearest
 from redraft.settings.base import KINDS, check, choices, convert, known_name, one_of
@@ -272,8 +273,8 @@ def parse_template_args(given: Sequence[str]) -> dict[str, Any]:
 def _value(text: str) -> Any:
     """JSON, or else a text. NaN and Infinity are no JSON, and would equal nothing that was kept of a run."""
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
+        value = loads(text)
+    except ValueError:
         return text
     return value if kept_as_it_is(value) else text
 

@@ -102,6 +102,8 @@ class Facts:
         for source in (self.generation, self.whole_config, self.config, self.tokenizer):
             value = getattr(source, "eos_token_id", None)
             found.extend(value if isinstance(value, (list, tuple)) else [value])
+        if wrong := [i for i in found if i is not None and type(i) is not int]:
+            raise UserError(f"{self.name} has eos_token_id {wrong[0]!r:.60}; whole numbers are needed, ids of tokens")
         return tuple(sorted({int(i) for i in found if i is not None}))
 
     @cached_property

@@ -21,15 +21,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
+from pydantic import Field, NonNegativeFloat, NonNegativeInt
 from torch import Tensor, nn
 
 from redraft.arithmetic import choose_dtype
 from redraft.artifact import atomic_write_text, read_checked, read_json, read_sealed, write_checked, write_sealed
 from redraft.errors import UserError
 from redraft.files import append_text, use_folder
+from redraft.inputs import json_lines, typed
 from redraft.progress import Progress
 from redraft.seals import digest, sealed, unsealed
 from redraft.settings.training import LoopConfig
@@ -231,10 +233,17 @@ class TrainingLoop:
     def mend_curve(self, step: int) -> None:
         """Drop lines behind the checkpoint: a kill between the two would leave them there twice. Raises ``UserError``
         for one that is damaged."""
-        lines = read_lines(self.curve) if self.curve.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and curve_entry(line, self.curve)["step"] <= step]
-        if kept != lines:
-            atomic_write_text(self.curve, "".join(kept))
+        if not self.curve.exists():
+            return
+        mend = "delete that line (the curve is for the eye) and give the same command again"
+        kept = ""
+        for number, entry in json_lines(self.curve, finite=False, torn=True):
+            where = f"{self.curve}:{number}"
+            plain = unsealed(entry, where, mend) if isinstance(entry, dict) else entry
+            if typed(Line, plain, where, mend).step <= step:
+                kept += json.dumps(entry) + "\n"
+        if kept.encode() != self.curve.read_bytes():
+            atomic_write_text(self.curve, kept)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
@@ -269,9 +278,41 @@ class TrainingLoop:
     def stop(self, what: str, step: int) -> None:
         """Raise the ``UserError`` of a run that cannot go on."""
         path = self.checkpoint.path
-        good = read_json(path)["state"]["step"] if path.exists() else None
+        good = read_json(path, finite=False)["state"]["step"] if path.exists() else None
         kept = "" if good is None else f"the last good checkpoint is that of step {good} in {self.folder}; "
         raise UserError(f"{what} at step {step} of {self.total}; {kept}lower the learning rate")
+
+
+# -- on disk, as it must be to be gone on with -------------------------------------------------------------------------
+@dataclass
+class Line:
+    """A line of the training curve, as far as resuming asks."""
+
+    step: NonNegativeInt
+
+
+@dataclass
+class State:
+    """What a checkpoint says of the training; ``history`` lists (step, metric)."""
+
+    step: NonNegativeInt
+    history: list[tuple[NonNegativeInt, float]]
+    tokens: NonNegativeInt = 0
+    seconds: NonNegativeFloat = 0.0
+    best: float = 0.0
+    start: float = 0.0
+    best_step: NonNegativeInt = 0
+    segment: tuple[float, float] = (0.0, 0)
+    position: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Stored:
+    """``state.json``."""
+
+    identity: dict[str, Any]
+    file: Annotated[str, Field(pattern=r"^state-\d+\.safetensors$")]
+    state: State
 
 
 # -- on disk ---------------------------------------------------------------------------------------------------------
@@ -305,6 +346,7 @@ class Checkpoint:
         it."""
         stored = read_sealed(self.path, SCHEMA, None, self._mend)
         check = stored.pop("checksum", None)
+        typed(Stored, stored, f"{self.path} is damaged", self._mend)
         if not {"identity", "file", "state"} <= stored.keys() or check not in (None, digest(stored)):
             raise UserError(f"{self.path} is damaged: it no longer says what was written; {self._mend}")
         return stored
@@ -384,7 +426,7 @@ def stored_precision(folder: Path, unrecorded: str) -> str | None:
     path = folder / STATE_FILE
     if not path.exists():
         return None
-    return str(read_json(path)["state"].get("arithmetic", {}).get("precision", unrecorded))
+    return str(read_json(path, finite=False)["state"].get("arithmetic", {}).get("precision", unrecorded))
 
 
 def rows_digest(keys: list[str]) -> str:

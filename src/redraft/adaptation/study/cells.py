@@ -14,6 +14,7 @@ from redraft import provenance
 from redraft.acceptance.simulate import expected_rounds_sampled, simulate_greedy_chain
 from redraft.adaptation.core import Adaptation, Plan
 from redraft.adaptation.runs import half, row_tokens
+from redraft.adaptation.study.records import MEND, Scored
 from redraft.adaptation.study.targets import Asked, TargetWork, features_stage, slug
 from redraft.artifact import read_sealed, tensors_bytes, write_sealed
 from redraft.data.store import Row, read_rows
@@ -23,6 +24,7 @@ from redraft.drafts.groups import trained_parameters
 from redraft.drafts.opening import OpenDraft
 from redraft.drafts.scaling import Coarse
 from redraft.errors import UserError
+from redraft.inputs import typed
 from redraft.provenance import Entry, Ledger
 from redraft.rows import anchors, mix
 from redraft.seals import digest
@@ -297,6 +299,9 @@ def _scores(work: TargetWork, data: str, entry: SelectionEntry) -> tuple[list[An
         seconds = work.log.entry(stage).seconds
         write_sealed(path, {"flops": flops, "seconds": seconds, "scores": found}, SCORES, of)
     stored = read_sealed(path, SCORES, of, "delete it and give the same command again, which scores anew")
+    typed(Scored, stored, str(path), MEND)
+    if missing := next((row.key for row in rows if row.key not in stored["scores"]), None):
+        raise UserError(f"{path}: no score of {missing}; {MEND}")
     return rows, [stored["scores"][row.key] for row in rows], stored["flops"], stored["seconds"]
 
 

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from redraft.artifact import atomic_write_bytes, atomic_write_json, atomic_write_text, read_json
+from redraft.adaptation.study.records import SCHEMA, read_results
+from redraft.artifact import atomic_write_bytes, atomic_write_json, atomic_write_text
 from redraft.errors import UserError
 from redraft.evaluate.statistics import (
     paired_difference,
@@ -27,7 +28,7 @@ from redraft.evaluate.statistics import (
 )
 from redraft.reports.study import markdown, pictures
 
-SCHEMA, TABLES_FILE = "redraft.study/1", "tables.md"
+TABLES_FILE = "tables.md"
 NONE, ANY, FULL, SCRATCH = "none", "-", "full", "scratch"
 AXES = ("target", "method", "data", "selection", "loss", "start")
 MAIN, SAMPLED = "greedy", "sampled"
@@ -228,7 +229,9 @@ def mean_of_taus(parts: Sequence[Sums]) -> dict[str, float | None]:
 
 def interval(found: Any) -> dict[str, float | None]:
     """An interval for JSON, which knows no NaN: what does not exist is null."""
-    return {name: value if math.isfinite(value) else None for name, value in found.to_dict().items()}
+    return {
+        name: None if value is None or not math.isfinite(value) else value for name, value in found.to_dict().items()
+    }
 
 
 def _ratio(sums: Sums) -> float:
@@ -241,7 +244,7 @@ def write_tables(results: Path, out: Path | None = None) -> Path:
 
     ``out`` is by default the folder of the results. Returns the path of the tables. Raises ``UserError``.
     """
-    found = read_json(results)
+    found = read_results(results)
     figures = derive(found)
     folder = out if out is not None else results.parent
     drawn = pictures(found, figures)

@@ -17,14 +17,17 @@ from redraft.adaptation.claim import check_files, fingerprints, settled
 from redraft.adaptation.models import contestants, open_draft, open_target, template_prompts
 from redraft.adaptation.runs import Log, Say, record_of, row_tokens
 from redraft.adaptation.study.cells import CELL_FORMULAS, cell_folder, run_cell
-from redraft.adaptation.study.figures import MAIN, SCHEMA, derive
+from redraft.adaptation.study.figures import MAIN, derive
+from redraft.adaptation.study.records import SCHEMA, Facts, Record
 from redraft.adaptation.study.targets import Model, TargetWork, slug
 from redraft.artifact import read_json, read_sealed, write_sealed
 from redraft.errors import UserError
 from redraft.evaluate.speed import SCHEMA as BENCH_SCHEMA
 from redraft.evaluate.speed import BenchConfig, Prompt, bench
+from redraft.inputs import typed
 from redraft.locks import contents, held
 from redraft.progress import Progress, progress_bar
+from redraft.reports.load import BenchResult
 from redraft.rows import anchors
 from redraft.seals import digest
 from redraft.settings.sampler import Sampler
@@ -188,8 +191,9 @@ class StudyRun:
         path = self.record_path(cell)
         mend = f"delete {path} and give the same command again, which makes that cell anew"
         record = read_sealed(path, RECORD, self.marks[cell.target], mend)
-        if record.get("key") != cell.key:
-            raise UserError(f"{path} is the record of {record.get('key')} and not of {cell.key}; {mend}")
+        typed(Record, record, str(path), mend)
+        if record["key"] != cell.key:
+            raise UserError(f"{path} is the record of {record['key']} and not of {cell.key}; {mend}")
         check_files(path.parent, record.pop("files", {}), mend)
         return record
 
@@ -201,7 +205,11 @@ class StudyRun:
         """What is known of a target; none where no cell of it is done. Raises ``UserError`` for damage."""
         path = self.folder / "targets" / name / "facts.json"
         mend = "delete it with the records of its cells and give the same command again"
-        return read_sealed(path, FACTS, self.marks[name], mend) if path.exists() else None
+        if not path.exists():
+            return None
+        found = read_sealed(path, FACTS, self.marks[name], mend)
+        typed(Facts, found, str(path), mend)
+        return found
 
     def write(self, finished: bool) -> dict[str, Any]:
         """Write the results of what is finished, and return them; figures are worked out at the end alone."""
@@ -212,6 +220,8 @@ class StudyRun:
                 places = sorted((self.folder / "targets" / name).glob("speed-*.json"))
                 mend = "delete it and give the same command again, which measures it anew"
                 speeds = [read_sealed(path, BENCH_SCHEMA, self.marks[name], mend) for path in places]
+                for path, speed in zip(places, speeds, strict=True):
+                    typed(BenchResult, speed, str(path), mend)
                 targets[name] = known | ({"speed": speeds} if speeds else {})
         results: dict[str, Any] = {
             "schema": SCHEMA,

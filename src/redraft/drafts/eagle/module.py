@@ -18,10 +18,10 @@ from redraft.drafts.base import Draft, DraftConfig, heads_of, rope_of
 from redraft.drafts.eagle.proposer import EagleProposer, StaticProposer
 from redraft.drafts.eagle.unroll import EagleWalk
 from redraft.drafts.formats.embeddings import is_targets
-from redraft.drafts.formats.values import LARGEST, LONGEST
 from redraft.drafts.layers import Attend, Attention, Linear, RMSNorm, Rotary, SharedPrivateMLP, told_angles
 from redraft.errors import UserError
 from redraft.target import Head, Target
+from redraft.values import LARGEST, LONGEST
 
 # Whole numbers of a config that may be zero; others must be one at least.
 MAY_BE_ZERO = frozenset({"private_width", "low_rank"})

@@ -47,10 +47,10 @@ from redraft.drafts.formats.reading import (
     refuse_code,
 )
 from redraft.drafts.formats.rows import fit_rows, padded
-from redraft.drafts.formats.values import Values
 from redraft.errors import UserError
 from redraft.registries import FAMILIES
 from redraft.target import Facts
+from redraft.values import Values
 
 EMBEDDING = "embed_tokens.weight"
 WORDS = {"vllm": "vLLM's EAGLE", "sglang": "SGLang's EAGLE", "original": "SafeAILab's EAGLE"}

@@ -48,9 +48,9 @@ from redraft.drafts.formats.reading import (
     refuse_code,
 )
 from redraft.drafts.formats.rows import MAPS, fit_rows, padded
-from redraft.drafts.formats.values import Values
 from redraft.errors import UserError
 from redraft.target import Facts, default_taps
+from redraft.values import Values
 
 __all__ = ["ARCHITECTURES", "check_state", "check_taps", "check_vocabulary_map", "read", "read_maps", "recognises"]
 

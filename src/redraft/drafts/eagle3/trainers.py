@@ -13,9 +13,9 @@ from typing import Any
 
 from redraft.drafts.formats.meaning import Reading
 from redraft.drafts.formats.reading import Checkpoint
-from redraft.drafts.formats.values import Values
 from redraft.errors import UserError
 from redraft.settings.base import known_name
+from redraft.values import Values
 
 
 @dataclass(frozen=True)

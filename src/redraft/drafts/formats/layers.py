@@ -16,8 +16,8 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from redraft.drafts.formats.meaning import Reading, TensorFacts
-from redraft.drafts.formats.values import LONGEST, Values
 from redraft.errors import UserError
+from redraft.values import LONGEST, Values
 
 FIRST = "midlayer."
 LATER = re.compile(r"layers\.([1-9]\d{0,3})\.")

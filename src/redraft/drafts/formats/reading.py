@@ -15,10 +15,10 @@ from redraft.artifact import dtype_name, read_json, read_pickled, read_tensors
 from redraft.drafts.files import META_FILE
 from redraft.drafts.formats.base import CONFIG_FILE
 from redraft.drafts.formats.meaning import Reading, TensorFacts
-from redraft.drafts.formats.values import Values
 from redraft.errors import UserError
 from redraft.files import settle
 from redraft.loading.places import ADAPTER_FILE, EMBEDDED_PREFIX
+from redraft.values import Values
 
 Built = TypeVar("Built")
 
@@ -87,7 +87,7 @@ class Checkpoint:
         if (folder / ADAPTER_FILE).is_file() and not _whole_weights(folder):
             return cls(str(source), folder)
         if (folder / META_FILE).is_file():
-            meta = read_json(folder / META_FILE)
+            meta = read_json(folder / META_FILE, finite=False)
             if not meta:
                 raise UserError(f"{folder / META_FILE} is an empty object; copy the artifact again")
             return cls(str(source), folder, meta=meta)
@@ -95,7 +95,7 @@ class Checkpoint:
             gguf = any(folder.glob("*.gguf"))
             mend = "name the checkpoint that its GGUF file was made from" if gguf else "name the folder of a draft"
             raise UserError(f"{folder} holds no draft: no {CONFIG_FILE} and no {META_FILE}; {mend}")
-        config = read_json(folder / CONFIG_FILE)
+        config = read_json(folder / CONFIG_FILE, finite=False)
         if not config:
             raise UserError(f"{folder / CONFIG_FILE} is an empty object; download the checkpoint again")
         named = config.get("architectures") or []
@@ -209,7 +209,7 @@ def _whole_weights(folder: Path) -> bool:
 
 def _listed(folder: Path, index: str) -> list[Path]:
     """The files of an index. Raises ``UserError``."""
-    listed = read_json(folder / index).get("weight_map")
+    listed = read_json(folder / index, finite=False).get("weight_map")
     if not isinstance(listed, dict) or not listed or not all(isinstance(v, str) for v in listed.values()):
         raise UserError(f"{folder / index} has no weight_map; download it again")
     outside = next((name for name in listed.values() if name in ("", ".", "..") or Path(name).name != name), None)

@@ -26,7 +26,6 @@ from redraft.drafts.formats.base import (
     serve_command,
 )
 from redraft.drafts.formats.reading import Checkpoint
-from redraft.drafts.formats.values import LONGEST, Values
 from redraft.drafts.standalone.module import StandaloneDraft
 from redraft.errors import UserError
 from redraft.files import atomic_folder
@@ -36,6 +35,7 @@ from redraft.loading.targets import read_config
 from redraft.registries import EXPORTERS
 from redraft.target import Facts, Target
 from redraft.target.facts import SERVED, tensors_fingerprint
+from redraft.values import LONGEST, Values
 
 WEIGHTS_FILE = "model.safetensors"
 # Sizes in a config.json.
