@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from faults.drawing.counting import chi_square_tail, compared, every_test, holm, independent, whole
-from faults.drawing.drawn import DECODERS, WRITER, Draws, draws_of, written
+from faults.drawing.drawn import ACCEPTED, BONUS, DECODERS, WRITER, Draws, draws_of, written
 from faults.drawing.plants import PLANTS, chains
-from faults.drawing.world import DRAFTS, LIMIT, PROMPTS, SAMPLERS, V, make_draft, make_world
+from faults.drawing.world import DRAFTS, END, LIMIT, PROMPTS, SAMPLERS, V, make_draft, make_world
 
 from redraft.decode.accept import accept_chains
 from redraft.sampling import warp
@@ -70,6 +70,32 @@ def test_p_values_are_uniform_where_nothing_is_wrong_and_small_where_something_i
     rows = torch.multinomial(WORLD.probs(SAMPLERS[0])[0][0, 0], 3000, True, generator=generator)
     assert next(independent("rows", rows[::2], rows[1::2])).p > 1e-3
     assert next(independent("rows", rows[::2], rows[::2])).p < 1e-6
+
+
+def drawn_by_hand(count: int, generator: torch.Generator) -> Draws:
+    """Answers from the enumerated chances, with origins that have nothing to do with them."""
+    prompts, probs = torch.arange(count) % len(PROMPTS), WORLD.probs(SAMPLERS[0])
+    tokens, context = torch.full((count, LIMIT), V), torch.zeros(count, dtype=torch.long)
+    for place in range(LIMIT):
+        going = (context >= 0) if place == 0 else (tokens[:, place - 1] != END) & (tokens[:, place - 1] < V)
+        drawn = torch.multinomial(probs[place][prompts, context.clamp(max=V**place - 1)], 1, generator=generator)[:, 0]
+        tokens[:, place] = torch.where(going, drawn, V)
+        context = context * V + drawn
+    return Draws(prompts, tokens, torch.randint(ACCEPTED, BONUS + 1, tokens.shape, generator=generator), 0, (1, 2))
+
+
+def test_every_test_is_right_about_how_sure_it_is():
+    """Of draws by hand a test is below 0.05 as often as that: the tests of many draws would alarm for nothing else."""
+    generator, ps = torch.Generator().manual_seed(5), dict[str, list[float]]()
+    for _ in range(80):
+        for found in every_test(drawn_by_hand(1200, generator), WORLD.probs(SAMPLERS[0])):
+            ps.setdefault(found.test, []).append(found.p)
+    assert len(ps) == 13
+    for name, found in ps.items():
+        assert 0.35 < sum(found) / len(found) < 0.65, name
+        assert sum(p < 0.05 for p in found) / len(found) < 0.15, name
+    everything = [p for found in ps.values() for p in found]
+    assert 0.03 < sum(p < 0.05 for p in everything) / len(everything) < 0.075
 
 
 @pytest.mark.parametrize("decoder", [*DECODERS, WRITER])

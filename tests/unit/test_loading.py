@@ -195,7 +195,7 @@ def test_damaged_checkpoints(saved: tuple[Path, Target], tmp_path: Path) -> None
     (base / "chat_template.jinja").unlink(missing_ok=True)
     refused(base, "no tokenizer that can be loaded")
     (base / "config.json").write_text("{")
-    refused(base, "cannot be loaded")
+    refused(base, "config.json is not JSON: line 1")
 
 
 def test_models_of_another_kind(tmp_path: Path) -> None:

@@ -149,7 +149,11 @@ def parse_shape(text: str) -> Shape:
         return _static(text, "the tree")
     file = FilePath(text)
     if text.endswith(".json"):
-        return _static(read_text(file, "give a .json file of paths", MOST_TREE), text)
+        written = read_text(file, "give a .json file of paths", MOST_TREE)
+        try:
+            return _static(written, text)
+        except UserError as error:
+            raise error if text in str(error) else UserError(f"{text}: {error}") from error
     raise UserError(
         f"unknown shape {text!r}; give chain:5, tree:5x10x60 (depth x top-k x nodes), paths such as "
         "[[0],[1],[0,0]], or a .json file of paths"
