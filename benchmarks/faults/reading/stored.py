@@ -20,7 +20,7 @@ from redraft.data.server import read_top_file
 from redraft.data.store import Row
 from redraft.data.template import kept_moment
 from redraft.features import read_index
-from redraft.inputs import read_typed
+from redraft.inputs import read_json, typed
 from redraft.provenance import Ledger
 from redraft.reports.load import read_curve
 from redraft.reports.study import markdown
@@ -173,9 +173,15 @@ def _tensors(place: Path) -> Outcome:
     return {name: hashlib.sha256(found[name].numpy().tobytes()).hexdigest() for name in sorted(found)}
 
 
-def _result(found: TrainResult) -> Outcome:
+def _result(path: Path) -> Outcome:
+    found = typed(TrainResult, read_json(path, finite=False), str(path))
     floats = [float(x) for x in (found.best_tau, found.start_tau, found.seconds)]
     return [*floats, found.steps, found.anchors, found.history]
+
+
+def _index(folder: Path) -> Outcome:
+    found = read_index(folder)
+    return [found.identity, found.index]
 
 
 def _date(path: Path) -> Outcome:
@@ -246,7 +252,7 @@ def stored() -> list[Reader]:
             "result of training",
             {"train.json": "json"},
             files("run/train.json"),
-            lambda place: _result(read_typed(TrainResult, place / "train.json")),
+            lambda place: _result(place / "train.json"),
             None,
             by(readings.result, "train.json"),
         ),
@@ -254,7 +260,7 @@ def stored() -> list[Reader]:
             "index of features",
             {"features/index.json": "json"},
             files("run/features"),
-            lambda place: list(read_index(place / "features")),
+            lambda place: _index(place / "features"),
             None,
             by(readings.index, "features/index.json"),
         ),
