@@ -29,7 +29,7 @@ from torch import Tensor
 
 from redraft.artifact import atomic_write_json, read_json, tensors_hash, write_shard
 from redraft.errors import UserError
-from redraft.inputs import loads, require_file, typed
+from redraft.inputs import loads, require_file, there, typed
 from redraft.rows import AnyRow, TokenRow, anchors, length_batches
 from redraft.target import KeyValueCache, Target
 
@@ -277,14 +277,14 @@ def read_index(folder: Path) -> tuple[Any, dict[str, str]]:
     Raises ``UserError`` for a damaged index.
     """
     path = folder / INDEX_FILE
-    if not path.exists():
+    if not there(path):
         return None, {}
     stored = read_json(path)
     if not {"identity", "index"} <= stored.keys():
         raise UserError(f"{path} is damaged; delete the folder and give the same command again")
     typed(Index, stored["index"], f"{path} is damaged", MEND)
-    there = {shard.name for shard in folder.glob("shard-*.safetensors")}
-    return stored["identity"], {key: name for key, name in stored["index"].items() if name in there}
+    shards = {shard.name for shard in folder.glob("shard-*.safetensors")}
+    return stored["identity"], {key: name for key, name in stored["index"].items() if name in shards}
 
 
 def _of_row(key: str, take: Callable[[str], Tensor]) -> dict[str, Tensor]:

@@ -55,6 +55,11 @@ def require_file(path: str | Path, mend: str = "") -> int:
     return found.st_size
 
 
+def there(path: str | Path) -> bool:
+    """Whether anything lies there: also a link to nothing, which is no absent file and is told of when it is read."""
+    return os.path.lexists(path)
+
+
 def read_bytes(path: str | Path, mend: str = "", most: int = MOST_BYTES) -> bytes:
     """What a file holds, unpacked where its name ends in ``.gz``.
 

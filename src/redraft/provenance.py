@@ -25,7 +25,7 @@ from pydantic import Field, NonNegativeInt
 from redraft import arithmetic
 from redraft.errors import UserError
 from redraft.files import atomic_write_json
-from redraft.inputs import read_json, typed
+from redraft.inputs import read_json, there, typed
 from redraft.places import installed, without_secrets
 
 FORWARD_FORMULA = "2 * parameters * tokens"
@@ -211,7 +211,7 @@ class Ledger:
     def load(cls, path: str | Path) -> Ledger:
         """The ledger at ``path``, or an empty one that will be written there. Raises ``UserError`` on damage."""
         path = Path(path)
-        if not path.exists():
+        if not there(path):
             return cls(path)
         known = {f.name for f in fields(Entry)}
         try:

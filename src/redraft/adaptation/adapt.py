@@ -26,7 +26,7 @@ from redraft.drafts.groups import trained_parameters
 from redraft.drafts.opening import AnyDraft, OpenDraft
 from redraft.errors import UserError
 from redraft.evaluate.speed import BenchConfig
-from redraft.inputs import read_typed
+from redraft.inputs import read_typed, there
 from redraft.reports.card import write_card
 from redraft.reports.load import read_bench
 from redraft.reports.page import build_report
@@ -120,7 +120,7 @@ class AdaptRun(Run[AdaptConfig]):
 
     def select(self) -> Manifest:
         """Score every response, or every prompt before any is answered, and keep the budget's worth."""
-        if self.selection.exists():
+        if there(self.selection):
             return read_manifest(self.selection)
         c, target, prompts = self.config, self.target, self.config.select_on == "prompts"
         # Where everything is kept, whatever its score, the scorer is one that costs nothing.
@@ -151,7 +151,7 @@ class AdaptRun(Run[AdaptConfig]):
     def train(self) -> TrainResult | None:
         """Train what the method names; save the private part (if it is one) and the merged draft."""
         c, done, job = self.config, self.folder / "train.json", self.job
-        if done.exists():
+        if there(done):
             return read_typed(TrainResult, done, mend="delete it and give the same command again")
         rows = self.training_rows()
         job.start(lambda: self.start_context(rows))
@@ -186,7 +186,7 @@ class AdaptRun(Run[AdaptConfig]):
     def bench(self) -> dict[str, Any]:
         """Plain decoding, the stale and the aligned draft on the evaluation prompts."""
         c, path = self.config, self.folder / "bench.json"
-        if path.exists():
+        if there(path):
             read_bench(path)
             return read_json(path, finite=False)
         prompts, began = self.source.evaluation(c.bench_tokens), time.monotonic()

@@ -13,6 +13,7 @@ from redraft.arithmetic import go_on_with
 from redraft.artifact import atomic_write_json, read_json
 from redraft.drafts.formats.base import check_formats
 from redraft.errors import UserError
+from redraft.inputs import there
 from redraft.settings.base import AUTO
 from redraft.settings.runs import AdaptConfig, DistillConfig
 from redraft.settings.training import DistilConfig, PretrainConfig, TrainConfig
@@ -48,7 +49,7 @@ def claim_run(config: Run, say: Say | None = None) -> Run:
     check_formats(config.exports, "eagle3" if adapts else "standalone")
     path = config.out / CONFIG_FILE
     config = settled(config, path, say)
-    stored = read_json(path) if path.exists() else {}
+    stored = read_json(path) if there(path) else {}
     recipes = {"train": TrainConfig()} if adapts else {"pretrain": PretrainConfig(), "align": DistilConfig()}
     if stored and not adapts:
         # What trains kept its precision whatever the target's type was, before there was a choice.
@@ -60,7 +61,7 @@ def claim_run(config: Run, say: Say | None = None) -> Run:
         config.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot use {config.out} as run directory: {error.strerror or error}") from None
-    if not path.exists():
+    if not there(path):
         if any(config.out.iterdir()):
             raise UserError(f"{config.out} holds other files; give a new or empty run directory")
         atomic_write_json(path, values)

@@ -34,7 +34,7 @@ from redraft.data.generate import Completion, Request
 from redraft.data.store import FINISH_REASONS, Failure, Row
 from redraft.data.transport import Connection, Refused, Transient, excerpt
 from redraft.errors import UserError
-from redraft.inputs import json_lines
+from redraft.inputs import json_lines, there
 
 Item = TypeVar("Item")
 Outcome = TypeVar("Outcome")
@@ -293,7 +293,7 @@ def read_top_file(path: Path, rows: Sequence[Row]) -> dict[str, Top]:
     """The figures stored for ``rows``; a torn last line is left out. Raises ``UserError`` for any other damage."""
     counts = {row.key: len(row.response_ids) - 1 for row in rows}
     found: dict[str, Top] = {}
-    for number, value in json_lines(path, torn=True) if path.exists() else ():
+    for number, value in json_lines(path, torn=True) if there(path) else ():
         try:
             if value["key"] in counts:
                 found[value["key"]] = parse_top(value["top"], counts[value["key"]])

@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from redraft.errors import UserError
-from redraft.inputs import json_lines, read_json, typed
+from redraft.inputs import json_lines, read_json, there, typed
 from redraft.places import without_secrets
 
 BENCH_SCHEMA = "redraft.bench/1"
@@ -375,7 +375,7 @@ def read_curve(path: Path) -> list[CurvePoint]:
 def _before(curve: Path) -> float | None:
     """The held-out tau before any training, from the run's state beside the curve; None where there is none."""
     state = curve.with_name("state.json")
-    if not state.exists():
+    if not there(state):
         return None
     try:
         (step, tau), *_ = read_json(state, finite=False)["state"]["history"]

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from redraft.arithmetic import choose_dtype
 from redraft.artifact import atomic_write_json, atomic_write_text, read_checked, read_json, write_checked
 from redraft.errors import UserError
-from redraft.inputs import json_lines, typed
+from redraft.inputs import json_lines, there, typed
 from redraft.progress import Progress
 from redraft.settings.training import LoopConfig
 from redraft.training.optimizer import Optimizers, learning_rate, make_optimizers, muon_type
@@ -229,7 +229,7 @@ class TrainingLoop:
 
     def mend_curve(self, step: int) -> None:
         """Drop lines behind the checkpoint: a kill between the two would leave them there twice."""
-        if not self.curve.exists():
+        if not there(self.curve):
             return
         found = [entry for _, entry in json_lines(self.curve, finite=False, torn=True)]
         steps = [typed(Line, entry, str(self.curve), "delete it; the training goes on without").step for entry in found]
@@ -270,7 +270,7 @@ class TrainingLoop:
     def stop(self, what: str, step: int) -> None:
         """Raise the ``UserError`` of a run that cannot go on."""
         path = self.checkpoint.path
-        good = read_json(path, finite=False)["state"]["step"] if path.exists() else None
+        good = read_json(path, finite=False)["state"]["step"] if there(path) else None
         kept = "" if good is None else f"the last good checkpoint is that of step {good} in {self.folder}; "
         raise UserError(f"{what} at step {step} of {self.total}; {kept}lower the learning rate")
 
@@ -318,7 +318,7 @@ class Checkpoint:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / STATE_FILE
         self._mend = f"delete the folder {folder} and give the same command again, which trains anew"
-        if self.path.exists():
+        if there(self.path):
             stored = self._stored()["identity"]
             if OLD_DRAFT in self.identity and not stored.get(OLD_DRAFT):
                 stored[OLD_DRAFT] = self.identity[OLD_DRAFT]  # most runs did not say it once
@@ -357,7 +357,7 @@ class Checkpoint:
 
         Raises ``UserError`` that names the damaged file, also for the best weights, which are read only at the end.
         """
-        if not self.path.exists():
+        if not there(self.path):
             return None
         stored = self._stored()
         if (self.folder / BEST_FILE).exists():  # some that train keep no best weights besides the last
@@ -398,7 +398,7 @@ def stored_precision(folder: Path, unrecorded: str) -> str | None:
     ``unrecorded`` stands for that of a run of before this was recorded.
     """
     path = folder / STATE_FILE
-    if not path.exists():
+    if not there(path):
         return None
     return str(read_json(path, finite=False)["state"].get("arithmetic", {}).get("precision", unrecorded))
 
