@@ -240,6 +240,7 @@ def stored() -> list[Reader]:
             _checkpoint,
             None,
             by(_state, "train/state.json"),
+            names=("train",),
             weight=6,
         ),
         Reader(
