@@ -129,7 +129,7 @@ def check_kinds(raw: dict[str, Any], config: Any, file: Path, inside: str = "") 
             named = "Literal" in str(getattr(type(config), "__annotations__", {}).get(key))
             if not (named and isinstance(value, str)):  # some switches have further ways, each with a name
                 values.flag(key)
-        elif type(known) in (int, float) and math.isfinite(known):
+        elif isinstance(known, int | float) and math.isfinite(known):
             if type(value) not in (int, float) or not abs(value) < BEYOND:
                 raise values.refuse(key, "a number")
             if type(known) is int and value != int(value):
