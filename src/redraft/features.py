@@ -32,7 +32,7 @@ from torch import Tensor
 from redraft.artifact import read_sealed, tensors_hash, write_sealed, write_tensors
 from redraft.errors import UserError
 from redraft.files import clean, use_folder
-from redraft.inputs import loads, require_file, typed
+from redraft.inputs import loads, require_file, there, typed
 from redraft.locks import LOCK_FILE, is_helper, lock
 from redraft.rows import AnyRow, TokenRow, anchors, length_batches
 from redraft.target import KeyValueCache, Target
@@ -361,17 +361,17 @@ class Index:
 def read_index(folder: Path) -> Index:
     """The index of a folder of features. Raises ``UserError`` for a damaged one, and for shards without one."""
     path = folder / INDEX_FILE
-    there = {shard.name for shard in folder.glob("shard-*.safetensors")}
+    shards = {shard.name for shard in folder.glob("shard-*.safetensors")}
     mend = f"delete the folder {folder} and give the same command again, which computes all rows anew"
-    if not path.exists():
-        if there:
-            raise UserError(f"{path} does not exist, and there are {len(there)} shards beside it; {mend}")
+    if not there(path):
+        if shards:
+            raise UserError(f"{path} does not exist, and there are {len(shards)} shards beside it; {mend}")
         return Index()
     stored = read_sealed(path, SCHEMA, None, mend)
     if not {"identity", "index"} <= stored.keys():
         raise UserError(f"{path} is damaged; {mend}")
     typed(Shards, stored["index"], f"{path} is damaged", mend)
-    index = {key: name for key, name in stored["index"].items() if name in there}
+    index = {key: name for key, name in stored["index"].items() if name in shards}
     return Index(stored["identity"], index, stored.get("sums", {}), stored.get("tokens", {}), stored.get("kept"))
 
 

@@ -56,6 +56,11 @@ def require_file(path: str | Path, mend: str = "") -> int:
     return found.st_size
 
 
+def there(path: str | Path) -> bool:
+    """Whether anything lies there: also a link to nothing, which is no absent file and is told of when it is read."""
+    return os.path.lexists(path)
+
+
 def read_bytes(path: str | Path, mend: str = "", most: int = MOST_BYTES) -> bytes:
     """What a file holds, unpacked where its name ends in ``.gz``.
 
@@ -193,7 +198,8 @@ def read_object(path: str | Path, finite: bool = True) -> dict[str, Any]:
 def json_lines(path: str | Path, finite: bool = True, torn: bool = False) -> Iterator[tuple[int, Any]]:
     """Number and value of every line of JSON that is not blank. Raises ``UserError`` with file and line.
 
-    With ``torn`` a last line that lacks its end is left out where it is no JSON: a killed writer leaves one.
+    With ``torn`` a last line that lacks its end is left out where it is the beginning of an object: a killed writer
+    leaves one.
     """
     # split("\n"), not splitlines(): JSON text may hold U+2028 and its like unescaped
     *lines, last = _torn_text(path).split("\n") if torn else read_text(path).split("\n")
@@ -204,7 +210,7 @@ def json_lines(path: str | Path, finite: bool = True, torn: bool = False) -> Ite
         try:
             value = parse_json(last, path, len(lines) + 1, finite)
         except UserError:
-            if torn:
+            if torn and last.lstrip().startswith("{"):  # the beginning of an object, or what a disk made of its end
                 return
             raise
         yield len(lines) + 1, value
@@ -233,7 +239,8 @@ def typed(kind: Callable[..., Read], value: Any, where: str, mend: str = "copy i
     Raises ``UserError`` that begins with ``where`` and names the first part that does not fit, and ends with ``mend``.
     """
     try:
-        found: Read = _adapter(kind).validate_json(json.dumps(value), strict=True)
+        adapter = _adapter(kind)  # type: ignore[arg-type]
+        found: Read = adapter.validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         part = ".".join(map(str, first["loc"]))[:120] or "the whole"

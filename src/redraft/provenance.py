@@ -25,7 +25,7 @@ from pydantic import Field, NonNegativeInt
 from redraft import arithmetic
 from redraft.errors import UserError
 from redraft.files import atomic_write_json
-from redraft.inputs import read_object, typed
+from redraft.inputs import read_object, there, typed
 from redraft.places import installed, without_secrets
 from redraft.seals import sealed, unsealed
 
@@ -217,7 +217,7 @@ class Ledger:
         Raises ``UserError`` on damage, and for another run's.
         """
         path = Path(path)
-        if not path.exists():
+        if not there(path):
             return cls(path, run=run)
         known = {f.name for f in fields(Entry)}
         try:

@@ -137,6 +137,8 @@ def test_lines_of_json_and_a_torn_last_one(tmp_path):
     path.write_text('{"a": 1}\n{"b"\n{"c": 1}')
     for torn in (True, False):
         refused(lambda torn=torn: list(json_lines(path, torn=torn)), "a.jsonl:2: not JSON")
+    path.write_text('{"a": 1}\n[[[')
+    refused(lambda: list(json_lines(path, torn=True)), "a.jsonl:2: not JSON")
     path.write_text('{"a": 1}\n{"c": 1}')
     assert [value for _, value in json_lines(path, torn=True)] == [{"a": 1}, {"c": 1}]
 

@@ -115,6 +115,12 @@ def test_files_that_cannot_be_read(tmp_path: Path, name: str, data: bytes, messa
         read_conversations(tmp_path / name)
 
 
+def test_a_line_of_null_is_no_prompt_and_is_not_left_out(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "one"}\nnull\n')
+    with pytest.raises(UserError, match=r"p\.jsonl:2: a prompt must be a JSON object, not null"):
+        read_conversations(tmp_path / "p.jsonl")
+
+
 def test_missing_file_and_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         read_conversations(tmp_path / "none.jsonl")

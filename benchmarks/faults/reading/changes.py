@@ -150,7 +150,7 @@ def json_value(rng: random.Random, text: str) -> tuple[Change, str]:
         how = "kind"
     if not spot or how == "top":
         new = rng.choice([[], "text", 3, None, True, [top], {"a": top}, {}])
-        return Change("value", f"{new!r:.40} as the whole", WRONG, lambda p: None), dumped(new)
+        return Change("value", f"{new!r:.40} as the whole", OTHER, lambda p: None), dumped(new)
     allows = WRONG
     if how == "gone":
         del inner[spot[-1]]

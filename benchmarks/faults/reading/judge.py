@@ -162,7 +162,7 @@ def curve(path: Path) -> Any:
         try:
             found.append(json.loads(last))
         except ValueError:
-            pass
+            demand(last.lstrip().startswith("{"))
     points = {}
     for one in found:
         demand(whole(one["step"]) and (one["step"] == 0 or number(one["loss"])) and whole(one.get("tokens", 0)))
@@ -173,15 +173,16 @@ def curve(path: Path) -> Any:
     return [points[step] for step in sorted(points)]
 
 
-def index(path: Path) -> Any:
-    """The shard of every row whose shard is there."""
+def index(path: Path, identity: Any) -> Any:
+    """The shard of every row whose shard is there, where the features are of this target."""
     if not path.exists():
         demand(not path.is_symlink())
-        return [None, {}]
+        return {}
     found = json.loads(text_of(path))
+    demand(found["identity"] == identity)
     demand(all(re.fullmatch(r"shard-\d+\.safetensors", name) for name in found["index"].values()))
     there = {shard.name for shard in path.parent.glob("shard-*.safetensors")}
-    return [found["identity"], {key: name for key, name in found["index"].items() if name in there}]
+    return {key: name for key, name in found["index"].items() if name in there}
 
 
 def paths(path: Path) -> Any:

@@ -7,6 +7,7 @@ import json
 import re
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file
 
@@ -19,7 +20,7 @@ from redraft.artifact import read_checked, write_checked
 from redraft.data.server import read_top_file
 from redraft.data.store import Row
 from redraft.data.template import kept_moment
-from redraft.features import read_index
+from redraft.features import FeatureStore
 from redraft.inputs import read_json, typed
 from redraft.provenance import Ledger
 from redraft.reports.load import read_curve
@@ -179,9 +180,9 @@ def _result(path: Path) -> Outcome:
     return [*floats, found.steps, found.anchors, found.history]
 
 
-def _index(folder: Path) -> Outcome:
-    found = read_index(folder)
-    return [found.identity, found.index]
+def _kept_identity() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RUN / "run" / "features" / "index.json").read_text())["identity"]
+    return found
 
 
 def _date(path: Path) -> Outcome:
@@ -246,6 +247,7 @@ def stored() -> list[Reader]:
             _checkpoint,
             None,
             by(_state, "train/state.json"),
+            names=("train",),
             weight=6,
         ),
         Reader(
@@ -260,9 +262,10 @@ def stored() -> list[Reader]:
             "index of features",
             {"features/index.json": "json"},
             files("run/features"),
-            lambda place: _index(place / "features"),
+            lambda place: FeatureStore(place / "features", _kept_identity()).index,
             None,
-            by(readings.index, "features/index.json"),
+            by(lambda path: readings.index(path, _kept_identity()), "features/index.json"),
+            names=("features",),
         ),
         Reader(
             "claim of a run",

@@ -15,7 +15,7 @@ from redraft.adaptation.cards import run_card
 from redraft.adaptation.claim import claim_run
 from redraft.adaptation.core import Adaptation, Plan, open_old
 from redraft.adaptation.models import contestants, open_draft, open_target, prompt_rows, settle_template
-from redraft.adaptation.runs import Run, Say, row_tokens, supervised_rows
+from redraft.adaptation.runs import AGAIN, Run, Say, row_tokens, supervised_rows
 from redraft.adaptation.sources import Source
 from redraft.data.store import Row
 from redraft.drafts.base import Draft
@@ -25,7 +25,7 @@ from redraft.drafts.groups import trained_parameters
 from redraft.drafts.opening import AnyDraft, OpenDraft
 from redraft.errors import UserError
 from redraft.evaluate.speed import BenchConfig
-from redraft.inputs import typed
+from redraft.inputs import there, typed
 from redraft.reports.card import write_card
 from redraft.reports.load import BENCH_SCHEMA, read_bench
 from redraft.reports.page import build_report
@@ -121,7 +121,7 @@ class AdaptRun(Run[AdaptConfig]):
 
     def select(self) -> Manifest:
         """Score every response, or every prompt before any is answered, and keep the budget's worth."""
-        if self.selection.exists():
+        if there(self.selection):
             found = read_manifest(self.selection, self.mark)
             if self.config.select_on == "responses":
                 found.check_source(self.source.responses)
@@ -156,9 +156,7 @@ class AdaptRun(Run[AdaptConfig]):
         """Train what the method names; save the private part (if it is one) and the merged draft."""
         done = self.finished("train.json", TRAINED)
         if done is not None:
-            return typed(
-                TrainResult, done, str(self.folder / "train.json"), "delete it and give the same command again"
-            )
+            return typed(TrainResult, done, str(self.folder / "train.json"), AGAIN)
         c, job = self.config, self.job
         rows = self.training_rows()
         job.start(lambda: self.start_context(rows))

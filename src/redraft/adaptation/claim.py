@@ -13,6 +13,7 @@ from redraft.arithmetic import go_on_with
 from redraft.artifact import read_json, read_sealed, write_sealed
 from redraft.drafts.formats.base import check_formats
 from redraft.errors import UserError
+from redraft.inputs import there
 from redraft.locks import contents, held
 from redraft.seals import digest, file_digest
 from redraft.settings.base import AUTO
@@ -56,7 +57,7 @@ def _claimed(config: Run, say: Say | None) -> Run:
     check_formats(config.exports, "eagle3" if adapts else "standalone")
     path = config.out / CONFIG_FILE
     config = settled(config, path, say)
-    stored = read_sealed(path, SETTINGS, None, NEW_RUN) if path.exists() else {}
+    stored = read_sealed(path, SETTINGS, None, NEW_RUN) if there(path) else {}
     recipes = {"train": TrainConfig()} if adapts else {"pretrain": PretrainConfig(), "align": DistilConfig()}
     if stored and not adapts:
         # What trains kept its precision whatever the target's type was, before there was a choice.
@@ -64,7 +65,7 @@ def _claimed(config: Run, say: Say | None) -> Run:
         config = config.model_copy(update={name: kept[name] | getattr(config, name) for name in recipes})
     values = json.loads(config.model_dump_json(exclude={"out"})) | {"bench_prompts": config.bench_prompts}
     values |= {name: config.blocks()[name].identity() for name in recipes}
-    if not path.exists():
+    if not there(path):
         if contents(config.out):
             raise UserError(f"{config.out} holds other files; give a new or empty run directory")
         write_sealed(path, values, SETTINGS)

@@ -23,6 +23,7 @@ from redraft.data.store import Row, read_rows
 from redraft.data.template import template_record
 from redraft.drafts.base import Draft
 from redraft.drafts.formats.base import check_export
+from redraft.inputs import there
 from redraft.locks import held
 from redraft.progress import Progress, progress_bar
 from redraft.provenance import Entry, Ledger
@@ -123,7 +124,7 @@ class Run(Generic[Settings]):
         Raises ``UserError`` for damage.
         """
         path = self.folder / name
-        if not path.exists():
+        if not there(path):
             return None
         mend = f"delete {path} and give the same command again, which does that stage anew from where it was"
         stored = read_sealed(path, kind, self.mark, mend)

@@ -37,7 +37,7 @@ def read_conversations(
     places: dict[str, str] = {}
     for number, place, item in items:
         try:
-            if (known := convert(item, number)) is None:
+            if (known := convert(item, number)) is None and item is not None:
                 continue
             conversation = parse_conversation(known, f"{stem}/{number}")
         except ValueError as error:

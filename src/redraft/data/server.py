@@ -37,7 +37,7 @@ from redraft.data.store import FINISH_REASONS, Failure, Row
 from redraft.data.transport import Connection, Refused, Transient, Unusable, excerpt, persist, shown
 from redraft.errors import UserError
 from redraft.files import append_text, atomic_write_text, use_folder
-from redraft.inputs import json_lines
+from redraft.inputs import json_lines, there
 from redraft.locks import is_helper, lock
 from redraft.seals import digest, sealed, unsealed
 
@@ -326,7 +326,7 @@ def read_top_file(path: Path, rows: Sequence[Row]) -> dict[str, Top]:
     marks = {row.key: row_mark(row) for row in rows}
     found: dict[str, Top] = {}
     mend = "delete the file and run the same command again"
-    for number, value in json_lines(path, torn=True) if path.exists() else ():
+    for number, value in json_lines(path, torn=True) if there(path) else ():
         try:
             if not isinstance(value, dict):
                 raise ValueError("no JSON object")

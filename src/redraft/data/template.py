@@ -21,7 +21,7 @@ from redraft.data.shapes import RESERVED, Turns, with_turns
 from redraft.data.turns import ASSISTANT, USER, Message
 from redraft.errors import UserError
 from redraft.files import atomic_write_text
-from redraft.inputs import read_json
+from redraft.inputs import read_json, there
 from redraft.settings.texts import kept_as_it_is
 
 SENTINEL = "redraftturn"
@@ -128,7 +128,7 @@ def kept_moment(path: str | Path, began: datetime, fresh: bool = False) -> datet
     """The date and time of the run that writes to ``path``: as it was kept there, or ``began``, kept from now on, as a
     ``fresh`` run does whatever an earlier one left. Raises ``UserError`` for a file that holds no date."""
     place = date_path(path)
-    if fresh or not place.exists():
+    if fresh or not there(place):
         atomic_write_text(place, json.dumps({"date": began.isoformat()}) + "\n")
         return began
     try:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from redraft.errors import UserError
-from redraft.inputs import json_lines, read_json, typed
+from redraft.inputs import json_lines, read_json, there, typed
 from redraft.places import without_secrets
 from redraft.seals import unsealed
 
@@ -378,7 +378,7 @@ def _before(curve: Path) -> float | None:
     """The held-out tau before any training, from the run's state beside the curve; None where there is none. Raises
     ``UserError`` for a state that is damaged."""
     state = curve.with_name("state.json")
-    if not state.is_file():
+    if not there(state):
         return None
     try:
         (step, tau), *_ = read_json(state, finite=False)["state"]["history"]

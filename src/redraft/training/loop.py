@@ -31,7 +31,7 @@ from redraft.arithmetic import choose_dtype
 from redraft.artifact import atomic_write_text, read_checked, read_json, read_sealed, write_checked, write_sealed
 from redraft.errors import UserError
 from redraft.files import append_text, use_folder
-from redraft.inputs import json_lines, typed
+from redraft.inputs import json_lines, there, typed
 from redraft.progress import Progress
 from redraft.seals import digest, sealed, unsealed
 from redraft.settings.training import LoopConfig
@@ -233,7 +233,7 @@ class TrainingLoop:
     def mend_curve(self, step: int) -> None:
         """Drop lines behind the checkpoint: a kill between the two would leave them there twice. Raises ``UserError``
         for one that is damaged."""
-        if not self.curve.exists():
+        if not there(self.curve):
             return
         mend = "delete that line (the curve is for the eye) and give the same command again"
         kept = ""
@@ -278,7 +278,7 @@ class TrainingLoop:
     def stop(self, what: str, step: int) -> None:
         """Raise the ``UserError`` of a run that cannot go on."""
         path = self.checkpoint.path
-        good = read_json(path, finite=False)["state"]["step"] if path.exists() else None
+        good = read_json(path, finite=False)["state"]["step"] if there(path) else None
         kept = "" if good is None else f"the last good checkpoint is that of step {good} in {self.folder}; "
         raise UserError(f"{what} at step {step} of {self.total}; {kept}lower the learning rate")
 
@@ -327,7 +327,7 @@ class Checkpoint:
         use_folder(folder)
         self.path = folder / STATE_FILE
         self._mend = f"delete the folder {folder} and give the same command again, which trains anew"
-        if self.path.exists():
+        if there(self.path):
             stored = self._stored()["identity"]
             self.mark = digest(stored)
             if OLD_DRAFT in self.identity and not stored.get(OLD_DRAFT):
@@ -367,7 +367,7 @@ class Checkpoint:
 
         Raises ``UserError`` that names the damaged file, also for the best weights, which are read only at the end.
         """
-        if not self.path.exists():
+        if not there(self.path):
             return None
         stored = self._stored()
         state = stored["state"]
@@ -424,7 +424,7 @@ def stored_precision(folder: Path, unrecorded: str) -> str | None:
     ``unrecorded`` stands for that of a run of before this was recorded.
     """
     path = folder / STATE_FILE
-    if not path.exists():
+    if not there(path):
         return None
     return str(read_json(path, finite=False)["state"].get("arithmetic", {}).get("precision", unrecorded))
 
