@@ -22,7 +22,7 @@ def drawn(decoder: str, sampler: int = 0, draft: str = "uniform", count: int = F
     return draws_of(decoder, WORLD, SAMPLERS[sampler], draft, count, LIMIT, SEED)
 
 
-def tests_of(draws: Draws, sampler: int = 0) -> dict[str, float]:
+def ps_of(draws: Draws, sampler: int = 0) -> dict[str, float]:
     return {found.test: found.p for found in every_test(draws, WORLD.probs(SAMPLERS[sampler]))}
 
 
@@ -72,7 +72,7 @@ def test_p_values_are_uniform_where_nothing_is_wrong_and_small_where_something_i
     assert next(independent("rows", rows[::2], rows[::2])).p < 1e-6
 
 
-def drawn_by_hand(count: int, generator: torch.Generator) -> Draws:
+def made_by_hand(count: int, generator: torch.Generator) -> Draws:
     """Answers from the enumerated chances, with origins that have nothing to do with them."""
     prompts, probs = torch.arange(count) % len(PROMPTS), WORLD.probs(SAMPLERS[0])
     tokens, context = torch.full((count, LIMIT), V), torch.zeros(count, dtype=torch.long)
@@ -88,7 +88,7 @@ def test_every_test_is_right_about_how_sure_it_is():
     """Of draws by hand a test is below 0.05 as often as that: the tests of many draws would alarm for nothing else."""
     generator, ps = torch.Generator().manual_seed(5), dict[str, list[float]]()
     for _ in range(80):
-        for found in every_test(drawn_by_hand(1200, generator), WORLD.probs(SAMPLERS[0])):
+        for found in every_test(made_by_hand(1200, generator), WORLD.probs(SAMPLERS[0])):
             ps.setdefault(found.test, []).append(found.p)
     assert len(ps) == 13
     for name, found in ps.items():
@@ -102,7 +102,7 @@ def test_every_test_is_right_about_how_sure_it_is():
 def test_right_decoding_passes(decoder):
     """A few draws of every way, under the sampler that filters most; the benchmark makes many."""
     draws = drawn(decoder, 1, count=MANY if decoder in ("batched", WRITER) else FEW)
-    found = tests_of(draws, 1)
+    found = ps_of(draws, 1)
     assert len(found) >= 5 and min(found.values()) * len(found) > 1e-3
     again = drawn(decoder, 1, count=4)
     assert torch.equal(again.tokens, draws.tokens[:4])
@@ -126,5 +126,5 @@ def test_a_planted_fault_is_seen(name):
     single = 4 * FEW if name == "siblings not renormalised" else 2 * FEW
     with plant.planted():
         draws = drawn(decoder, plant.sampler, plant.draft, MANY if decoder in ("batched", WRITER) else single)
-    found = tests_of(draws, plant.sampler)
+    found = ps_of(draws, plant.sampler)
     assert min(found.values()) < 1e-6, found
