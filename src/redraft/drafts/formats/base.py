@@ -62,7 +62,8 @@ class ExportReport(Shown):
     def __rich__(self) -> Any:
         size = f"{self.folder}: {self.parameters:,} parameters, {self.bytes / 1e6:.1f} MB"
         if self.copied:
-            size += f", of which {self.copied / 1e6:.1f} MB are a copy of the target's embedding and no part of the draft"
+            copied = f"{self.copied / 1e6:.1f} MB are a copy of the target's embedding and no part of the draft"
+            size += f", of which {copied}"
         return lines(*(f"note: {warning}" for warning in self.warnings), size, f"{self.use} with: {self.serve}")
 
     @property
