@@ -399,4 +399,9 @@ def merged(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any
 def read(kind: type[Asked], path: Path | None, given: Mapping[str, Any] | None = None) -> Asked:
     """The settings of a command from a YAML file (if any); ``given`` flags win, key by key. Raises ``UserError``."""
     values = read_yaml(path, f"the settings of `redraft {kind.COMMAND}`") if path else {}
-    return kind(**merged(underscored(values, str(path)), given or {}))
+    try:
+        return kind(**merged(underscored(values, str(path)), given or {}))
+    except UserError as error:
+        if path is None or str(path) in str(error):
+            raise
+        raise UserError(f"{error} (settings were read from {path}; flags win)") from error.__cause__
