@@ -199,8 +199,8 @@ def test_a_wrong_option_is_exit_code_2(redraft: Any) -> None:
 def test_what_stands_without_a_flag_is_said_to_who_gives_it_with_one(redraft: Any, command: str, word: str) -> None:
     name, flag = command.replace("=", " ").split()[:2]
     said = f"redraft: error: {name} takes {word} without a flag, not as {flag}: redraft {name} {word}\n"
-    assert redraft(command) == (2, "", said)
-    assert f"[{word}]" in redraft(f"{name} --help")[1]
+    assert redraft(*command.split()) == (2, "", said)
+    assert f"[{word}]" in redraft(name, "--help")[1]
 
 
 def test_a_line_break_in_a_message_stays_one_line(redraft: Any, monkeypatch: pytest.MonkeyPatch) -> None:
