@@ -17,13 +17,15 @@ import stat
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
 
 from redraft.errors import UserError
 from redraft.seals import unsealed
+
+if TYPE_CHECKING:  # what lists names asks for no types, and pydantic takes a moment
+    from pydantic import TypeAdapter
 
 # What a file may hold that is read whole, and what a packed one may unpack to.
 MOST_BYTES = 1 << 30
@@ -230,6 +232,8 @@ def _torn_text(path: str | Path) -> str:
 # -- types -------------------------------------------------------------------------------------------------------------
 @functools.cache
 def _adapter(kind: Any) -> TypeAdapter[Any]:
+    from pydantic import TypeAdapter
+
     return TypeAdapter(kind)
 
 
@@ -238,6 +242,8 @@ def typed(kind: Callable[..., Read], value: Any, where: str, mend: str = "copy i
 
     Raises ``UserError`` that begins with ``where`` and names the first part that does not fit, and ends with ``mend``.
     """
+    from pydantic import ValidationError
+
     try:
         adapter = _adapter(kind)  # type: ignore[arg-type]
         found: Read = adapter.validate_json(json.dumps(value), strict=True)

@@ -105,6 +105,15 @@ def test_the_targets_embedding_is_shipped_for_the_speculators_package(tmp_path):
     )
 
 
+def test_the_size_of_an_export_says_how_much_of_it_is_the_targets(tmp_path):
+    target = copy.copy(TARGET)
+    target.embedding = torch.nn.Embedding(40, 16)
+    report, alone = (EXPORTERS.get(name)(make(), tmp_path / name, target) for name in ("vllm", "plain"))
+    assert report.copied == 40 * 16 * 4 and alone.copied == 0
+    assert report.parameters == alone.parameters and report.bytes - report.copied == alone.bytes
+    assert "of which 0.0 MB are a copy of the target's embedding" in str(report) and "copy of" not in str(alone)
+
+
 def test_the_command_of_tensorrt_names_the_features_counted_from_zero(tmp_path):
     report = EXPORTERS.get("tensorrt-llm")(make(taps=(1, 3, 5, 7)), tmp_path / "out", TARGET, speculative_tokens=4)
     assert '"eagle3_layers_to_capture": [0, 2, 4, 6]' in report.serve and '"max_draft_len": 4' in report.serve

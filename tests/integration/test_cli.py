@@ -195,6 +195,14 @@ def test_a_wrong_option_is_exit_code_2(redraft: Any) -> None:
     assert code == 2 and "--colour" in err and "Traceback" not in err
 
 
+@pytest.mark.parametrize(("command", "word"), [("check --draft x", "DRAFT"), ("study --config=x", "FILE")])
+def test_what_stands_without_a_flag_is_said_to_who_gives_it_with_one(redraft: Any, command: str, word: str) -> None:
+    name, flag = command.replace("=", " ").split()[:2]
+    said = f"redraft: error: {name} takes {word} without a flag, not as {flag}: redraft {name} {word}\n"
+    assert redraft(*command.split()) == (2, "", said)
+    assert f"[{word}]" in redraft(name, "--help")[1]
+
+
 def test_a_line_break_in_a_message_stays_one_line(redraft: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise UserError("first\nsecond")

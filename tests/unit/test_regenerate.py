@@ -224,7 +224,8 @@ def test_a_row_on_the_disk_has_its_features_there(
     for cut in (len(data) // 3, len(data) // 2, len(data) - 2):
         path.write_bytes(data[:cut])
         store = FeatureStore(tmp_path / f"cut-{cut}", {})
-        store.put([RowFeatures(row, *whole.get(row)) for row in read_rows(path) if len(row.response_ids) > 1])
+        with RowWriter(path) as kept:
+            store.put([RowFeatures(row, *whole.get(row)) for row in kept.rows if len(row.response_ids) > 1])
         run(InProcessEngine(target, 4), features=store)
         assert store.build(target, rows) == 0
         for row in rows:

@@ -135,3 +135,13 @@ def test_flags_that_are_given_twice() -> None:
     assert TrainSettings(**train, epochs=4, setting={"epochs": 4.0, "clip": 2}).train_config().clip == 2
     with pytest.raises(UserError, match="batch-anchors is 5 and setting batch_anchors is 6: two values"):
         TrainSettings(**train, batch_anchors=5, setting={"batch_anchors": 6})
+
+
+def test_a_mistake_in_a_file_of_settings_names_the_file(tmp_path):
+    file = tmp_path / "adapt.yaml"
+    file.write_text("target: t\ndraft: d\nprompts: p\nout: o\ngama: 3\n")
+    with pytest.raises(UserError, match=r"unknown setting gama \(did you mean gamma\?\).* read from .*adapt\.yaml"):
+        read(AdaptConfig, file)
+    with pytest.raises(UserError, match="missing") as flags:
+        read(AdaptConfig, None, {"draft": "d"})
+    assert "read from" not in str(flags.value)

@@ -62,6 +62,18 @@ class Command(TyperCommand):
                 parameter.help = filled_in(text)  # type: ignore[attr-defined]
         super().format_help(ctx, formatter)
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Say what stands without a flag, to whoever gives it with the one that other commands have for it."""
+        known = {flag for parameter in self.params for flag in parameter.opts}
+        given = {arg.partition("=")[0] for arg in args} - known
+        for one in (one for one in self.params if one.param_type_name == "argument"):
+            word = str(one.metavar)  # type: ignore[attr-defined]
+            if wrong := given & {f"--{one.name}", f"--{word.lower()}"}:
+                raise UserError(
+                    f"{self.name} takes {word} without a flag, not as {min(wrong)}: redraft {self.name} {word}"
+                )
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: Any) -> Any:
         """Run it. A key press or SIGTERM is no defect: one line and the shell's own exit code for it.
 
@@ -160,7 +172,8 @@ def _parameters(kind: type[Settings]) -> Iterator[tuple[str, Any]]:
         hint: Any = list[str] | None if several else str | None
         about: dict[str, Any] = {"help": sentence(field), "show_default": shown_default(field)}
         if extra["argument"]:
-            yield name, Annotated[hint, typer.Argument(metavar="RESULT..." if several else "FILE", **about)]
+            word = "RESULT..." if several else "DRAFT" if extra["reads"] == "model" else "FILE"
+            yield name, Annotated[hint, typer.Argument(metavar=word, **about)]
             continue
         about["rich_help_panel"], flag = PANEL_OF[name], extra["flag"] or f"--{name.replace('_', '-')}"
         if plain is bool:

@@ -12,7 +12,7 @@ from redraft.settings.base import AUTO, DtypeName, Settings, setting
 from redraft.settings.sampler import Sampler, asked_samplers, samplers_of
 
 PROMPT_FORMS = "JSONL, ShareGPT, Alpaca, text lines, or datasets:NAME"
-SHARED_DRAFT = "shared draft, when --draft is a private part"
+SHARED_DRAFT = "shared draft, when the draft is a private part"
 OWN_PROMPTS = f"prompts of its domain ({PROMPT_FORMS}); self:400 lets the target write 400 questions itself"
 FIFTH = "by default what makes it a fifth of the draft"
 

@@ -28,6 +28,7 @@ from redraft.drafts.formats.base import (
     only_over,
     path_warnings,
 )
+from redraft.drafts.formats.embeddings import TABLE
 from redraft.drafts.formats.meaning import Difference, Reading, TensorFacts, differences
 from redraft.drafts.formats.reading import Checkpoint
 from redraft.errors import UserError
@@ -241,8 +242,10 @@ class LayerWriter(ABC):
         parameters = sum(math.prod(dense.facts[n].shape) for n in dense.state if n not in ("d2t", "t2d"))
         warnings = path_warnings(folder.absolute()) if self.warns else []
         serve, size = self.serve(dense, folder, target, tokens), tensors_bytes(written)
+        copied = dense.extra[TABLE].nbytes if TABLE in dense.extra else 0
+        notes = tuple(warnings)
         return ExportReport(
-            self.name, folder, len(written), parameters, size, serve, tuple(warnings), trains=self.trains
+            self.name, folder, len(written), parameters, size, serve, notes, trains=self.trains, copied=copied
         )
 
     def read_back(self, folder: Path, dense: Dense, target: Facts) -> None:

@@ -42,6 +42,7 @@ class ExportReport(Shown):
     """What was written, and what the reader should know.
 
     ``serve`` is the command that loads it, of a format to go on training in (``trains``) that which trains on.
+    ``copied`` are the bytes of a copy of the target's embedding, which the format wants and the draft does not have.
     """
 
     format: str
@@ -53,12 +54,16 @@ class ExportReport(Shown):
     warnings: tuple[str, ...] = ()
     merged_private: bool = False
     trains: bool = False
+    copied: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return {**self.__dict__, "folder": str(self.folder), "warnings": list(self.warnings)}
 
     def __rich__(self) -> Any:
         size = f"{self.folder}: {self.parameters:,} parameters, {self.bytes / 1e6:.1f} MB"
+        if self.copied:
+            copied = f"{self.copied / 1e6:.1f} MB are a copy of the target's embedding and no part of the draft"
+            size += f", of which {copied}"
         return lines(*(f"note: {warning}" for warning in self.warnings), size, f"{self.use} with: {self.serve}")
 
     @property
