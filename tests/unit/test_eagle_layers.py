@@ -290,7 +290,10 @@ def test_private_parts_sit_on_every_layer_and_merge(family: str, name: str, tmp_
     torch.testing.assert_close(answer(merged), changed, atol=2e-4, rtol=1e-3)
     save_draft(tmp_path / "draft", merged, {"target": "t", "base_draft": "b"})
     back = load_draft(tmp_path / "draft")[0].bind(target())
-    assert back.config == merged.config and torch.equal(answer(back), answer(merged))
+    assert back.config == merged.config
+    assert all(torch.equal(tensor, merged.state_dict()[key]) for key, tensor in back.state_dict().items())
+    # Tensors of a file begin anywhere, and on some processors products of such have other last bits.
+    torch.testing.assert_close(answer(back), answer(merged), atol=1e-5, rtol=1e-5)
 
 
 @each_case
