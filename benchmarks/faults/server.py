@@ -9,10 +9,11 @@ spoiled is drawn from the seed, the prompt and how often it was asked. The doors
 "scores" (the log-probabilities that ``distill`` asks for). Requests have a second and three attempts.
 
 Counted are: ``ended``, runs that one odd answer ended; ``bad_rows``, kept rows, figures and findings that are not those
-of the honest server; ``tracebacks``; ``hangs``, runs of more than 20 s. What may end a run are many odd answers: a
-server that says nothing right (rate 1), a benchmark of which too many requests failed. Such runs end in one line and
-are counted as ``stopped``, or they list what failed. Exit status 1 where anything is counted that should not be. What
-is done is kept in the state file, and the same command goes on from there.
+of the honest server; ``tracebacks``; ``hangs``, runs of more than 20 s, in which waiting for a processor that others
+use does not count (``waited_seconds``). What may end a run are many odd answers: a server that says nothing right (rate
+1), a benchmark of which too many requests failed. Such runs end in one line and are counted as ``stopped``, or they
+list what failed. Exit status 1 where anything is counted that should not be. What is done is kept in the state file,
+and the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -225,10 +227,20 @@ def outcome(world: World, door: str, kind: Kind, rate: float | str, seed: int, f
     return found | {"odd": front.odd}
 
 
+def waited(process: int) -> float:
+    """Seconds that the thread of a process which waited longest for a processor did so. A hang waits for other things,
+    or has one; 0 where the system does not say."""
+    found = [0]
+    with suppress(OSError, ValueError, IndexError):
+        for task in Path(f"/proc/{process}/task").iterdir():
+            found.append(int((task / "schedstat").read_text().split()[1]))
+    return max(found) / 1e9
+
+
 def run(world: World, door: str, kind: Kind, rate: float | str, seed: int) -> dict[str, Any]:
     """The outcome of a run in a child, which is ended when it takes longer than it may."""
     folder = Path(tempfile.mkdtemp(prefix="redraft-faults-"))
-    began, place = time.monotonic(), folder / "outcome.json"
+    began, place, starved = time.monotonic(), folder / "outcome.json", 0.0
     child = os.fork()
     if child == 0:
         began = time.process_time()
@@ -240,10 +252,12 @@ def run(world: World, door: str, kind: Kind, rate: float | str, seed: int) -> di
             place.write_text(json.dumps(found | {"cpu_seconds": round(time.process_time() - began, 2)}))
         finally:
             os._exit(0)
-    ended = 0
-    while not ended and time.monotonic() - began < SECONDS:
+    ended, look = 0, SECONDS
+    while not ended and time.monotonic() - began < SECONDS + starved:
         ended = os.waitpid(child, os.WNOHANG)[0]
         time.sleep(0.01)
+        if not ended and time.monotonic() - began > look:
+            starved, look = max(starved, waited(child)), look + 1
     if not ended:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
@@ -251,7 +265,8 @@ def run(world: World, door: str, kind: Kind, rate: float | str, seed: int) -> di
     found = json.loads(place.read_text()) if place.exists() and ended else lost
     shutil.rmtree(folder, ignore_errors=True)
     what = {"door": door, "kind": kind.name, "rate": rate, "seed": seed}
-    return what | found | {"seconds": round(time.monotonic() - began, 2)}
+    took = {"seconds": round(time.monotonic() - began, 2)} | ({"waited_seconds": round(starved, 2)} if starved else {})
+    return what | found | took
 
 
 # -- all of them -------------------------------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ def connection(keeping: Keeping) -> Iterator[Connection]:
 def test_a_kept_connection_that_ends_is_no_fault(keeping: Keeping, connection: Connection) -> None:
     for number in range(4):
         prompt = [number, 7]
-        if number % 2:
+        if number == 3:  # a stream's own connection is not kept: it is left at the mark of its end
             (found,) = connection.events(PATH, BODY | {"prompt": prompt, "stream": True})
         else:
             found = connection.json("POST", PATH, BODY | {"prompt": prompt})
