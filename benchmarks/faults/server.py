@@ -8,12 +8,12 @@ spoiled is drawn from the seed, the prompt and how often it was asked. The doors
 ``--server``), "bench" (one request at a time, and two), "check" (how the server reads prompts, and its counters), and
 "scores" (the log-probabilities that ``distill`` asks for). Requests have a second and three attempts.
 
-Counted are: ``ended``, runs that one odd answer ended; ``bad_rows``, kept rows, figures and findings that are not those
-of the honest server; ``tracebacks``; ``hangs``, runs of more than 20 s, in which waiting for a processor that others
-use does not count (``waited_seconds``). What may end a run are many odd answers: a server that says nothing right (rate
-1), a benchmark of which too many requests failed. Such runs end in one line and are counted as ``stopped``, or they
-list what failed. Exit status 1 where anything is counted that should not be. What is done is kept in the state file,
-and the same command goes on from there.
+Counted are: ``ended``, runs that one odd answer ended, or none; ``bad_rows``, kept rows, figures and findings that are
+not those of the honest server; ``tracebacks``; ``hangs``, runs of more than 20 s, in which waiting for a processor that
+others use does not count (``waited_seconds``). What may end a run are many odd answers: a server that says nothing
+right (rate 1), a benchmark of which too many requests failed. Such runs end in one line and are counted as ``stopped``,
+or they list what failed. Exit status 1 where anything is counted that should not be. What is done is kept in the state
+file, and the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ from redraft.target import Target  # noqa: E402
 SECONDS, TIMEOUT, LIMIT, COUNT = 20.0, 1.0, 12, 8
 ONCE, RATES = "once", (0.1, 0.5, 1.0)
 SHORT: dict[str, Any] = {"concurrency": 4, "timeout": TIMEOUT, "attempts": 3, "backoff": 0.01}
-TALKS = [Conversation(f"t{i}", [{"role": "user", "content": f"question {i} of {i * i}"}]) for i in range(COUNT)]
+MANY = [Conversation(f"t{i}", [{"role": "user", "content": f"question {i} of {i * i}"}]) for i in range(2 * COUNT)]
+TALKS = MANY[:COUNT]  # "adapt" holds some back, and needs more
 
 
 class World:
@@ -83,7 +84,7 @@ class World:
             "tokenizer_hash": tokenizer_hash(self.target.tokenizer),
         }
         save_draft(folder / "draft", fresh_draft(self.target, range(0, 60), seed=1), meta)
-        lines = [json.dumps({"id": talk.id, "messages": talk.messages}) for talk in TALKS]
+        lines = [json.dumps({"id": talk.id, "messages": talk.messages}) for talk in MANY]
         (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n")
         # what a process does once is done here, and not in every child
         transport._certificates()
@@ -282,7 +283,7 @@ def summary(runs: list[dict[str, Any]], seeds: list[int]) -> dict[str, Any]:
     for one in runs:
         place = by.setdefault(one["door"], {}).setdefault(one["kind"], Counter())
         place.update({one["end"]: 1, "bad_rows": one["bad"], "odd_answers": one["odd"]})
-    ended = [one for one in runs if one["end"] == "stopped" and one["odd"] == 1]
+    ended = [one for one in runs if one["end"] == "stopped" and one["odd"] <= 1]
     return {
         "schema": "redraft.faults-server/1",
         "provenance": provenance.collect(seeds[0], "cpu"),
@@ -320,13 +321,15 @@ def main() -> None:
     options.state.parent.mkdir(parents=True, exist_ok=True)
     lines = options.state.read_text().splitlines() if options.state.exists() else []
     done = {(o["door"], o["kind"], o["rate"], o["seed"]): o for o in map(json.loads, lines)}
+    planned = plan(options.door or [*DOORS], seeds, rates)
+    left = [one for one in planned if (one[0], one[1].name, *one[2:]) not in done]
+    left = [one for one in left if not options.kind or one[1].name in options.kind]
     with tempfile.TemporaryDirectory() as folder:
-        world = World(Path(folder))
+        world = World(Path(folder)) if left else None
         gc.freeze()
-        for door, kind, rate, seed in plan(options.door or [*DOORS], seeds, rates):
+        for door, kind, rate, seed in left:
+            assert world is not None
             key = (door, kind.name, rate, seed)
-            if key in done or (options.kind and kind.name not in options.kind):
-                continue
             done[key] = run(world, door, kind, rate, seed)
             with options.state.open("a") as file:
                 file.write(json.dumps(done[key]) + "\n")
