@@ -4,6 +4,9 @@ A server that sends a byte now and then would outlive any limit on single reads,
 write and connection of a request is given what is left of the request's own time. Bodies come as they were sent:
 packed ones are refused, for a few bytes may unpack to any size. Nobody is sent on elsewhere: prompts and keys go to the
 address that was given.
+
+Connections are kept for the next request, and a server may close one in the very moment in which that is sent. A
+request whose kept connection ends before a byte of its answer is sent again on another; one on a new connection is not.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import ssl
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -35,6 +38,8 @@ FAULTS = (
     RuntimeError,
 )
 TIMEOUTS = (httpcore.TimeoutException, TimeoutError)
+# How a connection's end is met, by who writes and by who reads.
+ENDED = (httpcore.RemoteProtocolError, httpcore.ReadError, httpcore.WriteError)
 
 
 @dataclass(frozen=True)
@@ -47,10 +52,12 @@ class Reply:
 
 
 class Clock(threading.local):
-    """The moment by which this thread's request must have ended; none between requests."""
+    """The moment by which this thread's request must have ended; none between requests. ``unheard`` while the request
+    is on a connection that an earlier one used, and no byte of its answer is there."""
 
     ends: float | None = None
     request: object = None
+    unheard: bool = False
 
     def left(self, seconds: float | None) -> float | None:
         """``seconds``, or what is left of the request's time if that is less. Raises ``TimeoutException``."""
@@ -67,11 +74,16 @@ class _Timed(httpcore.NetworkStream):
 
     def __init__(self, inner: httpcore.NetworkStream, clock: Clock) -> None:
         self._inner, self._clock = inner, clock
+        self._kept = False  # it has carried an answer
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        return self._inner.read(max_bytes, self._clock.left(timeout))
+        found = self._inner.read(max_bytes, self._clock.left(timeout))
+        if found:
+            self._kept, self._clock.unheard = True, False
+        return found
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        self._clock.unheard = self._kept
         self._inner.write(buffer, self._clock.left(timeout))
 
     def close(self) -> None:
@@ -118,7 +130,7 @@ class Wire:
         self._scheme, self._host = parts.scheme.encode(), (parts.hostname or "").encode("idna")
         self._port, self._root = parts.port, quote(parts.path, safe="/%:@!$&'()*+,;=~-._")
         self.clock = Clock()
-        self._closed = False
+        self._closed, self._connections = False, connections
         how: dict[str, Any] = {
             "ssl_context": certificates,
             "max_connections": connections,
@@ -134,15 +146,14 @@ class Wire:
     ) -> Iterator[Reply]:
         """Send a request and give its answer, all of it within ``seconds`` (:meth:`hurry` sets them anew). Raises what
         ``TIMEOUTS`` and ``FAULTS`` list."""
-        if self._closed:
-            raise RuntimeError("the connection was closed")
         url = httpcore.URL(scheme=self._scheme, host=self._host, port=self._port, target=self._root + path)
         self.hurry(seconds)
         mine = self.clock.request = object()
         timeouts = {"connect": min(CONNECT_SECONDS, seconds), "pool": seconds}
+        how: dict[str, Any] = {"headers": list(headers.items()), "content": body, "extensions": {"timeout": timeouts}}
         try:
-            sent = list(headers.items())
-            with self._pool.stream(method, url, headers=sent, content=body, extensions={"timeout": timeouts}) as found:
+            with ExitStack() as open_answer:
+                found = self._begin(open_answer, method, url, how)
                 said = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in found.headers}
                 if said.get("content-encoding", "identity").strip().lower() not in ("identity", ""):
                     raise ValueError(f"an answer packed as {said['content-encoding']!r}, which was not asked for")
@@ -150,6 +161,19 @@ class Wire:
         finally:
             if self.clock.request is mine:  # else an earlier answer was thrown away behind the next one's begin
                 self.clock.ends = None
+
+    def _begin(self, open_answer: ExitStack, method: str, url: httpcore.URL, how: dict[str, Any]) -> httpcore.Response:
+        """The head of an answer. Every kept connection may turn out to be closed, and the next one is new then."""
+        for left in range(self._connections, -1, -1):
+            if self._closed:
+                raise RuntimeError("the connection was closed")
+            self.clock.unheard = False
+            try:
+                return open_answer.enter_context(self._pool.stream(method, url, **how))
+            except ENDED:
+                if not (self.clock.unheard and left):
+                    raise
+        raise AssertionError("the last try returns or raises")
 
     def hurry(self, seconds: float) -> None:
         """The request of this thread has these seconds from now on."""
