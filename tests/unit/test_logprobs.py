@@ -100,6 +100,19 @@ def test_requests_that_fail_are_counted_and_the_rest_is_kept(server: Server, tmp
         ask_tops(engine(server), 2, ROWS[:2], tmp_path / "other.jsonl")
 
 
+def test_one_refusal_ends_no_run(server: Server, tmp_path: Path) -> None:
+    refused = []
+
+    def rule(body: dict[str, Any]) -> Any:
+        if body["prompt"][0] == 6 and not refused:
+            refused.append(body)
+            return 400, "odd"
+        return scored(body)
+
+    server.rule = rule
+    assert len(ask_tops(engine(server), 2, ROWS, tmp_path / "tops.jsonl")) == 6 and len(server.asked) == 7
+
+
 def test_damage_in_the_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "tops.jsonl"
     path.write_text(json.dumps({"key": ROWS[0].key, "top": [[[1]], [[0.1, 0.2]]]}) + "\n")

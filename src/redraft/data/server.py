@@ -344,8 +344,8 @@ def ask_tops(
     """The ``count`` likeliest tokens at every token of every row, asked for where ``path`` does not have them yet.
 
     A stopped run goes on. Figures of an id beyond the vocabulary are no answer. Raises ``UserError`` when the server
-    gives no log-probabilities, as :meth:`ServerEngine.ask` does, and when any row has none in the end; what came is
-    kept.
+    gives no log-probabilities, as :meth:`ServerEngine.ask` does, and when any row has none after it was asked for
+    again; what came is kept.
     """
     size = math.inf if engine.vocab_size is None else engine.vocab_size
 
@@ -367,14 +367,16 @@ def ask_tops(
         if not path.exists() or path.read_text() != whole:
             atomic_write_text(path, whole)
         failures: list[Failure] = []
-        for outcome in engine.ask([item for item in wanted.items() if item[0] not in found], attempt):
-            if isinstance(outcome, Failure):
-                failures.append(outcome)
-                continue
-            key, found[outcome[0]] = outcome
-            append_text(path, top_line(wanted[key], found[key]))
-            if progress:
-                progress(len(found))
+        for _ in range(2):  # what was refused once is asked for again at the end: all of it is needed
+            failures = []
+            for outcome in engine.ask([item for item in wanted.items() if item[0] not in found], attempt):
+                if isinstance(outcome, Failure):
+                    failures.append(outcome)
+                    continue
+                key, found[outcome[0]] = outcome
+                append_text(path, top_line(wanted[key], found[key]))
+                if progress:
+                    progress(len(found))
     finally:
         if taken is not None:
             taken.release()
