@@ -39,9 +39,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
+
 from faults.answering.honest import MODELS, Front, answer, scores  # noqa: E402
 from faults.answering.kinds import Kind, every_kind  # noqa: E402
-
 from redraft import provenance  # noqa: E402
 from redraft.adaptation import sources  # noqa: E402
 from redraft.adaptation.adapt import AdaptRun  # noqa: E402
