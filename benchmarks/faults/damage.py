@@ -175,7 +175,8 @@ def verdict(runs: Runs, ended: rig.Ended, name: str) -> str:
         return "traceback"
     if ended.code == 2:
         line = ended.errors[-1] if ended.errors else ""
-        named = Path(name).name in line or str((runs.out / name).parent) in line
+        folder = re.escape(str((runs.out / name).parent))
+        named = Path(name).name in line or re.search(rf"{folder}(?![\w./-]*[\w/])", line) is not None
         return "clear" if len(ended.errors) == 1 and named else "unnamed"
     if not changed(runs):
         return "same"

@@ -30,6 +30,7 @@ from redraft.drafts.eagle3 import fresh_draft
 from redraft.drafts.files import save_draft
 from redraft.features import INDEX_FILE, read_index
 from redraft.loading import tokenizer_hash
+from redraft.seals import SEAL
 from redraft.target import Target
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -249,9 +250,12 @@ def outcome(folder: Path) -> Outcome:
 
 def figures(path: Path) -> Any:
     """What a result file says that is the same in every run; none of a file that is no result."""
-    if path.name not in ("selection.json", "train.json", "align.json", "pretrain.json", "bench.json", "results.json"):
+    results = ("selection.json", "train.json", "align.json", "pretrain.json", "bench.json", "results.json")
+    if path.name not in (*results, "config.json", "redraft.json"):
         return None
     value = json.loads(path.read_text())
+    if path.name not in results:  # what a draft or a run says of itself, but for when and where
+        return {key: one for key, one in value.items() if key not in ("provenance", SEAL)}
     if path.name == "selection.json":
         return value["entries"]
     if path.name == "bench.json":

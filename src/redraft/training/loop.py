@@ -226,13 +226,13 @@ class TrainingLoop:
             self.checkpoint.save_best(self.trained, state["step"])
         entry = {"step": state["step"], "tokens": state["tokens"], "seconds": round(state["seconds"], 1)}
         entry |= {"loss": total / count, self.metric: metric}
-        append_text(self.curve, json.dumps(sealed(entry, CURVE)) + "\n")
+        append_text(self.curve, json.dumps(sealed(entry, CURVE, self.checkpoint.mark)) + "\n")
 
     def mend_curve(self, step: int) -> None:
         """Drop lines behind the checkpoint: a kill between the two would leave them there twice. Raises ``UserError``
-        for one that is damaged."""
-        lines = read_lines(self.curve) if self.curve.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and curve_entry(line, self.curve)["step"] <= step]
+        for one that is damaged or another run's."""
+        lines, mark = read_lines(self.curve) if self.curve.exists() else [], self.checkpoint.mark
+        kept = [line for line in lines if line.endswith("\n") and curve_entry(line, self.curve, mark)["step"] <= step]
         if kept != lines:
             atomic_write_text(self.curve, "".join(kept))
 
@@ -288,7 +288,6 @@ class Checkpoint:
         self._mend = f"delete the folder {folder} and give the same command again, which trains anew"
         if self.path.exists():
             stored = self._stored()["identity"]
-            self.mark = digest(stored)
             if OLD_DRAFT in self.identity and not stored.get(OLD_DRAFT):
                 stored[OLD_DRAFT] = self.identity[OLD_DRAFT]  # most runs did not say it once
             if stored.keys() != self.identity.keys():
@@ -364,8 +363,9 @@ def read_lines(path: Path) -> list[str]:
         raise UserError(f"cannot read {path}: {error}; delete it and give the same command again") from error
 
 
-def curve_entry(line: str, path: Path) -> dict[str, Any]:
-    """The entry of a line of the curve. Raises ``UserError`` where it is no longer what was written."""
+def curve_entry(line: str, path: Path, run: str) -> dict[str, Any]:
+    """The entry of a line of the curve. Raises ``UserError`` where it is no longer what was written, and where it is
+    not of the run with the mark ``run``."""
     mend = "delete that line (the curve is for the eye) and give the same command again"
     try:
         found = json.loads(line)
@@ -373,7 +373,7 @@ def curve_entry(line: str, path: Path) -> dict[str, Any]:
             raise ValueError("no step")
     except ValueError as error:
         raise UserError(f"{path} is damaged: {line.strip()[:60]!r} is no line of a curve ({error}); {mend}") from error
-    return unsealed(found, path, mend)
+    return unsealed(found, path, mend, CURVE, run)
 
 
 def stored_precision(folder: Path, unrecorded: str) -> str | None:
