@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from redraft.adaptation.cards import run_card
 from redraft.adaptation.claim import check_files, fingerprints
 from redraft.artifact import read_checked, read_json, read_sealed, write_checked, write_sealed
 from redraft.errors import UserError
@@ -73,6 +75,13 @@ def test_tensors_know_their_place(tmp_path: Path) -> None:
             assert "best.safetensors" in str(error) and str(error).endswith("; delete it")
         else:
             assert found.keys() == state.keys() and torch.equal(found["w"], state["w"])
+
+
+def test_a_card_says_what_to_do_about_a_damaged_file_of_its_run(tmp_path: Path) -> None:
+    nobody: Any = None
+    (tmp_path / "config.json").write_text('{"a": 1')
+    with pytest.raises(UserError, match=r"config.json is not JSON: line 1: .*; delete it and give the command"):
+        run_card(tmp_path, "vllm", nobody, nobody)
 
 
 def test_an_unpacked_model_is_looked_at_before_it_is_used(tmp_path: Path) -> None:

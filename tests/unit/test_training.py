@@ -25,6 +25,7 @@ from redraft.drafts.eagle.unroll import collate
 from redraft.drafts.groups import prepare
 from redraft.errors import UserError
 from redraft.rows import anchors
+from redraft.seals import unsealed
 from redraft.settings.training import PrivateSize, TrainConfig
 from redraft.training import optimizer as optimizer_module
 from redraft.training.optimizer import make_optimizers
@@ -215,6 +216,9 @@ def test_a_run_that_did_not_name_its_old_draft_goes_on(named, target, draft, sto
     path.write_text(json.dumps(stored))
     for place in path.parent.glob("*.safetensors"):
         save_file(load_file(place), place)
+    curve = path.with_name("curve.jsonl")
+    lines = [unsealed(json.loads(line), curve) for line in curve.read_text().splitlines()]
+    curve.write_text("".join(json.dumps(line) + "\n" for line in lines))
     again = work("some draft")
     assert again.run() == result
     optimizers = make_optimizers(again.trained, CONFIG.optimizer, CONFIG.weight_decay)
