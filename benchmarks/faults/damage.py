@@ -44,6 +44,7 @@ SCHEMA = "redraft.damage/1"
 KINDS, HOW = ("adapt", "distill"), ("flip", "cut", "remove", "swap", "old")
 FAULTS = ("traceback", "hang", "unnamed", "silent")
 LONGEST = 300.0
+TRAININGS = ("train", "align", "pretrain")
 
 
 class Runs:
@@ -52,6 +53,7 @@ class Runs:
     def __init__(self, work: Path, kind: str, seed: int) -> None:
         self.work, self.kind = work, kind
         self.world, self.other = rig.make_world(work / "world"), rig.make_world(work / "another", 7)
+        self.stage = "done"  # what the copy under way is of
         self.out = work / "run"  # every copy lies here: settings name no other place
         self.places = {name: work / f"{kind}-{name}" for name in ("done", "half", "other")}
         if not self.places["other"].exists():
@@ -145,7 +147,7 @@ def aged(path: Path) -> bool:
         value = {key: one for key, one in value.items() if key not in ("files", "sums", "tokens", "kept")}
         path.write_text(json.dumps(value))
         return True
-    if path.suffix == ".safetensors" and path.parent.name in ("train", "features", "align", "pretrain"):
+    if path.suffix == ".safetensors" and path.parent.name in ("features", *TRAININGS):
         write_tensors(path, {name: tensor.clone() for name, tensor in read_tensors(path).items()})
         return True
     return False
@@ -156,6 +158,7 @@ def judged(runs: Runs, stage: str, name: str, how: str, seed: int) -> dict[str, 
     """Spoil one file of a copy, give the command again, and say what came of it."""
     shutil.rmtree(runs.out, ignore_errors=True)
     shutil.copytree(runs.places[stage], runs.out)
+    runs.stage = stage
     order = random.Random(f"{seed}/{runs.kind}/{stage}/{name}/{how}")
     if not spoil(runs.out / name, how, runs.places["other"] / name, order):
         return None
@@ -184,8 +187,11 @@ def verdict(runs: Runs, ended: rig.Ended, name: str) -> str:
 
 
 def changed(runs: Runs) -> list[str]:
-    """Rows, weights and figures that are not an undamaged run's. A finished run needs no features any more."""
-    return [name for name in runs.whole.differences(rig.outcome(runs.out)) if not name.endswith(rig.INDEX_FILE)]
+    """Rows, weights and figures that are not an undamaged run's. Nobody reads the features and the state of the training
+    of a finished run any more."""
+    found = runs.whole.differences(rig.outcome(runs.out))
+    spent = TRAININGS if runs.stage == "done" else ()
+    return [name for name in found if not name.endswith(rig.INDEX_FILE) and Path(name).parent.name not in spent]
 
 
 def notes(ended: rig.Ended) -> list[str]:
