@@ -144,7 +144,8 @@ def aged(path: Path) -> bool:
         value = json.loads(path.read_text())
         if value.pop(SEAL, None) is None:
             return False
-        value = {key: one for key, one in value.items() if key not in ("files", "sums", "tokens", "kept")}
+        newer = ("sums", "tokens", "kept") if path.name == rig.INDEX_FILE else ("files",)
+        value = {key: one for key, one in value.items() if key not in newer}
         path.write_text(json.dumps(value))
         return True
     if path.suffix == ".safetensors" and path.parent.name in ("features", *TRAININGS):
@@ -187,8 +188,8 @@ def verdict(runs: Runs, ended: rig.Ended, name: str) -> str:
 
 
 def changed(runs: Runs) -> list[str]:
-    """Rows, weights and figures that are not an undamaged run's. Nobody reads the features and the state of the training
-    of a finished run any more."""
+    """Rows, weights and figures that are not an undamaged run's. Nobody reads features and training states of a
+    finished run any more."""
     found = runs.whole.differences(rig.outcome(runs.out))
     spent = TRAININGS if runs.stage == "done" else ()
     return [name for name in found if not name.endswith(rig.INDEX_FILE) and Path(name).parent.name not in spent]
