@@ -44,6 +44,7 @@ SCHEMA = "redraft.damage/1"
 KINDS, HOW = ("adapt", "distill"), ("flip", "cut", "remove", "swap", "old")
 FAULTS = ("traceback", "hang", "unnamed", "silent")
 LONGEST = 300.0
+TRAININGS = ("train", "align", "pretrain")
 
 
 class Runs:
@@ -52,6 +53,7 @@ class Runs:
     def __init__(self, work: Path, kind: str, seed: int) -> None:
         self.work, self.kind = work, kind
         self.world, self.other = rig.make_world(work / "world"), rig.make_world(work / "another", 7)
+        self.stage = "done"  # what the copy under way is of
         self.out = work / "run"  # every copy lies here: settings name no other place
         self.places = {name: work / f"{kind}-{name}" for name in ("done", "half", "other")}
         if not self.places["other"].exists():
@@ -142,10 +144,11 @@ def aged(path: Path) -> bool:
         value = json.loads(path.read_text())
         if value.pop(SEAL, None) is None:
             return False
-        value = {key: one for key, one in value.items() if key not in ("files", "sums", "tokens", "kept")}
+        newer = ("sums", "tokens", "kept") if path.name == rig.INDEX_FILE else ("files",)
+        value = {key: one for key, one in value.items() if key not in newer}
         path.write_text(json.dumps(value))
         return True
-    if path.suffix == ".safetensors" and path.parent.name in ("train", "features", "align", "pretrain"):
+    if path.suffix == ".safetensors" and path.parent.name in ("features", *TRAININGS):
         write_tensors(path, {name: tensor.clone() for name, tensor in read_tensors(path).items()})
         return True
     return False
@@ -156,6 +159,7 @@ def judged(runs: Runs, stage: str, name: str, how: str, seed: int) -> dict[str, 
     """Spoil one file of a copy, give the command again, and say what came of it."""
     shutil.rmtree(runs.out, ignore_errors=True)
     shutil.copytree(runs.places[stage], runs.out)
+    runs.stage = stage
     order = random.Random(f"{seed}/{runs.kind}/{stage}/{name}/{how}")
     if not spoil(runs.out / name, how, runs.places["other"] / name, order):
         return None
@@ -175,7 +179,8 @@ def verdict(runs: Runs, ended: rig.Ended, name: str) -> str:
         return "traceback"
     if ended.code == 2:
         line = ended.errors[-1] if ended.errors else ""
-        named = Path(name).name in line or str((runs.out / name).parent) in line
+        folder = re.escape(str((runs.out / name).parent))
+        named = Path(name).name in line or re.search(rf"{folder}(?![\w./-]*[\w/])", line) is not None
         return "clear" if len(ended.errors) == 1 and named else "unnamed"
     if not changed(runs):
         return "same"
@@ -183,8 +188,11 @@ def verdict(runs: Runs, ended: rig.Ended, name: str) -> str:
 
 
 def changed(runs: Runs) -> list[str]:
-    """Rows, weights and figures that are not an undamaged run's. A finished run needs no features any more."""
-    return [name for name in runs.whole.differences(rig.outcome(runs.out)) if not name.endswith(rig.INDEX_FILE)]
+    """Rows, weights and figures that are not an undamaged run's. Nobody reads features and training states of a
+    finished run any more."""
+    found = runs.whole.differences(rig.outcome(runs.out))
+    spent = TRAININGS if runs.stage == "done" else ()
+    return [name for name in found if not name.endswith(rig.INDEX_FILE) and Path(name).parent.name not in spent]
 
 
 def notes(ended: rig.Ended) -> list[str]:

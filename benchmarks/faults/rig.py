@@ -28,14 +28,17 @@ from redraft.cli.main import main as command_line
 from redraft.data.store import read_rows
 from redraft.drafts.eagle3 import fresh_draft
 from redraft.drafts.files import save_draft
+from redraft.errors import UserError
 from redraft.features import INDEX_FILE, read_index
 from redraft.loading import tokenizer_hash
+from redraft.seals import SEAL
 from redraft.target import Target
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = runpy.run_path(str(ROOT / "tests" / "tiny_models.py"))
 WORDS = "one two three four five six seven eight nine ten apples pears boxes cost each are there how many".split()
 LONGEST = 600.0
+DAMAGED = "damaged"  # stands for the fingerprint of what cannot be read
 
 
 # -- a tiny world ------------------------------------------------------------------------------------------------------
@@ -227,17 +230,25 @@ def outcome(folder: Path) -> Outcome:
         if path.name in ("curve.jsonl", "tops.jsonl") or "failures" in path.name:
             continue
         name, keys = str(path.relative_to(folder)), []
-        for line in path.read_text().splitlines():
-            keys.append(json.loads(line).get("id", "") + str(json.loads(line).get("temperature", "")))
+        try:
+            rows = read_rows(path)
+            for line in path.read_text().splitlines():
+                keys.append(json.loads(line).get("id", "") + str(json.loads(line).get("temperature", "")))
+        except (UserError, ValueError):
+            found.parts[name] = DAMAGED
+            continue
         found.doubled += len(keys) - len(set(keys))
-        for row in read_rows(path):
+        for row in rows:
             found.rows.add(f"{name}:{row.key}")
             found.parts[f"{name}:{row.key}"] = fingerprint(vars(row))
     for path in sorted(folder.rglob("*.safetensors")):
         name = str(path.relative_to(folder))
         if path.parent.name.startswith("features") or path.name.startswith("state-"):
             continue
-        found.parts[name] = tensors_hash(read_tensors(path))
+        try:
+            found.parts[name] = tensors_hash(read_tensors(path))
+        except UserError:
+            found.parts[name] = DAMAGED
     for path in sorted(folder.rglob(INDEX_FILE)):
         index = read_index(path.parent)
         found.parts[str(path.relative_to(folder))] = fingerprint([sorted(index.index), index.sums])
@@ -249,9 +260,12 @@ def outcome(folder: Path) -> Outcome:
 
 def figures(path: Path) -> Any:
     """What a result file says that is the same in every run; none of a file that is no result."""
-    if path.name not in ("selection.json", "train.json", "align.json", "pretrain.json", "bench.json", "results.json"):
+    results = ("selection.json", "train.json", "align.json", "pretrain.json", "bench.json", "results.json")
+    if path.name not in (*results, "config.json", "redraft.json"):
         return None
     value = json.loads(path.read_text())
+    if path.name not in results:  # what a draft or a run says of itself, but for when and where
+        return {key: one for key, one in value.items() if key not in ("provenance", SEAL)}
     if path.name == "selection.json":
         return value["entries"]
     if path.name == "bench.json":

@@ -264,10 +264,11 @@ def write_sealed(path: str | Path, value: Mapping[str, Any], kind: str, of: str 
     atomic_write_json(path, sealed(value, kind, of))
 
 
-def read_sealed(path: str | Path, kind: str, of: str | None, mend: str) -> dict[str, Any]:
+def read_sealed(path: str | Path, kind: str | None, of: str | None, mend: str) -> dict[str, Any]:
     """What :func:`write_sealed` wrote; files of older versions have no seal and are read as they are.
 
-    Raises ``UserError`` that names the file and says ``mend``: it is missing, damaged, another kind's or run's.
+    Raises ``UserError`` that names the file and says ``mend``: it is missing, damaged, another kind's or run's (where
+    these are asked for).
     """
     try:
         value = read_object(path, finite=False)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from redraft.adaptation.claim import check_files, fingerprints
+from redraft.adaptation.cards import run_card
+from redraft.adaptation.claim import SETTINGS, check_files, fingerprints, settled
 from redraft.artifact import read_checked, read_json, read_sealed, write_checked, write_sealed
 from redraft.errors import UserError
 from redraft.loading.places import UNPACKED, UNPACKED_FILE, _check_unpacked
@@ -73,6 +76,22 @@ def test_tensors_know_their_place(tmp_path: Path) -> None:
             assert "best.safetensors" in str(error) and str(error).endswith("; delete it")
         else:
             assert found.keys() == state.keys() and torch.equal(found["w"], state["w"])
+
+
+@pytest.mark.parametrize("damage", [lambda text: text[:-9], lambda text: text.replace("float32", "float64")])
+def test_damaged_settings_of_a_run_say_to_begin_anew(damage: Any, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    write_sealed(path, {"dtype": "float32"}, SETTINGS)
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(UserError, match=r"config.json is .*; give another run directory, or delete this one"):
+        settled(SimpleNamespace(dtype="auto"), path, None)  # type: ignore[type-var]
+
+
+def test_a_card_says_what_to_do_about_a_damaged_file_of_its_run(tmp_path: Path) -> None:
+    nobody: Any = None
+    (tmp_path / "config.json").write_text('{"a": 1')
+    with pytest.raises(UserError, match=r"config.json is not JSON: line 1: .*; delete it and give the command"):
+        run_card(tmp_path, "vllm", nobody, nobody)
 
 
 def test_an_unpacked_model_is_looked_at_before_it_is_used(tmp_path: Path) -> None:

@@ -43,6 +43,13 @@ def test_both_signals_are_one_line(number: int, code: int, word: str, redraft: A
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+@pytest.mark.parametrize("step", ["Command.parse_args", "Application.parse_args", "read"])
+def test_while_the_words_of_a_command_are_read(step: str, redraft: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(f"redraft.cli.generate.{step}", lambda *_: terminate())
+    found, _, err = redraft(["report", __file__])
+    assert found == 143 and err == LINE.format("terminated")
+
+
 def test_while_a_worker_thread_is_waited_for(redraft: Any, monkeypatch: Any) -> None:
     done = threading.Event()
 

@@ -25,8 +25,10 @@ from redraft.drafts.eagle.unroll import collate
 from redraft.drafts.groups import prepare
 from redraft.errors import UserError
 from redraft.rows import anchors
+from redraft.seals import unsealed
 from redraft.settings.training import PrivateSize, TrainConfig
 from redraft.training import optimizer as optimizer_module
+from redraft.training.optimizer import make_optimizers
 from redraft.training.trainer import Trainer, TrainResult, batch_order
 
 RIG = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("training_rig.py"))))
@@ -214,6 +216,14 @@ def test_a_run_that_did_not_name_its_old_draft_goes_on(named, target, draft, sto
     path.write_text(json.dumps(stored))
     for place in path.parent.glob("*.safetensors"):
         save_file(load_file(place), place)
+    curve = path.with_name("curve.jsonl")
+    lines = [unsealed(json.loads(line), curve) for line in curve.read_text().splitlines()]
+    curve.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    again = work("some draft")
+    assert again.run() == result
+    optimizers = make_optimizers(again.trained, CONFIG.optimizer, CONFIG.weight_decay)
+    again.loop.save(optimizers, stored["state"])  # what it goes on to write is its own at the next start too
+    again.loop.checkpoint.save_best(again.trained, stored["state"]["best_step"])
     assert work("some draft").run() == result
     stored["identity"]["old draft"] = "another"
     path.write_text(json.dumps(stored))
@@ -308,6 +318,11 @@ def test_a_curve_that_is_gone_or_torn_is_gone_on_with(target, draft, store, rows
     assert curve.read_text() == whole
     curve.unlink()
     trainer(target, draft, store, rows, tmp_path / "run").run()
+    other = replace(CONFIG, learning_rate=2e-3)
+    trainer(target, draft, store, rows, tmp_path / "other", config=other).run()
+    curve.write_bytes((tmp_path / "other" / "curve.jsonl").read_bytes())
+    with pytest.raises(UserError, match="curve.jsonl belongs to another run; delete"):
+        trainer(target, draft, store, rows, tmp_path / "run").run()
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,8 @@ class AdaptRun(Run[AdaptConfig]):
         if there(self.selection):
             found = read_manifest(self.selection, self.mark)
             if self.config.select_on == "responses":
-                found.check_source(self.source.responses)
+                mend = f"delete {self.selection} and give the same command again, which selects anew"
+                found.check_source(self.source.responses, mend)
             return found
         c, target, prompts = self.config, self.target, self.config.select_on == "prompts"
         # Where everything is kept, whatever its score, the scorer is one that costs nothing.

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from redraft.artifact import read_json
+from redraft.artifact import read_sealed
 from redraft.data.store import read_rows
 from redraft.drafts.base import Draft
 from redraft.drafts.formats.base import ExportReport
@@ -16,6 +16,7 @@ from redraft.errors import UserError
 from redraft.inputs import read_text
 from redraft.registries import FAMILIES
 from redraft.reports.card import CARD_FILE, CardFacts, licence_of
+from redraft.seals import MEND
 from redraft.settings.texts import parse_budget
 from redraft.target import Facts
 
@@ -119,7 +120,7 @@ def _card_of(name: str) -> str:
 
 
 def _stored(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
+    return read_sealed(path, None, None, MEND) if path.is_file() else {}
 
 
 def _data(run: Path, config: Mapping[str, Any]) -> dict[str, Any]:

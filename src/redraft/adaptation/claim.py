@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from redraft.arithmetic import go_on_with
-from redraft.artifact import read_json, read_sealed, write_sealed
+from redraft.artifact import read_sealed, write_sealed
 from redraft.drafts.formats.base import check_formats
 from redraft.errors import UserError
 from redraft.inputs import there
@@ -34,7 +34,8 @@ def settled(config: Held, file: Path, say: Say | None) -> Held:
     Every run that was begun before there was a choice names its type there. Raises ``UserError``.
     """
     held: Any = config  # every settings model has these two
-    stored = str(read_json(file).get("dtype", "bfloat16")) if file.is_file() else None
+    known = read_sealed(file, None, None, NEW_RUN) if file.is_file() else None
+    stored = None if known is None else str(known.get("dtype", "bfloat16"))
     if held.dtype != AUTO and stored is not None:
         return config  # a difference is told beside the others
     return config.model_copy(update={"dtype": go_on_with(held.dtype, stored, held.device, say)})

@@ -9,13 +9,14 @@ import inspect
 import sys
 import textwrap
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, get_args, get_origin
 
 import typer
 import yaml
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from redraft.cli.failures import as_user_error, unexpected
 from redraft.cli.plans import announce, check_places, refuse_overwriting
@@ -75,15 +76,10 @@ class Command(TyperCommand):
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
-        """Run it. A key press or SIGTERM is no defect: one line and the shell's own exit code for it.
-
-        Raises ``UserError`` when a disk is full; any other surprise is one line, with its trace in a file.
-        """
+        """Run it. Raises ``UserError`` when a disk is full; other surprises are one line, with the trace in a file."""
         name = str(self.name)
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt as error:
-            raise stopped(error) from None
         except (UserError, typer.Exit, typer.Abort, BrokenPipeError):
             raise
         except Exception as error:
@@ -94,6 +90,27 @@ class Command(TyperCommand):
                 raise known from error
             print(unexpected(error, name, out), file=sys.stderr)
             raise SystemExit(1) from None
+
+
+class Application(TyperGroup):
+    """A key press or SIGTERM is no defect: one line and the shell's own exit code for it, also while the words of a
+    command are read."""
+
+    def make_context(self, *args: Any, **more: Any) -> Any:
+        with _told():
+            return super().make_context(*args, **more)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _told():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise stopped(error) from None
 
 
 def add_command(app: typer.Typer, kind: type[Settings], call: Callable[[Any], None], examples: Sequence[str]) -> None:

@@ -14,6 +14,7 @@ import typer
 from redraft import __version__
 from redraft.cli import commands
 from redraft.cli.failures import without_secrets
+from redraft.cli.generate import Application
 from redraft.cli.signals import leave, stopped, terminable
 from redraft.errors import UserError
 from redraft.registries import load_plugin
@@ -32,6 +33,7 @@ VARIABLES = {
 
 app = typer.Typer(
     name="redraft",
+    cls=Application,
     help="Realign a speculative-decoding draft with a fine-tuned target. Start with [bold]redraft quickstart[/bold], "
     "or with [bold]redraft probe[/bold] on your own model.",
     epilog="Every command explains itself: [cyan]redraft adapt --help[/cyan]",

@@ -34,7 +34,7 @@ from typing import Any, TypeVar
 from redraft.data import transport
 from redraft.data.generate import Completion, Request
 from redraft.data.store import FINISH_REASONS, Failure, Row
-from redraft.data.transport import Connection, Refused, Transient, Unusable, excerpt, persist, shown
+from redraft.data.transport import HEARD_SECONDS, Connection, Refused, Transient, Unusable, excerpt, persist, shown
 from redraft.errors import UserError
 from redraft.files import append_text, atomic_write_text, use_folder
 from redraft.inputs import json_lines, there
@@ -119,7 +119,7 @@ class ServerEngine:
                     running.add(pool.submit(self._try, key, item, attempt))
                 if not running:
                     return
-                done, running = wait(running, return_when=FIRST_COMPLETED)
+                done, running = wait(running, HEARD_SECONDS, FIRST_COMPLETED)
                 for future in done:
                     outcome = future.result()
                     gone = isinstance(outcome, Failure) and not outcome.permanent

@@ -32,6 +32,8 @@ ROOM, ROOM_A_TOKEN, SAID = 8 << 20, 4096, 1 << 16
 PACE_TOKENS = 128
 # An event of a stream without a token is a comment or a count; so many more of them than tokens are no stream.
 IDLE_EVENTS = 1024
+# A signal that comes right before a wait begins is heard at its end: no wait of the main thread is longer.
+HEARD_SECONDS = 0.5
 SHOWN = reprlib.Repr()
 SHOWN.maxstring = SHOWN.maxother = SHOWN.maxlong = 300
 

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from redraft.data import transport
 from redraft.data.generate import Request
-from redraft.data.transport import Connection, Refused, Transient, Unusable, excerpt, listed, persist
+from redraft.data.transport import HEARD_SECONDS, Connection, Refused, Transient, Unusable, excerpt, listed, persist
 from redraft.errors import UserError
 from redraft.evaluate.counters import (
     ENGINES,
@@ -310,11 +310,14 @@ class Session:
         faults: list[str] = []
         try:
             futures = [pool.submit(self.answer, prompt, index, limit) for index, prompt in enumerate(prompts)]
-            for future in as_completed(futures):
-                faults += filter(None, [future.result().fault])
-                if done:
+            running = set(futures)
+            while running:
+                ended, running = wait(running, HEARD_SECONDS, FIRST_COMPLETED)
+                faults += filter(None, [future.result().fault for future in ended])
+                if ended and done:
                     self.check_faults(faults, len(prompts))
-                    done(f"{self.name}, {workers} at a time")
+                    for _ in ended:
+                        done(f"{self.name}, {workers} at a time")
             return [future.result() for future in futures]
         except BaseException:
             self.close()  # ends the requests under way

@@ -72,10 +72,11 @@ class Manifest(Shown):
             )
         return [row for row in rows if row.key in chosen]
 
-    def check_source(self, path: str | Path) -> None:
-        """Raise ``UserError`` unless ``path`` is the file, unchanged, that the selection was made from."""
+    def check_source(self, path: str | Path, mend: str = "select again") -> None:
+        """Raise ``UserError`` that says ``mend`` unless ``path`` is the file, unchanged, that the selection was made
+        from."""
         if self.source_sha256 is not None and file_hash(path) != self.source_sha256:
-            raise UserError(f"{path} is not the file that this selection was made from; select again")
+            raise UserError(f"{path} is not the file that this selection was made from; {mend}")
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form, with totals for a reader's eye."""

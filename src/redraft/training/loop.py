@@ -228,18 +228,18 @@ class TrainingLoop:
             self.checkpoint.save_best(self.trained, state["step"])
         entry = {"step": state["step"], "tokens": state["tokens"], "seconds": round(state["seconds"], 1)}
         entry |= {"loss": total / count, self.metric: metric}
-        append_text(self.curve, json.dumps(sealed(entry, CURVE)) + "\n")
+        append_text(self.curve, json.dumps(sealed(entry, CURVE, self.checkpoint.mark)) + "\n")
 
     def mend_curve(self, step: int) -> None:
         """Drop lines behind the checkpoint: a kill between the two would leave them there twice. Raises ``UserError``
-        for one that is damaged."""
+        for one that is damaged or another run's."""
         if not there(self.curve):
             return
         mend = "delete that line (the curve is for the eye) and give the same command again"
         kept = ""
         for number, entry in json_lines(self.curve, finite=False, torn=True):
             where = f"{self.curve}:{number}"
-            plain = unsealed(entry, where, mend) if isinstance(entry, dict) else entry
+            plain = unsealed(entry, where, mend, CURVE, self.checkpoint.mark) if isinstance(entry, dict) else entry
             if typed(Line, plain, where, mend).step <= step:
                 kept += json.dumps(entry) + "\n"
         if kept.encode() != self.curve.read_bytes():
@@ -329,7 +329,6 @@ class Checkpoint:
         self._mend = f"delete the folder {folder} and give the same command again, which trains anew"
         if there(self.path):
             stored = self._stored()["identity"]
-            self.mark = digest(stored)
             if OLD_DRAFT in self.identity and not stored.get(OLD_DRAFT):
                 stored[OLD_DRAFT] = self.identity[OLD_DRAFT]  # most runs did not say it once
             if stored.keys() != self.identity.keys():
@@ -396,26 +395,6 @@ class Checkpoint:
         with torch.no_grad():
             for name, parameter in trained:
                 parameter.copy_(tensors[prefix + name])
-
-
-def read_lines(path: Path) -> list[str]:
-    """The lines of a text file with their ends. Raises ``UserError`` for one that cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8").splitlines(keepends=True)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}; delete it and give the same command again") from error
-
-
-def curve_entry(line: str, path: Path) -> dict[str, Any]:
-    """The entry of a line of the curve. Raises ``UserError`` where it is no longer what was written."""
-    mend = "delete that line (the curve is for the eye) and give the same command again"
-    try:
-        found = json.loads(line)
-        if not isinstance(found, dict) or type(found.get("step")) is not int:
-            raise ValueError("no step")
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {line.strip()[:60]!r} is no line of a curve ({error}); {mend}") from error
-    return unsealed(found, path, mend)
 
 
 def stored_precision(folder: Path, unrecorded: str) -> str | None:
