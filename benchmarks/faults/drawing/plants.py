@@ -156,7 +156,7 @@ PLANTS = {
         ((accept, "_residual", lambda target, draft: target),), ("chain", "tree", "batched"), 0, "adversarial"
     ),
     "residual not normalised": Plant(((accept, "_residual", unnormalised),), ("tree",)),
-    "siblings not renormalised": Plant(((accept, "_without", not_renormalised),), ("tree",), 0, "adversarial"),
+    "siblings not renormalised": Plant(((accept, "_without", not_renormalised),), ("tree",), 1, "adversarial"),
     "bonus from the draft": Plant(in_chains(chains(draft_bonus=True)), ("chain", "batched")),
     "numbers used twice": Plant(((engine, "Uniforms", Reused),), ("chain", "tree")),
     "numbers shared by rows": Plant(((batched, "Uniforms", Shared), (engine, "Uniforms", Shared)), ("batched",)),
