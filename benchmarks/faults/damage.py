@@ -226,7 +226,7 @@ def mended(runs: Runs, ended: rig.Ended) -> str:
 
 
 def cases(runs: Runs) -> Iterator[tuple[str, str, str]]:
-    for stage in ("done", "half"):
+    for stage in ("half", "done"):  # where more is read again comes first
         for name in runs.files(stage):
             for how in HOW:
                 yield stage, name, how
