@@ -140,8 +140,8 @@ def test_flags_that_are_given_twice() -> None:
 def test_a_mistake_in_a_file_of_settings_names_the_file(tmp_path):
     file = tmp_path / "adapt.yaml"
     file.write_text("target: t\ndraft: d\nprompts: p\nout: o\ngama: 3\n")
-    with pytest.raises(UserError, match=r"unknown setting gama \(did you mean gamma\?\).* read from .*adapt\.yaml"):
+    with pytest.raises(UserError, match=r"adapt\.yaml: unknown setting gama \(did you mean gamma\?\)"):
         read(AdaptConfig, file)
     with pytest.raises(UserError, match="missing") as flags:
         read(AdaptConfig, None, {"draft": "d"})
-    assert "read from" not in str(flags.value)
+    assert ".yaml" not in str(flags.value)
