@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -80,11 +80,11 @@ def test_tensors_know_their_place(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [lambda text: text[:-9], lambda text: text.replace("float32", "float64")])
 def test_damaged_settings_of_a_run_say_to_begin_anew(damage: Any, tmp_path: Path) -> None:
-    path = tmp_path / "config.json"
+    path, config = tmp_path / "config.json", cast(Any, SimpleNamespace(dtype="auto"))
     write_sealed(path, {"dtype": "float32"}, SETTINGS)
     path.write_text(damage(path.read_text()))
     with pytest.raises(UserError, match=r"config.json is .*; give another run directory, or delete this one"):
-        settled(SimpleNamespace(dtype="auto"), path, None)  # type: ignore[type-var]
+        settled(config, path, None)
 
 
 def test_a_card_says_what_to_do_about_a_damaged_file_of_its_run(tmp_path: Path) -> None:
