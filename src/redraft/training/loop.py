@@ -293,10 +293,10 @@ class Line:
 
 @dataclass
 class State:
-    """What a checkpoint says of the training; ``history`` lists (step, metric)."""
+    """What a checkpoint says of the training; ``history`` lists (step, metric), where it is watched."""
 
     step: NonNegativeInt
-    history: list[tuple[NonNegativeInt, float]]
+    history: list[tuple[NonNegativeInt, float]] = field(default_factory=list)
     tokens: NonNegativeInt = 0
     seconds: NonNegativeFloat = 0.0
     best: float = 0.0
