@@ -201,6 +201,7 @@ class RowWriter:
         self.path = Path(path)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._new = not self.path.exists()
             self._file: BinaryIO = open(self.path, "ab+", buffering=0)
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror or error}") from error
@@ -250,6 +251,8 @@ class RowWriter:
         return self
 
     def __exit__(self, *error: object) -> None:
+        if self._new and not self.rows and any(error):
+            self.path.unlink(missing_ok=True)  # what was refused before its first row leaves nothing
         self._file.close()
 
 
