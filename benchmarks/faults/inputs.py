@@ -215,7 +215,7 @@ class Bench:
                     raise Unsound(f"{reader.name}: the good files are refused: {found[-1]}")
                 if reader.confirms is not None and not reader.confirms(place, found[-1]["outcome"]):
                     raise Unsound(f"{reader.name}: the judge reads the good files otherwise: {found[-1]}")
-            if found[0] != found[1]:
+            if found[0]["outcome"] != found[1]["outcome"]:
                 raise Unsound(f"{reader.name}: two readings of the good files differ")
             self.bases[reader.name] = found[0]["outcome"]
         return self.bases[reader.name]

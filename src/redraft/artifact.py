@@ -50,7 +50,6 @@ def tensors_bytes(state: Mapping[str, Tensor]) -> int:
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """Every tensor of one safetensors file, on the CPU. Raises ``UserError`` when it is missing or damaged."""
-    require_file(path)
     return _whole_file(path, "not a whole safetensors file", "copy or download it again")[0]
 
 
@@ -60,16 +59,17 @@ def read_shapes(path: str | Path) -> dict[str, list[int]]:
     try:
         with safe_open(str(path), framework="pt") as file:
             return {name: file.get_slice(name).get_shape() for name in file.keys()}
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, MemoryError) as error:
         raise UserError(f"{path} is not a whole safetensors file ({error}); copy or download it again") from error
 
 
 def _whole_file(path: str | Path, fault: str, mend: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a safetensors file and the texts of its header. Raises ``UserError``."""
+    require_file(path, mend)
     try:
         with safe_open(str(path), framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, MemoryError) as error:
         raise UserError(f"{path} is {fault} ({error}); {mend}") from error
 
 

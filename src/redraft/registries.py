@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from redraft.errors import UserError
-from redraft.inputs import require_file
 
 T = TypeVar("T", bound=Any)
 
@@ -157,6 +156,8 @@ def load_plugin(plugin: str, name: str = "") -> None:
 
 def _from_file(path: Path) -> Any:
     """The module in the file ``path``. Raises ``OSError`` when there is none, and what the file raises."""
+    from redraft.inputs import require_file  # not at the top: names are listed without pydantic
+
     require_file(path, "name a Python file")
     name = f"redraft_plugin_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path.resolve(strict=True))

@@ -87,6 +87,19 @@ def test_cut_at_every_byte_the_writer_goes_on_with_no_row_lost_or_doubled(tmp_pa
         assert path.read_bytes() == data
 
 
+def test_a_new_file_that_gets_no_row_before_an_error_is_not_left(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    with pytest.raises(KeyError), RowWriter(path):
+        raise KeyError
+    assert not path.exists()
+    with RowWriter(path):
+        pass
+    with pytest.raises(KeyError), RowWriter(path) as writer:
+        writer.append(rows(1))
+        raise KeyError
+    assert read_rows(path) == rows(1)
+
+
 def test_damage_before_the_end_is_an_error_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     lines = write(path, rows(3)).splitlines(keepends=True)

@@ -203,6 +203,7 @@ class RowWriter:
         use_folder(self.path.parent)
         self._lock = None if is_helper() else lock(lock_path(self.path), f"response file {self.path}")
         try:
+            self._new = not self.path.exists()
             self._file: BinaryIO = open(self.path, "ab+", buffering=0)
             try:
                 self._recover()
@@ -255,6 +256,8 @@ class RowWriter:
         return self
 
     def __exit__(self, *error: object) -> None:
+        if self._new and not self.rows and any(error):
+            self.path.unlink(missing_ok=True)  # what was refused before its first row leaves nothing
         self._file.close()
         self._release()
 

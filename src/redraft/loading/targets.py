@@ -255,6 +255,8 @@ def read_tokenizer(adapter: str | None, place: dict[str, Any], spec: str) -> Any
     where = {key: place[key] for key in ("pretrained_model_name_or_path", "local_files_only")}
     with one_line(f"the tokenizer of {spec}"):
         settings = get_tokenizer_config(**where)
+        if type(longest := settings.get("model_max_length")) not in (int, float, type(None)):
+            raise UserError(f"the tokenizer of {spec} has model_max_length {longest!r:.60}; a number is needed")
         auto = settings.get("auto_map")
         named = str(settings.get("tokenizer_class") or "")
         if auto and not any(hasattr(transformers, name) for name in (named, named + "Fast") if name):

@@ -370,7 +370,7 @@ class Checkpoint:
             return None
         stored = self._stored()
         state = stored["state"]
-        if (self.folder / BEST_FILE).exists() or state["step"] != state["best_step"]:
+        if (self.folder / BEST_FILE).exists() or state["step"] != state.get("best_step", state["step"]):
             self._best()  # of which step will be asked at the end: a kill may have left those of a later one
         tensors = read_checked(self.folder / stored["file"], self._mend, run=self.mark, step=str(state["step"]))
         self._copy("weight/", tensors, trained, stored["file"])
