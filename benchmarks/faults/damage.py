@@ -188,10 +188,10 @@ def verdict(runs: Runs, ended: rig.Ended, name: str) -> str:
 
 
 def changed(runs: Runs) -> list[str]:
-    """Rows, weights and figures that are not an undamaged run's. Nobody reads features and training states of a
-    finished run any more."""
+    """Rows, weights and figures that are not an undamaged run's. Nobody reads the states of a training any more that
+    had ended."""
     found = runs.whole.differences(rig.outcome(runs.out))
-    spent = TRAININGS if runs.stage == "done" else ()
+    spent = [name for name in TRAININGS if (runs.places[runs.stage] / f"{name}.json").exists()]
     return [name for name in found if not name.endswith(rig.INDEX_FILE) and Path(name).parent.name not in spent]
 
 
