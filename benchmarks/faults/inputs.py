@@ -161,7 +161,8 @@ def judged(
         return "half", f"left {left}"
     if json.dumps(found["outcome"]) == json.dumps(base):
         return "same", ""
-    if change.allows == changes.OTHER and reader.confirms is not None and reader.confirms(place, found["outcome"]):
+    allowed = change.allows == changes.OTHER or getattr(reader.confirms, "typed", False)
+    if allowed and reader.confirms is not None and reader.confirms(place, found["outcome"]):
         return "as_written", ""
     return "silent", f"{json.dumps(found['outcome'])[:200]} instead of {json.dumps(base)[:200]}"
 

@@ -49,7 +49,10 @@ class Reader:
 
 
 def by(reading: Callable[[Path], Outcome], name: str) -> Callable[[Path, Outcome], bool]:
-    """Whether an outcome is what a reading of this folder's own gives of the file."""
+    """Whether an outcome is what a reading of this folder's own gives of the file.
+
+    Such a reading looks at types itself, so that it may also confirm a value of another kind.
+    """
 
     def confirms(place: Path, found: Outcome) -> bool:
         try:
@@ -57,6 +60,7 @@ def by(reading: Callable[[Path], Outcome], name: str) -> Callable[[Path, Outcome
         except (readings.Nothing, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, OSError):
             return False
 
+    confirms.typed = True  # type: ignore[attr-defined]
     return confirms
 
 

@@ -98,9 +98,15 @@ def _turns(item: Any) -> list[list[str]]:
             demand(isinstance(item[key], list))
             return [_turn(turn) for turn in item[key]]
     if "instruction" in item:
-        parts = [item["instruction"], *([item["input"]] if item.get("input") else [])]
+        nothing = ("", None, [], {})
+        given = {
+            key: item[key]
+            for key in ("input", "output")
+            if not any(item.get(key) is v or item.get(key) == v and type(item.get(key)) is type(v) for v in nothing)
+        }
+        parts = [item["instruction"], *([given["input"]] if "input" in given else [])]
         demand(all(map(text, parts)))
-        answer = [["assistant", item["output"]]] if item.get("output") else []
+        answer = [["assistant", given["output"]]] if "output" in given else []
         demand(all(text(said) for _, said in answer))
         return [["user", "\n\n".join(filter(None, parts))], *answer]
     demand(text(item["prompt"]))
@@ -169,7 +175,10 @@ def curve(path: Path) -> Any:
         demand(number(one.get("seconds", 0.0), 0))
         tau = one.get("heldout_tau")
         demand(tau is None or number(tau))
-        points[one["step"]] = [one["step"], one.get("loss"), one.get("tokens", 0), tau]
+        loss = one.get("loss")
+        demand(loss is None or number(loss))
+        figures = [None if value is None else float(value) for value in (loss, tau)]
+        points[one["step"]] = [one["step"], figures[0], one.get("tokens", 0), figures[1]]
     return [points[step] for step in sorted(points)]
 
 

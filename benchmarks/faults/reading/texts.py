@@ -14,6 +14,7 @@ import yaml
 
 from faults.reading import judge as readings
 from faults.reading.base import ASKED, MESSAGES, RUN, Outcome, Reader, by, files, written
+from redraft.adaptation.cards import _card_of
 from redraft.data.prompts import read_conversations
 from redraft.data.suites import load_suite
 from redraft.data.traces import read_traces
@@ -212,16 +213,15 @@ CARD = "---\nlicense: apache-2.0\nlicense_name: x\ntags:\n- a\n---\n# A model\n"
 
 
 def _card(place: Path) -> Outcome:
-    try:
-        text = (place / "README.md").read_text() if (place / "README.md").is_file() else ""
-    except (OSError, UnicodeDecodeError):
-        text = ""
-    return licence_of(text)
+    return licence_of(_card_of(str(place)))
 
 
 def _licence(place: Path, found: Outcome) -> bool:
     """A card is a page for people: what it says of a licence is taken where it is text, and nothing else."""
     return all(isinstance(value, str) for value in found.values())
+
+
+_licence.typed = True  # type: ignore[attr-defined]
 
 
 def _or_nothing(reading: Callable[[Path], list[Any]], path: Path) -> list[Any]:

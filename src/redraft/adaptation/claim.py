@@ -59,6 +59,8 @@ def _claimed(config: Run, say: Say | None) -> Run:
     path = config.out / CONFIG_FILE
     config = settled(config, path, say)
     stored = read_sealed(path, SETTINGS, None, NEW_RUN) if there(path) else {}
+    if wrong := [name for name in ("train", "pretrain", "align") if not isinstance(stored.get(name, {}), dict)]:
+        raise UserError(f"{path} is damaged: {wrong[0]} holds no settings; give another run directory")
     recipes = {"train": TrainConfig()} if adapts else {"pretrain": PretrainConfig(), "align": DistilConfig()}
     if stored and not adapts:
         # What trains kept its precision whatever the target's type was, before there was a choice.

@@ -182,15 +182,20 @@ def _refuse_keys(item: Mapping[str, Any]) -> None:
 
 def _answer(item: dict[str, Any]) -> list[Message]:
     """The answer in a key of its own, as a turn; none where there is none."""
-    found = [(key, item[key]) for key in ANSWER_KEYS if item.get(key)]
+    found = [(key, item[key]) for key in ANSWER_KEYS if _given(item.get(key))]
     if len(found) > 1:
         raise ValueError(f"two answers, in {found[0][0]} and {found[1][0]}; keep one")
     return [{"role": ASSISTANT, "content": text_of(value)} for _, value in found]
 
 
+def _given(value: Any) -> bool:
+    """Whether there is anything: no text, list or object that is empty. Zero and false are, and no text."""
+    return value is not None and not (isinstance(value, str | list | dict) and not value)
+
+
 def _instruction(item: dict[str, Any]) -> str:
     """Alpaca's instruction with its input, Dolly's with its context."""
-    parts = [text_of(item[key]) for key in ("input", "context") if item.get(key)]
+    parts = [text_of(item[key]) for key in ("input", "context") if _given(item.get(key))]
     if len(parts) > 1:
         raise ValueError('both "input" and "context" stand beside the instruction; keep one')
     return "\n\n".join(text for text in (text_of(item["instruction"]), *parts) if text)

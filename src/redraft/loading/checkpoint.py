@@ -50,6 +50,7 @@ EXPERT = re.compile(r"^(.*\.experts)\.(\d+)\.(.+)$")
 FUSED = re.compile(r"^(.*\.experts)\.(gate_up_proj|down_proj)$")
 # Types of numbers as safetensors names them.
 WHOLE_NUMBERS = ("BOOL", "I", "U")
+LENGTH = "max_position_embeddings"
 # No setting of a model is as large.
 BEYOND = 1e15
 PACKED = (*WHOLE_NUMBERS, "F8", "F4")
@@ -135,6 +136,8 @@ def check_kinds(raw: dict[str, Any], config: Any, file: Path, inside: str = "") 
                 raise values.refuse(key, "a number")
             if type(known) is int and value != int(value):
                 raise values.refuse(key, "a whole number")
+            if known > 0 and (value < 0 and not key.endswith("_token_id") or value == 0 and key == LENGTH):
+                raise values.refuse(key, "a number above 0")
 
 
 def check_folder(place: dict[str, Any], spec: str) -> None:
