@@ -30,12 +30,12 @@ import torch
 # The batched decoder and this script's parts, from wherever it is started.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from losslessness import Log  # noqa: E402
+
 from faults.drawing.counting import Tested, compared, every_test, holm, whole  # noqa: E402
 from faults.drawing.drawn import DECODERS, WRITER, Draws, draws_of, written  # noqa: E402
 from faults.drawing.plants import PLANTS  # noqa: E402
 from faults.drawing.world import DRAFTS, LIMIT, PROMPTS, SAMPLERS, V, World, make_world  # noqa: E402
-from losslessness import Log  # noqa: E402
-
 from redraft import provenance  # noqa: E402
 from redraft.files import atomic_write_json  # noqa: E402
 from redraft.settings.sampler import Sampler  # noqa: E402

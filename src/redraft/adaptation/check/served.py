@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,6 +59,11 @@ class Fault:
     blocks: bool = False
 
 
+# What a reading shows: faults, and notes in words.
+Told = Sequence[Fault | str]
+NO_MESSAGES = "the server takes no messages (/v1/chat/completions): its chat template was not looked at"
+
+
 # -- prompts ---------------------------------------------------------------------------------------------------------
 def read_prompts(
     connection: Connection, model: str, prompts: Sequence[Prompt], messages: Sequence[list[Message]], tokenizer: Any
@@ -66,35 +72,51 @@ def read_prompts(
 
     ``messages`` are those of the first prompts. Raises ``UserError`` where it gives no answer.
     """
-    faults, notes = list[Fault](), list[str]()
     bos = getattr(tokenizer, "bos_token_id", None)
+    told: list[Fault | str] = []
+
+    def asked(path: str, what: dict[str, Any], prompt: Prompt, judge: Callable[[Reading | None], Told]) -> None:
+        """What a second reading shows too: one odd answer says nothing of the server."""
+        read = partial(_asked, connection, path, model, what, prompt)
+        told.extend(judge(read()) and judge(read()))
+
     for prompt in prompts[:ASKED]:
-        found = _asked(connection, "/v1/completions", model, {"prompt": list(prompt.ids)}, prompt)
-        faults += [replace(one, blocks=True) for one in _changed("token ids", found, prompt.ids, bos)]
+        asked("/v1/completions", {"prompt": list(prompt.ids)}, prompt, partial(_as_ids, prompt=prompt, bos=bos))
     for prompt, said in zip(prompts[:ASKED], messages, strict=False):
-        found = _asked(connection, "/v1/chat/completions", model, {"messages": said}, prompt)
-        if found is None:
-            notes.append("the server takes no messages (/v1/chat/completions): its chat template was not looked at")
+        judge = partial(_as_messages, prompt=prompt, tokenizer=tokenizer, bos=bos)
+        asked("/v1/chat/completions", {"messages": said}, prompt, judge)
+        if NO_MESSAGES in told:
             break
-        faults += _templated(found, prompt, tokenizer, bos)
     for prompt in prompts[:ASKED]:
         text = tokenizer.decode(prompt.ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         expected = tokenizer.encode(text, add_special_tokens=False)
-        found = _asked(connection, "/v1/completions", model, {"prompt": text}, prompt)
-        if found is None or found.number is None:
-            continue
-        mine = found.ids[1:] if found.ids and found.ids[0] == bos and expected[:1] != [bos] else found.ids
-        if mine == expected or (mine is None and found.number in (len(expected), len(expected) + 1)):
-            continue
-        if mine is not None and mine == [bos, *expected]:
-            notes.append("the server puts the beginning-of-text token in front of rendered text that has it: send ids")
-            continue
-        evidence = f"a text of {len(expected)} tokens is one of {found.number} to the server"
-        if found.number == len(expected):
-            evidence = f"a text of {len(expected)} tokens has other ids at the server"
-        faults.append(Fault("other_tokenizer", evidence))
+        asked("/v1/completions", {"prompt": text}, prompt, partial(_as_text, expected=expected, bos=bos))
+    faults = [one for one in told if isinstance(one, Fault)]
+    notes = [one for one in told if isinstance(one, str)]
     kept = {fault.cause: fault for fault in reversed(faults)}
     return list(reversed(kept.values())), list(dict.fromkeys(notes))
+
+
+def _as_ids(found: Reading | None, prompt: Prompt, bos: int | None) -> Told:
+    return [replace(one, blocks=True) for one in _changed("token ids", found, prompt.ids, bos)]
+
+
+def _as_messages(found: Reading | None, prompt: Prompt, tokenizer: Any, bos: int | None) -> Told:
+    return [NO_MESSAGES] if found is None else [*_templated(found, prompt, tokenizer, bos)]
+
+
+def _as_text(found: Reading | None, expected: list[int], bos: int | None) -> Told:
+    """What a server makes of rendered text whose tokens are known."""
+    if found is None or found.number is None:
+        return []
+    mine = found.ids[1:] if found.ids and found.ids[0] == bos and expected[:1] != [bos] else found.ids
+    if mine == expected or (mine is None and found.number in (len(expected), len(expected) + 1)):
+        return []
+    if mine is not None and mine == [bos, *expected]:
+        return ["the server puts the beginning-of-text token in front of rendered text that has it: send ids"]
+    if found.number == len(expected):
+        return [Fault("other_tokenizer", f"a text of {len(expected)} tokens has other ids at the server")]
+    return [Fault("other_tokenizer", f"a text of {len(expected)} tokens is one of {found.number} to the server")]
 
 
 def _asked(connection: Connection, path: str, model: str, what: dict[str, Any], prompt: Prompt) -> Reading | None:
