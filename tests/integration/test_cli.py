@@ -251,7 +251,7 @@ def test_a_file_of_settings_is_read_as_people_mean_it(tmp_path: Path) -> None:
         (tmp_path / "a.yaml").write_text(text)
         with pytest.raises(UserError, match=words):
             read(AdaptConfig, tmp_path / "a.yaml")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="is a folder"):
         read(AdaptConfig, tmp_path)
     train = AdaptConfig(**{**paths, "train": {"learning_rate": "4e-3", "batch_anchors": 5e3}}).train_config()
     assert train.learning_rate == 4e-3 and train.batch_anchors == 5000 and type(train.batch_anchors) is int

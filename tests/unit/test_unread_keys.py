@@ -109,7 +109,7 @@ def test_what_an_assistant_says_before_any_question_stays_in_the_prompt() -> Non
     ("name", "text", "why"),
     [
         ("p.jsonl", '{"prompt": "a"}\n{"prompt": "hi \\ud83d"}', ":2: .*half a character"),
-        ("p.jsonl", '{"prompt": "a", "id": ' + "1" * 5000 + "}", ":1: not JSON that can be read"),
+        ("p.jsonl", '{"prompt": "a", "id": ' + "1" * 5000 + "}", ":1: no JSON that can be read"),
         ("p.txt", 'What is {x}?\n{"prompt": "a"}\n', ":2: a JSON row in a file of plain text"),
     ],
 )
