@@ -142,6 +142,7 @@ def json_value(rng: random.Random, text: str) -> tuple[Change, str]:
         inner = inner[key]
     old = inner[spot[-1]] if spot else top
     named = ".".join(map(str, spot)) or "the whole"
+    free = spot[:1] == ("provenance",)  # a record that is shown as it is, whatever it holds
     how = rng.choice(
         ["kind"] * 5 + ["number"] * 4 + ["gone", "gone", "more", "twice", "twice", "half", "deep", "top", "list"]
     )
@@ -186,7 +187,7 @@ def json_value(rng: random.Random, text: str) -> tuple[Change, str]:
         allows = WRONG if isinstance(new, Raw) else OTHER
     else:
         new = rng.choice(_other_kinds(old))
-        allows = OTHER if new is None else WRONG
+        allows = OTHER if new is None or free else WRONG
     inner[spot[-1]] = new
     shown = repr(new) if len(repr(new)) < 40 else f"{repr(new)[:37]}..."
     return Change("value", f"{named} is {shown} instead of {old!r:.40}", allows, lambda p: None), dumped(top)

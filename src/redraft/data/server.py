@@ -401,10 +401,13 @@ def row_mark(row: Row) -> str:
 def parse_top(value: Any, count: int) -> Top:
     """A stored entry ``[[ids], [log-probabilities]]`` of ``count`` positions. Raises ``ValueError``."""
     try:
-        ids = [[int(i) for i in row] for row in value[0]]
-        values = [[float(x) for x in row] for row in value[1]]
-    except (TypeError, ValueError, IndexError, KeyError):
+        ids, values = ([list(row) for row in part] for part in value)
+        kinds = {type(i) for row in ids for i in row}, {type(x) for row in values for x in row}
+    except (TypeError, ValueError):
         raise ValueError("no lists of ids and log-probabilities") from None
+    if not (kinds[0] <= {int} and kinds[1] <= {int, float}):
+        raise ValueError("ids that are no whole numbers, or log-probabilities that are no numbers")
+    values = [[float(x) for x in row] for row in values]
     whole = len(ids) == len(values) == count and all(len(a) == len(b) > 0 for a, b in zip(ids, values, strict=True))
     if not whole or not all(math.isfinite(x) for row in values for x in row) or any(i < 0 for r in ids for i in r):
         raise ValueError(f"not {count} positions of ids with finite log-probabilities")
