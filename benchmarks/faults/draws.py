@@ -18,6 +18,7 @@ status 1 where the least p is not below a millionth. A whole run draws under eve
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -126,7 +127,10 @@ def rows(job: Job, world: World) -> Iterator[dict[str, Any]]:
 def row(job: Job, sampler: Sampler, tested: Tested, count: int) -> dict[str, Any]:
     """One line of the result file; ``counted`` are the draws that entered the test."""
     cell = {"decoder": job.decoder, "sampler": sampler.describe(), "draft": job.draft, "draws": count}
-    return ({"plant": job.plant} if job.plant else {}) | cell | asdict(tested)
+    told = asdict(tested)
+    if not math.isfinite(tested.statistic):  # what cannot be was drawn; JSON has no infinity
+        told["statistic"] = None
+    return ({"plant": job.plant} if job.plant else {}) | cell | told
 
 
 def least(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
