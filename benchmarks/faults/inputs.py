@@ -44,7 +44,7 @@ from mutations import quiet  # noqa: E402
 
 import redraft  # noqa: E402
 from faults.reading import changes, judge  # noqa: E402
-from faults.reading.base import Reader  # noqa: E402
+from faults.reading.base import ROOT, Reader  # noqa: E402
 from faults.reading.models import models  # noqa: E402
 from faults.reading.stored import stored  # noqa: E402
 from faults.reading.texts import texts  # noqa: E402
@@ -245,7 +245,8 @@ class Bench:
         found = apart(reader, place)
         verdict, why = judged(reader, change, file, place, before, found, base)
         shutil.rmtree(place, ignore_errors=True)
-        about = {"reader": reader.name, "file": file, "kind": change.kind, "change": change.what}
+        what = change.what.replace(str(ROOT), "REPOSITORY")
+        about = {"reader": reader.name, "file": file, "kind": change.kind, "change": what}
         why = why.replace(str(place), "PLACE").replace(str(self.scratch), "SCRATCH")
         told = {"verdict": verdict, "why": why, "seconds": round(time.monotonic() - began, 2)}
         return {"seed": seed, "number": number, **about, **told}
