@@ -321,7 +321,7 @@ def test_a_curve_that_is_gone_or_torn_is_gone_on_with(target, draft, store, rows
     other = replace(CONFIG, learning_rate=2e-3)
     trainer(target, draft, store, rows, tmp_path / "other", config=other).run()
     curve.write_bytes((tmp_path / "other" / "curve.jsonl").read_bytes())
-    with pytest.raises(UserError, match="curve.jsonl belongs to another run; delete"):
+    with pytest.raises(UserError, match="curve.jsonl:1 belongs to another run; delete"):
         trainer(target, draft, store, rows, tmp_path / "run").run()
 
 
