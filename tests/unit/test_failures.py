@@ -145,6 +145,8 @@ def run_alone(*arguments: str) -> tuple[list[str], list[str]]:
         ("config adapt", "# batch_size: 64"),
         ("adapt --config bad.yaml", "unknown setting drfat (did you mean draft?); unknown setting epoc (did you mean"),
         ("adapt --config absent.yaml", "absent.yaml does not exist"),
+        ("adapt --config gone.yaml --dry-run",
+         "gone does not exist; name a file, or datasets:NAME (prompts in gone.yaml)"),
         ("study study.yaml --list", "only | fc | regenerated | shift@50% | kl | ridge | 0"),
         ("bench --target ./no --draft a --prompts absent.jsonl --out b.json", "absent.jsonl does not exist"),
         ("train --target t --draft d --responses no.jsonl --out o --method loro", "did you mean lora?"),
@@ -160,6 +162,7 @@ def test_names_settings_paths_and_help_load_nothing_heavy(tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     (tmp_path / "bad.yaml").write_text("target: t\ndrfat: d\ndraft: d\nprompts: p\nout: o\ntrain: {epoc: 2}\n")
+    (tmp_path / "gone.yaml").write_text("target: t\ndraft: d\nprompts: gone\nout: o\n")
     (tmp_path / "study.yaml").write_text(
         "name: s\ntargets: {only: {target: t, draft: d, base_target: b, prompts: p, evaluation: e}}\n"
         "grid: {methods: [fc], selections: [shift@50%], starts: [ridge]}\n"

@@ -71,6 +71,10 @@ BAD = {
     "no turns": ('{"conversations": []}', r"p\.jsonl:2: .*no user turn"),
     "turns that are no list": ('{"messages": "hello"}', r"p\.jsonl:2: .*must be a list"),
     "empty user turn": ('{"messages": [{"role": "user", "content": " "}]}', r"p\.jsonl:2: a user turn is empty"),
+    "an answer of no parts": (
+        '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": []}]}',
+        r"p\.jsonl:2: the content of a turn must be text, not \[\]",
+    ),
     "content that is no text": ('{"messages": [{"role": "user", "content": 5}]}', r"p\.jsonl:2: the content of a turn"),
     "odd id": ('{"id": {}, "instruction": "x"}', r"p\.jsonl:2: the id must be"),
     "id twice": (json.dumps(MESSAGES), r"p\.jsonl:2: id 'a' is already at .*p\.jsonl:1"),

@@ -122,15 +122,16 @@ def add_command(app: typer.Typer, kind: type[Settings], call: Callable[[Any], No
         flags = {key: value for key, value in given.items() if value not in (None, [])}
         settings = read(kind, path, {key: _meant(kind.model_fields[key], value) for key, value in flags.items()})
         ctx.params["out"] = getattr(settings, "out", None)
-        refuse_overwriting(settings)
-        announce(settings)
-        check_places(settings)
-        if dry_run:
-            from redraft.adaptation.estimate import plan
+        with _placed(path, settings, flags):
+            refuse_overwriting(settings)
+            announce(settings)
+            check_places(settings)
+            if dry_run:
+                from redraft.adaptation.estimate import plan
 
-            print("\n".join(plan(settings)))
-        else:
-            call(settings)
+                print("\n".join(plan(settings)))
+            else:
+                call(settings)
 
     hints = {"ctx": typer.Context} | dict(_parameters(kind))
     keyword = inspect.Parameter.KEYWORD_ONLY
@@ -140,6 +141,22 @@ def add_command(app: typer.Typer, kind: type[Settings], call: Callable[[Any], No
     run.__doc__ = call.__doc__
     shown = "\n\n".join(["[bold]Examples[/bold]", *(f"[cyan]{example}[/cyan]" for example in examples)])
     app.command(name=name, cls=Command, epilog=shown)(run)
+
+
+@contextmanager
+def _placed(path: Path | None, settings: Settings, flags: Collection[str]) -> Iterator[None]:
+    """An error that begins with a value of the settings file says where that value stands."""
+    try:
+        yield
+    except UserError as error:
+        if path is None or str(path) in str(error):
+            raise
+        for name in settings.model_fields_set.difference(flags):
+            value = getattr(settings, name)
+            for one in value if isinstance(value, tuple) else [value]:
+                if isinstance(one, str | Path) and str(error).startswith(f"{one} "):
+                    raise UserError(f"{error} ({name} in {path})") from error
+        raise
 
 
 def _meant(field: Any, value: Any) -> Any:

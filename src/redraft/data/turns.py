@@ -82,7 +82,8 @@ def parse_turn(turn: Any) -> Message:
         return {"role": ASSISTANT, "content": "", "tool_calls": [_call(call) for call in given]}
     found: Message = {"role": _role(role)}
     extra = _assistant(turn) if found["role"] == ASSISTANT else _named(turn)
-    found["content"] = "" if content is None and extra.keys() & {"tool_calls", THOUGHTS[0]} else text_of(content)
+    unsaid = content in (None, []) and extra.keys() & {"tool_calls", THOUGHTS[0]}
+    found["content"] = "" if unsaid else text_of(content)
     return found | extra
 
 
@@ -97,7 +98,7 @@ def text_of(content: Any) -> str:
     """Plain text, or the joined text parts of the list form of content."""
     if isinstance(content, str):
         return content
-    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
+    if content and isinstance(content, list) and all(isinstance(part, dict) for part in content):
         other = next((part.get("type") for part in content if part.get("type", "text") not in TEXT_PARTS), None)
         if other is not None:
             raise ValueError(f"the content of a turn has a part of type {excerpt(other)}; only text can be used")

@@ -35,11 +35,17 @@ Figure = Annotated[float | None, BeforeValidator(_there)]
 
 
 class Interval(_Open):
-    """A figure with the two ends of its 95% interval; the ends are null where none could be had."""
+    """A figure with the two ends of its 95% interval; both ends are null where none could be had."""
 
     value: float
     low: Figure
     high: Figure
+
+    @model_validator(mode="after")
+    def _has_both(self) -> Interval:
+        if (self.low is None) != (self.high is None):
+            raise ValueError("one end of the interval is a number and the other is none")
+        return self
 
 
 class PhaseSeconds(_Open):
