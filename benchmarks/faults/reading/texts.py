@@ -118,7 +118,7 @@ def _traffic_base() -> list[tuple[list[int], list[int]]]:
 
 def _confirm_served(place: Path, found: Outcome) -> bool:
     def named(rows: list[Any]) -> list[Any]:
-        return [[(id or f"log/{n}"), *rest] for n, (id, *rest) in enumerate(rows, 1)]
+        return [[(f"log/{n}" if id is None else id), *rest] for n, (id, *rest) in enumerate(rows, 1)]
 
     def read(path: Path) -> Outcome:
         return [[f"{id}@traffic", *rest] for id, *rest in named(_served(path))]
