@@ -116,14 +116,9 @@ def _traffic_base() -> list[tuple[list[int], list[int]]]:
     return [(ids, answer[: answer.index(end) + 1] if end in answer else answer)]
 
 
-def _confirm_served(place: Path, found: Outcome) -> bool:
-    def named(rows: list[Any]) -> list[Any]:
-        return [[(f"log/{n}" if id is None else id), *rest] for n, (id, *rest) in enumerate(rows, 1)]
-
-    def read(path: Path) -> Outcome:
-        return [[f"{id}@traffic", *rest] for id, *rest in named(_served(path))]
-
-    return by(read, "log.jsonl")(place, found)
+def _named(path: Path) -> Outcome:
+    """The records under the keys of their rows."""
+    return [[f"{f'log/{n}' if id is None else id}@traffic", *rest] for n, (id, *rest) in enumerate(_served(path), 1)]
 
 
 # -- settings ----------------------------------------------------------------------------------------------------------
@@ -282,7 +277,7 @@ def texts() -> list[Reader]:
             written("log.jsonl", SERVED),
             _traffic,
             None,
-            _confirm_served,
+            by(_named, "log.jsonl"),
             weight=8,
         ),
         Reader(
