@@ -120,7 +120,13 @@ def is_helper() -> bool:
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
         return bool(torch.distributed.get_rank())
-    return os.environ.get("RANK", "0") != "0" and os.environ.get("WORLD_SIZE", "1") != "1"
+    return workers_started() > 1 and os.environ.get("RANK", "0") != "0"
+
+
+def workers_started() -> int:
+    """How many processes were started with this command, as ``torchrun`` says; 1 where it was started alone."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    return int(count) if count.isdecimal() and "RANK" in os.environ else 1
 
 
 def _take(path: Path, what: str, say: Say | None) -> Lock | None:

@@ -18,6 +18,7 @@ PACKAGE = ROOT / "src" / "redraft"
 
 # From the roof to the ground. A room may import rooms of lower rows, and itself.
 ROWS: tuple[tuple[str, ...], ...] = (
+    ("__main__",),
     ("cli",),
     ("api",),
     ("adaptation",),

@@ -9,11 +9,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from redraft import provenance
 from redraft.adaptation.bench import measure
 from redraft.adaptation.cards import run_card
 from redraft.adaptation.claim import claim_run
-from redraft.adaptation.core import Adaptation, Plan, open_old
+from redraft.adaptation.core import NO_START, Adaptation, Plan, open_old
 from redraft.adaptation.models import contestants, open_draft, open_target, prompt_rows, settle_template
 from redraft.adaptation.runs import AGAIN, Run, Say, row_tokens, supervised_rows
 from redraft.adaptation.sources import Source
@@ -26,6 +28,7 @@ from redraft.drafts.opening import AnyDraft, OpenDraft
 from redraft.errors import UserError
 from redraft.evaluate.speed import BenchConfig
 from redraft.inputs import there, typed
+from redraft.loading.targets import open_head
 from redraft.reports.card import write_card
 from redraft.reports.load import BENCH_SCHEMA, read_bench
 from redraft.reports.page import build_report
@@ -74,7 +77,11 @@ class AdaptRun(Run[AdaptConfig]):
         """The old draft on its way to the aligned one."""
         c = self.config
         plan = Plan(c.method, c.private_size, c.train_config(), c.start, ReplayConfig(c.replay))
-        return Adaptation(self.target, open_old(self.old_draft, self.target, self.log), plan, self.folder, self.log)
+        target: Any = None
+        if not self.workers.writes and c.start == NO_START:  # who only trains along finds all features there
+            target = open_head(c.target, getattr(torch, c.dtype), c.device, c.adapter, self.served)
+        target = target or self.target
+        return Adaptation(target, open_old(self.old_draft, target, self.log), plan, self.folder, self.log)
 
     @property
     def stale(self) -> OpenDraft:
@@ -92,19 +99,27 @@ class AdaptRun(Run[AdaptConfig]):
 
     # -- stages ------------------------------------------------------------------------------------------------
     def _run(self) -> dict[str, Any]:
-        """All stages; returns the benchmark's result."""
-        self.check()
+        """All stages; returns the benchmark's result. Several workers share the training, the first does the rest."""
+        with self.workers.first() as mine:
+            if mine:
+                self.check()
+                self.write()
+        self.train()
+        with self.workers.first() as mine:
+            if mine:
+                self.export()
+                self.bench()
+                self.cards()
+                self.report()
+        return self.bench()
+
+    def write(self) -> None:
+        """What is trained on, written and chosen."""
         if self.config.select_on == "prompts":
             self.source.chosen = frozenset(self.select().selected_keys)
         self.source.write()
         if self.config.select_on == "responses":
             self.select()
-        self.train()
-        self.export()
-        result = self.bench()
-        self.cards()
-        self.report()
-        return result
 
     def check(self) -> None:
         """Refuse, before anything is spent, a draft that does not fit or that no engine could load."""
@@ -164,6 +179,8 @@ class AdaptRun(Run[AdaptConfig]):
         job.prepare()
         heldout = supervised_rows(self.source.heldout)
         result = job.train(rows, heldout) if job.trained else None
+        if not self.workers.writes:
+            return result
         new = job.judge(heldout).kept == "new"
         job.save()
         share = trained_parameters(job.draft, c.method) if new else 0

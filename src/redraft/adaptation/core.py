@@ -200,8 +200,9 @@ class Adaptation:
 
     def train(self, rows: Sequence[Row], heldout: Sequence[Row]) -> TrainResult:
         """Train what is marked, then in passes of replay; the result of the first training. Raises ``UserError``."""
-        self.features("features", rows)
-        self.features("features held-out", heldout)
+        with Workers.present().first():
+            self.features("features", rows)
+            self.features("features held-out", heldout)
         self._run(rows, heldout, self.plan.train, self.folder / "train", before=aim)
         self.replay(rows, heldout)
         return self.results[0]
@@ -223,7 +224,8 @@ class Adaptation:
         settings = replay_settings(self.plan.train, self.plan.replay)
         for number in range(1, self.plan.replay.passes + 1):
             place = self.replay_folder / f"pass-{number}"
-            states = self._lost_states(rows, place)
+            with Workers.present().first():
+                states = self._lost_states(rows, place)
             if not states:
                 self.log.say("replay: every round went through; nothing is left to train on")
                 break

@@ -32,7 +32,6 @@ from redraft.settings.runs import DistillConfig
 from redraft.settings.training import PrivateSize
 from redraft.training.causal import TokenTeacher, TopTeacher, distil, pretrain
 from redraft.training.loop import LoopResult
-from redraft.training.workers import Workers
 
 # What is trained of a drafter where private experts are asked for.
 METHOD = "eda"
@@ -79,13 +78,26 @@ class DistillRun(Run[DistillConfig]):
     # -- stages ------------------------------------------------------------------------------------------------
     def _run(self) -> dict[str, Any]:
         """All stages; returns the record of the run, ``distill.json``."""
+        with self.workers.first() as mine:
+            if mine:
+                self.check()
+                self.survey()
+        done = {"pretrain": self.pretrain(), "align": self.align()}
+        with self.workers.first() as mine:
+            if mine:
+                self.export()
+                self.finish("distill.json", DISTILL, self.summary(done))
+        return self.finished("distill.json", DISTILL) or {}
+
+    def check(self) -> None:
+        """Refuse, before anything is spent, what no engine could load."""
         if self.config.exports and not (self.folder / "align.json").exists():
             given = self.config.draft
             self.check_exports(self.start() if given is None else open_any(given, self.target).draft)
-        self.survey()
-        done = {"pretrain": self.pretrain(), "align": self.align()}
-        self.export()
-        record = {
+
+    def summary(self, done: dict[str, LoopResult | None]) -> dict[str, Any]:
+        """What a finished run says of itself."""
+        return {
             "schema": DISTILL,
             **{name: asdict(result) if result else None for name, result in done.items()},
             "parameters": sum(p.numel() for p in self.aligned.parameters()),
@@ -93,8 +105,6 @@ class DistillRun(Run[DistillConfig]):
             "target_parameters_per_token": self.target.parameters_per_token,
             "provenance": self.record(),
         }
-        self.finish("distill.json", DISTILL, record)
-        return record
 
     def survey(self) -> None:
         """Read all local text once: a bad byte must not be met after hours. Raises ``UserError``."""
@@ -128,18 +138,22 @@ class DistillRun(Run[DistillConfig]):
             heldout = PackedText(TextSource([c.heldout_text], c.text_field), self.target.tokenizer, config.length)
         total = config.steps * config.batch_blocks * config.length
         with self.log.counted("pretrain", total) as (entry, progress):
-            place, present = self.folder / "pretrain", Workers.present()
-            result = pretrain(draft.model, text, config, place, progress, heldout, present)
+            place = self.folder / "pretrain"
+            result = pretrain(draft.model, text, config, place, progress, heldout, self.workers)
             flops = provenance.train_flops(draft.parameters_per_token, result.tokens)
             entry.add(result.tokens, flops, provenance.TRAIN_FORMULA)
-        save_draft(self.folder / "pretrained", draft, self.meta("pretrain"))
-        self.finish("pretrain.json", TRAINED, asdict(result), "pretrained")
+        with self.workers.first() as mine:
+            if mine:
+                save_draft(self.folder / "pretrained", draft, self.meta("pretrain"))
+                self.finish("pretrain.json", TRAINED, asdict(result), "pretrained")
         self.say(f"pretrain: held-out perplexity {result.start:,.1f} -> {result.best:,.2f} in {result.steps} steps")
         return result
 
     def responses(self) -> tuple[list[Row], list[Row]]:
         """(train, held-out) responses of the target that can be supervised."""
-        self.source.write()
+        with self.workers.first() as mine:
+            if mine:
+                self.source.write()
         train, heldout = supervised_rows(self.source.responses), supervised_rows(self.source.heldout)
         if not train or not heldout:
             raise UserError("no response has two or more tokens to train or to evaluate on; ask for longer answers")
@@ -154,12 +168,13 @@ class DistillRun(Run[DistillConfig]):
             assert c.server is not None
             size = self.target.vocab_size
             engine = ServerEngine(c.server, c.server_model, c.batch_size, vocab_size=size)
-            with self.log.counted("log-probabilities", len(rows), "rows") as (_, progress):
+            with self.workers.first(), self.log.counted("log-probabilities", len(rows), "rows") as (_, progress):
                 found = ask_tops(engine, c.top_logprobs, rows, self.folder / "tops.jsonl", progress.update)
-                return TopTeacher(found, size)
+            return TopTeacher(found, size)
         if not c.store_states:
             return StateTeacher(self.target, ComputedFeatures(self.target))
-        build_features("features", self.store, self.target, rows, self.log)
+        with self.workers.first():
+            build_features("features", self.store, self.target, rows, self.log)
         return StateTeacher(self.target, self.store)
 
     def drafter(self) -> tuple[StandaloneDraft, str]:
@@ -189,24 +204,30 @@ class DistillRun(Run[DistillConfig]):
         text = self.text(config.text_length) if config.text_share else None
         total = round(config.epochs * sum(map(anchors, rows)) / (1 - config.text_share))
         with self.log.counted("align", total) as (entry, progress):
-            measure, place, present = self.efficiency(draft, heldout), self.folder / "align", Workers.present()
-            result = distil(draft.model, teacher, rows, config, place, measure, text, progress, present)
+            measure, place = self.efficiency(draft, heldout), self.folder / "align"
+            result = distil(draft.model, teacher, rows, config, place, measure, text, progress, self.workers)
             trained = sum(p.numel() for p in draft.parameters() if p.requires_grad)
             read = row_tokens(rows) / sum(map(anchors, rows))
             flops = provenance.train_flops(draft.parameters_per_token, round(result.tokens * read))
             entry.add(result.tokens, flops, f"{provenance.TRAIN_FORMULA} (prompts read)")
-        stored, meta = half(draft), self.meta(METHOD if c.private_width else "full")
-        if c.private_width:
-            names = filter(is_private, stored.state_dict())
-            save_private(self.folder / "private", stored, names, base_hash, meta)
-        save_draft(self.folder / "draft", stored, meta)
-        self.finish("align.json", TRAINED, asdict(result), "draft", "private")
+        with self.workers.first() as mine:
+            if mine:
+                self.save(draft, base_hash)
+                self.finish("align.json", TRAINED, asdict(result), "draft", "private")
         why = "stopped early" if result.stopped_early else "whole budget"
         self.say(
             f"align: held-out block efficiency {result.start:.3f} -> {result.best:.3f} at gamma {config.gamma}, "
             f"{trained:,} trained parameters, {result.steps} steps ({why})"
         )
         return result
+
+    def save(self, draft: StandaloneDraft, base_hash: str) -> None:
+        """The finished drafter in ``draft``; its private part also in ``private``."""
+        stored, meta = half(draft), self.meta(METHOD if self.config.private_width else "full")
+        if self.config.private_width:
+            names = filter(is_private, stored.state_dict())
+            save_private(self.folder / "private", stored, names, base_hash, meta)
+        save_draft(self.folder / "draft", stored, meta)
 
     def efficiency(self, draft: StandaloneDraft, heldout: Sequence[Row]) -> Callable[[], float]:
         """Tokens a target call on the held-out responses, as the draft stands when it is asked."""

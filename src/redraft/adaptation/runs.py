@@ -32,6 +32,7 @@ from redraft.reports.card import write_card
 from redraft.rows import anchors, whole_length
 from redraft.settings.runs import AdaptConfig, DistillConfig
 from redraft.target import Head, Target
+from redraft.training.workers import SINGLE, Workers
 
 AGAIN = "delete it and give the same command again"
 Say = Callable[[str], None]
@@ -66,6 +67,11 @@ class Log:
         """All that a stage has used so far; an empty entry where there was no such stage."""
         named = (entry for entry in self.ledger.stages if entry.stage == self.prefix + name)
         return next(named, Entry(self.prefix + name))
+
+
+def ledger_of(folder: Path, mark: str = "", workers: Workers = SINGLE) -> Ledger:
+    """The ledger of a run directory; who trains along and writes no files has one of its own. Raises ``UserError``."""
+    return Ledger.load(folder / "ledger.json", mark) if workers.writes else Ledger()
 
 
 def half(draft: Module) -> Module:
@@ -107,7 +113,8 @@ class Run(Generic[Settings]):
         self.config: Settings = config
         self.say, self.folder = say, config.out
         self.mark = mark_of(self.folder)
-        self.log = Log(Ledger.load(self.folder / "ledger.json", self.mark), say)
+        self.workers = Workers.present()
+        self.log = Log(ledger_of(self.folder, self.mark, self.workers), say)
         self.serve: dict[str, str] = {}  # by format, the command that serves what was exported
 
     def run(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from redraft.acceptance.simulate import simulate_greedy_chain
 from redraft.adaptation.core import FEATURES, Adaptation, Plan, open_old
 from redraft.adaptation.models import TargetSpec
-from redraft.adaptation.runs import Log, Say, half, supervised_rows
+from redraft.adaptation.runs import Log, Say, half, ledger_of, supervised_rows
 from redraft.arithmetic import go_on_with
 from redraft.artifact import write_sealed
 from redraft.data.store import TRAFFIC, Row
@@ -23,7 +23,6 @@ from redraft.errors import UserError
 from redraft.evaluate.speed import tau_interval
 from redraft.features import FeatureStore, read_index
 from redraft.locks import held
-from redraft.provenance import Ledger
 from redraft.rows import anchors
 from redraft.selection.manifest import read_manifest
 from redraft.settings.base import AUTO
@@ -32,6 +31,7 @@ from redraft.settings.training import method
 from redraft.target import Head, Target
 from redraft.training.loop import stored_precision
 from redraft.training.trainer import TrainResult
+from redraft.training.workers import Workers, together
 
 NEW = "scratch"
 
@@ -95,21 +95,24 @@ def train_old(spec: TargetSpec, draft: AnyDraft, s: TrainSettings, say: Say = pr
     """
     if not method(s.method).groups:
         raise UserError(f"method {s.method} trains nothing; choose another")
-    with held(s.out, say=say):
-        return _train_old(spec, draft, s, say)
+    with together() as workers, held(s.out, say=say):
+        return _train_old(spec, draft, s, say, workers)
 
 
-def _train_old(spec: TargetSpec, draft: AnyDraft, s: TrainSettings, say: Say) -> TrainResult:
+def _train_old(spec: TargetSpec, draft: AnyDraft, s: TrainSettings, say: Say, workers: Workers) -> TrainResult:
     rows, heldout = read_data(s)
-    target, log = open_spec(spec, s.out, [*rows, *heldout], say), Log(Ledger.load(s.out / "ledger.json"), say)
+    target, log = open_spec(spec, s.out, [*rows, *heldout], say), Log(ledger_of(s.out, workers=workers), say)
     plan = Plan(s.method, s.private_size, s.train_config())
     job = Adaptation(target, open_old(draft, target, log), plan, s.out, log)
     job.prepare()
-    job.features("features", [*rows, *heldout])
+    with workers.first():
+        job.features("features", [*rows, *heldout])
     result = job.train(rows, heldout)
-    job.judge(heldout, tie="new")  # then nothing was lost, and the part that was asked for is there
-    job.save()
-    write_sealed(s.out / "train.json", asdict(result), "redraft.train/1")
+    with workers.first() as mine:
+        if mine:
+            job.judge(heldout, tie="new")  # then nothing was lost, and the part that was asked for is there
+            job.save()
+            write_sealed(s.out / "train.json", asdict(result), "redraft.train/1")
     return result
 
 
@@ -120,14 +123,14 @@ def train_new(spec: TargetSpec, s: TrainSettings, say: Say = print) -> dict[str,
     Returns what the draft's record says of its held-out acceptance. Raises ``UserError``, also for rows of another
     target; a killed run goes on.
     """
-    with held(s.out, say=say):
-        return _train_new(spec, s, say)
+    with together() as workers, held(s.out, say=say):
+        return _train_new(spec, s, say, workers)
 
 
-def _train_new(spec: TargetSpec, s: TrainSettings, say: Say) -> dict[str, Any]:
+def _train_new(spec: TargetSpec, s: TrainSettings, say: Say, workers: Workers) -> dict[str, Any]:
     (train, heldout), config = read_data(s), s.train_config()
     target = spec.open(training_dtype(spec, s.out, say))
-    log = Log(Ledger.load(s.out / "ledger.json"), say)
+    log = Log(ledger_of(s.out, workers=workers), say)
     strangers = {row.target_hash for row in (*train, *heldout)} - {target.content_hash()}
     if strangers:
         raise UserError(f"the responses come from another target ({', '.join(sorted(strangers))}); regenerate them")
@@ -137,10 +140,13 @@ def _train_new(spec: TargetSpec, s: TrainSettings, say: Say) -> dict[str, Any]:
         covered = 1.0
     say(f"{len(train)} rows, {sum(map(anchors, train)):,} supervised tokens; vocabulary covers {covered:.1%} of them")
     job = Adaptation(target, OpenDraft(draft, {}, ""), Plan(NEW, train=config), s.out, log)
-    job.features("features", [*heldout, *train])
+    with workers.first():
+        job.features("features", [*heldout, *train])
     job.train(train, heldout)
     record = heldout_record(job.draft, target, heldout, job.store, config.gamma, coverage=covered)
-    job.save_whole(s.out / "draft", heldout=record)
+    with workers.first() as mine:
+        if mine:
+            job.save_whole(s.out / "draft", heldout=record)
     return record
 
 

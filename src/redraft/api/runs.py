@@ -28,6 +28,7 @@ from redraft.settings.base import merged, read, underscored
 from redraft.settings.runs import AdaptConfig
 from redraft.settings.steps import BenchSettings, CheckSettings, ProbeSettings, ReportSettings, TrainSettings
 from redraft.settings.studies import StudyConfig, read_study
+from redraft.training.workers import together
 
 
 def adapt(
@@ -58,8 +59,9 @@ def adapt(
         raise UserError(f"config must be a YAML file or a mapping of settings, not {config!r}")
     parsed = read(AdaptConfig, None if config is None else Path(config), given)
     opened = draft if isinstance(draft, OpenDraft) else None
-    with held(parsed.out, say=say):
-        run = AdaptRun(parsed, say, spec.opened if spec else None, opened)
+    with together() as workers, held(parsed.out, say=say):
+        with workers.first():
+            run = AdaptRun(parsed, say, spec.opened if spec else None, opened)
         figures, folder = run.run(), run.folder
     return Adapted(
         folder,

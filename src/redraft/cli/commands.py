@@ -281,9 +281,11 @@ def distill(s: DistillConfig) -> None:
     """Make a drafter of one's own: pretrain, let the target answer, align. Stop it and resume it at will."""
     from redraft.adaptation.distill import DistillRun
     from redraft.locks import held
+    from redraft.training.workers import together
 
-    with held(s.out, say=say):
-        run = DistillRun(s, say)
+    with together() as workers, held(s.out, say=say):
+        with workers.first():
+            run = DistillRun(s, say)
         run.run()
     say(f"drafter: {run.folder / 'draft'}; record: {run.folder / 'distill.json'}")
 

@@ -21,6 +21,7 @@ from typer.core import TyperCommand, TyperGroup
 from redraft.cli.failures import as_user_error, unexpected
 from redraft.cli.plans import announce, check_places, refuse_overwriting
 from redraft.cli.signals import stopped
+from redraft.cli.together import refuse_copies
 from redraft.errors import UserError
 from redraft.registries import EXPORTERS, LOSSES, SCORERS, STARTS, SUITES
 from redraft.settings.base import BlockOf, Settings, choices, read
@@ -119,6 +120,7 @@ def add_command(app: typer.Typer, kind: type[Settings], call: Callable[[Any], No
 
     def run(ctx: typer.Context, **given: Any) -> None:
         path, dry_run = given.pop("settings_file", None), given.pop("dry_run", False)
+        refuse_copies(name)
         flags = {key: value for key, value in given.items() if value not in (None, [])}
         settings = read(kind, path, {key: _meant(kind.model_fields[key], value) for key, value in flags.items()})
         ctx.params["out"] = getattr(settings, "out", None)

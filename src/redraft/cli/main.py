@@ -16,6 +16,7 @@ from redraft.cli import commands
 from redraft.cli.failures import without_secrets
 from redraft.cli.generate import Application
 from redraft.cli.signals import leave, stopped, terminable
+from redraft.cli.together import speaks_for_all, words_of_workers
 from redraft.errors import UserError
 from redraft.registries import load_plugin
 
@@ -96,13 +97,15 @@ commands.register(app)
 
 def main() -> None:
     """Run the application. A user's mistake is one line on standard error and exit code 2, a defect of ours 1."""
+    errors = words_of_workers()
     try:
         with terminable():
             app()
     except UserError as error:
         if "--debug" in sys.argv[1:2]:
             traceback.print_exception(error)
-        print(f"redraft: error: {without_secrets(' '.join(str(error).split()))}", file=sys.stderr)
+        said = f"redraft: error: {without_secrets(' '.join(str(error).split()))}"
+        print(said, file=errors if speaks_for_all(error) else sys.stderr)
         leave(2)
     except KeyboardInterrupt as error:
         leave(int(stopped(error).code or 0))

@@ -132,6 +132,7 @@ class TrainingLoop:
         loss or a gradient is not finite; the checkpoint before it stays.
         """
         optimizers = make_optimizers(self.trained, self.config.optimizer, self.config.weight_decay)
+        self.workers.spread(self.model.state_dict().values())
         stored = self.checkpoint.load(self.trained, optimizers)
         self.workers.wait()  # nobody writes before all have looked
         state = stored or self.start(optimizers)

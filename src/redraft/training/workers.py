@@ -1,12 +1,23 @@
-"""The processes that train together: which one this is, sums over all of them, and who writes files."""
+"""The processes that train together: which one this is, sums over all of them, and who writes files.
+
+``torchrun`` starts them, each with the same command. The first one does by itself what cannot be shared (answers,
+selection, features, measuring) while the others wait; then each goes through the same steps and finds done what the
+first has written; the training they share. One that fails says why, and the others end without a word.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TypeVar
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from redraft.errors import UserError
+from redraft.locks import workers_started
 
 Part = TypeVar("Part")
 
@@ -40,12 +51,97 @@ class Workers:
         return tensor
 
     def wait(self) -> None:
-        """Return when all workers have come here."""
+        """Return when all workers have come here, however long the slowest takes."""
         if self.size > 1:
-            torch.distributed.barrier()
+            if torch.distributed.get_backend() == "nccl":  # a group of the caller's own, without the CPU
+                torch.distributed.barrier()
+            else:
+                self.sum(torch.zeros(1))
+
+    def spread(self, tensors: Iterable[Tensor]) -> None:
+        """Give all workers the first one's numbers, in place; all must call it."""
+        if self.size > 1:
+            for tensor in tensors:
+                torch.distributed.broadcast(tensor, 0)
+
+    @contextmanager
+    def first(self) -> Iterator[bool]:
+        """The block is gone through by the first worker alone and then by the others, who find done what it did.
+
+        Gives whether this is the first one. Such blocks do not lie within each other.
+        """
+        if not self.writes:
+            self.wait()
+        yield self.writes
+        if self.writes:
+            self.wait()
+
+
+class WorkerError(UserError):
+    """What a worker has to say, whichever it is: it was the first to fail."""
 
 
 SINGLE = Workers()
+FAILED = "failed"
+# What a collective says when another process has gone.
+GONE = ("closed by peer", "reset by peer", "broken pipe", "connection refused", "timed out", "socket", "nccl")
+
+
+@contextmanager
+def together() -> Iterator[Workers]:
+    """The processes that ``torchrun`` has started, as one group within the block; else this process alone.
+
+    Whoever fails first says so; the others end with exit code 2 and no word of their own. Raises ``UserError`` when
+    they do not find each other, and when one has gone without a word.
+    """
+    count = workers_started()
+    if count == 1 or torch.distributed.is_initialized():
+        yield Workers.present()
+        return
+    store = _meet(count)
+    try:
+        yield Workers.present()
+    except Exception as error:
+        raise _told(error, store) from error
+    torch.distributed.destroy_process_group()
+
+
+def _told(error: Exception, store: Any) -> BaseException:
+    """What a worker ends with that met this error."""
+    first = True
+    with suppress(Exception):  # the store has gone with the process that kept it
+        first = store.add(FAILED, 1) == 1
+    if not first:
+        return SystemExit(2)
+    if isinstance(error, RuntimeError) and any(word in str(error).lower() for word in GONE):
+        return WorkerError(
+            "one of the processes that train together has ended without a word (killed, or out of memory); the same "
+            "command goes on from the last checkpoint, with any number of processes"
+        )
+    rank = torch.distributed.get_rank()
+    said = error if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    return WorkerError(f"process {rank} of those that train together: {said}") if rank else error
+
+
+def _meet(count: int) -> Any:
+    """Form the group; the store in which its processes leave word. Raises ``UserError``."""
+    # Answers may take days, and the others wait for them.
+    patience = timedelta(days=100)
+    try:
+        store, rank, size = next(iter(torch.distributed.rendezvous("env://", timeout=timedelta(minutes=10))))
+        store.set_timeout(patience)
+        backend = "gloo"
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)))
+            backend = "cpu:gloo,cuda:nccl"
+        group = torch.distributed.PrefixStore("redraft", store)
+        torch.distributed.init_process_group(backend, store=group, rank=rank, world_size=size, timeout=patience)
+    except (ValueError, RuntimeError, OSError) as error:
+        first = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"the {count} processes of this command do not find each other ({first}); start them with torchrun"
+        ) from error
+    return group
 
 
 class Shares:
