@@ -1,10 +1,10 @@
 """Opening the frozen target, its head or its facts, and its tokenizer, by name.
 
-Facts and head need no model where the checkpoint is plain: where its safetensors hold, by the very names and shapes,
-the tensors of the model that its config describes. Then the hash of its weights and the head can be read from the files
-as they lie, and nothing is built but a model without numbers, which says what is where. Whatever else there is
-(adapters, quantised and converted weights, damaged files) goes through :func:`load_target`, and is refused there where
-it is to be refused.
+Facts and head need no model where the checkpoint is plain: where its safetensors hold the very tensors of the model
+that its config describes, or those of its single experts (:mod:`redraft.loading.stored`). Then the hash of its weights
+and the head are read from the files, and nothing is built but a model without numbers, which says what is where. Whatever else there is
+(quantised and converted weights, damaged files) goes through :func:`load_target`, and is refused there where it is to
+be refused.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from redraft.arithmetic import MOST_BYTES, prepack
@@ -34,10 +34,12 @@ from redraft.loading.checkpoint import (
     config_at,
     load_model,
     weight_files,
+    without_known,
 )
 from redraft.loading.places import ADAPTER_FILE, first_line, locate, one_line, quiet, split_adapter
+from redraft.loading.stored import Weight, read, stored_weights, weights_hash
 from redraft.target import Facts, Head, Target
-from redraft.target.facts import empty_model, final_norm, plain_embedding, tensors_fingerprint, text_decoder
+from redraft.target.facts import empty_model, final_norm, plain_embedding, text_decoder
 
 # Files with the words of a tokenizer, of any kind.
 VOCABULARIES = ("tokenizer.json", "*.model", "*vocab*", "*.tiktoken", "tekken.json", "*.spm", "*.bpe")
@@ -134,8 +136,8 @@ def open_facts(spec: str, adapter: str | None = None, dtype: torch.dtype = torch
     ``dtype`` is that of the model, where it must be opened. Raises ``UserError``.
     """
     with quiet():
-        plain = _plain(spec, adapter)
-    return plain[0] if plain is not None else load_target(spec, dtype, "cpu", adapter, (), True).facts
+        plain = plain_target(spec, adapter)
+    return plain.facts if plain is not None else load_target(spec, dtype, "cpu", adapter, (), True).facts
 
 
 def open_head(
@@ -147,9 +149,10 @@ def open_head(
 ) -> Head:
     """The head of a target, with the arguments of :func:`redraft.loading.load_target`. Raises ``UserError``."""
     with quiet():
-        plain = _plain(spec, adapter)
-    if plain is not None:
-        return _head(*plain, dtype, device)
+        plain = plain_target(spec, adapter)
+        found = _head(plain, dtype, device) if plain is not None else None
+    if found is not None:
+        return found
     return load_target(spec, dtype, device, adapter, taps=(), served=served).head_part
 
 
@@ -177,8 +180,17 @@ def _generation(place: dict[str, Any], config: Any) -> Any:
     return found
 
 
-def _plain(spec: str, adapter: str | None) -> tuple[Facts, Any, dict[str, Tensor]] | None:
-    """Facts, the model without numbers, and views of the files by the names of its state; none where it is not plain.
+@dataclass(frozen=True)
+class Plain:
+    """A target that need not be opened: its facts, its model without numbers, and its weights as they lie."""
+
+    facts: Facts
+    model: Any
+    weights: dict[str, Weight]
+
+
+def plain_target(spec: str, adapter: str | None) -> Plain | None:
+    """The target where its checkpoint is plain (:mod:`redraft.loading.stored`), none where it is not.
 
     Raises ``UserError``.
     """
@@ -195,53 +207,44 @@ def _plain(spec: str, adapter: str | None) -> tuple[Facts, Any, dict[str, Tensor
         return None
     check_names(folder, spec, None)
     model = empty_model(config)
-    tensors = _tensors(files, model)
-    if tensors is None:
+    weights = stored_weights(files, model, lambda names: without_known(names, config, notes))
+    if weights is None:
         return None
     tokenizer = read_tokenizer(None, place, base)
     notes += check_rows(tokenizer, model, spec)
-    known, generation = tensors_fingerprint(tensors), _generation(place, config)
+    known, generation = weights_hash(weights), _generation(place, config)
     facts = Facts(spec, config, tokenizer, generation=generation, notes=tuple(notes), fingerprint=lambda: known)
-    return facts, model, tensors
+    return Plain(facts, model, dict(weights))
 
 
-def _head(facts: Facts, model: Any, tensors: dict[str, Tensor], dtype: torch.dtype, device: str | torch.device) -> Head:
-    """The ends of a plain checkpoint in ``dtype``. Raises ``UserError`` where they hold NaN or infinity."""
+def _head(plain: Plain, dtype: torch.dtype, device: str | torch.device) -> Head | None:
+    """The ends of a plain checkpoint in ``dtype``; none where the model keeps one of them in another type.
+
+    Raises ``UserError`` where they hold NaN or infinity.
+    """
+    model, weights = plain.model, plain.weights
     decoder, head = text_decoder(model), model.get_output_embeddings()
     names = {id(module): name for name, module in model.named_modules()}
     table, norm = decoder.get_input_embeddings(), final_norm(decoder)
+    exact = [getattr(model, f"_keep_in_fp32_modules{kind}", None) or () for kind in ("", "_strict")]
+    if any(word in names[id(part)] for part in (table, norm, head) for word in [*exact[0], *exact[1]]):
+        return None
 
     def fill(module: nn.Module, name: str) -> Any:
-        found = {key: tensors[f"{name}.{key}"].to(device, dtype) for key in module.state_dict()}
-        module.load_state_dict(found, assign=True)
-        check_finite(((f"{name}.{key}", tensor) for key, tensor in found.items()), facts.name)
+        unread = [key for key, tensor in module.state_dict().items() if tensor.is_meta]
+        found = {key: read(weights[f"{name}.{key}"], dtype, device) for key in unread}
+        module.load_state_dict(found, strict=False, assign=True)
+        check_finite(((f"{name}.{key}", tensor) for key, tensor in found.items()), plain.facts.name)
         return module.eval().requires_grad_(False)
 
     embedding = fill(plain_embedding(table), names[id(table)])
-    filled = fill(head, names[id(head)])
     if names[id(head)] + ".weight" in model.all_tied_weights_keys:
-        filled.weight = embedding.weight
+        head.weight = embedding.weight
+    filled = fill(head, names[id(head)])
     # As the whole model's head would be: packed, or plain because the model is too large for it.
     numbers = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear))
     packed = prepack(filled) if numbers * dtype.itemsize <= MOST_BYTES else filled
-    return Head(facts, embedding, fill(norm, names[id(norm)]), packed)
-
-
-def _tensors(files: list[Path], model: Any) -> dict[str, Tensor] | None:
-    """Views of the files by the names of the model's state; none where names or shapes are not those of the files."""
-    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
-    found: dict[str, Tensor] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                found |= {name: opened.get_tensor(name) for name in opened.keys()}
-        except Exception:  # a damaged file: whoever opens the model says what is wrong with it
-            return None
-    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    if {name: tensor.shape for name, tensor in found.items()} != {n: s for n, s in wanted.items() if n not in tied}:
-        return None
-    exact = getattr(model, "_keep_in_fp32_modules", None) or getattr(model, "_keep_in_fp32_modules_strict", None)
-    return None if exact else found | {name: found[source] for name, source in tied.items()}
+    return Head(plain.facts, embedding, fill(norm, names[id(norm)]), packed)
 
 
 # -- tokenizers ------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -268,10 +268,19 @@ def tensors_fingerprint(tensors: Mapping[str, Tensor]) -> str:
     A full hash of a 70B model costs minutes at every start; fine-tuning and adapters move every tensor that they
     touch densely, so a spread sample tells two models apart.
     """
+    flat = ((name, t.shape, t.detach().reshape(-1)[:: sampled(t.shape)]) for name, t in sorted(tensors.items()))
+    return fingerprint(flat)
+
+
+def sampled(shape: torch.Size) -> int:
+    """Which of a tensor's numbers, in order, are in its fingerprint: the first, and every so manieth after it."""
+    return max(1, shape.numel() // 4096)
+
+
+def fingerprint(tensors: Iterable[tuple[str, torch.Size, Tensor]]) -> str:
+    """The fingerprint of tensors by name, shape and sample [4096 or so], in the order of their names."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        flat = tensor.detach().reshape(-1)
-        step = max(1, flat.numel() // 4096)
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(flat[::step].to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
+    for name, shape, sample in tensors:
+        digest.update(f"{name}{tuple(shape)}".encode())
+        digest.update(sample.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
