@@ -116,7 +116,7 @@ def weights_hash(weights: Mapping[str, Weight]) -> str:
     return fingerprint((name, w.shape, w.samples(sampled(w.shape))) for name, w in sorted(weights.items()))
 
 
-# -- which tensors of the files a model is made of ----------------------------------------------------------------------
+# -- which tensors of the files a model is made of ---------------------------------------------------------------------
 def layouts(files: Sequence[Path]) -> dict[str, tuple[Path, Entry]] | None:
     """Where every tensor of these files lies; none where one of them is damaged, for whoever opens it to say how."""
     found: dict[str, tuple[Path, Entry]] = {}

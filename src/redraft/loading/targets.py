@@ -2,13 +2,14 @@
 
 Facts and head need no model where the checkpoint is plain: where its safetensors hold the very tensors of the model
 that its config describes, or those of its single experts (:mod:`redraft.loading.stored`). Then the hash of its weights
-and the head are read from the files, and nothing is built but a model without numbers, which says what is where. Whatever else there is
-(quantised and converted weights, damaged files) goes through :func:`load_target`, and is refused there where it is to
-be refused.
+and the head are read from the files, and nothing is built but a model without numbers, which says what is where.
+Whatever else there is (quantised and converted weights, damaged files) goes through :func:`load_target`, and is refused
+there where it is to be refused.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
@@ -135,8 +136,7 @@ def open_facts(spec: str, adapter: str | None = None, dtype: torch.dtype = torch
 
     ``dtype`` is that of the model, where it must be opened. Raises ``UserError``.
     """
-    with quiet():
-        plain = plain_target(spec, adapter)
+    plain = plain_target(spec, adapter)
     return plain.facts if plain is not None else load_target(spec, dtype, "cpu", adapter, (), True).facts
 
 
@@ -148,12 +148,9 @@ def open_head(
     served: bool = False,
 ) -> Head:
     """The head of a target, with the arguments of :func:`redraft.loading.load_target`. Raises ``UserError``."""
-    with quiet():
-        plain = plain_target(spec, adapter)
-        found = _head(plain, dtype, device) if plain is not None else None
-    if found is not None:
-        return found
-    return load_target(spec, dtype, device, adapter, taps=(), served=served).head_part
+    plain = plain_target(spec, adapter, device)
+    found = plain.head(dtype) if plain is not None else None
+    return found or load_target(spec, dtype, device, adapter, taps=(), served=served).head_part
 
 
 def read_config(place: dict[str, Any], spec: str) -> Any:
@@ -188,12 +185,48 @@ class Plain:
     model: Any
     weights: dict[str, Weight]
 
+    def head(self, dtype: torch.dtype) -> Head | None:
+        """Its ends in ``dtype``, where its facts say that it belongs; none where the model keeps one in another type.
 
-def plain_target(spec: str, adapter: str | None) -> Plain | None:
+        Raises ``UserError`` where they hold NaN or infinity.
+        """
+        model, weights, device = self.model, self.weights, self.facts.device
+        decoder, head = text_decoder(model), model.get_output_embeddings()
+        names = {id(module): name for name, module in model.named_modules()}
+        table, norm = decoder.get_input_embeddings(), final_norm(decoder)
+        exact = [getattr(model, f"_keep_in_fp32_modules{kind}", None) or () for kind in ("", "_strict")]
+        if any(word in names[id(part)] for part in (table, norm, head) for word in [*exact[0], *exact[1]]):
+            return None
+
+        def filled(module: nn.Module, name: str, **known: Tensor) -> Any:
+            unread = [key for key in module.state_dict() if key not in known]
+            found = {key: read(weights[f"{name}.{key}"], dtype, device) for key in unread}
+            check_finite(((f"{name}.{key}", tensor) for key, tensor in found.items()), self.facts.name)
+            copied = copy.deepcopy(module)  # without numbers, as the model stays
+            copied.load_state_dict(found | known, assign=True)
+            return copied.eval().requires_grad_(False)
+
+        embedding = filled(plain_embedding(table), names[id(table)])
+        tied = names[id(head)] + ".weight" in model.all_tied_weights_keys
+        own = filled(head, names[id(head)], **({"weight": embedding.weight} if tied else {}))
+        if tied:
+            own.weight = embedding.weight
+        # As the whole model's head would be: packed, or plain because the model is too large for it.
+        numbers = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear))
+        packed = prepack(own) if numbers * dtype.itemsize <= MOST_BYTES else own
+        return Head(self.facts, embedding, filled(norm, names[id(norm)]), packed)
+
+
+def plain_target(spec: str, adapter: str | None, device: str | torch.device = "cpu") -> Plain | None:
     """The target where its checkpoint is plain (:mod:`redraft.loading.stored`), none where it is not.
 
-    Raises ``UserError``.
+    ``device`` is where drafts for it belong. Raises ``UserError``.
     """
+    with quiet():
+        return _plain(spec, adapter, device)
+
+
+def _plain(spec: str, adapter: str | None, device: str | torch.device) -> Plain | None:
     base, adapter = split_adapter(spec, adapter)
     place = locate(base)
     folder, notes = Path(place["pretrained_model_name_or_path"]), list[str]()
@@ -213,38 +246,8 @@ def plain_target(spec: str, adapter: str | None) -> Plain | None:
     tokenizer = read_tokenizer(None, place, base)
     notes += check_rows(tokenizer, model, spec)
     known, generation = weights_hash(weights), _generation(place, config)
-    facts = Facts(spec, config, tokenizer, generation=generation, notes=tuple(notes), fingerprint=lambda: known)
-    return Plain(facts, model, dict(weights))
-
-
-def _head(plain: Plain, dtype: torch.dtype, device: str | torch.device) -> Head | None:
-    """The ends of a plain checkpoint in ``dtype``; none where the model keeps one of them in another type.
-
-    Raises ``UserError`` where they hold NaN or infinity.
-    """
-    model, weights = plain.model, plain.weights
-    decoder, head = text_decoder(model), model.get_output_embeddings()
-    names = {id(module): name for name, module in model.named_modules()}
-    table, norm = decoder.get_input_embeddings(), final_norm(decoder)
-    exact = [getattr(model, f"_keep_in_fp32_modules{kind}", None) or () for kind in ("", "_strict")]
-    if any(word in names[id(part)] for part in (table, norm, head) for word in [*exact[0], *exact[1]]):
-        return None
-
-    def fill(module: nn.Module, name: str) -> Any:
-        unread = [key for key, tensor in module.state_dict().items() if tensor.is_meta]
-        found = {key: read(weights[f"{name}.{key}"], dtype, device) for key in unread}
-        module.load_state_dict(found, strict=False, assign=True)
-        check_finite(((f"{name}.{key}", tensor) for key, tensor in found.items()), plain.facts.name)
-        return module.eval().requires_grad_(False)
-
-    embedding = fill(plain_embedding(table), names[id(table)])
-    if names[id(head)] + ".weight" in model.all_tied_weights_keys:
-        head.weight = embedding.weight
-    filled = fill(head, names[id(head)])
-    # As the whole model's head would be: packed, or plain because the model is too large for it.
-    numbers = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear))
-    packed = prepack(filled) if numbers * dtype.itemsize <= MOST_BYTES else filled
-    return Head(plain.facts, embedding, fill(norm, names[id(norm)]), packed)
+    told = {"generation": generation, "notes": tuple(notes), "device": device}
+    return Plain(Facts(spec, config, tokenizer, fingerprint=lambda: known, **told), model, dict(weights))
 
 
 # -- tokenizers ------------------------------------------------------------------------------------------------------
