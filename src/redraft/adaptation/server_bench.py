@@ -46,7 +46,8 @@ def bench_servers_on(s: BenchSettings, spec: TargetSpec) -> dict[str, Any]:
     """Measure the servers of these settings, at their levels; writes the result to ``s.out`` and returns it.
 
     Of the target only tokenizer and config are read, but for suites with later turns, which stand behind its own
-    replies. What a server that is started here prints goes to ``STEM-NAME.log`` beside the result. Raises ``UserError``.
+    replies. What a server that is started here prints goes to ``STEM-NAME.log`` beside the result. Raises
+    ``UserError``.
     """
     check_output(s.out, ".json")
     # A wrong level is refused before anything is loaded.

@@ -14,6 +14,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ from redraft.arithmetic import MOST_BYTES, prepack
 from redraft.artifact import read_json
 from redraft.errors import UserError
 from redraft.loading import quantised
-from redraft.loading.adapters import merge
+from redraft.loading.adapters import Adapter, merge
+from redraft.loading.changes import Changed, Changes, NotByLayer, changes
 from redraft.loading.checkpoint import (
     check_code,
     check_folder,
@@ -58,25 +60,26 @@ def load_target(
 ) -> Target:
     """The frozen target that ``spec`` names: a model folder, an adapter folder, a hub id or ``embedded:NAME``.
 
-    ``adapter`` is a PEFT adapter (folder or hub id) to be merged into it. Adapters are merged in float32 and the
-    result is cast, so that no rounding comes between base and adapter. ``served`` says that the target's text comes
-    from its server, so that the model here need only be near it; ``target.rounding`` says then what engines round
-    besides. Raises ``UserError`` when anything is missing, does not fit, holds more than it says, is no dense causal
-    language model, or (unless ``served``) is not the model that engines serve.
+    ``adapter`` is a PEFT adapter (folder or hub id) to be merged into it. Adapters are merged in float32, a layer at a
+    time where they can be, and the result is cast, so that no rounding comes between base and adapter. ``served`` says
+    that the target's text comes from its server, so that the model here need only be near it; ``target.rounding`` says
+    then what engines round besides. Raises ``UserError`` when anything is missing, does not fit, holds more than it
+    says, is no dense causal language model, or (unless ``served``) is not the model that engines serve.
     """
     name = spec if adapter is None else f"{spec} + {adapter}"
     base, adapter = split_adapter(spec, adapter)
     with quiet():
         place = locate(base)
-        model, notes, rounds = load_model(place, base, dtype if adapter is None else torch.float32)
+        layered = None if adapter is None else _layered(place, base, adapter)
+        model, notes, rounds = load_model(place, base, dtype if adapter is None or layered else torch.float32)
         if rounds and not served:
             raise UserError(
                 f"{base} is served with quantised {rounds}, and the model computed here rounds nothing: its text would "
                 "not be the served one's; let the server answer (--server), or give the unquantised checkpoint"
             )
         if adapter is not None:
-            model, more = merge(model, adapter)
-            model, notes = model.to(dtype), [*notes, *more, *_other_base(adapter, base)]
+            model, more = _with_adapter(model, adapter, layered, place, base, dtype)
+            notes = [*notes, *more, *_other_base(adapter, base)]
         check_finite(model.named_parameters(), name)
         tokenizer = read_tokenizer(adapter, place, base)
         notes = [*notes, *check_rows(tokenizer, model, name)]
@@ -85,6 +88,33 @@ def load_target(
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"the device {device} cannot be used: {first_line(error)}") from error
     return Target(model, tokenizer, name, taps, notes, rounds)
+
+
+def _layered(place: dict[str, Any], base: str, adapter: str) -> Changes | None:
+    """What the adapter changes of a plain base, none where it must be merged as a whole. Raises ``UserError``."""
+    found = _base_weights(place, base, [])
+    if found is None:
+        return None
+    with suppress(NotByLayer):
+        return changes(*found, Adapter.read(adapter))
+    return None
+
+
+def _with_adapter(
+    model: Any, adapter: str, layered: Changes | None, place: dict[str, Any], base: str, dtype: torch.dtype
+) -> tuple[Any, list[str]]:
+    """The model with the adapter merged, in ``dtype``, and notes; the model is in float32 unless it is ``layered``."""
+    if layered is not None:
+        state = model.state_dict()
+        try:
+            for name in layered.names():
+                state[name].copy_(layered.merged(name))
+            return model, layered.notes()
+        except NotByLayer:
+            del state, model
+            model = load_model(place, base, torch.float32)[0]
+    model, notes = merge(model, Adapter.read(adapter))
+    return model.to(dtype), notes
 
 
 def _other_base(adapter: str, base: str) -> list[str]:
@@ -227,27 +257,47 @@ def plain_target(spec: str, adapter: str | None, device: str | torch.device = "c
 
 
 def _plain(spec: str, adapter: str | None, device: str | torch.device) -> Plain | None:
+    name = spec if adapter is None else f"{spec} + {adapter}"
     base, adapter = split_adapter(spec, adapter)
-    place = locate(base)
-    folder, notes = Path(place["pretrained_model_name_or_path"]), list[str]()
+    place, notes = locate(base), list[str]()
+    found = _base_weights(place, base, notes)
+    if found is None:
+        return None
+    model, weights = found
+    try:
+        changed = None if adapter is None else changes(model, weights, Adapter.read(adapter))
+        if changed is not None:
+            weights = weights | {key: Changed(weights[key].shape, changed, key) for key in changed.names()}
+        known = weights_hash(weights)
+    except NotByLayer:
+        return None
+    if changed is not None and adapter is not None:
+        notes += [*changed.notes(), *_other_base(adapter, base)]
+    tokenizer = read_tokenizer(adapter, place, base)
+    notes += check_rows(tokenizer, model, name)
+    config, generation = model.config, _generation(place, model.config)
+    told = {"generation": generation, "notes": tuple(notes), "device": device}
+    return Plain(Facts(name, config, tokenizer, fingerprint=lambda: known, **told), model, weights)
+
+
+def _base_weights(place: dict[str, Any], spec: str, notes: list[str]) -> tuple[Any, dict[str, Weight]] | None:
+    """The model of a plain checkpoint, without numbers, and its weights; none where it is not plain.
+
+    Raises ``UserError``.
+    """
+    folder = Path(place["pretrained_model_name_or_path"])
     files = weight_files(folder)
-    if adapter is not None or not files:
+    if not files:
         return None
     check_folder(place, spec)
-    config = read_config(place, base)
+    config = read_config(place, spec)
     check_code(config, spec, notes)
     if quantised.plan(config, spec).method is not None:
         return None
     check_names(folder, spec, None)
     model = empty_model(config)
     weights = stored_weights(files, model, lambda names: without_known(names, config, notes))
-    if weights is None:
-        return None
-    tokenizer = read_tokenizer(None, place, base)
-    notes += check_rows(tokenizer, model, spec)
-    known, generation = weights_hash(weights), _generation(place, config)
-    told = {"generation": generation, "notes": tuple(notes), "device": device}
-    return Plain(Facts(spec, config, tokenizer, fingerprint=lambda: known, **told), model, dict(weights))
+    return None if weights is None else (model, dict(weights))
 
 
 # -- tokenizers ------------------------------------------------------------------------------------------------------

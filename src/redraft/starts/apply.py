@@ -49,7 +49,7 @@ class StartResult:
 class Start:
     """One way to start: what it needs of the context ("base_target", "rows") and what it does, in words and in code.
 
-    ``run`` leaves the draft it is given as it is. ``runs_target`` is false where it reads no more than the target's head.
+    ``run`` leaves the draft it is given as it is. ``runs_target`` is false where it reads the target's head alone.
     """
 
     needs: frozenset[str]
