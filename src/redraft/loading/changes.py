@@ -85,9 +85,13 @@ class Changes:
 class Changed:
     """A weight that an adapter changes (:class:`redraft.loading.stored.Weight`)."""
 
-    shape: torch.Size
+    base: Weight
     changes: Changes
     name: str
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.base.shape
 
     def samples(self, step: int) -> Tensor:
         return self.changes.merged(self.name).reshape(-1)[::step].clone()

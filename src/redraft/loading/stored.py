@@ -44,10 +44,11 @@ class Weight(Protocol):
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor that is one or more tensors of files, in order."""
+    """A tensor that is one or more tensors of files, in order; ``keys`` are their names there."""
 
     shape: torch.Size
     parts: tuple[tuple[Path, Entry], ...]
+    keys: tuple[str, ...] = ()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -153,7 +154,10 @@ def stored_weights(
     extra = [name for name in sources if name not in wanted and not any(one.search(name) for one in ignored)]
     if places != {name for name in wanted if name not in tied} or left_over(sorted(extra)):
         return None
-    found = {name: Stored(wanted[name], tuple(known[key] for key in sources[name])) for name in places}
+    found = {
+        name: Stored(wanted[name], tuple(map(known.__getitem__, sources[name])), tuple(sources[name]))
+        for name in places
+    }
     if not all(_fits(weight) for weight in found.values()):
         return None
     return found | {name: found[source] for name, source in tied.items()}

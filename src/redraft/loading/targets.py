@@ -267,7 +267,7 @@ def _plain(spec: str, adapter: str | None, device: str | torch.device) -> Plain 
     try:
         changed = None if adapter is None else changes(model, weights, Adapter.read(adapter))
         if changed is not None:
-            weights = weights | {key: Changed(weights[key].shape, changed, key) for key in changed.names()}
+            weights = weights | {key: Changed(weights[key], changed, key) for key in changed.names()}
         known = weights_hash(weights)
     except NotByLayer:
         return None
