@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 from zipfile import is_zipfile
@@ -81,18 +82,40 @@ def read_rows(path: str | Path, name: str, rows: int) -> Iterator[Tensor]:
     """
     try:
         with open(path, "rb") as file:
-            length = min(int.from_bytes(file.read(8), "little"), MOST_HEADER)
-            entry = loads(file.read(length).decode())[name]
-            kind = next(kind for kind, word in KIND_OF.items() if word == entry["dtype"])
-            (height, width), (start, end) = entry["shape"], entry["data_offsets"]
-            if end - start != height * width * kind.itemsize:
-                raise ValueError(f"{name} is not whole")
-            file.seek(8 + length + start)
+            entry = read_layout(file)[name]
+            kind, (height, width) = entry.dtype, entry.shape
+            file.seek(entry.begin)
             for first in range(0, height, rows):
                 count = min(rows, height - first) * width
                 yield torch.frombuffer(bytearray(file.read(count * kind.itemsize)), dtype=kind).view(-1, width)
     except (OSError, ValueError, LookupError, TypeError, StopIteration, RuntimeError) as error:
         raise UserError(f"{path} does not hold the table {name} whole; copy or download it again") from error
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies in a safetensors file: its first byte, counted from the file's begin."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+    begin: int
+
+
+def read_layout(file: BinaryIO) -> dict[str, Entry]:
+    """The tensors of an opened safetensors file by its header alone; those of types not in ``KIND_OF`` are left out.
+
+    Raises ``ValueError``, ``LookupError`` or ``TypeError`` for one that is damaged.
+    """
+    length = min(int.from_bytes(file.read(8), "little"), MOST_HEADER)
+    kinds, found = {word: kind for kind, word in KIND_OF.items()}, {}
+    for name, entry in loads(file.read(length).decode()).items():
+        if name == "__metadata__" or entry["dtype"] not in kinds:
+            continue
+        kind, shape, (begin, end) = kinds[entry["dtype"]], torch.Size(entry["shape"]), entry["data_offsets"]
+        if begin < 0 or end - begin != shape.numel() * kind.itemsize:
+            raise ValueError(f"{name} is not whole")
+        found[name] = Entry(kind, shape, 8 + length + begin)
+    return found
 
 
 def read_pickled(path: str | Path) -> dict[str, Tensor]:
@@ -198,17 +221,14 @@ def _about(tensor: Tensor | Table) -> tuple[str, list[int], int]:
 def holds_tensors(path: str | Path, state: Mapping[str, Tensor]) -> bool:
     """Whether a safetensors file holds exactly these tensors, bit for bit; it is read piece by piece and not mapped."""
     with open(path, "rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        start = file.tell()
-        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        entries = read_layout(file)
         if entries.keys() != state.keys():
             return False
         for name, entry in entries.items():
-            tensor, (begin, end) = table(state, name), entry["data_offsets"]
-            same = entry["dtype"] == KIND_OF[tensor.dtype] and entry["shape"] == list(tensor.shape)
-            if not same or end - begin != tensor.nbytes:
+            tensor = table(state, name)
+            if (entry.dtype, entry.shape) != (tensor.dtype, tensor.shape):
                 return False
-            file.seek(start + begin)
+            file.seek(entry.begin)
             if not goes_on(file, tensor):
                 return False
     return True

@@ -132,7 +132,7 @@ def test_a_given_drafter_gets_private_experts(place: Path, tmp_path: Path) -> No
     assert torch.equal(found["model.embed_tokens.weight"], old["model.embed_tokens.weight"])
     wide = found["model.layers.0.mlp.gate_proj.weight"]
     assert wide.shape[0] == 64 + 8 and torch.equal(wide[:64], old["model.layers.0.mlp.gate_proj.weight"])
-    both = open_any(tmp_path / "run" / "private", job.target, tmp_path / "sibling").draft
+    both = open_any(tmp_path / "run" / "private", job.facts, tmp_path / "sibling").draft
     assert both.config.private_width == 8
 
 
@@ -149,7 +149,7 @@ def test_a_server_alone(place: Path, tmp_path: Path) -> None:
     values = settings(place, tmp_path / "run", target=str(bare), server_only=True, server=fake.url, embeddings="random")
     values |= {"teacher": "tokens", "loss": "kl", "batch_size": 2, "exports": ()}
     job, record, _ = run(values)
-    assert record["align"]["steps"] > 0 and type(job.target) is Facts
+    assert record["align"]["steps"] > 0 and type(job.facts) is Facts
     assert not list((tmp_path / "run").glob("features*"))
     rows = read_rows(tmp_path / "run" / "responses.jsonl")
     assert rows[0].target_hash.startswith("served-")

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from redraft import provenance
+from redraft.adaptation.models import Parts
 from redraft.adaptation.runs import Log
-from redraft.adaptation.sources import Parts, Source, split_traffic
+from redraft.adaptation.sources import Source, Split, split_traffic
 from redraft.data.overlap import same_text, trained_conversations
 from redraft.data.store import TRAFFIC, Row, read_rows
 from redraft.data.traces import read_traces
@@ -235,9 +236,9 @@ def test_traffic_costs_no_generation_and_is_read_again_after_a_kill(
     def source(count: int) -> Source:
         given = {"target": "t", "draft": "d", "out": tmp_path / "run", "responses": str(log(*served(count)))}
         given |= {"heldout_prompts": 6, "bench_prompts": 5, "max_new_tokens": 32}
-        return Source(AdaptConfig(**given), lambda: target, written)
+        return Source(AdaptConfig(**given), Parts.of(target), written)
 
-    found: Parts = source(40).traffic
+    found: Split = source(40).traffic
     assert read_rows(paths[0]) == found[0] and read_rows(paths[1]) == found[1]
     assert {row.target_hash for row in found[0]} == {target.content_hash()}
     (entry,) = ledger.stages

@@ -9,14 +9,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from redraft import provenance
 from redraft.adaptation.bench import measure
 from redraft.adaptation.cards import run_card
 from redraft.adaptation.claim import claim_run
-from redraft.adaptation.core import NO_START, Adaptation, Plan, open_old
-from redraft.adaptation.models import contestants, open_draft, open_target, prompt_rows, settle_template
+from redraft.adaptation.core import Adaptation, Plan, open_old
+from redraft.adaptation.models import Parts, contestants, open_draft, open_target, prompt_rows, settle_template
 from redraft.adaptation.runs import AGAIN, Run, Say, row_tokens, supervised_rows
 from redraft.adaptation.sources import Source
 from redraft.data.store import Row
@@ -28,7 +26,6 @@ from redraft.drafts.opening import AnyDraft, OpenDraft
 from redraft.errors import UserError
 from redraft.evaluate.speed import BenchConfig
 from redraft.inputs import there, typed
-from redraft.loading.targets import open_head
 from redraft.reports.card import write_card
 from redraft.reports.load import BENCH_SCHEMA, read_bench
 from redraft.reports.page import build_report
@@ -37,7 +34,7 @@ from redraft.selection.manifest import Manifest, choose, read_manifest
 from redraft.selection.states import scoring_context
 from redraft.settings.runs import AdaptConfig
 from redraft.settings.shapes import ChainShape
-from redraft.settings.texts import parse_budget, parse_scorer, start_needs
+from redraft.settings.texts import parse_budget, parse_scorer, start_needs, start_runs_target
 from redraft.settings.training import ReplayConfig, mergeable
 from redraft.starts.apply import StartContext
 from redraft.target import Target
@@ -61,7 +58,7 @@ class AdaptRun(Run[AdaptConfig]):
         self.served = bool(config.server or config.responses)
         if target is not None:
             settle_template(target.tokenizer, config.template_arg, config.out)
-            self.target = target
+            self.parts = Parts.of(target)
         self.asked_dtype = config.dtype  # auto lets the types compete in the benchmark, whatever the run computes in
         # The manifest of what is trained on, or answered at all.
         self.selection = self.folder / "selection.json"
@@ -77,11 +74,7 @@ class AdaptRun(Run[AdaptConfig]):
         """The old draft on its way to the aligned one."""
         c = self.config
         plan = Plan(c.method, c.private_size, c.train_config(), c.start, ReplayConfig(c.replay))
-        target: Any = None
-        if not self.workers.writes and c.start == NO_START:  # who only trains along finds all features there
-            target = open_head(c.target, getattr(torch, c.dtype), c.device, c.adapter, self.served)
-        target = target or self.target
-        return Adaptation(target, open_old(self.old_draft, target, self.log), plan, self.folder, self.log)
+        return Adaptation(self.parts, open_old(self.old_draft, self.parts.shown, self.log), plan, self.folder, self.log)
 
     @property
     def stale(self) -> OpenDraft:
@@ -91,11 +84,11 @@ class AdaptRun(Run[AdaptConfig]):
     @cached_property
     def aligned(self) -> Draft:
         """The trained draft as it is on disk, in float32."""
-        return open_draft(self.folder / "merged", self.target).draft
+        return open_draft(self.folder / "merged", self.parts.shown).draft
 
     @cached_property
     def source(self) -> Source:
-        return Source(self.config, lambda: self.target, self.log, store_of=lambda: self.job.store)
+        return Source(self.config, self.parts, self.log, store_of=lambda: self.job.store)
 
     # -- stages ------------------------------------------------------------------------------------------------
     def _run(self) -> dict[str, Any]:
@@ -142,10 +135,10 @@ class AdaptRun(Run[AdaptConfig]):
                 mend = f"delete {self.selection} and give the same command again, which selects anew"
                 found.check_source(self.source.responses, mend)
             return found
-        c, target, prompts = self.config, self.target, self.config.select_on == "prompts"
+        c, parts, prompts = self.config, self.parts, self.config.select_on == "prompts"
         # Where everything is kept, whatever its score, the scorer is one that costs nothing.
         scorer = parse_scorer("length" if parse_budget(c.budget).whole else c.scorer)
-        rows: Sequence[Any] = prompt_rows(self.source.prompts[0], target) if prompts else self.responses()
+        rows: Sequence[Any] = prompt_rows(self.source.prompts[0], self.facts) if prompts else self.responses()
         store, passes = None, scorer.passes
         if "alpha_of" in scorer.needs and not prompts:
             # The pass behind alpha is that of the features, which have a stage of their own.
@@ -153,11 +146,12 @@ class AdaptRun(Run[AdaptConfig]):
             store, passes = self.job.store, passes - 1
         with self.log.counted("select", len(rows), "prompts" if prompts else "rows") as (entry, progress):
             draft, folder = self.stale.draft, self.folder
+            target = parts.model if {"target", "alpha_of"} & scorer.needs else None
             context = scoring_context(scorer, target, draft, self.open_base, c.seed, folder, progress, store)
             manifest = choose(scorer, rows, context, c.budget, source=None if prompts else self.source.responses)
             manifest.write(self.selection, self.mark)
             tokens, formula = row_tokens(rows), f"passes of the target * {provenance.FORWARD_FORMULA}"
-            flops = passes * provenance.forward_flops(target.parameters_per_token, tokens)
+            flops = passes * provenance.forward_flops(self.facts.parameters_per_token, tokens)
             entry.add(tokens, flops, formula, self.selection.stat().st_size)
         kept = f"{len(manifest.selected_keys)} of {len(rows)} {'prompts' if prompts else 'rows'}"
         by = "" if parse_budget(c.budget).whole else f" by {scorer.name}"
@@ -202,9 +196,8 @@ class AdaptRun(Run[AdaptConfig]):
         """What the start of training may use."""
         c = self.config
         base = self.open_base() if "base_target" in start_needs(c.start) else None
-        return StartContext(
-            self.target, base, rows, supervised_rows(Path(c.general)) if c.general else [], c.gamma, c.seed
-        )
+        target = self.parts.model if start_runs_target(c.start) else self.parts.head
+        return StartContext(target, base, rows, supervised_rows(Path(c.general)) if c.general else [], c.gamma, c.seed)
 
     def bench(self) -> dict[str, Any]:
         """Plain decoding, the stale and the aligned draft on the evaluation prompts."""
@@ -213,10 +206,11 @@ class AdaptRun(Run[AdaptConfig]):
             read_bench(self.folder / "bench.json")
             return done
         prompts, began = self.source.evaluation(c.bench_tokens), time.monotonic()
+        drafts = {"stale": self.stale.draft, "aligned": self.aligned}
         with self.log.stage("bench") as entry:
             result = measure(
                 contestants(self.target, self.asked_dtype, self.open_target),
-                {"stale": self.stale.draft, "aligned": self.aligned},
+                {name: draft.bind(self.target) for name, draft in drafts.items()},
                 prompts,
                 BenchConfig(ChainShape(c.gamma), max_new_tokens=c.bench_tokens, seed=c.seed),
                 self.record(),
@@ -232,7 +226,7 @@ class AdaptRun(Run[AdaptConfig]):
         super().cards()
         for name in ("merged", "private"):
             if (self.folder / name).is_dir():
-                write_card(self.folder / name, run_card(self.folder, name, self.aligned, self.target))
+                write_card(self.folder / name, run_card(self.folder, name, self.aligned, self.facts))
 
     def report(self, page: Path | None = None, summary: Path | None = None) -> Path:
         """The HTML page of this run, with the ``summary`` of a quickstart."""

@@ -19,7 +19,7 @@ from redraft.adaptation.probe import greedy_answers
 from redraft.artifact import atomic_write_json
 from redraft.data.answers import UnclearReply, reply_message
 from redraft.data.overlap import refuse_overlap, trained_conversations
-from redraft.data.prompts import check_length, read_conversations
+from redraft.data.prompts import check_length, read_conversations, user_turns
 from redraft.data.store import read_rows
 from redraft.data.suites import Suite, SuiteItem, load_suite, run_turns
 from redraft.data.template import template_ids, template_record
@@ -99,10 +99,16 @@ class Questions:
         self.conversations = read_conversations(s.prompts)[: s.limit] if s.prompts else []
         self.suites = [load_suite(text, s.data, s.limit, s.seed) for text in s.suite]
 
+    @property
+    def replies(self) -> bool:
+        """Whether there are later turns, which stand behind the target's own replies."""
+        items = (item.conversation for suite in self.suites for item in suite.items)
+        return any(user_turns(conversation) > 1 for conversation in items)
+
     def read(self, target: Any) -> list[Prompt]:
         """All prompts as the target's chat template makes them.
 
-        ``target`` needs a tokenizer and a context; suites of several turns also need its weights, for its own replies.
+        ``target`` needs a tokenizer and a context, and where there are ``replies`` its weights too.
         Raises ``UserError`` for bad prompts, and for those that a draft was trained on.
         """
         s = self.settings

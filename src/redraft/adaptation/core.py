@@ -19,7 +19,7 @@ from torch import Tensor
 
 from redraft import provenance
 from redraft.acceptance.simulate import simulate_greedy_chain, tau_of
-from redraft.adaptation.models import open_draft
+from redraft.adaptation.models import Parts, open_draft
 from redraft.adaptation.runs import Log, add_forward, half, record_of, row_tokens
 from redraft.artifact import read_checked, read_sealed, tensors_hash, write_checked, write_sealed
 from redraft.attic.aim import aim
@@ -35,7 +35,7 @@ from redraft.loading import tokenizer_hash
 from redraft.rows import anchors
 from redraft.settings.training import METHODS, PrivateSize, ReplayConfig, TrainConfig
 from redraft.starts.apply import StartContext, StartResult, apply_start
-from redraft.target import Head, Target
+from redraft.target import Facts, Head, Target
 from redraft.training.trainer import Trainer, TrainResult, replay_settings, replay_states
 from redraft.training.workers import Workers
 
@@ -44,7 +44,7 @@ STATES_FILE, SUMMARY_FILE, FEATURES = "states.safetensors", "states.json", "feat
 
 
 # -- what the steps share ----------------------------------------------------------------------------------------------
-def open_old(source: AnyDraft, target: Head, log: Log) -> OpenDraft:
+def open_old(source: AnyDraft, target: Facts, log: Log) -> OpenDraft:
     """The draft that an adaptation begins with; notes of its import are said. Raises ``UserError``."""
     opened = open_draft(source, target)
     for note in opened.meta.get("notes", []):
@@ -52,7 +52,7 @@ def open_old(source: AnyDraft, target: Head, log: Log) -> OpenDraft:
     return opened
 
 
-def draft_meta(target: Head, method: str | None, seed: int, **more: Any) -> dict[str, Any]:
+def draft_meta(target: Facts, method: str | None, seed: int, **more: Any) -> dict[str, Any]:
     """What a saved draft says of itself beside its own shape; no ``method`` where none is known."""
     return {
         **({"method": method} if method else {}),
@@ -63,15 +63,16 @@ def draft_meta(target: Head, method: str | None, seed: int, **more: Any) -> dict
     }
 
 
-def feature_store(folder: Path, target: Head, taps: Sequence[int]) -> FeatureStore:
+def feature_store(folder: Path, target: Facts, taps: Sequence[int]) -> FeatureStore:
     """The features of this target at these taps in ``folder``. Raises ``UserError`` when it holds others."""
     return FeatureStore(folder, {"target": target.content_hash(), "taps": list(taps)})
 
 
-def build_features(name: str, store: FeatureStore, target: Target, rows: Sequence[Row], log: Log) -> None:
+def build_features(name: str, store: FeatureStore, parts: Parts | Target, rows: Sequence[Row], log: Log) -> None:
     """Compute the features of ``rows`` that are missing, as the stage ``name``. Raises ``UserError``."""
     if not store.missing(rows):
         return
+    target = Parts.of(parts).model
     with log.counted(name, row_tokens(rows)) as (entry, progress):
         add_forward(entry, target, store.build(target, rows, progress=progress.update))
     if altered := store.altered:
@@ -140,7 +141,7 @@ class Adaptation:
 
     def __init__(
         self,
-        target: Head,
+        target: Parts | Head,
         old: OpenDraft,
         plan: Plan,
         folder: Path,
@@ -148,13 +149,12 @@ class Adaptation:
         store: FeatureStore | None = None,
         replay_folder: Path | None = None,
     ) -> None:
-        """The target is tapped where the draft reads it; where all features are stored, its head will do. ``folder``
+        """The target is tapped where the draft reads it; its model is asked for where features are missing. ``folder``
         holds the training's state, the features (unless a ``store`` is given) and what is saved; passes of replay lie
         in ``replay``, or in a folder of their own.
         """
-        if isinstance(target, Target):
-            target.tap(old.draft.taps)
-        self.target: Any = target
+        self.parts = Parts.of(target)
+        self.parts.tap(old.draft.taps)
         self.old, self.plan, self.folder, self.log = old, plan, folder, log
         self.replay_folder = replay_folder or folder / "replay"
         self.started = StartResult(old.draft)
@@ -169,11 +169,11 @@ class Adaptation:
     @cached_property
     def store(self) -> FeatureStore:
         """The features that the draft is trained on."""
-        return feature_store(self.folder / FEATURES, self.target, self.old.draft.taps)
+        return feature_store(self.folder / FEATURES, self.parts.facts, self.old.draft.taps)
 
     def features(self, name: str, rows: Sequence[Row]) -> None:
         """Build what is missing of the features of ``rows`` as the stage ``name``. Raises ``UserError``."""
-        build_features(name, self.store, self.target, rows, self.log)
+        build_features(name, self.store, self.parts, rows, self.log)
 
     def start(self, context: Callable[[], StartContext], name: str = "") -> None:
         """Begin with what nearly free adaptations make of the old draft, as the stage ``start NAME``.
@@ -188,7 +188,7 @@ class Adaptation:
             given = replace(context(), progress=progress.update)
             started = apply_start(self.plan.start, self.old.draft, given)
             entry.add(started.tokens, int(started.flops), provenance.FORWARD_FORMULA)
-        self.target.tap(started.draft.taps)
+        self.parts.tap(started.draft.taps)
         for note in started.notes:
             self.log.say(f"note on {stage}: {note}")
         self.started = started
@@ -196,7 +196,7 @@ class Adaptation:
     def prepare(self) -> None:
         """Give a copy of the draft its private parts, and mark what the method trains. Raises ``UserError``."""
         plan, begun = self.plan, copy.deepcopy(self.started.draft)
-        self.draft, self.trained = prepare(begun, plan.method, plan.size, plan.train.seed, self.target)
+        self.draft, self.trained = prepare(begun, plan.method, plan.size, plan.train.seed, self.parts.head)
 
     def train(self, rows: Sequence[Row], heldout: Sequence[Row]) -> TrainResult:
         """Train what is marked, then in passes of replay; the result of the first training. Raises ``UserError``."""
@@ -208,7 +208,7 @@ class Adaptation:
         return self.results[0]
 
     def _run(self, rows: Sequence[Row], heldout: Sequence[Row], config: TrainConfig, place: Path, **more: Any) -> None:
-        work, origin, present = (self.draft, self.target, self.store), self.old.base_hash, Workers.present()
+        work, origin, present = (self.draft, self.parts.head, self.store), self.old.base_hash, Workers.present()
         trainer = Trainer(*work, rows, heldout, config, place, origin, workers=present, **more)
         result = run_training(trainer, self.log)
         self.draft = trainer.draft
@@ -243,7 +243,9 @@ class Adaptation:
         self.draft.eval()
         gamma, count = self.plan.train.gamma, sum(map(anchors, rows))
         with self.log.counted("replay walk", count) as (entry, progress):
-            found = replay_states(self.draft, self.target, rows, self.store, gamma, self.plan.replay, progress=progress)
+            found = replay_states(
+                self.draft, self.parts.head, rows, self.store, gamma, self.plan.replay, progress=progress
+            )
             add_forward(entry, self.draft, count * gamma)
         self.draft.train()
         mark = tensors_hash(found.weights)
@@ -263,13 +265,13 @@ class Adaptation:
         loss are in the figure, which training's own best one does not have. Raises ``UserError``.
         """
         self.features("features held-out", heldout)
-        gamma, count = self.plan.train.gamma, sum(map(anchors, heldout))
+        gamma, count, target = self.plan.train.gamma, sum(map(anchors, heldout)), self.parts.head
         with self.log.counted("guard", 2 * count) as (entry, progress):
 
             def tau(draft: Draft) -> float:
-                served = half(draft).float().to(self.target.device).eval().bind(self.target)
+                served = half(draft).float().to(target.device).eval().bind(target)
                 add_forward(entry, served, count * gamma)
-                return tau_of(simulate_greedy_chain(served, self.target, heldout, self.store, gamma), heldout)
+                return tau_of(simulate_greedy_chain(served, target, heldout, self.store, gamma), heldout)
 
             old = tau(self.old.draft)
             progress.update(count)
@@ -306,7 +308,7 @@ class Adaptation:
         if self.verdict is not None:
             more["guard"] = vars(self.verdict)
             method = method if self.verdict.kept == "new" else self.old.meta.get("method")
-        return draft_meta(self.target, method, self.plan.train.seed, **more)
+        return draft_meta(self.parts.facts, method, self.plan.train.seed, **more)
 
     def save(self) -> None:
         """``private`` in the folder with only what was trained, and ``merged``, the whole.

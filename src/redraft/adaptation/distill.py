@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 from redraft import provenance
 from redraft.acceptance.simulate import simulate_greedy_chain, tau_of
 from redraft.adaptation.claim import claim_run
 from redraft.adaptation.core import build_features, draft_meta, feature_store
-from redraft.adaptation.models import open_any, settle_template
+from redraft.adaptation.models import Parts, open_any, settle_template
 from redraft.adaptation.runs import AGAIN, Run, Say, half, row_tokens, supervised_rows
 from redraft.adaptation.sources import Source
 from redraft.data.packed import PackedText, TextSource
@@ -30,6 +30,7 @@ from redraft.loading import check_tokenizers, read_facts
 from redraft.rows import anchors
 from redraft.settings.runs import DistillConfig
 from redraft.settings.training import PrivateSize
+from redraft.target import Head
 from redraft.training.causal import TokenTeacher, TopTeacher, distil, pretrain
 from redraft.training.loop import LoopResult
 
@@ -47,33 +48,33 @@ class DistillRun(Run[DistillConfig]):
 
     # -- what the stages work on -------------------------------------------------------------------------------
     @cached_property
-    def target(self) -> Any:
+    def parts(self) -> Parts:
         """The target; of one that is behind a server alone, what config and tokenizer say."""
         c = self.config
-        if c.server_only:
-            served = read_facts(c.target, device=c.device)
-            settle_template(served.tokenizer, c.template_arg, self.folder)
-            return served
-        target = super().target
-        target.tap(())  # the draft reads none of its states; only the head's input is kept
-        return target
+        if not c.server_only:
+            parts = self.named_parts()
+            parts.tap(())  # the draft reads none of its states; only the head's input is kept
+            return parts
+        served = read_facts(c.target, device=c.device)
+        settle_template(served.tokenizer, c.template_arg, self.folder)
+        return Parts.of(served)
 
     @cached_property
     def source(self) -> Source:
         c = self.config
         store_of = (lambda: self.store) if c.teacher == "states" and c.store_states else None
-        return Source(c, lambda: self.target, self.log, c.server if c.server_only else None, store_of)
+        return Source(c, self.parts, self.log, c.server if c.server_only else None, store_of)
 
     @cached_property
     def store(self) -> FeatureStore:
         """The target's final-norm states of the responses."""
-        return feature_store(self.folder / "features", self.target, ())
+        return feature_store(self.folder / "features", self.facts, ())
 
     def text(self, length: int) -> PackedText:
         """The plain text in blocks of ``length``, its held-out share apart."""
         c = self.config
         share = 0.0 if c.heldout_text else c.heldout_share
-        return PackedText(TextSource(c.text, c.text_field), self.target.tokenizer, length, c.seed, share)
+        return PackedText(TextSource(c.text, c.text_field), self.facts.tokenizer, length, c.seed, share)
 
     # -- stages ------------------------------------------------------------------------------------------------
     def _run(self) -> dict[str, Any]:
@@ -93,7 +94,7 @@ class DistillRun(Run[DistillConfig]):
         """Refuse, before anything is spent, what no engine could load."""
         if self.config.exports and not (self.folder / "align.json").exists():
             given = self.config.draft
-            self.check_exports(self.start() if given is None else open_any(given, self.target).draft)
+            self.check_exports(self.start() if given is None else open_any(given, self.facts).draft)
 
     def summary(self, done: dict[str, LoopResult | None]) -> dict[str, Any]:
         """What a finished run says of itself."""
@@ -102,7 +103,7 @@ class DistillRun(Run[DistillConfig]):
             **{name: asdict(result) if result else None for name, result in done.items()},
             "parameters": sum(p.numel() for p in self.aligned.parameters()),
             "parameters_per_token": self.aligned.parameters_per_token,
-            "target_parameters_per_token": self.target.parameters_per_token,
+            "target_parameters_per_token": self.facts.parameters_per_token,
             "provenance": self.record(),
         }
 
@@ -119,8 +120,11 @@ class DistillRun(Run[DistillConfig]):
     def start(self) -> StandaloneDraft:
         """The untrained drafter of the shape asked for. Raises ``UserError`` when there is none."""
         c = self.config
-        shape = None if c.from_layers else shape_for(self.target, c.size, c.layers, c.tied)
-        return fresh_standalone(self.target, shape, c.seed, c.embeddings, c.tied, c.from_layers)
+        shape = None if c.from_layers else shape_for(self.facts, c.size, c.layers, c.tied)
+        # What a new drafter takes over of the target, where it does.
+        parts = self.parts
+        target = parts.model if c.from_layers else parts.head if c.embeddings == "target" else self.facts
+        return fresh_standalone(target, shape, c.seed, c.embeddings, c.tied, c.from_layers)
 
     def pretrain(self) -> LoopResult | None:
         """A new drafter, trained on the text, in ``pretrained``; nothing where a drafter is given."""
@@ -131,11 +135,11 @@ class DistillRun(Run[DistillConfig]):
         if done is not None:
             return typed(LoopResult, done, str(self.folder / "pretrain.json"), AGAIN)
         config, draft = c.pretrain_config(), self.start()
-        share = draft.parameters_per_token / self.target.parameters_per_token
+        share = draft.parameters_per_token / self.facts.parameters_per_token
         self.say(f"drafter: {draft.parameters_per_token:,} parameters a token, {share:.3f} of the target's")
         text, heldout = self.text(config.length), None
         if c.heldout_text:
-            heldout = PackedText(TextSource([c.heldout_text], c.text_field), self.target.tokenizer, config.length)
+            heldout = PackedText(TextSource([c.heldout_text], c.text_field), self.facts.tokenizer, config.length)
         total = config.steps * config.batch_blocks * config.length
         with self.log.counted("pretrain", total) as (entry, progress):
             place = self.folder / "pretrain"
@@ -163,34 +167,34 @@ class DistillRun(Run[DistillConfig]):
         """What the target is known by. Raises ``UserError`` for a server that does not tell it."""
         c = self.config
         if c.teacher == "tokens":
-            return TokenTeacher(self.target.vocab_size)
+            return TokenTeacher(self.facts.vocab_size)
         if c.teacher == "tops":
             assert c.server is not None
-            size = self.target.vocab_size
+            size = self.facts.vocab_size
             engine = ServerEngine(c.server, c.server_model, c.batch_size, vocab_size=size)
             with self.workers.first(), self.log.counted("log-probabilities", len(rows), "rows") as (_, progress):
                 found = ask_tops(engine, c.top_logprobs, rows, self.folder / "tops.jsonl", progress.update)
             return TopTeacher(found, size)
         if not c.store_states:
-            return StateTeacher(self.target, ComputedFeatures(self.target))
+            return StateTeacher(self.parts.model, ComputedFeatures(self.parts.model))
         with self.workers.first():
-            build_features("features", self.store, self.target, rows, self.log)
-        return StateTeacher(self.target, self.store)
+            build_features("features", self.store, self.parts, rows, self.log)
+        return StateTeacher(self.parts.head, self.store)
 
     def drafter(self) -> tuple[StandaloneDraft, str]:
         """What alignment starts from, in float32, with what it trains requiring a gradient; and the hash of the
         drafter that private experts are added to."""
         c = self.config
-        opened = open_any(c.draft or self.folder / "pretrained", self.target)
+        opened = open_any(c.draft or self.folder / "pretrained", self.facts)
         draft: Any = opened.draft
         for note in opened.meta.get("notes", []):
             self.say(f"note on {opened.source}: {note}")
-        check_tokenizers(draft.tokenizer, self.target.tokenizer)
+        check_tokenizers(draft.tokenizer, self.facts.tokenizer)
         draft.requires_grad_(True)
         base_hash = draft.base_hash()
         if c.private_width:
             draft, _ = prepare(draft, METHOD, PrivateSize(width=c.private_width), c.seed)
-            draft.bind(self.target)
+            draft.bind(self.facts)
         return draft, base_hash
 
     def align(self) -> LoopResult:
@@ -231,14 +235,14 @@ class DistillRun(Run[DistillConfig]):
 
     def efficiency(self, draft: StandaloneDraft, heldout: Sequence[Row]) -> Callable[[], float]:
         """Tokens a target call on the held-out responses, as the draft stands when it is asked."""
-        gamma = self.config.align_config().gamma
-        return lambda: tau_of(simulate_greedy_chain(draft, self.target, heldout, None, gamma), list(heldout))
+        gamma, target = self.config.align_config().gamma, cast(Head, self.facts)  # the draft reads nothing of its head
+        return lambda: tau_of(simulate_greedy_chain(draft, target, heldout, None, gamma), list(heldout))
 
     @cached_property
     def aligned(self) -> StandaloneDraft:
         """The finished drafter as it is on disk."""
-        return load_draft(self.folder / "draft")[0].bind(self.target)
+        return load_draft(self.folder / "draft")[0].bind(self.facts)
 
     def meta(self, method: str) -> dict[str, Any]:
         """What a saved drafter says of itself."""
-        return draft_meta(self.target, method, self.config.seed)
+        return draft_meta(self.facts, method, self.config.seed)

@@ -12,7 +12,9 @@ from redraft.drafts.formats.base import exported_as
 from redraft.errors import UserError
 from redraft.files import atomic_folder
 from redraft.loading import config_at, load_target, locate, quiet
+from redraft.loading.merged import merged_bytes, write_merged
 from redraft.loading.places import CACHE_FILES, split_adapter
+from redraft.loading.targets import plain_target
 
 MERGED = "merged-target"
 
@@ -22,14 +24,18 @@ def merge_target_folder(target: str, adapter: str | None, out: Path) -> Path:
 
     ``target`` may be an adapter by itself.
 
-    In the data type of the target's checkpoint. Raises ``UserError`` when one of them cannot be loaded, the adapter
-    does not fit, or the folder holds other files.
+    In the data type of the target's checkpoint, and in the memory of one layer where the adapter can be merged so.
+    Raises ``UserError`` when one of them cannot be loaded, the adapter does not fit, or the folder holds other files.
     """
     base, adapter = split_adapter(target, adapter)
     if adapter is None:
         raise UserError(f"{target} is no adapter and has nothing to merge; name one with --adapter")
     with quiet():
         dtype = getattr(config_at(locate(base), base), "dtype", None) or torch.float32
+    if (plain := plain_target(base, adapter)) is not None:
+        with atomic_folder(out, merged_bytes(plain, dtype), CACHE_FILES, no_draft) as folder:
+            write_merged(plain, folder, dtype)
+        return out
     opened = load_target(base, dtype, "cpu", adapter=adapter)
     weights = {id(weight): weight for weight in opened.model.state_dict().values()}
     size = sum(w.numel() * w.element_size() for w in weights.values())

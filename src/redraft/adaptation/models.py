@@ -17,11 +17,20 @@ from redraft.arithmetic import choose_dtype
 from redraft.data.overlap import same_text, without_overlap
 from redraft.data.prompts import Conversation, check_length, prompt_messages
 from redraft.data.template import kept_moment, settings_of, template_ids, use_template, writes_date
+from redraft.drafts.formats.embeddings import table_of
 from redraft.drafts.opening import AnyDraft, OpenDraft, family_at, open_checkpoint
 from redraft.errors import UserError
 from redraft.evaluate.speed import Prompt
 from redraft.loading.places import same_place
-from redraft.loading.targets import load_target, load_tokenizer, open_facts, open_head, read_facts
+from redraft.loading.targets import (
+    Plain,
+    load_target,
+    load_tokenizer,
+    open_facts,
+    open_head,
+    plain_target,
+    read_facts,
+)
 from redraft.selection import PromptRow
 from redraft.settings.base import AUTO, TYPES
 from redraft.target import Facts, Head, Target
@@ -97,11 +106,24 @@ class TargetSpec:
             tell_about(self.name, target, functools.partial(print, flush=True))
         return target
 
-    def head(self, dtype: str) -> Head:
+    def head(self, dtype: str | None = None) -> Head:
         """Its head alone, for who computes with stored states. Raises ``UserError``."""
+        dtype = dtype or self.dtype
         if self.opened is not None:
             return self.open(dtype)
-        found = open_head(self.name, getattr(torch, dtype), self.device, self.adapter)
+        found = open_head(self.name, getattr(torch, choose_dtype(dtype, self.device, print)), self.device, self.adapter)
+        settle_template(found.tokenizer, self.template_args)
+        return found
+
+    def parts(self, dtype: str | None = None) -> Parts:
+        """Its parts, the model in another ``dtype`` if one is given."""
+        return Parts(self, lambda: self.open(dtype), dtype or self.dtype)
+
+    def known(self) -> Facts:
+        """What config and tokenizer say of it, and no hash of its weights. Raises ``UserError``."""
+        if self.opened is not None:
+            return self.opened.facts
+        found = read_facts(self.name, device=self.device, adapter=self.adapter)
         settle_template(found.tokenizer, self.template_args)
         return found
 
@@ -112,6 +134,86 @@ class TargetSpec:
         found = open_facts(self.name, self.adapter)
         settle_template(found.tokenizer, self.template_args)
         return found
+
+
+class Parts:
+    """A target of which no more is opened than is asked for: its facts, its head, or the model.
+
+    What is open serves for what is less. Where a checkpoint must be opened whole for its facts, the model is kept.
+    """
+
+    def __init__(
+        self, spec: TargetSpec, load: Callable[[], Target], dtype: str = AUTO, run: Path | None = None
+    ) -> None:
+        """``load`` opens the model; ``dtype`` is that of the head, ``run`` the run directory whose date the template
+        shows (:func:`settle_template`)."""
+        self.spec, self.dtype, self.run = spec, dtype, run
+        self._load = load
+        self._taps: tuple[int, ...] | None = None
+        self._plain: Plain | None = None
+        self._facts: Facts | None = None
+        self._head: Head | None = spec.opened
+
+    @classmethod
+    def of(cls, target: Facts | Parts) -> Parts:
+        """What is open of a target, of which there is no more here; of an opened one, all."""
+        if isinstance(target, Parts):
+            return target
+
+        def load() -> Target:
+            raise ValueError(f"no more of {target.name} is here than was opened")
+
+        found = cls(TargetSpec(target.name), load)
+        found._head = target if isinstance(target, Head) else None
+        found._facts = None if isinstance(target, Head) else target
+        return found
+
+    @property
+    def model(self) -> Target:
+        """The target itself. Raises ``UserError``."""
+        if not isinstance(self._head, Target):
+            self._plain = None
+            self._head = None  # the model brings its own
+            self._head = loaded = self._load()
+            if self._taps is not None:
+                loaded.tap(self._taps)
+        return self._head
+
+    @property
+    def head(self) -> Head:
+        """The target without its layers, or with them where they are there. Raises ``UserError``."""
+        if self._head is None:
+            plain = self._known()
+            dtype = choose_dtype(self.dtype, self.spec.device, print) if plain is not None else ""
+            self._head = plain.head(getattr(torch, dtype)) if plain is not None else None
+        return self._head or self.model
+
+    @property
+    def facts(self) -> Facts:
+        """What is known of it. Raises ``UserError``."""
+        if self._facts is None:
+            plain = self._known() if self._head is None else None
+            self._facts = plain.facts if plain is not None else (self._head or self.model).facts
+        return self._facts
+
+    @property
+    def shown(self) -> Facts:
+        """The target for who reads or writes a draft beside it: its facts, or where its embedding cannot be read from
+        its files, its head. Raises ``UserError``."""
+        return self.facts if table_of(self.facts) is not None else self.head
+
+    def _known(self) -> Plain | None:
+        if self._plain is None and self._facts is None:
+            self._plain = plain_target(self.spec.name, self.spec.adapter, self.spec.device)
+            if self._plain is not None:
+                settle_template(self._plain.facts.tokenizer, self.spec.template_args, self.run)
+        return self._plain
+
+    def tap(self, taps: Sequence[int]) -> None:
+        """Tap the model where a draft reads it, now or when it is opened."""
+        self._taps = tuple(taps)
+        if isinstance(self._head, Target):
+            self._head.tap(self._taps)
 
 
 AnyTarget = str | Path | TargetSpec | Target
@@ -133,7 +235,7 @@ def target_info(target: AnyTarget) -> Facts:
 
 
 # -- drafts and prompts ------------------------------------------------------------------------------------------------
-def open_draft(source: AnyDraft, target: Head, base: AnyDraft | None = None) -> OpenDraft:
+def open_draft(source: AnyDraft, target: Facts, base: AnyDraft | None = None) -> OpenDraft:
     """A draft that reads the target's states, in float32, checked against the target's sizes and tokenizer.
 
     Notes of an import go along in ``meta``. For who takes standalone drafts too there is :func:`open_any`.
@@ -152,7 +254,7 @@ def open_draft(source: AnyDraft, target: Head, base: AnyDraft | None = None) -> 
     return open_any(source, target, base)
 
 
-def open_any(source: AnyDraft, target: Head, base: AnyDraft | None = None) -> OpenDraft:
+def open_any(source: AnyDraft, target: Facts, base: AnyDraft | None = None) -> OpenDraft:
     """A draft of any family in float32, bound to the target: for decoding and measuring. A private part needs ``base``.
 
     Raises ``UserError``.
@@ -187,7 +289,7 @@ def split_prompts(
     return rest, ordered[:heldout], measured
 
 
-def template_prompts(conversations: Sequence[Conversation], target: Target, new_tokens: int) -> list[Prompt]:
+def template_prompts(conversations: Sequence[Conversation], target: Facts, new_tokens: int) -> list[Prompt]:
     """First turns through the target's chat template. Raises ``UserError`` for one that leaves no room to answer."""
     found = []
     for conversation in conversations:
@@ -197,7 +299,7 @@ def template_prompts(conversations: Sequence[Conversation], target: Target, new_
     return found
 
 
-def prompt_rows(conversations: Sequence[Conversation], target: Target) -> list[PromptRow]:
+def prompt_rows(conversations: Sequence[Conversation], target: Facts) -> list[PromptRow]:
     """First turns as rows without a response. Raises ``UserError`` for one that leaves no room to answer."""
     return [PromptRow(prompt.id, prompt.ids) for prompt in template_prompts(conversations, target, 1)]
 

@@ -17,7 +17,7 @@ from redraft import provenance
 from redraft.adaptation.cards import run_card
 from redraft.adaptation.claim import check_files, fingerprints, mark_of
 from redraft.adaptation.merged_target import adapter_note, merging, served
-from redraft.adaptation.models import open_target, tell_about
+from redraft.adaptation.models import Parts, TargetSpec, open_target, tell_about
 from redraft.artifact import read_sealed, write_sealed
 from redraft.data.store import Row, read_rows
 from redraft.data.template import template_record
@@ -31,7 +31,7 @@ from redraft.registries import EXPORTERS
 from redraft.reports.card import write_card
 from redraft.rows import anchors, whole_length
 from redraft.settings.runs import AdaptConfig, DistillConfig
-from redraft.target import Head, Target
+from redraft.target import Facts, Target
 from redraft.training.workers import SINGLE, Workers
 
 AGAIN = "delete it and give the same command again"
@@ -95,7 +95,7 @@ def add_forward(entry: Entry, model: Any, tokens: int, bytes_written: int = 0) -
     entry.add(tokens, flops, provenance.FORWARD_FORMULA, bytes_written)
 
 
-def record_of(target: Head, seed: int) -> dict[str, Any]:
+def record_of(target: Facts, seed: int) -> dict[str, Any]:
     """Where a result on this target comes from, with what its chat template was told."""
     return provenance.collect(seed, str(target.device), template_record(target.tokenizer))
 
@@ -155,7 +155,18 @@ class Run(Generic[Settings]):
         return open_target(c.target, dtype or c.dtype, c.device, c.adapter, c.template_arg, self.folder, self.served)
 
     @cached_property
-    def target(self) -> Target:
+    def parts(self) -> Parts:
+        """The target, of which no more is opened than is asked for."""
+        return self.named_parts()
+
+    def named_parts(self) -> Parts:
+        """The target that the settings name."""
+        c = self.config
+        spec = TargetSpec(c.target, c.dtype, c.device, c.adapter, c.template_arg)
+        return Parts(spec, self.load_target, c.dtype, self.folder)
+
+    def load_target(self) -> Target:
+        """The target, and what there is to say of it. Raises ``UserError``."""
         name, target = self.config.target, self.open_target()
         tell_about(name, target, self.say)
         if rounded := target.rounding:
@@ -166,18 +177,28 @@ class Run(Generic[Settings]):
         return target
 
     @property
+    def target(self) -> Target:
+        """The target itself, which is loaded when it is first asked for. Raises ``UserError``."""
+        return self.parts.model
+
+    @property
+    def facts(self) -> Facts:
+        """What is known of the target. Raises ``UserError``."""
+        return self.parts.facts
+
+    @property
     def aligned(self) -> Draft:
         """The draft that the run ends with, as it is on disk."""
         raise NotImplementedError
 
     def record(self) -> dict[str, Any]:
         """Where the results of this run come from."""
-        return record_of(self.target, self.config.seed)
+        return record_of(self.facts, self.config.seed)
 
     def check_exports(self, draft: Draft) -> None:
         """Raise ``UserError``, before anything is spent, for a draft that a format asked for does not hold."""
         for name in self.config.exports:
-            check_export(name, draft, self.target, self.config.gamma)
+            check_export(name, draft, self.parts.shown, self.config.gamma)
 
     def export(self) -> list[Path]:
         """Write the finished draft, in the type it is served in, in every format asked for; returns the folders."""
@@ -185,7 +206,7 @@ class Run(Generic[Settings]):
         for name in self.config.exports:
             folder = self.folder / f"export-{name}"
             with self.log.stage(f"export {name}") as entry:
-                report = EXPORTERS.get(name)(half(self.aligned), folder, self.target, speculative_tokens=gamma)
+                report = EXPORTERS.get(name)(half(self.aligned), folder, self.parts.shown, speculative_tokens=gamma)
                 entry.add(bytes_written=report.bytes)
             for warning in report.warnings:
                 self.say(f"note on {folder}: {warning}")
@@ -202,5 +223,5 @@ class Run(Generic[Settings]):
         """Write what is known so far onto the model card of every export. Raises ``UserError``."""
         first: list[str] = merging(self.config.target, self.config.adapter)
         for name, line in self.serve.items():
-            card = run_card(self.folder, name, self.aligned, self.target, [*first, line])
+            card = run_card(self.folder, name, self.aligned, self.facts, [*first, line])
             write_card(self.folder / f"export-{name}", card)

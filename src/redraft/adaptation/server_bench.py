@@ -23,7 +23,7 @@ from typing import Any
 
 from redraft import provenance
 from redraft.adaptation.bench import Questions
-from redraft.adaptation.models import TargetSpec, check_output, settle_template
+from redraft.adaptation.models import TargetSpec, check_output
 from redraft.artifact import atomic_write_json
 from redraft.data.template import template_record
 from redraft.data.transport import Connection, Refused, Transient, Unusable, excerpt, server_key
@@ -31,7 +31,6 @@ from redraft.errors import UserError
 from redraft.evaluate.load import ServerConfig
 from redraft.evaluate.server import Server, bench_servers
 from redraft.files import replacing
-from redraft.loading import read_facts
 from redraft.places import LEAST_SECRET, OPTION, without_secrets
 from redraft.progress import progress_bar
 from redraft.settings.steps import BenchSettings
@@ -46,8 +45,9 @@ LOG_LINES = 12
 def bench_servers_on(s: BenchSettings, spec: TargetSpec) -> dict[str, Any]:
     """Measure the servers of these settings, at their levels; writes the result to ``s.out`` and returns it.
 
-    Of the target only tokenizer and config are read, but for suites, whose later turns stand behind its own replies.
-    What a server that is started here prints goes to ``STEM-NAME.log`` beside the result. Raises ``UserError``.
+    Of the target only tokenizer and config are read, but for suites with later turns, which stand behind its own
+    replies. What a server that is started here prints goes to ``STEM-NAME.log`` beside the result. Raises
+    ``UserError``.
     """
     check_output(s.out, ".json")
     # A wrong level is refused before anything is loaded.
@@ -59,8 +59,7 @@ def bench_servers_on(s: BenchSettings, spec: TargetSpec) -> dict[str, Any]:
         model=s.server_model,
     )
     questions = Questions(s)
-    known: Facts = spec.open() if s.suite else read_facts(spec.name)
-    settle_template(known.tokenizer, spec.template_args)
+    known: Facts = spec.open() if questions.replies else spec.known()
     asked = questions.read(known)
     contestants: dict[str, Server] = {
         name: partial(launched, place, log_of(s.out, name, list(s.servers))) if PORT in place else place

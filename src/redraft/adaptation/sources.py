@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from redraft.adaptation.models import split_prompts, template_prompts
+from redraft.adaptation.models import Parts, split_prompts, template_prompts
 from redraft.adaptation.runs import Log, add_forward
 from redraft.artifact import atomic_write_bytes
 from redraft.data.overlap import refuse_overlap, same_text, trained_conversations
@@ -26,18 +26,18 @@ from redraft.features import FeatureKeeper, FeatureStore
 from redraft.rows import anchors
 from redraft.settings.runs import AdaptConfig, DistillConfig
 from redraft.settings.sampler import Sampler, samplers_of
-from redraft.target import Target
+from redraft.target import Facts, Target
 
-Parts = tuple[list[Row], list[Row], list[Row]]
+Split = tuple[list[Row], list[Row], list[Row]]
 
 
 class Source:
-    """The text of one run directory; ``target_of`` opens the target when it is first needed."""
+    """The text of one run directory; the target itself is opened only where it writes here."""
 
     def __init__(
         self,
         config: AdaptConfig | DistillConfig,
-        target_of: Callable[[], Target],
+        target: Parts,
         log: Log,
         heldout_server: str | None = None,
         store_of: Callable[[], FeatureStore] | None = None,
@@ -46,12 +46,20 @@ class Source:
 
         ``store_of``: where a target in this process puts the features of what it answers; it taps the target.
         """
-        self.config, self.target_of, self.log = config, target_of, log
+        self.config, self.target, self.log = config, target, log
         self.heldout_server, self.store_of = heldout_server, store_of
         # The ids of the training prompts that are answered; all of them where there is no such choice.
         self.chosen: frozenset[str] | None = None
         self.responses = config.out / "responses.jsonl"
         self.heldout = config.out / "heldout.jsonl"
+
+    @property
+    def facts(self) -> Facts:
+        return self.target.facts
+
+    def model(self) -> Target:
+        """The target itself. Raises ``UserError``."""
+        return self.target.model
 
     @cached_property
     def prompts(self) -> tuple[list[Conversation], list[Conversation], list[Conversation]]:
@@ -70,7 +78,7 @@ class Source:
         if not c.self_prompts:
             assert c.prompts is not None  # the settings are checked: traffic has no prompts
             return read_conversations(c.prompts)
-        target = self.target_of()
+        target = self.model()
         if rounded := target.rounding:
             raise UserError(
                 f"{c.target} is served with quantised {rounded} and cannot write prompts here; give --prompts instead"
@@ -80,13 +88,13 @@ class Source:
         return found
 
     @cached_property
-    def traffic(self) -> Parts:
+    def traffic(self) -> Split:
         """Served responses by purpose, as :func:`split_traffic`; both response files are written.
 
         The same log gives the same files, so a killed run simply reads it again. The stage ``served traffic`` counts
         the time of reading and no tokens: the responses were paid for when they were served. Raises ``UserError``.
         """
-        c, target = self.config, self.target_of()
+        c, target = self.config, self.facts
         assert c.responses is not None
         with self.log.stage("served traffic") as entry:
             rows = read_traces(
@@ -124,15 +132,15 @@ class Source:
         if self.chosen is not None:
             train = [conversation for conversation in train if conversation.id in self.chosen]
         self._answer("regenerate", train, samplers_of(c.temperatures, c.top_p), self.responses, c.server)
-        apart = self.heldout_server or (c.server if self.target_of().rounding else None)
+        apart = self.heldout_server or (c.server if self.facts.rounding else None)
         self._answer("regenerate held-out", heldout, [Sampler()], self.heldout, apart)
 
     def _answer(
         self, name: str, prompts: Sequence[Conversation], samplers: list[Sampler], path: Path, server: str | None
     ) -> None:
-        c, target = self.config, self.target_of()
+        c, target = self.config, self.facts
         store = self.store_of() if self.store_of and not server else None
-        engine: Any = InProcessEngine(target, c.batch_size)
+        engine: Any = InProcessEngine(self.model, c.batch_size)
         if server:
             engine = ServerEngine(server, c.server_model, c.batch_size, vocab_size=target.vocab_size)
         report = answer(name, engine, target, prompts, samplers, path, c.max_new_tokens, c.seed, self.log, store)
@@ -144,10 +152,10 @@ class Source:
         """
         if self.config.responses:
             return [Prompt(row.id, row.prompt_ids) for row in self.traffic[2]]
-        return template_prompts(self.prompts[2], self.target_of(), new_tokens)
+        return template_prompts(self.prompts[2], self.facts, new_tokens)
 
 
-def split_traffic(rows: Sequence[Row], target: Target, heldout: int, evaluation: int, seed: int) -> Parts:
+def split_traffic(rows: Sequence[Row], target: Facts, heldout: int, evaluation: int, seed: int) -> Split:
     """Served responses (to train on, held out, to measure on), split by the text of their prompts, so that several to
     one prompt stay together; no prompt of one part is, or nearly is, a prompt of the last.
 
@@ -167,7 +175,7 @@ def split_traffic(rows: Sequence[Row], target: Target, heldout: int, evaluation:
 def answer(
     name: str,
     engine: Any,
-    target: Target,
+    target: Facts,
     prompts: Sequence[Conversation],
     samplers: Sequence[Sampler],
     path: Path,

@@ -28,7 +28,7 @@ from redraft.selection.manifest import read_manifest
 from redraft.settings.base import AUTO
 from redraft.settings.steps import TrainSettings
 from redraft.settings.training import method
-from redraft.target import Head, Target
+from redraft.target import Head
 from redraft.training.loop import stored_precision
 from redraft.training.trainer import TrainResult
 from redraft.training.workers import Workers, together
@@ -79,15 +79,6 @@ def training_dtype(spec: TargetSpec, out: Path, say: Say) -> str:
     return go_on_with(spec.dtype, stored, spec.device, say)
 
 
-def open_spec(spec: TargetSpec, out: Path, rows: Sequence[Row], say: Say) -> Head:
-    """The target of a training in ``out``; its head alone where the features of all ``rows`` are there.
-
-    Raises ``UserError``.
-    """
-    dtype = training_dtype(spec, out, say)
-    return spec.head(dtype) if all(map(read_index(out / FEATURES).holds, rows)) else spec.open(dtype)
-
-
 def train_old(spec: TargetSpec, draft: AnyDraft, s: TrainSettings, say: Say = print) -> TrainResult:
     """Train a part of an old draft: ``out/merged`` is the whole, ``out/private`` the part (of ``full`` only with bits).
 
@@ -101,12 +92,12 @@ def train_old(spec: TargetSpec, draft: AnyDraft, s: TrainSettings, say: Say = pr
 
 def _train_old(spec: TargetSpec, draft: AnyDraft, s: TrainSettings, say: Say, workers: Workers) -> TrainResult:
     rows, heldout = read_data(s)
-    target, log = open_spec(spec, s.out, [*rows, *heldout], say), Log(ledger_of(s.out, workers=workers), say)
+    parts, log = spec.parts(training_dtype(spec, s.out, say)), Log(ledger_of(s.out, workers=workers), say)
     plan = Plan(s.method, s.private_size, s.train_config())
-    job = Adaptation(target, open_old(draft, target, log), plan, s.out, log)
-    job.prepare()
+    job = Adaptation(parts, open_old(draft, parts.shown, log), plan, s.out, log)
     with workers.first():
         job.features("features", [*rows, *heldout])
+    job.prepare()
     result = job.train(rows, heldout)
     with workers.first() as mine:
         if mine:
@@ -129,17 +120,19 @@ def train_new(spec: TargetSpec, s: TrainSettings, say: Say = print) -> dict[str,
 
 def _train_new(spec: TargetSpec, s: TrainSettings, say: Say, workers: Workers) -> dict[str, Any]:
     (train, heldout), config = read_data(s), s.train_config()
-    target = spec.open(training_dtype(spec, s.out, say))
+    parts = spec.parts(training_dtype(spec, s.out, say))
     log = Log(ledger_of(s.out, workers=workers), say)
-    strangers = {row.target_hash for row in (*train, *heldout)} - {target.content_hash()}
+    strangers = {row.target_hash for row in (*train, *heldout)} - {parts.facts.content_hash()}
     if strangers:
         raise UserError(f"the responses come from another target ({', '.join(sorted(strangers))}); regenerate them")
-    ids, covered = choose_vocabulary(train, s.vocabulary, target.vocab_size)
+    ids, covered = choose_vocabulary(train, s.vocabulary, parts.facts.vocab_size)
+    stored = not workers.writes or all(map(read_index(s.out / FEATURES).holds, [*train, *heldout]))
+    target = parts.head if stored else parts.model
     draft = fresh(s.family, target, ids, config.seed)
     if not draft.reduced:
         covered = 1.0
     say(f"{len(train)} rows, {sum(map(anchors, train)):,} supervised tokens; vocabulary covers {covered:.1%} of them")
-    job = Adaptation(target, OpenDraft(draft, {}, ""), Plan(NEW, train=config), s.out, log)
+    job = Adaptation(parts, OpenDraft(draft, {}, ""), Plan(NEW, train=config), s.out, log)
     with workers.first():
         job.features("features", [*heldout, *train])
     job.train(train, heldout)
@@ -165,7 +158,7 @@ def choose_vocabulary(rows: Sequence[Row], size: int, vocab_size: int) -> tuple[
 
 
 def heldout_record(
-    draft: Draft, target: Target, heldout: Sequence[Row], store: FeatureStore, gamma: int, **extra: Any
+    draft: Draft, target: Head, heldout: Sequence[Row], store: FeatureStore, gamma: int, **extra: Any
 ) -> dict[str, Any]:
     """The held-out acceptance of a draft as it is stored, in bfloat16; later probes take it as their reference."""
     accepted = simulate_greedy_chain(half(draft).float(), target, heldout, store, gamma)

@@ -29,7 +29,7 @@ def vocabulary_file(spec: TargetSpec, s: VocabularySettings) -> tuple[Coverage, 
     if s.report is not None:
         check_output(s.report, ".json")
     rows, general_rows = supervised_rows(s.responses), supervised_rows(s.general) if s.general else []
-    target = spec.open()
+    target = spec.head()
     opened = open_draft(s.draft, target, s.base_draft)
     found, meta = coverage(opened.draft, rows, s.gamma), draft_meta(target, opened.meta.get("method"), s.seed)
 

@@ -68,7 +68,7 @@ def open_draft(draft: AnyDraft, target: AnyTarget, *, base_draft: AnyDraft | Non
 
         stale = redraft.open_draft("old-draft", target)
     """
-    return open_any(draft, TargetSpec.of(target).open(), base_draft)
+    return open_any(draft, TargetSpec.of(target).parts().shown, base_draft)
 
 
 def checked(kind: type[Kind], given: Mapping[str, Any], **more: Any) -> Kind:
@@ -119,8 +119,8 @@ def regenerate(
         facts = spec.facts()
         engine = ServerEngine(s.server, s.server_model, s.batch_size, vocab_size=facts.vocab_size)
     else:
-        facts = opened = spec.open()
-        engine = InProcessEngine(opened, s.batch_size)
+        parts = spec.parts()
+        facts, engine = parts.facts, InProcessEngine(lambda: parts.model, s.batch_size)
     with progress_bar("regenerate", expected_rows(conversations, s.samplers), "rows") as progress:
         told = progress.update
         return answer(engine, conversations, facts, s.samplers, s.out, s.max_new_tokens, s.seed, told)
@@ -161,8 +161,10 @@ def select(
     if "base_target" in by.needs and base_target is None:
         raise UserError(f"scorer {by.name} compares the target with its base; give --base-target")
     asked = read_conversations(s.prompts) if s.prompts is not None else []
-    opened = spec.open() if spec and needs_target else None
-    rows: list[Any] = prompt_rows(asked, opened) if opened and asked else supervised_rows(s.responses or Path())
+    opened = spec.open() if spec and {"target", "alpha_of"} & by.needs else None
+    rows: list[Any] = supervised_rows(s.responses) if s.responses else []
+    if spec and asked:
+        rows = prompt_rows(asked, opened or spec.known())
     with progress_bar("select", len(rows), "rows") as progress:
         present = models.open_draft(draft, opened).draft if opened and draft and "alpha_of" in by.needs else None
         base = (lambda: TargetSpec.of(base_target).open()) if base_target else lambda: None

@@ -61,12 +61,14 @@ class Engine(Protocol):
 class InProcessEngine:
     """The target in this process, ``batch_size`` sequences at a time."""
 
-    def __init__(self, target: Target, batch_size: int = 64) -> None:
-        self.target, self.batch_size = target, batch_size
+    def __init__(self, target: Target | Callable[[], Target], batch_size: int = 64) -> None:
+        """``target`` may be a function that opens it, which is done when there is something to answer."""
+        self.open: Callable[[], Target] = target if callable(target) else lambda: target
+        self.batch_size = batch_size
 
     def answer(self, requests: Sequence[Request], max_new_tokens: int, *_: Any, **how: Any) -> Iterator[Completion]:
         """``how``: ``among`` and ``features``, as :func:`generate` takes them."""
-        return generate(self.target, requests, max_new_tokens, self.batch_size, **how)
+        return generate(self.open(), requests, max_new_tokens, self.batch_size, **how) if requests else iter(())
 
 
 @dataclass
@@ -253,7 +255,7 @@ class _Run:
                 waiting[key] = chain
                 requests.append(request)
         self._tell()
-        if self.features is not None and not self.features.wants(self._most_bytes(everyone, chains)):
+        if self.features is not None and requests and not self.features.wants(self._most_bytes(everyone, chains)):
             self.features = None
         try:
             wanted = self.features is not None
@@ -269,11 +271,12 @@ class _Run:
 
     def _most_bytes(self, requests: Sequence[Request], chains: Sequence[_Chain]) -> int:
         """What the features of all turns take where every answer is as long as it may be."""
-        if not isinstance(self.target, Target):
+        if not isinstance(self.engine, InProcessEngine):
             return 0
+        target = self.engine.open()
         turns = max((user_turns(chain.conversation) for chain in chains), default=1)
         tokens = sum(len(request.prompt_ids) + self.max_new_tokens for request in requests) * turns
-        return tokens * self.target.hidden_size * self.target.dtype.itemsize * (len(self.target.taps) + 1)
+        return tokens * target.hidden_size * target.dtype.itemsize * (len(target.taps) + 1)
 
     def _keep(self, chain: _Chain, row: Row, prompt_ids: Sequence[int]) -> None:
         length, limit = len(row.response_ids), self.max_new_tokens

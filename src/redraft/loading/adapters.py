@@ -7,6 +7,9 @@ here, and a head that shares its table with the embedding gets a table of its ow
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,54 +29,90 @@ ROUNDING = 1e-4
 CHANGE = 1e-2
 
 
-def merge(model: Any, adapter: str) -> tuple[Any, list[str]]:
-    """The float32 ``model`` with the adapter's change in its weights, and notes for the user.
+@dataclass
+class Adapter:
+    """A PEFT adapter as its files have it: ``name`` as it was given, ``config`` and ``state`` as PEFT reads them."""
 
-    ``adapter`` is a folder or a hub id. Raises ``UserError`` where it does not fit, cannot be merged, or where the
-    merged model would not compute what the adapter does.
-    """
-    try:
+    name: str
+    place: str
+    config: Any
+    state: dict[str, Tensor]
+
+    @classmethod
+    def read(cls, adapter: str) -> Adapter:
+        """``adapter`` is a folder or a hub id. Raises ``UserError`` for one that cannot be read or merged at all."""
+        try:
+            import peft
+        except ImportError as error:
+            raise UserError(f"the adapter {adapter} needs the package peft: pip install redraft[peft]") from error
+        place = _place(adapter)
+        with _fitting(adapter):
+            if Path(place).is_dir():
+                check_files(Path(place))
+            config = peft.PeftConfig.from_pretrained(place)
+            if (file := Path(place) / ADAPTER_FILE).is_file():
+                check_kinds(read_json(file, finite=False), config, file)
+            _check_kind(config, adapter)
+            return cls(adapter, place, config, peft.load_peft_weights(place, device="cpu"))
+
+    def grown(self, model: Any) -> bool:
+        """Whether it was trained with another number of rows than the model has in its embedding and head."""
+        return bool(_asked(model, self.state) - {int(model.get_input_embeddings().weight.shape[0])})
+
+    def join(self, model: Any) -> Any:
+        """PEFT's model of both, with all tensors of the file in their places. Raises ``UserError``."""
         import peft
-    except ImportError as error:
-        raise UserError(f"the adapter {adapter} needs the package peft: pip install redraft[peft]") from error
-    place = _place(adapter)
+
+        mapping = getattr(model, "_checkpoint_conversion_mapping", {})
+        with _fitting(self.name):
+            joined = peft.PeftModel.from_pretrained(model, self.place).eval()
+            # Once more, for its report: PEFT itself drops what has no place, and keeps what is missing at its start.
+            report = joined.load_adapter(self.place, "default", key_mapping=mapping)
+        if report.missing_keys:
+            raise UserError(
+                f"the adapter {self.name} lacks tensors for its base model, first {sorted(report.missing_keys)[0]}; is "
+                "it whole, and is this its base?"
+            )
+        # A grown vocabulary makes PEFT write such a table twice, the second time under a name that it does not read.
+        extra = sorted(key for key in report.unexpected_keys if not _written_twice(key, self.state))
+        if extra:
+            raise UserError(
+                f"the adapter {self.name} has {len(extra)} tensors that its base model lacks, first {extra[0]}"
+            )
+        return joined.eval()
+
+
+@contextmanager
+def _fitting(adapter: str) -> Iterator[None]:
+    """Raise whatever PEFT makes of a file that it does not expect as one line."""
     try:
-        if Path(place).is_dir():
-            check_files(Path(place))
-        config = peft.PeftConfig.from_pretrained(place)
-        if (file := Path(place) / ADAPTER_FILE).is_file():
-            check_kinds(read_json(file, finite=False), config, file)
-        _check_kind(config, adapter)
-        state = peft.load_peft_weights(place, device="cpu")
-        own = int(model.get_input_embeddings().weight.shape[0])
-        grown = _resize(model, state, adapter)
-        joined = peft.PeftModel.from_pretrained(model, place).eval()
-        # Once more, for its report: PEFT itself drops what has no place, and keeps what is missing at its start.
-        report = joined.load_adapter(place, "default", key_mapping=getattr(model, "_checkpoint_conversion_mapping", {}))
+        yield
     except UserError:
         raise
-    except Exception as error:  # PEFT raises every kind of error over a file that it does not expect
+    except Exception as error:  # of every kind
         reason = f"{error} is not in its file" if isinstance(error, KeyError) else reason_of(error)
         raise UserError(f"the adapter {adapter} does not fit its base model: {reason}") from error
-    if report.missing_keys:
-        raise UserError(
-            f"the adapter {adapter} lacks tensors for its base model, first {sorted(report.missing_keys)[0]}; is it "
-            "whole, and is this its base?"
-        )
-    # A grown vocabulary makes PEFT write such a table twice, the second time under a name that it does not read.
-    extra = sorted(key for key in report.unexpected_keys if not _written_twice(key, state))
-    if extra:
-        raise UserError(f"the adapter {adapter} has {len(extra)} tensors that its base model lacks, first {extra[0]}")
-    model, notes = _merged(joined.eval(), config, adapter, grown)
+
+
+def merge(model: Any, adapter: Adapter) -> tuple[Any, list[str]]:
+    """The float32 ``model`` with the adapter's change in its weights, and notes for the user.
+
+    Raises ``UserError`` where it does not fit, cannot be merged, or where the merged model would not compute what the
+    adapter does.
+    """
+    own, name = int(model.get_input_embeddings().weight.shape[0]), adapter.name
+    with _fitting(name):
+        grown = _resize(model, adapter.state, name)
+    model, notes = _merged(adapter.join(model), adapter.config, name, grown)
     if grown:
         for table in (model.get_input_embeddings(), model.get_output_embeddings()):
             if not torch.isfinite(table.weight[own:]).all():
                 raise UserError(
-                    f"the adapter {adapter} was trained with a vocabulary of {grown} rows and its base model has "
+                    f"the adapter {name} was trained with a vocabulary of {grown} rows and its base model has "
                     f"{own}; it must bring the new rows: save it with embedding and head in it (modules_to_save), or "
                     "name a base model that has these rows"
                 )
-        notes.append(f"the vocabulary was grown from {own} to {grown} rows, as the adapter {adapter} was trained")
+        notes.append(f"the vocabulary was grown from {own} to {grown} rows, as the adapter {name} was trained")
     return model, notes
 
 
@@ -123,10 +162,8 @@ def _resize(model: Any, state: dict[str, Tensor], adapter: str) -> int | None:
 
     New rows are NaN until the adapter fills them. Raises ``UserError`` where its tables have different sizes.
     """
-    tables = [table for table in (model.get_input_embeddings(), model.get_output_embeddings()) if table is not None]
-    names = [name for name, module in model.named_modules() if any(module is table for table in tables)]
-    asked = {count for name in names for count in _rows(state, name)}
-    own = int(tables[0].weight.shape[0])
+    asked = _asked(model, state)
+    own = int(model.get_input_embeddings().weight.shape[0])
     if asked <= {own}:
         return None
     if len(asked) > 1:
@@ -137,6 +174,13 @@ def _resize(model: Any, state: dict[str, Tensor], adapter: str) -> int | None:
         if table is not None:
             table.weight.data[own:] = float("nan")
     return rows if rows > own else None
+
+
+def _asked(model: Any, state: dict[str, Tensor]) -> set[int]:
+    """The rows of the model's embedding and head as the adapter's file has them."""
+    tables = [table for table in (model.get_input_embeddings(), model.get_output_embeddings()) if table is not None]
+    names = [name for name, module in model.named_modules() if any(module is table for table in tables)]
+    return {count for name in names for count in _rows(state, name)}
 
 
 def _rows(state: dict[str, Tensor], name: str) -> set[int]:

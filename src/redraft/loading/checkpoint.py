@@ -187,7 +187,7 @@ def _check_report(report: dict[str, Any], config: Any, spec: str, notes: list[st
         raise UserError(
             f"the checkpoint {spec} lacks {', '.join(missing[:3])}{_more(missing, 3)}; copy or download it again"
         )
-    extra = _without_known(sorted(report["unexpected_keys"], key=_natural), config, notes)
+    extra = without_known(sorted(report["unexpected_keys"], key=_natural), config, notes)
     if extra:
         raise UserError(
             f"the checkpoint {spec} has {len(extra)} tensors for which its config has no place, first {extra[0]}; "
@@ -213,7 +213,7 @@ def _likely(names: list[str]) -> str:
     return "mend config.json so that it describes this file"
 
 
-def _without_known(names: list[str], config: Any, notes: list[str]) -> list[str]:
+def without_known(names: list[str], config: Any, notes: list[str]) -> list[str]:
     """The names that no known kind explains; the kinds found are noted."""
     kinds = list(LEFT_OVER)
     if (layers := _mtp_layers(names, config)) is not None:

@@ -1,31 +1,34 @@
 """Opening the frozen target, its head or its facts, and its tokenizer, by name.
 
-Facts and head need no model where the checkpoint is plain: where its safetensors hold, by the very names and shapes,
-the tensors of the model that its config describes. Then the hash of its weights and the head can be read from the files
-as they lie, and nothing is built but a model without numbers, which says what is where. Whatever else there is
-(adapters, quantised and converted weights, damaged files) goes through :func:`load_target`, and is refused there where
-it is to be refused.
+Facts and head need no model where the checkpoint is plain: where its safetensors hold the very tensors of the model
+that its config describes, or those of its single experts (:mod:`redraft.loading.stored`). Then the hash of its weights
+and the head are read from the files, and nothing is built but a model without numbers, which says what is where.
+Whatever else there is (quantised and converted weights, damaged files) goes through :func:`load_target`, and is refused
+there where it is to be refused.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from redraft.arithmetic import MOST_BYTES, prepack
 from redraft.artifact import read_json
 from redraft.errors import UserError
 from redraft.loading import quantised
-from redraft.loading.adapters import merge
+from redraft.loading.adapters import Adapter, merge
+from redraft.loading.changes import Changed, Changes, NotByLayer, changes
 from redraft.loading.checkpoint import (
     check_code,
     check_folder,
@@ -34,10 +37,12 @@ from redraft.loading.checkpoint import (
     config_at,
     load_model,
     weight_files,
+    without_known,
 )
 from redraft.loading.places import ADAPTER_FILE, first_line, locate, one_line, quiet, split_adapter
+from redraft.loading.stored import Weight, read, stored_weights, weights_hash
 from redraft.target import Facts, Head, Target
-from redraft.target.facts import empty_model, final_norm, plain_embedding, tensors_fingerprint, text_decoder
+from redraft.target.facts import empty_model, final_norm, plain_embedding, text_decoder
 
 # Files with the words of a tokenizer, of any kind.
 VOCABULARIES = ("tokenizer.json", "*.model", "*vocab*", "*.tiktoken", "tekken.json", "*.spm", "*.bpe")
@@ -55,25 +60,26 @@ def load_target(
 ) -> Target:
     """The frozen target that ``spec`` names: a model folder, an adapter folder, a hub id or ``embedded:NAME``.
 
-    ``adapter`` is a PEFT adapter (folder or hub id) to be merged into it. Adapters are merged in float32 and the
-    result is cast, so that no rounding comes between base and adapter. ``served`` says that the target's text comes
-    from its server, so that the model here need only be near it; ``target.rounding`` says then what engines round
-    besides. Raises ``UserError`` when anything is missing, does not fit, holds more than it says, is no dense causal
-    language model, or (unless ``served``) is not the model that engines serve.
+    ``adapter`` is a PEFT adapter (folder or hub id) to be merged into it. Adapters are merged in float32, a layer at a
+    time where they can be, and the result is cast, so that no rounding comes between base and adapter. ``served`` says
+    that the target's text comes from its server, so that the model here need only be near it; ``target.rounding`` says
+    then what engines round besides. Raises ``UserError`` when anything is missing, does not fit, holds more than it
+    says, is no dense causal language model, or (unless ``served``) is not the model that engines serve.
     """
     name = spec if adapter is None else f"{spec} + {adapter}"
     base, adapter = split_adapter(spec, adapter)
     with quiet():
         place = locate(base)
-        model, notes, rounds = load_model(place, base, dtype if adapter is None else torch.float32)
+        layered = None if adapter is None else _layered(place, base, adapter)
+        model, notes, rounds = load_model(place, base, dtype if adapter is None or layered else torch.float32)
         if rounds and not served:
             raise UserError(
                 f"{base} is served with quantised {rounds}, and the model computed here rounds nothing: its text would "
                 "not be the served one's; let the server answer (--server), or give the unquantised checkpoint"
             )
         if adapter is not None:
-            model, more = merge(model, adapter)
-            model, notes = model.to(dtype), [*notes, *more, *_other_base(adapter, base)]
+            model, more = _with_adapter(model, adapter, layered, place, base, dtype)
+            notes = [*notes, *more, *_other_base(adapter, base)]
         check_finite(model.named_parameters(), name)
         tokenizer = read_tokenizer(adapter, place, base)
         notes = [*notes, *check_rows(tokenizer, model, name)]
@@ -82,6 +88,33 @@ def load_target(
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"the device {device} cannot be used: {first_line(error)}") from error
     return Target(model, tokenizer, name, taps, notes, rounds)
+
+
+def _layered(place: dict[str, Any], base: str, adapter: str) -> Changes | None:
+    """What the adapter changes of a plain base, none where it must be merged as a whole. Raises ``UserError``."""
+    found = _base_weights(place, base, [])
+    if found is None:
+        return None
+    with suppress(NotByLayer):
+        return changes(*found, Adapter.read(adapter))
+    return None
+
+
+def _with_adapter(
+    model: Any, adapter: str, layered: Changes | None, place: dict[str, Any], base: str, dtype: torch.dtype
+) -> tuple[Any, list[str]]:
+    """The model with the adapter merged, in ``dtype``, and notes; the model is in float32 unless it is ``layered``."""
+    if layered is not None:
+        state = model.state_dict()
+        try:
+            for name in layered.names():
+                state[name].copy_(layered.merged(name))
+            return model, layered.notes()
+        except NotByLayer:
+            del state, model
+            model = load_model(place, base, torch.float32)[0]
+    model, notes = merge(model, Adapter.read(adapter))
+    return model.to(dtype), notes
 
 
 def _other_base(adapter: str, base: str) -> list[str]:
@@ -133,9 +166,8 @@ def open_facts(spec: str, adapter: str | None = None, dtype: torch.dtype = torch
 
     ``dtype`` is that of the model, where it must be opened. Raises ``UserError``.
     """
-    with quiet():
-        plain = _plain(spec, adapter)
-    return plain[0] if plain is not None else load_target(spec, dtype, "cpu", adapter, (), True).facts
+    plain = plain_target(spec, adapter)
+    return plain.facts if plain is not None else load_target(spec, dtype, "cpu", adapter, (), True).facts
 
 
 def open_head(
@@ -146,11 +178,9 @@ def open_head(
     served: bool = False,
 ) -> Head:
     """The head of a target, with the arguments of :func:`redraft.loading.load_target`. Raises ``UserError``."""
-    with quiet():
-        plain = _plain(spec, adapter)
-    if plain is not None:
-        return _head(*plain, dtype, device)
-    return load_target(spec, dtype, device, adapter, taps=(), served=served).head_part
+    plain = plain_target(spec, adapter, device)
+    found = plain.head(dtype) if plain is not None else None
+    return found or load_target(spec, dtype, device, adapter, taps=(), served=served).head_part
 
 
 def read_config(place: dict[str, Any], spec: str) -> Any:
@@ -177,71 +207,97 @@ def _generation(place: dict[str, Any], config: Any) -> Any:
     return found
 
 
-def _plain(spec: str, adapter: str | None) -> tuple[Facts, Any, dict[str, Tensor]] | None:
-    """Facts, the model without numbers, and views of the files by the names of its state; none where it is not plain.
+@dataclass(frozen=True)
+class Plain:
+    """A target that need not be opened: its facts, its model without numbers, and its weights as they lie."""
+
+    facts: Facts
+    model: Any
+    weights: dict[str, Weight]
+
+    def head(self, dtype: torch.dtype) -> Head | None:
+        """Its ends in ``dtype``, where its facts say that it belongs; none where the model keeps one in another type.
+
+        Raises ``UserError`` where they hold NaN or infinity.
+        """
+        model, weights, device = self.model, self.weights, self.facts.device
+        decoder, head = text_decoder(model), model.get_output_embeddings()
+        names = {id(module): name for name, module in model.named_modules()}
+        table, norm = decoder.get_input_embeddings(), final_norm(decoder)
+        exact = [getattr(model, f"_keep_in_fp32_modules{kind}", None) or () for kind in ("", "_strict")]
+        if any(word in names[id(part)] for part in (table, norm, head) for word in [*exact[0], *exact[1]]):
+            return None
+
+        def filled(module: nn.Module, name: str, **known: Tensor) -> Any:
+            unread = [key for key in module.state_dict() if key not in known]
+            found = {key: read(weights[f"{name}.{key}"], dtype, device) for key in unread}
+            check_finite(((f"{name}.{key}", tensor) for key, tensor in found.items()), self.facts.name)
+            copied = copy.deepcopy(module)  # without numbers, as the model stays
+            copied.load_state_dict(found | known, assign=True)
+            return copied.eval().requires_grad_(False)
+
+        embedding = filled(plain_embedding(table), names[id(table)])
+        tied = names[id(head)] + ".weight" in model.all_tied_weights_keys
+        own = filled(head, names[id(head)], **({"weight": embedding.weight} if tied else {}))
+        if tied:
+            own.weight = embedding.weight
+        # As the whole model's head would be: packed, or plain because the model is too large for it.
+        numbers = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear))
+        packed = prepack(own) if numbers * dtype.itemsize <= MOST_BYTES else own
+        return Head(self.facts, embedding, filled(norm, names[id(norm)]), packed)
+
+
+def plain_target(spec: str, adapter: str | None, device: str | torch.device = "cpu") -> Plain | None:
+    """The target where its checkpoint is plain (:mod:`redraft.loading.stored`), none where it is not.
+
+    ``device`` is where drafts for it belong. Raises ``UserError``.
+    """
+    with quiet():
+        return _plain(spec, adapter, device)
+
+
+def _plain(spec: str, adapter: str | None, device: str | torch.device) -> Plain | None:
+    name = spec if adapter is None else f"{spec} + {adapter}"
+    base, adapter = split_adapter(spec, adapter)
+    place, notes = locate(base), list[str]()
+    found = _base_weights(place, base, notes)
+    if found is None:
+        return None
+    model, weights = found
+    try:
+        changed = None if adapter is None else changes(model, weights, Adapter.read(adapter))
+        if changed is not None:
+            weights = weights | {key: Changed(weights[key], changed, key) for key in changed.names()}
+        known = weights_hash(weights)
+    except NotByLayer:
+        return None
+    if changed is not None and adapter is not None:
+        notes += [*changed.notes(), *_other_base(adapter, base)]
+    tokenizer = read_tokenizer(adapter, place, base)
+    notes += check_rows(tokenizer, model, name)
+    config, generation = model.config, _generation(place, model.config)
+    told = {"generation": generation, "notes": tuple(notes), "device": device}
+    return Plain(Facts(name, config, tokenizer, fingerprint=lambda: known, **told), model, weights)
+
+
+def _base_weights(place: dict[str, Any], spec: str, notes: list[str]) -> tuple[Any, dict[str, Weight]] | None:
+    """The model of a plain checkpoint, without numbers, and its weights; none where it is not plain.
 
     Raises ``UserError``.
     """
-    base, adapter = split_adapter(spec, adapter)
-    place = locate(base)
-    folder, notes = Path(place["pretrained_model_name_or_path"]), list[str]()
+    folder = Path(place["pretrained_model_name_or_path"])
     files = weight_files(folder)
-    if adapter is not None or not files:
+    if not files:
         return None
     check_folder(place, spec)
-    config = read_config(place, base)
+    config = read_config(place, spec)
     check_code(config, spec, notes)
     if quantised.plan(config, spec).method is not None:
         return None
     check_names(folder, spec, None)
     model = empty_model(config)
-    tensors = _tensors(files, model)
-    if tensors is None:
-        return None
-    tokenizer = read_tokenizer(None, place, base)
-    notes += check_rows(tokenizer, model, spec)
-    known, generation = tensors_fingerprint(tensors), _generation(place, config)
-    facts = Facts(spec, config, tokenizer, generation=generation, notes=tuple(notes), fingerprint=lambda: known)
-    return facts, model, tensors
-
-
-def _head(facts: Facts, model: Any, tensors: dict[str, Tensor], dtype: torch.dtype, device: str | torch.device) -> Head:
-    """The ends of a plain checkpoint in ``dtype``. Raises ``UserError`` where they hold NaN or infinity."""
-    decoder, head = text_decoder(model), model.get_output_embeddings()
-    names = {id(module): name for name, module in model.named_modules()}
-    table, norm = decoder.get_input_embeddings(), final_norm(decoder)
-
-    def fill(module: nn.Module, name: str) -> Any:
-        found = {key: tensors[f"{name}.{key}"].to(device, dtype) for key in module.state_dict()}
-        module.load_state_dict(found, assign=True)
-        check_finite(((f"{name}.{key}", tensor) for key, tensor in found.items()), facts.name)
-        return module.eval().requires_grad_(False)
-
-    embedding = fill(plain_embedding(table), names[id(table)])
-    filled = fill(head, names[id(head)])
-    if names[id(head)] + ".weight" in model.all_tied_weights_keys:
-        filled.weight = embedding.weight
-    # As the whole model's head would be: packed, or plain because the model is too large for it.
-    numbers = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear))
-    packed = prepack(filled) if numbers * dtype.itemsize <= MOST_BYTES else filled
-    return Head(facts, embedding, fill(norm, names[id(norm)]), packed)
-
-
-def _tensors(files: list[Path], model: Any) -> dict[str, Tensor] | None:
-    """Views of the files by the names of the model's state; none where names or shapes are not those of the files."""
-    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
-    found: dict[str, Tensor] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                found |= {name: opened.get_tensor(name) for name in opened.keys()}
-        except Exception:  # a damaged file: whoever opens the model says what is wrong with it
-            return None
-    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    if {name: tensor.shape for name, tensor in found.items()} != {n: s for n, s in wanted.items() if n not in tied}:
-        return None
-    exact = getattr(model, "_keep_in_fp32_modules", None) or getattr(model, "_keep_in_fp32_modules_strict", None)
-    return None if exact else found | {name: found[source] for name, source in tied.items()}
+    weights = stored_weights(files, model, lambda names: without_known(names, config, notes))
+    return None if weights is None else (model, dict(weights))
 
 
 # -- tokenizers ------------------------------------------------------------------------------------------------------

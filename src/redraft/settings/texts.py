@@ -252,6 +252,11 @@ def start_needs(text: str) -> frozenset[str]:
     return frozenset().union(*(STARTS.get(name).needs for name in parse_start(text)))
 
 
+def start_runs_target(text: str) -> bool:
+    """Whether one of the starts that ``text`` names runs the target. Raises ``UserError`` for an unknown name."""
+    return any(STARTS.get(name).runs_target for name in parse_start(text))
+
+
 # -- arguments of chat templates ---------------------------------------------------------------------------------------
 def parse_template_args(given: Sequence[str]) -> dict[str, Any]:
     """``NAME=VALUE`` texts as template arguments; a value is JSON, or else a text. Raises ``UserError``."""

@@ -19,10 +19,11 @@ from redraft.target import Target
 
 @dataclass(frozen=True)
 class StartContext:
-    """What starts may use. ``rows`` are responses of the fine-tuned ``target``, ``general_rows`` text of the domain
-    that the draft must stay good at; ``progress`` is called with the tokens that went through each target."""
+    """What starts may use. ``target`` is the fine-tuned target, its head alone where no start runs it. ``rows`` are its
+    responses, ``general_rows`` text of the domain that the draft must stay good at; ``progress`` is called with the
+    tokens that went through each target."""
 
-    target: Target
+    target: Any
     base_target: Target | None = None
     rows: Sequence[Row] = ()
     general_rows: Sequence[Row] = ()
@@ -48,12 +49,13 @@ class StartResult:
 class Start:
     """One way to start: what it needs of the context ("base_target", "rows") and what it does, in words and in code.
 
-    ``run`` leaves the draft it is given as it is.
+    ``run`` leaves the draft it is given as it is. ``runs_target`` is false where it reads the target's head alone.
     """
 
     needs: frozenset[str]
     about: str
     run: Callable[[Any, StartContext], StartResult]
+    runs_target: bool = True
 
 
 def apply_start(text: str, draft: Any, context: StartContext) -> StartResult:

@@ -203,5 +203,5 @@ def start(draft: Any, context: StartContext) -> StartResult:
 
 
 STARTS.register("vocabulary")(
-    Start(frozenset({"rows"}), "unused tokens of the draft swapped for those the target uses", start)
+    Start(frozenset({"rows"}), "unused tokens of the draft swapped for those the target uses", start, False)
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -27,7 +27,9 @@ NORMS = ("norm", "final_layernorm", "final_layer_norm", "norm_f", "embedding_nor
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k")
 # Parameters of routed experts: a list of modules, or stacked in one tensor [experts, ...].
-ROUTED = re.compile(r"(?:^|\.)experts\.(?:\d+\.)?")
+ROUTED = re.compile(r"(?:^|\.)experts\.(?!router\.|gate\.)")
+NUMBERED = re.compile(r"(?:^|\.)experts\.\d+\.")
+LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 # Rotary types whose angles change once a text is longer than what the model was first trained on.
 LENGTH_BOUND_ROPES = ("dynamic", "longrope")
 
@@ -108,9 +110,9 @@ class Facts:
 
     @cached_property
     def parameters_per_token(self) -> int:
-        """Parameters that one token's forward pass multiplies: all but the embedding table, plus the head.
+        """Parameters that one token's forward pass multiplies: all but embedding tables, plus the head.
 
-        Of routed experts those count that a token is sent to. Counted on a model without numbers.
+        Of routed experts as many count as a token is sent to. Counted on a model without numbers.
         """
         return parameters_per_token(empty_model(self.whole_config))
 
@@ -224,16 +226,34 @@ def length_bound_ropes(config: Any) -> list[dict[str, Any]]:
 
 
 def active_parameters(decoder: nn.Module, config: Any) -> int:
-    """Parameters of a decoder that one token meets; of routed experts, the share that the router chooses."""
-    experts, chosen = (_first(config, names) for names in (EXPERTS, CHOSEN))
-    share = min(1.0, chosen / experts) if experts and chosen else 1.0
-    counts = {name: parameter.numel() for name, parameter in decoder.named_parameters()}
-    routed = sum(count for name, count in counts.items() if ROUTED.search(name))
-    return sum(counts.values()) - routed + round(routed * share)
+    """Parameters of a decoder that one token is multiplied with: none of the tables that it is looked up in, and of
+    routed experts as many as the router chooses."""
+    tables = {id(module.weight) for module in decoder.modules() if isinstance(module, nn.Embedding)}
+    experts, total = _first(config, EXPERTS), 0
+    for name, parameter in decoder.named_parameters():
+        stacked = parameter.dim() == 3 and parameter.shape[0] == experts > 1 < parameter.shape[1]
+        if stacked or (ROUTED.search(name) and (parameter.dim() > 1 or NUMBERED.search(name))):
+            total += round(parameter.numel() * _routed_share(config, experts, name))
+        elif id(parameter) not in tables:
+            total += parameter.numel()
+    return total
 
 
-def _first(config: Any, names: tuple[str, ...]) -> int:
-    return next((int(value) for name in names if (value := getattr(config, name, None))), 0)
+def _routed_share(config: Any, experts: int, name: str) -> float:
+    """Of the routed experts that the parameter ``name`` belongs to, the share that a token is sent to.
+
+    Experts that hand on what they are given (LongCat) have no parameters, and are chosen as often as others.
+    """
+    layer = LAYER.search(name)
+    chosen = _first(config, CHOSEN, int(layer[1]) if layer else 0)
+    among = experts + int(getattr(config, "zero_expert_num", None) or 0)
+    return min(1.0, chosen / among) if experts and chosen else 1.0
+
+
+def _first(config: Any, names: tuple[str, ...], layer: int = 0) -> int:
+    """The first of these numbers that a config has; of one that has a list, that of the ``layer``."""
+    found = next((value for name in names if (value := getattr(config, name, None))), 0)
+    return int(found[min(layer, len(found) - 1)] if isinstance(found, list | tuple) else found)
 
 
 def model_class(config: Any) -> Any:
@@ -259,7 +279,9 @@ def parameters_per_token(model: Any) -> int:
     decoder = text_decoder(model)
     embedding, head = decoder.get_input_embeddings(), model.get_output_embeddings()
     config = model.config.get_text_config(decoder=True)
-    return active_parameters(decoder, config) - embedding.weight.numel() + head.weight.numel()
+    # A table that is no plain module of torch's is none the less the table.
+    plain = isinstance(embedding, nn.Embedding)
+    return active_parameters(decoder, config) - (0 if plain else embedding.weight.numel()) + head.weight.numel()
 
 
 def tensors_fingerprint(tensors: Mapping[str, Tensor]) -> str:
@@ -268,10 +290,19 @@ def tensors_fingerprint(tensors: Mapping[str, Tensor]) -> str:
     A full hash of a 70B model costs minutes at every start; fine-tuning and adapters move every tensor that they
     touch densely, so a spread sample tells two models apart.
     """
+    flat = ((name, t.shape, t.detach().reshape(-1)[:: sampled(t.shape)]) for name, t in sorted(tensors.items()))
+    return fingerprint(flat)
+
+
+def sampled(shape: torch.Size) -> int:
+    """Which of a tensor's numbers, in order, are in its fingerprint: the first, and every so manieth after it."""
+    return max(1, shape.numel() // 4096)
+
+
+def fingerprint(tensors: Iterable[tuple[str, torch.Size, Tensor]]) -> str:
+    """The fingerprint of tensors by name, shape and sample [4096 or so], in the order of their names."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        flat = tensor.detach().reshape(-1)
-        step = max(1, flat.numel() // 4096)
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(flat[::step].to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
+    for name, shape, sample in tensors:
+        digest.update(f"{name}{tuple(shape)}".encode())
+        digest.update(sample.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
