@@ -14,9 +14,18 @@ from redraft.adaptation.bench import measure
 from redraft.adaptation.cards import run_card
 from redraft.adaptation.claim import claim_run
 from redraft.adaptation.core import Adaptation, Plan, open_old
-from redraft.adaptation.models import Parts, contestants, open_draft, open_target, prompt_rows, settle_template
+from redraft.adaptation.models import (
+    Parts,
+    contestants,
+    open_draft,
+    open_target,
+    prompt_rows,
+    settle_template,
+    template_prompts,
+)
 from redraft.adaptation.runs import AGAIN, Run, Say, row_tokens, supervised_rows
 from redraft.adaptation.sources import Source
+from redraft.data.states import ServedFeatures, StateFolder, StatesEngine, compare
 from redraft.data.store import Row
 from redraft.drafts.base import Draft
 from redraft.drafts.files import PRIVATE_FILE
@@ -41,6 +50,8 @@ from redraft.target import Target
 from redraft.training.trainer import TrainResult, check_replayable
 
 TRAINED = "redraft.train/1"
+# Held-out prompts whose hidden states are compared with the target's own ahead of a run.
+CHECKED = 2
 
 
 class AdaptRun(Run[AdaptConfig]):
@@ -88,7 +99,16 @@ class AdaptRun(Run[AdaptConfig]):
 
     @cached_property
     def source(self) -> Source:
-        return Source(self.config, self.parts, self.log, store_of=lambda: self.job.store)
+        states_of = self.states if self.config.states else None
+        return Source(self.config, self.parts, self.log, store_of=lambda: self.job.store, states_of=states_of)
+
+    def states(self) -> StatesEngine:
+        """The server that gives hidden states along with answers. Raises ``UserError``."""
+        c = self.config
+        assert c.server and c.states
+        folder = StateFolder(c.states, self.parts.head, self.stale.draft.taps)
+        size = self.facts.vocab_size
+        return StatesEngine(c.server, folder, c.server_model, c.batch_size, vocab_size=size)
 
     # -- stages ------------------------------------------------------------------------------------------------
     def _run(self) -> dict[str, Any]:
@@ -96,15 +116,19 @@ class AdaptRun(Run[AdaptConfig]):
         with self.workers.first() as mine:
             if mine:
                 self.check()
+                if self.config.states:
+                    self.check_states()
                 self.write()
         self.train()
         with self.workers.first() as mine:
             if mine:
                 self.export()
-                self.bench()
+                if self.config.bench_prompts:
+                    self.bench()
                 self.cards()
-                self.report()
-        return self.bench()
+                if self.config.bench_prompts:
+                    self.report()
+        return self.bench() if self.config.bench_prompts else {}
 
     def write(self) -> None:
         """What is trained on, written and chosen."""
@@ -126,6 +150,23 @@ class AdaptRun(Run[AdaptConfig]):
             )
         if c.replay:
             check_replayable(draft)
+
+    def check_states(self) -> None:
+        """Compare the server's hidden states of the first prompts with the target's own. Raises ``UserError``."""
+        engine = self.states()
+        self.parts.producer = ServedFeatures(engine)
+        prompts = template_prompts(self.source.prompts[1][:CHECKED], self.facts, 1)
+        with self.log.stage("check states"):
+            self.say(f"states: {compare(engine, [prompt.ids for prompt in prompts], self.config.adapter)}")
+
+    def load_target(self) -> Target:
+        """The target itself. Raises ``UserError``, also where its layers are at its server alone."""
+        if self.config.states:
+            raise UserError(
+                "this needs the target's own layers, and with --states they are at its server alone; take a --scorer "
+                "and a --start that need none, or leave out --states"
+            )
+        return super().load_target()
 
     def select(self) -> Manifest:
         """Score every response, or every prompt before any is answered, and keep the budget's worth."""

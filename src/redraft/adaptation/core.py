@@ -72,9 +72,10 @@ def build_features(name: str, store: FeatureStore, parts: Parts | Target, rows: 
     """Compute the features of ``rows`` that are missing, as the stage ``name``. Raises ``UserError``."""
     if not store.missing(rows):
         return
-    target = Parts.of(parts).model
+    opened = Parts.of(parts)
+    source = opened.producer or opened.model
     with log.counted(name, row_tokens(rows)) as (entry, progress):
-        add_forward(entry, target, store.build(target, rows, progress=progress.update))
+        add_forward(entry, opened.facts, store.build(source, rows, progress=progress.update))
     if altered := store.altered:
         log.say(
             f"note on {store.folder}: the features of {len(altered)} rows (first {altered[0]}) were lost and are "

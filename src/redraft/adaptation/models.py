@@ -21,6 +21,7 @@ from redraft.drafts.formats.embeddings import table_of
 from redraft.drafts.opening import AnyDraft, OpenDraft, family_at, open_checkpoint
 from redraft.errors import UserError
 from redraft.evaluate.speed import Prompt
+from redraft.features import FeatureProducer
 from redraft.loading.places import same_place
 from redraft.loading.targets import (
     Plain,
@@ -148,6 +149,7 @@ class Parts:
         """``load`` opens the model; ``dtype`` is that of the head, ``run`` the run directory whose date the template
         shows (:func:`settle_template`)."""
         self.spec, self.dtype, self.run = spec, dtype, run
+        self.producer: FeatureProducer | None = None  # what computes features where the model does not
         self._load = load
         self._taps: tuple[int, ...] | None = None
         self._plain: Plain | None = None

@@ -18,6 +18,7 @@ from redraft.data.overlap import refuse_overlap, same_text, trained_conversation
 from redraft.data.prompts import Conversation, read_conversations
 from redraft.data.regenerate import InProcessEngine, RegenerationReport, ServerEngine, expected_rows, regenerate
 from redraft.data.selfprompts import SelfPromptReport, self_prompts
+from redraft.data.states import StatesEngine
 from redraft.data.store import Row, encode_row
 from redraft.data.traces import read_traces
 from redraft.errors import UserError
@@ -41,12 +42,14 @@ class Source:
         log: Log,
         heldout_server: str | None = None,
         store_of: Callable[[], FeatureStore] | None = None,
+        states_of: Callable[[], StatesEngine] | None = None,
     ) -> None:
         """``heldout_server`` answers the held-out prompts where the target itself is not at hand.
 
-        ``store_of``: where a target in this process puts the features of what it answers; it taps the target.
+        ``store_of``: where the features of what is answered go, whether the target is in this process (which taps it)
+        or the server gives them: ``states_of`` is that server.
         """
-        self.config, self.target, self.log = config, target, log
+        self.config, self.target, self.log, self.states_of = config, target, log, states_of
         self.heldout_server, self.store_of = heldout_server, store_of
         # The ids of the training prompts that are answered; all of them where there is no such choice.
         self.chosen: frozenset[str] | None = None
@@ -139,9 +142,11 @@ class Source:
         self, name: str, prompts: Sequence[Conversation], samplers: list[Sampler], path: Path, server: str | None
     ) -> None:
         c, target = self.config, self.facts
-        store = self.store_of() if self.store_of and not server else None
+        store = self.store_of() if self.store_of and (self.states_of or not server) else None
         engine: Any = InProcessEngine(self.model, c.batch_size)
-        if server:
+        if self.states_of:
+            engine = self.states_of()
+        elif server:
             engine = ServerEngine(server, c.server_model, c.batch_size, vocab_size=target.vocab_size)
         report = answer(name, engine, target, prompts, samplers, path, c.max_new_tokens, c.seed, self.log, store)
         self.log.say(f"{name}: {report.summary()}")

@@ -38,7 +38,7 @@ CHOICES: dict[str, Callable[[], list[str]]] = {
     "{engines}": lambda: list(ENGINES),
 }
 PANELS = {
-    "Target": "target adapter base_target template_arg server server_model server_only",
+    "Target": "target adapter base_target template_arg server server_model states server_only",
     "Draft": "source draft engine base_draft trainer taps private method private_width rank family vocabulary "
     "from_nothing start size layers embeddings tied from_layers scale",
     "Text": "results config prompts prompt responses eval_prompts suite data limit trained_on text text_field heldout "

@@ -22,6 +22,7 @@ from redraft.data.generate import Completion, Request, generate
 from redraft.data.prompts import check_length, prompt_messages, user_turns
 from redraft.data.server import ServerEngine as ServerEngine
 from redraft.data.shapes import Conversation
+from redraft.data.states import StatesEngine
 from redraft.data.store import CONTEXT_FULL, Failure, Row, RowWriter, failures_path, row_key, write_failures
 from redraft.data.template import at_moment, date_path, kept_moment, settings_of, template_ids, writes_date
 from redraft.data.turns import RESULTS, Message
@@ -271,11 +272,13 @@ class _Run:
 
     def _most_bytes(self, requests: Sequence[Request], chains: Sequence[_Chain]) -> int:
         """What the features of all turns take where every answer is as long as it may be."""
-        if not isinstance(self.engine, InProcessEngine):
+        if not isinstance(self.engine, InProcessEngine | StatesEngine):
             return 0
-        target = self.engine.open()
         turns = max((user_turns(chain.conversation) for chain in chains), default=1)
         tokens = sum(len(request.prompt_ids) + self.max_new_tokens for request in requests) * turns
+        if isinstance(self.engine, StatesEngine):
+            return tokens * self.engine.states.token_bytes
+        target = self.engine.open()
         return tokens * target.hidden_size * target.dtype.itemsize * (len(target.taps) + 1)
 
     def _keep(self, chain: _Chain, row: Row, prompt_ids: Sequence[int]) -> None:

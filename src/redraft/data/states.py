@@ -15,10 +15,11 @@ Shape legend: A anchors, T tokens, L layers, H hidden size, K taps.
 
 from __future__ import annotations
 
+import json
 import shlex
 import time
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ from redraft.data.store import Failure
 from redraft.data.transport import Refused, Transient, Unusable, shown
 from redraft.errors import UserError
 from redraft.features import RowFeatures
+from redraft.loading.layers import states_by_layers
+from redraft.loading.places import locate
 from redraft.rows import TokenRow, anchors
 from redraft.settings.sampler import Sampler
 from redraft.target import FINAL, Head
@@ -59,19 +62,23 @@ class StateFolder:
         # Engines give the layers in their order, and each once.
         self.layers = sorted({k for k in taps if k != FINAL} | {head.layers})
 
+    @property
+    def token_bytes(self) -> int:
+        """What the features of a token take at most, in the type of the head."""
+        return self.head.hidden_size * self.head.dtype.itemsize * (len(self.taps) + 1)
+
     def command(self) -> str:
         """The command line of a vLLM server that writes what is read here."""
-        import json
-
-        method = {"method": "extract_hidden_states", "num_speculative_tokens": 1}
+        method: dict[str, Any] = {"method": "extract_hidden_states", "num_speculative_tokens": 1}
         method["draft_model_config"] = {"hf_config": {"eagle_aux_hidden_state_layer_ids": self.layers}}
-        connector = {
+        connector: dict[str, Any] = {
             "kv_connector": "RedraftStates",
             "kv_connector_module_path": CONNECTOR.stem,
             "kv_role": "kv_producer",
         }
         connector["kv_connector_extra_config"] = {"shared_storage_path": str(self.folder)}
-        words = ["vllm", "serve", self.head.name, "--no-enable-prefix-caching", "--no-enable-chunked-prefill"]
+        place = locate(self.head.name)["pretrained_model_name_or_path"]
+        words = ["vllm", "serve", place, "--no-enable-prefix-caching", "--no-enable-chunked-prefill"]
         words += ["--speculative-config", json.dumps(method), "--kv-transfer-config", json.dumps(connector)]
         return f"PYTHONPATH={shlex.quote(str(CONNECTOR.parent))} {shlex.join(words)}"
 
@@ -154,8 +161,8 @@ class StatesEngine(ServerEngine):
         max_new_tokens: int,
         tokenizer: Any,
         eos_ids: Sequence[int],
-        among: Sequence[Request] = (),
         features: bool = False,
+        **how: Any,
     ) -> Iterator[Completion | Failure]:
         """As :meth:`ServerEngine.answer`, with ``features`` those of every answer of two tokens or more."""
         if not features:
@@ -221,6 +228,38 @@ def check_final(head: Head, hidden_AH: Tensor, response_ids: Sequence[int], samp
             f"of the final hidden states the target's head gives {named:.0%} of the greedy answer: they are of another "
             "model, or of other positions (prefix caching and chunked prefill lose some; turn both off)"
         )
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text of which the last tokens stand for a response."""
+
+    key: str
+    prompt_ids: Sequence[int]
+    response_ids: Sequence[int]
+
+
+def compare(engine: StatesEngine, texts: Sequence[Sequence[int]], adapter: str | None = None) -> str:
+    """Ask for the states of ``texts`` of token ids and hold them against the target's own; what came of it in words.
+
+    A target with an ``adapter``, or a quantised one, has no layers that could be read one at a time. Raises
+    ``UserError`` where the states are another model's.
+    """
+    head, taps = engine.states.head, engine.states.taps
+    rows = [Text(f"text {n}", ids[: len(ids) // 2], ids[len(ids) // 2 :]) for n, ids in enumerate(texts, 1)]
+    found = [one for batch in ServedFeatures(engine).batches(rows) for one in batch]
+    found.sort(key=lambda one: one.row.key)
+    if adapter or head.rounding:
+        return (
+            "not compared at the taps, since the target is quantised or has an adapter; final states are, with answers"
+        )
+    dtype, depths = found[0].hidden.dtype, [k for k in taps if k != FINAL]
+    own = []
+    for row, (layers, final_TH) in zip(rows, states_by_layers(head.name, dtype, list(texts), depths), strict=True):
+        by_tap = dict(zip(depths, layers, strict=True)) | {FINAL: final_TH}
+        own.append((torch.cat([by_tap[k] for k in taps], -1)[:-2], final_TH[len(row.prompt_ids) : -1]))
+    worst = check_taps(found, own, taps)
+    return f"those of {len(rows)} prompts are within {worst:.1g} of the target's own, as {str(dtype)[6:]} numbers"
 
 
 def check_taps(found: Sequence[RowFeatures], own: Sequence[tuple[Tensor, Tensor]], taps: Sequence[int]) -> float:

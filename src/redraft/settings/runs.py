@@ -123,7 +123,10 @@ class AdaptConfig(Adapting, AnsweredRun):
     )
     general: str | None = setting(None, "general responses, mixed in for the speed on other text", reads="file")
     general_share: float = setting(0.0, "their share of all response tokens", ge=0, lt=1)
-    bench_prompts: int = setting(24, "prompts of the final benchmark", gt=0)
+    states: Path | None = setting(
+        None, "folder that --server writes hidden states into: features come from there, and the target is not opened"
+    )
+    bench_prompts: int = setting(24, "prompts of the final benchmark; 0 for none", ge=0)
     bench_tokens: int = setting(128, "longest response in the benchmark, in tokens", gt=1)
     exports: tuple[texts.FormatName, ...] = setting(("vllm",), "format to export: {formats}; repeatable")
     train: training.TrainBlock = setting({}, "training setting that differs from the method's, as epochs=4; repeatable")
@@ -145,6 +148,8 @@ class AdaptConfig(Adapting, AnsweredRun):
         yield from super().conflicts()
         if self.responses and (self.server or self.eval_prompts):
             yield "--responses takes served text as it is; --server and --eval-prompts go with --prompts"
+        if self.states is not None:
+            yield from self._without_layers()
         if self.top_p != 1 and not any(self.temperatures):
             yield "--top-p filters what is sampled, and all --temperatures are 0; raise one, or leave it out"
         if self.responses and self.select_on == "prompts":
@@ -161,6 +166,18 @@ class AdaptConfig(Adapting, AnsweredRun):
         except UserError as error:
             yield str(error)
         samplers_of(self.temperatures, self.top_p)
+
+    def _without_layers(self) -> Iterator[str]:
+        """What cannot be where the target's layers are at its server alone."""
+        if not self.server:
+            yield "--states is the folder of a server's hidden states; give --server too, or leave it out"
+        if self.bench_prompts:
+            yield (
+                "--states leaves the target unopened, and the final benchmark would open it; give --bench-prompts 0, "
+                "and measure with redraft bench --server"
+            )
+        if self.self_prompts:
+            yield "--states leaves the target unopened, so it cannot write questions here; give --prompts FILE"
 
     def check_needs(self) -> None:
         """Ask the scorer and the start for what they need, which imports them. Raises ``UserError``."""
