@@ -263,8 +263,9 @@ def test_float32_stands_in_for_bfloat16_as_a_copy_and_only_inside():
 @pytest.mark.parametrize(("speeds", "wanted"), [((400.0, 90.0), "bfloat16"), ((0.9, 58.0), "float32")])
 def test_muon_takes_what_the_processor_is_faster_in(speeds, wanted, machine):
     machine(*speeds)
-    assert muon_type(torch.device("cpu")) == wanted
-    assert muon_type(torch.device("cuda")) == "bfloat16"
+    assert muon_type(torch.device("cpu"), "bfloat16") == wanted
+    assert muon_type(torch.device("cuda"), "bfloat16") == "bfloat16"
+    assert muon_type(torch.device("cuda"), "float32") == muon_type(torch.device("cpu"), "float32") == "float32"
 
 
 def test_choices_read_well():

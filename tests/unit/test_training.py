@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 from redraft import files, provenance
 from redraft.adaptation.core import run_training
 from redraft.adaptation.runs import Log
-from redraft.arithmetic import Choice
 from redraft.attic.aim import STEPS, aim
 from redraft.drafts.eagle.unroll import collate
 from redraft.drafts.groups import prepare
@@ -27,7 +26,7 @@ from redraft.errors import UserError
 from redraft.rows import anchors
 from redraft.seals import unsealed
 from redraft.settings.training import PrivateSize, TrainConfig
-from redraft.training import optimizer as optimizer_module
+from redraft.training import loop as loop_module
 from redraft.training.optimizer import make_optimizers
 from redraft.training.trainer import Trainer, TrainResult, batch_order
 
@@ -111,8 +110,8 @@ class AtStepFive:
 
 @pytest.fixture
 def processor(monkeypatch):
-    """``processor(type)``: from now on this type is the faster one."""
-    return lambda kind: monkeypatch.setattr(optimizer_module, "fastest", lambda device: Choice(kind))
+    """``processor(type)``: from now on Muon takes this type where it has the choice."""
+    return lambda kind: monkeypatch.setattr(loop_module, "muon_type", lambda device, precision: kind)
 
 
 @pytest.fixture

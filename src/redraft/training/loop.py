@@ -171,7 +171,7 @@ class TrainingLoop:
         metric = self.evaluate()
         state: dict[str, Any] = {"step": 0, "tokens": tokens, "seconds": seconds, "best": metric, "start": metric}
         state |= {"best_step": 0, "history": [[0, metric]], "segment": [0.0, 0], "position": {}}
-        state["arithmetic"] = {"precision": self.precision, "muon": muon_type(self.device)}
+        state["arithmetic"] = {"precision": self.precision, "muon": muon_type(self.device, self.precision)}
         if self.workers.writes:
             atomic_write_text(self.curve, "")
             self.checkpoint.save_best(self.trained, 0)

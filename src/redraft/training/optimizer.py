@@ -4,7 +4,7 @@ Matrices inside the layer take Muon (orthogonalised momentum, torch's own), scal
 of AdamW's and one learning rate serves both; the head, the norms, biases and routers of experts take AdamW.
 
 torch's Muon orthogonalises in bfloat16, whatever the processor: where that is emulated it is nearly all of a step.
-There the same iteration runs in float32, which is the more exact besides.
+There, and where losses are in float32, the same iteration runs in float32, which is the more exact.
 """
 
 from __future__ import annotations
@@ -71,8 +71,11 @@ class InFloat32(TorchFunctionMode):
         return args[0].to(torch.float32, copy=True) if asked else func(*args, **given)
 
 
-def muon_type(device: torch.device) -> str:
-    """The data type for Muon's orthogonalisation: the faster on a CPU, torch's own bfloat16 elsewhere."""
+def muon_type(device: torch.device, precision: str) -> str:
+    """The data type for Muon's orthogonalisation: float32 where losses are in it, since bfloat16 turns a last digit of a
+    gradient into a thousandth of a step; else the faster on a CPU, and torch's own bfloat16 elsewhere."""
+    if precision == "float32":
+        return precision
     return fastest("cpu").dtype if device.type == "cpu" else "bfloat16"
 
 
