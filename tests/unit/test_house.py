@@ -37,7 +37,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("registries", "places"),
     ("inputs", "values"),
     ("seals",),
-    ("errors",),
+    ("errors", "assets"),
 )
 HEIGHT = {room: len(ROWS) - i for i, row in enumerate(ROWS) for room in row}
 

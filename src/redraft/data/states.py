@@ -19,6 +19,7 @@ import json
 import shlex
 import time
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,9 @@ class StateFolder:
             "kv_role": "kv_producer",
         }
         connector["kv_connector_extra_config"] = {"shared_storage_path": str(self.folder)}
-        place = locate(self.head.name)["pretrained_model_name_or_path"]
+        place = self.head.name
+        with suppress(UserError):  # a name of this package's own means nothing to a server
+            place = locate(place)["pretrained_model_name_or_path"]
         words = ["vllm", "serve", place, "--no-enable-prefix-caching", "--no-enable-chunked-prefill"]
         words += ["--speculative-config", json.dumps(method), "--kv-transfer-config", json.dumps(connector)]
         return f"PYTHONPATH={shlex.quote(str(CONNECTOR.parent))} {shlex.join(words)}"

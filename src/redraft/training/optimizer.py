@@ -72,8 +72,8 @@ class InFloat32(TorchFunctionMode):
 
 
 def muon_type(device: torch.device, precision: str) -> str:
-    """The data type for Muon's orthogonalisation: float32 where losses are in it, since bfloat16 turns a last digit of a
-    gradient into a thousandth of a step; else the faster on a CPU, and torch's own bfloat16 elsewhere."""
+    """The data type for Muon's orthogonalisation: float32 where losses are in it, since bfloat16 turns the last digit
+    of a gradient into a thousandth of a step; else the faster on a CPU, and torch's own bfloat16 elsewhere."""
     if precision == "float32":
         return precision
     return fastest("cpu").dtype if device.type == "cpu" else "bfloat16"
