@@ -7,6 +7,7 @@ here, and a head that shares its table with the embedding gets a table of its ow
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from redraft.errors import UserError
-from redraft.inputs import read_json
+from redraft.inputs import read_json, within
 from redraft.loading.checkpoint import check_kinds
 from redraft.loading.places import ADAPTER_FILE, check_files, first_line, hub_cached, like_hub_id, on_hub, reason_of
+from redraft.places import at_home
 
 # Starting values that leave the base as it is. The others (pissa, olora, corda, loftq, ...) change it.
 PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -44,6 +46,7 @@ def merge(model: Any, adapter: str) -> tuple[Any, list[str]]:
         if (file := Path(place) / ADAPTER_FILE).is_file():
             check_kinds(read_json(file, finite=False), config, file)
         _check_kind(config, adapter)
+        _check_patterns(config, model, adapter)
         state = peft.load_peft_weights(place, device="cpu")
         own = int(model.get_input_embeddings().weight.shape[0])
         grown = _resize(model, state, adapter)
@@ -77,6 +80,21 @@ def merge(model: Any, adapter: str) -> tuple[Any, list[str]]:
     return model, notes
 
 
+# What the patterns of an adapter may take on all names of its base model.
+PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save", "rank_pattern", "alpha_pattern")
+PATTERN_SECONDS = 10.0
+
+
+def _check_patterns(config: Any, model: Any, adapter: str) -> None:
+    """Raise ``UserError`` for a pattern of modules that is none, or that does not come to an end on a name."""
+    values = [getattr(config, name, None) for name in PATTERNS]
+    texts = [one for value in values for one in ([value] if isinstance(value, str) else value or ())]
+    with within(PATTERN_SECONDS, f"a pattern of modules of the adapter {adapter}"):
+        for pattern in map(re.compile, filter(lambda text: isinstance(text, str), texts)):
+            for name, _ in model.named_modules():
+                pattern.fullmatch(name), pattern.search(name)
+
+
 def _written_twice(key: str, state: dict[str, Tensor]) -> bool:
     plain = key.replace(".modules_to_save.", ".")
     return key in state and plain != key and plain in state and torch.equal(state[key], state[plain])
@@ -84,7 +102,7 @@ def _written_twice(key: str, state: dict[str, Tensor]) -> bool:
 
 def _place(adapter: str) -> str:
     """The folder of the adapter, or its hub id where the hub can be reached."""
-    folder = Path(adapter).expanduser()
+    folder = at_home(adapter)
     if folder.is_dir() and not (folder / ADAPTER_FILE).is_file():
         inside = sorted(file.parent.name for file in folder.glob(f"*/{ADAPTER_FILE}"))
         hint = f"; it holds several: name one, such as {folder / inside[0]}" if inside else ""
