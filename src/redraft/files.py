@@ -29,6 +29,7 @@ UNFINISHED = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)\.redraft-new")
 REPLACED = re.compile(r"\.(?P<name>.+)\.redraft-old")
 # What older versions called a folder that is being replaced, and anybody may: it is brought back, never removed.
 REPLACED_ONCE = re.compile(r"\.(?P<name>.+)\.old")
+STANDARD_OUTPUT = "standard output"
 OUR_FOLDERS = ("ledger.json", "study.json", "distill.json")  # one of them is in every run directory
 
 
@@ -55,6 +56,8 @@ def free_bytes(folder: str | Path) -> int:
 def write_error(path: str | Path, error: BaseException) -> UserError:
     """The one line about a file that could not be written: how much room there is, or the system's own reason."""
     if disk_is_full(error):
+        if str(path) == STANDARD_OUTPUT:
+            return UserError("no room for standard output, where it was sent to; send it elsewhere")
         free = free_bytes(Path(path).parent) / 1e6
         return UserError(
             f"no room on the disk for {path}: {free:.1f} MB are free; free some and give the same command again, "
