@@ -158,3 +158,15 @@ def test_closed_streams_and_a_small_alphabet() -> None:
     assert alone('"$@" --version >&-') == (0, "")
     code, said = alone('PYTHONIOENCODING=ascii "$@" report ü.json')
     assert code == 2 and said == "redraft: error: \\xfc.json does not exist; name a file that is there\n"
+
+
+def test_a_key_press_while_the_package_is_read_is_one_line() -> None:
+    code = (
+        "import builtins, sys\nreal = builtins.__import__\n"
+        "def stop(name, *more):\n"
+        "    if name == 'typer': raise KeyboardInterrupt\n"
+        "    return real(name, *more)\n"
+        "from redraft.cli.entry import main\nbuiltins.__import__ = stop\nmain()"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (found.returncode, found.stderr) == (130, "redraft: interrupted before anything was begun\n")
