@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from redraft.cli.main import surroundings
 from redraft.cli.plans import refuse_overwriting
 from redraft.data import template
 from redraft.errors import UserError
@@ -170,3 +171,13 @@ def test_a_key_press_while_the_package_is_read_is_one_line() -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (found.returncode, found.stderr) == (130, "redraft: interrupted before anything was begun\n")
+
+
+@pytest.mark.parametrize(("width", "taken"), [("1", "20"), ("99999999999999", "1000"), ("90", "90"), ("x", "x")])
+def test_a_width_that_no_terminal_has_and_a_screen_for_pictures(
+    monkeypatch: pytest.MonkeyPatch, width: str, taken: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", width)
+    monkeypatch.setenv("MPLBACKEND", "none-of-these")
+    surroundings()
+    assert os.environ["COLUMNS"] == taken and os.environ["MPLBACKEND"] == "agg"

@@ -97,6 +97,18 @@ def options(
 commands.register(app)
 
 
+# What tables and help are laid out for, whatever a terminal or a variable says.
+WIDTHS = (20, 1000)
+
+
+def surroundings() -> None:
+    """Variables that would break a page or a table: a width that no terminal has, and a screen for pictures, which are
+    only ever written to files."""
+    if (width := os.environ.get("COLUMNS", "")).isdecimal():
+        os.environ["COLUMNS"] = str(min(max(int(width[:9]), WIDTHS[0]), WIDTHS[1]))
+    os.environ["MPLBACKEND"] = "agg"
+
+
 def streams() -> None:
     """Let every standard stream be there, and write whatever a name holds.
 
@@ -129,6 +141,7 @@ def _refused(error: UserError) -> NoReturn:
 
 def main() -> None:
     """Run the application. A user's mistake is one line on standard error and exit code 2, a defect of ours 1."""
+    surroundings()
     streams()
     try:
         with terminable():
