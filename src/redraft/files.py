@@ -21,8 +21,8 @@ from redraft.errors import UserError
 # Room for file headers, the metadata file and what the file system itself needs.
 SLACK_BYTES = 1 << 20
 # What a place for files may be without any fault of ours: read-only, another's, at a limit, broken.
-REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EIO, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
-REFUSALS += (errno.ENAMETOOLONG,)
+REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EIO)
+NO_SUCH_PLACE = (errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
 # Of what is being written, and of what it takes the place of. Nobody else calls files so: what bears such a name may be
 # removed wherever it lies, also in a folder that holds other people's hidden files.
 UNFINISHED = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)\.redraft-new")
@@ -42,7 +42,7 @@ def disk_is_full(error: BaseException) -> bool:
 
 def is_refused(error: BaseException) -> bool:
     """Whether the system refuses a file or a folder for a reason that the user can mend: rights, limits, its disk."""
-    return isinstance(error, OSError) and error.errno in REFUSALS
+    return isinstance(error, OSError) and error.errno in (*REFUSALS, *NO_SUCH_PLACE)
 
 
 def free_bytes(folder: str | Path) -> int:

@@ -247,7 +247,8 @@ class Part(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _as_written(cls, value: Any, info: Any) -> Any:
-        _check_texts(value, bool((cls.model_fields[info.field_name].json_schema_extra or {}).get("reads")))
+        extra: Any = cls.model_fields[info.field_name].json_schema_extra
+        _check_texts(value, bool((extra or {}).get("reads")))
         return convert(value, cls.model_fields[info.field_name].annotation)
 
     @model_validator(mode="after")
