@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import runpy
 import shutil
+import signal
 import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -93,11 +94,14 @@ def redraft(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     def run(command: str | list[str]) -> tuple[int, str, str]:
         words = command.split() if isinstance(command, str) else command
         monkeypatch.setattr(sys, "argv", ["redraft", *words])
+        pressed = signal.getsignal(signal.SIGINT)
         try:
             main()
             code = 0
         except SystemExit as ended:
             code = int(ended.code or 0)
+        finally:
+            signal.signal(signal.SIGINT, pressed)  # a command that was interrupted leaves a second one to the system
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 

@@ -21,9 +21,16 @@ from redraft.errors import UserError
 # Room for file headers, the metadata file and what the file system itself needs.
 SLACK_BYTES = 1 << 20
 # What a place for files may be without any fault of ours: read-only, another's, at a limit, broken.
-REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EIO, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
-# Of what is being written: ``.NAME.PID.new``; ``.NAME.partial`` is that of older versions.
-UNFINISHED = re.compile(r"\.(?P<name>.+)\.(?:(?P<pid>\d+)\.new|partial)")
+REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EIO)
+NO_SUCH_PLACE = (errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
+# Of what is being written, and of what it takes the place of. Nobody else calls files so: what bears such a name may be
+# removed wherever it lies, also in a folder that holds other people's hidden files.
+UNFINISHED = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)\.redraft-new")
+REPLACED = re.compile(r"\.(?P<name>.+)\.redraft-old")
+# What older versions called a folder that is being replaced, and anybody may: it is brought back, never removed.
+REPLACED_ONCE = re.compile(r"\.(?P<name>.+)\.old")
+STANDARD_OUTPUT = "standard output"
+OUR_FOLDERS = ("ledger.json", "study.json", "distill.json")  # one of them is in every run directory
 
 
 def disk_is_full(error: BaseException) -> bool:
@@ -35,7 +42,7 @@ def disk_is_full(error: BaseException) -> bool:
 
 def is_refused(error: BaseException) -> bool:
     """Whether the system refuses a file or a folder for a reason that the user can mend: rights, limits, its disk."""
-    return isinstance(error, OSError) and error.errno in REFUSALS
+    return isinstance(error, OSError) and error.errno in (*REFUSALS, *NO_SUCH_PLACE)
 
 
 def free_bytes(folder: str | Path) -> int:
@@ -49,6 +56,8 @@ def free_bytes(folder: str | Path) -> int:
 def write_error(path: str | Path, error: BaseException) -> UserError:
     """The one line about a file that could not be written: how much room there is, or the system's own reason."""
     if disk_is_full(error):
+        if str(path) == STANDARD_OUTPUT:
+            return UserError("no room for standard output, where it was sent to; send it elsewhere")
         free = free_bytes(Path(path).parent) / 1e6
         return UserError(
             f"no room on the disk for {path}: {free:.1f} MB are free; free some and give the same command again, "
@@ -86,6 +95,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
     cannot hold it or the folder cannot be written.
     """
     path = Path(path)
+    if os.path.exists(path) and not os.path.isfile(path):
+        what = "a folder" if os.path.isdir(path) else "no ordinary file (a pipe, a socket or a device)"
+        raise UserError(f"{path} is {what}, which no file may take the place of; name another file to write")
     new = _unfinished(path)
     try:
         with _writing(path):
@@ -222,7 +234,7 @@ def atomic_folder(
 def settle(folder: str | Path) -> None:
     """Finish a replacement that was killed between its two renames: bring the old folder back."""
     folder = Path(folder).absolute()
-    if os.path.exists(_old(folder)):  # false for a name that is too long for one, where the Path's own method raises
+    if folder.name and os.path.exists(_old(folder)):  # false for a name that is too long, where Path.exists raises
         if folder.exists():
             shutil.rmtree(_old(folder), ignore_errors=True)
         else:
@@ -230,7 +242,14 @@ def settle(folder: str | Path) -> None:
 
 
 def _old(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.old")
+    return folder.with_name(f".{folder.name}.redraft-old")
+
+
+def _settle_once(folder: Path) -> None:
+    """:func:`settle` for what an older version was killed in."""
+    old = folder.with_name(f".{folder.name}.old")
+    if not os.path.lexists(folder) and any((old / name).is_file() for name in ("redraft.json", "config.json")):
+        os.replace(old, folder)
 
 
 @contextmanager
@@ -256,18 +275,20 @@ def clean(folder: str | Path) -> None:
 
     What belongs to a living process is left alone, but for this one's own: to be called before it writes there.
     """
+    ours = any(os.path.isfile(os.path.join(folder, name)) for name in OUR_FOLDERS)
     for place, folders, names in os.walk(folder):
         for name in (*folders, *names):
-            old = re.fullmatch(r"\.(.+)\.old", name)
-            if old and name in folders:
-                settle(Path(place, old[1]))
+            if name in folders and (old := REPLACED.fullmatch(name)):
+                settle(Path(place, old["name"]))
+            elif ours and name in folders and (old := REPLACED_ONCE.fullmatch(name)):
+                _settle_once(Path(place, old["name"]))
             elif _is_left(name):
                 _remove(Path(place, name))
         folders[:] = [name for name in folders if not name.startswith(".")]
 
 
 def _unfinished(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.new")
+    return path.with_name(f".{path.name}.{os.getpid()}.redraft-new")
 
 
 def _is_left(name: str, of: str | None = None) -> bool:
@@ -275,7 +296,7 @@ def _is_left(name: str, of: str | None = None) -> bool:
     found = UNFINISHED.fullmatch(name)
     if found is None or (of is not None and found["name"] != of):
         return False
-    return found["pid"] is None or int(found["pid"]) == os.getpid() or not alive(int(found["pid"]))
+    return int(found["pid"]) == os.getpid() or not alive(int(found["pid"]))
 
 
 def alive(pid: int) -> bool:

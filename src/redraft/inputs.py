@@ -13,9 +13,12 @@ import json
 import math
 import os
 import re
+import signal
 import stat
+import threading
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -29,6 +32,9 @@ if TYPE_CHECKING:  # what lists names asks for no types, and pydantic takes a mo
 
 # What a file may hold that is read whole, and what a packed one may unpack to.
 MOST_BYTES = 1 << 30
+# A packed file may unpack to so many times its size where that is more than a moment's reading: text does not pack
+# tighter, and what does is made to fill a memory.
+MOST_TIMES, FREELY = 200, 1 << 26
 # Objects and lists within each other. Beyond it there is no meaning, and Python's own limits are near.
 MOST_DEEP = 100
 # A number of more digits is beyond every kind of number that is computed with.
@@ -38,6 +44,31 @@ HALF_A_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
 HALF = re.compile(r"[\ud800-\udfff]")
 
 Read = TypeVar("Read")
+
+
+# -- time ------------------------------------------------------------------------------------------------------------
+@contextmanager
+def within(seconds: float, what: str) -> Iterator[None]:
+    """Raise ``UserError`` where the block computes longer, as templates and patterns of strangers can for ever.
+
+    Python and its patterns are stopped, other libraries are not; nor is anything outside the main thread, or where
+    somebody else waits for the system's alarm.
+    """
+    free = threading.current_thread() is threading.main_thread() and hasattr(signal, "setitimer")
+    if not free or signal.getsignal(signal.SIGALRM) != signal.SIG_DFL:
+        yield
+        return
+
+    def end(number: int, frame: Any) -> None:
+        raise UserError(f"{what} takes more than {seconds:g} s; it is not made to end, or to be computed here")
+
+    signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
 
 
 # -- bytes and text ----------------------------------------------------------------------------------------------------
@@ -71,6 +102,8 @@ def read_bytes(path: str | Path, mend: str = "", most: int = MOST_BYTES) -> byte
     size, packed = require_file(path, mend), str(path).endswith(".gz")
     if size > most:
         raise UserError(f"{path} has {size:,} bytes, and at most {most:,} are read; split it")
+    if packed:
+        most = min(most, max(FREELY, MOST_TIMES * size))
     try:
         with gzip.open(path) if packed else open(path, "rb") as file:
             data = file.read(most + 1)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import tempfile
 from importlib import metadata
 from pathlib import Path
 
@@ -13,9 +14,16 @@ from pathlib import Path
 PACKAGES = ("redraft", "torch", "transformers", "safetensors", "numpy", "tokenizers", "peft", "gguf", "reasoning-gym")
 
 
+def at_home(place: str | Path) -> Path:
+    """The path with the user's folder in place of ``~``; as it is where there is no such user, or none is known."""
+    return Path(os.path.expanduser(place))
+
+
 def cache_folder() -> Path:
-    """Where unpacked models are kept: ``REDRAFT_CACHE``, or ``~/.cache/redraft``."""
-    return Path(os.environ.get("REDRAFT_CACHE") or Path.home() / ".cache" / "redraft").expanduser()
+    """Where unpacked models are kept: ``REDRAFT_CACHE``, or ``~/.cache/redraft``; without a home, that of this user
+    among temporary files."""
+    place = at_home(os.environ.get("REDRAFT_CACHE") or "~/.cache/redraft")
+    return Path(tempfile.gettempdir(), f"redraft-{os.getuid()}") if place.parts[:1] == ("~",) else place
 
 
 def installed() -> dict[str, str]:

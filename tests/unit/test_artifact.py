@@ -184,7 +184,7 @@ def test_an_error_while_writing_leaves_the_old_folder(saved, draft, monkeypatch)
 
 
 def test_a_replacement_killed_between_its_renames_is_undone(saved, draft):
-    saved.rename(saved.with_name(".d.old"))
+    saved.rename(saved.with_name(".d.redraft-old"))
     assert same(files.load_draft(saved)[0], draft)
 
 

@@ -17,6 +17,7 @@ from redraft import locks
 from redraft.data.store import RowWriter
 from redraft.errors import UserError
 from redraft.features import FeatureStore
+from redraft.files import settle
 from redraft.locks import LOCK_FILE, contents, held, lock
 
 
@@ -158,17 +159,38 @@ def test_what_dead_processes_left_goes_at_the_next_start(tmp_path: Path) -> None
     os.waitpid(dead, 0)
     inside = tmp_path / "features"
     inside.mkdir()
-    (inside / f".shard-00000.safetensors.{dead}.new").write_bytes(b"half")
-    (inside / ".shard-00001.safetensors.partial").write_bytes(b"half")
-    (inside / f".other.{os.getppid()}.new").write_bytes(b"of a living process")
-    (tmp_path / f".merged.{dead}.new").mkdir()
-    (tmp_path / f".merged.{dead}.new" / "x").write_bytes(b"half")
-    (tmp_path / ".private.old").mkdir()
-    (tmp_path / ".private.old" / "kept").write_bytes(b"whole")
-    (tmp_path / ".gone.old").write_bytes(b"somebody's file")
+    (inside / f".shard-00000.safetensors.{dead}.redraft-new").write_bytes(b"half")
+    (inside / f".other.{os.getppid()}.redraft-new").write_bytes(b"of a living process")
+    (tmp_path / f".merged.{dead}.redraft-new").mkdir()
+    (tmp_path / f".merged.{dead}.redraft-new" / "x").write_bytes(b"half")
+    (tmp_path / ".private.redraft-old").mkdir()
+    (tmp_path / ".private.redraft-old" / "kept").write_bytes(b"whole")
+    (tmp_path / ".gone.redraft-old").write_bytes(b"somebody's file")
     use(tmp_path)
     there = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
-    assert there == [".gone.old", f"features/.other.{os.getppid()}.new", "private/kept"]
+    assert there == [".gone.redraft-old", f"features/.other.{os.getppid()}.redraft-new", "private/kept"]
+
+
+def test_hidden_files_of_others_stay_whatever_a_run_is_told_to_use_their_folder_for(tmp_path: Path) -> None:
+    names = [".notes.old/kept", ".film.partial", ".draft.99999999.new", "sub/.notes.old/kept", "notes/kept"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    use(tmp_path)
+    settle(tmp_path / "notes")
+    (tmp_path / "ledger.json").write_text("{}")
+    use(tmp_path)
+    assert all((tmp_path / name).read_text() == "mine" for name in names)
+
+
+def test_what_an_older_version_was_killed_in_is_brought_back_in_a_run_directory(tmp_path: Path) -> None:
+    (tmp_path / ".merged.old").mkdir()
+    (tmp_path / ".merged.old" / "redraft.json").write_text("{}")
+    use(tmp_path)
+    assert not (tmp_path / "merged").exists()
+    (tmp_path / "ledger.json").write_text("{}")
+    use(tmp_path)
+    assert (tmp_path / "merged" / "redraft.json").exists()
 
 
 def test_a_response_file_and_a_store_of_features_have_one_writer(tmp_path: Path) -> None:

@@ -291,7 +291,7 @@ def test_a_disk_that_fills_up_keeps_the_last_checkpoint(target, draft, store, ro
     folder, saved = tmp_path / "run", []
 
     def fills_up(path):
-        if str(path).endswith(f".safetensors.{os.getpid()}.new"):
+        if str(path).endswith(f".safetensors.{os.getpid()}.redraft-new"):
             saved.append(path)
             if len(saved) == 3:
                 raise OSError(errno.ENOSPC, "No space left on device")

@@ -63,7 +63,7 @@ def trace(error: BaseException) -> str:
 def places(out: object) -> Iterator[Path]:
     """Where a trace may go, best first: the run directory, the cache, the folder for temporary files."""
     for folder in (Path(str(out)), Path(str(out), "run")) if out is not None else ():
-        if any((folder / mark).is_file() for mark in MARKS):  # a run directory of ours, where it disturbs nobody
+        if any(os.path.isfile(folder / mark) for mark in MARKS):  # a run directory of ours, where it disturbs nobody
             yield folder / TRACE_FILE
     name = f"error-{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.getpid()}.txt"
     yield cache_folder() / "errors" / name

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
 import traceback
 import warnings
-from typing import Annotated
+from contextlib import suppress
+from typing import Annotated, NoReturn, TextIO
 
 import typer
 
 from redraft import __version__
 from redraft.cli import commands
-from redraft.cli.failures import without_secrets
+from redraft.cli.failures import as_user_error, without_secrets
 from redraft.cli.generate import Application
 from redraft.cli.signals import leave, stopped, terminable
 from redraft.cli.together import speaks_for_all, words_of_workers
 from redraft.errors import UserError
+from redraft.files import STANDARD_OUTPUT
 from redraft.registries import load_plugin
 
 VARIABLES = {
@@ -95,18 +98,63 @@ def options(
 commands.register(app)
 
 
+# What tables and help are laid out for, whatever a terminal or a variable says.
+WIDTHS = (20, 1000)
+
+
+def surroundings() -> None:
+    """Variables that would break a page or a table: a width that no terminal has, and a screen for pictures, which are
+    only ever written to files."""
+    if (width := os.environ.get("COLUMNS", "")).isdecimal():
+        os.environ["COLUMNS"] = str(min(max(int(width[:9]), WIDTHS[0]), WIDTHS[1]))
+    os.environ["MPLBACKEND"] = "agg"
+
+
+def streams() -> None:
+    """Let every standard stream be there, and write whatever a name holds.
+
+    Where one was closed, the next file that is opened would take its place, and what libraries say would go into it.
+    """
+    for number, mode in ((0, "r"), (1, "w"), (2, "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+        name = ("stdin", "stdout", "stderr")[number]
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, closefd=False))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _refused(error: UserError, stream: TextIO) -> NoReturn:
+    """The one line, and exit code 2, also where nobody can be told."""
+    with suppress(OSError):
+        if "--debug" in sys.argv[1:2]:
+            traceback.print_exception(error, file=stream)
+        print(f"redraft: error: {without_secrets(' '.join(str(error).split()))}", file=stream, flush=True)
+    leave(2)
+
+
 def main() -> None:
     """Run the application. A user's mistake is one line on standard error and exit code 2, a defect of ours 1."""
+    surroundings()
+    streams()
     errors = words_of_workers()
     try:
         with terminable():
             app()
     except UserError as error:
-        if "--debug" in sys.argv[1:2]:
-            traceback.print_exception(error)
-        said = f"redraft: error: {without_secrets(' '.join(str(error).split()))}"
-        print(said, file=errors if speaks_for_all(error) else sys.stderr)
-        leave(2)
+        _refused(error, errors if speaks_for_all(error) else sys.stderr)
+    except OSError as error:  # standard output is on a full disk, while help or a version is printed
+        known = as_user_error(error, STANDARD_OUTPUT)
+        if known is None:
+            raise
+        _refused(known, sys.stderr)
     except KeyboardInterrupt as error:
         leave(int(stopped(error).code or 0))
     except SystemExit as ended:

@@ -14,7 +14,7 @@ from typing import Any
 
 from redraft.errors import UserError
 from redraft.inputs import loads, read_bytes, read_json
-from redraft.places import without_secrets
+from redraft.places import at_home, without_secrets
 from redraft.settings.base import Settings
 from redraft.settings.texts import self_prompts
 
@@ -109,6 +109,11 @@ def found(out: Path) -> str:
 
 # -- places that settings name -----------------------------------------------------------------------------------------
 OUTPUTS = ("out", "keep", "json_out", "full", "png", "report")
+FILES_ALONE = ("keep", "json_out", "png", "report")
+
+
+# What a folder with a model or a draft holds, beside weights, and no command writes as a file of its own.
+PARTS_OF_MODELS = ("redraft.json", "config.json", "tokenizer.json", "tokenizer_config.json", "adapter_config.json")
 
 
 def refuse_overwriting(settings: Settings) -> None:
@@ -122,6 +127,15 @@ def refuse_overwriting(settings: Settings) -> None:
             out, kept = (name, other) if name in OUTPUTS else (other, name)
             flags = f"--{out.replace('_out', '')} and --{kept.replace('_out', '').replace('_', '-')}"
             raise UserError(f"{flags} are both {place}, which would be overwritten; name another file to write")
+    for name, path in paths:
+        if name in OUTPUTS and _exists(path) and not path.is_file() and (name in FILES_ALONE or not path.is_dir()):
+            what = "a folder" if path.is_dir() else "no ordinary file"
+            raise UserError(f"--{name.replace('_out', '')} is {path}, {what}; name another file to write")
+    for name, place in places:
+        if name in OUTPUTS and place.is_file() and any((place.parent / part).is_file() for part in PARTS_OF_MODELS):
+            if place.name in PARTS_OF_MODELS or place.suffix == ".safetensors":
+                flag = f"--{name.replace('_out', '')}"
+                raise UserError(f"{flag} is {place}, a file of a model or a draft; name another file to write")
 
 
 def _exists(path: Path) -> bool:
@@ -157,7 +171,7 @@ def _there(text: str, kind: str) -> bool:
     """Whether the place is there, as far as its name tells where it would be."""
     if kind == "prompts" and (self_prompts(text) or text.startswith("datasets:")):
         return True
-    path = Path(text).expanduser()
+    path = at_home(text)
     if kind == "model" and not path.exists():
         # org/name, or a name alone, may be on the hub
         return text.startswith("embedded:") or not (text.startswith((".", "/", "~")) or text.count("/") > 1)

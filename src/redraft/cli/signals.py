@@ -43,6 +43,8 @@ def terminable() -> Iterator[None]:
 
 def stopped(error: KeyboardInterrupt) -> SystemExit:
     """Say that it has ended, and with which exit code: 143 for SIGTERM, 130 for a key press."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second key press ends it at once, and says nothing more
     ended = isinstance(error, Terminated)
     what = "terminated" if ended else "interrupted"
     print(f"redraft: {what}; the same command goes on where it can", file=sys.stderr, flush=True)

@@ -21,7 +21,7 @@ from redraft.data.shapes import RESERVED, Turns, with_turns
 from redraft.data.turns import ASSISTANT, USER, Message
 from redraft.errors import UserError
 from redraft.files import atomic_write_text
-from redraft.inputs import read_json, there
+from redraft.inputs import read_json, there, within
 from redraft.settings.texts import kept_as_it_is
 
 SENTINEL = "redraftturn"
@@ -30,6 +30,9 @@ CLOCK = "strftime_now"
 SWITCHES = ("true", "false", "yes", "no", "on", "off", "0", "1")
 # Directives of strftime, first those of a C library with a mark; and those among all that tell the hour.
 DIRECTIVES = [f"-{letter}" for letter in "dmHIMSjye"] + list("aAwdbBmyYHIMSpfzZjUWcxXGuVeDFTR")
+# A template is somebody's program: what it may take for one conversation, and the text that it may make of it, which a
+# tokenizer then goes through several times over.
+MOST_SECONDS, MOST_TEXT = 10.0, 1 << 24
 HOURS = re.compile(r"%-?[HIMSpfcXTR]")
 
 
@@ -202,7 +205,17 @@ def _apply(tokenizer: Any, id: str, messages: Sequence[Message], **how: Any) -> 
         if writes_date(tokenizer):
             template = tokenizer.get_chat_template(None, beside.tools or None)
             arguments["chat_template"] = _with_date(template, known.moment)
-        return tokenizer.apply_chat_template([_for_template(m) for m in messages], **how, **arguments)
+        turns = [_for_template(message) for message in messages]
+        with within(MOST_SECONDS, f"the chat template on conversation {id}"):
+            text = tokenizer.apply_chat_template(turns, **{**how, "tokenize": False}, **arguments)
+        if len(text) > MOST_TEXT:
+            raise UserError(
+                f"conversation {id} comes to {len(text):,} characters through the chat template, and at most "
+                f"{MOST_TEXT:,} are taken; shorten it, or mend the template"
+            )
+        return tokenizer.apply_chat_template(turns, **how, **arguments) if how["tokenize"] else text
+    except UserError:
+        raise
     except Exception as error:  # templates raise what they like, among it their own errors of the template engine
         raise UserError(f"the chat template refuses conversation {id}: {' '.join(str(error).split())}") from error
 

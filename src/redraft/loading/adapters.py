@@ -7,6 +7,7 @@ here, and a head that shares its table with the embedding gets a table of its ow
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from redraft.errors import UserError
-from redraft.inputs import read_json
+from redraft.inputs import read_json, within
 from redraft.loading.checkpoint import check_kinds
 from redraft.loading.places import ADAPTER_FILE, check_files, first_line, hub_cached, like_hub_id, on_hub, reason_of
+from redraft.places import at_home
 
 # Starting values that leave the base as it is. The others (pissa, olora, corda, loftq, ...) change it.
 PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -65,6 +67,7 @@ class Adapter:
 
         mapping = getattr(model, "_checkpoint_conversion_mapping", {})
         with _fitting(self.name):
+            _check_patterns(self.config, model, self.name)
             joined = peft.PeftModel.from_pretrained(model, self.place).eval()
             # Once more, for its report: PEFT itself drops what has no place, and keeps what is missing at its start.
             report = joined.load_adapter(self.place, "default", key_mapping=mapping)
@@ -116,6 +119,21 @@ def merge(model: Any, adapter: Adapter) -> tuple[Any, list[str]]:
     return model, notes
 
 
+# What the patterns of an adapter may take on all names of its base model.
+PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save", "rank_pattern", "alpha_pattern")
+PATTERN_SECONDS = 10.0
+
+
+def _check_patterns(config: Any, model: Any, adapter: str) -> None:
+    """Raise ``UserError`` for a pattern of modules that is none, or that does not come to an end on a name."""
+    values = [getattr(config, name, None) for name in PATTERNS]
+    texts = [one for value in values for one in ([value] if isinstance(value, str) else value or ())]
+    with within(PATTERN_SECONDS, f"a pattern of modules of the adapter {adapter}"):
+        for pattern in map(re.compile, filter(lambda text: isinstance(text, str), texts)):
+            for name, _ in model.named_modules():
+                pattern.fullmatch(name), pattern.search(name)
+
+
 def _written_twice(key: str, state: dict[str, Tensor]) -> bool:
     plain = key.replace(".modules_to_save.", ".")
     return key in state and plain != key and plain in state and torch.equal(state[key], state[plain])
@@ -123,7 +141,7 @@ def _written_twice(key: str, state: dict[str, Tensor]) -> bool:
 
 def _place(adapter: str) -> str:
     """The folder of the adapter, or its hub id where the hub can be reached."""
-    folder = Path(adapter).expanduser()
+    folder = at_home(adapter)
     if folder.is_dir() and not (folder / ADAPTER_FILE).is_file():
         inside = sorted(file.parent.name for file in folder.glob(f"*/{ADAPTER_FILE}"))
         hint = f"; it holds several: name one, such as {folder / inside[0]}" if inside else ""

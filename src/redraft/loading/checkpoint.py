@@ -78,6 +78,9 @@ def load_model(place: dict[str, Any], spec: str, dtype: torch.dtype) -> tuple[An
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
+    # how a call answers in Python is no part of what a model computes
+    for part in (model.config, model.config.get_text_config()):
+        part.return_dict = True
     folder = Path(place["pretrained_model_name_or_path"])
     check_names(folder if folder.is_dir() else Path(hub_cached(spec)), spec, plan.method)
     if getattr(model, "_hf_peft_config_loaded", False):

@@ -27,7 +27,7 @@ from redraft.errors import UserError
 from redraft.files import use_folder
 from redraft.inputs import require_file
 from redraft.locks import lock
-from redraft.places import cache_folder
+from redraft.places import at_home, cache_folder
 from redraft.seals import file_digest
 
 EMBEDDED_PREFIX = "embedded:"
@@ -80,7 +80,7 @@ def same_place(one: str | Path, other: str | Path) -> bool:
     """Whether two names are of one model: alike, or of the same folder."""
     if str(one) == str(other):
         return True
-    paths = [Path(str(name)).expanduser() for name in (one, other)]
+    paths = [at_home(str(name)) for name in (one, other)]
     return all(os.path.isdir(path) for path in paths) and os.path.samefile(*paths)
 
 
@@ -93,7 +93,7 @@ def folder_of(spec: str) -> Path | None:
     try:
         if spec.startswith(EMBEDDED_PREFIX):
             return Path(locate(spec)["pretrained_model_name_or_path"])
-        folder = Path(spec).expanduser()
+        folder = at_home(spec)
         return folder if folder.is_dir() else Path(hub_cached(spec)) if like_hub_id(spec) else None
     except UserError:
         return None
@@ -106,7 +106,7 @@ def locate(spec: str) -> dict[str, Any]:
     """
     if spec.startswith(EMBEDDED_PREFIX):
         return _arguments(_embedded_checkpoint(spec))
-    path = Path(spec).expanduser()
+    path = at_home(spec)
     if path.is_dir():
         if not (path / "config.json").is_file():
             only = ", which is not read; name the checkpoint it was made from" if any(path.glob("*.gguf")) else ""
@@ -149,7 +149,24 @@ def check_files(folder: Path) -> None:
             require_file(file, "mend the link or copy the file again")
     for name in SETTINGS_FILES:
         if os.path.lexists(folder / name):
-            read_json(folder / name, finite=False)
+            _check_parts(read_json(folder / name, finite=False), folder / name)
+
+
+# Of what a model's class makes one by one, before it looks at a weight: beyond it there is no model, and hours pass.
+PARTS = (
+    (re.compile(r"(?:\w+_)?(?:layers?|blocks|depth)"), 1_000),
+    (re.compile(r"(?:num|n)_(?:\w+_)?(?:labels|experts|heads)"), 100_000),
+)
+
+
+def _check_parts(settings: dict[str, Any], file: Path) -> None:
+    """Raise ``UserError`` for a config, or a part of one, that counts more layers, labels or heads than models have."""
+    for key, value in settings.items():
+        if isinstance(value, dict) and key != "quantization_config":
+            _check_parts(value, file)
+        most = next((number for form, number in PARTS if form.fullmatch(key)), None)
+        if most is not None and type(value) in (int, float) and value > most:
+            raise UserError(f"{file} has {key} {value!r:.40}, and no model has more than {most:,}; mend the config")
 
 
 def _arguments(place: str | Path) -> dict[str, Any]:
@@ -288,7 +305,7 @@ def gguf_of(spec: str) -> Path | None:
     """
     if spec.startswith(EMBEDDED_PREFIX):
         return _embedded_file(spec)
-    return next(iter(sorted(Path(spec).expanduser().glob("*.gguf"))), None) if spec else None
+    return next(iter(sorted(at_home(spec).glob("*.gguf"))), None) if spec else None
 
 
 def _unpack(gguf: Path, folder: Path) -> None:

@@ -18,6 +18,7 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
 from redraft.errors import UserError
+from redraft.inputs import HALF
 from redraft.inputs import read_yaml as read_yaml
 from redraft.registries import nearest
 
@@ -228,6 +229,16 @@ class BlockOf:
 
 
 # -- models ------------------------------------------------------------------------------------------------------------
+def _check_texts(value: Any, names_a_place: bool) -> None:
+    """Raise ``ValueError`` for a text that no file can be called and no server told; also for none where one is to
+    name a place."""
+    for text in map(str, value if isinstance(value, list | tuple) else [value]):
+        if not text and names_a_place:
+            raise ValueError("is empty; name one, or leave it out")
+        if "\0" in text or HALF.search(text):
+            raise ValueError(f"holds a character that is none of UTF-8, or a zero: {text[:100]!a}")
+
+
 class Part(BaseModel):
     """A part of a file of settings. Unknown names are mistakes; cross-checks are :meth:`conflicts`."""
 
@@ -236,6 +247,8 @@ class Part(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _as_written(cls, value: Any, info: Any) -> Any:
+        extra: Any = cls.model_fields[info.field_name].json_schema_extra
+        _check_texts(value, bool((extra or {}).get("reads")))
         return convert(value, cls.model_fields[info.field_name].annotation)
 
     @model_validator(mode="after")

@@ -18,6 +18,7 @@ from redraft.drafts.formats.meaning import Reading, TensorFacts
 from redraft.errors import UserError
 from redraft.files import settle
 from redraft.loading.places import ADAPTER_FILE, EMBEDDED_PREFIX
+from redraft.places import at_home
 from redraft.values import Values
 
 Built = TypeVar("Built")
@@ -121,7 +122,7 @@ def fetch(source: str | Path) -> Path:
     """
     if not isinstance(source, str | Path):
         raise UserError(f"{source!r} is no draft; name its folder or a model id on the hub")
-    folder = Path(os.path.expanduser(source))
+    folder = at_home(source)
     settle(folder)
     if os.path.isdir(folder):  # false for a name that no system takes, where the Path's own method raises
         return folder
