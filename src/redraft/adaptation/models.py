@@ -182,7 +182,8 @@ def split_prompts(
     if len(rest) < max(8, heldout // 4):
         raise UserError(
             f"{len(ordered)} different prompts are too few: {heldout} are held out for early stopping and {evaluation} "
-            f"for the benchmark, {len(rest)} are left to train on; give more prompts, or fewer --heldout-prompts"
+            f"for the benchmark, {len(rest)} are left to train on; give more prompts, or "
+            "smaller --heldout-prompts and --bench-prompts"
         )
     return rest, ordered[:heldout], measured
 

@@ -152,8 +152,10 @@ def look(opened: OpenDraft, target: Facts, engine: str | None) -> Static:
         found.lines = [Line(what, value_words(value), "", words.get(what, "")) for what, value in ours.items()]
         return found
     if engine not in family.readers:
-        known = ", ".join(family.readers) or "none"
-        raise UserError(f"how {engine} reads {draft.family} drafts is not known here; known are {known}")
+        known = f"known are {', '.join(family.readers)}" if family.readers else "no engine's reading of them is"
+        raise UserError(
+            f"how {engine} reads {draft.family} drafts is not known here, {known}; --prompts measures the draft instead"
+        )
     checkpoint = Checkpoint.at(opened.source)
     if checkpoint.meta:
         found.stops.append(f"the folder holds {META_FILE}, redraft's own format, which no engine loads")
