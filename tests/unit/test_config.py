@@ -90,13 +90,18 @@ def test_all_mistakes_are_told_at_once() -> None:
         "budget 'lots' is not understood",
         "unknown setting epoc (did you mean epochs?) in train",
         "train epochs must be a number, not 'many'",
-        "exports 0: unknown export format 'vlm' (did you mean vllm?)",
+        "exports: unknown export format 'vlm' (did you mean vllm?)",
         "dtype must be auto, bfloat16 or float32, not 'float16'",
     ):
         assert said in str(caught.value)
     with pytest.raises(UserError) as caught:
         AdaptConfig(target="t", draft="d", out="o", server_model="m", general_share=0.5, scorer="length")
     assert str(caught.value).count("; ") > 4 and "--general and --general-share" in str(caught.value)
+
+
+@pytest.mark.parametrize("given", ["vllm, sglang", ["vllm,sglang"], ["vllm", "sglang"]])
+def test_formats_may_stand_in_one_flag_with_commas(given: Any) -> None:
+    assert AdaptConfig(target="t", draft="d", out="o", prompts="p", exports=given).exports == ("vllm", "sglang")
 
 
 def test_values_are_taken_as_people_write_them() -> None:

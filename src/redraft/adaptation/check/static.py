@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from redraft.artifact import read_pickled
 from redraft.drafts.files import META_FILE
-from redraft.drafts.formats.base import path_warnings
+from redraft.drafts.formats.base import path_warnings, served_name
 from redraft.drafts.formats.meaning import Reading, TensorFacts, differences
 from redraft.drafts.formats.reading import Checkpoint, weight_files
 from redraft.drafts.opening import OpenDraft
@@ -132,7 +132,7 @@ def claims(opened: OpenDraft, target: Facts) -> bool:
     named = opened.meta.get("verifier") or (stated or {}).get("name")
     if not isinstance(named, str) or not named or not target.name:
         return False
-    return named == target.name or Path(named).name == Path(target.name).name
+    return named in (target.name, served_name(target)) or Path(named).name == Path(target.name).name
 
 
 # -- readings --------------------------------------------------------------------------------------------------------
