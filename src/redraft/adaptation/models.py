@@ -20,7 +20,7 @@ from redraft.data.template import kept_moment, settings_of, template_ids, use_te
 from redraft.drafts.opening import AnyDraft, OpenDraft, family_at, open_checkpoint
 from redraft.errors import UserError
 from redraft.evaluate.speed import Prompt
-from redraft.loading.places import same_place
+from redraft.loading.places import same_place, split_adapter
 from redraft.loading.targets import load_target, load_tokenizer, open_facts, open_head, read_facts
 from redraft.selection import PromptRow
 from redraft.settings.base import AUTO, TYPES
@@ -145,6 +145,11 @@ def open_draft(source: AnyDraft, target: Head, base: AnyDraft | None = None) -> 
     if not family_at(source).reads_states:
         if isinstance(source, str | Path) and same_place(source, target.name):
             raise UserError(f"{source} is the target itself; give the draft that was made for it or for its base model")
+        if isinstance(source, str | Path) and (base := split_adapter(str(source))[0]) != str(source):
+            raise UserError(
+                f"{source} is an adapter of {base}, where a draft that reads the target's states is needed; give the "
+                "draft here, and an adapter that belongs to the target with --adapter"
+            )
         raise UserError(
             f"{source} is a language model of its own, where a draft that reads the target's states is needed; "
             "align it with redraft distill --draft"
