@@ -222,6 +222,7 @@ class FeatureStore:
         """
         source = ComputedFeatures(source) if isinstance(source, Target) else source
         missing = self.missing(rows)
+        lacking = {row.key for row in missing}
         needed, free = sum(map(source.row_bytes, missing)), shutil.disk_usage(self.folder).free
         if needed * 1.05 > free:
             raise UserError(
@@ -230,8 +231,9 @@ class FeatureStore:
             )
         shard: list[RowFeatures] = []
         done, self.altered = 0, []
-        for batch in source.batches(rows, self.index.keys() - {row.key for row in missing}, batch_tokens):
-            shard += batch
+        for batch in source.batches(rows, self.index.keys() - lacking, batch_tokens):
+            # What stands beside a missing row is here already, and made anew it would be other bits.
+            shard += [found for found in batch if found.row.key in lacking]
             done += sum(len(found.row.prompt_ids) + len(found.row.response_ids) for found in batch)
             if sum(map(_size, shard)) >= SHARD_BYTES:
                 self._write(shard)

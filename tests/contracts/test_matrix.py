@@ -15,6 +15,8 @@ from safetensors import safe_open
 from redraft import registries
 from redraft.artifact import dtype_name
 from redraft.drafts.eagle.angles import OURS, Rules, angles, merged
+from redraft.drafts.eagle.kinds import wrong_kinds
+from redraft.drafts.eagle.look import Look
 from redraft.drafts.eagle1 import engines as eagle1_engines
 from redraft.drafts.eagle3 import engines as eagle3_engines
 from redraft.drafts.formats import matrix
@@ -148,6 +150,27 @@ def test_no_config_ends_in_a_traceback(tmp_path, reader, change):
     eagle3_engines.read_as(reader, config, tensors_of(tmp_path / "out"), TARGET)
     wrapped = {"speculators_model_type": "eagle3", "transformer_layer_config": config} | change
     eagle3_engines.read_as(reader, wrapped, {}, TARGET)
+
+
+@pytest.mark.parametrize("reader", ["vllm-0.33", "sglang"])
+@pytest.mark.parametrize("family", ENGINES)
+def test_a_defect_of_ours_is_no_reason_to_stop(tmp_path, monkeypatch, family, reader):
+    def fail(*_, **__):
+        raise TypeError("a defect of ours")
+
+    EXPORTERS.get("vllm" if family == "eagle1" else "plain")(matrix.made(family, {}), tmp_path / "out", TARGET)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    monkeypatch.setattr(Look, "__init__", fail)
+    with pytest.raises(TypeError, match="of ours"):
+        ENGINES[family].read_as(reader, config, {}, TARGET)
+    (stop,) = ENGINES[family].read_as(reader, config | {"hidden_size": "wide"}, {}, TARGET).stops
+    assert stop == "config.json has a value of the wrong kind: hidden_size 'wide'"
+
+
+def test_null_among_rotary_settings_is_a_value_and_elsewhere_is_absent():
+    assert not list(wrong_kinds({"head_dim": None, "rope_scaling": None, "eagle_config": {"layer_ids": None}}))
+    told = {"rope_scaling": {"factor": None}, "transformer_layer_config": {"num_attention_heads": 0}}
+    assert list(wrong_kinds(told)) == ["rope_scaling.factor None", "transformer_layer_config.num_attention_heads 0"]
 
 
 def test_an_unknown_reader_is_told():

@@ -1,4 +1,4 @@
-"""Standalone drafts in the commands that take a draft: opening, measuring, gamma=auto, probe, merge, export."""
+"""Standalone drafts in the commands that take a draft: opening, measuring, the shape auto, probe, merge, export."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_the_probe_counts_what_decoding_counts(target, half):
     assert result.verdict == "healthy" and result.speedup_now == pytest.approx(found["value"] / result.round_cost)
 
 
-# -- gamma=auto --------------------------------------------------------------------------------------------------------
+# -- the shape auto ----------------------------------------------------------------------------------------------------
 def test_one_pass_gives_the_acceptance_of_every_chain(target, half):
     with torch.inference_mode(), greedy_answers(target, half.taps, PROMPTS, 24) as (rows, store):
         runs = [found for _, found in half.eval().walk(target).runs(rows, store, 4)]

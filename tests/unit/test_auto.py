@@ -1,4 +1,4 @@
-"""gamma=auto: exact acceptance of every chain from one pass, measured costs, and a choice that is explained."""
+"""the shape auto: exact acceptance of every chain from one pass, measured costs, and a choice that is explained."""
 
 from __future__ import annotations
 

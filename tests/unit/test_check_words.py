@@ -14,6 +14,7 @@ import redraft as api
 from redraft.adaptation.check import static
 from redraft.adaptation.check.rounds import Round, Rounds
 from redraft.adaptation.check.verdict import Reference, poorer
+from redraft.adaptation.models import open_draft
 from redraft.drafts.formats.base import exported_as
 from redraft.drafts.opening import open_checkpoint
 from redraft.errors import UserError
@@ -112,6 +113,8 @@ def test_an_adapter_of_the_target_is_no_draft(tmp_path: Path, target: Any) -> No
     own = adapter_of(RIG.PAIR / "target", tmp_path / "own")
     with pytest.raises(UserError, match="is an adapter of the target itself.*--adapter"):
         open_checkpoint(own, target)
+    with pytest.raises(UserError, match="own is an adapter of .*target, where a draft that reads.*--adapter"):
+        open_draft(own, target)
     other = adapter_of(RIG.PAIR / "base", tmp_path / "other")
     with pytest.raises(UserError, match="a model of the target's own size"):
         open_checkpoint(other, target)

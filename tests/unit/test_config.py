@@ -6,7 +6,8 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import peft
 import pytest
@@ -18,6 +19,7 @@ from redraft.cli import main
 from redraft.cli.commands import COMMANDS
 from redraft.cli.generate import PANEL_OF, template
 from redraft.cli.plans import check_places, told
+from redraft.drafts.formats.base import served_name
 from redraft.errors import UserError
 from redraft.loading import load_target
 from redraft.settings.base import Settings, convert, read, read_yaml
@@ -25,6 +27,7 @@ from redraft.settings.runs import AdaptConfig, DistillConfig
 from redraft.settings.steps import RegenerateSettings, TrainSettings
 from redraft.settings.studies import StudySettings, parse_study
 from redraft.settings.training import TrainConfig
+from redraft.target import Facts
 
 RUN = Path(__file__).parents[1] / "artifacts" / "run"
 KINDS = {kind.COMMAND: kind for kind in COMMANDS}
@@ -90,13 +93,18 @@ def test_all_mistakes_are_told_at_once() -> None:
         "budget 'lots' is not understood",
         "unknown setting epoc (did you mean epochs?) in train",
         "train epochs must be a number, not 'many'",
-        "exports 0: unknown export format 'vlm' (did you mean vllm?)",
+        "exports: unknown export format 'vlm' (did you mean vllm?)",
         "dtype must be auto, bfloat16 or float32, not 'float16'",
     ):
         assert said in str(caught.value)
     with pytest.raises(UserError) as caught:
         AdaptConfig(target="t", draft="d", out="o", server_model="m", general_share=0.5, scorer="length")
     assert str(caught.value).count("; ") > 4 and "--general and --general-share" in str(caught.value)
+
+
+@pytest.mark.parametrize("given", ["vllm, sglang", ["vllm,sglang"], ["vllm", "sglang"]])
+def test_formats_may_stand_in_one_flag_with_commas(given: Any) -> None:
+    assert AdaptConfig(target="t", draft="d", out="o", prompts="p", exports=given).exports == ("vllm", "sglang")
 
 
 def test_values_are_taken_as_people_write_them() -> None:
@@ -253,6 +261,16 @@ def test_serve_lines_name_the_merged_target(place: Path) -> None:
     assert served("vllm serve adapter --x", "adapter") == "vllm serve merged-target --x"
     assert served("vllm serve target", "target") == "vllm serve target"
     assert served("vllm serve 'target + adapter' --x", "target", "adapter") == "vllm serve merged-target --x"
+    for name, said in {"target": "target", "adapter": "merged-target", "target + adapter": "merged-target"}.items():
+        assert served_name(cast(Facts, SimpleNamespace(name=name))) == said
+
+
+@pytest.mark.parametrize("command", ["check", "adapt", "config", ""])
+def test_help_names_no_type_beside_flags_without_a_value(redraft: Any, command: str) -> None:
+    code, said, _ = redraft(f"{command} --help")
+    assert code == 0 and "--help" in said and "bool" not in said.lower()
+    if command == "check":
+        assert "[OPTIONS] DRAFT" in said, "nothing is checked without one"
 
 
 def test_resolved_blocks_are_those_of_the_run() -> None:

@@ -246,3 +246,14 @@ def test_features_that_are_made_anew_otherwise_are_told(answered, tmp_path):
     again = FeatureStore(tmp_path, {})
     again.build(target, rows)
     assert not again.altered
+
+
+def test_what_is_kept_already_stays_when_a_row_beside_it_is_computed(answered, tmp_path):
+    target, found = answered
+    marked = [each._replace(hidden=each.hidden + 1) for each in kept_rows(found)]
+    own, more = [each.row for each in marked], [replace(each.row, id=f"general-{each.row.id}") for each in marked]
+    store = FeatureStore(tmp_path, {})
+    store.put(marked)
+    assert store.build(target, [*own, *more]) > 0
+    assert not store.altered and not store.missing([*own, *more])
+    assert all(torch.equal(store.get(row)[1], hidden) for row, _, hidden in marked)

@@ -95,7 +95,12 @@ class AdaptRun(Run[AdaptConfig]):
     @cached_property
     def aligned(self) -> Draft:
         """The trained draft as it is on disk, in float32."""
-        return open_draft(self.folder / "merged", self.parts.shown).draft
+        return self.saved.draft
+
+    @cached_property
+    def saved(self) -> OpenDraft:
+        """What training left in ``merged``."""
+        return open_draft(self.folder / "merged", self.parts.shown)
 
     @cached_property
     def source(self) -> Source:
@@ -212,6 +217,10 @@ class AdaptRun(Run[AdaptConfig]):
         rows = self.training_rows()
         job.start(lambda: self.start_context(rows))
         job.prepare()
+        if c.general:  # together with answers whose features were kept on the way these would be computed again
+            own = {row.key for row in self.responses()}
+            with self.workers.first():
+                job.features("features general", [row for row in rows if row.key not in own])
         heldout = supervised_rows(self.source.heldout)
         result = job.train(rows, heldout) if job.trained else None
         if not self.workers.writes:
@@ -241,13 +250,17 @@ class AdaptRun(Run[AdaptConfig]):
         return StartContext(target, base, rows, supervised_rows(Path(c.general)) if c.general else [], c.gamma, c.seed)
 
     def bench(self) -> dict[str, Any]:
-        """Plain decoding, the stale and the aligned draft on the evaluation prompts."""
+        """Plain decoding, the stale and the aligned draft on the evaluation prompts; one that was kept is both."""
         c, done = self.config, self.finished("bench.json", BENCH_SCHEMA)
         if done is not None:
             read_bench(self.folder / "bench.json")
             return done
         prompts, began = self.source.evaluation(c.bench_tokens), time.monotonic()
-        drafts = {"stale": self.stale.draft, "aligned": self.aligned}
+        drafts = {"stale": self.stale.draft}
+        if self.saved.meta.get("guard", {}).get("kept") == "old":
+            self.say("bench: the old draft was kept, so it is the only one to be measured")
+        else:
+            drafts["aligned"] = self.aligned
         with self.log.stage("bench") as entry:
             result = measure(
                 contestants(self.target, self.asked_dtype, self.open_target),

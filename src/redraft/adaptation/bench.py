@@ -70,7 +70,7 @@ def bench_files(
         # A dynamic tree's tokens are no draws from the draft, so sampled drafts choose among chains; and so does a
         # target whose text is not its own under a tree's mask.
         trees = None if (s.sampler.greedy or s.greedy_drafts) and target.paths.masked else ()
-        with progress_bar("gamma=auto", None, "shapes"):
+        with progress_bar("shape auto", None, "shapes"):
             pick = auto_shape(target, last, prompts, s.sampler, trees=trees, greedy_drafts=s.greedy_drafts, seed=s.seed)
         shape, picked = pick.shape or ChainShape(1), f"for {name}: {pick.sentence}"
     if s.static:

@@ -8,15 +8,13 @@ from pathlib import Path
 
 import torch
 
-from redraft.drafts.formats.base import exported_as
+from redraft.drafts.formats.base import MERGED, exported_as
 from redraft.errors import UserError
 from redraft.files import atomic_folder
 from redraft.loading import config_at, load_target, locate, quiet
 from redraft.loading.merged import merged_bytes, write_merged
 from redraft.loading.places import CACHE_FILES, split_adapter
 from redraft.loading.targets import plain_target
-
-MERGED = "merged-target"
 
 
 def merge_target_folder(target: str, adapter: str | None, out: Path) -> Path:

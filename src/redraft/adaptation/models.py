@@ -22,7 +22,7 @@ from redraft.drafts.opening import AnyDraft, OpenDraft, family_at, open_checkpoi
 from redraft.errors import UserError
 from redraft.evaluate.speed import Prompt
 from redraft.features import FeatureProducer
-from redraft.loading.places import same_place
+from redraft.loading.places import same_place, split_adapter
 from redraft.loading.targets import (
     Plain,
     load_target,
@@ -249,6 +249,11 @@ def open_draft(source: AnyDraft, target: Facts, base: AnyDraft | None = None) ->
     if not family_at(source).reads_states:
         if isinstance(source, str | Path) and same_place(source, target.name):
             raise UserError(f"{source} is the target itself; give the draft that was made for it or for its base model")
+        if isinstance(source, str | Path) and (base := split_adapter(str(source))[0]) != str(source):
+            raise UserError(
+                f"{source} is an adapter of {base}, where a draft that reads the target's states is needed; give the "
+                "draft here, and an adapter that belongs to the target with --adapter"
+            )
         raise UserError(
             f"{source} is a language model of its own, where a draft that reads the target's states is needed; "
             "align it with redraft distill --draft"
@@ -286,7 +291,8 @@ def split_prompts(
     if len(rest) < max(8, heldout // 4):
         raise UserError(
             f"{len(ordered)} different prompts are too few: {heldout} are held out for early stopping and {evaluation} "
-            f"for the benchmark, {len(rest)} are left to train on; give more prompts, or fewer --heldout-prompts"
+            f"for the benchmark, {len(rest)} are left to train on; give more prompts, or "
+            "smaller --heldout-prompts and --bench-prompts"
         )
     return rest, ordered[:heldout], measured
 

@@ -150,7 +150,10 @@ def choose_vocabulary(rows: Sequence[Row], size: int, vocab_size: int) -> tuple[
     Raises ``UserError`` when the target has fewer tokens.
     """
     if not 0 < size <= vocab_size:
-        raise UserError(f"a draft vocabulary of {size} does not fit a target of {vocab_size} tokens")
+        raise UserError(
+            f"a draft vocabulary of {size} does not fit a target of {vocab_size} tokens; give a --vocabulary of "
+            f"1 to {vocab_size}"
+        )
     counts = torch.bincount(torch.tensor([id for row in rows for id in row.response_ids]), minlength=vocab_size)
     ordered = sorted(range(vocab_size), key=lambda i: (-int(counts[i]), i))[:size]
     covered = float(counts[ordered].sum() / counts.sum().clamp(min=1))

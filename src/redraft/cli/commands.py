@@ -12,7 +12,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 import redraft
-from redraft.cli.generate import add_command, template
+from redraft.cli.generate import Command, add_command, template
 from redraft.errors import UserError
 from redraft.settings import steps
 from redraft.settings.base import Settings, known_name
@@ -38,9 +38,11 @@ def register(app: typer.Typer) -> None:
     for kind, (call, examples) in COMMANDS.items():
         add_command(app, kind, call, examples)
 
-    @app.command(name="config", epilog="[bold]Examples[/bold]\n\n[cyan]redraft config adapt[/cyan]")
+    @app.command(name="config", cls=Command, epilog="[bold]Examples[/bold]\n\n[cyan]redraft config adapt[/cyan]")
     def config(
-        command: Annotated[str, typer.Argument(help="The command whose settings are printed.")] = "adapt",
+        command: Annotated[
+            str, typer.Argument(metavar="COMMAND", help="The command whose settings are printed.")
+        ] = "adapt",
     ) -> None:
         """Print all settings of a command as a commented YAML file, at their defaults."""
         kinds = {kind.COMMAND: kind for kind in COMMANDS}

@@ -52,6 +52,7 @@ PANELS = {
 }
 PANEL_OF = {name: panel for panel, names in PANELS.items() for name in names.split()}
 DRY_RUN = ("adapt", "distill", "regenerate", "study", "train")
+REQUIRED = " Required."
 METAVARS = {int: "INTEGER", float: "FLOAT", str: "TEXT", Path: "PATH", dict: "NAME=VALUE"}
 
 
@@ -62,7 +63,14 @@ class Command(TyperCommand):
         for parameter in self.params:
             if text := getattr(parameter, "help", None):
                 parameter.help = filled_in(text)  # type: ignore[attr-defined]
+        without_types(self, ctx)
         super().format_help(ctx, formatter)
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """The words of the usage line; what is required has no brackets, although a file of settings may say it."""
+        words = {f"[{one.metavar}]" for one in self.params if is_required_word(one)}  # type: ignore[attr-defined]
+        pieces = super().collect_usage_pieces(ctx)
+        return [one.replace("[", "").replace("]", "") if one.removesuffix("...") in words else one for one in pieces]
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Say what stands without a flag, to whoever gives it with the one that other commands have for it."""
@@ -100,6 +108,10 @@ class Application(TyperGroup):
     def make_context(self, *args: Any, **more: Any) -> Any:
         with _told():
             return super().make_context(*args, **more)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        without_types(self, ctx)
+        super().format_help(ctx, formatter)
 
     def invoke(self, ctx: Any) -> Any:
         with _told():
@@ -181,6 +193,18 @@ def pairs(given: list[str]) -> dict[str, str]:
     return found
 
 
+def without_types(command: Any, ctx: Any) -> None:
+    """Let help name no type beside flags that take no value (newer typers write ``<bool>`` there)."""
+    for option in command.get_params(ctx):
+        if getattr(option, "is_flag", False):
+            option.metavar = ""
+
+
+def is_required_word(parameter: Any) -> bool:
+    """Whether it is an argument that a command cannot do without."""
+    return parameter.param_type_name == "argument" and str(parameter.help or "").endswith(REQUIRED)
+
+
 def filled_in(text: str) -> str:
     """A help text with the registries' names in it."""
     for place, names in CHOICES.items():
@@ -208,7 +232,7 @@ def _parameters(kind: type[Settings]) -> Iterator[tuple[str, Any]]:
         hint: Any = list[str] | None if several else str | None
         about: dict[str, Any] = {"help": sentence(field), "show_default": shown_default(field)}
         if extra["argument"]:
-            word = "RESULT..." if several else "DRAFT" if extra["reads"] == "model" else "FILE"
+            word = "RESULT" if several else "DRAFT" if extra["reads"] == "model" else "FILE"
             yield name, Annotated[hint, typer.Argument(metavar=word, **about)]
             continue
         about["rich_help_panel"], flag = PANEL_OF[name], extra["flag"] or f"--{name.replace('_', '-')}"
@@ -223,7 +247,7 @@ def _parameters(kind: type[Settings]) -> Iterator[tuple[str, Any]]:
 def sentence(field: Any) -> str:
     """The help of a setting as a sentence."""
     text = field.description.rstrip(".")
-    return f"{text[:1].upper()}{text[1:]}.{' Required.' if field.is_required() else ''}"
+    return f"{text[:1].upper()}{text[1:]}.{REQUIRED if field.is_required() else ''}"
 
 
 def shown_default(field: Any) -> str | bool:

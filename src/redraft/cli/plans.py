@@ -22,6 +22,8 @@ from redraft.settings.texts import self_prompts
 MOST_BYTES = 100 * 2**20
 # Settings that the first line tells even where they are left to their defaults.
 TOLD = "method budget scorer temperature temperatures gamma shape limit max_new_tokens out".split()
+# What says which prompts are asked, and the settings that only then have a meaning.
+ASKED, OF_ANSWERS = ("prompts", "suite", "responses", "prompt"), ("limit", "max_new_tokens")
 
 
 # -- the first line ----------------------------------------------------------------------------------------------------
@@ -38,9 +40,11 @@ def announce(settings: Settings) -> None:
 def told(settings: Any) -> Iterator[str]:
     """What was asked for, with counts: what a command cannot do without, what was given, and what matters most."""
     fields = type(settings).model_fields
+    asks = any(getattr(settings, name, None) for name in ASKED)
     for name in sorted(fields, key=lambda name: not fields[name].is_required()):
         value = getattr(settings, name)
-        if (name in settings.model_fields_set or name in TOLD) and value not in (None, (), {}) and value is not False:
+        default = name in TOLD and (asks or name not in OF_ANSWERS)
+        if (name in settings.model_fields_set or default) and value not in (None, (), {}) and value is not False:
             number = counted(str(value)) if name in ("prompts", "responses") else None
             parts = [f"{key}={one}" for key, one in value.items()] if isinstance(value, dict) else value
             text = ", ".join(map(str, parts)) if isinstance(parts, tuple | list) else str(parts)

@@ -1,4 +1,4 @@
-"""The decoder of a shape, and gamma=auto: the shape that decodes fastest here, by measured costs and acceptance.
+"""The decoder of a shape, and the shape ``auto``: the one that decodes fastest here, by measured costs and acceptance.
 
 A shape's speed-up is tau * plain / round: tokens a round, times the seconds of a plain decoding step, over the
 seconds of a round. Costs are timed on the decoders' own rounds, so that everything a round does is in them. tau of
@@ -232,7 +232,7 @@ def pick_shape(
     Raises ``UserError`` without prompts, or when answers are too short to measure.
     """
     if not prompts:
-        raise UserError("gamma=auto needs prompts to measure on; give at least one")
+        raise UserError("the shape auto needs prompts to measure on; give at least one")
     timed = sorted({gamma for gamma in TIMED_CHAINS if gamma < longest} | {longest})
     greedy = sampler is None or sampler.greedy
     if trees is None:

@@ -329,6 +329,8 @@ def parse(model: type[Model], data: Any, where: str) -> Model:
 
 def read_bench(path: Path) -> BenchResult:
     """A benchmark result. Raises ``UserError`` for an unreadable file, another schema or a missing field."""
+    if (inside := Path(path) / "bench.json").is_file():
+        raise UserError(f"{path} is a run directory; its benchmark is {inside}")
     data = read_json(path, finite=False)
     schema = data.get("schema")
     if schema != BENCH_SCHEMA:

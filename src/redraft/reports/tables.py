@@ -159,7 +159,7 @@ class Benchmark(Shown):
             parts.append(acceptance_table(self.figures))
         parts += filter(None, [task_table(self.figures)])
         if picked := self.figures["setup"].get("picked"):
-            parts.append(lines(f"gamma=auto: {picked}"))
+            parts.append(lines(f"shape auto: {picked}"))
         return Group(*parts)
 
 

@@ -163,6 +163,8 @@ def _sentence(one: Any, known: list[str], block: str) -> str:
     parts = [*filter(None, [block]), *map(str, one["loc"])]
     place = parts[0].replace("_", "-") if len(parts) == 1 else " ".join(parts)
     if kind == "said":
+        # Which one of a list it is its own words tell.
+        place = " ".join(part for part in parts if not part.isdecimal()).replace("_", "-")
         return f"{place}: {context['text']}" if len(one["loc"]) > 1 else str(context["text"])
     if kind in UNKNOWN:
         *outer, name = place.split(" ")

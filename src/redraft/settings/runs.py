@@ -63,7 +63,7 @@ class AnsweredRun(Answered):
     responses: str | None = setting(None, "log of served responses, as text or ids, instead of --prompts", reads="file")
     temperatures: tuple[float, ...] = setting((0.0,), "sampling temperature of the answers; repeatable")
     heldout_prompts: int = setting(24, "prompts kept back for early stopping", gt=0)
-    exports: tuple[texts.FormatName, ...] = setting((), "format to export: {formats}; repeatable")
+    exports: texts.FormatNames = setting((), "format to export, several with commas: {formats}; repeatable")
 
     def conflicts(self) -> Iterator[str]:
         yield from super().conflicts()
@@ -128,7 +128,7 @@ class AdaptConfig(Adapting, AnsweredRun):
     )
     bench_prompts: int = setting(24, "prompts of the final benchmark; 0 for none", ge=0)
     bench_tokens: int = setting(128, "longest response in the benchmark, in tokens", gt=1)
-    exports: tuple[texts.FormatName, ...] = setting(("vllm",), "format to export: {formats}; repeatable")
+    exports: texts.FormatNames = setting(("vllm",), "format to export, several with commas: {formats}; repeatable")
     train: training.TrainBlock = setting({}, "training setting that differs from the method's, as epochs=4; repeatable")
 
     @property
@@ -225,7 +225,7 @@ class DistillConfig(AnsweredRun):
     store_states: bool = setting(True, "keep the target's states on disk over the epochs")
     align: training.AlignBlock = setting({}, "alignment setting, such as epochs=4; repeatable")
     gamma: int = setting(3, "drafted tokens a round", gt=0)
-    exports: tuple[texts.FormatName, ...] = setting(("hf",), "format to export: {formats}; repeatable")
+    exports: texts.FormatNames = setting(("hf",), "format to export, several with commas: {formats}; repeatable")
     # what a source of responses asks for and distillation has no use for
     eval_prompts: ClassVar[None] = None
     bench_prompts: ClassVar[int] = 0

@@ -297,6 +297,18 @@ def _rows(value: Any) -> Any:
     return str(value) if type(value) is int else value  # a number of rows, as YAML reads it
 
 
+def _apart(value: Any) -> Any:
+    """Names that stand in one flag with commas between them, as several."""
+    given = [value] if isinstance(value, str) else value
+    if not isinstance(given, list | tuple):
+        return value
+    return [part.strip() if isinstance(part, str) else part for one in given for part in _parts(one)]
+
+
+def _parts(value: Any) -> list[Any]:
+    return value.split(",") if isinstance(value, str) else [value]
+
+
 def _suite(text: str) -> None:
     known_name("suite", text.partition("=")[0].partition(":")[0].strip(), SUITES.names())
 
@@ -307,6 +319,7 @@ ScorerName = Annotated[str, check(check_scorer)]
 BudgetText = Annotated[str, BeforeValidator(_rows), check(parse_budget)]
 Address = Annotated[str, check(check_address)]
 FormatName = Annotated[str, one_of("export format", EXPORTERS.names)]
+FormatNames = Annotated[tuple[FormatName, ...], BeforeValidator(_apart)]
 # Who reads checkpoints of drafts in ways that are known here; a family says for which of them (Family.readers).
 ENGINES = ("vllm-0.32", "vllm-0.33", "sglang", "speculators", "specforge", "modelopt", "tensorrt-llm", "llama.cpp")
 EngineName = Annotated[str, one_of("engine", lambda: ENGINES)]

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from redraft.artifact import read_pickled
 from redraft.drafts.files import META_FILE
-from redraft.drafts.formats.base import path_warnings
+from redraft.drafts.formats.base import path_warnings, served_name
 from redraft.drafts.formats.meaning import Reading, TensorFacts, differences
 from redraft.drafts.formats.reading import Checkpoint, weight_files
 from redraft.drafts.opening import OpenDraft
@@ -132,7 +132,7 @@ def claims(opened: OpenDraft, target: Facts) -> bool:
     named = opened.meta.get("verifier") or (stated or {}).get("name")
     if not isinstance(named, str) or not named or not target.name:
         return False
-    return named == target.name or Path(named).name == Path(target.name).name
+    return named in (target.name, served_name(target)) or Path(named).name == Path(target.name).name
 
 
 # -- readings --------------------------------------------------------------------------------------------------------
@@ -152,8 +152,10 @@ def look(opened: OpenDraft, target: Facts, engine: str | None) -> Static:
         found.lines = [Line(what, value_words(value), "", words.get(what, "")) for what, value in ours.items()]
         return found
     if engine not in family.readers:
-        known = ", ".join(family.readers) or "none"
-        raise UserError(f"how {engine} reads {draft.family} drafts is not known here; known are {known}")
+        known = f"known are {', '.join(family.readers)}" if family.readers else "no engine's reading of them is"
+        raise UserError(
+            f"how {engine} reads {draft.family} drafts is not known here, {known}; --prompts measures the draft instead"
+        )
     checkpoint = Checkpoint.at(opened.source)
     if checkpoint.meta:
         found.stops.append(f"the folder holds {META_FILE}, redraft's own format, which no engine loads")

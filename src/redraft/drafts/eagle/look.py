@@ -110,6 +110,8 @@ class Look:
                 self.reading.take(what, value, "read", f"{self.place}: {key}")
             elif key == "num_key_value_heads" and usual and kind == "llama":
                 self.reading.take(what, self.meaning["num_attention_heads"], "derived", "num_attention_heads")
+            elif key == "head_dim" and self.reading.stops:
+                continue  # a size that it follows from is not there, which is told
             elif key == "head_dim" and (usual.get(key) is None or kind == "llama"):
                 width = int(self.meaning["hidden_size"]) // int(self.meaning["num_attention_heads"])
                 self.reading.take(what, width, "derived", "hidden_size / num_attention_heads")

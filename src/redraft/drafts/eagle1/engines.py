@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from redraft.drafts.eagle.kinds import guarded
 from redraft.drafts.eagle.look import Look, layer_meaning, layer_tensors
 from redraft.drafts.eagle3.engines.sglang import RULES as SGLANG_RULES
 from redraft.drafts.eagle3.engines.vllm import RULES as VLLM_RULES
@@ -31,10 +32,11 @@ def read_as(engine: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor
     """
     if engine not in READERS:
         raise UserError(f"no reader {engine!r} of Eagle1 drafts is known; there are {', '.join(READERS)}")
-    try:
+
+    def read() -> Reading:
         return _sglang(config, tensors, target) if engine == "sglang" else _vllm(engine, config, tensors, target)
-    except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError, OverflowError) as error:
-        return Reading(engine, stops=[f"config.json has a value of the wrong kind: {error}"])
+
+    return guarded(engine, config, read)
 
 
 def _vllm(engine: str, config: Mapping[str, Any], tensors: Mapping[str, TensorFacts], target: Facts) -> Reading:

@@ -32,7 +32,7 @@ from redraft.drafts.eagle.writing import (
 from redraft.drafts.eagle3.engines import meaning_of, read_as
 from redraft.drafts.eagle3.maps import check_vocabulary_map
 from redraft.drafts.eagle3.reading import check_taps
-from redraft.drafts.formats.base import serve_command
+from redraft.drafts.formats.base import serve_command, served_name
 from redraft.drafts.formats.embeddings import table_of
 from redraft.drafts.formats.meaning import Difference, Reading, TensorFacts
 from redraft.errors import UserError
@@ -169,9 +169,10 @@ class SpeculatorsWriter(Eagle3Writer):
                 "the folder of the whole target (redraft merge-target writes that of an adapter) to ship one"
             )
             return dense, [*notes, note]
-        kind = dense.dtype
-        if all(torch.equal(rows.to(kind).to(rows.dtype), rows) for rows in in_rows(table)):
-            table = Table(kind, table.shape, partial(_as_type, table, kind))
+        for kind in (dense.dtype, torch.float16):
+            if all(torch.equal(rows.to(kind).to(rows.dtype), rows) for rows in in_rows(table)):
+                table = Table(kind, table.shape, partial(_as_type, table, kind))
+                break
         return dense.with_extra({EMBEDDING: table}), notes
 
     def told(self, difference: Difference, dense: Dense) -> bool:
@@ -185,7 +186,10 @@ class SpeculatorsWriter(Eagle3Writer):
         config = dense.config
         rope, dtype = dict(config.rope_parameters), dtype_name(dense.dtype)
         proposal = {"proposal_type": "greedy", "speculative_tokens": tokens}
-        verifier = {"name_or_path": target.name, "architectures": list(target.architectures or ("LlamaForCausalLM",))}
+        verifier = {
+            "name_or_path": served_name(target),
+            "architectures": list(target.architectures or ("LlamaForCausalLM",)),
+        }
         own = options(config)
         layer = layer_config(config) | {"num_aux_hidden_states": own.pop("num_aux_hidden_states")}
         layer |= one_bias(config)

@@ -20,10 +20,13 @@ from safetensors import SafetensorError, safe_open
 
 from redraft.artifact import read_json
 from redraft.errors import UserError
+from redraft.loading.places import split_name
 from redraft.registries import EXPORTERS, FAMILIES
 from redraft.shown import Shown, lines
 from redraft.target import Facts
 
+# The folder that an adapter's target is told to be merged into.
+MERGED = "merged-target"
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 
@@ -196,6 +199,12 @@ def path_warnings(folder: Path) -> list[str]:
     if not found:
         return []
     return [f"vLLM reads a method out of the {', '.join(found)} in this path; give the method or rename the folder"]
+
+
+def served_name(target: Facts) -> str:
+    """What an engine is told to serve: the target's name, and where that is an adapter the folder that it is merged
+    into (`redraft merge-target`), since the base's name would be another model and an adapter is none by itself."""
+    return target.name if not target.name or split_name(target.name)[1] is None else MERGED
 
 
 def serve_command(folder: Path, target: Facts, tokens: int, method: str, engine: str = "vllm") -> str:

@@ -66,6 +66,12 @@ LEGACY = (
 )
 
 
+FROM_GGUF = (
+    "a GGUF file is for llama.cpp and is not read back: name the checkpoint that it was made from (of an export of "
+    "redraft the draft that was exported, as a run's merged folder)"
+)
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """Where a draft lies, and what its JSON files say before any weight is read.
@@ -94,7 +100,7 @@ class Checkpoint:
             return cls(str(source), folder, meta=meta)
         if not (folder / CONFIG_FILE).is_file():
             gguf = any(folder.glob("*.gguf"))
-            mend = "name the checkpoint that its GGUF file was made from" if gguf else "name the folder of a draft"
+            mend = FROM_GGUF if gguf else "name the folder of a draft"
             raise UserError(f"{folder} holds no draft: no {CONFIG_FILE} and no {META_FILE}; {mend}")
         config = read_json(folder / CONFIG_FILE, finite=False)
         if not config:
@@ -127,7 +133,8 @@ def fetch(source: str | Path) -> Path:
     if os.path.isdir(folder):  # false for a name that no system takes, where the Path's own method raises
         return folder
     if os.path.exists(folder):
-        raise UserError(f"{source} is a file; name the folder of the checkpoint")
+        mend = FROM_GGUF if folder.suffix == ".gguf" else "name the folder of the checkpoint"
+        raise UserError(f"{source} is a file; {mend}")
     _private_of_run(folder)
     if not HUB_ID.fullmatch(str(source)):
         raise UserError(f"{source} does not exist; name the folder of a draft checkpoint or a model id on the hub")

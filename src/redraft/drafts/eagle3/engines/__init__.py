@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+from redraft.drafts.eagle.kinds import guarded
 from redraft.drafts.eagle3.engines import llamacpp, packages, sglang, tensorrt, vllm
 from redraft.drafts.eagle3.engines.common import meaning_of as meaning_of
 from redraft.drafts.formats.meaning import Reading, TensorFacts
@@ -39,7 +40,4 @@ def read_as(engine: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor
     """
     if engine not in READERS:
         raise UserError(f"no reader {engine!r} is known; there are {', '.join(READERS)}")
-    try:
-        return READERS[engine](config, tensors, target)
-    except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError, OverflowError) as error:
-        return Reading(engine, stops=[f"config.json has a value of the wrong kind: {error}"])
+    return guarded(engine, config, lambda: READERS[engine](config, tensors, target))
