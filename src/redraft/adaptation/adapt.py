@@ -92,7 +92,7 @@ class AdaptRun(Run[AdaptConfig]):
 
     # -- stages ------------------------------------------------------------------------------------------------
     def _run(self) -> dict[str, Any]:
-        """All stages; returns the benchmark's result."""
+        """All stages; returns the benchmark's result, nothing where none is asked for."""
         self.check()
         if self.config.select_on == "prompts":
             self.source.chosen = frozenset(self.select().selected_keys)
@@ -101,9 +101,10 @@ class AdaptRun(Run[AdaptConfig]):
             self.select()
         self.train()
         self.export()
-        result = self.bench()
+        result = self.bench() if self.config.bench_prompts else {}
         self.cards()
-        self.report()
+        if result:
+            self.report()
         return result
 
     def check(self) -> None:

@@ -66,8 +66,8 @@ def adapt(
         folder / "merged",
         folder / "private" if (folder / "private").is_dir() else None,
         {name: folder / f"export-{name}" for name in parsed.exports},
-        folder / "report.html",
-        Benchmark(folder / "bench.json", figures),
+        folder / "report.html" if figures else None,
+        Benchmark(folder / "bench.json", figures) if figures else None,
         run.ledger.to_dict(),
     )
 

@@ -168,19 +168,21 @@ class Adapted(Shown):
     """A finished run in ``folder``: the ``draft`` (merged, in redraft's format), ``exports`` by format, the ``page``.
 
     ``private`` holds only what was trained; None where that is every weight. ``ledger`` is what each stage cost.
+    Without benchmark prompts there are neither ``benchmark`` nor ``page``.
     """
 
     folder: Path
     draft: Path
     private: Path | None
     exports: dict[str, Path]
-    page: Path
-    benchmark: Benchmark
+    page: Path | None
+    benchmark: Benchmark | None
     ledger: dict[str, Any] = field(repr=False)
 
     def __rich__(self) -> Group:
-        where = lines(f"draft: {self.draft}; page: {self.page}")
-        return Group(*self.benchmark.__rich__().renderables, ledger_table(self.ledger), where)
+        where = lines(f"draft: {self.draft}" + (f"; page: {self.page}" if self.page else ""))
+        measured = self.benchmark.__rich__().renderables if self.benchmark else ()
+        return Group(*measured, ledger_table(self.ledger), where)
 
 
 @dataclass(frozen=True)

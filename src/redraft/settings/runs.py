@@ -123,7 +123,7 @@ class AdaptConfig(Adapting, AnsweredRun):
     )
     general: str | None = setting(None, "general responses, mixed in for the speed on other text", reads="file")
     general_share: float = setting(0.0, "their share of all response tokens", ge=0, lt=1)
-    bench_prompts: int = setting(24, "prompts of the final benchmark", gt=0)
+    bench_prompts: int = setting(24, "prompts of the final benchmark; 0 leaves it out, and the page", ge=0)
     bench_tokens: int = setting(128, "longest response in the benchmark, in tokens", gt=1)
     exports: tuple[texts.FormatName, ...] = setting(("vllm",), "format to export: {formats}; repeatable")
     train: training.TrainBlock = setting({}, "training setting that differs from the method's, as epochs=4; repeatable")
