@@ -114,14 +114,15 @@ STEPS: dict[str, tuple[bool, str]] = {
     "distill --server, teacher tokens": (
         False,
         "redraft.adaptation.distill.DistillRun(DistillConfig(**{k: v for k, v in run.items() if k not in ('draft', "
-        "'bench_prompts', 'bench_tokens')}, teacher='tokens', loss='kl', embeddings='random', layers=1, size=0.02, "
-        "text=[prompts], pretrain={'tokens': 512, 'length': 32, 'batch_blocks': 2}, exports=())).responses()",
+        "'bench_prompts', 'bench_tokens')}, teacher='tokens', loss='kl', embeddings='random', text=[prompts], exports=()))"
+        ".responses()",
     ),
     "bench --server": (
         False,
         "redraft.bench(spec, None, Path(out) / 'b.json', prompts=prompts, servers={'one': url}, limit=4, "
         "server_model='tiny', max_new_tokens=8)",
     ),
+    "the draft by itself": (False, "redraft.adaptation.models.open_any(draft, read_facts(target))"),
     "check of a file": (False, "redraft.check(draft, spec)"),
     "import": (False, "redraft.import_draft(draft, Path(out) / 'd', target=spec)"),
     "export vllm": (False, "redraft.export(draft, spec, 'vllm', Path(out) / 'e')"),
