@@ -113,9 +113,9 @@ STEPS: dict[str, tuple[bool, str]] = {
     ),
     "distill --server, teacher tokens": (
         False,
-        "redraft.adaptation.distill.DistillRun(DistillConfig(**{k: v for k, v in run.items() if k not in ('draft', "
-        "'bench_prompts', 'bench_tokens')}, teacher='tokens', loss='kl', embeddings='random', text=[prompts], exports=()))"
-        ".responses()",
+        "[run.pop(name) for name in ('draft', 'bench_prompts', 'bench_tokens')]\n"
+        "more = {'teacher': 'tokens', 'loss': 'kl', 'embeddings': 'random', 'text': [prompts], 'exports': ()}\n"
+        "redraft.adaptation.distill.DistillRun(DistillConfig(**run, **more)).responses()",
     ),
     "bench --server": (
         False,
