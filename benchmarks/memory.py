@@ -8,6 +8,11 @@ its own. Of each process the highest resident memory is read, less that of a pro
 opens the same target (with its tokenizer for ``gguf``, whose files hold one), and divided by the size of the file that
 was read or, where that is larger, of the one that was written (``vllm`` ships the target's embedding). Memory of mapped
 files counts. The result is benchmarks/results/memory.json; the command fails where a figure is above 1.3.
+
+    python benchmarks/memory.py --large --out benchmarks/results/scale-memory.json
+
+does the same with the draft of a target of 8 billion parameters, 0.85 GB. ``seconds`` are those of the step, without
+the imports; ``copy_seconds`` those of a plain copy of the file that it reads, written through to the disk.
 """
 
 from __future__ import annotations
@@ -15,9 +20,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,6 +51,7 @@ RESULT = ROOT / "benchmarks" / "results" / "memory.json"
 MOST = 1.3
 LAYERS, HEADS, VOCABULARY, REDUCED = 8, 24, 128256, 32064
 WIDTH, INNER = 3072, 8192
+LARGE = {"WIDTH": 4096, "INNER": 14336, "HEADS": 32}
 END = "<end>"
 
 # What each process does; between the two marks nothing is counted but what the step takes.
@@ -56,14 +64,17 @@ import redraft.adaptation.cards, redraft.drafts.eagle3, redraft.drafts.eagle1, r
 from redraft.registries import EXPORTERS, FAMILIES
 EXPORTERS.items(), FAMILIES.items()
 step, target, draft, base, out = sys.argv[1:]
+import time
 if step != "gguf":
     facts = read_facts(target, tokenizer=step == "nothing with words")
+began = time.perf_counter()
 if step == "import":
     redraft.import_draft(draft, out, target=target)
 elif step == "merge":
     redraft.merge(draft, base, out)
 elif not step.startswith("nothing"):
     redraft.export(draft, target, step, out, base_draft=base or None)
+print(time.perf_counter() - began)
 # Not by getrusage, which counts what the process was forked from.
 print(next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
@@ -157,14 +168,29 @@ def steps(place: Path) -> Iterator[tuple[str, Path, Path | None]]:
     yield "vllm", place / "part", place / "own"
 
 
-def peak(step: str, place: Path, draft: Path, base: Path | None, out: Path) -> int:
-    """Bytes of memory at the highest, of a process that does the step. Raises ``UserError`` for what it refuses."""
+def peak(step: str, place: Path, draft: Path, base: Path | None, out: Path) -> tuple[int, float]:
+    """Bytes of memory at the highest of a process that does the step, and the step's seconds.
+
+    Raises ``UserError`` for what it refuses.
+    """
     words = [step, str(place / "target"), str(draft), str(base or ""), str(out)]
     known = {**os.environ, "PYTHONPATH": str(Path(redraft.__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", STEP, *words], capture_output=True, text=True, cwd=place, env=known)
     if done.returncode:
         raise UserError(done.stderr.strip().splitlines()[-1])
-    return int(done.stdout.splitlines()[-1])
+    seconds, high = done.stdout.splitlines()[-2:]
+    return int(high), float(seconds)
+
+
+def copied(file: Path, out: Path) -> float:
+    """Seconds of a plain copy of a file, until the disk has it."""
+    began = time.perf_counter()
+    with open(file, "rb") as source, open(out, "wb") as target:
+        shutil.copyfileobj(source, target, 2**24)
+        target.flush()
+        os.fsync(target.fileno())
+    out.unlink()
+    return time.perf_counter() - began
 
 
 def measure(place: Path) -> list[dict[str, Any]]:
@@ -173,7 +199,7 @@ def measure(place: Path) -> list[dict[str, Any]]:
     redraft.import_draft(place / "theirs", place / "own", target=str(place / "target"))
     make_part(place / "part", place / "own")
     nothing = {
-        held: peak(f"nothing{held}", place, place / "theirs", None, place / "none") for held in ("", " with words")
+        held: peak(f"nothing{held}", place, place / "theirs", None, place / "none")[0] for held in ("", " with words")
     }
     todo, rows = list(steps(place)), []
     with progress_bar("memory", len(todo), "steps") as progress:
@@ -183,9 +209,13 @@ def measure(place: Path) -> list[dict[str, Any]]:
             size = next(whole.glob("*.safetensors")).stat().st_size
             row: dict[str, Any] = {"step": step, "reads": draft.name, "file_bytes": size}
             try:
-                more = peak(step, place, draft, base, out) - nothing[" with words" if step == "gguf" else ""]
+                high, seconds = peak(step, place, draft, base, out)
+                more = high - nothing[" with words" if step == "gguf" else ""]
                 written = sum(file.stat().st_size for file in out.iterdir())
                 row |= {"written_bytes": written, "peak_bytes": more, "files": round(more / max(size, written), 3)}
+                copy = copied(next(whole.glob("*.safetensors")), place / "copy")
+                row |= {"seconds": round(seconds, 2), "copy_seconds": round(copy, 2)}
+                shutil.rmtree(out)
             except UserError as error:
                 row |= {"refused": str(error).rpartition("UserError: ")[2]}
             rows.append(row)
@@ -196,11 +226,15 @@ def measure(place: Path) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--large", action="store_true", help="the draft of a target of 8 billion parameters")
     options = parser.parse_args()
+    if options.large:
+        globals().update(LARGE)
     with tempfile.TemporaryDirectory(prefix="redraft-memory-") as folder:
         rows = measure(Path(folder))
     for row in rows:
-        print(f"{row['step']:>14} of {row['reads']:<7} {row.get('files', row.get('refused'))}")
+        took = f"{row['seconds']:.1f} s, a copy {row['copy_seconds']:.1f} s" if "seconds" in row else ""
+        print(f"{row['step']:>14} of {row['reads']:<7} {row.get('files', row.get('refused'))}  {took}")
     about = {"schema": SCHEMA, "most": MOST, "rows": rows, "provenance": provenance.collect(0, "cpu", {})}
     atomic_write_json(options.out, about)
     raise SystemExit(any(row.get("files", 0) > MOST for row in rows))

@@ -177,7 +177,7 @@ def test_adapt_takes_opened_objects_a_mapping_and_keywords(world: World, tmp_pat
     )
     stored = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (stored["gamma"], stored["bench_prompts"], stored["dtype"]) == (3, 2, "float32")
-    assert run.page.is_file() and set(run.exports) == {"vllm"} and run.private is not None
+    assert run.page is not None and run.page.is_file() and set(run.exports) == {"vllm"} and run.private is not None
     assert "acceptance by position" in str(run) and f"draft: {run.draft}" in str(run)
 
 

@@ -64,6 +64,8 @@ KINDS = [
     ("qwen3", {"tie_word_embeddings": True, "shard": "20KB"}),
     ("gemma2", {"tie_word_embeddings": True, "final_logit_softcapping": 3.0}),
     ("phi", {}),
+    ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shard": "20KB"}),
+    ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
 ]
 
 

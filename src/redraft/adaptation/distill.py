@@ -63,7 +63,7 @@ class DistillRun(Run[DistillConfig]):
     def source(self) -> Source:
         c = self.config
         store_of = (lambda: self.store) if c.teacher == "states" and c.store_states else None
-        return Source(c, self.parts, self.log, c.server if c.server_only else None, store_of)
+        return Source(c, self.parts, self.log, store_of)
 
     @cached_property
     def store(self) -> FeatureStore:

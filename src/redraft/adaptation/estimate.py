@@ -212,7 +212,7 @@ def adapt_costs(s: AdaptConfig) -> Iterator[str]:
         left = len(train) / len(asked)
     share = min(1.0, float(budget.amount) / max(1, whole)) * left
     costs.train(Draft.of(s.draft), s.method, s.train_config(), text.part(share), len(s.exports))
-    return costs.lines(contest=True)
+    return costs.lines(contest=bool(s.bench_prompts))
 
 
 def distill_costs(s: DistillConfig) -> Iterator[str]:

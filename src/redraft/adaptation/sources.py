@@ -40,17 +40,14 @@ class Source:
         config: AdaptConfig | DistillConfig,
         target: Parts,
         log: Log,
-        heldout_server: str | None = None,
         store_of: Callable[[], FeatureStore] | None = None,
         states_of: Callable[[], StatesEngine] | None = None,
     ) -> None:
-        """``heldout_server`` answers the held-out prompts where the target itself is not at hand.
-
-        ``store_of``: where the features of what is answered go, whether the target is in this process (which taps it)
-        or the server gives them: ``states_of`` is that server.
+        """``store_of``: where the features of what is answered go. The target gives them in this process (and is tapped),
+        or a server: ``states_of`` makes that.
         """
-        self.config, self.target, self.log, self.states_of = config, target, log, states_of
-        self.heldout_server, self.store_of = heldout_server, store_of
+        self.config, self.target, self.log = config, target, log
+        self.store_of, self.states_of = store_of, states_of
         # The ids of the training prompts that are answered; all of them where there is no such choice.
         self.chosen: frozenset[str] | None = None
         self.responses = config.out / "responses.jsonl"
@@ -135,8 +132,7 @@ class Source:
         if self.chosen is not None:
             train = [conversation for conversation in train if conversation.id in self.chosen]
         self._answer("regenerate", train, samplers_of(c.temperatures, c.top_p), self.responses, c.server)
-        apart = self.heldout_server or (c.server if self.facts.rounding else None)
-        self._answer("regenerate held-out", heldout, [Sampler()], self.heldout, apart)
+        self._answer("regenerate held-out", heldout, [Sampler()], self.heldout, c.server)
 
     def _answer(
         self, name: str, prompts: Sequence[Conversation], samplers: list[Sampler], path: Path, server: str | None

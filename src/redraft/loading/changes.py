@@ -26,7 +26,7 @@ from redraft.pieces import PIECE
 # Numbers of a weight that is simply read: biases and norms, which some adapters bring along whole.
 SMALL = 2**16
 # Inputs that a layer is tried with, and of the output's norm what rounding may put between two orders of the same sums.
-TRIED, ROUNDING = 8, 1e-4
+TRIED, ROUNDING, CHANGE = 8, 1e-4, 1e-2
 
 
 class NotByLayer(Exception):
@@ -75,7 +75,7 @@ class Changes:
         # A change far below the layer's own output is lost in its rounding, and what it is made of is compared then.
         apart, change = float((got - expected).norm()), float((expected - plain).norm())
         same_bias = bias is None or torch.equal(bias, base.bias)
-        if not apart <= max(ROUNDING * float(expected.norm()), 0.01 * change) or not same_bias:
+        if not apart <= max(ROUNDING * float(expected.norm()), CHANGE * change) or not same_bias:
             raise NotByLayer
         self.moved = self.moved or change > 0
         return away

@@ -10,6 +10,7 @@ of their numbers, whatever these are. Engines map and count otherwise, so such f
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import re
 from collections.abc import Iterable
@@ -56,8 +57,13 @@ BEYOND = 1e15
 PACKED = (*WHOLE_NUMBERS, "F8", "F4")
 
 
-def load_model(place: dict[str, Any], spec: str, dtype: torch.dtype) -> tuple[Any, list[str], str | None]:
+def load_model(
+    place: dict[str, Any], spec: str, dtype: torch.dtype, device: torch.device | None = None
+) -> tuple[Any, list[str], str | None]:
     """The model at ``place`` (:func:`redraft.loading.places.locate`), notes for the user, and how it is served.
+
+    Its weights go straight to ``device`` where one is given and transformers can put them there; the caller moves what
+    it cannot.
 
     The third is none where the model computed here is the one that engines serve, and says in words what they round
     besides where it is not (:mod:`redraft.loading.quantised`). Raises ``UserError``.
@@ -71,6 +77,7 @@ def load_model(place: dict[str, Any], spec: str, dtype: torch.dtype) -> tuple[An
         model, report = model_class(config).from_pretrained(
             **place,
             **plan.arguments,
+            **_straight_to(device, place, plan.method),
             trust_remote_code=False,
             dtype=dtype,
             weights_only=True,
@@ -94,6 +101,13 @@ def load_model(place: dict[str, Any], spec: str, dtype: torch.dtype) -> tuple[An
         model = quantised.plain(model, plan.method, dtype, spec)
         notes.append(f"the weights were unpacked from {plan.method}; they take the room of unquantised ones")
     return model, notes, plan.rounds
+
+
+def _straight_to(device: torch.device | None, place: dict[str, Any], method: str | None) -> dict[str, Any]:
+    """Arguments that let plain weights be read onto a device, without a copy of the model in the machine's memory."""
+    if device is None or device.type == "cpu" or method is not None or "gguf_file" in place:
+        return {}
+    return {"device_map": {"": device}} if importlib.util.find_spec("accelerate") else {}
 
 
 # Numbers of the rotary settings, whatever the model.

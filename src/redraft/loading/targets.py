@@ -66,12 +66,14 @@ def load_target(
     then what engines round besides. Raises ``UserError`` when anything is missing, does not fit, holds more than it
     says, is no dense causal language model, or (unless ``served``) is not the model that engines serve.
     """
-    name = spec if adapter is None else f"{spec} + {adapter}"
+    name, where = spec if adapter is None else f"{spec} + {adapter}", usable(device)
     base, adapter = split_adapter(spec, adapter)
     with quiet():
         place = locate(base)
         layered = None if adapter is None else _layered(place, base, adapter)
-        model, notes, rounds = load_model(place, base, dtype if adapter is None or layered else torch.float32)
+        # A model that an adapter is merged into as a whole takes float32, and may have no room on the device.
+        as_it_is = (dtype, where) if adapter is None or layered else (torch.float32, None)
+        model, notes, rounds = load_model(place, base, *as_it_is)
         if rounds and not served:
             raise UserError(
                 f"{base} is served with quantised {rounds}, and the model computed here rounds nothing: its text would "
@@ -84,10 +86,18 @@ def load_target(
         tokenizer = read_tokenizer(adapter, place, base)
         notes = [*notes, *check_rows(tokenizer, model, name)]
     try:
-        model = model.to(device)
+        model = model.to(where)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"the device {device} cannot be used: {first_line(error)}") from error
     return Target(model, tokenizer, name, taps, notes, rounds)
+
+
+def usable(device: str | torch.device) -> torch.device:
+    """The device of this name. Raises ``UserError``, before anything is read, where there is none."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"the device {device} cannot be used: {first_line(error)}") from error
 
 
 def _layered(place: dict[str, Any], base: str, adapter: str) -> Changes | None:
@@ -247,16 +257,16 @@ class Plain:
         return Head(self.facts, embedding, filled(norm, names[id(norm)]), packed)
 
 
-def plain_target(spec: str, adapter: str | None, device: str | torch.device = "cpu") -> Plain | None:
+def plain_target(spec: str, adapter: str | None = None, device: str | torch.device = "cpu") -> Plain | None:
     """The target where its checkpoint is plain (:mod:`redraft.loading.stored`), none where it is not.
 
     ``device`` is where drafts for it belong. Raises ``UserError``.
     """
     with quiet():
-        return _plain(spec, adapter, device)
+        return _plain(spec, adapter, usable(device))
 
 
-def _plain(spec: str, adapter: str | None, device: str | torch.device) -> Plain | None:
+def _plain(spec: str, adapter: str | None, device: torch.device) -> Plain | None:
     name = spec if adapter is None else f"{spec} + {adapter}"
     base, adapter = split_adapter(spec, adapter)
     place, notes = locate(base), list[str]()

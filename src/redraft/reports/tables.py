@@ -168,7 +168,7 @@ class Adapted(Shown):
     """A finished run in ``folder``: the ``draft`` (merged, in redraft's format), ``exports`` by format, the ``page``.
 
     ``private`` holds only what was trained; None where that is every weight. ``ledger`` is what each stage cost.
-    Without prompts to measure on there is neither ``benchmark`` nor ``page``.
+    Without benchmark prompts there are neither ``benchmark`` nor ``page``.
     """
 
     folder: Path
@@ -180,9 +180,9 @@ class Adapted(Shown):
     ledger: dict[str, Any] = field(repr=False)
 
     def __rich__(self) -> Group:
-        where = lines(f"draft: {self.draft}{f'; page: {self.page}' if self.page else ''}")
-        figures = self.benchmark.__rich__().renderables if self.benchmark else ()
-        return Group(*figures, ledger_table(self.ledger), where)
+        where = lines(f"draft: {self.draft}" + (f"; page: {self.page}" if self.page else ""))
+        measured = self.benchmark.__rich__().renderables if self.benchmark else ()
+        return Group(*measured, ledger_table(self.ledger), where)
 
 
 @dataclass(frozen=True)

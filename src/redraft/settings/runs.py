@@ -126,7 +126,7 @@ class AdaptConfig(Adapting, AnsweredRun):
     states: Path | None = setting(
         None, "folder that --server writes hidden states into: features come from there, and the target is not opened"
     )
-    bench_prompts: int = setting(24, "prompts of the final benchmark; 0 for none", ge=0)
+    bench_prompts: int = setting(24, "prompts of the final benchmark; 0 leaves it out, and the page", ge=0)
     bench_tokens: int = setting(128, "longest response in the benchmark, in tokens", gt=1)
     exports: texts.FormatNames = setting(("vllm",), "format to export, several with commas: {formats}; repeatable")
     train: training.TrainBlock = setting({}, "training setting that differs from the method's, as epochs=4; repeatable")

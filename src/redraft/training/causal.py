@@ -86,8 +86,8 @@ def pretrain(
 ) -> LoopResult:
     """Train ``model`` on ``text`` in place; figures are held-out perplexities, the lowest is the best.
 
-    Held-out blocks are those that ``text`` keeps out, or the first ones of ``heldout_text``. A killed run goes on
-    to the same bits. Raises ``UserError`` for bad text and for losses that are not finite.
+    Held-out blocks are those that ``text`` keeps out, or the first ones of ``heldout_text``. A killed run goes on,
+    on a CPU to the same bits. Raises ``UserError`` for bad text and for losses that are not finite.
     """
     causal = CausalModel(model)
     wanted = max(1, config.heldout_tokens // config.length)
@@ -248,7 +248,7 @@ def distil(
 
     ``evaluate`` gives the held-out block efficiency of the model as it stands; training stops when it has not risen
     for ``patience`` evaluations. ``text`` must come in blocks of ``text_length`` and is needed for a share above 0.
-    A killed run goes on to the same bits. Raises ``UserError``.
+    A killed run goes on, on a CPU to the same bits. Raises ``UserError``.
     """
     kept = [row for row in rows if anchors(row)]
     if not kept:

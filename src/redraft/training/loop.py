@@ -1,4 +1,5 @@
-"""The training loop of everything that is trained here; a run that was killed goes on to the same bits.
+"""The training loop of everything that is trained here; a run that was killed goes on, on a CPU to the
+same bits.
 
 A step is the sum of its parts' gradients (gradient accumulation); a part is a callable that gives a scalar already
 divided by what the whole step counts, over all its parts and all workers. Weights, optimiser state, position in the
@@ -128,8 +129,8 @@ class TrainingLoop:
     def run(self, reporter: Progress | None = None) -> LoopResult:
         """Train to the end, or until patience is out. On return the model holds the weights of the best evaluation.
 
-        A killed run, started again with the same arguments, ends with the same bits. Raises ``UserError`` when a
-        loss or a gradient is not finite; the checkpoint before it stays.
+        A killed run, started again with the same arguments, ends with the same bits on a CPU; of CUDA that has not
+        been shown. Raises ``UserError`` when a loss or a gradient is not finite; the checkpoint before it stays.
         """
         optimizers = make_optimizers(self.trained, self.config.optimizer, self.config.weight_decay)
         self.workers.spread(self.model.state_dict().values())
