@@ -145,6 +145,8 @@ def main() -> None:
     streams()
     try:
         with terminable():
+            if not os.path.exists("."):
+                raise UserError("the folder that this is called in was removed; change to one that is there")
             app()
     except UserError as error:
         _refused(error)
