@@ -130,6 +130,14 @@ def streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def _require_folder() -> None:
+    """Raise ``UserError`` where the working folder was removed: no name means anything there."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UserError("the folder that this is called in was removed; change to one that is there") from None
+
+
 def _refused(error: UserError) -> NoReturn:
     """The one line, and exit code 2, also where nobody can be told."""
     with suppress(OSError):
@@ -145,8 +153,7 @@ def main() -> None:
     streams()
     try:
         with terminable():
-            if not os.path.exists("."):
-                raise UserError("the folder that this is called in was removed; change to one that is there")
+            _require_folder()
             app()
     except UserError as error:
         _refused(error)
