@@ -181,3 +181,8 @@ def test_a_width_that_no_terminal_has_and_a_screen_for_pictures(
     monkeypatch.setenv("MPLBACKEND", "none-of-these")
     surroundings()
     assert os.environ["COLUMNS"] == taken and os.environ["MPLBACKEND"] == "agg"
+
+
+def test_a_working_folder_that_is_gone(tmp_path: Path) -> None:
+    code, said = alone(f'mkdir {tmp_path}/gone; cd {tmp_path}/gone; rmdir {tmp_path}/gone; "$@" report b.json')
+    assert code == 2 and said.startswith("redraft: error: the folder that this is called in was removed")

@@ -43,8 +43,8 @@ class Source:
         store_of: Callable[[], FeatureStore] | None = None,
         states_of: Callable[[], StatesEngine] | None = None,
     ) -> None:
-        """``store_of``: where the features of what is answered go. The target gives them in this process (and is tapped),
-        or a server: ``states_of`` makes that.
+        """``store_of``: where the features of what is answered go. The target gives them here, and is tapped for it, or
+        a server does: ``states_of`` makes that.
         """
         self.config, self.target, self.log = config, target, log
         self.store_of, self.states_of = store_of, states_of

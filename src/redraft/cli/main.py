@@ -131,6 +131,14 @@ def streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def _require_folder() -> None:
+    """Raise ``UserError`` where the working folder was removed: no name means anything there."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UserError("the folder that this is called in was removed; change to one that is there") from None
+
+
 def _refused(error: UserError, stream: TextIO) -> NoReturn:
     """The one line, and exit code 2, also where nobody can be told."""
     with suppress(OSError):
@@ -147,6 +155,7 @@ def main() -> None:
     errors = words_of_workers()
     try:
         with terminable():
+            _require_folder()
             app()
     except UserError as error:
         _refused(error, errors if speaks_for_all(error) else sys.stderr)
