@@ -1,5 +1,5 @@
 """``python -m redraft``, and ``torchrun -m redraft``: the command line."""
 
-from redraft.cli.main import main
+from redraft.cli.entry import main
 
 main()
