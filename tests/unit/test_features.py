@@ -12,10 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from redraft.adaptation.core import build_features
+from redraft.adaptation.runs import Log
 from redraft.data.generate import Completion, Request, generate
 from redraft.data.store import Row
 from redraft.errors import UserError
 from redraft.features import SPARE_BYTES, FeatureStore, RowFeatures, common_prefix
+from redraft.provenance import Ledger
 from redraft.rows import ENOUGH_TOKENS, MOST_PADDING, anchors, length_batches
 from redraft.settings.sampler import Sampler
 from redraft.target import Target
@@ -257,3 +260,13 @@ def test_what_is_kept_already_stays_when_a_row_beside_it_is_computed(answered, t
     assert store.build(target, [*own, *more]) > 0
     assert not store.altered and not store.missing([*own, *more])
     assert all(torch.equal(store.get(row)[1], hidden) for row, _, hidden in marked)
+
+
+def test_a_row_beyond_what_the_target_reads_is_named_before_anything_is_computed(tiny_target, tmp_path):
+    target = tiny_target("llama")
+    log = Log(Ledger())
+    rows = [Row(key, [5] * 4, [6] * tokens, 0.0, 0, 1.0, 0, "length", "h") for key, tokens in (("a", 3), ("long", 600))]
+    store = FeatureStore(tmp_path, {"target": "tiny"})
+    with pytest.raises(UserError, match=r"response long@T0 and its prompt have 604 tokens, and the target reads \d+;"):
+        build_features("features", store, target, rows, log)
+    assert not log.ledger.stages

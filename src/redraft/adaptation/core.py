@@ -29,10 +29,11 @@ from redraft.drafts.files import save_draft, save_private
 from redraft.drafts.groups import prepare
 from redraft.drafts.opening import AnyDraft, OpenDraft
 from redraft.drafts.scaling import Coarse, coarse_change
+from redraft.errors import UserError
 from redraft.features import FeatureStore
 from redraft.files import use_folder
 from redraft.loading import tokenizer_hash
-from redraft.rows import anchors
+from redraft.rows import anchors, whole_length
 from redraft.settings.training import METHODS, PrivateSize, ReplayConfig, TrainConfig
 from redraft.starts.apply import StartContext, StartResult, apply_start
 from redraft.target import Facts, Head, Target
@@ -73,6 +74,12 @@ def build_features(name: str, store: FeatureStore, parts: Parts | Target, rows: 
     if not store.missing(rows):
         return
     opened = Parts.of(parts)
+    longest = max(rows, key=whole_length)
+    if (tokens := whole_length(longest)) - 1 > opened.facts.context:  # the last token is never read
+        raise UserError(
+            f"response {longest.key} and its prompt have {tokens:,} tokens, and the target reads "
+            f"{opened.facts.context:,}; leave out what is longer"
+        )
     source = opened.producer or opened.model
     with log.counted(name, row_tokens(rows)) as (entry, progress):
         add_forward(entry, opened.facts, store.build(source, rows, progress=progress.update))
