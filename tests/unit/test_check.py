@@ -251,7 +251,7 @@ def test_the_command_prints_the_cause_and_writes_everything(redraft: Any, tmp_pa
         ("check {draft} --target {target} --server http://127.0.0.1:1 --prompts {asks}", "is it up?"),
         ("check {draft} --target {target} --server-model x --prompts {asks}", "give --server too"),
         ("check {draft} --target {target} --base-target {target}", "is measured on prompts"),
-        ("check {draft} --target {target} --prompts {asks} --json {folder}", "is a folder"),
+        ("check {draft} --target {target} --prompts {asks} --json {folder}", "a folder; name another"),
         ("check {draft} --target {target} --prompts {asks} --gamma 0", "gamma must be above 0"),
     ],
 )

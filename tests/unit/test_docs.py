@@ -40,7 +40,7 @@ HEADING = re.compile(r"^#{1,6} +(.+?) *$", re.M)
 # Options of other programs that the pages name, by program.
 OTHERS = {
     "llama.cpp": ("--spec-type", "--spec-draft-p-min"),
-    "vLLM": ("--per-request-spec-decode-metrics",),
+    "vLLM": ("--per-request-spec-decode-metrics", "--no-enable-prefix-caching", "--no-enable-chunked-prefill"),
     "speculators": ("--from-pretrained", "--verifier-name-or-path", "--draft-vocab-size"),
     "pip": ("--no-deps",),
     "some server": ("--api-key", "--port"),
