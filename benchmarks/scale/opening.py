@@ -192,24 +192,30 @@ def measure(place: Path, versions: dict[str, Path]) -> tuple[list[dict[str, Any]
     redraft.regenerate(
         spec, place / "prompts.jsonl", place / "rows.jsonl", server=server.url, server_model="tiny", max_new_tokens=12
     )
+    rows = compare(place, versions, server.url, size)
+    server.stop()
+    return rows, size
+
+
+def compare(place: Path, versions: dict[str, Path], url: str, size: int) -> list[dict[str, Any]]:
+    """All steps, each on every version."""
     rows: list[dict[str, Any]] = []
-    with progress_bar("opening", len(STEPS) * len(versions), "steps") as progress:
-        for version, src in versions.items():
-            nothing = step("nothing", src, place, server.url)["peak"]
-            for name, (needs, _) in list(STEPS.items())[1:]:
+    nothing = {version: step("nothing", src, place, url)["peak"] for version, src in versions.items()}
+    with progress_bar("opening", (len(STEPS) - 1) * len(versions), "steps") as progress:
+        for name, (needs, _) in list(STEPS.items())[1:]:
+            for version, src in versions.items():
                 features = str(place / "features") if name == "train, features stored" else ""
-                found = step(name, src, place, server.url, features)
+                found = step(name, src, place, url, features)
                 if name == "train, features made" and not (place / "features").exists():
                     shutil.copytree(place / "work" / "out" / "features", place / "features")
                 row = {"version": version, "step": name, "needs_the_model": needs} | found
                 if "peak" in found:
-                    row |= {"peak_bytes": row.pop("peak") - nothing}
+                    row["peak_bytes"] = row.pop("peak") - nothing[version]
                     row["of_target"] = round(row["peak_bytes"] / size, 3)
                 rows.append(row)
                 print(json.dumps(row), flush=True)
                 progress.update(len(rows))
-    server.stop()
-    return rows, size
+    return rows
 
 
 def main() -> None:

@@ -81,6 +81,8 @@ def choose_dtype(value: str, device: str, say: Callable[[str], None] | None = No
     if check_dtype(value) != AUTO:
         return value
     kind = device.partition(":")[0]
+    if kind == AUTO:  # whatever accelerators there are
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
     _chosen[kind] = found = fastest(kind)
     if say is not None and kind not in _told:
         _told.add(kind)

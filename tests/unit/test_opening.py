@@ -19,7 +19,7 @@ from redraft.artifact import read_layout
 from redraft.drafts.eagle3 import fresh_draft
 from redraft.drafts.files import save_draft
 from redraft.errors import UserError
-from redraft.loading import changes, targets
+from redraft.loading import changes, devices, targets
 from redraft.loading.stored import Stored, read
 from redraft.loading.targets import load_target, plain_target
 from redraft.settings.runs import AdaptConfig
@@ -174,8 +174,35 @@ def test_weights_go_straight_to_a_device(tmp_path: Path, tiny_target: Callable[.
     from redraft.loading.places import locate
 
     tiny_target().save(tmp_path)
-    model, _, _ = load_model(locate(str(tmp_path)), str(tmp_path), torch.float32, torch.device("meta"))
+    model, _, _ = load_model(locate(str(tmp_path)), str(tmp_path), torch.float32, "meta")
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
+def test_several_devices_take_layers_by_their_room(tiny_target: Callable[..., Target]) -> None:
+    """In order, and what is no layer is on the first, where drafts are."""
+    model = tiny_target(num_hidden_layers=8).model
+    for name, free in (("equal", [10**6] * 2), ("unequal", [10**6, 3 * 10**6]), ("one", [10**6])):
+        places = devices.spread(model, torch.float32, free)
+        layers = [places.pop(f"model.layers.{k}") for k in range(8)]
+        assert layers == sorted(layers) and set(layers) == set(range(len(free))), name
+        assert {"model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"} == places.keys()
+        assert set(places.values()) == {0}
+        named = [*places, *(f"model.layers.{k}" for k in range(8))]
+        assert all(any(weight.startswith(f"{part}.") for part in named) for weight in model.state_dict()), name
+    assert sum(devices.spread(model, torch.float32, [10**6, 10**7])[f"model.layers.{k}"] for k in range(8)) >= 7
+    with pytest.raises(
+        UserError, match=r"no room for 0\.\d GB of weights: 0\.0 GB are free on the device; name another"
+    ):
+        devices.spread(model, torch.float32, [10**4])
+
+
+def test_without_an_accelerator_all_of_them_are_the_cpu(tmp_path: Path, tiny_target: Callable[..., Target]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there are some")
+    target = tiny_target()
+    target.save(tmp_path)
+    spec = TargetSpec(str(tmp_path), device="auto")
+    assert spec.open().device.type == spec.parts().facts.device.type == spec.known().device.type == "cpu"
 
 
 # -- adapters --------------------------------------------------------------------------------------------------------

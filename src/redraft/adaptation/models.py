@@ -56,11 +56,12 @@ def open_target(
     return target
 
 
-def tell_about(name: str, target: Target, say: Callable[[str], None]) -> None:
-    """Say what was made of the target called ``name``, and what its opening has noted."""
+def tell_about(name: str, target: Target, say: Callable[[str], None], told: Sequence[str] = ()) -> None:
+    """Say what was made of the target called ``name``, and what its opening has noted and was not ``told`` before."""
     say(f"target {name}: {target.verdict()}")
     for note in target.notes:
-        say(f"note on {name}: {note}")
+        if note not in told:
+            say(f"note on {name}: {note}")
 
 
 def settle_template(tokenizer: Any, template_args: Mapping[str, Any] | None = None, run: Path | None = None) -> None:
@@ -144,12 +145,18 @@ class Parts:
     """
 
     def __init__(
-        self, spec: TargetSpec, load: Callable[[], Target], dtype: str = AUTO, run: Path | None = None
+        self,
+        spec: TargetSpec,
+        load: Callable[[], Target],
+        dtype: str = AUTO,
+        run: Path | None = None,
+        say: Callable[[str], None] | None = None,
     ) -> None:
         """``load`` opens the model; ``dtype`` is that of the head, ``run`` the run directory whose date the template
-        shows (:func:`settle_template`)."""
-        self.spec, self.dtype, self.run = spec, dtype, run
+        shows (:func:`settle_template`). ``say`` is told what is noted of a target that is not opened whole."""
+        self.spec, self.dtype, self.run, self.say = spec, dtype, run, say
         self.producer: FeatureProducer | None = None  # what computes features where the model does not
+        self.told: tuple[str, ...] = ()
         self._load = load
         self._taps: tuple[int, ...] | None = None
         self._plain: Plain | None = None
@@ -209,6 +216,10 @@ class Parts:
             self._plain = plain_target(self.spec.name, self.spec.adapter, self.spec.device)
             if self._plain is not None:
                 settle_template(self._plain.facts.tokenizer, self.spec.template_args, self.run)
+                if self.say is not None:
+                    self.told = self._plain.facts.notes
+                    for note in self.told:
+                        self.say(f"note on {self.spec.name}: {note}")
         return self._plain
 
     def tap(self, taps: Sequence[int]) -> None:

@@ -163,12 +163,12 @@ class Run(Generic[Settings]):
         """The target that the settings name."""
         c = self.config
         spec = TargetSpec(c.target, c.dtype, c.device, c.adapter, c.template_arg)
-        return Parts(spec, self.load_target, c.dtype, self.folder)
+        return Parts(spec, self.load_target, c.dtype, self.folder, self.say)
 
     def load_target(self) -> Target:
         """The target, and what there is to say of it. Raises ``UserError``."""
         name, target = self.config.target, self.open_target()
-        tell_about(name, target, self.say)
+        tell_about(name, target, self.say, self.parts.told)
         if rounded := target.rounding:
             self.say(
                 f"note on {name}: it is served with quantised {rounded}; its text, also that of held-out prompts, "

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from redraft.errors import UserError
 from redraft.loading.adapters import Adapter
 from redraft.loading.stored import Weight, read
 from redraft.pieces import PIECE
@@ -69,8 +70,11 @@ class Changes:
     @torch.no_grad()
     def _merged(self, layer: Any, base: Any) -> Tensor:
         inputs, bias = _inputs(base), None if getattr(base, "bias", None) is None else base.bias.clone()
-        plain, expected = base(inputs), layer(inputs)
-        layer.merge()
+        try:
+            plain, expected = base(inputs), layer(inputs)
+            layer.merge()
+        except Exception as error:  # whatever PEFT raises: the whole merge says it in words
+            raise NotByLayer from error
         got, away = base(inputs), base.weight.detach()
         # A change far below the layer's own output is lost in its rounding, and what it is made of is compared then.
         apart, change = float((got - expected).norm()), float((expected - plain).norm())
@@ -130,7 +134,7 @@ def hollow(model: Any, weights: Mapping[str, Weight]) -> tuple[Any, dict[str, Te
 def changes(model: Any, weights: Mapping[str, Weight], adapter: Adapter) -> Changes:
     """What ``adapter`` changes of the plain ``model``, which holds no numbers, and its ``weights``.
 
-    Raises ``NotByLayer``, and ``UserError`` where the adapter does not fit.
+    Raises ``NotByLayer``.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import ModulesToSaveWrapper
@@ -142,7 +146,10 @@ def changes(model: Any, weights: Mapping[str, Weight], adapter: Adapter) -> Chan
     own = dict(copied.named_parameters())
     tables = [copied.get_input_embeddings(), copied.get_output_embeddings()]
     shared = tables[1] is not None and tables[0].weight is tables[1].weight
-    joined = adapter.join(copied).eval()
+    try:
+        joined = adapter.join(copied).eval()
+    except UserError as error:  # the whole merge says it, unless it is for want of numbers
+        raise NotByLayer from error
     found = Changes(adapter.name, weights)
     inside = list[str]()
     for place, module in joined.named_modules():

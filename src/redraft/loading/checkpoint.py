@@ -10,7 +10,6 @@ of their numbers, whatever these are. Engines map and count otherwise, so such f
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import re
 from collections.abc import Iterable
@@ -24,8 +23,9 @@ from safetensors import SafetensorError, safe_open
 from redraft.artifact import read_json
 from redraft.errors import UserError
 from redraft.loading import quantised
+from redraft.loading.devices import placed
 from redraft.loading.places import ADAPTER_FILE, hub_cached, one_line, open_config
-from redraft.target.facts import model_class
+from redraft.target.facts import empty_model, model_class
 from redraft.values import Values
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -58,12 +58,12 @@ PACKED = (*WHOLE_NUMBERS, "F8", "F4")
 
 
 def load_model(
-    place: dict[str, Any], spec: str, dtype: torch.dtype, device: torch.device | None = None
+    place: dict[str, Any], spec: str, dtype: torch.dtype, device: str | torch.device = "cpu"
 ) -> tuple[Any, list[str], str | None]:
     """The model at ``place`` (:func:`redraft.loading.places.locate`), notes for the user, and how it is served.
 
-    Its weights go straight to ``device`` where one is given and transformers can put them there; the caller moves what
-    it cannot.
+    Plain weights go straight to ``device`` where transformers can put them there (:mod:`redraft.loading.devices`);
+    the caller moves what it cannot.
 
     The third is none where the model computed here is the one that engines serve, and says in words what they round
     besides where it is not (:mod:`redraft.loading.quantised`). Raises ``UserError``.
@@ -73,11 +73,13 @@ def load_model(
     config = config_at(place, spec)
     check_code(config, spec, notes)
     plan = quantised.plan(config, spec)
+    plain = plan.method is None and "gguf_file" not in place and device != "cpu"
+    straight = placed(empty_model(config), dtype, device) if plain else {}
     with one_line(spec):
         model, report = model_class(config).from_pretrained(
             **place,
             **plan.arguments,
-            **_straight_to(device, place, plan.method),
+            **straight,
             trust_remote_code=False,
             dtype=dtype,
             weights_only=True,
@@ -101,13 +103,6 @@ def load_model(
         model = quantised.plain(model, plan.method, dtype, spec)
         notes.append(f"the weights were unpacked from {plan.method}; they take the room of unquantised ones")
     return model, notes, plan.rounds
-
-
-def _straight_to(device: torch.device | None, place: dict[str, Any], method: str | None) -> dict[str, Any]:
-    """Arguments that let plain weights be read onto a device, without a copy of the model in the machine's memory."""
-    if device is None or device.type == "cpu" or method is not None or "gguf_file" in place:
-        return {}
-    return {"device_map": {"": device}} if importlib.util.find_spec("accelerate") else {}
 
 
 # Numbers of the rotary settings, whatever the model.

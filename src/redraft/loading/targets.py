@@ -39,6 +39,7 @@ from redraft.loading.checkpoint import (
     weight_files,
     without_known,
 )
+from redraft.loading.devices import usable
 from redraft.loading.places import ADAPTER_FILE, first_line, locate, one_line, quiet, split_adapter
 from redraft.loading.stored import Weight, read, stored_weights, weights_hash
 from redraft.target import Facts, Head, Target
@@ -72,7 +73,7 @@ def load_target(
         place = locate(base)
         layered = None if adapter is None else _layered(place, base, adapter)
         # A model that an adapter is merged into as a whole takes float32, and may have no room on the device.
-        as_it_is = (dtype, where) if adapter is None or layered else (torch.float32, None)
+        as_it_is = (dtype, device) if adapter is None or layered else (torch.float32, "cpu")
         model, notes, rounds = load_model(place, base, *as_it_is)
         if rounds and not served:
             raise UserError(
@@ -86,18 +87,11 @@ def load_target(
         tokenizer = read_tokenizer(adapter, place, base)
         notes = [*notes, *check_rows(tokenizer, model, name)]
     try:
-        model = model.to(where)
+        if len(set((getattr(model, "hf_device_map", None) or {}).values())) < 2:  # else it is where it belongs
+            model = model.to(where)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"the device {device} cannot be used: {first_line(error)}") from error
     return Target(model, tokenizer, name, taps, notes, rounds)
-
-
-def usable(device: str | torch.device) -> torch.device:
-    """The device of this name. Raises ``UserError``, before anything is read, where there is none."""
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"the device {device} cannot be used: {first_line(error)}") from error
 
 
 def _layered(place: dict[str, Any], base: str, adapter: str) -> Changes | None:
@@ -168,7 +162,7 @@ def read_facts(
         place = locate(base)
         config = read_config(place, base)
         words = read_tokenizer(adapter, place, base) if tokenizer else None
-    return Facts(name, config, words, generation=_generation(place, config), device=device)
+    return Facts(name, config, words, generation=_generation(place, config), device=usable(device))
 
 
 def open_facts(spec: str, adapter: str | None = None, dtype: torch.dtype = torch.float32) -> Facts:

@@ -24,7 +24,7 @@ class OnTarget(Settings):
     adapter: str | None = setting(None, "PEFT adapter to merge into --target", reads="model")
     template_arg: dict[str, Any] = setting({}, "argument of its chat template, as enable_thinking=false; repeatable")
     dtype: DtypeName = setting(AUTO, "data type of the target: bfloat16, float32, or auto, the faster one here")
-    device: str = setting("cpu", "torch device: cpu, cuda, cuda:1 or another")
+    device: str = setting("cpu", "torch device: cpu, cuda, cuda:1 or another; auto: all accelerators, by layers")
     seed: int = setting(0, "seed of everything random", lt=2**62)
 
 

@@ -127,8 +127,9 @@ class KeyValueCache(Cache):
         moved = rows[stay:]
         if moved:
             first, end = start + stay, start + len(rows)
-            source = torch.tensor(moved, device=self.layers[0].keys.device) + start
+            rows_R = torch.tensor(moved, device=self.layers[0].keys.device) + start
             for layer in self.layers:
+                source = rows_R.to(layer.keys.device)  # layers may be on several devices
                 layer.keys[:, :, first:end] = layer.keys.index_select(2, source)
                 layer.values[:, :, first:end] = layer.values.index_select(2, source)
         self.rollback(start + len(rows))
@@ -240,13 +241,15 @@ class SlotCache(Cache):
             tokens = source.get_seq_length()
             if not layer.is_initialized:
                 layer.lazy_initialization(source.keys, source.values)
-            layer.keys[rows, :, :tokens] = source.keys[:, :, :tokens]
-            layer.values[rows, :, :tokens] = source.values[:, :, :tokens]
+            own = rows.to(layer.keys.device)
+            layer.keys[own, :, :tokens] = source.keys[:, :, :tokens]
+            layer.values[own, :, :tokens] = source.values[:, :, :tokens]
         self.lengths[rows] = lengths
 
 
 def write(buffer_BHCD: Tensor, new_BTHD: Tensor, at_BT: Tensor) -> None:
     """Write T vectors into every slot of a buffer at the given columns."""
+    at_BT = at_BT.to(buffer_BHCD.device)
     rows_B1 = torch.arange(len(buffer_BHCD), device=at_BT.device)[:, None]
     buffer_BHCD[rows_B1, :, at_BT] = new_BTHD
 

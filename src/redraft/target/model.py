@@ -200,7 +200,7 @@ class Target(Head):
 
     def _tapped(self, k: int, hidden_BTH: Tensor) -> Tensor:
         """What was caught after k layers [B, T, H]. Raises ``UserError`` where a layer keeps more than one vector."""
-        caught = self._caught[k]
+        caught = self._caught[k].to(hidden_BTH.device)  # layers may be on several devices
         if caught.shape != hidden_BTH.shape:
             raise UserError(
                 f"{type(self.model).__name__} has states {list(caught.shape)} after layer {k}, where one vector a "
