@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -240,7 +240,7 @@ def outcome(folder: Path) -> Outcome:
         found.doubled += len(keys) - len(set(keys))
         for row in rows:
             found.rows.add(f"{name}:{row.key}")
-            found.parts[f"{name}:{row.key}"] = fingerprint(vars(row))
+            found.parts[f"{name}:{row.key}"] = fingerprint(asdict(row))
     for path in sorted(folder.rglob("*.safetensors")):
         name = str(path.relative_to(folder))
         if path.parent.name.startswith("features") or path.name.startswith("state-"):

@@ -98,8 +98,14 @@ class FeatureKeeper(Protocol):
 # -- computed in this process ----------------------------------------------------------------------------------------
 def common_prefix(rows: Sequence[TokenRow]) -> list[int]:
     """The token ids that all prompts begin with (a chat template's opening, a system prompt), short of their last."""
-    prompts = [list(row.prompt_ids) for row in rows]
-    return list(os.path.commonprefix(prompts))[: min(map(len, prompts), default=1) - 1]
+    prompts = (list(row.prompt_ids) for row in rows)
+    shared: Sequence[int] = next(prompts, [])
+    shortest = len(shared)
+    for prompt in prompts:
+        shared, shortest = os.path.commonprefix([shared, prompt]), min(shortest, len(prompt))
+        if not shared:
+            break
+    return list(shared)[: max(0, shortest - 1)]
 
 
 @dataclass

@@ -162,7 +162,7 @@ def select(
         raise UserError(f"scorer {by.name} compares the target with its base; give --base-target")
     asked = read_conversations(s.prompts) if s.prompts is not None else []
     opened = spec.open() if spec and needs_target else None
-    rows: list[Any] = prompt_rows(asked, opened) if opened and asked else supervised_rows(s.responses or Path())
+    rows: Sequence[Any] = prompt_rows(asked, opened) if opened and asked else supervised_rows(s.responses or Path())
     with progress_bar("select", len(rows), "rows") as progress:
         present = models.open_draft(draft, opened).draft if opened and draft and "alpha_of" in by.needs else None
         base = (lambda: TargetSpec.of(base_target).open()) if base_target else lambda: None

@@ -26,7 +26,8 @@ from redraft.data.lines import Row as Row
 from redraft.data.lines import decode_row as decode_row
 from redraft.data.lines import encode_row as encode_row
 from redraft.data.lines import row_key as row_key
-from redraft.data.table import INDEXED_FROM, Rows, Table
+from redraft.data.stored import Rows as Rows
+from redraft.data.table import INDEXED_FROM, Table
 from redraft.errors import UserError
 from redraft.files import append, atomic_write_text, require_free_space, sync, use_folder, write_error
 from redraft.inputs import require_file
