@@ -227,7 +227,7 @@ def outcome(folder: Path) -> Outcome:
     """What is in a run directory, but for times, machines and what is only on its way."""
     found = Outcome()
     for path in sorted(folder.rglob("*.jsonl")):
-        if path.name in ("curve.jsonl", "tops.jsonl") or "failures" in path.name:
+        if path.name in ("curve.jsonl", "tops.jsonl", INDEX_FILE) or "failures" in path.name:
             continue
         name, keys = str(path.relative_to(folder)), []
         try:
