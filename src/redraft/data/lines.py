@@ -13,7 +13,10 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from operator import attrgetter
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from redraft.inputs import loads
 from redraft.settings.sampler import Sampler
@@ -125,18 +128,25 @@ class Rest(NamedTuple):
         return found.hexdigest()[:16].encode()
 
 
+_rest_values = attrgetter(*REST)
 _MADE: dict[str, Rest] = {}
 _READ: dict[bytes, Rest | None] = {}
 
 
-def encode_row(row: Row) -> bytes:
-    """The line of a row, with its checksum and the line break."""
-    values = tuple(getattr(row, name) for name in REST)
+def rest_of(row: Row) -> Rest:
+    """Everything of a row but its id and tokens."""
+    values = _rest_values(row)
     rest = _MADE.get(name := repr(values))
     if rest is None:
         if len(_MADE) >= MOST_RESTS:
             _MADE.clear()
         rest = _MADE[name] = Rest.of(values)
+    return rest
+
+
+def encode_row(row: Row) -> bytes:
+    """The line of a row, with its checksum and the line break."""
+    rest = rest_of(row)
     prompt, response = COMPACT(row.prompt_ids), COMPACT(row.response_ids)
     body = f'"id":{COMPACT(row.id)},"prompt_ids":{prompt},"response_ids":{response}'.encode()
     return b'{%b,%b,"checksum":"%b"}\n' % (body, rest.text, rest.checksum(body))
@@ -176,17 +186,16 @@ KINDS: dict[str, Callable[[Any], bool]] = {
 }
 
 
-# Ids below a thousand million, which is less than MOST_IDS; whoever has larger ones waits a little longer.
-_IDS = rb"\[((?!0[0-9])[0-9]{1,9}+(?:,(?!0[0-9])[0-9]{1,9}+)*+)\]"
-_ID = rb'"[^"\\\x00-\x1f\x80-\xff]*(?:\\.[^"\\\x00-\x1f\x80-\xff]*)*"'
-FORM = re.compile(
-    rb'\{("id":(' + _ID + rb'),"prompt_ids":' + _IDS + rb',"response_ids":' + _IDS + rb")"
-    rb',("temperature":.*),"checksum":"([0-9a-f]{16})"\}\n?'
-)
+# Token ids below a thousand million, which is less than MOST_IDS; whoever has larger ones waits a little longer.
+NUMBERS = re.compile(rb"(?!0[0-9])[0-9]{1,9}+(?:,(?!0[0-9])[0-9]{1,9}+)*+")
+TEXT = re.compile(rb'"[^"\\\x00-\x1f\x80-\xff]*(?:\\.[^"\\\x00-\x1f\x80-\xff]*)*"')
+# What stands between the parts of a line; no text holds any of them, for its quotes are written otherwise.
+OPENING, BEFORE_PROMPT, BEFORE_RESPONSE = b'{"id":', b',"prompt_ids":[', b'],"response_ids":['
+BEFORE_REST, BEFORE_CHECKSUM, ENDINGS = b'],"temperature":', b',"checksum":"', (b'"}\n', b'"}')
 
 
 class Line(NamedTuple):
-    """A whole line in the form that is written here; the tokens as text, with commas between them."""
+    """A line in the form that is written here, with a checksum that fits; the tokens as digits with commas between."""
 
     id: str
     prompt: bytes
@@ -194,25 +203,36 @@ class Line(NamedTuple):
     rest: Rest
 
     @property
+    def sizes(self) -> tuple[int, int]:
+        """Tokens of the prompt and of the response."""
+        return self.prompt.count(b",") + 1, self.response.count(b",") + 1
+
+    @property
     def row(self) -> Row:
-        prompt, response = (json.loads(b"[%b]" % part) for part in (self.prompt, self.response))
+        prompt, response = (np.fromstring(part.decode(), np.int64, sep=",").tolist() for part in self[1:3])
         return Row(self.id, prompt, response, *self.rest.values)
 
 
 def quick_line(line: bytes) -> Line | None:
     """A line whose form and checksum are right; None of any other, which :func:`decode_row` reads or explains."""
-    found = FORM.fullmatch(line)
-    if found is None:
+    prompt = line.find(BEFORE_PROMPT)
+    response = line.find(BEFORE_RESPONSE, prompt)
+    rest_ = line.rfind(BEFORE_REST)
+    end = line.rfind(BEFORE_CHECKSUM)
+    if not (line.startswith(OPENING) and 0 < prompt < response < rest_ < end):
         return None
-    body, id, prompt, response, text, said = found.groups()
+    last = end + len(BEFORE_CHECKSUM)
+    found = line[prompt + len(BEFORE_PROMPT) : response], line[response + len(BEFORE_RESPONSE) : rest_]
+    name, text = line[len(OPENING) : prompt], line[rest_ + 2 : end]
+    if line[last + 16 :] not in ENDINGS or not TEXT.fullmatch(name) or not all(map(NUMBERS.fullmatch, found)):
+        return None
     rest = _READ[text] if text in _READ else _read_rest(text)
-    if rest is None or rest.checksum(body) != said:
+    if rest is None or rest.checksum(line[1 : rest_ + 1]) != line[last : last + 16]:
         return None
     try:
-        name = loads(id.decode()) if b"\\" in id else id[1:-1].decode()
+        return Line(loads(name.decode()) if b"\\" in name else name[1:-1].decode(), *found, rest)
     except ValueError:
         return None
-    return Line(name, prompt, response, rest)
 
 
 def _read_rest(text: bytes) -> Rest | None:
@@ -258,9 +278,9 @@ def decode_row(line: bytes) -> Row:
         raise ValueError(f"no {', '.join(missing)}; this is no line of a response file")
     if checksum(value) != value["checksum"]:
         raise ValueError("the checksum does not fit")
-    row = {name: value[name] for name in names}
-    if wrong := _wrong(row):
+    found = {name: value[name] for name in names}
+    if wrong := _wrong(found):
         raise WrongRow(wrong)
-    if not row["prompt_ids"] or not row["response_ids"]:
+    if not found["prompt_ids"] or not found["response_ids"]:
         raise WrongRow("an empty prompt or response, which no response has")
-    return Row(**row)
+    return Row(**found)

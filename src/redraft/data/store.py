@@ -25,6 +25,7 @@ from redraft.data.lines import UNKNOWN as UNKNOWN
 from redraft.data.lines import Row as Row
 from redraft.data.lines import decode_row as decode_row
 from redraft.data.lines import encode_row as encode_row
+from redraft.data.lines import rest_of
 from redraft.data.lines import row_key as row_key
 from redraft.data.stored import Rows as Rows
 from redraft.data.table import INDEXED_FROM, Table
@@ -112,9 +113,12 @@ class RowWriter:
         is there."""
         if not rows:
             return
-        counts = Counter(row.key for row in rows)
-        if again := sorted(key for key, count in counts.items() if count > 1 or self.rows.get(key) is not None):
-            raise ValueError(f"row {again[0]} is already stored")
+        keys = [row.key for row in rows]
+        again = {key for key in keys if self.rows.get(key) is not None}
+        if len({*keys}) < len(keys):
+            again |= {key for key, count in Counter(keys).items() if count > 1}
+        if again:
+            raise ValueError(f"row {min(again)} is already stored")
         lines = [encode_row(row) for row in rows]
         data = b"".join(lines)
         require_free_space(self.path.parent, len(data))
@@ -122,7 +126,8 @@ class RowWriter:
             append(self._file, data)
         except OSError as error:
             raise write_error(self.path, error) from error
-        self._table.append(rows, lines)
+        for row, line, key in zip(rows, lines, keys, strict=True):
+            self._table.add(line, row.id, row.sizes, rest_of(row), key)
 
     def __enter__(self) -> RowWriter:
         return self

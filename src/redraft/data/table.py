@@ -20,7 +20,6 @@ import threading
 import weakref
 import zlib
 from array import array
-from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -31,7 +30,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from redraft.data.lines import MOST_RESTS, REST, Row, WrongRow, decode_row, quick_line, row_key
+from redraft.data.lines import MOST_RESTS, REST, Rest, Row, WrongRow, decode_row, quick_line, rest_of, row_key
 from redraft.errors import UserError
 from redraft.files import replacing
 from redraft.inputs import MOST_BYTES, loads
@@ -182,10 +181,13 @@ class Table:
         return f"{self.path}:{self.bytes.line_number(self.starts[index])}"
 
     # -- rows that come ------------------------------------------------------------------------------------------------
-    def add(self, line: bytes, id: str, sizes: tuple[int, int], how: int) -> None:
-        """A row whose line begins where all others end; ``how`` is the number of how it was drawn."""
-        found = self.known[how]
-        self.names.append(name_of(row_key(id, found.temperature, found.turn, found.source)))
+    def add(self, line: bytes, id: str, sizes: tuple[int, int], rest: Rest, key: str | None = None) -> None:
+        """A row whose line begins where all others end; ``key`` is its key, where that is known."""
+        how = self._number(rest)
+        if key is None:
+            found = self.known[how]
+            key = row_key(id, found.temperature, found.turn, found.source)
+        self.names.append(name_of(key))
         self.starts.append(self.whole)
         self.sizes.append(len(line))
         self.prompts.append(sizes[0])
@@ -200,15 +202,18 @@ class Table:
         self.whole += len(data)
         self.seen.update(data)
 
-    def append(self, rows: Sequence[Row], lines: Sequence[bytes]) -> None:
-        """Rows that were put at the end of the file, and their lines."""
-        for row, line in zip(rows, lines, strict=True):
-            self.add(line, row.id, row.sizes, self._number(How(*(getattr(row, name) for name in How._fields))))
-
-    def _number(self, how: How) -> int:
-        number = self._numbers.setdefault(repr(how), len(self.known))
-        if number == len(self.known):
-            self.known.append(how)
+    def _number(self, rest: Rest) -> int:
+        """The number in ``known`` of how a row was drawn."""
+        number = self._numbers_of.get(rest.text)
+        if number is None:
+            values = dict(zip(REST, rest.values, strict=True))
+            how = How(*(values[name] for name in How._fields))
+            number = self._numbers.setdefault(repr(how), len(self.known))
+            if number == len(self.known):
+                self.known.append(how)
+            if len(self._numbers_of) >= MOST_RESTS:
+                self._numbers_of.clear()
+            self._numbers_of[rest.text] = number
         return number
 
     def scan(self) -> None:
@@ -241,16 +246,9 @@ class Table:
         quick = quick_line(line)
         if quick is None:
             row = decode_row(line)
-            self.append([row], [line])
-            return
-        text = quick.rest.text
-        number = self._numbers_of.get(text)
-        if number is None:
-            if len(self._numbers_of) >= MOST_RESTS:
-                self._numbers_of.clear()
-            found = dict(zip(REST, quick.rest.values, strict=True))
-            number = self._numbers_of[text] = self._number(How(*(found[name] for name in How._fields)))
-        self.add(line, quick.id, (quick.prompt.count(b",") + 1, quick.response.count(b",") + 1), number)
+            self.add(line, row.id, row.sizes, rest_of(row))
+        else:
+            self.add(line, quick.id, quick.sizes, quick.rest)
 
     # -- the index -----------------------------------------------------------------------------------------------------
     def recall(self) -> None:
