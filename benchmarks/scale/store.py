@@ -3,18 +3,20 @@
     git worktree add out/before REVISION
     python benchmarks/scale/store.py --before out/before/src --work out/scale --rows 200000 --large 1000000
 
-A row has 100 prompt tokens and 200 response tokens, drawn evenly from 49,152 ids: 1.9 kB in its file. Every figure is of
-a process of its own, in which only the store is imported; the two builds take turns, and the order changes with every
-turn. What is measured, in seconds:
+A row has 100 prompt tokens and 200 response tokens, drawn evenly from 49,152 ids: 1.9 kB in its file. Every figure is
+of a process of its own, in which only the store is imported; the two builds take turns, and the order changes with
+every turn. What is measured, in seconds of the clock (``cpu``: of the processor):
 
 - ``write``: ``RowWriter.append`` of all rows, as many at a time as ``redraft regenerate`` of that build hands over (32
-  before, 512 now); ``write_32``: 32 at a time, each time waiting for the disk. Drawing the rows does not count.
-- ``open``: ``RowWriter`` on the whole file, as a resumed run opens it; ``open_killed``: the same without the index, as
-  after kill -9; ``read``: ``read_rows``, and then every token of every row once, in order.
-- ``peak_mb``: the highest resident memory of the process of each, the interpreter and its modules (``empty``) included.
+  before, 512 now); ``write_32``: 32 at a time in both, each time waiting for the disk. Drawing the rows does not count.
+- ``open``: ``RowWriter`` on the whole file, as a resumed run opens it; ``open_lost``: the same without the index, as
+  where it was lost (the older build has none: its figure is that of ``open``); ``read``: ``read_rows``, and then every
+  token of every row once, in order.
+- ``peak_mb``: the highest resident memory of each process, the interpreter and its modules (``empty``) included.
 - ``index``: bytes written to the index of a folder of features for ``--features`` rows, 25 to a shard: 256 MB of states
   of a model of 8 billion parameters are the states of about so many rows.
 
+``write``, ``open`` and ``open_lost`` are of ``--rows``, the others, which say nothing new at a size, of ``--few``.
 Speed-ups are medians over the turns of the ratio within a turn.
 """
 
@@ -23,7 +25,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -38,7 +40,8 @@ SCHEMA = "redraft.scale-store/1"
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT, RESPONSE, VOCABULARY, SHARD_ROWS = 100, 200, 49_152, 25
 FLUSH = {"before": 32, "now": 512}
-STEPS = ("write", "write_32", "open", "open_killed", "read")
+STEPS, FEW_STEPS = ("write", "open", "open_lost"), ("write", "write_32", "open", "open_lost", "read")
+Times = tuple[float, float]  # of the clock and of the processor
 
 
 # -- one process: what is done in it is imported from the build that PYTHONPATH names ----------------------------------
@@ -56,45 +59,55 @@ def drawn(rows: int, portion: int) -> Iterator[list[Any]]:
         yield found
 
 
-def write(path: Path, rows: int, portion: int) -> float:
+def now() -> Times:
+    return time.perf_counter(), time.process_time()
+
+
+def since(began: Times) -> Times:
+    ended = now()
+    return ended[0] - began[0], ended[1] - began[1]
+
+
+def write(path: Path, rows: int, portion: int) -> Times:
     from redraft.data.store import RowWriter
 
     path.unlink(missing_ok=True)
-    began = time.perf_counter()
-    drawing = 0.0
+    began, drawing = now(), (0.0, 0.0)
     with RowWriter(path) as writer:
         portions = drawn(rows, portion)
         while True:
-            before = time.perf_counter()
+            before = now()
             found = next(portions, None)
-            drawing += time.perf_counter() - before
+            took = since(before)
+            drawing = drawing[0] + took[0], drawing[1] + took[1]
             if found is None:
                 break
             writer.append(found)
-    return time.perf_counter() - began - drawing
+    whole = since(began)
+    return whole[0] - drawing[0], whole[1] - drawing[1]
 
 
-def reopen(path: Path, rows: int, _: int) -> float:
+def reopen(path: Path, rows: int, _: int) -> Times:
     from redraft.data.store import RowWriter
 
-    began = time.perf_counter()
+    began = now()
     with RowWriter(path) as writer:
+        took = since(began)
         assert len(writer.rows) == rows
-        took = time.perf_counter() - began
     return took
 
 
-def read(path: Path, rows: int, _: int) -> float:
+def read(path: Path, rows: int, _: int) -> Times:
     from redraft.data.store import read_rows
 
-    began = time.perf_counter()
+    began = now()
     found = read_rows(path)
-    total = sum(row.prompt_ids[0] + len(row.response_ids) for row in found)
-    assert len(found) == rows and total >= RESPONSE * rows
-    return time.perf_counter() - began
+    total = sum(row.prompt_ids[0] * 0 + len(row.response_ids) for row in found)
+    assert total == RESPONSE * rows
+    return since(began)
 
 
-def index(folder: Path, rows: int, portion: int) -> int:
+def index(folder: Path, rows: int, portion: int) -> Times:
     """The bytes that go to the disk beside the shards."""
     import torch
 
@@ -104,7 +117,7 @@ def index(folder: Path, rows: int, portion: int) -> int:
     for found in drawn(rows, portion):
         store.put([RowFeatures(row, tensor, tensor) for row in found])
     shards = sum(path.stat().st_size for path in folder.glob("shard-*"))
-    return written() - before - shards
+    return written() - before - shards, 0.0
 
 
 def written() -> int:
@@ -113,26 +126,35 @@ def written() -> int:
     return int(next(line for line in lines if line.startswith("wchar")).split()[1])
 
 
-def empty(path: Path, rows: int, _: int) -> float:
+def empty(path: Path, rows: int, _: int) -> Times:
     import redraft.data.store  # noqa: F401
 
-    return 0.0
+    return 0.0, 0.0
 
 
-DONE: dict[str, Callable[[Path, int, int], float]] = {
+def peak() -> float:
+    """The highest resident memory of this process in megabytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1000
+
+
+DONE: dict[str, Callable[[Path, int, int], Times]] = {
     "write": write,
     "write_32": write,
     "open": reopen,
-    "open_killed": reopen,
+    "open_lost": reopen,
     "read": read,
     "index": index,
     "empty": empty,
 }
 
 
+Found = dict[str, dict[str, dict[str, float]]]
+
+
 # -- all of them -------------------------------------------------------------------------------------------------------
 def measured(step: str, source: Path, path: Path, rows: int, portion: int) -> dict[str, float]:
-    """What a process of its own measures: ``value`` and ``peak_mb``."""
+    """What a process of its own measures: ``seconds`` (of ``index`` bytes), ``cpu`` and ``peak_mb``."""
     words = [sys.executable, __file__, "--step", step, str(path), str(rows), str(portion)]
     done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(source)})
     if done.returncode:
@@ -141,13 +163,16 @@ def measured(step: str, source: Path, path: Path, rows: int, portion: int) -> di
     return found
 
 
-def turn(sources: dict[str, Path], work: Path, rows: int) -> dict[str, dict[str, dict[str, float]]]:
+def turn(sources: dict[str, Path], work: Path, rows: int, steps: tuple[str, ...]) -> Found:
     """Every step once in both builds, by step and build."""
-    found: dict[str, dict[str, dict[str, float]]] = {step: {} for step in STEPS}
-    for step in STEPS:
+    found: Found = {step: {} for step in steps}
+    for step in steps:
         for build, source in sources.items():
             path = work / f"{build}.jsonl"
-            if step == "open_killed":
+            if step == "open_lost" and build == "before":
+                found[step][build] = found["open"][build]
+                continue
+            if step == "open_lost":
                 (work / f".{path.name}.index").unlink(missing_ok=True)
             portion = 32 if step == "write_32" else FLUSH[build]
             found[step][build] = measured(step, source, path, rows, portion)
@@ -158,11 +183,42 @@ def turn(sources: dict[str, Path], work: Path, rows: int) -> dict[str, dict[str,
     return found
 
 
+def compared(builds: dict[str, Path], work: Path, rows: int, turns: int, steps: tuple[str, ...]) -> dict[str, Any]:
+    """The ratios of all turns, their medians, the peaks, and the turns themselves."""
+    found = []
+    for number in range(turns):
+        order = list(builds)[:: 1 if number % 2 == 0 else -1]
+        found.append(turn({build: builds[build] for build in order}, work, rows, steps))
+    result: dict[str, Any] = {"rows": rows}
+    for name in ("seconds", "cpu"):
+        ratios = {step: [each[step]["before"][name] / each[step]["now"][name] for each in found] for step in steps}
+        key = "speedup" if name == "seconds" else "cpu_speedup"
+        result |= {f"{step}_{key}": round(statistics.median(ratios[step]), 2) for step in steps}
+        result[f"{key}s"] = {step: [round(ratio, 2) for ratio in ratios[step]] for step in steps}
+    for build in builds:
+        peaks = {step: max(each[step][build]["peak_mb"] for each in found) for step in steps}
+        result[f"peaks_mb_{build}"] = {step: round(peak, 1) for step, peak in peaks.items()}
+    return result | {"peak_mb": max(result["peaks_mb_now"].values()), "turns": found}
+
+
+def large(source: Path, work: Path, rows: int) -> dict[str, Any]:
+    """A file of this build alone, without one of the older to wait for."""
+    path, found = work / "large.jsonl", {}
+    for step in ("write", "open", "open_lost", "read"):
+        if step == "open_lost":
+            (work / f".{path.name}.index").unlink()
+        found[step] = measured(step, source, path, rows, FLUSH["now"])
+        print(f"{step:>12} {rows:,} {found[step]}", flush=True)
+    path.unlink()
+    return {"rows": rows, "peak_mb": max(each["peak_mb"] for each in found.values()), **found}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--before", type=Path, help="src of the older build")
     parser.add_argument("--work", type=Path, help="a folder for the files")
     parser.add_argument("--rows", type=int, default=200_000)
+    parser.add_argument("--few", type=int, default=20_000)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--large", type=int, default=0, help="rows of one more file, of this build alone")
     parser.add_argument("--features", type=int, default=10_000)
@@ -171,49 +227,31 @@ def main() -> None:
     options = parser.parse_args()
     if options.step:
         step, path, rows, portion = options.step
-        value = DONE[step](Path(path), int(rows), int(portion))
-        print(json.dumps({"value": value, "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000}))
+        seconds, cpu = DONE[step](Path(path), int(rows), int(portion))
+        print(json.dumps({"seconds": seconds, "cpu": cpu, "peak_mb": peak()}))
         return
     from redraft import provenance
     from redraft.artifact import atomic_write_json
 
     work, builds = options.work.absolute(), {"before": options.before.absolute(), "now": ROOT / "src"}
     work.mkdir(parents=True, exist_ok=True)
-    turns = []
-    for number in range(options.turns):
-        order = list(builds)[:: 1 if number % 2 == 0 else -1]
-        turns.append(turn({build: builds[build] for build in order}, work, options.rows))
-    result: dict[str, Any] = {
+    sizes = {}
+    for build, source in builds.items():
+        folder = work / f"features-{build}"
+        shutil.rmtree(folder, ignore_errors=True)
+        sizes[build] = int(measured("index", source, folder, options.features, SHARD_ROWS)["seconds"])
+    result = {
         "schema": SCHEMA,
-        "rows": options.rows,
         "tokens": {"prompt": PROMPT, "response": RESPONSE},
+        "index": {"rows": options.features, "rows_a_shard": SHARD_ROWS, "bytes": sizes},
+        "empty_peak_mb": {build: measured("empty", source, work, 0, 0)["peak_mb"] for build, source in builds.items()},
+        "few": compared(builds, work, options.few, options.turns, FEW_STEPS),
+        **({"large": large(builds["now"], work, options.large)} if options.large else {}),
+        **compared(builds, work, options.rows, options.turns, STEPS),
+        "provenance": provenance.collect(0, "cpu", {}),
     }
-    for step in STEPS:
-        ratios = [each[step]["before"]["value"] / each[step]["now"]["value"] for each in turns]
-        result[f"{step}_speedup"] = round(statistics.median(ratios), 2)
-        result.setdefault("ratios", {})[step] = [round(ratio, 2) for ratio in ratios]
-    for build in builds:
-        peaks = {step: max(each[step][build]["peak_mb"] for each in turns) for step in STEPS}
-        peaks["empty"] = measured("empty", builds[build], work, 0, 0)["peak_mb"]
-        result[f"peaks_mb_{build}"] = {step: round(peak, 1) for step, peak in peaks.items()}
-    result["peak_mb"] = max(result["peaks_mb_now"].values())
-    result["turns"] = turns
-    if options.large:
-        path = work / "large.jsonl"
-        steps = {step: measured(step, builds["now"], path, options.large, FLUSH["now"]) for step in ("write", "open")}
-        (work / f".{path.name}.index").unlink()
-        steps["open_killed"] = measured("open_killed", builds["now"], path, options.large, FLUSH["now"])
-        steps["read"] = measured("read", builds["now"], path, options.large, FLUSH["now"])
-        result["large"] = {"rows": options.large, **steps}
-        path.unlink()
-    if options.features:
-        sizes = {}
-        for build, source in builds.items():
-            folder = work / f"features-{build}"
-            sizes[build] = int(measured("index", source, folder, options.features, SHARD_ROWS)["value"])
-        result["index"] = {"rows": options.features, "rows_a_shard": SHARD_ROWS, "bytes": sizes}
-    atomic_write_json(options.out, result | {"provenance": provenance.collect(0, "cpu", {})})
-    print(json.dumps({key: value for key, value in result.items() if key != "turns"}, indent=1))
+    atomic_write_json(options.out, result)
+    print(json.dumps({key: value for key, value in result.items() if key not in ("turns", "few")}, indent=1))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ the file and the line. See docs/formats.md.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -25,10 +26,10 @@ from redraft.data.lines import UNKNOWN as UNKNOWN
 from redraft.data.lines import Row as Row
 from redraft.data.lines import decode_row as decode_row
 from redraft.data.lines import encode_row as encode_row
-from redraft.data.lines import rest_of
+from redraft.data.lines import encoded
 from redraft.data.lines import row_key as row_key
 from redraft.data.stored import Rows as Rows
-from redraft.data.table import INDEXED_FROM, Table
+from redraft.data.table import INDEXED_FROM, Table, name_of
 from redraft.errors import UserError
 from redraft.files import append, atomic_write_text, require_free_space, sync, use_folder, write_error
 from redraft.inputs import require_file
@@ -97,7 +98,7 @@ class RowWriter:
         self._table = Table(self.path)
         self.rows = Rows(self._table)
         self._table.recall()
-        self._remembered = self._table.whole
+        self._remembered, before = self._table.whole, len(self.rows)
         self._table.scan()
         whole = self._table.whole
         if self._table.torn:
@@ -107,27 +108,39 @@ class RowWriter:
             self._table.pass_over(b"\n")
         os.fsync(self._file.fileno())
         sync(self.path.parent)
+        # not of processes that train together: the first of them does it for all
+        self._next = math.inf if self._lock is None else max(INDEXED_FROM, before * 3 // 2)
 
     def append(self, rows: Sequence[Row]) -> None:
         """Write a batch of rows, all or none. Raises ``UserError`` when the disk is full, ``ValueError`` for a key that
         is there."""
         if not rows:
             return
-        keys = [row.key for row in rows]
-        again = {key for key in keys if self.rows.get(key) is not None}
+        table, keys = self._table, [row.key for row in rows]
+        names = list(map(name_of, keys))
+        again = {key for key, name in zip(keys, names, strict=True) if table.places.find(key, name) is not None}
         if len({*keys}) < len(keys):
             again |= {key for key, count in Counter(keys).items() if count > 1}
         if again:
             raise ValueError(f"row {min(again)} is already stored")
-        lines = [encode_row(row) for row in rows]
+        lines, rests = zip(*map(encoded, rows), strict=True)
         data = b"".join(lines)
         require_free_space(self.path.parent, len(data))
         try:
             append(self._file, data)
         except OSError as error:
             raise write_error(self.path, error) from error
-        for row, line, key in zip(rows, lines, keys, strict=True):
-            self._table.add(line, row.id, row.sizes, rest_of(row), key)
+        for row, line, rest, name in zip(rows, lines, rests, names, strict=True):
+            table.add(len(line), row.id, row.sizes, rest, name)
+        table.seen.update(data)
+        if len(table) >= self._next:
+            self._remember()
+
+    def _remember(self) -> None:
+        """Write the index; again when there are half as many rows more, or at the end: what is killed in between has
+        the last third to read line by line."""
+        self._table.remember()
+        self._remembered, self._next = self._table.whole, max(INDEXED_FROM, len(self.rows) * 3 // 2)
 
     def __enter__(self) -> RowWriter:
         return self
@@ -135,8 +148,8 @@ class RowWriter:
     def __exit__(self, *error: object) -> None:
         if self._new and not self.rows and any(error):
             self.path.unlink(missing_ok=True)  # what was refused before its first row leaves nothing
-        elif len(self.rows) >= INDEXED_FROM and self._table.whole != self._remembered and not is_helper():
-            self._table.remember()
+        elif len(self.rows) >= INDEXED_FROM and self._table.whole != self._remembered and self._lock is not None:
+            self._remember()
         self._file.close()
         self._release()
 

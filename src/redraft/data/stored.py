@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from redraft.data.lines import Row
-from redraft.data.table import How, Numbers, Table
+from redraft.data.table import How, Numbers, Table, name_of
 
 
 class StoredRow(Row):
@@ -111,5 +111,5 @@ class Rows(Sequence[Row]):
 
     def get(self, key: str) -> Row | None:
         """The row of this key anywhere in the file."""
-        place = self.table.places.find(key)
+        place = self.table.places.find(key, name_of(key))
         return None if place is None else StoredRow(self.table, place)

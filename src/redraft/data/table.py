@@ -181,21 +181,22 @@ class Table:
         return f"{self.path}:{self.bytes.line_number(self.starts[index])}"
 
     # -- rows that come ------------------------------------------------------------------------------------------------
-    def add(self, line: bytes, id: str, sizes: tuple[int, int], rest: Rest, key: str | None = None) -> None:
-        """A row whose line begins where all others end; ``key`` is its key, where that is known."""
+    def add(self, size: int, id: str, sizes: tuple[int, int], rest: Rest, name: int | None = None) -> None:
+        """A row whose line of ``size`` bytes begins where all others end; ``name`` is that of its key, where it is
+        known. The bytes are not counted in ``seen``."""
         how = self._number(rest)
-        if key is None:
+        if name is None:
             found = self.known[how]
-            key = row_key(id, found.temperature, found.turn, found.source)
-        self.names.append(name_of(key))
+            name = name_of(row_key(id, found.temperature, found.turn, found.source))
+        self.names.append(name)
         self.starts.append(self.whole)
-        self.sizes.append(len(line))
+        self.sizes.append(size)
         self.prompts.append(sizes[0])
         self.responses.append(sizes[1])
         self.hows.append(how)
         self.ids += id.encode()
         self.ends.append(len(self.ids))
-        self.pass_over(line)
+        self.whole += size
 
     def pass_over(self, data: bytes) -> None:
         """Count bytes that are no row's behind all that is known."""
@@ -246,9 +247,10 @@ class Table:
         quick = quick_line(line)
         if quick is None:
             row = decode_row(line)
-            self.add(line, row.id, row.sizes, rest_of(row))
+            self.add(len(line), row.id, row.sizes, rest_of(row))
         else:
-            self.add(line, quick.id, quick.sizes, quick.rest)
+            self.add(len(line), quick.id, quick.sizes, quick.rest)
+        self.seen.update(line)
 
     # -- the index -----------------------------------------------------------------------------------------------------
     def recall(self) -> None:
@@ -313,9 +315,9 @@ class _Places:
         self.order: Numbers = np.empty(0, np.int64)
         self.recent: dict[int, int] = {}
 
-    def find(self, key: str) -> int | None:
-        """The number of the row of this key."""
-        table, name = self.table, name_of(key)
+    def find(self, key: str, name: int) -> int | None:
+        """The number of the row of this key, whose :func:`name_of` is ``name``."""
+        table = self.table
         for index in range(len(self.order) + len(self.recent), len(table)):
             if len(self.recent) >= UNSORTED or table.names[index] in self.recent:
                 self.settle()
