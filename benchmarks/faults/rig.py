@@ -287,6 +287,10 @@ def prepare() -> None:
     import redraft.adaptation.distill
     import redraft.adaptation.study.run
     import redraft.api.runs  # noqa: F401
+    import redraft.data.regenerate
+    import redraft.data.store
     from redraft.cli.main import quiet_libraries
 
     quiet_libraries()
+    # What a long file of responses has, its index and waves, the short ones of this world have too.
+    redraft.data.store.INDEXED_FROM, redraft.data.regenerate.WAVE = 4, 20
