@@ -7,6 +7,7 @@ the file and the line. See docs/formats.md.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -29,9 +30,10 @@ from redraft.data.lines import encode_row as encode_row
 from redraft.data.lines import encoded
 from redraft.data.lines import row_key as row_key
 from redraft.data.stored import Rows as Rows
+from redraft.data.stored import spooled as spooled
 from redraft.data.table import INDEXED_FROM, Table, name_of
 from redraft.errors import UserError
-from redraft.files import append, atomic_write_text, require_free_space, sync, use_folder, write_error
+from redraft.files import append, atomic_write_text, replacing, require_free_space, sync, use_folder, write_error
 from redraft.inputs import require_file
 from redraft.locks import is_helper, lock
 
@@ -59,6 +61,26 @@ def read_rows(path: str | Path) -> Rows:
     if not len(table):
         raise UserError(f"{path} holds no responses; run `redraft regenerate` again")
     return Rows(table)
+
+
+def write_rows(path: str | Path, rows: Sequence[Row]) -> int:
+    """Make a response file of these rows and no others, whole or not at all; the bytes written.
+
+    A file that holds them already is left as it is. Raises ``UserError`` when the disk cannot hold it.
+    """
+    path, wanted, size = Path(path), hashlib.sha256(), 0
+    for row in rows:
+        line = encode_row(row)
+        wanted.update(line)
+        size += len(line)
+    if path.is_file():
+        with open(path, "rb") as there:
+            if hashlib.file_digest(there, "sha256").digest() == wanted.digest():
+                return 0
+    require_free_space(path.parent, size)
+    with replacing(path) as new, open(new, "wb") as file:
+        file.writelines(map(encode_row, rows))
+    return size
 
 
 class RowWriter:

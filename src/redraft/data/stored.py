@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
 
-from redraft.data.lines import Row
+from redraft.data.lines import Row, encoded
 from redraft.data.table import How, Numbers, Table, name_of
+from redraft.files import write_error
 
 
 class StoredRow(Row):
@@ -113,3 +116,19 @@ class Rows(Sequence[Row]):
         """The row of this key anywhere in the file."""
         place = self.table.places.find(key, name_of(key))
         return None if place is None else StoredRow(self.table, place)
+
+
+def spooled(rows: Iterable[Row]) -> Rows:
+    """These rows in a file without a name that goes with them. Raises ``UserError`` for want of room."""
+    folder = Path(tempfile.gettempdir())
+    try:
+        file: Any = tempfile.TemporaryFile(buffering=1 << 20)
+        table = Table(folder / "rows", file)
+        for row in rows:
+            line, rest = encoded(row)
+            file.write(line)
+            table.add(len(line), row.id, row.sizes, rest)
+        file.flush()
+    except OSError as error:
+        raise write_error(folder / "rows", error) from error
+    return Rows(table)

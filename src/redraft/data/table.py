@@ -66,9 +66,10 @@ class How(NamedTuple):
 class Bytes:
     """A file that stays open for reading at any place, by several threads and forked processes."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, file: BinaryIO | None = None) -> None:
+        """``file`` is that of the ``path``, where it is open."""
         self.path, self._guard = path, threading.Lock()
-        self.file = open_lines(path)
+        self.file = open_lines(path) if file is None else file
         weakref.finalize(self, self.file.close)
 
     def at(self, start: int, size: int) -> bytes:
@@ -129,9 +130,9 @@ class Table:
     is :func:`name_of` its key.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, file: BinaryIO | None = None) -> None:
         self.path = Path(path)
-        self.bytes = Bytes(self.path)
+        self.bytes = Bytes(self.path, file)
         self.starts, self.names, self.ends = array("q"), array("q"), array("q", [0])
         self.sizes, self.prompts, self.responses, self.hows = array("i"), array("i"), array("i"), array("i")
         self.ids = bytearray()
