@@ -36,7 +36,7 @@ from redraft.features.index import read_index as read_index
 from redraft.files import clean, use_folder
 from redraft.inputs import loads, require_file, typed
 from redraft.locks import LOCK_FILE, is_helper, lock
-from redraft.rows import AnyRow, TokenRow, anchors, length_batches
+from redraft.rows import AnyRow, TokenRow, anchors, length_batches, sizes
 from redraft.target import KeyValueCache, Target
 
 # A shared opening of fewer tokens is not worth a pass of its own.
@@ -131,7 +131,7 @@ class ComputedFeatures:
         if not anchors(row):
             return 0
         width = self.target.hidden_size * self.target.dtype.itemsize
-        return width * ((len(row.prompt_ids) + anchors(row) - 1) * len(self.target.taps) + anchors(row))
+        return width * ((sizes(row)[0] + anchors(row) - 1) * len(self.target.taps) + anchors(row))
 
     def batches(
         self, rows: Sequence[TokenRow], have: Collection[str] = (), batch_tokens: int = 2048
