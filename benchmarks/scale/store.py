@@ -1,7 +1,7 @@
 """The row store and the index of features at a size, an older build and this one in turns.
 
     git worktree add out/before REVISION
-    python benchmarks/scale/store.py --before out/before/src --work out/scale --rows 200000 --large 1000000
+    python benchmarks/scale/store.py --before out/before/src --work out/scale --rows 200000
 
 A row has 100 prompt tokens and 200 response tokens, drawn evenly from 49,152 ids: 1.9 kB in its file. Every figure is
 of a process of its own, in which only the store is imported; the two builds take turns, and the order changes with
@@ -17,7 +17,8 @@ every turn. What is measured, in seconds of the clock (``cpu``: of the processor
   of a model of 8 billion parameters are the states of about so many rows.
 
 ``write``, ``open`` and ``open_lost`` are of ``--rows``, the others, which say nothing new at a size, of ``--few``.
-Speed-ups are medians over the turns of the ratio within a turn.
+Speed-ups are medians over the turns of the ratio within a turn. Every part is put into the result when it is done, and
+every turn.
 """
 
 from __future__ import annotations
@@ -183,22 +184,39 @@ def turn(sources: dict[str, Path], work: Path, rows: int, steps: tuple[str, ...]
     return found
 
 
-def compared(builds: dict[str, Path], work: Path, rows: int, turns: int, steps: tuple[str, ...]) -> dict[str, Any]:
-    """The ratios of all turns, their medians, the peaks, and the turns themselves."""
-    found = []
+def compared(
+    builds: dict[str, Path], work: Path, rows: int, turns: int, steps: tuple[str, ...]
+) -> Iterator[dict[str, Any]]:
+    """After every turn the ratios of all so far, their medians, the peaks, and the turns themselves."""
+    found: list[Found] = []
+    nothing = {build: measured("empty", source, work, 0, 0)["peak_mb"] for build, source in builds.items()}
     for number in range(turns):
         order = list(builds)[:: 1 if number % 2 == 0 else -1]
         found.append(turn({build: builds[build] for build in order}, work, rows, steps))
-    result: dict[str, Any] = {"rows": rows}
+        yield {"rows": rows, **summary(found, steps, nothing), "turns": found}
+
+
+def summary(found: list[Found], steps: tuple[str, ...], nothing: dict[str, float]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
     for name in ("seconds", "cpu"):
         ratios = {step: [each[step]["before"][name] / each[step]["now"][name] for each in found] for step in steps}
         key = "speedup" if name == "seconds" else "cpu_speedup"
         result |= {f"{step}_{key}": round(statistics.median(ratios[step]), 2) for step in steps}
         result[f"{key}s"] = {step: [round(ratio, 2) for ratio in ratios[step]] for step in steps}
-    for build in builds:
-        peaks = {step: max(each[step][build]["peak_mb"] for each in found) for step in steps}
+    for build, least in nothing.items():
+        peaks = {step: max(each[step][build]["peak_mb"] for each in found) for step in steps} | {"empty": least}
         result[f"peaks_mb_{build}"] = {step: round(peak, 1) for step, peak in peaks.items()}
-    return result | {"peak_mb": max(result["peaks_mb_now"].values()), "turns": found}
+    return result | {"peak_mb": max(result["peaks_mb_now"].values())}
+
+
+def indexes(builds: dict[str, Path], work: Path, rows: int) -> dict[str, Any]:
+    """What both builds write to the index of a folder of features."""
+    sizes = {}
+    for build, source in builds.items():
+        folder = work / f"features-{build}"
+        shutil.rmtree(folder, ignore_errors=True)
+        sizes[build] = int(measured("index", source, folder, rows, SHARD_ROWS)["seconds"])
+    return {"rows": rows, "rows_a_shard": SHARD_ROWS, "bytes": sizes}
 
 
 def large(source: Path, work: Path, rows: int) -> dict[str, Any]:
@@ -220,9 +238,10 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--few", type=int, default=20_000)
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--large", type=int, default=0, help="rows of one more file, of this build alone")
+    parser.add_argument("--large", type=int, default=1_000_000, help="rows of one more file, of this build alone")
     parser.add_argument("--features", type=int, default=10_000)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "scale-store.json")
+    parser.add_argument("--part", action="append", choices=("index", "few", "rows", "large"), help="these alone")
     parser.add_argument("--step", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.step:
@@ -235,22 +254,18 @@ def main() -> None:
 
     work, builds = options.work.absolute(), {"before": options.before.absolute(), "now": ROOT / "src"}
     work.mkdir(parents=True, exist_ok=True)
-    sizes = {}
-    for build, source in builds.items():
-        folder = work / f"features-{build}"
-        shutil.rmtree(folder, ignore_errors=True)
-        sizes[build] = int(measured("index", source, folder, options.features, SHARD_ROWS)["seconds"])
-    result = {
-        "schema": SCHEMA,
-        "tokens": {"prompt": PROMPT, "response": RESPONSE},
-        "index": {"rows": options.features, "rows_a_shard": SHARD_ROWS, "bytes": sizes},
-        "empty_peak_mb": {build: measured("empty", source, work, 0, 0)["peak_mb"] for build, source in builds.items()},
-        "few": compared(builds, work, options.few, options.turns, FEW_STEPS),
-        **({"large": large(builds["now"], work, options.large)} if options.large else {}),
-        **compared(builds, work, options.rows, options.turns, STEPS),
-        "provenance": provenance.collect(0, "cpu", {}),
+    result = json.loads(options.out.read_text()) if options.out.exists() else {}
+    parts: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
+        "index": lambda: iter([{"index": indexes(builds, work, options.features)}]),
+        "few": lambda: ({"few": part} for part in compared(builds, work, options.few, options.turns, FEW_STEPS)),
+        "rows": lambda: compared(builds, work, options.rows, options.turns, STEPS),
+        "large": lambda: iter([{"large": large(builds["now"], work, options.large)}]),
     }
-    atomic_write_json(options.out, result)
+    for name in options.part or parts:
+        for part in parts[name]():
+            result |= {"schema": SCHEMA, "tokens": {"prompt": PROMPT, "response": RESPONSE}} | part
+            result |= {"provenance": provenance.collect(0, "cpu", {})}
+            atomic_write_json(options.out, result)
     print(json.dumps({key: value for key, value in result.items() if key not in ("turns", "few")}, indent=1))
 
 
