@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from redraft.data import lines, table
 from redraft.data.lines import Row, checksum, decode_row, encode_row, quick_line
-from redraft.data.store import RowWriter, read_rows
+from redraft.data.store import RowWriter, read_rows, spooled, write_rows
 from redraft.data.table import index_path
 from redraft.errors import UserError
 from redraft.rows import anchors, sizes, whole_length
@@ -283,6 +283,33 @@ def test_a_disk_without_room_for_an_index_keeps_the_rows(tmp_path: Path, monkeyp
     write(path, some(4))
     assert not index_path(path).exists() and [p.name for p in tmp_path.iterdir()] == ["r.jsonl"]
     assert read_rows(path) == some(4)
+
+
+@pytest.mark.usefixtures("indexed")
+def test_a_new_file_has_no_index_of_one_that_was_there_before(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    write(path, some(4))
+    path.unlink()
+    with RowWriter(path) as writer:
+        assert not index_path(path).exists() and not writer.rows
+
+
+def test_a_file_of_certain_rows_is_written_whole_and_only_where_it_differs(tmp_path: Path) -> None:
+    path, rows = tmp_path / "r.jsonl", some(5)
+    assert write_rows(path, rows) == path.stat().st_size and path.read_bytes() == b"".join(map(plain_line, rows))
+    before = path.stat().st_ino
+    assert write_rows(path, read_rows(path)) == 0 and path.stat().st_ino == before
+    stored = read_rows(path)
+    assert write_rows(path, stored[1:]) and read_rows(path) == rows[1:], "its own rows, too, may take its place"
+
+
+def test_rows_out_of_memory_are_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    found = spooled(iter(some(20)))
+    assert found == some(20) and found.get("r7@T0.7#1") == some(20)[7] and list(tmp_path.iterdir()) == []
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
+    with pytest.raises(UserError, match="cannot write .*none"):
+        spooled(some(1))
 
 
 def test_memory_of_a_row_is_some_sixty_bytes(tmp_path: Path) -> None:

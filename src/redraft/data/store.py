@@ -31,7 +31,7 @@ from redraft.data.lines import encoded
 from redraft.data.lines import row_key as row_key
 from redraft.data.stored import Rows as Rows
 from redraft.data.stored import spooled as spooled
-from redraft.data.table import INDEXED_FROM, Table, name_of
+from redraft.data.table import INDEXED_FROM, Table, index_path, name_of
 from redraft.errors import UserError
 from redraft.files import append, atomic_write_text, replacing, require_free_space, sync, use_folder, write_error
 from redraft.inputs import require_file
@@ -97,6 +97,8 @@ class RowWriter:
         self._lock = None if is_helper() else lock(lock_path(self.path), f"response file {self.path}")
         try:
             self._new = not self.path.exists()
+            if self._new:
+                index_path(self.path).unlink(missing_ok=True)  # of a file that was here before
             self._file: BinaryIO = open(self.path, "ab+", buffering=0)
             try:
                 self._recover()
