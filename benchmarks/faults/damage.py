@@ -37,6 +37,7 @@ import rig
 
 from redraft import provenance
 from redraft.artifact import read_tensors, write_tensors
+from redraft.features.index import OLD_INDEX
 from redraft.files import append_text, atomic_write_json
 from redraft.seals import SEAL
 
@@ -144,9 +145,12 @@ def aged(path: Path) -> bool:
         value = json.loads(path.read_text())
         if value.pop(SEAL, None) is None:
             return False
-        newer = ("sums", "tokens", "kept") if path.name == rig.INDEX_FILE else ("files",)
-        value = {key: one for key, one in value.items() if key not in newer}
-        path.write_text(json.dumps(value))
+        path.write_text(json.dumps({key: one for key, one in value.items() if key != "files"}))
+        return True
+    if path.name == rig.INDEX_FILE:  # one object without fingerprints
+        known = rig.read_index(path.parent)
+        path.with_name(OLD_INDEX).write_text(json.dumps({"identity": known.identity, "index": known.index}))
+        path.unlink()
         return True
     if path.suffix == ".safetensors" and path.parent.name in ("features", *TRAININGS):
         write_tensors(path, {name: tensor.clone() for name, tensor in read_tensors(path).items()})

@@ -183,6 +183,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="a folder for the runs")
     parser.add_argument("--state", type=Path, required=True, help="JSON lines of the chains that are done")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--kind", action="append", choices=KINDS, help="of these commands alone")
     parser.add_argument("--kills", type=int, default=100, help="stop when as many are done")
     parser.add_argument("--most", type=int, default=8, help="kills of one chain")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no chain after as many seconds")
@@ -192,10 +193,10 @@ def main() -> None:
     began = time.monotonic()
     lines = options.state.read_text().splitlines() if options.state.exists() else []
     done = [found for found in map(json.loads, lines) if found["seed"] == options.seed]
-    chains = Chains(options.work.absolute(), options.seed)
+    chains, kinds = Chains(options.work.absolute(), options.seed), options.kind or KINDS
     number = 0
     while tried(done) < options.kills and time.monotonic() - began < options.seconds:
-        kind, count = KINDS[number % len(KINDS)], number // len(KINDS)
+        kind, count = kinds[number % len(kinds)], number // len(kinds)
         number += 1
         if any((found["kind"], found["number"]) == (kind, count) for found in done):
             continue

@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -227,7 +227,7 @@ def outcome(folder: Path) -> Outcome:
     """What is in a run directory, but for times, machines and what is only on its way."""
     found = Outcome()
     for path in sorted(folder.rglob("*.jsonl")):
-        if path.name in ("curve.jsonl", "tops.jsonl") or "failures" in path.name:
+        if path.name in ("curve.jsonl", "tops.jsonl", INDEX_FILE) or "failures" in path.name:
             continue
         name, keys = str(path.relative_to(folder)), []
         try:
@@ -240,7 +240,7 @@ def outcome(folder: Path) -> Outcome:
         found.doubled += len(keys) - len(set(keys))
         for row in rows:
             found.rows.add(f"{name}:{row.key}")
-            found.parts[f"{name}:{row.key}"] = fingerprint(vars(row))
+            found.parts[f"{name}:{row.key}"] = fingerprint(asdict(row))
     for path in sorted(folder.rglob("*.safetensors")):
         name = str(path.relative_to(folder))
         if path.parent.name.startswith("features") or path.name.startswith("state-"):
@@ -287,6 +287,10 @@ def prepare() -> None:
     import redraft.adaptation.distill
     import redraft.adaptation.study.run
     import redraft.api.runs  # noqa: F401
+    import redraft.data.regenerate
+    import redraft.data.store
     from redraft.cli.main import quiet_libraries
 
     quiet_libraries()
+    # What a long file of responses has, its index and waves, the short ones of this world have too.
+    redraft.data.store.INDEXED_FROM, redraft.data.regenerate.WAVE = 4, 20

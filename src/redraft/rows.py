@@ -28,14 +28,20 @@ class TokenRow(Protocol):
 AnyRow = TypeVar("AnyRow", bound=TokenRow)
 
 
+def sizes(row: TokenRow) -> tuple[int, int]:
+    """Tokens of the prompt and of the response; a row that lies on the disk says them without being read."""
+    found: tuple[int, int] | None = getattr(row, "sizes", None)
+    return (len(row.prompt_ids), len(row.response_ids)) if found is None else found
+
+
 def anchors(row: TokenRow) -> int:
     """How many positions of a row can be supervised: all response tokens but the first, which prefill gives."""
-    return max(0, len(row.response_ids) - 1)
+    return max(0, sizes(row)[1] - 1)
 
 
 def whole_length(row: TokenRow) -> int:
     """Tokens of the prompt and the response."""
-    return len(row.prompt_ids) + len(row.response_ids)
+    return sum(sizes(row))
 
 
 def groups(rows: Sequence[AnyRow], limit: int, weigh: Callable[[AnyRow], int]) -> list[list[AnyRow]]:
@@ -97,8 +103,8 @@ def mix(rows: Sequence[AnyRow], general_rows: Sequence[AnyRow], share: float, se
     twice = {row.key for row in rows} & {row.key for row in general_rows}
     if twice:
         raise UserError(f"{len(twice)} rows are in both the data and the general text, first {min(twice)}; rename ids")
-    wanted = share / (1 - share) * sum(len(row.response_ids) for row in rows)
-    held = sum(len(row.response_ids) for row in general_rows)
+    wanted = share / (1 - share) * sum(sizes(row)[1] for row in rows)
+    held = sum(sizes(row)[1] for row in general_rows)
     if held < wanted:
         raise UserError(
             f"a share of {share:.3g} needs {wanted:,.0f} tokens of general responses and there are {held:,}; "
@@ -108,7 +114,7 @@ def mix(rows: Sequence[AnyRow], general_rows: Sequence[AnyRow], share: float, se
     taken: set[str] = set()
     tokens = 0
     for row in ranked:
-        size = len(row.response_ids)
+        size = sizes(row)[1]
         # Over by less than short by is nearer; the first row is taken whatever its size.
         if taken and tokens + size - wanted > wanted - tokens:
             break

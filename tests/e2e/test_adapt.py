@@ -63,7 +63,7 @@ def test_a_run_that_is_killed_in_every_stage_ends_like_one_that_is_not(world, tm
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     done = run(command(world, whole))
     assert done.returncode == 0, done.stderr
-    stages = ("features/index.json", "responses.jsonl", "selection.json", "train/state.json", "merged", "export-vllm")
+    stages = ("features/index.jsonl", "responses.jsonl", "selection.json", "train/state.json", "merged", "export-vllm")
     kills = sum(kill_when(command(world, killed), killed / stage) for stage in stages)
     assert kills >= 5
     done = run(command(world, killed))

@@ -230,10 +230,10 @@ def test_another_runs_shard_and_a_lost_index_are_told(answered, tmp_path):
     other = FeatureStore(tmp_path / "other", {})
     other.put([each._replace(hidden=each.hidden + 1) for each in kept_rows(found)])
     shutil.copy(tmp_path / "other" / "shard-00000.safetensors", tmp_path / "own")
-    with pytest.raises(UserError, match="shard-00000.safetensors is another than index.json beside it knows"):
+    with pytest.raises(UserError, match="shard-00000.safetensors is another than index.jsonl beside it knows"):
         FeatureStore(tmp_path / "own", {}).get(rows[0])
-    (tmp_path / "own" / "index.json").unlink()
-    with pytest.raises(UserError, match="index.json does not exist, and there are 1 shards .*delete the folder"):
+    (tmp_path / "own" / "index.jsonl").unlink()
+    with pytest.raises(UserError, match="index.jsonl does not exist, and there are 1 shards .*delete the folder"):
         FeatureStore(tmp_path / "own", {})
 
 

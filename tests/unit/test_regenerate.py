@@ -413,3 +413,45 @@ def test_a_turn_behind_a_tools_result_is_listed(run: Callable, tmp_path: Path) -
     assert [row.key for row in read_rows(tmp_path / "r.jsonl")] == ["t@T0"]
     (failure,) = listed_failures(tmp_path / "r.jsonl")
     assert failure.key == "t@T0#1" and "the result of a tool stands before this turn" in failure.reason
+
+
+# -- waves ------------------------------------------------------------------------------------------------------------
+def test_waves_change_nothing_but_the_order(run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(ScriptedEngine(), out_path=tmp_path / "whole.jsonl")
+    monkeypatch.setattr("redraft.data.regenerate.WAVE", 3)
+    engine = ScriptedEngine()
+    report = run(engine)
+    assert by_key(read_rows(tmp_path / "r.jsonl")) == by_key(read_rows(tmp_path / "whole.jsonl"))
+    assert report.new == 14 and len(engine.asked) == 14
+    assert [request.key.partition("@")[0] for request in engine.asked[:3]] == ["c", "b", "a"]
+    with pytest.raises(KeyboardInterrupt):
+        run(ScriptedEngine(stop_after=9), out_path=tmp_path / "killed.jsonl")
+    again = run(ScriptedEngine(), out_path=tmp_path / "killed.jsonl")
+    assert (again.kept, again.new) == (9, 5)
+    assert by_key(read_rows(tmp_path / "killed.jsonl")) == by_key(read_rows(tmp_path / "whole.jsonl"))
+
+
+def test_a_prompt_of_a_later_wave_that_does_not_fit_is_refused_before_anything_is_asked(
+    run: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("redraft.data.regenerate.WAVE", 1)
+    engine = ScriptedEngine()
+    with pytest.raises(UserError, match="last"):
+        run(engine, [*TALKS, talk("last", "and " * 2000)])
+    assert engine.asked == []
+
+
+def test_a_server_that_stops_leaves_later_waves_in_the_list(
+    run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Gone(ScriptedEngine):
+        def answer(self, requests: Sequence[Request], *limits: Any, **how: Any) -> Iterator[Completion | Failure]:
+            for number, outcome in enumerate(super().answer(requests, *limits, **how)):
+                if number == 1:
+                    raise UserError("the server is gone")
+                yield outcome
+
+    monkeypatch.setattr("redraft.data.regenerate.WAVE", 2)
+    with pytest.raises(UserError, match="the server is gone; 1 responses are kept, the same command goes on"):
+        run(Gone(), samplers=[Sampler()])
+    assert [failure.key for failure in listed_failures(tmp_path / "r.jsonl")] == ["a@T0", "c@T0", "d@T0"]

@@ -204,7 +204,7 @@ class AdaptRun(Run[AdaptConfig]):
         self.say(f"select: {kept}{by}, budget {c.budget}")
         return manifest
 
-    def responses(self) -> list[Row]:
+    def responses(self) -> Sequence[Row]:
         """All answers to train on that can be supervised."""
         return supervised_rows(self.source.responses)
 
@@ -235,7 +235,7 @@ class AdaptRun(Run[AdaptConfig]):
             self.finish("train.json", TRAINED, asdict(result), "merged", "private")
         return result
 
-    def training_rows(self) -> list[Row]:
+    def training_rows(self) -> Sequence[Row]:
         """What selection keeps, and the share of general text that guards the draft's other speed."""
         c, rows = self.config, self.responses()
         if c.select_on == "responses":

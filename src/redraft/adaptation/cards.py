@@ -134,9 +134,9 @@ def _data(run: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         rows = read_rows(run / RESPONSES)
         found |= {
             "answers": len(rows),
-            "tokens of these": sum(len(row.response_ids) for row in rows),
+            "tokens of these": int(rows.response_tokens.sum()),
             "written by": "the target" if not log else "whatever served them",
-            "temperatures": sorted({float(row.temperature) for row in rows}),
+            "temperatures": sorted({float(how.temperature) for how in rows.hows}),
         }
     budget = config.get("budget")
     if budget and not parse_budget(budget).whole:

@@ -153,7 +153,7 @@ class DistillRun(Run[DistillConfig]):
         self.say(f"pretrain: held-out perplexity {result.start:,.1f} -> {result.best:,.2f} in {result.steps} steps")
         return result
 
-    def responses(self) -> tuple[list[Row], list[Row]]:
+    def responses(self) -> tuple[Sequence[Row], Sequence[Row]]:
         """(train, held-out) responses of the target that can be supervised."""
         with self.workers.first() as mine:
             if mine:

@@ -171,7 +171,7 @@ def text_of(responses: str | Path | None, prompts: str | None = None, samples: i
     """Responses on disk, or the answers that prompts get, ``samples`` each. Raises ``UserError`` for a bad file."""
     if responses is not None:
         rows = read_rows(Path(responses))
-        return Text(len(rows), sum(len(row.prompt_ids) for row in rows), sum(len(row.response_ids) for row in rows))
+        return Text(len(rows), int(rows.prompt_tokens.sum()), int(rows.response_tokens.sum()))
     count = self_prompts(prompts)
     found = [] if count else read_conversations(str(prompts))
     lengths = [sum(len(m["content"]) for m in c.messages) / CHARACTERS for c in found] or [OWN_PROMPT] * count

@@ -19,7 +19,7 @@ from redraft.adaptation.claim import check_files, fingerprints, mark_of
 from redraft.adaptation.merged_target import adapter_note, merging, served
 from redraft.adaptation.models import Parts, TargetSpec, open_target, tell_about
 from redraft.artifact import read_sealed, write_sealed
-from redraft.data.store import Row, read_rows
+from redraft.data.store import Rows, read_rows
 from redraft.data.template import template_record
 from redraft.drafts.base import Draft
 from redraft.drafts.formats.base import check_export
@@ -29,7 +29,7 @@ from redraft.progress import Progress, progress_bar
 from redraft.provenance import Entry, Ledger
 from redraft.registries import EXPORTERS
 from redraft.reports.card import write_card
-from redraft.rows import anchors, whole_length
+from redraft.rows import whole_length
 from redraft.settings.runs import AdaptConfig, DistillConfig
 from redraft.target import Facts, Target
 from redraft.training.workers import SINGLE, Workers
@@ -84,9 +84,10 @@ def row_tokens(rows: Sequence[Any]) -> int:
     return sum(map(whole_length, rows))
 
 
-def supervised_rows(path: Path) -> list[Row]:
+def supervised_rows(path: Path) -> Rows:
     """The rows of a response file with a position to train or to measure at. Raises ``UserError``."""
-    return [row for row in read_rows(path) if anchors(row)]
+    rows = read_rows(path)
+    return rows.where(rows.response_tokens > 1)
 
 
 def add_forward(entry: Entry, model: Any, tokens: int, bytes_written: int = 0) -> None:

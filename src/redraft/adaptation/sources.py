@@ -8,23 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from redraft.adaptation.models import Parts, split_prompts, template_prompts
 from redraft.adaptation.runs import Log, add_forward
-from redraft.artifact import atomic_write_bytes
 from redraft.data.overlap import refuse_overlap, same_text, trained_conversations
 from redraft.data.prompts import Conversation, read_conversations
 from redraft.data.regenerate import InProcessEngine, RegenerationReport, ServerEngine, expected_rows, regenerate
 from redraft.data.selfprompts import SelfPromptReport, self_prompts
 from redraft.data.states import StatesEngine
-from redraft.data.store import Row, encode_row
+from redraft.data.store import Row, write_rows
 from redraft.data.traces import read_traces
 from redraft.errors import UserError
 from redraft.evaluate.speed import Prompt
 from redraft.features import FeatureKeeper, FeatureStore
-from redraft.rows import anchors
 from redraft.settings.runs import AdaptConfig, DistillConfig
 from redraft.settings.sampler import Sampler, samplers_of
 from redraft.target import Facts, Target
@@ -108,13 +107,10 @@ class Source:
                 warn=lambda text: self.log.say(f"note on {text}"),
             )
             # A response of one token has nothing that a draft could guess.
-            usable = list(filter(anchors, rows))
+            usable = rows.where(rows.response_tokens > 1)
             parts = split_traffic(usable, target, c.heldout_prompts, c.bench_prompts, c.seed)
             for path, part in zip((self.responses, self.heldout), parts, strict=False):
-                data = b"".join(encode_row(row) for row in part)
-                if not path.exists() or path.read_bytes() != data:
-                    atomic_write_bytes(path, data)
-                    entry.add(bytes_written=len(data))
+                entry.add(bytes_written=write_rows(path, part))
         train, heldout, evaluation = (f"{len(part):,}" for part in parts)
         self.log.say(
             f"served traffic: {len(rows):,} responses; {train} to train on, {heldout} held out, "
@@ -170,7 +166,7 @@ def split_traffic(rows: Sequence[Row], target: Facts, heldout: int, evaluation: 
         by_text.setdefault(texts[row.id], []).append(row)
     parts = split_prompts(conversations, heldout, evaluation, seed)
     train, kept, measured = ([by_text[same_text(c)] for c in part] for part in parts)
-    return sum(train, []), sum(kept, []), [group[0] for group in measured]
+    return list(chain.from_iterable(train)), list(chain.from_iterable(kept)), [group[0] for group in measured]
 
 
 def answer(

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from redraft.acceptance.simulate import simulate_greedy_chain
 from redraft.adaptation.core import FEATURES, Adaptation, Plan, open_old
@@ -36,13 +35,13 @@ from redraft.training.workers import Workers, together
 NEW = "scratch"
 
 
-def read_data(s: TrainSettings) -> tuple[list[Row], list[Row]]:
+def read_data(s: TrainSettings) -> tuple[Sequence[Row], Sequence[Row]]:
     """(train, held-out) of stored responses; ``heldout`` greedy ones are split off for early stopping, or read from a
     file of their own.
 
     Raises ``UserError`` for files that cannot be read or do not fit together.
     """
-    rows = supervised_rows(s.responses)
+    rows: Sequence[Row] = supervised_rows(s.responses)
     if s.selection is not None:
         manifest = read_manifest(s.selection)
         manifest.check_source(s.responses)
@@ -56,12 +55,12 @@ def read_data(s: TrainSettings) -> tuple[list[Row], list[Row]]:
                 "--heldout-responses"
             )
         return train, kept
-    kept = supervised_rows(s.heldout_responses)
-    if any(row.temperature and row.source != TRAFFIC for row in kept):
+    held = supervised_rows(s.heldout_responses)
+    if any(how.temperature and how.source != TRAFFIC for how in held.hows):
         raise UserError(f"{s.heldout_responses} holds sampled responses; held-out ones must be greedy")
-    if shared := {row.id for row in rows} & {row.id for row in kept}:
+    if shared := {row.id for row in rows} & {row.id for row in held}:
         raise UserError(f"{len(shared)} held-out prompts are trained on, first {min(shared)}; remove one of the two")
-    return rows, kept
+    return rows, held
 
 
 def split_rows(rows: Sequence[Row], heldout: int) -> tuple[list[Row], list[Row]]:
@@ -154,10 +153,11 @@ def choose_vocabulary(rows: Sequence[Row], size: int, vocab_size: int) -> tuple[
             f"a draft vocabulary of {size} does not fit a target of {vocab_size} tokens; give a --vocabulary of "
             f"1 to {vocab_size}"
         )
-    counts = torch.bincount(torch.tensor([id for row in rows for id in row.response_ids]), minlength=vocab_size)
-    ordered = sorted(range(vocab_size), key=lambda i: (-int(counts[i]), i))[:size]
-    covered = float(counts[ordered].sum() / counts.sum().clamp(min=1))
-    return sorted(ordered), covered
+    counts = Counter[int]()
+    for row in rows:
+        counts.update(row.response_ids)
+    ordered = sorted(range(vocab_size), key=lambda i: (-counts[i], i))[:size]
+    return sorted(ordered), sum(counts[i] for i in ordered) / max(1, counts.total())
 
 
 def heldout_record(

@@ -19,7 +19,7 @@ from redraft.data.prompts import Conversation, read_conversations
 from redraft.data.regenerate import InProcessEngine, RegenerationReport, ServerEngine, expected_rows
 from redraft.data.regenerate import regenerate as answer
 from redraft.data.shapes import row_of
-from redraft.data.store import encode_row
+from redraft.data.store import write_rows
 from redraft.drafts.files import save_draft
 from redraft.drafts.formats.base import ExportReport, needs_tokenizer
 from redraft.drafts.formats.meaning import Reading
@@ -162,7 +162,7 @@ def select(
         raise UserError(f"scorer {by.name} compares the target with its base; give --base-target")
     asked = read_conversations(s.prompts) if s.prompts is not None else []
     opened = spec.open() if spec and {"target", "alpha_of"} & by.needs else None
-    rows: list[Any] = supervised_rows(s.responses) if s.responses else []
+    rows: Sequence[Any] = supervised_rows(s.responses) if s.responses else []
     if spec and asked:
         rows = prompt_rows(asked, opened or spec.known())
     with progress_bar("select", len(rows), "rows") as progress:
@@ -180,8 +180,10 @@ def select(
 def _write_kept(manifest: Manifest, rows: Sequence[Any], asked: Sequence[Conversation], keep: Path) -> None:
     """The selected rows as a response file, or the selected prompts as a prompt file."""
     chosen = set(manifest.selected_keys)
-    prompts = "".join(json.dumps(row_of(c)) + "\n" for c in asked if c.id in chosen)
-    atomic_write_text(keep, prompts if asked else b"".join(map(encode_row, manifest.apply(rows))).decode())
+    if asked:
+        atomic_write_text(keep, "".join(json.dumps(row_of(c)) + "\n" for c in asked if c.id in chosen))
+    else:
+        write_rows(keep, manifest.apply(rows))
 
 
 def import_draft(

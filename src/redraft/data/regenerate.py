@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,7 +33,10 @@ from redraft.settings.sampler import Sampler
 from redraft.shown import Shown, lines
 from redraft.target import Facts, Target
 
-FLUSH_ROWS, FLUSH_SECONDS = 32, 2.0
+# Answers go to the disk after a while; a kill costs no more than these seconds of work.
+FLUSH_ROWS, FLUSH_SECONDS = 512, 2.0
+# So many conversations are in memory at once; the last answers of a wave leave an engine with less to do than it could.
+WAVE = 4096
 # Features go to the disk in files of some size; a kill costs no more than these seconds of work.
 FLUSH_FEATURES_BYTES, FLUSH_FEATURES_SECONDS = 256 * 2**20, 10.0
 
@@ -164,20 +168,22 @@ def regenerate(
         raise UserError("give at least one temperature, and every temperature once")
     if len({conversation.id for conversation in conversations}) < len(conversations):
         raise UserError("two conversations have the same id; ids must differ")
-    chains = [_Chain(conversation, sampler) for sampler in samplers for conversation in conversations]
     with RowWriter(out_path) as writer:
         known = settings_of(target.tokenizer)
         moment = known.moment
         if writes_date(target.tokenizer) and not known.fixed:  # the run has none of its own
             moment = kept_moment(writer.path, moment, fresh=not writer.rows)
         with at_moment(target.tokenizer, moment):
-            return _Run(engine, target, max_new_tokens, seed, writer, progress, features, alone).finish(chains)
+            how = engine, target, max_new_tokens, seed, writer, progress, features, alone
+            return _Run(conversations, samplers, *how).finish()
 
 
 @dataclass
 class _Run:
     """The state of one run."""
 
+    conversations: Sequence[Conversation]
+    samplers: Sequence[Sampler]
     engine: Engine
     target: Facts
     max_new_tokens: int
@@ -189,31 +195,27 @@ class _Run:
 
     def __post_init__(self) -> None:
         self.tokenizer, self.target_hash = self.target.tokenizer, self.target.content_hash()
-        self.stored = {row.key: row for row in self.writer.rows}
+        self.stored = self.writer.rows
         self.report = RegenerationReport(self.writer.path)
         self.buffer, self.kept = list[Row](), list[RowFeatures]()
         self.kept_bytes, self.flushed = 0, time.monotonic()
 
-    def finish(self, chains: Sequence[_Chain]) -> RegenerationReport:
-        """All turns of all chains. Whatever happens, finished rows and the list of failures reach the disk."""
-        for row in self.stored.values():
-            if row.target_hash != self.target_hash:  # it would be trained on as if it were this one's
-                raise UserError(
-                    f"{self.writer.path} holds responses of another target ({row.target_hash}, this one is "
-                    f"{self.target_hash}); name another file, or delete this one"
-                )
-        own = {key for chain in chains for key in chain.keys}
-        if self.alone and (strangers := sorted(self.stored.keys() - own)):
-            raise UserError(
-                f"{self.writer.path} holds {len(strangers)} responses that this run has no prompt for, first "
-                f"{strangers[0]}: another run's, or of a prompt file that has changed; delete the file and give the "
-                "same command again"
-            )
-        began, size = time.monotonic(), self.writer.path.stat().st_size
+    def finish(self) -> RegenerationReport:
+        """All turns of all chains, a wave of them after the other. Whatever happens, finished rows and the list of
+        failures reach the disk."""
+        self._check_stored()
+        tokens = self._survey()
+        missing = len(self.stored) < expected_rows(self.conversations, self.samplers)  # else nothing is to be opened
+        if self.features is not None and missing and not self.features.wants(self._most_bytes(tokens)):
+            self.features = None
+        began, size, chains = time.monotonic(), self.writer.path.stat().st_size, self._chains()
         try:
-            while any(chain.open for chain in chains):
-                self._round([chain for chain in chains if chain.open])
+            while wave := list(islice(chains, WAVE)):
+                while some := [chain for chain in wave if chain.open]:
+                    self._round(some)
         except UserError as error:
+            later = (chain.key for chain in chains if self.stored.get(chain.key) is None)
+            self.report.failures += [Failure(key, f"not asked: {error}", permanent=False) for key in later]
             done = self.report.new + self.report.kept
             if not done:
                 raise
@@ -226,6 +228,44 @@ class _Run:
         if self.report.failures and not self.report.new + self.report.kept:
             raise UserError(f"none of the prompts could be answered; the first: {self.report.failures[0].reason}")
         return self.report
+
+    def _chains(self) -> Iterator[_Chain]:
+        return (_Chain(conversation, sampler) for sampler in self.samplers for conversation in self.conversations)
+
+    def _check_stored(self) -> None:
+        """Raise ``UserError`` for stored rows of another target, or (``alone``) of no prompt of this run."""
+        strange = next((how.target_hash for how in self.stored.hows if how.target_hash != self.target_hash), None)
+        if strange is not None:  # they would be trained on as if they were this one's
+            raise UserError(
+                f"{self.writer.path} holds responses of another target ({strange}, this one is "
+                f"{self.target_hash}); name another file, or delete this one"
+            )
+        if not self.alone or not self.stored:
+            return
+        keys = (key for chain in self._chains() for key in chain.keys)
+        if sum(self.stored.get(key) is not None for key in keys) < len(self.stored):
+            own = {key for chain in self._chains() for key in chain.keys}
+            strangers = sorted(key for row in self.stored if (key := row.key) not in own)
+            raise UserError(
+                f"{self.writer.path} holds {len(strangers)} responses that this run has no prompt for, first "
+                f"{strangers[0]}: another run's, or of a prompt file that has changed; delete the file and give the "
+                "same command again"
+            )
+
+    def _survey(self) -> int:
+        """The tokens of all first prompts. Raises ``UserError`` for one that does not fit: a prompt that is the user's
+        to mend must not be met after hours, in a later wave."""
+        total = 0
+        for conversation in self.conversations:
+            messages = prompt_messages(conversation, [])
+            if any(message["role"] in RESULTS for message in messages):
+                continue
+            length = len(template_ids(self.tokenizer, conversation.id, messages))
+            keys = (_Chain(conversation, sampler).key for sampler in self.samplers)
+            if new := next((key for key in keys if self.stored.get(key) is None), None):
+                check_length(new, length, self.max_new_tokens, self.target.context)
+            total += length
+        return total
 
     # -- one turn of every conversation ------------------------------------------------------------------------------
     def _round(self, chains: Sequence[_Chain]) -> None:
@@ -241,7 +281,8 @@ class _Run:
             try:
                 if again not in templated:
                     templated[again] = template_ids(self.tokenizer, chain.conversation.id, messages)
-                if key not in self.stored:
+                row = self.stored.get(key)
+                if row is None:
                     check_length(key, len(templated[again]), self.max_new_tokens, self.target.context)
             except UserError as error:
                 if not chain.replies:
@@ -250,14 +291,12 @@ class _Run:
                 continue
             request = Request(key, templated[again], chain.sampler, self.seed)
             everyone.append(request)
-            if key in self.stored:
-                self._keep(chain, self.stored[key], request.prompt_ids)
+            if row is not None:
+                self._keep(chain, row, request.prompt_ids)
             else:
                 waiting[key] = chain
                 requests.append(request)
         self._tell()
-        if self.features is not None and requests and not self.features.wants(self._most_bytes(everyone, chains)):
-            self.features = None
         try:
             wanted = self.features is not None
             limits = (self.max_new_tokens, self.tokenizer, self.target.eos_ids)
@@ -270,12 +309,13 @@ class _Run:
             self.report.failures += [Failure(key, f"not asked: {error}", permanent=False) for key in waiting]
             raise
 
-    def _most_bytes(self, requests: Sequence[Request], chains: Sequence[_Chain]) -> int:
+    def _most_bytes(self, prompt_tokens: int) -> int:
         """What the features of all turns take where every answer is as long as it may be."""
         if not isinstance(self.engine, InProcessEngine | StatesEngine):
             return 0
-        turns = max((user_turns(chain.conversation) for chain in chains), default=1)
-        tokens = sum(len(request.prompt_ids) + self.max_new_tokens for request in requests) * turns
+        turns = max(map(user_turns, self.conversations))
+        prompts = prompt_tokens + len(self.conversations) * self.max_new_tokens
+        tokens = prompts * len(self.samplers) * turns
         if isinstance(self.engine, StatesEngine):
             return tokens * self.engine.states.token_bytes
         target = self.engine.open()

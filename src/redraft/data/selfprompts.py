@@ -133,9 +133,8 @@ class _Run:
     def __post_init__(self) -> None:
         self.hash, self.report = self.target.content_hash(), SelfPromptReport()
         self.kept, self.seen = list[Conversation](), NearDuplicates()
-        self.stored = {row.key: row for row in self.writer.rows}
         wanted = (self.hash, self.opening.ids, self.sampler, self.seed)
-        for row in self.stored.values():
+        for row in self.writer.rows:
             found = (row.target_hash, row.prompt_ids, Sampler(row.temperature, row.top_k, row.top_p), row.seed)
             right_end = len(row.response_ids) == self.max_new_tokens or row.finish_reason == "stop"
             if found != wanted or not right_end or len(row.response_ids) > self.max_new_tokens:
@@ -172,7 +171,7 @@ class _Run:
 
     def _draw(self, numbers: Sequence[int]) -> None:
         """Complete the draws of these numbers in the file."""
-        missing = [key for key in map(self._key, numbers) if key not in self.stored]
+        missing = [key for key in map(self._key, numbers) if self.writer.rows.get(key) is None]
         requests = [Request(key, self.opening.ids, self.sampler, self.seed) for key in missing]
         limits = self.max_new_tokens, self.batch_size
         buffer: list[Row] = []
@@ -191,14 +190,14 @@ class _Run:
 
     def _store(self, rows: list[Row]) -> None:
         self.writer.append(rows)
-        self.stored.update({row.key: row for row in rows})
         if self.progress is not None:
-            self.progress(len(self.kept), draws=len(self.stored))
+            self.progress(len(self.kept), draws=len(self.writer.rows))
 
     def _judge(self, number: int) -> None:
         """Keep the draw of this number, or count why not."""
         self.report.draws += 1
-        row, tokenizer = self.stored[self._key(number)], self.target.tokenizer
+        row, tokenizer = self.writer.rows.get(self._key(number)), self.target.tokenizer
+        assert row is not None  # all draws up to this one are there
         stopped = row.finish_reason == "stop"
         text = tokenizer.decode(row.response_ids[:-1] if stopped else row.response_ids, skip_special_tokens=False)
         if not self.opening.stop_ids:

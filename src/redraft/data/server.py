@@ -39,6 +39,7 @@ from redraft.errors import UserError
 from redraft.files import append_text, atomic_write_text, use_folder
 from redraft.inputs import json_lines, there
 from redraft.locks import is_helper, lock
+from redraft.rows import anchors
 from redraft.seals import digest, sealed, unsealed
 
 Item = TypeVar("Item")
@@ -322,7 +323,7 @@ def _number(value: Any) -> float:
 
 def read_top_file(path: Path, rows: Sequence[Row]) -> dict[str, Top]:
     """The figures stored for ``rows``; a torn last line is left out. Raises ``UserError`` for any other damage."""
-    counts = {row.key: len(row.response_ids) - 1 for row in rows}
+    counts = {row.key: anchors(row) for row in rows}
     marks = {row.key: row_mark(row) for row in rows}
     found: dict[str, Top] = {}
     mend = "delete the file and run the same command again"
@@ -356,7 +357,7 @@ def ask_tops(
             raise Transient(f"log-probabilities of token id {highest}, and the target's vocabulary has {size}")
         return row.key, found
 
-    wanted = {row.key: row for row in rows if len(row.response_ids) > 1}
+    wanted = {row.key: row for row in rows if anchors(row)}
     use_folder(path.parent)
     taken = None if is_helper() else lock(path.with_name(f".{path.name}.lock"), f"file of log-probabilities {path}")
     try:

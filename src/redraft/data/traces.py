@@ -22,8 +22,9 @@ unchanged: text that does not was written by other tokens than we would train on
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -32,7 +33,7 @@ from typing import Any
 from redraft.data.answers import answer_ids, continuation_ids
 from redraft.data.prompts import file_items, stem_of
 from redraft.data.shapes import TURN_KEYS, id_of, parse_conversation
-from redraft.data.store import TRAFFIC, UNKNOWN, Row
+from redraft.data.store import TRAFFIC, UNKNOWN, Row, Rows, spooled
 from redraft.data.template import at_moment, date_matters
 from redraft.data.turns import ASSISTANT, RESULTS, THOUGHTS, USER, excerpt, keys_of, parse_turn
 from redraft.errors import UserError
@@ -74,7 +75,7 @@ def read_traces(
     max_new_tokens: int | None = None,
     context: int | None = None,
     warn: Callable[[str], None] | None = None,
-) -> list[Row]:
+) -> Rows:
     """Every response of a log as a row of ``source`` ``traffic``, in file order; the same exchange twice counts once.
 
     ``eos_ids`` are the target's end tokens (the tokenizer's own where none are given), ``vocab_size`` and ``context``
@@ -87,20 +88,28 @@ def read_traces(
     path = Path(path)
     ends = tuple(int(i) for i in eos_ids) or (int(tokenizer.eos_token_id),)
     reader = _Reader(tokenizer, target_hash, ends, vocab_size or len(tokenizer), max_new_tokens, context)
-    rows: dict[tuple[tuple[int, ...], tuple[int, ...]], Row] = {}
     places: dict[str, str] = {}
+    exchanges = set[bytes]()
     records = bare = 0
-    for number, place, item in file_items(path):
-        records += 1
-        try:
-            row, looks_bare = _row(reader, item, f"{stem_of(path)}/{number}")
-        except (ValueError, UserError) as error:
-            raise UserError(f"{place}: {error}") from error
-        if row.id in places:
-            raise UserError(f"{place}: id {row.id!r} is already at {places[row.id]}; ids must differ")
-        places[row.id] = place
-        bare += looks_bare
-        rows.setdefault((tuple(row.prompt_ids), tuple(row.response_ids)), row)
+
+    def found() -> Iterator[Row]:
+        nonlocal records, bare
+        for number, place, item in file_items(path):
+            records += 1
+            try:
+                row, looks_bare = _row(reader, item, f"{stem_of(path)}/{number}")
+            except (ValueError, UserError) as error:
+                raise UserError(f"{place}: {error}") from error
+            if row.id in places:
+                raise UserError(f"{place}: id {row.id!r} is already at {places[row.id]}; ids must differ")
+            places[row.id] = place
+            bare += looks_bare
+            exchange = hashlib.sha256(repr((row.prompt_ids, row.response_ids)).encode()).digest()
+            if exchange not in exchanges:
+                exchanges.add(exchange)
+                yield row
+
+    rows = spooled(found())
     if not rows:
         raise UserError(f"{path} is empty; it must hold at least one served response")
     if warn and len(rows) < records:
@@ -110,7 +119,7 @@ def read_traces(
             f"{path}: {bare} of {records} raw prompts hold no special token; if a chat template stood around them "
             "when they were served, give messages or token ids instead"
         )
-    return list(rows.values())
+    return rows
 
 
 # -- one record ------------------------------------------------------------------------------------------------------

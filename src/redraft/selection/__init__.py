@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from redraft.errors import UserError
-from redraft.rows import TokenRow
+from redraft.rows import TokenRow, sizes
 from redraft.target import Target
 
 
@@ -93,7 +93,8 @@ def scored_ids(row: TokenRow) -> tuple[list[int], int]:
 
 def scored_tokens(row: TokenRow) -> int:
     """Tokens of a row that count towards a budget: those of its response, or of the prompt when there is none."""
-    return len(row.response_ids) or len(row.prompt_ids)
+    prompt, response = sizes(row)
+    return response or prompt
 
 
 def score_rows(scorer: Scorer, rows: Sequence[TokenRow], context: ScoringContext) -> list[float]:

@@ -15,6 +15,7 @@ Shape legend: V target vocabulary, D draft vocabulary, F target width, H draft w
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from redraft.acceptance.simulate import tau_of, walk
+from redraft.acceptance.simulate import walk
 from redraft.data.store import Row
 from redraft.drafts.layers import norm_weight
 from redraft.drafts.walks import run_lengths
@@ -35,13 +36,17 @@ from redraft.starts.leastsquares import RowMap, fit_row_map
 
 def token_counts(rows: Sequence[Row], size: int) -> Tensor:
     """How often a draft is asked for each id, [size]. Raises ``UserError`` for ids beyond the vocabulary."""
-    ids = torch.tensor([id for row in rows for id in row.response_ids[1:]], dtype=torch.long)
-    if len(ids) and int(ids.max()) >= size:
+    counts = Counter[int]()
+    for row in rows:
+        counts.update(row.response_ids[1:])
+    if (highest := max(counts, default=0)) >= size:
         raise UserError(
-            f"the responses hold token id {int(ids.max())}, the draft knows a vocabulary of {size}; "
+            f"the responses hold token id {highest}, the draft knows a vocabulary of {size}; "
             "give responses of this draft's own target"
         )
-    return torch.bincount(ids, minlength=size)
+    found = torch.zeros(size, dtype=torch.long)
+    found[list(counts)] = torch.tensor(list(counts.values()), dtype=torch.long)
+    return found
 
 
 @dataclass(frozen=True)
@@ -83,15 +88,15 @@ def coverage(draft: Any, rows: Sequence[Row], gamma: int = 5) -> Coverage:
     counts_V = token_counts(used, len(member_V))
     total, said = int(counts_V.sum()), int(counts_V[member_V].sum())
     able, asked = [0] * gamma, [0] * gamma
-    rounds: dict[str, list[int]] = {}
-    whole: dict[str, list[int]] = {}
+    rounds = whole = 0
     for row in used:
         left = list(range(anchors(row), 0, -1))
         runs = run_lengths(member_V[torch.tensor(row.response_ids[1:])].tolist(), gamma)
         for step in range(gamma):
             asked[step] += sum(many > step for many in left)
             able[step] += sum(run > step for run in runs)
-        rounds[row.key], whole[row.key] = walk(runs), walk([min(many, gamma) for many in left])
+        rounds += len(walk(runs))
+        whole += len(walk([min(many, gamma) for many in left]))
     missing = [(id, int(counts_V[id])) for id in (counts_V * ~member_V).nonzero().flatten().tolist()]
     return Coverage(
         size=draft.config.draft_vocab_size,
@@ -99,8 +104,8 @@ def coverage(draft: Any, rows: Sequence[Row], gamma: int = 5) -> Coverage:
         share=said / total,
         positions=tuple(n / of if of else None for n, of in zip(able, asked, strict=True)),
         gamma=gamma,
-        tau_cap=tau_of(rounds, used),
-        tau_whole=tau_of(whole, used),
+        tau_cap=total / rounds,
+        tau_whole=total / whole,
         missing=tuple(sorted(missing, key=lambda pair: (-pair[1], pair[0]))),
     )
 

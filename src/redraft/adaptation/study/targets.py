@@ -160,7 +160,7 @@ def features_stage(name: str, taps: Sequence[int]) -> str:
 
 def named(name: str, rows: Sequence[Row]) -> list[Row]:
     """The rows that have a position to train or measure at, with ids that begin with ``name``."""
-    return [replace(row, id=f"{name}:{row.id}") for row in rows if anchors(row)]
+    return [row.called(f"{name}:{row.id}") for row in rows if anchors(row)]
 
 
 @dataclass
@@ -174,7 +174,7 @@ class NamedKeeper:
         return self.store.wants(needed)
 
     def put(self, found: Sequence[RowFeatures]) -> None:
-        self.store.put([f._replace(row=replace(f.row, id=f"{self.name}:{f.row.id}")) for f in found])
+        self.store.put([f._replace(row=f.row.called(f"{self.name}:{f.row.id}")) for f in found])
 
 
 class Model:

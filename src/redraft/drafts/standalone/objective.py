@@ -30,7 +30,7 @@ from redraft.drafts.proposing import Reduce, alone
 from redraft.features import FeatureSource
 from redraft.losses.portions import Value, portions, sum_over_portions
 from redraft.registries import LOSSES
-from redraft.rows import TokenRow, anchors
+from redraft.rows import TokenRow, anchors, whole_length
 from redraft.sampling import scale_logits
 from redraft.settings.training import TrainConfig
 from redraft.target import Head
@@ -152,7 +152,7 @@ class StateTeacher:
 
 
 def size(row: TokenRow) -> int:
-    return len(row.prompt_ids) + len(row.response_ids)
+    return whole_length(row)
 
 
 class Distillation:

@@ -14,27 +14,29 @@ Shape legend: A anchors, B rows, T tokens, K taps, F target width.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import shutil
 import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import accumulate
+from operator import and_, eq
 from pathlib import Path
-from typing import Annotated, Any, Generic, NamedTuple, Protocol
+from typing import Any, Generic, NamedTuple, Protocol
 
 import torch
-from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from redraft.artifact import read_sealed, tensors_hash, write_sealed, write_tensors
+from redraft.artifact import tensors_hash, write_tensors
 from redraft.errors import UserError
+from redraft.features.index import CHECKSUMS, Sums, shard_header, shard_name, tokens_hash
+from redraft.features.index import INDEX_FILE as INDEX_FILE
+from redraft.features.index import Index as Index
+from redraft.features.index import read_index as read_index
 from redraft.files import clean, use_folder
-from redraft.inputs import loads, require_file, there, typed
+from redraft.inputs import loads, require_file, typed
 from redraft.locks import LOCK_FILE, is_helper, lock
-from redraft.rows import AnyRow, TokenRow, anchors, length_batches
+from redraft.rows import AnyRow, TokenRow, anchors, length_batches, sizes
 from redraft.target import KeyValueCache, Target
 
 # A shared opening of fewer tokens is not worth a pass of its own.
@@ -45,11 +47,6 @@ SHARD_BYTES = 256 * 2**20
 SPARE_BYTES = 2**30
 # Systems let a process open about a thousand files.
 OPEN_SHARDS = 256
-INDEX_FILE, CHECKSUMS = "index.json", "checksums"
-SCHEMA = "redraft.features/1"
-# The shard of every row.
-Shards = dict[str, Annotated[str, Field(pattern=r"^shard-\d+\.safetensors$")]]
-Sums = dict[str, str]  # the fingerprint of every row
 MEND = "delete that file and give the same command again, which computes its rows anew"
 
 
@@ -98,8 +95,14 @@ class FeatureKeeper(Protocol):
 # -- computed in this process ----------------------------------------------------------------------------------------
 def common_prefix(rows: Sequence[TokenRow]) -> list[int]:
     """The token ids that all prompts begin with (a chat template's opening, a system prompt), short of their last."""
-    prompts = [list(row.prompt_ids) for row in rows]
-    return list(os.path.commonprefix(prompts))[: min(map(len, prompts), default=1) - 1]
+    prompts = (list(row.prompt_ids) for row in rows)
+    shared = next(prompts, [])
+    shortest = len(shared)
+    for prompt in prompts:
+        shortest = min(shortest, len(prompt))
+        if prompt[: len(shared)] != shared:
+            shared = [one for one, same in zip(shared, accumulate(map(eq, shared, prompt), and_), strict=False) if same]
+    return shared[: max(0, shortest - 1)]
 
 
 @dataclass
@@ -128,7 +131,7 @@ class ComputedFeatures:
         if not anchors(row):
             return 0
         width = self.target.hidden_size * self.target.dtype.itemsize
-        return width * ((len(row.prompt_ids) + anchors(row) - 1) * len(self.target.taps) + anchors(row))
+        return width * ((sizes(row)[0] + anchors(row) - 1) * len(self.target.taps) + anchors(row))
 
     def batches(
         self, rows: Sequence[TokenRow], have: Collection[str] = (), batch_tokens: int = 2048
@@ -249,9 +252,8 @@ class FeatureStore:
             self._take()
         if self.known.kept is None:
             # Stores of older versions did not say so; one that holds features had room for them.
-            self.known.kept = bool(self.index) or shutil.disk_usage(self.folder).free >= needed + SPARE_BYTES
-            self._write_index()
-        return self.known.kept
+            self.known.keep(bool(self.index) or shutil.disk_usage(self.folder).free >= needed + SPARE_BYTES)
+        return bool(self.known.kept)
 
     def put(self, found: Sequence[RowFeatures]) -> None:
         """Store features that were kept while the responses were written, in the place of older ones of these rows.
@@ -269,7 +271,9 @@ class FeatureStore:
                 clean(self.folder)
             self._read()
             if self.known.identity is None:
-                self._write_index()  # shards without an index are then never of this process
+                self.known.begin(self.identity)  # shards without an index are then never of this process
+            else:
+                self.known.settle()
 
     def _write(self, found: Sequence[RowFeatures]) -> None:
         """A shard of these rows; none of no row."""
@@ -279,25 +283,17 @@ class FeatureStore:
         shard: dict[str, Tensor] = {}
         for row, taps_TKF, hidden_AF in found:
             shard |= {f"{row.key}/taps": taps_TKF, f"{row.key}/hidden": hidden_AF}
-        last = max((int(name[6:-12]) for name in self.index.values()), default=-1)
-        name = f"shard-{last + 1:05d}.safetensors"
-        keys = [each.row.key for each in found]
-        sums = {key: tensors_hash(_of_row(key, shard.__getitem__)) for key in keys}
-        tokens = {each.row.key: tokens_hash(each.row) for each in found}
-        write_tensors(self.folder / name, shard, {CHECKSUMS: json.dumps(sums, sort_keys=True), "schema": SCHEMA})
-        known = self.known
-        same = (key for key in keys if known.tokens.get(key) == tokens[key])
-        self.altered += [key for key in same if known.sums.get(key) != sums[key]]
+        known, name = self.known, shard_name(self.known.shards)
+        entries = {
+            each.row.key: (tensors_hash(_of_row(each.row.key, shard.__getitem__)), tokens_hash(each.row))
+            for each in found
+        }
+        write_tensors(self.folder / name, shard, shard_header(self.identity, entries))
+        same = (key for key, (_, tokens) in entries.items() if known.tokens.get(key) == tokens)
+        self.altered += [key for key in same if known.sums.get(key) != entries[key][0]]
         self._open.pop(name, None)
-        known.index.update(dict.fromkeys(keys, name))
-        known.sums.update(sums)
-        known.tokens.update(tokens)
-        self._sound.difference_update(keys)
-        self._write_index()
-
-    def _write_index(self) -> None:
-        self.known.identity = self.identity
-        write_sealed(self.folder / INDEX_FILE, vars(self.known), SCHEMA)
+        self._sound.difference_update(entries)
+        known.add(name, entries)
 
     def get(self, row: TokenRow) -> tuple[Tensor, Tensor]:
         """Taps [P + R - 2, K*F] and final-norm states [R - 1, F] of a row.
@@ -326,7 +322,7 @@ class FeatureStore:
             return True
         actual = tensors_hash(found)
         if known and said == actual != known:
-            raise UserError(f"{path} is another than {INDEX_FILE} beside it knows: another run's; {MEND}")
+            raise UserError(f"{path} is another than {self.known.name} beside it knows: another run's; {MEND}")
         return actual == (known or said) and said in ("", actual)
 
     def _opened(self, name: str) -> tuple[Any, dict[str, str]]:
@@ -341,45 +337,6 @@ class FeatureStore:
                 typed(Sums, loads((shard.metadata() or {}).get(CHECKSUMS, "{}")), str(self.folder / name), MEND),
             )
         return self._open[name]
-
-
-@dataclass
-class Index:
-    """What a folder of features says of itself: whose they are (none where there are none), the shard of every row that
-    is there, the fingerprints of rows and of their tokens, and whether features are kept while responses are written
-    (none where nobody has asked)."""
-
-    identity: Any = None
-    index: dict[str, str] = field(default_factory=dict)
-    sums: dict[str, str] = field(default_factory=dict)
-    tokens: dict[str, str] = field(default_factory=dict)
-    kept: bool | None = None
-
-    def holds(self, row: TokenRow) -> bool:
-        """Whether the features of this row are there."""
-        return row.key in self.index and self.tokens.get(row.key, "") in ("", tokens_hash(row))
-
-
-def read_index(folder: Path) -> Index:
-    """The index of a folder of features. Raises ``UserError`` for a damaged one, and for shards without one."""
-    path = folder / INDEX_FILE
-    shards = {shard.name for shard in folder.glob("shard-*.safetensors")}
-    mend = f"delete the folder {folder} and give the same command again, which computes all rows anew"
-    if not there(path):
-        if shards:
-            raise UserError(f"{path} does not exist, and there are {len(shards)} shards beside it; {mend}")
-        return Index()
-    stored = read_sealed(path, SCHEMA, None, mend)
-    if not {"identity", "index"} <= stored.keys():
-        raise UserError(f"{path} is damaged; {mend}")
-    typed(Shards, stored["index"], f"{path} is damaged", mend)
-    index = {key: name for key, name in stored["index"].items() if name in shards}
-    return Index(stored["identity"], index, stored.get("sums", {}), stored.get("tokens", {}), stored.get("kept"))
-
-
-def tokens_hash(row: TokenRow) -> str:
-    """A fingerprint of the tokens that a row's features come from (16 hex digits)."""
-    return hashlib.sha256(repr((list(row.prompt_ids), list(row.response_ids))).encode()).hexdigest()[:16]
 
 
 def _of_row(key: str, take: Callable[[str], Tensor]) -> dict[str, Tensor]:
