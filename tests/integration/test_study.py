@@ -166,6 +166,14 @@ def test_tables_are_made_again_from_the_results_alone(done: Path, redraft: Any, 
     assert json.loads((done / "full.json").read_text())["tau"] == tau["value"]
 
 
+def test_a_kill_right_behind_a_record_leaves_nothing_of_its_training(done: Path) -> None:
+    cell = next(path.parent for path in (done / "out/cells").glob("*fc*/record.json"))
+    (cell / "train").mkdir()
+    (cell / "train/best.safetensors").write_bytes(b"no longer needed")
+    StudyRun(parse_study(settings()), done / "out", lambda _: None).run()
+    assert not (cell / "train").exists()
+
+
 def test_a_finished_study_runs_nothing_again_and_takes_new_cells(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before, ran = results_of(done), []
     whole = Trainer.run

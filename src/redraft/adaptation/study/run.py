@@ -157,6 +157,9 @@ class StudyRun:
         facts_path = work.folder / "facts.json"
         wanted = speed_cells(self.config, cells)
         open_cells = [cell for cell in cells if not self.finished(cell, wanted)]
+        for cell in cells:
+            if cell not in open_cells:  # a kill right behind its record left them
+                self._drop_states(cell)
         kinds = list(dict.fromkeys((cell.data, cell.selection) for cell in cells))
         for cell in sorted(open_cells, key=lambda cell: kinds.index((cell.data, cell.selection))):
             keep = self.config.keep_drafts or cell in wanted
@@ -168,7 +171,7 @@ class StudyRun:
             place = self.record_path(cell).parent
             files = {"files": fingerprints(place, "draft")} if keep else {}
             write_sealed(self.record_path(cell), record | files, RECORD, self.marks[work.name])
-            shutil.rmtree(self.record_path(cell).parent / "train", ignore_errors=True)
+            self._drop_states(cell)
             self.write(finished=False)
             tokens, rounds = work.sets[MAIN].tokens, record["rounds"][MAIN]
             tau, seconds = sum(tokens) / sum(rounds), sum(record["seconds"].values())
@@ -176,6 +179,10 @@ class StudyRun:
             self.say(f"{done}: {record['key']}: tau {tau:.3f} ({seconds:.0f} s)")
         if wanted:
             speed_of(work, wanted, self.asked_dtype, self.say, self.marks[work.name])
+
+    def _drop_states(self, cell: Cell) -> None:
+        """Remove what only a training that goes on needs."""
+        shutil.rmtree(self.record_path(cell).parent / "train", ignore_errors=True)
 
     def finished(self, cell: Cell, wanted: list[Cell]) -> bool:
         """Whether a cell has its record, and its draft where speed is to be measured."""
