@@ -1,7 +1,7 @@
 """What is known of the rows of a response file, and where they lie in it.
 
 In memory is what tells rows apart: for each of them where it lies, how many tokens it has, its id and (by number, since
-thousands of rows share them) how it was drawn: some 60 bytes. Prompts and responses stay on the disk. Every line's
+thousands of rows share them) how it was drawn: some 70 bytes. Prompts and responses stay on the disk. Every line's
 checksum is compared whenever it is read.
 
 A long file has an *index* beside it, so that it need not be read line by line again. The index says which bytes of the
