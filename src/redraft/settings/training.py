@@ -22,6 +22,9 @@ LossName = Annotated[str, one_of("loss", LOSSES.names)]
 OPTIMIZERS = ("muon", "adamw")
 OptimizerName = Annotated[str, one_of("optimizer", lambda: OPTIMIZERS)]
 
+# Activations of a step beyond which training and walks go by blocks of positions: a setting of training alone.
+ACTIVATION_GIB = 4.0
+
 
 @recipe
 class LoopConfig(Recipe):
@@ -56,6 +59,11 @@ class TrainConfig(LoopConfig):
     unroll: int = setting(3, "draft steps that training unrolls, J of EAGLE-3", ge=1)
     step_decay: float = setting(0.8, "weight of each unrolled step over that of the one before")
     gamma: int = setting(5, "drafted tokens a round when held-out tau is measured", ge=1)
+    activation_memory: float = setting(
+        ACTIVATION_GIB, "GiB of activations above which a step is computed in blocks of positions", gt=0
+    )
+
+    FREE: ClassVar[tuple[str, ...]] = ("save_seconds", "activation_memory")
 
 
 TrainBlock = Annotated[dict[str, Any], BlockOf(TrainConfig)]
