@@ -141,9 +141,8 @@ def test_what_fits_is_not_divided_and_has_the_bits_of_before(target, rows, store
     draft = drafts(target, "plain").train()
     batch = collate(rows, store, J)
     assert Plan.of(draft, batch, J, 4 * 2**30) is None
-    for ours, plain in zip(
-        unrolled(draft, target.embedding, batch, J, None), unroll(draft, target.embedding, batch, J)
-    ):
+    parts = draft, target.embedding, batch, J
+    for ours, plain in zip(unrolled(*parts, None), unroll(*parts), strict=True):
         assert torch.equal(ours, plain)
 
 

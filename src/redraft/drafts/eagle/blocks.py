@@ -92,7 +92,8 @@ class Plan:
 def unrolled(draft: Any, embedding: nn.Module, batch: Batch, steps: int, plan: Plan | None) -> list[Tensor]:
     """Pre-norm states [M, H] of every draft step at every anchor."""
     if plan is None:
-        return list(unroll(draft, embedding, batch, steps))
+        with cast_once(*draft.layers):
+            return list(unroll(draft, embedding, batch, steps))
     again = partial(_again, draft)
     states_M, text = _text(draft, embedding, batch, plan, again)
     run = partial(_states, draft, embedding, steps, plan)

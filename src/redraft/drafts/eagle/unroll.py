@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from redraft.drafts.layers import attend_causally
 from redraft.drafts.proposing import Weights
 from redraft.features import FeatureSource
-from redraft.rows import TokenRow, anchors
+from redraft.rows import TokenRow, anchors, span_of
 
 
 @dataclass
@@ -58,16 +58,27 @@ class Batch:
 
 
 def collate(rows: Sequence[TokenRow], features: FeatureSource, steps: int, weights: Weights = None) -> Batch:
-    """Pack rows with their features for an unroll of ``steps`` draft steps; ``weights`` [A, J] by row key."""
-    first_B = torch.tensor([len(r.prompt_ids) - 1 for r in rows])
-    counts_B = torch.tensor([anchors(r) for r in rows])
+    """Pack rows with their features for an unroll of ``steps`` draft steps; ``weights`` [A, J] by row key.
+
+    The last anchors of a span go on into what follows it, and read the teacher there: up to ``steps`` - 1 anchors more
+    stand behind it, which are not supervised.
+    """
+    spans = [span_of(row) for row in rows]
+    ahead = [min(steps - 1, anchors(span.row) - span.start - span.count) for span in spans]
+    first_B = torch.tensor([len(span.row.prompt_ids) + span.start - 1 for span in spans])
+    counts_B = torch.tensor([span.count + more for span, more in zip(spans, ahead, strict=True)])
     pairs_B = first_B + counts_B
-    ids, future = [], []
-    for row, first, count, pairs in zip(rows, first_B.tolist(), counts_B.tolist(), pairs_B.tolist(), strict=True):
-        full = torch.tensor([*row.prompt_ids, *row.response_ids])
+    ids, future, taps, hidden, weight = [], [], [], [], []
+    for span, more, first, pairs in zip(spans, ahead, first_B.tolist(), pairs_B.tolist(), strict=True):
+        full = torch.tensor([*span.row.prompt_ids, *span.row.response_ids])[: pairs + 2]
         ids.append(full[1 : pairs + 1])
-        future.append(F.pad(full, (0, steps), value=-1)[first + 2 :].unfold(0, steps, 1)[:count])
-    taps, hidden = zip(*map(features.get, rows), strict=True)
+        future.append(F.pad(full, (0, steps), value=-1)[first + 2 :].unfold(0, steps, 1)[: span.count + more])
+        future[-1] = torch.where((torch.arange(span.count + more) < span.count)[:, None], future[-1], -1)
+        row_taps, row_hidden = features.get(span.row)
+        taps.append(row_taps[:pairs])
+        hidden.append(row_hidden[span.start :][: span.count + more])
+        if weights is not None:
+            weight.append(F.pad(weights[span.key][span.start :][: span.count], (0, 0, 0, more)))
     starts_B, firsts_B = pairs_B.cumsum(0) - pairs_B, counts_B.cumsum(0) - counts_B
     row_M = torch.repeat_interleave(torch.arange(len(rows)), counts_B)
     column_M = torch.cat([torch.arange(count) for count in counts_B.tolist()])
@@ -75,17 +86,22 @@ def collate(rows: Sequence[TokenRow], features: FeatureSource, steps: int, weigh
     pairs_B1, counts_B1 = pairs_B[:, None], counts_B[:, None]
     return Batch(
         ids_N=torch.cat(ids),
-        taps_N=torch.cat(taps),
+        taps_N=_joined(taps),
         positions_N=torch.cat([torch.arange(pairs) for pairs in pairs_B.tolist()]),
         anchor_M=(starts_B + first_B)[row_M] + column_M,
-        hidden_M=torch.cat(hidden),
+        hidden_M=_joined(hidden),
         future_MJ=torch.cat(future),
         key_BT=starts_B[:, None] + column_T.minimum(pairs_B1 - 1),
         query_BA=firsts_B[:, None] + column_A.minimum(counts_B1 - 1),
         row_M=row_M,
         column_M=column_M,
-        weight_MJ=None if weights is None else torch.cat([weights[row.key] for row in rows]),
+        weight_MJ=None if weights is None else torch.cat(weight),
     )
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """The rows' features in one tensor, without a copy where there is one row, which may be long."""
+    return parts[0] if len(parts) == 1 and not parts[0].is_inference() else torch.cat(list(parts))
 
 
 class UnrollAttention:

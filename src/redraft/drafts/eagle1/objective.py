@@ -50,6 +50,9 @@ class Recipe:
 class RegressionObjective:
     """A batch to a scalar loss. Rows, weights of the draft and ``config.seed`` decide it to the bit."""
 
+    # A row may come in spans.
+    spans = True
+
     def __init__(
         self, draft: Any, target: Head, config: TrainConfig, recipe: Recipe = Recipe(), reduce: Reduce = alone
     ) -> None:

@@ -40,6 +40,9 @@ class UnrollObjective:
     anchors behind its end are the only ones computed twice), and a loss over whole chains has its steps together.
     """
 
+    # A row may come in spans.
+    spans = True
+
     def __init__(
         self, draft: Any, target: Head, config: TrainConfig, portion_numbers: int | None = None, reduce: Reduce = alone
     ) -> None:
