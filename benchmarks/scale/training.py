@@ -13,10 +13,12 @@ followed one by one. Told of each:
   bfloat16 autocast makes;
 - ``resident_mb``: the highest resident memory of the process.
 
-Where products would take too long they are left out (``products: false``): a product gives zeros of its shape, and all
-else is done. Tensors are the same, their numbers are not; what products allocate inside themselves is then missing, and
-pages that nobody writes are not resident. What the old build takes at lengths that this machine cannot hold is the
-parabola through what it took at three lengths. The command fails where a figure misses what is asked of it.
+``numbers: false`` says that nothing large was computed: an operation that would make more than ``LEAST`` numbers makes
+room for them and leaves them as they are, so that no page is touched and any length can be followed, also where it would
+take more memory than there is. What is alive at once is the same, as the lengths that were done both ways show; what
+the kernels of products allocate inside themselves is in ``resident_mb`` alone.
+
+The command fails where a figure misses what is asked of it.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from redraft.data.store import Row
 from redraft.drafts.eagle3.module import Eagle3Config, Eagle3Draft
@@ -46,25 +49,28 @@ HIDDEN, INNER, HEADS, KEY_HEADS, WHOLE, REDUCED = 4096, 14336, 32, 8, 128_256, 3
 PROMPT = 256  # tokens of a row that are not the answer's
 CURVE = (1024, 2048, 4096, 8192, 16384)
 OLD = (512, 1024, 1536, 2048)
+LEAST = 1 << 20
 MB, MOST_ROW_MB, MOST_TENSOR_MB, MOST_RATIO = 10**6, 8000, 512, 0.5
 
 
 # -- one step, in a process of its own ---------------------------------------------------------------------------------
-def made(shape: Sequence[int], dtype: torch.dtype, seed: int = 0) -> Tensor:
-    """Random numbers of a small size."""
+def made(shape: Sequence[int], dtype: torch.dtype, numbers: bool, seed: int = 0) -> Tensor:
+    """Random numbers of a small size, or room for them, which nobody touches."""
+    if not numbers:
+        return torch.empty(tuple(shape), dtype=dtype)
     return torch.empty(tuple(shape), dtype=dtype).uniform_(-0.02, 0.02, generator=torch.Generator().manual_seed(seed))
 
 
-def made_target() -> Any:
+def made_target(numbers: bool) -> Any:
     """What an objective reads of a target."""
     head, embedding = nn.Linear(1, 1, bias=False), nn.Embedding(1, 1)
     for layer in (head, embedding):
-        layer.weight = nn.Parameter(made((WHOLE, HIDDEN), torch.bfloat16), requires_grad=False)
+        layer.weight = nn.Parameter(made((WHOLE, HIDDEN), torch.bfloat16, numbers), requires_grad=False)
     facts = {"device": torch.device("cpu"), "dtype": torch.bfloat16, "vocab_size": WHOLE, "hidden_size": HIDDEN}
     return SimpleNamespace(head=head, embedding=embedding, scale_logits=lambda logits: logits, **facts)
 
 
-def made_draft(words: int, method: str) -> Eagle3Draft:
+def made_draft(words: int, method: str, numbers: bool) -> Eagle3Draft:
     """A draft of the shape, ready to be trained."""
     config = Eagle3Config(
         hidden_size=HIDDEN,
@@ -81,7 +87,7 @@ def made_draft(words: int, method: str) -> Eagle3Draft:
     with torch.device("meta"):
         draft = Eagle3Draft(config, torch.arange(words, device="cpu"))
     state = {
-        name: made(x.shape, torch.float32) if x.is_floating_point() else x for name, x in draft.state_dict().items()
+        name: made(x.shape, torch.float32, numbers) if x.is_floating_point() else x for name, x in draft.state_dict().items()
     }
     draft.load_state_dict(state, assign=True)
     if words < WHOLE:
@@ -94,40 +100,77 @@ class MadeFeatures:
     """One row's features."""
 
     row: Row
-    found: tuple[Tensor, Tensor] = field(init=False)
+    numbers: bool
+    found: Any = field(init=False)
 
     def __post_init__(self) -> None:
         pairs = len(self.row.prompt_ids) + len(self.row.response_ids) - 2
         answers = len(self.row.response_ids) - 1
-        self.found = made((pairs, 3 * HIDDEN), torch.bfloat16), made((answers, HIDDEN), torch.bfloat16)
+        shapes = (pairs, 3 * HIDDEN), (answers, HIDDEN)
+        self.found = tuple(made(shape, torch.bfloat16, self.numbers) for shape in shapes)
 
     def get(self, row: Row) -> tuple[Tensor, Tensor]:
         return self.found
 
 
+def as_meta(x: Any) -> Any:
+    """The same tensor without numbers."""
+    if not torch.is_tensor(x):
+        return torch.device("meta") if isinstance(x, torch.device) else x
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+
+def room(x: Tensor) -> Tensor:
+    """Memory for a tensor; a small one is filled, since somebody may look at it."""
+    found = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cpu")
+    return found if x.numel() >= LEAST else found.fill_(1)
+
+
+def makes_more(function: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether small tensors make a large one, as an outer product does."""
+    sizes = sorted(x.numel() for x in tree_leaves((args, kwargs)) if torch.is_tensor(x))
+    bound = math.prod(sizes[-2:])
+    if bound < LEAST or function._schema.is_mutable or torch.Tag.dynamic_output_shape in function.tags:
+        return False
+    found = function(*tree_map(as_meta, args), **tree_map(as_meta, kwargs))
+    return any(torch.is_tensor(x) and x.numel() >= LEAST for x in tree_leaves(found))
+
+
 class Follow(TorchDispatchMode):
     """The bytes of all tensors that operations make, for as long as they live, and the largest of them."""
 
-    PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.addmm.default}
-
-    def __init__(self, weights: Sequence[Tensor], products: bool) -> None:
+    def __init__(self, weights: Sequence[Tensor], known: Sequence[Tensor], numbers: bool) -> None:
+        """``weights`` tell what copies of weights look like; ``known`` are there already and count for nothing."""
         super().__init__()
-        self.products, self.live, self.peak, self.largest, self.largest_copy = products, 0, 0, (0, ""), 0
+        self.numbers, self.live, self.peak, self.largest, self.largest_copy = numbers, 0, 0, (0, ""), 0
         shapes = [tuple(weight.shape) for weight in weights]
         self.shapes = {*shapes, *(shape[::-1] for shape in shapes)}
-        self.sizes: dict[int, int] = {}
-        self.gradients = 0
+        self.sizes: dict[int, int] = {x.untyped_storage()._cdata: 0 for x in known}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function in self.PRODUCTS and not self.products:
-            a, b = args[-2:]
-            result: Any = torch.zeros(*a.shape[:-1], b.shape[-1], dtype=a.dtype)
-        else:
-            result = function(*args, **(kwargs or {}))
+        result = self.result(function, args, kwargs or {})
         for found in result if isinstance(result, tuple | list) else (result,):
             if torch.is_tensor(found):
                 self.note(found, str(function))
         return result
+
+    def result(self, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """What the operation gives, or room for it."""
+        given = [x for x in tree_leaves((args, kwargs)) if torch.is_tensor(x)]
+        returns = function._schema.returns
+        view = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+        # What is counted and chosen by is done: whole numbers, and the weights of positions.
+        whole = not any(x.is_floating_point() for x in given)
+        small = max((x.numel() for x in given), default=0) < LEAST
+        if self.numbers or view or whole or (small and not makes_more(function, args, kwargs)):
+            return function(*args, **kwargs)
+        if function is torch.ops.aten.index.Tensor:  # a mask's result is as long as the mask says
+            parts = [[x] if x is None or x.dtype != torch.bool else x.nonzero().unbind(-1) for x in args[1]]
+            args = (args[0], [x for part in parts for x in part])
+        if function._schema.is_mutable:
+            return args[0] if returns else None
+        shapes = function(*tree_map(as_meta, args), **tree_map(as_meta, kwargs))
+        return tree_map(lambda x: room(x) if torch.is_tensor(x) else x, shapes)
 
     def note(self, found: Tensor, name: str) -> None:
         storage = found.untyped_storage()
@@ -153,18 +196,20 @@ def resident() -> float:
     return round(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")) / MB, 1)
 
 
-def step(tokens: int, words: int, method: str, products: bool) -> dict[str, Any]:
+def step(tokens: int, words: int, method: str, numbers: bool) -> dict[str, Any]:
     """One training step on one row of so many tokens."""
     torch.manual_seed(0)
     ids = torch.randint(0, REDUCED, (tokens,)).tolist()
     row = Row("row", ids[:PROMPT], ids[PROMPT:], 0.0, 0, 1.0, 0, "length", "hash")
-    target, draft, source = made_target(), made_draft(words, method), MadeFeatures(row)
+    target, draft, source = made_target(numbers), made_draft(words, method, numbers), MadeFeatures(row, numbers)
     trained = [(name, p) for name, p in draft.named_parameters() if p.requires_grad]
     objective = draft.objective(target, TrainConfig())
-    parameters = [*draft.parameters(), target.head.weight, target.embedding.weight]
-    storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in (*parameters, *source.found)}
+    weights = [*draft.parameters(), target.head.weight, target.embedding.weight]
+    # The rows of the head that the draft's vocabulary has are a weight too, where the objective took a copy.
+    known = [*weights, *source.found, objective.head_DF]
+    storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in known}
     before = sum(storages.values())
-    follow = Follow([*draft.parameters(), target.head.weight], products)
+    follow = Follow(weights, known, numbers)
     began = time.monotonic()
     with follow:
         batch = objective.collate([row], source).to(torch.device("cpu"))
@@ -174,7 +219,7 @@ def step(tokens: int, words: int, method: str, products: bool) -> dict[str, Any]
     gradients = sum(p.grad.nbytes for _, p in trained if p.grad is not None)
     seconds = time.monotonic() - began
     after = 0
-    if products:
+    if numbers:
         optimizers = make_optimizers(trained, "adamw", 0.01)
         optimizers.step(1e-4)
         after = sum(value.nbytes for value in optimizers.state().values())
@@ -183,7 +228,7 @@ def step(tokens: int, words: int, method: str, products: bool) -> dict[str, Any]
         "tokens": tokens,
         "vocabulary": words,
         "method": method,
-        "products": products,
+        "numbers": numbers,
         "peak_mb": round((before + follow.peak) / MB, 1),
         "activations_mb": round((follow.peak - gradients) / MB, 1),
         "weights_and_features_mb": round(before / MB, 1),
@@ -193,6 +238,6 @@ def step(tokens: int, words: int, method: str, products: bool) -> dict[str, Any]
         "largest_tensor": follow.largest[1],
         "largest_weight_copy_mb": round(follow.largest_copy / MB, 1),
         "resident_mb": resident(),
-        "loss": float(loss.detach()) if products else None,
+        "loss": float(loss.detach()) if numbers else None,
         "seconds": round(seconds, 1),
     }

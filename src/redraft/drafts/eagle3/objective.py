@@ -101,7 +101,7 @@ class UnrollObjective:
             loss = partial(loss, statistics=self.statistics(batch, weight_MJ, slices, states))
 
         def value(part: slice, states: list[Tensor]) -> Tensor:
-            with cast_once(self.draft):
+            with cast_once(self.draft.lm_head):
                 draft, teacher, weight = self.rows(batch, weight_MJ, part, states)
             if hasattr(loss, "chain"):
                 return loss.chain(draft, teacher, weight_MJ[part, :steps])
