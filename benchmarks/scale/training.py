@@ -14,8 +14,8 @@ followed one by one. Told of each:
 - ``resident_mb``: the highest resident memory of the process.
 
 ``numbers: false`` says that nothing large was computed: an operation that would make more than ``LEAST`` numbers makes
-room for them and leaves them as they are, so that no page is touched and any length can be followed, also where it would
-take more memory than there is. What is alive at once is the same, as the lengths that were done both ways show; what
+room for them and leaves them as they are, so that no page is touched and any length can be followed, also where there
+is not that much memory. What is alive at once is the same, as the lengths that were done both ways show; what
 the kernels of products allocate inside themselves is in ``resident_mb`` alone.
 
 The command fails where a figure misses what is asked of it.
@@ -23,6 +23,13 @@ The command fails where a figure misses what is asked of it.
 
 from __future__ import annotations
 
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
 import time
 import weakref
 from collections.abc import Sequence
@@ -36,6 +43,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from redraft import provenance
+from redraft.artifact import atomic_write_json
 from redraft.data.store import Row
 from redraft.drafts.eagle3.module import Eagle3Config, Eagle3Draft
 from redraft.drafts.groups import prepare
@@ -48,7 +57,8 @@ RESULT = ROOT / "benchmarks" / "results" / "scale-training.json"
 HIDDEN, INNER, HEADS, KEY_HEADS, WHOLE, REDUCED = 4096, 14336, 32, 8, 128_256, 32_000
 PROMPT = 256  # tokens of a row that are not the answer's
 CURVE = (1024, 2048, 4096, 8192, 16384)
-OLD = (512, 1024, 1536, 2048)
+CHECKED = 1024  # done both ways
+FOLLOWED = (2048, 4096, 8192)  # of the old build; longer rows make single tensors larger than this machine
 LEAST = 1 << 20
 MB, MOST_ROW_MB, MOST_TENSOR_MB, MOST_RATIO = 10**6, 8000, 512, 0.5
 
@@ -87,7 +97,8 @@ def made_draft(words: int, method: str, numbers: bool) -> Eagle3Draft:
     with torch.device("meta"):
         draft = Eagle3Draft(config, torch.arange(words, device="cpu"))
     state = {
-        name: made(x.shape, torch.float32, numbers) if x.is_floating_point() else x for name, x in draft.state_dict().items()
+        name: made(x.shape, torch.float32, numbers) if x.is_floating_point() else x
+        for name, x in draft.state_dict().items()
     }
     draft.load_state_dict(state, assign=True)
     if words < WHOLE:
@@ -223,7 +234,6 @@ def step(tokens: int, words: int, method: str, numbers: bool) -> dict[str, Any]:
         optimizers = make_optimizers(trained, "adamw", 0.01)
         optimizers.step(1e-4)
         after = sum(value.nbytes for value in optimizers.state().values())
-    del batch
     return {
         "tokens": tokens,
         "vocabulary": words,
@@ -233,11 +243,150 @@ def step(tokens: int, words: int, method: str, numbers: bool) -> dict[str, Any]:
         "activations_mb": round((follow.peak - gradients) / MB, 1),
         "weights_and_features_mb": round(before / MB, 1),
         "gradients_mb": round(gradients / MB, 1),
-        "optimiser_mb": round(after / MB, 1),
+        "optimiser_mb": round(after / MB, 1) if numbers else None,
         "largest_tensor_mb": round(follow.largest[0] / MB, 1),
         "largest_tensor": follow.largest[1],
         "largest_weight_copy_mb": round(follow.largest_copy / MB, 1),
-        "resident_mb": resident(),
+        "resident_mb": resident() if numbers else None,
         "loss": float(loss.detach()) if numbers else None,
         "seconds": round(seconds, 1),
     }
+
+
+# -- a step as the quickstart takes it ---------------------------------------------------------------------------------
+def quick(steps: int) -> dict[str, Any]:
+    """Seconds of the processor that a step takes at the quickstart's shape: 768 positions of 6 rows."""
+    torch.manual_seed(0)
+    hidden, words, whole = 576, 16_384, 49_152
+    head, embedding = nn.Linear(hidden, whole, bias=False), nn.Embedding(whole, hidden)
+    facts = {"device": torch.device("cpu"), "dtype": torch.float32, "vocab_size": whole, "hidden_size": hidden}
+    target = SimpleNamespace(head=head, embedding=embedding, scale_logits=lambda logits: logits, **facts)
+    target.head.requires_grad_(False)
+    target.embedding.requires_grad_(False)
+    shape = {"hidden_size": hidden, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+    sizes = {"target_vocab_size": whole, "target_hidden_size": hidden, "draft_vocab_size": words}
+    config = Eagle3Config(**shape, **sizes, head_dim=64, taps=(2, 15, 27))
+    draft = prepare(Eagle3Draft(config, torch.arange(words)), "lora", PrivateSize())[0].train()
+    ids = torch.randint(0, words, (6, 210)).tolist()
+    rows = [Row(f"r{n}", row[:81], row[81:], 0.0, 0, 1.0, 0, "length", "hash") for n, row in enumerate(ids)]
+    features = {row.key: (torch.randn(208, 3 * hidden), torch.randn(128, hidden)) for row in rows}
+    source: Any = SimpleNamespace(get=lambda row: features[row.key])
+    objective = draft.objective(target, TrainConfig())
+    batch, spent, losses = objective.collate(rows, source), [], []
+    for _ in range(steps + 1):
+        draft.zero_grad()
+        began = time.process_time()
+        loss = objective(batch)
+        loss.backward()
+        spent.append(time.process_time() - began)
+        losses.append(float(loss.detach()))
+    bits = sum(float(p.grad.double().sum()) for p in draft.parameters() if p.grad is not None)
+    return {"seconds": spent[1:], "loss": losses[-1], "gradient": bits}
+
+
+# -- both builds -------------------------------------------------------------------------------------------------------
+def child(build: Path, *what: str) -> dict[str, Any]:
+    """What a process of this file says, with the code of a build."""
+    environment = os.environ | {"PYTHONPATH": str(build / "src"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(Path(__file__).resolve()), "--child", *what]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=build, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    print(what, {key: found[key] for key in ("peak_mb", "activations_mb", "loss") if key in found}, flush=True)
+    return found
+
+
+def parabola(points: Sequence[tuple[float, float]], at: float) -> float:
+    """The parabola through three points, there."""
+    return sum(y * math.prod((at - other) / (x - other) for other, _ in points if other != x) for x, y in points)
+
+
+def speed(builds: dict[str, Path], repeats: int) -> dict[str, Any]:
+    """Steps of both builds in turn."""
+    runs = [{name: child(build, "quick", "8") for name, build in builds.items()} for _ in range(repeats)]
+    ratios = [statistics.median(run["old"]["seconds"]) / statistics.median(run["new"]["seconds"]) for run in runs]
+    same = all(run["old"][key] == run["new"][key] for run in runs for key in ("loss", "gradient"))
+    times = {name: statistics.median([s for run in runs for s in run[name]["seconds"]]) for name in builds}
+    return {"processor_seconds": times, "old_over_new": ratios, "same_bits": same}
+
+
+def revision(build: Path) -> str:
+    command = ["git", "-C", str(build), "rev-parse", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def measured(builds: dict[str, Path], repeats: int) -> dict[str, Any]:
+    """All figures."""
+
+    def both(tokens: int, words: int, method: str = "lora", numbers: bool = False) -> dict[str, Any]:
+        what = ("step", str(tokens), str(words), method, str(int(numbers)))
+        return {name: child(build, *what) for name, build in builds.items()}
+
+    timed = speed(builds, repeats)
+    checks = [both(CHECKED, REDUCED, "lora", numbers) for numbers in (True, False)]
+    old = {n: child(builds["old"], "step", str(n), str(REDUCED), "lora", "0") for n in FOLLOWED}
+    new = {n: child(builds["new"], "step", str(n), str(REDUCED), "lora", "0") for n in CURVE}
+    points = [(n, found["peak_mb"]) for n, found in old.items()]
+    row, old_row = new[CURVE[-1]], parabola(points, CURVE[-1])
+    wide, whole = both(4096, WHOLE), both(4096, WHOLE, "full")
+    return {
+        "long_row": {
+            "tokens": row["tokens"],
+            "peak_mb": row["peak_mb"],
+            "old_peak_mb": round(old_row, 1),
+            "old_peak": f"by arithmetic: the parabola through the peaks at {', '.join(map(str, FOLLOWED))} tokens",
+            "peak_ratio": round(row["peak_mb"] / old_row, 4),
+            **{key: row[key] for key in ("activations_mb", "largest_tensor_mb", "largest_tensor")},
+        },
+        "training_memory": {
+            "tokens": 4096,
+            "vocabulary": WHOLE,
+            "largest_tensor_mb": max(each["new"]["largest_tensor_mb"] for each in (wide, whole)),
+            "peak_ratio": round(wide["new"]["peak_mb"] / wide["old"]["peak_mb"], 4),
+            "peak_ratio_full": round(whole["new"]["peak_mb"] / whole["old"]["peak_mb"], 4),
+            "activations_ratio": round(wide["new"]["activations_mb"] / wide["old"]["activations_mb"], 4),
+            "lora": wide,
+            "full": whole,
+        },
+        "curve": [{key: new[n][key] for key in ("tokens", "peak_mb", "activations_mb")} for n in CURVE],
+        "old_curve": [{key: old[n][key] for key in ("tokens", "peak_mb", "activations_mb")} for n in FOLLOWED],
+        "done_both_ways": {"with_numbers": checks[0], "followed": checks[1]},
+        "speed": timed,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--old", type=Path, help="checkout of the build to compare with")
+    parser.add_argument("--repeats", type=int, default=5, help="pairs of runs that are timed")
+    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        kind, *given = options.child
+        tokens = int(given[0])
+        found = quick(tokens) if kind == "quick" else step(tokens, int(given[1]), given[2], given[3] == "1")
+        print(json.dumps(found))
+        return
+    if options.old is None or not (options.old / "src" / "redraft").is_dir():
+        raise SystemExit("--old: give the checkout of the build to compare with")
+    builds = {"old": options.old.resolve(), "new": ROOT}
+    found = measured(builds, options.repeats)
+    record = {"schema": SCHEMA, "old_revision": revision(builds["old"]), **found}
+    atomic_write_json(RESULT, record | {"provenance": provenance.collect(seed=0)})
+    row, wide = found["long_row"], found["training_memory"]
+    missed = [
+        f"{name} is {value:,} and not below {most:,}"
+        for name, value, most in (
+            ("peak of a long row in MB", row["peak_mb"], MOST_ROW_MB),
+            ("largest tensor in MB", wide["largest_tensor_mb"], MOST_TENSOR_MB),
+            ("peak beside the old build's", wide["peak_ratio"], MOST_RATIO),
+        )
+        if value > most
+    ]
+    if missed:
+        raise SystemExit("; ".join(missed))
+
+
+if __name__ == "__main__":
+    main()
