@@ -304,7 +304,7 @@ def parabola(points: Sequence[tuple[float, float]], at: float) -> float:
 
 def speed(builds: dict[str, Path], repeats: int) -> dict[str, Any]:
     """Steps of both builds in turn."""
-    runs = [{name: child(build, "quick", "8") for name, build in builds.items()} for _ in range(repeats)]
+    runs = [{name: child(build, "quick", "4") for name, build in builds.items()} for _ in range(repeats)]
     ratios = [statistics.median(run["old"]["seconds"]) / statistics.median(run["new"]["seconds"]) for run in runs]
     same = all(run["old"][key] == run["new"][key] for run in runs for key in ("loss", "gradient"))
     times = {name: statistics.median([s for run in runs for s in run[name]["seconds"]]) for name in builds}
@@ -323,7 +323,6 @@ def measured(builds: dict[str, Path], repeats: int) -> dict[str, Any]:
         what = ("step", str(tokens), str(words), method, str(int(numbers)))
         return {name: child(build, *what) for name, build in builds.items()}
 
-    timed = speed(builds, repeats)
     checks = [both(CHECKED, REDUCED, "lora", numbers) for numbers in (True, False)]
     old = {n: child(builds["old"], "step", str(n), str(REDUCED), "lora", "0") for n in FOLLOWED}
     new = {n: child(builds["new"], "step", str(n), str(REDUCED), "lora", "0") for n in CURVE}
@@ -352,7 +351,7 @@ def measured(builds: dict[str, Path], repeats: int) -> dict[str, Any]:
         "curve": [{key: new[n][key] for key in ("tokens", "peak_mb", "activations_mb")} for n in CURVE],
         "old_curve": [{key: old[n][key] for key in ("tokens", "peak_mb", "activations_mb")} for n in FOLLOWED],
         "done_both_ways": {"with_numbers": checks[0], "followed": checks[1]},
-        "speed": timed,
+        "speed": speed(builds, repeats),
     }
 
 

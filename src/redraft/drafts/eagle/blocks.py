@@ -210,8 +210,9 @@ def _text(draft: Any, embedding: nn.Module, batch: Batch, plan: Plan, again: Aga
         keys_NEW, values_NEW, *queries = joined(read, states_N)
         text.append((keys_NEW, values_NEW))
         if followed:
-            whole = (part[batch.key_BT].transpose(1, 2) for part in (*queries, keys_NEW, values_NEW))
-            mixed_NQW = attend_causally(*whole, window).transpose(1, 2)[row_N, batch.positions_N]
+            parts_NXW = (*queries, keys_NEW, values_NEW)
+            query, key, value = (x[batch.key_BT].transpose(1, 2) for x in parts_NXW)
+            mixed_NQW = attend_causally(query, key, value, window).transpose(1, 2)[row_N, batch.positions_N]
 
             def finish(part: slice, states_N: Tensor, mixed_NQW: Tensor, layer: Any = layer) -> tuple[Tensor]:
                 _, residual_N = layer.inputs(draft.embed(batch.ids_N[part], embedding), states_N)

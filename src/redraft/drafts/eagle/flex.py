@@ -100,9 +100,10 @@ def usable(device: torch.device, dtype: torch.dtype, width: int) -> bool:
         shapes = [(2, 2, 2, 150, width), (2, 2, 300, width), (2, 2, 300, width), (2, 2, 150, width), (2, 2, 150, width)]
         inputs = [torch.randn(shape, device=device, dtype=dtype).requires_grad_() for shape in shapes]
         last_BA = torch.arange(150, 300, device=device).expand(2, -1)
-        parts = (*inputs[:3], last_BA - 200, last_BA, [(inputs[3], inputs[4])])
+        query, keys, values, *own = inputs
+        parts: Any = (query, keys, values, last_BA - 200, last_BA, [tuple(own)])
         try:
-            found = [attend_all(inputs, way(*parts)) for way in (plain, lambda *x: flex(*x, compiled()))]
+            found = [attend_all(inputs, mixed) for mixed in (plain(*parts), flex(*parts, compiled()))]
         except Exception:  # whatever a compiler or a kernel may raise: then there is the other way
             return False
         return all(_near(a, b, ROUNDING[dtype]) for a, b in zip(*found, strict=True))
