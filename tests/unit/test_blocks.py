@@ -6,14 +6,19 @@ Shape legend: B rows, E key heads, G query heads a key head, A anchors, T positi
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_mask, flex_attention
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from redraft.data.store import Row
+from redraft.drafts.eagle import flex
+from redraft.drafts.eagle.attention import _ByChunks
 from redraft.drafts.eagle.blocks import Plan, _blocks, unrolled
 from redraft.drafts.eagle.unroll import Batch, collate, unroll
 from redraft.drafts.eagle1 import fresh_eagle1
@@ -120,7 +125,9 @@ def test_every_loss_goes_through_blocks(name, exact, target, rows, store) -> Non
     draft, found = drafts(target, "plain", "lora").double().train(), []
     for memory in (1.0, SMALL):
         objective = draft.objective(exact, TrainConfig(unroll=J, loss=name, activation_memory=memory))
-        loss = objective(doubled(objective.collate(rows, store)))
+        batch = doubled(objective.collate(rows[:2], store))
+        assert (Plan.of(draft, batch, J, memory * 2**30) is None) == (memory == 1.0)
+        loss = objective(batch)
         found.append(gradients(loss, draft))
     for parameter, gradient in found[0].items():
         torch.testing.assert_close(found[1][parameter], gradient, atol=1e-6, rtol=1e-5, msg=parameter)
@@ -163,6 +170,87 @@ def test_a_limit_that_holds_no_position_is_told_in_one_line(target, rows, store)
     ) as found:
         objective(objective.collate(rows, store))
     assert "\n" not in str(found.value)
+
+
+# -- attention ---------------------------------------------------------------------------------------------------------
+def attended(own: int, window: int = 0, rows: int = 2) -> tuple:
+    """Random queries [B, E, G, A, W] in float64, keys and values [B, E, T, W], what they see, and own pairs."""
+    generator = torch.Generator().manual_seed(own)
+    shapes = [(rows, 2, 3, 7, 4), (rows, 2, 40, 4), (rows, 2, 40, 4), *[(rows, 2, 7, 4)] * (2 * own)]
+    made = [torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes]
+    last_BA = torch.tensor([[0, 3, 4, 20, 33, 38, 39], [5, 6, 7, 8, 9, 10, 11]])[:rows]
+    first_BA = last_BA - window + 1 if window else torch.zeros_like(last_BA)
+    return made, (*made[:3], first_BA, last_BA), list(zip(made[3::2], made[4::2], strict=True))
+
+
+@pytest.mark.parametrize("chunk", [1, 6, 100])
+@pytest.mark.parametrize(("own", "window"), [(0, 0), (2, 0), (1, 5)])
+def test_chunks_of_keys_give_the_values_and_gradients_of_all_scores(chunk, own, window) -> None:
+    made, parts, pairs = attended(own, window)
+    expected = flex.attend_all(made, flex.plain(*parts, pairs))
+    found = flex.attend_all(made, _ByChunks.apply(*parts, chunk, *made[3:]))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("own", "window"), [(0, 0), (2, 0), (1, 5)])
+def test_flex_attention_sees_what_plain_attention_sees(own, window) -> None:
+    """The mask, key by key, and the values where torch has the forward pass of it, as on a CPU."""
+    _, parts, pairs = attended(own, window)
+    low = [x.detach().float() if x.is_floating_point() else x for x in parts]
+    with torch.no_grad():
+        found = flex.flex(*low, [tuple(x.detach().float() for x in pair) for pair in pairs], flex_attention)
+        torch.testing.assert_close(found.double(), flex.plain(*parts, pairs), atol=1e-5, rtol=1e-4)
+    rows, most, length = 2, 7, 40
+    seen = create_mask(flex.sees_of(*parts[3:], length), rows, 1, most, length + own * most, device="cpu")
+    for row in range(rows):
+        for anchor in range(most):
+            first, last = int(parts[3][row, anchor]), int(parts[4][row, anchor])
+            wanted = {*range(max(0, first), last + 1), *(length + i * most + anchor for i in range(own))}
+            assert set(seen[row, 0, anchor].nonzero().flatten().tolist()) == wanted
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch has no backward pass of flex attention on a CPU")
+def test_flex_attention_gives_the_gradients_of_plain_attention_on_cuda() -> None:
+    assert flex.usable(torch.device("cuda"), torch.bfloat16, 128)
+
+
+def test_a_kernel_that_is_not_plain_attention_is_not_used(monkeypatch) -> None:
+    """Nor one that does not compile: the trial says so, and chunks of keys do it."""
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: nullcontext())
+    monkeypatch.setattr(flex, "compiled", lambda: None)
+    right = lambda *parts: flex.plain(*parts[:-1])  # noqa: E731
+    for made, usable in ((right, True), (lambda *p: right(*p) * 1.1, False), (lambda *p: 1 / 0, False)):
+        flex.usable.cache_clear()
+        monkeypatch.setattr(flex, "flex", made)
+        assert flex.usable(torch.device("cpu"), torch.float32, 8) == usable
+    flex.usable.cache_clear()
+
+
+class Largest(TorchDispatchMode):
+    """Numbers of the largest tensor that any operation gives."""
+
+    size = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in result if isinstance(result, tuple | list) else (result,):
+            self.size = max(self.size, x.numel() if torch.is_tensor(x) else 0)
+        return result
+
+
+def test_no_tensor_grows_with_anchors_times_tokens(target) -> None:
+    """A row twice as long has tensors twice as large at most, where scores would be four times."""
+    draft, largest = drafts(target, "plain", "lora").train(), []
+    for length in (400, 800):
+        row = Row("r", [5, 6], [7 + i % 90 for i in range(length)], 0.0, 0, 1.0, 0, "length", "hash")
+        source = SimpleNamespace(get=lambda row, n=length: (torch.randn(n, 96), torch.randn(n - 1, 32)))
+        objective = draft.objective(target, TrainConfig(unroll=J, activation_memory=0.02))
+        batch = objective.collate([row], source)
+        with Largest() as seen:
+            objective(batch).backward()
+        largest.append(seen.size)
+    assert largest[1] <= 2.1 * largest[0]
 
 
 # -- walks -------------------------------------------------------------------------------------------------------------
