@@ -4,7 +4,7 @@
 
 An EAGLE-3 draft of the shape that serves an 8B target: one layer of width 4096, 32 heads on 8 key heads, inner width
 14336, three taps; random weights, low-rank updates as the default method trains them, features and head in bfloat16.
-Every step (loss, gradient, optimiser) runs in a process of its own, the same code on both builds, and its tensors are
+Every step (loss and gradient) is the same code on both builds, each in processes of its own, and its tensors are
 followed one by one. Told of each:
 
 - ``peak_mb``: the most bytes that tensors took at once, weights, features and the target's embedding and head included;
@@ -57,7 +57,7 @@ RESULT = ROOT / "benchmarks" / "results" / "scale-training.json"
 HIDDEN, INNER, HEADS, KEY_HEADS, WHOLE, REDUCED = 4096, 14336, 32, 8, 128_256, 32_000
 PROMPT = 256  # tokens of a row that are not the answer's
 CURVE = (1024, 2048, 4096, 8192, 16384)
-CHECKED = 1024  # done both ways
+CHECKED = 384  # done both ways
 FOLLOWED = (2048, 4096, 8192)  # of the old build; longer rows make single tensors larger than this machine
 LEAST = 1 << 20
 MB, MOST_ROW_MB, MOST_TENSOR_MB, MOST_RATIO = 10**6, 8000, 512, 0.5
@@ -285,16 +285,24 @@ def quick(steps: int) -> dict[str, Any]:
 
 
 # -- both builds -------------------------------------------------------------------------------------------------------
-def child(build: Path, *what: str) -> dict[str, Any]:
-    """What a process of this file says, with the code of a build."""
+def child(build: Path, kind: str, *given: str) -> list[dict[str, Any]]:
+    """What a process of this file says, with the code of a build: one figure for each of what it is given."""
     environment = os.environ | {"PYTHONPATH": str(build / "src"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(Path(__file__).resolve()), "--child", *what]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=build, check=False)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    print(what, {key: found[key] for key in ("peak_mb", "activations_mb", "loss") if key in found}, flush=True)
+    command = [sys.executable, str(Path(__file__).resolve()), "--child", kind, *given]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, cwd=build) as process:
+        assert process.stdout is not None
+        found = []
+        for line in process.stdout:
+            print(build.name, line, end="", flush=True)
+            found.append(json.loads(line))
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} failed")
     return found
+
+
+def steps(build: Path, *given: tuple[int, int, str, int]) -> list[dict[str, Any]]:
+    """Steps of (tokens, vocabulary, method, numbers)."""
+    return child(build, "step", *(",".join(map(str, each)) for each in given))
 
 
 def parabola(points: Sequence[tuple[float, float]], at: float) -> float:
@@ -304,7 +312,7 @@ def parabola(points: Sequence[tuple[float, float]], at: float) -> float:
 
 def speed(builds: dict[str, Path], repeats: int) -> dict[str, Any]:
     """Steps of both builds in turn."""
-    runs = [{name: child(build, "quick", "4") for name, build in builds.items()} for _ in range(repeats)]
+    runs = [{name: child(build, "quick", "4")[0] for name, build in builds.items()} for _ in range(repeats)]
     ratios = [statistics.median(run["old"]["seconds"]) / statistics.median(run["new"]["seconds"]) for run in runs]
     same = all(run["old"][key] == run["new"][key] for run in runs for key in ("loss", "gradient"))
     times = {name: statistics.median([s for run in runs for s in run[name]["seconds"]]) for name in builds}
@@ -319,16 +327,17 @@ def revision(build: Path) -> str:
 def measured(builds: dict[str, Path], repeats: int) -> dict[str, Any]:
     """All figures."""
 
-    def both(tokens: int, words: int, method: str = "lora", numbers: bool = False) -> dict[str, Any]:
-        what = ("step", str(tokens), str(words), method, str(int(numbers)))
-        return {name: child(build, *what) for name, build in builds.items()}
-
-    checks = [both(CHECKED, REDUCED, "lora", numbers) for numbers in (True, False)]
-    old = {n: child(builds["old"], "step", str(n), str(REDUCED), "lora", "0") for n in FOLLOWED}
-    new = {n: child(builds["new"], "step", str(n), str(REDUCED), "lora", "0") for n in CURVE}
+    wide_ones = [(4096, WHOLE, "lora", 0), (4096, WHOLE, "full", 0)]
+    ends = {"old": FOLLOWED, "new": CURVE}
+    asked = {
+        name: [*wide_ones, *((n, REDUCED, "lora", 0) for n in (CHECKED, *lengths))] for name, lengths in ends.items()
+    }
+    followed = {name: steps(build, *asked[name]) for name, build in builds.items()}
+    wide, whole, check = ({name: found[n] for name, found in followed.items()} for n in range(3))
+    old, new = ({found["tokens"]: found for found in followed[name][3:]} for name in builds)
+    done = {name: steps(build, (CHECKED, REDUCED, "lora", 1))[0] for name, build in builds.items()}
     points = [(n, found["peak_mb"]) for n, found in old.items()]
     row, old_row = new[CURVE[-1]], parabola(points, CURVE[-1])
-    wide, whole = both(4096, WHOLE), both(4096, WHOLE, "full")
     return {
         "long_row": {
             "tokens": row["tokens"],
@@ -350,7 +359,7 @@ def measured(builds: dict[str, Path], repeats: int) -> dict[str, Any]:
         },
         "curve": [{key: new[n][key] for key in ("tokens", "peak_mb", "activations_mb")} for n in CURVE],
         "old_curve": [{key: old[n][key] for key in ("tokens", "peak_mb", "activations_mb")} for n in FOLLOWED],
-        "done_both_ways": {"with_numbers": checks[0], "followed": checks[1]},
+        "done_both_ways": {"with_numbers": done, "followed": check},
         "speed": speed(builds, repeats),
     }
 
@@ -363,9 +372,13 @@ def main() -> None:
     options = parser.parse_args()
     if options.child:
         kind, *given = options.child
-        tokens = int(given[0])
-        found = quick(tokens) if kind == "quick" else step(tokens, int(given[1]), given[2], given[3] == "1")
-        print(json.dumps(found))
+        for one in given:
+            if kind == "quick":
+                found = quick(int(one))
+            else:
+                tokens, words, method, numbers = one.split(",")
+                found = step(int(tokens), int(words), method, numbers == "1")
+            print(json.dumps(found), flush=True)
         return
     if options.old is None or not (options.old / "src" / "redraft").is_dir():
         raise SystemExit("--old: give the checkout of the build to compare with")

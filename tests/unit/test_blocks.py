@@ -24,6 +24,7 @@ from redraft.drafts.eagle.unroll import Batch, collate, unroll
 from redraft.drafts.eagle1 import fresh_eagle1
 from redraft.drafts.eagle3 import fresh_draft
 from redraft.drafts.groups import prepare
+from redraft.drafts.standalone.shapes import fresh_standalone
 from redraft.errors import UserError
 from redraft.features import ComputedFeatures, FeatureSource, FeatureStore
 from redraft.registries import LOSSES
@@ -272,3 +273,19 @@ def test_a_walk_in_blocks_is_the_walk_of_the_whole(kind, target, rows, store, mo
     for key in runs:
         torch.testing.assert_close(other_chances[key], chances[key], atol=1e-5, rtol=1e-4)
         assert other_alphas[key] == pytest.approx(alphas[key], rel=1e-4)
+
+
+# -- standalone drafts -------------------------------------------------------------------------------------------------
+def test_a_standalone_draft_makes_its_layers_states_again_where_rows_are_long(target, rows, store) -> None:
+    draft, found, kept = fresh_standalone(target, layers=[0, 1]).train(), [], []
+    for memory in (1.0, 1e-6):
+        objective = draft.objective(target, TrainConfig(activation_memory=memory))
+        saved: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, s=saved: s.append(x.numel()) or x, lambda x: x):
+            loss = objective(objective.collate(rows, store))
+        kept.append(sum(saved))
+        found.append(gradients(loss, draft))
+        assert not any(getattr(module, "gradient_checkpointing", False) for module in draft.model.modules())
+    assert kept[1] < kept[0] / 2
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, atol=1e-7, rtol=1e-5, msg=name)
