@@ -220,8 +220,9 @@ def test_a_kernel_that_is_not_plain_attention_is_not_used(monkeypatch) -> None:
     """Nor one that does not compile: the trial says so, and chunks of keys do it."""
     monkeypatch.setattr(torch.random, "fork_rng", lambda devices: nullcontext())
     monkeypatch.setattr(flex, "compiled", lambda: None)
-    right = lambda *parts: flex.plain(*parts[:-1])  # noqa: E731
-    for made, usable in ((right, True), (lambda *p: right(*p) * 1.1, False), (lambda *p: 1 / 0, False)):
+    right = lambda *parts, attention: flex.plain(*parts)  # noqa: E731
+    wrong = lambda *parts, attention: flex.plain(*parts) * 1.1  # noqa: E731
+    for made, usable in ((right, True), (wrong, False), (lambda *parts, attention: 1 / 0, False)):
         flex.usable.cache_clear()
         monkeypatch.setattr(flex, "flex", made)
         assert flex.usable(torch.device("cpu"), torch.float32, 8) == usable
