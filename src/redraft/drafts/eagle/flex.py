@@ -11,7 +11,7 @@ W head width.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -103,7 +103,8 @@ def usable(device: torch.device, dtype: torch.dtype, width: int) -> bool:
         query, keys, values, *own = inputs
         parts: Any = (query, keys, values, last_BA - 200, last_BA, [tuple(own)])
         try:
-            found = [attend_all(inputs, mixed) for mixed in (plain(*parts), flex(*parts, attention=compiled()))]
+            fused = partial(flex, attention=compiled())
+            found = [attend_all(inputs, mixed) for mixed in (plain(*parts), fused(*parts))]
         except Exception:  # whatever a compiler or a kernel may raise: then there is the other way
             return False
         return all(_near(a, b, ROUNDING[dtype]) for a, b in zip(*found, strict=True))
