@@ -60,7 +60,10 @@ class TrainConfig(LoopConfig):
     step_decay: float = setting(0.8, "weight of each unrolled step over that of the one before")
     gamma: int = setting(5, "drafted tokens a round when held-out tau is measured", ge=1)
     activation_memory: float = setting(
-        ACTIVATION_GIB, "GiB of activations above which a step is computed in blocks of positions", gt=0
+        ACTIVATION_GIB,
+        "GiB of activations above which a step is computed in blocks of positions",
+        gt=0,
+        allow_inf_nan=False,
     )
 
     FREE: ClassVar[tuple[str, ...]] = ("save_seconds", "activation_memory")

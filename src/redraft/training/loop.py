@@ -400,7 +400,8 @@ class Checkpoint:
 def stored_identity(folder: Path) -> dict[str, Any] | None:
     """What the training in ``folder`` says it is; None where none has begun. Raises ``UserError``."""
     path = folder / STATE_FILE
-    found = read_json(path, finite=False).get("identity") if there(path) else None
+    stored = read_json(path, finite=False) if there(path) else None
+    found = stored.get("identity") if isinstance(stored, dict) else None
     return found if isinstance(found, dict) else None
 
 
