@@ -80,7 +80,7 @@ def batch_order(rows: Sequence[AnyRow], config: TrainConfig, epoch: int) -> list
 
 
 def began_whole(folder: Path) -> bool:
-    """Whether training in ``folder`` was begun without spans, by an older version or with no row to cut; it goes on so."""
+    """Whether training in ``folder`` was begun without spans, by an older version or no row to cut; it goes on so."""
     try:
         known = stored_identity(folder)
     except UserError:  # damaged: whoever goes on with it says so
