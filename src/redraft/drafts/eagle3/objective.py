@@ -102,7 +102,7 @@ class UnrollObjective:
 
         def value(part: slice, states: list[Tensor]) -> Tensor:
             with cast_once(self.draft.lm_head):
-                draft, teacher, weight = self.rows(batch, weight_MJ, part, states)
+                draft, teacher, weight = self.rows(batch, weight_MJ, part, states, plan is not None)
             if hasattr(loss, "chain"):
                 return loss.chain(draft, teacher, weight_MJ[part, :steps])
             sums = [loss(*step)[0] for step in zip(draft, teacher, weight, strict=True)]
@@ -112,19 +112,23 @@ class UnrollObjective:
         return sum_over_portions(value, slices, states, trained) + shared(self.draft.extra_loss(), self.reduce)
 
     def rows(
-        self, batch: Batch, weight_MJ: Tensor, part: slice, states: list[Tensor]
+        self, batch: Batch, weight_MJ: Tensor, part: slice, states: list[Tensor], together: bool = False
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Step by step the supervised anchors of a portion: draft logits, teacher logits [N, D] and weights [N]."""
-        draft, teacher, weight = [], [], []
+        """Step by step the supervised anchors of a portion: draft logits, teacher logits [N, D] and weights [N].
+
+        ``together`` the head runs once for all steps, so that a trained one has one gradient of its size and not one a
+        step.
+        """
         # The teacher of step j at an anchor is the teacher of step 0 at the j-th anchor after it.
         teacher_MD = self.teacher_logits(batch, slice(part.start, part.stop + len(states) - 1))
-        for step, states_MH in enumerate(states):
-            weight_M = weight_MJ[part, step]
-            index = weight_M.nonzero().squeeze(-1)
-            draft.append(self.draft.logits(states_MH[index]))
-            teacher.append(teacher_MD[index + step])
-            weight.append(weight_M[index])
-        return draft, teacher, weight
+        chosen = [weight_MJ[part, step].nonzero().squeeze(-1) for step in range(len(states))]
+        picked = [states_MH[index] for states_MH, index in zip(states, chosen, strict=True)]
+        if together:
+            draft = list(self.draft.logits(torch.cat(picked)).split([len(index) for index in chosen]))
+        else:
+            draft = [self.draft.logits(states_NH) for states_NH in picked]
+        teacher = [teacher_MD[index + step] for step, index in enumerate(chosen)]
+        return draft, teacher, [weight_MJ[part, step][index] for step, index in enumerate(chosen)]
 
     def statistics(self, batch: Batch, weight_MJ: Tensor, slices: list[slice], states: list[Tensor]) -> Tensor:
         """The loss's statistics over every supervised anchor and step of all workers: one pass of its own."""
