@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from redraft.errors import UserError
@@ -37,6 +38,45 @@ def sizes(row: TokenRow) -> tuple[int, int]:
 def anchors(row: TokenRow) -> int:
     """How many positions of a row can be supervised: all response tokens but the first, which prefill gives."""
     return max(0, sizes(row)[1] - 1)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Some supervised positions of a row, ``count`` from number ``start`` on, with all that stands in front of them: to
+    whoever asks, a row under the key of the whole one, whose prompt goes on to where the span begins."""
+
+    row: TokenRow
+    start: int
+    count: int
+
+    @property
+    def key(self) -> str:
+        return self.row.key
+
+    @property
+    def prompt_ids(self) -> Sequence[int]:
+        return [*self.row.prompt_ids, *self.row.response_ids[: self.start]]
+
+    @property
+    def response_ids(self) -> Sequence[int]:
+        return self.row.response_ids[self.start : self.start + self.count + 1]
+
+
+def span_of(row: TokenRow) -> Span:
+    """The row as a span: one of its own, or the whole."""
+    return row if isinstance(row, Span) else Span(row, 0, anchors(row))
+
+
+def cut(rows: Sequence[AnyRow], longest: int) -> list[AnyRow | Span]:
+    """Rows in their order; one with more supervised positions than ``longest`` as spans of nearly equal length, which
+    hold each of its positions once."""
+    found: list[AnyRow | Span] = []
+    for row in rows:
+        total = anchors(row)
+        parts = -(-total // longest)
+        ends = [total * part // parts for part in range(parts + 1)] if parts > 1 else []
+        found += [Span(row, a, b - a) for a, b in zip(ends, ends[1:], strict=False)] or [row]
+    return found
 
 
 def whole_length(row: TokenRow) -> int:

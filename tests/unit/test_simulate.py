@@ -282,7 +282,7 @@ def test_portions_do_not_matter(target, draft, tmp_path, monkeypatch):
     store = features(target, rows, tmp_path)
     whole = expected_rounds_sampled(draft, target, rows, store, GAMMA, sampler)
     monkeypatch.setattr("redraft.drafts.walks.CHUNK", 3)
-    monkeypatch.setattr("redraft.drafts.eagle.unroll.EagleWalk.batch_anchors", 20)
+    monkeypatch.setattr("redraft.drafts.eagle.walk.EagleWalk.batch_anchors", 20)
     assert expected_rounds_sampled(draft, target, rows, store, GAMMA, sampler) == pytest.approx(whole, rel=1e-5)
 
 

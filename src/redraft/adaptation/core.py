@@ -102,6 +102,8 @@ def training_flops(trainer: Trainer, result: TrainResult) -> int:
 def run_training(trainer: Trainer, log: Log) -> TrainResult:
     """Train to the end as the stage ``train``. Raises ``UserError``."""
     budget = round(sum(map(anchors, trainer.rows)) * trainer.config.epochs)
+    if said := trainer.said_of_spans():
+        log.say(f"train: {said}")
     with log.counted("train", budget) as (entry, progress):
         result = trainer.run(progress)
         if not trainer.loop.done_before:  # a run that had ended is read, not paid for again

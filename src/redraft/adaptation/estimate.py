@@ -101,7 +101,8 @@ class Costs:
         self.disk["features"] = 2 * self.facts.hidden_size * (TAPS * text.tokens + text.answers)
         self.disk |= {"checkpoint": 16 * trained, "drafts": 2 * (trained + draft.parameters * (1 + copies))}
         logits = 3 * 4 * config.batch_anchors * (config.unroll * draft.vocabulary + self.facts.vocab_size)
-        self.working["training"] = self.disk["features"] + 4 * draft.parameters + 12 * trained + logits
+        activations = min(logits, config.activation_memory * 2**30)
+        self.working["training"] = self.disk["features"] + 4 * draft.parameters + 12 * trained + activations
 
     def memory(self, contest: bool) -> Iterator[tuple[str, float]]:
         """The parts of peak memory in bytes.
@@ -109,7 +110,8 @@ class Costs:
         The process itself; the target's weights, on a CPU twice where products use a packed copy; the other data type
         in the same way where a benchmark lets float32 and bfloat16 compete; and what the largest stage works with: keys
         and values of the answers that are decoded together, or features read back, the draft in 4 bytes with 12 more
-        where trained, and three copies of a step's logits, the draft's and the target's.
+        where trained, and three copies of a step's logits, the draft's and the target's, or ``activation_memory`` where
+        that is less.
         """
         yield "the process with torch", PROCESS
         types = {f"the target in {self.dtype}": self.item, "the target in the type that competes": 6 - self.item}

@@ -16,7 +16,8 @@ I inner width of an MLP, R rank of an update, E experts.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -218,6 +219,7 @@ class Linear(nn.Linear):
     def __init__(self, inputs: int, outputs: int, bias: bool = False) -> None:
         super().__init__(inputs, outputs, bias=bias)
         self.low_rank: LowRank | None = None
+        self.cast: tuple[Tensor, ...] | None = None  # see cast_once
 
     @classmethod
     def over(cls, layer: nn.Linear) -> Linear:
@@ -231,8 +233,29 @@ class Linear(nn.Linear):
         self.low_rank = LowRank(self, rank, alpha, generator)
 
     def forward(self, x: Tensor) -> Tensor:
-        shared = super().forward(x)
+        shared = super().forward(x) if self.cast is None else F.linear(x, self.cast[0], self.bias)
         return shared if self.low_rank is None else shared + self.low_rank(x)
+
+
+@contextmanager
+def cast_once(*modules: nn.Module) -> Iterator[None]:
+    """Frozen matrices are brought to autocast's type here once, where autocast would make a copy at every use, each of
+    which the graph keeps. To the bit the same. Those that are trained autocast itself copies once."""
+    inside = {layer: None for module in modules for layer in module.modules() if isinstance(layer, Linear)}
+    layers = [layer for layer in inside if layer.cast is None and not layer.weight.requires_grad]
+    kind = next((m.weight.device.type for m in layers), "cpu")
+    if not torch.is_autocast_enabled(kind):
+        yield
+        return
+    dtype = torch.get_autocast_dtype(kind)
+    try:
+        for layer in layers:
+            # In a tuple it is no part of the module's state.
+            layer.cast = (layer.weight.detach().to(dtype),)
+        yield
+    finally:
+        for layer in layers:
+            layer.cast = None
 
 
 class Attention(nn.Module):

@@ -114,7 +114,8 @@ Batch = TypeVar("Batch")
 
 
 class Objective(Protocol[Batch]):
-    """From rows to one number to differentiate."""
+    """From rows to one number to differentiate. One that has ``spans``, and true, takes a long row in spans
+    (:class:`redraft.rows.Span`); to any other rows come whole."""
 
     def collate(self, rows: Sequence[TokenRow], features: FeatureSource, weights: Weights = None) -> Batch:
         """The rows as a batch, which has ``.to(device)``. ``weights`` say what each state (anchor and draft step)

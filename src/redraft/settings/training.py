@@ -22,6 +22,9 @@ LossName = Annotated[str, one_of("loss", LOSSES.names)]
 OPTIMIZERS = ("muon", "adamw")
 OptimizerName = Annotated[str, one_of("optimizer", lambda: OPTIMIZERS)]
 
+# Activations of a step beyond which training and walks go by blocks of positions: a setting of training alone.
+ACTIVATION_GIB = 4.0
+
 
 @recipe
 class LoopConfig(Recipe):
@@ -52,10 +55,18 @@ class TrainConfig(LoopConfig):
     optimizer: OptimizerName = setting("muon", "muon (matrices; adamw for the rest) or adamw")
     loss: LossName = setting("kl", "training loss")
     epochs: float = setting(3.0, "passes over the responses", gt=0, allow_inf_nan=False)
-    batch_anchors: int = setting(1536, "supervised positions a step", ge=1)
+    batch_anchors: int = setting(1536, "supervised positions a step; a row with more is cut into spans", ge=1)
     unroll: int = setting(3, "draft steps that training unrolls, J of EAGLE-3", ge=1)
     step_decay: float = setting(0.8, "weight of each unrolled step over that of the one before")
     gamma: int = setting(5, "drafted tokens a round when held-out tau is measured", ge=1)
+    activation_memory: float = setting(
+        ACTIVATION_GIB,
+        "GiB of activations above which a step is computed in blocks of positions",
+        gt=0,
+        allow_inf_nan=False,
+    )
+
+    FREE: ClassVar[tuple[str, ...]] = ("save_seconds", "activation_memory")
 
 
 TrainBlock = Annotated[dict[str, Any], BlockOf(TrainConfig)]

@@ -399,6 +399,14 @@ class Checkpoint:
                 parameter.copy_(tensors[prefix + name])
 
 
+def stored_identity(folder: Path) -> dict[str, Any] | None:
+    """What the training in ``folder`` says it is; None where none has begun. Raises ``UserError``."""
+    path = folder / STATE_FILE
+    stored = read_json(path, finite=False) if there(path) else None
+    found = stored.get("identity") if isinstance(stored, dict) else None
+    return found if isinstance(found, dict) else None
+
+
 def stored_precision(folder: Path, unrecorded: str) -> str | None:
     """The data type that the training in ``folder`` computes in; None where none has begun. Raises ``UserError``.
 

@@ -42,12 +42,15 @@ from redraft.drafts.walks import run_lengths
 from redraft.errors import UserError
 from redraft.features import FeatureSource
 from redraft.progress import Progress
-from redraft.rows import anchor_batches, anchors
+from redraft.rows import AnyRow, Span, anchor_batches, anchors, cut
 from redraft.settings.sampler import Sampler
 from redraft.settings.training import ReplayConfig, TrainConfig
 from redraft.target import Head
-from redraft.training.loop import OLD_DRAFT, Step, TrainingLoop, onward, rows_digest
+from redraft.training.loop import OLD_DRAFT, Step, TrainingLoop, onward, rows_digest, stored_identity
 from redraft.training.workers import SINGLE, Shares, Workers
+
+# The entry of a run's identity that counts its pieces, where rows are cut.
+SPANS = "spans"
 
 
 @dataclass
@@ -64,7 +67,7 @@ class TrainResult:
     history: list[tuple[int, float]]
 
 
-def batch_order(rows: Sequence[Row], config: TrainConfig, epoch: int) -> list[list[Row]]:
+def batch_order(rows: Sequence[AnyRow], config: TrainConfig, epoch: int) -> list[list[AnyRow]]:
     """The batches of an epoch, a function of seed and epoch: similar lengths together, batches shuffled."""
     order = random.Random(f"{config.seed}/{epoch}")
     shuffled = sorted((r for r in rows if anchors(r)), key=lambda r: r.key)
@@ -74,6 +77,15 @@ def batch_order(rows: Sequence[Row], config: TrainConfig, epoch: int) -> list[li
     batches = [batch for rows in pools for batch in anchor_batches(rows, config.batch_anchors)]
     order.shuffle(batches)
     return batches
+
+
+def began_whole(folder: Path) -> bool:
+    """Whether training in ``folder`` was begun without spans, by an older version or no row to cut; it goes on so."""
+    try:
+        known = stored_identity(folder)
+    except UserError:  # damaged: whoever goes on with it says so
+        return False
+    return known is not None and SPANS not in known
 
 
 class Trainer:
@@ -109,10 +121,16 @@ class Trainer:
         if not self.rows or not self.heldout:
             raise UserError("no row has two or more response tokens to train or to evaluate on; give longer responses")
         self.objective = draft.objective(target, config, self.shares.sum)
+        # What steps are made of: the rows, and of those that a step does not hold their spans.
+        self.pieces: Sequence[Any] = self.rows
+        if getattr(self.objective, "spans", False) and not began_whole(folder):
+            self.pieces = cut(self.rows, config.batch_anchors)
         self.trained = [(n, p) for n, p in draft.named_parameters() if p.requires_grad]
         if any(p.dtype != torch.float32 for _, p in self.trained):
             raise ValueError("a draft is trained in float32; autocast sees to the rest")
-        per_epoch = len(batch_order(self.rows, config, 0))
+        per_epoch = len(batch_order(self.pieces, config, 0))
+        identity = {"rows": rows_digest([r.key for r in self.rows]), "draft": self.draft.config.to_dict()}
+        identity |= {SPANS: len(self.pieces)} if self.cut_rows else {}
         self.loop = TrainingLoop(
             self.draft,
             self.trained,
@@ -121,11 +139,26 @@ class Trainer:
             self.evaluate,
             config,
             folder,
-            {"rows": rows_digest([r.key for r in self.rows]), "draft": self.draft.config.to_dict(), OLD_DRAFT: origin},
+            identity | {OLD_DRAFT: origin},
             # As the target decodes, so is its draft trained.
             precision="bfloat16" if target.dtype == torch.bfloat16 else "float32",
             before=partial(before, self) if before else None,
             workers=workers,
+        )
+
+    @property
+    def cut_rows(self) -> int:
+        """How many rows are trained in spans."""
+        return len({piece.key for piece in self.pieces if isinstance(piece, Span)})
+
+    def said_of_spans(self) -> str:
+        """One line for a person; none where no row is cut."""
+        if not (rows := self.cut_rows):
+            return ""
+        spans, step = len(self.pieces) - len(self.rows) + rows, self.config.batch_anchors
+        return (
+            f"{rows} of {len(self.rows)} rows have more than the {step:,} supervised positions of a step: they "
+            f"are trained in {spans} spans, each with all the text in front of it; none is left out"
         )
 
     def evaluate(self) -> float:
@@ -151,7 +184,7 @@ class Trainer:
     def batches(self, begin: int) -> Iterator[tuple[Any, int]]:
         """This worker's share of the batches of step ``begin`` and all later ones, collated, each with the supervised
         positions of the whole."""
-        for rows in onward(partial(batch_order, self.rows, self.config), begin):
+        for rows in onward(partial(batch_order, self.pieces, self.config), begin):
             batch = self.objective.collate(self.shares.of(rows), self.store, self.weights)
             yield batch.to(self.target.device), sum(map(anchors, rows))
 

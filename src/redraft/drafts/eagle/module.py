@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from redraft.drafts.base import Draft, DraftConfig, heads_of, rope_of
 from redraft.drafts.eagle.proposer import EagleProposer, StaticProposer
-from redraft.drafts.eagle.unroll import EagleWalk
+from redraft.drafts.eagle.walk import EagleWalk
 from redraft.drafts.formats.embeddings import is_targets
 from redraft.drafts.layers import Attend, Attention, Linear, RMSNorm, Rotary, SharedPrivateMLP, told_angles
 from redraft.errors import UserError

@@ -9,7 +9,9 @@ any step), so that its later steps are not what is served where the text is long
 Only anchors are run through queries, MLP and head of the last layer: prompt positions give keys and values and nothing
 else. Linear layers see packed tokens without padding; only attention pads.
 
-One teacher-forced unroll holds the rounds from every anchor of a stored response, which is what the walk reads.
+One teacher-forced unroll holds the rounds from every anchor of a stored response, which is what the walk reads
+(``walk.py``). Attention is here over all scores at once, which short rows want; long rows are unrolled block by block
+(``blocks.py``).
 
 Shape legend: N packed pairs, M packed anchors, B rows, T longest row of pairs, A most anchors a row, H draft
 width, Q query heads, G query heads a key head, E key heads, W head width, J draft steps, D draft vocabulary, V target
@@ -19,7 +21,7 @@ vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,16 +29,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from redraft.drafts import walks
 from redraft.drafts.layers import attend_causally
-from redraft.drafts.proposing import Chances, Runs, Weights
+from redraft.drafts.proposing import Weights
 from redraft.features import FeatureSource
-from redraft.rows import AnyRow, TokenRow, anchor_batches, anchors
-from redraft.settings.sampler import Sampler
-from redraft.target import Head
-
-Judge = Callable[[int, Tensor, Tensor], Tensor]
-"""(step, places of the anchors that are left, their states) -> which of them go on."""
+from redraft.rows import TokenRow, anchors, span_of
 
 
 @dataclass
@@ -62,16 +58,27 @@ class Batch:
 
 
 def collate(rows: Sequence[TokenRow], features: FeatureSource, steps: int, weights: Weights = None) -> Batch:
-    """Pack rows with their features for an unroll of ``steps`` draft steps; ``weights`` [A, J] by row key."""
-    first_B = torch.tensor([len(r.prompt_ids) - 1 for r in rows])
-    counts_B = torch.tensor([anchors(r) for r in rows])
+    """Pack rows with their features for an unroll of ``steps`` draft steps; ``weights`` [A, J] by row key.
+
+    The last anchors of a span go on into what follows it, and read the teacher there: up to ``steps`` - 1 anchors more
+    stand behind it, which are not supervised.
+    """
+    spans = [span_of(row) for row in rows]
+    ahead = [min(steps - 1, anchors(span.row) - span.start - span.count) for span in spans]
+    first_B = torch.tensor([len(span.row.prompt_ids) + span.start - 1 for span in spans])
+    counts_B = torch.tensor([span.count + more for span, more in zip(spans, ahead, strict=True)])
     pairs_B = first_B + counts_B
-    ids, future = [], []
-    for row, first, count, pairs in zip(rows, first_B.tolist(), counts_B.tolist(), pairs_B.tolist(), strict=True):
-        full = torch.tensor([*row.prompt_ids, *row.response_ids])
+    ids, future, taps, hidden, weight = [], [], [], [], []
+    for span, more, first, pairs in zip(spans, ahead, first_B.tolist(), pairs_B.tolist(), strict=True):
+        full = torch.tensor([*span.row.prompt_ids, *span.row.response_ids])[: pairs + 2]
         ids.append(full[1 : pairs + 1])
-        future.append(F.pad(full, (0, steps), value=-1)[first + 2 :].unfold(0, steps, 1)[:count])
-    taps, hidden = zip(*map(features.get, rows), strict=True)
+        future.append(F.pad(full, (0, steps), value=-1)[first + 2 :].unfold(0, steps, 1)[: span.count + more])
+        future[-1] = torch.where((torch.arange(span.count + more) < span.count)[:, None], future[-1], -1)
+        row_taps, row_hidden = features.get(span.row)
+        taps.append(row_taps[:pairs])
+        hidden.append(row_hidden[span.start :][: span.count + more])
+        if weights is not None:
+            weight.append(F.pad(weights[span.key][span.start :][: span.count], (0, 0, 0, more)))
     starts_B, firsts_B = pairs_B.cumsum(0) - pairs_B, counts_B.cumsum(0) - counts_B
     row_M = torch.repeat_interleave(torch.arange(len(rows)), counts_B)
     column_M = torch.cat([torch.arange(count) for count in counts_B.tolist()])
@@ -79,17 +86,22 @@ def collate(rows: Sequence[TokenRow], features: FeatureSource, steps: int, weigh
     pairs_B1, counts_B1 = pairs_B[:, None], counts_B[:, None]
     return Batch(
         ids_N=torch.cat(ids),
-        taps_N=torch.cat(taps),
+        taps_N=_joined(taps),
         positions_N=torch.cat([torch.arange(pairs) for pairs in pairs_B.tolist()]),
         anchor_M=(starts_B + first_B)[row_M] + column_M,
-        hidden_M=torch.cat(hidden),
+        hidden_M=_joined(hidden),
         future_MJ=torch.cat(future),
         key_BT=starts_B[:, None] + column_T.minimum(pairs_B1 - 1),
         query_BA=firsts_B[:, None] + column_A.minimum(counts_B1 - 1),
         row_M=row_M,
         column_M=column_M,
-        weight_MJ=None if weights is None else torch.cat([weights[row.key] for row in rows]),
+        weight_MJ=None if weights is None else torch.cat(weight),
     )
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """The rows' features in one tensor, without a copy where there is one row, which may be long."""
+    return parts[0] if len(parts) == 1 and not parts[0].is_inference() else torch.cat(list(parts))
 
 
 class UnrollAttention:
@@ -100,10 +112,14 @@ class UnrollAttention:
 
     def __init__(self, batch: Batch, keys_NEW: Tensor, values_NEW: Tensor, window: int = 0) -> None:
         self.batch, self.window = batch, window
-        self.keys_BEWT = keys_NEW[batch.key_BT].permute(0, 2, 3, 1)
-        self.values_BETW = values_NEW[batch.key_BT].transpose(1, 2)
+        self.keys_BEWT = self.of_rows(keys_NEW).permute(0, 2, 3, 1)
+        self.values_BETW = self.of_rows(values_NEW).transpose(1, 2)
         self.own: list[tuple[Tensor, Tensor]] = []
         self.shared_mask: Tensor | None = None
+
+    def of_rows(self, packed_NEW: Tensor) -> Tensor:
+        """[B, T, E, W]: what is packed, row by row."""
+        return packed_NEW[self.batch.key_BT]
 
     def __call__(self, query_MQW: Tensor, key_MEW: Tensor, value_MEW: Tensor) -> Tensor:
         """Later steps: remember the own key, then attend."""
@@ -112,16 +128,11 @@ class UnrollAttention:
 
     def attend(self, query_MQW: Tensor) -> Tensor:
         """Mixed values [M, Q, W]: one softmax over the shared keys and the anchor's own."""
-        batch = self.batch
-        rows, most = batch.query_BA.shape
-        key_heads, width = self.values_BETW.shape[1], query_MQW.shape[-1]
-        groups = query_MQW.shape[1] // key_heads
-        query = query_MQW[batch.query_BA].view(rows, most, key_heads, groups, width).permute(0, 2, 3, 1, 4)
-        query = query * (1 / math.sqrt(width))
+        query = self._queries(query_MQW)
+        rows, key_heads, groups, most, width = query.shape
         shared = query.reshape(rows, key_heads, groups * most, width) @ self.keys_BEWT
         shared = shared.view(rows, key_heads, groups, most, -1).float().masked_fill(self.hidden(), float("-inf"))
-        # At step j own key i stands j - i positions back.
-        seen = self.own[-self.window :] if self.window else self.own
+        seen = self._seen()
         own = [(query * self._padded(key)).sum(-1, keepdim=True).float() for key, _ in seen]
         weights = torch.cat([shared, *own], -1).softmax(-1).to(query.dtype)
         length = shared.shape[-1]
@@ -129,20 +140,40 @@ class UnrollAttention:
         mixed = mixed.view(rows, key_heads, groups, most, width)
         for i, (_, value) in enumerate(seen):
             mixed = mixed + weights[..., length + i, None] * self._padded(value)
-        mixed = mixed.permute(0, 3, 1, 2, 4).reshape(rows, most, key_heads * groups, width)
-        return mixed[batch.row_M, batch.column_M]
+        return self._packed(mixed)
+
+    def _queries(self, query_MQW: Tensor) -> Tensor:
+        """Scaled queries [B, E, G, A, W] of packed ones."""
+        rows, most = self.batch.query_BA.shape
+        key_heads, width = self.values_BETW.shape[1], query_MQW.shape[-1]
+        groups = query_MQW.shape[1] // key_heads
+        query = query_MQW[self.batch.query_BA].view(rows, most, key_heads, groups, width).permute(0, 2, 3, 1, 4)
+        return query * (1 / math.sqrt(width))
+
+    def _seen(self) -> list[tuple[Tensor, Tensor]]:
+        """The own keys and values that are seen now: at step j number i stands j - i positions back."""
+        return self.own[-self.window :] if self.window else self.own
+
+    def _packed(self, mixed: Tensor) -> Tensor:
+        """[M, Q, W] of [B, E, G, A, W]."""
+        rows, _, _, most, width = mixed.shape
+        return mixed.permute(0, 3, 1, 2, 4).reshape(rows, most, -1, width)[self.batch.row_M, self.batch.column_M]
 
     def hidden(self) -> Tensor:
         """Which keys of step 0 an anchor does not see now, [B, 1, 1, A, T]."""
         if self.shared_mask is None or self.window:
-            # Of a place that pads the row's last anchor is taken, so that no softmax is over nothing.
-            anchor_BA1 = self.batch.positions_N[self.batch.anchor_M][self.batch.query_BA].unsqueeze(-1)
+            anchor_BA1 = self.places().unsqueeze(-1)
             column_T = torch.arange(self.batch.key_BT.shape[1], device=anchor_BA1.device)
             hidden_BAT = column_T > anchor_BA1
             if self.window:
                 hidden_BAT |= column_T <= anchor_BA1 + len(self.own) - self.window
             self.shared_mask = hidden_BAT[:, None, None]
         return self.shared_mask
+
+    def places(self) -> Tensor:
+        """The position [B, A] of every anchor at step 0. Of a place that pads the row's last anchor is taken, so that
+        no softmax is over nothing."""
+        return self.batch.positions_N[self.batch.anchor_M][self.batch.query_BA]
 
     def narrow(self, batch: Batch, keep_M: Tensor) -> None:
         """Go on with the anchors of this mask [M] alone, which ``batch`` is cut down to; see :func:`narrowed`."""
@@ -175,27 +206,33 @@ def narrowed(batch: Batch, keep_M: Tensor) -> Batch:
     )
 
 
-def first_step(draft: Any, embedding: nn.Module, batch: Batch) -> tuple[Tensor, list[UnrollAttention]]:
-    """Pre-norm states [M, H] of step 0, and each layer's keys.
+@dataclass
+class Context:
+    """What anchors read of the text in front of them: the input of the last layer at every position, as
+    :meth:`EagleLayer.inputs` gives it, and the keys and values [N, E, W] of each layer."""
 
-    A layer that another follows runs at every position, since that one makes keys of its states; the last one, which is
-    the first as a rule, at the anchors alone.
-    """
-    rope_N, anchor_M = draft.rotary(batch.positions_N), batch.anchor_M
+    x_N: Tensor
+    residual_N: Tensor
+    keys_values: list[tuple[Tensor, Tensor]]
+
+
+def read_context(draft: Any, embedding: nn.Module, batch: Batch) -> Context:
+    """A layer that another follows runs at every position, since that one makes keys of its states; the last one, which
+    is the first as a rule, at the anchors alone."""
+    rope_N = draft.rotary(batch.positions_N)
     embeds_N, states_N = draft.embed(batch.ids_N, embedding), draft.fuse(batch.taps_N)
     row_N = (batch.positions_N == 0).long().cumsum(0) - 1
-    stores: list[UnrollAttention] = []
+    found: list[tuple[Tensor, Tensor]] = []
     for layer, window in zip(draft.layers, draft.config.reach, strict=True):
         x_N, residual_N = layer.inputs(embeds_N, states_N)
         keys_NEW, values_NEW = layer.self_attn.keys_values(x_N, rope_N)
-        stores.append(UnrollAttention(batch, keys_NEW, values_NEW, window))
-        if len(stores) < len(draft.layers):
+        found.append((keys_NEW, values_NEW))
+        if len(found) < len(draft.layers):
             parts = (layer.self_attn.queries(x_N, rope_N), keys_NEW, values_NEW)
             query, key, value = (part[batch.key_BT].transpose(1, 2) for part in parts)
             mixed_BTQW = attend_causally(query, key, value, window).transpose(1, 2)
             states_N = layer.finish(residual_N, mixed_BTQW[row_N, batch.positions_N])
-    query_MQW = layer.self_attn.queries(x_N[anchor_M], (rope_N[0][anchor_M], rope_N[1][anchor_M]))
-    return layer.finish(residual_N[anchor_M], stores[-1].attend(query_MQW)), stores
+    return Context(x_N, residual_N, found)
 
 
 def unroll(draft: Any, embedding: nn.Module, batch: Batch, steps: int) -> Generator[Tensor, Tensor | None, None]:
@@ -204,7 +241,26 @@ def unroll(draft: Any, embedding: nn.Module, batch: Batch, steps: int) -> Genera
     A mask [M] that is sent back drops anchors from all later steps: the next states are those of the anchors that
     are left, in their order. At least one must be.
     """
-    states_M, stores = first_step(draft, embedding, batch)
+    context, anchor_M = read_context(draft, embedding, batch), batch.anchor_M
+    windows = draft.config.reach
+    stores = [UnrollAttention(batch, *each, window) for each, window in zip(context.keys_values, windows, strict=True)]
+    inputs = context.x_N[anchor_M], context.residual_N[anchor_M]
+    return unroll_from(draft, embedding, batch, stores, inputs, steps)
+
+
+def unroll_from(
+    draft: Any,
+    embedding: nn.Module,
+    batch: Batch,
+    stores: Sequence[UnrollAttention],
+    inputs: tuple[Tensor, Tensor],
+    steps: int,
+) -> Generator[Tensor, Tensor | None, None]:
+    """As :func:`unroll`, from what was read of the text: each layer's keys, and what the last one's attention reads and
+    its residual stream at the anchors."""
+    layer, (x_M, residual_M) = draft.layers[-1], inputs
+    query_MQW = layer.self_attn.queries(x_M, draft.rotary(batch.positions_N[batch.anchor_M]))
+    states_M = layer.finish(residual_M, stores[-1].attend(query_MQW))
     keep_M = yield states_M
     for step in range(1, steps):
         if keep_M is not None:
@@ -228,96 +284,3 @@ def supervised(draft: Any, batch: Batch) -> Tensor:
     if draft.reduced:
         inside = inside & draft.t2d[batch.future_MJ.clamp(min=0)]
     return inside.long().cumprod(-1).bool()
-
-
-class EagleWalk:
-    """See :class:`redraft.drafts.proposing.Walk`."""
-
-    # Anchors that are walked at once, and where whole distributions are compared.
-    batch_anchors, alpha_anchors = 1024, 256
-
-    def __init__(self, draft: Any, target: Head) -> None:
-        self.draft, self.target = draft.bind(target), target
-
-    def runs(self, rows: Sequence[AnyRow], features: FeatureSource | None, gamma: int) -> Runs:
-        for group, batch in self.batches(rows, features, gamma, self.batch_anchors):
-            for row, part in zip(group, self.matches(batch, gamma).split([*map(anchors, group)]), strict=True):
-                yield row, part.tolist()
-
-    def chances(self, rows: Sequence[AnyRow], features: FeatureSource | None, gamma: int, sampler: Sampler) -> Chances:
-        for group, batch in self.batches(rows, features, gamma, self.batch_anchors):
-            if sampler.greedy:
-                runs_M = self.matches(batch, gamma)
-                chances_MJ = (torch.arange(gamma, device=runs_M.device) < runs_M.unsqueeze(-1)).float()
-            else:
-                chances_MJ = self.accepted(batch, gamma, sampler)
-            yield from zip(group, chances_MJ.cpu().split([*map(anchors, group)]), strict=True)
-
-    def alphas(self, rows: Sequence[AnyRow], features: FeatureSource | None) -> Iterator[tuple[AnyRow, float]]:
-        vocabulary = self.draft.vocabulary()
-        for group, batch in self.batches(rows, features, 1, self.alpha_anchors):
-            with torch.inference_mode(), walks.autocast(self.target.device, self.target.dtype):
-                logits_MD = self.draft.logits(next(unroll(self.draft, self.target.embedding, batch, 1)))
-            overlap_M = walks.overlap(logits_MD, self.target.logits(batch.hidden_M), vocabulary)
-            for row, part in zip(group, overlap_M.split([*map(anchors, group)]), strict=True):
-                yield row, float(part.mean())
-
-    def batches(
-        self, rows: Sequence[AnyRow], features: FeatureSource | None, gamma: int, batch_anchors: int
-    ) -> Iterator[tuple[list[AnyRow], Batch]]:
-        """Rows of similar length with what an unroll reads of them."""
-        assert features is not None
-        for group in anchor_batches(sorted(rows, key=lambda r: r.key), batch_anchors):
-            yield group, collate(group, features, gamma).to(self.target.device)
-
-    @torch.inference_mode()
-    def matches(self, batch: Batch, gamma: int) -> Tensor:
-        """How many proposals in a row are right when a round starts at each anchor, [M], at most ``gamma``.
-
-        An anchor whose proposal was wrong is not drafted from any further.
-        """
-        vocabulary = self.draft.vocabulary()
-        runs_M = torch.zeros(len(batch.future_MJ), dtype=torch.long, device=batch.future_MJ.device)
-
-        def right(step: int, places: Tensor, states: Tensor) -> Tensor:
-            found = vocabulary[walks.likeliest(self.draft.logits, states)] == batch.future_MJ[places, step]
-            runs_M[places[found]] += 1
-            return found
-
-        self.draft_on(batch, gamma, right)
-        return runs_M
-
-    @torch.inference_mode()
-    def accepted(self, batch: Batch, gamma: int, sampler: Sampler) -> Tensor:
-        """w [M, J]: the chance that the j-th token behind each anchor came by acceptance, given that it came."""
-        future_MJ = batch.future_MJ
-        place_V = walks.places(self.draft.vocabulary(), self.target.vocab_size)
-        # The target's probability of a token does not depend on where the round began: one row of logits an anchor.
-        target_M = walks.probability(self.target.logits, batch.hidden_M, future_MJ[:, 0], sampler)
-        chances_MJ = torch.zeros(len(target_M), gamma, device=target_M.device)
-
-        def reached(step: int, places: Tensor, states: Tensor) -> Tensor:
-            # What no round reaches is not drafted at all.
-            ids = future_MJ[places, step]
-            index = torch.where(ids >= 0, place_V[ids.clamp(min=0)], -1)
-            found = walks.sayable_probability(self.draft.logits, states, index, sampler)
-            # Anchors of a row stand side by side, so the target's row of step j is that of the anchor j places on.
-            towards = target_M[(places + step).clamp(max=len(target_M) - 1)]
-            chances_MJ[places, step] = walks.accepted_given_text(found, towards)
-            return chances_MJ[places, step] > 0
-
-        self.draft_on(batch, gamma, reached)
-        return chances_MJ
-
-    def draft_on(self, batch: Batch, gamma: int, judge: Judge) -> None:
-        """Unroll at most ``gamma`` steps, each from the anchors alone that the step before was worth it for."""
-        places = torch.arange(len(batch.future_MJ), device=batch.future_MJ.device)
-        with walks.autocast(self.target.device, self.target.dtype):
-            drafting = unroll(self.draft, self.target.embedding, batch, gamma)
-            states = next(drafting)
-            for step in range(gamma):
-                keep = judge(step, places, states)
-                places = places[keep]
-                if step + 1 == gamma or not len(places):
-                    break
-                states = drafting.send(keep)

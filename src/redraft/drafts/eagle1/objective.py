@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from redraft.drafts.eagle.unroll import Batch, collate, unroll
+from redraft.drafts.eagle.blocks import Plan, unrolled
+from redraft.drafts.eagle.unroll import Batch, collate
 from redraft.drafts.proposing import Reduce, Weights, alone, shared
 from redraft.features import FeatureSource
 from redraft.losses.portions import portions, sum_over_portions
@@ -49,13 +50,17 @@ class Recipe:
 class RegressionObjective:
     """A batch to a scalar loss. Rows, weights of the draft and ``config.seed`` decide it to the bit."""
 
+    # A row may come in spans.
+    spans = True
+
     def __init__(
         self, draft: Any, target: Head, config: TrainConfig, recipe: Recipe = Recipe(), reduce: Reduce = alone
     ) -> None:
-        """``config`` gives the seed of the noise; its loss and its draft steps play no part here. ``reduce`` sums
+        """``config`` gives the seed of the noise and the memory of activations; its loss and its draft steps play no
+        part here. ``reduce`` sums
         over workers."""
         self.draft, self.target, self.seed, self.recipe = draft.bind(target), target, config.seed, recipe
-        self.reduce = reduce
+        self.reduce, self.memory = reduce, config.activation_memory
 
     def collate(self, rows: Sequence[TokenRow], features: FeatureSource, weights: Weights = None) -> Batch:
         """See :class:`redraft.drafts.proposing.Objective`; there is one draft step, and no weights."""
@@ -65,7 +70,9 @@ class RegressionObjective:
     def __call__(self, batch: Batch) -> Tensor:
         """The mean loss over the anchors of ``batch``, plus the balance of routed experts; of several workers, this
         one's share of it."""
-        states_MH = next(unroll(self.draft, self.target.embedding, self.noisy(batch), 1))
+        noisy = self.noisy(batch)
+        plan = Plan.of(self.draft, noisy, 1, self.memory * 2**30)
+        (states_MH,) = unrolled(self.draft, self.target.embedding, noisy, 1, plan)
         recipe = self.recipe
         loss = recipe.state_weight * F.smooth_l1_loss(states_MH.float(), batch.hidden_M.float())
         loss = loss + recipe.word_weight * self.words(states_MH, batch.hidden_M)

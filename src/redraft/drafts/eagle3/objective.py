@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from redraft.drafts.eagle.unroll import Batch, collate, supervised, unroll
+from redraft.drafts.eagle.blocks import Plan, unrolled
+from redraft.drafts.eagle.unroll import Batch, collate, supervised
+from redraft.drafts.layers import cast_once
 from redraft.drafts.proposing import Reduce, Weights, alone, shared
 from redraft.features import FeatureSource
 from redraft.losses.portions import portions, sum_over_portions
@@ -26,6 +28,8 @@ from redraft.target import Head
 # busy. A CPU is a third faster with 64 MiB: larger matrices are given back to the system after every use, and fetching
 # their pages again costs more than the arithmetic on them.
 PORTION_NUMBERS = {"cpu": 2**24, "cuda": 2**26}
+# Anchors of a portion at least, where a batch is long.
+LEAST_PORTION = 128
 
 
 class UnrollObjective:
@@ -35,6 +39,9 @@ class UnrollObjective:
     logits, which step j reads j anchors on, are computed once for all steps and dropped with the portion (the J - 1
     anchors behind its end are the only ones computed twice), and a loss over whole chains has its steps together.
     """
+
+    # A row may come in spans.
+    spans = True
 
     def __init__(
         self, draft: Any, target: Head, config: TrainConfig, portion_numbers: int | None = None, reduce: Reduce = alone
@@ -47,7 +54,10 @@ class UnrollObjective:
         self.loss = LOSSES.get(config.loss)
         self.portion_numbers = portion_numbers or PORTION_NUMBERS.get(target.device.type, 2**26)
         vocabulary, bias = draft.vocabulary().to(target.device), target.head.bias
-        self.head_DF, self.bias_D = target.head.weight[vocabulary], None if bias is None else bias[vocabulary]
+        # Of a whole vocabulary there is no need of a copy.
+        whole = len(vocabulary) == len(target.head.weight)
+        self.head_DF = target.head.weight if whole else target.head.weight[vocabulary]
+        self.bias_D = None if bias is None else bias[vocabulary]
 
     def collate(self, rows: Sequence[TokenRow], features: FeatureSource, weights: Weights = None) -> Batch:
         """See :class:`redraft.drafts.proposing.Objective`."""
@@ -79,15 +89,20 @@ class UnrollObjective:
         inside_MJ = supervised(self.draft, batch)
         weight_MJ = self.weights(batch, inside_MJ) * inside_MJ
         steps = max(1, int((weight_MJ > 0).any(0).sum()))
-        states = list(unroll(self.draft, self.target.embedding, batch, steps))
+        plan = Plan.of(self.draft, batch, steps, self.config.activation_memory * 2**30)
+        states = unrolled(self.draft, self.target.embedding, batch, steps, plan)
         size = max(1, self.portion_numbers // ((steps + 1) * len(self.head_DF)) - steps + 1)
+        if plan is not None:
+            # Every portion reads the whole head, and where it is trained adds to a gradient of its size.
+            size = max(size, LEAST_PORTION)
         slices = portions(len(inside_MJ), size)
         loss = self.loss
         if hasattr(loss, "statistics"):
             loss = partial(loss, statistics=self.statistics(batch, weight_MJ, slices, states))
 
         def value(part: slice, states: list[Tensor]) -> Tensor:
-            draft, teacher, weight = self.rows(batch, weight_MJ, part, states)
+            with cast_once(self.draft.lm_head):
+                draft, teacher, weight = self.rows(batch, weight_MJ, part, states, plan is not None)
             if hasattr(loss, "chain"):
                 return loss.chain(draft, teacher, weight_MJ[part, :steps])
             sums = [loss(*step)[0] for step in zip(draft, teacher, weight, strict=True)]
@@ -97,19 +112,23 @@ class UnrollObjective:
         return sum_over_portions(value, slices, states, trained) + shared(self.draft.extra_loss(), self.reduce)
 
     def rows(
-        self, batch: Batch, weight_MJ: Tensor, part: slice, states: list[Tensor]
+        self, batch: Batch, weight_MJ: Tensor, part: slice, states: list[Tensor], together: bool = False
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Step by step the supervised anchors of a portion: draft logits, teacher logits [N, D] and weights [N]."""
-        draft, teacher, weight = [], [], []
+        """Step by step the supervised anchors of a portion: draft logits, teacher logits [N, D] and weights [N].
+
+        ``together`` the head runs once for all steps, so that a trained one has one gradient of its size and not one a
+        step.
+        """
         # The teacher of step j at an anchor is the teacher of step 0 at the j-th anchor after it.
         teacher_MD = self.teacher_logits(batch, slice(part.start, part.stop + len(states) - 1))
-        for step, states_MH in enumerate(states):
-            weight_M = weight_MJ[part, step]
-            index = weight_M.nonzero().squeeze(-1)
-            draft.append(self.draft.logits(states_MH[index]))
-            teacher.append(teacher_MD[index + step])
-            weight.append(weight_M[index])
-        return draft, teacher, weight
+        chosen = [weight_MJ[part, step].nonzero().squeeze(-1) for step in range(len(states))]
+        picked = [states_MH[index] for states_MH, index in zip(states, chosen, strict=True)]
+        if together:
+            draft = list(self.draft.logits(torch.cat(picked)).split([len(index) for index in chosen]))
+        else:
+            draft = [self.draft.logits(states_NH) for states_NH in picked]
+        teacher = [teacher_MD[index + step] for step, index in enumerate(chosen)]
+        return draft, teacher, [weight_MJ[part, step][index] for step, index in enumerate(chosen)]
 
     def statistics(self, batch: Batch, weight_MJ: Tensor, slices: list[slice], states: list[Tensor]) -> Tensor:
         """The loss's statistics over every supervised anchor and step of all workers: one pass of its own."""

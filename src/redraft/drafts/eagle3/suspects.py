@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from redraft.drafts import walks
 from redraft.drafts.eagle import suspects as shared
-from redraft.drafts.eagle.unroll import EagleWalk, unroll
+from redraft.drafts.eagle.unroll import unroll
+from redraft.drafts.eagle.walk import EagleWalk
 from redraft.drafts.layers import RMSNorm
 from redraft.drafts.suspects import Suspect, twin
 from redraft.features import FeatureSource

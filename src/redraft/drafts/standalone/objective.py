@@ -15,7 +15,7 @@ of a chain, H width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -32,7 +32,7 @@ from redraft.losses.portions import Value, portions, sum_over_portions
 from redraft.registries import LOSSES
 from redraft.rows import TokenRow, anchors, whole_length
 from redraft.sampling import scale_logits
-from redraft.settings.training import TrainConfig
+from redraft.settings.training import ACTIVATION_GIB, TrainConfig
 from redraft.target import Head
 
 # Logits that stand in memory at once, counted in numbers, whatever vocabulary and sequence are. A GPU needs larger
@@ -66,7 +66,9 @@ class CausalModel:
     """A Hugging Face causal LM behind the few calls that training needs. ``model`` is the LM or a wrapper with it
     as ``.model`` that is no LM itself."""
 
-    def __init__(self, model: Any, portion_numbers: int | None = None) -> None:
+    def __init__(self, model: Any, portion_numbers: int | None = None, memory: float = ACTIVATION_GIB) -> None:
+        """``memory``: GiB of activations beyond which layers make theirs again in the backward pass."""
+        self.memory = memory * 2**30
         self.model = model if hasattr(model, "get_output_embeddings") else model.model
         self.backbone: Any = self.model.base_model
         self.head: Any = self.model.get_output_embeddings()
@@ -91,9 +93,33 @@ class CausalModel:
         lengths = [len(row) for row in rows]
         ids_T = torch.tensor([i for row in rows for i in row], device=self.device)
         positions_T = torch.cat([torch.arange(n, device=self.device) for n in lengths])
-        with packed(self.model, lengths):
+        with packed(self.model, lengths), self.layers_again(lengths):
             found = self.backbone(input_ids=ids_T[None], position_ids=positions_T[None], use_cache=False)
         return found.last_hidden_state[0]
+
+    @contextmanager
+    def layers_again(self, lengths: list[int]) -> Iterator[None]:
+        """Where rows are long, layers drop their inner states and make them again in the backward pass."""
+        if not (torch.is_grad_enabled() and self.model.supports_gradient_checkpointing):
+            yield
+            return
+        config = self.model.config.get_text_config()
+        inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+        layer = 4 * (14 * config.hidden_size + 4 * inner)
+        if sum(lengths) * layer * config.num_hidden_layers <= self.memory:
+            yield
+            return
+        # They attend in the backward pass as they did.
+        contexts = lambda: (nullcontext(), packed(self.model, lengths))  # noqa: E731
+        how = {"use_reentrant": False, "preserve_rng_state": True, "context_fn": contexts}
+        model = self.model  # the newer name, where transformers has it
+        start = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        stop = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
+        start(how)
+        try:
+            yield
+        finally:
+            stop()
 
     def logits(self, states: Tensor) -> Tensor:
         """Logits [..., V] of final-norm states [..., H], with the model's own scaling and soft cap."""
@@ -248,7 +274,8 @@ class StandaloneObjective:
 
     def __init__(self, draft: Any, target: Head, config: TrainConfig, reduce: Reduce = alone) -> None:
         """Raises ``UserError`` for an unknown loss."""
-        self.causal, self.target, self.config, self.reduce = CausalModel(draft.model), target, config, reduce
+        self.causal = CausalModel(draft.model, memory=config.activation_memory)
+        self.target, self.config, self.reduce = target, config, reduce
         LOSSES.get(config.loss)
 
     def collate(
