@@ -28,6 +28,7 @@ class Engine(StatesEngine):
 
     def __init__(self, target: Target, folder: StateFolder, place: Path) -> None:
         super().__init__("http://127.0.0.1:9", folder, "tiny", 1, attempts=2, backoff=0.0)
+        self.servers[0].complete = self.complete  # type: ignore[method-assign]
         self.target, self.place, self.number = target, place, 0
         self.spoil: Spoil = lambda found: found
         self.params: Any = ...
