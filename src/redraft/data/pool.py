@@ -191,9 +191,9 @@ class Pool:
         if first is not None:
             self.model = self.model or names[first]
         self._admit(list(names))
-        for server, error in gone.items():
+        for server, why in gone.items():
             server.met = True
-            self.send_away(server, str(error))
+            self.send_away(server, str(why))
 
     def _admit(self, servers: Sequence[Server]) -> None:
         for server in servers:
@@ -262,7 +262,7 @@ class _Work(Generic[Item, Outcome]):
         attempt: Callable[[Item, Server], Outcome],
     ) -> None:
         self.pool, self.threads, self.attempt = pool, threads, attempt
-        self.new = (Job(key, item) for key, item in items)
+        self.new: Iterator[Job[Item]] = (Job(key, item) for key, item in items)
         self.again = deque[Job[Item]]()
         self.running = dict[Future[Outcome | Failure], tuple[Server, Job[Item]]]()
         self.knocks = dict[Future[str], Server]()
@@ -274,7 +274,8 @@ class _Work(Generic[Item, Outcome]):
             yield from self._hand_out()
             if not self.running:
                 return
-            done, _ = wait([*self.running, *self.knocks], HEARD_SECONDS, FIRST_COMPLETED)
+            asked: list[Future[Any]] = [*self.running, *self.knocks]
+            done, _ = wait(asked, HEARD_SECONDS, FIRST_COMPLETED)
             for future in done:
                 if future in self.knocks:
                     self._welcome(self.knocks.pop(future), future)
