@@ -295,10 +295,10 @@ class _Work(Generic[Item, Outcome]):
             else:
                 self.again.append(job)
         while (server := max(present, key=lambda each: each.room)).room > 0:
-            job = next(self.new, None)
-            if job is None:
+            fresh = next(self.new, None)
+            if fresh is None:
                 return
-            self._start(server, job)
+            self._start(server, fresh)
 
     def _start(self, server: Server, job: Job[Item]) -> None:
         server.under_way += 1
