@@ -6,7 +6,8 @@ A server of our own on the loopback (``answering/honest.py``) spoils a share of 
 (``answering/kinds.py``): "once" is the first answer alone, then a tenth, a half, and all of them. Whether an answer is
 spoiled is drawn from the seed, the prompt and how often it was asked. The doors: "regenerate" and "adapt" (with
 ``--server``), "bench" (one request at a time, and two), "check" (how the server reads prompts, and its counters), and
-"scores" (the log-probabilities that ``distill`` asks for). Requests have a second and three attempts.
+"scores" (the log-probabilities that ``distill`` asks for), and "pool" (two servers, one of which stays honest: rows
+that are lost or doubled are wrong too). Requests have a second and three attempts.
 
 Counted are: ``ended``, runs that one odd answer ended, or none; ``bad_rows``, kept rows, figures and findings that are
 not those of the honest server; ``tracebacks``; ``hangs``, runs of more than 20 s, in which waiting for a processor that
@@ -110,6 +111,21 @@ def regenerated(world: World, front: Front, folder: Path) -> Callable[[], int]:
     return yield_
 
 
+def pooled(world: World, front: Front, folder: Path) -> Callable[[], int]:
+    path, honest = folder / "rows.jsonl", Front(None, 0.0, 0)
+    engine = ServerEngine([honest.url, front.url], vocab_size=128, **SHORT)
+
+    def wrong() -> int:
+        return wrong_rows(path, LIMIT)
+
+    def work() -> None:
+        regenerate(engine, MANY, world.target, [Sampler()], path, LIMIT)
+
+    _run(work, wrong)
+    keys = Counter(row.id for row in read_rows(path))
+    return lambda: wrong() + sum(keys[talk.id] != 1 for talk in MANY)
+
+
 def _run(work: Callable[[], Any], wrong: Callable[[], int]) -> None:
     """The work; where it ends with one line, what it kept is looked at all the same."""
     try:
@@ -199,7 +215,14 @@ def scored(world: World, front: Front, folder: Path) -> Callable[[], int]:
     return wrong
 
 
-DOORS = {"regenerate": regenerated, "scores": scored, "bench": benched, "check": checked, "adapt": adapted}
+DOORS = {
+    "regenerate": regenerated,
+    "scores": scored,
+    "bench": benched,
+    "check": checked,
+    "adapt": adapted,
+    "pool": pooled,
+}
 
 
 def applies(door: str, kind: Kind) -> bool:

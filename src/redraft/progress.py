@@ -140,6 +140,11 @@ class _BarProgress(PlainProgress):
         self.bar.update(self.task, completed=self.meter.done, rate=self.rate, fields=fields_text(self.last))
 
 
+def tell(text: str) -> None:
+    """A line for a person, on standard error, where bars make room for it."""
+    print(printable(text), file=sys.stderr, flush=True)
+
+
 @contextmanager
 def progress_bar(
     description: str, total: int | None = None, unit: str = "tokens", stream: IO[str] | None = None

@@ -190,6 +190,23 @@ def test_a_run_directory_from_before_a_setting_existed_goes_on(world, tmp_path):
         claim_run(settings(world, tmp_path / "run", start="none"))
 
 
+def test_a_run_goes_on_with_other_servers_of_its_target(world, tmp_path):
+    one = settings(world, tmp_path / "run", server="http://127.0.0.1:1")
+    claim_run(one)
+    path = tmp_path / "run" / "config.json"
+    stored = json.loads(path.read_text())
+    del stored["seal"]
+    path.write_text(json.dumps(stored | {"server": "http://127.0.0.1:1"}))  # one text, when there was one server
+    (tmp_path / "run" / "responses.jsonl").touch()
+    kept = path.read_text()
+    for given in ("http://127.0.0.1:1", "http://127.0.0.1:1,http://127.0.0.1:2", ("http://127.0.0.1:3",)):
+        claim_run(settings(world, tmp_path / "run", server=given))
+    claim_run(settings(world, tmp_path / "run", server="http://127.0.0.1:3", server_model="tiny"))
+    assert path.read_text() == kept
+    with pytest.raises(UserError, match="another server; give"):
+        claim_run(settings(world, tmp_path / "run"))
+
+
 def test_routed_experts_are_adapted_where_no_engine_is_to_load_them(world, tmp_path):
     run = AdaptRun(settings(world, tmp_path / "run", method="eda-moe", private_width=16), quiet)
     run.run()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import runpy
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -98,6 +99,29 @@ def test_what_was_answered_in_part_is_not_sent_again(keeping: Keeping, connectio
     with pytest.raises(Transient, match="no connection"):
         connection.json("POST", PATH, BODY)
     assert keeping.seen == 1 + 1
+
+
+def test_who_waits_for_an_answer_is_woken_by_the_end(keeping: Keeping) -> None:
+    """However often: the number of a socket that is closed under its reader may be another's when the wait begins."""
+    for _ in range(20):
+        connection, raised = Connection(keeping.server.url, connections=3, timeout=30.0), list[BaseException]()
+        connection.open()
+
+        def ask(connection: Connection = connection, raised: list[BaseException] = raised) -> None:
+            try:
+                while True:
+                    connection.served_models()
+            except Transient as error:
+                raised.append(error)
+
+        threads = [threading.Thread(target=ask, daemon=True) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.005)
+        connection.close()
+        for thread in threads:
+            thread.join(10)
+        assert len(raised) == 3, "a request outlived its connection"
 
 
 def test_all_kept_connections_may_have_ended(keeping: Keeping, connection: Connection) -> None:

@@ -104,6 +104,9 @@ def test_a_value_in_a_block_alone_is_the_runs_and_the_same_twice_is_one() -> Non
         ({"top_p": 0.9}, "--top-p filters what is sampled, and all --temperatures are 0"),
         ({"server": "http://me:hush@h:1"}, "REDRAFT_API_KEY"),
         ({"server": "h:1"}, "is no address"),
+        ({"server": "http://h:1,h:2"}, "'h:2' is no address"),
+        ({"server": ["http://h:1", "http://me:hush@h:2"]}, "REDRAFT_API_KEY"),
+        ({"server": "http://h:1,http://h:1/v1/"}, "server http://h:1 is given twice"),
         ({"gama": 3}, r"unknown setting gama \(did you mean gamma\?\)"),
         ({"max_new_token": 3}, r"unknown setting max-new-token \(did you mean max-new-tokens\?\)"),
         ({"train": {"epoch": 3}}, r"unknown setting epoch \(did you mean epochs\?\) in train"),
@@ -114,6 +117,12 @@ def test_settings_that_go_astray_are_named(given: dict[str, Any], said: str) -> 
     with pytest.raises(UserError, match=said) as caught:
         adapt(**given)
     assert "hush" not in str(caught.value)
+
+
+@pytest.mark.parametrize("given", ["http://h:1,http://h:2", ["http://h:1", "http://h:2"], ["http://h:1, http://h:2"]])
+def test_servers_are_several_with_commas_or_repeated(given: Any) -> None:
+    assert adapt(server=given).server == ("http://h:1", "http://h:2") == distill(server=given).server
+    assert adapt(server=None).server == () == adapt().server and adapt(server="http://h:1").server == ("http://h:1",)
 
 
 def test_unknown_names_in_a_study_and_in_distill() -> None:

@@ -102,7 +102,7 @@ def test_a_wait_for_a_server_ends_at_once(fake_server: Any) -> None:
     """Requests that are under way are left to themselves."""
     server, asked, release, answered = fake_server(), threading.Event(), threading.Event(), threading.Event()
 
-    def attempt(_: Any) -> Any:
+    def attempt(_: Any, server: Any) -> Any:
         asked.set()
         release.wait(60)
         answered.set()

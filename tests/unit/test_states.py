@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 
 from redraft.data import states
 from redraft.data.generate import Completion, Request
-from redraft.data.states import ServedFeatures, StateFolder, StatesEngine, check_taps
+from redraft.data.states import ServedFeatures, StateFolder, StatesEngine, check_taps, compare, states_of_texts
 from redraft.data.store import Failure, Row
 from redraft.errors import UserError
 from redraft.features import ComputedFeatures, FeatureStore, RowFeatures
@@ -23,16 +24,24 @@ from redraft.target import FINAL, Target
 Spoil = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 
 
+ONE = threading.Lock()  # the target keeps what it caught of one pass
+
+
 class Engine(StatesEngine):
     """What a vLLM with the connector does, without the wire: greedy answers of the target, their states in a file."""
 
     def __init__(self, target: Target, folder: StateFolder, place: Path) -> None:
         super().__init__("http://127.0.0.1:9", folder, "tiny", 1, attempts=2, backoff=0.0)
+        self.servers[0].complete = self.complete  # type: ignore[method-assign]
         self.target, self.place, self.number = target, place, 0
         self.spoil: Spoil = lambda found: found
         self.params: Any = ...
 
     def complete(self, body: dict[str, Any]) -> dict[str, Any]:
+        with ONE:
+            return self.answered(body)
+
+    def answered(self, body: dict[str, Any]) -> dict[str, Any]:
         ids, said = list(body["prompt"]), list[int]()
         with torch.inference_mode():
             for _ in range(body["max_tokens"]):
@@ -165,3 +174,40 @@ def test_states_are_compared_with_the_target_a_layer_at_a_time(target: Target, t
     with pytest.raises(UserError, match="at tap 3 of a@T0 are .* away from the target's own"):
         swapped = torch.cat([layers[0], layers[2], layers[1]], -1)[:-1]
         check_taps(found, [(swapped, final[3:])], (1, 3, 5))
+
+
+def test_two_servers_write_into_one_folder(target: Target, tmp_path: Path) -> None:
+    """Engines call a file by a random id; one file serves no two answers, whoever wrote it."""
+    folder = StateFolder(tmp_path, target.head_part, (1, 3, 5))
+    first, second = Engine(target, folder, tmp_path), Engine(target, folder, tmp_path)
+    second.number = 100
+    both = StatesEngine(["http://127.0.0.1:9", "http://127.0.0.1:10"], folder, "tiny", 2, attempts=2, backoff=0.0)
+    both._meet = lambda threads: both._admit(both.servers)  # type: ignore[method-assign]
+    for server, engine in zip(both.servers, (first, second), strict=True):
+        server.complete = engine.complete  # type: ignore[method-assign]
+    requests = [Request(f"r{i}", [4 + i, 9, 17 + i, 30], Sampler(), 0) for i in range(12)]
+    found = list(both.answer(requests, 6, target.tokenizer, (), features=True))
+    assert {one.request.key for one in found if isinstance(one, Completion)} == {one.key for one in requests}
+    for one in found:
+        assert isinstance(one, Completion) and one.features is not None
+        for theirs, ours in zip(one.features, ComputedFeatures(target).get(row(one)), strict=True):
+            torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
+    assert first.number > 0 and second.number > 100 and not list(tmp_path.glob("*.safetensors"))
+
+
+def test_every_server_is_compared_and_the_odd_one_named(target: Target, tmp_path: Path) -> None:
+    target.tap((1, 3, 5))
+    target.save(tmp_path / "target")
+    texts = [[5, 6, 7, 11, 12, 13], [9, 8, 7, 14, 15, 16]]
+    head = StateFolder(tmp_path, target.head_part, (1, 3, 5))
+    head.head.name, name = str(tmp_path / "target"), head.head.name
+    try:
+        served = {}
+        for url in ("http://a:1", "http://b:2"):
+            served[url] = states_of_texts(Engine(target, head, tmp_path), texts)
+        assert "within" in compare(served, head, texts) and "each of 2 servers" in compare(served, head, texts)
+        odd = [RowFeatures(one.row, one.taps * 1.5, one.hidden) for one in served["http://b:2"]]
+        with pytest.raises(UserError, match="the server at http://b:2: its states at tap 1 of"):
+            compare(served | {"http://b:2": odd}, head, texts)
+    finally:
+        head.head.name = name

@@ -25,7 +25,8 @@ from redraft.adaptation.models import (
 )
 from redraft.adaptation.runs import AGAIN, Run, Say, row_tokens, supervised_rows
 from redraft.adaptation.sources import Source
-from redraft.data.states import ServedFeatures, StateFolder, StatesEngine, compare
+from redraft.data.pool import Gone
+from redraft.data.states import ServedFeatures, StateFolder, StatesEngine, compare, states_of_texts
 from redraft.data.store import Row
 from redraft.drafts.base import Draft
 from redraft.drafts.files import PRIVATE_FILE
@@ -34,6 +35,7 @@ from redraft.drafts.groups import trained_parameters
 from redraft.drafts.opening import AnyDraft, OpenDraft
 from redraft.errors import UserError
 from redraft.evaluate.speed import BenchConfig
+from redraft.features import RowFeatures
 from redraft.inputs import there, typed
 from redraft.reports.card import write_card
 from redraft.reports.load import BENCH_SCHEMA, read_bench
@@ -70,6 +72,8 @@ class AdaptRun(Run[AdaptConfig]):
         if target is not None:
             settle_template(target.tokenizer, config.template_arg, config.out)
             self.parts = Parts.of(target)
+        # Servers whose states are used.
+        self.compared = config.server
         self.asked_dtype = config.dtype  # auto lets the types compete in the benchmark, whatever the run computes in
         # The manifest of what is trained on, or answered at all.
         self.selection = self.folder / "selection.json"
@@ -107,13 +111,15 @@ class AdaptRun(Run[AdaptConfig]):
         states_of = self.states if self.config.states else None
         return Source(self.config, self.parts, self.log, store_of=lambda: self.job.store, states_of=states_of)
 
-    def states(self) -> StatesEngine:
-        """The server that gives hidden states along with answers. Raises ``UserError``."""
+    def states(self, servers: Sequence[str] = ()) -> StatesEngine:
+        """The ``servers`` that give hidden states along with answers; by default those whose states were compared.
+        Raises ``UserError``."""
         c = self.config
-        assert c.server and c.states
+        assert c.states
         folder = StateFolder(c.states, self.parts.head, self.stale.draft.taps)
         size = self.facts.vocab_size
-        return StatesEngine(c.server, folder, c.server_model, c.batch_size, vocab_size=size)
+        urls = servers or self.compared
+        return StatesEngine(urls, folder, c.server_model, c.batch_size, vocab_size=size, say=self.say)
 
     # -- stages ------------------------------------------------------------------------------------------------
     def _run(self) -> dict[str, Any]:
@@ -157,12 +163,22 @@ class AdaptRun(Run[AdaptConfig]):
             check_replayable(draft)
 
     def check_states(self) -> None:
-        """Compare the server's hidden states of the first prompts with the target's own. Raises ``UserError``."""
-        engine = self.states()
-        self.parts.producer = ServedFeatures(engine)
+        """Compare every server's hidden states of the first prompts with the target's own; one that does not answer
+        gives none in this run. Raises ``UserError``."""
         prompts = template_prompts(self.source.prompts[1][:CHECKED], self.facts, 1)
+        texts, found = [prompt.ids for prompt in prompts], dict[str, list[RowFeatures]]()
         with self.log.stage("check states"):
-            self.say(f"states: {compare(engine, [prompt.ids for prompt in prompts], self.config.adapter)}")
+            for url in self.config.server:
+                try:
+                    found[url] = states_of_texts(self.states([url]), texts)
+                except Gone as error:
+                    if not found and url == self.config.server[-1]:
+                        raise
+                    self.say(f"{error}; this run goes on without it, since its states are not compared")
+            self.compared = tuple(found)
+            said = compare(found, self.states().states, texts, self.config.adapter)
+            self.say(f"states: {said}")
+        self.parts.producer = ServedFeatures(self.states())
 
     def load_target(self) -> Target:
         """The target itself. Raises ``UserError``, also where its layers are at its server alone."""

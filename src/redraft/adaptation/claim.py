@@ -22,7 +22,8 @@ from redraft.settings.training import DistilConfig, PretrainConfig, TrainConfig
 
 CONFIG_FILE, SETTINGS = "config.json", "redraft.settings/1"
 NEW_RUN = "give another run directory, or delete this one and begin anew"
-REVISABLE = ("exports",)  # settings that a run may be gone on with otherwise
+# Settings that a run may be gone on with otherwise. Of servers that is which: all of them serve the target.
+REVISABLE = ("exports", "server", "server_model")
 Held = TypeVar("Held", bound=BaseModel)
 Run = TypeVar("Run", AdaptConfig, DistillConfig)
 Say = Callable[[str], None]
@@ -44,8 +45,8 @@ def settled(config: Held, file: Path, say: Say | None) -> Held:
 def claim_run(config: Run, say: Say | None = None) -> Run:
     """Make the run directory, or check that it belongs to the same settings; the settings with the run's data types.
 
-    What a finished draft is exported to may change, and everything while no stage has written a thing: a run that was
-    refused before it began leaves only its settings. Raises ``UserError``.
+    What a finished draft is exported to may change, and which servers answer, and everything while no stage has written
+    a thing: a run that was refused before it began leaves only its settings. Raises ``UserError``.
     """
     with held(config.out, say=say):
         return _claimed(config, say)
@@ -96,6 +97,8 @@ def _differences(stored: dict[str, Any], values: dict[str, Any], recipes: Iterab
     for key in {*stored, *values} - {*recipes, *REVISABLE}:
         if stored.get(key) != values.get(key):
             yield key
+    if bool(stored.get("server")) != bool(values.get("server")):  # one text in runs from before there were several
+        yield "server"
     for key in recipes:
         yield from (f"{key} {name}" for name, value in values[key].items() if stored[key].get(name) != value)
 

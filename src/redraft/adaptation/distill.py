@@ -169,9 +169,8 @@ class DistillRun(Run[DistillConfig]):
         if c.teacher == "tokens":
             return TokenTeacher(self.facts.vocab_size)
         if c.teacher == "tops":
-            assert c.server is not None
             size = self.facts.vocab_size
-            engine = ServerEngine(c.server, c.server_model, c.batch_size, vocab_size=size)
+            engine = ServerEngine(c.server, c.server_model, c.batch_size, vocab_size=size, say=self.say)
             with self.workers.first(), self.log.counted("log-probabilities", len(rows), "rows") as (_, progress):
                 found = ask_tops(engine, c.top_logprobs, rows, self.folder / "tops.jsonl", progress.update)
             return TopTeacher(found, size)

@@ -43,7 +43,7 @@ class Source:
         states_of: Callable[[], StatesEngine] | None = None,
     ) -> None:
         """``store_of``: where the features of what is answered go. The target gives them here, and is tapped for it, or
-        a server does: ``states_of`` makes that.
+        servers do: ``states_of`` makes what asks them.
         """
         self.config, self.target, self.log = config, target, log
         self.store_of, self.states_of = store_of, states_of
@@ -131,15 +131,16 @@ class Source:
         self._answer("regenerate held-out", heldout, [Sampler()], self.heldout, c.server)
 
     def _answer(
-        self, name: str, prompts: Sequence[Conversation], samplers: list[Sampler], path: Path, server: str | None
+        self, name: str, prompts: Sequence[Conversation], samplers: list[Sampler], path: Path, servers: Sequence[str]
     ) -> None:
         c, target = self.config, self.facts
-        store = self.store_of() if self.store_of and (self.states_of or not server) else None
+        store = self.store_of() if self.store_of and (self.states_of or not servers) else None
         engine: Any = InProcessEngine(self.model, c.batch_size)
         if self.states_of:
             engine = self.states_of()
-        elif server:
-            engine = ServerEngine(server, c.server_model, c.batch_size, vocab_size=target.vocab_size)
+        elif servers:
+            size, say = target.vocab_size, self.log.say
+            engine = ServerEngine(servers, c.server_model, c.batch_size, vocab_size=size, say=say)
         report = answer(name, engine, target, prompts, samplers, path, c.max_new_tokens, c.seed, self.log, store)
         self.log.say(f"{name}: {report.summary()}")
 

@@ -27,7 +27,7 @@ from redraft.drafts.opening import AnyDraft, OpenDraft, open_checkpoint
 from redraft.drafts.scaling import scale_change
 from redraft.errors import UserError
 from redraft.loading import load_tokenizer
-from redraft.progress import progress_bar
+from redraft.progress import progress_bar, tell
 from redraft.registries import EXPORTERS
 from redraft.reports.card import write_card
 from redraft.reports.tables import Imported, Merged
@@ -99,14 +99,14 @@ def regenerate(
     top_k: int = 0,
     max_new_tokens: int = 256,
     batch_size: int = 64,
-    server: str | None = None,
+    server: str | Sequence[str] | None = None,
     server_model: str | None = None,
     seed: int = 0,
 ) -> RegenerationReport:
     """The target's own answers to the prompts, appended to the response file ``out``: the text that a draft must learn.
 
-    One answer a prompt and ``temperature``. With ``server``, the address of an OpenAI-compatible one, that answers. A
-    stopped run goes on where it was.
+    One answer a prompt and ``temperature``. With ``server``, the address of an OpenAI-compatible one, or several, those
+    answer, ``batch_size`` requests under way at each. A stopped run goes on where it was.
 
         redraft.regenerate(target, "prompts.jsonl", "responses.jsonl", temperature=[0.0, 0.7], top_p=0.95)
     """
@@ -117,7 +117,7 @@ def regenerate(
     engine: Any
     if s.server:
         facts = spec.facts()
-        engine = ServerEngine(s.server, s.server_model, s.batch_size, vocab_size=facts.vocab_size)
+        engine = ServerEngine(s.server, s.server_model, s.batch_size, vocab_size=facts.vocab_size, say=tell)
     else:
         parts = spec.parts()
         facts, engine = parts.facts, InProcessEngine(lambda: parts.model, s.batch_size)

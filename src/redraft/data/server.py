@@ -8,8 +8,8 @@ An end token is never guessed. It is the last id, or the one that the server nam
 keeps its finish reason: all it says is the target's, and the draft learns nothing of its end.
 
 Transient faults (refused connections, time-outs, status 429 and 5xx, answers that make no sense) are tried again with
-exponential backoff. A request that has used up its attempts is listed as failed and the others go on; once a whole row
-of them has, and never one answer alone, the server counts as gone: the run stops.
+exponential backoff. A request that has used up its attempts is asked of another server, or listed as failed, and the
+others go on; once a whole row of them has, and never one answer alone, the server counts as gone (``pool.py``).
 
 Top log-probabilities of stored responses: the server scores prompt and response as one prompt (``prompt_logprobs``), so
 the figures are those of the stored tokens, whoever wrote them. They are kept beside the response file as JSON lines,
@@ -21,20 +21,16 @@ from __future__ import annotations
 
 import json
 import math
-import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from difflib import SequenceMatcher
-from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from redraft.data import transport
 from redraft.data.generate import Completion, Request
+from redraft.data.pool import Pool, Server
 from redraft.data.store import FINISH_REASONS, Failure, Row
-from redraft.data.transport import HEARD_SECONDS, Connection, Refused, Transient, Unusable, excerpt, persist, shown
+from redraft.data.transport import Refused, Transient, Unusable, excerpt, shown
 from redraft.errors import UserError
 from redraft.files import append_text, atomic_write_text, use_folder
 from redraft.inputs import json_lines, there
@@ -42,12 +38,6 @@ from redraft.locks import is_helper, lock
 from redraft.rows import anchors
 from redraft.seals import digest, sealed, unsealed
 
-Item = TypeVar("Item")
-Outcome = TypeVar("Outcome")
-
-LONGEST_PAUSE = 30.0
-# Requests given up in a row by which a server is gone, where fewer are under way.
-GIVEN_UP = 3
 # A prompt of so many tokens is not what an answer begins with, unless a server put it there.
 ECHOED = 8
 # A server's text against its ids: characters that are compared, those that a comparison needs, and the share alike.
@@ -60,113 +50,38 @@ Top = tuple[list[list[int]], list[list[float]]]
 """Token ids and log-probabilities for every response token after the first."""
 
 
-@dataclass
-class ServerEngine:
-    """Answers requests through a server at ``url`` (with or without ``/v1``).
-
-    ``model`` is the served name; without it the server is asked and must serve exactly one. ``concurrency`` requests
-    are under way at a time; each has ``timeout`` seconds an attempt and ``attempts`` attempts, with pauses of
-    ``backoff`` seconds, doubled every time. Ids from ``vocab_size`` on are no answer; without it those that the
-    tokenizer does not know.
+class ServerEngine(Pool):
+    """Answers requests through the server at ``url``, or those at several (:class:`~redraft.data.pool.Pool`, whose
+    settings it takes). Ids from ``vocab_size`` on are no answer; without it those that the tokenizer does not know.
     """
 
-    url: str
-    model: str | None = None
-    concurrency: int = 32
-    timeout: float = 300.0
-    attempts: int = 5
-    backoff: float = 0.5
-    vocab_size: int | None = None
-
-    def __post_init__(self) -> None:
-        self._connection = Connection(self.url, self.concurrency, self.timeout)
-        self.url, self._stop = self._connection.url, threading.Event()
-        self._answered, self._unusable = False, ""
+    def __init__(
+        self,
+        url: str | Sequence[str],
+        model: str | None = None,
+        concurrency: int = 32,
+        vocab_size: int | None = None,
+        **how: Any,
+    ) -> None:
+        super().__init__([url] if isinstance(url, str) else url, model, concurrency, **how)
+        self.vocab_size = vocab_size
 
     def answer(
         self, requests: Sequence[Request], max_new_tokens: int, tokenizer: Any, eos_ids: Sequence[int], **_: Any
     ) -> Iterator[Completion | Failure]:
-        """Answer the requests as the server finishes them; a request that fails for good comes as a ``Failure``.
+        """Answer the requests as servers finish them; a request that fails for good comes as a ``Failure``.
 
-        What else an engine is told plays no part: batches are the server's own affair, and features it gives none.
-        Raises ``UserError`` when the server cannot be reached at all, knows no such model, or stops answering.
+        What else an engine is told plays no part: batches are a server's own affair, and features it gives none.
+        Raises ``UserError`` when no server can be reached at all, one knows no such model, or all stop answering.
         """
 
-        def attempt(request: Request) -> Completion:
-            value = self.complete(transport.completion_body(request, self.model, max_new_tokens))
+        def attempt(request: Request, server: Server) -> Completion:
+            value = server.complete(transport.completion_body(request, server.model, max_new_tokens))
             # all that a draft learns of such a response is right; of its end it learns nothing
             limits = (max_new_tokens, tokenizer, eos_ids, self.vocab_size)
             return read_completion(value, request, *limits, open_end=True)
 
         yield from self.ask([(request.key, request) for request in requests], attempt)
-
-    def ask(self, items: Sequence[tuple[str, Item]], attempt: Callable[[Item], Outcome]) -> Iterator[Outcome | Failure]:
-        """What ``attempt`` makes of every (key, item), or a failure, ``concurrency`` at a time, as they finish.
-
-        Raises ``UserError`` as :meth:`answer` does: as many given up in a row as are under way, and ``GIVEN_UP`` at
-        least, mean that the server is gone. Where it has said nothing yet but that it cannot be used, fewer do.
-        """
-        if not items:
-            return
-        self._stop.clear()
-        self._connection.open()
-        pool = ThreadPoolExecutor(self.concurrency, thread_name_prefix="redraft-server")
-        waiting, running = iter(items), set[Future[Outcome | Failure]]()
-        given_up, few = 0, min(GIVEN_UP, len(items))
-        try:
-            self.model = self.model or self._served_model()
-            while True:
-                for key, item in islice(waiting, self.concurrency - len(running)):
-                    running.add(pool.submit(self._try, key, item, attempt))
-                if not running:
-                    return
-                done, running = wait(running, HEARD_SECONDS, FIRST_COMPLETED)
-                for future in done:
-                    outcome = future.result()
-                    gone = isinstance(outcome, Failure) and not outcome.permanent
-                    given_up = given_up + 1 if gone else 0
-                    yield outcome
-                    if not isinstance(outcome, Failure):
-                        continue
-                    if self._unusable and not self._answered and given_up >= few:
-                        raise UserError(self._unusable)
-                    if given_up >= max(self.concurrency, GIVEN_UP):
-                        raise UserError(f"the server at {self.url} stopped answering ({outcome.reason})")
-        finally:
-            self._stop.set()
-            # Who is told to end does not wait for answers that are under way.
-            pool.shutdown(wait=sys.exc_info()[0] is None, cancel_futures=True)
-            self._connection.close()
-
-    # -- one request -------------------------------------------------------------------------------------------------
-    def complete(self, body: dict[str, Any]) -> dict[str, Any]:
-        """What the server makes of a body for ``/v1/completions``. Raises as :meth:`Connection.json`."""
-        value = self._connection.json("POST", "/v1/completions", {"model": self.model, **body})
-        self._connection.check_model(value, self.model)
-        return value
-
-    def _try(self, key: str, item: Item, attempt: Callable[[Item], Outcome]) -> Outcome | Failure:
-        try:
-            found = self._persist(lambda: attempt(item))
-        except Refused as error:
-            return Failure(key, str(error))
-        except Transient as error:
-            self._unusable = str(error) if isinstance(error, Unusable) else ""
-            return Failure(key, f"{error}, {self.attempts} attempts", permanent=False)
-        self._answered = True
-        return found
-
-    def _persist(self, attempt: Callable[[], Outcome]) -> Outcome:
-        return persist(attempt, self.attempts, self.backoff, LONGEST_PAUSE, self._stop.wait)
-
-    def _served_model(self) -> str:
-        try:
-            names = self._persist(self._connection.served_models)
-        except Unusable as error:
-            raise UserError(str(error)) from error
-        except (Transient, Refused) as error:
-            raise UserError(f"the server at {self.url} cannot be used: {error}; is it up?") from error
-        return self._connection.the_model(names)
 
 
 # -- answers ---------------------------------------------------------------------------------------------------------
@@ -345,14 +260,14 @@ def ask_tops(
     """The ``count`` likeliest tokens at every token of every row, asked for where ``path`` does not have them yet.
 
     A stopped run goes on. Figures of an id beyond the vocabulary are no answer. Raises ``UserError`` when the server
-    gives no log-probabilities, as :meth:`ServerEngine.ask` does, and when any row has none after it was asked for
+    gives no log-probabilities, as :meth:`Pool.ask` does, and when any row has none after it was asked for
     again; what came is kept.
     """
     size = math.inf if engine.vocab_size is None else engine.vocab_size
 
-    def attempt(row: Row) -> tuple[str, Top]:
+    def attempt(row: Row, server: Server) -> tuple[str, Top]:
         prompt = {"prompt": [*row.prompt_ids, *row.response_ids], "prompt_logprobs": count}
-        found = read_tops(engine.complete({"max_tokens": 1, "temperature": 0.0, **prompt}), row, engine.url)
+        found = read_tops(server.complete({"max_tokens": 1, "temperature": 0.0, **prompt}), row, server.url)
         if (highest := max(map(max, found[0]))) >= size:
             raise Transient(f"log-probabilities of token id {highest}, and the target's vocabulary has {size}")
         return row.key, found

@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import shlex
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +31,7 @@ from torch import Tensor
 
 from redraft.data import transport
 from redraft.data.generate import Completion, Request
+from redraft.data.pool import Server
 from redraft.data.server import ServerEngine, read_completion
 from redraft.data.store import Failure
 from redraft.data.transport import Refused, Transient, Unusable, shown
@@ -150,10 +151,15 @@ def states_of(found: dict[str, Tensor], ids: Sequence[int], layers: int, width: 
 
 # -- asking ------------------------------------------------------------------------------------------------------------
 class StatesEngine(ServerEngine):
-    """A server whose answers bring their features along."""
+    """Servers whose answers bring their features along. All write into one folder: engines name files by random ids."""
 
     def __init__(
-        self, url: str, states: StateFolder, model: str | None = None, concurrency: int = 32, **how: Any
+        self,
+        url: str | Sequence[str],
+        states: StateFolder,
+        model: str | None = None,
+        concurrency: int = 32,
+        **how: Any,
     ) -> None:
         super().__init__(url, model, concurrency, **how)
         self.states = states
@@ -172,9 +178,9 @@ class StatesEngine(ServerEngine):
             yield from super().answer(requests, max_new_tokens, tokenizer, eos_ids)
             return
 
-        def attempt(request: Request) -> Completion:
-            body = transport.completion_body(request, self.model, max_new_tokens)
-            value = self.complete(body | {WHERE: {"include_output_tokens": True}})
+        def attempt(request: Request, server: Server) -> Completion:
+            body = transport.completion_body(request, server.model, max_new_tokens)
+            value = server.complete(body | {WHERE: {"include_output_tokens": True}})
             limits = (max_new_tokens, tokenizer, eos_ids, self.vocab_size)
             found = read_completion(value, request, *limits, open_end=True)
             ids, begin = [*request.prompt_ids, *found.response_ids], len(request.prompt_ids)
@@ -205,16 +211,18 @@ class ServedFeatures:
     ) -> Iterator[list[RowFeatures]]:
         """One row at a time, as the server ends them. Raises ``UserError`` for a row that it refuses."""
 
-        def attempt(row: TokenRow) -> RowFeatures:
+        def attempt(row: TokenRow, server: Server) -> RowFeatures:
             ids = [*row.prompt_ids, *row.response_ids]
-            body = transport.completion_body(Request(row.key, ids[:-1], Sampler()), self.engine.model, 1)
-            value = self.engine.complete(body | {WHERE: {"include_output_tokens": True}})
+            body = transport.completion_body(Request(row.key, ids[:-1], Sampler()), server.model, 1)
+            value = server.complete(body | {WHERE: {"include_output_tokens": True}})
             return RowFeatures(row, *self.states.take(value, ids, len(row.prompt_ids)))
 
         wanted = [(row.key, row) for row in rows if anchors(row) and row.key not in have]
         for outcome in self.engine.ask(wanted, attempt):
             if isinstance(outcome, Failure):
-                raise UserError(f"the server gave no hidden states of {outcome.key}: {outcome.reason}")
+                raise UserError(
+                    f"the server at {self.engine.url} gave no hidden states of {outcome.key}: {outcome.reason}"
+                )
             yield [outcome]
 
 
@@ -242,32 +250,49 @@ class Text:
     response_ids: Sequence[int]
 
 
-def compare(engine: StatesEngine, texts: Sequence[Sequence[int]], adapter: str | None = None) -> str:
-    """Ask for the states of ``texts`` of token ids and hold them against the target's own; what came of it in words.
+def states_of_texts(engine: StatesEngine, texts: Sequence[Sequence[int]]) -> list[RowFeatures]:
+    """What a server gives of ``texts`` of token ids, in their order. Raises ``UserError``."""
+    rows = [Text(f"text {n}", ids[: len(ids) // 2], ids[len(ids) // 2 :]) for n, ids in enumerate(texts, 1)]
+    found = {one.row.key: one for batch in ServedFeatures(engine).batches(rows) for one in batch}
+    return [found[row.key] for row in rows if row.key in found]
+
+
+def compare(
+    served: Mapping[str, Sequence[RowFeatures]],
+    states: StateFolder,
+    texts: Sequence[Sequence[int]],
+    adapter: str | None = None,
+) -> str:
+    """Hold what each server gave of ``texts`` against the target's own states; what came of it in words.
 
     A target with an ``adapter``, or a quantised one, has no layers that could be read one at a time. Raises
-    ``UserError`` where the states are another model's.
+    ``UserError`` that names a server whose states are another model's.
     """
-    head, taps = engine.states.head, engine.states.taps
-    rows = [Text(f"text {n}", ids[: len(ids) // 2], ids[len(ids) // 2 :]) for n, ids in enumerate(texts, 1)]
-    found = [one for batch in ServedFeatures(engine).batches(rows) for one in batch]
-    found.sort(key=lambda one: one.row.key)
+    head, taps = states.head, states.taps
     if adapter or head.rounding:
         return (
             "not compared at the taps, since the target is quantised or has an adapter; final states are, with answers"
         )
-    dtype, depths = found[0].hidden.dtype, [k for k in taps if k != FINAL]
-    own = []
-    for row, (layers, final_TH) in zip(rows, states_by_layers(head.name, dtype, list(texts), depths), strict=True):
-        by_tap = dict(zip(depths, layers, strict=True)) | {FINAL: final_TH}
-        own.append((torch.cat([by_tap[k] for k in taps], -1)[:-2], final_TH[len(row.prompt_ids) : -1]))
-    worst = check_taps(found, own, taps)
-    return f"those of {len(rows)} prompts are within {worst:.1g} of the target's own, as {str(dtype)[6:]} numbers"
+    depths, worst = [k for k in taps if k != FINAL], 0.0
+    dtypes = sorted({rows[0].hidden.dtype for rows in served.values()}, key=str)
+    for dtype in dtypes:  # of servers in one precision the target is read once
+        own = []
+        for ids, (layers, final_TH) in zip(texts, states_by_layers(head.name, dtype, list(texts), depths), strict=True):
+            by_tap = dict(zip(depths, layers, strict=True)) | {FINAL: final_TH}
+            own.append((torch.cat([by_tap[k] for k in taps], -1)[:-2], final_TH[len(ids) // 2 : -1]))
+        for url, rows in served.items():
+            if rows[0].hidden.dtype == dtype:
+                worst = max(worst, check_taps(rows, own, taps, f"the server at {url}"))
+    servers = f" at each of {len(served)} servers" if len(served) > 1 else ""
+    numbers = " and ".join(str(dtype)[6:] for dtype in dtypes)
+    return f"those of {len(texts)} prompts are within {worst:.1g} of the target's own{servers}, as {numbers} numbers"
 
 
-def check_taps(found: Sequence[RowFeatures], own: Sequence[tuple[Tensor, Tensor]], taps: Sequence[int]) -> float:
+def check_taps(
+    found: Sequence[RowFeatures], own: Sequence[tuple[Tensor, Tensor]], taps: Sequence[int], who: str = "the server"
+) -> float:
     """The largest distance of states from the target's own over their norm, at any tap. Raises ``UserError`` beyond
-    what the type's rounding explains."""
+    what the type's rounding explains; it names ``who`` gave them."""
     worst = 0.0
     for row, (taps_TKH, hidden_AH) in zip(found, own, strict=True):
         width = hidden_AH.shape[-1]
@@ -277,7 +302,7 @@ def check_taps(found: Sequence[RowFeatures], own: Sequence[tuple[Tensor, Tensor]
             apart = float((theirs.double() - ours.double()).norm() / ours.double().norm())
             if not apart <= FAR[row.hidden.dtype]:
                 raise UserError(
-                    f"the server's states at tap {name} of {row.row.key} are {apart:.2g} away from the target's own "
+                    f"{who}: its states at tap {name} of {row.row.key} are {apart:.2g} away from the target's own "
                     f"(at most {FAR[row.hidden.dtype]:.0e} is rounding): it serves another model, other layers or "
                     "another precision; start it for this target and draft"
                 )

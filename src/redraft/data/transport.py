@@ -49,6 +49,10 @@ class Unusable(Transient):
     given a good answer it is a fault like others."""
 
 
+class Late(Transient):
+    """No answer in time."""
+
+
 class Refused(Exception):
     """This request cannot be answered, however often it is asked."""
 
@@ -165,7 +169,7 @@ class Connection:
                     self._check(reply.status, path, said, reply.headers.get("location", ""))
                 yield reply
         except TIMEOUTS as error:
-            raise Transient(f"no answer within {seconds:g} s") from error
+            raise Late(f"no answer within {seconds:g} s") from error
         except UserError:
             raise
         except FAULTS as error:

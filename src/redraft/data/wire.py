@@ -69,41 +69,91 @@ class Clock(threading.local):
         return left if seconds is None else min(seconds, left)
 
 
-class _Timed(httpcore.NetworkStream):
-    """A connection that keeps to the clock of the thread which uses it."""
+class _Streams:
+    """The connections that are open, also those that a request is just making, of which a pool does not know yet."""
 
-    def __init__(self, inner: httpcore.NetworkStream, clock: Clock) -> None:
-        self._inner, self._clock = inner, clock
+    def __init__(self) -> None:
+        self._lock, self._open, self._ended = threading.Lock(), set[_Timed](), False
+
+    def add(self, stream: _Timed) -> bool:
+        """Whether there may still be one more."""
+        with self._lock:
+            if not self._ended:
+                self._open.add(stream)
+            return not self._ended
+
+    def discard(self, stream: _Timed) -> None:
+        with self._lock:
+            self._open.discard(stream)
+
+    def end(self) -> None:
+        """Close all, and let no other be."""
+        with self._lock:
+            self._ended, left = True, list(self._open)
+        for stream in left:
+            stream.close()
+
+
+class _Timed(httpcore.NetworkStream):
+    """A connection that keeps to the clock of the thread which uses it. Raises ``ReadError`` where all have ended."""
+
+    def __init__(self, inner: httpcore.NetworkStream, clock: Clock, streams: _Streams) -> None:
+        self._inner, self._clock, self._streams = inner, clock, streams
         self._kept = False  # it has carried an answer
+        self._lock, self._used, self._ended = threading.Lock(), False, False
+        if not streams.add(self):
+            self.close()
+            raise httpcore.ReadError("the connection was closed")
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        found = self._inner.read(max_bytes, self._clock.left(timeout))
+        with self._in_use():
+            found = self._inner.read(max_bytes, self._clock.left(timeout))
         if found:
             self._kept, self._clock.unheard = True, False
         return found
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
         self._clock.unheard = self._kept
-        self._inner.write(buffer, self._clock.left(timeout))
+        with self._in_use():
+            self._inner.write(buffer, self._clock.left(timeout))
+
+    @contextmanager
+    def _in_use(self) -> Iterator[None]:
+        with self._lock:
+            self._used = True
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._used, ended = False, self._ended
+            if ended:
+                self._inner.close()
 
     def close(self) -> None:
-        # closing alone does not wake a thread that waits for bytes
+        """Close it; where another thread waits for bytes, wake that, which then does. A number of a socket that is free
+        while somebody begins to wait for it would soon be another's, and the wait one for that."""
+        self._streams.discard(self)
         with suppress(Exception):
             self._inner.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
-        self._inner.close()
+        with self._lock:
+            self._ended, used = True, self._used
+        if not used:
+            self._inner.close()
 
     def start_tls(
         self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
     ) -> httpcore.NetworkStream:
-        return _Timed(self._inner.start_tls(ssl_context, server_hostname, self._clock.left(timeout)), self._clock)
+        inner = self._inner.start_tls(ssl_context, server_hostname, self._clock.left(timeout))
+        self._streams.discard(self)
+        return _Timed(inner, self._clock, self._streams)
 
     def get_extra_info(self, info: str) -> Any:
         return self._inner.get_extra_info(info)
 
 
 class _Backend(httpcore.NetworkBackend):
-    def __init__(self, clock: Clock) -> None:
-        self._inner, self._clock = httpcore.SyncBackend(), clock
+    def __init__(self, clock: Clock, streams: _Streams) -> None:
+        self._inner, self._clock, self._streams = httpcore.SyncBackend(), clock, streams
 
     def connect_tcp(
         self,
@@ -114,7 +164,8 @@ class _Backend(httpcore.NetworkBackend):
         socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
     ) -> httpcore.NetworkStream:
         left = self._clock.left(timeout)
-        return _Timed(self._inner.connect_tcp(host, port, left, local_address, socket_options), self._clock)
+        inner = self._inner.connect_tcp(host, port, left, local_address, socket_options)
+        return _Timed(inner, self._clock, self._streams)
 
     def sleep(self, seconds: float) -> None:
         time.sleep(seconds)
@@ -129,13 +180,13 @@ class Wire:
         parts = urlsplit(url)
         self._scheme, self._host = parts.scheme.encode(), (parts.hostname or "").encode("idna")
         self._port, self._root = parts.port, quote(parts.path, safe="/%:@!$&'()*+,;=~-._")
-        self.clock = Clock()
+        self.clock, self._streams = Clock(), _Streams()
         self._closed, self._connections = False, connections
         how: dict[str, Any] = {
             "ssl_context": certificates,
             "max_connections": connections,
             "max_keepalive_connections": connections,
-            "network_backend": _Backend(self.clock),
+            "network_backend": _Backend(self.clock, self._streams),
         }
         proxy = None if proxy_bypass(parts.netloc) else getproxies().get(parts.scheme, getproxies().get("all"))
         self._pool: httpcore.ConnectionPool = _through(proxy, how) if proxy else httpcore.ConnectionPool(**how)
@@ -182,6 +233,7 @@ class Wire:
     def close(self) -> None:
         """End the requests under way in all threads, and take no more."""
         self._closed = True
+        self._streams.end()
         self._pool.close()
 
 

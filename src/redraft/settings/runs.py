@@ -46,9 +46,11 @@ class Answered(OnTarget):
 
     top_p: float = setting(1.0, "nucleus of sampled answers")
     max_new_tokens: int = setting(256, "longest answer, in tokens", gt=1)
-    server: texts.Address | None = setting(None, "OpenAI-compatible server of the target; its key: REDRAFT_API_KEY")
-    server_model: str | None = setting(None, "the target's name on that server")
-    batch_size: int = setting(64, "sequences decoded together, or requests under way at --server", gt=0)
+    server: texts.Addresses = setting(
+        (), "OpenAI-compatible server of the target, several with commas; key: REDRAFT_API_KEY; repeatable"
+    )
+    server_model: str | None = setting(None, "the target's name on the server")
+    batch_size: int = setting(64, "sequences decoded together, or requests under way at each --server", gt=0)
 
     def conflicts(self) -> Iterator[str]:
         if self.server_model and not self.server:

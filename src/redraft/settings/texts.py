@@ -55,6 +55,13 @@ def check_address(url: str) -> str:
     return url.rstrip("/").removesuffix("/v1").rstrip("/")
 
 
+def check_addresses(urls: Sequence[str]) -> None:
+    """Raise ``UserError`` for an address that is there twice: the server would get twice the requests."""
+    known = [check_address(url) for url in urls]
+    if twice := next((url for url in known if known.count(url) > 1), None):
+        raise UserError(f"the server {twice} is given twice; give each once")
+
+
 def named_servers(given: Sequence[str]) -> dict[str, str]:
     """``NAME=ADDRESS``, ``NAME=COMMAND`` with ``{port}`` in it, or an address alone, which is called ``server``.
 
@@ -309,6 +316,11 @@ def _parts(value: Any) -> list[Any]:
     return value.split(",") if isinstance(value, str) else [value]
 
 
+def _addresses(value: Any) -> Any:
+    """Servers as several; files of settings that are older than that name one, or null."""
+    return () if value is None else _apart(value)
+
+
 def _suite(text: str) -> None:
     known_name("suite", text.partition("=")[0].partition(":")[0].strip(), SUITES.names())
 
@@ -318,6 +330,7 @@ StartName = Annotated[str, check(parse_start)]
 ScorerName = Annotated[str, check(check_scorer)]
 BudgetText = Annotated[str, BeforeValidator(_rows), check(parse_budget)]
 Address = Annotated[str, check(check_address)]
+Addresses = Annotated[tuple[Address, ...], BeforeValidator(_addresses), check(check_addresses)]
 FormatName = Annotated[str, one_of("export format", EXPORTERS.names)]
 FormatNames = Annotated[tuple[FormatName, ...], BeforeValidator(_apart)]
 # Who reads checkpoints of drafts in ways that are known here; a family says for which of them (Family.readers).
