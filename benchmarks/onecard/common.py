@@ -169,7 +169,9 @@ def make_head(shape: Shape, device: torch.device, dtype: torch.dtype, seed: int 
     embedding, norm = nn.Embedding(1, 1, device=device), nn.RMSNorm(shape.hidden, device=device, dtype=dtype)
     head = nn.Linear(1, 1, bias=False, device=device)
     embedding.weight, head.weight = nn.Parameter(table, False), nn.Parameter(out.mul_(shape.hidden**-0.5), False)
-    return Head(Facts("random", shape.config, fingerprint=lambda: "random"), embedding, norm.requires_grad_(False), head)
+    return Head(
+        Facts("random", shape.config, fingerprint=lambda: "random"), embedding, norm.requires_grad_(False), head
+    )
 
 
 def make_draft(shape: Shape, device: torch.device, seed: int = 0) -> Eagle3Draft:

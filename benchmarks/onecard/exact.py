@@ -1,7 +1,7 @@
 """Losslessness on the device: greedy texts equal plain decoding's, and draws follow the exact distribution.
 
-Greedy texts are compared in float32. A pass over several tokens goes through other kernels than a pass over one, so that
-a near-tie of the target could part two texts without a mistake in the rule: every difference is shown with its gap.
+Greedy texts are compared in float32. A pass over several tokens goes through other kernels than a pass over one, so
+that a near-tie of the target could part two texts without a mistake in the rule: of every difference the gap is shown.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import product
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,16 +18,20 @@ from batched import BatchedChainDecoder
 from faults.drawing.counting import Tested, every_test, holm
 from faults.drawing.drawn import draws_of, written
 from faults.drawing.world import DRAFTS, LIMIT, SAMPLERS, make_world
+
 from onecard.common import Section, Shape, make_target
 from redraft.data.generate import Request, generate
+from redraft.data.store import Row
 from redraft.decode.auto import make_decoder
 from redraft.decode.engine import PlainDecoder
 from redraft.decode.static import StaticChainDecoder, StaticTarget
-from redraft.drafts.eagle3 import fresh_draft
+from redraft.drafts.eagle3 import Eagle3Draft, fresh_draft
 from redraft.evaluate.divergence import explain
 from redraft.settings.sampler import Sampler
 from redraft.settings.shapes import parse_shape
+from redraft.settings.training import TrainConfig
 from redraft.target import Target
+from redraft.training.trainer import Trainer
 
 SHAPE = Shape(256, 8, 4, 512, 400, 200, layers=6)
 TINY = Shape(32, 4, 2, 64, 128, 64, layers=6)
@@ -46,7 +51,7 @@ def run(section: Section) -> None:
     asked = [torch.randint(shape.vocabulary, (length,), generator=generator).tolist() for length in lengths]
     section.put("what of ours equals the model's own passes", target.verdict())
     texts = Texts(section, target, asked, tokens)
-    draft = fresh_draft(target, range(shape.draft_vocabulary))
+    draft = learned(section, target, shape, asked, tokens)
     for name in SHAPES:
         section.attempt(f"greedy {name}", lambda: texts.compare(make_decoder(target, draft, parse_shape(name))))  # noqa: B023
     capacity = max(lengths) + tokens
@@ -57,6 +62,24 @@ def run(section: Section) -> None:
     section.attempt("greedy batch of chains", lambda: texts.matched([g.ids for g in batched.generate(asked, tokens)]))
     section.attempt("greedy batch without a draft", lambda: texts.matched(texts.written()))
     section.attempt("draws", lambda: draws(section), least=0.0 if section.tiny else 10.0)
+
+
+def learned(section: Section, target: Target, shape: Shape, asked: Sequence[Sequence[int]], tokens: int) -> Eagle3Draft:
+    """A draft that has learned the target's own answers to these prompts, so that rounds keep some proposals and lose
+    others: answers written in batches, their states kept on the way, and trained on."""
+    requests = [Request(str(number), prompt, Sampler()) for number, prompt in enumerate(asked)]
+    known, rows = dict[str, Any](), []
+    for done in generate(target, requests, tokens, len(asked), features=True):
+        prompt = list(done.request.prompt_ids)
+        row = Row(done.request.key, prompt, done.response_ids, 0.0, 0, 1.0, 0, done.finish_reason, "random")
+        rows.append(row)
+        known[row.key] = done.features
+    config = TrainConfig(epochs=10 if section.tiny else 60, batch_anchors=200, evaluate_every=10**6, learning_rate=3e-3)
+    draft = fresh_draft(target, range(shape.draft_vocabulary))
+    features = SimpleNamespace(get=lambda row: known[row.key])
+    result = Trainer(draft, target, features, rows, rows, config, section.work / "draft").run()
+    section.put("draft", {"held_out_tau": [result.start_tau, result.best_tau], "steps": result.steps})
+    return draft.requires_grad_(False)
 
 
 class Texts:

@@ -30,7 +30,11 @@ def about(section: Section) -> dict[str, Any]:
     if section.cuda:
         about = torch.cuda.get_device_properties(section.device)
         free, total = torch.cuda.mem_get_info(section.device)
-        found |= {"name": about.name, "capability": f"{about.major}.{about.minor}", "cores": about.multi_processor_count}
+        found |= {
+            "name": about.name,
+            "capability": f"{about.major}.{about.minor}",
+            "cores": about.multi_processor_count,
+        }
         found |= {"memory_gib": round(total / GIB, 1), "free_gib": round(free / GIB, 1), "driver": driver()}
         found["cudnn"] = torch.backends.cudnn.version()
         found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))

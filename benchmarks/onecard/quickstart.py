@@ -46,7 +46,7 @@ def adapted(section: Section) -> dict[str, Any]:
     changed: dict[str, Any] = {"device": str(section.device), "dtype": "auto"}
     if section.model:
         changed["base_target"] = str(section.model)
-    run = AdaptRun(config.model_copy(update=changed) if hasattr(config, "model_copy") else _replaced(config, changed), say)
+    run = AdaptRun(config.model_copy(update=changed), say)
     try:
         probe = quickstart.run_probe(run)
         result = run.run()
@@ -60,9 +60,3 @@ def adapted(section: Section) -> dict[str, Any]:
         "drafts": drafts,
         "setup": result["setup"],
     }
-
-
-def _replaced(config: Any, changed: dict[str, Any]) -> Any:
-    from dataclasses import replace
-
-    return replace(config, **changed)

@@ -1,5 +1,5 @@
-"""Training steps at the shapes of the drafts of large targets: positions a second, memory, the optimiser's share, and the
-share of the rate that plain products of the same sizes reach here."""
+"""Training steps at the shapes of the drafts of large targets: positions a second, memory, the optimiser's share, and
+the share of the rate that plain products of the same sizes reach here."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from onecard.common import GIB, Operations, RandomFeatures, Section, Shape, make_draft, make_head, make_rows
 from redraft.drafts.groups import prepare
 from redraft.rows import anchors
@@ -51,7 +52,7 @@ class Steps:
         self.method, self.rows = method, make_rows([length] * count, shape.draft_vocabulary)
 
     def measure(self) -> dict[str, Any]:
-        """Medians over a few steps behind one that warms up."""
+        """The middle one of a few steps behind one that warms up."""
         section, positions = self.section, sum(map(anchors, self.rows))
         draft, _ = prepare(make_draft(self.shape, section.device), self.method, PrivateSize(rank=RANK))
         config = TrainConfig(batch_anchors=positions)
@@ -68,11 +69,14 @@ class Steps:
         part = lambda: trainer.part(ready)  # noqa: E731
         with Operations() as counted:
             trainer.loop.loss(part, 0).backward()
-        steps = iter(range(1000))
-        seconds = section.seconds_of(
-            lambda: trainer.loop.step([part], optimizers, next(steps)), repeats=1 if section.tiny else STEPS
-        )
-        optimiser = sorted(spent)[len(spent) // 2]
+        found = list[tuple[float, float]]()
+        for number in range(1 + (1 if section.tiny else STEPS)):
+            section.wait()
+            began = time.perf_counter()
+            trainer.loop.step([part], optimizers, number)
+            section.wait()
+            found.append((time.perf_counter() - began, spent[-1]))
+        seconds, optimiser = sorted(found[1:])[len(found[1:]) // 2]
         rate = self.rate(min(positions, 4096))
         trained, every = (sum(p.numel() for p in found) for found in self.parameters(trainer))
         return {

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
 from onecard.common import Section, Shape, make_draft, make_target
 from redraft.decode.auto import Costs, _plain_step, _round, make_decoder, measure_costs
 from redraft.decode.engine import PlainDecoder

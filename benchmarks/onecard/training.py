@@ -1,5 +1,5 @@
-"""Training on the device: the same step twice, a run that stops and goes on, a process group of one, and the gradients of
-the unroll beside the same in float64 on the CPU."""
+"""Training on the device: the same step twice, a run that stops and goes on, a process group of one, and the gradients
+of the unroll beside the same in float64 on the CPU."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
 from onecard.common import RandomFeatures, Section, Shape, make_draft, make_head, make_rows
 from redraft.drafts.groups import prepare
 from redraft.progress import Progress
@@ -55,9 +56,7 @@ class Rig:
         draft, _ = prepare(make_draft(self.shape, self.section.device), method, PrivateSize(rank=8))
         config = replace(CONFIG, batch_anchors=40) if self.section.tiny else CONFIG
         place = Path(self.section.work) / folder
-        return Trainer(
-            draft, self.head, self.features, self.rows[1:], self.rows[:1], config, place, workers=workers
-        )
+        return Trainer(draft, self.head, self.features, self.rows[1:], self.rows[:1], config, place, workers=workers)
 
 
 def run(section: Section) -> None:
@@ -131,7 +130,11 @@ def group_of_one(rig: Rig) -> dict[str, Any]:
     torch.distributed.init_process_group(backend(), store=store, rank=0, world_size=1)
     try:
         kept = True
-        for device, dtype in (("cpu", torch.float32), (rig.section.device, torch.float32), (rig.section.device, torch.float64)):
+        for device, dtype in (
+            ("cpu", torch.float32),
+            (rig.section.device, torch.float32),
+            (rig.section.device, torch.float64),
+        ):
             numbers = torch.arange(1000, device=device, dtype=dtype)
             summed = numbers.clone()
             torch.distributed.all_reduce(summed)
@@ -182,7 +185,7 @@ def replace_tensors(batch: Any) -> Any:
 
 
 def fused(section: Section) -> dict[str, Any]:
-    """Whether the fused attention of long rows, where this checkout has one, may be used here, by type and head width."""
+    """Whether the fused attention of long rows, where there is one, may be used here, by type and width of a head."""
     try:
         from redraft.drafts.eagle import flex
     except ImportError:

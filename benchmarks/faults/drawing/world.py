@@ -193,7 +193,7 @@ class World:
 
 @functools.cache
 def make_world(seed: int = 0, device: str = "cpu") -> World:
-    """The target of this seed on a device, and all its logits, computed over whole texts without any cache, on the CPU."""
+    """The target of this seed, on a device, and all its logits, of whole texts on the CPU, without any cache."""
     model = SmallModel(seed).to(device)
     target, exact = Target(model, name="small", taps=(1,)), SmallModel(seed).double()
     logits = []
