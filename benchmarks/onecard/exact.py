@@ -74,8 +74,9 @@ def learned(section: Section, target: Target, shape: Shape, asked: Sequence[Sequ
         row = Row(done.request.key, prompt, done.response_ids, 0.0, 0, 1.0, 0, done.finish_reason, "random")
         rows.append(row)
         known[row.key] = done.features
-    config = TrainConfig(epochs=10 if section.tiny else 60, batch_anchors=200, evaluate_every=10**6, learning_rate=3e-3)
-    draft = fresh_draft(target, range(shape.draft_vocabulary))
+    config = TrainConfig(epochs=40 if section.tiny else 60, batch_anchors=200, evaluate_every=20, learning_rate=1e-2)
+    said = dict.fromkeys([token for row in rows for token in row.response_ids] + list(range(shape.vocabulary)))
+    draft = fresh_draft(target, sorted(list(said)[: shape.draft_vocabulary]))
     features = SimpleNamespace(get=lambda row: known[row.key])
     result = Trainer(draft, target, features, rows, rows, config, section.work / "draft").run()
     section.put("draft", {"held_out_tau": [result.start_tau, result.best_tau], "steps": result.steps})
