@@ -63,3 +63,28 @@ def test_what_the_machine_lacks_is_said_in_one_line(tmp_path):
     done = run(tmp_path / "gpu.json", "--tiny", "--sections", "machine", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 2 and done.stderr.startswith("error: torch finds no CUDA device here")
     assert done.stderr.count("\n") == 1 and not (tmp_path / "gpu.json").exists()
+
+
+MISPLACED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from onecard import elsewhere
+device = elsewhere.play()
+import torch
+layer = torch.nn.Linear(3, 2).to(device)
+layer(torch.ones(4, 3, device=device)).sum().backward()
+print(layer.weight.grad.device.type, layer.weight.grad.cpu().tolist(), len(elsewhere.waits))
+try:
+    torch.ones(3, device=device) + torch.ones(3)
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_a_device_played_on_the_cpu_refuses_what_is_made_in_the_wrong_place():
+    words = [sys.executable, "-c", MISPLACED, str(ROOT / "benchmarks")]
+    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT / "src")})
+    assert done.returncode == 0, done.stderr
+    grown, refused = done.stdout.splitlines()
+    assert grown == "elsewhere [[4.0, 4.0, 4.0], [4.0, 4.0, 4.0]] 1"
+    assert refused == "add of tensors on the device and on the CPU, [[3]]"
