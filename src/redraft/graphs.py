@@ -2,7 +2,7 @@
 
 A graph replays all of a step's kernels at once, but only if nothing in the step depends on a Python number that
 changes. Capture and replay were written against the documented interface of ``torch.cuda.CUDAGraph``; neither they nor
-any speed has been measured on a GPU.
+any speed has been measured on a GPU: ``benchmarks/gpu.py`` is there to do it.
 """
 
 from __future__ import annotations

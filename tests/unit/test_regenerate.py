@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from redraft.data import generate as generation
 from redraft.data.generate import Completion, Request
 from redraft.data.regenerate import InProcessEngine, RegenerationReport, expected_rows, regenerate
 from redraft.data.shapes import Conversation
@@ -166,6 +167,30 @@ def test_batched_greedy_equals_a_single_stream(
     for row in rows:
         assert row.response_ids == greedy_stream(target, row.prompt_ids, 12), row.key
         assert row.finish_reason == ("stop" if row.response_ids[-1] in target.eos_ids else "length")
+
+
+def test_one_long_prompt_does_not_set_the_memory_of_every_slot(
+    tiny_target: Callable[..., Target], monkeypatch: Any
+) -> None:
+    target, rooms = tiny_target("llama", num_hidden_layers=2), list[tuple[int, int]]()
+
+    class Counted(generation.SlotCache):
+        def __init__(self, layers: int, size: int, capacity: int, device: torch.device) -> None:
+            super().__init__(layers, size, capacity, device)
+            rooms.append((size, capacity))
+
+    monkeypatch.setattr(generation, "SlotCache", Counted)
+    lengths = (5, 6, 9, 11, 16, 100)
+    requests = [Request(f"p{n}", [1, *range(20, 19 + n)], Sampler()) for n in lengths]
+    found = {each.request.key: each.response_ids for each in generation.generate(target, requests, 6, 4)}
+    assert rooms == [(4, 22), (1, 106)]
+    assert found == {r.key: greedy_stream(target, r.prompt_ids, 6) for r in requests}
+    # What is left of a run that was stopped goes through slots of the same shape.
+    rooms.clear()
+    left = [each for each in requests if each.key in ("p9", "p16")]
+    rest = generation.generate(target, left, 6, 4, among=requests)
+    assert {each.request.key: each.response_ids for each in rest} == {each.key: found[each.key] for each in left}
+    assert rooms == [(4, 22)]
 
 
 def test_sampled_responses_do_not_depend_on_the_batch(

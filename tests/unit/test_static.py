@@ -134,8 +134,10 @@ def test_the_draft_chain_has_the_same_shapes_everywhere(tiny_target):
     assert runs[1].seen == runs[2].seen
     assert not runs[1].asks_the_device()
     growing = ChainDecoder(target, decoder.draft, 3).new_proposer(40)
-    shapes = operations(lambda: growing.propose(ids(4)[0], taps, 3, lambda logits: logits.argmax(-1)))
-    assert shapes.asks_the_device(), "the dynamic path must fail this test"
+    proposed = operations(lambda: growing.propose(ids(4)[0], taps, 3, lambda logits: logits.argmax(-1)))
+    assert not proposed.asks_the_device(), "a draft step would wait for the device"
+    asked = operations(lambda: decoder.draft.rotary(torch.arange(3)))
+    assert asked.asks_the_device(), "what asks must fail this test"
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])

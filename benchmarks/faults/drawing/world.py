@@ -80,9 +80,10 @@ class SmallDecoder(nn.Module):
         """As a model of transformers: without a mask every token sees itself and all before it."""
         tokens, before = input_ids.shape[1], past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
-            position_ids = torch.arange(before, before + tokens)[None]
+            position_ids = torch.arange(before, before + tokens, device=input_ids.device)[None]
         if attention_mask is None and tokens > 1:
-            attention_mask = torch.ones(tokens, before + tokens, dtype=torch.bool).tril(before)
+            seen = torch.ones(tokens, before + tokens, dtype=torch.bool, device=input_ids.device)
+            attention_mask = seen.tril(before)
         x_BTH = self.embed_tokens(input_ids) + self.places(position_ids)
         states = [x_BTH, self.layers[0](x_BTH, attention_mask, past_key_values)]
         return SimpleNamespace(last_hidden_state=self.norm(states[1]), hidden_states=states)
@@ -191,9 +192,9 @@ class World:
 
 
 @functools.cache
-def make_world(seed: int = 0) -> World:
-    """The target of this seed, and all its logits, computed over whole texts without any cache."""
-    model = SmallModel(seed)
+def make_world(seed: int = 0, device: str = "cpu") -> World:
+    """The target of this seed, on a device, and all its logits, of whole texts on the CPU, without any cache."""
+    model = SmallModel(seed).to(device)
     target, exact = Target(model, name="small", taps=(1,)), SmallModel(seed).double()
     logits = []
     with torch.inference_mode():

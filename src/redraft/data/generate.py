@@ -1,10 +1,11 @@
 """In-process generation by the target: token ids in, token ids out.
 
 Continuous batching: a finished sequence frees its slot at once; freed slots are refilled by groups of waiting prompts
-of similar length, so that neither finished rows nor padding cost a forward pass. What a draft will learn from, the
-target's features, passes by on the way and can be kept. That is done where sequences of several lengths in one pass
-give the target's own text (:mod:`redraft.target.paths`). For any other target transformers' own generation writes it,
-prompts of one length at a time: what padding does to a window or to a recurrent state is nobody's business here.
+of similar length, so that neither finished rows nor padding cost a forward pass. Prompts of very different lengths are
+answered one band of lengths after the other. What a draft will learn from, the target's features, passes by on the way
+and can be kept. That is done where sequences of several lengths in one pass give the target's own text
+(:mod:`redraft.target.paths`). For any other target transformers' own generation writes it, prompts of one length at a
+time: what padding does to a window or to a recurrent state is nobody's business here.
 
 Shape legend: B slots or rows, P prompt tokens, R response tokens, T tokens, H hidden size, K taps, V vocabulary.
 """
@@ -28,6 +29,9 @@ from redraft.sampling import draw, warp
 from redraft.settings.sampler import Sampler
 from redraft.target import Target, TargetStep
 from redraft.target.cache import SlotCache, slot_attention
+
+# The most room that a slot may have beside the least that is needed in it.
+WIDEST = 2
 
 
 @dataclass(frozen=True)
@@ -87,28 +91,55 @@ def generate(
     if not target.paths.slots:
         yield from _own_generation(target, requests, max_new_tokens, batch_size, ends)
         return
-    ordered = sorted(everyone, key=lambda r: len(r.prompt_ids), reverse=True)[::-1]
-    size, wanted = min(batch_size, len(ordered)), {request.key for request in requests}
+    wanted = {request.key for request in requests}
+    with slot_attention(target):
+        for band in bands(everyone, max_new_tokens):
+            if any(request.key in wanted for request in band):
+                yield from _in_slots(target, band, wanted, max_new_tokens, batch_size, ends, features)
+
+
+def bands(requests: Sequence[Request], max_new_tokens: int) -> list[list[Request]]:
+    """Requests by the length of their prompts, those together that share slots: none of them needs more than
+    ``WIDEST`` times the room of another, so that one long prompt does not set the memory of every slot."""
+    found: list[list[Request]] = []
+    for request in sorted(requests, key=lambda r: len(r.prompt_ids), reverse=True)[::-1]:
+        room = len(request.prompt_ids) + max_new_tokens
+        if not found or room > WIDEST * (len(found[-1][0].prompt_ids) + max_new_tokens):
+            found.append([])
+        found[-1].append(request)
+    return found
+
+
+def _in_slots(
+    target: Target,
+    ordered: Sequence[Request],
+    wanted: Collection[str],
+    max_new_tokens: int,
+    batch_size: int,
+    ends: Collection[int],
+    features: bool,
+) -> Iterator[Completion]:
+    """Answer those of ``ordered``, prompts of rising length, whose keys are ``wanted``."""
+    size = min(batch_size, len(ordered))
     slots = _Slots(target, size, len(ordered[-1].prompt_ids) + max_new_tokens, max_new_tokens, features)
     step = max(1, size // 8)
     groups = [ordered[i : i + step] for i in range(0, len(ordered), step)]
     waiting = deque(group for group in groups if any(request.key in wanted for request in group))
-    with slot_attention(target):
-        while True:
-            while waiting and len(free := slots.free()) >= len(waiting[0]):
-                slots.admit(waiting[0], free[: len(waiting[0])], wanted)
-                waiting.popleft()
-            if len(slots.free()) == size:
-                return
-            tokens = slots.choose()
-            for row, request in enumerate(slots.requests):
-                if request is None:
-                    continue
-                slots.responses[row].append(tokens[row])
-                if tokens[row] in ends or len(slots.responses[row]) == max_new_tokens:
-                    yield slots.finish(row, tokens[row] in ends)
-            if len(slots.free()) < size:
-                slots.advance(tokens)
+    while True:
+        while waiting and len(free := slots.free()) >= len(waiting[0]):
+            slots.admit(waiting[0], free[: len(waiting[0])], wanted)
+            waiting.popleft()
+        if len(slots.free()) == size:
+            return
+        tokens = slots.choose()
+        for row, request in enumerate(slots.requests):
+            if request is None:
+                continue
+            slots.responses[row].append(tokens[row])
+            if tokens[row] in ends or len(slots.responses[row]) == max_new_tokens:
+                yield slots.finish(row, tokens[row] in ends)
+        if len(slots.free()) < size:
+            slots.advance(tokens)
 
 
 # -- slots -----------------------------------------------------------------------------------------------------------

@@ -93,9 +93,12 @@ class Rotary:
 
     def __call__(self, positions_N: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines [N, W] in float32 for integer positions [N]; W numbers of a head turn."""
-        needed = int(positions_N.max()) + 1 if positions_N.numel() else 1
-        if self.table is None or len(self.table[0]) < needed or self.table[0].device != positions_N.device:
-            self.grow(max(512, 2 * needed), positions_N.device)
+        return self.below(int(positions_N.max()) + 1 if positions_N.numel() else 1, positions_N)
+
+    def below(self, length: int, positions_N: Tensor) -> tuple[Tensor, Tensor]:
+        """As the call, of positions that are all below ``length``: who knows that spares a wait for the device."""
+        if self.table is None or len(self.table[0]) < length or self.table[0].device != positions_N.device:
+            self.grow(max(512, 2 * length), positions_N.device)
         assert self.table is not None
         return self.table[0][positions_N], self.table[1][positions_N]
 

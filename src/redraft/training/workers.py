@@ -130,18 +130,21 @@ def _meet(count: int) -> Any:
     try:
         store, rank, size = next(iter(torch.distributed.rendezvous("env://", timeout=timedelta(minutes=10))))
         store.set_timeout(patience)
-        backend = "gloo"
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)))
-            backend = "cpu:gloo,cuda:nccl"
         group = torch.distributed.PrefixStore("redraft", store)
-        torch.distributed.init_process_group(backend, store=group, rank=rank, world_size=size, timeout=patience)
+        torch.distributed.init_process_group(backend(), store=group, rank=rank, world_size=size, timeout=patience)
     except (ValueError, RuntimeError, OSError) as error:
         first = str(error).strip().partition("\n")[0]
         raise UserError(
             f"the {count} processes of this command do not find each other ({first}); start them with torchrun"
         ) from error
     return group
+
+
+def backend() -> str:
+    """What sums tensors between the processes: those of the CPU, and of GPUs where there are some."""
+    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
 
 
 class Shares:

@@ -105,7 +105,7 @@ class EagleProposer:
         self.cache.length = self.verified
         positions_T = torch.arange(self.verified, self.verified + pairs, device=ids_T.device)
         embeds_TH = draft.embed(ids_T[len(ids_T) - pairs :], self.embedding)
-        states_TH = draft(embeds_TH, draft.fuse(taps_T), positions_T, self.cache.extend(positions_T))
+        states_TH = self.through(embeds_TH, draft.fuse(taps_T), positions_T, self.cache.extend(positions_T))
         self.verified += pairs
         return states_TH[-1:]
 
@@ -113,7 +113,11 @@ class EagleProposer:
         """States [F, H] of guesses at this depth; without a mask each sees all that was fed before it."""
         draft, positions_F = self.draft, torch.full_like(tokens_F, self.verified + depth - 1)
         attends = self.cache.extend(positions_F, mask_FC)
-        return draft(draft.embed(tokens_F, self.embedding), draft.carry(states_FH), positions_F, attends)
+        return self.through(draft.embed(tokens_F, self.embedding), draft.carry(states_FH), positions_F, attends)
+
+    def through(self, embeds_TH: Tensor, states_TH: Tensor, positions_T: Tensor, attends: list[Attend]) -> Tensor:
+        """The draft's states [T, H]. No position is beyond the buffers, so the device is not asked how far they go."""
+        return self.draft.through(embeds_TH, states_TH, self.draft.rotary.below(self.capacity, positions_T), attends)
 
     def rollback(self, verified: int) -> None:
         self.verified = verified
