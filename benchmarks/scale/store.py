@@ -18,7 +18,7 @@ every turn. What is measured, in seconds of the clock (``cpu``: of the processor
 
 ``write``, ``open`` and ``open_lost`` are of ``--rows``, the others, which say nothing new at a size, of ``--few``.
 Speed-ups are medians over the turns of the ratio within a turn. Every part is put into the result when it is done, and
-every turn.
+every turn; ``also`` in the committed result are two turns of 20,000 rows, of 200,000 there is one.
 """
 
 from __future__ import annotations
