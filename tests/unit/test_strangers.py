@@ -161,16 +161,18 @@ def test_closed_streams_and_a_small_alphabet() -> None:
     assert code == 2 and said == "redraft: error: \\xfc.json does not exist; name a file that is there\n"
 
 
-def test_a_key_press_while_the_package_is_read_is_one_line() -> None:
-    code = (
-        "import builtins, sys\nreal = builtins.__import__\n"
+@pytest.mark.parametrize(("number", "code", "word"), [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated")])
+def test_a_signal_while_the_package_is_read_is_one_line(number: str, code: int, word: str) -> None:
+    script = (
+        "import builtins, os, signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "real = builtins.__import__\n"
         "def stop(name, *more):\n"
-        "    if name == 'typer': raise KeyboardInterrupt\n"
+        f"    if name == 'typer': os.kill(os.getpid(), signal.{number})\n"
         "    return real(name, *more)\n"
         "from redraft.cli.entry import main\nbuiltins.__import__ = stop\nmain()"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert (found.returncode, found.stderr) == (130, "redraft: interrupted before anything was begun\n")
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert (found.returncode, found.stderr) == (code, f"redraft: {word} before anything was begun\n")
 
 
 @pytest.mark.parametrize(("width", "taken"), [("1", "20"), ("99999999999999", "1000"), ("90", "90"), ("x", "x")])
