@@ -1,4 +1,4 @@
-"""Where the command ``redraft`` begins: a key press or SIGTERM while the package is still being read is one line too."""
+"""Where the command ``redraft`` begins: a key press or SIGTERM while the package is read is one line too."""
 
 from __future__ import annotations
 
