@@ -175,7 +175,8 @@ def test_n_workers_ask_at_a_time(fake: Make) -> None:
 
     server.rule = together
     result = run({"new": server}, concurrencies=(4,))
-    assert server.most == 4 and result["server"]["levels"][0]["new"]["failed"] == 0
+    assert server.most in (4, 5)  # an answer may be there before the server has done with its request
+    assert result["server"]["levels"][0]["new"]["failed"] == 0
     assert result["setup"]["batch"] == 4 and result["per_prompt"] == [] and result["gains"] == {}
     assert result["drafts"]["new"]["tau_pooled"]["low"] is None
 

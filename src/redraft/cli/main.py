@@ -18,7 +18,7 @@ from redraft.cli import commands
 from redraft.cli.failures import as_user_error, without_secrets
 from redraft.cli.generate import Application
 from redraft.cli.signals import leave, stopped, terminable
-from redraft.cli.together import speaks_for_all, words_of_workers
+from redraft.cli.together import let_the_first_speak, speaks_for_all, words_of_workers
 from redraft.errors import UserError
 from redraft.files import STANDARD_OUTPUT
 from redraft.registries import load_plugin
@@ -158,6 +158,7 @@ def main() -> None:
             _require_folder()
             app()
     except UserError as error:
+        let_the_first_speak(error)
         _refused(error, errors if speaks_for_all(error) else sys.stderr)
     except OSError as error:  # standard output is on a full disk, while help or a version is printed
         known = as_user_error(error, STANDARD_OUTPUT)
@@ -168,6 +169,7 @@ def main() -> None:
         leave(int(stopped(error).code or 0))
     except SystemExit as ended:
         if isinstance(ended.code, int) and ended.code:
+            let_the_first_speak(ended)
             leave(ended.code)
         raise
 
