@@ -62,6 +62,16 @@ def place(
 REGENERATE = "regenerate --target target --prompts prompts.jsonl --max-new-tokens 12 --dtype float32 --out"
 
 
+def test_a_target_that_cannot_be_opened_leaves_responses_and_failures_as_they_were(place: Path, redraft: Any) -> None:
+    responses = place / "responses.jsonl"
+    responses.write_bytes(b"".join(responses.read_bytes().splitlines(keepends=True)[:5]))
+    (place / "target/model.safetensors").write_bytes((place / "target/model.safetensors").read_bytes() + b"\0")
+    before = {path: path.read_bytes() for path in place.glob("responses*")}
+    code, _, err = redraft(f"{REGENERATE} responses.jsonl")
+    assert code == 2 and "a weight file is damaged" in err
+    assert before == {path: path.read_bytes() for path in place.glob("responses*")}
+
+
 def test_regenerate_goes_on_where_it_stopped(place: Path, redraft: Any) -> None:
     responses = place / "responses.jsonl"
     whole = read_rows(responses)

@@ -193,6 +193,14 @@ def test_numbers_that_are_no_weights(saved: Any) -> None:
     found.refused(f"holds whole numbers in {LAYER}.q_proj.weight")
 
 
+def test_a_type_that_is_no_name(saved: Any) -> None:
+    found = saved()
+    for key in ("dtype", "torch_dtype"):
+        found.config(**{key: 3.5})
+        found.refused(f"config.json.*{key} is 3.5.*the name of a type, such as bfloat16")
+        found.config(**{key: "float32"})
+
+
 def test_a_tokenizer_without_its_words(saved: Any) -> None:
     found = saved()
     (found.folder / "tokenizer.json").unlink()

@@ -23,6 +23,7 @@ from redraft.attic.aim import STEPS, aim
 from redraft.drafts.eagle.unroll import collate
 from redraft.drafts.groups import prepare
 from redraft.errors import UserError
+from redraft.inputs import typed
 from redraft.rows import anchors
 from redraft.seals import unsealed
 from redraft.settings.training import PrivateSize, TrainConfig
@@ -330,6 +331,16 @@ def test_a_curve_that_is_gone_or_torn_is_gone_on_with(target, draft, store, rows
 def test_settings_that_cannot_be_are_refused_when_they_are_read(wrong):
     with pytest.raises(UserError, match="unknown|must be"):
         TrainConfig(**wrong)
+
+
+def test_a_result_of_training_has_figures(tmp_path):
+    told = {"best_tau": 1.5, "start_tau": 1.2, "steps": 4, "anchors": 40, "seconds": 1.0, "stopped_early": False}
+    assert typed(TrainResult, told | {"history": [[0, 1.2], [4, 1.5]]}, "train.json", "delete it").history[1] == (
+        4,
+        1.5,
+    )
+    with pytest.raises(UserError, match=r"train\.json: history\.1\.1"):
+        typed(TrainResult, told | {"history": [[0, 1.2], [4, float("nan")]]}, "train.json", "delete it")
 
 
 def test_only_float32_is_trained(target, draft, store, rows, tmp_path):

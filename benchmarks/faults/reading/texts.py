@@ -235,13 +235,6 @@ def _licence(place: Path, found: Outcome) -> bool:
 _licence.typed = True  # type: ignore[attr-defined]
 
 
-def _or_nothing(reading: Callable[[Path], list[Any]], path: Path) -> list[Any]:
-    try:
-        return reading(path)
-    except Exception:
-        return []
-
-
 def _static(shape: Any) -> Any:
     assert isinstance(shape, StaticTree)
     return shape.paths
@@ -284,12 +277,9 @@ def texts() -> list[Reader]:
             "suite",
             {"s.jsonl": "lines"},
             written("s.jsonl", MESSAGES),
-            lambda place: [[i.id, i.task] for i in load_suite(f"gsm8k={place / 's.jsonl'}").items],
+            lambda place: sorted([i.id, i.task] for i in load_suite(f"gsm8k={place / 's.jsonl'}").items),
             None,
-            lambda place, found: (
-                sorted(id for id, _ in found)
-                == sorted(id for id, _ in _or_nothing(readings.prompts, place / "s.jsonl"))
-            ),
+            by(lambda path: sorted([id, "gsm8k"] for id, _ in readings.prompts(path)), "s.jsonl"),
         ),
         Reader(
             "static tree",

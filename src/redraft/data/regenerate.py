@@ -208,6 +208,8 @@ class _Run:
         missing = len(self.stored) < expected_rows(self.conversations, self.samplers)  # else nothing is to be opened
         if self.features is not None and missing and not self.features.wants(self._most_bytes(tokens)):
             self.features = None
+        if missing and isinstance(self.engine, InProcessEngine):
+            self.engine.open()  # what cannot be opened is told of before anything is written
         began, size, chains = time.monotonic(), self.writer.path.stat().st_size, self._chains()
         try:
             while wave := list(islice(chains, WAVE)):

@@ -137,6 +137,8 @@ def check_kinds(raw: dict[str, Any], config: Any, file: Path, inside: str = "") 
         elif isinstance(value, dict) and key in ROPE:
             for name in filter(ROPE_NUMBERS.fullmatch, value):
                 Values(value, file, f"{inside}{key}.").number(name, 0)
+        elif key in ("dtype", "torch_dtype") and not isinstance(value, str | dict | None):
+            raise values.refuse(key, "the name of a type, such as bfloat16")
         elif value is None or isinstance(value, list | dict):
             continue
         elif isinstance(known, bool):

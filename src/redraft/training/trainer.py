@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from pydantic import FiniteFloat
 from torch import Tensor
 
 from redraft.acceptance.simulate import check_own, simulate_greedy_chain, tau_of, visits
@@ -58,13 +59,13 @@ class TrainResult:
     """The outcome. ``anchors`` counts supervised positions, those of the hook ahead of training included;
     ``history`` lists every evaluation as (step, held-out tau)."""
 
-    best_tau: float
-    start_tau: float
+    best_tau: FiniteFloat
+    start_tau: FiniteFloat
     steps: int
     anchors: int
-    seconds: float
+    seconds: FiniteFloat
     stopped_early: bool
-    history: list[tuple[int, float]]
+    history: list[tuple[int, FiniteFloat]]
 
 
 def batch_order(rows: Sequence[AnyRow], config: TrainConfig, epoch: int) -> list[list[AnyRow]]:
