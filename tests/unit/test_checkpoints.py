@@ -201,6 +201,12 @@ def test_a_type_that_is_no_name(saved: Any) -> None:
         found.config(**{key: "float32"})
 
 
+def test_a_kind_of_rotary_angles_that_is_no_name(saved: Any) -> None:
+    found = saved()
+    found.config(rope_parameters={"rope_type": True, "rope_theta": 10000.0})
+    found.refused(r"config.json.*rope_parameters\.rope_type.*a text")
+
+
 def test_a_tokenizer_without_its_words(saved: Any) -> None:
     found = saved()
     (found.folder / "tokenizer.json").unlink()

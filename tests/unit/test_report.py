@@ -133,6 +133,7 @@ def _edit(made_up: dict[str, Path], edit) -> Path:
         (lambda d: d.pop("schema"), "schema is None"),
         (lambda d: d["drafts"]["aligned"]["tau_pooled"].pop("low"), r"drafts\.aligned\.tau_pooled\.low"),
         (lambda d: d["drafts"]["aligned"]["alpha"].update(low=float("nan")), r"aligned\.alpha.*one end"),
+        (lambda d: d.update(per_prompt=[{"id": "a", "drafts": {"aligned": {"rounds": {}}}}]), r"per_prompt.*rounds"),
         (lambda d: d["setup"].update(gamma=0), r"setup\.gamma"),
         (lambda d: d["plain"].update(fastest="float16"), "float16"),
         (lambda d: d.update(drafts={}), "drafts"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
@@ -164,3 +165,13 @@ def test_failures_are_listed_beside_the_rows_and_vanish_when_mended(tmp_path: Pa
     assert listed_failures(path) == listed
     write_failures(path, [])
     assert not failures_path(path).exists()
+
+
+def test_a_packed_file_of_a_size_that_nobody_packs_is_not_gone_through(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl.gz"
+    with gzip.open(path, "wb") as file:
+        file.write(encode_row(ROW))
+    assert len(read_rows(path)) == 1
+    os.truncate(path, 1 << 40)
+    with pytest.raises(UserError, match=r"r\.jsonl\.gz has 1,099,511,627,776 bytes, and at most"):
+        read_rows(path)

@@ -23,7 +23,7 @@ from array import array
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +33,7 @@ from safetensors.numpy import save_file
 from redraft.data.lines import MOST_RESTS, REST, Rest, Row, WrongRow, decode_row, quick_line, rest_of, row_key
 from redraft.errors import UserError
 from redraft.files import replacing
-from redraft.inputs import MOST_BYTES, loads
+from redraft.inputs import FREELY, MOST_BYTES, MOST_TIMES, loads, require_file
 from redraft.seals import sealed, unsealed
 
 Numbers = npt.NDArray[np.int64]
@@ -104,12 +104,14 @@ def open_lines(path: Path) -> BinaryIO:
     try:
         if path.suffix != ".gz":
             return open(path, "rb")
-        copy: Any = tempfile.TemporaryFile()
+        if (size := require_file(path)) > MOST_BYTES:
+            raise UserError(f"{path} has {size:,} bytes, and at most {MOST_BYTES:,} are read; unpack and split it")
+        copy, most = cast(Any, tempfile.TemporaryFile()), min(MOST_BYTES, max(FREELY, MOST_TIMES * size))
         with gzip.open(path) as packed:
             while piece := packed.read(1 << 20):
                 copy.write(piece)
-                if copy.tell() > MOST_BYTES:
-                    raise UserError(f"{path} unpacks to more than {MOST_BYTES:,} bytes; unpack and split it")
+                if copy.tell() > most:
+                    raise UserError(f"{path} unpacks to more than {most:,} bytes; unpack and split it")
         copy.flush()
         return copy  # type: ignore[no-any-return]
     except (OSError, EOFError, zlib.error) as error:

@@ -135,8 +135,11 @@ def check_kinds(raw: dict[str, Any], config: Any, file: Path, inside: str = "") 
         if isinstance(value, dict) and isinstance(part, transformers.PretrainedConfig):
             check_kinds(value, part, file, f"{inside}{key}.")
         elif isinstance(value, dict) and key in ROPE:
+            inner = Values(value, file, f"{inside}{key}.")
+            for name in ("rope_type", "type"):
+                inner.text(name)
             for name in filter(ROPE_NUMBERS.fullmatch, value):
-                Values(value, file, f"{inside}{key}.").number(name, 0)
+                inner.number(name, 0)
         elif key in ("dtype", "torch_dtype") and not isinstance(value, str | dict | None):
             raise values.refuse(key, "the name of a type, such as bfloat16")
         elif value is None or isinstance(value, list | dict):

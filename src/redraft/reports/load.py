@@ -10,7 +10,7 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
 
 from redraft.errors import UserError
 from redraft.inputs import json_lines, read_json, there, typed
@@ -259,6 +259,29 @@ class Server(_Open):
     failures: list[dict[str, Any]] = []
 
 
+class PromptFigures(_Open):
+    """How one prompt was decoded."""
+
+    tokens: int | None = None
+    rounds: int | None = None
+    seconds: float | None = None
+
+
+class PromptEntry(_Open):
+    """What was measured on one prompt, as far as the page's table asks."""
+
+    id: str = ""
+    task: str | None = None
+    plain: PromptFigures | None = None
+    drafts: dict[str, PromptFigures | None] | None = None
+
+
+def _as_entry(entry: dict[str, Any]) -> dict[str, Any]:
+    """The entry as it is, where its figures are figures."""
+    PromptEntry(**entry)
+    return entry
+
+
 class BenchResult(_Open):
     """A whole benchmark result, schema ``redraft.bench/1``. ``plain`` is absent where no baseline was measured."""
 
@@ -266,7 +289,7 @@ class BenchResult(_Open):
     plain: Plain | None = None
     drafts: dict[str, DraftResult]
     gains: dict[str, dict[str, Interval]] = {}
-    per_prompt: list[dict[str, Any]] = []
+    per_prompt: list[Annotated[dict[str, Any], AfterValidator(_as_entry)]] = []
     plain_quality: dict[str, Score] = {}
     traces: list[Trace] = []
     server: Server | None = None
