@@ -51,24 +51,25 @@ Read = TypeVar("Read")
 def within(seconds: float, what: str) -> Iterator[None]:
     """Raise ``UserError`` where the block computes longer, as templates and patterns of strangers can for ever.
 
-    Python and its patterns are stopped, other libraries are not; nor is anything outside the main thread, or where
-    somebody else waits for the system's alarm.
+    Seconds are the processor's, so that a machine that is busy, or was asleep, refuses no more than others. Python and
+    its patterns are stopped, other libraries are not; nor is anything outside the main thread, or where somebody else
+    waits for the same signal.
     """
-    free = threading.current_thread() is threading.main_thread() and hasattr(signal, "setitimer")
-    if not free or signal.getsignal(signal.SIGALRM) != signal.SIG_DFL:
+    free = threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGVTALRM")
+    if not free or signal.getsignal(signal.SIGVTALRM) != signal.SIG_DFL:
         yield
         return
 
     def end(number: int, frame: Any) -> None:
         raise UserError(f"{what} takes more than {seconds:g} s; it is not made to end, or to be computed here")
 
-    signal.signal(signal.SIGALRM, end)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.signal(signal.SIGVTALRM, end)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, signal.SIG_DFL)
 
 
 # -- bytes and text ----------------------------------------------------------------------------------------------------
