@@ -311,8 +311,9 @@ def parabola(points: Sequence[tuple[float, float]], at: float) -> float:
 
 
 def speed(builds: dict[str, Path], repeats: int) -> dict[str, Any]:
-    """Steps of both builds in turn."""
-    runs = [{name: child(build, "quick", "4")[0] for name, build in builds.items()} for _ in range(repeats)]
+    """Steps of both builds in turn, each first in every other pair."""
+    orders = [list(builds.items())[:: 1 if n % 2 else -1] for n in range(repeats)]
+    runs = [{name: child(build, "quick", "6")[0] for name, build in order} for order in orders]
     ratios = [statistics.median(run["old"]["seconds"]) / statistics.median(run["new"]["seconds"]) for run in runs]
     same = all(run["old"][key] == run["new"][key] for run in runs for key in ("loss", "gradient"))
     times = {name: statistics.median([s for run in runs for s in run[name]["seconds"]]) for name in builds}
