@@ -250,8 +250,12 @@ def outcome(folder: Path) -> Outcome:
         except UserError:
             found.parts[name] = DAMAGED
     for path in sorted(folder.rglob(INDEX_FILE)):
-        index = read_index(path.parent)
-        found.parts[str(path.relative_to(folder))] = fingerprint([sorted(index.index), index.sums])
+        name = str(path.relative_to(folder))
+        try:
+            index = read_index(path.parent)
+            found.parts[name] = fingerprint([sorted(index.index), index.sums])
+        except UserError:
+            found.parts[name] = DAMAGED
     for path in sorted(folder.rglob("*.json")):
         if (value := figures(path)) is not None:
             found.parts[str(path.relative_to(folder))] = fingerprint(value)
