@@ -199,9 +199,9 @@ class DistillRun(Run[DistillConfig]):
     def align(self) -> LoopResult:
         """The drafter, taught by the target, in ``draft``; its private part also in ``private``."""
         c, done = self.config, self.finished("align.json", TRAINED)
+        rows, heldout = self.responses()  # also of a run that has ended: what is damaged of them is told, or mended
         if done is not None:
             return typed(LoopResult, done, str(self.folder / "align.json"), AGAIN)
-        rows, heldout = self.responses()
         config, (draft, base_hash) = c.align_config(), self.drafter()
         teacher = self.teacher(rows)
         text = self.text(config.text_length) if config.text_share else None

@@ -306,6 +306,9 @@ def check_names(folder: Path, spec: str, method: str | None) -> None:
         try:
             with safe_open(str(file), framework="pt") as opened:
                 types |= {name: opened.get_slice(name).get_dtype() for name in opened.keys()}
+        except MemoryError as error:
+            size = file.stat().st_size
+            raise UserError(f"{file} has {size:,} bytes, more than this machine maps; is it whole?") from error
         except (SafetensorError, OSError, ValueError):
             return  # the reader of the weights says what is wrong with it
     _check_twice(types, spec)
