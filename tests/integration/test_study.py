@@ -166,6 +166,15 @@ def test_tables_are_made_again_from_the_results_alone(done: Path, redraft: Any, 
     assert json.loads((done / "full.json").read_text())["tau"] == tau["value"]
 
 
+def test_results_without_cells_are_no_results(done: Path, redraft: Any) -> None:
+    path = done / "out/results.json"
+    results = json.loads(path.read_text())
+    results.pop("seal")
+    path.write_text(json.dumps(results | {"cells": []}))
+    code, _, err = redraft("study --tables out/results.json --out tables")
+    assert code == 2 and "results.json has no cells" in err and not (done / "tables").exists()
+
+
 def test_a_kill_right_behind_a_record_leaves_nothing_of_its_training(done: Path) -> None:
     cell = next(path.parent for path in (done / "out/cells").glob("*fc*/record.json"))
     (cell / "train").mkdir()
