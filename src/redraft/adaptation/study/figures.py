@@ -245,8 +245,6 @@ def write_tables(results: Path, out: Path | None = None) -> Path:
     ``out`` is by default the folder of the results. Returns the path of the tables. Raises ``UserError``.
     """
     found = read_results(results)
-    if not found["cells"]:
-        raise UserError(f"{results} has no cells, and a study that wrote results has some; copy the file again")
     figures = derive(found)
     folder = out if out is not None else results.parent
     drawn = pictures(found, figures)

@@ -169,4 +169,6 @@ def read_results(path: Path) -> dict[str, Any]:
     if found.get("schema") != SCHEMA:
         raise UserError(f"{path}: no results of a study (schema {found.get('schema')!r}, expected {SCHEMA!r})")
     typed(Results, found, str(path), "copy the file again")
+    if not found["cells"]:
+        raise UserError(f"{path} has no cells, and a study that wrote results has some; copy the file again")
     return found
