@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +32,14 @@ def fail_with(monkeypatch: pytest.MonkeyPatch, call: Any) -> None:
 def terminate() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(5)  # the signal comes between two instructions
+
+
+@pytest.fixture(autouse=True)
+def heard() -> Iterator[None]:
+    """A key press is heard, also where the tests were started in the background of a shell, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize(
