@@ -95,18 +95,25 @@ def there(path: str | Path) -> bool:
     return os.path.lexists(path)
 
 
+def room_of(path: str | Path, mend: str = "", most: int = MOST_BYTES) -> int:
+    """How many bytes of a file are read at most, unpacked where its name ends in ``.gz``.
+
+    Raises ``UserError`` as :func:`require_file`, and for a file that itself has more than ``most``.
+    """
+    size = require_file(path, mend)
+    if size > most:
+        raise UserError(f"{path} has {size:,} bytes, and at most {most:,} are read; split it")
+    return min(most, max(FREELY, MOST_TIMES * size)) if str(path).endswith(".gz") else most
+
+
 def read_bytes(path: str | Path, mend: str = "", most: int = MOST_BYTES) -> bytes:
     """What a file holds, unpacked where its name ends in ``.gz``.
 
     Raises ``UserError``, with ``mend`` where there is none; also for more than ``most`` bytes, packed or not.
     """
-    size, packed = require_file(path, mend), str(path).endswith(".gz")
-    if size > most:
-        raise UserError(f"{path} has {size:,} bytes, and at most {most:,} are read; split it")
-    if packed:
-        most = min(most, max(FREELY, MOST_TIMES * size))
+    most = room_of(path, mend, most)
     try:
-        with gzip.open(path) if packed else open(path, "rb") as file:
+        with gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as file:
             data = file.read(most + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error

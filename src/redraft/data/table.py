@@ -33,7 +33,7 @@ from safetensors.numpy import save_file
 from redraft.data.lines import MOST_RESTS, REST, Rest, Row, WrongRow, decode_row, quick_line, rest_of, row_key
 from redraft.errors import UserError
 from redraft.files import replacing
-from redraft.inputs import FREELY, MOST_BYTES, MOST_TIMES, loads, require_file
+from redraft.inputs import loads, room_of
 from redraft.seals import sealed, unsealed
 
 Numbers = npt.NDArray[np.int64]
@@ -99,14 +99,12 @@ class Bytes:
 def open_lines(path: Path) -> BinaryIO:
     """A file for reading; of a packed one (``.gz``) its unpacked copy, which goes when it is closed.
 
-    Raises ``UserError``, also for one that unpacks to more than ``MOST_BYTES``.
+    Raises ``UserError``, also for one that unpacks to more than :func:`redraft.inputs.room_of` it.
     """
     try:
         if path.suffix != ".gz":
             return open(path, "rb")
-        if (size := require_file(path)) > MOST_BYTES:
-            raise UserError(f"{path} has {size:,} bytes, and at most {MOST_BYTES:,} are read; unpack and split it")
-        copy, most = cast(Any, tempfile.TemporaryFile()), min(MOST_BYTES, max(FREELY, MOST_TIMES * size))
+        copy, most = cast(Any, tempfile.TemporaryFile()), room_of(path)
         with gzip.open(path) as packed:
             while piece := packed.read(1 << 20):
                 copy.write(piece)
